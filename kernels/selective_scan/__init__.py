@@ -1,0 +1,12 @@
+"""The selective scan of Mamba (arXiv:2312.00752), one-directional and bidirectional.
+
+Start with `reference.py`: it is the whole idea as a plain loop.
+"""
+
+from vim_ssl.kernels.selective_scan.dispatch import (
+    available_backends,
+    bi_selective_scan,
+    selective_scan,
+)
+
+__all__ = ["available_backends", "bi_selective_scan", "selective_scan"]

@@ -1,0 +1,207 @@
+"""The two public scans: check the arguments, choose a backend, call it."""
+
+import logging
+import os
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+# Each module offers selective_scan and bi_selective_scan with the signatures below, less `backend`.
+_MODULES = {
+    "reference": "vim_ssl.kernels.selective_scan.reference",
+    "torch": "vim_ssl.kernels.selective_scan.torch_backend",
+    "numba": "vim_ssl.kernels.selective_scan.numba_backend",
+    "triton": "vim_ssl.kernels.selective_scan.triton_backend",
+}
+# What `auto` prefers on a device, best first; `torch` runs everywhere.
+_PREFERRED = {"cpu": ("numba", "torch"), "cuda": ("triton", "torch")}
+MAX_D_STATE = 64
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    *,
+    initial_state: Tensor | None = None,
+    return_last_state: bool = False,
+    reverse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Scan one direction: h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t, y_t = C_t h_t + D u_t.
+
+    dt is ``delta + delta_bias``, through softplus if asked; the output is ``y * silu(z)``.
+
+    Dims: b batch, l tokens, d channels (d_inner), n = d_state, g groups of channels.
+
+    Args:
+        u, delta, z: (b, d, l), floating point. The state is float32 at least, whatever they are.
+        A: (d, n), negative.
+        B, C: (b, n, l), or (b, g, n, l) where group i serves the i-th d/g channels.
+        D, delta_bias: (d,).
+        initial_state: (b, d, n), the state before the first token read; zeros by default.
+        return_last_state: also return the state after the last token read, (b, d, n), float32
+            (float64 for float64 inputs).
+        reverse: read the tokens from last to first; outputs stay in their places.
+        backend: "auto", "reference", "torch", "numba" (CPU) or "triton" (CUDA). Asked for by name
+            a backend runs or raises. ``VIM_SSL_BACKEND`` overrides "auto".
+
+    Returns: y (b, d, l) in u's dtype; with the last state if asked.
+    Raises: ValueError for wrong shapes, dtypes, devices or an unknown backend, naming the argument.
+    Reference: Mamba, arXiv:2312.00752, section 3; signature of state-spaces/mamba.
+    """
+    if u.dim() != 3:
+        raise ValueError(f"u has shape {tuple(u.shape)}; expected (b, d, l).")
+    b, d, l = u.shape
+    n = _check_A(A, (d,))
+    groups = {m.shape[1] for m in (B, C) if m.dim() == 4}
+    for g in groups:
+        if g == 0 or d % g:
+            raise ValueError(f"B and C have {g} groups, which do not divide d = {d}.")
+    _check_shape("delta", delta, (b, d, l))
+    for name, m in (("B", B), ("C", C)):
+        if m.dim() == 4:
+            _check_shape(name, m, (b, m.shape[1], n, l), "(b, g, n, l)")
+        else:
+            _check_shape(name, m, (b, n, l), "(b, n, l)")
+    if len(groups) > 1:
+        raise ValueError(f"B has {B.shape[1]} groups and C {C.shape[1]}; they must agree.")
+    _check_shape("D", D, (d,))
+    _check_shape("z", z, (b, d, l))
+    _check_shape("delta_bias", delta_bias, (d,))
+    _check_shape("initial_state", initial_state, (b, d, n))
+    _check_tensors(u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias,
+                   initial_state=initial_state)  # fmt: skip
+    return _backend(backend, u.device.type).selective_scan(
+        u, delta, A, B, C, D, z, delta_bias, delta_softplus,
+        initial_state=initial_state, return_last_state=return_last_state, reverse=reverse,
+    )  # fmt: skip
+
+
+def bi_selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = True,
+    *,
+    scale: float = 1.0,
+    backend: str = "auto",
+) -> Tensor:
+    """Scan both directions in one call: scale (y_forward + y_backward) silu(z), channel-last.
+
+    Index 0 of the leading axis reads first to last, index 1 last to first; each has its own
+    parameters, and neither input nor output is flipped. The gate is shared.
+
+    Dims: b batch, l tokens, d channels (d_inner), n = d_state.
+
+    Args:
+        u, delta: (2, b, l, d).  A: (2, d, n), negative.  B, C: (2, b, l, n).
+        D, delta_bias: (2, d).  z: (b, l, d), or None for an ungated sum.
+        delta_softplus: softplus(delta + delta_bias), else delta + delta_bias.
+        scale: 0.5 for models that average their directions.
+        backend: as in `selective_scan`.
+
+    Returns: (b, l, d) in u's dtype.
+    Raises: ValueError for wrong shapes, dtypes, devices or an unknown backend, naming the argument.
+    Reference: Vision Mamba, arXiv:2401.09417, Algorithm 1.
+    """
+    if u.dim() != 4 or u.shape[0] != 2:
+        raise ValueError(f"u has shape {tuple(u.shape)}; expected (2, b, l, d), directions first.")
+    _, b, l, d = u.shape
+    n = _check_A(A, (2, d))
+    _check_shape("delta", delta, (2, b, l, d))
+    _check_shape("B", B, (2, b, l, n), "(2, b, l, n)")
+    _check_shape("C", C, (2, b, l, n), "(2, b, l, n)")
+    _check_shape("D", D, (2, d))
+    _check_shape("z", z, (b, l, d))
+    _check_shape("delta_bias", delta_bias, (2, d))
+    _check_tensors(u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias)
+    return _backend(backend, u.device.type).bi_selective_scan(
+        u, delta, A, B, C, D, z, delta_bias, delta_softplus, scale=scale
+    )
+
+
+def available_backends(device: str | torch.device = "cpu") -> list[str]:
+    """Names of the backends that can run on this kind of device, ``auto``'s choice first."""
+    kind = torch.device(device).type
+    names = [*_PREFERRED.get(kind, ("torch",)), "reference"]
+    return [name for name in names if _why_not(name, kind) is None]
+
+
+def _backend(name: str, device: str):
+    if name == "auto":
+        name = os.environ.get("VIM_SSL_BACKEND", "auto")
+    if name == "auto":
+        name = _auto(device)
+    elif reason := _why_not(name, device):
+        raise ValueError(reason)
+    return import_module(_MODULES[name])
+
+
+@cache  # so the choice is made, and logged, once for each kind of device
+def _auto(device: str) -> str:
+    name = available_backends(device)[0]
+    log.info("selective scan on %s: backend %r", device, name)
+    return name
+
+
+def _why_not(name: str, device: str) -> str | None:
+    """Why this backend cannot run on this kind of device, or None if it can."""
+    if name not in _MODULES:
+        return f"Unknown backend {name!r}; choose one of auto, {', '.join(_MODULES)}."
+    if name in ("numba", "triton"):
+        home = {"numba": "cpu", "triton": "cuda"}[name]
+        if device != home:
+            return f"Backend {name!r} runs on {home} tensors; these are on {device}."
+        if find_spec(_MODULES[name]) is None:
+            return f"Backend {name!r} is not built into this version yet; use 'torch'."
+        if find_spec(name) is None:
+            return f"Backend {name!r} needs the package {name}: pip install {name}."
+    return None
+
+
+def _check_A(A: Tensor, lead: tuple[int, ...]) -> int:
+    if A.dim() != len(lead) + 1 or tuple(A.shape[:-1]) != lead:
+        raise ValueError(f"A has shape {tuple(A.shape)}; expected {(*lead, 'n')} with n = d_state.")
+    if not 1 <= A.shape[-1] <= MAX_D_STATE:
+        raise ValueError(f"A has d_state {A.shape[-1]}; expected 1 to {MAX_D_STATE}.")
+    return A.shape[-1]
+
+
+def _check_shape(name: str, m: Tensor | None, expected: tuple[int, ...], form: str = "") -> None:
+    if m is not None and tuple(m.shape) != expected:
+        form = f" = {form}" if form else ""
+        raise ValueError(f"{name} has shape {tuple(m.shape)}; expected {expected}{form}.")
+
+
+def _check_tensors(**tensors: Tensor | None) -> None:
+    u = tensors["u"]
+    for name, m in tensors.items():
+        if m is None:
+            continue
+        if m.device != u.device:
+            raise ValueError(f"{name} is on {m.device} but u is on {u.device}; move it there.")
+        if not m.is_floating_point():
+            raise ValueError(f"{name} has dtype {m.dtype}; expected a floating-point dtype.")
+    if os.environ.get("VIM_SSL_CHECK") == "1":
+        if not bool((tensors["A"] < 0).all()):
+            raise ValueError("A has values that are not negative: the state would grow (A < 0).")
+        for name, m in tensors.items():
+            if m is not None and not bool(torch.isfinite(m).all()):
+                raise ValueError(f"{name} holds values that are not finite.")

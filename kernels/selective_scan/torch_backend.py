@@ -1,0 +1,160 @@
+"""The selective scan in plain torch: one in-place step a token, any device, little memory.
+
+Only the recurrence needs care, so only it has a hand-written backward. softplus, D and the gate are
+ordinary torch operations around it, differentiated by autograd.
+
+    forward    h_t = a_t h_{t-1} + x_t B_t,   y_t = <h_t, C_t>        a_t = exp(dt_t A), x_t = dt_t u_t
+    backward   g_t = C_t dy_t + a_{t+1} g_{t+1}                       (g_t = dL/dh_t)
+               dC_t = sum_d h_t dy_t      dB_t = sum_d g_t x_t        dx_t = <g_t, B_t>
+               q_t = g_t a_t h_{t-1}      ddt_t = <q_t, A>            dA = sum_t dt_t q_t
+
+The states are not kept: every `CHUNK` tokens one is saved, and the backward pass rebuilds the ones
+between. All tensors carry a leading direction axis s (1 or 2), so both directions step together.
+"""
+
+import torch
+import torch.nn.functional as F
+
+CHUNK = 16  # tokens between saved states: memory / CHUNK, at the price of a second forward
+
+
+def selective_scan(
+    u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, *,
+    initial_state=None, return_last_state=False, reverse=False,
+):  # fmt: skip
+    if B.dim() == 4 or C.dim() == 4:  # groups of channels with their own B and C
+        return _scan_groups(
+            u, delta, A, B, C, D, z, delta_bias, delta_softplus,
+            initial_state, return_last_state, reverse,
+        )  # fmt: skip
+    y, last = _scan(
+        u.mT[None], delta.mT[None], A[None], B.mT[None], C.mT[None],
+        None if D is None else D[None], None if delta_bias is None else delta_bias[None],
+        delta_softplus, None if initial_state is None else initial_state[None], (reverse,),
+    )  # fmt: skip
+    y = y[0].mT
+    if z is not None:
+        y = y * F.silu(z.to(y.dtype))
+    y = y.to(u.dtype)
+    return (y, last[0]) if return_last_state else y
+
+
+def bi_selective_scan(
+    u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=True, *, scale=1.0
+):
+    y, _ = _scan(u, delta, A, B, C, D, delta_bias, delta_softplus, None, (False, True))
+    out = y[0] + y[1]
+    if scale != 1.0:
+        out = out * scale
+    if z is not None:
+        out = out * F.silu(z.to(out.dtype))
+    return out.to(u.dtype)
+
+
+def _scan(u, delta, A, B, C, D, delta_bias, delta_softplus, h0, reverse):
+    """u, delta (s, b, l, d); A (s, d, n); B, C (s, b, l, n); D, delta_bias (s, d); h0 (s, b, d, n).
+
+    Returns y (s, b, l, d) and the last state (s, b, d, n), both at least float32.
+    """
+    dtype = torch.promote_types(u.dtype, torch.float32)
+    # Autocast would run the einsums of the recurrence in bfloat16; the state must stay float32.
+    with torch.autocast(u.device.type, enabled=False):
+        u, dt, A, B, C = (t.to(dtype) for t in (u, delta, A, B, C))
+        if delta_bias is not None:
+            dt = dt + delta_bias.to(dtype)[:, None, None]
+        if delta_softplus:
+            dt = F.softplus(dt)
+        if h0 is None:
+            h0 = u.new_zeros(*u.shape[:2], *A.shape[1:])
+        y, last = _Recurrence.apply(dt, dt * u, A, B, C, h0.to(dtype), reverse)
+        if D is not None:
+            y = y + D.to(dtype)[:, None, None] * u
+    return y, last
+
+
+def _scan_groups(u, delta, A, B, C, D, z, bias, softplus, h0, return_last_state, reverse):
+    """Scan each group of channels by itself and join the results."""
+    groups = (B if B.dim() == 4 else C).shape[1]
+    size = u.shape[1] // groups
+    parts = []
+    for g in range(groups):
+        c = slice(g * size, (g + 1) * size)
+        parts.append(
+            selective_scan(
+                u[:, c],
+                delta[:, c],
+                A[c],
+                B[:, g] if B.dim() == 4 else B,
+                C[:, g] if C.dim() == 4 else C,
+                None if D is None else D[c],
+                None if z is None else z[:, c],
+                None if bias is None else bias[c],
+                softplus,
+                initial_state=None if h0 is None else h0[:, c],
+                return_last_state=True,
+                reverse=reverse,
+            )  # fmt: skip
+        )
+    y, last = (torch.cat(p, dim=1) for p in zip(*parts, strict=True))
+    return (y, last) if return_last_state else y
+
+
+class _Recurrence(torch.autograd.Function):
+    """dt, x (s, b, l, d), A (s, d, n), B, C (s, b, l, n), h0 (s, b, d, n) -> y, last state."""
+
+    @staticmethod
+    def forward(ctx, dt, x, A, B, C, h0, reverse):
+        dt_, x_, B_, C_ = (_scan_order(m, reverse) for m in (dt, x, B, C))  # (l, s, b, ...)
+        y_ = torch.empty_like(x_)
+        h, saved = h0.clone(), []
+        for t in range(len(x_)):
+            if t % CHUNK == 0:
+                saved.append(h.clone())
+            h.mul_(_decay(dt_[t], A)).addcmul_(x_[t][..., None], B_[t][:, :, None])
+            torch.matmul(h, C_[t][..., None], out=y_[t][..., None])
+        ctx.save_for_backward(dt, x, A, B, C, *saved)
+        ctx.reverse = reverse
+        return _raster_order(y_, reverse), h
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy, dlast):
+        dt, x, A, B, C, *saved = ctx.saved_tensors
+        dt_, x_, B_, C_, dy_ = (_scan_order(m, ctx.reverse) for m in (dt, x, B, C, dy))
+        ddt_, dx_, dB_, dC_ = (torch.empty_like(m) for m in (dt_, x_, B_, C_))
+        dA, g = torch.zeros_like(A), dlast.clone()
+        for k in reversed(range(len(saved))):
+            chunk = range(k * CHUNK, min((k + 1) * CHUNK, len(x_)))
+            h, decays, decayed, states = saved[k], [], [], []
+            for t in chunk:  # rebuild a_t, a_t h_{t-1} and h_t of this chunk
+                decays.append(_decay(dt_[t], A))
+                decayed.append(decays[-1] * h)
+                h = torch.addcmul(decayed[-1], x_[t][..., None], B_[t][:, :, None])
+                states.append(h)
+            for t in reversed(chunk):
+                g.addcmul_(dy_[t][..., None], C_[t][:, :, None])
+                torch.matmul(dy_[t][:, :, None], states.pop(), out=dC_[t][:, :, None])
+                torch.matmul(x_[t][:, :, None], g, out=dB_[t][:, :, None])
+                torch.matmul(g, B_[t][..., None], out=dx_[t][..., None])
+                q = decayed.pop().mul_(g)
+                torch.sum(q * A[:, None], dim=-1, out=ddt_[t])
+                dA += q.mul_(dt_[t][..., None]).sum(1)
+                g.mul_(decays.pop())
+        ddt, dx, dB, dC = (_raster_order(m, ctx.reverse) for m in (ddt_, dx_, dB_, dC_))
+        return ddt, dx, dA, dB, dC, g, None
+
+
+def _decay(dt_t, A):
+    return (dt_t[..., None] * A[:, None]).exp_()  # (s, b, d, n)
+
+
+def _scan_order(m, reverse):
+    """(s, b, l, k) -> (l, s, b, k), time first, each direction in the order it reads."""
+    parts = [m[s].flip(1) if r else m[s] for s, r in enumerate(reverse)]
+    return torch.stack([p.transpose(0, 1) for p in parts], dim=1)
+
+
+def _raster_order(m, reverse):
+    """(l, s, b, k) -> (s, b, l, k): undo `_scan_order`."""
+    parts = [m[:, s].transpose(0, 1) for s in range(len(reverse))]
+    return torch.stack([p.flip(1) if r else p for p, r in zip(parts, reverse, strict=True)])

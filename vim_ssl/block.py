@@ -1,0 +1,190 @@
+"""The Vim block: add, normalise, mix tokens by a scan in each direction.
+
+    residual += drop_path(hidden)             in float32
+    x, z      = in_proj(rms_norm(residual))   d_model -> d_inner each
+    u_k       = silu(conv_k(x))               k = forward, backward; causal in its own direction
+    dt, B, C  = x_proj_k(u_k)
+    y_k       = scan_k(u_k, softplus(dt_proj_k(dt)), A_k, B, C) + D_k u_k
+    hidden    = out_proj((y_f + y_b) / 2 * silu(z))
+
+Reference: Vision Mamba, arXiv:2401.09417, Algorithm 1 and figure 2 ("v2" in the released code).
+Parameter names are those of the released checkpoints; the backward direction's end in ``_b``.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, apply_rot_embed
+from torch import Tensor, nn
+
+from vim_ssl.kernels.causal_conv1d import bi_causal_conv1d, causal_conv1d
+from vim_ssl.kernels.rms_norm import add_rms_norm
+from vim_ssl.kernels.selective_scan import bi_selective_scan, selective_scan
+
+DIRECTIONS = {"forward": ("",), "backward": ("_b",), "both": ("", "_b")}  # parameter suffixes
+
+
+class RMSNorm(nn.Module):
+    """Holds the weight of a fused residual-add + RMSNorm; key ``weight``."""
+
+    def __init__(self, dim: int, eps: float = 1e-5):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, hidden: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(b, l, d) twice -> (normed, new residual); see `add_rms_norm`."""
+        return add_rms_norm(hidden, residual, self.weight, self.eps)
+
+
+class DepthwiseConv1d(nn.Module):
+    """Holds the weight (d, 1, k) and bias (d,) of one direction's causal convolution."""
+
+    def __init__(self, dim: int, kernel_size: int):
+        super().__init__()
+        bound = kernel_size**-0.5  # torch's default for a convolution with this fan-in
+        self.weight = nn.Parameter(torch.empty(dim, 1, kernel_size).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(dim).uniform_(-bound, bound))
+
+
+class VimMixer(nn.Module):
+    """Mixes tokens by one or two selective scans.
+
+    Args:
+        d_model: width of the residual stream; d_inner is ``expand`` times that.
+        d_state: n, the size of each channel's state.
+        d_conv: taps of the causal convolution.
+        dt_rank: rank of the step-size projection; ceil(d_model / 16) by default.
+        directions: "both", "forward" or "backward": which parameters exist.
+        divide_out: average the directions instead of adding them (all released weights do).
+        norm_after_scan: LayerNorm between the averaged scans and the gate (FastVim,
+            arXiv:2502.00594); it always averages.
+        depth: number of blocks, for the scale of ``out_proj`` at the start.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int = 2,
+        dt_rank: int | None = None,
+        directions: str = "both",
+        divide_out: bool = True,
+        norm_after_scan: bool = False,
+        depth: int = 24,
+        scan_backend: str = "auto",
+    ):
+        super().__init__()
+        self.d_inner, self.d_state = expand * d_model, d_state
+        self.dt_rank = dt_rank or math.ceil(d_model / 16)
+        self.directions, self.divide_out = directions, divide_out
+        self.scan_backend = scan_backend
+        self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=False)
+        for suffix in DIRECTIONS[directions]:
+            self._add_direction(suffix, d_conv)
+        self.layernorm = nn.LayerNorm(self.d_inner) if norm_after_scan else None
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
+        with torch.no_grad():
+            self.out_proj.weight /= math.sqrt(depth)
+
+    def _add_direction(self, suffix: str, d_conv: int) -> None:
+        """One direction's parameters. Both start alike: upstream's backward ``dt_proj`` bias is
+        zero by accident, so that direction begins with a memory of only a few tokens."""
+        d, n = self.d_inner, self.d_state
+        dt_proj = nn.Linear(self.dt_rank, d)
+        with torch.no_grad():
+            dt_proj.weight.uniform_(-(self.dt_rank**-0.5), self.dt_rank**-0.5)
+            dt = torch.empty(d).uniform_(math.log(1e-3), math.log(1e-1)).exp_().clamp_(min=1e-4)
+            dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus of it is dt
+        a_log = torch.arange(1, n + 1, dtype=torch.float32).log().repeat(d, 1)
+        setattr(self, f"conv1d{suffix}", DepthwiseConv1d(d, d_conv))
+        x_proj = nn.Linear(d, self.dt_rank + 2 * n, bias=False)
+        setattr(self, f"x_proj{suffix}", x_proj)
+        setattr(self, f"dt_proj{suffix}", dt_proj)
+        setattr(self, "A_b_log" if suffix else "A_log", nn.Parameter(a_log))
+        setattr(self, f"D{suffix}", nn.Parameter(torch.ones(d)))
+
+    def forward(self, hidden: Tensor, directions: str | None = None) -> Tensor:
+        """Mix tokens: (b, l, d_model) -> (b, l, d_model).
+
+        Args:
+            directions: a subset of the mixer's own, chosen for this call.
+        """
+        x, z = self.in_proj(hidden).chunk(2, dim=-1)
+        directions = directions or self.directions
+        if directions == "both":
+            y = self._scan_both(x, None if self.layernorm else z)
+        else:
+            y = self._scan_one(x, None if self.layernorm else z, DIRECTIONS[directions][0])
+        if self.layernorm is not None:
+            y = self.layernorm(y) * F.silu(z)
+        return self.out_proj(y)
+
+    def _scan_both(self, x: Tensor, z: Tensor | None) -> Tensor:
+        u = bi_causal_conv1d(
+            x, self._pair("conv1d.weight").squeeze(2), self._pair("conv1d.bias")
+        )  # (2, b, l, d)
+        dt, B, C = self._split(torch.einsum("sbld,sed->sble", u, self._pair("x_proj.weight")))
+        delta = torch.einsum("sblr,sdr->sbld", dt, self._pair("dt_proj.weight"))
+        return bi_selective_scan(
+            u, delta, -self._pair("A_log").float().exp(), B, C, self._pair("D").float(), z,
+            self._pair("dt_proj.bias").float(),
+            scale=0.5 if self.divide_out or self.layernorm is not None else 1.0,
+            backend=self.scan_backend,
+        )  # fmt: skip
+
+    def _scan_one(self, x: Tensor, z: Tensor | None, suffix: str) -> Tensor:
+        """One direction alone is its own average, so nothing is divided."""
+        reverse = suffix == "_b"
+        conv = getattr(self, f"conv1d{suffix}")
+        u = causal_conv1d(x, conv.weight.squeeze(1), conv.bias, reverse)  # (b, l, d)
+        dt, B, C = self._split(getattr(self, f"x_proj{suffix}")(u))
+        dt_proj = getattr(self, f"dt_proj{suffix}")
+        delta = F.linear(dt, dt_proj.weight)
+        a_log = self.A_b_log if reverse else self.A_log
+        return selective_scan(
+            u.mT, delta.mT, -a_log.float().exp(), B.mT, C.mT, getattr(self, f"D{suffix}").float(),
+            None if z is None else z.mT, dt_proj.bias.float(), True,
+            reverse=reverse, backend=self.scan_backend,
+        ).mT  # fmt: skip
+
+    def _split(self, x_dbl: Tensor) -> tuple[Tensor, ...]:
+        return x_dbl.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+
+    def _pair(self, name: str) -> Tensor:
+        """A parameter of the forward direction stacked with its backward twin: (2, ...)."""
+        if name == "A_log":
+            return torch.stack([self.A_log, self.A_b_log])
+        module, _, leaf = name.partition(".")
+        twin = f"{module}_b.{leaf}" if leaf else f"{module}_b"
+        return torch.stack([self.get_parameter(name), self.get_parameter(twin)])
+
+
+class VimBlock(nn.Module):
+    """Add -> RMSNorm -> mixer. Drop path acts on the incoming hidden state, as upstream does."""
+
+    def __init__(self, d_model: int, *, drop_path: float = 0.0, **mixer_args):
+        super().__init__()
+        self.norm = RMSNorm(d_model)
+        self.mixer = VimMixer(d_model, **mixer_args)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(
+        self,
+        hidden: Tensor,
+        residual: Tensor | None,
+        directions: str | None = None,
+        rotation: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(b, l, d_model) and the residual stream (float32) -> the next pair.
+
+        Args:
+            rotation: (sin, cos) of every token, (l, d_model) or (b, l, d_model); see `VimEncoder`.
+        """
+        hidden, residual = self.norm(self.drop_path(hidden), residual)
+        if rotation is not None:
+            hidden = apply_rot_embed(hidden, *rotation).to(hidden.dtype)
+        return self.mixer(hidden, directions), residual

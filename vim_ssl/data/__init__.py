@@ -1,0 +1,1 @@
+"""Data: one spec string, many sources, items as dicts."""
