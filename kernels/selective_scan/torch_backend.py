@@ -3,7 +3,8 @@
 Only the recurrence needs care, so only it has a hand-written backward. softplus, D and the gate are
 ordinary torch operations around it, differentiated by autograd.
 
-    forward    h_t = a_t h_{t-1} + x_t B_t,   y_t = <h_t, C_t>        a_t = exp(dt_t A), x_t = dt_t u_t
+               a_t = exp(dt_t A)          x_t = dt_t u_t
+    forward    h_t = a_t h_{t-1} + x_t B_t,   y_t = <h_t, C_t>
     backward   g_t = C_t dy_t + a_{t+1} g_{t+1}                       (g_t = dL/dh_t)
                dC_t = sum_d h_t dy_t      dB_t = sum_d g_t x_t        dx_t = <g_t, B_t>
                q_t = g_t a_t h_{t-1}      ddt_t = <q_t, A>            dA = sum_t dt_t q_t
@@ -93,7 +94,7 @@ def _scan_groups(u, delta, A, B, C, D, z, bias, softplus, h0, return_last_state,
                 initial_state=None if h0 is None else h0[:, c],
                 return_last_state=True,
                 reverse=reverse,
-            )  # fmt: skip
+            )
         )
     y, last = (torch.cat(p, dim=1) for p in zip(*parts, strict=True))
     return (y, last) if return_last_state else y
