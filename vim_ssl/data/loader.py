@@ -1,0 +1,128 @@
+"""Batches whose every random draw follows from (seed, epoch, index), so that training resumes
+exactly in the middle of an epoch, with any number of workers.
+
+Nothing here remembers anything: the order of an epoch is a function of (seed, epoch), a sample's
+augmentation and mask of (seed, epoch, index). To resume is to ask for epoch e from batch s on.
+"""
+
+import hashlib
+import random
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from vim_ssl.data.images import BadImage
+
+
+def stable_hash(*parts) -> int:
+    """32 bits that depend on the parts alone, not on the process or the machine."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little")
+
+
+class EpochBatches(Sampler):
+    """Batches of one process: lists of (epoch, index).
+
+    Args:
+        size: number of samples.
+        batch_size: samples a process and batch; an epoch's last incomplete global batch is dropped.
+        rank, world: this process among all.
+        seed: of the shuffling.
+    Attributes ``epoch`` and ``start`` (the first batch to give) are set before iterating.
+    Raises: ValueError if not one global batch can be filled.
+    """
+
+    def __init__(self, size: int, batch_size: int, *, rank: int = 0, world: int = 1, seed: int = 0):
+        self.size, self.batch_size, self.rank, self.world = size, batch_size, rank, world
+        self.seed, self.epoch, self.start = seed, 0, 0
+        if self.batches_per_epoch == 0:
+            raise ValueError(
+                f"{size} samples do not fill one batch of {batch_size} on {world} process(es); "
+                f"use a batch_size of at most {size // world}."
+            )
+
+    @property
+    def batches_per_epoch(self) -> int:
+        return self.size // (self.batch_size * self.world)
+
+    def __len__(self) -> int:
+        return self.batches_per_epoch - self.start
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        generator = torch.Generator().manual_seed(stable_hash("order", self.seed, self.epoch))
+        order = torch.randperm(self.size, generator=generator).tolist()
+        for batch in range(self.start, self.batches_per_epoch):
+            first = (batch * self.world + self.rank) * self.batch_size
+            yield [(self.epoch, i) for i in order[first : first + self.batch_size]]
+
+
+class SeededSamples(Dataset):
+    """A data set seen through a random transform, addressed by (epoch, index).
+
+    Args:
+        data: map-style, items are dicts with ``image``; may raise `BadImage`.
+        transform: dict -> dict of tensors and numbers; draws from the global generators of
+            ``random``, numpy and torch, which are seeded here for every sample.
+        seed: of the run.
+
+    A picture that cannot be decoded is replaced by another one, chosen by hash, and named in the
+    sample's ``skipped``.
+    """
+
+    def __init__(self, data, transform: Callable[[dict], dict], seed: int = 0):
+        self.data, self.transform, self.seed = data, transform, seed
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        epoch, index = key
+        skipped = []
+        for attempt in range(20):
+            place = index if not attempt else stable_hash("in place of", index, attempt) % len(self)
+            try:
+                item = self.data[place]
+            except BadImage as bad:
+                skipped.append(str(bad))
+                continue
+            seed = stable_hash("sample", self.seed, epoch, index)
+            random.seed(seed)
+            np.random.seed(seed)  # noqa: NPY002: timm's augmentations draw from it
+            torch.manual_seed(seed)
+            return self.transform(item) | {"index": place, "skipped": skipped}
+        raise BadImage("twenty pictures in a row", f"none could be read; the last: {skipped[-1]}")
+
+
+def collate(samples: list[dict]) -> dict:
+    """Stack tensors and numbers; join the lists of skipped pictures."""
+    batch = {}
+    for key in samples[0]:
+        values = [s[key] for s in samples]
+        if key == "skipped":
+            batch[key] = [name for names in values for name in names]
+        elif isinstance(values[0], torch.Tensor):
+            batch[key] = torch.stack(values)
+        else:
+            batch[key] = torch.tensor(values)
+    return batch
+
+
+def training_loader(
+    samples: SeededSamples, batches: EpochBatches, *, num_workers: int = 0, pin_memory: bool = False
+) -> DataLoader:
+    """A loader for `EpochBatches`; the workers stay alive between epochs."""
+    return DataLoader(
+        samples,
+        batch_sampler=batches,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        collate_fn=collate,
+        pin_memory=pin_memory,
+        worker_init_fn=_one_thread if num_workers else None,
+    )
+
+
+def _one_thread(_: int) -> None:
+    torch.set_num_threads(1)

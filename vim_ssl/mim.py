@@ -1,0 +1,172 @@
+"""Masked image modelling on a Vim encoder: MAE and SimMIM.
+
+    mae      the encoder reads only the visible patches, in scan order; a light Vim decoder puts
+             mask tokens in the gaps and predicts the pixels of the hidden patches
+    simmim   the encoder reads all patches, hidden ones replaced by a mask token; a linear layer
+             predicts their pixels
+
+Batches hold ``image`` (b, c, h, w), normalised, and ``mask`` (b, m) bool, True = masked, with the
+same number of masked patches in every sample.
+"""
+
+import torch
+import torch.nn.functional as F
+from timm.layers import build_sincos2d_pos_embed, trunc_normal_
+from torch import Tensor, nn
+
+from vim_ssl.block import RMSNorm, VimBlock
+from vim_ssl.encoder import VimEncoder
+from vim_ssl.masking import visible_ids
+from vim_ssl.objective import StepOutput
+
+
+class _PixelObjective(nn.Module):
+    """What both objectives share: pixel targets, the loss on masked patches, pictures."""
+
+    def __init__(self, encoder: VimEncoder, norm_pix_loss: bool):
+        super().__init__()
+        patch = encoder.patch_embed
+        if patch.stride != patch.patch_size:
+            raise ValueError(
+                f"patches of {patch.patch_size} px at stride {patch.stride} overlap, so their "
+                "pixels are no partition of the picture; pretrain with stride = patch_size."
+            )
+        self.encoder = encoder
+        self.norm_pix_loss = norm_pix_loss
+        self.pixels = encoder.in_chans * patch.patch_size**2
+
+    def predict(self, images: Tensor, mask: Tensor) -> Tensor:
+        """(b, c, h, w) and (b, m) bool, True = masked -> (b, m, pixels of a patch)."""
+        raise NotImplementedError
+
+    def patch_loss(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Two (b, m, pixels) float32 -> (b, m)."""
+        raise NotImplementedError
+
+    def forward(self, batch: dict[str, Tensor]) -> StepOutput:
+        """One pass: the mean loss of each sample's masked patches, summed over samples."""
+        images, mask = batch["image"], batch["mask"]
+        prediction = self.predict(images, mask).float()
+        pixels = patchify(images.float(), self.encoder.patch_embed.patch_size)  # float32 targets
+        target, mean, std = pixels, 0.0, 1.0
+        if self.norm_pix_loss:
+            mean = pixels.mean(-1, keepdim=True)
+            std = (pixels.var(-1, keepdim=True) + 1e-6).sqrt()
+            target = (pixels - mean) / std
+        per_patch = self.patch_loss(prediction, target)
+        loss = (per_patch * mask).sum(1) / mask.sum(1)  # (b,)
+        with torch.no_grad():
+            restored = prediction * std + mean  # undo norm_pix with the true patch's own statistics
+            error = ((restored - pixels).square().mean(-1) * mask).sum(1) / mask.sum(1)
+        return StepOutput(
+            loss_sum=loss.sum(),
+            weight=len(images),
+            metrics={"pixel_mse": error.sum()},
+            pictures=lambda: self._pictures(images[:8], mask[:8], restored[:8]),
+        )
+
+    def _pictures(self, images: Tensor, mask: Tensor, restored: Tensor) -> Tensor:
+        """original | masked | reconstruction | reconstruction in the gaps: (n, c, h, 4 w)."""
+        size, patch = images.shape[-2:], self.encoder.patch_embed.patch_size
+        pixels = patchify(images.float(), patch)
+        gaps = mask[..., None]
+        grey = torch.zeros_like(pixels)  # 0 is the data set's mean once normalised
+        row = [pixels, torch.where(gaps, grey, pixels), restored,
+               torch.where(gaps, restored, pixels)]  # fmt: skip
+        row = torch.cat([unpatchify(p, patch, size) for p in row], dim=-1)
+        config = self.encoder.data_config
+        mean, std = (torch.tensor(config[k], device=row.device)[:, None, None]
+                     for k in ("mean", "std"))  # fmt: skip
+        return (row * std + mean).clamp(0, 1).cpu()
+
+
+class MAE(_PixelObjective):
+    """Masked autoencoder with a Vim decoder.
+
+    Args:
+        encoder: reads the visible patches only, in raster order, its class token in their middle.
+        decoder_dim, decoder_depth: width and blocks of the decoder.
+        norm_pix_loss: predict each patch normalised by its own mean and deviation.
+    Reference: MAE, arXiv:2111.06377; a Vim decoder as in FastVim, arXiv:2502.00594.
+    """
+
+    def __init__(
+        self,
+        encoder: VimEncoder,
+        *,
+        decoder_dim: int = 512,
+        decoder_depth: int = 2,
+        norm_pix_loss: bool = True,
+    ):
+        super().__init__(encoder, norm_pix_loss)
+        self.decoder_embed = nn.Linear(encoder.embed_dim, decoder_dim)
+        self.mask_token = nn.Parameter(trunc_normal_(torch.zeros(1, 1, decoder_dim), std=0.02))
+        d_state = encoder.config["d_state"]
+        self.decoder_layers = nn.ModuleList(
+            VimBlock(decoder_dim, d_state=d_state, depth=decoder_depth)
+            for _ in range(decoder_depth)
+        )
+        self.decoder_norm = RMSNorm(decoder_dim)
+        self.decoder_pred = nn.Linear(decoder_dim, self.pixels)
+
+    def predict(self, images: Tensor, mask: Tensor) -> Tensor:
+        grid = self.encoder.grid(*images.shape[-2:])
+        keep = visible_ids(mask)
+        seen = self.encoder.forward_tokens(self.encoder.embed(images), ids_keep=keep, grid=grid)
+        patches, _ = self.encoder.split_tokens(seen)
+        patches = self.decoder_embed(patches)  # (b, k, decoder_dim)
+        b, _, d = patches.shape
+        hidden = self.mask_token.to(patches.dtype).expand(b, mask.shape[1], -1)
+        hidden = hidden.scatter(1, keep[..., None].expand(-1, -1, d), patches)
+        hidden = hidden + build_sincos2d_pos_embed(
+            list(grid), dim=d, device=hidden.device, dtype=hidden.dtype
+        )
+        residual = None
+        for layer in self.decoder_layers:
+            hidden, residual = layer(hidden, residual)
+        return self.decoder_pred(self.decoder_norm(hidden, residual)[0])
+
+    def patch_loss(self, prediction: Tensor, target: Tensor) -> Tensor:
+        return (prediction - target).square().mean(-1)
+
+
+class SimMIM(_PixelObjective):
+    """SimMIM: mask tokens through the whole encoder, one linear layer, L1 on hidden pixels.
+
+    Args:
+        encoder: built with ``use_mask_token=True``.
+    Raises: ValueError for an encoder without a mask token.
+    Reference: SimMIM, arXiv:2111.09886.
+    """
+
+    def __init__(self, encoder: VimEncoder, *, norm_pix_loss: bool = False):
+        super().__init__(encoder, norm_pix_loss)
+        if encoder.mask_token is None:
+            raise ValueError("SimMIM needs an encoder with a mask token: use_mask_token=True.")
+        self.decoder_pred = nn.Linear(encoder.embed_dim, self.pixels)
+
+    def predict(self, images: Tensor, mask: Tensor) -> Tensor:
+        grid = self.encoder.grid(*images.shape[-2:])
+        tokens = self.encoder.forward_tokens(self.encoder.embed(images), mask=mask, grid=grid)
+        patches, _ = self.encoder.split_tokens(tokens)
+        return self.decoder_pred(patches)
+
+    def patch_loss(self, prediction: Tensor, target: Tensor) -> Tensor:
+        return F.l1_loss(prediction, target, reduction="none").mean(-1)
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """(b, c, h, w) -> (b, m, patch_size² c), patches in raster order, pixel by pixel."""
+    return F.pixel_unshuffle(images, patch_size).unflatten(1, (images.shape[1], -1)).flatten(
+        3
+    ).permute(0, 3, 2, 1).flatten(2)  # fmt: skip
+
+
+def unpatchify(patches: Tensor, patch_size: int, size: tuple[int, int]) -> Tensor:
+    """The inverse of `patchify` for pictures of ``size`` (height, width)."""
+    rows, columns = size[0] // patch_size, size[1] // patch_size
+    x = patches.unflatten(2, (patch_size**2, -1)).permute(0, 3, 2, 1)  # (b, c, p², m)
+    return F.pixel_shuffle(x.flatten(1, 2).unflatten(2, (rows, columns)), patch_size)
+
+
+OBJECTIVES = {"mae": MAE, "simmim": SimMIM}

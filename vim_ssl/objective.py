@@ -1,0 +1,26 @@
+"""What the trainer asks of an objective, whatever is being trained."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass
+class StepOutput:
+    """What one forward pass of an objective returns.
+
+    The gradient of a step is that of sum(loss_sum) / sum(weight) over its micro-batches and
+    processes, so accumulation and data parallelism give the large batch's gradient exactly.
+
+    Args:
+        loss_sum: scalar, the loss summed over what ``weight`` counts.
+        weight: how many samples (or whatever is averaged) went into ``loss_sum``.
+        metrics: scalars summed likewise, logged as their average.
+        pictures: called when pictures are wanted: (n, c, h, w) in [0, 1], one row a sample.
+    """
+
+    loss_sum: Tensor
+    weight: float
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    pictures: Callable[[], Tensor] | None = None

@@ -1,0 +1,120 @@
+"""What frozen features are worth: extraction, nearest neighbours, logistic regression."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from vim_ssl.data.images import BadImage
+
+C_GRID = tuple(10.0**k for k in range(-4, 5))
+
+
+@dataclass
+class Features:
+    """Features of a data set: ``x`` (n, d) float32, ``y`` (n,) int64, ``ids``, and the pictures
+    that could not be read."""
+
+    x: Tensor
+    y: Tensor
+    ids: list[str]
+    skipped: list[str]
+
+
+class _Readable(Dataset):
+    """Items through a transform; a picture that cannot be read becomes its error's text."""
+
+    def __init__(self, data, transform):
+        self.data, self.transform = data, transform
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int):
+        try:
+            item = self.data[index]
+        except BadImage as bad:
+            return str(bad)
+        return self.transform(item["image"]), item.get("label", -1), item["id"]
+
+
+@torch.no_grad()
+def extract_features(
+    encode: Callable[[Tensor], Tensor],
+    data,
+    transform: Callable,
+    *,
+    batch_size: int = 128,
+    workers: int = 0,
+    device: str | torch.device = "cpu",
+) -> Features:
+    """Run ``encode`` over a data set in order.
+
+    Args:
+        encode: (b, c, h, w) -> (b, ...); flattened to (b, d) float32.
+        data: map-style data of `vim_ssl.data.open_data`.
+        transform: picture -> (c, h, w).
+    """
+    loader = DataLoader(
+        _Readable(data, transform), batch_size, num_workers=workers, collate_fn=list
+    )
+    xs, ys, ids, skipped = [], [], [], []
+    for rows in loader:
+        skipped += [row for row in rows if isinstance(row, str)]
+        rows = [row for row in rows if not isinstance(row, str)]
+        if not rows:
+            continue
+        images, labels, names = zip(*rows, strict=True)
+        xs.append(encode(torch.stack(images).to(device)).flatten(1).float().cpu())
+        ys += labels
+        ids += names
+    if not xs:
+        raise ValueError(f"none of the {len(data)} pictures could be read: {skipped[:3]}")
+    return Features(torch.cat(xs), torch.tensor(ys), ids, skipped)
+
+
+def knn_predict(
+    bank: Tensor, labels: Tensor, queries: Tensor, *, k: int = 20, temperature: float = 0.07
+) -> Tensor:
+    """Vote of the k most similar by cosine, weighted by exp(similarity / temperature).
+
+    Args:
+        bank: (n, d).  labels: (n,) int64.  queries: (m, d).
+    Returns: (m,) int64.
+    Reference: the protocol of DINO, arXiv:2104.14294; k and temperature of DINOv2.
+    """
+    bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
+    classes = int(labels.max()) + 1
+    predicted = []
+    for part in queries.split(1024):  # the similarity matrix stays small
+        similarity, nearest = (part @ bank.T).topk(min(k, len(bank)), dim=1)
+        weight = (similarity / temperature).exp()
+        votes = torch.zeros(len(part), classes).scatter_add_(1, labels[nearest], weight)
+        predicted.append(votes.argmax(1))
+    return torch.cat(predicted)
+
+
+def fit_logistic(x: np.ndarray, y: np.ndarray, C: float):
+    """Standardised features through scikit-learn's multinomial logistic regression (L-BFGS)."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=2000, tol=1e-5))
+    return model.fit(np.asarray(x, np.float64), np.asarray(y))
+
+
+def choose_C(x, y, x_val, y_val, grid: tuple[float, ...] = C_GRID) -> tuple[float, float]:
+    """The C with the best accuracy on the validation part, the smaller on a tie, and that accuracy."""
+    scored = [(fit_logistic(x, y, C).score(x_val, y_val), -C) for C in grid]
+    accuracy, negative = max(scored)
+    return -negative, accuracy
+
+
+def accuracy(predicted, truth) -> float:
+    """Share of right answers, in per cent."""
+    return 100.0 * float((torch.as_tensor(predicted) == torch.as_tensor(truth)).float().mean())

@@ -1,0 +1,194 @@
+"""The run directory: configuration, log, pictures, checkpoints, the encoder.
+
+config.json  metrics.jsonl  checkpoints/step-N/  encoder.safetensors + encoder.json
+images/      report.html    tensorboard/ (where tensorboard is installed)
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from torch import Tensor
+
+RUNS = Path("runs")
+
+
+class Run:
+    """A run directory that one training writes. Only the main process writes shared files.
+
+    Args:
+        folder: the directory.
+        main: whether this is the main process.
+    """
+
+    def __init__(self, folder: Path, main: bool = True):
+        self.folder, self.main = Path(folder), main
+        self.skipped: set[str] = set()
+        self._board = None
+
+    @classmethod
+    def open(cls, recipe: str, config, accelerator) -> "Run":
+        """Make or take up the directory that ``config.output`` and ``config.resume`` name.
+
+        Raises: FileExistsError for a directory that holds a run when ``resume`` is "never".
+        """
+        from accelerate.utils import broadcast_object_list
+
+        name = config.output or str(RUNS / f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
+        (name,) = broadcast_object_list([name])
+        run = cls(Path(name), accelerator.is_main_process)
+        if run.checkpoints() and config.resume != "auto":
+            raise FileExistsError(
+                f"{run.folder} already holds a run; go on with --resume auto, or choose another "
+                "--output."
+            )
+        accelerator.wait_for_everyone()
+        if run.main:
+            (run.folder / "images").mkdir(parents=True, exist_ok=True)
+            record = {"recipe": recipe, **_plain(config)}
+            _write(run.folder / "config.json", json.dumps(record, indent=2) + "\n")
+            if not run.checkpoints():
+                (run.folder / "metrics.jsonl").unlink(missing_ok=True)
+            print(f"Run directory: {run.folder}", flush=True)
+        accelerator.wait_for_everyone()
+        return run
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def checkpoints(self) -> list[Path]:
+        """Whole checkpoints, oldest first. (A broken one never gets its final name.)"""
+        found = (self.folder / "checkpoints").glob("step-*")
+        return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+
+    def save(self, accelerator, progress, keep: int) -> None:
+        """Save everything that the next step depends on; whole, or not at all."""
+        final = self.folder / "checkpoints" / f"step-{progress.step}"
+        partial = final.with_name(f"partial-{progress.step}")
+        accelerator.wait_for_everyone()
+        if self.main and partial.exists():
+            shutil.rmtree(partial)
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(partial), safe_serialization=True)
+        accelerator.wait_for_everyone()
+        if self.main and not final.exists():
+            for file in partial.rglob("*"):
+                _sync(file)
+            os.replace(partial, final)
+            _sync(final.parent)
+            for old in self.checkpoints()[:-keep]:
+                shutil.rmtree(old)
+        accelerator.wait_for_everyone()
+
+    def resume(self, accelerator, progress) -> None:
+        """Take up the newest checkpoint, if there is one, and cut the log back to its step."""
+        if not (found := self.checkpoints()):
+            return
+        accelerator.load_state(str(found[-1]))
+        log = self.folder / "metrics.jsonl"
+        if self.main and log.exists():
+            rows = [line for line in log.read_text().splitlines() if _step(line) <= progress.step]
+            _write(log, "".join(row + "\n" for row in rows))
+        if self.main:
+            print(f"Going on at step {progress.step:,} from {found[-1]}", flush=True)
+
+    # ---------------------------------------------------------------- figures and pictures
+
+    def log(self, progress, epoch: float, figures: dict[str, float]) -> None:
+        """Append one line to metrics.jsonl, and to TensorBoard where it is installed."""
+        if not self.main:
+            return
+        row = {"step": progress.step, "epoch": round(epoch, 4), **figures}
+        row |= {"seconds": round(progress.seconds, 2), "samples": progress.samples}
+        row |= {"bad_steps": progress.bad_steps, "skipped": len(self.skipped)}
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+        if board := self._tensorboard():
+            for name, value in figures.items():
+                board.add_scalar(name, value, progress.step)
+
+    def save_pictures(self, name: str, step: int, pictures: Tensor) -> Path:
+        """(n, c, h, w) in [0, 1] -> images/NAME-STEP.png, one row a sample."""
+        from torchvision.utils import save_image
+
+        path = self.folder / "images" / f"{name}-{step:07d}.png"
+        if pictures.shape[1] not in (1, 3):
+            pictures = pictures[:, :1]  # more bands than a PNG holds: show the first
+        save_image(pictures, path, nrow=1, padding=1, pad_value=1.0)
+        if board := self._tensorboard():
+            board.add_images(name, pictures, step)
+        return path
+
+    def count_skipped(self, names: Iterable[str]) -> None:
+        """Remember pictures that could not be read; the first ten are shown."""
+        for name in names:
+            if name not in self.skipped and len(self.skipped) < 10:
+                print(f"\nskipped: {name}", flush=True)
+            self.skipped.add(name)
+
+    def _tensorboard(self):
+        if self._board is None:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                self._board = False
+            else:
+                self._board = SummaryWriter(str(self.folder / "tensorboard"))
+        return self._board
+
+    def close(self) -> None:
+        if self._board:
+            self._board.close()
+
+
+def newest_run(root: Path = RUNS) -> Path:
+    """The run under ``root`` whose encoder was written last.
+
+    Raises: FileNotFoundError if there is none.
+    """
+    found = sorted(root.glob("*/encoder.safetensors"), key=lambda p: p.stat().st_mtime)
+    if not found:
+        raise FileNotFoundError(
+            f"No run with an encoder under {root.resolve()}; train one with "
+            "`accelerate launch recipes/mim_pretrain.py`, or name it with --encoder."
+        )
+    return found[-1].parent
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def _step(line: str) -> int:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):  # cut off by a kill in the middle of writing
+        return 2**62
+
+
+def _plain(config) -> dict:
+    from vim_ssl.config import to_dict
+
+    return to_dict(config)
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    _sync(partial)
+    os.replace(partial, path)
+
+
+def _sync(path: Path) -> None:
+    """Make the disk hold what was written (directories too, where the system allows it)."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

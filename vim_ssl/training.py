@@ -1,0 +1,343 @@
+"""The one training loop. Recipes and downstream scripts build data, model and objective, and call
+`fit`; everything that a long run must be able to rely on happens here.
+
+    exact      the gradient is that of sum(loss_sum) / sum(weight) over micro-batches and processes
+    resumable  a run stopped anywhere goes on bit for bit (see `vim_ssl.data.loader`)
+    safe       checkpoints are whole or absent; SIGTERM saves; a non-finite step is skipped
+"""
+
+import contextlib
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from vim_ssl.config import opt
+from vim_ssl.data.loader import EpochBatches, SeededSamples, stable_hash, training_loader
+from vim_ssl.objective import StepOutput
+from vim_ssl.optim import build_optimizer, build_schedule
+from vim_ssl.runs import Run
+
+
+@dataclass
+class TrainConfig:
+    """Settings of the loop; every recipe's configuration extends these."""
+
+    epochs: int = opt(300, "passes over the data", group="optimiser")
+    batch_size: int = opt(64, "samples a process and micro-batch", group="optimiser")
+    accumulation: int = opt(1, "micro-batches an optimiser step", group="optimiser")
+    opt: str = opt("adamw", "optimiser, by timm's name", group="optimiser")
+    base_lr: float = opt(1.5e-4, "learning rate per lr_reference_batch samples", group="optimiser")
+    lr_reference_batch: int = opt(256, "samples that base_lr is meant for", group="optimiser")
+    min_lr: float = opt(0.0, "learning rate at the end, not scaled", group="optimiser")
+    warmup_epochs: float = opt(40.0, "linear warm-up", group="optimiser")
+    weight_decay: float = opt(0.05, "not on A_log, D, biases, norms, tokens", group="optimiser")
+    betas: tuple[float, float] = opt((0.9, 0.95), "of AdamW", group="optimiser")
+    clip_grad: float | None = opt(1.0, "largest gradient norm; none: off", group="optimiser")
+    layer_decay: float | None = opt(
+        None, "lr factor from a block to the one below", group="optimiser"
+    )
+    precision: str = opt("no", "autocast", group="run", choices=("no", "bf16", "fp16"))
+    workers: int = opt(2, "data loading processes a rank", group="run")
+    seed: int = opt(0, "of everything random", group="run")
+    output: str = opt("", "run directory; default: a new one under runs/", group="run")
+    resume: str = opt(
+        "never",
+        "auto: go on from the newest whole checkpoint in output",
+        group="run",
+        choices=("never", "auto"),
+    )
+    log_every: int = opt(10, "optimiser steps between lines of metrics.jsonl", group="run")
+    eval_every: float = opt(20.0, "epochs between evaluations and pictures", group="run")
+    save_every: float = opt(15.0, "minutes between checkpoints", group="run")
+    save_steps: int = opt(0, "optimiser steps between checkpoints; 0: by save_every", group="run")
+    keep_checkpoints: int = opt(2, "older ones are deleted", group="run")
+    max_steps: int = opt(0, "stop after so many optimiser steps; 0: never", group="run")
+    max_bad_steps: int = opt(20, "give up after so many non-finite steps in a row", group="run")
+
+
+def make_accelerator(config: TrainConfig):
+    """accelerate's Accelerator, or an error if the launcher's processes do not know one another."""
+    from accelerate import Accelerator
+
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and not torch.cuda.is_available():
+        # Otherwise accelerate looks for GPUs and, finding none, lets every process believe that
+        # it is alone.
+        os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+    accelerator = Accelerator(mixed_precision=config.precision)
+    if world != accelerator.num_processes:
+        raise RuntimeError(
+            f"The launcher started {world} processes but accelerate sees "
+            f"{accelerator.num_processes}: each would train alone and write the same files. "
+            "Check `accelerate env` and the launcher's flags."
+        )
+    return accelerator
+
+
+@dataclass
+class Progress:
+    """Where a run is; saved with every checkpoint. ``batch`` is the next micro-batch of ``epoch``."""
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    samples: int = 0
+    seconds: float = 0.0
+    bad_steps: int = 0
+    bad_in_a_row: int = 0
+
+    def state_dict(self) -> dict:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict) -> None:
+        vars(self).update(state)
+
+
+def fit(
+    objective: nn.Module,
+    samples: SeededSamples,
+    config: TrainConfig,
+    run: Run,
+    accelerator,
+    *,
+    evaluate: Callable[[], dict[str, float]] | None = None,
+) -> dict[str, float]:
+    """Train ``objective`` on ``samples``; returns the last figures logged.
+
+    Args:
+        objective: ``forward(batch) -> StepOutput``; optional ``after_step()``.
+        samples: the training data with its transform.
+        run: the run directory; if it holds a checkpoint, training goes on from the newest.
+        accelerator: from `make_accelerator`.
+        evaluate: called every ``eval_every`` epochs on the main process; its figures are logged.
+    Raises: FloatingPointError after ``max_bad_steps`` non-finite steps in a row;
+        SystemExit(0) after SIGTERM or SIGINT, once the state is saved.
+    """
+    plan = _Plan(samples, config, accelerator)
+    optimizer = build_optimizer(
+        objective, opt=config.opt, lr=plan.lr, weight_decay=config.weight_decay,
+        betas=config.betas, layer_decay=config.layer_decay,
+    )  # fmt: skip
+    schedule = build_schedule(
+        optimizer, total_steps=plan.epoch_steps * config.epochs, min_lr=config.min_lr,
+        warmup_steps=round(plan.epoch_steps * config.warmup_epochs),
+    )  # fmt: skip
+    model, optimizer = accelerator.prepare(objective, optimizer)
+    progress, figures = Progress(), {}
+    run.resume(accelerator, progress)
+    with _Watch(plan, config, run, accelerator, progress) as watch:
+        for batches in plan.steps(progress):
+            schedule.step_update(progress.step)
+            out, averages = _forward_backward(accelerator, model, batches, config, progress)
+            norm = float(
+                accelerator.clip_grad_norm_(model.parameters(), config.clip_grad or math.inf)
+            )
+            finite = math.isfinite(norm + averages["loss"])
+            if finite or config.precision == "fp16":  # fp16's scaler skips by itself
+                optimizer.step()
+            optimizer.zero_grad()
+            if finite and hasattr(objective, "after_step"):
+                objective.after_step()
+            plan.advance(progress, len(batches), averages.pop("samples"), finite)
+            run.count_skipped(name for batch in batches for name in batch["skipped"])
+            figures |= averages | {"lr": optimizer.param_groups[0]["lr"], "grad_norm": norm}
+            figures |= watch.step(averages["loss"])
+            last = progress.step >= plan.total_steps
+            if last or plan.crossed(progress, config.eval_every):
+                figures |= watch.evaluate(out, evaluate)
+            if last or progress.step % config.log_every == 0:
+                run.log(progress, plan.epoch_float(progress), figures)
+            if watch.time_to_save() or last:
+                run.save(accelerator, progress, keep=config.keep_checkpoints)
+            if last or watch.asked_to_stop():
+                break
+        if not last:
+            watch.leave()
+    return figures
+
+
+class _Plan:
+    """How the samples become steps: batches, epochs, the learning rate that follows from them."""
+
+    def __init__(self, samples: SeededSamples, config: TrainConfig, accelerator):
+        self.config, world = config, accelerator.num_processes
+        self.batches = EpochBatches(
+            len(samples), config.batch_size, rank=accelerator.process_index, world=world,
+            seed=config.seed,
+        )  # fmt: skip
+        self.loader = training_loader(
+            samples, self.batches, num_workers=config.workers,
+            pin_memory=accelerator.device.type == "cuda",
+        )  # fmt: skip
+        self.epoch_batches = self.batches.batches_per_epoch
+        self.epoch_steps = math.ceil(self.epoch_batches / config.accumulation)
+        self.total_steps = self.epoch_steps * config.epochs
+        if config.max_steps:
+            self.total_steps = min(self.total_steps, config.max_steps)
+        self.effective_batch = config.batch_size * config.accumulation * world
+        self.lr = config.base_lr * self.effective_batch / config.lr_reference_batch
+        self.summary = (
+            f"{len(samples):,} samples · batch {config.batch_size} x {config.accumulation} "
+            f"(accumulation) x {world} (processes) = {self.effective_batch} · lr "
+            f"{config.base_lr:g} x {self.effective_batch}/{config.lr_reference_batch} = "
+            f"{self.lr:.3g} · {self.total_steps:,} steps of {self.epoch_steps:,} an epoch"
+        )
+
+    def steps(self, progress: Progress) -> Iterator[list[dict]]:
+        """The micro-batches of each optimiser step, from where ``progress`` stands."""
+        while progress.epoch < self.config.epochs:
+            self.batches.epoch, self.batches.start = progress.epoch, progress.batch
+            group = []
+            for batch in self.loader:
+                group.append(batch)
+                if len(group) == self.config.accumulation:
+                    yield group
+                    group = []
+            if group:
+                yield group
+
+    def advance(self, progress: Progress, batches: int, samples: float, finite: bool) -> None:
+        """Count a step. Raises FloatingPointError when too many in a row were not finite."""
+        progress.step += 1
+        progress.samples += int(samples)
+        progress.batch += batches
+        if progress.batch >= self.epoch_batches:
+            progress.epoch, progress.batch = progress.epoch + 1, 0
+        progress.bad_steps += not finite
+        progress.bad_in_a_row = 0 if finite else progress.bad_in_a_row + 1
+        if progress.bad_in_a_row >= self.config.max_bad_steps:
+            raise FloatingPointError(
+                f"{progress.bad_in_a_row} steps in a row were not finite, the last at step "
+                f"{progress.step}. The newest checkpoint is from before: lower base_lr or "
+                "clip_grad and go on with --resume auto."
+            )
+
+    def epoch_float(self, progress: Progress) -> float:
+        return progress.step / self.epoch_steps
+
+    def crossed(self, progress: Progress, every: float) -> bool:
+        """Whether the last step passed a multiple of ``every`` epochs."""
+        every = max(round(every * self.epoch_steps), 1)
+        return progress.step % every == 0
+
+
+def _forward_backward(accelerator, model, batches, config, progress):
+    """Add up the gradient of one step; returns the last output and the averages over everything."""
+    unit = config.batch_size * config.accumulation  # what the weight usually is
+    sums = torch.zeros(0)
+    for i, batch in enumerate(batches):
+        # Seeding here leaves drop path and dropout no history that a checkpoint would have to hold.
+        torch.manual_seed(
+            stable_hash("step", config.seed, progress.step, i, accelerator.process_index)
+        )
+        batch = {k: v.to(accelerator.device, non_blocking=True) if torch.is_tensor(v) else v
+                 for k, v in batch.items()}  # fmt: skip
+        last = i + 1 == len(batches)
+        with contextlib.nullcontext() if last else accelerator.no_sync(model):
+            out = model(batch)
+            accelerator.backward(out.loss_sum / unit)
+        values = [out.loss_sum, *out.metrics.values(), out.weight, len(batch["index"])]
+        values = torch.stack(
+            [torch.as_tensor(v, dtype=torch.float64).detach().cpu() for v in values]
+        )
+        sums = values if i == 0 else sums + values
+    if accelerator.num_processes > 1:
+        sums = accelerator.reduce(sums.to(accelerator.device)).cpu()
+    *totals, weight, samples = sums.tolist()
+    factor = unit * accelerator.num_processes / weight  # DDP has averaged over the processes
+    if factor != 1.0:
+        for p in model.parameters():
+            if p.grad is not None:
+                p.grad.mul_(factor)
+    names = ["loss", *out.metrics]
+    averages = {name: total / weight for name, total in zip(names, totals, strict=True)}
+    return out, averages | {"samples": samples}
+
+
+class _Watch:
+    """What goes on beside the arithmetic: progress bar, clock, signals, evaluations."""
+
+    def __init__(self, plan, config, run, accelerator, progress):
+        self.plan, self.config, self.run, self.accelerator = plan, config, run, accelerator
+        self.progress, self.main = progress, accelerator.is_main_process
+        self.stop = self.handlers = None
+
+    def __enter__(self):
+        self.stop = False
+        self.handlers = {}
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with contextlib.suppress(ValueError):  # not in the main thread: no handlers there
+                self.handlers[number] = signal.signal(number, self._on_signal)
+        if self.main:
+            print(self.plan.summary, flush=True)
+        self.bar = tqdm(
+            total=self.plan.total_steps, initial=self.progress.step, unit="step",
+            disable=not self.main, smoothing=0.05, mininterval=0.5,
+        )  # fmt: skip
+        self.since_step = self.since_save = time.perf_counter()
+        return self
+
+    def __exit__(self, *exc):
+        self.bar.close()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number, frame):
+        if self.stop and number == signal.SIGINT:
+            raise KeyboardInterrupt  # asked twice: do not wait for the step
+        self.stop = True
+
+    def step(self, loss: float) -> dict[str, float]:
+        """Move the bar; returns the step's images per second, over all processes."""
+        now = time.perf_counter()
+        seconds, self.since_step = now - self.since_step, now
+        self.progress.seconds += seconds
+        rate = self.plan.effective_batch / seconds
+        self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} img/s", refresh=False)
+        self.bar.update()
+        return {"images_per_second": round(rate, 1)}
+
+    def evaluate(self, out: StepOutput, evaluate) -> dict[str, float]:
+        """Pictures and figures on the main process while the others wait."""
+        figures = {}
+        if self.main:
+            if out.pictures is not None:
+                self.run.save_pictures("pictures", self.progress.step, out.pictures())
+            if evaluate is not None:
+                figures = evaluate()
+                text = ", ".join(f"{k} {v:.4g}" for k, v in figures.items())
+                self.bar.write(f"epoch {self.plan.epoch_float(self.progress):.1f}: {text}")
+        self.accelerator.wait_for_everyone()
+        self.since_step = time.perf_counter()
+        return figures
+
+    def time_to_save(self) -> bool:
+        """Whether to save now; the same answer on every process."""
+        due = self.stop or (
+            self.progress.step % self.config.save_steps == 0
+            if self.config.save_steps
+            else time.perf_counter() - self.since_save > 60 * self.config.save_every
+        )
+        if self.accelerator.num_processes > 1:
+            flags = torch.tensor([float(due), float(self.stop)], device=self.accelerator.device)
+            flags = self.accelerator.reduce(flags).tolist()
+            due, self.stop = flags[0] > 0, flags[1] > 0
+        if due:
+            self.since_save = time.perf_counter()
+        return due
+
+    def asked_to_stop(self) -> bool:
+        return self.stop
+
+    def leave(self) -> None:
+        if self.main:
+            self.bar.write(f"Stopped at step {self.progress.step}; go on with --resume auto.")
+        sys.exit(0)
