@@ -1,0 +1,142 @@
+"""The command `vim-ssl COMMAND [...]`: every recipe and downstream script, and a few tools.
+
+Scripts are found by file name, so a new one is a command as soon as it lies in its folder. Nothing
+is imported before it is chosen.
+"""
+
+import ast
+import importlib
+import importlib.util
+import os
+import pkgutil
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vim_ssl.config import did_you_mean
+
+
+@dataclass(frozen=True)
+class Command:
+    """What a word stands for: ``module.function(argv) -> exit code``, and a line about it."""
+
+    module: str
+    function: str
+    help: str
+
+
+TOOLS = {
+    "verify": Command(
+        "vim_ssl.loading", "verify_main", "Tell what a checkpoint is and whether it loads whole."
+    ),
+    "samples": Command("vim_ssl.data.samples", "main", "List or get small real image sets."),
+    "report": Command("vim_ssl.report", "main", "Draw the page of a run again."),
+}
+SCRIPTS = {"recipes": "pretraining", "downstream": "tasks"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: the command's name and its arguments; ``sys.argv[1:]`` by default.
+    Returns: the exit code: what the command gives; 2 for a user's mistake, told in one line (with
+        ``VIM_SSL_TRACEBACK=1``: the whole traceback); 130 after Ctrl-C.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(overview())
+        return 0 if argv else 2
+    if argv[0] in ("-V", "--version"):
+        from vim_ssl import __version__
+
+        print(f"vim-ssl {__version__}")
+        return 0
+    name, commands = argv[0], all_commands()
+    if name not in commands:
+        print(f"vim-ssl: unknown command {name!r}. {did_you_mean(name, commands)}", file=sys.stderr)
+        return 2
+    command = commands[name]
+
+    def call(rest: Sequence[str] | None) -> int:
+        return getattr(importlib.import_module(command.module), command.function)(rest)
+
+    before, sys.argv = sys.argv, [f"vim-ssl {name}", *argv[1:]]  # parsers call themselves so
+    try:
+        return guarded(call, argv[1:])
+    finally:
+        sys.argv = before
+
+
+def guarded(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
+    """Call a script's ``main`` and turn a user's mistake into one line and exit code 2.
+
+    A mistake is what our own code refuses (`ValueError`, `ImportError`, `OSError`), or a path that
+    is not there or not readable. The same errors from deep inside another library are defects, and
+    keep their traceback.
+    """
+    try:
+        return main(argv)
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, ImportError, OSError) as error:
+        if os.environ.get("VIM_SSL_TRACEBACK") == "1" or not _is_users_mistake(error):
+            raise
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        return 2
+
+
+def all_commands() -> dict[str, Command]:
+    """Name -> command: the scripts, folder by folder, then the tools."""
+    return {name: c for folder in SCRIPTS for name, c in scripts(folder).items()} | TOOLS
+
+
+def scripts(folder: str) -> dict[str, Command]:
+    """The scripts of `recipes` or `downstream`: linear_probe.py is the command linear-probe."""
+    spec = importlib.util.find_spec(f"vim_ssl.{folder}")
+    locations = list(spec.submodule_search_locations or ()) if spec else []
+    found = {}
+    for module in pkgutil.iter_modules(locations):
+        if not module.name.startswith("_"):
+            path = Path(module.module_finder.path, f"{module.name}.py")  # type: ignore[union-attr]
+            found[module.name.replace("_", "-")] = Command(
+                f"vim_ssl.{folder}.{module.name}", "main", _summary(path)
+            )
+    return found
+
+
+def overview() -> str:
+    """The text of ``vim-ssl --help``."""
+    parts = {title: scripts(folder) for folder, title in SCRIPTS.items()} | {"tools": TOOLS}
+    width = max(len(name) for commands in parts.values() for name in commands)
+    lines = ["usage: vim-ssl COMMAND [...]", "       vim-ssl COMMAND --help", ""]
+    for title, commands in parts.items():
+        if commands:
+            lines += [f"{title}:"]
+            lines += [f"  {name:{width}}  {c.help}".rstrip() for name, c in commands.items()]
+            lines += [""]
+    lines += ["On several devices: accelerate launch -m vim_ssl.recipes.NAME [...]"]
+    return "\n".join(lines)
+
+
+def _summary(path: Path) -> str:
+    """The first line of a script's docstring, without running the script."""
+    try:
+        doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    except (OSError, SyntaxError):
+        return ""
+    return (doc or "").partition("\n")[0]
+
+
+def _is_users_mistake(error: BaseException) -> bool:
+    if isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError):
+        return True
+    frames = list(traceback.walk_tb(error.__traceback__))
+    raised_in = frames[-1][0].f_globals.get("__name__", "")
+    return raised_in == "__main__" or raised_in.partition(".")[0] == "vim_ssl"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
