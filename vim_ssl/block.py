@@ -15,7 +15,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, apply_rot_embed
+from timm.layers import DropPath
 from torch import Tensor, nn
 
 from vim_ssl.kernels.causal_conv1d import bi_causal_conv1d, causal_conv1d
@@ -130,8 +130,8 @@ class VimMixer(nn.Module):
         dt, B, C = self._split(torch.einsum("sbld,sed->sble", u, self._pair("x_proj.weight")))
         delta = torch.einsum("sblr,sdr->sbld", dt, self._pair("dt_proj.weight"))
         return bi_selective_scan(
-            u, delta, -self._pair("A_log").float().exp(), B, C, self._pair("D").float(), z,
-            self._pair("dt_proj.bias").float(),
+            u, delta, -_wide(self._pair("A_log")).exp(), B, C, _wide(self._pair("D")), z,
+            _wide(self._pair("dt_proj.bias")),
             scale=0.5 if self.divide_out or self.layernorm is not None else 1.0,
             backend=self.scan_backend,
         )  # fmt: skip
@@ -146,8 +146,8 @@ class VimMixer(nn.Module):
         delta = F.linear(dt, dt_proj.weight)
         a_log = self.A_b_log if reverse else self.A_log
         return selective_scan(
-            u.mT, delta.mT, -a_log.float().exp(), B.mT, C.mT, getattr(self, f"D{suffix}").float(),
-            None if z is None else z.mT, dt_proj.bias.float(), True,
+            u.mT, delta.mT, -_wide(a_log).exp(), B.mT, C.mT, _wide(getattr(self, f"D{suffix}")),
+            None if z is None else z.mT, _wide(dt_proj.bias), True,
             reverse=reverse, backend=self.scan_backend,
         ).mT  # fmt: skip
 
@@ -161,6 +161,17 @@ class VimMixer(nn.Module):
         module, _, leaf = name.partition(".")
         twin = f"{module}_b.{leaf}" if leaf else f"{module}_b"
         return torch.stack([self.get_parameter(name), self.get_parameter(twin)])
+
+
+def rotate(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
+    """Turn each pair of neighbouring channels of x (…, d) by its angle; sin, cos broadcast to x."""
+    turned = torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
+    return (x * cos + turned * sin).to(x.dtype)
+
+
+def _wide(parameter: Tensor) -> Tensor:
+    """At least float32: in half precision the dynamics of the scan would drift."""
+    return parameter.to(torch.promote_types(parameter.dtype, torch.float32))
 
 
 class VimBlock(nn.Module):
@@ -186,5 +197,5 @@ class VimBlock(nn.Module):
         """
         hidden, residual = self.norm(self.drop_path(hidden), residual)
         if rotation is not None:
-            hidden = apply_rot_embed(hidden, *rotation).to(hidden.dtype)
+            hidden = rotate(hidden, *rotation)
         return self.mixer(hidden, directions), residual

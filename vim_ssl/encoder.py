@@ -9,7 +9,7 @@ Reference: Vision Mamba, arXiv:2401.09417. State-dict keys are those of the rele
 from collections.abc import Sequence
 
 import torch
-from timm.layers import DropPath, build_rotary_pos_embed, resample_abs_pos_embed, trunc_normal_
+from timm.layers import DropPath, build_rotary_pos_embed, resample_abs_pos_embed_nhwc, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -62,6 +62,14 @@ class PatchEmbed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(b, in_chans, h, w) -> (b, rows * columns, embed_dim), row by row."""
         return self.proj(x).flatten(2).mT
+
+
+class _NoNorm(nn.Module):
+    """In the final norm's place once it is pruned, so that no parameter goes without gradient."""
+
+    def forward(self, hidden: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        residual = hidden if residual is None else residual + hidden
+        return residual.to(hidden.dtype), residual
 
 
 class VimEncoder(nn.Module):
@@ -149,7 +157,8 @@ class VimEncoder(nn.Module):
         self.register_tokens = _token(embed_dim, num_registers) if num_registers else None
         self.mask_token = _token(embed_dim) if use_mask_token else None
 
-        rates = [0.0, *torch.linspace(0, drop_path_rate, depth).tolist()]
+        # Python numbers, since a model made on the meta device has no values to read.
+        rates = [0.0, *(drop_path_rate * i / max(depth - 1, 1) for i in range(depth))]
         self.layers = nn.ModuleList(
             VimBlock(
                 embed_dim, drop_path=rates[i], d_state=d_state, d_conv=d_conv, expand=expand,
@@ -304,17 +313,14 @@ class VimEncoder(nn.Module):
         if self.pos_embed is None:
             return None, None
         patches, cls = split_pos_embed(self.pos_embed, self.cls_position)
-        if grid != self.grid_size:
-            patches = resample_abs_pos_embed(
-                patches, list(grid), list(self.grid_size), num_prefix_tokens=0
-            )
-        return patches, cls
+        table = patches.unflatten(1, self.grid_size)  # (1, rows, columns, d)
+        return resample_abs_pos_embed_nhwc(table, list(grid)).flatten(1, 2), cls
 
     def _rotation(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """sin and cos of every patch on this grid, (1, m, embed_dim) each."""
         tables = build_rotary_pos_embed(
             list(grid), dim=self.embed_dim, in_pixels=False, ref_feat_shape=list(self.grid_size),
-            device=self.norm_f.weight.device,
+            device=self.patch_embed.proj.weight.device,
         )  # fmt: skip
         return tuple(table[None] for table in tables)
 
@@ -398,9 +404,12 @@ class VimEncoder(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop the blocks after the last index, and the head; returns the indices resolved."""
+        """Drop the blocks after the last index, and if asked the final norm and the head; returns
+        the indices resolved."""
         wanted = _resolve_indices(indices, len(self.layers), int_means_last=True)
         self.layers = self.layers[: max(wanted) + 1]
+        if prune_norm:
+            self.norm_f = _NoNorm()
         if prune_head:
             self.reset_classifier(0)
         return wanted
@@ -422,7 +431,8 @@ class VimEncoder(nn.Module):
         if num_classes:
             trunc_normal_(self.head.weight, std=0.02)
             nn.init.zeros_(self.head.bias)
-            self.head.to(self.norm_f.weight.device, self.norm_f.weight.dtype)
+            weight = self.patch_embed.proj.weight
+            self.head.to(weight.device, weight.dtype)
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that weight decay must not touch, by name: A_log and D define the dynamics;
@@ -514,6 +524,8 @@ def _resolve_indices(indices, depth: int, int_means_last: bool = False) -> list[
     if indices is None:
         return list(range(depth)) if int_means_last else []
     if isinstance(indices, int):
+        if not 0 < indices <= depth:
+            raise ValueError(f"the last {indices} blocks asked of an encoder of {depth} blocks.")
         indices = range(depth - indices, depth)
     resolved = [i + depth if i < 0 else i for i in indices]
     if bad := [i for i in resolved if not 0 <= i < depth]:
