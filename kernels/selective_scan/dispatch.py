@@ -144,14 +144,25 @@ def available_backends(device: str | torch.device = "cpu") -> list[str]:
     return [name for name in names if _why_not(name, kind) is None]
 
 
+_loaded = {}  # backend name -> its module, imported at its first use
+
+
 def _backend(name: str, device: str):
+    name = _choose(name, device)
+    return _loaded[name]
+
+
+@torch.compiler.assume_constant_result  # torch.compile cannot trace an import; it asks once
+def _choose(name: str, device: str) -> str:
     if name == "auto":
         name = os.environ.get("VIM_SSL_BACKEND", "auto")
     if name == "auto":
         name = _auto(device)
     elif reason := _why_not(name, device):
         raise ValueError(reason)
-    return import_module(_MODULES[name])
+    if name not in _loaded:
+        _loaded[name] = import_module(_MODULES[name])
+    return name
 
 
 @cache  # so the choice is made, and logged, once for each kind of device
