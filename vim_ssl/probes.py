@@ -109,7 +109,7 @@ def fit_logistic(x: np.ndarray, y: np.ndarray, C: float):
 
 
 def choose_C(x, y, x_val, y_val, grid: tuple[float, ...] = C_GRID) -> tuple[float, float]:
-    """The C with the best accuracy on the validation part, the smaller on a tie, and that accuracy."""
+    """The C that does best on the validation part (the smaller on a tie), and its accuracy."""
     scored = [(fit_logistic(x, y, C).score(x_val, y_val), -C) for C in grid]
     accuracy, negative = max(scored)
     return -negative, accuracy
@@ -118,3 +118,11 @@ def choose_C(x, y, x_val, y_val, grid: tuple[float, ...] = C_GRID) -> tuple[floa
 def accuracy(predicted, truth) -> float:
     """Share of right answers, in per cent."""
     return 100.0 * float((torch.as_tensor(predicted) == torch.as_tensor(truth)).float().mean())
+
+
+def wilson_interval(percent: float, n: int) -> tuple[float, float]:
+    """95 % interval of a share measured on n samples, in per cent (Wilson 1927)."""
+    z, p = 1.96, percent / 100
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+    return round(100 * (centre - half), 2), round(100 * (centre + half), 2)

@@ -84,7 +84,7 @@ def make_accelerator(config: TrainConfig):
 
 @dataclass
 class Progress:
-    """Where a run is; saved with every checkpoint. ``batch`` is the next micro-batch of ``epoch``."""
+    """Where a run is, saved with every checkpoint; ``batch`` is the epoch's next micro-batch."""
 
     epoch: int = 0
     batch: int = 0

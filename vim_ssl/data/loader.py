@@ -89,7 +89,7 @@ class SeededSamples(Dataset):
                 continue
             seed = stable_hash("sample", self.seed, epoch, index)
             random.seed(seed)
-            np.random.seed(seed)  # noqa: NPY002: timm's augmentations draw from it
+            np.random.seed(seed)  # noqa: NPY002 (timm's augmentations draw from it)
             torch.manual_seed(seed)
             return self.transform(item) | {"index": place, "skipped": skipped}
         raise BadImage("twenty pictures in a row", f"none could be read; the last: {skipped[-1]}")

@@ -1,0 +1,194 @@
+"""Linear probe: how well do frozen features tell the classes apart?
+
+    python downstream/linear_probe.py                                    # newest run, its data
+    python downstream/linear_probe.py --encoder RUN_OR_FILE --data hf:timm/eurosat-rgb
+
+Logistic regression on standardised features (scikit-learn), weighted nearest neighbours beside it,
+against the same encoder untrained and against raw pixels. The readout (class token, mean of the
+patches, both) and C are chosen on a part of the training set; the test set is used once.
+"""
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import vim_ssl
+from vim_ssl import VimEncoder, create_transform, load_encoder
+from vim_ssl.config import opt, parse, to_dict
+from vim_ssl.data import open_data, stratified_split
+from vim_ssl.probes import (
+    C_GRID,
+    Features,
+    accuracy,
+    choose_C,
+    extract_features,
+    fit_logistic,
+    knn_predict,
+    wilson_interval,
+)
+from vim_ssl.report import write_report
+from vim_ssl.runs import newest_run
+
+
+@dataclass
+class Config:
+    """Linear probe and nearest neighbours on frozen features."""
+
+    encoder: str = opt("", "run, checkpoint, preset or Hub id; default: the newest run")
+    data: str = opt("", "labelled data; default: what the run was trained on")
+    readouts: tuple[str, ...] = opt(("token", "avg", "token+avg"), "candidates; validation chooses")
+    baselines: bool = opt(True, "probe the untrained encoder and raw pixels too")
+    validation: float = opt(0.2, "share of the training set on which C and readout are chosen")
+    test: float = opt(0.2, "share held out for testing if the data has no test split")
+    knn_k: int = opt(20, "neighbours that vote")
+    batch_size: int = opt(128, "pictures at once")
+    workers: int = opt(0, "data loading processes")
+    device: str = opt("", "cpu, cuda …; default: cuda if there is one")
+    seed: int = opt(0, "of the splits and of the untrained encoder")
+    output: str = opt("", "where metrics.json goes; default: linear_probe/ in the run")
+
+
+def build_data(config: Config, source: Path | str):
+    """Training and test part. A data set's own test split is used where there is one."""
+    spec = config.data or _trained_on(source)
+    if not spec:
+        raise ValueError(f"{source} does not say what it was trained on; name labelled --data.")
+    spec = _without_split(spec)
+    data = open_data(spec)
+    if "test" in data.splits:
+        train, test = open_data(spec, split="train"), open_data(spec, split="test")
+    elif data.labels is None:
+        train = test = data
+    else:
+        parts = stratified_split(data.labels, config.test, config.seed, data.groups)
+        train, test = (data.subset(part) for part in parts)
+    for name, part in (("train", train), ("test", test)):
+        if part.labels is None or len(set(part.labels)) < 2:
+            raise ValueError(f"{spec} ({name}) has no labels of two classes; probing needs them.")
+    return train, test
+
+
+def probe(name: str, train: Features, test: Features, readouts: dict, config: Config) -> dict:
+    """Choose readout and C on a part of ``train``, fit on all of it, test once.
+
+    Args:
+        readouts: name -> function of features (n, …) -> (n, d).
+    """
+    fit_part, val_part = stratified_split(train.y.tolist(), config.validation, config.seed)
+    best = None
+    for readout, read in readouts.items():
+        x = read(train.x)
+        C, score = choose_C(x[fit_part], train.y[fit_part], x[val_part], train.y[val_part], C_GRID)
+        if best is None or score > best[0]:
+            best = (score, readout, C)
+    validation, readout, C = best
+    x, x_test = readouts[readout](train.x), readouts[readout](test.x)
+    logistic = fit_logistic(x, train.y, C).predict(x_test)
+    knn = knn_predict(x, train.y, x_test, k=config.knn_k)
+    row: dict[str, Any] = {"features": name, "readout": readout, "dim": x.shape[1], "C": C}
+    row["validation"] = round(100 * validation, 2)
+    for key, predicted in (("logistic", logistic), ("knn", knn)):
+        row[key] = round(accuracy(predicted, test.y), 2)
+        row[f"{key}_ci"] = wilson_interval(row[key], len(test.y))
+    return row
+
+
+def probe_encoder(name: str, encoder: VimEncoder, train, test, config: Config, device: str):
+    """Extract every readout once, then `probe`."""
+    encoder = encoder.to(device).eval()
+    transform = create_transform(encoder)
+
+    def encode(x: torch.Tensor) -> torch.Tensor:
+        tokens = encoder.forward_features(x)
+        return torch.cat([encoder.pool(tokens, r) for r in config.readouts], dim=1)
+
+    parts = [
+        extract_features(encode, part, transform, batch_size=config.batch_size,
+                         workers=config.workers, device=device)
+        for part in (train, test)
+    ]  # fmt: skip
+    width = {"token": 1, "avg": 1, "token+avg": 2}
+    readouts, start = {}, 0
+    for r in config.readouts:
+        columns = slice(start, start + width[r] * encoder.embed_dim)
+        readouts[r] = lambda x, c=columns: x[:, c]
+        start = columns.stop
+    return probe(name, *parts, readouts, config), parts[0].skipped + parts[1].skipped
+
+
+def run(config: Config) -> dict:
+    started = time.perf_counter()
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    source = config.encoder or newest_run()
+    encoder = load_encoder(source)
+    train, test = build_data(config, source)
+    print(f"Encoder {source} · {train.name}: {len(train):,} train, {len(test):,} test", flush=True)
+
+    rows, skipped = [], []
+    row, skipped = probe_encoder("pretrained encoder", encoder, train, test, config, device)
+    rows.append(row)
+    if config.baselines:
+        torch.manual_seed(config.seed)
+        fresh = VimEncoder(**encoder.config)
+        row, _ = probe_encoder("same encoder, untrained", fresh, train, test, config, device)
+        rows.append(row)
+        transform = create_transform(encoder)
+        pixels = [extract_features(torch.nn.Identity(), part, transform) for part in (train, test)]
+        rows.append(probe("raw pixels", *pixels, {"pixels": lambda x: x}, config))
+
+    metrics = {
+        "task": "linear_probe", "data": train.name, "encoder": str(source),
+        "protocol": to_dict(config), "train": len(train), "test": len(test), "rows": rows,
+        "skipped": skipped, "seconds": round(time.perf_counter() - started, 1),
+        "versions": {"vim_ssl": vim_ssl.__version__, "torch": torch.__version__},
+    }  # fmt: skip
+    folder = Path(config.output) if config.output else _default_output(source)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    _print_table(metrics)
+    print(f"Written: {folder / 'metrics.json'}")
+    if (folder.parent / "metrics.jsonl").exists():
+        print(f"Report: {write_report(folder.parent)}")
+    return metrics
+
+
+def _trained_on(source: Path | str) -> str:
+    record = Path(source) / "config.json"
+    return json.loads(record.read_text()).get("data", "") if record.is_file() else ""
+
+
+def _without_split(spec: str) -> str:
+    """The same data, with all of its splits."""
+    location, _, query = spec.partition("?")
+    query = "&".join(part for part in query.split("&") if not part.startswith("split="))
+    return f"{location}?{query}" if query else location
+
+
+def _default_output(source: Path | str) -> Path:
+    folder = Path(source)
+    return (folder if folder.is_dir() else Path("runs")) / "linear_probe"
+
+
+def _print_table(metrics: dict) -> None:
+    print(f"\n{'features':26} {'readout':10} {'logistic regression':24} {'kNN':22}")
+    for row in metrics["rows"]:
+        cells = [f"{row[k]:5.1f} % [{row[f'{k}_ci'][0]:.1f}, {row[f'{k}_ci'][1]:.1f}]"
+                 for k in ("logistic", "knn")]  # fmt: skip
+        print(f"{row['features']:26} {row['readout']:10} {cells[0]:24} {cells[1]:22}")
+    print("Accuracy on the test part, 95 % interval in brackets.")
+    if metrics["skipped"]:
+        print(f"{len(metrics['skipped'])} pictures could not be read: {metrics['skipped'][:3]} …")
+
+
+def main(argv: list[str] | None = None) -> int:
+    run(parse(Config, argv=argv, description=__doc__))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
