@@ -8,10 +8,8 @@ import argparse
 import difflib
 import inspect
 import json
-import logging
 import math
 import os
-import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,21 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from vim_ssl import checkpoint_files
+from vim_ssl.adapt import adapt_data, adapt_state
 from vim_ssl.checkpoint_files import FORMAT, WEIGHT_SUFFIXES, Stored
-from vim_ssl.encoder import (
-    IMAGENET_DATA,
-    PRESETS,
-    VimEncoder,
-    join_pos_embed,
-    split_pos_embed,
-)
+from vim_ssl.encoder import IMAGENET_DATA, PRESETS, VimEncoder
 from vim_ssl.released import RELEASED_FILES, released_config
-
-log = logging.getLogger(__name__)
 
 # Weights we host: "preset.tag" -> Hub id.
 TAGS: dict[str, str] = {}
@@ -134,8 +124,10 @@ def save_encoder(
     from vim_ssl import __version__
 
     if not isinstance(encoder, VimEncoder):
-        raise TypeError(f"save_encoder takes a VimEncoder, not a {type(encoder).__name__}; "
-                        "unwrap it first (.module of DDP, ._orig_mod of torch.compile).")  # fmt: skip
+        raise TypeError(
+            f"save_encoder takes a VimEncoder, not a {type(encoder).__name__}; unwrap it first "
+            "(.module of DDP, ._orig_mod of torch.compile)."
+        )
     state = _plain(encoder.state_dict())
     if ema is not None:
         ema = _plain(ema.state_dict() if isinstance(ema, VimEncoder) else ema)
@@ -239,24 +231,10 @@ def _apply(config: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any
     data = dict(config.get("data_config") or {})
     data.pop("input_size", None)  # follows img_size and in_chans
     if target.get("in_chans", chans) != chans:
-        data = _adapt_data(IMAGENET_DATA | data if chans == 3 else data, target["in_chans"])
+        data = adapt_data(IMAGENET_DATA | data if chans == 3 else data, target["in_chans"])
         data.pop("input_size", None)
     target["data_config"] = data | (asked.get("data_config") or {})
     return target
-
-
-def _adapt_data(data: Mapping[str, Any], chans: int) -> dict[str, Any]:
-    """Statistics for another number of channels, in step with `adapt_patch_embed`."""
-    adapted = dict(data)
-    for key in ("mean", "std"):
-        if key in data:
-            known = data[key]
-            one = (sum(known) / len(known),)
-            adapted[key] = one if chans == 1 else tuple(known[i % len(known)] for i in range(chans))
-    adapted["bands"] = {1: ("L",), 3: ("R", "G", "B")}.get(
-        chans, tuple(f"band{i}" for i in range(chans))
-    )
-    return adapted
 
 
 # -------------------------------------------------------------------- the weights
@@ -277,7 +255,7 @@ def _build(
     target = _apply(config, asked)
     target["num_classes"] = own_classes if num_classes is None else num_classes
     encoder = VimEncoder(**target)
-    state = _adapt(stored, config, encoder)
+    state = adapt_state(stored.path, stored.state, config, encoder)
     missing, unexpected, misshapen = compare_keys(encoder, state)
     if misshapen:
         raise ValueError(f"{stored.path} does not fit: {_some(misshapen)}.")
@@ -314,10 +292,8 @@ def _config_of(stored: Stored, asked: Mapping[str, Any]) -> tuple[dict[str, Any]
                     f"{hint}"
                 )
     config = _DEFAULTS | config
-    config["stride"] = config["stride"] or config["patch_size"]
-    config["dt_rank"] = config["dt_rank"] or math.ceil(config["embed_dim"] / 16)
     if not isinstance(config["img_size"], int):
-        config["img_size"] = tuple(config["img_size"])
+        config["img_size"] = tuple(config["img_size"])  # JSON has lists
     return config, assumed
 
 
@@ -327,6 +303,7 @@ def _check_contradictions(path: Path, config: Mapping[str, Any], asked: Mapping[
             f"{name}={asked[name]!r} was asked for, but {path} has {name}={config[name]!r}; {why}."
         )
 
+    config = dict(config, dt_rank=config["dt_rank"] or math.ceil(config["embed_dim"] / 16))
     for name in _FIXED:
         if asked.get(name) is not None and asked[name] != config[name]:
             refuse(name)
@@ -338,126 +315,6 @@ def _check_contradictions(path: Path, config: Mapping[str, Any], asked: Mapping[
     ways = asked.get("directions") or config["directions"], config["directions"]
     if ways[0] != ways[1] and "both" not in ways:
         refuse("directions", "directions='both' starts the other direction as its copy")
-
-
-def _adapt(stored: Stored, config: Mapping[str, Any], encoder: VimEncoder) -> dict[str, Tensor]:
-    """The stored weights in the form of the encoder asked for.
-
-    Fresh weights are filled in only where the caller asked for parts that the file lacks.
-    """
-    state = dict(stored.state)
-    wanted, fresh = encoder.config, encoder.state_dict()
-
-    for key in [key for key in state if key.startswith("layers.")]:
-        backward = _is_backward(key)
-        if wanted["directions"] == ("forward" if backward else "backward") and _has_twin(key):
-            del state[key]
-        elif wanted["directions"] == "both" != config["directions"] and _has_twin(key):
-            state[_twin(key)] = state[key].clone()
-    for key, had, has in (
-        ("mask_token", config["use_mask_token"], wanted["use_mask_token"]),
-        ("register_tokens", config["num_registers"], wanted["num_registers"]),
-    ):
-        if has and not had:
-            state[key] = fresh[key]
-        elif had and not has:
-            state.pop(key, None)
-
-    if wanted["in_chans"] != config["in_chans"] and "patch_embed.proj.weight" in state:
-        state["patch_embed.proj.weight"] = adapt_patch_embed(
-            state["patch_embed.proj.weight"], wanted["in_chans"]
-        )
-    if "pos_embed" in state and config["use_pos_embed"]:
-        state["pos_embed"] = _adapt_positions(stored.path, state["pos_embed"], config, encoder)
-
-    _adapt_head(stored.path, state, fresh, config, encoder)
-    return state
-
-
-def _adapt_head(
-    path: Path,
-    state: dict[str, Tensor],
-    fresh: Mapping[str, Tensor],
-    config: Mapping[str, Any],
-    encoder: VimEncoder,
-) -> None:
-    own = config["num_classes"]
-    if "head.weight" in state and state["head.weight"].shape[0] != own:
-        raise ValueError(
-            f"{path} has a head of {state['head.weight'].shape[0]} classes, but its config says "
-            f"{own}; the two files do not belong together."
-        )
-    was_joined, is_joined = (
-        pool == "token+avg" for pool in (config["global_pool"], encoder.global_pool)
-    )
-    if encoder.num_classes == own and was_joined == is_joined:
-        return
-    for key in ("head.weight", "head.bias"):
-        state.pop(key, None)
-        if encoder.num_classes:
-            state[key] = fresh[key]
-    if encoder.num_classes:
-        kept = f"the checkpoint's has {own}" if own else "the checkpoint has none"
-        if encoder.num_classes == own:
-            kept = f"global_pool {encoder.global_pool!r} has another width"
-        log.warning("a fresh head of %d classes: %s", encoder.num_classes, kept)
-
-
-def adapt_patch_embed(weight: Tensor, in_chans: int) -> Tensor:
-    """A patch embedding (d, c, p, p) for another number of channels.
-
-    To one channel: the sum, so that a grey picture gives what it gave as R = G = B. To n channels:
-    the c kernels in turn, times c / n, so that the response keeps its size (timm's rule).
-    """
-    known = weight.shape[1]
-    if in_chans == 1:
-        return weight.float().sum(1, keepdim=True).to(weight.dtype)
-    turn = torch.arange(in_chans) % known
-    return weight[:, turn] * (known / in_chans)
-
-
-def _adapt_positions(
-    path: Path, table: Tensor, config: Mapping[str, Any], encoder: VimEncoder
-) -> Tensor:
-    """The position table on the new grid, the class tokens' own rows kept apart."""
-    size = config["img_size"]
-    size = (size, size) if isinstance(size, int) else size
-    rows, columns = ((side - config["patch_size"]) // config["stride"] + 1 for side in size)
-    patches, cls = split_pos_embed(table, config["cls_position"])
-    if patches.shape[1] != rows * columns:
-        raise ValueError(
-            f"{path} has a position table of {table.shape[1]} rows, which does not fit "
-            f"{size[0]}x{size[1]} px, a grid of {rows}x{columns}."
-        )
-    if (rows, columns) != encoder.grid_size:
-        patches = resample_abs_pos_embed(
-            patches, list(encoder.grid_size), [rows, columns], num_prefix_tokens=0
-        )
-    return join_pos_embed(patches, cls, encoder.cls_position)
-
-
-_TWINS = {
-    "A_log": "A_b_log", "D": "D_b", "conv1d.weight": "conv1d_b.weight",
-    "conv1d.bias": "conv1d_b.bias", "x_proj.weight": "x_proj_b.weight",
-    "dt_proj.weight": "dt_proj_b.weight", "dt_proj.bias": "dt_proj_b.bias",
-}  # fmt: skip
-_TWINS |= {backward: forward for forward, backward in _TWINS.items()}
-
-
-def _mixer_part(key: str) -> str:
-    return key.partition(".mixer.")[2]
-
-
-def _has_twin(key: str) -> bool:
-    return _mixer_part(key) in _TWINS
-
-
-def _is_backward(key: str) -> bool:
-    return "_b" in _mixer_part(key)
-
-
-def _twin(key: str) -> str:
-    return key.removesuffix(_mixer_part(key)) + _TWINS[_mixer_part(key)]
 
 
 def compare_keys(
@@ -478,3 +335,144 @@ def compare_keys(
 def _some(items: list[str], most: int = 5) -> str:
     more = f" and {len(items) - most} more" if len(items) > most else ""
     return ", ".join(items[:most]) + more
+
+
+# -------------------------------------------------------------------- vim-ssl verify
+
+
+@dataclass
+class Report:
+    """What a checkpoint is, and whether it loads whole; ``str(report)`` is for people."""
+
+    source: str
+    facts: dict[str, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def loads(self) -> bool:
+        """Every key has its place, every value is finite, and a forward pass works."""
+        return not self.problems
+
+    def __str__(self) -> str:
+        width = max(map(len, self.facts), default=0)
+        lines = [self.source, *(f"  {name:<{width}}  {fact}" for name, fact in self.facts.items())]
+        lines += [f"  note: {note}" for note in self.notes]
+        lines += [f"  PROBLEM: {problem}" for problem in self.problems]
+        return "\n".join([*lines, "loads whole" if self.loads else "does NOT load whole"])
+
+
+def verify(source: str | os.PathLike, **layout: Any) -> Report:
+    """Look a checkpoint over: what it is, every key, every value, one forward pass.
+
+    Args:
+        source: a path or a Hub id, as in `load_encoder`; the weights and their EMA copy are both
+            looked at.
+        layout: ``img_size`` and ``stride`` for a file that does not say its own.
+    Returns: a report; what is wrong with the file stands in it and is not raised.
+    """
+    report = Report(str(source))
+    try:
+        folder, name = _find(source)
+        stored = checkpoint_files.read(folder, name, ema=False)
+        copies = {"weights": stored}
+        if stored.has_ema:
+            copies["EMA copy"] = checkpoint_files.read(folder, name, ema=True)
+        config, report.notes = _config_of(stored, layout)
+    except (OSError, ValueError) as error:
+        report.problems.append(str(error))
+        return report
+    _describe(report, stored, config)
+    for which, copy in copies.items():
+        _check_copy(report, which, copy, config)
+    return report
+
+
+def _describe(report: Report, stored: Stored, config: Mapping[str, Any]) -> None:
+    ours = stored.config is not None
+    size = config["img_size"]
+    size = (size, size) if isinstance(size, int) else size
+    stride = config["stride"] or config["patch_size"]
+    rows, columns = ((side - config["patch_size"]) // stride + 1 for side in size)
+    averaged = config["divide_out"] or config["norm_after_scan"]
+    guessed = any("divide_out" in note for note in report.notes)
+    report.facts |= {
+        "kind": "file of vim_ssl" if ours else "Vim checkpoint of the original code's form",
+        "model name": stored.model_name or ("given by its config" if ours else "none stored"),
+        "architecture": f"{_preset_of(config) or 'no preset'}: embed_dim {config['embed_dim']}, "
+        f"depth {config['depth']}, d_state {config['d_state']}, patch {config['patch_size']}, "
+        f"stride {stride}, channels {config['in_chans']}, directions {config['directions']}",
+        "parameters": f"{sum(tensor.numel() for tensor in stored.state.values()):,}",
+        "classes": str(config["num_classes"] or "none: features only"),
+        "directions' sum": ("divided by 2" if averaged else "not divided")
+        + (", ASSUMED" if guessed else ", as its name or config says"),
+        "positions": f"{rows}x{columns} patches of {size[0]}x{size[1]} px, class token "
+        f"{config['cls_position']}"
+        if config["use_pos_embed"]
+        else f"no table; class token {config['cls_position']}",
+        "EMA copy": "yes: load_encoder(…, ema=True)" if stored.has_ema else "none",
+    }
+    if stored.made_by:
+        report.facts["made by"] = json.dumps(stored.made_by)
+    if stored.path.name in RELEASED_FILES:
+        model, top1 = RELEASED_FILES[stored.path.name]
+        report.facts["released as"] = f"{model}, top-1 {top1} % on ImageNet-1k as published"
+
+
+def _check_copy(report: Report, which: str, stored: Stored, config: dict[str, Any]) -> None:
+    encoder = VimEncoder(**(config | {"scan_backend": "auto"}))
+    try:
+        state = adapt_state(stored.path, stored.state, config, encoder)
+    except ValueError as error:
+        report.problems.append(f"{which}: {error}")
+        return
+    found = zip(("missing", "unexpected", "wrong shape"), compare_keys(encoder, state), strict=True)
+    wrong = [f"{which}: {kind}: {key}" for kind, keys in found for key in keys]
+    wrong += [
+        f"{which}: values that are not finite: {key}"
+        for key, tensor in state.items()
+        if not torch.isfinite(tensor).all()
+    ]
+    if not wrong:
+        encoder.load_state_dict(state)
+        images = torch.randn(1, *encoder.data_config["input_size"])
+        with torch.inference_mode():
+            out = encoder.eval()(images)
+        if not torch.isfinite(out).all():
+            wrong = [f"{which}: the output on a random image is not finite"]
+        else:
+            report.facts[f"{which} tried"] = (
+                f"{tuple(out.shape)} from {tuple(images.shape)}, finite"
+            )
+    report.problems += wrong
+
+
+def _preset_of(config: Mapping[str, Any]) -> str | None:
+    """The preset with these shapes, whatever its head."""
+    names = ("embed_dim", "depth", "patch_size", "in_chans", "d_state", "d_conv", "expand")
+    for preset, args in PRESETS.items():
+        full = _DEFAULTS | args
+        strides = (c["stride"] or c["patch_size"] for c in (full, config))
+        if len({*strides}) == 1 and all(full[name] == config[name] for name in names):
+            return preset
+    return None
+
+
+def verify_main(argv: list[str] | None = None) -> int:
+    """``vim-ssl verify FILE``: print the report; 0 if it loads whole, else 1."""
+    parser = argparse.ArgumentParser(
+        prog="vim-ssl verify", description="Tell what a checkpoint is and whether it loads whole."
+    )
+    parser.add_argument("file", help="a checkpoint, a run directory or a Hub id")
+    parser.add_argument(
+        "--img-size", type=int, nargs="+", metavar="PX",
+        help="side, or height and width, that the position table was made for, if not stored",
+    )  # fmt: skip
+    parser.add_argument("--stride", type=int, help="patch stride in pixels, if not stored")
+    args = parser.parse_args(argv)
+    if args.img_size and len(args.img_size) > 2:
+        parser.error("--img-size takes one number, or height and width")
+    size = args.img_size and (args.img_size[0], args.img_size[-1])
+    report = verify(args.file, img_size=size, stride=args.stride)
+    print(report)
+    return 0 if report.loads else 1

@@ -1,0 +1,158 @@
+"""Weights for another shape than they were stored in: another image size or number of channels,
+one direction or both, new tokens, another head. Fresh values come in only where asked for.
+"""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor
+
+from vim_ssl.encoder import VimEncoder, join_pos_embed, split_pos_embed
+
+log = logging.getLogger(__name__)
+
+
+def adapt_state(
+    path: Path, stored: Mapping[str, Tensor], config: Mapping[str, Any], encoder: VimEncoder
+) -> dict[str, Tensor]:
+    """The stored weights in the form of the encoder asked for.
+
+    Args:
+        path: where they come from, for messages.
+        stored: the state dict.
+        config: all arguments of the encoder that they belong to.
+        encoder: the one asked for, with fresh weights.
+    Raises: ValueError when the weights do not agree with their own config.
+    """
+    state = dict(stored)
+    wanted, fresh = encoder.config, encoder.state_dict()
+
+    for key in [key for key in state if key.startswith("layers.")]:
+        backward = _is_backward(key)
+        if wanted["directions"] == ("forward" if backward else "backward") and _has_twin(key):
+            del state[key]
+        elif wanted["directions"] == "both" != config["directions"] and _has_twin(key):
+            state[_twin(key)] = state[key].clone()
+    for key, had, has in (
+        ("mask_token", config["use_mask_token"], wanted["use_mask_token"]),
+        ("register_tokens", config["num_registers"], wanted["num_registers"]),
+    ):
+        if has and not had:
+            state[key] = fresh[key]
+        elif had and not has:
+            state.pop(key, None)
+
+    if wanted["in_chans"] != config["in_chans"] and "patch_embed.proj.weight" in state:
+        state["patch_embed.proj.weight"] = adapt_patch_embed(
+            state["patch_embed.proj.weight"], wanted["in_chans"]
+        )
+    if "pos_embed" in state and config["use_pos_embed"]:
+        state["pos_embed"] = _adapt_positions(path, state["pos_embed"], config, encoder)
+
+    _adapt_head(path, state, fresh, config, encoder)
+    return state
+
+
+def _adapt_head(
+    path: Path,
+    state: dict[str, Tensor],
+    fresh: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    encoder: VimEncoder,
+) -> None:
+    own = config["num_classes"]
+    if "head.weight" in state and state["head.weight"].shape[0] != own:
+        raise ValueError(
+            f"{path} has a head of {state['head.weight'].shape[0]} classes, but its config says "
+            f"{own}; the two files do not belong together."
+        )
+    was_joined, is_joined = (
+        pool == "token+avg" for pool in (config["global_pool"], encoder.global_pool)
+    )
+    if encoder.num_classes == own and was_joined == is_joined:
+        return
+    for key in ("head.weight", "head.bias"):
+        state.pop(key, None)
+        if encoder.num_classes:
+            state[key] = fresh[key]
+    if encoder.num_classes:
+        kept = f"the checkpoint's has {own}" if own else "the checkpoint has none"
+        if encoder.num_classes == own:
+            kept = f"global_pool {encoder.global_pool!r} has another width"
+        log.warning("a fresh head of %d classes: %s", encoder.num_classes, kept)
+
+
+def adapt_patch_embed(weight: Tensor, in_chans: int) -> Tensor:
+    """A patch embedding (d, c, p, p) for another number of channels.
+
+    To one channel: the sum, so that a grey picture gives what it gave as R = G = B. To n channels:
+    the c kernels in turn, times c / n, so that the response keeps its size (timm's rule).
+    """
+    known = weight.shape[1]
+    if in_chans == 1:
+        return weight.float().sum(1, keepdim=True).to(weight.dtype)
+    turn = torch.arange(in_chans) % known
+    return weight[:, turn] * (known / in_chans)
+
+
+def _adapt_positions(
+    path: Path, table: Tensor, config: Mapping[str, Any], encoder: VimEncoder
+) -> Tensor:
+    """The position table on the new grid, the class tokens' own rows kept apart."""
+    size = config["img_size"]
+    size = (size, size) if isinstance(size, int) else size
+    stride = config["stride"] or config["patch_size"]
+    rows, columns = ((side - config["patch_size"]) // stride + 1 for side in size)
+    patches, cls = split_pos_embed(table, config["cls_position"])
+    if patches.shape[1] != rows * columns:
+        raise ValueError(
+            f"{path} has a position table of {table.shape[1]} rows, which does not fit "
+            f"{size[0]}x{size[1]} px, a grid of {rows}x{columns}."
+        )
+    if (rows, columns) != encoder.grid_size:
+        patches = resample_abs_pos_embed(
+            patches, list(encoder.grid_size), [rows, columns], num_prefix_tokens=0
+        )
+    return join_pos_embed(patches, cls, encoder.cls_position)
+
+
+_TWINS = {
+    "A_log": "A_b_log", "D": "D_b", "conv1d.weight": "conv1d_b.weight",
+    "conv1d.bias": "conv1d_b.bias", "x_proj.weight": "x_proj_b.weight",
+    "dt_proj.weight": "dt_proj_b.weight", "dt_proj.bias": "dt_proj_b.bias",
+}  # fmt: skip
+_TWINS |= {backward: forward for forward, backward in _TWINS.items()}
+
+
+def _mixer_part(key: str) -> str:
+    return key.partition(".mixer.")[2]
+
+
+def _has_twin(key: str) -> bool:
+    return _mixer_part(key) in _TWINS
+
+
+def _is_backward(key: str) -> bool:
+    return "_b" in _mixer_part(key)
+
+
+def _twin(key: str) -> str:
+    return key.removesuffix(_mixer_part(key)) + _TWINS[_mixer_part(key)]
+
+
+def adapt_data(data: Mapping[str, Any], chans: int) -> dict[str, Any]:
+    """Statistics for another number of channels, in step with `adapt_patch_embed`."""
+    adapted = dict(data)
+    for key in ("mean", "std"):
+        if key in data:
+            known = data[key]
+            one = (sum(known) / len(known),)
+            adapted[key] = one if chans == 1 else tuple(known[i % len(known)] for i in range(chans))
+    adapted["bands"] = {1: ("L",), 3: ("R", "G", "B")}.get(
+        chans, tuple(f"band{i}" for i in range(chans))
+    )
+    return adapted

@@ -1,0 +1,369 @@
+"""Where weights lie and what their file holds, whatever the architecture.
+
+    find(source)             a path, a run directory or a Hub id -> a folder and a file name in it
+    read(folder, name, ema)  safetensors with json, or a pickle -> Stored: tensors, and what the
+                             file says about them
+
+Nothing here knows the architecture; see `released.py` and `loading.py`.
+"""
+
+import argparse
+import json
+import os
+import pickle
+import pickletools
+import re
+import threading
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FORMAT = 1  # of encoder.json; raised when an older reader could misunderstand a newer file
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
+HUB_TIMEOUT_S = 10.0  # for the listing of a repository; a download may take as long as it takes
+
+
+@dataclass
+class Stored:
+    """What a file holds: one set of weights, and everything the file says about them."""
+
+    path: Path
+    state: dict[str, Tensor]
+    config: dict[str, Any] | None = None  # a file of ours: the encoder's arguments
+    model_name: str | None = None  # a released file: its model's name in the training code
+    training_args: dict[str, Any] = field(default_factory=dict)
+    is_ema: bool = False
+    has_ema: bool = False
+    made_by: dict[str, Any] | None = None
+
+
+@dataclass
+class Folder:
+    """A place with files: a local folder, or a repository on the Hub."""
+
+    where: str
+    names: list[str]
+    get: Callable[[str], Path]
+
+
+# -------------------------------------------------------------------- where
+
+
+def find(source: str | os.PathLike) -> tuple[Folder, str]:
+    """The folder and the file name that ``source`` means: an existing path, else a Hub id.
+
+    Raises: FileNotFoundError when there is nothing, ValueError when there are several files to
+        choose from, ConnectionError when the Hub does not answer.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _choose_local(path)
+    if path.exists():
+        return _local(path.parent), path.name
+    hub_id = parse_hub_id(source) if isinstance(source, str) else None
+    if hub_id is None:
+        raise FileNotFoundError(f"There is no file or folder {str(source)!r} (in {Path.cwd()}).")
+    repo, revision, name = hub_id
+    folder = _hub(repo, revision, named=str(source))
+    if name is None:
+        return folder, _choose(folder.names, folder.where)
+    if name in folder.names:
+        return folder, name
+    inside = [other for other in folder.names if other.startswith(f"{name}/")]
+    if inside:
+        return folder, _choose(inside, f"{folder.where}/{name}")
+    weights = _weights(folder.names)
+    there = f"its weights: {', '.join(weights)}" if weights else "it holds no weights at all"
+    raise FileNotFoundError(f"{folder.where} has no file {name!r}; {there}.")
+
+
+def parse_hub_id(source: str) -> tuple[str, str | None, str | None] | None:
+    """``[hf://]owner/name[@revision][/file][@revision]`` -> (repository, revision, file)."""
+    rev = r"(?:@(refs/\w+/\w+|[^/@]+))?"
+    match = re.fullmatch(rf"(?:hf://)?(\w[\w.-]*/\w[\w.-]*){rev}(?:/([^@]+?))?/?{rev}", source)
+    return match and (match[1], match[2] or match[4], match[3])
+
+
+def _local(root: Path) -> Folder:
+    names = sorted(entry.name for entry in root.iterdir() if entry.is_file())
+    return Folder(str(root), names, root.joinpath)
+
+
+def _choose_local(root: Path) -> tuple[Folder, str]:
+    folder = _local(root)
+    marks = ("config.json", "metrics.jsonl", "checkpoints", "encoder.json")
+    if not _weights(folder.names) and any((root / mark).exists() for mark in marks):
+        raise FileNotFoundError(
+            f"The run in {root} has not written its encoder yet (encoder.safetensors); "
+            "wait for its first checkpoint, or resume it."
+        )
+    return folder, _choose(folder.names, folder.where)
+
+
+def _weights(names: list[str]) -> list[str]:
+    return [name for name in names if name.endswith(WEIGHT_SUFFIXES)]
+
+
+def _choose(names: list[str], where: str) -> str:
+    """The one file that a bare folder means; ours first, and never a guess between several."""
+    weights = _weights(names)
+    if not weights:
+        listing = ", ".join(names[:8]) or "nothing"
+        raise FileNotFoundError(
+            f"{where} holds no weights ({' '.join(WEIGHT_SUFFIXES)}); it holds {listing}."
+        )
+    ours = [name for name in weights if _beside(name, ".json") in names]
+    candidates = ours or weights
+    top = [name for name in candidates if "/" not in name]
+    candidates = top or candidates
+    if len(candidates) > 1:
+        raise ValueError(
+            f"{where} holds several weight files; name one of them: "
+            + ", ".join(f"{where}/{name}" for name in candidates)
+        )
+    return candidates[0]
+
+
+def _beside(name: str, ending: str) -> str:
+    """encoder.safetensors -> encoder.json, or encoder_ema.safetensors."""
+    return name.removesuffix(".safetensors") + ending
+
+
+def _hub(repo: str, revision: str | None, named: str) -> Folder:
+    """A repository's files, listed by the Hub, or from the cache when it does not answer."""
+    import huggingface_hub as hub
+
+    where = repo if revision is None else f"{repo}@{revision}"
+    try:
+        names = _within(HUB_TIMEOUT_S, lambda: hub.HfApi().list_repo_files(repo, revision=revision))
+    except hub.errors.RevisionNotFoundError as error:
+        raise FileNotFoundError(f"{repo} on the Hub has no revision {revision!r}.") from error
+    except hub.errors.GatedRepoError as error:
+        raise PermissionError(
+            f"{repo} asks its users to accept conditions: do so on its page, then `hf auth login`."
+        ) from error
+    except hub.errors.RepositoryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{named!r} is neither a path here nor a repository on the Hub "
+            "(or it is private: `hf auth login`)."
+        ) from error
+    except hub.errors.HFValidationError as error:
+        raise FileNotFoundError(f"{named!r} is neither a path here nor a Hub id.") from error
+    except Exception as error:  # every HTTP client and the offline mode raise classes of their own
+        cached = _cached(repo, revision)
+        if cached is None:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ConnectionError(
+                f"{named!r} is no path here, and the Hub cannot be asked for it ({reason}). Check "
+                "the connection and HF_HUB_OFFLINE, or download the file and give its path."
+            ) from error
+        files = (p for p in cached.rglob("*") if p.is_file())
+        return Folder(where, sorted(p.relative_to(cached).as_posix() for p in files),
+                      cached.joinpath)  # fmt: skip
+
+    def get(name: str) -> Path:
+        try:
+            return Path(hub.hf_hub_download(repo, name, revision=revision))
+        except Exception as error:
+            raise ConnectionError(f"Downloading {name} of {where} failed: {error}") from error
+
+    return Folder(where, sorted(names), get)
+
+
+def _cached(repo: str, revision: str | None) -> Path | None:
+    import huggingface_hub as hub
+
+    try:
+        return Path(hub.snapshot_download(repo, revision=revision, local_files_only=True))
+    except Exception:
+        return None
+
+
+def _within(seconds: float, call: Callable[[], Any]) -> Any:
+    """The result of ``call``, or TimeoutError: the Hub's client retries a dead line for long, and
+    has no public switch for that. A thread left behind dies with the process."""
+    outcome: list[tuple[Any, BaseException | None]] = []
+
+    def run() -> None:
+        try:
+            outcome.append((call(), None))
+        except BaseException as error:
+            outcome.append((None, error))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not outcome:
+        raise TimeoutError(f"no answer within {seconds:g} s")
+    value, error = outcome[0]
+    if error is not None:
+        raise error
+    return value
+
+
+# -------------------------------------------------------------------- what
+
+
+def read(folder: Folder, name: str, ema: bool | None = None) -> Stored:
+    """Read one set of weights.
+
+    Args:
+        ema: True for the exponential moving average, False for the weights themselves, None for
+            what the file says (a file of ours), else the weights themselves.
+    Raises: ValueError for a file that is empty, truncated, not what its name says, or a pickle
+        that asks for more than tensors; also for ``ema=True`` where there is none.
+    """
+    if name.endswith(".safetensors"):
+        return _read_ours(folder, name, ema)
+    path = folder.get(name)
+    return _unwrap(_load_pickle(path), path, ema)
+
+
+def _read_ours(folder: Folder, name: str, ema: bool | None) -> Stored:
+    if _beside(name, ".json") not in folder.names and name.endswith("_ema.safetensors"):
+        name, ema = name.replace("_ema.safetensors", ".safetensors"), True  # asked for by name
+    json_name, ema_name = _beside(name, ".json"), _beside(name, "_ema.safetensors")
+    if json_name not in folder.names:
+        raise FileNotFoundError(
+            f"{folder.where}/{name} has no {Path(json_name).name} beside it, so its architecture is"
+            " not known; copy both (vim_ssl.save_encoder writes them together)."
+        )
+    record = _read_json(folder.get(json_name))
+    ema = record["ema"] == "default" if ema is None else ema
+    if ema and record["ema"] is None:
+        raise ValueError(
+            f"{folder.where}/{name} was saved without an EMA copy; leave out ema=True."
+        )
+    path = folder.get(ema_name if ema else name)
+    return Stored(
+        path, _load_safetensors(path), record["config"],
+        is_ema=ema, has_ema=record["ema"] is not None, made_by=record["made_by"],
+    )  # fmt: skip
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """encoder.json, checked and complete."""
+    _refuse_empty(path)
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); copy it again from its run.") from error
+    if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
+        raise ValueError(f'{path} has no "config": it does not describe an encoder of vim_ssl.')
+    if not isinstance(record.get("format"), int) or record["format"] > FORMAT:
+        raise ValueError(
+            f"{path} has format {record.get('format')!r}; this vim_ssl reads up to {FORMAT}. "
+            "Upgrade: pip install -U vim-ssl."
+        )
+    known = {"format": None, "vim_ssl": None, "ema": None, "config": None, "made_by": None}
+    if unknown := sorted(set(record) - set(known)):
+        raise ValueError(f"{path} has the unknown key {unknown[0]!r}; it has {', '.join(known)}.")
+    record = known | record
+    if record["ema"] not in (None, "default", "optional"):
+        raise ValueError(
+            f'{path}: "ema" is {record["ema"]!r}; expected null, "default" or "optional".'
+        )
+    return record
+
+
+def _load_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    _refuse_empty(path)
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or no safetensors file ({error}); "
+                         "copy or download it again.") from error  # fmt: skip
+
+
+def _load_pickle(path: Path) -> Any:
+    """A file of torch.save, tensors and an argparse.Namespace only: a pickle can name any function
+    to call, so every other name in it is refused."""
+    _refuse_empty(path)
+    is_zip = zipfile.is_zipfile(path)
+    with path.open("rb") as file:
+        head = file.read(64)
+    if not is_zip and not head.startswith(b"\x80"):
+        what = "truncated" if head.startswith(b"PK") else f"no checkpoint: it begins with {head!r}"
+        raise ValueError(f"{path} is {what}; copy or download it again.")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            # mmap leaves the optimiser and the other copies of the weights on the disk
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except pickle.UnpicklingError as error:
+        if asked := _asked_for(path, str(error)):
+            raise ValueError(
+                f"{path} is refused: it asks for {asked}, and calling what a file names could run "
+                "any code. A checkpoint may hold tensors, plain values and argparse.Namespace; ask "
+                "its author for the state dict alone."
+            ) from error
+        raise ValueError(f"{path} is damaged or no checkpoint: {_brief(error)}.") from error
+    except (RuntimeError, EOFError, ValueError, KeyError, IndexError) as error:
+        raise ValueError(
+            f"{path} is truncated or damaged ({_brief(error)}); copy or download it again."
+        ) from error
+
+
+def _asked_for(path: Path, message: str) -> str | None:
+    """The class or function that a refused pickle wanted, as module.name."""
+    if match := re.search(r"GLOBAL (\S+)", message):
+        return match[1]
+    if zipfile.is_zipfile(path):
+        return None
+    # Protocol 4 pickles, which torch's own reader stops at: look at their instructions.
+    strings: list[str] = []
+    try:
+        with path.open("rb") as file:
+            for opcode, value, _ in pickletools.genops(file):
+                if opcode.name == "GLOBAL":
+                    return value.replace(" ", ".")
+                if opcode.name == "STACK_GLOBAL":
+                    return ".".join(strings[-2:])
+                if isinstance(value, str):
+                    strings.append(value)
+    except ValueError:
+        pass
+    return None
+
+
+def _unwrap(content: Any, path: Path, ema: bool | None) -> Stored:
+    """Find the weights in a training container: {"model"}, {"state_dict"} or the bare dict."""
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a dict of weights.")
+    averaged = content.get("model_ema") or content.get("state_dict_ema")
+    if ema and not isinstance(averaged, Mapping):
+        raise ValueError(f"{path} has no EMA copy (model_ema); leave out ema=True.")
+    inner = (content.get(key) for key in ("model", "state_dict"))
+    weights = next((value for value in inner if isinstance(value, Mapping)), content)
+    chosen = averaged if ema else weights
+    state = {str(key).removeprefix("module."): value for key, value in chosen.items()}
+    if other := [key for key, value in state.items() if not isinstance(value, Tensor)]:
+        raise ValueError(
+            f"{path} holds no state dict: {other[0]!r} is a {type(state[other[0]]).__name__}, not "
+            'a tensor; expected {"model": …}, {"state_dict": …} or the tensors themselves.'
+        )
+    args = content.get("args")
+    args = dict(vars(args)) if isinstance(args, argparse.Namespace) else args
+    args = dict(args) if isinstance(args, Mapping) else {}
+    name = args.get("model")
+    return Stored(
+        path, state, model_name=name if isinstance(name, str) else None, training_args=args,
+        is_ema=bool(ema), has_ema=isinstance(averaged, Mapping),
+    )  # fmt: skip
+
+
+def _refuse_empty(path: Path) -> None:
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty; copy or download it again.")
+
+
+def _brief(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

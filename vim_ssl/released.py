@@ -1,0 +1,228 @@
+"""What a released Vim checkpoint is: from its tensors' shapes, and from its model's name where
+shapes cannot tell (stride, image size, place of the class token, division of the directions' sum).
+
+Names read like ``vim_tiny_patch16_stride8_224_bimambav2_final_pool_mean_abs_pos_embed_with_
+midclstok_div2``. The weights were published with arXiv:2401.09417.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+# File name -> (model, top-1 accuracy on ImageNet-1k in %, as published with the file).
+RELEASED_FILES = {
+    "vim_t_midclstok_76p1acc.pth": ("Vim-Ti", 76.1),
+    "vim_t_midclstok_ft_78p3acc.pth": ("Vim-Ti+ (stride 8)", 78.3),
+    "vim_s_midclstok_80p5acc.pth": ("Vim-S", 80.5),
+    "vim_s_midclstok_ft_81p6acc.pth": ("Vim-S+ (stride 8)", 81.6),
+    "vim_b_midclstok_81p9acc.pth": ("Vim-B", 81.9),
+}
+_FIRST = "layers.0.mixer."
+# Marks in foreign state dicts, for a helpful refusal.
+_FOREIGN = {
+    r"blocks\.\d+\.attn\.": "a vision transformer (ViT, DeiT)",
+    r"layer1\.0\.(conv|bn)": "a ResNet",
+    r"stages\.\d+\.": "a staged network (ConvNeXt, Swin)",
+    r"(backbone\.)?layers\.\d+\.mixer\.": "a Mamba model inside another one",
+}
+
+
+def released_config(
+    state: Mapping[str, Tensor],
+    model_name: str | None,
+    training_args: Mapping[str, Any],
+    asked: Mapping[str, Any],
+) -> tuple[dict[str, Any], list[str]]:
+    """The encoder's arguments for these weights, and what had to be assumed.
+
+    Args:
+        asked: the caller's arguments; img_size, stride, divide_out and cls_position settle what
+            the file leaves open, and nothing else.
+    Raises: ValueError for another architecture, for variants that are not supported, and for a
+        position table that fits two layouts.
+    """
+    name = model_name if model_name and re.match(r"vim_.*patch\d+", model_name) else None
+    _refuse_others(state, model_name or "", training_args)
+    inner = state[f"{_FIRST}in_proj.weight"].shape
+    directions = _directions(state, name)
+    suffix = "_b" if directions == "backward" else ""
+    a_log = state.get(f"{_FIRST}A_b_log" if suffix else f"{_FIRST}A_log")
+    taps, dt = (state.get(f"{_FIRST}{m}{suffix}.weight") for m in ("conv1d", "dt_proj"))
+    patch = state.get("patch_embed.proj.weight")
+    for key, tensor, ndim in (
+        (f"{_FIRST}A_log", a_log, 2), (f"{_FIRST}conv1d.weight", taps, 3),
+        (f"{_FIRST}dt_proj.weight", dt, 2), ("patch_embed.proj.weight", patch, 4),
+    ):  # fmt: skip
+        if tensor is None or tensor.ndim != ndim:
+            shape = "missing" if tensor is None else f"of shape {tuple(tensor.shape)}"
+            raise ValueError(f"This Vim checkpoint is not whole: {key} is {shape}.")
+    width = inner[1]
+    config: dict[str, Any] = {
+        "embed_dim": width,
+        "depth": 1 + max(int(k.split(".")[1]) for k in state if re.match(r"layers\.\d+\.", k)),
+        "expand": inner[0] // (2 * width),
+        "d_state": a_log.shape[1],
+        "d_conv": taps.shape[2],
+        "dt_rank": dt.shape[1],
+        "patch_size": patch.shape[2],
+        "in_chans": patch.shape[1],
+        "directions": directions,
+        "norm_after_scan": f"{_FIRST}layernorm.weight" in state,
+        "use_pos_embed": "pos_embed" in state,
+        "use_mask_token": "mask_token" in state,
+        "num_registers": state["register_tokens"].shape[1] if "register_tokens" in state else 0,
+        "num_classes": state["head.weight"].shape[0] if "head.weight" in state else 0,
+    }
+    assumed: list[str] = []
+    config["cls_position"] = _cls_position(state, name, asked, assumed)
+    config["divide_out"] = _divide_out(name, config, asked, assumed)
+    config |= _layout(state, config, name, asked)
+    pooled = "token" if config["cls_position"] != "none" else "avg"
+    joined = "head.weight" in state and state["head.weight"].shape[1] == 2 * width
+    config["global_pool"] = "token+avg" if joined else pooled
+    return config, assumed
+
+
+def _refuse_others(state: Mapping[str, Tensor], name: str, args: Mapping[str, Any]) -> None:
+    if f"{_FIRST}in_proj.weight" not in state or state[f"{_FIRST}in_proj.weight"].ndim != 2:
+        kinds = (kind for mark, kind in _FOREIGN.items() if any(re.match(mark, k) for k in state))
+        looks = next((f"it looks like {kind}" for kind in kinds), "its architecture is unknown")
+        keys = ", ".join(list(state)[:3]) or "none"
+        raise ValueError(
+            f"These weights are not a Vision Mamba encoder: {looks} (first keys: {keys}; expected "
+            f"{_FIRST}in_proj.weight and its like)."
+        )
+    shared = "conv1d.weight", "A_b_log"  # both directions scan behind one convolution
+    v1 = all(_FIRST + key in state for key in shared) and f"{_FIRST}conv1d_b.weight" not in state
+    if v1 or "bimambav1" in name:
+        raise ValueError(
+            "These weights are Vim's v1 block (bimambav1: both directions share the convolution "
+            "and the projections); only v2, the block of every released file, is supported."
+        )
+    if args.get("if_bidirectional") or re.search(r"bidirection", name):
+        raise ValueError(
+            "These weights are Vim's layer-pair bidirectional variant (if_bidirectional: every "
+            "second layer reads backwards); only v2, which reads both ways in each layer, is "
+            "supported."
+        )
+    if any(key.startswith("rope.") for key in state) or "_rope" in name:
+        raise ValueError(
+            "These weights were trained with Vim's rope (rope.freqs_cos), which rotates by wrong "
+            "places when the class token is in the middle. vim_ssl's rope is another definition, "
+            "so the weights would not give their own features here."
+        )
+
+
+def _directions(state: Mapping[str, Tensor], name: str | None) -> str:
+    forward, backward = (f"{_FIRST}conv1d{s}.weight" in state for s in ("", "_b"))
+    if (forward and backward) or (name and "bimambav2" in name):
+        return "both"
+    return "backward" if backward else "forward"
+
+
+def _cls_position(
+    state: Mapping[str, Tensor], name: str | None, asked: Mapping[str, Any], assumed: list[str]
+) -> str:
+    if "cls_token_head" in state:
+        return "double"
+    if "cls_token" not in state:
+        return "none"
+    if name and re.search(r"mid(dle)?_?cls", name):
+        return "middle"
+    if asked.get("cls_position") in ("middle", "first"):
+        return asked["cls_position"]
+    if name and "cls" in name:
+        return "first"
+    assumed.append(
+        "The checkpoint does not say where its class token stands: assumed in the middle, as in "
+        "all released weights (cls_position='first' says otherwise)."
+    )
+    return "middle"
+
+
+def _divide_out(
+    name: str | None, config: Mapping[str, Any], asked: Mapping[str, Any], assumed: list[str]
+) -> bool:
+    """No shape shows it, and a wrong value gives wrong features without any error."""
+    if name and "bimamba" in name and "div2" in name:
+        return True
+    if asked.get("divide_out") is not None:
+        return asked["divide_out"]
+    if name and "bimamba" in name:
+        assumed.append(
+            f"The model's name {name!r} has no div2: read as divide_out=False. Some versions of "
+            "its code divided all the same; divide_out=True says so."
+        )
+        return False
+    if config["directions"] == "both" and not config["norm_after_scan"]:
+        assumed.append(
+            "The checkpoint does not name its model: assumed divide_out=True, as in all released "
+            "weights (divide_out=False says otherwise)."
+        )
+    elif config["directions"] != "both" and name is None:
+        assumed.append(
+            "The checkpoint has parameters for one direction only: read as one scan a layer. Vim's "
+            "layer-pair variant (if_bidirectional) has the same keys and would give wrong features."
+        )
+    return True
+
+
+def _layout(
+    state: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    name: str | None,
+    asked: Mapping[str, Any],
+) -> dict[str, Any]:
+    """img_size and stride of the position table, {"img_size": (h, w), "stride": s}."""
+    patch = config["patch_size"]
+    said = re.search(r"patch\d+(?:_stride(\d+))?_(\d+)", name or "")
+    named = (int(said[1]) if said[1] else patch) if said else None
+    size = asked.get("img_size")
+    size = (size, size) if isinstance(size, int) else size and tuple(size)
+
+    def pixels(side: int, stride: int) -> int:
+        return (side - 1) * stride + patch
+
+    def patches(stride: int) -> int:
+        return math.prod((side - patch) // stride + 1 for side in size)
+
+    if not config["use_pos_embed"]:
+        side = int(said[2]) if said else 224
+        return {"img_size": size or (side, side), "stride": named or asked.get("stride") or patch}
+    if state["pos_embed"].ndim != 3:
+        raise ValueError(f"pos_embed has shape {tuple(state['pos_embed'].shape)}; "
+                         "expected (1, rows, embed_dim).")  # fmt: skip
+    rows = state["pos_embed"].shape[1]
+    m = rows - {"double": 2, "none": 0}.get(config["cls_position"], 1)
+    side = math.isqrt(m)
+    half = patch // 2
+    if side * side != m or m == 0:
+        strides = [named or asked.get("stride")] if named or asked.get("stride") else [patch, half]
+        fitting = [s for s in strides if size and s and patches(s) == m]
+        if not fitting:
+            given = f" {size} gives another number of patches." if size else ""
+            raise ValueError(
+                f"The position table has {rows} rows, {m} of them patches: no square grid.{given} "
+                "Say img_size=(height, width) of the images it was trained on."
+            )
+        return {"img_size": size, "stride": fitting[0]}
+    # An odd grid fits a second image size that is a whole number of patches: half-overlapping.
+    fits = {s: (pixels(side, s),) * 2 for s in ([patch, half] if side % 2 and half else [patch])}
+    if named:
+        fits = {named: (pixels(side, named),) * 2}
+    elif len(fits) > 1:
+        fits = {
+            s: size_of for s, size_of in fits.items()
+            if asked.get("stride") == s or (asked.get("stride") is None and size == size_of)
+        }  # fmt: skip
+    if len(fits) != 1:
+        raise ValueError(
+            f"The position table has {rows} rows, a {side}x{side} grid that fits stride {half} at "
+            f"{pixels(side, half)} px and stride {patch} at {pixels(side, patch)} px; the file "
+            f"does not say which. Say stride={half} or stride={patch}."
+        )
+    stride, img_size = next(iter(fits.items()))
+    return {"img_size": img_size, "stride": stride}
