@@ -153,7 +153,7 @@ def _rms_norm(x: Array, weight: Array) -> Array:
 
 
 def _rotate(x: Array, angles: Array) -> Array:
-    """Turn the channel pairs (0, 1), (2, 3), … of x (l, d) by angles (l, d), equal within a pair."""
+    """Turn the channel pairs (0, 1), (2, 3), … of x (l, d); a pair has one angle in (l, d)."""
     turned = (x[:, 0::2] + 1j * x[:, 1::2]) * np.exp(1j * angles[:, 0::2])
     return np.stack([turned.real, turned.imag], axis=2).reshape(x.shape)
 
@@ -206,7 +206,7 @@ def _angles(config: dict, grid: tuple[int, int]) -> Array:
 
 
 def resize_table(rows: Array, old: tuple[int, int], new: tuple[int, int]) -> Array:
-    """Bicubic resampling with antialiasing of a grid's rows: (old patches, d) -> (new patches, d)."""
+    """Bicubic resampling, antialiased, of a grid: (old patches, d) -> (new patches, d)."""
     table = rows.reshape(*old, -1)
     for axis in (0, 1):
         if old[axis] != new[axis]:
