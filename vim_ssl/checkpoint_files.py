@@ -137,22 +137,23 @@ def _beside(name: str, ending: str) -> str:
 def _hub(repo: str, revision: str | None, named: str) -> Folder:
     """A repository's files, listed by the Hub, or from the cache when it does not answer."""
     import huggingface_hub as hub
+    from huggingface_hub import errors
 
     where = repo if revision is None else f"{repo}@{revision}"
     try:
         names = _within(HUB_TIMEOUT_S, lambda: hub.HfApi().list_repo_files(repo, revision=revision))
-    except hub.errors.RevisionNotFoundError as error:
+    except errors.RevisionNotFoundError as error:
         raise FileNotFoundError(f"{repo} on the Hub has no revision {revision!r}.") from error
-    except hub.errors.GatedRepoError as error:
+    except errors.GatedRepoError as error:
         raise PermissionError(
             f"{repo} asks its users to accept conditions: do so on its page, then `hf auth login`."
         ) from error
-    except hub.errors.RepositoryNotFoundError as error:
+    except errors.RepositoryNotFoundError as error:
         raise FileNotFoundError(
             f"{named!r} is neither a path here nor a repository on the Hub "
             "(or it is private: `hf auth login`)."
         ) from error
-    except hub.errors.HFValidationError as error:
+    except errors.HFValidationError as error:
         raise FileNotFoundError(f"{named!r} is neither a path here nor a Hub id.") from error
     except Exception as error:  # every HTTP client and the offline mode raise classes of their own
         cached = _cached(repo, revision)
@@ -305,7 +306,7 @@ def _load_pickle(path: Path) -> Any:
                 "its author for the state dict alone."
             ) from error
         raise ValueError(f"{path} is damaged or no checkpoint: {_brief(error)}.") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError) as error:
+    except Exception as error:  # a pickle that ends too early may fail at any instruction
         raise ValueError(
             f"{path} is truncated or damaged ({_brief(error)}); copy or download it again."
         ) from error

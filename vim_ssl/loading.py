@@ -420,8 +420,8 @@ def _describe(report: Report, stored: Stored, config: Mapping[str, Any]) -> None
 
 
 def _check_copy(report: Report, which: str, stored: Stored, config: dict[str, Any]) -> None:
-    encoder = VimEncoder(**(config | {"scan_backend": "auto"}))
     try:
+        encoder = VimEncoder(**(config | {"scan_backend": "auto"}))
         state = adapt_state(stored.path, stored.state, config, encoder)
     except ValueError as error:
         report.problems.append(f"{which}: {error}")
