@@ -1,0 +1,81 @@
+# `make demo` and `make test` need Python 3.11 or newer and make, nothing else: they make .venv.
+# Settings: make demo PYTHON=python3.12 · make test PYTEST_ARGS="-k scan" · VENV=folder
+
+VENV ?= .venv
+PYTEST_ARGS ?=
+BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
+CORES := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
+# What accelerate would otherwise warn about, and all cores for the one process (it gives one).
+LAUNCH := --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+  --num_cpu_threads_per_process $(CORES)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test check kernel-report bench gpu-check clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
+
+setup: $(VENV)/.installed-dev ## make .venv and install everything, the tools for `make check` too
+
+demo: $(VENV)/.installed-demo ## pretrain on real digits, probe what was learned, leave a report
+	$(BIN)/accelerate launch $(LAUNCH) recipes/mim_pretrain.py
+	$(BIN)/python downstream/linear_probe.py
+	@page=$$(ls -t runs/*/report.html 2>/dev/null | head -n 1); \
+	  if [ -n "$$page" ]; then echo; echo "The report: $$page"; \
+	  else echo "make demo: the run left no report.html under runs/." >&2; exit 1; fi
+
+test: $(VENV)/.installed-test ## run the whole suite on the CPU
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadscope $(PYTEST_ARGS)
+
+check: $(VENV)/.installed-dev ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+kernel-report: $(VENV)/.installed-demo ## measure the scan's backends on this machine
+	$(call run_if_built,kernels/selective_scan/benchmark.py,-m vim_ssl.kernels.selective_scan.benchmark)
+
+bench: $(VENV)/.installed-demo ## measure what benchmarks/README.md lists
+	$(call run_if_built,benchmarks/run.py,benchmarks/run.py)
+
+gpu-check: $(VENV)/.installed-test ## run the tests that need a CUDA device
+	@$(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || \
+	  { echo "make gpu-check: torch finds no CUDA device here." >&2; exit 1; }
+	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+clean: ## remove .venv and what tools left behind; runs/ stays
+	rm -rf "$(VENV)" build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+# $(call run_if_built,file,arguments of python)
+run_if_built = $(if $(wildcard $(1)),$(BIN)/python $(2),@echo "make $@: not built yet." >&2; exit 1)
+
+# ------------------------------------------------------------------------------ installing
+
+# One stamp per set of extras; each is made again when the requirements change.
+$(VENV)/.installed-demo: EXTRAS := demo
+$(VENV)/.installed-test: EXTRAS := demo,test
+$(VENV)/.installed-dev: EXTRAS := demo,test,dev
+$(VENV)/.installed-%: pyproject.toml setup.py | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
+	$(BIN)/python -m pip install --editable ".[$(EXTRAS)]"
+	@touch $@
+
+$(BIN)/python:
+	@set -eu; found=; \
+	for python in $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11 python); do \
+	  if "$$python" -c "import sys; sys.exit(sys.version_info < (3, 11))" 2>/dev/null; then \
+	    found=$$python; break; fi; \
+	done; \
+	if [ -z "$$found" ]; then \
+	  echo "make: $(or $(PYTHON),python3) is missing or older than Python 3.11." >&2; \
+	  echo "Install a newer one and name it: make $(or $(MAKECMDGOALS),setup) PYTHON=python3.12" >&2; \
+	  exit 1; \
+	fi; \
+	if ! "$$found" -c "import ensurepip, venv" 2>/dev/null; then \
+	  echo "make: $$found cannot make virtual environments." >&2; \
+	  echo "On Debian and Ubuntu: apt install python3-venv. Or name another: PYTHON=..." >&2; \
+	  exit 1; \
+	fi; \
+	echo "Making $(VENV) with $$("$$found" --version)"; \
+	"$$found" -m venv "$(VENV)"

@@ -1,0 +1,221 @@
+"""Wheel, sdist, editable install and plain checkout give the same modules under `vim_ssl` alone.
+
+Everything is built from a copy of the checkout, without network and without touching what is
+installed. Each form is then tried by a Python that does not run `site` (-S): it sees the form and
+the dependencies, but not the installation that runs these tests.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("kernels", "recipes", "downstream")
+FORMS = ("wheel", "editable", "checkout")
+SITE = [entry for entry in sys.path if entry.endswith(("site-packages", "dist-packages"))]
+pytestmark = pytest.mark.slow
+
+
+def python(*args: str, paths: list[Path], cwd: Path) -> subprocess.CompletedProcess:
+    """Run a bare Python whose only modules are those of ``paths`` and the dependencies."""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, [*paths, *SITE]))}
+    return subprocess.run(
+        [sys.executable, "-S", *args], env=env, cwd=cwd, capture_output=True, text=True
+    )
+
+
+def build(source: Path, out: Path, kind: str) -> Path:
+    """Call the build backend as pip would: kind is wheel, sdist or editable."""
+    out.mkdir(parents=True)
+    code = f"import sys, setuptools.build_meta as b; b.build_{kind}(sys.argv[1])"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(out)], cwd=source, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    (made,) = out.iterdir()
+    return made
+
+
+def copy_checkout(target: Path) -> Path:
+    """Builds leave files behind, and files left by earlier builds get into wheels."""
+    junk = (".*", "__pycache__", "build", "dist", "runs", "*.egg-info", "results", "golden")
+    shutil.copytree(ROOT, target, ignore=shutil.ignore_patterns(*junk))
+    return target
+
+
+def source_files(root: Path) -> set[str]:
+    """Where every source file of a checkout belongs in a wheel."""
+    files = {path.relative_to(root) for path in (root / "vim_ssl").rglob("*.py")}
+    files |= {
+        Path("vim_ssl", path.relative_to(root))
+        for folder in FOLDERS
+        for path in (root / folder).rglob("*.py")
+    }
+    return {path.as_posix() for path in files} | {"vim_ssl/py.typed"}
+
+
+def contents(wheel: Path) -> set[str]:
+    names = zipfile.ZipFile(wheel).namelist()
+    return {name for name in names if ".dist-info/" not in name and not name.endswith("/")}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> dict[str, Path]:
+    """The wheel, the sdist and the wheel made from the sdist."""
+    folder = tmp_path_factory.mktemp("built with spaces")
+    source = copy_checkout(folder / "checkout")
+    wheel = build(source, folder / "wheel", "wheel")
+    shutil.rmtree(source / "build")
+    sdist = build(source, folder / "sdist", "sdist")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder / "unpacked", filter="data")
+    (unpacked,) = (folder / "unpacked").iterdir()
+    return {
+        "source": source,
+        "wheel": wheel,
+        "sdist": unpacked,
+        "wheel from sdist": build(unpacked, folder / "wheel2", "wheel"),
+    }
+
+
+@pytest.fixture(scope="module")
+def forms(built, tmp_path_factory) -> dict[str, dict]:
+    """Form -> how to reach it: paths, and the code that an installed .pth file would run."""
+    folder = tmp_path_factory.mktemp("forms")
+    with zipfile.ZipFile(built["wheel"]) as archive:
+        archive.extractall(folder / "wheel")
+    source = copy_checkout(folder / "source")
+    with zipfile.ZipFile(build(source, folder / "built", "editable")) as archive:
+        archive.extractall(folder / "editable")
+    return {
+        "wheel": {"paths": [folder / "wheel"], "start": ""},
+        "editable": {
+            "paths": [folder / "editable"],
+            "start": f"import site; site.addsitedir({str(folder / 'editable')!r});",
+        },
+        "checkout": {"paths": [copy_checkout(folder / "plain")], "start": ""},
+    }
+
+
+@pytest.mark.parametrize("kind", ["wheel", "wheel from sdist"])
+def test_wheel_holds_every_source_file_under_one_name(built, kind):
+    assert contents(built[kind]) == source_files(built["source"])
+
+
+def test_sdist_leaves_the_suite_out(built):
+    assert not (built["sdist"] / "tests").exists()
+    for name in ("pyproject.toml", "setup.py", "LICENSE", "README.md"):
+        assert (built["sdist"] / name).is_file()
+
+
+def test_the_command_starts_from_an_installed_wheel(built, tmp_path):
+    """pip writes the script that runs `vim_ssl.cli:main`; outside the checkout it must start."""
+    target = tmp_path / "target"
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
+    subprocess.run([*pip, "--target", str(target), str(built["wheel"])], check=True)
+    (script,) = [path for path in (target / "bin").iterdir() if path.name.startswith("vim-ssl")]
+    done = python(str(script), "--help", paths=[target], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "vim-ssl COMMAND" in done.stdout
+    for folder in FOLDERS[1:]:
+        for path in (ROOT / folder).glob("[!_]*.py"):
+            assert path.stem.replace("_", "-") in done.stdout
+
+
+PROBE = """
+import importlib, importlib.util, json, pathlib, sys
+import vim_ssl, vim_ssl.kernels.selective_scan as scan
+def refused(name):
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError:
+        return True
+    return False
+import kernels
+print(json.dumps({
+    "foreign": kernels.MINE,
+    "refused": [n for n in ("vim_ssl.vim_ssl", "vim_ssl.tests", "vim_ssl.setup",
+                            "vim_ssl.benchmarks") if refused(n)],
+    "missing": [n for n in sys.argv[1:] if importlib.util.find_spec(n) is None],
+    "home": str(pathlib.Path(vim_ssl.__file__).parent),
+    "twice": "kernels.selective_scan" in sys.modules,
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def seen(forms, tmp_path_factory) -> dict[str, dict]:
+    """What each form imports, with a foreign `kernels` package behind it on the path."""
+    folder = tmp_path_factory.mktemp("seen")
+    (folder / "kernels").mkdir()
+    (folder / "kernels" / "__init__.py").write_text("MINE = 'foreign'\n")
+    files = sorted(source_files(forms["checkout"]["paths"][0]))
+    names = [name[:-3].replace("/", ".") for name in files if name[-3:] == ".py"]
+    names = [name.removesuffix(".__init__") for name in names]
+    result = {}
+    for form, how in forms.items():
+        cwd = folder / form
+        cwd.mkdir()
+        code = how["start"] + PROBE
+        done = python("-c", code, *names, paths=[*how["paths"], folder], cwd=cwd)
+        assert done.returncode == 0, f"{form}: {done.stderr}"
+        result[form] = json.loads(done.stdout) | {"root": str(how["paths"][0].parent)}
+    return result
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_has_every_module(seen, form):
+    assert seen[form]["home"].startswith(seen[form]["root"]), "tried another installation"
+    assert seen[form]["missing"] == []
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_foreign_kernels_package_wins(seen, form):
+    assert seen[form]["foreign"] == "foreign"
+    assert not seen[form]["twice"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_nothing_else_of_the_checkout_is_importable(seen, form):
+    assert seen[form]["refused"] == [
+        "vim_ssl.vim_ssl",
+        "vim_ssl.tests",
+        "vim_ssl.setup",
+        "vim_ssl.benchmarks",
+    ]
+
+
+HELP = """
+import contextlib, io, json, os, runpy, sys
+texts = {}
+for script in sys.argv[1:]:
+    sys.argv = [script, "--help"]
+    sys.path.insert(0, os.path.dirname(script))
+    run = runpy.run_path if script.endswith(".py") else runpy.run_module
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
+        run(script, run_name="__main__")
+    texts[script] = out.getvalue()
+    del sys.path[0]
+print(json.dumps(texts))
+"""
+
+
+@pytest.mark.parametrize("form", ["checkout", "wheel"])
+def test_every_script_starts(forms, tmp_path, form):
+    """By path in a checkout that is on PYTHONPATH, by module from the wheel; one process for all,
+    since most of a start is importing torch."""
+    root = forms["checkout"]["paths"][0]
+    scripts = [path for folder in FOLDERS[1:] for path in (root / folder).glob("[!_]*.py")]
+    names = [f"vim_ssl.{path.parent.name}.{path.stem}" for path in scripts]
+    targets = names if form == "wheel" else list(map(str, scripts))
+    done = python("-c", HELP, *targets, paths=forms[form]["paths"], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    texts = json.loads(done.stdout)
+    assert [name for name in targets if "--config FILE" not in texts[name]] == []
