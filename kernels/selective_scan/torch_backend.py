@@ -24,8 +24,8 @@ def selective_scan(
     initial_state=None, return_last_state=False, reverse=False,
 ):  # fmt: skip
     if B.dim() == 4 or C.dim() == 4:  # groups of channels with their own B and C
-        return _scan_groups(
-            u, delta, A, B, C, D, z, delta_bias, delta_softplus,
+        return scan_groups(
+            selective_scan, u, delta, A, B, C, D, z, delta_bias, delta_softplus,
             initial_state, return_last_state, reverse,
         )  # fmt: skip
     y, last = _scan(
@@ -73,15 +73,17 @@ def _scan(u, delta, A, B, C, D, delta_bias, delta_softplus, h0, reverse):
     return y, last
 
 
-def _scan_groups(u, delta, A, B, C, D, z, bias, softplus, h0, return_last_state, reverse):
-    """Scan each group of channels by itself and join the results."""
+def scan_groups(
+    scan, u, delta, A, B, C, D, z, bias, softplus, h0, return_last_state, reverse
+):  # fmt: skip
+    """Run `scan` on each group of channels by itself and join the results."""
     groups = (B if B.dim() == 4 else C).shape[1]
     size = u.shape[1] // groups
     parts = []
     for g in range(groups):
         c = slice(g * size, (g + 1) * size)
         parts.append(
-            selective_scan(
+            scan(
                 u[:, c],
                 delta[:, c],
                 A[c],

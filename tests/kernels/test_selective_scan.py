@@ -429,7 +429,6 @@ def test_the_same_outputs_are_not_finite_as_in_float64(backend, name, value):
 # --- dispatch --------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif("numba" not in BACKENDS, reason="the numba backend is not here yet")
 def test_auto_on_a_cpu_prefers_numba_then_torch():
     assert available_backends("cpu") == ["numba", "torch", "reference"]
 
@@ -469,7 +468,6 @@ def test_a_backend_by_name_runs_or_raises(backend, message):
         bi_selective_scan(**two_way_inputs(1, 2, 2, 2), backend=backend)
 
 
-@pytest.mark.skipif("numba" not in BACKENDS, reason="the numba backend is not here yet")
 def test_a_missing_package_is_named(monkeypatch):
     found = dispatch.find_spec
     monkeypatch.setattr(dispatch, "find_spec", lambda s: None if s == "numba" else found(s))
