@@ -227,6 +227,8 @@ def edit_json(folder: Path, **changes) -> None:
         (lambda f: edit_json(f, config={"embed_dims": 3}), "'embed_dims'.*'embed_dim'"),
         (lambda f: edit_json(f, config={"embed_dim": 64}), r"does not fit: .*expected"),
         (lambda f: edit_json(f, config={"img_size": [64, 80]}), "position table of 17 rows"),
+        (lambda f: edit_json(f, config={"directions": "forward"}), "14 unexpected.*_b"),
+        (lambda f: edit_json(f, config={"use_mask_token": True}), r"1 missing \(mask_token"),
         (lambda f: edit_json(f, config={"num_classes": 9}), "head of 5 classes.*says 9"),
         (lambda f: (f / "encoder.safetensors").write_bytes(b""), "is empty"),
         (lambda f: os.truncate(f / "encoder.safetensors", 5000), "truncated"),
@@ -234,7 +236,9 @@ def edit_json(folder: Path, **changes) -> None:
     ],
     ids=[
         "no-json", "broken-json", "foreign-json", "empty-json", "newer-format", "unknown-key",
-        "unknown-ema", "unknown-argument", "other-width", "other-size", "other-classes",
+        "unknown-ema", "unknown-argument", "other-width", "other-size",
+        "other-directions", "other-tokens",
+        "other-classes",
         "empty-weights", "truncated-weights", "no-weights",
     ],
 )  # fmt: skip
@@ -578,7 +582,7 @@ def test_class_token_moved_takes_its_row_along(trained):
 def test_head_is_kept_when_it_fits_else_fresh(trained, caplog):
     own = load_encoder(trained, num_classes=None)
     assert own.num_classes == 5
-    same(own, load_encoder(trained, num_classes=5))
+    same(own, load_encoder(trained, num_classes=np.int64(5)))
     assert not caplog.records
     fresh = load_encoder(trained, num_classes=7)
     assert fresh(pictures()).shape == (2, 7)

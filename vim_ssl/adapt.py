@@ -31,12 +31,13 @@ def adapt_state(
     state = dict(stored)
     wanted, fresh = encoder.config, encoder.state_dict()
 
-    for key in [key for key in state if key.startswith("layers.")]:
-        backward = _is_backward(key)
-        if wanted["directions"] == ("forward" if backward else "backward") and _has_twin(key):
-            del state[key]
-        elif wanted["directions"] == "both" != config["directions"] and _has_twin(key):
-            state[_twin(key)] = state[key].clone()
+    ways = config["directions"], wanted["directions"]
+    if ways[0] != ways[1]:  # one of them is "both"
+        for key in [key for key in state if _mixer_part(key) in _TWINS]:
+            if ways[1] == "both":
+                state[_twin(key)] = state[key].clone()
+            elif _is_backward(key) == (ways[1] == "forward"):
+                del state[key]
     for key, had, has in (
         ("mask_token", config["use_mask_token"], wanted["use_mask_token"]),
         ("register_tokens", config["num_registers"], wanted["num_registers"]),
@@ -130,10 +131,6 @@ _TWINS |= {backward: forward for forward, backward in _TWINS.items()}
 
 def _mixer_part(key: str) -> str:
     return key.partition(".mixer.")[2]
-
-
-def _has_twin(key: str) -> bool:
-    return _mixer_part(key) in _TWINS
 
 
 def _is_backward(key: str) -> bool:

@@ -324,7 +324,7 @@ def _asked_for(path: Path, message: str) -> str | None:
         with path.open("rb") as file:
             for opcode, value, _ in pickletools.genops(file):
                 if opcode.name == "GLOBAL":
-                    return value.replace(" ", ".")
+                    return str(value).replace(" ", ".")
                 if opcode.name == "STACK_GLOBAL":
                     return ".".join(strings[-2:])
                 if isinstance(value, str):
@@ -339,11 +339,12 @@ def _unwrap(content: Any, path: Path, ema: bool | None) -> Stored:
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a dict of weights.")
     averaged = content.get("model_ema") or content.get("state_dict_ema")
-    if ema and not isinstance(averaged, Mapping):
+    averaged = averaged if isinstance(averaged, Mapping) else None
+    if ema and averaged is None:
         raise ValueError(f"{path} has no EMA copy (model_ema); leave out ema=True.")
     inner = (content.get(key) for key in ("model", "state_dict"))
     weights = next((value for value in inner if isinstance(value, Mapping)), content)
-    chosen = averaged if ema else weights
+    chosen = averaged if ema and averaged is not None else weights
     state = {str(key).removeprefix("module."): value for key, value in chosen.items()}
     if other := [key for key, value in state.items() if not isinstance(value, Tensor)]:
         raise ValueError(
@@ -356,7 +357,7 @@ def _unwrap(content: Any, path: Path, ema: bool | None) -> Stored:
     name = args.get("model")
     return Stored(
         path, state, model_name=name if isinstance(name, str) else None, training_args=args,
-        is_ema=bool(ema), has_ema=isinstance(averaged, Mapping),
+        is_ema=bool(ema), has_ema=averaged is not None,
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +82,10 @@ def load_encoder(
         ValueError: an unknown name; a file that is broken, unsafe, of another architecture, or
             that contradicts the arguments; several files to choose from.
     """
-    asked = dict(model_args, img_size=img_size, in_chans=in_chans, global_pool=global_pool)
     _check_arguments(model_args, num_classes, img_size, device, dtype)
+    if num_classes is not None:
+        num_classes = int(num_classes)  # numpy's integers are no JSON
+    asked = dict(model_args, img_size=img_size, in_chans=in_chans, global_pool=global_pool)
     if source in PRESETS:
         if num_classes is None or ema:
             what = "num_classes=None" if num_classes is None else "ema=True"
@@ -188,7 +191,7 @@ def _check_arguments(
             near = difflib.get_close_matches(name, [*_DEFAULTS, *own], n=1)
             hint = f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(_DEFAULTS)}."
             raise TypeError(f"Unknown argument {name!r}. {hint}")
-    whole = isinstance(num_classes, int) and not isinstance(num_classes, bool)
+    whole = isinstance(num_classes, Integral) and not isinstance(num_classes, bool)
     if num_classes is not None and not (whole and num_classes >= 0):
         raise ValueError(
             f"num_classes is {num_classes!r}; expected 0 (features), a number of classes, or None "
@@ -278,9 +281,12 @@ def _build(
 def _config_of(stored: Stored, asked: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Every argument of the stored encoder, and what had to be assumed."""
     if stored.config is None:
-        config, assumed = released_config(
-            stored.state, stored.model_name, stored.training_args, asked
-        )
+        try:
+            config, assumed = released_config(
+                stored.state, stored.model_name, stored.training_args, asked
+            )
+        except ValueError as error:
+            raise ValueError(f"{stored.path}: {error}") from error
     else:
         config, assumed = stored.config, []
         for name in config:

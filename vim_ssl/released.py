@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 # File name -> (model, top-1 accuracy on ImageNet-1k in %, as published with the file).
@@ -46,29 +47,26 @@ def released_config(
     """
     name = model_name if model_name and re.match(r"vim_.*patch\d+", model_name) else None
     _refuse_others(state, model_name or "", training_args)
-    inner = state[f"{_FIRST}in_proj.weight"].shape
     directions = _directions(state, name)
-    suffix = "_b" if directions == "backward" else ""
-    a_log = state.get(f"{_FIRST}A_b_log" if suffix else f"{_FIRST}A_log")
-    taps, dt = (state.get(f"{_FIRST}{m}{suffix}.weight") for m in ("conv1d", "dt_proj"))
-    patch = state.get("patch_embed.proj.weight")
-    for key, tensor, ndim in (
-        (f"{_FIRST}A_log", a_log, 2), (f"{_FIRST}conv1d.weight", taps, 3),
-        (f"{_FIRST}dt_proj.weight", dt, 2), ("patch_embed.proj.weight", patch, 4),
-    ):  # fmt: skip
-        if tensor is None or tensor.ndim != ndim:
-            shape = "missing" if tensor is None else f"of shape {tuple(tensor.shape)}"
-            raise ValueError(f"This Vim checkpoint is not whole: {key} is {shape}.")
-    width = inner[1]
+    back = directions == "backward"
+
+    def shape(key: str, ndim: int) -> torch.Size:
+        if key not in state or state[key].ndim != ndim:
+            is_now = f"of shape {tuple(state[key].shape)}" if key in state else "missing"
+            raise ValueError(f"This Vim checkpoint is not whole: {key} is {is_now}.")
+        return state[key].shape
+
+    two_inner, width = shape(f"{_FIRST}in_proj.weight", 2)
+    patch = shape("patch_embed.proj.weight", 4)
     config: dict[str, Any] = {
         "embed_dim": width,
         "depth": 1 + max(int(k.split(".")[1]) for k in state if re.match(r"layers\.\d+\.", k)),
-        "expand": inner[0] // (2 * width),
-        "d_state": a_log.shape[1],
-        "d_conv": taps.shape[2],
-        "dt_rank": dt.shape[1],
-        "patch_size": patch.shape[2],
-        "in_chans": patch.shape[1],
+        "expand": two_inner // (2 * width),
+        "d_state": shape(f"{_FIRST}A_b_log" if back else f"{_FIRST}A_log", 2)[1],
+        "d_conv": shape(f"{_FIRST}conv1d{'_b' * back}.weight", 3)[2],
+        "dt_rank": shape(f"{_FIRST}dt_proj{'_b' * back}.weight", 2)[1],
+        "patch_size": patch[2],
+        "in_chans": patch[1],
         "directions": directions,
         "norm_after_scan": f"{_FIRST}layernorm.weight" in state,
         "use_pos_embed": "pos_embed" in state,
@@ -147,8 +145,8 @@ def _divide_out(
     name: str | None, config: Mapping[str, Any], asked: Mapping[str, Any], assumed: list[str]
 ) -> bool:
     """No shape shows it, and a wrong value gives wrong features without any error."""
-    if name and "bimamba" in name and "div2" in name:
-        return True
+    if config["norm_after_scan"] or (name and "bimamba" in name and "div2" in name):
+        return True  # the variant with a norm always divides
     if asked.get("divide_out") is not None:
         return asked["divide_out"]
     if name and "bimamba" in name:
@@ -157,12 +155,12 @@ def _divide_out(
             "its code divided all the same; divide_out=True says so."
         )
         return False
-    if config["directions"] == "both" and not config["norm_after_scan"]:
+    if config["directions"] == "both":
         assumed.append(
             "The checkpoint does not name its model: assumed divide_out=True, as in all released "
             "weights (divide_out=False says otherwise)."
         )
-    elif config["directions"] != "both" and name is None:
+    elif name is None:
         assumed.append(
             "The checkpoint has parameters for one direction only: read as one scan a layer. Vim's "
             "layer-pair variant (if_bidirectional) has the same keys and would give wrong features."
@@ -176,53 +174,68 @@ def _layout(
     name: str | None,
     asked: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """img_size and stride of the position table, {"img_size": (h, w), "stride": s}."""
-    patch = config["patch_size"]
+    """img_size (height, width) and stride that the position table was made for."""
+    patch: int = config["patch_size"]
     said = re.search(r"patch\d+(?:_stride(\d+))?_(\d+)", name or "")
     named = (int(said[1]) if said[1] else patch) if said else None
     size = asked.get("img_size")
     size = (size, size) if isinstance(size, int) else size and tuple(size)
-
-    def pixels(side: int, stride: int) -> int:
-        return (side - 1) * stride + patch
-
-    def patches(stride: int) -> int:
-        return math.prod((side - patch) // stride + 1 for side in size)
-
     if not config["use_pos_embed"]:
         side = int(said[2]) if said else 224
         return {"img_size": size or (side, side), "stride": named or asked.get("stride") or patch}
-    if state["pos_embed"].ndim != 3:
-        raise ValueError(f"pos_embed has shape {tuple(state['pos_embed'].shape)}; "
-                         "expected (1, rows, embed_dim).")  # fmt: skip
-    rows = state["pos_embed"].shape[1]
+
+    table = state["pos_embed"]
+    if table.ndim != 3:
+        raise ValueError(f"pos_embed has shape {tuple(table.shape)}; expected (1, rows, d).")
+    rows = table.shape[1]
     m = rows - {"double": 2, "none": 0}.get(config["cls_position"], 1)
-    side = math.isqrt(m)
-    half = patch // 2
-    if side * side != m or m == 0:
-        strides = [named or asked.get("stride")] if named or asked.get("stride") else [patch, half]
-        fitting = [s for s in strides if size and s and patches(s) == m]
-        if not fitting:
+    side = math.isqrt(max(m, 0))
+    if m > 0 and side * side == m:
+        layouts = _square_layouts(side, patch, named)
+        if len(layouts) > 1:
+            layouts = _those_asked_for(layouts, rows, side, size, asked.get("stride"))
+    else:
+        known = named or asked.get("stride")
+        layouts = {
+            stride: size
+            for stride in ((known,) if known else (patch, patch // 2))
+            if size and stride and math.prod((x - patch) // stride + 1 for x in size) == m
+        }
+        if not layouts:
             given = f" {size} gives another number of patches." if size else ""
             raise ValueError(
                 f"The position table has {rows} rows, {m} of them patches: no square grid.{given} "
                 "Say img_size=(height, width) of the images it was trained on."
             )
-        return {"img_size": size, "stride": fitting[0]}
-    # An odd grid fits a second image size that is a whole number of patches: half-overlapping.
-    fits = {s: (pixels(side, s),) * 2 for s in ([patch, half] if side % 2 and half else [patch])}
-    if named:
-        fits = {named: (pixels(side, named),) * 2}
-    elif len(fits) > 1:
-        fits = {
-            s: size_of for s, size_of in fits.items()
-            if asked.get("stride") == s or (asked.get("stride") is None and size == size_of)
-        }  # fmt: skip
-    if len(fits) != 1:
-        raise ValueError(
-            f"The position table has {rows} rows, a {side}x{side} grid that fits stride {half} at "
-            f"{pixels(side, half)} px and stride {patch} at {pixels(side, patch)} px; the file "
-            f"does not say which. Say stride={half} or stride={patch}."
-        )
-    stride, img_size = next(iter(fits.items()))
+    stride, img_size = next(iter(layouts.items()))
     return {"img_size": img_size, "stride": stride}
+
+
+def _square_layouts(side: int, patch: int, named: int | None) -> dict[int, tuple[int, int]]:
+    """The strides, with their image sizes, that give side x side patches.
+
+    Every grid could come from half-overlapping patches too, but only an odd one from an image of a
+    whole number of patches (27x27: stride 8 at 224 px); others are not in use.
+    """
+    odd = side > 1 and side % 2 == 1 and patch % 2 == 0
+    strides = [named] if named else [patch, patch // 2] if odd else [patch]
+    return {stride: ((side - 1) * stride + patch,) * 2 for stride in strides}
+
+
+def _those_asked_for(
+    layouts: Mapping[int, tuple[int, int]],
+    rows: int,
+    side: int,
+    size: tuple[int, int] | None,
+    stride: int | None,
+) -> dict[int, tuple[int, int]]:
+    chosen = {
+        s: fits for s, fits in layouts.items() if stride == s or (stride is None and size == fits)
+    }
+    if not chosen:
+        both = " and ".join(f"stride {s} at {fits[0]} px" for s, fits in sorted(layouts.items()))
+        raise ValueError(
+            f"The position table has {rows} rows, a {side}x{side} grid that fits {both}; the file "
+            f"does not say which. Say stride={min(layouts)} or stride={max(layouts)}."
+        )
+    return chosen
