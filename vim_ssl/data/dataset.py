@@ -62,7 +62,9 @@ class ImageData(Dataset):
         self.groups = None if groups is None else list(groups)
         self.min_side: int | None = None
         self._pictures, self._captions = pictures, captions
-        self._rows = range(len(self.ids))  # picture and caption of item i stand at _rows[i]
+        self._rows: Sequence[int] = range(
+            len(self.ids)
+        )  # picture and caption of item i stand at _rows[i]
         self._source_fingerprint = source_fingerprint
         for what, column in (("labels", self.labels), ("groups", self.groups)):
             if column is not None and len(column) != len(self.ids):
@@ -97,11 +99,12 @@ class ImageData(Dataset):
 
     def raw(self, index: int) -> str | Path | bytes | np.ndarray:
         """The undecoded picture: a path, a file's bytes, or uint8 values (h, w[, 3])."""
+        row = self._rows[index]
         try:
-            return self._pictures[self._rows[index]]
-        except (IndexError, BadImage):
-            raise
-        except Exception as error:  # a damaged table, a vanished file
+            return self._pictures[row]
+        except BadImage as error:
+            raise BadImage(self.ids[index], error.reason) from error
+        except Exception as error:  # a damaged table
             raise BadImage(self.ids[index], f"{type(error).__name__}: {error}") from error
 
     def subset(self, indices: Iterable[int]) -> "ImageData":

@@ -9,6 +9,7 @@ from vim_ssl.data.images import BadImage
 from vim_ssl.data.spec import DataSpec, near, pick_split
 
 _LABEL_NAMES = ("label", "labels", "fine_label")
+_LABEL_TYPES = ("int", "uint", "bool", "string", "large_string")
 _CAPTION_NAMES = ("caption", "text")
 
 
@@ -162,12 +163,13 @@ def _labels(
     name: str, chosen: list[Any], tables: Iterable[Any]
 ) -> tuple[list[int] | None, list[str] | None]:
     """Labels of the chosen tables and their names; None for a part whose labels are withheld."""
+    kind = chosen[0].features[name]
+    names = getattr(kind, "names", None)
+    if names is None and not str(getattr(kind, "dtype", "")).startswith(_LABEL_TYPES):
+        raise ValueError(f"label={name}: the column holds neither whole numbers nor strings.")
     values = [value for table in chosen for value in table[name]]
-    names = getattr(chosen[0].features[name], "names", None)
     if names is None:
         known = {value for table in tables for value in table[name]} - {None}
-        if not all(isinstance(value, int | str) for value in known):
-            raise ValueError(f"label={name}: the column holds neither whole numbers nor strings.")
         number = {value: i for i, value in enumerate(sorted(known))}
         names, values = [str(v) for v in number], [number.get(v) for v in values]
     labels = [-1 if value is None else int(value) for value in values]

@@ -16,9 +16,9 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
-from typing import IO
 
 from vim_ssl.data.spec import near
 
@@ -355,7 +355,7 @@ def _pip() -> list[str]:
 def _unpack(archive: Path, target: Path, keep: tuple[str, ...]) -> None:
     """Unpack plain files that match ``keep``; a path that leads elsewhere is an error."""
     count = 0
-    for name, opened in _members(archive):
+    for name, content in _members(archive):
         parts = PurePosixPath(name)
         if parts.is_absolute() or ".." in parts.parts or "\\" in name or ":" in name:
             raise RuntimeError(f"{archive.name} holds the unsafe path {name!r}; not unpacked.")
@@ -363,23 +363,22 @@ def _unpack(archive: Path, target: Path, keep: tuple[str, ...]) -> None:
             continue
         place = target / parts
         place.parent.mkdir(parents=True, exist_ok=True)
-        with opened() as source, open(place, "wb") as copy:
-            shutil.copyfileobj(source, copy)
+        place.write_bytes(content())
         count += 1
     if not count:
         raise RuntimeError(f"{archive.name} holds none of {', '.join(keep)}.")
 
 
-def _members(archive: Path) -> Iterator[tuple[str, Callable[[], IO[bytes]]]]:
-    """Regular files of a zip or tar archive; links and devices are left out."""
+def _members(archive: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
+    """Names and contents of the regular files of a zip or tar archive; links are left out."""
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as packed:
             for info in packed.infolist():
-                # The upper half of external_attr is the Unix mode: 0o12 marks a symbolic link.
+                # The upper bits of external_attr are the Unix mode: 0o12 marks a symbolic link.
                 if not info.is_dir() and info.external_attr >> 28 != 0o12:
-                    yield info.filename, lambda info=info: packed.open(info)
+                    yield info.filename, partial(packed.read, info)
     else:
         with tarfile.open(archive) as packed:
             for member in packed:
-                if member.isreg():
-                    yield member.name, lambda member=member: packed.extractfile(member)
+                if member.isreg() and (content := packed.extractfile(member)):
+                    yield member.name, content.read

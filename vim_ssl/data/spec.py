@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote, unquote
 
 BUILT = ("folder", "hf", "sample")
@@ -146,8 +147,8 @@ def near(word: str, known: Sequence[str]) -> str:
     return f" Did you mean {match[0]!r}?" if match else ""
 
 
-def _options(query: str, text: str) -> dict[str, str | int | bool]:
-    options: dict[str, str | int | bool] = {}
+def _options(query: str, text: str) -> dict[str, Any]:
+    options: dict[str, Any] = {}
     for part in query.split("&") if query else ():
         key, equals, value = part.partition("=")
         value = unquote(value)

@@ -1,5 +1,6 @@
 """Splits: stratified ones by seed, and parts held out for good."""
 
+import random
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence
 from hashlib import blake2b
@@ -8,37 +9,53 @@ from hashlib import blake2b
 def stratified_split(
     labels: Sequence[int], fraction: float, seed: int, groups: Sequence[Hashable] | None = None
 ) -> tuple[list[int], list[int]]:
-    """Split indices in two with every class in about the same proportion on both sides.
+    """Split indices in two, with every class in about the same proportion on both sides.
+
+    The shares are rounded so that their sum comes right: of many classes with two pictures each,
+    one in five gives a picture up at fraction 0.1. A group counts for the class it has most of.
+    No library's random numbers are used, so a seed means the same split everywhere.
 
     Args:
-        labels: one a picture. A class with a single picture stays on the first side.
+        labels: one a picture.
         fraction: share of the second side, in (0, 1).
-        seed: equal seeds give equal splits.
-        groups: pictures of one group come to one side; ``fraction`` and the classes' shares are
-            then kept as well as whole groups allow.
-    Returns: (first, second), sorted indices.
-    Raises: ValueError when the data are too few for such a split.
+        seed: chooses the pictures.
+        groups: one a picture; a group comes to one side as a whole, and shares are then kept as
+            well as that allows.
+    Returns: (first, second), sorted indices, neither empty.
+    Raises: ValueError when there are not two pictures, or groups, to part.
     """
     if not 0 < fraction < 1:
         raise ValueError(f"fraction {fraction} is not between 0 and 1.")
-    if groups is not None:
-        return _split_groups(labels, fraction, seed, groups)
-    from sklearn.model_selection import train_test_split
+    if groups is not None and len(groups) != len(labels):
+        raise ValueError(f"{len(groups)} groups for {len(labels)} labels.")
+    members: dict[Hashable, list[int]] = defaultdict(list)
+    for i in range(len(labels)):
+        members[i if groups is None else groups[i]].append(i)
+    if len(members) < 2:
+        what = "picture" if groups is None else "group"
+        raise ValueError(f"A split needs two {what}s at least; there is {len(members)}.")
 
-    count = Counter(labels)
-    splittable = [i for i, label in enumerate(labels) if count[label] > 1]
-    strata = [labels[i] for i in splittable]
-    try:
-        # A share of all pictures, single ones included.
-        size = round(fraction * len(labels))
-        _, second = train_test_split(splittable, test_size=size, random_state=seed, stratify=strata)
-    except ValueError as error:
-        raise ValueError(
-            f"{len(labels)} pictures of {len(count)} classes are too few to hold out "
-            f"{fraction:.0%} of every class: {error}"
-        ) from error
-    held = set(second)
-    return [i for i in range(len(labels)) if i not in held], sorted(second)
+    strata: dict[int, list[list[int]]] = defaultdict(list)
+    for group in members.values():
+        strata[Counter(labels[i] for i in group).most_common(1)[0][0]].append(group)
+    draw = random.Random(seed)
+    classes = sorted(strata)
+    draw.shuffle(classes)
+    held: list[list[int]] = []
+    due = 0.0  # pictures the second side should still get; what rounding leaves goes on
+    for label in classes:
+        draw.shuffle(strata[label])
+        due += fraction * sum(map(len, strata[label]))
+        for group in strata[label]:
+            if abs(due - len(group)) < abs(due):
+                held.append(group)
+                due -= len(group)
+    if not held:
+        held = [min(members.values(), key=len)]
+    elif len(held) == len(members):
+        held.remove(min(held, key=len))
+    second = {i for group in held for i in group}
+    return [i for i in range(len(labels)) if i not in second], sorted(second)
 
 
 def hold_out(
@@ -56,31 +73,3 @@ def hold_out(
         group.sort(key=lambda key: blake2b(f"{salt}/{key}".encode()).digest())
         held.update(group[: round(fraction * len(group))])
     return held
-
-
-def _split_groups(
-    labels: Sequence[int], fraction: float, seed: int, groups: Sequence[Hashable]
-) -> tuple[list[int], list[int]]:
-    import numpy as np
-    from sklearn.model_selection import StratifiedGroupKFold
-
-    if len(groups) != len(labels):
-        raise ValueError(f"{len(groups)} groups for {len(labels)} labels.")
-    names = {group: i for i, group in enumerate(dict.fromkeys(groups))}
-    if len(names) < 2:
-        raise ValueError("All pictures are of one group; a split needs at least two.")
-    # Whole groups are dealt into folds, and some folds make the second side. No more folds than
-    # the largest class has pictures, which is what sklearn can deal.
-    folds = min(20, len(names), max(Counter(labels).values()))
-    held = min(folds - 1, max(1, round(fraction * folds)))
-    if folds < 2:
-        raise ValueError("No class has two pictures; a stratified split needs that.")
-    dealer = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The least populated class")  # as said: as well as can be
-        deal = dealer.split(np.zeros(len(labels)), labels, [names[g] for g in groups])
-        second = np.concatenate([part for _, part in list(deal)[:held]])
-    side = set(second.tolist())
-    return [i for i in range(len(labels)) if i not in side], sorted(side)

@@ -69,8 +69,8 @@ def pretrain_transform(
     config = _config(encoder_or_config)
     flip = [transforms.RandomHorizontalFlip(hflip)] if hflip else []
     if crop_scale == (1, 1):
-        steps = create_transform({**config, "crop_pct": 1.0, "crop_mode": "center"}).transforms
-        return transforms.Compose([steps[0], *flip, *steps[1:]])
+        to_mode, *steps = _flat(create_transform({**config, "crop_pct": 1, "crop_mode": "center"}))
+        return transforms.Compose([to_mode, *flip, *steps])
     crop = transforms.RandomResizedCrop(
         tuple(config["input_size"][1:]),
         scale=crop_scale,

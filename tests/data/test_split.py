@@ -1,0 +1,85 @@
+"""Splits keep classes in proportion and groups whole."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from vim_ssl.data import stratified_split
+from vim_ssl.data.split import hold_out
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.2, 0.5, 0.75])
+def test_every_class_gives_its_share(fraction):
+    labels = [0] * 100 + [1] * 40 + [2] * 20
+    first, second = stratified_split(labels, fraction, seed=0)
+    assert sorted(first + second) == list(range(160))
+    assert second == sorted(second)
+    count = Counter(labels[i] for i in second)
+    assert count == {0: 100 * fraction, 1: 40 * fraction, 2: 20 * fraction}
+
+
+def test_seeds():
+    labels = [0, 1] * 50
+    assert stratified_split(labels, 0.2, seed=1) == stratified_split(labels, 0.2, seed=1)
+    assert stratified_split(labels, 0.2, seed=1) != stratified_split(labels, 0.2, seed=2)
+
+
+def test_classes_too_small_for_their_share_take_turns():
+    labels = [i // 2 for i in range(200)]  # 100 classes of two
+    first, second = stratified_split(labels, 0.1, seed=0)
+    assert len(second) == 20
+    assert max(Counter(labels[i] for i in second).values()) == 1
+    assert {labels[i] for i in first} == set(labels)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_group_stays_on_one_side(seed):
+    draw = np.random.default_rng(seed)
+    sizes = draw.integers(1, 12, 80)
+    groups = [f"p{g}" for g, size in enumerate(sizes) for _ in range(size)]
+    labels = [g % 3 for g, size in enumerate(sizes) for _ in range(size)]
+    first, second = stratified_split(labels, 0.25, seed, groups)
+    assert not {groups[i] for i in first} & {groups[i] for i in second}
+    for label in range(3):
+        share = sum(labels[i] == label for i in second) / labels.count(label)
+        assert 0.15 < share < 0.35
+
+
+def test_one_huge_group_does_not_swallow_the_second_side():
+    groups = ["huge"] * 900 + ["a"] * 50 + ["b"] * 50
+    for seed in range(5):
+        first, second = stratified_split([0, 1] * 500, 0.1, seed, groups)
+        assert len(second) in (50, 100)
+        assert len(first) + len(second) == 1000
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.99])
+def test_neither_side_is_empty(fraction):
+    first, second = stratified_split([0, 0, 1], fraction, seed=0)
+    assert first
+    assert second
+
+
+@pytest.mark.parametrize(
+    ("labels", "fraction", "groups", "message"),
+    [
+        ([0, 1], 0, None, "fraction 0 "),
+        ([0, 1], 1.0, None, "between 0 and 1"),
+        ([0], 0.5, None, "two pictures"),
+        ([0, 1], 0.5, ["a", "a"], "two groups"),
+        ([0, 1], 0.5, ["a"], "1 groups for 2 labels"),
+    ],
+)
+def test_errors(labels, fraction, groups, message):
+    with pytest.raises(ValueError, match=message):
+        stratified_split(labels, fraction, 0, groups)
+
+
+def test_hold_out_does_not_depend_on_order():
+    keys = [f"{i:03d}" for i in range(100)]
+    strata = [i % 4 for i in range(100)]
+    held = hold_out(keys, strata, 0.2, salt="x")
+    assert held == hold_out(keys[::-1], strata[::-1], 0.2, salt="x")
+    assert held != hold_out(keys, strata, 0.2, salt="y")
+    assert Counter(int(key) % 4 for key in held) == dict.fromkeys(range(4), 5)
