@@ -52,14 +52,15 @@ run_if_built = $(if $(wildcard $(1)),$(BIN)/python $(2),@echo "make $@: not buil
 
 # ------------------------------------------------------------------------------ installing
 
-# One stamp per set of extras; each is made again when the requirements change.
+# One stamp per extra, made again when the requirements change; a larger set counts for the smaller.
+comma := ,
 $(VENV)/.installed-demo: EXTRAS := demo
 $(VENV)/.installed-test: EXTRAS := demo,test
 $(VENV)/.installed-dev: EXTRAS := demo,test,dev
 $(VENV)/.installed-%: pyproject.toml setup.py | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
 	$(BIN)/python -m pip install --editable ".[$(EXTRAS)]"
-	@touch $@
+	@touch $(patsubst %,$(VENV)/.installed-%,$(subst $(comma), ,$(EXTRAS)))
 
 $(BIN)/python:
 	@set -eu; found=; \
