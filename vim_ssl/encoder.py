@@ -95,7 +95,7 @@ class VimEncoder(nn.Module):
         use_pos_embed: learned table of absolute positions.
         rope: rotate every patch, in every block, by angles of its own row and column. The rotation
             is our definition, not upstream's, which forgets the middle class token: axial, base
-            10000, coordinates scaled to the grid of ``img_size``; other tokens are not rotated.
+            10000, coordinates in patches, whatever ``img_size``; other tokens are not rotated.
         drop_path_rate: stochastic depth, rising linearly over the blocks.
         scan_backend: see `vim_ssl.kernels.selective_scan`.
         data_config: mean, std, input_size, interpolation, crop_pct, crop_mode, bands of the images
@@ -135,6 +135,8 @@ class VimEncoder(nn.Module):
         super().__init__()
         _check_choice("cls_position", cls_position, CLS_TOKENS)
         _check_choice("directions", directions, DIRECTIONS)
+        if rope and embed_dim % 4:
+            raise ValueError(f"rope needs an embed_dim divisible by 4; embed_dim is {embed_dim}.")
         self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         self.data_config = _data_config(data_config, in_chans, self.img_size)
         args.pop("data_config")
@@ -319,7 +321,7 @@ class VimEncoder(nn.Module):
     def _rotation(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """sin and cos of every patch on this grid, (1, m, embed_dim) each."""
         tables = build_rotary_pos_embed(
-            list(grid), dim=self.embed_dim, in_pixels=False, ref_feat_shape=list(self.grid_size),
+            list(grid), dim=self.embed_dim, in_pixels=False,
             device=self.patch_embed.proj.weight.device,
         )  # fmt: skip
         return tuple(table[None] for table in tables)

@@ -74,6 +74,7 @@ class Run:
         accelerator.save_state(str(partial), safe_serialization=True)
         accelerator.wait_for_everyone()
         if self.main and not final.exists():
+            (partial / "progress.json").write_text(json.dumps(vars(progress)))
             for file in partial.rglob("*"):
                 _sync(file)
             os.replace(partial, final)
@@ -87,6 +88,7 @@ class Run:
         if not (found := self.checkpoints()):
             return
         accelerator.load_state(str(found[-1]))
+        vars(progress).update(json.loads((found[-1] / "progress.json").read_text()))
         log = self.folder / "metrics.jsonl"
         if self.main and log.exists():
             rows = [line for line in log.read_text().splitlines() if _step(line) <= progress.step]

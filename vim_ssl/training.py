@@ -33,7 +33,7 @@ class TrainConfig:
     epochs: int = opt(300, "passes over the data", group="optimiser")
     batch_size: int = opt(64, "samples a process and micro-batch", group="optimiser")
     accumulation: int = opt(1, "micro-batches an optimiser step", group="optimiser")
-    opt: str = opt("adamw", "optimiser, by timm's name", group="optimiser")
+    optimizer: str = opt("adamw", "by timm's name", group="optimiser")
     base_lr: float = opt(1.5e-4, "learning rate per lr_reference_batch samples", group="optimiser")
     lr_reference_batch: int = opt(256, "samples that base_lr is meant for", group="optimiser")
     min_lr: float = opt(0.0, "learning rate at the end, not scaled", group="optimiser")
@@ -94,12 +94,6 @@ class Progress:
     bad_steps: int = 0
     bad_in_a_row: int = 0
 
-    def state_dict(self) -> dict:
-        return dict(vars(self))
-
-    def load_state_dict(self, state: dict) -> None:
-        vars(self).update(state)
-
 
 def fit(
     objective: nn.Module,
@@ -123,7 +117,7 @@ def fit(
     """
     plan = _Plan(samples, config, accelerator)
     optimizer = build_optimizer(
-        objective, opt=config.opt, lr=plan.lr, weight_decay=config.weight_decay,
+        objective, opt=config.optimizer, lr=plan.lr, weight_decay=config.weight_decay,
         betas=config.betas, layer_decay=config.layer_decay,
     )  # fmt: skip
     schedule = build_schedule(
@@ -133,8 +127,9 @@ def fit(
     model, optimizer = accelerator.prepare(objective, optimizer)
     progress, figures = Progress(), {}
     run.resume(accelerator, progress)
+    last = progress.step >= plan.total_steps
     with _Watch(plan, config, run, accelerator, progress) as watch:
-        for batches in plan.steps(progress):
+        for batches in () if last else plan.steps(progress):
             schedule.step_update(progress.step)
             out, averages = _forward_backward(accelerator, model, batches, config, progress)
             norm = float(
@@ -148,13 +143,15 @@ def fit(
                 objective.after_step()
             plan.advance(progress, len(batches), averages.pop("samples"), finite)
             run.count_skipped(name for batch in batches for name in batch["skipped"])
-            figures |= averages | {"lr": optimizer.param_groups[0]["lr"], "grad_norm": norm}
-            figures |= watch.step(averages["loss"])
+            row = averages | {"lr": optimizer.param_groups[0]["lr"], "grad_norm": norm}
+            row |= watch.step(averages["loss"])
             last = progress.step >= plan.total_steps
-            if last or plan.crossed(progress, config.eval_every):
-                figures |= watch.evaluate(out, evaluate)
-            if last or progress.step % config.log_every == 0:
-                run.log(progress, plan.epoch_float(progress), figures)
+            evaluated = last or plan.crossed(progress, config.eval_every)
+            if evaluated:
+                row |= watch.evaluate(out, evaluate)
+            if evaluated or progress.step % config.log_every == 0:
+                run.log(progress, plan.epoch_float(progress), row)
+            figures |= row
             if watch.time_to_save() or last:
                 run.save(accelerator, progress, keep=config.keep_checkpoints)
             if last or watch.asked_to_stop():

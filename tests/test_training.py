@@ -1,0 +1,314 @@
+"""The trainer's promises: exact gradients, exact resume, whole checkpoints, a guard against NaN."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from vim_ssl.recipes import mim_pretrain
+
+from vim_ssl.data.images import BadImage
+from vim_ssl.data.loader import EpochBatches, SeededSamples, stable_hash, training_loader
+from vim_ssl.objective import StepOutput
+from vim_ssl.runs import Run, read_metrics
+from vim_ssl.training import TrainConfig, fit, make_accelerator
+
+ROOT = Path(__file__).parents[1]
+SMALL = [
+    "--preset", "demo", "--epochs", "3", "--batch-size", "8", "--accumulation", "2",
+    "--warmup-epochs", "1", "--log-every", "1", "--eval-every", "100", "--decoder-dim", "16",
+    "--model-args", "depth=2", "embed_dim=16", "drop_path_rate=0.3",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    """40 small pictures in two classes."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        values = rng.integers(0, 100, (28, 28), dtype=np.uint8)
+        values[:, : 14 if i % 2 else 28] += 100
+        path = folder / f"class{i % 2}" / f"{i:02}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(values).save(path)
+    return folder
+
+
+def losses(folder: Path) -> list[tuple[int, str]]:
+    return [(row["step"], repr(row["loss"])) for row in read_metrics(folder)]
+
+
+class Linear(torch.nn.Module):
+    """Least squares on the sample's own number; fails at a step of the test's choice."""
+
+    def __init__(self, fail_at: tuple[int, ...] = ()):
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 1)
+        self.fail_at, self.calls = fail_at, 0
+
+    def forward(self, batch):
+        error = (self.linear(batch["x"])[:, 0] - batch["y"]).square()
+        self.calls += 1
+        if self.calls in self.fail_at:
+            error = error * float("nan")
+        return StepOutput(error.sum(), len(error), {"mae": error.sqrt().sum()})
+
+
+class Numbers(torch.utils.data.Dataset):
+    def __init__(self, size: int, broken: tuple[int, ...] = ()):
+        self.size, self.broken = size, broken
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, index):
+        if index in self.broken:
+            raise BadImage(f"picture {index}", "is broken")
+        return {"i": index}
+
+
+def noisy(item):
+    return {"x": torch.randn(4), "y": torch.tensor(float(item["i"]))}
+
+
+def train(tmp_path, objective, size=32, broken=(), **settings):
+    settings = {"epochs": 2, "batch_size": 4, "workers": 0, "log_every": 1, "base_lr": 0.1,
+                "warmup_epochs": 0.0, "output": str(tmp_path)} | settings  # fmt: skip
+    config = TrainConfig(**settings)
+    accelerator = make_accelerator(config)
+    run = Run.open("test", config, accelerator)
+    samples = SeededSamples(Numbers(size, broken), noisy, config.seed)
+    return fit(objective, samples, config, run, accelerator), run
+
+
+# ------------------------------------------------------------------ order and randomness
+
+
+def test_the_order_of_an_epoch_covers_the_data_once_and_differs_between_epochs():
+    batches = EpochBatches(20, 5, seed=3)
+    first = [i for batch in batches for _, i in batch]
+    batches.epoch = 1
+    second = [i for batch in batches for _, i in batch]
+    assert sorted(first) == sorted(second) == list(range(20))
+    assert first != second
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_processes_together_see_what_one_process_sees(world):
+    whole = [key for batch in EpochBatches(32, 8, seed=1) for key in batch]
+    parts = [list(EpochBatches(32, 8 // world, rank=r, world=world, seed=1)) for r in range(world)]
+    joined = [key for step in zip(*parts, strict=True) for part in step for key in part]
+    assert joined == whole
+
+
+@pytest.mark.parametrize("start", [0, 2, 4])
+def test_an_epoch_started_in_the_middle_is_the_rest_of_the_whole(start):
+    batches = EpochBatches(20, 4, seed=5)
+    whole = list(batches)
+    batches.start = start
+    assert list(batches) == whole[start:]
+    assert len(batches) == len(whole) - start
+
+
+def test_a_sample_does_not_depend_on_the_number_of_workers():
+    def all_samples(workers):
+        samples = SeededSamples(Numbers(12), noisy, seed=1)
+        loader = training_loader(samples, EpochBatches(12, 4), num_workers=workers)
+        return torch.cat([batch["x"] for batch in loader])
+
+    assert torch.equal(all_samples(0), all_samples(2))
+
+
+def test_a_batch_larger_than_the_data_is_refused_with_a_size_that_fits():
+    with pytest.raises(ValueError, match="at most 5"):
+        EpochBatches(10, 8, world=2)
+
+
+def test_the_hash_is_the_same_on_every_machine():
+    assert stable_hash("order", 0, 1) == 1706904728
+
+
+# ------------------------------------------------------------------ the loop
+
+
+def test_accumulation_gives_the_large_batch_gradient(tmp_path):
+    torch.manual_seed(0)
+    large, small = Linear(), Linear()
+    small.load_state_dict(large.state_dict())
+    train(tmp_path / "a", large, batch_size=8, accumulation=1, max_steps=3)
+    train(tmp_path / "b", small, batch_size=2, accumulation=4, max_steps=3)
+    torch.testing.assert_close(large.linear.weight, small.linear.weight)
+
+
+def test_the_last_short_accumulation_of_an_epoch_is_weighted_by_its_own_size(tmp_path):
+    """12 samples as 3 micro-batches, 2 a step: the second step averages over 4 samples, not 8."""
+    objective = Linear()
+    train(tmp_path, objective, size=12, batch_size=4, accumulation=2, epochs=1, clip_grad=None)
+    rows = read_metrics(tmp_path)
+    assert [row["samples"] for row in rows] == [8, 12]
+    # with a halved gradient the norm of the second step would lie far below
+    assert rows[1]["grad_norm"] > 0.6 * rows[0]["grad_norm"]
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path):
+    objective = Linear(fail_at=(3,))
+    before = None
+
+    def remember(module, args):
+        nonlocal before
+        if module.calls in (2, 3):  # weights as the failing step and the one after it see them
+            now = module.linear.weight.detach().clone()
+            if module.calls == 3:
+                assert torch.equal(now, before)
+            before = now
+
+    objective.register_forward_pre_hook(remember)
+    train(tmp_path, objective)
+    assert [row["bad_steps"] for row in read_metrics(tmp_path)][:4] == [0, 0, 1, 1]
+    assert torch.isfinite(objective.linear.weight).all()
+
+
+def test_too_many_bad_steps_in_a_row_end_the_run_and_keep_the_checkpoint(tmp_path):
+    objective = Linear(fail_at=(5, 6, 7))
+    with pytest.raises(FloatingPointError, match=r"3 steps in a row.*resume auto"):
+        train(tmp_path, objective, max_bad_steps=3, save_steps=4)
+    assert [p.name for p in Run(tmp_path).checkpoints()] == ["step-4"]
+
+
+def test_broken_pictures_are_replaced_named_and_counted(tmp_path, capsys):
+    _, run = train(tmp_path, Linear(), broken=(3, 7))
+    assert run.skipped == {"picture 3: is broken", "picture 7: is broken"}
+    assert "picture 3" in capsys.readouterr().out
+    assert read_metrics(tmp_path)[-1]["skipped"] == 2
+
+
+def test_old_checkpoints_go_and_leftovers_of_a_kill_are_not_taken_for_whole(tmp_path):
+    train(tmp_path, Linear(), save_steps=2, keep_checkpoints=2)
+    run = Run(tmp_path)
+    assert [p.name for p in run.checkpoints()] == ["step-14", "step-16"]
+    (tmp_path / "checkpoints" / "partial-99").mkdir()
+    assert run.checkpoints()[-1].name == "step-16"
+
+
+def test_a_run_is_not_overwritten(tmp_path):
+    train(tmp_path, Linear())
+    with pytest.raises(FileExistsError, match="--resume auto"):
+        train(tmp_path, Linear())
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path):
+    train(tmp_path, Linear())
+    before = losses(tmp_path)
+    train(tmp_path, Linear(), resume="auto")
+    assert losses(tmp_path) == before
+
+
+def test_launcher_processes_that_do_not_see_each_other_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
+    with pytest.raises((RuntimeError, ValueError)):
+        make_accelerator(TrainConfig())
+
+
+def test_the_learning_rate_follows_from_the_effective_batch(tmp_path, capsys):
+    train(tmp_path, Linear(), batch_size=4, accumulation=2, base_lr=0.256)
+    assert "= 8 · lr 0.256 x 8/256 = 0.008" in capsys.readouterr().out
+    assert max(row["lr"] for row in read_metrics(tmp_path)) == pytest.approx(0.008)
+
+
+# ------------------------------------------------------------------ exact resume, real recipe
+
+
+def pretrain(folder: Path, pictures: Path, *more: str) -> None:
+    mim_pretrain.main([*SMALL, "--data", str(pictures), "--output", str(folder), *more])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [1, 2, 4], ids="stop-at-{}".format)
+def test_resume_is_bit_identical(tmp_path, pictures, stop):
+    """40 samples, 5 micro-batches, 3 steps an epoch: the stops fall inside and between epochs."""
+    pretrain(tmp_path / "whole", pictures, "--workers", "0")
+    pretrain(tmp_path / "parts", pictures, "--workers", "2", "--max-steps", str(stop))
+    pretrain(tmp_path / "parts", pictures, "--workers", "1", "--resume", "auto")
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert len(losses(tmp_path / "whole")) == 9
+
+
+def launch(processes: int, folder: Path, pictures: Path, *more: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch",
+               "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no",
+               "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
+    if processes > 1:
+        command.append("--multi_gpu")
+    command += [str(ROOT / "recipes" / "mim_pretrain.py"), *SMALL, "--data", str(pictures),
+                "--output", str(folder), *more]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
+    for _ in range(1200):
+        log = folder / "metrics.jsonl"
+        if log.exists() and len(log.read_text().splitlines()) >= step:
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    raise AssertionError("the run did not get going")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM], ids=["kill-9", "sigterm"])
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path, pictures, kill):
+    more = ("--epochs", "30", "--save-steps", "5", "--workers", "1")
+    pretrain(tmp_path / "whole", pictures, *more)
+    process = launch(1, tmp_path / "killed", pictures, *more)
+    wait_for_step(tmp_path / "killed", 12, process)
+    child = int(subprocess.check_output(["pgrep", "-P", str(process.pid)], text=True).split()[0])
+    os.kill(child, kill)
+    output, _ = process.communicate(timeout=60)
+    if kill == signal.SIGTERM:
+        assert process.returncode == 0, output
+        assert "go on with --resume auto" in output
+    else:
+        assert process.returncode != 0
+    pretrain(tmp_path / "killed", pictures, *more, "--resume", "auto")
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_and_resume_exactly(tmp_path, pictures):
+    def finish(process):
+        output, _ = process.communicate(timeout=180)
+        assert process.returncode == 0, output
+
+    one = ("--batch-size", "8", "--model-args", "depth=2", "embed_dim=16")
+    two = ("--batch-size", "4", "--model-args", "depth=2", "embed_dim=16")
+    pretrain(tmp_path / "one", pictures, *one)
+    finish(launch(2, tmp_path / "two", pictures, *two))
+    a, b = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
+    assert [r["step"] for r in a] == [r["step"] for r in b]
+    np.testing.assert_allclose([r["loss"] for r in a], [r["loss"] for r in b], rtol=1e-5)
+    finish(launch(2, tmp_path / "parts", pictures, *two, "--max-steps", "4"))
+    finish(launch(2, tmp_path / "parts", pictures, *two, "--resume", "auto"))
+    assert losses(tmp_path / "parts") == losses(tmp_path / "two")
+
+
+def test_the_run_directory_holds_what_it_promises(tmp_path, pictures):
+    pretrain(tmp_path / "run", pictures, "--warmup-epochs", "0", "--epochs", "1", "--workers", "0")
+    names = {p.name for p in (tmp_path / "run").iterdir()}
+    assert {"config.json", "metrics.jsonl", "checkpoints", "images", "report.html",
+            "encoder.safetensors", "encoder.json"} <= names  # fmt: skip
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    fields = {f.name for f in dataclasses.fields(mim_pretrain.Config)}
+    assert fields <= set(config)
