@@ -193,12 +193,12 @@ def _split_table(table: Array, cls_position: str) -> tuple[Array, Array]:
 
 
 def _angles(config: dict, grid: tuple[int, int]) -> Array:
-    """Rotation of every patch, (m, d): first half of the channels by row, second by column, in the
-    coordinates of the grid the encoder was made for."""
-    own, d = _grid(config, config["img_size"]), config["embed_dim"]
+    """Rotation of every patch, (m, d): first half of the channels by row, second by column, both
+    counted in patches."""
+    d = config["embed_dim"]
     bands = 10000.0 ** -(np.arange(d // 4) / (d // 4))
     angles = [
-        np.repeat(np.concatenate([r / grid[0] * own[0] * bands, c / grid[1] * own[1] * bands]), 2)
+        np.repeat(np.concatenate([r * bands, c * bands]), 2)
         for r in range(grid[0])
         for c in range(grid[1])
     ]
