@@ -20,7 +20,7 @@ import torch
 import vim_ssl
 from vim_ssl import VimEncoder, create_transform, load_encoder
 from vim_ssl.config import opt, parse, to_dict
-from vim_ssl.data import open_data, stratified_split
+from vim_ssl.data import labelled_parts, stratified_split
 from vim_ssl.probes import (
     C_GRID,
     Features,
@@ -32,7 +32,7 @@ from vim_ssl.probes import (
     wilson_interval,
 )
 from vim_ssl.report import write_report
-from vim_ssl.runs import newest_run
+from vim_ssl.runs import newest_run, trained_on
 
 
 @dataclass
@@ -51,26 +51,6 @@ class Config:
     device: str = opt("", "cpu, cuda …; default: cuda if there is one")
     seed: int = opt(0, "of the splits and of the untrained encoder")
     output: str = opt("", "where metrics.json goes; default: linear_probe/ in the run")
-
-
-def build_data(config: Config, source: Path | str):
-    """Training and test part. A data set's own test split is used where there is one."""
-    spec = config.data or _trained_on(source)
-    if not spec:
-        raise ValueError(f"{source} does not say what it was trained on; name labelled --data.")
-    spec = _without_split(spec)
-    data = open_data(spec)
-    if "test" in data.splits:
-        train, test = open_data(spec, split="train"), open_data(spec, split="test")
-    elif data.labels is None:
-        train = test = data
-    else:
-        parts = stratified_split(data.labels, config.test, config.seed, data.groups)
-        train, test = (data.subset(part) for part in parts)
-    for name, part in (("train", train), ("test", test)):
-        if part.labels is None or len(set(part.labels)) < 2:
-            raise ValueError(f"{spec} ({name}) has no labels of two classes; probing needs them.")
-    return train, test
 
 
 def probe(name: str, train: Features, test: Features, readouts: dict, config: Config) -> dict:
@@ -126,7 +106,7 @@ def run(config: Config) -> dict:
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     source = config.encoder or newest_run()
     encoder = load_encoder(source)
-    train, test = build_data(config, source)
+    train, test = labelled_parts(config.data or trained_on(source), config.test, config.seed)
     print(f"Encoder {source} · {train.name}: {len(train):,} train, {len(test):,} test", flush=True)
 
     rows, skipped = [], []
@@ -155,18 +135,6 @@ def run(config: Config) -> dict:
     if (folder.parent / "metrics.jsonl").exists():
         print(f"Report: {write_report(folder.parent)}")
     return metrics
-
-
-def _trained_on(source: Path | str) -> str:
-    record = Path(source) / "config.json"
-    return json.loads(record.read_text()).get("data", "") if record.is_file() else ""
-
-
-def _without_split(spec: str) -> str:
-    """The same data, with all of its splits."""
-    location, _, query = spec.partition("?")
-    query = "&".join(part for part in query.split("&") if not part.startswith("split="))
-    return f"{location}?{query}" if query else location
 
 
 def _default_output(source: Path | str) -> Path:

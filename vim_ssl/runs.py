@@ -159,6 +159,18 @@ def newest_run(root: Path = RUNS) -> Path:
     return found[-1].parent
 
 
+def trained_on(source: str | Path) -> str:
+    """The data spec a run was trained on.
+
+    Raises: ValueError if ``source`` is no run directory, or its run does not say.
+    """
+    record = Path(source) / "config.json"
+    spec = json.loads(record.read_text()).get("data") if record.is_file() else None
+    if not spec:
+        raise ValueError(f"{source} does not say what it was trained on; name labelled --data.")
+    return spec
+
+
 def read_metrics(folder: Path) -> list[dict]:
     """The lines of metrics.jsonl."""
     return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]

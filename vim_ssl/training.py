@@ -122,7 +122,7 @@ def fit(
     )  # fmt: skip
     schedule = build_schedule(
         optimizer, total_steps=plan.epoch_steps * config.epochs, min_lr=config.min_lr,
-        warmup_steps=round(plan.epoch_steps * config.warmup_epochs),
+        warmup_steps=plan.warmup_steps,
     )  # fmt: skip
     model, optimizer = accelerator.prepare(objective, optimizer)
     progress, figures = Progress(), {}
@@ -179,6 +179,12 @@ class _Plan:
         self.total_steps = self.epoch_steps * config.epochs
         if config.max_steps:
             self.total_steps = min(self.total_steps, config.max_steps)
+        self.warmup_steps = round(self.epoch_steps * config.warmup_epochs)
+        if not 0 <= self.warmup_steps < self.epoch_steps * config.epochs:
+            raise ValueError(
+                f"warmup_epochs {config.warmup_epochs:g} does not fit into {config.epochs} epochs; "
+                f"try --warmup-epochs {config.epochs / 20:g}."
+            )
         self.effective_batch = config.batch_size * config.accumulation * world
         self.lr = config.base_lr * self.effective_batch / config.lr_reference_batch
         self.summary = (

@@ -9,6 +9,7 @@ from vim_ssl.data.folder import open_folder
 from vim_ssl.data.hub import open_hub
 from vim_ssl.data.sample_sets import open_sample
 from vim_ssl.data.spec import DataSpec, parse_spec
+from vim_ssl.data.split import stratified_split
 
 _OPENERS: dict[str, Callable[[DataSpec], ImageData]] = {
     "folder": open_folder,
@@ -40,3 +41,37 @@ def open_data(spec: str | Path, *, split: str | None = None) -> ImageData:
         # Spread out, since many sets are sorted by class.
         data = data.subset(i * len(data) // parsed.limit for i in range(parsed.limit))
     return data
+
+
+def labelled_parts(spec: str | Path, test: float, seed: int) -> tuple[ImageData, ImageData]:
+    """The training and the test part of labelled pictures.
+
+    The source's own test (or else validation) split is used where there is one, whatever split
+    ``spec`` names; otherwise a stratified share is held out, groups kept together. Pictures without
+    a label are left out.
+
+    Args:
+        test: share to hold out, in (0, 1), of a source without splits.
+        seed: of that choice.
+    Raises: ValueError for pictures without labels of at least two classes.
+    """
+    everything = open_data(spec, split="all")
+    held_out = [name for name in ("test", "validation") if name in everything.splits]
+    if "train" in everything.splits and held_out:
+        train, other = (open_data(spec, split=name) for name in ("train", held_out[0]))
+    elif everything.labels is None:
+        train = other = everything
+    else:
+        known = everything.subset(i for i, y in enumerate(everything.labels) if y >= 0)
+        train, other = (
+            known.subset(part)
+            for part in stratified_split(known.labels, test, seed, known.groups)
+        )  # fmt: skip
+    parts = []
+    for part in (train, other):
+        labels = part.labels or []
+        part = part.subset(i for i, y in enumerate(labels) if y >= 0)
+        if len(set(part.labels or [])) < 2:
+            raise ValueError(f"{spec} ({part.split}) has no labels of two classes; it needs them.")
+        parts.append(part)
+    return parts[0], parts[1]
