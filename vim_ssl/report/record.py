@@ -1,0 +1,121 @@
+"""What a run has written so far, read once for its page."""
+
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vim_ssl.encoder import PRESETS
+
+EVALUATED = ("knn_top1", "feature_std")  # logged again on every line until the next evaluation
+MAX_LINES = 50_000  # of the log that are parsed, evenly spread
+
+
+class Record:
+    """The content of a run directory; what is absent or broken is empty.
+
+    Args:
+        folder: the run directory.
+    Raises: FileNotFoundError if it holds neither config.json nor metrics.jsonl.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.name = folder.resolve().name
+        if not any((folder / name).is_file() for name in ("config.json", "metrics.jsonl")):
+            raise FileNotFoundError(
+                f"{folder} holds no run (neither config.json nor metrics.jsonl); name the "
+                "directory that a recipe printed as 'Run directory'."
+            )
+        self.config = _read_json(folder / "config.json")
+        self.log = _read_log(folder / "metrics.jsonl")
+        self.pictures = _find_pictures(folder / "images")
+        self.probe = _read_json(folder / "linear_probe" / "metrics.json")
+        description = _read_json(folder / "encoder.json")
+        self.finished = bool(description)
+        self.made_by = description.get("made_by") or {}
+        self.version = description.get("vim_ssl")
+        self.parameters = _count_parameters(folder / "encoder.safetensors")
+        # Until the encoder is saved, what the settings say of it; {} for a checkpoint's.
+        preset = PRESETS.get(str(self.config.get("encoder")))
+        asked = {} if preset is None else preset | (self.config.get("model_args") or {})
+        self.encoder: dict[str, Any] = description.get("config") or asked
+        self.shape_known = self.finished or preset is not None
+
+    def last(self, name: str) -> float:
+        """The newest finite value of a figure; NaN if there is none."""
+        values = self.log.get(name, np.empty(0))
+        finite = values[np.isfinite(values)]
+        return float(finite[-1]) if len(finite) else math.nan
+
+    def series(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Steps, epochs and values of a figure, each (n,); of an evaluation, only where it was."""
+        if name not in self.log:
+            return (np.empty(0),) * 3
+        values = self.log[name]
+        rows = np.ones(len(values), bool)
+        if name in EVALUATED:
+            marks = np.stack([np.nan_to_num(self.log[k]) for k in EVALUATED if k in self.log])
+            rows = np.isfinite(values)
+            rows[1:] &= (marks[:, 1:] != marks[:, :-1]).any(0)
+        epochs = self.log.get("epoch", np.full(len(values), math.nan))
+        return self.log["step"][rows], epochs[rows], values[rows]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # not written, or not whole
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _read_log(path: Path) -> dict[str, np.ndarray]:
+    """metrics.jsonl as columns (n,) float64, NaN where a line lacks the figure.
+
+    Broken lines are left out. Of a long log every so-many-th line is read, and the last two.
+    """
+    if not path.is_file():
+        return {}
+    with path.open("rb") as file:
+        count = sum(1 for _ in file)
+    stride, rows = math.ceil(count / MAX_LINES), []
+    with path.open("rb") as file:
+        for i, line in enumerate(file):
+            if i % stride and i < count - 2:
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError:  # being written at this moment, or cut off by a kill
+                continue
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                rows.append({k: v for k, v in row.items() if isinstance(v, int | float)})
+    names = dict.fromkeys(itertools.chain.from_iterable(rows))
+    return {name: np.array([row.get(name, math.nan) for row in rows], float) for name in names}
+
+
+def _count_parameters(path: Path) -> int:
+    """Values in the file's tensors, from its header; 0 without a whole file."""
+    if not path.is_file():
+        return 0
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            shapes = [file.get_slice(key).get_shape() for key in list(file.keys())]
+    except (OSError, SafetensorError):
+        return 0
+    return sum(math.prod(shape) for shape in shapes)
+
+
+def _find_pictures(folder: Path) -> dict[str, list[tuple[int, Path]]]:
+    """NAME-STEP.png as name -> (step, path), in the order of steps."""
+    found: dict[str, list[tuple[int, Path]]] = {}
+    for path in folder.glob("*-*.png"):
+        name, _, step = path.stem.rpartition("-")
+        if step.isdecimal():
+            found.setdefault(name, []).append((int(step), path))
+    return {name: sorted(found[name]) for name in sorted(found)}
