@@ -51,14 +51,17 @@ def copy_checkout(target: Path) -> Path:
 
 
 def source_files(root: Path) -> set[str]:
-    """Where every source file of a checkout belongs in a wheel."""
-    files = {path.relative_to(root) for path in (root / "vim_ssl").rglob("*.py")}
-    files |= {
-        Path("vim_ssl", path.relative_to(root))
-        for folder in FOLDERS
-        for path in (root / folder).rglob("*.py")
+    """Where every file of a checkout's four folders belongs in a wheel, templates included."""
+    return {
+        (
+            path.relative_to(root)
+            if folder == "vim_ssl"
+            else Path("vim_ssl", path.relative_to(root))
+        ).as_posix()
+        for folder in ("vim_ssl", *FOLDERS)
+        for path in (root / folder).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
     }
-    return {path.as_posix() for path in files} | {"vim_ssl/py.typed"}
 
 
 def contents(wheel: Path) -> set[str]:

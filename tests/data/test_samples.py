@@ -18,6 +18,8 @@ from vim_ssl.data import open_data, samples
 from vim_ssl.data.samples import Package, Sample, SampleMissing, get_sample, list_samples, main
 
 HERE = list_samples()
+# Starts this Python even from a path with spaces: sh reads the second line, Python a string.
+SHEBANG = f"#!/bin/sh\n'''exec' '{sys.executable}' \"$0\" \"$@\" #'''\n"
 
 
 def needs(name: str):
@@ -214,7 +216,7 @@ class Registry:
         if client == "npm":
             script = self.root / "bin" / "npm"
             script.parent.mkdir(exist_ok=True)
-            script.write_text(f"#!{sys.executable}\n{body}")
+            script.write_text(SHEBANG + body)
             script.chmod(script.stat().st_mode | stat.S_IXUSR)
             self.monkeypatch.setenv("PATH", str(script.parent))
         else:  # `python -m pip` finds this package first
@@ -313,7 +315,7 @@ def test_a_failing_client_is_quoted(registry, capsys):
 def test_a_client_that_hangs_is_stopped(registry, monkeypatch):
     registry.serve(tgz({"package/a.png": b"x"}))
     script = registry.root / "bin" / "npm"
-    script.write_text(f"#!{sys.executable}\nimport time\ntime.sleep(60)\n")
+    script.write_text(SHEBANG + "import time\ntime.sleep(60)\n")
     monkeypatch.setattr(samples, "TIMEOUT_S", 0.5)
     with pytest.raises(RuntimeError, match=r"npm did not fetch tiny within 0\.5 s"):
         get_sample("tiny", progress=lambda line: None)
