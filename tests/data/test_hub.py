@@ -59,6 +59,14 @@ def test_subset_and_pickle(tmp_path):
     ]
 
 
+def test_a_table_saved_to_give_tensors(tmp_path):
+    data = table(label=([0, 1, 1, 0], ANIMALS)).with_format("torch")
+    opened = open_data(saved(tmp_path, data))
+    assert opened.labels == [0, 1, 1, 0]
+    assert type(opened.labels[0]) is int
+    assert opened[3]["image"].getpixel((0, 0)) == (3, 0, 0)
+
+
 def test_splits(tmp_path):
     parts = {name: table(2, label=(labels, ANIMALS)) for name, labels in
              (("train", [0, 1]), ("validation", [1, 1]), ("test", [-1, -1]))}  # fmt: skip

@@ -13,6 +13,12 @@ from torch.utils.data import Dataset
 from vim_ssl.data.images import BadImage, clean_image, decode_image
 
 
+class Captions(Protocol):
+    """Captions by row: a list, or what reads them one by one."""
+
+    def __getitem__(self, row: int, /) -> Any: ...
+
+
 class Pictures(Protocol):
     """Where pictures come from: picklable, and cheap until one is asked for."""
 
@@ -50,7 +56,7 @@ class ImageData(Dataset):
         labels: Iterable[int] | None = None,
         classes: Sequence[str] | None = None,
         groups: Iterable[str] | None = None,
-        captions: Sequence[Any] | None = None,
+        captions: Captions | None = None,
         splits: Sequence[str] = (),
         split: str = "all",
         source_fingerprint: str = "",

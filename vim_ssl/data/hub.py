@@ -13,17 +13,30 @@ _LABEL_TYPES = ("int", "uint", "bool", "string", "large_string")
 _CAPTION_NAMES = ("caption", "text")
 
 
-class TablePictures:
-    """The image column of a table, undecoded: our own decoding turns a broken one into BadImage."""
+class TableColumn:
+    """One column of a table, read row by row.
 
-    def __init__(self, column: Any):
-        self.column = column
+    A table of this column alone, because `table[name][row]` takes milliseconds.
+    """
+
+    def __init__(self, table: Any, name: str):
+        self.table, self.name = table.select_columns([name]), name
 
     def __len__(self) -> int:
-        return len(self.column)
+        return len(self.table)
+
+    def __getitem__(self, row: int) -> Any:
+        return self.table[row][self.name]
+
+    def all(self) -> list[Any]:
+        return self.table[:][self.name]
+
+
+class TablePictures(TableColumn):
+    """The image column, undecoded: our own decoding turns a broken picture into BadImage."""
 
     def __getitem__(self, row: int) -> str | bytes:
-        value = self.column[row]
+        value = super().__getitem__(row)
         if isinstance(value, dict):
             value = value.get("bytes") or value.get("path")
         if not value:
@@ -73,13 +86,13 @@ def open_hub(spec: DataSpec) -> ImageData:
     if label:
         labels, classes = _labels(label, [tables[n] for n in chosen], tables.values())
     return ImageData(
-        TablePictures(table[image]),
+        TablePictures(table, image),
         [f"{name}/{row}" for name in chosen for row in range(len(tables[name]))],
         name=str(spec),
         labels=labels,
         classes=classes,
-        groups=[str(g) for g in table[group]] if group else None,
-        captions=table[caption] if caption else None,
+        groups=[str(g) for g in TableColumn(table, group).all()] if group else None,
+        captions=TableColumn(table, caption) if caption else None,
         splits=list(tables),
         split=split,
         # Picture sizes would need a read of the whole table; its own fingerprint stands for them.
@@ -103,7 +116,9 @@ def _load(location: str) -> dict[str, Any]:
     else:
         name, _, config = location.partition(":")
         loaded = _load_from_hub(name, config or None)
-    return loaded if isinstance(loaded, dict) else {str(loaded.split or "train"): loaded}
+    tables = loaded if isinstance(loaded, dict) else {str(loaded.split or "train"): loaded}
+    # A table may have been saved to give tensors; here it gives plain values.
+    return {split: table.with_format(None) for split, table in tables.items()}
 
 
 def _load_from_hub(name: str, config: str | None) -> Any:
@@ -167,9 +182,9 @@ def _labels(
     names = getattr(kind, "names", None)
     if names is None and not str(getattr(kind, "dtype", "")).startswith(_LABEL_TYPES):
         raise ValueError(f"label={name}: the column holds neither whole numbers nor strings.")
-    values = [value for table in chosen for value in table[name]]
+    values = [value for table in chosen for value in TableColumn(table, name).all()]
     if names is None:
-        known = {value for table in tables for value in table[name]} - {None}
+        known = {value for table in tables for value in TableColumn(table, name).all()} - {None}
         number = {value: i for i, value in enumerate(sorted(known))}
         names, values = [str(v) for v in number], [number.get(v) for v in values]
     labels = [-1 if value is None else int(value) for value in values]

@@ -8,7 +8,7 @@ from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.folder import open_folder
 from vim_ssl.data.hub import open_hub
 from vim_ssl.data.sample_sets import open_sample
-from vim_ssl.data.spec import DataSpec, parse_spec
+from vim_ssl.data.spec import DataSpec, canonical_split, parse_spec
 from vim_ssl.data.split import stratified_split
 
 _OPENERS: dict[str, Callable[[DataSpec], ImageData]] = {
@@ -56,17 +56,20 @@ def labelled_parts(spec: str | Path, test: float, seed: int) -> tuple[ImageData,
     Raises: ValueError for pictures without labels of at least two classes.
     """
     everything = open_data(spec, split="all")
-    held_out = [name for name in ("test", "validation") if name in everything.splits]
-    if "train" in everything.splits and held_out:
-        train, other = (open_data(spec, split=name) for name in ("train", held_out[0]))
+    splits = {canonical_split(name) for name in everything.splits}
+    held_out = [name for name in ("test", "validation") if name in splits]
+    if "train" in splits and held_out:
+        train = open_data(spec, split="train")
+        others = [open_data(spec, split=name) for name in held_out]
+        # The labels of a test split are often withheld.
+        other = next((part for part in others if part.labels is not None), others[0])
     elif everything.labels is None:
         train = other = everything
     else:
         known = everything.subset(i for i, y in enumerate(everything.labels) if y >= 0)
-        train, other = (
-            known.subset(part)
-            for part in stratified_split(known.labels, test, seed, known.groups)
-        )  # fmt: skip
+        labels = known.labels or []
+        first, second = stratified_split(labels, test, seed, known.groups)
+        train, other = known.subset(first), known.subset(second)
     parts = []
     for part in (train, other):
         labels = part.labels or []

@@ -1,0 +1,49 @@
+"""A training and a test part of labelled pictures, whatever splits the source has."""
+
+import pytest
+from PIL import Image
+
+from vim_ssl.data import labelled_parts
+
+
+def fill(root, *names) -> str:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (4, 4)).save(root / name)
+    return str(root)
+
+
+def classes(split: str) -> list[str]:
+    return [f"{split}{name}/{i}.png" for name in "ab" for i in range(5)]
+
+
+def test_a_share_is_held_out_of_a_source_without_splits(tmp_path):
+    train, test = labelled_parts(fill(tmp_path, *classes("")), test=0.2, seed=0)
+    assert (len(train), sorted(test.labels)) == (8, [0, 1])
+    assert not set(train.ids) & set(test.ids)
+
+
+@pytest.mark.parametrize("name", ["test", "val", "validation"])
+def test_the_sources_own_split_is_used(tmp_path, name):
+    spec = fill(tmp_path, *classes("train/"), *classes(f"{name}/"))
+    train, test = labelled_parts(spec, test=0.2, seed=0)
+    assert {i.split("/")[0] for i in train.ids} == {"train"}
+    assert {i.split("/")[0] for i in test.ids} == {name}
+
+
+def test_a_test_split_without_labels_is_passed_over(tmp_path):
+    spec = fill(tmp_path, *classes("train/"), *classes("val/"), "test/1.png", "test/2.png")
+    assert labelled_parts(spec, test=0.2, seed=0)[1].split == "val"
+
+
+def test_groups_stay_whole(tmp_path):
+    names = [f"{name}/p{i}/{k}.png" for name in "ab" for i in range(5) for k in range(3)]
+    spec = fill(tmp_path, *names) + "?label=folder&group=folder"
+    train, test = labelled_parts(spec, test=0.2, seed=0)
+    assert len(test) == 6
+    assert not set(train.groups) & set(test.groups)
+
+
+def test_pictures_without_labels_are_an_error(tmp_path):
+    with pytest.raises(ValueError, match="no labels of two classes"):
+        labelled_parts(fill(tmp_path, "1.png", "2.png"), test=0.2, seed=0)
