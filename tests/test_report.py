@@ -215,7 +215,7 @@ def test_non_finite_values_leave_gaps_and_are_counted(tmp_path: Path):
     rows = [line(i + 1, loss=x, bad_steps=min(i, 2), skipped=7) for i, x in enumerate(losses)]
     page = Page(write_report(make_run(tmp_path, rows)))
     assert [text.split()[1] for text in page.readout("Loss")] == ["1", "2", "5", "6"]
-    assert "2 of 6 not finite" in page.text
+    assert "2 of 6 lines read not finite" in page.text
     svg = page.source[page.source.index("Loss over steps") :].partition("</svg>")[0]
     assert svg.count("<polyline") == 2
     assert "nan" not in svg

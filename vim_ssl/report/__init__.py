@@ -139,7 +139,10 @@ def _pictures(run: Record) -> str:
         parts.append(f"<div class=pair>{''.join(figures)}</div>")
     note = "Each evaluation shows pictures of its own training batch."
     if run.config.get("recipe") == "mim_pretrain":
-        note += " Hidden patches, whose pixels the encoder never sees, are drawn in the data's mean colour."
+        note += (
+            " Hidden patches, whose pixels the encoder never sees, are drawn in the data's mean"
+            " colour."
+        )
         if run.config.get("norm_pix_loss"):
             note += (
                 " Predictions are normalised patch by patch; they are drawn with the brightness and"

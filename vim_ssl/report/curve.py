@@ -11,7 +11,7 @@ import numpy as np
 
 MAX_POINTS = 240  # of a curve; each stands for a stretch of steps
 WIDTH, HEIGHT = 420, 200  # in SVG units, as are the margins
-LEFT, RIGHT, TOP, BOTTOM = 52, WIDTH - 10, 8, HEIGHT - 24
+LEFT, RIGHT, TOP, BOTTOM = 58, WIDTH - 10, 8, HEIGHT - 24
 BEYOND = 1e30  # no axis is of use past it
 
 
@@ -48,7 +48,9 @@ def draw_curve(
         )
     ends = np.array([p[-1] for p in parts])
     seen = np.flatnonzero(np.isfinite(mean))
-    bottom, top = float(mean[seen].min()), float(mean[seen].max())
+    # The whole line fits; of the ranges, rare outliers may leave the picture.
+    bottom = min(float(mean[seen].min()), float(np.percentile(low[seen], 5)))
+    top = max(float(mean[seen].max()), float(np.percentile(high[seen], 95)))
     log = allow_log and float(low[seen].min()) > 0 and top > 50 * bottom
     x_of, x_ticks = _axis(float(steps[ends[0]]), float(steps[-1]), LEFT, RIGHT)
     y_of, y_ticks = _axis(bottom, top, BOTTOM, TOP, log)
@@ -83,7 +85,7 @@ def draw_curve(
         texts.append([round(float(x[i]), 1), round(float(y[i]), 1), " · ".join(words)])
     notes = [f"{number(mean[seen[-1]])}{unit}"]
     if lost:
-        notes.append(f"{lost:,} of {len(values):,} not finite")
+        notes.append(f"{lost:,} of {len(values):,} lines read not finite")
     if log:
         notes.append("logarithmic axis")
     rest = escape(" · ".join(notes))
@@ -132,4 +134,12 @@ def _axis(
     def place(value):
         return start + (end - start) * (scale(value) - scale(low)) / (scale(high) - scale(low))
 
-    return place, [(float(place(tick)), number(tick, 6)) for tick in ticks]
+    return place, [(float(place(tick)), _short(tick)) for tick in ticks]
+
+
+def _short(tick: float) -> str:
+    if 1e6 <= abs(tick) < 1e9:
+        return f"{tick / 1e6:g}M"
+    if 1e4 <= abs(tick) < 1e6:
+        return f"{tick / 1e3:g}k"
+    return number(tick, 6)

@@ -58,8 +58,8 @@ figure, dl, dd { margin: 0; }
 .tiles dt { font-size: .85rem; }
 .tiles small { display: block; line-height: 1.4; }
 .tiles b { display: block; font-size: 1.6rem; font-weight: 600; line-height: 1.3; }
-.pair { display: flex; flex-wrap: wrap; gap: 2rem 4rem; margin-bottom: 2rem; }
-.pair figure { flex: 0 1 auto; min-width: 0; max-width: min(100%, 558px); }
+.pair { display: grid; gap: 2rem 3rem; margin-bottom: 2rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 364px), 1fr)); }
 .strip { display: grid; gap: 4px; align-items: end;
   grid-template-columns: repeat(var(--n), minmax(0, var(--side))); }
 .strip span { font-size: .75rem; line-height: 1.2; }
