@@ -19,26 +19,39 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import njit, types
+from numba import carray, njit, types
+from numba.core import cgutils
+from numba.core.compiler import Compiler
 from numba.extending import intrinsic
 
 f32 = np.float32
 ZERO, ONE, TWO = f32(0), f32(1), f32(2)
 LOG2E, LN2 = f32(1.4426950408889634), f32(0.6931471805599453)
 LANES = 64  # channels a kernel works on together; a multiple of every vector width
-FLOAT_BYTES = 4
+FLOAT = 4  # bytes
+ROW = LANES * FLOAT
 
 # No 'reassoc': it would fold the rounding trick (x + ROUND) - ROUND into x.
 SAFE = {"contract", "nsz", "arcp"}
 
 
+class _NoAlias(Compiler):
+    """Tells LLVM that memory behind a function's pointers does not overlap (`noalias`)."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.state.flags.noalias = True
+
+
 def jit(*, sums: bool = False, **options):
-    """`numba.njit` for the parts of kernels.
+    """`numba.njit` for the parts of kernels. What is written through one of the function's pointers
+    must not be reached through another.
 
     Args:
         sums: the function may reorder sums, which vectorising a reduction needs.
     """
-    return njit(fastmath=SAFE | {"reassoc"} if sums else SAFE, error_model="numpy", **options)
+    flags = SAFE | {"reassoc"} if sums else SAFE
+    return njit(fastmath=flags, error_model="numpy", pipeline_class=_NoAlias, **options)
 
 
 def kernel(function):
@@ -73,27 +86,38 @@ def _as_bits(typingctx, number):
     return types.int32(types.float32), codegen
 
 
-ROUND = f32(12582912.0)  # 1.5 * 2^23: adding it rounds a small float to an integer in the low bits
-BIAS, MANTISSA_BITS = np.int32(127), np.int32(23)
+# 1.5 * 2^23 rounds what it is added to, to an integer that lies in the low bits; 127 more is the
+# exponent's bias.
+ROUND = f32(12582912.0 + 127.0)
+MANTISSA_BITS = np.int32(23)
 SQRT_HALF_BITS = np.int32(0x3F3504F3)
-LOWEST, HIGHEST = f32(-127.0), f32(128.0)  # where 2^x becomes 0 and infinity
+LOWEST, HIGHEST = f32(-126.5), f32(128.0)  # beyond them 2^x is 0 and infinity
+E0, E1, E2, E3, E4, E5 = (
+    f32(c)
+    for c in (
+        1.000000072,
+        0.6931469671,
+        0.2402211972,
+        0.05550713274,
+        0.009675541385,
+        0.001327647205,
+    )
+)
 
 
 @jit(forceinline=True)
 def exp2(x):
-    """2^x to 2e-7 relative: the integer part shifts the exponent, a polynomial does the rest."""
-    x = LOWEST if x < LOWEST else x  # written so that NaN passes
-    x = HIGHEST if x > HIGHEST else x
-    rounded = x + ROUND
-    whole = _as_bits(rounded)
-    f = x - (rounded - ROUND)  # in [-1/2, 1/2]
-    p = f32(1.5403530e-4) * f + f32(1.3333558e-3)
-    p = p * f + f32(9.6181291e-3)
-    p = p * f + f32(5.5504109e-2)
-    p = p * f + f32(2.4022651e-1)
-    p = p * f + f32(6.9314718e-1)
-    p = p * f + ONE
-    return p * _as_float(np.int32((whole + BIAS) << MANTISSA_BITS))
+    """2^x to 2e-7 relative: the integer part becomes the exponent, a polynomial does the rest."""
+    clipped = HIGHEST if x > HIGHEST else x  # comparisons are written so that NaN passes
+    rounded = clipped + ROUND
+    power = _as_float(np.int32(_as_bits(rounded) << MANTISSA_BITS))
+    f = clipped - (rounded - ROUND)  # in [-1/2, 1/2]
+    p = E5 * f + E4
+    p = p * f + E3
+    p = p * f + E2
+    p = p * f + E1
+    p = p * f + E0
+    return ZERO if x < LOWEST else p * power
 
 
 @jit(forceinline=True)
@@ -122,13 +146,33 @@ def sigmoid(x):
 
 
 @intrinsic
-def floats_at(typingctx, address):
-    """The address, an integer, as a pointer to float32 for `numba.carray`."""
+def at(typingctx, addresses):
+    """A tuple of addresses as pointers to float32, for a function made by `jit`."""
+    pointers = types.UniTuple(types.CPointer(types.float32), len(addresses))
 
     def codegen(context, builder, signature, args):
-        return builder.inttoptr(args[0], ir.FloatType().as_pointer())
+        numbers = cgutils.unpack_tuple(builder, args[0], len(addresses))
+        as_pointers = [builder.inttoptr(a, ir.FloatType().as_pointer()) for a in numbers]
+        return context.make_tuple(builder, pointers, as_pointers)
 
-    return types.CPointer(types.float32)(types.int64), codegen
+    return pointers(addresses), codegen
+
+
+@jit(forceinline=True)
+def row(pointer):
+    """The `LANES` floats there, as an array that owns nothing."""
+    return carray(pointer, (LANES,))
+
+
+@jit(forceinline=True)
+def rows(pointer, n):
+    """n rows: (n, LANES)."""
+    return carray(pointer, (n, LANES))
+
+
+@jit(forceinline=True)
+def floats(pointer, n):
+    return carray(pointer, (n,))
 
 
 # --- threads ---------------------------------------------------------------------------------
@@ -148,27 +192,32 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_pool)
 
 
-def run_tasks(kernel: Callable, args: tuple, tasks: int, work_per_task: float) -> None:
-    """Call ``kernel(*args, first, end)`` over range(tasks), on up to `torch.get_num_threads()`.
+def run_tasks(
+    kernel: Callable, args: tuple, tasks: int, *, work_per_task: float, scratch_rows: int
+) -> None:
+    """``kernel(*args, scratch, first, end)`` over range(tasks), on `torch.get_num_threads()`.
 
     Every task writes places of its own, so the split never shows in the results.
 
     Args:
-        kernel: compiled with ``nogil=True``.
+        kernel: what `kernel` made.
         work_per_task: nanoseconds, roughly; little work stays on the calling thread.
+        scratch_rows: rows of zeros for each thread to work in; it gets their address.
     """
     global _pool, _pool_size
     threads = min(torch.get_num_threads(), tasks, max(1, int(tasks * work_per_task / 50_000)))
     if threads == 1:
-        kernel(*args, 0, tasks)
+        scratch = torch.zeros(scratch_rows, LANES, dtype=torch.float32)
+        kernel(*args, scratch.data_ptr(), 0, tasks)
         return
     pieces = min(tasks, PIECES_PER_THREAD * threads)
     bounds = [tasks * i // pieces for i in range(pieces + 1)]
     counter = itertools.count()
 
     def work() -> None:
+        scratch = torch.zeros(scratch_rows, LANES, dtype=torch.float32)
         while (i := next(counter)) < pieces:
-            kernel(*args, bounds[i], bounds[i + 1])
+            kernel(*args, scratch.data_ptr(), bounds[i], bounds[i + 1])
 
     if _pool is None or _pool_size < threads - 1:
         _pool_size = threads - 1

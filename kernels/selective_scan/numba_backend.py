@@ -85,6 +85,7 @@ def scan_forward(
         (*addresses, s, b, l, d, n, *_strides(z), softplus, reverse, scale),
         tasks=b * blocks,
         work_per_task=s * l * LANES * n * NANOSECONDS[0],
+        scratch_rows=numba_kernels.forward_rows(n),
     )
     return out, last, y_sum, states
 
@@ -136,6 +137,7 @@ def scan_backward(
         (*addresses, s, b, l, d, n, *_strides(z), softplus, reverse, scale),
         tasks=b * blocks,
         work_per_task=s * l * LANES * n * NANOSECONDS[1],
+        scratch_rows=numba_kernels.backward_rows(n),
     )
     return du, ddelta, dA.sum(1), dB.sum(3), dC.sum(3), dD.sum(1), dz, dbias.sum(1), dh0
 

@@ -6,108 +6,112 @@ channels innermost, which makes every inner loop a vector loop of fixed length. 
 fewer channels is worked on in padded rows.
 
 The mathematics stands in `torch_backend.py`; here A carries a factor log2(e), since 2^x is what is
-cheap. A direction's rows in memory are contiguous; only z has strides, because it is one half of a
-projection's output.
+cheap. Everything is float32 and passed as an address, which costs a call nothing; 0 is "no such
+tensor". "Row" means `LANES` floats.
 """
 
-import numpy as np
-from numba import carray
 from vim_ssl.kernels.numba_common import (
-    FLOAT_BYTES,
+    FLOAT,
     LANES,
     LN2,
     LOG2E,
     ONE,
+    ROW,
     ZERO,
+    at,
     exp2,
     f32,
-    floats_at,
+    floats,
     jit,
     kernel,
     log1p,
+    row,
+    rows,
     sigmoid,
 )
 
 CHUNK = 16  # tokens between saved states; one chunk's states and decays stay in the L2 cache
 THRESHOLD = f32(20)  # from here on softplus(v) is v, as in torch
 
+
 # --- rows ------------------------------------------------------------------------------------
 
 
 @jit()
-def _row(address, offset):
-    """LANES floats, `offset` floats after `address`."""
-    return carray(floats_at(address + offset * FLOAT_BYTES), (LANES,))
-
-
-@jit()
-def _read(address, offset, width, pad):
-    """The row itself, or a copy in `pad` when it is shorter than LANES."""
-    row = _row(address, offset)
+def _read(source, width, pad):
+    """Where a row can be read: in place, or in `pad` if it is shorter than LANES."""
     if width == LANES:
-        return row
+        return source
+    a, b = at((source, pad))
+    short, full = floats(a, width), row(b)
     for e in range(width):
-        pad[e] = row[e]
+        full[e] = short[e]
     return pad
 
 
 @jit()
-def _write(address, offset, width, pad):
-    """Bring a short row from its pad to its place."""
-    if width < LANES:
-        row = _row(address, offset)
+def _write(source, width, target):
+    """Bring a row to its place, unless it was written there."""
+    if source != target:
+        a, b = at((source, target))
+        full, short = row(a), floats(b, width)
         for e in range(width):
-            row[e] = pad[e]
+            short[e] = full[e]
 
 
 @jit()
-def _target(address, offset, width, pad):
-    return _row(address, offset) if width == LANES else pad
+def _load(source, width, target):
+    """Copy a row of `width` floats, or nothing where there is no source; zeros in the rest."""
+    a, b = at((source, target))
+    full = row(b)
+    for e in range(LANES):
+        full[e] = ZERO
+    if source:
+        short = floats(a, width)
+        for e in range(width):
+            full[e] = short[e]
 
 
 @jit()
-def _transposed(address, offset, width, n, factor):
-    """(width, n) in memory -> (n, LANES), zeros in the lanes beyond and without an address."""
-    m = np.zeros((n, LANES), np.float32)
-    if address != 0:
-        source = carray(floats_at(address + offset * FLOAT_BYTES), (width, n))
+def _load_state(source, width, n, factor, target):
+    """(width, n) -> n rows, channels innermost; zeros beyond `width` and without a source."""
+    a, b = at((source, target))
+    full = floats(b, n * LANES)
+    for i in range(n * LANES):
+        full[i] = ZERO
+    if source:
+        m = floats(a, width * n)
         for e in range(width):
             for k in range(n):
-                m[k, e] = factor * source[e, k]
-    return m
+                full[k * LANES + e] = factor * m[e * n + k]
 
 
 @jit()
-def _store_transposed(m, address, offset, width, n):
-    target = carray(floats_at(address + offset * FLOAT_BYTES), (width, n))
+def _store_state(source, width, n, target):
+    """n rows -> (width, n)."""
+    a, b = at((source, target))
+    full, m = floats(a, n * LANES), floats(b, width * n)
     for e in range(width):
         for k in range(n):
-            target[e, k] = m[k, e]
+            m[e * n + k] = full[k * LANES + e]
 
 
 @jit()
-def _vector(address, offset, width):
-    """A copy of `width` floats with zeros behind, or only zeros where there is no address."""
-    m = np.zeros(LANES, np.float32)
-    if address != 0:
-        row = _row(address, offset)
-        for e in range(width):
-            m[e] = row[e]
-    return m
-
-
-@jit()
-def _copy_state(source, target):
-    for k in range(len(source)):
-        for e in range(LANES):
-            target[k, e] = source[k, e]
+def _copy(source, n, target):
+    """n whole rows."""
+    a, b = at((source, target))
+    a, b = floats(a, n * LANES), floats(b, n * LANES)
+    for i in range(n * LANES):
+        b[i] = a[i]
 
 
 # --- forward ---------------------------------------------------------------------------------
 
 
 @jit()
-def _step_size(delta, bias, softplus, dt):
+def _begin(softplus, u, delta, D, bias, dt, x, y):
+    """dt = softplus(delta + bias), x = dt u, y = D u."""
+    u, delta, D, bias, dt, x, y = row(u), row(delta), row(D), row(bias), row(dt), row(x), row(y)
     if softplus:
         for e in range(LANES):
             v = delta[e] + bias[e]
@@ -116,115 +120,121 @@ def _step_size(delta, bias, softplus, dt):
     else:
         for e in range(LANES):
             dt[e] = delta[e] + bias[e]
-
-
-@jit()
-def _input(u, dt, D, x, y):
     for e in range(LANES):
         x[e] = dt[e] * u[e]
         y[e] = D[e] * u[e]
 
 
 @jit()
-def _advance(dt, x, B, C, A2, h, y):
-    """h = a h + B x and y += C h, for one token."""
-    for k in range(len(h)):
-        b, c, hk, ak = B[k], C[k], h[k], A2[k]
+def _advance(n, dt, x, B, C, A2, h, y):
+    """h = a h + x B and y += C h, for one token."""
+    dt, x, y = row(dt), row(x), row(y)
+    B, C, A2, h = floats(B, n), floats(C, n), rows(A2, n), rows(h, n)
+    for k in range(n):
+        b, c, A_k, h_k = B[k], C[k], A2[k], h[k]
         for e in range(LANES):
-            v = exp2(dt[e] * ak[e]) * hk[e] + x[e] * b
-            hk[e] = v
+            v = exp2(dt[e] * A_k[e]) * h_k[e] + x[e] * b
+            h_k[e] = v
             y[e] += v * c
 
 
 @jit()
 def _add(y, other):
+    y, other = row(y), row(other)
     for e in range(LANES):
         y[e] += other[e]
 
 
 @jit()
-def _copy(source, target):
-    for e in range(LANES):
-        target[e] = source[e]
-
-
-@jit()
-def _scaled(y, scale, out):
+def _scale(scale, y, out):
+    y, out = row(y), row(out)
     for e in range(LANES):
         out[e] = scale * y[e]
 
 
 @jit()
-def _gated(y, z, scale, out):
+def _gate(scale, y, z, out):
+    y, z, out = row(y), row(z), row(out)
     for e in range(LANES):
         out[e] = scale * y[e] * (z[e] * sigmoid(z[e]))
+
+
+def forward_rows(n: int) -> int:
+    """Scratch that one call of `forward` works in."""
+    return 9 + 2 * n
 
 
 @kernel
 def forward(
     u, delta, A, B, C, D, z, bias, h0, out, y_sum, last, states,
-    directions, batch, length, d, n, z_b, z_l, softplus, backwards_first, scale, first, end,
+    directions, batch, length, d, n, z_b, z_l, softplus, reversed_first, scale,
+    scratch, first, end,
 ):  # fmt: skip
     """Tasks [first, end) of batch * blocks.
 
-    Addresses of float32; 0 where an optional one is missing:
+    Tensors:
         u, delta (s, b, l, d), A (s, d, n), B, C (s, b, l, n), D, bias (s, d), h0 (s, b, d, n),
         z (b, l, d) with strides z_b, z_l, 1.
         out (b, l, d): scale * sum over directions * silu(z).
-        y_sum: the same shape, the sum itself, which dz needs; 0 when no gradient is wanted.
+        y_sum: the same shape, the sum itself, which dz needs.
         last (s, b, d, n).  states (s, b, blocks, chunks, n, LANES): h before each chunk.
-    Direction 0 reads last to first if `backwards_first`, direction 1 always does.
+    Direction 0 reads last to first if `reversed_first`, direction 1 always does.
     """
     scale = f32(scale)
     blocks, chunks = (d + LANES - 1) // LANES, (length + CHUNK - 1) // CHUNK
+    dt, x, y, D_row, bias_row = (scratch, scratch + ROW, scratch + 2 * ROW,
+                                 scratch + 3 * ROW, scratch + 4 * ROW)  # fmt: skip
+    pads = scratch + 5 * ROW
+    A2, h = scratch + 9 * ROW, scratch + (9 + n) * ROW
     partial = y_sum if y_sum != 0 else out  # holds direction 0 until direction 1 is added
-    dt, x, y = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
-    pads = np.zeros((4, LANES), np.float32)
     for task in range(first, end):
         b, block = task // blocks, task % blocks
         e0 = block * LANES
         width = min(LANES, d - e0)
         for s in range(directions):
-            sb = s * batch + b
-            A2 = _transposed(A, (s * d + e0) * n, width, n, LOG2E)
-            D_row, bias_row = _vector(D, s * d + e0, width), _vector(bias, s * d + e0, width)
-            h = _transposed(h0, (sb * d + e0) * n, width, n, ONE)
-            reverse = backwards_first or s == 1
+            sb, sd = s * batch + b, s * d + e0
+            final = s == directions - 1
+            _load_state(A + sd * n * FLOAT, width, n, LOG2E, A2)
+            _load_state(h0 + (sb * d + e0) * n * FLOAT if h0 else 0, width, n, ONE, h)
+            _load(D + sd * FLOAT if D else 0, width, D_row)
+            _load(bias + sd * FLOAT if bias else 0, width, bias_row)
             for i in range(length):
-                if states != 0 and i % CHUNK == 0:
-                    place = ((sb * blocks + block) * chunks + i // CHUNK) * n * LANES
-                    _copy_state(h, carray(floats_at(states + place * FLOAT_BYTES), (n, LANES)))
-                t = length - 1 - i if reverse else i
+                if states and i % CHUNK == 0:
+                    place = ((sb * blocks + block) * chunks + i // CHUNK) * n
+                    _copy(h, n, states + place * ROW)
+                t = length - 1 - i if s == 1 or reversed_first else i
                 token = sb * length + t
-                _step_size(_read(delta, token * d + e0, width, pads[1]), bias_row, softplus, dt)
-                _input(_read(u, token * d + e0, width, pads[0]), dt, D_row, x, y)
-                B_row = carray(floats_at(B + token * n * FLOAT_BYTES), (n,))
-                C_row = carray(floats_at(C + token * n * FLOAT_BYTES), (n,))
-                _advance(dt, x, B_row, C_row, A2, h, y)
+                here = (token * d + e0) * FLOAT
+                u_row = _read(u + here, width, pads)
+                delta_row = _read(delta + here, width, pads + ROW)
+                _begin(softplus, *at((u_row, delta_row, D_row, bias_row, dt, x, y)))
+                bc = token * n * FLOAT
+                _advance(n, *at((dt, x, B + bc, C + bc, A2, h, y)))
 
-                place = (b * length + t) * d + e0
+                here = ((b * length + t) * d + e0) * FLOAT
                 if s > 0:
-                    _add(y, _read(partial, place, width, pads[3]))
-                if y_sum != 0 or s < directions - 1:
-                    _copy(y, _target(partial, place, width, pads[3]))
-                    _write(partial, place, width, pads[3])
-                if s == directions - 1:
-                    row = _target(out, place, width, pads[3])
-                    if z != 0:
-                        _gated(y, _read(z, b * z_b + t * z_l + e0, width, pads[2]), scale, row)
+                    _add(*at((y, _read(partial + here, width, pads))))
+                if y_sum or not final:
+                    _write(y, width, partial + here)
+                if final:
+                    target = out + here if width == LANES else pads + 2 * ROW
+                    if z:
+                        z_here = z + (b * z_b + t * z_l + e0) * FLOAT
+                        _gate(scale, *at((y, _read(z_here, width, pads), target)))
                     else:
-                        _scaled(y, scale, row)
-                    _write(out, place, width, pads[3])
-            if last != 0:
-                _store_transposed(h, last, (sb * d + e0) * n, width, n)
+                        _scale(scale, *at((y, target)))
+                    _write(target, width, out + here)
+            if last:
+                _store_state(h, width, n, last + (sb * d + e0) * n * FLOAT)
 
 
 # --- backward --------------------------------------------------------------------------------
 
 
 @jit()
-def _step_size_and_slope(delta, bias, softplus, dt, slope):
-    """dt and d dt / d delta, which is the sigmoid where dt is a softplus."""
+def _begin_again(softplus, u, delta, bias, dt, slope, x):
+    """dt, its derivative by delta (a sigmoid where dt is a softplus), and x = dt u."""
+    u, delta, bias, dt, slope, x = row(u), row(delta), row(bias), row(dt), row(slope), row(x)
     if softplus:
         for e in range(LANES):
             v = delta[e] + bias[e]
@@ -236,164 +246,169 @@ def _step_size_and_slope(delta, bias, softplus, dt, slope):
         for e in range(LANES):
             dt[e] = delta[e] + bias[e]
             slope[e] = ONE
-
-
-@jit()
-def _product(u, dt, x):
     for e in range(LANES):
         x[e] = dt[e] * u[e]
 
 
 @jit()
-def _rebuild(dt, x, B, A2, h, decay, decayed):
+def _rebuild(n, dt, x, B, A2, h, decay, decayed):
     """One token of the recurrence again, keeping a_t and a_t h_{t-1}."""
-    for k in range(len(h)):
-        b, hk, ak, decay_k, decayed_k = B[k], h[k], A2[k], decay[k], decayed[k]
+    dt, x, B, A2 = row(dt), row(x), floats(B, n), rows(A2, n)
+    h, decay, decayed = rows(h, n), rows(decay, n), rows(decayed, n)
+    for k in range(n):
+        b, A_k, h_k, decay_k, decayed_k = B[k], A2[k], h[k], decay[k], decayed[k]
         for e in range(LANES):
-            a = exp2(dt[e] * ak[e])
-            v = a * hk[e]
+            a = exp2(dt[e] * A_k[e])
+            v = a * h_k[e]
             decay_k[e] = a
             decayed_k[e] = v
-            hk[e] = v + x[e] * b
+            h_k[e] = v + x[e] * b
 
 
 @jit()
-def _gate_gradient(dout, z, scale, dy):
+def _gate_gradient(scale, dout, z, dy):
+    dout, z, dy = row(dout), row(z), row(dy)
     for e in range(LANES):
         dy[e] = dout[e] * scale * (z[e] * sigmoid(z[e]))
 
 
 @jit()
-def _z_gradient(dout, z, y_sum, scale, dz):
+def _z_gradient(scale, dout, z, y_sum, dz):
+    dout, z, y_sum, dz = row(dout), row(z), row(y_sum), row(dz)
     for e in range(LANES):
         s = sigmoid(z[e])
         dz[e] = dout[e] * scale * y_sum[e] * (s * (ONE + z[e] * (ONE - s)))
 
 
 @jit(sums=True)
-def _retreat(dt, x, dy, B, C, A2, decay, decayed, g, dA, gB, qA, dB, dC):
+def _retreat(n, dt, x, dy, B, C, A2, decay, decayed, g, A_sum, gB, qA, dB, dC):
     """One token of the adjoint: g becomes a_t g_t; dB, dC over the channels, gB, qA over n."""
+    dt, x, dy, gB, qA = row(dt), row(x), row(dy), row(gB), row(qA)
+    B, C, dB, dC = floats(B, n), floats(C, n), floats(dB, n), floats(dC, n)
+    A2, decay, decayed = rows(A2, n), rows(decay, n), rows(decayed, n)
+    g, A_sum = rows(g, n), rows(A_sum, n)
     for e in range(LANES):
         gB[e] = ZERO
         qA[e] = ZERO
-    for k in range(len(g)):
-        b, c, gk, ak, dA_k, decay_k, decayed_k = (
-            B[k],
-            C[k],
-            g[k],
-            A2[k],
-            dA[k],
-            decay[k],
-            decayed[k],
-        )
+    for k in range(n):
+        b, c, g_k, A_k, sum_k = B[k], C[k], g[k], A2[k], A_sum[k]
+        decay_k, decayed_k = decay[k], decayed[k]
         sum_b, sum_c = ZERO, ZERO
         for e in range(LANES):
             before = decayed_k[e]
-            full = gk[e] + dy[e] * c
+            full = g_k[e] + dy[e] * c
             sum_c += dy[e] * (before + x[e] * b)
             sum_b += full * x[e]
             gB[e] += full * b
             q = full * before
-            qA[e] += q * ak[e]
-            dA_k[e] += q * dt[e]
-            gk[e] = full * decay_k[e]
+            qA[e] += q * A_k[e]
+            sum_k[e] += q * dt[e]
+            g_k[e] = full * decay_k[e]
         dB[k], dC[k] = sum_b, sum_c
 
 
 @jit()
-def _token_gradients(u, dt, slope, dy, D, gB, qA, du, ddelta, dD, dbias):
+def _finish(u, dt, slope, dy, D, gB, qA, du, ddelta, D_sum, bias_sum):
+    u, dt, slope, dy, D, gB, qA = (
+        row(u), row(dt), row(slope), row(dy), row(D), row(gB), row(qA)
+    )  # fmt: skip
+    du, ddelta, D_sum, bias_sum = row(du), row(ddelta), row(D_sum), row(bias_sum)
     for e in range(LANES):
         du[e] = dy[e] * D[e] + gB[e] * dt[e]
         r = (gB[e] * u[e] + qA[e] * LN2) * slope[e]
         ddelta[e] = r
-        dbias[e] += r
-        dD[e] += dy[e] * u[e]
+        bias_sum[e] += r
+        D_sum[e] += dy[e] * u[e]
+
+
+def backward_rows(n: int) -> int:
+    """Scratch that one call of `backward` works in."""
+    return 13 + 4 * n + CHUNK * (3 + 2 * n)
 
 
 @kernel
 def backward(
     dout, dlast, u, delta, A, B, C, D, z, bias, y_sum, states,
     du, ddelta, dA, dB, dC, dD, dz, dbias, dh0,
-    directions, batch, length, d, n, z_b, z_l, softplus, backwards_first, scale, first, end,
+    directions, batch, length, d, n, z_b, z_l, softplus, reversed_first, scale,
+    scratch, first, end,
 ):  # fmt: skip
     """Tasks [first, end) of batch * blocks; the arguments of `forward`, and
 
-    dout (b, l, d), dlast (s, b, d, n) or 0; written are du, ddelta, dz, dh0 as their namesakes, and
-    what each task contributes to the sums: dA (s, b, d, n), dD, dbias (s, b, d) to be added over b,
+    dout (b, l, d), dlast (s, b, d, n). Written are du, ddelta, dz, dh0 as their namesakes, and what
+    each task contributes to the sums: dA (s, b, d, n), dD, dbias (s, b, d) to be added over b,
     dB, dC (s, b, l, blocks, n) over the blocks.
     """
     scale = f32(scale)
     blocks, chunks = (d + LANES - 1) // LANES, (length + CHUNK - 1) // CHUNK
-    kept = min(CHUNK, length)
-    decay = np.empty((kept, n, LANES), np.float32)
-    decayed = np.empty((kept, n, LANES), np.float32)
-    dt = np.empty((kept, LANES), np.float32)
-    x = np.empty((kept, LANES), np.float32)
-    slope = np.empty((kept, LANES), np.float32)
-    dy, gB, qA = (
-        np.empty(LANES, np.float32),
-        np.empty(LANES, np.float32),
-        np.empty(LANES, np.float32),
-    )
-    pads = np.zeros((6, LANES), np.float32)
-    h = np.empty((n, LANES), np.float32)
+    dy, gB, qA = scratch, scratch + ROW, scratch + 2 * ROW
+    D_row, bias_row, D_sum, bias_sum = (scratch + 3 * ROW, scratch + 4 * ROW,
+                                        scratch + 5 * ROW, scratch + 6 * ROW)  # fmt: skip
+    pads = scratch + 7 * ROW
+    A2 = scratch + 13 * ROW
+    h, g, A_sum = A2 + n * ROW, A2 + 2 * n * ROW, A2 + 3 * n * ROW
+    dts = A2 + 4 * n * ROW
+    xs, slopes = dts + CHUNK * ROW, dts + 2 * CHUNK * ROW
+    decays = dts + 3 * CHUNK * ROW
+    decayeds = decays + CHUNK * n * ROW
     for task in range(first, end):
         b, block = task // blocks, task % blocks
         e0 = block * LANES
         width = min(LANES, d - e0)
         for s in range(directions):
-            sb = s * batch + b
-            A2 = _transposed(A, (s * d + e0) * n, width, n, LOG2E)
-            D_row, bias_row = _vector(D, s * d + e0, width), _vector(bias, s * d + e0, width)
-            g = _transposed(dlast, (sb * d + e0) * n, width, n, ONE)
-            A_sum = np.zeros((n, LANES), np.float32)
-            D_sum, bias_sum = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
-            reverse = backwards_first or s == 1
+            sb, sd = s * batch + b, s * d + e0
+            state = (sb * d + e0) * n * FLOAT
+            _load_state(A + sd * n * FLOAT, width, n, LOG2E, A2)
+            _load_state(dlast + state if dlast else 0, width, n, ONE, g)
+            _load_state(0, width, n, ONE, A_sum)
+            _load(D + sd * FLOAT if D else 0, width, D_row)
+            _load(bias + sd * FLOAT if bias else 0, width, bias_row)
+            _load(0, width, D_sum)
+            _load(0, width, bias_sum)
             for chunk in range(chunks - 1, -1, -1):
                 start, stop = chunk * CHUNK, min((chunk + 1) * CHUNK, length)
-                place = ((sb * blocks + block) * chunks + chunk) * n * LANES
-                _copy_state(carray(floats_at(states + place * FLOAT_BYTES), (n, LANES)), h)
+                _copy(states + ((sb * blocks + block) * chunks + chunk) * n * ROW, n, h)
                 for i in range(start, stop):
-                    t = length - 1 - i if reverse else i
-                    token, j = sb * length + t, i - start
-                    _step_size_and_slope(_read(delta, token * d + e0, width, pads[0]), bias_row,
-                                         softplus, dt[j], slope[j])  # fmt: skip
-                    _product(_read(u, token * d + e0, width, pads[1]), dt[j], x[j])
-                    B_row = carray(floats_at(B + token * n * FLOAT_BYTES), (n,))
-                    _rebuild(dt[j], x[j], B_row, A2, h, decay[j], decayed[j])
+                    j = (i - start) * ROW
+                    token = sb * length + (length - 1 - i if s == 1 or reversed_first else i)
+                    here = (token * d + e0) * FLOAT
+                    u_row = _read(u + here, width, pads)
+                    delta_row = _read(delta + here, width, pads + ROW)
+                    dt, slope, x = dts + j, slopes + j, xs + j
+                    decay, decayed = decays + j * n, decayeds + j * n
+                    _begin_again(softplus, *at((u_row, delta_row, bias_row, dt, slope, x)))
+                    _rebuild(n, *at((dt, x, B + token * n * FLOAT, A2, h, decay, decayed)))
                 for i in range(stop - 1, start - 1, -1):
-                    t = length - 1 - i if reverse else i
-                    token, j = sb * length + t, i - start
-                    place = (b * length + t) * d + e0
-                    dout_row = _read(dout, place, width, pads[0])
-                    if z != 0:
-                        z_row = _read(z, b * z_b + t * z_l + e0, width, pads[1])
-                        _gate_gradient(dout_row, z_row, scale, dy)
-                        if s == 0 and dz != 0:
-                            y_row = _read(y_sum, place, width, pads[2])
-                            _z_gradient(dout_row, z_row, y_row, scale,
-                                        _target(dz, place, width, pads[3]))  # fmt: skip
-                            _write(dz, place, width, pads[3])
+                    j = (i - start) * ROW
+                    t = length - 1 - i if s == 1 or reversed_first else i
+                    here = ((b * length + t) * d + e0) * FLOAT
+                    dout_row = _read(dout + here, width, pads)
+                    if z:
+                        z_here = z + (b * z_b + t * z_l + e0) * FLOAT
+                        z_row = _read(z_here, width, pads + ROW)
+                        _gate_gradient(scale, *at((dout_row, z_row, dy)))
+                        if s == 0:
+                            y_row = _read(y_sum + here, width, pads + 2 * ROW)
+                            target = dz + here if width == LANES else pads + 3 * ROW
+                            _z_gradient(scale, *at((dout_row, z_row, y_row, target)))
+                            _write(target, width, dz + here)
                     else:
-                        _scaled(dout_row, scale, dy)
-                    B_row = carray(floats_at(B + token * n * FLOAT_BYTES), (n,))
-                    C_row = carray(floats_at(C + token * n * FLOAT_BYTES), (n,))
-                    part = (token * blocks + block) * n * FLOAT_BYTES
-                    dB_row = carray(floats_at(dB + part), (n,))
-                    dC_row = carray(floats_at(dC + part), (n,))
-                    _retreat(dt[j], x[j], dy, B_row, C_row, A2, decay[j], decayed[j],
-                             g, A_sum, gB, qA, dB_row, dC_row)  # fmt: skip
-                    place = token * d + e0
-                    _token_gradients(
-                        _read(u, place, width, pads[1]), dt[j], slope[j], dy, D_row, gB, qA,
-                        _target(du, place, width, pads[4]),
-                        _target(ddelta, place, width, pads[5]), D_sum, bias_sum,
-                    )  # fmt: skip
-                    _write(du, place, width, pads[4])
-                    _write(ddelta, place, width, pads[5])
-            _store_transposed(A_sum, dA, (sb * d + e0) * n, width, n)
-            if dh0 != 0:
-                _store_transposed(g, dh0, (sb * d + e0) * n, width, n)
-            for e in range(width):
-                _row(dD, sb * d + e0)[e] = D_sum[e]
-                _row(dbias, sb * d + e0)[e] = bias_sum[e]
+                        _scale(scale, *at((dout_row, dy)))
+                    token = sb * length + t
+                    bc, part = token * n * FLOAT, (token * blocks + block) * n * FLOAT
+                    dt, slope, x = dts + j, slopes + j, xs + j
+                    decay, decayed = decays + j * n, decayeds + j * n
+                    _retreat(n, *at((dt, x, dy, B + bc, C + bc, A2, decay, decayed, g, A_sum,
+                                    gB, qA, dB + part, dC + part)))  # fmt: skip
+                    here = (token * d + e0) * FLOAT
+                    u_row = _read(u + here, width, pads + ROW)
+                    du_row = du + here if width == LANES else pads + 4 * ROW
+                    ddelta_row = ddelta + here if width == LANES else pads + 5 * ROW
+                    _finish(*at((u_row, dt, slope, dy, D_row, gB, qA, du_row, ddelta_row,
+                                D_sum, bias_sum)))  # fmt: skip
+                    _write(du_row, width, du + here)
+                    _write(ddelta_row, width, ddelta + here)
+            _store_state(A_sum, width, n, dA + state)
+            _store_state(g, width, n, dh0 + state)
+            _write(D_sum, width, dD + (sb * d + e0) * FLOAT)
+            _write(bias_sum, width, dbias + (sb * d + e0) * FLOAT)
