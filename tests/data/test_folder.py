@@ -170,6 +170,7 @@ def test_subset(tmp_path):
     part = data.subset([2, 0])
     assert (part.ids, part.labels, part.classes) == (["b/3.png", "a/1.png"], [1, 0], ["a", "b"])
     assert part.subset([1])[0]["id"] == "a/1.png"
+    assert part.subset([1]).raw(0).endswith("1.png")
     assert part.raw(0).endswith("3.png")
     assert [item["id"] for item in part] == part.ids
     assert part.fingerprint != data.fingerprint
