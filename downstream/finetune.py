@@ -17,6 +17,7 @@ import torch
 
 from vim_ssl import create_transform, load_encoder
 from vim_ssl.classification import Classification
+from vim_ssl.cli import guarded
 from vim_ssl.config import opt, parse, to_dict
 from vim_ssl.data import labelled_parts
 from vim_ssl.data.loader import SeededSamples
@@ -109,4 +110,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main))

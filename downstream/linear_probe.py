@@ -19,6 +19,7 @@ import torch
 
 import vim_ssl
 from vim_ssl import VimEncoder, create_transform, load_encoder
+from vim_ssl.cli import guarded
 from vim_ssl.config import opt, parse, to_dict
 from vim_ssl.data import labelled_parts, stratified_split
 from vim_ssl.probes import (
@@ -159,4 +160,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main))

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vim_ssl import VimEncoder, load_encoder, save_encoder
+from vim_ssl.cli import guarded
 from vim_ssl.config import opt, parse, to_dict
 from vim_ssl.data import open_data, stratified_split
 from vim_ssl.data.loader import SeededSamples
@@ -178,4 +179,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main))

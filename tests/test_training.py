@@ -24,7 +24,8 @@ from vim_ssl.training import TrainConfig, fit, make_accelerator
 ROOT = Path(__file__).parents[1]
 SMALL = [
     "--preset", "demo", "--epochs", "3", "--batch-size", "8", "--accumulation", "2",
-    "--warmup-epochs", "1", "--log-every", "1", "--eval-every", "100", "--decoder-dim", "16",
+    "--warmup-epochs", "1", "--threads", "1", "--log-every", "1", "--eval-every", "100",
+    "--decoder-dim", "16",
     "--model-args", "depth=2", "embed_dim=16", "drop_path_rate=0.3",
 ]  # fmt: skip
 
@@ -81,8 +82,8 @@ def noisy(item):
 
 
 def train(tmp_path, objective, size=32, broken=(), **settings):
-    settings = {"epochs": 2, "batch_size": 4, "workers": 0, "log_every": 1, "base_lr": 0.1,
-                "warmup_epochs": 0.0, "output": str(tmp_path)} | settings  # fmt: skip
+    settings = {"epochs": 2, "batch_size": 4, "workers": 0, "threads": 1, "log_every": 1,
+                "base_lr": 0.1, "warmup_epochs": 0.0, "output": str(tmp_path)} | settings  # fmt: skip
     config = TrainConfig(**settings)
     accelerator = make_accelerator(config)
     run = Run.open("test", config, accelerator)

@@ -46,6 +46,7 @@ class TrainConfig:
     )
     precision: str = opt("no", "autocast", group="run", choices=("no", "bf16", "fp16"))
     workers: int = opt(2, "data loading processes a rank", group="run")
+    threads: int = opt(0, "CPU threads a process; 0: the cores, shared out", group="run")
     seed: int = opt(0, "of everything random", group="run")
     output: str = opt("", "run directory; default: a new one under runs/", group="run")
     resume: str = opt(
@@ -68,6 +69,9 @@ def make_accelerator(config: TrainConfig):
     from accelerate import Accelerator
 
     world = int(os.environ.get("WORLD_SIZE", 1))
+    # Launchers set OMP_NUM_THREADS=1, which would leave a single process on one core.
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    torch.set_num_threads(config.threads or max(_cores() // local, 1))
     if world > 1 and not torch.cuda.is_available():
         # Otherwise accelerate looks for GPUs and, finding none, lets every process believe that
         # it is alone.
@@ -80,6 +84,10 @@ def make_accelerator(config: TrainConfig):
             "Check `accelerate env` and the launcher's flags."
         )
     return accelerator
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass
