@@ -82,8 +82,10 @@ def noisy(item):
 
 
 def train(tmp_path, objective, size=32, broken=(), **settings):
-    settings = {"epochs": 2, "batch_size": 4, "workers": 0, "threads": 1, "log_every": 1,
-                "base_lr": 0.1, "warmup_epochs": 0.0} | settings | {"output": str(tmp_path)}  # fmt: skip
+    settings = {
+        "epochs": 2, "batch_size": 4, "workers": 0, "threads": 1, "log_every": 1, "base_lr": 0.1,
+        "warmup_epochs": 0.0, "output": str(tmp_path), **settings,
+    }  # fmt: skip
     config = TrainConfig(**settings)
     accelerator = make_accelerator(config)
     run = Run.open("test", config, accelerator)
