@@ -4,8 +4,9 @@
     python downstream/linear_probe.py --encoder RUN_OR_FILE --data hf:timm/eurosat-rgb
 
 Logistic regression on standardised features (scikit-learn), weighted nearest neighbours beside it,
-against the same encoder untrained and against raw pixels. The readout (class token, mean of the
-patches, both) and C are chosen on a part of the training set; the test set is used once.
+against the same encoder untrained and against raw pixels. The readout (class token; mean of the
+patches; both; both and the means at a quarter, half and three quarters of the depth) and C are
+chosen on a part of the training set; the test set is used once.
 """
 
 import json
@@ -24,12 +25,15 @@ from vim_ssl.config import opt, parse, to_dict
 from vim_ssl.data import labelled_parts, stratified_split
 from vim_ssl.probes import (
     C_GRID,
+    READOUTS,
     Features,
     accuracy,
     choose_C,
     extract_features,
     fit_logistic,
     knn_predict,
+    read_all,
+    readout_columns,
     wilson_interval,
 )
 from vim_ssl.report import write_report
@@ -42,7 +46,7 @@ class Config:
 
     encoder: str = opt("", "run, checkpoint, preset or Hub id; default: the newest run")
     data: str = opt("", "labelled data; default: what the run was trained on")
-    readouts: tuple[str, ...] = opt(("token", "avg", "token+avg"), "candidates; validation chooses")
+    readouts: tuple[str, ...] = opt(READOUTS, "candidates; validation chooses")
     baselines: bool = opt(True, "probe the untrained encoder and raw pixels too")
     validation: float = opt(0.2, "share of the training set on which C and readout are chosen")
     test: float = opt(0.2, "share held out for testing if the data has no test split")
@@ -58,17 +62,17 @@ def probe(name: str, train: Features, test: Features, readouts: dict, config: Co
     """Choose readout and C on a part of ``train``, fit on all of it, test once.
 
     Args:
-        readouts: name -> function of features (n, …) -> (n, d).
+        readouts: name -> columns of the features.
     """
     fit_part, val_part = stratified_split(train.y.tolist(), config.validation, config.seed)
     best = None
-    for readout, read in readouts.items():
-        x = read(train.x)
+    for readout, columns in readouts.items():
+        x = train.x[:, columns]
         C, score = choose_C(x[fit_part], train.y[fit_part], x[val_part], train.y[val_part], C_GRID)
         if best is None or score > best[0]:
             best = (score, readout, C)
     validation, readout, C = best
-    x, x_test = readouts[readout](train.x), readouts[readout](test.x)
+    x, x_test = (part.x[:, readouts[readout]] for part in (train, test))
     logistic = fit_logistic(x, train.y, C).predict(x_test)
     knn = knn_predict(x, train.y, x_test, k=config.knn_k)
     row: dict[str, Any] = {"features": name, "readout": readout, "dim": x.shape[1], "C": C}
@@ -84,21 +88,12 @@ def probe_encoder(name: str, encoder: VimEncoder, train, test, config: Config, d
     encoder = encoder.to(device).eval()
     transform = create_transform(encoder)
 
-    def encode(x: torch.Tensor) -> torch.Tensor:
-        tokens = encoder.forward_features(x)
-        return torch.cat([encoder.pool(tokens, r) for r in config.readouts], dim=1)
-
     parts = [
-        extract_features(encode, part, transform, batch_size=config.batch_size,
-                         workers=config.workers, device=device)
+        extract_features(lambda x: read_all(encoder, x), part, transform,
+                         batch_size=config.batch_size, workers=config.workers, device=device)
         for part in (train, test)
     ]  # fmt: skip
-    width = {"token": 1, "avg": 1, "token+avg": 2}
-    readouts, start = {}, 0
-    for r in config.readouts:
-        columns = slice(start, start + width[r] * encoder.embed_dim)
-        readouts[r] = lambda x, c=columns: x[:, c]
-        start = columns.stop
+    readouts = {r: readout_columns(encoder, r) for r in config.readouts}
     return probe(name, *parts, readouts, config), parts[0].skipped + parts[1].skipped
 
 
@@ -120,7 +115,7 @@ def run(config: Config) -> dict:
         rows.append(row)
         transform = create_transform(encoder)
         pixels = [extract_features(torch.nn.Identity(), part, transform) for part in (train, test)]
-        rows.append(probe("raw pixels", *pixels, {"pixels": lambda x: x}, config))
+        rows.append(probe("raw pixels", *pixels, {"pixels": slice(None)}, config))
 
     metrics = {
         "task": "linear_probe", "data": train.name, "encoder": str(source),

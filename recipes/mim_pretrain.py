@@ -21,7 +21,7 @@ from vim_ssl.data.loader import SeededSamples
 from vim_ssl.data.transforms import create_transform, pretrain_transform
 from vim_ssl.masking import RandomMask
 from vim_ssl.mim import OBJECTIVES
-from vim_ssl.probes import accuracy, extract_features, knn_predict
+from vim_ssl.probes import accuracy, extract_features, knn_predict, read_all
 from vim_ssl.report import write_report
 from vim_ssl.runs import Run
 from vim_ssl.training import TrainConfig, fit, make_accelerator
@@ -134,7 +134,8 @@ def build_data(config: Config, encoder: VimEncoder):
 def build_knn(encoder: VimEncoder, data, device, seed: int, bank: int = 2000, queries: int = 500):
     """kNN accuracy inside the training pictures, where they have labels: a bank and held-out
     queries. It watches the features; the pictures of both were pretrained on."""
-    if not data.labels or len(set(data.labels)) < 2:
+    data = data.subset(i for i, label in enumerate(data.labels or []) if label >= 0)
+    if len(data) < 10 or len(set(data.labels)) < 2:
         return None
     share = min(0.2, queries / len(data))
     rest, held_out = stratified_split(data.labels, share, seed, data.groups)
@@ -145,8 +146,10 @@ def build_knn(encoder: VimEncoder, data, device, seed: int, bank: int = 2000, qu
     def evaluate() -> dict[str, float]:
         training = encoder.training
         encoder.eval()
-        encode = lambda x: encoder.pool(encoder.forward_features(x), "avg")  # noqa: E731
-        kept, asked = (extract_features(encode, p, transform, device=device) for p in parts)
+        kept, asked = (
+            extract_features(lambda x: read_all(encoder, x), part, transform, device=device)
+            for part in parts
+        )
         encoder.train(training)
         spread = kept.x.std(0).mean().item()  # falls to 0 if the features collapse
         hits = accuracy(knn_predict(kept.x, kept.y, asked.x), asked.y)

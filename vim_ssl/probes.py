@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vim_ssl.data.images import BadImage
+from vim_ssl.encoder import VimEncoder
 
-C_GRID = tuple(10.0**k for k in range(-4, 5))
+C_GRID = tuple(10.0**k for k in range(-4, 4))
+READOUTS = ("token", "avg", "token+avg", "layers")
 
 
 @dataclass
@@ -77,17 +79,53 @@ def extract_features(
     return Features(torch.cat(xs), torch.tensor(ys), ids, skipped)
 
 
+def read_all(encoder: VimEncoder, x: Tensor) -> Tensor:
+    """Everything that `readout_columns` chooses from, of pictures (b, c, h, w), side by side.
+
+    Columns of embed_dim each: the class token (if there is one), the patches' mean after the last
+    block, then their means after a quarter, half and three quarters of the blocks.
+    """
+    depth = len(encoder.feature_info)
+    quarters = [max(round(depth * q / 4) - 1, 0) for q in (1, 2, 3, 4)]
+    taps = encoder.forward_intermediates(
+        x, quarters, return_prefix_tokens=True, norm=True, output_fmt="NLC", intermediates_only=True
+    )
+    means = [patches.mean(1) for patches, _ in taps]
+    token = [taps[-1][1].mean(1)] if taps[-1][1].shape[1] else []
+    return torch.cat([*token, means[-1], *means[:-1]], dim=1)
+
+
+def readout_columns(encoder: VimEncoder, readout: str) -> slice:
+    """The columns of `read_all` that make up one of `READOUTS`.
+
+    Raises: ValueError for an unknown readout, or a class token that the encoder does not have.
+    """
+    if readout not in READOUTS:
+        raise ValueError(f"readout {readout!r} is not one of {', '.join(READOUTS)}.")
+    has_token = bool(encoder.cls_names)
+    if readout.startswith("token") and not has_token:
+        raise ValueError(f"readout {readout!r} needs a class token; use 'avg' or 'layers'.")
+    first, last = {"token": (0, 1), "avg": (1, 2), "token+avg": (0, 2), "layers": (0, 5)}[readout]
+    shift = 0 if has_token else -1
+    d = encoder.embed_dim
+    return slice(max(first + shift, 0) * d, (last + shift) * d)
+
+
 def knn_predict(
     bank: Tensor, labels: Tensor, queries: Tensor, *, k: int = 20, temperature: float = 0.07
 ) -> Tensor:
     """Vote of the k most similar by cosine, weighted by exp(similarity / temperature).
+
+    Features are first standardised by the bank's mean and deviation: what all pictures have in
+    common would otherwise make every cosine nearly 1.
 
     Args:
         bank: (n, d).  labels: (n,) int64.  queries: (m, d).
     Returns: (m,) int64.
     Reference: the protocol of DINO, arXiv:2104.14294; k and temperature of DINOv2.
     """
-    bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
+    mean, std = bank.mean(0), bank.std(0) + 1e-6
+    bank, queries = (F.normalize((x - mean) / std, dim=1) for x in (bank, queries))
     classes = int(labels.max()) + 1
     predicted = []
     for part in queries.split(1024):  # the similarity matrix stays small
