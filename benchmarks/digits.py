@@ -12,7 +12,6 @@ import argparse
 import csv
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -21,14 +20,14 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch
-
-from vim_ssl.runs import read_metrics
+from vim_ssl.runs import environment, read_metrics
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "digits.csv"
-COLUMNS = ("date", "commit", "cpu", "threads", "torch", "preset", "seed", "features", "figure",
-           "value", "readout", "pretrain_seconds", "epochs")  # fmt: skip
+COLUMNS = (
+    "date", "commit", "hardware", "versions", "threads", "preset", "seed", "features", "figure",
+    "value", "readout", "pretrain_seconds", "epochs",
+)  # fmt: skip
 
 
 def run_seed(preset: str, seed: int, threads: int, folder: Path, more: list[str]) -> list[dict]:
@@ -72,14 +71,9 @@ def _machine(threads: int) -> dict:
     def text(*command: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip()
 
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines()
-                 if line.startswith("model name")]  # fmt: skip
-        cpu = f"{names[0].split(':')[1].strip()}, {len(names)} cores"
     commit = text("git", "rev-parse", "--short", "HEAD")
-    return {"date": time.strftime("%Y-%m-%d"), "commit": commit, "cpu": cpu, "threads": threads,
-            "torch": torch.__version__}  # fmt: skip
+    return {"date": time.strftime("%Y-%m-%d"), "commit": commit, "threads": threads,
+            **environment()}  # fmt: skip
 
 
 def main() -> int:

@@ -23,7 +23,7 @@ from vim_ssl.data import labelled_parts
 from vim_ssl.data.loader import SeededSamples
 from vim_ssl.data.transforms import pretrain_transform
 from vim_ssl.probes import accuracy, extract_features, wilson_interval
-from vim_ssl.runs import Run, newest_run, trained_on
+from vim_ssl.runs import Run, environment, newest_run, trained_on
 from vim_ssl.training import TrainConfig, fit, make_accelerator
 
 
@@ -93,7 +93,7 @@ def run(config: Config) -> dict:
         top1 = round(accuracy(found.x.argmax(1), found.y), 2)
         metrics |= {"test": len(found.y), "top1": top1, "skipped": found.skipped,
                     "top1_ci": wilson_interval(top1, len(found.y)),
-                    "protocol": to_dict(config)}  # fmt: skip
+                    "protocol": to_dict(config), **environment()}  # fmt: skip
         path = Path(folder.folder) / "metrics.json"
         path.write_text(json.dumps(metrics, indent=2) + "\n")
         low, high = metrics["top1_ci"]

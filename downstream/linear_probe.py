@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-import vim_ssl
 from vim_ssl import VimEncoder, create_transform, load_encoder
 from vim_ssl.cli import guarded
 from vim_ssl.config import opt, parse, to_dict
@@ -37,7 +36,7 @@ from vim_ssl.probes import (
     wilson_interval,
 )
 from vim_ssl.report import write_report
-from vim_ssl.runs import newest_run, trained_on
+from vim_ssl.runs import environment, newest_run, trained_on
 
 
 @dataclass
@@ -120,8 +119,7 @@ def run(config: Config) -> dict:
     metrics = {
         "task": "linear_probe", "data": train.name, "encoder": str(source),
         "protocol": to_dict(config), "train": len(train), "test": len(test), "rows": rows,
-        "skipped": skipped, "seconds": round(time.perf_counter() - started, 1),
-        "versions": {"vim_ssl": vim_ssl.__version__, "torch": torch.__version__},
+        "skipped": skipped, "seconds": round(time.perf_counter() - started, 1), **environment(),
     }  # fmt: skip
     folder = Path(config.output) if config.output else _default_output(source)
     folder.mkdir(parents=True, exist_ok=True)

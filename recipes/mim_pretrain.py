@@ -15,7 +15,7 @@ from typing import Any
 
 from vim_ssl import VimEncoder, load_encoder, save_encoder
 from vim_ssl.cli import guarded
-from vim_ssl.config import opt, parse, to_dict
+from vim_ssl.config import opt, parse
 from vim_ssl.data import open_data, stratified_split
 from vim_ssl.data.loader import SeededSamples
 from vim_ssl.data.transforms import create_transform, pretrain_transform
@@ -23,7 +23,7 @@ from vim_ssl.masking import RandomMask
 from vim_ssl.mim import OBJECTIVES
 from vim_ssl.probes import accuracy, extract_features, knn_predict, read_all
 from vim_ssl.report import write_report
-from vim_ssl.runs import Run
+from vim_ssl.runs import Run, environment
 from vim_ssl.training import TrainConfig, fit, make_accelerator
 
 
@@ -168,7 +168,7 @@ def run(config: Config) -> dict[str, Any]:
     figures = fit(objective.train(), samples, config, folder, accelerator, evaluate=evaluate)
     if accelerator.is_main_process:
         record = {"recipe": "mim_pretrain", "data": data.name, "figures": figures}
-        save_encoder(encoder, folder.folder, record=record | {"config": to_dict(config)})
+        save_encoder(encoder, folder.folder, record=record | environment())
         print(f"Encoder: {folder.folder} · report: {write_report(folder.folder)}")
     folder.close()
     accelerator.end_training()

@@ -68,16 +68,17 @@ class _PixelObjective(nn.Module):
     def _pictures(self, images: Tensor, mask: Tensor, restored: Tensor) -> Tensor:
         """original | masked | reconstruction | reconstruction in the gaps: (n, c, h, 4 w)."""
         size, patch = images.shape[-2:], self.encoder.patch_embed.patch_size
-        pixels = patchify(images.float(), patch)
-        gaps = mask[..., None]
-        grey = torch.zeros_like(pixels)  # 0 is the data set's mean once normalised
-        row = [pixels, torch.where(gaps, grey, pixels), restored,
-               torch.where(gaps, restored, pixels)]  # fmt: skip
-        row = torch.cat([unpatchify(p, patch, size) for p in row], dim=-1)
         config = self.encoder.data_config
-        mean, std = (torch.tensor(config[k], device=row.device)[:, None, None]
-                     for k in ("mean", "std"))  # fmt: skip
-        return (row * std + mean).clamp(0, 1).cpu()
+        mean, std = (
+            torch.tensor(config[key], device=images.device)[:, None, None]
+            for key in ("mean", "std")
+        )
+        gaps = unpatchify(mask[..., None].expand_as(restored), patch, size)
+        original = (images.float() * std + mean).clamp(0, 1)
+        restored = (unpatchify(restored, patch, size) * std + mean).clamp(0, 1)
+        hidden = torch.where(gaps, torch.full_like(original, 0.5), original)
+        pasted = torch.where(gaps, restored, original)
+        return torch.cat([original, hidden, restored, pasted], dim=-1).cpu()
 
 
 class MAE(_PixelObjective):

@@ -176,6 +176,26 @@ def read_metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
 
 
+def environment() -> dict[str, str]:
+    """What figures depend on: hardware and versions, for the records that go with them."""
+    import platform
+
+    import timm
+    import torch
+
+    from vim_ssl import __version__
+
+    processor = platform.processor() or platform.machine()
+    if (info := Path("/proc/cpuinfo")).exists():
+        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        processor = names[0].partition(":")[2].strip() if names else processor
+    hardware = f"{processor}, {os.cpu_count()} cores"
+    if torch.cuda.is_available():
+        hardware += f"; {torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    versions = f"vim_ssl {__version__}, torch {torch.__version__}, timm {timm.__version__}"
+    return {"hardware": hardware, "versions": f"{versions}, Python {platform.python_version()}"}
+
+
 def _step(line: str) -> int:
     try:
         return json.loads(line)["step"]

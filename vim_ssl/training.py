@@ -20,7 +20,13 @@ from torch import nn
 from tqdm import tqdm
 
 from vim_ssl.config import opt
-from vim_ssl.data.loader import EpochBatches, SeededSamples, stable_hash, training_loader
+from vim_ssl.data.loader import (
+    EpochBatches,
+    SeededSamples,
+    collate,
+    stable_hash,
+    training_loader,
+)
 from vim_ssl.objective import StepOutput
 from vim_ssl.optim import build_optimizer, build_schedule
 from vim_ssl.runs import Run
@@ -139,7 +145,7 @@ def fit(
     with _Watch(plan, config, run, accelerator, progress) as watch:
         for batches in () if last else plan.steps(progress):
             schedule.step_update(progress.step)
-            out, averages = _forward_backward(accelerator, model, batches, config, progress)
+            averages = _forward_backward(accelerator, model, batches, config, progress)
             norm = float(
                 accelerator.clip_grad_norm_(model.parameters(), config.clip_grad or math.inf)
             )
@@ -156,7 +162,7 @@ def fit(
             last = progress.step >= plan.total_steps
             evaluated = last or plan.crossed(progress, config.eval_every)
             if evaluated:
-                row |= watch.evaluate(out, evaluate)
+                row |= watch.evaluate(objective, samples, evaluate)
             if evaluated or progress.step % config.log_every == 0:
                 run.log(progress, plan.epoch_float(progress), row)
             figures |= row
@@ -241,7 +247,7 @@ class _Plan:
 
 
 def _forward_backward(accelerator, model, batches, config, progress):
-    """Add up the gradient of one step; returns the last output and the averages over everything."""
+    """Add up the gradient of one step; returns the averages over everything that went into it."""
     unit = config.batch_size * config.accumulation  # what the weight usually is
     sums = torch.zeros(0)
     for i, batch in enumerate(batches):
@@ -249,8 +255,7 @@ def _forward_backward(accelerator, model, batches, config, progress):
         torch.manual_seed(
             stable_hash("step", config.seed, progress.step, i, accelerator.process_index)
         )
-        batch = {k: v.to(accelerator.device, non_blocking=True) if torch.is_tensor(v) else v
-                 for k, v in batch.items()}  # fmt: skip
+        batch = _to(batch, accelerator.device)
         last = i + 1 == len(batches)
         with contextlib.nullcontext() if last else accelerator.no_sync(model):
             out = model(batch)
@@ -270,7 +275,13 @@ def _forward_backward(accelerator, model, batches, config, progress):
                 p.grad.mul_(factor)
     names = ["loss", *out.metrics]
     averages = {name: total / weight for name, total in zip(names, totals, strict=True)}
-    return out, averages | {"samples": samples}
+    return averages | {"samples": samples}
+
+
+def _to(batch: dict, device: torch.device) -> dict:
+    return {
+        k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()
+    }
 
 
 class _Watch:
@@ -316,10 +327,15 @@ class _Watch:
         self.bar.update()
         return {"images_per_second": round(rate, 1)}
 
-    def evaluate(self, out: StepOutput, evaluate) -> dict[str, float]:
+    def evaluate(self, objective, samples, evaluate) -> dict[str, float]:
         """Pictures and figures on the main process while the others wait."""
         figures = {}
         if self.main:
+            # Always the same eight samples, so that progress can be seen.
+            places = [i * len(samples) // 8 for i in range(8)] if len(samples) >= 8 else [0]
+            preview = _to(collate([samples[(0, i)] for i in places]), self.accelerator.device)
+            with torch.no_grad(), self.accelerator.autocast():
+                out: StepOutput = objective(preview)
             if out.pictures is not None:
                 self.run.save_pictures("pictures", self.progress.step, out.pictures())
             if evaluate is not None:
