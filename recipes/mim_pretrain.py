@@ -13,6 +13,8 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from vim_ssl import VimEncoder, load_encoder, save_encoder
 from vim_ssl.cli import guarded
 from vim_ssl.config import opt, parse
@@ -160,6 +162,7 @@ def build_knn(encoder: VimEncoder, data, device, seed: int, bank: int = 2000, qu
 
 def run(config: Config) -> dict[str, Any]:
     accelerator = make_accelerator(config)
+    torch.manual_seed(config.seed)  # of the initial weights
     encoder = build_model(config)
     objective = build_objective(config, encoder)
     data, samples = build_data(config, encoder)
