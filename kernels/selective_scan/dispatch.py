@@ -148,12 +148,16 @@ _loaded = {}  # backend name -> its module, imported at its first use
 
 
 def _backend(name: str, device: str):
-    name = _choose(name, device)
+    name = choose_backend(name, device)
     return _loaded[name]
 
 
 @torch.compiler.assume_constant_result  # torch.compile cannot trace an import; it asks once
-def _choose(name: str, device: str) -> str:
+def choose_backend(name: str, device: str) -> str:
+    """The name that stands for "auto" on this kind of device, or the name itself if it can run.
+
+    Raises: ValueError for an unknown backend, or one that cannot run there.
+    """
     if name == "auto":
         name = os.environ.get("VIM_SSL_BACKEND", "auto")
     if name == "auto":

@@ -1,8 +1,8 @@
 """The selective scan on a CPU, compiled by numba: everything in one pass, in float32.
 
 Two torch operators, `vim_ssl::scan_forward` and `vim_ssl::scan_backward`, wrap the kernels of
-`numba_kernels.py`. They are float32 and channel-last with a leading direction axis; this file
-brings other layouts and dtypes to that and back, by torch operations that autograd knows.
+`kernels/numba_kernels.py`. They are float32 and channel-last with a leading direction axis; this
+file brings other layouts and dtypes to that and back, by torch operations that autograd knows.
 float64 inputs go to the torch backend, which computes in float64.
 
 Imported only when chosen; the first call in a new installation compiles for a few seconds.
@@ -10,9 +10,10 @@ Imported only when chosen; the first call in a new installation compiles for a f
 
 import torch
 from torch import Tensor
-from vim_ssl.kernels.numba_common import LANES, run_tasks
-from vim_ssl.kernels.selective_scan import numba_kernels, torch_backend
-from vim_ssl.kernels.selective_scan.numba_kernels import CHUNK
+from vim_ssl.kernels import numba_kernels
+from vim_ssl.kernels.numba_kernels import CHUNK, LANES
+from vim_ssl.kernels.numba_threads import run_tasks
+from vim_ssl.kernels.selective_scan import torch_backend
 
 NANOSECONDS = (0.25, 1.0)  # forward, backward, for one token, channel and state
 
@@ -81,11 +82,11 @@ def scan_forward(
     addresses = map(_address, (u, delta, A, B, C, D, z, bias, h0, out, y_sum, last, states))
     blocks, n = -(-d // LANES), A.shape[-1]
     run_tasks(
-        numba_kernels.forward,
+        numba_kernels.scan_forward,
         (*addresses, s, b, l, d, n, *_strides(z), softplus, reverse, scale),
         tasks=b * blocks,
         work_per_task=s * l * LANES * n * NANOSECONDS[0],
-        scratch_rows=numba_kernels.forward_rows(n),
+        scratch_rows=numba_kernels.scan_forward_rows(n),
     )
     return out, last, y_sum, states
 
@@ -133,11 +134,11 @@ def scan_backward(
     addresses = map(_address, (dout, dlast, u, delta, A, B, C, D, z, bias, y_sum, states,
                                du, ddelta, dA, dB, dC, dD, dz, dbias, dh0))  # fmt: skip
     run_tasks(
-        numba_kernels.backward,
+        numba_kernels.scan_backward,
         (*addresses, s, b, l, d, n, *_strides(z), softplus, reverse, scale),
         tasks=b * blocks,
         work_per_task=s * l * LANES * n * NANOSECONDS[1],
-        scratch_rows=numba_kernels.backward_rows(n),
+        scratch_rows=numba_kernels.scan_backward_rows(n),
     )
     return du, ddelta, dA.sum(1), dB.sum(3), dC.sum(3), dD.sum(1), dz, dbias.sum(1), dh0
 

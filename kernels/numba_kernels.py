@@ -1,40 +1,179 @@
-"""The scan's two CPU kernels: forward, and backward from states saved every `CHUNK` tokens.
+"""The CPU kernels, compiled by numba: the scan and the convolution, forward and backward.
+
+All in one file because numba's disk cache notices a change only in the file where a kernel stands.
 
 A task is one image and one block of `LANES` channels; it walks the tokens of each direction in
-turn, so nothing is flipped and no two tasks write the same place. The state is laid out (n, LANES),
-channels innermost, which makes every inner loop a vector loop of fixed length. A last block with
-fewer channels is worked on in padded rows.
+turn, so nothing is flipped and no two tasks write the same place. Channels are innermost
+everywhere, also in the state (n, LANES), which makes every inner loop a vector loop of fixed
+length. A last block with fewer channels is worked on in padded rows. The mathematics of the scan
+stands in `selective_scan/torch_backend.py`; here A carries a factor log2(e), since 2^x is what is
+cheap.
 
-The mathematics stands in `torch_backend.py`; here A carries a factor log2(e), since 2^x is what is
-cheap. Everything is float32 and passed as an address, which costs a call nothing; 0 is "no such
-tensor". "Row" means `LANES` floats.
+Everything is float32. The kernels get their tensors as addresses (``tensor.data_ptr()``): handing
+over a NumPy array costs a microsecond each, and every slice of one a reference count. 0 is "no such
+tensor". So a kernel has one signature of integers and floats, is compiled once, and later processes
+load it from numba's cache on disk (beside this file, or under the user's cache folder where that is
+read-only; ``NUMBA_CACHE_DIR`` moves it).
+
+numba from PyPI brings no vector library, so exp2 and log1p are written out here as short
+polynomials, which LLVM turns into vector code. Flags that assume finite numbers are left out: an
+infinity or NaN that comes in must come out.
 """
 
-from vim_ssl.kernels.numba_common import (
-    FLOAT,
-    LANES,
-    LN2,
-    LOG2E,
-    ONE,
-    ROW,
-    ZERO,
-    at,
-    exp2,
-    f32,
-    floats,
-    jit,
-    kernel,
-    log1p,
-    row,
-    rows,
-    sigmoid,
-)
+import numpy as np
+from llvmlite import ir
+from numba import carray, njit, types
+from numba.core import cgutils
+from numba.core.compiler import Compiler
+from numba.extending import intrinsic
+
+f32 = np.float32
+ZERO, ONE, TWO = f32(0), f32(1), f32(2)
+LOG2E, LN2 = f32(1.4426950408889634), f32(0.6931471805599453)
+LANES = 64  # channels a kernel works on together; a multiple of every vector width
+FLOAT = 4  # bytes
+ROW = LANES * FLOAT
 
 CHUNK = 16  # tokens between saved states; one chunk's states and decays stay in the L2 cache
 THRESHOLD = f32(20)  # from here on softplus(v) is v, as in torch
 
+# No 'reassoc': it would fold the rounding trick (x + ROUND) - ROUND into x.
+SAFE = {"contract", "nsz", "arcp"}
+
+
+class _NoAlias(Compiler):
+    """Tells LLVM that memory behind a function's pointers does not overlap (`noalias`)."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.state.flags.noalias = True
+
+
+def jit(*, sums: bool = False, **options):
+    """`numba.njit` for the parts of kernels. What is written through one of the function's pointers
+    must not be reached through another.
+
+    Args:
+        sums: the function may reorder sums, which vectorising a reduction needs.
+    """
+    flags = SAFE | {"reassoc"} if sums else SAFE
+    return njit(fastmath=flags, error_model="numpy", pipeline_class=_NoAlias, **options)
+
+
+def kernel(function):
+    """`numba.njit` for what Python calls: runs without the GIL, compiled at its first call.
+
+    The arguments are always integers, booleans and floats, so there is one compilation, which later
+    processes load from the disk.
+    """
+    options = {"fastmath": SAFE, "error_model": "numpy", "nogil": True}
+    try:
+        return njit(**options, cache=True)(function)
+    except RuntimeError:  # no writable folder to cache in: compile anew in every process
+        return njit(**options)(function)
+
+
+# --- elementary functions --------------------------------------------------------------------
+
+
+@intrinsic
+def _as_float(typingctx, bits):
+    def codegen(context, builder, signature, args):
+        return builder.bitcast(args[0], ir.FloatType())
+
+    return types.float32(types.int32), codegen
+
+
+@intrinsic
+def _as_bits(typingctx, number):
+    def codegen(context, builder, signature, args):
+        return builder.bitcast(args[0], ir.IntType(32))
+
+    return types.int32(types.float32), codegen
+
+
+# 1.5 * 2^23 rounds what it is added to, to an integer that lies in the low bits; 127 more is the
+# exponent's bias.
+ROUND = f32(12582912.0 + 127.0)
+MANTISSA_BITS = np.int32(23)
+SQRT_HALF_BITS = np.int32(0x3F3504F3)
+LOWEST, HIGHEST = f32(-126.5), f32(128.0)  # beyond them 2^x is 0 and infinity
+# Minimax on [-1/2, 1/2] with the first two terms held exact: decays near 1 multiply up thousands of
+# times, so 2^0 has to be 1 and small arguments must not be scaled.
+E1, E2, E3, E4, E5 = LN2, f32(0.24022282), f32(0.0555056), f32(0.00966971), f32(0.00133003)
+
+
+@jit(forceinline=True)
+def exp2(x):
+    """2^x to 2e-7 relative: the integer part becomes the exponent, a polynomial does the rest."""
+    clipped = HIGHEST if x > HIGHEST else x  # comparisons are written so that NaN passes
+    rounded = clipped + ROUND
+    power = _as_float(np.int32(_as_bits(rounded) << MANTISSA_BITS))
+    f = clipped - (rounded - ROUND)  # in [-1/2, 1/2]
+    p = E5 * f + E4
+    p = p * f + E3
+    p = p * f + E2
+    p = p * f + E1
+    p = p * f + ONE
+    return ZERO if x < LOWEST else p * power
+
+
+@jit(forceinline=True)
+def log1p(x):
+    """log(1 + x) for x >= 0 with full relative accuracy near 0: what 1 + x rounds off is added."""
+    v = ONE + x
+    lost = x - (v - ONE)
+    bits = _as_bits(v)
+    k = (bits - SQRT_HALF_BITS) >> MANTISSA_BITS
+    m = _as_float(np.int32(bits - (k << MANTISSA_BITS)))  # v / 2^k, in [sqrt(1/2), sqrt(2)]
+    s = (m - ONE) / (m + ONE)
+    s2 = s * s
+    p = s2 * f32(1 / 9) + f32(1 / 7)  # 2 artanh(s) = log(m)
+    p = p * s2 + f32(1 / 5)
+    p = p * s2 + f32(1 / 3)
+    p = p * s2 + ONE
+    return TWO * s * p + f32(k) * LN2 + lost / v
+
+
+@jit(forceinline=True)
+def sigmoid(x):
+    return ONE / (ONE + exp2(-x * LOG2E))
+
 
 # --- rows ------------------------------------------------------------------------------------
+
+
+@intrinsic
+def at(typingctx, addresses):
+    """A tuple of addresses as pointers to float32, for a function made by `jit`."""
+    pointers = types.UniTuple(types.CPointer(types.float32), len(addresses))
+
+    def codegen(context, builder, signature, args):
+        numbers = cgutils.unpack_tuple(builder, args[0], len(addresses))
+        as_pointers = [builder.inttoptr(a, ir.FloatType().as_pointer()) for a in numbers]
+        return context.make_tuple(builder, pointers, as_pointers)
+
+    return pointers(addresses), codegen
+
+
+@jit(forceinline=True)
+def row(pointer):
+    """The `LANES` floats there, as an array that owns nothing."""
+    return carray(pointer, (LANES,))
+
+
+@jit(forceinline=True)
+def rows(pointer, n):
+    """n rows: (n, LANES)."""
+    return carray(pointer, (n, LANES))
+
+
+@jit(forceinline=True)
+def floats(pointer, n):
+    return carray(pointer, (n,))
+
+
+# --- scan: rows ------------------------------------------------------------------------------
 
 
 @jit()
@@ -105,7 +244,7 @@ def _copy(source, n, target):
         b[i] = a[i]
 
 
-# --- forward ---------------------------------------------------------------------------------
+# --- scan: forward ---------------------------------------------------------------------------
 
 
 @jit()
@@ -159,13 +298,13 @@ def _gate(scale, y, z, out):
         out[e] = scale * y[e] * (z[e] * sigmoid(z[e]))
 
 
-def forward_rows(n: int) -> int:
-    """Scratch that one call of `forward` works in."""
+def scan_forward_rows(n: int) -> int:
+    """Scratch that one call of `scan_forward` works in."""
     return 9 + 2 * n
 
 
 @kernel
-def forward(
+def scan_forward(
     u, delta, A, B, C, D, z, bias, h0, out, y_sum, last, states,
     directions, batch, length, d, n, z_b, z_l, softplus, reversed_first, scale,
     scratch, first, end,
@@ -228,7 +367,7 @@ def forward(
                 _store_state(h, width, n, last + (sb * d + e0) * n * FLOAT)
 
 
-# --- backward --------------------------------------------------------------------------------
+# --- scan: backward --------------------------------------------------------------------------
 
 
 @jit()
@@ -321,19 +460,19 @@ def _finish(u, dt, slope, dy, D, gB, qA, du, ddelta, D_sum, bias_sum):
         D_sum[e] += dy[e] * u[e]
 
 
-def backward_rows(n: int) -> int:
-    """Scratch that one call of `backward` works in."""
+def scan_backward_rows(n: int) -> int:
+    """Scratch that one call of `scan_backward` works in."""
     return 13 + 4 * n + CHUNK * (3 + 2 * n)
 
 
 @kernel
-def backward(
+def scan_backward(
     dout, dlast, u, delta, A, B, C, D, z, bias, y_sum, states,
     du, ddelta, dA, dB, dC, dD, dz, dbias, dh0,
     directions, batch, length, d, n, z_b, z_l, softplus, reversed_first, scale,
     scratch, first, end,
 ):  # fmt: skip
-    """Tasks [first, end) of batch * blocks; the arguments of `forward`, and
+    """Tasks [first, end) of batch * blocks; the arguments of `scan_forward`, and
 
     dout (b, l, d), dlast (s, b, d, n). Written are du, ddelta, dz, dh0 as their namesakes, and what
     each task contributes to the sums: dA (s, b, d, n), dD, dbias (s, b, d) to be added over b,
@@ -412,3 +551,176 @@ def backward(
             _store_state(g, width, n, dh0 + state)
             _write(D_sum, width, dD + (sb * d + e0) * FLOAT)
             _write(bias_sum, width, dbias + (sb * d + e0) * FLOAT)
+
+
+# --- convolution -----------------------------------------------------------------------------
+#
+# A task's tokens are first copied into rows of scratch with k - 1 rows of zeros at either end, so
+# that no tap has to ask where the sequence stops. Row i of x's copy is token i - (k - 1); tap j of
+# token t is then row t + j looking back, and row t + 2 (k - 1) - j looking ahead.
+
+
+@jit()
+def _gather(length, stride, width, source, target):
+    """Tokens of a strided (length, d) matrix -> the first `width` lanes of rows."""
+    full = rows(target, length)
+    short = floats(source, (length - 1) * stride + width)
+    for t in range(length):
+        for e in range(width):
+            full[t, e] = short[t * stride + e]
+
+
+@jit()
+def _gather_taps(d, k, width, source, target):
+    """(width, k) -> k rows; lanes beyond are zero."""
+    full, short = rows(target, k), floats(source, width * k)
+    for j in range(k):
+        for e in range(LANES):
+            full[j, e] = short[e * k + j] if e < width else ZERO
+
+
+@jit()
+def _convolve(length, k, ahead, x, w, bias, y):
+    """y_t = bias + the taps, for every token."""
+    x, w, bias, y = rows(x, length + 2 * (k - 1)), rows(w, k), row(bias), rows(y, length)
+    for t in range(length):
+        y_t = y[t]
+        for e in range(LANES):
+            y_t[e] = bias[e]
+        for j in range(k):
+            w_j, x_j = w[j], x[t + (2 * (k - 1) - j if ahead else j)]
+            for e in range(LANES):
+                y_t[e] += w_j[e] * x_j[e]
+
+
+@jit()
+def _silu_out(length, d, width, y, out):
+    y, out = rows(y, length), floats(out, (length - 1) * d + width)
+    for t in range(length):
+        y_t = y[t]
+        for e in range(LANES):
+            y_t[e] = y_t[e] * sigmoid(y_t[e])
+        for e in range(width):
+            out[t * d + e] = y_t[e]
+
+
+@jit()
+def _silu_back(length, y, dout):
+    """y becomes the gradient of what went into the silu."""
+    y, dout = rows(y, length), rows(dout, length)
+    for t in range(length):
+        y_t, dout_t = y[t], dout[t]
+        for e in range(LANES):
+            s = sigmoid(y_t[e])
+            y_t[e] = dout_t[e] * (s * (ONE + y_t[e] * (ONE - s)))
+
+
+@jit()
+def _correlate(length, k, ahead, x, dy, dw, dbias):
+    """dw_j = sum_t dy_t x_(tap j of t), dbias = sum_t dy_t; both start from zeros."""
+    x, dy, dw, dbias = rows(x, length + 2 * (k - 1)), rows(dy, length), rows(dw, k), row(dbias)
+    for t in range(length):
+        dy_t = dy[t]
+        for e in range(LANES):
+            dbias[e] += dy_t[e]
+        for j in range(k):
+            dw_j, x_j = dw[j], x[t + (2 * (k - 1) - j if ahead else j)]
+            for e in range(LANES):
+                dw_j[e] += dy_t[e] * x_j[e]
+
+
+@jit()
+def _convolve_back(length, k, ahead, dy, w, dx):
+    """dx_t += sum_j w_j dy of the token whose tap j is t; dy has k - 1 zero rows at either end."""
+    dy, w, dx = rows(dy, length + 2 * (k - 1)), rows(w, k), rows(dx, length)
+    for t in range(length):
+        dx_t = dx[t]
+        for j in range(k):
+            w_j, dy_j = w[j], dy[t + (j if ahead else 2 * (k - 1) - j)]
+            for e in range(LANES):
+                dx_t[e] += w_j[e] * dy_j[e]
+
+
+@jit()
+def _clear(n, target):
+    m = floats(target, n * LANES)
+    for i in range(n * LANES):
+        m[i] = ZERO
+
+
+@jit()
+def _scatter(length, d, width, source, target):
+    """Rows -> the first `width` columns of a (length, d) matrix."""
+    full, short = rows(source, length), floats(target, (length - 1) * d + width)
+    for t in range(length):
+        for e in range(width):
+            short[t * d + e] = full[t, e]
+
+
+@jit()
+def _scatter_taps(k, width, source, target):
+    full, short = rows(source, k), floats(target, width * k)
+    for e in range(width):
+        for j in range(k):
+            short[e * k + j] = full[j, e]
+
+
+@kernel
+def conv_forward(
+    x, weight, bias, out, directions, batch, length, d, k, x_b, x_l, reverse,
+    scratch, first, end,
+):  # fmt: skip
+    """Tasks [first, end) of batch * blocks: x (b, l, d) with strides x_b, x_l, 1."""
+    blocks = (d + LANES - 1) // LANES
+    xs, taps = scratch, scratch + (length + 2 * (k - 1)) * ROW
+    bias_row, ys = taps + k * ROW, taps + (k + 1) * ROW
+    for task in range(first, end):
+        b, e0 = task // blocks, task % blocks * LANES
+        width = min(LANES, d - e0)
+        source = x + (b * x_b + e0) * FLOAT
+        _gather(length, x_l, width, *at((source, xs + (k - 1) * ROW)))
+        for s in range(directions):
+            sd = s * d + e0
+            _gather_taps(d, k, width, *at((weight + sd * k * FLOAT, taps)))
+            _gather_taps(d, 1, width, *at((bias + sd * FLOAT, bias_row)))
+            _convolve(length, k, s == 1 or reverse, *at((xs, taps, bias_row, ys)))
+            target = out + ((s * batch + b) * length * d + e0) * FLOAT
+            _silu_out(length, d, width, *at((ys, target)))
+
+
+@kernel
+def conv_backward(
+    dout, x, weight, bias, dx, dweight, dbias,
+    directions, batch, length, d, k, x_b, x_l, reverse, scratch, first, end,
+):  # fmt: skip
+    """Written are dx (b, l, d) and each task's part of the sums over b: dweight (s, b, d, k),
+    dbias (s, b, d)."""
+    blocks = (d + LANES - 1) // LANES
+    padded = length + 2 * (k - 1)
+    xs, dys = scratch, scratch + padded * ROW
+    douts, dxs = dys + padded * ROW, dys + (padded + length) * ROW
+    taps = dxs + length * ROW
+    bias_row, dtaps, dbias_row = taps + k * ROW, taps + (k + 1) * ROW, taps + (2 * k + 1) * ROW
+    inner = dys + (k - 1) * ROW
+    for task in range(first, end):
+        b, e0 = task // blocks, task % blocks * LANES
+        width = min(LANES, d - e0)
+        source = x + (b * x_b + e0) * FLOAT
+        _gather(length, x_l, width, *at((source, xs + (k - 1) * ROW)))
+        _clear(length, *at((dxs,)))
+        for s in range(directions):
+            ahead = s == 1 or reverse
+            sd, sb = s * d + e0, s * batch + b
+            _gather_taps(d, k, width, *at((weight + sd * k * FLOAT, taps)))
+            _gather_taps(d, 1, width, *at((bias + sd * FLOAT, bias_row)))
+            _gather(length, d, width, *at((dout + (sb * length * d + e0) * FLOAT, douts)))
+            _convolve(length, k, ahead, *at((xs, taps, bias_row, inner)))
+            _silu_back(length, *at((inner, douts)))
+            _clear(k, *at((dtaps,)))
+            _clear(1, *at((dbias_row,)))
+            _correlate(length, k, ahead, *at((xs, inner, dtaps, dbias_row)))
+            _convolve_back(length, k, ahead, *at((dys, taps, dxs)))
+            part = sb * d + e0
+            _scatter_taps(k, width, *at((dtaps, dweight + part * k * FLOAT)))
+            _scatter_taps(1, width, *at((dbias_row, dbias + part * FLOAT)))
+        _scatter(length, d, width, *at((dxs, dx + (b * length * d + e0) * FLOAT)))

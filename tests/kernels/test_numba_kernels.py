@@ -1,0 +1,153 @@
+"""What only the compiled CPU kernels promise: operators, threads, forks, and the disk cache."""
+
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from scan_helpers import one_way_inputs, run_scan, two_way_inputs
+from vim_ssl.kernels.causal_conv1d import bi_causal_conv1d
+from vim_ssl.kernels.selective_scan import available_backends, bi_selective_scan
+
+pytestmark = pytest.mark.skipif("numba" not in available_backends("cpu"), reason="needs numba")
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def wide_inputs():
+    """Enough work that a second thread takes part."""
+    return two_way_inputs(8, 50, 130, 16)
+
+
+@pytest.mark.parametrize("z", [True, False], ids=["gated", "bare"])
+@pytest.mark.parametrize("save", [True, False], ids=["save", "forget"])
+def test_scan_operators_pass_opcheck(z, save):
+    from vim_ssl.kernels.selective_scan import numba_backend
+
+    m = two_way_inputs(2, 18, 5, 3)
+    args = [m[k].requires_grad_(save) for k in ("u", "delta", "A", "B", "C", "D", "z")]
+    if not z:
+        args[-1] = None
+    args += [m["delta_bias"].requires_grad_(save), None, True, False, 0.5, save]
+    torch.library.opcheck(numba_backend.scan_forward, args)
+
+
+def test_conv_operators_pass_opcheck():
+    bi_causal_conv1d(torch.zeros(1, 2, 3), torch.zeros(2, 3, 4), torch.zeros(2, 3))  # imports it
+    m = [torch.randn(s).requires_grad_() for s in ((2, 9, 5), (2, 5, 4), (2, 5))]
+    torch.library.opcheck(torch.ops.vim_ssl.conv_forward.default, (*m, False))
+
+
+def test_two_threads_take_part_and_change_nothing(two_threads, monkeypatch):
+    from vim_ssl.kernels import numba_threads
+
+    m = wide_inputs()
+    together = run_scan(m, "numba")
+    assert numba_threads._pool is not None
+    torch.set_num_threads(1)
+    monkeypatch.setattr(numba_threads, "_pool", None)
+    alone = run_scan(m, "numba")
+    assert numba_threads._pool is None
+    assert all(torch.equal(v, alone[name]) for name, v in together.items())
+
+
+class ScanningDataset(torch.utils.data.Dataset):
+    """An item is some numbers of a scan made on two threads, in whatever process asks for it."""
+
+    def __init__(self):
+        self.inputs = wide_inputs()
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        torch.set_num_threads(2)
+        return bi_selective_scan(**self.inputs, backend="numba")[-1, -1, -5:].clone()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_forked_workers_scan_too(two_threads):
+    dataset = ScanningDataset()
+    here = dataset[0]  # starts this process's pool, whose threads no child inherits
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # fork beside threads: our very case
+        loader = torch.utils.data.DataLoader(
+            dataset, num_workers=1, timeout=20, multiprocessing_context="fork"
+        )
+        for there in loader:
+            assert torch.equal(there[0], here)
+
+
+def test_gradients_come_from_another_thread_as_well():
+    """Accelerators and servers call backward from threads of their own."""
+    import threading
+
+    m, results = two_way_inputs(2, 30, 70, 4), []
+    threads = [
+        threading.Thread(target=lambda: results.append(run_scan(m, "numba"))) for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    expected = run_scan(m, "numba")
+    assert len(results) == 3
+    assert all(torch.equal(r[k], v) for r in results for k, v in expected.items())
+
+
+def python(code: str, **environment: str) -> str:
+    """Run code in a fresh interpreter and return what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment,
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    return done.stdout.strip()
+
+
+@pytest.mark.slow
+def test_numba_is_imported_only_when_it_computes():
+    assert python("import sys, vim_ssl; print('numba' in sys.modules)") == "False"
+
+
+SCAN_ONCE = """
+import torch, vim_ssl
+from vim_ssl.kernels import numba_kernels
+from vim_ssl.kernels.selective_scan import bi_selective_scan as scan
+u, n = torch.ones(2, 1, 3, 2), torch.ones(2, 1, 3, 1)
+print(scan(u, u, -torch.ones(2, 2, 1), n, n, backend="numba").sum().item(),
+      sum(numba_kernels.scan_forward.stats.cache_hits.values()),
+      sum(numba_kernels.scan_forward.stats.cache_misses.values()))
+"""
+
+
+@pytest.mark.slow
+def test_a_second_process_loads_what_the_first_compiled(tmp_path):
+    first, second = (python(SCAN_ONCE, NUMBA_CACHE_DIR=str(tmp_path)).split() for _ in "12")
+    assert first[0] == second[0]
+    assert first[1:] == ["0", "1"]
+    assert second[1:] == ["1", "0"]
+
+
+@pytest.mark.slow
+def test_without_any_writable_folder_it_compiles_anew(tmp_path):
+    """As numba behaves where it finds no place: a file stands where the cache folder should."""
+    blocked = tmp_path / "file"
+    blocked.touch()
+    out = python(SCAN_ONCE, NUMBA_CACHE_DIR=str(blocked / "cache"))
+    assert float(out.split()[0]) > 0
+
+
+def test_empty_batch_and_last_state():
+    m = one_way_inputs(0, 5, 3, 2)
+    got = run_scan(m, "numba", return_last_state=True)
+    assert got["y"].shape == (0, 3, 5)
+    assert got["d_A"].shape == (3, 2)
+    assert not got["d_A"].any()
