@@ -108,8 +108,8 @@ class MimTransform:
 
 def build_model(config: Config) -> VimEncoder:
     args = dict(config.model_args)
-    if config.objective == "simmim":
-        args.setdefault("use_mask_token", True)
+    # Fresh for simmim where a checkpoint has none; dropped for mae, which would never train it.
+    args.setdefault("use_mask_token", config.objective == "simmim")
     return load_encoder(config.encoder, **args)
 
 

@@ -31,6 +31,11 @@ class _PixelObjective(nn.Module):
                 f"patches of {patch.patch_size} px at stride {patch.stride} overlap, so their "
                 "pixels are no partition of the picture; pretrain with stride = patch_size."
             )
+        if encoder.num_classes:
+            raise ValueError(
+                f"the encoder has a head of {encoder.num_classes} classes, which pretraining would "
+                "leave without gradient; build it with num_classes=0."
+            )
         self.encoder = encoder
         self.norm_pix_loss = norm_pix_loss
         self.pixels = encoder.in_chans * patch.patch_size**2
@@ -46,6 +51,12 @@ class _PixelObjective(nn.Module):
     def forward(self, batch: dict[str, Tensor]) -> StepOutput:
         """One pass: the mean loss of each sample's masked patches, summed over samples."""
         images, mask = batch["image"], batch["mask"]
+        rows, columns = self.encoder.grid(*images.shape[-2:])
+        if mask.dtype != torch.bool or mask.shape != (len(images), rows * columns):
+            raise ValueError(
+                f"mask is {mask.dtype} {tuple(mask.shape)}; expected torch.bool "
+                f"({len(images)}, {rows * columns}), True = masked."
+            )
         prediction = self.predict(images, mask).float()
         pixels = patchify(images.float(), self.encoder.patch_embed.patch_size)  # float32 targets
         target, mean, std = pixels, 0.0, 1.0
@@ -88,6 +99,8 @@ class MAE(_PixelObjective):
         encoder: reads the visible patches only, in raster order, its class token in their middle.
         decoder_dim, decoder_depth: width and blocks of the decoder.
         norm_pix_loss: predict each patch normalised by its own mean and deviation.
+    Raises: ValueError for a decoder without blocks or of a width not divisible by 4, and for an
+        encoder with a head or a mask token (neither would learn), or with overlapping patches.
     Reference: MAE, arXiv:2111.06377; a Vim decoder as in FastVim, arXiv:2502.00594.
     """
 
@@ -100,6 +113,17 @@ class MAE(_PixelObjective):
         norm_pix_loss: bool = True,
     ):
         super().__init__(encoder, norm_pix_loss)
+        if encoder.mask_token is not None:
+            raise ValueError("mae reads no mask token; load the encoder with use_mask_token=False.")
+        if decoder_depth < 1:
+            raise ValueError(
+                f"decoder_depth {decoder_depth} lets the hidden patches see nothing; use 1 or more."
+            )
+        if decoder_dim < 4 or decoder_dim % 4:
+            raise ValueError(
+                f"decoder_dim {decoder_dim} is not divisible by 4, as its 2-D sine and cosine "
+                f"positions need; use {max(decoder_dim // 4 * 4, 4)}."
+            )
         self.decoder_embed = nn.Linear(encoder.embed_dim, decoder_dim)
         self.mask_token = nn.Parameter(trunc_normal_(torch.zeros(1, 1, decoder_dim), std=0.02))
         d_state = encoder.config["d_state"]
@@ -136,7 +160,8 @@ class SimMIM(_PixelObjective):
 
     Args:
         encoder: built with ``use_mask_token=True``.
-    Raises: ValueError for an encoder without a mask token.
+    Raises: ValueError for an encoder without a mask token, with a head, or with overlapping
+        patches.
     Reference: SimMIM, arXiv:2111.09886.
     """
 
