@@ -63,7 +63,9 @@ def probe(name: str, train: Features, test: Features, readouts: dict, config: Co
     Args:
         readouts: name -> columns of the features.
     """
-    fit_part, val_part = stratified_split(train.y.tolist(), config.validation, config.seed)
+    fit_part, val_part = stratified_split(
+        train.y.tolist(), config.validation, config.seed, train.groups
+    )
     best = None
     for readout, columns in readouts.items():
         x = train.x[:, columns]

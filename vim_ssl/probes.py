@@ -18,13 +18,14 @@ READOUTS = ("token", "avg", "token+avg", "layers")
 
 @dataclass
 class Features:
-    """Features of a data set: ``x`` (n, d) float32, ``y`` (n,) int64, ``ids``, and the pictures
-    that could not be read."""
+    """Features of a data set: ``x`` (n, d) float32, ``y`` (n,) int64, ``ids``, the pictures that
+    could not be read, and the ``groups`` that a split keeps whole, where the data have them."""
 
     x: Tensor
     y: Tensor
     ids: list[str]
     skipped: list[str]
+    groups: list[str] | None = None
 
 
 class _Readable(Dataset):
@@ -41,7 +42,8 @@ class _Readable(Dataset):
             item = self.data[index]
         except BadImage as bad:
             return str(bad)
-        return self.transform(item["image"]), item.get("label", -1), item["id"]
+        label, group = item.get("label", -1), item.get("group")
+        return self.transform(item["image"]), label, item["id"], group
 
 
 @torch.no_grad()
@@ -64,19 +66,21 @@ def extract_features(
     loader = DataLoader(
         _Readable(data, transform), batch_size, num_workers=workers, collate_fn=list
     )
-    xs, ys, ids, skipped = [], [], [], []
+    xs, ys, ids, skipped, groups = [], [], [], [], []
     for rows in loader:
         skipped += [row for row in rows if isinstance(row, str)]
         rows = [row for row in rows if not isinstance(row, str)]
         if not rows:
             continue
-        images, labels, names = zip(*rows, strict=True)
+        images, labels, names, part_groups = zip(*rows, strict=True)
         xs.append(encode(torch.stack(images).to(device)).flatten(1).float().cpu())
         ys += labels
         ids += names
+        groups += part_groups
     if not xs:
         raise ValueError(f"none of the {len(data)} pictures could be read: {skipped[:3]}")
-    return Features(torch.cat(xs), torch.tensor(ys), ids, skipped)
+    grouped = None not in groups
+    return Features(torch.cat(xs), torch.tensor(ys), ids, skipped, groups if grouped else None)
 
 
 def read_all(encoder: VimEncoder, x: Tensor) -> Tensor:
@@ -131,7 +135,7 @@ def knn_predict(
     for part in queries.split(1024):  # the similarity matrix stays small
         similarity, nearest = (part @ bank.T).topk(min(k, len(bank)), dim=1)
         weight = (similarity / temperature).exp()
-        votes = torch.zeros(len(part), classes).scatter_add_(1, labels[nearest], weight)
+        votes = weight.new_zeros(len(part), classes).scatter_add_(1, labels[nearest], weight)
         predicted.append(votes.argmax(1))
     return torch.cat(predicted)
 
