@@ -1,0 +1,213 @@
+"""What frozen features are judged by: extraction in order, neighbours, C, intervals, readouts."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
+
+from vim_ssl import VimEncoder
+from vim_ssl.data import open_data
+from vim_ssl.probes import (
+    C_GRID,
+    READOUTS,
+    accuracy,
+    choose_C,
+    extract_features,
+    fit_logistic,
+    knn_predict,
+    read_all,
+    readout_columns,
+    wilson_interval,
+)
+
+
+def blobs(n: int, classes: int = 4, d: int = 8, noise: float = 1.0, seed: int = 0):
+    """Points around one centre a class, n in all, in random order."""
+    draw = torch.Generator().manual_seed(seed)
+    centres = torch.randn(classes, d, generator=torch.Generator().manual_seed(99))
+    y = torch.arange(n) % classes
+    y = y[torch.randperm(n, generator=draw)]
+    return centres[y] + noise * torch.randn(n, d, generator=draw), y
+
+
+# ------------------------------------------------------------------ extraction
+
+
+@pytest.fixture
+def grey_steps(tmp_path) -> str:
+    """Ten pictures, picture i all of value 20 i, in two classes; number 3 and 7 are broken."""
+    for i in range(10):
+        path = tmp_path / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        if i in (3, 7):
+            path.write_bytes(b"no picture")
+        else:
+            Image.new("L", (5, 4), 20 * i).save(path)
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize("workers", [0, 2], ids="workers{}".format)
+@pytest.mark.parametrize("batch_size", [1, 4, 100], ids="batch{}".format)
+def test_features_keep_the_order_of_the_data_and_name_what_is_broken(
+    grey_steps, batch_size, workers
+):
+    found = extract_features(
+        lambda x: x[:, :, :2, :2].float(), open_data(grey_steps), pil_to_tensor,
+        batch_size=batch_size, workers=workers,
+    )  # fmt: skip
+    whole = [0, 2, 4, 6, 8, 1, 5, 9]
+    assert found.ids == [f"{'ab'[i % 2]}/{i}.png" for i in whole]
+    assert found.y.tolist() == [i % 2 for i in whole]
+    assert (found.x.dtype, found.y.dtype) == (torch.float32, torch.int64)
+    assert torch.equal(found.x, torch.tensor([[20.0 * i] * 4 for i in whole]))
+    assert [name.partition(":")[0] for name in found.skipped] == ["b/3.png", "b/7.png"]
+    assert found.groups is None
+
+
+def test_features_know_their_groups(grey_steps):
+    data = open_data(grey_steps + "?group=folder")
+    found = extract_features(lambda x: x.float(), data, pil_to_tensor)
+    assert found.groups == ["a"] * 5 + ["b"] * 3
+
+
+def test_extraction_leaves_no_graph(grey_steps):
+    weight = torch.ones(1, requires_grad=True)
+    assert not extract_features(
+        lambda x: x * weight, open_data(grey_steps), pil_to_tensor
+    ).x.requires_grad
+
+
+def test_data_without_a_readable_picture_is_an_error(tmp_path):
+    (tmp_path / "1.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"none of the 1 pictures could be read.*1\.png"):
+        extract_features(lambda x: x, open_data(str(tmp_path)), pil_to_tensor)
+
+
+# ------------------------------------------------------------------ neighbours
+
+
+@pytest.mark.parametrize("k", [1, 5, 20], ids="k{}".format)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_neighbours_agree_with_scikit_learn(k, dtype):
+    from sklearn.neighbors import KNeighborsClassifier
+    from sklearn.preprocessing import StandardScaler
+
+    (x, y), (queries, truth) = blobs(300), blobs(2500, seed=1)  # more than one part of 1024
+    x, queries = x.to(dtype), queries.to(dtype)
+    scaler = StandardScaler().fit(x.numpy())
+    other = KNeighborsClassifier(
+        k, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / 0.07)
+    ).fit(scaler.transform(x.numpy()), y.numpy())
+    expected = other.predict(scaler.transform(queries.numpy()))
+    predicted = knn_predict(x, y, queries, k=k)
+    assert (predicted.numpy() == expected).mean() > 0.999  # ties of rounding
+    assert 60 < accuracy(predicted, truth) < 100  # classes overlap, so that neighbours disagree
+
+
+def test_near_neighbours_outvote_many_far_ones():
+    bank = torch.tensor([[1.0, 0.02], [-1.0, 1.0], [-1.0, 1.1], [-1.0, -1.0], [-1.0, -1.1]])
+    labels = torch.tensor([0, 1, 1, 1, 1])
+    query = torch.tensor([[1.0, 0.0]])
+    assert knn_predict(bank, labels, query, k=5).item() == 0
+    assert knn_predict(bank, labels, query, k=5, temperature=1e3).item() == 1
+
+
+def test_a_bank_smaller_than_k_votes_as_a_whole():
+    x, y = blobs(8, classes=2, noise=0.01)
+    assert torch.equal(knn_predict(x, y, x, k=20), y)
+
+
+def test_what_all_pictures_share_does_not_blur_the_neighbours():
+    x, y = blobs(200, noise=0.5)
+    queries, truth = blobs(200, noise=0.5, seed=1)
+    plain = accuracy(knn_predict(x, y, queries), truth)
+    assert accuracy(knn_predict(x + 1000, y, queries + 1000), truth) == pytest.approx(plain, abs=1)
+
+
+# ------------------------------------------------------------------ logistic regression
+
+
+def test_logistic_regression_does_not_care_about_the_scale_of_a_feature():
+    (x, y), (queries, _) = blobs(200), blobs(100, seed=1)
+    scale = torch.logspace(-3, 3, 8)
+    first = fit_logistic(x, y, 1.0).predict(queries)
+    second = fit_logistic(x * scale, y, 1.0).predict(queries * scale)
+    assert (first == second).mean() >= 0.99
+
+
+def test_C_is_the_best_of_the_grid_on_the_validation_part():
+    (x, y), (x_val, y_val) = blobs(60, noise=2), blobs(200, noise=2, seed=1)
+    C, share = choose_C(x, y, x_val, y_val)
+    scores = {c: fit_logistic(x, y, c).score(x_val, y_val) for c in C_GRID}
+    assert share == max(scores.values()) == scores[C]
+    assert min(scores.values()) < share  # otherwise there was nothing to choose
+
+
+def test_of_equally_good_values_the_smaller_C_is_taken():
+    x, y = blobs(60, noise=0.01)
+    assert choose_C(x, y, x, y, grid=(1.0, 100.0, 10.0)) == (1.0, 1.0)
+
+
+def test_accuracy_is_told_in_per_cent():
+    assert accuracy([0, 1, 2, 2], torch.tensor([0, 1, 2, 0])) == 75.0
+
+
+@pytest.mark.parametrize(
+    ("percent", "n", "low", "high"),
+    [
+        (80, 10, 49.02, 94.33),  # values of statsmodels' proportion_confint(method="wilson")
+        (0, 10, 0.0, 27.75),
+        (100, 10, 72.25, 100.0),
+        (50, 1000, 46.91, 53.09),
+        (95, 100, 88.82, 97.85),
+    ],
+    ids=lambda v: f"{v:g}",
+)
+def test_the_interval_is_wilsons(percent, n, low, high):
+    assert wilson_interval(percent, n) == pytest.approx((low, high), abs=0.011)
+
+
+# ------------------------------------------------------------------ readouts
+
+
+def make_encoder(**args) -> VimEncoder:
+    args = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 4, "num_classes": 0} | args
+    return VimEncoder(**args).eval()
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 7], ids="depth{}".format)
+@pytest.mark.parametrize("readout", ["token", "avg", "token+avg"])
+def test_a_readout_is_the_encoders_own_pooling(readout, depth):
+    encoder, x = make_encoder(depth=depth), torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        features = read_all(encoder, x)[:, readout_columns(encoder, readout)]
+        expected = encoder.pool(encoder.forward_features(x), readout)
+    torch.testing.assert_close(features, expected)
+
+
+def test_the_layers_readout_joins_the_pooled_features_and_means_from_within():
+    encoder, x = make_encoder(), torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        features = read_all(encoder, x)[:, readout_columns(encoder, "layers")]
+        maps = encoder.forward_intermediates(x, [0, 1, 2], norm=True, intermediates_only=True)
+        pooled = encoder.pool(encoder.forward_features(x), "token+avg")
+    torch.testing.assert_close(features, torch.cat([pooled, *(m.mean((2, 3)) for m in maps)], 1))
+
+
+def test_without_a_class_token_the_means_are_left():
+    encoder, x = make_encoder(cls_position="none"), torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        everything = read_all(encoder, x)
+        expected = encoder.forward_features(x).mean(1)
+    torch.testing.assert_close(everything[:, readout_columns(encoder, "avg")], expected)
+    assert everything[:, readout_columns(encoder, "layers")].shape == everything.shape == (2, 64)
+    with pytest.raises(ValueError, match="'token' needs a class token; use 'avg' or 'layers'"):
+        readout_columns(encoder, "token")
+
+
+def test_an_unknown_readout_is_refused():
+    with pytest.raises(ValueError, match=re.escape(f"'cls' is not one of {', '.join(READOUTS)}.")):
+        readout_columns(make_encoder(), "cls")
