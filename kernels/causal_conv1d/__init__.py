@@ -1,5 +1,7 @@
 """The short depthwise convolution before the scan, in each direction's own causal sense."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -53,4 +55,4 @@ def _compiled(device: str, dtype: torch.dtype) -> bool:
     return True
 
 
-_numba = None  # the module, imported at its first use
+_numba: Any = None  # the module, imported at its first use

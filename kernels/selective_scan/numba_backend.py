@@ -8,6 +8,8 @@ float64 inputs go to the torch backend, which computes in float64.
 Imported only when chosen; the first call in a new installation compiles for a few seconds.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from vim_ssl.kernels import numba_kernels
@@ -186,7 +188,7 @@ scan_backward.register_autograd(_refuse)
 # --- tensors for the kernels -----------------------------------------------------------------
 
 
-def _contiguous(m: Tensor | None) -> Tensor | None:
+def _contiguous(m: Any) -> Any:
     return None if m is None else m.contiguous()
 
 
@@ -196,7 +198,7 @@ def _rows(z: Tensor | None) -> Tensor | None:
 
 
 def _strides(z: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if z is None else z.stride()[:2]
+    return (0, 0) if z is None else (z.stride(0), z.stride(1))
 
 
 def _address(m: Tensor | None) -> int:
