@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
+
 from vim_ssl.kernels.numba_kernels import LANES
 
 _pool: ThreadPoolExecutor | None = None

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from golden_weights import golden_input, golden_state_dict
 from numpy_encoder import encode, predict, resize_table
 from torch import Tensor, nn
-from vim_ssl.kernels.selective_scan import available_backends
 
 from vim_ssl.block import VimBlock
 from vim_ssl.encoder import PRESETS, VimEncoder
+from vim_ssl.kernels.selective_scan import available_backends
 
 # Small enough for a NumPy loop, yet with more than one block, channel group and grid row.
 SMALL = {

@@ -16,12 +16,12 @@ import torch
 from golden_weights import golden_input, golden_state_dict
 from safetensors.torch import load_file
 from timm.models import adapt_input_conv
-from vim_ssl.kernels.selective_scan import available_backends
 
 import vim_ssl
 from vim_ssl import VimEncoder, checkpoint_files, load_encoder, save_encoder
 from vim_ssl.adapt import adapt_patch_embed
 from vim_ssl.encoder import join_pos_embed, split_pos_embed
+from vim_ssl.kernels.selective_scan import available_backends
 from vim_ssl.loading import verify, verify_main
 
 GOLDEN = Path(__file__).parent / "golden"

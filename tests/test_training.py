@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from vim_ssl.recipes import mim_pretrain
 
 from vim_ssl.data.images import BadImage
 from vim_ssl.data.loader import EpochBatches, SeededSamples, stable_hash, training_loader
 from vim_ssl.objective import StepOutput
+from vim_ssl.recipes import mim_pretrain
 from vim_ssl.runs import Run, read_metrics
 from vim_ssl.training import TrainConfig, fit, make_accelerator
 

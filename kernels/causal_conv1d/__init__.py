@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
 from vim_ssl.kernels.selective_scan.dispatch import choose_backend
 
 

@@ -6,6 +6,7 @@ Two float32 operators, `vim_ssl::conv_forward` and `vim_ssl::conv_backward`, aro
 
 import torch
 from torch import Tensor
+
 from vim_ssl.kernels import numba_kernels
 from vim_ssl.kernels.numba_kernels import LANES
 from vim_ssl.kernels.numba_threads import run_tasks

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
 from vim_ssl.kernels import numba_kernels
 from vim_ssl.kernels.numba_kernels import CHUNK, LANES
 from vim_ssl.kernels.numba_threads import run_tasks

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+
 from vim_ssl.kernels.selective_scan import available_backends, bi_selective_scan, selective_scan
 
 BACKENDS = available_backends("cpu")

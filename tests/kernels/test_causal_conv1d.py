@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from vim_ssl.kernels.causal_conv1d import bi_causal_conv1d, causal_conv1d
 
 

@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from scan_helpers import one_way_inputs, run_scan, two_way_inputs
+
 from vim_ssl.kernels.causal_conv1d import bi_causal_conv1d
 from vim_ssl.kernels.selective_scan import available_backends, bi_selective_scan
 
@@ -138,6 +139,7 @@ def test_a_second_process_loads_what_the_first_compiled(tmp_path):
 
 def test_without_any_place_for_the_cache_it_compiles_anew(monkeypatch):
     from numba.core import caching
+
     from vim_ssl.kernels import numba_kernels
 
     monkeypatch.setattr(caching.CodeLibraryCacheImpl, "_locator_classes", [])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from vim_ssl.kernels.rms_norm import add_rms_norm
 
 EPS = 1e-5

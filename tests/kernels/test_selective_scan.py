@@ -18,6 +18,7 @@ from scan_helpers import (
     run_scan,
     two_way_inputs,
 )
+
 from vim_ssl.kernels.selective_scan import available_backends, bi_selective_scan, dispatch
 from vim_ssl.kernels.selective_scan import selective_scan as scan
 
