@@ -28,6 +28,7 @@ class Run:
         self.folder, self.main = Path(folder), main
         self.skipped: set[str] = set()
         self._board = None
+        self._record: dict = {}
 
     @classmethod
     def open(cls, recipe: str, config, accelerator) -> "Run":
@@ -40,6 +41,7 @@ class Run:
         name = config.output or str(RUNS / f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
         (name,) = broadcast_object_list([name])
         run = cls(Path(name), accelerator.is_main_process)
+        run._record = {"recipe": recipe, **_plain(config)}
         if run.checkpoints() and config.resume != "auto":
             raise FileExistsError(
                 f"{run.folder} already holds a run; go on with --resume auto, or choose another "
@@ -48,9 +50,8 @@ class Run:
         accelerator.wait_for_everyone()
         if run.main:
             (run.folder / "images").mkdir(parents=True, exist_ok=True)
-            record = {"recipe": recipe, **_plain(config)}
-            _write(run.folder / "config.json", json.dumps(record, indent=2) + "\n")
             if not run.checkpoints():
+                run.write_config()
                 (run.folder / "metrics.jsonl").unlink(missing_ok=True)
             print(f"Run directory: {run.folder}", flush=True)
         accelerator.wait_for_everyone()
@@ -84,10 +85,19 @@ class Run:
         accelerator.wait_for_everyone()
 
     def resume(self, accelerator, progress) -> None:
-        """Take up the newest checkpoint, if there is one, and cut the log back to its step."""
+        """Take up the newest checkpoint, if there is one, and cut the log back to its step.
+
+        Raises: ValueError for a checkpoint of another model.
+        """
         if not (found := self.checkpoints()):
             return
-        accelerator.load_state(str(found[-1]))
+        try:
+            accelerator.load_state(str(found[-1]))
+        except RuntimeError as error:
+            raise ValueError(
+                f"{found[-1]} does not fit: was it made with other settings? "
+                f"{self.folder / 'config.json'} holds them. {' '.join(str(error).split())[:200]} …"
+            ) from error
         vars(progress).update(json.loads((found[-1] / "progress.json").read_text()))
         log = self.folder / "metrics.jsonl"
         if self.main and log.exists():
@@ -95,6 +105,11 @@ class Run:
             _write(log, "".join(row + "\n" for row in rows))
         if self.main:
             print(f"Going on at step {progress.step:,} from {found[-1]}", flush=True)
+
+    def write_config(self) -> None:
+        """Write config.json; of a resumed run only once its checkpoint is known to fit."""
+        if self.main and self._record:
+            _write(self.folder / "config.json", json.dumps(self._record, indent=2) + "\n")
 
     # ---------------------------------------------------------------- figures and pictures
 

@@ -98,7 +98,10 @@ def _cores() -> int:
 
 @dataclass
 class Progress:
-    """Where a run is, saved with every checkpoint; ``batch`` is the epoch's next micro-batch."""
+    """Where a run is, saved with every checkpoint; ``batch`` is the epoch's next micro-batch.
+
+    ``epoch_batches`` and ``epoch_steps`` say what the counts mean; 0 before the first step.
+    """
 
     epoch: int = 0
     batch: int = 0
@@ -107,6 +110,8 @@ class Progress:
     seconds: float = 0.0
     bad_steps: int = 0
     bad_in_a_row: int = 0
+    epoch_batches: int = 0
+    epoch_steps: int = 0
 
 
 def fit(
@@ -126,7 +131,8 @@ def fit(
         run: the run directory; if it holds a checkpoint, training goes on from the newest.
         accelerator: from `make_accelerator`.
         evaluate: called every ``eval_every`` epochs on the main process; its figures are logged.
-    Raises: FloatingPointError after ``max_bad_steps`` non-finite steps in a row;
+    Raises: ValueError if the checkpoint was made with other data, batches or model;
+        FloatingPointError after ``max_bad_steps`` non-finite steps in a row;
         SystemExit(0) after SIGTERM or SIGINT, once the state is saved.
     """
     plan = _Plan(samples, config, accelerator)
@@ -141,6 +147,8 @@ def fit(
     model, optimizer = accelerator.prepare(objective, optimizer)
     progress, figures = Progress(), {}
     run.resume(accelerator, progress)
+    plan.take_up(progress)
+    run.write_config()
     last = progress.step >= plan.total_steps
     with _Watch(plan, config, run, accelerator, progress) as watch:
         for batches in () if last else plan.steps(progress):
@@ -207,6 +215,18 @@ class _Plan:
             f"{config.base_lr:g} x {self.effective_batch}/{config.lr_reference_batch} = "
             f"{self.lr:.3g} · {self.total_steps:,} steps of {self.epoch_steps:,} an epoch"
         )
+
+    def take_up(self, progress: Progress) -> None:
+        """Check that a resumed run's counts mean the same steps here."""
+        names = ("epoch_batches", "epoch_steps")
+        before, now = ([getattr(source, name) for name in names] for source in (progress, self))
+        if progress.epoch_batches and before != now:
+            raise ValueError(
+                f"The checkpoint's epochs have {before[0]} batches in {before[1]} steps, here "
+                f"{now[0]} in {now[1]}. Resume with the same data, accumulation and batch_size x "
+                "processes, or start anew in another --output."
+            )
+        progress.epoch_batches, progress.epoch_steps = self.epoch_batches, self.epoch_steps
 
     def steps(self, progress: Progress) -> Iterator[list[dict]]:
         """The micro-batches of each optimiser step, from where ``progress`` stands."""
