@@ -94,7 +94,10 @@ def probe_encoder(name: str, encoder: VimEncoder, train, test, config: Config, d
                          batch_size=config.batch_size, workers=config.workers, device=device)
         for part in (train, test)
     ]  # fmt: skip
-    readouts = {r: readout_columns(encoder, r) for r in config.readouts}
+    names = config.readouts
+    if names == READOUTS and not encoder.cls_names:  # nobody asked for a class token
+        names = tuple(r for r in names if not r.startswith("token"))
+    readouts = {r: readout_columns(encoder, r) for r in names}
     return probe(name, *parts, readouts, config), parts[0].skipped + parts[1].skipped
 
 
