@@ -10,12 +10,14 @@ from vim_ssl.masking import RandomMask, visible_ids
     ("grid", "ratio", "unit", "hidden"),
     [
         ((14, 14), 0.75, 1, 147),
-        ((7, 7), 0.75, 1, 37),  # 36.75 is rounded
-        ((14, 14), 0.6, 2, 4 * 29),
+        ((7, 7), 0.75, 1, 37),  # 36.75 is rounded up
+        ((14, 14), 0.6, 2, 4 * 30),  # 29.4: SimMIM at 224 px, 32-px units of 16-px patches
+        ((10, 10), 0.07, 1, 7),  # 7.000000000000001 in floating point
         ((4, 6), 0.5, 2, 12),
         ((1, 2), 0.9, 1, 1),  # one patch stays visible
         ((3, 3), 0.01, 1, 1),  # one patch is hidden
         ((4, 4), 0.99, 2, 12),
+        ((2, 5), 1e-12, 1, 1),
     ],
     ids=lambda v: str(v),
 )

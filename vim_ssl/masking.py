@@ -1,5 +1,7 @@
 """Which patches to hide. A mask is bool, True = masked, one entry a patch in raster order."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -9,8 +11,8 @@ class RandomMask:
 
     Args:
         grid: rows and columns of patches.
-        ratio: share of masked units, between 0 and 1; the count is rounded, at least one unit is
-            masked and one is visible.
+        ratio: share of masked units, between 0 and 1; the count is rounded up, as MAE and SimMIM
+            do, but one unit at least stays visible.
         unit: side of the square that is masked as one, in patches (SimMIM: 32 px).
     Draws from torch's global generator, which the data loader seeds for every sample.
     Raises: ValueError for a ratio or unit that does not fit the grid.
@@ -28,7 +30,8 @@ class RandomMask:
         total = self.units[0] * self.units[1]
         if total < 2:
             raise ValueError(f"a {grid[0]}x{grid[1]} grid is a single unit: nothing stays visible.")
-        self.masked = min(max(round(total * ratio), 1), total - 1)
+        # 0.07 * 100 is 7.000000000000001, and 7 are meant
+        self.masked = min(max(math.ceil(total * ratio - 1e-9), 1), total - 1)
 
     def __call__(self) -> Tensor:
         """(rows * columns,) bool, True = masked."""
