@@ -1,0 +1,226 @@
+"""The linear probe: what it writes, how it chooses, and that the test set has no say in it."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vim_ssl import VimEncoder, cli, save_encoder
+from vim_ssl.downstream import linear_probe
+from vim_ssl.probes import Features
+
+SMALL = {"img_size": 28, "patch_size": 7, "in_chans": 1, "embed_dim": 16, "depth": 2,
+         "num_classes": 0}  # fmt: skip
+ROWS = ["pretrained encoder", "same encoder, untrained", "raw pixels"]
+
+
+def draw(folder: Path, each: int, classes: int = 3, seed: int = 0, shift: int = 0) -> Path:
+    """Noise with a bright band whose height tells the class; ``shift`` mislabels all of them."""
+    rng = np.random.default_rng(seed)
+    for label in range(classes):
+        for i in range(each):
+            values = rng.integers(0, 160, (28, 28), dtype=np.uint8)
+            values[8 * label : 8 * label + 8] += 60
+            path = folder / f"class{(label + shift) % classes}" / f"{label}-{i:02}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(values).save(path)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bands(tmp_path_factory) -> Path:
+    return draw(tmp_path_factory.mktemp("bands"), 20)
+
+
+@pytest.fixture(scope="module")
+def encoder_file(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    return save_encoder(VimEncoder(**SMALL), tmp_path_factory.mktemp("encoder"))
+
+
+def make_run(folder: Path, data: Path | str | None, seconds: int = 0, **args) -> Path:
+    """A run directory as a recipe leaves it, written so many seconds after 2020."""
+    weights = save_encoder(VimEncoder(**(SMALL | args)), folder)
+    if data is not None:
+        (folder / "config.json").write_text(json.dumps({"data": str(data)}))
+    os.utime(weights, (1577836800 + seconds,) * 2)
+    return folder
+
+
+def probe(*argv: str) -> dict:
+    assert linear_probe.main(list(argv)) == 0
+    output = Path(argv[argv.index("--output") + 1])
+    return json.loads((output / "metrics.json").read_text())
+
+
+# ------------------------------------------------------------------ what it writes
+
+
+@pytest.fixture(scope="module")
+def metrics(bands, encoder_file, tmp_path_factory) -> dict:
+    (bands / "class1" / "broken.png").write_bytes(b"no picture")
+    output = tmp_path_factory.mktemp("probe") / "deep" / "out"
+    found = probe("--encoder", str(encoder_file), "--data", str(bands), "--output", str(output))
+    (bands / "class1" / "broken.png").unlink()
+    return found
+
+
+def test_the_record_says_what_was_done(metrics, bands, encoder_file):
+    assert metrics["task"] == "linear_probe"
+    assert metrics["encoder"] == str(encoder_file)
+    assert str(bands) in metrics["data"]
+    assert metrics["train"] + metrics["test"] == 61
+    assert [name.partition(":")[0] for name in metrics["skipped"]] == ["class1/broken.png"]
+    assert metrics["protocol"]["knn_k"] == 20
+    assert {"hardware", "versions", "seconds"} <= set(metrics)
+
+
+def test_there_is_a_row_for_the_encoder_and_for_each_baseline(metrics):
+    assert [row["features"] for row in metrics["rows"]] == ROWS
+    for row in metrics["rows"]:
+        for figure in ("logistic", "knn"):
+            low, high = row[f"{figure}_ci"]
+            assert 0 <= low < row[figure] <= high <= 100
+        assert row["C"] in linear_probe.C_GRID
+    assert metrics["rows"][2]["dim"] == 28 * 28
+    assert metrics["rows"][2]["logistic"] > 80  # bands are easy
+
+
+def test_the_table_shows_what_the_record_holds(bands, encoder_file, tmp_path, capsys):
+    argv = ("--encoder", str(encoder_file), "--data", str(bands), "--output", str(tmp_path))
+    row = probe(*argv, "--no-baselines")["rows"][0]
+    shown = capsys.readouterr().out
+    assert f"{row['logistic']:5.1f} % [{row['logistic_ci'][0]:.1f}" in shown
+    assert ROWS[0] in shown
+    assert ROWS[1] not in shown
+
+
+def test_the_same_seed_gives_the_same_figures(bands, encoder_file, tmp_path):
+    argv = ("--encoder", str(encoder_file), "--data", str(bands), "--readouts", "avg")
+    first, again = (probe(*argv, "--output", str(tmp_path / name))["rows"] for name in "ab")
+    assert first == again
+
+
+# ------------------------------------------------------------------ the choice
+
+
+def parts(groups: bool = False) -> tuple[Features, Features]:
+    """Three classes; columns 0-3 are good features, 4-7 noise."""
+    draw = torch.Generator().manual_seed(0)
+    made = []
+    for n in (90, 60):
+        y = torch.arange(n) % 3
+        x = torch.randn(n, 8, generator=draw)
+        x[:, :3] += 2 * torch.eye(3)[y]
+        names = [str(i) for i in range(n)]
+        made.append(Features(x, y, names, [], [str(i // 6) for i in range(n)] if groups else None))
+    return made[0], made[1]
+
+
+READERS = {"noise": slice(4, 8), "good": slice(0, 4), "again": slice(0, 4)}
+
+
+def test_validation_chooses_the_readout_and_on_a_tie_the_first():
+    row = linear_probe.probe("x", *parts(), READERS, linear_probe.Config())
+    assert (row["readout"], row["dim"]) == ("good", 4)
+    assert row["logistic"] > 70
+
+
+@pytest.mark.parametrize("what", ["labels", "features"])
+def test_the_test_set_has_no_say_in_the_choice(what):
+    """Test data made for the noise columns, or test labels turned around, change no choice."""
+    train, test = parts()
+    honest = linear_probe.probe("x", train, test, READERS, linear_probe.Config())
+    if what == "labels":
+        test.y = (test.y + 1) % 3
+    else:
+        test.x = test.x.flip(1)
+    turned = linear_probe.probe("x", train, test, READERS, linear_probe.Config())
+    chosen = ("readout", "C", "validation", "dim")
+    assert [turned[name] for name in chosen] == [honest[name] for name in chosen]
+    assert turned["logistic"] < honest["logistic"] - 20
+
+
+def test_mislabelled_test_pictures_change_the_score_and_nothing_else(tmp_path, encoder_file):
+    """The same through the script, on folders with a test split."""
+    rows = []
+    for name, shift in (("honest", 0), ("turned", 1)):
+        draw(tmp_path / name / "train", 12)
+        draw(tmp_path / name / "test", 8, seed=1, shift=shift)
+        argv = ("--encoder", str(encoder_file), "--data", str(tmp_path / name))
+        rows.append(probe(*argv, "--output", str(tmp_path / f"{name}-out"))["rows"])
+    for honest, turned in zip(*rows, strict=True):
+        chosen = ("readout", "C", "validation", "dim")
+        assert [turned[key] for key in chosen] == [honest[key] for key in chosen]
+    assert rows[1][2]["logistic"] < 30 < 70 < rows[0][2]["logistic"]
+
+
+def test_groups_are_not_torn_apart_for_validation(monkeypatch):
+    train, test = parts(groups=True)
+    train.x[:, 0] = torch.arange(90) // 6  # the group
+    sides = []
+    monkeypatch.setattr(
+        linear_probe,
+        "choose_C",
+        lambda x, y, x_val, y_val, grid: sides.append((x, x_val)) or (1.0, 1.0),
+    )
+    linear_probe.probe("x", train, test, {"all": slice(None)}, linear_probe.Config())
+    fitted, validated = ({*x[:, 0].tolist()} for x in sides[0])
+    assert fitted
+    assert validated
+    assert not fitted & validated
+
+
+def test_an_encoder_without_class_token_is_read_by_its_patches(bands, tmp_path):
+    torch.manual_seed(0)
+    run = make_run(tmp_path / "run", bands, cls_position="none")
+    row = probe("--encoder", str(run), "--output", str(tmp_path / "out"))["rows"][0]
+    assert row["readout"] in ("avg", "layers")
+    with pytest.raises(ValueError, match="needs a class token"):
+        probe("--encoder", str(run), "--output", str(tmp_path / "out"), "--readouts", "token")
+
+
+# ------------------------------------------------------------------ which run, which data
+
+
+def test_without_arguments_the_newest_run_is_probed_on_its_own_data(bands, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_run(tmp_path / "runs" / "a-newest", bands, seconds=30)
+    make_run(tmp_path / "runs" / "b-old", "sample:nothing", seconds=10)
+    (tmp_path / "runs" / "c-unfinished").mkdir()
+    assert linear_probe.main([]) == 0
+    found = json.loads(Path("runs/a-newest/linear_probe/metrics.json").read_text())
+    assert str(bands) in found["data"]
+    assert not list(tmp_path.glob("runs/b-old/linear_probe"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "No run with an encoder under .*mim_pretrain"),
+        (["--encoder", "bare"], "bare does not say what it was trained on; name labelled --data"),
+        (["--encoder", "unlabelled"], "no labels of two classes"),
+        (["--encoder", "bare", "--data", "flat"], "no labels of two classes"),
+        (["--encoder", "bare", "--data", "nowhere"], "There is no folder 'nowhere'"),
+        (["--encoder", "labelled", "--readouts", "cls"], "readout 'cls' is not one of token"),
+    ],
+    ids=["no-run", "no-record", "trained-without-labels", "unlabelled", "no-data", "readout"],
+)
+def test_a_mistake_is_told_in_one_line(argv, message, bands, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("VIM_SSL_TRACEBACK", raising=False)
+    Path("flat").mkdir()
+    for i in range(4):
+        Image.new("L", (28, 28), i).save(f"flat/{i}.png")
+    make_run(tmp_path / "bare", None)
+    make_run(tmp_path / "unlabelled", tmp_path / "flat")
+    make_run(tmp_path / "labelled", bands)
+    assert cli.main(["linear-probe", *argv]) == 2
+    shown = capsys.readouterr().err.strip()
+    assert len(shown.splitlines()) == 1
+    assert re.search(message, shown)

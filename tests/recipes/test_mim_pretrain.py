@@ -1,0 +1,279 @@
+"""The masked-image recipe as a user runs it: photographs in, a run directory and an encoder out."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import vim_ssl
+from vim_ssl import cli, load_encoder
+from vim_ssl.recipes import mim_pretrain
+from vim_ssl.runs import read_metrics
+
+ROOT = Path(vim_ssl.__file__).parents[1]
+PHOTOS = ["astronaut.png", "camera.png", "chelsea.png", "coffee.png", "moon.png", "rocket.jpg"]
+TINY = [
+    "--encoder", "vim_nano_patch8_64", "--model-args", "depth=2", "embed_dim=16",
+    "--decoder-dim", "16", "--decoder-depth", "1", "--batch-size", "3", "--epochs", "2",
+    "--warmup-epochs", "0", "--workers", "0", "--threads", "1", "--log-every", "1",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    """Six photographs of six sizes, colour and grey, and a broken one."""
+    folder = tmp_path_factory.mktemp("photos")
+    source = Path(pytest.importorskip("skimage").__file__).parent / "data"
+    for name in PHOTOS:
+        shutil.copy(source / name, folder)
+    (folder / "broken.png").write_bytes(b"no picture")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stripes(tmp_path_factory) -> Path:
+    """24 small grey pictures in two classes: stripes that lie, stripes that stand."""
+    folder = tmp_path_factory.mktemp("stripes")
+    wave = (np.sin(np.arange(28) / 2) * 100 + 128).astype(np.uint8)
+    for i in range(24):
+        path = folder / ("lying", "standing")[i % 2] / f"{i:02}.png"
+        path.parent.mkdir(exist_ok=True)
+        values = np.tile(np.roll(wave, i), (28, 1))
+        Image.fromarray(values if i % 2 else values.T.copy()).save(path)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["mae", "simmim"])
+def trained(request, photos, tmp_path_factory) -> Path:
+    """A run on the photographs."""
+    run = tmp_path_factory.mktemp("runs") / request.param
+    argv = [*TINY, "--data", str(photos), "--output", str(run), "--objective", request.param]
+    assert mim_pretrain.main(argv) == 0
+    return run
+
+
+def settings(monkeypatch, *argv: str) -> mim_pretrain.Config:
+    """The configuration that the recipe would run with."""
+    caught = []
+    monkeypatch.setattr(mim_pretrain, "run", caught.append)
+    mim_pretrain.main(list(argv))
+    return caught[0]
+
+
+# ------------------------------------------------------------------ on photographs
+
+
+def test_photographs_of_mixed_sizes_train(trained):
+    rows = read_metrics(trained)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert all(np.isfinite([row["loss"], row["grad_norm"], row["pixel_mse"]]).all() for row in rows)
+    assert rows[-1]["skipped"] == 1  # the broken picture
+    assert "knn_top1" not in rows[-1]  # no labels, no neighbours
+
+
+def test_the_pictures_show_eight_or_fewer_rows_of_four_views(trained):
+    (path,) = (trained / "images").glob("pictures-*4.png")
+    with Image.open(path) as image:
+        assert image.width in range(4 * 64, 4 * 64 + 8)
+        assert image.mode == "RGB"
+        assert np.asarray(image).std() > 20
+
+
+def test_the_trained_encoder_takes_pictures_of_another_size(trained):
+    """Every patch with the position of its own place, none shifted by the class token's slot."""
+    encoder = load_encoder(trained)
+    x = torch.randn(1, 3, 384, 256)
+    with torch.no_grad():
+        (features,) = encoder.forward_intermediates(x, 1, intermediates_only=True)
+        added = encoder.embed(x) - encoder.patch_embed(x)
+    assert features.shape == (1, 16, 48, 32)
+    table = encoder.pos_embed.detach()[0]  # 8 x 8 patches and, in row 32, the class token
+    grid = torch.cat([table[:32], table[33:]]).T.view(1, 16, 8, 8)
+    expected = F.interpolate(grid, (48, 32), mode="bicubic", antialias=True).flatten(2).mT
+    torch.testing.assert_close(added, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_an_encoder_of_either_objective_can_be_trained_on_with_mae(trained, photos, tmp_path):
+    encoder = TINY.index("--encoder")
+    rest = [*TINY[:encoder], *TINY[encoder + 5 :]]
+    argv = [*rest, "--encoder", str(trained), "--data", str(photos), "--base-lr", "0"]
+    mim_pretrain.main([*argv, "--output", str(tmp_path / "run")])
+    before, after = load_encoder(trained).state_dict(), load_encoder(tmp_path / "run").state_dict()
+    assert set(before) - {"mask_token"} == set(after)
+    assert all(torch.equal(before[name], after[name]) for name in after)
+
+
+# ------------------------------------------------------------------ resuming
+
+
+def test_a_run_is_not_trained_over(trained, photos):
+    with pytest.raises(FileExistsError, match="--resume auto"):
+        mim_pretrain.main([*TINY, "--data", str(photos), "--output", str(trained)])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--batch-size", "2"], "2 batches in 2 steps, here 3 in 3"),
+        (["--accumulation", "2"], "2 batches in 2 steps, here 2 in 1"),
+        (["--model-args", "depth=2", "embed_dim=24"], "made with other settings"),
+    ],
+    ids=["batch-size", "accumulation", "model"],
+)
+def test_a_resumed_run_must_fit_and_is_else_left_as_it_was(trained, photos, change, message):
+    before = (trained / "config.json").read_text()
+    objective = json.loads(before)["objective"]
+    argv = [*TINY, "--data", str(photos), "--output", str(trained), "--objective", objective]
+    with pytest.raises(ValueError, match=message) as caught:
+        mim_pretrain.main([*argv, "--resume", "auto", "--epochs", "4", *change])
+    assert "\n" not in str(caught.value)
+    assert (trained / "config.json").read_text() == before
+
+
+def test_a_finished_run_can_be_trained_for_longer(trained, photos, tmp_path):
+    run = tmp_path / "longer"
+    shutil.copytree(trained, run)
+    objective = json.loads((run / "config.json").read_text())["objective"]
+    argv = [*TINY, "--data", str(photos), "--output", str(run), "--objective", objective]
+    mim_pretrain.main([*argv, "--resume", "auto", "--epochs", "3"])
+    assert [row["step"] for row in read_metrics(run)] == [1, 2, 3, 4, 5, 6]
+    assert json.loads((run / "config.json").read_text())["epochs"] == 3
+
+
+# ------------------------------------------------------------------ learning
+
+
+GREY = [
+    "--preset", "demo", "--model-args", "depth=2", "embed_dim=32", "--decoder-dim", "32",
+    "--batch-size", "12", "--workers", "0", "--threads", "1", "--log-every", "1",
+    "--warmup-epochs", "0",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("objective", ["mae", "simmim"])
+def test_the_loss_falls_and_neighbours_are_asked_where_labels_are(stripes, tmp_path, objective):
+    argv = [*GREY, "--data", str(stripes), "--output", str(tmp_path), "--objective", objective]
+    more = ["--epochs", "20", "--base-lr", "5e-2", "--crop-scale", "1", "1", "--eval-every", "10"]
+    mim_pretrain.main([*argv, *more, "--mask-ratio", "0.5"])
+    rows = read_metrics(tmp_path)
+    assert len(rows) == 40
+    # predicting every patch's mean would give 0.94 (mae, squares) and 0.8 (simmim, distances)
+    assert np.mean([row["loss"] for row in rows[-3:]]) < 0.65
+    evaluated = [row for row in rows if "knn_top1" in row]
+    assert [row["epoch"] for row in evaluated] == [10, 20]
+    assert all(0 <= row["knn_top1"] <= 100 and row["feature_std"] > 0 for row in evaluated)
+
+
+def test_the_seed_decides_the_initial_weights(stripes, tmp_path):
+    """With a learning rate of 0 the encoder written is the one that training began with."""
+
+    def weights(name: str, seed: int):
+        argv = [*GREY, "--data", str(stripes), "--output", str(tmp_path / name)]
+        mim_pretrain.main([*argv, "--epochs", "1", "--base-lr", "0", "--seed", str(seed)])
+        return load_encoder(tmp_path / name).state_dict()["layers.0.mixer.in_proj.weight"]
+
+    first, again, other = weights("a", 1), weights("b", 1), weights("c", 2)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+# ------------------------------------------------------------------ settings
+
+
+MAE_NUMBERS = {
+    "objective": "mae", "mask_ratio": 0.75, "norm_pix_loss": True, "betas": (0.9, 0.95),
+    "weight_decay": 0.05, "warmup_epochs": 40, "epochs": 1600, "clip_grad": None, "min_lr": 0,
+    "decoder_dim": 512, "decoder_depth": 2, "crop_scale": (0.2, 1.0), "hflip": 0.5,
+    "accumulation": 1, "optimizer": "adamw", "layer_decay": None,
+}  # fmt: skip
+SIMMIM_NUMBERS = {
+    "objective": "simmim", "mask_ratio": 0.6, "mask_unit": 32, "norm_pix_loss": False,
+    "betas": (0.9, 0.999), "weight_decay": 0.05, "warmup_epochs": 10, "epochs": 800,
+    "clip_grad": 5.0, "min_lr": 5e-6, "crop_scale": (0.67, 1.0), "hflip": 0.5,
+    "model_args": {"drop_path_rate": 0.1}, "optimizer": "adamw",
+}  # fmt: skip
+PAPER = {
+    "mae_tiny_224": (MAE_NUMBERS | {"encoder": "vim_tiny_patch16_224"}, 4096, 2.4e-3),
+    "mae_small_224": (MAE_NUMBERS | {"encoder": "vim_small_patch16_224"}, 4096, 2.4e-3),
+    "mae_base_224": (
+        MAE_NUMBERS | {"encoder": "vim_base_patch16_224", "model_args": {"norm_after_scan": True}},
+        4096,
+        2.4e-3,
+    ),
+    "simmim_small_224": (SIMMIM_NUMBERS | {"encoder": "vim_small_patch16_224"}, 2048, 4e-4),
+}
+
+
+@pytest.mark.parametrize("preset", PAPER)
+def test_a_paper_preset_has_the_papers_numbers(preset, monkeypatch):
+    numbers, effective_batch, lr = PAPER[preset]
+    config = settings(monkeypatch, "--preset", preset, "--data", "photos")
+    assert {name: getattr(config, name) for name in numbers} == numbers
+    assert config.base_lr * effective_batch / config.lr_reference_batch == pytest.approx(lr)
+
+
+@pytest.mark.parametrize(
+    ("argv", "preset"),
+    [([], "demo"), (["--epochs", "3"], "demo"), (["--data", "photos"], "mae_small_224")],
+    ids=["nothing", "no-data", "data"],
+)
+def test_without_data_and_preset_it_is_the_demo_else_a_paper_preset(argv, preset, monkeypatch):
+    expected = settings(monkeypatch, "--preset", preset, *argv)
+    assert settings(monkeypatch, *argv) == expected
+
+
+def test_the_demo_gives_the_scan_at_least_49_tokens():
+    encoder = mim_pretrain.build_model(mim_pretrain.demo())
+    assert encoder.grid_size[0] * encoder.grid_size[1] >= 49
+
+
+@pytest.mark.parametrize(
+    ("argv", "error", "message"),
+    [
+        (["--mask-unit", "12"], ValueError, "mask_unit 12 px is no multiple of the 8-px patch"),
+        (["--mask-unit", "24"], ValueError, "mask_unit 3 .patches. does not divide the 8x8 grid"),
+        (["--mask-ratio", "1"], ValueError, "between 0 and 1"),
+        (["--batch-size", "50"], ValueError, "batch_size of at most 7"),
+        (["--decoder-dim", "18"], ValueError, "not divisible by 4"),
+        (["--model-args", "stride=4"], ValueError, "overlap"),
+        (["--model-args", "dept=2"], TypeError, "Did you mean 'depth'"),
+        (["--data", "no/such/folder"], FileNotFoundError, "There is no folder"),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
+)
+def test_a_mistake_is_told_before_training(argv, error, message, photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(error, match=message):
+        mim_pretrain.main([*TINY, "--data", str(photos), *argv])
+    assert not list(tmp_path.glob("runs/*/metrics.jsonl"))
+
+
+# ------------------------------------------------------------------ commands
+
+
+def test_the_command_shows_flags_and_presets(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["mim-pretrain", "--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("--mask-ratio", "--resume", *mim_pretrain.PRESETS))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "script", ["recipes/mim_pretrain.py", "downstream/linear_probe.py", "downstream/finetune.py"]
+)
+def test_a_script_shows_its_help_when_called_by_path(script, tmp_path):
+    shown = subprocess.run(
+        [sys.executable, str(ROOT / script), "--help"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert "--encoder" in shown.stdout
+    assert "--data" in shown.stdout
