@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from vim_ssl import create_transform, load_encoder
+from vim_ssl import create_transform, load_encoder, save_encoder
 from vim_ssl.classification import Classification
 from vim_ssl.cli import guarded
 from vim_ssl.config import opt, parse, to_dict
@@ -94,6 +94,7 @@ def run(config: Config) -> dict:
         metrics |= {"test": len(found.y), "top1": top1, "skipped": found.skipped,
                     "top1_ci": wilson_interval(top1, len(found.y)),
                     "protocol": to_dict(config), **environment()}  # fmt: skip
+        save_encoder(encoder, folder.folder, record={"recipe": "finetune", "data": train.name})
         path = Path(folder.folder) / "metrics.json"
         path.write_text(json.dumps(metrics, indent=2) + "\n")
         low, high = metrics["top1_ci"]

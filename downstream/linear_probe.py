@@ -138,7 +138,9 @@ def run(config: Config) -> dict:
 
 def _default_output(source: Path | str) -> Path:
     folder = Path(source)
-    return (folder if folder.is_dir() else Path("runs")) / "linear_probe"
+    if folder.is_dir():
+        return folder / "linear_probe"
+    return Path("runs") / f"linear_probe-{folder.name}"  # a preset, a file, a Hub id
 
 
 def _print_table(metrics: dict) -> None:

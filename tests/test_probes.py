@@ -211,3 +211,18 @@ def test_without_a_class_token_the_means_are_left():
 def test_an_unknown_readout_is_refused():
     with pytest.raises(ValueError, match=re.escape(f"'cls' is not one of {', '.join(READOUTS)}.")):
         readout_columns(make_encoder(), "cls")
+
+
+def test_a_plateau_at_chance_does_not_end_the_search_for_C(monkeypatch):
+    """Small C's all score alike; the good one comes after them."""
+    scores = {0.001: 0.1, 0.01: 0.1, 0.1: 0.1, 1.0: 0.9, 10.0: 0.5, 100.0: 0.4, 1000.0: 1.0}
+
+    class Fitted:
+        def __init__(self, C):
+            self.C = C
+
+        def score(self, x, y):
+            return scores[self.C]
+
+    monkeypatch.setattr("vim_ssl.probes.fit_logistic", lambda x, y, C: Fitted(C))
+    assert choose_C(None, None, None, None, tuple(scores)) == (1.0, 0.9)

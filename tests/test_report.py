@@ -144,8 +144,8 @@ def test_the_printed_snippet_runs_as_it_stands(finished: Path, monkeypatch: pyte
     assert 'load_encoder("run")' in snippet
     scope: dict = {}
     exec(snippet, scope)
-    assert scope["features"].shape == (1, 96)
-    assert scope["tokens"].shape[::2] == (1, 96)
+    assert scope["features"].shape == (1, 192)
+    assert scope["tokens"].shape[::2] == (1, 192)
     assert "vim-ssl linear-probe --encoder run " in page.text
 
 

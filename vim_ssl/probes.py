@@ -162,7 +162,7 @@ def choose_C(x, y, x_val, y_val, grid: tuple[float, ...] = C_GRID) -> tuple[floa
     best, best_C, worse = -1.0, grid[0], 0
     for C in grid:
         score = fit_logistic(x, y, C).score(x_val, y_val)
-        worse = worse + 1 if score <= best else 0
+        worse = worse + 1 if score < best else 0
         if score > best:
             best, best_C = score, C
         if worse == 2:

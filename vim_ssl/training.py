@@ -354,8 +354,11 @@ class _Watch:
             # Always the same eight samples, so that progress can be seen.
             places = [i * len(samples) // 8 for i in range(8)] if len(samples) >= 8 else [0]
             preview = _to(collate([samples[(0, i)] for i in places]), self.accelerator.device)
+            was_training = objective.training
+            objective.eval()
             with torch.no_grad(), self.accelerator.autocast():
                 out: StepOutput = objective(preview)
+            objective.train(was_training)
             if out.pictures is not None:
                 self.run.save_pictures("pictures", self.progress.step, out.pictures())
             if evaluate is not None:
