@@ -137,12 +137,9 @@ def _pictures(run: Record) -> str:
         figures = [_strip(run, f"{n}, step {step:,}", path)
                    for n, (step, path) in zip(names, ends, strict=True)]  # fmt: skip
         parts.append(f"<div class=pair>{''.join(figures)}</div>")
-    note = "Each evaluation shows pictures of its own training batch."
+    note = "Every evaluation shows the same training pictures."
     if run.config.get("recipe") == "mim_pretrain":
-        note += (
-            " Hidden patches, whose pixels the encoder never sees, are drawn in the data's mean"
-            " colour."
-        )
+        note += " Hidden patches, whose pixels the encoder never sees, are drawn in grey."
         if run.config.get("norm_pix_loss"):
             note += (
                 " Predictions are normalised patch by patch; they are drawn with the brightness and"
