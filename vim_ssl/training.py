@@ -188,16 +188,19 @@ class _Plan:
 
     def __init__(self, samples: SeededSamples, config: TrainConfig, accelerator):
         self.config, world = config, accelerator.num_processes
+        # A handful of pictures trains too: the batch is never larger than the data.
+        self.batch_size = max(min(config.batch_size, len(samples) // world), 1)
         self.batches = EpochBatches(
-            len(samples), config.batch_size, rank=accelerator.process_index, world=world,
+            len(samples), self.batch_size, rank=accelerator.process_index, world=world,
             seed=config.seed,
         )  # fmt: skip
         self.loader = training_loader(
-            samples, self.batches, num_workers=config.workers,
+            samples, self.batches, num_workers=min(config.workers, _cores()),
             pin_memory=accelerator.device.type == "cuda",
         )  # fmt: skip
         self.epoch_batches = self.batches.batches_per_epoch
-        self.epoch_steps = math.ceil(self.epoch_batches / config.accumulation)
+        self.accumulation = min(config.accumulation, self.epoch_batches)
+        self.epoch_steps = math.ceil(self.epoch_batches / self.accumulation)
         self.total_steps = self.epoch_steps * config.epochs
         if config.max_steps:
             self.total_steps = min(self.total_steps, config.max_steps)
@@ -207,10 +210,10 @@ class _Plan:
                 f"warmup_epochs {config.warmup_epochs:g} does not fit into {config.epochs} epochs; "
                 f"try --warmup-epochs {config.epochs / 20:g}."
             )
-        self.effective_batch = config.batch_size * config.accumulation * world
+        self.effective_batch = self.batch_size * self.accumulation * world
         self.lr = config.base_lr * self.effective_batch / config.lr_reference_batch
         self.summary = (
-            f"{len(samples):,} samples · batch {config.batch_size} x {config.accumulation} "
+            f"{len(samples):,} samples · batch {self.batch_size} x {self.accumulation} "
             f"(accumulation) x {world} (processes) = {self.effective_batch} · lr "
             f"{config.base_lr:g} x {self.effective_batch}/{config.lr_reference_batch} = "
             f"{self.lr:.3g} · {self.total_steps:,} steps of {self.epoch_steps:,} an epoch"
@@ -235,7 +238,7 @@ class _Plan:
             group = []
             for batch in self.loader:
                 group.append(batch)
-                if len(group) == self.config.accumulation:
+                if len(group) == self.accumulation:
                     yield group
                     group = []
             if group:
@@ -268,7 +271,7 @@ class _Plan:
 
 def _forward_backward(accelerator, model, batches, config, progress):
     """Add up the gradient of one step; returns the averages over everything that went into it."""
-    unit = config.batch_size * config.accumulation  # what the weight usually is
+    unit = sum(len(batch["index"]) for batch in batches)  # what the weight usually is
     sums = torch.zeros(0)
     for i, batch in enumerate(batches):
         # Seeding here leaves drop path and dropout no history that a checkpoint would have to hold.
@@ -281,9 +284,8 @@ def _forward_backward(accelerator, model, batches, config, progress):
             out = model(batch)
             accelerator.backward(out.loss_sum / unit)
         values = [out.loss_sum, *out.metrics.values(), out.weight, len(batch["index"])]
-        values = torch.stack(
-            [torch.as_tensor(v, dtype=torch.float64).detach().cpu() for v in values]
-        )
+        values = [torch.as_tensor(v, device=out.loss_sum.device).detach().float() for v in values]
+        values = torch.stack(values).cpu().double()  # one wait for the device, not one a figure
         sums = values if i == 0 else sums + values
     if accelerator.num_processes > 1:
         sums = accelerator.reduce(sums.to(accelerator.device)).cpu()

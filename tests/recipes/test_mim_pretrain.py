@@ -234,13 +234,19 @@ def test_the_demo_gives_the_scan_at_least_49_tokens():
     assert encoder.grid_size[0] * encoder.grid_size[1] >= 49
 
 
+def test_a_batch_is_never_larger_than_the_data(photos, tmp_path, capsys):
+    mim_pretrain.main([*TINY, "--data", str(photos), "--batch-size", "50",
+                       "--output", str(tmp_path / "run")])  # fmt: skip
+    assert "batch 7 x 1" in capsys.readouterr().out
+    assert read_metrics(tmp_path / "run")
+
+
 @pytest.mark.parametrize(
     ("argv", "error", "message"),
     [
         (["--mask-unit", "12"], ValueError, "mask_unit 12 px is no multiple of the 8-px patch"),
         (["--mask-unit", "24"], ValueError, "mask_unit 3 .patches. does not divide the 8x8 grid"),
         (["--mask-ratio", "1"], ValueError, "between 0 and 1"),
-        (["--batch-size", "50"], ValueError, "batch_size of at most 7"),
         (["--decoder-dim", "18"], ValueError, "not divisible by 4"),
         (["--model-args", "stride=4"], ValueError, "overlap"),
         (["--model-args", "dept=2"], TypeError, "Did you mean 'depth'"),
