@@ -35,7 +35,7 @@ def run_seed(preset: str, seed: int, threads: int, folder: Path, more: list[str]
     out = folder / f"{preset}-{seed}"
 
     def script(path: str, *args: str) -> None:
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "NUMBA_NUM_THREADS": "2"}
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         log = out.with_suffix(".log")
         with open(log, "a") as file:
             command = [sys.executable, str(ROOT / path), *args, "--seed", str(seed)]
@@ -43,9 +43,10 @@ def run_seed(preset: str, seed: int, threads: int, folder: Path, more: list[str]
         if done.returncode:
             raise RuntimeError(f"{path} failed:\n{log.read_text()[-3000:]}")
 
-    script("recipes/mim_pretrain.py", "--preset", preset, "--output", str(out), *more)
+    train = ("--threads", str(threads))
+    script("recipes/mim_pretrain.py", "--preset", preset, "--output", str(out), *train, *more)
     script("downstream/linear_probe.py", "--encoder", str(out))
-    few = ("--encoder", str(out), "--labels-per-class", "10")
+    few = ("--encoder", str(out), "--labels-per-class", "10", *train)
     script("downstream/finetune.py", *few, "--output", str(out / "tuned"))
     script("downstream/finetune.py", *few, "--output", str(out / "scratch"), "--from-scratch")
 
