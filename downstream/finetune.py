@@ -10,8 +10,10 @@ patches together. The test set is used once, at the end.
 import json
 import random
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -72,10 +74,10 @@ def run(config: Config) -> dict:
     source = config.encoder or str(newest_run())
     train, test = labelled_parts(config.data or trained_on(source), config.test, config.seed)
     if config.labels_per_class:
-        train = train.subset(few_of_each(train.labels, config.labels_per_class, config.seed))
+        train = train.subset(few_of_each(train.labels or [], config.labels_per_class, config.seed))
     torch.manual_seed(config.seed)
     encoder = load_encoder(
-        source, num_classes=max(train.labels) + 1, global_pool=config.global_pool
+        source, num_classes=max(train.labels or []) + 1, global_pool=config.global_pool
     )
     if config.from_scratch:
         encoder = type(encoder)(**encoder.config)
@@ -84,7 +86,8 @@ def run(config: Config) -> dict:
     samples = SeededSamples(train, ClassificationTransform(transform), config.seed)
     fit(Classification(encoder).train(), samples, config, folder, accelerator)
 
-    metrics = {"task": "finetune", "data": train.name, "encoder": source, "train": len(train)}
+    metrics: dict[str, Any] = {"task": "finetune", "data": train.name, "encoder": source,
+                               "train": len(train)}  # fmt: skip
     if accelerator.is_main_process:
         encoder.eval()
         found = extract_features(
@@ -105,7 +108,7 @@ def run(config: Config) -> dict:
     return metrics
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     run(parse(Config, argv=argv, description=__doc__))
     return 0
 

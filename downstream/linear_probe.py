@@ -12,6 +12,7 @@ chosen on a part of the training set; the test set is used once.
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,13 +67,12 @@ def probe(name: str, train: Features, test: Features, readouts: dict, config: Co
     fit_part, val_part = stratified_split(
         train.y.tolist(), config.validation, config.seed, train.groups
     )
-    best = None
+    tried = []
     for readout, columns in readouts.items():
         x = train.x[:, columns]
         C, score = choose_C(x[fit_part], train.y[fit_part], x[val_part], train.y[val_part], C_GRID)
-        if best is None or score > best[0]:
-            best = (score, readout, C)
-    validation, readout, C = best
+        tried.append((score, readout, C))
+    validation, readout, C = max(tried, key=lambda result: result[0])  # the first of equals
     x, x_test = (part.x[:, readouts[readout]] for part in (train, test))
     logistic = fit_logistic(x, train.y, C).predict(x_test)
     knn = knn_predict(x, train.y, x_test, k=config.knn_k)
@@ -98,7 +98,7 @@ def probe_encoder(name: str, encoder: VimEncoder, train, test, config: Config, d
     if names == READOUTS and not encoder.cls_names:  # nobody asked for a class token
         names = tuple(r for r in names if not r.startswith("token"))
     readouts = {r: readout_columns(encoder, r) for r in names}
-    return probe(name, *parts, readouts, config), parts[0].skipped + parts[1].skipped
+    return probe(name, parts[0], parts[1], readouts, config), parts[0].skipped + parts[1].skipped
 
 
 def run(config: Config) -> dict:
@@ -119,7 +119,7 @@ def run(config: Config) -> dict:
         rows.append(row)
         transform = create_transform(encoder)
         pixels = [extract_features(torch.nn.Identity(), part, transform) for part in (train, test)]
-        rows.append(probe("raw pixels", *pixels, {"pixels": slice(None)}, config))
+        rows.append(probe("raw pixels", pixels[0], pixels[1], {"pixels": slice(None)}, config))
 
     metrics = {
         "task": "linear_probe", "data": train.name, "encoder": str(source),
@@ -154,7 +154,7 @@ def _print_table(metrics: dict) -> None:
         print(f"{len(metrics['skipped'])} pictures could not be read: {metrics['skipped'][:3]} …")
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     run(parse(Config, argv=argv, description=__doc__))
     return 0
 

@@ -10,6 +10,7 @@
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,7 +124,7 @@ def build_model(config: Config) -> VimEncoder:
 
 
 def build_objective(config: Config, encoder: VimEncoder):
-    args = {"norm_pix_loss": config.norm_pix_loss}
+    args: dict[str, Any] = {"norm_pix_loss": config.norm_pix_loss}
     if config.objective == "mae":
         args |= {"decoder_dim": config.decoder_dim, "decoder_depth": config.decoder_depth}
     return OBJECTIVES[config.objective](encoder, **args)
@@ -187,7 +188,7 @@ def run(config: Config) -> dict[str, Any]:
     return {"run": str(folder.folder), **figures}
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     config = parse(Config, PRESETS, argv, default_preset=default_preset, description=__doc__)
     run(config)
     return 0

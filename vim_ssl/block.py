@@ -63,6 +63,9 @@ class VimMixer(nn.Module):
         depth: number of blocks, for the scale of ``out_proj`` at the start.
     """
 
+    A_log: nn.Parameter  # (d_inner, d_state); each only where its direction is there
+    A_b_log: nn.Parameter
+
     def __init__(
         self,
         d_model: int,

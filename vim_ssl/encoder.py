@@ -7,6 +7,7 @@ Reference: Vision Mamba, arXiv:2401.09417. State-dict keys are those of the rele
 """
 
 from collections.abc import Sequence
+from typing import Any, cast, overload
 
 import torch
 from timm.layers import DropPath, build_rotary_pos_embed, resample_abs_pos_embed_nhwc, trunc_normal_
@@ -16,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vim_ssl.block import DIRECTIONS, RMSNorm, VimBlock
 
-IMAGENET_DATA = {
+IMAGENET_DATA: dict[str, Any] = {
     "input_size": (3, 224, 224),
     "mean": (0.485, 0.456, 0.406),
     "std": (0.229, 0.224, 0.225),
@@ -25,7 +26,7 @@ IMAGENET_DATA = {
     "crop_mode": "center",
     "bands": ("R", "G", "B"),
 }
-MNIST_DATA = {"mean": (0.1307,), "std": (0.3081,), "crop_pct": 1.0}
+MNIST_DATA: dict[str, Any] = {"mean": (0.1307,), "std": (0.3081,), "crop_pct": 1.0}
 POOLS = ("token", "avg", "token+avg", "")
 # The names of the class tokens, in scan order; their number follows.
 CLS_TOKENS = {
@@ -45,7 +46,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride)
         fan_in = in_chans * patch_size**2
         trunc_normal_(self.proj.weight, std=fan_in**-0.5)  # LeCun normal
-        nn.init.zeros_(self.proj.bias)
+        nn.init.zeros_(cast(Tensor, self.proj.bias))
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches. Raises ValueError for sides that do not fit."""
@@ -137,7 +138,8 @@ class VimEncoder(nn.Module):
         _check_choice("directions", directions, DIRECTIONS)
         if rope and embed_dim % 4:
             raise ValueError(f"rope needs an embed_dim divisible by 4; embed_dim is {embed_dim}.")
-        self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        self.img_size = (height, width)
         self.data_config = _data_config(data_config, in_chans, self.img_size)
         args.pop("data_config")
         self._args = args | {"img_size": self.img_size}
@@ -170,7 +172,7 @@ class VimEncoder(nn.Module):
             for i in range(depth)
         )  # fmt: skip
         self.drop_path = DropPath(drop_path_rate) if drop_path_rate else nn.Identity()
-        self.norm_f = RMSNorm(embed_dim)
+        self.norm_f: nn.Module = RMSNorm(embed_dim)
         reduction = stride or patch_size
         self.feature_info = [
             {"module": f"layers.{i}", "num_chs": embed_dim, "reduction": reduction}
@@ -200,6 +202,18 @@ class VimEncoder(nn.Module):
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches for an image of this size in pixels."""
         return self.patch_embed.grid(height, width)
+
+    @overload
+    def forward_tokens(
+        self, tokens: Tensor, *, ids_keep: Tensor | None = None, mask: Tensor | None = None,
+        directions: str | None = None, indices: None = None, grid: tuple[int, int] | None = None,
+    ) -> Tensor: ...  # fmt: skip
+
+    @overload
+    def forward_tokens(
+        self, tokens: Tensor, *, ids_keep: Tensor | None = None, mask: Tensor | None = None,
+        directions: str | None = None, indices: Sequence[int], grid: tuple[int, int] | None = None,
+    ) -> tuple[Tensor, list[Tensor]]: ...  # fmt: skip
 
     def forward_tokens(
         self,
@@ -292,8 +306,8 @@ class VimEncoder(nn.Module):
     def _place_extra_tokens(self, tokens: Tensor) -> Tensor:
         """Insert the class tokens, with their own positions, and the registers."""
         _, cls_pos = self._positions(self.grid_size)
-        cls = [self.get_parameter(name) for name in self.cls_names]
-        cls = torch.cat(cls, dim=1) if cls else tokens.new_zeros(1, 0, self.embed_dim)
+        own: list[Tensor] = [self.get_parameter(name) for name in self.cls_names]
+        cls = torch.cat(own, dim=1) if own else tokens.new_zeros(1, 0, self.embed_dim)
         cls = cls if cls_pos is None else cls + cls_pos
         return self._place(tokens, cls, self.register_tokens)
 
@@ -305,7 +319,7 @@ class VimEncoder(nn.Module):
         b, k, _ = patches.shape
         cls = cls.expand(b, len(self.cls_names), -1).to(patches.dtype)
         sequence = _insert(patches, cls, _cls_slots(k, self.cls_position))
-        if not self.num_registers:
+        if registers is None or not self.num_registers:
             return sequence
         registers = registers.expand(b, self.num_registers, -1).to(patches.dtype)
         return _insert(sequence, registers, _register_slots(sequence.shape[1], self.num_registers))
@@ -430,7 +444,7 @@ class VimEncoder(nn.Module):
         self.num_features = self.embed_dim * (2 if self.global_pool == "token+avg" else 1)
         self.head_hidden_size = self.num_features
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-        if num_classes:
+        if isinstance(self.head, nn.Linear):
             trunc_normal_(self.head.weight, std=0.02)
             nn.init.zeros_(self.head.bias)
             weight = self.patch_embed.proj.weight

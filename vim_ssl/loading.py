@@ -11,7 +11,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 from pathlib import Path
@@ -464,7 +464,7 @@ def _preset_of(config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def verify_main(argv: list[str] | None = None) -> int:
+def verify_main(argv: Sequence[str] | None = None) -> int:
     """``vim-ssl verify FILE``: print the report; 0 if it loads whole, else 1."""
     parser = argparse.ArgumentParser(
         prog="vim-ssl verify", description="Tell what a checkpoint is and whether it loads whole."

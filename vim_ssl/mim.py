@@ -59,7 +59,9 @@ class _PixelObjective(nn.Module):
             )
         prediction = self.predict(images, mask).float()
         pixels = patchify(images.float(), self.encoder.patch_embed.patch_size)  # float32 targets
-        target, mean, std = pixels, 0.0, 1.0
+        target = pixels
+        mean: Tensor | float = 0.0
+        std: Tensor | float = 1.0
         if self.norm_pix_loss:
             mean = pixels.mean(-1, keepdim=True)
             std = (pixels.var(-1, keepdim=True) + 1e-6).sqrt()
@@ -78,15 +80,16 @@ class _PixelObjective(nn.Module):
 
     def _pictures(self, images: Tensor, mask: Tensor, restored: Tensor) -> Tensor:
         """original | masked | reconstruction | reconstruction in the gaps: (n, c, h, 4 w)."""
-        size, patch = images.shape[-2:], self.encoder.patch_embed.patch_size
+        height, width = images.shape[-2:]
+        patch = self.encoder.patch_embed.patch_size
         config = self.encoder.data_config
         mean, std = (
             torch.tensor(config[key], device=images.device)[:, None, None]
             for key in ("mean", "std")
         )
-        gaps = unpatchify(mask[..., None].expand_as(restored), patch, size)
+        gaps = unpatchify(mask[..., None].expand_as(restored), patch, (height, width))
         original = (images.float() * std + mean).clamp(0, 1)
-        restored = (unpatchify(restored, patch, size) * std + mean).clamp(0, 1)
+        restored = (unpatchify(restored, patch, (height, width)) * std + mean).clamp(0, 1)
         hidden = torch.where(gaps, torch.full_like(original, 0.5), original)
         pasted = torch.where(gaps, restored, original)
         return torch.cat([original, hidden, restored, pasted], dim=-1).cpu()

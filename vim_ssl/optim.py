@@ -8,6 +8,7 @@
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import torch
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
@@ -45,7 +46,7 @@ def param_groups(
         return param_groups_weight_decay(model, weight_decay, no_weight_decay_list=excluded)
     view = _LayerView(model)
     return param_groups_layer_decay(
-        view,
+        cast(nn.Module, view),  # timm asks it for no more than it has
         weight_decay,
         no_weight_decay_list={view.rename(name) for name in excluded},
         layer_decay=layer_decay,
@@ -68,13 +69,14 @@ def build_optimizer(
         lr: of a group with ``lr_scale`` 1, at the schedule's peak.
         betas: the optimiser's own by default; left out where it has none.
     """
+    more: dict[str, Any] = {} if betas is None else {"betas": betas}
     return create_optimizer_v2(
         model,
         opt,
         lr=lr,
         weight_decay=weight_decay,
         param_group_fn=lambda m: param_groups(m, weight_decay, layer_decay),
-        **({} if betas is None else {"betas": betas}),
+        **more,
     )
 
 
@@ -129,7 +131,7 @@ class _LayerView:
 
     def __init__(self, model: nn.Module):
         bare = hasattr(model, "group_matcher")
-        encoder = model if bare else getattr(model, "encoder", None)
+        encoder: Any = model if bare else getattr(model, "encoder", None)
         if not hasattr(encoder, "group_matcher"):
             raise ValueError(
                 f"layer_decay needs to know the layers: {type(model).__name__} has no "

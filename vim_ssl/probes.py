@@ -66,7 +66,10 @@ def extract_features(
     loader = DataLoader(
         _Readable(data, transform), batch_size, num_workers=workers, collate_fn=list
     )
-    xs, ys, ids, skipped, groups = [], [], [], [], []
+    xs, skipped = [], []
+    ys: list[int] = []
+    ids: list[str] = []
+    groups: list[str | None] = []
     for rows in loader:
         skipped += [row for row in rows if isinstance(row, str)]
         rows = [row for row in rows if not isinstance(row, str)]
@@ -79,8 +82,9 @@ def extract_features(
         groups += part_groups
     if not xs:
         raise ValueError(f"none of the {len(data)} pictures could be read: {skipped[:3]}")
-    grouped = None not in groups
-    return Features(torch.cat(xs), torch.tensor(ys), ids, skipped, groups if grouped else None)
+    named = [group for group in groups if group is not None]
+    whole = named if len(named) == len(groups) else None
+    return Features(torch.cat(xs), torch.tensor(ys), ids, skipped, whole)
 
 
 def read_all(encoder: VimEncoder, x: Tensor) -> Tensor:
@@ -140,7 +144,7 @@ def knn_predict(
     return torch.cat(predicted)
 
 
-def fit_logistic(x: np.ndarray, y: np.ndarray, C: float):
+def fit_logistic(x: Tensor | np.ndarray, y: Tensor | np.ndarray, C: float):
     """Standardised features through scikit-learn's multinomial logistic regression (L-BFGS)."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline

@@ -145,7 +145,8 @@ def fit(
         warmup_steps=plan.warmup_steps,
     )  # fmt: skip
     model, optimizer = accelerator.prepare(objective, optimizer)
-    progress, figures = Progress(), {}
+    progress = Progress()
+    figures: dict[str, float] = {}
     run.resume(accelerator, progress)
     plan.take_up(progress)
     run.write_config()
@@ -161,8 +162,8 @@ def fit(
             if finite or config.precision == "fp16":  # fp16's scaler skips by itself
                 optimizer.step()
             optimizer.zero_grad()
-            if finite and hasattr(objective, "after_step"):
-                objective.after_step()
+            if finite and (after_step := getattr(objective, "after_step", None)):
+                after_step()
             plan.advance(progress, len(batches), averages.pop("samples"), finite)
             run.count_skipped(name for batch in batches for name in batch["skipped"])
             row = averages | {"lr": optimizer.param_groups[0]["lr"], "grad_norm": norm}

@@ -5,6 +5,7 @@ import os
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -144,10 +145,10 @@ def available_backends(device: str | torch.device = "cpu") -> list[str]:
     return [name for name in names if _why_not(name, kind) is None]
 
 
-_loaded = {}  # backend name -> its module, imported at its first use
+_loaded: dict[str, ModuleType] = {}  # backend name -> its module, imported at its first use
 
 
-def _backend(name: str, device: str):
+def _backend(name: str, device: str) -> ModuleType:
     name = choose_backend(name, device)
     return _loaded[name]
 
@@ -205,8 +206,8 @@ def _check_shape(name: str, m: Tensor | None, expected: tuple[int, ...], form: s
         raise ValueError(f"{name} has shape {tuple(m.shape)}; expected {expected}{form}.")
 
 
-def _check_tensors(**tensors: Tensor | None) -> None:
-    u = tensors["u"]
+def _check_tensors(*, u: Tensor, A: Tensor, **others: Tensor | None) -> None:
+    tensors: dict[str, Tensor | None] = {"u": u, "A": A, **others}
     for name, m in tensors.items():
         if m is None:
             continue
@@ -215,7 +216,7 @@ def _check_tensors(**tensors: Tensor | None) -> None:
         if not m.is_floating_point():
             raise ValueError(f"{name} has dtype {m.dtype}; expected a floating-point dtype.")
     if os.environ.get("VIM_SSL_CHECK") == "1":
-        if not bool((tensors["A"] < 0).all()):
+        if not bool((A < 0).all()):
             raise ValueError("A has values that are not negative: the state would grow (A < 0).")
         for name, m in tensors.items():
             if m is not None and not bool(torch.isfinite(m).all()):

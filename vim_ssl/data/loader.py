@@ -8,6 +8,7 @@ augmentation and mask of (seed, epoch, index). To resume is to ask for epoch e f
 import hashlib
 import random
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -97,7 +98,7 @@ class SeededSamples(Dataset):
 
 def collate(samples: list[dict]) -> dict:
     """Stack tensors and numbers; join the lists of skipped pictures."""
-    batch = {}
+    batch: dict[str, Any] = {}
     for key in samples[0]:
         values = [s[key] for s in samples]
         if key == "skipped":

@@ -13,7 +13,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -206,7 +206,7 @@ def get_sample(
     return find_sample(name)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """The command ``vim-ssl samples list | get NAME... | licence NAME``; returns an exit code."""
     parser = argparse.ArgumentParser(
         prog="vim-ssl samples", description="Small real picture sets for demos and tests."
