@@ -25,7 +25,7 @@ from vim_ssl.data import labelled_parts
 from vim_ssl.data.loader import SeededSamples
 from vim_ssl.data.transforms import pretrain_transform
 from vim_ssl.probes import accuracy, extract_features, wilson_interval
-from vim_ssl.runs import Run, environment, newest_run, trained_on
+from vim_ssl.runs import Run, environment, newest_run, stored_or, trained_on
 from vim_ssl.training import TrainConfig, fit, make_accelerator
 
 
@@ -66,7 +66,11 @@ def few_of_each(labels: list[int], count: int, seed: int) -> list[int]:
     """``count`` indices of each class, drawn by ``seed``."""
     order = list(range(len(labels)))
     random.Random(seed).shuffle(order)
-    return sorted(i for c in set(labels) for i in [j for j in order if labels[j] == c][:count])
+    chosen: dict[int, list[int]] = {}
+    for i in order:
+        if len(chosen.setdefault(labels[i], [])) < count:
+            chosen[labels[i]].append(i)
+    return sorted(i for members in chosen.values() for i in members)
 
 
 def run(config: Config) -> dict:
@@ -109,7 +113,7 @@ def run(config: Config) -> dict:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    run(parse(Config, argv=argv, description=__doc__))
+    run(parse(Config, argv=argv, default_preset=stored_or(None), description=__doc__))
     return 0
 
 

@@ -6,10 +6,13 @@
 Logistic regression on standardised features (scikit-learn), weighted nearest neighbours beside it,
 against the same encoder untrained and against raw pixels. The readout (class token; mean of the
 patches; both; both and the means at a quarter, half and three quarters of the depth) and C are
-chosen on a part of the training set; the test set is used once.
+chosen on a part of the training set; the test set is used once. Of data without a test split a
+part is held out here; a run pretrained on the same data has seen its pictures, not its labels.
 """
 
 import json
+import math
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -39,6 +42,8 @@ from vim_ssl.probes import (
 from vim_ssl.report import write_report
 from vim_ssl.runs import environment, newest_run, trained_on
 
+MAX_PIXELS = 64 * 64 * 3  # values a picture above which regression on raw pixels is hopeless
+
 
 @dataclass
 class Config:
@@ -46,7 +51,7 @@ class Config:
 
     encoder: str = opt("", "run, checkpoint, preset or Hub id; default: the newest run")
     data: str = opt("", "labelled data; default: what the run was trained on")
-    readouts: tuple[str, ...] = opt(READOUTS, "candidates; validation chooses")
+    readouts: tuple[str, ...] = opt(READOUTS, "candidates; validation chooses", choices=READOUTS)
     baselines: bool = opt(True, "probe the untrained encoder and raw pixels too")
     validation: float = opt(0.2, "share of the training set on which C and readout are chosen")
     test: float = opt(0.2, "share held out for testing if the data has no test split")
@@ -109,24 +114,29 @@ def run(config: Config) -> dict:
     train, test = labelled_parts(config.data or trained_on(source), config.test, config.seed)
     print(f"Encoder {source} · {train.name}: {len(train):,} train, {len(test):,} test", flush=True)
 
-    rows, skipped = [], []
     row, skipped = probe_encoder("pretrained encoder", encoder, train, test, config, device)
-    rows.append(row)
+    rows = [row]
     if config.baselines:
         torch.manual_seed(config.seed)
         fresh = VimEncoder(**encoder.config)
         row, _ = probe_encoder("same encoder, untrained", fresh, train, test, config, device)
         rows.append(row)
-        transform = create_transform(encoder)
-        pixels = [extract_features(torch.nn.Identity(), part, transform) for part in (train, test)]
-        rows.append(probe("raw pixels", pixels[0], pixels[1], {"pixels": slice(None)}, config))
+        if math.prod(encoder.data_config["input_size"]) <= MAX_PIXELS:
+            transform = create_transform(encoder)
+            pixels = [
+                extract_features(torch.nn.Identity(), part, transform, workers=config.workers)
+                for part in (train, test)
+            ]
+            rows.append(probe("raw pixels", pixels[0], pixels[1], {"pixels": slice(None)}, config))
+        else:
+            print(f"Raw pixels are left out: more than {MAX_PIXELS:,} values a picture.")
 
     metrics = {
         "task": "linear_probe", "data": train.name, "encoder": str(source),
         "protocol": to_dict(config), "train": len(train), "test": len(test), "rows": rows,
         "skipped": skipped, "seconds": round(time.perf_counter() - started, 1), **environment(),
     }  # fmt: skip
-    folder = Path(config.output) if config.output else _default_output(source)
+    folder = Path(config.output) if config.output else _default_output(source, config.data)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     _print_table(metrics)
@@ -136,11 +146,15 @@ def run(config: Config) -> dict:
     return metrics
 
 
-def _default_output(source: Path | str) -> Path:
+def _default_output(source: Path | str, data: str) -> Path:
+    """In the run; a probe on other data than the run's own stands beside it by name."""
+    slug = "-" + re.sub(r"\W+", "-", data).strip("-") if data else ""
     folder = Path(source)
+    if folder.is_file():
+        folder = folder.parent
     if folder.is_dir():
-        return folder / "linear_probe"
-    return Path("runs") / f"linear_probe-{folder.name}"  # a preset, a file, a Hub id
+        return folder / f"linear_probe{slug}"
+    return Path("runs") / f"linear_probe-{folder.name}{slug}"  # a preset, a Hub id
 
 
 def _print_table(metrics: dict) -> None:

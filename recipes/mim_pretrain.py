@@ -9,6 +9,7 @@
 `simmim` (arXiv:2111.09886). The paper presets' results on ImageNet: not yet measured.
 """
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from vim_ssl.masking import RandomMask
 from vim_ssl.mim import OBJECTIVES
 from vim_ssl.probes import accuracy, extract_features, knn_predict, read_all
 from vim_ssl.report import write_report
-from vim_ssl.runs import Run, environment
+from vim_ssl.runs import Run, environment, stored_or
 from vim_ssl.training import TrainConfig, fit, make_accelerator
 
 
@@ -120,7 +121,10 @@ def build_model(config: Config) -> VimEncoder:
     args = dict(config.model_args)
     # Fresh for simmim where a checkpoint has none; dropped for mae, which would never train it.
     args.setdefault("use_mask_token", config.objective == "simmim")
-    return load_encoder(config.encoder, **args)
+    try:
+        return load_encoder(config.encoder, **args)
+    except TypeError as error:  # an unknown name
+        raise ValueError(f"model_args: {error}") from error
 
 
 def build_objective(config: Config, encoder: VimEncoder):
@@ -147,12 +151,13 @@ def build_knn(encoder: VimEncoder, data, device, seed: int, bank: int = 2000, qu
     """kNN accuracy inside the training pictures, where they have labels: a bank and held-out
     queries. It watches the features; the pictures of both were pretrained on."""
     data = data.subset(i for i, label in enumerate(data.labels or []) if label >= 0)
-    if len(data) < 10 or len(set(data.labels)) < 2:
+    alone = data.groups is not None and len(set(data.groups)) < 2
+    if len(data) < 10 or len(set(data.labels)) < 2 or alone:
         return None
     share = min(0.2, queries / len(data))
     rest, held_out = stratified_split(data.labels, share, seed, data.groups)
-    step = max(len(rest) // bank, 1)
-    parts = [data.subset(rest[::step]), data.subset(held_out)]
+    kept = rest[:: math.ceil(len(rest) / bank)]
+    parts = [data.subset(kept), data.subset(held_out)]
     transform = create_transform(encoder)
 
     def evaluate() -> dict[str, float]:
@@ -178,10 +183,18 @@ def run(config: Config) -> dict[str, Any]:
     data, samples = build_data(config, encoder)
     folder = Run.open("mim_pretrain", config, accelerator)
     evaluate = build_knn(encoder, data, accelerator.device, config.seed)
-    figures = fit(objective.train(), samples, config, folder, accelerator, evaluate=evaluate)
+    record = {"recipe": "mim_pretrain", "data": data.name, **environment()}
+
+    def write_encoder(figures: dict[str, float] | None = None) -> None:
+        save_encoder(encoder, folder.folder, record=record | {"figures": figures or {}})
+
+    figures = fit(
+        objective.train(), samples, config, folder, accelerator, evaluate=evaluate,
+        on_save=write_encoder,
+    )  # fmt: skip
     if accelerator.is_main_process:
-        record = {"recipe": "mim_pretrain", "data": data.name, "figures": figures}
-        save_encoder(encoder, folder.folder, record=record | environment())
+        if figures:  # none: the run had ended before
+            write_encoder(figures)
         print(f"Encoder: {folder.folder} · report: {write_report(folder.folder)}")
     folder.close()
     accelerator.end_training()
@@ -189,7 +202,9 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    config = parse(Config, PRESETS, argv, default_preset=default_preset, description=__doc__)
+    config = parse(
+        Config, PRESETS, argv, default_preset=stored_or(default_preset), description=__doc__
+    )
     run(config)
     return 0
 

@@ -66,7 +66,7 @@ def test_preset_is_fresh_features_in_eval_mode():
     encoder = load_encoder("vim_nano_patch8_64")
     assert not encoder.training
     assert encoder.num_classes == 0
-    assert encoder(pictures()).shape == (2, 96)
+    assert encoder(pictures()).shape == (2, 192)
 
 
 def test_preset_takes_size_channels_head_and_variants():
@@ -77,7 +77,7 @@ def test_preset_takes_size_channels_head_and_variants():
     assert encoder.grid_size == (4, 6)
     assert len(encoder.data_config["mean"]) == 3
     assert encoder.data_config["input_size"] == (3, 16, 24)
-    assert encoder.head.weight.shape == (4, 192)
+    assert encoder.head.weight.shape == (4, 384)
     assert {p.dtype for p in encoder.parameters()} == {torch.bfloat16}
 
 

@@ -115,10 +115,10 @@ def test_features_only(out_indices, block_calls):
     assert isinstance(model, FeatureGetterNet)
     expected = {(-1,): [3], 2: [2, 3]}.get(out_indices) or list(out_indices)
     assert model.feature_info.module_name() == [f"layers.{i}" for i in expected]
-    assert model.feature_info.channels() == [96] * len(expected)
+    assert model.feature_info.channels() == [192] * len(expected)
     assert model.feature_info.reduction() == [8] * len(expected)
     maps = model(images((64, 40)))
-    assert [m.shape for m in maps] == [(2, 96, 8, 5)] * len(expected)
+    assert [m.shape for m in maps] == [(2, 192, 8, 5)] * len(expected)
     assert len(block_calls) == max(expected) + 1  # blocks after the last map are pruned
 
 
@@ -131,14 +131,14 @@ def test_features_only_leaves_no_parameter_without_gradient():
 
 def test_feature_info_of_an_overlapping_encoder():
     info = make(stride=4).feature_info
-    assert info == [{"module": f"layers.{i}", "num_chs": 96, "reduction": 4} for i in range(4)]
+    assert info == [{"module": f"layers.{i}", "num_chs": 192, "reduction": 4} for i in range(4)]
 
 
 # ---------------------------------------------------------------- heads
 
 
 @pytest.mark.parametrize(
-    ("global_pool", "width"), [("token", 96), ("avg", 96), ("token+avg", 192)]
+    ("global_pool", "width"), [("token", 192), ("avg", 192), ("token+avg", 384)]
 )  # fmt: skip
 def test_reset_classifier(global_pool, width):
     model = make()
@@ -197,7 +197,7 @@ def test_last_normed_map_is_forward_features(cls_position, size):
     m = rows * columns
     slots = {"middle": [m // 2], "first": [0], "double": [0, m + 1], "none": []}[cls_position]
     patches = features[:, [i for i in range(features.shape[1]) if i not in slots]]
-    raster = patches.transpose(1, 2).reshape(2, 96, rows, columns)
+    raster = patches.transpose(1, 2).reshape(2, 192, rows, columns)
     torch.testing.assert_close(maps[-1], raster)
 
 
@@ -236,7 +236,7 @@ def test_output_formats_hold_the_same():
     model, x = make(), images((40, 72))
     (nchw,) = model.forward_intermediates(x, indices=1, intermediates_only=True)
     (nlc,) = model.forward_intermediates(x, indices=1, output_fmt="NLC", intermediates_only=True)
-    assert nchw.shape == (2, 96, 5, 9)
+    assert nchw.shape == (2, 192, 5, 9)
     torch.testing.assert_close(nchw.flatten(2).transpose(1, 2), nlc)
     with pytest.raises(ValueError, match=r"output_fmt 'NHWC' .*'NCHW'"):
         model.forward_intermediates(x, output_fmt="NHWC")
@@ -248,7 +248,7 @@ def test_prefix_tokens():
         x, indices=[3], norm=True, return_prefix_tokens=True, intermediates_only=True
     )
     features = model.forward_features(x)
-    assert pair[0].shape == (2, 96, 8, 8)
+    assert pair[0].shape == (2, 192, 8, 8)
     torch.testing.assert_close(pair[1], features[:, [0, -1]])
 
 

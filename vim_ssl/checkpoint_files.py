@@ -66,6 +66,8 @@ def find(source: str | os.PathLike) -> tuple[Folder, str]:
     if path.exists():
         return _local(path.parent), path.name
     hub_id = parse_hub_id(source) if isinstance(source, str) else None
+    if hub_id and not str(source).startswith("hf://") and Path(path.parts[0]).is_dir():
+        hub_id = None  # runs/nope is a slip in a path; the Hub need not hear of it
     if hub_id is None:
         raise FileNotFoundError(f"There is no file or folder {str(source)!r} (in {Path.cwd()}).")
     repo, revision, name = hub_id

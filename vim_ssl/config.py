@@ -63,7 +63,7 @@ def parse(
     presets: Presets | None = None,
     argv: Sequence[str] | None = None,
     *,
-    default_preset: str | Callable[[dict[str, Any]], str | None] | None = None,
+    default_preset: str | Callable[[dict[str, Any]], str | dict[str, Any] | None] | None = None,
     description: str | None = None,
     prog: str | None = None,
 ) -> C:
@@ -76,7 +76,8 @@ def parse(
         presets: name -> function that returns an instance; its docstring's first line is shown.
         argv: the arguments without the program's name; ``sys.argv[1:]`` by default.
         default_preset: the preset when none is asked for: a name, or a function of the values
-            that file and flags give (a dict) which returns a name or `None` (the defaults).
+            that file and flags give (a dict) which returns a name, a dict of values to start
+            from, or `None` (the defaults).
         description: replaces the docstring.
         prog: the program's name in messages.
     Raises:
@@ -93,14 +94,19 @@ def parse(
         _refuse_unknown(unknown, config_cls, presets)
         values: dict[str, Any] = {}
         if file is not None:
-            values = checked(config_cls, read(file), where=f"{file}: ")
+            found = read(file)
+            found.pop("recipe", None)  # a run's own config.json names its recipe
+            values = checked(config_cls, found, where=f"{file}: ")
         hints = _hints(config_cls)
         for name, text in given.items():
             values[name] = _from_text(text, hints[name], _flag(name))
         values = checked(config_cls, values, spelled=_flag)
         if preset is None:
             preset = default_preset(values) if callable(default_preset) else default_preset
-        base = _preset_values(presets, preset)
+        if isinstance(preset, dict):
+            base, preset = checked(config_cls, preset), None
+        else:
+            base = _preset_values(presets, preset)
         if wants_help:
             _print_help(parser, config_cls, presets, preset, base, description)
             raise SystemExit(0)

@@ -129,10 +129,9 @@ class MAE(_PixelObjective):
             )
         self.decoder_embed = nn.Linear(encoder.embed_dim, decoder_dim)
         self.mask_token = nn.Parameter(trunc_normal_(torch.zeros(1, 1, decoder_dim), std=0.02))
-        d_state = encoder.config["d_state"]
+        same = {k: encoder.config[k] for k in ("d_state", "norm_after_scan", "scan_backend")}
         self.decoder_layers = nn.ModuleList(
-            VimBlock(decoder_dim, d_state=d_state, depth=decoder_depth)
-            for _ in range(decoder_depth)
+            VimBlock(decoder_dim, depth=decoder_depth, **same) for _ in range(decoder_depth)
         )
         self.decoder_norm = RMSNorm(decoder_dim)
         self.decoder_pred = nn.Linear(decoder_dim, self.pixels)

@@ -14,6 +14,11 @@ from pathlib import Path
 from torch import Tensor
 
 RUNS = Path("runs")
+# What may differ when a run is taken up again: it changes no step, or only how long it goes on.
+FREE_TO_CHANGE = {
+    "recipe", "output", "resume", "epochs", "workers", "threads", "log_every", "eval_every", "save_every",
+    "save_steps", "keep_checkpoints", "max_steps", "max_bad_steps",
+}  # fmt: skip
 
 
 class Run:
@@ -34,7 +39,8 @@ class Run:
     def open(cls, recipe: str, config, accelerator) -> "Run":
         """Make or take up the directory that ``config.output`` and ``config.resume`` name.
 
-        Raises: FileExistsError for a directory that holds a run when ``resume`` is "never".
+        Raises: FileExistsError for a directory that holds something else, or a run when
+            ``resume`` is "never"; ValueError for settings that differ from the run's own.
         """
         from accelerate.utils import broadcast_object_list
 
@@ -47,8 +53,12 @@ class Run:
                 f"{run.folder} already holds a run; go on with --resume auto, or choose another "
                 "--output."
             )
+        if run.folder.is_dir() and any(run.folder.iterdir()):
+            run._check_same(name)
         accelerator.wait_for_everyone()
         if run.main:
+            for partial in (run.folder / "checkpoints").glob("partial-*"):  # of a killed save
+                shutil.rmtree(partial)
             (run.folder / "images").mkdir(parents=True, exist_ok=True)
             if not run.checkpoints():
                 run.write_config()
@@ -56,6 +66,21 @@ class Run:
             print(f"Run directory: {run.folder}", flush=True)
         accelerator.wait_for_everyone()
         return run
+
+    def _check_same(self, name: str) -> None:
+        """Refuse a folder of something else, and settings that would make it another run."""
+        if (stored := _stored_config(self.folder)) is None:
+            raise FileExistsError(
+                f"{name} holds something that is no run; choose another --output."
+            )
+        if not self.checkpoints():
+            return
+        for key in stored.keys() & self._record.keys() - FREE_TO_CHANGE:
+            if stored[key] != self._record[key]:
+                raise ValueError(
+                    f"{name} was trained with {key} = {stored[key]!r}, not {self._record[key]!r}; "
+                    "leave that flag out to go on, or start anew in another --output."
+                )
 
     # ---------------------------------------------------------------- checkpoints
 
@@ -160,16 +185,41 @@ class Run:
             self._board.close()
 
 
+def stored_or(default):
+    """For `vim_ssl.config.parse`: a resumed run's own settings, else the default preset."""
+
+    def choose(given: dict):
+        if given.get("resume") == "auto":
+            if not given.get("output"):
+                raise ValueError("--resume auto needs --output RUN: which run is to go on?")
+            if (stored := _stored_config(Path(given["output"]))) is not None:
+                once = {"recipe", "output", "resume", "max_steps"}
+                return {key: value for key, value in stored.items() if key not in once}
+        return default(given) if callable(default) else default
+
+    return choose
+
+
+def _stored_config(folder: Path) -> dict | None:
+    record = folder / "config.json"
+    return json.loads(record.read_text()) if record.is_file() else None
+
+
 def newest_run(root: Path = RUNS) -> Path:
-    """The run under ``root`` whose encoder was written last.
+    """The pretraining run under ``root`` whose encoder was written last.
 
     Raises: FileNotFoundError if there is none.
     """
-    found = sorted(root.glob("*/encoder.safetensors"), key=lambda p: p.stat().st_mtime)
+    found = [
+        path
+        for path in root.glob("*/encoder.safetensors")
+        if (_stored_config(path.parent) or {}).get("recipe", "").endswith("pretrain")
+    ]
+    found.sort(key=lambda path: path.stat().st_mtime)
     if not found:
         raise FileNotFoundError(
             f"No run with an encoder under {root.resolve()}; train one with "
-            "`accelerate launch recipes/mim_pretrain.py`, or name it with --encoder."
+            "`accelerate launch recipes/mim_pretrain.py`, or name one."
         )
     return found[-1].parent
 
@@ -179,10 +229,11 @@ def trained_on(source: str | Path) -> str:
 
     Raises: ValueError if ``source`` is no run directory, or its run does not say.
     """
-    record = Path(source) / "config.json"
-    spec = json.loads(record.read_text()).get("data") if record.is_file() else None
+    spec = (_stored_config(Path(source)) or {}).get("data")
     if not spec:
-        raise ValueError(f"{source} does not say what it was trained on; name labelled --data.")
+        raise ValueError(
+            f"{source} does not say which pictures it was trained on; give labelled ones by --data."
+        )
     return spec
 
 

@@ -69,6 +69,19 @@ class TrainConfig:
     max_steps: int = opt(0, "stop after so many optimiser steps; 0: never", group="run")
     max_bad_steps: int = opt(20, "give up after so many non-finite steps in a row", group="run")
 
+    def __post_init__(self):
+        for name in ("epochs", "batch_size", "accumulation", "log_every", "keep_checkpoints",
+                     "max_bad_steps", "lr_reference_batch"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
+        if not 0 <= self.warmup_epochs < self.epochs:
+            raise ValueError(
+                f"warmup_epochs {self.warmup_epochs:g} does not fit into {self.epochs} epochs; "
+                f"try --warmup-epochs {self.epochs / 20:g}."
+            )
+        if self.eval_every <= 0:
+            raise ValueError(f"eval_every is {self.eval_every:g} epochs; it must be above 0.")
+
 
 def make_accelerator(config: TrainConfig):
     """accelerate's Accelerator, or an error if the launcher's processes do not know one another."""
@@ -100,7 +113,7 @@ def _cores() -> int:
 class Progress:
     """Where a run is, saved with every checkpoint; ``batch`` is the epoch's next micro-batch.
 
-    ``epoch_batches`` and ``epoch_steps`` say what the counts mean; 0 before the first step.
+    ``epoch_batches``, ``epoch_steps`` and ``data`` (a fingerprint) say what the counts mean.
     """
 
     epoch: int = 0
@@ -112,6 +125,7 @@ class Progress:
     bad_in_a_row: int = 0
     epoch_batches: int = 0
     epoch_steps: int = 0
+    data: str = ""
 
 
 def fit(
@@ -122,6 +136,7 @@ def fit(
     accelerator,
     *,
     evaluate: Callable[[], dict[str, float]] | None = None,
+    on_save: Callable[[], object] | None = None,
 ) -> dict[str, float]:
     """Train ``objective`` on ``samples``; returns the last figures logged.
 
@@ -131,6 +146,7 @@ def fit(
         run: the run directory; if it holds a checkpoint, training goes on from the newest.
         accelerator: from `make_accelerator`.
         evaluate: called every ``eval_every`` epochs on the main process; its figures are logged.
+        on_save: called with every checkpoint on the main process, to write the encoder.
     Raises: ValueError if the checkpoint was made with other data, batches or model;
         FloatingPointError after ``max_bad_steps`` non-finite steps in a row;
         SystemExit(0) after SIGTERM or SIGINT, once the state is saved.
@@ -164,10 +180,11 @@ def fit(
             optimizer.zero_grad()
             if finite and (after_step := getattr(objective, "after_step", None)):
                 after_step()
-            plan.advance(progress, len(batches), averages.pop("samples"), finite)
+            samples_seen = averages.pop("samples")
+            plan.advance(progress, len(batches), samples_seen, finite)
             run.count_skipped(name for batch in batches for name in batch["skipped"])
             row = averages | {"lr": optimizer.param_groups[0]["lr"], "grad_norm": norm}
-            row |= watch.step(averages["loss"])
+            row |= watch.step(averages["loss"], samples_seen)
             last = progress.step >= plan.total_steps
             evaluated = last or plan.crossed(progress, config.eval_every)
             if evaluated:
@@ -177,6 +194,8 @@ def fit(
             figures |= row
             if watch.time_to_save() or last:
                 run.save(accelerator, progress, keep=config.keep_checkpoints)
+                if on_save is not None and accelerator.is_main_process:
+                    on_save()
             if last or watch.asked_to_stop():
                 break
         if not last:
@@ -206,11 +225,7 @@ class _Plan:
         if config.max_steps:
             self.total_steps = min(self.total_steps, config.max_steps)
         self.warmup_steps = round(self.epoch_steps * config.warmup_epochs)
-        if not 0 <= self.warmup_steps < self.epoch_steps * config.epochs:
-            raise ValueError(
-                f"warmup_epochs {config.warmup_epochs:g} does not fit into {config.epochs} epochs; "
-                f"try --warmup-epochs {config.epochs / 20:g}."
-            )
+        self.fingerprint = getattr(samples.data, "fingerprint", "")
         self.effective_batch = self.batch_size * self.accumulation * world
         self.lr = config.base_lr * self.effective_batch / config.lr_reference_batch
         self.summary = (
@@ -230,6 +245,12 @@ class _Plan:
                 f"{now[0]} in {now[1]}. Resume with the same data, accumulation and batch_size x "
                 "processes, or start anew in another --output."
             )
+        if progress.epoch_batches and progress.data != self.fingerprint:
+            raise ValueError(
+                "The pictures are not those of the checkpoint: their list, sizes or labels differ. "
+                "Resume with the same data, or start anew in another --output."
+            )
+        progress.data = self.fingerprint
         progress.epoch_batches, progress.epoch_steps = self.epoch_batches, self.epoch_steps
 
     def steps(self, progress: Progress) -> Iterator[list[dict]]:
@@ -340,12 +361,12 @@ class _Watch:
             raise KeyboardInterrupt  # asked twice: do not wait for the step
         self.stop = True
 
-    def step(self, loss: float) -> dict[str, float]:
+    def step(self, loss: float, samples: float) -> dict[str, float]:
         """Move the bar; returns the step's images per second, over all processes."""
         now = time.perf_counter()
         seconds, self.since_step = now - self.since_step, now
         self.progress.seconds += seconds
-        rate = self.plan.effective_batch / seconds
+        rate = samples / seconds
         self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} img/s", refresh=False)
         self.bar.update()
         return {"images_per_second": round(rate, 1)}

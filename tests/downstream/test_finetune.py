@@ -110,10 +110,9 @@ def test_few_of_each_class_are_drawn_by_the_seed():
     ("argv", "message"),
     [
         ([], "No run with an encoder"),
-        (["--labels-per-class", "1", "--batch-size", "20"], "batch_size of at most 3"),
         (["--data", "flat"], "no labels of two classes"),
     ],
-    ids=["no-run", "batch", "unlabelled"],
+    ids=["no-run", "unlabelled"],
 )
 def test_a_mistake_is_told_in_one_line(argv, message, run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -43,11 +43,13 @@ def encoder_file(tmp_path_factory) -> Path:
     return save_encoder(VimEncoder(**SMALL), tmp_path_factory.mktemp("encoder"))
 
 
-def make_run(folder: Path, data: Path | str | None, seconds: int = 0, **args) -> Path:
+def make_run(
+    folder: Path, data: Path | str | None, seconds: int = 0, recipe: str = "mim_pretrain", **args
+) -> Path:
     """A run directory as a recipe leaves it, written so many seconds after 2020."""
     weights = save_encoder(VimEncoder(**(SMALL | args)), folder)
     if data is not None:
-        (folder / "config.json").write_text(json.dumps({"data": str(data)}))
+        (folder / "config.json").write_text(json.dumps({"recipe": recipe, "data": str(data)}))
     os.utime(weights, (1577836800 + seconds,) * 2)
     return folder
 
@@ -192,7 +194,8 @@ def test_without_arguments_the_newest_run_is_probed_on_its_own_data(bands, tmp_p
     monkeypatch.chdir(tmp_path)
     make_run(tmp_path / "runs" / "a-newest", bands, seconds=30)
     make_run(tmp_path / "runs" / "b-old", "sample:nothing", seconds=10)
-    (tmp_path / "runs" / "c-unfinished").mkdir()
+    make_run(tmp_path / "runs" / "c-tuned", "sample:nothing", seconds=50, recipe="finetune")
+    (tmp_path / "runs" / "d-unfinished").mkdir()
     assert linear_probe.main([]) == 0
     found = json.loads(Path("runs/a-newest/linear_probe/metrics.json").read_text())
     assert str(bands) in found["data"]
@@ -203,13 +206,12 @@ def test_without_arguments_the_newest_run_is_probed_on_its_own_data(bands, tmp_p
     ("argv", "message"),
     [
         ([], "No run with an encoder under .*mim_pretrain"),
-        (["--encoder", "bare"], "bare does not say what it was trained on; name labelled --data"),
+        (["--encoder", "bare"], "bare does not say which pictures it was trained on"),
         (["--encoder", "unlabelled"], "no labels of two classes"),
         (["--encoder", "bare", "--data", "flat"], "no labels of two classes"),
         (["--encoder", "bare", "--data", "nowhere"], "There is no folder 'nowhere'"),
-        (["--encoder", "labelled", "--readouts", "cls"], "readout 'cls' is not one of token"),
     ],
-    ids=["no-run", "no-record", "trained-without-labels", "unlabelled", "no-data", "readout"],
+    ids=["no-run", "no-record", "trained-without-labels", "unlabelled", "no-data"],
 )
 def test_a_mistake_is_told_in_one_line(argv, message, bands, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

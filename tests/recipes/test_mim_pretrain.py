@@ -121,11 +121,12 @@ def test_a_run_is_not_trained_over(trained, photos):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--batch-size", "2"], "2 batches in 2 steps, here 3 in 3"),
-        (["--accumulation", "2"], "2 batches in 2 steps, here 2 in 1"),
-        (["--model-args", "depth=2", "embed_dim=24"], "made with other settings"),
+        (["--batch-size", "2"], "was trained with batch_size = 3, not 2"),
+        (["--accumulation", "2"], "was trained with accumulation = 1, not 2"),
+        (["--model-args", "depth=2", "embed_dim=24"], "was trained with model_args = "),
+        (["--base-lr", "0.5"], "was trained with base_lr = "),
     ],
-    ids=["batch-size", "accumulation", "model"],
+    ids=["batch-size", "accumulation", "model", "lr"],
 )
 def test_a_resumed_run_must_fit_and_is_else_left_as_it_was(trained, photos, change, message):
     before = (trained / "config.json").read_text()
@@ -145,6 +146,33 @@ def test_a_finished_run_can_be_trained_for_longer(trained, photos, tmp_path):
     mim_pretrain.main([*argv, "--resume", "auto", "--epochs", "3"])
     assert [row["step"] for row in read_metrics(run)] == [1, 2, 3, 4, 5, 6]
     assert json.loads((run / "config.json").read_text())["epochs"] == 3
+
+
+def test_a_resumed_run_takes_its_own_settings(trained, tmp_path, capsys):
+    run = tmp_path / "again"
+    shutil.copytree(trained, run)
+    mim_pretrain.main(["--output", str(run), "--resume", "auto", "--epochs", "3"])
+    assert [row["step"] for row in read_metrics(run)] == [1, 2, 3, 4, 5, 6]
+    kept = json.loads((trained / "config.json").read_text())
+    now = json.loads((run / "config.json").read_text())
+    assert {k for k in now if now[k] != kept[k]} == {"output", "resume", "epochs"}
+
+
+def test_a_resumed_run_refuses_other_pictures(trained, photos, tmp_path):
+    run, other = tmp_path / "again", tmp_path / "photos"
+    shutil.copytree(trained, run)
+    shutil.copytree(photos, other)
+    next(p for p in other.rglob("*.*") if p.is_file()).unlink()
+    record = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(record | {"data": str(other)}))
+    with pytest.raises(ValueError, match="not those of the checkpoint|batches in"):
+        mim_pretrain.main(["--output", str(run), "--resume", "auto", "--epochs", "3"])
+
+
+def test_resume_without_a_run_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        mim_pretrain.main(["--resume", "auto"])
+    assert "--resume auto needs --output RUN" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------ learning
@@ -249,7 +277,7 @@ def test_a_batch_is_never_larger_than_the_data(photos, tmp_path, capsys):
         (["--mask-ratio", "1"], ValueError, "between 0 and 1"),
         (["--decoder-dim", "18"], ValueError, "not divisible by 4"),
         (["--model-args", "stride=4"], ValueError, "overlap"),
-        (["--model-args", "dept=2"], TypeError, "Did you mean 'depth'"),
+        (["--model-args", "dept=2"], ValueError, "Did you mean 'depth'"),
         (["--data", "no/such/folder"], FileNotFoundError, "There is no folder"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
