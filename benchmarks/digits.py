@@ -1,7 +1,6 @@
 """What pretraining on 4,000 unlabelled digits is worth, on three seeds.
 
-    python benchmarks/digits.py --preset demo             # minutes a seed on two CPU cores
-    python benchmarks/digits.py --preset digits
+    python benchmarks/digits.py                           # minutes a seed on two CPU cores
 
 For every seed: pretrain, then linear probe, nearest neighbours and fine-tuning on ten labels a
 class, each beside the same encoder untrained and raw pixels. The 1,000 test digits are fixed and

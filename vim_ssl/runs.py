@@ -16,8 +16,8 @@ from torch import Tensor
 RUNS = Path("runs")
 # What may differ when a run is taken up again: it changes no step, or only how long it goes on.
 FREE_TO_CHANGE = {
-    "recipe", "output", "resume", "epochs", "workers", "threads", "log_every", "eval_every", "save_every",
-    "save_steps", "keep_checkpoints", "max_steps", "max_bad_steps",
+    "recipe", "output", "resume", "epochs", "workers", "threads", "log_every", "eval_every",
+    "save_every", "save_steps", "keep_checkpoints", "max_steps", "max_bad_steps",
 }  # fmt: skip
 
 

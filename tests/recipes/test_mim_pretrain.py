@@ -165,7 +165,7 @@ def test_a_resumed_run_refuses_other_pictures(trained, photos, tmp_path):
     next(p for p in other.rglob("*.*") if p.is_file()).unlink()
     record = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps(record | {"data": str(other)}))
-    with pytest.raises(ValueError, match="not those of the checkpoint|batches in"):
+    with pytest.raises(ValueError, match=r"not those of the checkpoint|batches in"):
         mim_pretrain.main(["--output", str(run), "--resume", "auto", "--epochs", "3"])
 
 
