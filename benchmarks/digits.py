@@ -43,11 +43,14 @@ def run_seed(preset: str, seed: int, threads: int, folder: Path, more: list[str]
             raise RuntimeError(f"{path} failed:\n{log.read_text()[-3000:]}")
 
     train = ("--threads", str(threads))
-    script("recipes/mim_pretrain.py", "--preset", preset, "--output", str(out), *train, *more)
+    if not (out / "report.html").exists():  # a campaign that was cut off goes on
+        script("recipes/mim_pretrain.py", "--preset", preset, "--output", str(out), *train, *more)
     script("downstream/linear_probe.py", "--encoder", str(out))
     few = ("--encoder", str(out), "--labels-per-class", "10", *train)
-    script("downstream/finetune.py", *few, "--output", str(out / "tuned"))
-    script("downstream/finetune.py", *few, "--output", str(out / "scratch"), "--from-scratch")
+    if not (out / "tuned" / "metrics.json").exists():
+        script("downstream/finetune.py", *few, "--output", str(out / "tuned"))
+    if not (out / "scratch" / "metrics.json").exists():
+        script("downstream/finetune.py", *few, "--output", str(out / "scratch"), "--from-scratch")
 
     last = read_metrics(out)[-1]
     common = {"preset": preset, "seed": seed, "pretrain_seconds": last["seconds"],
@@ -90,6 +93,7 @@ def main() -> int:
         jobs = [pool.submit(run_seed, args.preset, seed, args.threads, folder.resolve(), more)
                 for seed in args.seeds]  # fmt: skip
         rows = [row for job in jobs for row in job.result()]
+    RESULTS.parent.mkdir(exist_ok=True)
     new = not RESULTS.exists()
     with open(RESULTS, "a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)

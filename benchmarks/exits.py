@@ -51,6 +51,7 @@ def main() -> int:
             print(f"run {run}: exit code {done.returncode}, {seconds} s", flush=True)
             if done.returncode:
                 print(done.stderr[-3000:])
+    RESULTS.parent.mkdir(exist_ok=True)
     new = not RESULTS.exists()
     with open(RESULTS, "a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)

@@ -1,5 +1,6 @@
 """What frozen features are worth: extraction, nearest neighbours, logistic regression."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from vim_ssl.data.images import BadImage
 from vim_ssl.encoder import VimEncoder
 
-C_GRID = tuple(10.0**k for k in range(-3, 4))
+C_GRID = tuple(10.0**k for k in range(-3, 3))
 READOUTS = ("token", "avg", "token+avg", "layers")
 
 
@@ -145,17 +146,24 @@ def knn_predict(
 
 
 def fit_logistic(x: Tensor | np.ndarray, y: Tensor | np.ndarray, C: float):
-    """Standardised features through scikit-learn's multinomial logistic regression (L-BFGS)."""
+    """Standardised features through scikit-learn's multinomial logistic regression (L-BFGS).
+
+    In float32, which halves the time; a thousand iterations are enough for every C of `C_GRID` to
+    be ranked, if not for the largest to converge.
+    """
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
     from threadpoolctl import threadpool_limits
 
     model = make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=1000))
-    x, y = np.asarray(x, np.float64), np.asarray(y)
+    x, y = np.asarray(x, np.float32), np.asarray(y)
     # Its many small matrix products lose far more to waking threads than they gain.
     with threadpool_limits(1 if x.size < 5e7 else None):
-        return model.fit(x, y)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            return model.fit(x, y)
 
 
 def choose_C(x, y, x_val, y_val, grid: tuple[float, ...] = C_GRID) -> tuple[float, float]:
