@@ -64,7 +64,8 @@ class Config:
 
 
 def probe(name: str, train: Features, test: Features, readouts: dict, config: Config) -> dict:
-    """Choose readout and C on a part of ``train``, fit on all of it, test once.
+    """Choose on a part of ``train``, fit on all of it, test once: readout and C of the regression,
+    readout and standardisation of the nearest neighbours.
 
     Args:
         readouts: name -> columns of the features.
@@ -72,16 +73,26 @@ def probe(name: str, train: Features, test: Features, readouts: dict, config: Co
     fit_part, val_part = stratified_split(
         train.y.tolist(), config.validation, config.seed, train.groups
     )
-    tried = []
+    tried, tried_knn = [], []
     for readout, columns in readouts.items():
-        x = train.x[:, columns]
-        C, score = choose_C(x[fit_part], train.y[fit_part], x[val_part], train.y[val_part], C_GRID)
+        x, x_val = train.x[fit_part][:, columns], train.x[val_part][:, columns]
+        y, y_val = train.y[fit_part], train.y[val_part]
+        C, score = choose_C(x, y, x_val, y_val, C_GRID)
         tried.append((score, readout, C))
-    validation, readout, C = max(tried, key=lambda result: result[0])  # the first of equals
+        for standardise in (True, False):
+            voted = knn_predict(x, y, x_val, k=config.knn_k, standardise=standardise)
+            tried_knn.append((accuracy(voted, y_val), readout, standardise))
+    # max takes the first of equals
+    validation, readout, C = max(tried, key=lambda result: result[0])
+    _, knn_readout, standardise = max(tried_knn, key=lambda result: result[0])
     x, x_test = (part.x[:, readouts[readout]] for part in (train, test))
     logistic = fit_logistic(x, train.y, C).predict(x_test)
-    knn = knn_predict(x, train.y, x_test, k=config.knn_k)
+    knn = knn_predict(
+        train.x[:, readouts[knn_readout]], train.y, test.x[:, readouts[knn_readout]],
+        k=config.knn_k, standardise=standardise,
+    )  # fmt: skip
     row: dict[str, Any] = {"features": name, "readout": readout, "dim": x.shape[1], "C": C}
+    row |= {"knn_readout": knn_readout, "knn_standardised": standardise}
     row["validation"] = round(100 * validation, 2)
     for key, predicted in (("logistic", logistic), ("knn", knn)):
         row[key] = round(accuracy(predicted, test.y), 2)

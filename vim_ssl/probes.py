@@ -121,20 +121,27 @@ def readout_columns(encoder: VimEncoder, readout: str) -> slice:
 
 
 def knn_predict(
-    bank: Tensor, labels: Tensor, queries: Tensor, *, k: int = 20, temperature: float = 0.07
+    bank: Tensor,
+    labels: Tensor,
+    queries: Tensor,
+    *,
+    k: int = 20,
+    temperature: float = 0.07,
+    standardise: bool = True,
 ) -> Tensor:
     """Vote of the k most similar by cosine, weighted by exp(similarity / temperature).
 
-    Features are first standardised by the bank's mean and deviation: what all pictures have in
-    common would otherwise make every cosine nearly 1.
-
     Args:
         bank: (n, d).  labels: (n,) int64.  queries: (m, d).
+        standardise: first take the bank's mean and deviation out of every feature: what all
+            pictures have in common would otherwise make every cosine nearly 1.
     Returns: (m,) int64.
     Reference: the protocol of DINO, arXiv:2104.14294; k and temperature of DINOv2.
     """
-    mean, std = bank.mean(0), bank.std(0) + 1e-6
-    bank, queries = (F.normalize((x - mean) / std, dim=1) for x in (bank, queries))
+    if standardise:
+        mean, std = bank.mean(0), bank.std(0) + 1e-6
+        bank, queries = (bank - mean) / std, (queries - mean) / std
+    bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
     classes = int(labels.max()) + 1
     predicted = []
     for part in queries.split(1024):  # the similarity matrix stays small
@@ -160,10 +167,9 @@ def fit_logistic(x: Tensor | np.ndarray, y: Tensor | np.ndarray, C: float):
     model = make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=1000))
     x, y = np.asarray(x, np.float32), np.asarray(y)
     # Its many small matrix products lose far more to waking threads than they gain.
-    with threadpool_limits(1 if x.size < 5e7 else None):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            return model.fit(x, y)
+    with threadpool_limits(1 if x.size < 5e7 else None), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return model.fit(x, y)
 
 
 def choose_C(x, y, x_val, y_val, grid: tuple[float, ...] = C_GRID) -> tuple[float, float]:
