@@ -57,9 +57,9 @@ def run_seed(preset: str, seed: int, threads: int, folder: Path, more: list[str]
               "epochs": last["epoch"]}  # fmt: skip
     rows = []
     for row in _json(out / "linear_probe" / "metrics.json")["rows"]:
-        for figure in ("logistic", "knn"):
+        for figure, readout in (("logistic", row["readout"]), ("knn", row["knn_readout"])):
             rows.append(common | {"features": row["features"], "figure": figure,
-                                  "value": row[figure], "readout": row["readout"]})  # fmt: skip
+                                  "value": row[figure], "readout": readout})  # fmt: skip
     for name, features in (("tuned", "pretrained encoder"), ("scratch", "same encoder, untrained")):
         value = _json(out / name / "metrics.json")["top1"]
         rows.append(common | {"features": features, "figure": "finetune_10", "value": value})
