@@ -121,7 +121,7 @@ def run(config: Config) -> dict:
     started = time.perf_counter()
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     source = config.encoder or newest_run()
-    encoder = load_encoder(source)
+    encoder = load_encoder(source, device=device)
     train, test = labelled_parts(config.data or trained_on(source), config.test, config.seed)
     print(f"Encoder {source} · {train.name}: {len(train):,} train, {len(test):,} test", flush=True)
 
