@@ -183,7 +183,8 @@ def _why_not(name: str, device: str) -> str | None:
         return f"Unknown backend {name!r}; choose one of auto, {', '.join(_MODULES)}."
     if name in ("numba", "triton"):
         home = {"numba": "cpu", "triton": "cuda"}[name]
-        if device != home:
+        interpreted = name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+        if device != home and not (interpreted and device == "cpu"):
             return f"Backend {name!r} runs on {home} tensors; these are on {device}."
         if find_spec(_MODULES[name]) is None:
             return f"Backend {name!r} is not built into this version yet; use 'torch'."
