@@ -1,0 +1,224 @@
+"""The selective scan on a GPU, by Triton: both directions in one launch, forward and backward.
+
+The kernels, and how they work, stand in `triton_kernels.py`; here are the operators around them,
+`vim_ssl::triton_scan_forward` and `vim_ssl::triton_scan_backward` (`fused.py` says what those
+take). u, delta, z, B and C are float32, bfloat16 or float16 and are read as they come, in any
+strides that keep channels together; everything else is float32, and so is every state.
+
+For the backward pass the states before every `EVERY`-th token are kept, in float32: 8 bytes a token
+and channel for both directions at d_state 16.
+
+Imported only when chosen. With ``TRITON_INTERPRET=1`` set before triton is imported, the same code
+runs on CPU tensors, slowly: that is how it is tested without a GPU.
+"""
+
+from functools import cache
+
+import torch
+import triton
+from torch import Tensor
+
+from vim_ssl.kernels.selective_scan import triton_kernels
+from vim_ssl.kernels.selective_scan.fused import (
+    channels_together,
+    gradient_wanted,
+    public_scans,
+    register_gradient,
+)
+
+LANES = 32
+EVERY = 16  # tokens between saved states
+REBUILT = 4  # tokens whose states the backward kernel holds in registers at a time
+WARPS = 12  # a multiprocessor should have to work on; with fewer, tokens are cut into segments
+SHORTEST = 64  # tokens of a segment, at least
+
+
+def _scan(u, delta, A, B, C, D, z, bias, h0, softplus, reverse, scale) -> tuple[Tensor, Tensor]:
+    A, D, bias, h0 = (None if m is None else m.float() for m in (A, D, bias, h0))
+    u, delta, B, C, z = map(_narrow, (u, delta, B, C, z))
+    tensors = (u, delta, A, B, C, D, z, bias, h0)
+    out, last, *_ = scan_forward(
+        *tensors, softplus, reverse, scale, gradient_wanted(tensors)
+    )
+    return out, last
+
+
+def _narrow(m: Tensor | None) -> Tensor | None:
+    """float64 beside narrower inputs: the state is float32 all the same."""
+    return m.float() if m is not None and m.dtype == torch.float64 else m
+
+
+selective_scan, bi_selective_scan = public_scans(_scan)
+
+
+# --- launch choices --------------------------------------------------------------------------
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1  # the interpreter
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def channels_per_lane(warps: int, n: int, device: torch.device) -> int:
+    """Two share each load of B and C; one makes twice the warps, and fits larger states."""
+    return 2 if n <= 16 and warps >= 2 * WARPS * _multiprocessors(device) else 1
+
+
+def segment_length(warps: int, length: int, device: torch.device) -> int:
+    """Tokens of a segment, a multiple of `EVERY`, given how many warps one segment makes."""
+    wanted = -(-WARPS * _multiprocessors(device) // max(warps, 1))
+    segments = min(wanted, length // SHORTEST)
+    if segments <= 2:  # carrying states costs nearly as much again as the scan
+        return max(-(-length // EVERY), 1) * EVERY
+    return -(-length // (segments * EVERY)) * EVERY
+
+
+# --- forward ---------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("vim_ssl::triton_scan_forward", mutates_args=())
+def scan_forward(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+    bias: Tensor | None, h0: Tensor | None, softplus: bool, reverse: bool, scale: float, save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """See `fused.py`; states are (s, b, checkpoints, n, d)."""
+    s, b, l, d = u.shape
+    n = A.shape[-1]
+    out, last, y_sum, states = _outputs(u, A, z, save)
+    if out.numel() == 0:  # nothing to launch
+        return out, last.zero_() if h0 is None else last.copy_(h0), y_sum, states
+    u, delta, B, C, z = map(channels_together, (u, delta, B, C, z))
+    A, D, bias = _contiguous(A), _contiguous(D), _contiguous(bias)
+    warps = s * b * -(-d // LANES)
+    segment = segment_length(warps, l, u.device)
+    per_lane = channels_per_lane(warps, n, u.device)
+    start = _carried(u, delta, A, B, z, bias, h0, softplus, reverse, scale, segment, adjoint=False)
+    pairs = u.new_empty((s, b, l, n), dtype=torch.int64)
+    triton_kernels.pack_kernel[(-(-pairs.numel() // 1024),)](
+        B, C, pairs.view(torch.float32), b, l, pairs.numel(), *_strides(B), *_strides(C),
+        N=n, BLOCK=1024,
+    )  # fmt: skip
+    keep_sum = y_sum.numel() > 0
+    triton_kernels.forward_kernel[(b * -(-d // (LANES * per_lane)), -(-l // segment))](
+        u, delta, A, pairs, D, z, bias, start, out, y_sum if keep_sum else out, last, states,
+        b, l, d, segment, scale, int(reverse), *_strides(u), *_strides(delta), *_strides(z)[1:],
+        S=s, N=n, C=per_lane, EVERY=EVERY, SOFTPLUS=softplus, HAS_D=D is not None,
+        HAS_Z=z is not None, HAS_BIAS=bias is not None, HAS_START=start is not None, SAVE=save,
+        KEEP_SUM=keep_sum, num_warps=s,
+    )  # fmt: skip
+    return out, last, y_sum, states
+
+
+@scan_forward.register_fake
+def _(u, delta, A, B, C, D, z, bias, h0, softplus, reverse, scale, save):
+    return _outputs(u, A, z, save)
+
+
+def _outputs(u, A, z, save):
+    s, b, l, d = u.shape
+    n = A.shape[-1]
+    return (
+        u.new_empty(b, l, d),
+        A.new_empty(s, b, d, n),
+        u.new_empty((b, l, d) if save and z is not None else 0),
+        A.new_empty((s, b, -(-l // EVERY), n, d) if save else 0),
+    )
+
+
+def _carried(w, delta, A, V, z, bias, start, softplus, reverse, scale, segment, *, adjoint):
+    """The states that segments begin from (s, b, segments, n, d), or None for zero everywhere."""
+    s, b, l, d = delta.shape
+    n, parts = A.shape[-1], -(-l // segment)
+    start = None if start is None else start.mT.contiguous()  # (s, b, n, d)
+    if parts == 1:
+        return start
+    ends = A.new_empty(s, b, parts, n, d)
+    sums = A.new_empty(s, b, parts, d)
+    triton_kernels.carry_kernel[(b * -(-d // LANES), parts)](
+        w, delta, A, V, z, bias, ends, sums, b, l, d, segment, scale, int(reverse),
+        *_strides(w), *_strides(delta), *_strides(V), *_strides(z)[1:],
+        S=s, N=n, C=1, SOFTPLUS=softplus, HAS_Z=z is not None, HAS_BIAS=bias is not None,
+        ADJOINT=adjoint, num_warps=s,
+    )  # fmt: skip
+    triton_kernels.join_kernel[(-(-d // LANES), b, s)](
+        ends, sums, A, start, b, d, parts, int(reverse),
+        N=n, HAS_START=start is not None, ADJOINT=adjoint, num_warps=1,
+    )  # fmt: skip
+    return ends
+
+
+# --- backward --------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("vim_ssl::triton_scan_backward", mutates_args=())
+def scan_backward(
+    dout: Tensor, dlast: Tensor | None, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
+    D: Tensor | None, z: Tensor | None, bias: Tensor | None, y_sum: Tensor, states: Tensor,
+    softplus: bool, reverse: bool, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of u, delta, A, B, C, D, z (empty without z), bias and h0."""
+    s, b, l, d = u.shape
+    n = A.shape[-1]
+    du, ddelta = (m.new_empty(m.shape) for m in (u, delta))
+    dz = u.new_empty(0) if z is None else z.new_empty(z.shape)
+    if du.numel() == 0:
+        zeros = (A.new_zeros(m) for m in (A.shape, B.shape, C.shape, (s, d), (s, d)))
+        dA, dB, dC, dD, dbias = zeros
+        dh0 = A.new_zeros(s, b, d, n) if dlast is None else dlast.clone()
+        return du, ddelta, dA, dB.to(B.dtype), dC.to(C.dtype), dD, dz, dbias, dh0
+    u, delta, B, C, z = map(channels_together, (u, delta, B, C, z))
+    dout, A, D, bias = (_contiguous(m) for m in (dout, A, D, bias))
+    blocks = -(-d // LANES)
+    segment = segment_length(s * b * blocks, l, u.device)
+    parts = -(-l // segment)
+    shared = dout.expand(s, b, l, d)  # both directions get the same
+    carry = _carried(shared, delta, A, C, z, bias, dlast, softplus, reverse, scale, segment,
+                     adjoint=True)  # fmt: skip
+    tile = triton.next_power_of_2(n)
+    scratch = A.new_empty(s * b * parts * blocks, EVERY // REBUILT - 1, tile, LANES)
+    dA = A.new_empty(s, b, parts, n, d)
+    dstart = torch.empty_like(dA)
+    dD, dbias = A.new_empty(s, b, parts, d), A.new_empty(s, b, parts, d)
+    dB, dC = A.new_empty(s, b, l, blocks, n), A.new_empty(s, b, l, blocks, n)
+    triton_kernels.backward_kernel[(b * blocks, parts, s)](
+        dout, u, delta, A, B, C, D, z, bias, y_sum, states, carry, scratch,
+        du, ddelta, dA, dB, dC, dD, dz, dbias, dstart,
+        b, l, d, segment, scale, int(reverse),
+        *_strides(u), *_strides(delta), *_strides(B), *_strides(C), *_strides(z)[1:],
+        N=n, TILE=tile, K=REBUILT, EVERY=EVERY, SOFTPLUS=softplus, HAS_D=D is not None,
+        HAS_Z=z is not None, HAS_BIAS=bias is not None, HAS_CARRY=carry is not None, num_warps=1,
+    )  # fmt: skip
+    rows = [part if (k == 1 or reverse) else 0 for k, part in enumerate([parts - 1] * s)]
+    dh0 = torch.stack([dstart[k, :, row].mT for k, row in enumerate(rows)])
+    return (
+        du, ddelta, dA.sum((1, 2)).mT.contiguous(), dB.sum(3).to(B.dtype), dC.sum(3).to(C.dtype),
+        dD.sum((1, 2)), dz, dbias.sum((1, 2)), dh0,
+    )  # fmt: skip
+
+
+@scan_backward.register_fake
+def _(dout, dlast, u, delta, A, B, C, D, z, bias, y_sum, states, softplus, reverse, scale):
+    s, b, _, d = u.shape
+    dz = u.new_empty(0) if z is None else z.new_empty(z.shape)
+    return (u.new_empty(u.shape), delta.new_empty(delta.shape), A.new_empty(A.shape),
+            B.new_empty(B.shape), C.new_empty(C.shape), A.new_empty(s, d), dz, A.new_empty(s, d),
+            A.new_empty(s, b, d, A.shape[-1]))  # fmt: skip
+
+
+register_gradient(scan_forward, scan_backward, "Triton")
+
+
+# --- tensors for the kernels -----------------------------------------------------------------
+
+
+def _contiguous(m: Tensor | None) -> Tensor | None:
+    return None if m is None else m.contiguous()
+
+
+def _strides(m: Tensor | None) -> tuple[int, int, int]:
+    """Of directions, images and tokens; z has no directions."""
+    if m is None:
+        return 0, 0, 0
+    return (0, *m.stride()[:2]) if m.dim() == 3 else tuple(m.stride()[:3])
