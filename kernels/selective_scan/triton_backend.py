@@ -5,13 +5,15 @@ The kernels, and how they work, stand in `triton_kernels.py`; here are the opera
 take). u, delta, z, B and C are float32, bfloat16 or float16 and are read as they come, in any
 strides that keep channels together; everything else is float32, and so is every state.
 
-For the backward pass the states before every `EVERY`-th token are kept, in float32: 8 bytes a token
-and channel for both directions at d_state 16.
+For the backward pass the states before every 8th token are kept, in float32: 16 bytes a token and
+channel, both directions together, at d_state 16. ``VIM_SSL_SCAN_STATES=16`` (tokens, a multiple of
+4) halves that, for about a fifth more work in the backward pass.
 
 Imported only when chosen. With ``TRITON_INTERPRET=1`` set before triton is imported, the same code
 runs on CPU tensors, slowly: that is how it is tested without a GPU.
 """
 
+import os
 from functools import cache
 
 import torch
@@ -27,8 +29,10 @@ from vim_ssl.kernels.selective_scan.fused import (
 )
 
 LANES = 32
-EVERY = 16  # tokens between saved states
-REBUILT = 4  # tokens whose states the backward kernel holds in registers at a time
+GROUP = 4  # tokens whose states the backward kernel holds in registers at a time
+EVERY = int(os.environ.get("VIM_SSL_SCAN_STATES", 8))  # tokens between saved states
+if EVERY < GROUP or EVERY % GROUP:
+    raise ValueError(f"VIM_SSL_SCAN_STATES is {EVERY}; expected a multiple of {GROUP}.")
 WARPS = 12  # a multiprocessor should have to work on; with fewer, tokens are cut into segments
 SHORTEST = 64  # tokens of a segment, at least
 
@@ -177,17 +181,16 @@ def scan_backward(
     carry = _carried(shared, delta, A, C, z, bias, dlast, softplus, reverse, scale, segment,
                      adjoint=True)  # fmt: skip
     tile = triton.next_power_of_2(n)
-    scratch = A.new_empty(s * b * parts * blocks, EVERY // REBUILT - 1, tile, LANES)
     dA = A.new_empty(s, b, parts, n, d)
     dstart = torch.empty_like(dA)
     dD, dbias = A.new_empty(s, b, parts, d), A.new_empty(s, b, parts, d)
     dB, dC = A.new_empty(s, b, l, blocks, n), A.new_empty(s, b, l, blocks, n)
     triton_kernels.backward_kernel[(b * blocks, parts, s)](
-        dout, u, delta, A, B, C, D, z, bias, y_sum, states, carry, scratch,
+        dout, u, delta, A.mT.contiguous(), B, C, D, z, bias, y_sum, states, carry,
         du, ddelta, dA, dB, dC, dD, dz, dbias, dstart,
-        b, l, d, segment, scale, int(reverse),
+        b, l, d, segment, scale, 0.0, int(reverse),
         *_strides(u), *_strides(delta), *_strides(B), *_strides(C), *_strides(z)[1:],
-        N=n, TILE=tile, K=REBUILT, EVERY=EVERY, SOFTPLUS=softplus, HAS_D=D is not None,
+        N=n, TILE=tile, K=GROUP, EVERY=EVERY, SOFTPLUS=softplus, HAS_D=D is not None,
         HAS_Z=z is not None, HAS_BIAS=bias is not None, HAS_CARRY=carry is not None, num_warps=1,
     )  # fmt: skip
     rows = [part if (k == 1 or reverse) else 0 for k, part in enumerate([parts - 1] * s)]

@@ -8,9 +8,9 @@ nothing is flipped, the gate is computed once, and one barrier is all they excha
 packed as pairs of float32, one 8-byte load a state, the same address for all lanes.
 
 Backward. A program owns 32 channels of one image in one direction; tiles are (N, 32), one warp.
-It goes from the last token to the first, `EVERY` tokens at a time: from the saved state it makes
-again the states before every `K`-th token, and from those, `K` tokens at a time, what the adjoint
-recurrence needs. dB and dC are sums over channels: every program writes its own part, which torch
+It goes from the last token to the first in groups of `K`. For each it runs from the last saved state
+(one every `EVERY` tokens) to the group, through it with its states in registers, and back by the
+adjoint recurrence. dB and dC are sums over channels: every program writes its own part, which torch
 adds up in a fixed order. No atomics anywhere, so results repeat bit for bit.
 
 Segments. With few images the tokens are cut into segments that run side by side. `carry_kernel`
@@ -396,21 +396,29 @@ def join_kernel(
 
 
 @triton.jit
-def _step_size(v, bias, valid, SOFTPLUS: tl.constexpr):
+def _step_size(v, exists, SOFTPLUS: tl.constexpr):
     """dt and its derivative by delta, both 0 where there is no token: such a step does nothing."""
     if SOFTPLUS:
-        dt, slope = softplus_with_slope(v + bias)
+        dt, slope = softplus_with_slope(v)
     else:
-        dt, slope = v + bias, 0.0 * v + 1.0
-    return tl.where(valid, dt, 0.0), tl.where(valid, slope, 0.0)
+        dt, slope = v, 0.0 * v + 1.0
+    return tl.where(exists, dt, 0.0), tl.where(exists, slope, 0.0)
+
+
+@triton.jit
+def _load_n(pointer, real, WHOLE: tl.constexpr):
+    """B or C of a token, as float32; a mask would keep the compiler from loading 4 at once."""
+    if WHOLE:
+        return tl.load(pointer).to(tl.float32)
+    else:
+        return tl.load(pointer, mask=real, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def backward_kernel(
     dout_ptr, u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, sum_ptr, states_ptr,
-    carry_ptr, scratch_ptr,
-    du_ptr, ddelta_ptr, dA_ptr, dB_ptr, dC_ptr, dD_ptr, dz_ptr, dbias_ptr, dstart_ptr,
-    batch, length, d, segment, scale, reverse,
+    carry_ptr, du_ptr, ddelta_ptr, dA_ptr, dB_ptr, dC_ptr, dD_ptr, dz_ptr, dbias_ptr, dstart_ptr,
+    batch, length, d, segment, scale, zero, reverse,
     u_s, u_b, u_l, delta_s, delta_b, delta_l, B_s, B_b, B_l, C_s, C_b, C_l, z_b, z_l,
     N: tl.constexpr, TILE: tl.constexpr, K: tl.constexpr, EVERY: tl.constexpr,
     SOFTPLUS: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -419,41 +427,50 @@ def backward_kernel(
     """Grid (batch * blocks of 32 channels, segments, s), one warp; tiles (TILE, 32), TILE >= N.
 
     Tensors, beside those of `forward_kernel`:
-        dout (b, l, d).  B, C (s, b, l, n).  carry (s, b, segments, n, d): the adjoint state that
-            comes into each segment from its end; zero without.
-        scratch: (EVERY / K - 1, TILE, 32) float32 a program.
+        dout (b, l, d).  A (s, n, d).  B, C (s, b, l, n).  carry (s, b, segments, n, d): the adjoint
+            state that comes into each segment from its end; zero without.
         du, ddelta (s, b, l, d), dz (b, l, d).  Parts of sums: dA (s, b, segments, n, d), dD, dbias
         (s, b, segments, d), dB, dC (s, b, l, blocks, n).  dstart (s, b, segments, n, d): the
         adjoint state that leaves each segment; the gradient of the initial state is the first's.
+    zero: 0.0, which the compiler must not know.
     """
     blocks = tl.cdiv(d, LANES)
     block, b = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
-    part, parts, s = tl.program_id(1), tl.num_programs(1), tl.program_id(2)
+    part, parts = tl.program_id(1), tl.num_programs(1)
+    s, s64 = tl.program_id(2), tl.program_id(2).to(tl.int64)
     channel = block * LANES + tl.arange(0, LANES)
     state = tl.arange(0, TILE)
     here, real = channel < d, state < N
     tile = state[:, None] * d + channel[None, :]  # of a (n, d) matrix
     tile_mask = real[:, None] & here[None, :]
+
     first_token = part * segment
     count = tl.minimum(segment, length - first_token)
     ahead = s + reverse == 0
     step = tl.where(ahead, 1, -1)
-    first = tl.where(ahead, first_token, first_token + count - 1).to(tl.int64)  # in scan order
+    checkpoints = tl.cdiv(count, EVERY)
+    # The last group of K tokens in scan order; pointers stand at its first token, then go back.
+    left = count - (checkpoints * EVERY - K)  # its tokens that exist: 1 to K, or fewer than 1
+    start = tl.where(ahead, first_token, first_token + count - 1)
+    token = (start + step * (checkpoints * EVERY - K)).to(tl.int64)
+    row = s64 * batch + b
+    u_at = u_ptr + s64 * u_s + b * u_b + token * u_l + channel
+    delta_at = delta_ptr + s64 * delta_s + b * delta_b + token * delta_l + channel
+    B_at = B_ptr + s64 * B_s + b * B_b + token * B_l + state
+    C_at = C_ptr + s64 * C_s + b * C_b + token * C_l + state
+    z_at = z_ptr + b * z_b + token * z_l + channel
+    single = (b * length + token) * d + channel
+    dout_at, sum_at, dz_at = dout_ptr + single, sum_ptr + single, dz_ptr + single
+    double = (row * length + token) * d + channel
+    du_at, ddelta_at = du_ptr + double, ddelta_ptr + double
+    sums = ((row * length + token) * blocks + block) * N + state
+    dB_at, dC_at = dB_ptr + sums, dC_ptr + sums
+    to_u, to_delta, to_B, to_C, to_z = step * u_l, step * delta_l, step * B_l, step * C_l, step * z_l
+    to_next, to_sums = step * d, step * blocks * N
+    before_first = row * tl.cdiv(length, EVERY) + part * (segment // EVERY)
+    states_at = states_ptr + (before_first + checkpoints - 1) * N * d + tile
 
-    row = s.to(tl.int64) * batch + b
-    u_ptr += s.to(tl.int64) * u_s + b * u_b + first * u_l
-    delta_ptr += s.to(tl.int64) * delta_s + b * delta_b + first * delta_l
-    B_ptr += s.to(tl.int64) * B_s + b * B_b + first * B_l
-    C_ptr += s.to(tl.int64) * C_s + b * C_b + first * C_l
-    z_ptr += b * z_b + first * z_l
-    plain = (b * length + first) * d  # in dout, sum, dz
-    both = (row * length + first) * d  # in du, ddelta
-    sums = ((row * length + first) * blocks + block) * N  # in dB, dC
-    dA_at = (row * parts + part) * N * d
-    dD_at = (row * parts + part) * d
-
-    A2 = tl.load(A_ptr + (s * d + channel[None, :]) * N + state[:, None], mask=tile_mask, other=0.0)
-    A2 = A2 * LOG2E
+    A2 = tl.load(A_ptr + s * N * d + tile, mask=tile_mask, other=0.0) * LOG2E
     bias = tl.zeros((LANES,), tl.float32)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + s * d + channel, mask=here, other=0.0)
@@ -462,91 +479,81 @@ def backward_kernel(
         D = tl.load(D_ptr + s * d + channel, mask=here, other=0.0)
     g = tl.zeros((TILE, LANES), tl.float32)
     if HAS_CARRY:
-        g = tl.load(carry_ptr + dA_at + tile, mask=tile_mask, other=0.0)
+        g = tl.load(carry_ptr + (row * parts + part) * N * d + tile, mask=tile_mask, other=0.0)
     dA = tl.zeros((TILE, LANES), tl.float32)
     dD = tl.zeros((LANES,), tl.float32)
     dbias = tl.zeros((LANES,), tl.float32)
 
-    checkpoints = tl.cdiv(count, EVERY)
-    states_ptr += (row * tl.cdiv(length, EVERY) + part * (segment // EVERY)) * N * d
-    program = (row * parts + part) * blocks + block
-    scratch_ptr += program * (EVERY // K - 1) * TILE * LANES
-    inner = state[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    for j in tl.range(0, checkpoints):
-        checkpoint = checkpoints - 1 - j
-        saved = states_ptr + checkpoint * N * d + tile
-        start = checkpoint * EVERY
-        h = tl.load(saved, mask=tile_mask, other=0.0)
-        for i in tl.range(0, EVERY - K):  # the states before every K-th token
-            t = start + i
-            go = (step * t).to(tl.int64)
-            valid = here & (0 * channel + t < count)
-            u = tl.load(u_ptr + go * u_l + channel, mask=valid, other=0.0).to(tl.float32)
-            v = tl.load(delta_ptr + go * delta_l + channel, mask=valid, other=0.0).to(tl.float32)
-            B = tl.load(B_ptr + go * B_l + state, mask=real & (0 * state + t < count), other=0.0)
-            dt, _ = _step_size(v, bias, valid, SOFTPLUS)
-            h = tl.exp2(dt[None, :] * A2) * h + (dt * u)[None, :] * B.to(tl.float32)[:, None]
-            if i % K == K - 1:
-                tl.store(scratch_ptr + (i // K) * (TILE * LANES) + inner, h)
-        tl.debug_barrier()
-        for m in tl.range(0, EVERY // K):
-            group = EVERY // K - 1 - m
-            if group == 0:
-                h = tl.load(saved, mask=tile_mask, other=0.0)
-            else:
-                h = tl.load(scratch_ptr + (group - 1) * (TILE * LANES) + inner)
-            base = start + group * K
-            befores, us, dts, slopes, Bs = (), (), (), (), ()
-            for i in tl.static_range(K):
-                t = base + i
-                go = (step * t).to(tl.int64)
-                valid = here & (0 * channel + t < count)
-                u = tl.load(u_ptr + go * u_l + channel, mask=valid, other=0.0).to(tl.float32)
-                v = tl.load(delta_ptr + go * delta_l + channel, mask=valid, other=0.0)
-                B = tl.load(B_ptr + go * B_l + state, mask=real & (0 * state + t < count), other=0.0)
-                B = B.to(tl.float32)
-                dt, slope = _step_size(v.to(tl.float32), bias, valid, SOFTPLUS)
-                before = tl.exp2(dt[None, :] * A2) * h  # a_t h_(t-1)
-                h = before + (dt * u)[None, :] * B[:, None]
-                befores, us, dts = befores + (before,), us + (u,), dts + (dt,)
-                slopes, Bs = slopes + (slope,), Bs + (B,)
-            for i in tl.static_range(K - 1, -1, -1):
-                t = base + i
-                go = (step * t).to(tl.int64)
-                valid = here & (0 * channel + t < count)
-                valid_n = real & (0 * state + t < count)
-                before, u, dt, B = befores[i], us[i], dts[i], Bs[i]
-                x = dt * u
-                dy = tl.load(dout_ptr + plain + go * d + channel, mask=valid, other=0.0)
-                dy = dy.to(tl.float32) * scale
-                if HAS_Z:
-                    z = tl.load(z_ptr + go * z_l + channel, mask=valid, other=0.0).to(tl.float32)
-                    if s == 0:
-                        y = tl.load(sum_ptr + plain + go * d + channel, mask=valid, other=0.0)
-                        dz = dy * y.to(tl.float32) * silu_gradient(z)
-                        dz = dz.to(dz_ptr.dtype.element_ty)
-                        tl.store(dz_ptr + plain + go * d + channel, dz, mask=valid)
-                    dy = dy * (z * sigmoid(z))
-                C = tl.load(C_ptr + go * C_l + state, mask=valid_n, other=0.0).to(tl.float32)
-                now = before + x[None, :] * B[:, None]
-                full = g + dy[None, :] * C[:, None]
-                parts_at = sums + go * (blocks * N) + state
-                tl.store(dC_ptr + parts_at, tl.sum(now * dy[None, :], 1), mask=valid_n)
-                tl.store(dB_ptr + parts_at, tl.sum(full * x[None, :], 1), mask=valid_n)
-                along_B = tl.sum(full * B[:, None], 0)
-                q = full * before
-                along_A = tl.sum(q * A2, 0)
-                dA += q * dt[None, :]
-                g = full * tl.exp2(dt[None, :] * A2)
-                du = dy * D + along_B * dt
-                ddelta = (along_B * u + along_A * LN2) * slopes[i]
-                dD += dy * u
-                dbias += ddelta
-                at = both + go * d + channel
-                tl.store(du_ptr + at, du.to(du_ptr.dtype.element_ty), mask=valid)
-                tl.store(ddelta_ptr + at, ddelta.to(ddelta_ptr.dtype.element_ty), mask=valid)
-        tl.debug_barrier()
-    tl.store(dA_ptr + dA_at + tile, dA, mask=tile_mask)
-    tl.store(dstart_ptr + dA_at + tile, g, mask=tile_mask)
-    tl.store(dD_ptr + dD_at + channel, dD, mask=here)
-    tl.store(dbias_ptr + dD_at + channel, dbias, mask=here)
+    for j in tl.range(0, checkpoints * (EVERY // K)):
+        group = EVERY // K - 1 - j % (EVERY // K)  # between two checkpoints
+        h = tl.load(states_at, mask=tile_mask, other=0.0)
+        for i in tl.range(-group * K, 0):  # from the checkpoint to the group
+            exists, i = i < left, tl.minimum(i, left - 1)
+            u = tl.load(u_at + i * to_u, mask=here, other=0.0).to(tl.float32)
+            v = tl.load(delta_at + i * to_delta, mask=here, other=0.0).to(tl.float32)
+            B = _load_n(B_at + i * to_B, real, N == TILE)
+            dt, _ = _step_size(v + bias, exists, SOFTPLUS)
+            h = tl.exp2(dt[None, :] * A2) * h + (dt * u)[None, :] * B[:, None]
+        befores, us, dts, slopes, Bs = (), (), (), (), ()
+        for k in tl.static_range(K):  # through the group
+            exists, i = k < left, tl.minimum(k, left - 1)
+            u = tl.load(u_at + i * to_u, mask=here, other=0.0).to(tl.float32)
+            v = tl.load(delta_at + i * to_delta, mask=here, other=0.0).to(tl.float32)
+            B = _load_n(B_at + i * to_B, real, N == TILE)
+            dt, slope = _step_size(v + bias, exists, SOFTPLUS)
+            before = tl.exp2(dt[None, :] * A2) * h  # a_t h_(t-1)
+            h = before + (dt * u)[None, :] * B[:, None]
+            befores, us, dts = befores + (before,), us + (u,), dts + (dt,)
+            slopes, Bs = slopes + (slope,), Bs + (B,)
+        for k in tl.static_range(K - 1, -1, -1):  # and back
+            exists, i = k < left, tl.minimum(k, left - 1)
+            before, u, dt, B = befores[k], us[k], dts[k], Bs[k]
+            C = _load_n(C_at + i * to_C, real, N == TILE)
+            dy = tl.load(dout_at + i * to_next, mask=here, other=0.0).to(tl.float32) * scale
+            if HAS_Z:
+                z = tl.load(z_at + i * to_z, mask=here, other=0.0).to(tl.float32)
+                if s == 0:
+                    y = tl.load(sum_at + i * to_next, mask=here, other=0.0).to(tl.float32)
+                    dz = (dy * y * silu_gradient(z)).to(dz_ptr.dtype.element_ty)
+                    tl.store(dz_at + k * to_next, dz, mask=here & exists)
+                dy = dy * (z * sigmoid(z))
+            dy = tl.where(exists, dy, 0.0)
+            x = dt * u
+            now = before + x[None, :] * B[:, None]
+            full = g + dy[None, :] * C[:, None]
+            tl.store(dC_at + k * to_sums, tl.sum(now * dy[None, :], 1), mask=real & exists)
+            tl.store(dB_at + k * to_sums, tl.sum(full * x[None, :], 1), mask=real & exists)
+            along_B = tl.sum(full * B[:, None], 0)
+            q = full * before
+            along_A = tl.sum(q * A2, 0)
+            dA += q * dt[None, :]
+            # The decay once more: kept from above it would take 16 K registers that are not there.
+            g = full * tl.exp2((dt + zero)[None, :] * A2)
+            du = dy * D + along_B * dt
+            ddelta = (along_B * u + along_A * LN2) * slopes[k]
+            dD += dy * u
+            dbias += ddelta
+            du, ddelta = du.to(du_ptr.dtype.element_ty), ddelta.to(ddelta_ptr.dtype.element_ty)
+            tl.store(du_at + k * to_next, du, mask=here & exists)
+            tl.store(ddelta_at + k * to_next, ddelta, mask=here & exists)
+        left += K
+        if group == 0:
+            states_at -= N * d
+        u_at -= K * to_u
+        delta_at -= K * to_delta
+        B_at -= K * to_B
+        C_at -= K * to_C
+        z_at -= K * to_z
+        dout_at -= K * to_next
+        sum_at -= K * to_next
+        dz_at -= K * to_next
+        du_at -= K * to_next
+        ddelta_at -= K * to_next
+        dB_at -= K * to_sums
+        dC_at -= K * to_sums
+    at = (row * parts + part) * N * d + tile
+    tl.store(dA_ptr + at, dA, mask=tile_mask)
+    tl.store(dstart_ptr + at, g, mask=tile_mask)
+    at = (row * parts + part) * d + channel
+    tl.store(dD_ptr + at, dD, mask=here)
+    tl.store(dbias_ptr + at, dbias, mask=here)
