@@ -103,6 +103,10 @@ def register_gradient(forward: Any, backward: Any, name: str) -> None:
     backward.register_autograd(refuse)
 
 
-def channels_together(m: Tensor | None) -> Tensor | None:
+def channels_together(m: Any) -> Any:
     """m as it comes if its last axis has stride 1, as in one half of a projection's output."""
     return m if m is None or m.stride(-1) == 1 else m.contiguous()
+
+
+def contiguous(m: Any) -> Any:
+    return None if m is None else m.contiguous()

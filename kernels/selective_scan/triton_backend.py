@@ -23,17 +23,17 @@ from torch import Tensor
 from vim_ssl.kernels.selective_scan import triton_kernels
 from vim_ssl.kernels.selective_scan.fused import (
     channels_together,
+    contiguous,
     gradient_wanted,
     public_scans,
     register_gradient,
 )
 
 LANES = 32
-GROUP = 4  # tokens whose states the backward kernel holds in registers at a time
 EVERY = int(os.environ.get("VIM_SSL_SCAN_STATES", 8))  # tokens between saved states
-if EVERY < GROUP or EVERY % GROUP:
-    raise ValueError(f"VIM_SSL_SCAN_STATES is {EVERY}; expected a multiple of {GROUP}.")
-WARPS = 12  # a multiprocessor should have to work on; with fewer, tokens are cut into segments
+if EVERY < 4 or EVERY % 4:
+    raise ValueError(f"VIM_SSL_SCAN_STATES is {EVERY}; expected a multiple of 4.")
+WARPS = 11  # a multiprocessor should have to work on; with fewer, tokens are cut into segments
 SHORTEST = 64  # tokens of a segment, at least
 
 
@@ -41,9 +41,7 @@ def _scan(u, delta, A, B, C, D, z, bias, h0, softplus, reverse, scale) -> tuple[
     A, D, bias, h0 = (None if m is None else m.float() for m in (A, D, bias, h0))
     u, delta, B, C, z = map(_narrow, (u, delta, B, C, z))
     tensors = (u, delta, A, B, C, D, z, bias, h0)
-    out, last, *_ = scan_forward(
-        *tensors, softplus, reverse, scale, gradient_wanted(tensors)
-    )
+    out, last, *_ = scan_forward(*tensors, softplus, reverse, scale, gradient_wanted(tensors))
     return out, last
 
 
@@ -70,6 +68,11 @@ def channels_per_lane(warps: int, n: int, device: torch.device) -> int:
     return 2 if n <= 16 and warps >= 2 * WARPS * _multiprocessors(device) else 1
 
 
+def group_length(tile: int) -> int:
+    """Tokens whose states (tile, 32) the backward kernel holds in registers at a time."""
+    return {32: 2, 64: 1}.get(tile, 4)
+
+
 def segment_length(warps: int, length: int, device: torch.device) -> int:
     """Tokens of a segment, a multiple of `EVERY`, given how many warps one segment makes."""
     wanted = -(-WARPS * _multiprocessors(device) // max(warps, 1))
@@ -94,24 +97,28 @@ def scan_forward(
     if out.numel() == 0:  # nothing to launch
         return out, last.zero_() if h0 is None else last.copy_(h0), y_sum, states
     u, delta, B, C, z = map(channels_together, (u, delta, B, C, z))
-    A, D, bias = _contiguous(A), _contiguous(D), _contiguous(bias)
+    A, D, bias = contiguous(A), contiguous(D), contiguous(bias)
     warps = s * b * -(-d // LANES)
     segment = segment_length(warps, l, u.device)
     per_lane = channels_per_lane(warps, n, u.device)
-    start = _carried(u, delta, A, B, z, bias, h0, softplus, reverse, scale, segment, adjoint=False)
-    pairs = u.new_empty((s, b, l, n), dtype=torch.int64)
-    triton_kernels.pack_kernel[(-(-pairs.numel() // 1024),)](
-        B, C, pairs.view(torch.float32), b, l, pairs.numel(), *_strides(B), *_strides(C),
-        N=n, BLOCK=1024,
-    )  # fmt: skip
-    keep_sum = y_sum.numel() > 0
-    triton_kernels.forward_kernel[(b * -(-d // (LANES * per_lane)), -(-l // segment))](
-        u, delta, A, pairs, D, z, bias, start, out, y_sum if keep_sum else out, last, states,
-        b, l, d, segment, scale, int(reverse), *_strides(u), *_strides(delta), *_strides(z)[1:],
-        S=s, N=n, C=per_lane, EVERY=EVERY, SOFTPLUS=softplus, HAS_D=D is not None,
-        HAS_Z=z is not None, HAS_BIAS=bias is not None, HAS_START=start is not None, SAVE=save,
-        KEEP_SUM=keep_sum, num_warps=s,
-    )  # fmt: skip
+    with torch.cuda.device_of(u):
+        start = _carried(
+            u, delta, A, B, z, bias, h0, softplus, reverse, scale, segment, adjoint=False
+        )
+        pairs = u.new_empty((s, b, l, n), dtype=torch.int64)
+        triton_kernels.pack_kernel[(-(-pairs.numel() // 1024),)](
+            B, C, pairs.view(torch.float32), b, l, pairs.numel(), *_strides(B), *_strides(C),
+            N=n, BLOCK=1024,
+        )  # fmt: skip
+        keep_sum = y_sum.numel() > 0
+        triton_kernels.forward_kernel[(b * -(-d // (LANES * per_lane)), -(-l // segment))](
+            u, delta, A, pairs, *_given(u, D, z, bias, start),
+            out, y_sum if keep_sum else out, last, states,
+            b, l, d, segment, scale, int(reverse), *_strides(u), *_strides(delta), *_strides(z)[1:],
+            S=s, N=n, C=per_lane, EVERY=EVERY, SOFTPLUS=softplus, HAS_D=D is not None,
+            HAS_Z=z is not None, HAS_BIAS=bias is not None, HAS_START=start is not None, SAVE=save,
+            KEEP_SUM=keep_sum, num_warps=s,
+        )  # fmt: skip
     return out, last, y_sum, states
 
 
@@ -141,13 +148,13 @@ def _carried(w, delta, A, V, z, bias, start, softplus, reverse, scale, segment, 
     ends = A.new_empty(s, b, parts, n, d)
     sums = A.new_empty(s, b, parts, d)
     triton_kernels.carry_kernel[(b * -(-d // LANES), parts)](
-        w, delta, A, V, z, bias, ends, sums, b, l, d, segment, scale, int(reverse),
+        w, delta, A, V, *_given(w, z, bias), ends, sums, b, l, d, segment, scale, int(reverse),
         *_strides(w), *_strides(delta), *_strides(V), *_strides(z)[1:],
         S=s, N=n, C=1, SOFTPLUS=softplus, HAS_Z=z is not None, HAS_BIAS=bias is not None,
         ADJOINT=adjoint, num_warps=s,
     )  # fmt: skip
     triton_kernels.join_kernel[(-(-d // LANES), b, s)](
-        ends, sums, A, start, b, d, parts, int(reverse),
+        ends, sums, A, *_given(A, start), b, d, parts, int(reverse),
         N=n, HAS_START=start is not None, ADJOINT=adjoint, num_warps=1,
     )  # fmt: skip
     return ends
@@ -173,26 +180,28 @@ def scan_backward(
         dh0 = A.new_zeros(s, b, d, n) if dlast is None else dlast.clone()
         return du, ddelta, dA, dB.to(B.dtype), dC.to(C.dtype), dD, dz, dbias, dh0
     u, delta, B, C, z = map(channels_together, (u, delta, B, C, z))
-    dout, A, D, bias = (_contiguous(m) for m in (dout, A, D, bias))
+    dout, A, D, bias = (contiguous(m) for m in (dout, A, D, bias))
     blocks = -(-d // LANES)
     segment = segment_length(s * b * blocks, l, u.device)
     parts = -(-l // segment)
     shared = dout.expand(s, b, l, d)  # both directions get the same
-    carry = _carried(shared, delta, A, C, z, bias, dlast, softplus, reverse, scale, segment,
-                     adjoint=True)  # fmt: skip
+    with torch.cuda.device_of(u):
+        carry = _carried(shared, delta, A, C, z, bias, dlast, softplus, reverse, scale, segment,
+                         adjoint=True)  # fmt: skip
     tile = triton.next_power_of_2(n)
     dA = A.new_empty(s, b, parts, n, d)
     dstart = torch.empty_like(dA)
     dD, dbias = A.new_empty(s, b, parts, d), A.new_empty(s, b, parts, d)
     dB, dC = A.new_empty(s, b, l, blocks, n), A.new_empty(s, b, l, blocks, n)
-    triton_kernels.backward_kernel[(b * blocks, parts, s)](
-        dout, u, delta, A.mT.contiguous(), B, C, D, z, bias, y_sum, states, carry,
-        du, ddelta, dA, dB, dC, dD, dz, dbias, dstart,
-        b, l, d, segment, scale, 0.0, int(reverse),
-        *_strides(u), *_strides(delta), *_strides(B), *_strides(C), *_strides(z)[1:],
-        N=n, TILE=tile, K=GROUP, EVERY=EVERY, SOFTPLUS=softplus, HAS_D=D is not None,
-        HAS_Z=z is not None, HAS_BIAS=bias is not None, HAS_CARRY=carry is not None, num_warps=1,
-    )  # fmt: skip
+    with torch.cuda.device_of(u):
+        triton_kernels.backward_kernel[(b * blocks, parts, s)](
+            dout, u, delta, A.mT.contiguous(), B, C, *_given(u, D, z, bias), y_sum, states,
+            *_given(u, carry), du, ddelta, dA, dB, dC, dD, dz, dbias, dstart,
+            b, l, d, segment, scale, 0.0, int(reverse),
+            *_strides(u), *_strides(delta), *_strides(B), *_strides(C), *_strides(z)[1:],
+            N=n, TILE=tile, K=group_length(tile), EVERY=EVERY, SOFTPLUS=softplus, HAS_D=D is not None,
+            HAS_Z=z is not None, HAS_BIAS=bias is not None, HAS_CARRY=carry is not None, num_warps=1,
+        )  # fmt: skip
     rows = [part if (k == 1 or reverse) else 0 for k, part in enumerate([parts - 1] * s)]
     dh0 = torch.stack([dstart[k, :, row].mT for k, row in enumerate(rows)])
     return (
@@ -216,12 +225,14 @@ register_gradient(scan_forward, scan_backward, "Triton")
 # --- tensors for the kernels -----------------------------------------------------------------
 
 
-def _contiguous(m: Tensor | None) -> Tensor | None:
-    return None if m is None else m.contiguous()
+def _given(stand_in: Tensor, *tensors: Tensor | None) -> list[Tensor]:
+    """`stand_in` for each that is missing: its address is computed with, and never read."""
+    return [stand_in if m is None else m for m in tensors]
 
 
 def _strides(m: Tensor | None) -> tuple[int, int, int]:
     """Of directions, images and tokens; z has no directions."""
     if m is None:
         return 0, 0, 0
-    return (0, *m.stride()[:2]) if m.dim() == 3 else tuple(m.stride()[:3])
+    s, b, l = (0, *m.stride()[:2]) if m.dim() == 3 else m.stride()[:3]
+    return s, b, l

@@ -1,17 +1,18 @@
 """The scan's Triton kernels. `triton_backend.py` launches them; this is what runs on the GPU.
 
 Forward. A program owns `32 C` channels of one image and walks its tokens in both directions at
-once: tiles are (S, 32), one warp a direction, one lane `C` channels, and the state of a lane is a
-tuple of `C N` registers. The two warps meet in the middle. Up to there each leaves its sums in
-memory; beyond, each finds the other's sum at every token, adds, gates, and writes the output. So
-nothing is flipped, the gate is computed once, and one barrier is all they exchange. B and C come
-packed as pairs of float32, one 8-byte load a state, the same address for all lanes.
+once: one warp a direction, one lane `C` channels, so tiles are (32 S,) with one element a thread,
+and the state of a lane is a tuple of `C N` tiles: registers. The two warps meet in the middle. Up
+to there each leaves its sums in memory; beyond, each finds the other's sum at every token, adds,
+gates, and writes the output. So nothing is flipped, the gate is computed once, and one barrier is
+all they exchange. B and C come packed as pairs of float32, one 8-byte load a state, the same
+address for all lanes.
 
-Backward. A program owns 32 channels of one image in one direction; tiles are (N, 32), one warp.
-It goes from the last token to the first in groups of `K`. For each it runs from the last saved state
+Backward. A program owns 32 channels of one image in one direction; tiles are (N, 32), one warp. It
+goes from the last token to the first in groups of `K`. For each it runs from the last saved state
 (one every `EVERY` tokens) to the group, through it with its states in registers, and back by the
-adjoint recurrence. dB and dC are sums over channels: every program writes its own part, which torch
-adds up in a fixed order. No atomics anywhere, so results repeat bit for bit.
+adjoint recurrence. dB and dC are sums over channels: every program writes its own part, which
+torch adds up in a fixed order. No atomics anywhere, so results repeat bit for bit.
 
 Segments. With few images the tokens are cut into segments that run side by side. `carry_kernel`
 finds each segment's end state from a zero start and the sum of its steps; `join_kernel` walks the
@@ -187,9 +188,10 @@ def forward_kernel(
     blocks = tl.cdiv(d, LANES * C)
     b = (tl.program_id(0) // blocks).to(tl.int64)
     part, parts = tl.program_id(1), tl.num_programs(1)
-    s = tl.arange(0, S)[:, None]
+    thread = tl.arange(0, S * LANES)
+    s = thread // LANES
     s64 = s.to(tl.int64)
-    channel = (tl.program_id(0) % blocks) * (LANES * C) + tl.arange(0, LANES)[None, :] + 0 * s
+    channel = (tl.program_id(0) % blocks) * (LANES * C) + thread % LANES
     first_token = part * segment
     count = tl.minimum(segment, length - first_token)
     ahead = s + reverse == 0  # which rows read first to last
@@ -198,7 +200,7 @@ def forward_kernel(
 
     u_at = u_ptr + s64 * u_s + b * u_b + token * u_l + channel
     delta_at = delta_ptr + s64 * delta_s + b * delta_b + token * delta_l + channel
-    bc_at = bc_ptr + ((s64 * batch + b) * length + token) * N + 0 * channel
+    bc_at = bc_ptr + ((s64 * batch + b) * length + token) * N
     z_at = z_ptr + b * z_b + token * z_l + channel
     place = (b * length + token) * d + channel
     A2 = _load_A2(A_ptr, s, d, channel, C, N)
@@ -212,9 +214,7 @@ def forward_kernel(
         for _ in tl.static_range(N * C):
             h = h + (tl.zeros(channel.shape, tl.float32),)
     checkpoints = tl.cdiv(length, EVERY)
-    states_at = (
-        states_ptr + (row * checkpoints + part * (segment // EVERY)) * N * d + channel
-    )
+    states_at = states_ptr + (row * checkpoints + part * (segment // EVERY)) * N * d + channel
 
     u = _load(u_at, channel, d, C, channel >= 0)
     v = _load(delta_at, channel, d, C, channel >= 0)
@@ -233,7 +233,9 @@ def forward_kernel(
                 _store_state(states_at, h, d, channel, C, N)
                 states_at += N * d
         h, y = _advance(h, A2, u, v, D, bias, bc_at, C, N, SOFTPLUS)
-        own = (0 * s + 2 * i + 1 != count) | (s == 1)  # of the token in the middle row 0 keeps its sum
+        own = (0 * s + 2 * i + 1 != count) | (
+            s == 1
+        )  # of the token in the middle row 0 keeps its sum
         _store(sum_ptr + place, y, channel, d, C, own)
         u, v = u_next, v_next
         bc_at += step * N
@@ -303,9 +305,10 @@ def carry_kernel(
     blocks = tl.cdiv(d, LANES * C)
     b = (tl.program_id(0) // blocks).to(tl.int64)
     part, parts = tl.program_id(1), tl.num_programs(1)
-    s = tl.arange(0, S)[:, None]
+    thread = tl.arange(0, S * LANES)
+    s = thread // LANES
     s64 = s.to(tl.int64)
-    channel = (tl.program_id(0) % blocks) * (LANES * C) + tl.arange(0, LANES)[None, :] + 0 * s
+    channel = (tl.program_id(0) % blocks) * (LANES * C) + thread % LANES
     first_token = part * segment
     count = tl.minimum(segment, length - first_token)
     ahead = s + reverse == 0
@@ -315,7 +318,7 @@ def carry_kernel(
     token = tl.where(ahead, first_token, first_token + count - 1).to(tl.int64)
     w_at = w_ptr + s64 * w_s + b * w_b + token * w_l + channel
     delta_at = delta_ptr + s64 * delta_s + b * delta_b + token * delta_l + channel
-    V_at = V_ptr + s64 * V_s + b * V_b + token * V_l + 0 * channel
+    V_at = V_ptr + s64 * V_s + b * V_b + token * V_l
     z_at = z_ptr + b * z_b + token * z_l + channel
     A2 = _load_A2(A_ptr, s, d, channel, C, N)
     bias = _vector(bias_ptr, s, d, channel, C, HAS_BIAS)
@@ -465,7 +468,13 @@ def backward_kernel(
     du_at, ddelta_at = du_ptr + double, ddelta_ptr + double
     sums = ((row * length + token) * blocks + block) * N + state
     dB_at, dC_at = dB_ptr + sums, dC_ptr + sums
-    to_u, to_delta, to_B, to_C, to_z = step * u_l, step * delta_l, step * B_l, step * C_l, step * z_l
+    to_u, to_delta, to_B, to_C, to_z = (
+        step * u_l,
+        step * delta_l,
+        step * B_l,
+        step * C_l,
+        step * z_l,
+    )
     to_next, to_sums = step * d, step * blocks * N
     before_first = row * tl.cdiv(length, EVERY) + part * (segment // EVERY)
     states_at = states_ptr + (before_first + checkpoints - 1) * N * d + tile

@@ -1,0 +1,133 @@
+"""What the Triton scan costs an H100 or H200, counted without one.
+
+    python benchmarks/sm90.py            # a table, or --json
+
+Compiles the kernels for sm_90 with the ptxas that Triton brings, and counts the instructions of
+their loops: registers a thread, bytes of spilled registers, and instructions issued for one step of
+one state of 32 channels ("an element": what the floors of benchmarks/README.md are counted in). A
+special-function instruction takes 8 of a scheduler's cycles, any other one. Nothing is run.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported: these must be compiled
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from vim_ssl.kernels.selective_scan import triton_kernels
+
+N, EVERY, GROUP = 16, 8, 4
+FLAGS = {"SOFTPLUS": True, "HAS_D": True, "HAS_Z": True, "HAS_BIAS": True}
+BFLOAT16 = ("u", "delta", "z", "out", "sum", "dout", "B", "C", "du", "ddelta", "dz")
+ALIGNED = re.compile(r"d|\w+_ptr|(u|delta|B|C|z)_[sbl]")  # multiples of 16
+
+
+def compile_kernel(function, constants: dict, num_warps: int) -> dict:
+    """Registers, spilled bytes, and the instructions of each loop, innermost first where nested."""
+    signature, attributes = {}, {}
+    for i, name in enumerate(function.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        signature[name] = _type(name)
+        if ALIGNED.fullmatch(name):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    places = {(function.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(fn=function, signature=signature, constexprs=places, attrs=attributes)
+    options = {"num_warps": num_warps}
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = _run(tools / "cuobjdump", "-res-usage", cubin)
+        listing = _run(tools / "nvdisasm", "-c", cubin)
+    registers, stack = re.findall(r"REG:(\d+).*?STACK:(\d+)", usage)[0]
+    return {"registers": int(registers), "spilled": int(stack), "loops": _loops(listing)}
+
+
+def _type(name: str) -> str:
+    if name in ("scale", "zero"):
+        return "fp32"
+    if name == "bc_ptr":
+        return "*i64"
+    if name.endswith("_ptr"):
+        return "*bf16" if name.removesuffix("_ptr") in BFLOAT16 else "*fp32"
+    return "i32"
+
+
+def _run(*command) -> str:
+    return subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, check=True
+    ).stdout
+
+
+def _loops(listing: str) -> list[int]:
+    """Instructions between the target of each backward branch and the branch."""
+    labels: dict[str, int] = {}
+    instructions: list[str] = []
+    for line in listing.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(instructions)
+        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            instructions.append(instruction[1])
+    loops = []
+    for end, instruction in enumerate(instructions):
+        target = re.search(r"BRA.*?`\((\.L_x_\d+)\)", instruction)
+        start = labels.get(target[1], end) if target else end
+        if start < end - 8:  # less is the trap behind the kernel's end
+            loops.append(end + 1 - start)
+    return loops
+
+
+def forward(channels: int) -> dict:
+    """One scan for inference; ``channels`` a lane."""
+    constants = FLAGS | {"S": 2, "N": N, "C": channels, "EVERY": EVERY, "HAS_START": False,
+                         "SAVE": False, "KEEP_SUM": False}  # fmt: skip
+    found = compile_kernel(triton_kernels.forward_kernel, constants, num_warps=2)
+    until_middle, beyond = found.pop("loops")
+    return found | {"per_element": (until_middle + beyond) / 2 / (N * channels)}
+
+
+def backward() -> dict:
+    """Half of the tokens, on average, are run through once more to get from a saved state."""
+    constants = FLAGS | {"N": N, "TILE": N, "K": GROUP, "EVERY": EVERY, "HAS_CARRY": False}
+    found = compile_kernel(triton_kernels.backward_kernel, constants, num_warps=1)
+    to_group, whole = found.pop("loops")
+    again = sum(range(EVERY // GROUP)) * GROUP / EVERY  # of the tokens
+    return found | {"per_element": (whole - to_group) / (N * GROUP) + again * to_group / N}
+
+
+KERNELS = {
+    "forward, 2 channels a lane": lambda: forward(2),
+    "forward, 1 channel a lane": lambda: forward(1),
+    "backward": backward,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="for a program to read")
+    args = parser.parse_args()
+    rows = {name: count() for name, count in KERNELS.items()}
+    if args.json:
+        print(json.dumps({"triton": triton.__version__, "kernels": rows}))
+        return 0
+    print(f"Triton {triton.__version__}, sm_90, bfloat16, d_state {N}")
+    for name, row in rows.items():
+        print(f"{name:28} {row['registers']:4} registers {row['spilled']:4} bytes spilled "
+              f"{row['per_element']:6.2f} instructions an element")  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

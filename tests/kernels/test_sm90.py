@@ -1,0 +1,41 @@
+"""What the Triton scan compiles to for an H100, counted without one (`benchmarks/sm90.py`).
+
+A kernel that spills, or issues more than it did, is slower on a GPU than the one that was measured
+there; nothing else would show it on a machine without.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).parents[2]
+
+# Triton's version -> kernel -> registers, bytes spilled, instructions an element, at most.
+BOUNDS = {
+    "3.6": {"forward, 2 channels a lane": (128, 0, 10.6), "forward, 1 channel a lane": (96, 16, 12.5),
+            "backward": (255, 144, 42)},
+    "3.8": {"forward, 2 channels a lane": (128, 0, 10.6), "forward, 1 channel a lane": (96, 16, 12.5),
+            "backward": (255, 144, 42)},
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_registers_spills_and_instructions_stay_within_what_was_recorded():
+    script = [sys.executable, str(ROOT / "benchmarks" / "sm90.py"), "--json"]
+    done = subprocess.run(script, env=os.environ | {"PYTHONPATH": str(ROOT)},
+                          capture_output=True, text=True, timeout=600)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    version = ".".join(found["triton"].split(".")[:2])
+    if version not in BOUNDS:
+        pytest.skip(f"compiled; no bounds were recorded for Triton {version}")
+    for name, (registers, spilled, per_element) in BOUNDS[version].items():
+        row = found["kernels"][name]
+        assert row["registers"] <= registers, name
+        assert row["spilled"] <= spilled, name
+        assert row["per_element"] <= per_element, name
