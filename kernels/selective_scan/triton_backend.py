@@ -114,10 +114,11 @@ def scan_forward(
         triton_kernels.forward_kernel[(b * -(-d // (LANES * per_lane)), -(-l // segment))](
             u, delta, A, pairs, *_given(u, D, z, bias, start),
             out, y_sum if keep_sum else out, last, states,
-            b, l, d, segment, scale, int(reverse), *_strides(u), *_strides(delta), *_strides(z)[1:],
-            S=s, N=n, C=per_lane, EVERY=EVERY, SOFTPLUS=softplus, HAS_D=D is not None,
-            HAS_Z=z is not None, HAS_BIAS=bias is not None, HAS_START=start is not None, SAVE=save,
-            KEEP_SUM=keep_sum, num_warps=s,
+            b, l, d, segment, scale, int(reverse),
+            *_strides(u), *_strides(delta), *_strides(z)[1:],
+            S=s, N=n, C=per_lane, EVERY=EVERY, SOFTPLUS=softplus,
+            HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=bias is not None,
+            HAS_START=start is not None, SAVE=save, KEEP_SUM=keep_sum, num_warps=s,
         )  # fmt: skip
     return out, last, y_sum, states
 
@@ -199,8 +200,9 @@ def scan_backward(
             *_given(u, carry), du, ddelta, dA, dB, dC, dD, dz, dbias, dstart,
             b, l, d, segment, scale, 0.0, int(reverse),
             *_strides(u), *_strides(delta), *_strides(B), *_strides(C), *_strides(z)[1:],
-            N=n, TILE=tile, K=group_length(tile), EVERY=EVERY, SOFTPLUS=softplus, HAS_D=D is not None,
-            HAS_Z=z is not None, HAS_BIAS=bias is not None, HAS_CARRY=carry is not None, num_warps=1,
+            N=n, TILE=tile, K=group_length(tile), EVERY=EVERY, SOFTPLUS=softplus,
+            HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=bias is not None,
+            HAS_CARRY=carry is not None, num_warps=1,
         )  # fmt: skip
     rows = [part if (k == 1 or reverse) else 0 for k, part in enumerate([parts - 1] * s)]
     dh0 = torch.stack([dstart[k, :, row].mT for k, row in enumerate(rows)])

@@ -464,7 +464,8 @@ def test_the_environment_overrides_auto_but_not_a_name(monkeypatch):
     ("backend", "message"),
     [("fast", r"Unknown backend 'fast'; choose one of auto, reference"), ("triton", "cuda")],
 )
-def test_a_backend_by_name_runs_or_raises(backend, message):
+def test_a_backend_by_name_runs_or_raises(backend, message, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match=message):
         bi_selective_scan(**two_way_inputs(1, 2, 2, 2), backend=backend)
 

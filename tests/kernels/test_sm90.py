@@ -16,12 +16,12 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
 
 # Triton's version -> kernel -> registers, bytes spilled, instructions an element, at most.
-BOUNDS = {
-    "3.6": {"forward, 2 channels a lane": (128, 0, 10.6), "forward, 1 channel a lane": (96, 16, 12.5),
-            "backward": (255, 144, 42)},
-    "3.8": {"forward, 2 channels a lane": (128, 0, 10.6), "forward, 1 channel a lane": (96, 16, 12.5),
-            "backward": (255, 144, 42)},
-}  # fmt: skip
+SAME = {
+    "forward, 2 channels a lane": (128, 0, 10.6),
+    "forward, 1 channel a lane": (96, 16, 12.5),
+    "backward": (255, 144, 42),
+}
+BOUNDS = {"3.6": SAME, "3.8": SAME}
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from scan_helpers import (
     run_scan,
     two_way_inputs,
 )
-from triton_device import DEVICE, interpreted  # noqa: F401 (a fixture)
+from triton_device import DEVICE, rounded  # noqa: F401 (a fixture)
 
 from vim_ssl.kernels.selective_scan import bi_selective_scan, selective_scan
 from vim_ssl.kernels.selective_scan import triton_backend as backend

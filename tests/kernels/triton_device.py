@@ -1,23 +1,16 @@
-"""Where Triton kernels are tested: on a GPU if there is one, else in Triton's interpreter.
-
-Import this before anything that imports triton.
-"""
-
-import os
+"""Where Triton kernels are tested: on a GPU if there is one, else in Triton's interpreter."""
 
 import numpy as np
 import pytest
 import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 pytest.importorskip("triton")
 
 
 @pytest.fixture(autouse=True)
-def interpreted(monkeypatch):
-    """Interpret on a CPU, and round to bfloat16 as hardware does: the interpreter truncates."""
+def rounded(monkeypatch):
+    """Round to bfloat16 as hardware does: the interpreter truncates."""
     if DEVICE == "cuda":
         return
     import triton.language as tl
@@ -32,4 +25,3 @@ def interpreted(monkeypatch):
         return rounded.view(torch.int16).numpy().view(np.uint16)
 
     monkeypatch.setattr(interpreter, "_convert_float", rounding)
-    monkeypatch.setenv("TRITON_INTERPRET", "1")  # other files rely on its absence
