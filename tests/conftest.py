@@ -22,8 +22,8 @@ for _name in [name for name in os.environ if name.lower().endswith("_proxy")]:
 
 import torch  # noqa: E402
 
+# Triton reads this when it is imported, which timm does: its kernels are interpreted without a GPU.
 if not torch.cuda.is_available():
-    # Triton's kernels run in its interpreter then; it wants to know before triton is imported.
     os.environ["TRITON_INTERPRET"] = "1"
 
 

@@ -1,12 +1,8 @@
 """The short depthwise convolution before the scan, in each direction's own causal sense."""
 
-from typing import Any
-
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from vim_ssl.kernels.selective_scan.dispatch import choose_backend
+from vim_ssl.kernels.implementations import implementation
 
 
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool = False) -> Tensor:
@@ -16,11 +12,10 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool = False
         x: (b, l, d), channel-last.
         weight: (d, k); the last tap meets the token itself.  bias: (d,).
     Returns: (b, l, d) in x's dtype.
+    Raises: ValueError for shapes that do not fit.
     Reference: Mamba, arXiv:2312.00752, figure 3; Vim runs the second one on the flipped sequence.
     """
-    if _compiled(x.device.type, x.dtype):
-        return _numba.conv_silu(x, weight[None], bias[None], reverse)[0]
-    return _plain(x, weight, bias, reverse)
+    return _conv_silu(x, weight[None], bias[None], reverse)[0]
 
 
 def bi_causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -28,32 +23,15 @@ def bi_causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
     Returns: (2, b, l, d), index 0 looking back, index 1 looking ahead.
     """
-    if _compiled(x.device.type, x.dtype):
-        return _numba.conv_silu(x, weight, bias)
-    return torch.stack([_plain(x, weight[s], bias[s], reverse=s == 1) for s in (0, 1)])
+    return _conv_silu(x, weight, bias, reverse=False)
 
 
-def _plain(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
-    """By torch's convolution: any device, any dtype."""
-    k = weight.shape[-1]
-    if reverse:
-        weight = weight.flip(-1)
-    y = F.conv1d(F.pad(x.mT, (0, k - 1) if reverse else (k - 1, 0)), weight[:, None], bias,
-                 groups=x.shape[-1])  # fmt: skip
-    return F.silu(y.mT)
-
-
-@torch.compiler.assume_constant_result  # torch.compile cannot trace an import; it asks once
-def _compiled(device: str, dtype: torch.dtype) -> bool:
-    """Whether the numba kernel runs: where the scan's does, except for float64."""
-    global _numba
-    if dtype == torch.float64 or choose_backend("auto", device) != "numba":
-        return False
-    if _numba is None:
-        from vim_ssl.kernels.causal_conv1d import numba_backend
-
-        _numba = numba_backend
-    return True
-
-
-_numba: Any = None  # the module, imported at its first use
+def _conv_silu(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
+    d = x.shape[-1]
+    if x.dim() != 3 or weight.dim() != 3 or weight.shape[1] != d or bias.shape != weight.shape[:2]:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}, weight {tuple(weight.shape)} and bias "
+            f"{tuple(bias.shape)}; expected (b, l, d), (directions, d, k) and (directions, d)."
+        )
+    module = implementation(__name__, ("numba", "triton"), x, weight, bias)
+    return module.conv_silu(x, weight, bias, reverse)

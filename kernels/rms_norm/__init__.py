@@ -1,7 +1,8 @@
 """Residual addition and RMSNorm, which every block begins with."""
 
-import torch
 from torch import Tensor
+
+from vim_ssl.kernels.implementations import implementation
 
 
 def add_rms_norm(
@@ -12,9 +13,14 @@ def add_rms_norm(
     Args:
         hidden: (b, l, d).  residual: same shape, or None at the first block.  weight: (d,).
     Returns: (normed in hidden's dtype, the new residual in float32 or wider).
+    Raises: ValueError for shapes that do not fit.
     Reference: RMSNorm, arXiv:1910.07467.
     """
-    residual_dtype = torch.promote_types(hidden.dtype, torch.float32)
-    residual = hidden.to(residual_dtype) if residual is None else residual + hidden
-    scale = torch.rsqrt(residual.square().mean(-1, keepdim=True) + eps)
-    return (residual * scale * weight).to(hidden.dtype), residual
+    if residual is not None and residual.shape != hidden.shape:
+        raise ValueError(
+            f"residual has shape {tuple(residual.shape)}; expected {tuple(hidden.shape)} as hidden."
+        )
+    if weight.shape != hidden.shape[-1:]:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; expected ({hidden.shape[-1]},).")
+    module = implementation(__name__, ("triton",), hidden, residual, weight)
+    return module.add_rms_norm(hidden, residual, weight, eps)
