@@ -100,7 +100,7 @@ def _weights(m: Tensor) -> Tensor:
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
     """Norm of the difference over norm of the expected tensor, both in float64."""
-    got, expected = got.double(), expected.double()
+    got, expected = got.detach().double(), expected.detach().double()
     return float((got - expected).norm() / expected.norm().clamp(min=1e-30))
 
 

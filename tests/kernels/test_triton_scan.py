@@ -3,6 +3,11 @@ which runs the same kernels on CPU tensors, slowly. So the sizes here are tiny a
 
 import pytest
 import torch
+
+pytest.importorskip("triton")
+
+from implementations import TRITON_DEVICE as DEVICE
+from implementations import poison_new_tensors
 from scan_helpers import (
     as_double,
     assert_close,
@@ -12,7 +17,6 @@ from scan_helpers import (
     run_scan,
     two_way_inputs,
 )
-from triton_device import DEVICE, rounded  # noqa: F401 (a fixture)
 
 from vim_ssl.kernels.selective_scan import bi_selective_scan, selective_scan
 from vim_ssl.kernels.selective_scan import triton_backend as backend
@@ -146,13 +150,7 @@ def test_strides_are_taken_as_they_come():
 @pytest.mark.usefixtures("segments")
 def test_every_output_is_written(monkeypatch):
     """What is allocated starts as NaN, so a place that no kernel writes shows."""
-    plain_empty = torch.Tensor.new_empty
-
-    def poisoned(self, *args, **options):
-        m = plain_empty(self, *args, **options)
-        return m.fill_(torch.nan) if m.is_floating_point() else m
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    poison_new_tensors(monkeypatch)
     for inputs in (two_way_inputs(1, 10, 2, 3), one_way_inputs(1, 10, 2, 3)):
         got = run(inputs, delta_softplus=True)
         assert all(m.isfinite().all() for m in got.values())

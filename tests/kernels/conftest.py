@@ -1,17 +1,16 @@
-"""Where Triton kernels are tested: on a GPU if there is one, else in Triton's interpreter."""
+"""What holds for every kernel test."""
+
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
 import torch
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytest.importorskip("triton")
-
 
 @pytest.fixture(autouse=True)
-def rounded(monkeypatch):
-    """Round to bfloat16 as hardware does: the interpreter truncates."""
-    if DEVICE == "cuda":
+def interpreter_that_rounds(monkeypatch):
+    """Triton's interpreter cuts bfloat16 off; a GPU rounds to nearest, and so it shall here."""
+    if find_spec("triton") is None:
         return
     import triton.language as tl
     from triton.runtime import interpreter
