@@ -584,10 +584,10 @@ def _convolve(length, k, ahead, x, w, bias, y):
     """y_t = bias + the taps, for every token."""
     x, w, bias, y = rows(x, length + 2 * (k - 1)), rows(w, k), row(bias), rows(y, length)
     for t in range(length):
-        y_t = y[t]
-        for e in range(LANES):
-            y_t[e] = bias[e]
-        for j in range(k):
+        y_t, w_0, x_0 = y[t], w[0], x[t + (2 * (k - 1) if ahead else 0)]
+        for e in range(LANES):  # a loop that only copies the bias would be turned into scalar moves
+            y_t[e] = bias[e] + w_0[e] * x_0[e]
+        for j in range(1, k):
             w_j, x_j = w[j], x[t + (2 * (k - 1) - j if ahead else j)]
             for e in range(LANES):
                 y_t[e] += w_j[e] * x_j[e]
