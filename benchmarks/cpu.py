@@ -100,13 +100,16 @@ def channels_first(m: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def time_scan(sketch: str | None, turns: int) -> list[Row]:
+    from vim_ssl.kernels.selective_scan import numba_backend  # noqa: F401 (registers the operator)
+
     m = scan_inputs()
+    first = channels_first(m)
     leaves = {name: v.clone().requires_grad_() for name, v in m.items()}
     dy = torch.randn_like(m["u"]).mT
 
     def forward(backend: str) -> Tensor:
         with torch.no_grad():
-            return selective_scan(**channels_first(m), delta_softplus=True, backend=backend)
+            return selective_scan(**first, delta_softplus=True, backend=backend)
 
     def backward_of(backend: str) -> Callable[[], object]:
         y = selective_scan(**channels_first(leaves), delta_softplus=True, backend=backend)
@@ -115,10 +118,16 @@ def time_scan(sketch: str | None, turns: int) -> list[Row]:
     forwards: dict[str, Callable[[], object]] = {
         name: partial(forward, name) for name in ("numba", "torch")
     }
+    lead = [m[name][None] for name in ("u", "delta", "A", "B", "C", "D")]
+    operator = partial(
+        torch.ops.vim_ssl.scan_forward, *lead, m["z"], m["delta_bias"][None], None,
+        True, False, 1.0, False,
+    )  # fmt: skip
+    forwards["numba's operator"] = torch.no_grad()(operator)  # without checks and transposes
     backwards = {name: backward_of(name) for name in ("numba", "torch")}
     if sketch:
         forwards["C++"], backwards["C++"] = sketched(sketch, m, forward("torch").mT)
-    ratios = [("torch", "numba"), ("numba", "C++")]
+    ratios = [("torch", "numba"), ("numba", "C++"), ("numba's operator", "C++")]
     conditions = "b {}, l {}, d {}, n {}, one direction, float32, 1 thread".format(*SCAN)
     return [
         *rows_of("scan forward", in_turns(forwards, turns), ratios, conditions),
