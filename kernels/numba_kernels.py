@@ -34,7 +34,7 @@ LANES = 64  # channels a kernel works on together; a multiple of every vector wi
 FLOAT = 4  # bytes
 ROW = LANES * FLOAT
 
-CHUNK = 16  # tokens between saved states; one chunk's states and decays stay in the L2 cache
+CHUNK = 32  # tokens between saved states; one chunk's states and decays stay in the L2 cache
 THRESHOLD = f32(20)  # from here on softplus(v) is v, as in torch
 
 # No 'reassoc': it would fold the rounding trick (x + ROUND) - ROUND into x.
@@ -305,7 +305,7 @@ def scan_forward_rows(n: int) -> int:
 
 @kernel
 def scan_forward(
-    u, delta, A, B, C, D, z, bias, h0, out, y_sum, last, states,
+    u, delta, A, B, C, D, z, bias, h0, out, last, states,
     directions, batch, length, d, n, z_b, z_l, softplus, reversed_first, scale,
     scratch, first, end,
 ):  # fmt: skip
@@ -315,7 +315,6 @@ def scan_forward(
         u, delta (s, b, l, d), A (s, d, n), B, C (s, b, l, n), D, bias (s, d), h0 (s, b, d, n),
         z (b, l, d) with strides z_b, z_l, 1.
         out (b, l, d): scale * sum over directions * silu(z).
-        y_sum: the same shape, the sum itself, which dz needs.
         last (s, b, d, n).  states (s, b, blocks, chunks, n, LANES): h before each chunk.
     Direction 0 reads last to first if `reversed_first`, direction 1 always does.
     """
@@ -325,7 +324,6 @@ def scan_forward(
                                  scratch + 3 * ROW, scratch + 4 * ROW)  # fmt: skip
     pads = scratch + 5 * ROW
     A2, h = scratch + 9 * ROW, scratch + (9 + n) * ROW
-    partial = y_sum if y_sum != 0 else out  # holds direction 0 until direction 1 is added
     for task in range(first, end):
         b, block = task // blocks, task % blocks
         e0 = block * LANES
@@ -352,10 +350,10 @@ def scan_forward(
 
                 here = ((b * length + t) * d + e0) * FLOAT
                 if s > 0:
-                    _add(*at((y, _read(partial + here, width, pads))))
-                if y_sum or not final:
-                    _write(y, width, partial + here)
-                if final:
+                    _add(*at((y, _read(out + here, width, pads))))
+                if not final:  # out holds direction 0 until direction 1 is added
+                    _write(y, width, out + here)
+                else:
                     target = out + here if width == LANES else pads + 2 * ROW
                     if z:
                         z_here = z + (b * z_b + t * z_l + e0) * FLOAT
@@ -368,6 +366,14 @@ def scan_forward(
 
 
 # --- scan: backward --------------------------------------------------------------------------
+
+
+@jit()
+def _skip(D, u, y):
+    """The skip connection: y = D u."""
+    D, u, y = row(D), row(u), row(y)
+    for e in range(LANES):
+        y[e] = D[e] * u[e]
 
 
 @jit()
@@ -412,17 +418,20 @@ def _gate_gradient(scale, dout, z, dy):
 
 
 @jit()
-def _z_gradient(scale, dout, z, y_sum, dz):
-    dout, z, y_sum, dz = row(dout), row(z), row(y_sum), row(dz)
+def _z_gradient(scale, dout, z, y, dz):
+    dout, z, y, dz = row(dout), row(z), row(y), row(dz)
     for e in range(LANES):
         s = sigmoid(z[e])
-        dz[e] = dout[e] * scale * y_sum[e] * (s * (ONE + z[e] * (ONE - s)))
+        dz[e] = dout[e] * scale * y[e] * (s * (ONE + z[e] * (ONE - s)))
 
 
 @jit(sums=True)
-def _retreat(n, dt, x, dy, B, C, A2, decay, decayed, g, A_sum, gB, qA, dB, dC):
-    """One token of the adjoint: g becomes a_t g_t; dB, dC over the channels, gB, qA over n."""
-    dt, x, dy, gB, qA = row(dt), row(x), row(dy), row(gB), row(qA)
+def _retreat(n, dt, x, dy, B, C, A2, decay, decayed, g, A_sum, y, gB, qA, dB, dC):
+    """One token of the adjoint: g becomes a_t g_t; dB, dC over the channels, gB, qA over n.
+
+    On the way C h is added to y again, which dz needs: it is cheaper than memory to keep it in.
+    """
+    dt, x, dy, y, gB, qA = row(dt), row(x), row(dy), row(y), row(gB), row(qA)
     B, C, dB, dC = floats(B, n), floats(C, n), floats(dB, n), floats(dC, n)
     A2, decay, decayed = rows(A2, n), rows(decay, n), rows(decayed, n)
     g, A_sum = rows(g, n), rows(A_sum, n)
@@ -435,8 +444,10 @@ def _retreat(n, dt, x, dy, B, C, A2, decay, decayed, g, A_sum, gB, qA, dB, dC):
         sum_b, sum_c = ZERO, ZERO
         for e in range(LANES):
             before = decayed_k[e]
+            h = before + x[e] * b
             full = g_k[e] + dy[e] * c
-            sum_c += dy[e] * (before + x[e] * b)
+            y[e] += h * c
+            sum_c += dy[e] * h
             sum_b += full * x[e]
             gB[e] += full * b
             q = full * before
@@ -462,12 +473,12 @@ def _finish(u, dt, slope, dy, D, gB, qA, du, ddelta, D_sum, bias_sum):
 
 def scan_backward_rows(n: int) -> int:
     """Scratch that one call of `scan_backward` works in."""
-    return 13 + 4 * n + CHUNK * (3 + 2 * n)
+    return 14 + 4 * n + CHUNK * (3 + 2 * n)
 
 
 @kernel
 def scan_backward(
-    dout, dlast, u, delta, A, B, C, D, z, bias, y_sum, states,
+    dout, dlast, u, delta, A, B, C, D, z, bias, states,
     du, ddelta, dA, dB, dC, dD, dz, dbias, dh0,
     directions, batch, length, d, n, z_b, z_l, softplus, reversed_first, scale,
     scratch, first, end,
@@ -480,11 +491,11 @@ def scan_backward(
     """
     scale = f32(scale)
     blocks, chunks = (d + LANES - 1) // LANES, (length + CHUNK - 1) // CHUNK
-    dy, gB, qA = scratch, scratch + ROW, scratch + 2 * ROW
+    dy, gB, qA, y = scratch, scratch + ROW, scratch + 2 * ROW, scratch + 13 * ROW
     D_row, bias_row, D_sum, bias_sum = (scratch + 3 * ROW, scratch + 4 * ROW,
                                         scratch + 5 * ROW, scratch + 6 * ROW)  # fmt: skip
     pads = scratch + 7 * ROW
-    A2 = scratch + 13 * ROW
+    A2 = scratch + 14 * ROW
     h, g, A_sum = A2 + n * ROW, A2 + 2 * n * ROW, A2 + 3 * n * ROW
     dts = A2 + 4 * n * ROW
     xs, slopes = dts + CHUNK * ROW, dts + 2 * CHUNK * ROW
@@ -526,21 +537,27 @@ def scan_backward(
                         z_here = z + (b * z_b + t * z_l + e0) * FLOAT
                         z_row = _read(z_here, width, pads + ROW)
                         _gate_gradient(scale, *at((dout_row, z_row, dy)))
-                        if s == 0:
-                            y_row = _read(y_sum + here, width, pads + 2 * ROW)
-                            target = dz + here if width == LANES else pads + 3 * ROW
-                            _z_gradient(scale, *at((dout_row, z_row, y_row, target)))
-                            _write(target, width, dz + here)
                     else:
+                        z_row = 0
                         _scale(scale, *at((dout_row, dy)))
                     token = sb * length + t
+                    u_row = _read(u + (token * d + e0) * FLOAT, width, pads + 2 * ROW)
+                    _skip(*at((D_row, u_row, y)))
                     bc, part = token * n * FLOAT, (token * blocks + block) * n * FLOAT
                     dt, slope, x = dts + j, slopes + j, xs + j
                     decay, decayed = decays + j * n, decayeds + j * n
                     _retreat(n, *at((dt, x, dy, B + bc, C + bc, A2, decay, decayed, g, A_sum,
-                                    gB, qA, dB + part, dC + part)))  # fmt: skip
+                                    y, gB, qA, dB + part, dC + part)))  # fmt: skip
+                    if z:
+                        if s > 0:  # dz holds direction 0's y until direction 1's is added
+                            _add(*at((y, _read(dz + here, width, pads + 3 * ROW))))
+                        if s == directions - 1:
+                            target = dz + here if width == LANES else pads + 3 * ROW
+                            _z_gradient(scale, *at((dout_row, z_row, y, target)))
+                            _write(target, width, dz + here)
+                        else:
+                            _write(y, width, dz + here)
                     here = (token * d + e0) * FLOAT
-                    u_row = _read(u + here, width, pads + ROW)
                     du_row = du + here if width == LANES else pads + 4 * ROW
                     ddelta_row = ddelta + here if width == LANES else pads + 5 * ROW
                     _finish(*at((u_row, dt, slope, dy, D_row, gB, qA, du_row, ddelta_row,
@@ -584,10 +601,10 @@ def _convolve(length, k, ahead, x, w, bias, y):
     """y_t = bias + the taps, for every token."""
     x, w, bias, y = rows(x, length + 2 * (k - 1)), rows(w, k), row(bias), rows(y, length)
     for t in range(length):
-        y_t = y[t]
-        for e in range(LANES):
-            y_t[e] = bias[e]
-        for j in range(k):
+        y_t, w_0, x_0 = y[t], w[0], x[t + (2 * (k - 1) if ahead else 0)]
+        for e in range(LANES):  # a loop that only copies the bias would be turned into scalar moves
+            y_t[e] = bias[e] + w_0[e] * x_0[e]
+        for j in range(1, k):
             w_j, x_j = w[j], x[t + (2 * (k - 1) - j if ahead else j)]
             for e in range(LANES):
                 y_t[e] += w_j[e] * x_j[e]

@@ -128,13 +128,16 @@ class VimMixer(nn.Module):
 
     def _scan_both(self, x: Tensor, z: Tensor | None) -> Tensor:
         u = bi_causal_conv1d(
-            x, self._pair("conv1d.weight").squeeze(2), self._pair("conv1d.bias")
+            x, self._pair("conv1d", "weight").squeeze(2), self._pair("conv1d", "bias")
         )  # (2, b, l, d)
-        dt, B, C = self._split(torch.einsum("sbld,sed->sble", u, self._pair("x_proj.weight")))
-        delta = torch.einsum("sblr,sdr->sbld", dt, self._pair("dt_proj.weight"))
+        tokens = u.flatten(1, 2)  # plain batched products, which einsum wraps in copies
+        dt, B, C = self._split(tokens @ self._pair("x_proj", "weight").mT)
+        delta = dt @ self._pair("dt_proj", "weight").mT
+        delta, B, C = (m.unflatten(1, u.shape[1:3]) for m in (delta, B, C))
+        a_log = self._pair("A_log", twin="A_b_log")
         return bi_selective_scan(
-            u, delta, -_wide(self._pair("A_log")).exp(), B, C, _wide(self._pair("D")), z,
-            _wide(self._pair("dt_proj.bias")),
+            u, delta, -_wide(a_log).exp(), B, C, _wide(self._pair("D")), z,
+            _wide(self._pair("dt_proj", "bias")),
             scale=0.5 if self.divide_out or self.layernorm is not None else 1.0,
             backend=self.scan_backend,
         )  # fmt: skip
@@ -157,13 +160,10 @@ class VimMixer(nn.Module):
     def _split(self, x_dbl: Tensor) -> tuple[Tensor, ...]:
         return x_dbl.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
 
-    def _pair(self, name: str) -> Tensor:
+    def _pair(self, name: str, leaf: str | None = None, twin: str | None = None) -> Tensor:
         """A parameter of the forward direction stacked with its backward twin: (2, ...)."""
-        if name == "A_log":
-            return torch.stack([self.A_log, self.A_b_log])
-        module, _, leaf = name.partition(".")
-        twin = f"{module}_b.{leaf}" if leaf else f"{module}_b"
-        return torch.stack([self.get_parameter(name), self.get_parameter(twin)])
+        both = [getattr(self, name), getattr(self, twin or f"{name}_b")]
+        return torch.stack(both if leaf is None else [getattr(m, leaf) for m in both])
 
 
 def rotate(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:

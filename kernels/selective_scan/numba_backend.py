@@ -73,16 +73,16 @@ def _scan(u, delta, A, B, C, D, z, bias, h0, softplus, reverse, scale) -> tuple[
 def scan_forward(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
     bias: Tensor | None, h0: Tensor | None, softplus: bool, reverse: bool, scale: float, save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """u, delta (s, b, l, d), A (s, d, n), B, C (s, b, l, n), D, bias (s, d), z (b, l, d), h0
-    (s, b, d, n), float32 -> scale sum_s(y_s) silu(z), last states (s, b, d, n), and for the
-    backward pass, empty unless `save`: sum_s(y_s) (only with z), states at the chunks' starts.
+    (s, b, d, n), float32 -> scale sum_s(y_s) silu(z), last states (s, b, d, n), and the states at
+    the chunks' starts for the backward pass, empty unless `save`.
     """
     s, b, l, d = u.shape
     u, delta, A, B, C, D, bias, h0 = map(_contiguous, (u, delta, A, B, C, D, bias, h0))
     z = _rows(z)
-    out, last, y_sum, states = _outputs(u, A, z, save)
-    addresses = map(_address, (u, delta, A, B, C, D, z, bias, h0, out, y_sum, last, states))
+    out, last, states = _outputs(u, A, save)
+    addresses = map(_address, (u, delta, A, B, C, D, z, bias, h0, out, last, states))
     blocks, n = -(-d // LANES), A.shape[-1]
     run_tasks(
         numba_kernels.scan_forward,
@@ -91,21 +91,20 @@ def scan_forward(
         work_per_task=s * l * LANES * n * NANOSECONDS[0],
         scratch_rows=numba_kernels.scan_forward_rows(n),
     )
-    return out, last, y_sum, states
+    return out, last, states
 
 
 @scan_forward.register_fake
 def _(u, delta, A, B, C, D, z, bias, h0, softplus, reverse, scale, save):
-    return _outputs(u, A, z, save)
+    return _outputs(u, A, save)
 
 
-def _outputs(u, A, z, save):
+def _outputs(u, A, save):
     s, b, l, d = u.shape
     n, blocks, chunks = A.shape[-1], -(-d // LANES), -(-l // CHUNK)
     return (
         u.new_empty(b, l, d),
         u.new_empty(s, b, d, n),
-        u.new_empty((b, l, d) if save and z is not None else 0),
         u.new_empty((s, b, blocks, chunks, n, LANES) if save else 0),
     )
 
@@ -116,8 +115,8 @@ def _outputs(u, A, z, save):
 @torch.library.custom_op("vim_ssl::scan_backward", mutates_args=(), device_types="cpu")
 def scan_backward(
     dout: Tensor, dlast: Tensor | None, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
-    D: Tensor | None, z: Tensor | None, bias: Tensor | None, y_sum: Tensor, states: Tensor,
-    softplus: bool, reverse: bool, scale: float,
+    D: Tensor | None, z: Tensor | None, bias: Tensor | None, states: Tensor, softplus: bool,
+    reverse: bool, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of u, delta, A, B, C, D, z (empty without z), bias and h0."""
     s, b, l, d = u.shape
@@ -134,7 +133,7 @@ def scan_backward(
     dA, dD, dbias = u.new_empty(s, b, d, n), u.new_empty(s, b, d), u.new_empty(s, b, d)
     dB, dC = u.new_empty(s, b, l, blocks, n), u.new_empty(s, b, l, blocks, n)
     dh0 = u.new_empty(s, b, d, n)
-    addresses = map(_address, (dout, dlast, u, delta, A, B, C, D, z, bias, y_sum, states,
+    addresses = map(_address, (dout, dlast, u, delta, A, B, C, D, z, bias, states,
                                du, ddelta, dA, dB, dC, dD, dz, dbias, dh0))  # fmt: skip
     run_tasks(
         numba_kernels.scan_backward,
@@ -147,7 +146,7 @@ def scan_backward(
 
 
 @scan_backward.register_fake
-def _(dout, dlast, u, delta, A, B, C, D, z, bias, y_sum, states, softplus, reverse, scale):
+def _(dout, dlast, u, delta, A, B, C, D, z, bias, states, softplus, reverse, scale):
     s, b, _, d = u.shape
     n, new = A.shape[-1], u.new_empty
     dz = new(0 if z is None else z.shape)
@@ -159,7 +158,7 @@ def _keep(ctx, inputs, output):
     *tensors, h0, ctx.softplus, ctx.reverse, ctx.scale, saved = inputs
     if not saved:
         raise RuntimeError("scan_forward was called without save=True; it keeps no gradients.")
-    ctx.save_for_backward(*tensors, output[2], output[3])
+    ctx.save_for_backward(*tensors, output[2])
     ctx.present = [m is not None for m in (*tensors, h0)]
     ctx.set_materialize_grads(False)
 

@@ -1,0 +1,280 @@
+"""The CPU path in figures: the compiled scan, a whole Vim-Ti beside DeiT-Ti, memory of a step.
+
+    python benchmarks/cpu.py                              # a quarter of an hour on one core
+    python benchmarks/cpu.py --only scan --sketch SCAN.so
+
+One thread. What is compared runs in turns in one process and is timed by the thread's CPU clock; a
+turn repeats what is short. Each value is a median, each ratio the median of the turns' ratios.
+Memory is the rise of the resident set's peak over a step, in a process of its own after a step on a
+tiny picture. Rows go to results/cpu.csv.
+
+``--sketch`` adds a scan in C++: a shared library with ``scan_fwd``, ``scan_bwd`` (their arguments
+stand in `sketched`). Compile it by g++ -O3 -march=native -fopenmp -ffast-math -fno-associative-math
+-shared -fPIC: associative mathematics would fold the rounding out of its exponential. What it
+computes is checked before it is timed.
+"""
+
+import argparse
+import csv
+import ctypes
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch
+from torch import Tensor
+
+from vim_ssl.kernels.selective_scan import selective_scan
+from vim_ssl.runs import environment
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "cpu.csv"
+COLUMNS = ("date", "commit", "hardware", "versions", "what", "value", "unit", "conditions")
+SCAN = (1, 197, 384, 16)  # b, l, d, n: one direction of Vim-Ti at 224 px
+VIM, DEIT = "vim_tiny_patch16_224", "deit_tiny_patch16_224"
+TURN_SECONDS = 0.02  # of one call's share of a turn, unless it takes longer once
+Row = dict[str, str | float]
+
+
+def in_turns(calls: dict[str, Callable[[], object]], turns: int) -> dict[str, list[float]]:
+    """CPU seconds of one call of each, in every turn."""
+    repeats = {name: max(int(TURN_SECONDS / _seconds(call, 2)), 1) for name, call in calls.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(turns):
+        for name, call in calls.items():
+            seconds[name].append(_seconds(call, repeats[name]))
+    return seconds
+
+
+def _seconds(call: Callable[[], object], repeats: int) -> float:
+    """The mean of `repeats` calls, after one that brings code and data into the caches."""
+    call()
+    started = time.thread_time()
+    for _ in range(repeats):
+        call()
+    return (time.thread_time() - started) / repeats
+
+
+def rows_of(
+    part: str, seconds: dict[str, list[float]], ratios: list[tuple[str, str]], conditions: str
+) -> list[Row]:
+    """A row for each time, and one for each (slower, faster) ratio."""
+    rows: list[Row] = [
+        {"what": f"{part}, {name}", "value": round(1e3 * statistics.median(s), 3), "unit": "ms",
+         "conditions": conditions}
+        for name, s in seconds.items()
+    ]  # fmt: skip
+    for a, b in ratios:
+        if a in seconds and b in seconds:
+            ratio = statistics.median(x / y for x, y in zip(seconds[a], seconds[b], strict=True))
+            rows.append({"what": f"{part}, {a} / {b}", "value": round(ratio, 2), "unit": "times",
+                         "conditions": conditions})  # fmt: skip
+    return rows
+
+
+# --- the scan --------------------------------------------------------------------------------
+
+
+def scan_inputs() -> dict[str, Tensor]:
+    """Channel-last tensors with the dynamics of a Vim at its start."""
+    b, l, d, n = SCAN
+    g = torch.Generator().manual_seed(0)
+    m = {name: torch.randn(b, l, d, generator=g) for name in ("u", "delta", "z")}
+    m["delta"] *= 0.5
+    m |= {name: torch.randn(b, l, n, generator=g) for name in ("B", "C")}
+    m["A"] = -torch.arange(1.0, n + 1).repeat(d, 1)
+    dt = 10 ** (torch.rand(d, generator=g) * 2 - 3)  # 0.001 to 0.1
+    m |= {"D": torch.ones(d), "delta_bias": dt + torch.log(-torch.expm1(-dt))}
+    return m
+
+
+def channels_first(m: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: v.mT if v.dim() == 3 else v for name, v in m.items()}
+
+
+def time_scan(sketch: str | None, turns: int) -> list[Row]:
+    from vim_ssl.kernels.selective_scan import numba_backend  # noqa: F401 (registers the operator)
+
+    m = scan_inputs()
+    first = channels_first(m)
+    leaves = {name: v.clone().requires_grad_() for name, v in m.items()}
+    dy = torch.randn_like(m["u"]).mT
+
+    def forward(backend: str) -> Tensor:
+        with torch.no_grad():
+            return selective_scan(**first, delta_softplus=True, backend=backend)
+
+    def backward_of(backend: str) -> Callable[[], object]:
+        y = selective_scan(**channels_first(leaves), delta_softplus=True, backend=backend)
+        return lambda: torch.autograd.grad(y, list(leaves.values()), dy, retain_graph=True)
+
+    forwards: dict[str, Callable[[], object]] = {
+        name: partial(forward, name) for name in ("numba", "torch")
+    }
+    lead = [m[name][None] for name in ("u", "delta", "A", "B", "C", "D")]
+    operator = partial(
+        torch.ops.vim_ssl.scan_forward, *lead, m["z"], m["delta_bias"][None], None,
+        True, False, 1.0, False,
+    )  # fmt: skip
+    forwards["numba's operator"] = torch.no_grad()(operator)  # without checks and transposes
+    backwards = {name: backward_of(name) for name in ("numba", "torch")}
+    if sketch:
+        forwards["C++"], backwards["C++"] = sketched(sketch, m, forward("torch").mT)
+    ratios = [("torch", "numba"), ("numba", "C++"), ("numba's operator", "C++")]
+    conditions = "b {}, l {}, d {}, n {}, one direction, float32, 1 thread".format(*SCAN)
+    return [
+        *rows_of("scan forward", in_turns(forwards, turns), ratios, conditions),
+        *rows_of("scan backward", in_turns(backwards, turns), ratios, conditions),
+    ]
+
+
+def sketched(path: str, m: dict[str, Tensor], expected: Tensor) -> tuple[Callable, Callable]:
+    """The forward and the backward pass of a scan in C++; see the head of this file.
+
+    Raises: ValueError if it computes something else than ``expected``.
+    """
+    library = ctypes.CDLL(os.path.abspath(path))
+    (b, l, d, n), chunk, lanes = SCAN, 16, 64
+    sizes = [ctypes.c_int64(k) for k in (b, l, d)]
+    blocks, chunks = -(-d // lanes), -(-l // chunk)
+    inputs = [m[name] for name in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")]
+    states = torch.empty(b, chunks, blocks, n, lanes)
+    dy = torch.randn(b, l, d)
+
+    def addresses(*tensors: Tensor | None) -> list[ctypes.c_void_p]:
+        return [ctypes.c_void_p(0 if t is None else t.data_ptr()) for t in tensors]
+
+    def forward(keep: Tensor | None = None) -> Tensor:
+        y = torch.empty(b, l, d)
+        library.scan_fwd(*addresses(*inputs, y, keep), chunk, *sizes, 0, 1)
+        return y
+
+    def backward() -> list[Tensor]:
+        grads = [torch.empty(b, l, d) for _ in range(3)]
+        grads += [torch.empty(b, l, blocks, n) for _ in range(2)]
+        grads += [torch.empty(b, d, n), torch.empty(b, d), torch.empty(b, d)]
+        library.scan_bwd(*addresses(*inputs, dy, states), chunk, *addresses(*grads), *sizes, 0, 1)
+        du, ddelta, dz, dB, dC, dA, dD, dbias = grads
+        return [du, ddelta, dz, dB.sum(2), dC.sum(2), dA.sum(0), dD.sum(0), dbias.sum(0)]
+
+    error = (forward(states) - expected).abs().max().item()
+    if not error < 1e-4:
+        raise ValueError(f"{path} is off by {error:g}: its exponential was optimised away.")
+    return forward, backward
+
+
+# --- the whole encoder -----------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def time_encoder(size: int, turns: int) -> list[Row]:
+    import timm
+
+    from vim_ssl import load_encoder
+
+    vim = load_encoder(VIM).eval()
+    deit = timm.create_model(DEIT, num_classes=0, img_size=size).eval()
+    x = torch.randn(1, 3, size, size)
+    seconds = in_turns({"Vim-Ti": lambda: vim(x), "DeiT-Ti": lambda: deit(x)}, turns)
+    conditions = "batch 1, float32, inference, DeiT with fused attention, 1 thread"
+    return rows_of(f"encoder {size} px", seconds, [("Vim-Ti", "DeiT-Ti")], conditions)
+
+
+# --- memory of a training step ---------------------------------------------------------------
+
+
+def step_memory(batch: int) -> None:
+    """Print by how many MiB a training step at 224 px raises the peak of the resident set."""
+    from vim_ssl import load_encoder
+
+    encoder = load_encoder(VIM).train()
+    optimizer = torch.optim.AdamW(encoder.parameters())
+
+    def step(b: int, size: int) -> None:
+        encoder(torch.randn(b, 3, size, size)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step(1, 32)  # compiles, and makes the optimiser's state
+    before = _peak()
+    step(batch, 224)
+    print(_peak() - before)
+
+
+def _peak() -> float:
+    import resource  # not on Windows
+
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # of ru_maxrss: bytes there, else KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def measure_memory(backends: list[str], batch: int) -> list[Row]:
+    part, conditions = f"memory of a step, batch {batch}", "Vim-Ti, 224 px, float32, AdamW"
+    mib: dict[str, float] = {}
+    for backend in backends:
+        done = subprocess.run(
+            [sys.executable, __file__, "--step-memory", str(batch)], capture_output=True, text=True,
+            env=os.environ | {"VIM_SSL_BACKEND": backend}, check=True,
+        )  # fmt: skip
+        mib[backend] = float(done.stdout.split()[-1])
+    rows: list[Row] = [
+        {"what": f"{part}, {name}", "value": round(v), "unit": "MiB", "conditions": conditions}
+        for name, v in mib.items()
+    ]
+    for name in backends[1:]:
+        rows.append({"what": f"{part}, numba / {name}", "value": round(mib["numba"] / mib[name], 3),
+                     "unit": "times", "conditions": conditions})  # fmt: skip
+    return rows
+
+
+PARTS = ("scan", "encoder", "memory")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--sketch", help="shared library of a scan in C++ to compare with")
+    parser.add_argument("--turns", type=int, default=30, help="of each comparison")
+    parser.add_argument("--dry-run", action="store_true", help="print the table, write no rows")
+    parser.add_argument("--step-memory", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.step_memory:
+        step_memory(args.step_memory)
+        return 0
+    torch.set_num_threads(1)
+    rows: list[Row] = []
+    if "scan" in args.only:
+        rows += time_scan(args.sketch, args.turns)
+    if "encoder" in args.only:
+        rows += time_encoder(224, args.turns)
+        rows += time_encoder(1248, max(args.turns // 10, 3))
+    if "memory" in args.only:
+        rows += measure_memory(["numba", "torch"], batch=8)
+        rows += measure_memory(["numba", "reference"], batch=1)  # the plain loop keeps every state
+    for row in rows:
+        print(f"{row['what']:45} {row['value']:10} {row['unit']:6} {row['conditions']}")
+    if args.dry_run:
+        return 0
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT
+    ).stdout.strip()
+    common = {"date": time.strftime("%Y-%m-%d"), "commit": commit, **environment()}
+    RESULTS.parent.mkdir(exist_ok=True)
+    new = not RESULTS.exists()
+    with open(RESULTS, "a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        if new:
+            writer.writeheader()
+        writer.writerows(common | row for row in rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
