@@ -17,7 +17,6 @@ for the parameters, torch adds the rows up, and two runs agree bit for bit.
 """
 
 # Triton adds tuples, but does not unpack them, nor does it mind that they grow.
-# ruff: noqa: RUF005
 # mypy: disable-error-code="assignment"
 
 from functools import cache

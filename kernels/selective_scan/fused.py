@@ -4,13 +4,13 @@ A fused backend is a pair of torch operators on channel-last tensors with a lead
 (s = 1 or 2):
 
     forward(u, delta, A, B, C, D, z, bias, h0, softplus, reverse, scale, save)
-        -> out, last, y_sum, states
-    backward(dout, dlast, u, delta, A, B, C, D, z, bias, y_sum, states, softplus, reverse, scale)
-        -> gradients of u, delta, A, B, C, D, z, bias, h0
+        -> out, last, *kept
+    backward(dout, dlast, u, delta, A, B, C, D, z, bias, *kept, softplus, reverse, scale)
+        -> gradients of u, delta, A, B, C, D, z (empty without z), bias, h0
 
     u, delta (s, b, l, d), A (s, d, n), B, C (s, b, l, n), D, bias (s, d), z (b, l, d), h0
-    (s, b, d, n); out (b, l, d) = scale sum_s(y_s) silu(z), last states (s, b, d, n), and for the
-    backward pass, empty unless ``save``: y_sum = sum_s(y_s) (only with z), states at checkpoints.
+    (s, b, d, n); out (b, l, d) = scale sum_s(y_s) silu(z), last states (s, b, d, n), and what the
+    backward pass wants kept, empty unless ``save``.
 
 Direction 0 reads first to last, or last to first with ``reverse``; direction 1 last to first.
 """
@@ -81,7 +81,7 @@ def register_gradient(forward: Any, backward: Any, name: str) -> None:
         *tensors, h0, ctx.softplus, ctx.reverse, ctx.scale, saved = inputs
         if not saved:
             raise RuntimeError(f"The {name} scan was called with save=False: it has no gradient.")
-        ctx.save_for_backward(*tensors, output[2], output[3])
+        ctx.save_for_backward(*tensors, *output[2:])
         ctx.present = [m is not None for m in (*tensors, h0)]
         ctx.set_materialize_grads(False)
 

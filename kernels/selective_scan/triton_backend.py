@@ -90,7 +90,8 @@ def scan_forward(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
     bias: Tensor | None, h0: Tensor | None, softplus: bool, reverse: bool, scale: float, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """See `fused.py`; states are (s, b, checkpoints, n, d)."""
+    """See `fused.py`; kept are y_sum = sum_s(y_s) (b, l, d), with z, and the states
+    (s, b, checkpoints, n, d) before every `EVERY`-th token."""
     s, b, l, d = u.shape
     n = A.shape[-1]
     out, last, y_sum, states = _outputs(u, A, z, save)
