@@ -13,8 +13,11 @@ The states are not kept: every `CHUNK` tokens one is saved, and the backward pas
 between. All tensors carry a leading direction axis s (1 or 2), so both directions step together.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 CHUNK = 16  # tokens between saved states: memory / CHUNK, at the price of a second forward
 
@@ -67,7 +70,7 @@ def _scan(u, delta, A, B, C, D, delta_bias, delta_softplus, h0, reverse):
             dt = F.softplus(dt)
         if h0 is None:
             h0 = u.new_zeros(*u.shape[:2], *A.shape[1:])
-        y, last = _Recurrence.apply(dt, dt * u, A, B, C, h0.to(dtype), reverse)
+        y, last, _ = scan_forward(dt, dt * u, A, B, C, h0.to(dtype), reverse)
         if D is not None:
             y = y + D.to(dtype)[:, None, None] * u
     return y, last
@@ -102,49 +105,86 @@ def scan_groups(
     return (y, last) if return_last_state else y
 
 
-class _Recurrence(torch.autograd.Function):
-    """dt, x (s, b, l, d), A (s, d, n), B, C (s, b, l, n), h0 (s, b, d, n) -> y, last state."""
+# Operators, so that torch.compile takes a loop over tokens for one call instead of unrolling it.
 
-    @staticmethod
-    def forward(ctx, dt, x, A, B, C, h0, reverse):
-        dt_, x_, B_, C_ = (_scan_order(m, reverse) for m in (dt, x, B, C))  # (l, s, b, ...)
-        y_ = torch.empty_like(x_)
-        h, saved = h0.clone(), []
-        for t in range(len(x_)):
-            if t % CHUNK == 0:
-                saved.append(h.clone())
-            h.mul_(_decay(dt_[t], A)).addcmul_(x_[t][..., None], B_[t][:, :, None])
-            torch.matmul(h, C_[t][..., None], out=y_[t][..., None])
-        ctx.save_for_backward(dt, x, A, B, C, *saved)
-        ctx.reverse = reverse
-        return _raster_order(y_, reverse), h
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy, dlast):
-        dt, x, A, B, C, *saved = ctx.saved_tensors
-        dt_, x_, B_, C_, dy_ = (_scan_order(m, ctx.reverse) for m in (dt, x, B, C, dy))
-        ddt_, dx_, dB_, dC_ = (torch.empty_like(m) for m in (dt_, x_, B_, C_))
-        dA, g = torch.zeros_like(A), dlast.clone()
-        for k in reversed(range(len(saved))):
-            chunk = range(k * CHUNK, min((k + 1) * CHUNK, len(x_)))
-            h, decays, decayed, states = saved[k], [], [], []
-            for t in chunk:  # rebuild a_t, a_t h_{t-1} and h_t of this chunk
-                decays.append(_decay(dt_[t], A))
-                decayed.append(decays[-1] * h)
-                h = torch.addcmul(decayed[-1], x_[t][..., None], B_[t][:, :, None])
-                states.append(h)
-            for t in reversed(chunk):
-                g.addcmul_(dy_[t][..., None], C_[t][:, :, None])
-                torch.matmul(dy_[t][:, :, None], states.pop(), out=dC_[t][:, :, None])
-                torch.matmul(x_[t][:, :, None], g, out=dB_[t][:, :, None])
-                torch.matmul(g, B_[t][..., None], out=dx_[t][..., None])
-                q = decayed.pop().mul_(g)
-                torch.sum(q * A[:, None], dim=-1, out=ddt_[t])
-                dA += q.mul_(dt_[t][..., None]).sum(1)
-                g.mul_(decays.pop())
-        ddt, dx, dB, dC = (_raster_order(m, ctx.reverse) for m in (ddt_, dx_, dB_, dC_))
-        return ddt, dx, dA, dB, dC, g, None
+@torch.library.custom_op("vim_ssl::torch_scan_forward", mutates_args=())
+def scan_forward(
+    dt: Tensor, x: Tensor, A: Tensor, B: Tensor, C: Tensor, h0: Tensor, reverse: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dt, x (s, b, l, d), A (s, d, n), B, C (s, b, l, n), h0 (s, b, d, n) -> y (s, b, l, d), the
+    last states, and the states before each chunk (chunks, s, b, d, n)."""
+    dt_, x_, B_, C_ = (_scan_order(m, reverse) for m in (dt, x, B, C))  # (l, s, b, ...)
+    y_, h = torch.empty_like(x_), h0.clone()
+    states = h0.new_empty(-(-len(x_) // CHUNK), *h0.shape)
+    for t in range(len(x_)):
+        if t % CHUNK == 0:
+            states[t // CHUNK] = h
+        h.mul_(_decay(dt_[t], A)).addcmul_(x_[t][..., None], B_[t][:, :, None])
+        torch.matmul(h, C_[t][..., None], out=y_[t][..., None])
+    return _raster_order(y_, reverse), h, states
+
+
+@scan_forward.register_fake
+def _(dt, x, A, B, C, h0, reverse):
+    return x.new_empty(x.shape), h0.new_empty(h0.shape), h0.new_empty(
+        -(-x.shape[2] // CHUNK), *h0.shape
+    )  # fmt: skip
+
+
+@torch.library.custom_op("vim_ssl::torch_scan_backward", mutates_args=())
+def scan_backward(
+    dy: Tensor, dlast: Tensor, dt: Tensor, x: Tensor, A: Tensor, B: Tensor, C: Tensor,
+    states: Tensor, reverse: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of dt, x, A, B, C and h0."""
+    dt_, x_, B_, C_, dy_ = (_scan_order(m, reverse) for m in (dt, x, B, C, dy))
+    ddt_, dx_, dB_, dC_ = (torch.empty_like(m) for m in (dt_, x_, B_, C_))
+    dA, g = torch.zeros_like(A), dlast.clone()
+    for k in reversed(range(len(states))):
+        chunk = range(k * CHUNK, min((k + 1) * CHUNK, len(x_)))
+        h, decays, decayed, after = states[k], [], [], []
+        for t in chunk:  # rebuild a_t, a_t h_{t-1} and h_t of this chunk
+            decays.append(_decay(dt_[t], A))
+            decayed.append(decays[-1] * h)
+            h = torch.addcmul(decayed[-1], x_[t][..., None], B_[t][:, :, None])
+            after.append(h)
+        for t in reversed(chunk):
+            g.addcmul_(dy_[t][..., None], C_[t][:, :, None])
+            torch.matmul(dy_[t][:, :, None], after.pop(), out=dC_[t][:, :, None])
+            torch.matmul(x_[t][:, :, None], g, out=dB_[t][:, :, None])
+            torch.matmul(g, B_[t][..., None], out=dx_[t][..., None])
+            q = decayed.pop().mul_(g)
+            torch.sum(q * A[:, None], dim=-1, out=ddt_[t])
+            dA += q.mul_(dt_[t][..., None]).sum(1)
+            g.mul_(decays.pop())
+    ddt, dx, dB, dC = (_raster_order(m, reverse) for m in (ddt_, dx_, dB_, dC_))
+    return ddt, dx, dA, dB, dC, g
+
+
+@scan_backward.register_fake
+def _(dy, dlast, dt, x, A, B, C, states, reverse):
+    return tuple(m.new_empty(m.shape) for m in (dt, x, A, B, C, dlast))
+
+
+def _keep(ctx, inputs, output):
+    *tensors, _, ctx.reverse = inputs
+    ctx.save_for_backward(*tensors, output[2])
+
+
+def _differentiate(ctx, dy, dlast, _):
+    return (*scan_backward(dy, dlast, *ctx.saved_tensors, ctx.reverse), None)
+
+
+def _refuse(ctx, *grads):
+    raise RuntimeError(
+        "The torch scan cannot be differentiated twice (double backward); "
+        "use backend='reference' for second derivatives."
+    )
+
+
+scan_forward.register_autograd(_differentiate, setup_context=_keep)
+scan_backward.register_autograd(_refuse)
 
 
 def _decay(dt_t, A):

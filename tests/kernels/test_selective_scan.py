@@ -344,8 +344,6 @@ def test_autocast_keeps_the_recurrence_exact(backend, make):
 @each_backend
 @pytest.mark.parametrize("make", [one_way_inputs, two_way_inputs], ids=["one-way", "two-way"])
 def test_compiles_in_one_graph(backend, make):
-    if backend == "torch":
-        pytest.skip("the loop over tokens would be unrolled, once for every length")
     m = make(2, 5, 3, 2)
     call = bi_selective_scan if m["u"].dim() == 4 else scan
     leaves = {name: v.clone().requires_grad_() for name, v in m.items()}
