@@ -94,7 +94,7 @@ def machine(section: Section) -> bool:
         "exp2_per_s": f"{rates.exp2:.4g}", "fma_per_s": f"{rates.fma:.4g}",
         "copied_bytes_per_s": f"{rates.copied:.4g}", "sm_clock_mhz": rates.sm_clock_mhz,
     })  # fmt: skip
-    for shape in benchmark.CUDA_SHAPES:
+    for shape in () if section.dry else benchmark.CUDA_SHAPES:
         floors = [rates.floor_ms(way, **vars(shape)) for way in ("forward", "backward")]
         say(f"{shape!s:22} floor forward {floors[0]:.4f} ms, backward {floors[1]:.4f} ms")
     return True
@@ -368,6 +368,12 @@ def _losses(run: Path) -> dict[int, float]:
 def run_sections(names: list[str], out: Path, budget: float, dry: bool) -> bool:
     """Each section in a process of its own; True if none failed."""
     end, failed = time.monotonic() + budget, []
+    if not dry and "kernels" in names and (ROOT / ".peers" / "mamba_ssm").is_dir():
+        # Ahead, beside the first sections; the kernels section waits for it.
+        build = [sys.executable, str(ROOT / "benchmarks" / "peers" / "mamba_ssm.py")]
+        with open(out / "gpu_check-build.log", "w") as log:
+            subprocess.Popen(build, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
+                             stdout=log, stderr=log)  # fmt: skip
     for i, name in enumerate(names):
         share = SECTIONS[name] / sum(SECTIONS[n] for n in names[i:])
         seconds = (end - time.monotonic()) * share

@@ -6,8 +6,10 @@ It is not installed but built here, without its Python side, from its source dis
     mkdir -p .peers/mamba_ssm
     tar xzf mamba_ssm-2.3.2.post1.tar.gz -C .peers/mamba_ssm --strip-components 1
 
-The folder .peers/ is ignored by git. Building needs nvcc and ninja or a little patience: the real
-float32 and bfloat16 kernels, forward and backward, once for each version of torch.
+    PYTHONPATH=. python benchmarks/peers/mamba_ssm.py        # build it ahead, minutes
+
+The folder .peers/ is ignored by git. Building needs nvcc, a C++ compiler and ninja: the real float32
+and bfloat16 kernels, forward and backward, once for each version of torch.
 
 Two providers: one flips what Vim flips (x and z on the way in, the backward direction's output on
 the way out), one calls the two kernels alone. Inputs are channel-first; what a model would compute
@@ -138,3 +140,7 @@ def providers() -> list[Provider]:
         Provider("mamba-ssm, two calls alone", partial(scan, False), partial(prepare, flips=False),
                  _raster, capture=True),
     ]  # fmt: skip
+
+
+if __name__ == "__main__":
+    print(extension().__file__)
