@@ -8,8 +8,8 @@ It is not installed but built here, without its Python side, from its source dis
 
     PYTHONPATH=. python benchmarks/peers/mamba_ssm.py        # build it ahead, minutes
 
-The folder .peers/ is ignored by git. Building needs nvcc, a C++ compiler and ninja: the real float32
-and bfloat16 kernels, forward and backward, once for each version of torch.
+The folder .peers/ is ignored by git. Building needs nvcc, a C++ compiler and ninja: the real
+float32 and bfloat16 kernels, forward and backward, once for each version of torch.
 
 Two providers: one flips what Vim flips (x and z on the way in, the backward direction's output on
 the way out), one calls the two kernels alone. Inputs are channel-first; what a model would compute
