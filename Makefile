@@ -1,8 +1,10 @@
 # `make demo` and `make test` need Python 3.11 or newer and make, nothing else: they make .venv.
-# Settings: make demo PYTHON=python3.12 · make test PYTEST_ARGS="-k scan" · VENV=folder
+# Settings: make demo PYTHON=python3.12 · make test PYTEST_ARGS="-k scan" ·
+#   make gpu-check GPU_CHECK_ARGS="--only kernels" · VENV=folder
 
 VENV ?= .venv
 PYTEST_ARGS ?=
+GPU_CHECK_ARGS ?=
 BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 CORES := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 # What accelerate would otherwise warn about, and all cores for the one process (it gives one).
@@ -33,16 +35,15 @@ check: $(VENV)/.installed-dev ## lint, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-kernel-report: $(VENV)/.installed-demo ## measure the scan's backends on this machine
-	$(call run_if_built,kernels/selective_scan/benchmark.py,-m vim_ssl.kernels.selective_scan.benchmark)
+kernel-report: $(VENV)/.installed-demo ## check every scan backend of this machine against float64
+	$(BIN)/python -m vim_ssl.kernels.selective_scan.accuracy
 
-bench: $(VENV)/.installed-demo ## measure what benchmarks/README.md lists
-	$(call run_if_built,benchmarks/run.py,benchmarks/run.py)
+bench: $(VENV)/.installed-demo ## time the scan and the CPU path; rows go to benchmarks/results/
+	$(BIN)/python -m vim_ssl.kernels.selective_scan.benchmark --device cpu
+	$(call run_if_built,benchmarks/cpu.py,benchmarks/cpu.py)
 
-gpu-check: $(VENV)/.installed-test ## run the tests that need a CUDA device
-	@$(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || \
-	  { echo "make gpu-check: torch finds no CUDA device here." >&2; exit 1; }
-	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+gpu-check: $(VENV)/.installed-test ## everything that wants a GPU, in nine minutes
+	$(BIN)/python benchmarks/gpu_check.py $(GPU_CHECK_ARGS)
 
 clean: ## remove .venv and what tools left behind; runs/ stays
 	rm -rf "$(VENV)" build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -8,23 +8,22 @@ unseen in pretraining and in every choice. Rows go to results/digits.csv.
 """
 
 import argparse
-import csv
 import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from vim_ssl.runs import environment, read_metrics
+from rows import ORIGIN, RESULTS, append_rows, origin
+
+from vim_ssl.runs import read_metrics
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "digits.csv"
 COLUMNS = (
-    "date", "commit", "hardware", "versions", "threads", "preset", "seed", "features", "figure",
+    *ORIGIN, "threads", "preset", "seed", "features", "figure",
     "value", "readout", "pretrain_seconds", "epochs",
 )  # fmt: skip
 
@@ -70,15 +69,6 @@ def _json(path: Path) -> dict:
     return json.loads(path.read_text())
 
 
-def _machine(threads: int) -> dict:
-    def text(*command: str) -> str:
-        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip()
-
-    commit = text("git", "rev-parse", "--short", "HEAD")
-    return {"date": time.strftime("%Y-%m-%d"), "commit": commit, "threads": threads,
-            **environment()}  # fmt: skip
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="demo", help="of recipes/mim_pretrain.py")
@@ -93,13 +83,8 @@ def main() -> int:
         jobs = [pool.submit(run_seed, args.preset, seed, args.threads, folder.resolve(), more)
                 for seed in args.seeds]  # fmt: skip
         rows = [row for job in jobs for row in job.result()]
-    RESULTS.parent.mkdir(exist_ok=True)
-    new = not RESULTS.exists()
-    with open(RESULTS, "a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if new:
-            writer.writeheader()
-        writer.writerows(_machine(args.threads) | row for row in rows)
+    common = origin() | {"threads": args.threads}
+    append_rows(RESULTS / "digits.csv", COLUMNS, (common | row for row in rows))
     for figure in ("logistic", "knn", "finetune_10"):
         for features in dict.fromkeys(row["features"] for row in rows):
             values = [

@@ -8,7 +8,6 @@ results/exits.csv.
 """
 
 import argparse
-import csv
 import os
 import subprocess
 import sys
@@ -16,10 +15,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from vim_ssl.runs import environment
+from rows import RESULTS, append_rows, origin
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "exits.csv"
 COLUMNS = ("date", "hardware", "versions", "run", "exit_code", "seconds")
 SCRIPT = [
     str(ROOT / "recipes" / "mim_pretrain.py"), "--preset", "demo", "--epochs", "1",
@@ -37,7 +35,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=30)
     args = parser.parse_args()
-    common = {"date": time.strftime("%Y-%m-%d"), **environment()}
+    common = {k: v for k, v in origin().items() if k in COLUMNS}
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for run in range(args.runs):
@@ -51,13 +49,7 @@ def main() -> int:
             print(f"run {run}: exit code {done.returncode}, {seconds} s", flush=True)
             if done.returncode:
                 print(done.stderr[-3000:])
-    RESULTS.parent.mkdir(exist_ok=True)
-    new = not RESULTS.exists()
-    with open(RESULTS, "a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+    append_rows(RESULTS / "exits.csv", COLUMNS, rows)
     bad = sum(row["exit_code"] != 0 for row in rows)
     print(f"{len(rows) - bad} of {len(rows)} runs ended with exit code 0")
     return int(bad > 0)

@@ -1,0 +1,26 @@
+"""CSV rows with what their figures depend on, for every script of this folder."""
+
+import csv
+import time
+from pathlib import Path
+
+from vim_ssl.kernels.selective_scan.benchmark import append_rows, commit
+from vim_ssl.runs import environment
+
+__all__ = ["ORIGIN", "append_rows", "origin", "read_rows"]
+
+RESULTS = Path(__file__).parent / "results"
+ORIGIN = ("date", "commit", "hardware", "versions")  # the columns that `origin` fills
+
+
+def origin() -> dict[str, str]:
+    """Date, commit, hardware and versions."""
+    return {"date": time.strftime("%Y-%m-%d"), "commit": commit(), **environment()}
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file as text; none if there is no such file."""
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
