@@ -9,6 +9,12 @@ from vim_ssl.kernels.selective_scan.accuracy import Case
 ORDINARY = Case(two_way=True, b=1, l=5, d=3, n=2)
 
 
+@pytest.fixture(autouse=True)
+def uninterpreted(monkeypatch):
+    """Without the Triton backend, which takes seconds for everything in its interpreter."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
 @pytest.fixture
 def broken(monkeypatch):
     """Replace the torch backend's output by a function of it."""

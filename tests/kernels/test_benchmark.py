@@ -15,6 +15,12 @@ ROOT = Path(__file__).parents[2]
 TINY = Shape(1, 6, 4, 2)
 
 
+@pytest.fixture(autouse=True)
+def uninterpreted(monkeypatch):
+    """Without the Triton backend, which takes seconds for everything in its interpreter."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
 def test_rows_tell_what_was_measured_where(tmp_path, capsys):
     rows = benchmark.measure(
         "cpu", shapes=[TINY], dtypes=["fp32"], budget_s=0.01, compiled=False, say=print
