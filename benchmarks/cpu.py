@@ -15,7 +15,6 @@ computes is checked before it is timed.
 """
 
 import argparse
-import csv
 import ctypes
 import os
 import statistics
@@ -24,19 +23,16 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
+from rows import ORIGIN, RESULTS, append_rows, origin
 from torch import Tensor
 
 from vim_ssl.kernels.selective_scan import selective_scan
-from vim_ssl.runs import environment
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "cpu.csv"
-COLUMNS = ("date", "commit", "hardware", "versions", "what", "value", "unit", "conditions")
+COLUMNS = (*ORIGIN, "what", "value", "unit", "conditions")
 SCAN = (1, 197, 384, 16)  # b, l, d, n: one direction of Vim-Ti at 224 px
 VIM, DEIT = "vim_tiny_patch16_224", "deit_tiny_patch16_224"
 TURN_SECONDS = 0.02  # of one call's share of a turn, unless it takes longer once
@@ -190,11 +186,15 @@ def time_encoder(size: int, turns: int) -> list[Row]:
 # --- memory of a training step ---------------------------------------------------------------
 
 
-def step_memory(batch: int) -> None:
-    """Print by how many MiB a training step at 224 px raises the peak of the resident set."""
+def step_memory(batch: int, recompute: bool) -> None:
+    """Print by how many MiB a training step at 224 px raises the peak of the resident set.
+
+    ``recompute``: with gradient checkpointing.
+    """
     from vim_ssl import load_encoder
 
     encoder = load_encoder(VIM).train()
+    encoder.set_grad_checkpointing(recompute)
     optimizer = torch.optim.AdamW(encoder.parameters())
 
     def step(b: int, size: int) -> None:
@@ -215,21 +215,26 @@ def _peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def measure_memory(backends: list[str], batch: int) -> list[Row]:
+def measure_memory(variants: list[str], batch: int) -> list[Row]:
+    """The first variant beside the others; a variant is a backend, "numba, recomputing" with
+    gradient checkpointing."""
     part, conditions = f"memory of a step, batch {batch}", "Vim-Ti, 224 px, float32, AdamW"
     mib: dict[str, float] = {}
-    for backend in backends:
+    for variant in variants:
+        backend, _, recompute = variant.partition(", ")
+        command = [sys.executable, __file__, "--step-memory", str(batch)]
         done = subprocess.run(
-            [sys.executable, __file__, "--step-memory", str(batch)], capture_output=True, text=True,
+            [*command, "--recompute"] if recompute else command, capture_output=True, text=True,
             env=os.environ | {"VIM_SSL_BACKEND": backend}, check=True,
         )  # fmt: skip
-        mib[backend] = float(done.stdout.split()[-1])
+        mib[variant] = float(done.stdout.split()[-1])
     rows: list[Row] = [
         {"what": f"{part}, {name}", "value": round(v), "unit": "MiB", "conditions": conditions}
         for name, v in mib.items()
     ]
-    for name in backends[1:]:
-        rows.append({"what": f"{part}, numba / {name}", "value": round(mib["numba"] / mib[name], 3),
+    last = variants[-1]
+    for name in variants[:-1]:
+        rows.append({"what": f"{part}, {name} / {last}", "value": round(mib[name] / mib[last], 3),
                      "unit": "times", "conditions": conditions})  # fmt: skip
     return rows
 
@@ -244,9 +249,10 @@ def main() -> int:
     parser.add_argument("--turns", type=int, default=30, help="of each comparison")
     parser.add_argument("--dry-run", action="store_true", help="print the table, write no rows")
     parser.add_argument("--step-memory", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--recompute", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.step_memory:
-        step_memory(args.step_memory)
+        step_memory(args.step_memory, args.recompute)
         return 0
     torch.set_num_threads(1)
     rows: list[Row] = []
@@ -256,23 +262,13 @@ def main() -> int:
         rows += time_encoder(224, args.turns)
         rows += time_encoder(1248, max(args.turns // 10, 3))
     if "memory" in args.only:
-        rows += measure_memory(["numba", "torch"], batch=8)
+        rows += measure_memory(["numba", "numba, recomputing", "torch"], batch=8)
         rows += measure_memory(["numba", "reference"], batch=1)  # the plain loop keeps every state
     for row in rows:
         print(f"{row['what']:45} {row['value']:10} {row['unit']:6} {row['conditions']}")
     if args.dry_run:
         return 0
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT
-    ).stdout.strip()
-    common = {"date": time.strftime("%Y-%m-%d"), "commit": commit, **environment()}
-    RESULTS.parent.mkdir(exist_ok=True)
-    new = not RESULTS.exists()
-    with open(RESULTS, "a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if new:
-            writer.writeheader()
-        writer.writerows(common | row for row in rows)
+    append_rows(RESULTS / "cpu.csv", COLUMNS, [origin() | row for row in rows])
     return 0
 
 
