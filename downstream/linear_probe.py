@@ -27,11 +27,10 @@ from vim_ssl.cli import guarded
 from vim_ssl.config import opt, parse, to_dict
 from vim_ssl.data import labelled_parts, stratified_split
 from vim_ssl.probes import (
-    C_GRID,
     READOUTS,
     Features,
     accuracy,
-    choose_C,
+    choose_readout,
     extract_features,
     fit_logistic,
     knn_predict,
@@ -73,18 +72,17 @@ def probe(name: str, train: Features, test: Features, readouts: dict, config: Co
     fit_part, val_part = stratified_split(
         train.y.tolist(), config.validation, config.seed, train.groups
     )
-    tried, tried_knn = [], []
-    for readout, columns in readouts.items():
-        x, x_val = train.x[fit_part][:, columns], train.x[val_part][:, columns]
-        y, y_val = train.y[fit_part], train.y[val_part]
-        C, score = choose_C(x, y, x_val, y_val, C_GRID)
-        tried.append((score, readout, C))
+    x, x_val, y, y_val = train.x[fit_part], train.x[val_part], train.y[fit_part], train.y[val_part]
+    readout, C, validation = choose_readout(x, y, x_val, y_val, readouts)
+    tried = []
+    for name_knn, columns in readouts.items():
         for standardise in (True, False):
-            voted = knn_predict(x, y, x_val, k=config.knn_k, standardise=standardise)
-            tried_knn.append((accuracy(voted, y_val), readout, standardise))
+            voted = knn_predict(
+                x[:, columns], y, x_val[:, columns], k=config.knn_k, standardise=standardise
+            )
+            tried.append((accuracy(voted, y_val), name_knn, standardise))
     # max takes the first of equals
-    validation, readout, C = max(tried, key=lambda result: result[0])
-    _, knn_readout, standardise = max(tried_knn, key=lambda result: result[0])
+    _, knn_readout, standardise = max(tried, key=lambda result: result[0])
     x, x_test = (part.x[:, readouts[readout]] for part in (train, test))
     logistic = fit_logistic(x, train.y, C).predict(x_test)
     knn = knn_predict(

@@ -15,6 +15,7 @@ from vim_ssl.probes import (
     READOUTS,
     accuracy,
     choose_C,
+    choose_readout,
     extract_features,
     fit_logistic,
     knn_predict,
@@ -149,6 +150,17 @@ def test_C_is_the_best_of_the_grid_on_the_validation_part():
 def test_of_equally_good_values_the_smaller_C_is_taken():
     x, y = blobs(60, noise=0.01)
     assert choose_C(x, y, x, y, grid=(1.0, 100.0, 10.0)) == (1.0, 1.0)
+
+
+def test_readouts_are_searched_side_by_side_and_the_first_of_equals_wins():
+    g = torch.Generator().manual_seed(0)
+    y = torch.arange(80) % 2
+    told = torch.stack([y + 0.1 * torch.randn(80, generator=g) for _ in "ab"], dim=1)
+    x = torch.cat([torch.randn(80, 2, generator=g), told], dim=1)
+    readouts = {"noise": slice(0, 2), "first": slice(2, 3), "second": slice(3, 4)}
+    name, C, share = choose_readout(x[:60], y[:60], x[60:], y[60:], readouts)
+    assert (name, share) == ("first", 1.0)
+    assert C in C_GRID
 
 
 def test_accuracy_is_told_in_per_cent():

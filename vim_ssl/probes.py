@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from vim_ssl.data.images import BadImage
 from vim_ssl.encoder import VimEncoder
 
+MANY = int(5e7)  # numbers, from which on one matrix product keeps several threads busy
 C_GRID = tuple(10.0**k for k in range(-3, 3))
 READOUTS = ("token", "avg", "token+avg", "layers")
 
@@ -167,9 +169,32 @@ def fit_logistic(x: Tensor | np.ndarray, y: Tensor | np.ndarray, C: float):
     model = make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=1000))
     x, y = np.asarray(x, np.float32), np.asarray(y)
     # Its many small matrix products lose far more to waking threads than they gain.
-    with threadpool_limits(1 if x.size < 5e7 else None), warnings.catch_warnings():
+    with threadpool_limits(1 if x.size < MANY else None), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         return model.fit(x, y)
+
+
+def choose_readout(
+    x: Tensor, y: Tensor, x_val: Tensor, y_val: Tensor, readouts: dict[str, slice]
+) -> tuple[str, float, float]:
+    """Which columns of the features, and which C, do best on the validation part.
+
+    Small problems are fitted side by side, one a core.
+    Returns: (readout, C, accuracy); the first of equals.
+    """
+    from threadpoolctl import threadpool_limits
+
+    def search(columns: slice) -> tuple[float, float]:
+        return choose_C(x[:, columns], y, x_val[:, columns], y_val)
+
+    small = x.numel() < MANY
+    # The limit is set here too: fits side by side would undo one another's.
+    workers = torch.get_num_threads() if small else 1
+    with threadpool_limits(1 if small else None), ThreadPoolExecutor(workers) as pool:
+        found = list(pool.map(search, readouts.values()))
+    tried = [(score, name, C) for name, (C, score) in zip(readouts, found, strict=True)]
+    score, name, C = max(tried, key=lambda one: one[0])
+    return name, C, score
 
 
 def choose_C(x, y, x_val, y_val, grid: tuple[float, ...] = C_GRID) -> tuple[float, float]:

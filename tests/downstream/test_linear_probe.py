@@ -12,7 +12,7 @@ from PIL import Image
 
 from vim_ssl import VimEncoder, cli, save_encoder
 from vim_ssl.downstream import linear_probe
-from vim_ssl.probes import Features
+from vim_ssl.probes import C_GRID, Features
 
 SMALL = {"img_size": 28, "patch_size": 7, "in_chans": 1, "embed_dim": 16, "depth": 2,
          "num_classes": 0}  # fmt: skip
@@ -88,7 +88,7 @@ def test_there_is_a_row_for_the_encoder_and_for_each_baseline(metrics):
         for figure in ("logistic", "knn"):
             low, high = row[f"{figure}_ci"]
             assert 0 <= low < row[figure] <= high <= 100
-        assert row["C"] in linear_probe.C_GRID
+        assert row["C"] in C_GRID
     assert metrics["rows"][2]["dim"] == 28 * 28
     assert metrics["rows"][2]["logistic"] > 80  # bands are easy
 
@@ -168,8 +168,8 @@ def test_groups_are_not_torn_apart_for_validation(monkeypatch):
     sides = []
     monkeypatch.setattr(
         linear_probe,
-        "choose_C",
-        lambda x, y, x_val, y_val, grid: sides.append((x, x_val)) or (1.0, 1.0),
+        "choose_readout",
+        lambda x, y, x_val, y_val, readouts: sides.append((x, x_val)) or ("all", 1.0, 1.0),
     )
     linear_probe.probe("x", train, test, {"all": slice(None)}, linear_probe.Config())
     fitted, validated = ({*x[:, 0].tolist()} for x in sides[0])

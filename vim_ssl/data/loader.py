@@ -91,7 +91,9 @@ class SeededSamples(Dataset):
             seed = stable_hash("sample", self.seed, epoch, index)
             random.seed(seed)
             np.random.seed(seed)  # noqa: NPY002 (timm's augmentations draw from it)
-            torch.manual_seed(seed)
+            # The CPU's generator alone: torch.manual_seed formats a stack trace for every other
+            # kind of device, which takes longer than a small picture, and keeps it.
+            torch.default_generator.manual_seed(seed)
             return self.transform(item) | {"index": place, "skipped": skipped}
         raise BadImage("twenty pictures in a row", f"none could be read; the last: {skipped[-1]}")
 
