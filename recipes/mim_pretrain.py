@@ -54,8 +54,8 @@ def demo() -> Config:
         data="sample:mnist5k?split=train", crop_scale=(0.6, 1.0), hflip=0.0,
         encoder="vim_nano_patch4_28", decoder_dim=96, decoder_depth=1,
         norm_pix_loss=False,  # most patches of a digit are flat: normalised, they are noise
-        epochs=16, warmup_epochs=2, batch_size=64, base_lr=1e-3, lr_reference_batch=64,
-        workers=0, eval_every=8,
+        epochs=5, warmup_epochs=1, batch_size=64, base_lr=2e-3, lr_reference_batch=64,
+        workers=0, eval_every=5,
     )  # fmt: skip
 
 
