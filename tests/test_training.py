@@ -270,12 +270,26 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
     raise AssertionError("the run did not get going")
 
 
+def finish(process: subprocess.Popen) -> None:
+    output, _ = process.communicate(timeout=180)
+    assert process.returncode == 0, output
+
+
+LONG = ("--epochs", "30", "--save-steps", "5", "--workers", "1")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, pictures) -> list[tuple[int, str]]:
+    """The losses of 90 steps in one go, launched as the runs that are compared with them."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    finish(launch(1, folder, pictures, *LONG))
+    return losses(folder)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM], ids=["kill-9", "sigterm"])
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path, pictures, kill):
-    more = ("--epochs", "30", "--save-steps", "5", "--workers", "1")
-    pretrain(tmp_path / "whole", pictures, *more)
-    process = launch(1, tmp_path / "killed", pictures, *more)
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path, pictures, whole, kill):
+    process = launch(1, tmp_path / "killed", pictures, *LONG)
     wait_for_step(tmp_path / "killed", 12, process)
     child = int(subprocess.check_output(["pgrep", "-P", str(process.pid)], text=True).split()[0])
     os.kill(child, kill)
@@ -285,16 +299,19 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, pictures, kill):
         assert "go on with --resume auto" in output
     else:
         assert process.returncode != 0
-    pretrain(tmp_path / "killed", pictures, *more, "--resume", "auto")
-    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    finish(launch(1, tmp_path / "killed", pictures, *LONG, "--resume", "auto"))
+    resumed = losses(tmp_path / "killed")
+    if resumed != whole:  # is that the resuming, or does no run repeat another here?
+        finish(launch(1, tmp_path / "again", pictures, *LONG))
+        if losses(tmp_path / "again") != whole:
+            loss, expected = ([float(value) for _, value in rows] for rows in (resumed, whole))
+            np.testing.assert_allclose(loss, expected, rtol=1e-5)
+            pytest.skip("two whole runs differ in the last bit on this machine: nothing to compare")
+    assert resumed == whole
 
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_and_resume_exactly(tmp_path, pictures):
-    def finish(process):
-        output, _ = process.communicate(timeout=180)
-        assert process.returncode == 0, output
-
     one = ("--batch-size", "8", "--model-args", "depth=2", "embed_dim=16")
     two = ("--batch-size", "4", "--model-args", "depth=2", "embed_dim=16")
     pretrain(tmp_path / "one", pictures, *one)
