@@ -52,10 +52,10 @@ def demo() -> Config:
     """Handwritten digits, 49 patches each, a 1 M-parameter encoder: minutes on two CPU cores."""
     return Config(
         data="sample:mnist5k?split=train", crop_scale=(0.6, 1.0), hflip=0.0,
-        encoder="vim_nano_patch4_28", decoder_dim=96, decoder_depth=1,
+        encoder="vim_nano_patch4_28", model_args={"depth": 3}, decoder_dim=96, decoder_depth=1,
         norm_pix_loss=False,  # most patches of a digit are flat: normalised, they are noise
-        epochs=5, warmup_epochs=1, batch_size=64, base_lr=2e-3, lr_reference_batch=64,
-        workers=0, eval_every=5,
+        epochs=4, warmup_epochs=1, batch_size=64, base_lr=2e-3, lr_reference_batch=64,
+        workers=0, eval_every=4,
     )  # fmt: skip
 
 

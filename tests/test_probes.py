@@ -13,6 +13,7 @@ from vim_ssl.data import open_data
 from vim_ssl.probes import (
     C_GRID,
     READOUTS,
+    SEARCH_TOL,
     accuracy,
     choose_C,
     choose_readout,
@@ -142,7 +143,7 @@ def test_logistic_regression_does_not_care_about_the_scale_of_a_feature():
 def test_C_is_the_best_of_the_grid_on_the_validation_part():
     (x, y), (x_val, y_val) = blobs(60, noise=2), blobs(200, noise=2, seed=1)
     C, share = choose_C(x, y, x_val, y_val)
-    scores = {c: fit_logistic(x, y, c).score(x_val, y_val) for c in C_GRID}
+    scores = {c: fit_logistic(x, y, c, SEARCH_TOL).score(x_val, y_val) for c in C_GRID}
     assert share == max(scores.values()) == scores[C]
     assert min(scores.values()) < share  # otherwise there was nothing to choose
 
@@ -236,5 +237,5 @@ def test_a_plateau_at_chance_does_not_end_the_search_for_C(monkeypatch):
         def score(self, x, y):
             return scores[self.C]
 
-    monkeypatch.setattr("vim_ssl.probes.fit_logistic", lambda x, y, C: Fitted(C))
+    monkeypatch.setattr("vim_ssl.probes.fit_logistic", lambda x, y, C, tol: Fitted(C))
     assert choose_C(None, None, None, None, tuple(scores)) == (1.0, 0.9)
