@@ -23,7 +23,7 @@ from vim_ssl.config import opt, parse
 from vim_ssl.data import open_data, stratified_split
 from vim_ssl.data.loader import SeededSamples
 from vim_ssl.data.transforms import create_transform, pretrain_transform
-from vim_ssl.masking import RandomMask
+from vim_ssl.masking import MASKS, RandomMask
 from vim_ssl.mim import OBJECTIVES
 from vim_ssl.probes import accuracy, extract_features, knn_predict, read_all
 from vim_ssl.report import write_report
@@ -44,6 +44,10 @@ class Config(TrainConfig):
     decoder_dim: int = opt(512, "width of mae's decoder", group="model")
     decoder_depth: int = opt(2, "Vim blocks of mae's decoder", group="model")
     norm_pix_loss: bool = opt(True, "targets normalised per patch", group="model")
+    keep_order: bool = opt(
+        True, "mae reads visible patches in scan order; false: shuffled", group="model"
+    )
+    mask: str = opt("random", "which patches go together", group="masking", choices=tuple(MASKS))
     mask_ratio: float = opt(0.75, "share of the patches that is hidden", group="masking")
     mask_unit: int = opt(0, "side of what is masked as one, pixels; 0: a patch", group="masking")
 
@@ -131,6 +135,7 @@ def build_objective(config: Config, encoder: VimEncoder):
     args: dict[str, Any] = {"norm_pix_loss": config.norm_pix_loss}
     if config.objective == "mae":
         args |= {"decoder_dim": config.decoder_dim, "decoder_depth": config.decoder_depth}
+        args["keep_order"] = config.keep_order
     return OBJECTIVES[config.objective](encoder, **args)
 
 
@@ -140,7 +145,8 @@ def build_data(config: Config, encoder: VimEncoder):
     patch = encoder.patch_embed.patch_size
     if config.mask_unit % patch:
         raise ValueError(f"mask_unit {config.mask_unit} px is no multiple of the {patch}-px patch.")
-    mask = RandomMask(encoder.grid_size, config.mask_ratio, max(config.mask_unit // patch, 1))
+    unit = max(config.mask_unit // patch, 1)
+    mask = MASKS[config.mask](encoder.grid_size, config.mask_ratio, unit)
     image = pretrain_transform(
         encoder.data_config, crop_scale=config.crop_scale, hflip=config.hflip
     )

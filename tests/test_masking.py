@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vim_ssl.masking import RandomMask, visible_ids
+from vim_ssl.masking import MASKS, BlockMask, RandomMask, RowMask, visible_ids
 
 
 @pytest.mark.parametrize(
@@ -47,8 +47,43 @@ def test_every_patch_is_hidden_about_as_often_as_the_ratio_says():
     assert (share - 0.75).abs().max() < 0.05
 
 
-def test_the_mask_follows_the_global_seed():
-    draw = RandomMask((6, 6), 0.5)
+@pytest.mark.parametrize("unit", [1, 2])
+@pytest.mark.parametrize("ratio", [0.1, 0.5, 0.75, 0.99])
+def test_blocks_hide_the_same_number_as_random_masks(ratio, unit):
+    count = int(RandomMask((14, 14), ratio, unit)().sum())
+    assert {int(BlockMask((14, 14), ratio, unit)().sum()) for _ in range(20)} == {count}
+
+
+def test_blocks_leave_visible_patches_together():
+    """Of two neighbours, fewer stand on different sides of the mask than by chance (0.5)."""
+
+    def borders(kind):
+        torch.manual_seed(0)
+        masks = torch.stack([kind((14, 14), 0.5)().view(14, 14) for _ in range(50)])
+        return (masks[:, 1:] != masks[:, :-1]).float().mean()
+
+    assert borders(RandomMask) > 0.45
+    assert borders(BlockMask) < 0.3
+
+
+@pytest.mark.parametrize(("unit", "rows"), [(1, 9), (2, 10)])
+def test_rows_are_hidden_whole(unit, rows):
+    """60 % of 14 rows are 8.4, of 7 double rows 4.2."""
+    draw = RowMask((14, 6 * unit), 0.6, unit)
+    masks = [draw().view(14, -1) for _ in range(5)]
+    assert all(bool((mask == mask[:, :1]).all()) for mask in masks)
+    assert {int(mask[:, 0].sum()) for mask in masks} == {rows}
+    assert not all(torch.equal(mask, masks[0]) for mask in masks)
+
+
+def test_a_single_row_cannot_be_hidden():
+    with pytest.raises(ValueError, match="nothing stays visible"):
+        RowMask((1, 9), 0.5)
+
+
+@pytest.mark.parametrize("kind", MASKS.values(), ids=MASKS)
+def test_the_mask_follows_the_global_seed(kind):
+    draw = kind((6, 6), 0.5)
     masks = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)

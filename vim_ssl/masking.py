@@ -27,19 +27,73 @@ class RandomMask:
             )
         self.units = (grid[0] // unit, grid[1] // unit)
         self.unit = unit
-        total = self.units[0] * self.units[1]
-        if total < 2:
-            raise ValueError(f"a {grid[0]}x{grid[1]} grid is a single unit: nothing stays visible.")
-        # 0.07 * 100 is 7.000000000000001, and 7 are meant
-        self.masked = min(max(math.ceil(total * ratio - 1e-9), 1), total - 1)
+        self.masked = _share(self.choices(), ratio, grid)
+
+    def choices(self) -> int:
+        """How many pieces there are to choose among."""
+        return self.units[0] * self.units[1]
+
+    def draw(self) -> Tensor:
+        """(rows, columns) of units, bool, True = masked."""
+        chosen = torch.zeros(self.choices(), dtype=torch.bool)
+        chosen[torch.randperm(len(chosen))[: self.masked]] = True
+        return chosen.view(self.units)
 
     def __call__(self) -> Tensor:
         """(rows * columns,) bool, True = masked."""
+        hidden = self.draw()
+        return hidden.repeat_interleave(self.unit, 0).repeat_interleave(self.unit, 1).flatten()
+
+
+class RowMask(RandomMask):
+    """Hide whole rows of units: what stays visible is contiguous along the scan."""
+
+    def choices(self) -> int:
+        return self.units[0]
+
+    def draw(self) -> Tensor:
+        chosen = torch.zeros(self.units, dtype=torch.bool)
+        chosen[torch.randperm(self.units[0])[: self.masked]] = True
+        return chosen
+
+
+class BlockMask(RandomMask):
+    """Hide rectangles, until the share is reached exactly: the last one is cut short.
+
+    Each has `SMALLEST` units or more, as long as so many are missing, and sides in a ratio between
+    0.3 and 1 / 0.3.
+    Reference: block-wise masking of BEiT, arXiv:2106.08254, algorithm 1.
+    """
+
+    SMALLEST = 16
+    ASPECT = math.log(0.3)
+
+    def draw(self) -> Tensor:
         rows, columns = self.units
-        chosen = torch.zeros(rows * columns, dtype=torch.bool)
-        chosen[torch.randperm(rows * columns)[: self.masked]] = True
-        chosen = chosen.view(rows, columns)
-        return chosen.repeat_interleave(self.unit, 0).repeat_interleave(self.unit, 1).flatten()
+        hidden = torch.zeros(rows, columns, dtype=torch.bool)
+        while (missing := self.masked - int(hidden.sum())) > 0:
+            size, shape, down, across = torch.rand(4).tolist()
+            least = min(self.SMALLEST, missing)
+            area = least + size * (missing - least)
+            aspect = math.exp(self.ASPECT * (1 - 2 * shape))
+            height = min(max(round(math.sqrt(area * aspect)), 1), rows)
+            width = min(max(round(math.sqrt(area / aspect)), 1), columns)
+            top, left = int(down * (rows - height + 1)), int(across * (columns - width + 1))
+            block = torch.zeros_like(hidden)
+            block[top : top + height, left : left + width] = True
+            fresh = (block & ~hidden).flatten().nonzero()[:missing, 0]
+            hidden.view(-1)[fresh] = True
+        return hidden
+
+
+MASKS = {"random": RandomMask, "row": RowMask, "block": BlockMask}
+
+
+def _share(total: int, ratio: float, grid: tuple[int, int]) -> int:
+    if total < 2:
+        raise ValueError(f"a {grid[0]}x{grid[1]} grid is a single unit: nothing stays visible.")
+    # 0.07 * 100 is 7.000000000000001, and 7 are meant
+    return min(max(math.ceil(total * ratio - 1e-9), 1), total - 1)
 
 
 def visible_ids(mask: Tensor) -> Tensor:

@@ -102,6 +102,9 @@ class MAE(_PixelObjective):
         encoder: reads the visible patches only, in raster order, its class token in their middle.
         decoder_dim, decoder_depth: width and blocks of the decoder.
         norm_pix_loss: predict each patch normalised by its own mean and deviation.
+        keep_order: read the visible patches in raster order. False shuffles them in every picture,
+            as a transcription of MAE would: harmless to attention, and here only to measure what
+            it costs a scan.
     Raises: ValueError for a decoder without blocks or of a width not divisible by 4, and for an
         encoder with a head or a mask token (neither would learn), or with overlapping patches.
     Reference: MAE, arXiv:2111.06377; a Vim decoder as in FastVim, arXiv:2502.00594.
@@ -114,8 +117,10 @@ class MAE(_PixelObjective):
         decoder_dim: int = 512,
         decoder_depth: int = 2,
         norm_pix_loss: bool = True,
+        keep_order: bool = True,
     ):
         super().__init__(encoder, norm_pix_loss)
+        self.keep_order = keep_order
         if encoder.mask_token is not None:
             raise ValueError("mae reads no mask token; load the encoder with use_mask_token=False.")
         if decoder_depth < 1:
@@ -139,6 +144,8 @@ class MAE(_PixelObjective):
     def predict(self, images: Tensor, mask: Tensor) -> Tensor:
         grid = self.encoder.grid(*images.shape[-2:])
         keep = visible_ids(mask)
+        if not self.keep_order:
+            keep = keep.gather(1, torch.rand(keep.shape, device=keep.device).argsort(1))
         seen = self.encoder.forward_tokens(self.encoder.embed(images), ids_keep=keep, grid=grid)
         patches, _ = self.encoder.split_tokens(seen)
         patches = self.decoder_embed(patches)  # (b, k, decoder_dim)
