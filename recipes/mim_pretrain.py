@@ -5,8 +5,9 @@
     accelerate launch --multi_gpu --num_processes 8 recipes/mim_pretrain.py \\
         --preset mae_small_224 --data imagenet/train --precision bf16
 
-`mae` (arXiv:2111.06377, visible patches in scan order, Vim decoder as in arXiv:2502.00594) and
-`simmim` (arXiv:2111.09886). The paper presets' results on ImageNet: not yet measured.
+`mae` (arXiv:2111.06377, visible patches in scan order, Vim decoder as in arXiv:2502.00594),
+`simmim` (arXiv:2111.09886), `ar` (clusters one after another, arXiv:2406.07537) and `distill` (a
+teacher's features, arXiv:2202.03555). The paper presets' results on ImageNet: not yet measured.
 """
 
 import math
@@ -18,17 +19,21 @@ from typing import Any
 import torch
 
 from vim_ssl import VimEncoder, load_encoder, save_encoder
+from vim_ssl.ar import AutoRegressive
 from vim_ssl.cli import guarded
 from vim_ssl.config import opt, parse
 from vim_ssl.data import open_data, stratified_split
 from vim_ssl.data.loader import SeededSamples
 from vim_ssl.data.transforms import create_transform, pretrain_transform
+from vim_ssl.distill import LOSSES, WHERE, Distill
 from vim_ssl.masking import MASKS, RandomMask
-from vim_ssl.mim import OBJECTIVES
+from vim_ssl.mim import MAE, SimMIM
 from vim_ssl.probes import accuracy, extract_features, knn_predict, read_all
 from vim_ssl.report import write_report
 from vim_ssl.runs import Run, environment, stored_or
 from vim_ssl.training import TrainConfig, fit, make_accelerator
+
+OBJECTIVES = {"mae": MAE, "simmim": SimMIM, "ar": AutoRegressive, "distill": Distill}
 
 
 @dataclass
@@ -41,12 +46,20 @@ class Config(TrainConfig):
     encoder: str = opt("vim_small_patch16_224", "preset, checkpoint or run", group="model")
     model_args: dict[str, Any] = opt({}, "more arguments of the encoder", group="model")
     objective: str = opt("mae", "what to learn from", group="model", choices=tuple(OBJECTIVES))
-    decoder_dim: int = opt(512, "width of mae's decoder", group="model")
-    decoder_depth: int = opt(2, "Vim blocks of mae's decoder", group="model")
+    decoder_dim: int = opt(512, "width of the decoder of mae and ar", group="model")
+    decoder_depth: int = opt(2, "its blocks: Vim for mae, attention for ar", group="model")
     norm_pix_loss: bool = opt(True, "targets normalised per patch", group="model")
     keep_order: bool = opt(
         True, "mae reads visible patches in scan order; false: shuffled", group="model"
     )
+    cluster: int = opt(4, "side of what ar predicts at once, patches", group="model")
+    teacher: str = opt(
+        "ema", "of distill: ema (the encoder's average), timm:NAME, run or preset", group="model"
+    )
+    teacher_layers: int = opt(4, "its last blocks, averaged into targets", group="model")
+    teacher_momentum: float = opt(0.998, "of the moving average", group="model")
+    distill_loss: str = opt("smooth_l1", "of distill", group="model", choices=LOSSES)
+    distill_where: str = opt("masked", "patches that distill counts", group="model", choices=WHERE)
     mask: str = opt("random", "which patches go together", group="masking", choices=tuple(MASKS))
     mask_ratio: float = opt(0.75, "share of the patches that is hidden", group="masking")
     mask_unit: int = opt(0, "side of what is masked as one, pixels; 0: a patch", group="masking")
@@ -103,8 +116,27 @@ def simmim_small_224() -> Config:
     )  # fmt: skip
 
 
+def ar_small_192() -> Config:
+    """ARM's numbers on Vim-S: 3x3 clusters of 64 px, read forward."""
+    return Config(
+        objective="ar", encoder="vim_small_patch16_224", model_args={"img_size": 192}, cluster=4,
+        decoder_depth=4, epochs=1600, warmup_epochs=40, batch_size=256, base_lr=1.5e-4,
+        clip_grad=3.0, workers=8,
+    )  # fmt: skip
+
+
+def distill_small_224() -> Config:
+    """UMT's numbers on Vim-S: a CLIP ViT-B/16 by timm teaches, 80 % masked, cosine."""
+    return Config(
+        objective="distill", encoder="vim_small_patch16_224", model_args={"drop_path_rate": 0.4},
+        teacher="timm:vit_base_patch16_clip_224.openai", teacher_layers=1, distill_loss="cosine",
+        distill_where="all", mask_ratio=0.8, epochs=800, warmup_epochs=40, batch_size=128,
+        base_lr=1.5e-4, precision="bf16", workers=8,
+    )  # fmt: skip
+
+
 PRESETS = {f.__name__: f for f in (demo, mae_nano_64, mae_tiny_224, mae_small_224, mae_base_224,
-                                   simmim_small_224)}  # fmt: skip
+                                   simmim_small_224, ar_small_192, distill_small_224)}  # fmt: skip
 
 
 def default_preset(given: dict[str, Any]) -> str:
@@ -112,19 +144,25 @@ def default_preset(given: dict[str, Any]) -> str:
 
 
 class MimTransform:
-    """An item to ``image`` (c, h, w), normalised, and ``mask`` (m,) bool, True = masked."""
+    """An item to ``image`` (c, h, w), normalised, and ``mask`` (m,) bool, True = masked.
 
-    def __init__(self, image_transform, mask: RandomMask):
+    Without a mask to draw, for `ar`, to the image alone.
+    """
+
+    def __init__(self, image_transform, mask: RandomMask | None):
         self.image_transform, self.mask = image_transform, mask
 
     def __call__(self, item: dict) -> dict:
-        return {"image": self.image_transform(item["image"]), "mask": self.mask()}
+        image = {"image": self.image_transform(item["image"])}
+        return image if self.mask is None else image | {"mask": self.mask()}
 
 
 def build_model(config: Config) -> VimEncoder:
     args = dict(config.model_args)
-    # Fresh for simmim where a checkpoint has none; dropped for mae, which would never train it.
-    args.setdefault("use_mask_token", config.objective == "simmim")
+    # Fresh where a checkpoint has none; dropped for objectives that would never train it.
+    args.setdefault("use_mask_token", config.objective in ("simmim", "distill"))
+    if config.objective == "ar":
+        args.setdefault("directions", "forward")
     try:
         return load_encoder(config.encoder, **args)
     except TypeError as error:  # an unknown name
@@ -132,11 +170,38 @@ def build_model(config: Config) -> VimEncoder:
 
 
 def build_objective(config: Config, encoder: VimEncoder):
-    args: dict[str, Any] = {"norm_pix_loss": config.norm_pix_loss}
-    if config.objective == "mae":
+    args: dict[str, Any] = {}
+    if config.objective == "distill":
+        args |= {"teacher": load_teacher(config.teacher), "layers": config.teacher_layers,
+                 "momentum": config.teacher_momentum, "loss": config.distill_loss,
+                 "where": config.distill_where}  # fmt: skip
+    else:
+        args["norm_pix_loss"] = config.norm_pix_loss
+    if config.objective in ("mae", "ar"):
         args |= {"decoder_dim": config.decoder_dim, "decoder_depth": config.decoder_depth}
+    if config.objective == "mae":
         args["keep_order"] = config.keep_order
-    return OBJECTIVES[config.objective](encoder, **args)
+    if config.objective == "ar":
+        args["cluster"] = config.cluster
+    objective = OBJECTIVES[config.objective](encoder, **args)
+    if config.objective == "ar":
+        objective.order(encoder.grid_size)  # tells before training whether clusters fit
+    return objective
+
+
+def load_teacher(name: str):
+    """The frozen network that ``name`` means, or None for the encoder's own average."""
+    if name == "ema":
+        return None
+    if not name.startswith("timm:"):
+        return load_encoder(name)
+    import timm
+
+    name = name.removeprefix("timm:")
+    try:
+        return timm.create_model(name, pretrained=True, num_classes=0, dynamic_img_size=True)
+    except TypeError:  # no transformer, and takes every size as it is
+        return timm.create_model(name, pretrained=True, num_classes=0)
 
 
 def build_data(config: Config, encoder: VimEncoder):
@@ -146,11 +211,13 @@ def build_data(config: Config, encoder: VimEncoder):
     if config.mask_unit % patch:
         raise ValueError(f"mask_unit {config.mask_unit} px is no multiple of the {patch}-px patch.")
     unit = max(config.mask_unit // patch, 1)
-    mask = MASKS[config.mask](encoder.grid_size, config.mask_ratio, unit)
+    draws = None
+    if config.objective != "ar":
+        draws = MASKS[config.mask](encoder.grid_size, config.mask_ratio, unit)
     image = pretrain_transform(
         encoder.data_config, crop_scale=config.crop_scale, hflip=config.hflip
     )
-    return data, SeededSamples(data, MimTransform(image, mask), config.seed)
+    return data, SeededSamples(data, MimTransform(image, draws), config.seed)
 
 
 def build_knn(encoder: VimEncoder, data, device, seed: int, bank: int = 2000, queries: int = 500):

@@ -20,8 +20,8 @@ from vim_ssl.masking import visible_ids
 from vim_ssl.objective import StepOutput
 
 
-class _PixelObjective(nn.Module):
-    """What both objectives share: pixel targets, the loss on masked patches, pictures."""
+class PixelObjective(nn.Module):
+    """What objectives of pixels share: targets, the loss on hidden patches, pictures."""
 
     def __init__(self, encoder: VimEncoder, norm_pix_loss: bool):
         super().__init__()
@@ -40,8 +40,18 @@ class _PixelObjective(nn.Module):
         self.norm_pix_loss = norm_pix_loss
         self.pixels = encoder.in_chans * patch.patch_size**2
 
+    def hidden(self, batch: dict[str, Tensor], grid: tuple[int, int]) -> Tensor:
+        """(b, m) bool, True = hidden, to be predicted: the batch's own mask."""
+        mask, shape = batch["mask"], (len(batch["image"]), grid[0] * grid[1])
+        if mask.dtype != torch.bool or mask.shape != shape:
+            raise ValueError(
+                f"mask is {mask.dtype} {tuple(mask.shape)}; expected torch.bool {shape}, "
+                "True = masked."
+            )
+        return mask
+
     def predict(self, images: Tensor, mask: Tensor) -> Tensor:
-        """(b, c, h, w) and (b, m) bool, True = masked -> (b, m, pixels of a patch)."""
+        """(b, c, h, w) and (b, m) bool, True = hidden -> (b, m, pixels of a patch)."""
         raise NotImplementedError
 
     def patch_loss(self, prediction: Tensor, target: Tensor) -> Tensor:
@@ -50,13 +60,8 @@ class _PixelObjective(nn.Module):
 
     def forward(self, batch: dict[str, Tensor]) -> StepOutput:
         """One pass: the mean loss of each sample's masked patches, summed over samples."""
-        images, mask = batch["image"], batch["mask"]
-        rows, columns = self.encoder.grid(*images.shape[-2:])
-        if mask.dtype != torch.bool or mask.shape != (len(images), rows * columns):
-            raise ValueError(
-                f"mask is {mask.dtype} {tuple(mask.shape)}; expected torch.bool "
-                f"({len(images)}, {rows * columns}), True = masked."
-            )
+        images = batch["image"]
+        mask = self.hidden(batch, self.encoder.grid(*images.shape[-2:]))
         prediction = self.predict(images, mask).float()
         pixels = patchify(images.float(), self.encoder.patch_embed.patch_size)  # float32 targets
         target = pixels
@@ -95,7 +100,7 @@ class _PixelObjective(nn.Module):
         return torch.cat([original, hidden, restored, pasted], dim=-1).cpu()
 
 
-class MAE(_PixelObjective):
+class MAE(PixelObjective):
     """Masked autoencoder with a Vim decoder.
 
     Args:
@@ -164,7 +169,7 @@ class MAE(_PixelObjective):
         return (prediction - target).square().mean(-1)
 
 
-class SimMIM(_PixelObjective):
+class SimMIM(PixelObjective):
     """SimMIM: mask tokens through the whole encoder, one linear layer, L1 on hidden pixels.
 
     Args:
@@ -202,6 +207,3 @@ def unpatchify(patches: Tensor, patch_size: int, size: tuple[int, int]) -> Tenso
     rows, columns = size[0] // patch_size, size[1] // patch_size
     x = patches.unflatten(2, (patch_size**2, -1)).permute(0, 3, 2, 1)  # (b, c, p², m)
     return F.pixel_shuffle(x.flatten(1, 2).unflatten(2, (rows, columns)), patch_size)
-
-
-OBJECTIVES = {"mae": MAE, "simmim": SimMIM}

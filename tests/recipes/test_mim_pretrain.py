@@ -50,7 +50,7 @@ def stripes(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=["mae", "simmim"])
+@pytest.fixture(scope="module", params=["mae", "simmim", "ar", "distill"])
 def trained(request, photos, tmp_path_factory) -> Path:
     """A run on the photographs."""
     run = tmp_path_factory.mktemp("runs") / request.param
@@ -73,13 +73,18 @@ def settings(monkeypatch, *argv: str) -> mim_pretrain.Config:
 def test_photographs_of_mixed_sizes_train(trained):
     rows = read_metrics(trained)
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
-    assert all(np.isfinite([row["loss"], row["grad_norm"], row["pixel_mse"]]).all() for row in rows)
+    own = "target_std" if trained.name == "distill" else "pixel_mse"
+    assert all(np.isfinite([row["loss"], row["grad_norm"], row[own]]).all() for row in rows)
     assert rows[-1]["skipped"] == 1  # the broken picture
     assert "knn_top1" not in rows[-1]  # no labels, no neighbours
 
 
 def test_the_pictures_show_eight_or_fewer_rows_of_four_views(trained):
-    (path,) = (trained / "images").glob("pictures-*4.png")
+    paths = list((trained / "images").glob("pictures-*4.png"))
+    if trained.name == "distill":  # features are no pictures
+        assert paths == []
+        return
+    (path,) = paths
     with Image.open(path) as image:
         assert image.width in range(4 * 64, 4 * 64 + 8)
         assert image.mode == "RGB"
@@ -227,6 +232,17 @@ SIMMIM_NUMBERS = {
     "clip_grad": 5.0, "min_lr": 5e-6, "crop_scale": (0.67, 1.0), "hflip": 0.5,
     "model_args": {"drop_path_rate": 0.1}, "optimizer": "adamw",
 }  # fmt: skip
+AR_NUMBERS = {
+    "objective": "ar", "cluster": 4, "norm_pix_loss": True, "betas": (0.9, 0.95),
+    "weight_decay": 0.05, "warmup_epochs": 40, "epochs": 1600, "clip_grad": 3.0, "min_lr": 0,
+    "decoder_dim": 512, "decoder_depth": 4, "crop_scale": (0.2, 1.0), "hflip": 0.5,
+    "encoder": "vim_small_patch16_224", "model_args": {"img_size": 192}, "optimizer": "adamw",
+}  # fmt: skip
+UMT_NUMBERS = {
+    "objective": "distill", "mask_ratio": 0.8, "distill_loss": "cosine", "betas": (0.9, 0.95),
+    "teacher": "timm:vit_base_patch16_clip_224.openai", "epochs": 800, "warmup_epochs": 40,
+    "model_args": {"drop_path_rate": 0.4}, "precision": "bf16", "optimizer": "adamw",
+}  # fmt: skip
 PAPER = {
     "mae_tiny_224": (MAE_NUMBERS | {"encoder": "vim_tiny_patch16_224"}, 4096, 2.4e-3),
     "mae_small_224": (MAE_NUMBERS | {"encoder": "vim_small_patch16_224"}, 4096, 2.4e-3),
@@ -236,6 +252,8 @@ PAPER = {
         2.4e-3,
     ),
     "simmim_small_224": (SIMMIM_NUMBERS | {"encoder": "vim_small_patch16_224"}, 2048, 4e-4),
+    "ar_small_192": (AR_NUMBERS, 2048, 1.2e-3),
+    "distill_small_224": (UMT_NUMBERS, 2048, 1.2e-3),
 }
 
 
@@ -277,6 +295,10 @@ def test_a_batch_is_never_larger_than_the_data(photos, tmp_path, capsys):
         (["--mask-ratio", "1"], ValueError, "between 0 and 1"),
         (["--decoder-dim", "18"], ValueError, "not divisible by 4"),
         (["--model-args", "stride=4"], ValueError, "overlap"),
+        (["--objective", "ar", "--model-args", "directions=both"], ValueError, "has seen"),
+        (["--objective", "ar", "--cluster", "3"], ValueError, "do not fill a 8x8 grid"),
+        (["--objective", "distill", "--teacher", "timm:no_such"], RuntimeError, "Unknown model"),
+        (["--mask", "row", "--mask-ratio", "0"], ValueError, "between 0 and 1"),
         (["--model-args", "dept=2"], ValueError, "Did you mean 'depth'"),
         (["--data", "no/such/folder"], FileNotFoundError, "There is no folder"),
     ],
