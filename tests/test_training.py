@@ -208,6 +208,36 @@ def test_a_run_is_not_overwritten(tmp_path):
         train(tmp_path, Linear())
 
 
+@pytest.mark.parametrize("resume", ["never", "auto"])
+def test_a_second_process_is_kept_out_of_a_folder_while_a_run_trains_there(tmp_path, resume):
+    """Tried from the middle of a step; what the first run then writes is what it writes alone."""
+    second = """
+import sys
+from vim_ssl.runs import Run
+from vim_ssl.training import TrainConfig, make_accelerator
+config = TrainConfig(epochs=2, batch_size=4, warmup_epochs=0.0, base_lr=0.1, output=sys.argv[1],
+                     resume=sys.argv[2], workers=0, threads=1, log_every=1)
+Run.open("test", config, make_accelerator(config))
+"""
+    objective, refused = Linear(), []
+
+    def meanwhile(module, args):
+        if module.calls == 6:
+            command = [sys.executable, "-c", second, str(tmp_path / "run"), resume]
+            refused.append(subprocess.run(command, capture_output=True, text=True))
+
+    torch.manual_seed(0)
+    train(tmp_path / "alone", Linear(), save_steps=8)
+    torch.manual_seed(0)
+    objective.load_state_dict(Linear().state_dict())
+    objective.register_forward_pre_hook(meanwhile)
+    train(tmp_path / "run", objective, save_steps=8)
+    (done,) = refused
+    assert "another process is training in" in done.stderr
+    assert losses(tmp_path / "run") == losses(tmp_path / "alone")
+    train(tmp_path / "run", Linear(), resume="auto")  # free again
+
+
 def test_resuming_a_finished_run_changes_nothing(tmp_path):
     train(tmp_path, Linear())
     before = losses(tmp_path)

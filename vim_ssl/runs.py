@@ -14,6 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 RUNS = Path("runs")
+LOCK = ".lock"
 # What may differ when a run is taken up again: it changes no step, or only how long it goes on.
 FREE_TO_CHANGE = {
     "recipe", "output", "resume", "epochs", "workers", "threads", "log_every", "eval_every",
@@ -32,7 +33,7 @@ class Run:
     def __init__(self, folder: Path, main: bool = True):
         self.folder, self.main = Path(folder), main
         self.skipped: set[str] = set()
-        self._board = None
+        self._board = self._lock = None
         self._record: dict = {}
 
     @classmethod
@@ -40,7 +41,8 @@ class Run:
         """Make or take up the directory that ``config.output`` and ``config.resume`` name.
 
         Raises: FileExistsError for a directory that holds something else, or a run when
-            ``resume`` is "never"; ValueError for settings that differ from the run's own.
+            ``resume`` is "never"; ValueError for settings that differ from the run's own;
+            RuntimeError while another process trains there.
         """
         from accelerate.utils import broadcast_object_list
 
@@ -53,10 +55,11 @@ class Run:
                 f"{run.folder} already holds a run; go on with --resume auto, or choose another "
                 "--output."
             )
-        if run.folder.is_dir() and any(run.folder.iterdir()):
+        if run.folder.is_dir() and any(path.name != LOCK for path in run.folder.iterdir()):
             run._check_same(name)
         accelerator.wait_for_everyone()
         if run.main:
+            run._take(name)
             for partial in (run.folder / "checkpoints").glob("partial-*"):  # of a killed save
                 shutil.rmtree(partial)
             (run.folder / "images").mkdir(parents=True, exist_ok=True)
@@ -66,6 +69,24 @@ class Run:
             print(f"Run directory: {run.folder}", flush=True)
         accelerator.wait_for_everyone()
         return run
+
+    def _take(self, name: str) -> None:
+        """Keep other processes out until `release`; the system does it for one that is killed."""
+        from filelock import FileLock, Timeout
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(self.folder / LOCK)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise RuntimeError(
+                f"another process is training in {name}; wait for it, or choose another --output."
+            ) from None
+
+    def release(self) -> None:
+        """Let other processes have the folder."""
+        if self._lock:
+            self._lock.release()
 
     def _check_same(self, name: str) -> None:
         """Refuse a folder of something else, and settings that would make it another run."""
@@ -181,6 +202,7 @@ class Run:
         return self._board
 
     def close(self) -> None:
+        self.release()
         if self._board:
             self._board.close()
 

@@ -353,6 +353,7 @@ class _Watch:
 
     def __exit__(self, *exc):
         self.bar.close()
+        self.run.release()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
