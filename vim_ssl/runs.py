@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -33,7 +34,8 @@ class Run:
     def __init__(self, folder: Path, main: bool = True):
         self.folder, self.main = Path(folder), main
         self.skipped: set[str] = set()
-        self._board = self._lock = None
+        self._board = None
+        self._lock: Any = None
         self._record: dict = {}
 
     @classmethod

@@ -1,0 +1,127 @@
+"""Kill a training at random moments, resume it every time, and compare it with one that ran alone.
+
+    python benchmarks/resume.py                         # 20 kills on 1 process, 20 on 2
+
+One kill in five falls into the start, at a random moment before the first new step; the others
+into steps and saves, up to some seconds after it. Every kill is SIGKILL to the whole process group;
+every fifth is SIGTERM to the training processes instead, after which the launcher must leave with
+0. The losses must equal the whole run's bit for bit. Rows, one a kill, go to results/resume.csv.
+"""
+
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+from rows import ORIGIN, RESULTS, append_rows, origin
+
+from vim_ssl.runs import Run, read_metrics
+
+ROOT = Path(__file__).parents[1]
+COLUMNS = (
+    *ORIGIN, "processes", "kill", "signal", "seconds_after_launch", "logged_step", "resumed_from",
+    "steps", "differing_losses",
+)  # fmt: skip
+SETTINGS = [
+    "--preset", "demo", "--data", "sample:mnist5k?split=train&limit=60", "--accumulation", "2",
+    "--threads", "1", "--workers", "1", "--log-every", "1", "--eval-every", "1000",
+    "--save-steps", "3", "--decoder-dim", "16", "--warmup-epochs", "1",
+    "--model-args", "depth=2", "embed_dim=16", "drop_path_rate=0.3",
+]  # fmt: skip
+
+
+def launch(processes: int, folder: Path, epochs: int, *more: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch",
+               "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no",
+               "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
+    command += ["--multi_gpu"] if processes > 1 else []
+    command += [str(ROOT / "recipes" / "mim_pretrain.py"), *SETTINGS, "--epochs", str(epochs),
+                "--batch-size", str(8 // processes), "--output", str(folder), *more]  # fmt: skip
+    with open(folder.with_suffix(".log"), "a") as log:
+        return subprocess.Popen(
+            command, stdout=log, stderr=log, start_new_session=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+
+
+def finish(process: subprocess.Popen, folder: Path) -> None:
+    if process.wait():
+        raise RuntimeError(folder.with_suffix(".log").read_text()[-3000:])
+
+
+def _lines(log: Path) -> int:
+    return len(log.read_text().splitlines()) if log.exists() else 0
+
+
+def losses(folder: Path) -> dict[int, float]:
+    return {row["step"]: row["loss"] for row in read_metrics(folder)}
+
+
+def campaign(processes: int, kills: int, epochs: int, span: float, draw: random.Random, root: Path):
+    """One run in one go, one killed ``kills`` times; returns the rows."""
+    whole, killed = root / f"whole-{processes}", root / f"killed-{processes}"
+    finish(launch(processes, whole, epochs), whole)
+    rows = []
+    for kill in range(1, kills + 1):
+        number = signal.SIGTERM if kill % 5 == 0 else signal.SIGKILL
+        process = launch(processes, killed, epochs, "--resume", "auto")
+        began, log = time.perf_counter(), killed / "metrics.jsonl"
+        if kill % 5 == 1:
+            time.sleep(draw.uniform(0.0, 6.0))
+        else:
+            before = _lines(log)
+            while process.poll() is None and _lines(log) <= before:
+                before = min(before, _lines(log))  # a resumed run cuts the log back
+                time.sleep(0.02)
+            time.sleep(draw.uniform(0.0, span))
+        if process.poll() is not None:
+            print(f"the run ended before kill {kill}: fewer kills, or more --epochs", flush=True)
+            break
+        moment = time.perf_counter() - began
+        if number == signal.SIGKILL:
+            os.killpg(process.pid, number)
+        else:
+            for child in psutil.Process(process.pid).children():
+                child.send_signal(number)
+        if process.wait() and number == signal.SIGTERM:
+            raise RuntimeError(f"the launcher left with {process.returncode} after SIGTERM")
+        kept = Run(killed).checkpoints()
+        rows.append({
+            "processes": processes, "kill": kill, "signal": number.name,
+            "seconds_after_launch": round(moment, 2),
+            "logged_step": _lines(log),
+            "resumed_from": kept[-1].name if kept else "start",
+        })  # fmt: skip
+        print(*list(rows[-1].values()), flush=True)
+    finish(launch(processes, killed, epochs, "--resume", "auto"), killed)
+    expected, found = losses(whole), losses(killed)
+    differing = sum(expected[step] != found.get(step) for step in expected)
+    differing += len(found.keys() - expected.keys())
+    print(f"{processes} processes: {differing} of {len(expected)} losses differ", flush=True)
+    return [row | {"steps": len(expected), "differing_losses": differing} for row in rows]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=20, help="kills a campaign")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--epochs", type=int, default=200, help="4 steps each")
+    parser.add_argument("--span", type=float, default=2.0, help="seconds after a new step")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    args = parser.parse_args()
+    rows, draw = [], random.Random(args.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        for processes in args.processes:
+            rows += campaign(processes, args.kills, args.epochs, args.span, draw, Path(folder))
+    append_rows(RESULTS / "resume.csv", COLUMNS, [origin() | row for row in rows])
+    return int(any(row["differing_losses"] for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
