@@ -1,0 +1,103 @@
+"""What a training step of each objective costs on one batch, and the encoder's part of it.
+
+    python benchmarks/objectives.py                     # Vim-S, 196 tokens, minutes on a CPU
+
+Forward and backward, without an optimiser, on random pictures; the objectives take turns and the
+median of the rounds counts. `mae` and `distill` mask 75 %, `simmim` 60 %; decoders as in the paper
+presets. `distill` teaches itself. Rows go to results/objectives.csv.
+"""
+
+import argparse
+import statistics
+import time
+
+import torch
+from rows import ORIGIN, RESULTS, append_rows, origin
+
+from vim_ssl import load_encoder
+from vim_ssl.ar import AutoRegressive
+from vim_ssl.distill import Distill
+from vim_ssl.masking import RandomMask, visible_ids
+from vim_ssl.mim import MAE, SimMIM
+
+COLUMNS = (*ORIGIN, "device", "threads", "encoder", "batch", "what", "seconds", "of_simmim")
+SIZE = 224
+
+
+def objectives(name: str, batch: int, device: str) -> dict:
+    """What -> a function that runs one forward and backward."""
+
+    def encoder(**args):
+        return load_encoder(name, device=device, **args).train()
+
+    batch_of = {}
+    for ratio in (0.6, 0.75):
+        draw = RandomMask(load_encoder(name).grid_size, ratio)
+        batch_of[ratio] = torch.stack([draw() for _ in range(batch)]).to(device)
+    images = torch.randn(batch, 3, SIZE, SIZE, device=device)
+    models = {
+        "mae": (MAE(encoder()), 0.75),
+        "simmim": (SimMIM(encoder(use_mask_token=True)), 0.6),
+        "ar": (AutoRegressive(encoder(directions="forward"), cluster=2), 0.75),
+        "distill": (Distill(encoder(use_mask_token=True)), 0.75),
+    }
+
+    def step(model, ratio):
+        def run():
+            model.zero_grad()
+            model({"image": images, "mask": batch_of[ratio]}).loss_sum.backward()
+
+        return run
+
+    steps = {key: step(model.to(device), ratio) for key, (model, ratio) in models.items()}
+    alone = encoder()
+    tokens = alone.embed(images).detach()
+
+    def read(keep):
+        def run():
+            alone.zero_grad()
+            alone.forward_tokens(tokens, ids_keep=keep).sum().backward()
+
+        return run
+
+    steps["encoder, visible tokens"] = read(visible_ids(batch_of[0.75]))
+    steps["encoder, all tokens"] = read(None)
+    return steps
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--encoder", default="vim_small_patch16_224", help="preset")
+    parser.add_argument("--batch", type=int, default=4, help="pictures")
+    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each")
+    parser.add_argument("--threads", type=int, default=2, help="of torch")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_num_threads(args.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    steps = objectives(args.encoder, args.batch, device)
+    seconds: dict[str, list[float]] = {what: [] for what in steps}
+    for turn in range(args.rounds + 1):  # the first warms up
+        for what, run in steps.items():
+            began = time.perf_counter()
+            run()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if turn:
+                seconds[what].append(time.perf_counter() - began)
+    median = {what: statistics.median(times) for what, times in seconds.items()}
+    rows = []
+    for what, value in median.items():
+        against = "encoder, all tokens" if what.startswith("encoder") else "simmim"
+        ratio = value / median[against]
+        print(f"{what:26} {value:8.3f} s   {1 / ratio:5.2f} x as fast as {against}", flush=True)
+        rows.append({
+            "device": device, "threads": args.threads, "encoder": args.encoder,
+            "batch": args.batch, "what": what, "seconds": round(value, 4),
+            "of_simmim": "" if what.startswith("encoder") else round(ratio, 4),
+        })  # fmt: skip
+    append_rows(RESULTS / "objectives.csv", COLUMNS, [origin() | row for row in rows])
+
+
+if __name__ == "__main__":
+    main()
