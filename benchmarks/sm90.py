@@ -27,7 +27,7 @@ from vim_ssl.kernels.selective_scan import triton_kernels
 
 N, EVERY, GROUP = 16, 8, 4
 FLAGS = {"SOFTPLUS": True, "HAS_D": True, "HAS_Z": True, "HAS_BIAS": True}
-BFLOAT16 = ("u", "delta", "z", "out", "sum", "dout", "B", "C", "du", "ddelta", "dz")
+BFLOAT16 = ("u", "delta", "z", "out", "dout", "B", "C", "du", "ddelta", "dz")
 ALIGNED = re.compile(r"d|\w+_ptr|(u|delta|B|C|z)_[sbl]")  # multiples of 16
 
 

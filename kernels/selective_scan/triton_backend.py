@@ -90,7 +90,7 @@ def scan_forward(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
     bias: Tensor | None, h0: Tensor | None, softplus: bool, reverse: bool, scale: float, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """See `fused.py`; kept are y_sum = sum_s(y_s) (b, l, d), with z, and the states
+    """See `fused.py`; kept are y_sum = sum_s(y_s) (b, l, d), float32, with z, and the states
     (s, b, checkpoints, n, d) before every `EVERY`-th token."""
     s, b, l, d = u.shape
     n = A.shape[-1]
@@ -112,9 +112,14 @@ def scan_forward(
             N=n, BLOCK=1024,
         )  # fmt: skip
         keep_sum = y_sum.numel() > 0
+        # In float32, also where nothing is kept: in half the digits a sum that cancels keeps none,
+        # and in float16 it overflows.
+        meet = (
+            y_sum if keep_sum else out if s == 1 or out.dtype == A.dtype else A.new_empty(b, l, d)
+        )
         triton_kernels.forward_kernel[(b * -(-d // (LANES * per_lane)), -(-l // segment))](
             u, delta, A, pairs, *_given(u, D, z, bias, start),
-            out, y_sum if keep_sum else out, last, states,
+            out, meet, last, states,
             b, l, d, segment, scale, int(reverse),
             *_strides(u), *_strides(delta), *_strides(z)[1:],
             S=s, N=n, C=per_lane, EVERY=EVERY, SOFTPLUS=softplus,
@@ -135,7 +140,7 @@ def _outputs(u, A, z, save):
     return (
         u.new_empty(b, l, d),
         A.new_empty(s, b, d, n),
-        u.new_empty((b, l, d) if save and z is not None else 0),
+        A.new_empty((b, l, d) if save and z is not None else 0),
         A.new_empty((s, b, -(-l // EVERY), n, d) if save else 0),
     )
 

@@ -180,8 +180,8 @@ def forward_kernel(
         A (s, d, n), D, bias (s, d), float32.  bc: (s, b, l, n) pairs, see `pack_kernel`.
         start (s, b, segments, n, d): the states that the segments begin from; zero without.
         out (b, l, d) = scale * sum_s(y_s) silu(z).
-        sum: out's shape, where the directions meet: `out` itself, or with KEEP_SUM a tensor that
-            holds sum_s(y_s) afterwards, for the gradient of z.
+        sum: out's shape, float32, where the directions meet: `out` itself if that is float32, or
+            with KEEP_SUM a tensor that holds sum_s(y_s) afterwards, for the gradient of z.
         last (s, b, d, n).  states (s, b, checkpoints, n, d): h before every EVERY-th token of a
             segment, in scan order.
     """

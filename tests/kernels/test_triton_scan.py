@@ -114,6 +114,27 @@ def test_saved_states_may_be_farther_apart(monkeypatch):
     compare(two_way_inputs(1, 19, 2, 2))
 
 
+@pytest.mark.parametrize("length", [1, 2, 5])
+@pytest.mark.parametrize("save", [True, False], ids=["training", "inference"])
+def test_the_directions_meet_in_float32(length, save):
+    """80,000 and -79,800 cancel to 200, and float16 ends at 65,504."""
+    shape = (2, 1, length, 2)
+    u = torch.full(shape, 8.0, dtype=torch.float16)
+    u[1] = -7.98
+    m = {"u": u, "delta": torch.full(shape, 1e-3, dtype=torch.float16), "A": -torch.ones(2, 2, 1),
+         "B": torch.ones(2, 1, length, 1), "C": torch.ones(2, 1, length, 1),
+         "D": torch.full((2, 2), 1e4),
+         "z": torch.full(shape[1:], 2.0, dtype=torch.float16)}  # fmt: skip
+    m = {name: tensor.to(DEVICE).requires_grad_(save) for name, tensor in m.items()}
+    got = bi_selective_scan(**m, backend="triton")
+    exact = bi_selective_scan(**as_double(m), backend="reference")
+    torch.testing.assert_close(got.double(), exact, rtol=2e-3, atol=0)
+    if save:
+        (dz,) = torch.autograd.grad(got.sum(), m["z"])
+        by_hand = (1 + 2 * torch.sigmoid(torch.tensor(-2.0))) / 2  # silu'(z) / silu(z) at z = 2
+        torch.testing.assert_close(dz, got.detach() * by_hand.item(), rtol=3e-3, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_half_precision_is_within_twice_the_plain_path(dtype):
     m = two_way_inputs(1, 13, 6, 4, dtype=dtype)
