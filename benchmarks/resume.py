@@ -3,9 +3,10 @@
     python benchmarks/resume.py                         # 20 kills on 1 process, 20 on 2
 
 One kill in five falls into the start, at a random moment before the first new step; the others
-into steps and saves, up to some seconds after it. Every kill is SIGKILL to the launcher and all below it;
-every fifth is SIGTERM to the training processes instead, after which the launcher must leave with
-0. The losses must equal the whole run's bit for bit. Rows, one a kill, go to results/resume.csv.
+into steps and saves, up to some seconds after it. Every kill is SIGKILL to the launcher and all
+below it; every fifth is SIGTERM to the training processes instead, after which the launcher must
+leave with 0. The losses must equal the whole run's bit for bit. Rows, one a kill, go to
+results/resume.csv.
 """
 
 import argparse
