@@ -473,11 +473,11 @@ def _print_help(
     """Complete the parser with what only a reader needs, and print it."""
     own = config_cls.__doc__ or ""
     generated = own.startswith(f"{config_cls.__name__}(")  # what @dataclass writes if there is none
-    parser.description = _escape(description or ("" if generated else own.partition("\n\n")[0]))
+    parser.description = description or ("" if generated else own.partition("\n\n")[0])
     if presets:
         lines = [f"  {name}: {_first_line(make)}" for name, make in presets.items()]
         shown = f"Defaults shown are those of the preset {preset!r}." if preset else ""
-        parser.epilog = _escape("\n".join(["presets:", *lines, *[shown] * bool(shown)]))
+        parser.epilog = "\n".join(["presets:", *lines, *[shown] * bool(shown)])
     actions = {action.dest: action for action in parser._actions}
     for field in _fields(config_cls):
         default = base.get(field.name, _default(field))

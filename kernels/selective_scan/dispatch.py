@@ -160,7 +160,7 @@ def choose_backend(name: str, device: str) -> str:
     Raises: ValueError for an unknown backend, or one that cannot run there.
     """
     if name == "auto":
-        name = os.environ.get("VIM_SSL_BACKEND", "auto")
+        name = os.environ.get("VIM_SSL_BACKEND") or "auto"
     if name == "auto":
         name = _auto(device)
     elif reason := _why_not(name, device):
