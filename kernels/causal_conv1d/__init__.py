@@ -12,7 +12,7 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool = False
         x: (b, l, d), channel-last.
         weight: (d, k); the last tap meets the token itself.  bias: (d,).
     Returns: (b, l, d) in x's dtype.
-    Raises: ValueError for shapes that do not fit.
+    Raises: ValueError for shapes that do not fit, a weight without taps, and integers.
     Reference: Mamba, arXiv:2312.00752, figure 3; Vim runs the second one on the flipped sequence.
     """
     return _conv_silu(x, weight[None], bias[None], reverse)[0]
@@ -28,10 +28,17 @@ def bi_causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def _conv_silu(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
     d = x.shape[-1]
+    for name, m in (("x", x), ("weight", weight), ("bias", bias)):
+        if not m.is_floating_point():
+            raise ValueError(f"{name} has dtype {m.dtype}; expected a floating-point dtype.")
     if x.dim() != 3 or weight.dim() != 3 or weight.shape[1] != d or bias.shape != weight.shape[:2]:
         raise ValueError(
             f"x has shape {tuple(x.shape)}, weight {tuple(weight.shape)} and bias "
             f"{tuple(bias.shape)}; expected (b, l, d), (directions, d, k) and (directions, d)."
+        )
+    if weight.shape[0] not in (1, 2) or weight.shape[2] < 1:  # the kernels do not look again
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)}; expected 1 or 2 directions and 1 tap or more."
         )
     module = implementation(__name__, ("numba", "triton"), x, weight, bias)
     return module.conv_silu(x, weight, bias, reverse)

@@ -29,7 +29,7 @@ def selective_scan(
         decay = torch.exp(dt[:, :, t, None] * a)  # (b, d, n)
         h = decay * h + (dt[:, :, t] * x[:, :, t])[..., None] * b[..., t]
         ys[t] = (h * c[..., t]).sum(-1)
-    y = torch.stack(ys, dim=-1)  # (b, d, l)
+    y = torch.stack(ys, dim=-1) if ys else torch.empty_like(x)  # (b, d, l)
     if D is not None:
         y = y + D.to(dtype)[:, None] * x
     if z is not None:

@@ -115,7 +115,7 @@ def scan_forward(
     """dt, x (s, b, l, d), A (s, d, n), B, C (s, b, l, n), h0 (s, b, d, n) -> y (s, b, l, d), the
     last states, and the states before each chunk (chunks, s, b, d, n)."""
     dt_, x_, B_, C_ = (_scan_order(m, reverse) for m in (dt, x, B, C))  # (l, s, b, ...)
-    y_, h = torch.empty_like(x_), h0.clone()
+    y_, h = torch.empty_like(x_), h0.clone(memory_format=torch.contiguous_format)
     states = h0.new_empty(-(-len(x_) // CHUNK), *h0.shape)
     for t in range(len(x_)):
         if t % CHUNK == 0:
@@ -140,7 +140,7 @@ def scan_backward(
     """Gradients of dt, x, A, B, C and h0."""
     dt_, x_, B_, C_, dy_ = (_scan_order(m, reverse) for m in (dt, x, B, C, dy))
     ddt_, dx_, dB_, dC_ = (torch.empty_like(m) for m in (dt_, x_, B_, C_))
-    dA, g = torch.zeros_like(A), dlast.clone()
+    dA, g = A.new_zeros(A.shape), dlast.clone(memory_format=torch.contiguous_format)
     for k in reversed(range(len(states))):
         chunk = range(k * CHUNK, min((k + 1) * CHUNK, len(x_)))
         h, decays, decayed, after = states[k], [], [], []

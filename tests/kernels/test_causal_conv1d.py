@@ -244,3 +244,18 @@ def test_triton_beyond_32_bit_offsets():
     got = bi_causal_conv1d(x, weight, bias)[1, -1, -8:, -64:]
     expected = both_by_definition(x[-1:, -16:, -64:], weight[:, -64:], bias[:, -64:])[1, 0, -8:]
     torch.testing.assert_close(got.double(), expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize(("directions", "taps"), [(1, 0), (2, 0), (3, 2)])
+def test_a_weight_without_taps_or_of_three_directions_is_refused(device, directions, taps):
+    """Before a kernel that trusts its sizes writes where it must not."""
+    x = torch.randn(1, 4, 3, device=device)
+    weight = torch.randn(directions, 3, taps, device=device)
+    with pytest.raises(ValueError, match="1 or 2 directions and 1 tap"):
+        bi_causal_conv1d(x, weight, torch.randn(directions, 3, device=device))
+
+
+def test_integers_are_refused(device):
+    x = torch.ones(1, 4, 3, dtype=torch.int64, device=device)
+    with pytest.raises(ValueError, match=r"x has dtype torch\.int64"):
+        causal_conv1d(x, torch.randn(3, 2, device=device), torch.randn(3, device=device))

@@ -196,3 +196,10 @@ def test_shapes_that_do_not_fit_are_refused():
         add_rms_norm(hidden, residual[:, :1], weight)
     with pytest.raises(ValueError, match=r"weight has shape \(3,\); expected \(12,\)"):
         add_rms_norm(hidden, residual, weight[:3])
+
+
+def test_a_narrow_residual_is_widened(device):
+    narrow = torch.randn(2, 3, 8, device=device, dtype=torch.bfloat16)
+    _, residual = add_rms_norm(narrow, narrow, torch.ones(8, device=device))
+    assert residual.dtype == torch.float32
+    assert torch.equal(residual, 2 * narrow.float())

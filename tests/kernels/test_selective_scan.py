@@ -533,3 +533,40 @@ def test_values_are_checked_only_when_asked(monkeypatch):
     with pytest.raises(ValueError, match="delta holds values that are not finite"):
         bi_selective_scan(**broken)
     bi_selective_scan(**two_way_inputs(1, 3, 2, 2))
+
+
+def test_a_start_of_any_strides_compiles_in_the_torch_backend():
+    m = one_way_inputs(1, 5, 3, 4)
+    start = m.pop("initial_state").mT.contiguous().mT
+    m["A"] = m["A"].mT.contiguous().mT
+
+    def one_way(start, **m):
+        return scan(**m, initial_state=start, return_last_state=True, backend="torch")
+
+    m = {name: tensor.requires_grad_() for name, tensor in m.items()}
+    out = torch.compile(one_way, fullgraph=True, backend="aot_eager")(start, **m)
+    for got, expected in zip(out, one_way(start, **m), strict=True):
+        torch.testing.assert_close(got, expected)
+    (out[0].sum() + out[1].mT.contiguous().mT.sum()).backward()
+    tests = ("test_schema", "test_faketensor")
+    dt = torch.rand(1, 1, 5, 3)
+    x, A, B = torch.randn_like(dt), -torch.rand(1, 4, 3).mT, torch.randn(1, 1, 5, 4)
+    torch.library.opcheck(
+        torch.ops.vim_ssl.torch_scan_forward,
+        (dt, x, A, B, B.clone(), torch.randn(1, 1, 4, 3).mT, [False]), test_utils=tests,
+    )  # fmt: skip
+
+
+def test_value_checks_let_a_model_compile(monkeypatch):
+    monkeypatch.setenv("VIM_SSL_CHECK", "1")
+    m = two_way_inputs(1, 3, 2, 2)
+    compiled = torch.compile(bi_selective_scan, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(**m), bi_selective_scan(**m))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_tokens_give_no_output(backend):
+    out = bi_selective_scan(**two_way_inputs(2, 3, 2, 2) | {
+        name: torch.zeros(2, 2, 0, 2) for name in ("u", "delta", "B", "C")
+    } | {"z": torch.zeros(2, 0, 2)}, backend=backend)  # fmt: skip
+    assert out.shape == (2, 0, 2)
