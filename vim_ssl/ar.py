@@ -124,9 +124,6 @@ class AutoRegressive(PixelObjective):
         out = predicted.new_zeros(b, m, self.pixels)
         return out.scatter(1, asked[None, :, None].expand(b, -1, self.pixels), predicted)
 
-    def patch_loss(self, prediction: Tensor, target: Tensor) -> Tensor:
-        return (prediction - target).square().mean(-1)
-
 
 class _CrossAttention(nn.Module):
     """Queries look at what was read; the queries do not look at one another."""

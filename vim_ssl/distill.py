@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vim_ssl.encoder import VimEncoder
+from vim_ssl.masking import checked_mask
+from vim_ssl.mim import refuse_head
 from vim_ssl.objective import StepOutput
 
 LOSSES = ("cosine", "smooth_l1")
@@ -51,11 +53,7 @@ class Distill(nn.Module):
         super().__init__()
         if encoder.mask_token is None:
             raise ValueError("distill needs an encoder with a mask token: use_mask_token=True.")
-        if encoder.num_classes:
-            raise ValueError(
-                f"the encoder has a head of {encoder.num_classes} classes, which pretraining would "
-                "leave without gradient; build it with num_classes=0."
-            )
+        refuse_head(encoder)
         if loss not in LOSSES or where not in WHERE:
             raise ValueError(
                 f"loss {loss!r} and where {where!r}: expected one of {', '.join(LOSSES)} and one "
@@ -103,15 +101,11 @@ class Distill(nn.Module):
         return torch.stack([F.layer_norm(m.float(), m.shape[-1:]) for m in maps]).mean(0)
 
     def forward(self, batch: dict[str, Tensor]) -> StepOutput:
-        images, mask = batch["image"], batch["mask"]
-        rows, columns = self.encoder.grid(*images.shape[-2:])
-        if mask.dtype != torch.bool or mask.shape != (len(images), rows * columns):
-            raise ValueError(
-                f"mask is {mask.dtype} {tuple(mask.shape)}; expected torch.bool "
-                f"({len(images)}, {rows * columns}), True = masked."
-            )
+        images = batch["image"]
+        grid = self.encoder.grid(*images.shape[-2:])
+        mask = checked_mask(batch["mask"], len(images), grid)
         tokens = self.encoder.embed(images)
-        read = self.encoder.forward_tokens(tokens, mask=mask, grid=(rows, columns))
+        read = self.encoder.forward_tokens(tokens, mask=mask, grid=grid)
         prediction = self.head(self.encoder.split_tokens(read)[0]).float()
         target = self.targets(images)
         if self.loss == "cosine":

@@ -27,7 +27,13 @@ class RandomMask:
             )
         self.units = (grid[0] // unit, grid[1] // unit)
         self.unit = unit
-        self.masked = _share(self.choices(), ratio, grid)
+        total = self.choices()
+        if total < 2:
+            raise ValueError(
+                f"a {grid[0]}x{grid[1]} grid is a single piece to hide: nothing stays visible."
+            )
+        # 0.07 * 100 is 7.000000000000001, and 7 are meant
+        self.masked = min(max(math.ceil(total * ratio - 1e-9), 1), total - 1)
 
     def choices(self) -> int:
         """How many pieces there are to choose among."""
@@ -89,11 +95,14 @@ class BlockMask(RandomMask):
 MASKS = {"random": RandomMask, "row": RowMask, "block": BlockMask}
 
 
-def _share(total: int, ratio: float, grid: tuple[int, int]) -> int:
-    if total < 2:
-        raise ValueError(f"a {grid[0]}x{grid[1]} grid is a single unit: nothing stays visible.")
-    # 0.07 * 100 is 7.000000000000001, and 7 are meant
-    return min(max(math.ceil(total * ratio - 1e-9), 1), total - 1)
+def checked_mask(mask: Tensor, b: int, grid: tuple[int, int]) -> Tensor:
+    """``mask``, if it is bool and (b, rows * columns). Raises: ValueError otherwise."""
+    shape = (b, grid[0] * grid[1])
+    if mask.dtype != torch.bool or mask.shape != shape:
+        raise ValueError(
+            f"mask is {mask.dtype} {tuple(mask.shape)}; expected torch.bool {shape}, True = masked."
+        )
+    return mask
 
 
 def visible_ids(mask: Tensor) -> Tensor:

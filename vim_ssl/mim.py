@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vim_ssl.block import RMSNorm, VimBlock
 from vim_ssl.encoder import VimEncoder
-from vim_ssl.masking import visible_ids
+from vim_ssl.masking import checked_mask, visible_ids
 from vim_ssl.objective import StepOutput
 
 
@@ -31,32 +31,22 @@ class PixelObjective(nn.Module):
                 f"patches of {patch.patch_size} px at stride {patch.stride} overlap, so their "
                 "pixels are no partition of the picture; pretrain with stride = patch_size."
             )
-        if encoder.num_classes:
-            raise ValueError(
-                f"the encoder has a head of {encoder.num_classes} classes, which pretraining would "
-                "leave without gradient; build it with num_classes=0."
-            )
+        refuse_head(encoder)
         self.encoder = encoder
         self.norm_pix_loss = norm_pix_loss
         self.pixels = encoder.in_chans * patch.patch_size**2
 
     def hidden(self, batch: dict[str, Tensor], grid: tuple[int, int]) -> Tensor:
         """(b, m) bool, True = hidden, to be predicted: the batch's own mask."""
-        mask, shape = batch["mask"], (len(batch["image"]), grid[0] * grid[1])
-        if mask.dtype != torch.bool or mask.shape != shape:
-            raise ValueError(
-                f"mask is {mask.dtype} {tuple(mask.shape)}; expected torch.bool {shape}, "
-                "True = masked."
-            )
-        return mask
+        return checked_mask(batch["mask"], len(batch["image"]), grid)
 
     def predict(self, images: Tensor, mask: Tensor) -> Tensor:
         """(b, c, h, w) and (b, m) bool, True = hidden -> (b, m, pixels of a patch)."""
         raise NotImplementedError
 
     def patch_loss(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Two (b, m, pixels) float32 -> (b, m)."""
-        raise NotImplementedError
+        """Two (b, m, pixels) float32 -> (b, m): the mean square, as in MAE."""
+        return (prediction - target).square().mean(-1)
 
     def forward(self, batch: dict[str, Tensor]) -> StepOutput:
         """One pass: the mean loss of each sample's masked patches, summed over samples."""
@@ -165,9 +155,6 @@ class MAE(PixelObjective):
             hidden, residual = layer(hidden, residual)
         return self.decoder_pred(self.decoder_norm(hidden, residual)[0])
 
-    def patch_loss(self, prediction: Tensor, target: Tensor) -> Tensor:
-        return (prediction - target).square().mean(-1)
-
 
 class SimMIM(PixelObjective):
     """SimMIM: mask tokens through the whole encoder, one linear layer, L1 on hidden pixels.
@@ -193,6 +180,15 @@ class SimMIM(PixelObjective):
 
     def patch_loss(self, prediction: Tensor, target: Tensor) -> Tensor:
         return F.l1_loss(prediction, target, reduction="none").mean(-1)
+
+
+def refuse_head(encoder: VimEncoder) -> None:
+    """Raises: ValueError for an encoder with a head, which pretraining would not train."""
+    if encoder.num_classes:
+        raise ValueError(
+            f"the encoder has a head of {encoder.num_classes} classes, which pretraining would "
+            "leave without gradient; build it with num_classes=0."
+        )
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:

@@ -114,9 +114,9 @@ def scan_forward(
         keep_sum = y_sum.numel() > 0
         # In float32, also where nothing is kept: in half the digits a sum that cancels keeps none,
         # and in float16 it overflows.
-        meet = (
-            y_sum if keep_sum else out if s == 1 or out.dtype == A.dtype else A.new_empty(b, l, d)
-        )
+        meet = y_sum if keep_sum else out
+        if s == 2 and meet.dtype != torch.float32:
+            meet = A.new_empty(b, l, d)
         triton_kernels.forward_kernel[(b * -(-d // (LANES * per_lane)), -(-l // segment))](
             u, delta, A, pairs, *_given(u, D, z, bias, start),
             out, meet, last, states,
