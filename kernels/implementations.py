@@ -6,7 +6,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from vim_ssl.kernels.selective_scan.dispatch import choose_backend
+from vim_ssl.kernels.selective_scan.dispatch import choose_backend, refuse_forward_mode
 
 _loaded: dict[str, ModuleType] = {}  # full name -> module, imported at its first use
 
@@ -16,11 +16,14 @@ def implementation(package: str, compiled: tuple[str, ...], *tensors: Tensor | N
 
     The name is that of the scan's backend if it is among `compiled`; otherwise, and for float64,
     which the compiled kernels do not compute in, it is torch.
-    Raises: ValueError as `choose_backend` does.
+    Raises: ValueError as `choose_backend` does, RuntimeError as `refuse_forward_mode` does.
     """
     present = [m for m in tensors if m is not None]
     double = any(m.dtype == torch.float64 for m in present)
-    return _loaded[_load(package, () if double else compiled, present[0].device.type)]
+    name = _load(package, () if double else compiled, present[0].device.type)
+    if not name.endswith(".torch_backend"):  # plain torch differentiates both ways
+        refuse_forward_mode(*present)
+    return _loaded[name]
 
 
 @torch.compiler.assume_constant_result  # torch.compile cannot trace an import; it asks once

@@ -9,6 +9,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 log = logging.getLogger(__name__)
 
@@ -84,8 +85,9 @@ def selective_scan(
     _check_shape("initial_state", initial_state, (b, d, n))
     _check_tensors(u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias,
                    initial_state=initial_state)  # fmt: skip
-    return _backend(backend, u.device.type).selective_scan(
-        u, delta, A, B, C, D, z, delta_bias, delta_softplus,
+    given = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    return _backend(backend, u.device.type, *given).selective_scan(
+        *given[:-1], delta_softplus,
         initial_state=initial_state, return_last_state=return_last_state, reverse=reverse,
     )  # fmt: skip
 
@@ -133,8 +135,9 @@ def bi_selective_scan(
     _check_shape("z", z, (b, l, d))
     _check_shape("delta_bias", delta_bias, (2, d))
     _check_tensors(u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias)
-    return _backend(backend, u.device.type).bi_selective_scan(
-        u, delta, A, B, C, D, z, delta_bias, delta_softplus, scale=scale
+    given = (u, delta, A, B, C, D, z, delta_bias)
+    return _backend(backend, u.device.type, *given).bi_selective_scan(
+        *given, delta_softplus, scale=scale
     )
 
 
@@ -148,9 +151,22 @@ def available_backends(device: str | torch.device = "cpu") -> list[str]:
 _loaded: dict[str, ModuleType] = {}  # backend name -> its module, imported at its first use
 
 
-def _backend(name: str, device: str) -> ModuleType:
+def _backend(name: str, device: str, *tensors: Tensor | None) -> ModuleType:
     name = choose_backend(name, device)
+    if name != "reference":
+        refuse_forward_mode(*tensors)
     return _loaded[name]
+
+
+def refuse_forward_mode(*tensors: Tensor | None) -> None:
+    """Raises: RuntimeError for tangents: an operator of ours would drop them without a word."""
+    if not torch.compiler.is_compiling() and any(
+        m is not None and unpack_dual(m).tangent is not None for m in tensors
+    ):
+        raise RuntimeError(
+            "forward-mode differentiation (a dual tensor) is not built into the compiled kernels; "
+            "set VIM_SSL_BACKEND=reference for it."
+        )
 
 
 @torch.compiler.assume_constant_result  # torch.compile cannot trace an import; it asks once

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.autograd.forward_ad as fwAD
 from implementations import (
     TRITON_DEVICE,
     poison_new_tensors,
@@ -259,3 +260,21 @@ def test_integers_are_refused(device):
     x = torch.ones(1, 4, 3, dtype=torch.int64, device=device)
     with pytest.raises(ValueError, match=r"x has dtype torch\.int64"):
         causal_conv1d(x, torch.randn(3, 2, device=device), torch.randn(3, device=device))
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_forward_mode_is_refused_with_words(name, monkeypatch):
+    device = use(name, monkeypatch)
+    m = inputs(1, 4, 3, 2, device=device)
+    with fwAD.dual_level(), pytest.raises(RuntimeError, match="VIM_SSL_BACKEND=reference"):
+        bi_causal_conv1d(fwAD.make_dual(m[0], torch.ones_like(m[0])), *m[1:])
+
+
+def test_forward_mode_of_plain_torch_agrees_with_a_difference(monkeypatch):
+    use("torch", monkeypatch)
+    x, *rest = inputs(1, 4, 3, 2, dtype=torch.float64)
+    step = torch.ones_like(x)
+    with fwAD.dual_level():
+        tangent = fwAD.unpack_dual(bi_causal_conv1d(fwAD.make_dual(x, step), *rest)).tangent
+    ahead, behind = (bi_causal_conv1d(x + sign * 1e-6 * step, *rest) for sign in (1, -1))
+    torch.testing.assert_close(tangent, (ahead - behind) / 2e-6)

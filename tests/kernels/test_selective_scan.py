@@ -6,6 +6,7 @@ from functools import cache
 
 import pytest
 import torch
+import torch.autograd.forward_ad as fwAD
 from scan_helpers import (
     BACKENDS,
     FAST_BACKENDS,
@@ -570,3 +571,27 @@ def test_no_tokens_give_no_output(backend):
         name: torch.zeros(2, 2, 0, 2) for name in ("u", "delta", "B", "C")
     } | {"z": torch.zeros(2, 0, 2)}, backend=backend)  # fmt: skip
     assert out.shape == (2, 0, 2)
+
+
+@pytest.mark.parametrize("name", ["u", "A", "D"])
+@each_fast_backend
+def test_forward_mode_is_refused_with_words(backend, name):
+    """It would lose the tangent, or a part of it."""
+    m = two_way_inputs(1, 3, 2, 2)
+    with fwAD.dual_level():
+        m[name] = fwAD.make_dual(m[name], torch.ones_like(m[name]))
+        with pytest.raises(RuntimeError, match="VIM_SSL_BACKEND=reference"):
+            bi_selective_scan(**m, backend=backend)
+
+
+def test_forward_mode_of_the_reference_agrees_with_a_difference():
+    m = two_way_inputs(1, 3, 2, 2, dtype=torch.float64)
+    step = torch.randn_like(m["u"])
+    ahead, behind = (
+        bi_selective_scan(**m | {"u": m["u"] + 1e-6 * sign * step}, backend="reference")
+        for sign in (1, -1)
+    )
+    with fwAD.dual_level():
+        dual = fwAD.make_dual(m["u"], step)
+        out = fwAD.unpack_dual(bi_selective_scan(**m | {"u": dual}, backend="reference"))
+    torch.testing.assert_close(out.tangent, (ahead - behind) / 2e-6)
