@@ -113,7 +113,8 @@ def test_wheel_holds_every_source_file_under_one_name(built, kind):
 
 
 def test_sdist_leaves_the_suite_out(built):
-    assert not (built["sdist"] / "tests").exists()
+    for name in ("tests", "benchmarks"):
+        assert not (built["sdist"] / name).exists()
     for name in ("pyproject.toml", "setup.py", "LICENSE", "README.md"):
         assert (built["sdist"] / name).is_file()
 
