@@ -204,6 +204,21 @@ def test_what_is_evaluated_now_and_then_has_a_point_for_each_evaluation(tmp_path
     assert len(page.readout("Loss")) == 7
 
 
+def test_an_error_that_is_the_loss_is_not_drawn_again(tmp_path: Path):
+    title = "Mean squared error of the hidden pixels"
+    for factor, drawn in ((1, 0), (2, 1)):
+        rows = [line(s, pixel_mse=factor / s) for s in (1, 2)]
+        page = Page(write_report(make_run(tmp_path, rows)))
+        assert page.text.count(title) == drawn
+
+
+def test_a_tile_tells_where_a_figure_began_only_if_it_has_moved(tmp_path: Path):
+    knn = {"knn_top1": 50.0, "feature_std": 0.1}
+    tiles = Page(write_report(make_run(tmp_path, [line(1), line(2, **knn)]))).text
+    assert "from 1 at step 1" in tiles
+    assert "50 %at step 2" in tiles
+
+
 def test_figures_of_other_recipes_get_a_curve_under_their_own_name(tmp_path: Path):
     rows = [line(s, image_to_text=s / 10) for s in (1, 2)]
     page = Page(write_report(make_run(tmp_path, rows, recipe="clip_pretrain")))

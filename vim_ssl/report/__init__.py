@@ -109,14 +109,14 @@ def _header(run: Record) -> str:
 
 
 def _tile(run: Record, name: str) -> tuple[str, str, str] | None:
-    """Title, newest value and first value of a figure."""
+    """Title, newest value and first value of a figure; of a single one its step."""
     steps, _, values = run.series(name)
     steps, values = steps[np.isfinite(values)], values[np.isfinite(values)]
     if not len(values):
         return None
     title, unit = CURVES[name]
-    first = f"from {number(values[0], 3)}{unit} at step {steps[0]:,.0f}"
-    return title, f"{number(values[-1], 3)}{unit}", first
+    start = f"from {number(values[0], 3)}{unit} " if len(values) > 1 else ""
+    return title, f"{number(values[-1], 3)}{unit}", f"{start}at step {steps[0]:,.0f}"
 
 
 def _probe_tile(run: Record) -> tuple[str, str, str] | None:
@@ -223,7 +223,11 @@ def _score(row: dict, key: str) -> str:
 
 
 def _curves(run: Record) -> str:
-    names = [n for n in CURVES if n in run.log]
+    # Without norm_pix_loss mae's loss is the pixels' error: one curve is enough.
+    twice = {"loss", "pixel_mse"} <= run.log.keys() and np.allclose(
+        run.log["pixel_mse"], run.log["loss"], rtol=1e-6, atol=0, equal_nan=True
+    )
+    names = [n for n in CURVES if n in run.log and not (twice and n == "pixel_mse")]
     names += [n for n in run.log if n not in CURVES and n not in COUNTERS]
     figures = ""
     for name in names:
