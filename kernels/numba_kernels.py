@@ -20,13 +20,17 @@ polynomials, which LLVM turns into vector code. Flags that assume finite numbers
 infinity or NaN that comes in must come out.
 """
 
+import logging
+
 import numpy as np
 from llvmlite import ir
 from numba import carray, njit, types
-from numba.core import cgutils
+from numba.core import cgutils, event
 from numba.core.compiler import Compiler
+from numba.core.dispatcher import Dispatcher
 from numba.extending import intrinsic
 
+log = logging.getLogger(__name__)
 f32 = np.float32
 ZERO, ONE, TWO = f32(0), f32(1), f32(2)
 LOG2E, LN2 = f32(1.4426950408889634), f32(0.6931471805599453)
@@ -71,6 +75,25 @@ def kernel(function):
         return njit(**options, cache=True)(function)
     except RuntimeError:  # no writable folder to cache in: compile anew in every process
         return njit(**options)(function)
+
+
+class _SayOnce(event.Listener):
+    """Tells that kernels of this file are being compiled, which otherwise looks like a hang."""
+
+    said = False
+
+    def on_start(self, event):  # not where a kernel is loaded from the disk
+        compiled = event.data["dispatcher"]
+        ours = isinstance(compiled, Dispatcher) and compiled.py_func.__module__ == __name__
+        if ours and not self.said:
+            self.said = True
+            log.warning("compiling the CPU kernels: some 20 seconds, once; later runs load them")
+
+    def on_end(self, event):
+        pass
+
+
+event.register("numba:compile", _SayOnce())
 
 
 # --- elementary functions --------------------------------------------------------------------
