@@ -3,6 +3,7 @@
 import logging
 import math
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -427,6 +428,15 @@ def test_the_same_outputs_are_not_finite_as_in_float64(backend, name, value):
 
 
 # --- dispatch --------------------------------------------------------------------------------
+
+
+def test_the_call_in_the_readme_runs_as_it_stands():
+    text = Path(dispatch.__file__).with_name("README.md").read_text(encoding="utf-8")
+    names: dict = {}
+    exec(text.partition("```python\n")[2].partition("```")[0], names)
+    assert names["both"].shape == (2, 197, 384)
+    assert names["one"].shape == (2, 384, 197)
+    assert names["last"].shape == (2, 384, 16)
 
 
 def test_auto_on_a_cpu_prefers_numba_then_torch():
