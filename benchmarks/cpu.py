@@ -6,7 +6,7 @@
 One thread. What is compared runs in turns in one process and is timed by the thread's CPU clock; a
 turn repeats what is short. Each value is a median, each ratio the median of the turns' ratios.
 Memory is the rise of the resident set's peak over a step, in a process of its own after a step on a
-tiny picture. Rows go to results/cpu.csv.
+tiny picture. Rows are appended to results/cpu.csv, which git tracks; --out FOLDER takes another.
 
 ``--sketch`` adds a scan in C++: a shared library with ``scan_fwd``, ``scan_bwd`` (their arguments
 stand in `sketched`). Compile it by g++ -O3 -march=native -fopenmp -ffast-math -fno-associative-math
@@ -27,7 +27,7 @@ from functools import partial
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
-from rows import ORIGIN, RESULTS, append_rows, origin
+from rows import ORIGIN, append_rows, origin, results_parser
 from torch import Tensor
 
 from vim_ssl.kernels.selective_scan import selective_scan
@@ -243,8 +243,8 @@ PARTS = ("scan", "encoder", "memory")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser = results_parser(__doc__, "cpu.csv")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
     parser.add_argument("--sketch", help="shared library of a scan in C++ to compare with")
     parser.add_argument("--turns", type=int, default=30, help="of each comparison")
     parser.add_argument("--dry-run", action="store_true", help="print the table, write no rows")
@@ -268,7 +268,7 @@ def main() -> int:
         print(f"{row['what']:45} {row['value']:10} {row['unit']:6} {row['conditions']}")
     if args.dry_run:
         return 0
-    append_rows(RESULTS / "cpu.csv", COLUMNS, [origin() | row for row in rows])
+    append_rows(args.out / "cpu.csv", COLUMNS, [origin() | row for row in rows])
     return 0
 
 

@@ -4,10 +4,10 @@
 
 For every seed: pretrain, then linear probe, nearest neighbours and fine-tuning on ten labels a
 class, each beside the same encoder untrained and raw pixels. The 1,000 test digits are fixed and
-unseen in pretraining and in every choice. Rows go to results/digits.csv.
+unseen in pretraining and in every choice. Rows are appended to results/digits.csv, which git
+tracks; --out FOLDER takes another. Further options go to recipes/mim_pretrain.py.
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -17,7 +17,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from rows import ORIGIN, RESULTS, append_rows, origin
+from rows import ORIGIN, append_rows, origin, results_parser
 
 from vim_ssl.runs import read_metrics
 
@@ -70,12 +70,13 @@ def _json(path: Path) -> dict:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = results_parser(__doc__, "digits.csv")
+    parser.epilog = "Further options go to recipes/mim_pretrain.py."
     parser.add_argument("--preset", default="demo", help="of recipes/mim_pretrain.py")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="a run each")
     parser.add_argument("--threads", type=int, default=2, help="of each run")
     parser.add_argument("--jobs", type=int, default=1, help="seeds at the same time")
-    parser.add_argument("--runs", type=Path, help="keep the run directories here")
+    parser.add_argument("--runs", type=Path, help="keep the runs here, else in a temporary folder")
     args, more = parser.parse_known_args()
     folder = args.runs or Path(tempfile.mkdtemp(prefix="digits-"))
     folder.mkdir(parents=True, exist_ok=True)
@@ -84,7 +85,7 @@ def main() -> int:
                 for seed in args.seeds]  # fmt: skip
         rows = [row for job in jobs for row in job.result()]
     common = origin() | {"threads": args.threads}
-    append_rows(RESULTS / "digits.csv", COLUMNS, (common | row for row in rows))
+    append_rows(args.out / "digits.csv", COLUMNS, (common | row for row in rows))
     for figure in ("logistic", "knn", "finetune_10"):
         for features in dict.fromkeys(row["features"] for row in rows):
             values = [

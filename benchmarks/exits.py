@@ -3,11 +3,10 @@
     python benchmarks/exits.py --runs 30
 
 Some stacks of launcher, gloo and torch abort at exit, after correct output. Each run trains the
-demo's objective on 64 digits for a few steps on two CPU processes; a row a run goes to
-results/exits.csv.
+demo's objective on 64 digits for a few steps on two CPU processes. Rows, one a run, are appended to
+results/exits.csv, which git tracks; --out FOLDER takes another.
 """
 
-import argparse
 import os
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from rows import RESULTS, append_rows, origin
+from rows import append_rows, origin, results_parser
 
 ROOT = Path(__file__).parents[1]
 COLUMNS = ("date", "hardware", "versions", "run", "exit_code", "seconds")
@@ -32,8 +31,8 @@ LAUNCH = [
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=int, default=30)
+    parser = results_parser(__doc__, "exits.csv")
+    parser.add_argument("--runs", type=int, default=30, help="one after the other")
     args = parser.parse_args()
     common = {k: v for k, v in origin().items() if k in COLUMNS}
     rows = []
@@ -49,7 +48,7 @@ def main() -> int:
             print(f"run {run}: exit code {done.returncode}, {seconds} s", flush=True)
             if done.returncode:
                 print(done.stderr[-3000:])
-    append_rows(RESULTS / "exits.csv", COLUMNS, rows)
+    append_rows(args.out / "exits.csv", COLUMNS, rows)
     bad = sum(row["exit_code"] != 0 for row in rows)
     print(f"{len(rows) - bad} of {len(rows)} runs ended with exit code 0")
     return int(bad > 0)

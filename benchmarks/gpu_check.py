@@ -1,13 +1,14 @@
 """Everything that wants a GPU, in one go, the most valuable first.
 
     python benchmarks/gpu_check.py                               # or: make gpu-check; 9 minutes
-    python benchmarks/gpu_check.py --only kernels models --out DIR --budget 300
+    python benchmarks/gpu_check.py --only kernels models --out FOLDER --budget 300
     python benchmarks/gpu_check.py --dry-run                     # tiny, on a CPU, under a minute
 
 Sections: machine (what it is, what it can do at most), correctness (tests and errors against
 float64), kernels, models (Vim against DeiT) and pretraining (a short run, and resuming it). Each is
 a process of its own that is cut off when its share of the budget is spent, and says so. Rows are
-appended to CSV files in --out as they come, and every section leaves its log beside them.
+appended to CSV files in --out (results/, which git tracks) as they come, and every section leaves
+its log beside them.
 
 It runs from a plain checkout (PYTHONPATH=.), without git, network or the `datasets` package.
 Exit code 1 if a section failed or a check did not hold; a section that was cut off is no failure.
@@ -29,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rows import ORIGIN, RESULTS, append_rows, origin
+from rows import ORIGIN, append_rows, origin, results_parser
 
 ROOT = Path(__file__).parents[1]
 # Section -> share of the time that is left when it begins, relative to those after it.
@@ -423,10 +424,13 @@ def _run_section(name: str, out: Path, seconds: float, dry: bool) -> int | None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")
-    parser.add_argument("--budget", type=float, default=530, metavar="SECONDS")
+    parser = results_parser(__doc__, "a CSV file of each section")
+    parser.add_argument(
+        "--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="sections to run"
+    )
+    parser.add_argument(
+        "--budget", type=float, default=530, metavar="SECONDS", help="for all sections together"
+    )
     parser.add_argument("--dry-run", action="store_true", help="tiny, on a CPU, in the interpreter")
     parser.add_argument("--section", choices=SECTIONS, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)

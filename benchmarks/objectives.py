@@ -4,15 +4,15 @@
 
 Forward and backward, without an optimiser, on random pictures; the objectives take turns and the
 median of the rounds counts. `mae` and `distill` mask 75 %, `simmim` 60 %; decoders as in the paper
-presets. `distill` teaches itself. Rows go to results/objectives.csv.
+presets. `distill` teaches itself. Rows are appended to results/objectives.csv, which git tracks;
+--out FOLDER takes another.
 """
 
-import argparse
 import statistics
 import time
 
 import torch
-from rows import ORIGIN, RESULTS, append_rows, origin
+from rows import ORIGIN, append_rows, origin, results_parser
 
 from vim_ssl import load_encoder
 from vim_ssl.ar import AutoRegressive
@@ -66,8 +66,8 @@ def objectives(name: str, batch: int, device: str) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--encoder", default="vim_small_patch16_224", help="preset")
+    parser = results_parser(__doc__, "objectives.csv")
+    parser.add_argument("--encoder", default="vim_small_patch16_224", help="preset of 224 px")
     parser.add_argument("--batch", type=int, default=4, help="pictures")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each")
     parser.add_argument("--threads", type=int, default=2, help="of torch")
@@ -96,7 +96,7 @@ def main() -> None:
             "batch": args.batch, "what": what, "seconds": round(value, 4),
             "of_simmim": "" if what.startswith("encoder") else round(ratio, 4),
         })  # fmt: skip
-    append_rows(RESULTS / "objectives.csv", COLUMNS, [origin() | row for row in rows])
+    append_rows(args.out / "objectives.csv", COLUMNS, [origin() | row for row in rows])
 
 
 if __name__ == "__main__":

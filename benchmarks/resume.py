@@ -5,11 +5,10 @@
 One kill in five falls into the start, at a random moment before the first new step; the others
 into steps and saves, up to some seconds after it. Every kill is SIGKILL to the launcher and all
 below it; every fifth is SIGTERM to the training processes instead, after which the launcher must
-leave with 0. The losses must equal the whole run's bit for bit. Rows, one a kill, go to
-results/resume.csv.
+leave with 0. The losses must equal the whole run's bit for bit. Rows, one a kill, are appended to
+results/resume.csv, which git tracks; --out FOLDER takes another.
 """
 
-import argparse
 import os
 import random
 import signal
@@ -20,7 +19,7 @@ import time
 from pathlib import Path
 
 import psutil
-from rows import ORIGIN, RESULTS, append_rows, origin
+from rows import ORIGIN, append_rows, origin, results_parser
 
 from vim_ssl.runs import Run, read_metrics
 
@@ -111,18 +110,21 @@ def campaign(processes: int, kills: int, epochs: int, span: float, draw: random.
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = results_parser(__doc__, "resume.csv")
     parser.add_argument("--kills", type=int, default=20, help="kills a campaign")
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--epochs", type=int, default=200, help="4 steps each")
-    parser.add_argument("--span", type=float, default=2.0, help="seconds after a new step")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2],
+                        help="of a training; a campaign for each")  # fmt: skip
+    parser.add_argument("--epochs", type=int, default=200, help="of the training, 4 steps each")
+    parser.add_argument(
+        "--span", type=float, default=2.0, help="longest wait after a new step, seconds"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the random moments")
     args = parser.parse_args()
     draw, differing = random.Random(args.seed), 0
     with tempfile.TemporaryDirectory() as folder:
         for processes in args.processes:
             rows = campaign(processes, args.kills, args.epochs, args.span, draw, Path(folder))
-            append_rows(RESULTS / "resume.csv", COLUMNS, [origin() | row for row in rows])
+            append_rows(args.out / "resume.csv", COLUMNS, [origin() | row for row in rows])
             differing += sum(row["differing_losses"] for row in rows)
     return int(differing > 0)
 

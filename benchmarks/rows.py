@@ -1,5 +1,6 @@
 """CSV rows with what their figures depend on, for every script of this folder."""
 
+import argparse
 import csv
 import time
 from pathlib import Path
@@ -7,10 +8,28 @@ from pathlib import Path
 from vim_ssl.kernels.selective_scan.benchmark import append_rows, commit
 from vim_ssl.runs import environment
 
-__all__ = ["ORIGIN", "append_rows", "origin", "read_rows"]
+__all__ = ["ORIGIN", "append_rows", "origin", "read_rows", "results_parser"]
 
 RESULTS = Path(__file__).parent / "results"
 ORIGIN = ("date", "commit", "hardware", "versions")  # the columns that `origin` fills
+
+
+def results_parser(doc: str, files: str) -> argparse.ArgumentParser:
+    """A script's parser: its help shows defaults, and ``--out`` is where its rows go.
+
+    Args:
+        doc: the script's docstring; the first line describes it.
+        files: names of the CSV files it appends to.
+    """
+    parser = argparse.ArgumentParser(
+        description=doc.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, metavar="FOLDER",
+        help=f"rows are appended to {files} there; git tracks the default",
+    )  # fmt: skip
+    return parser
 
 
 def origin() -> dict[str, str]:

@@ -392,9 +392,13 @@ def report(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=default, choices=("cpu", "cuda"))
+    parser.add_argument(
+        "--device", default=default, choices=("cpu", "cuda"), help="what runs the scan"
+    )
     parser.add_argument("--markdown", action="store_true", help="the table as README.md has it")
     parser.add_argument("--quick", action="store_true", help="only the small cases")
     args = parser.parse_args(argv)

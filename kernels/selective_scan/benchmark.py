@@ -1,14 +1,14 @@
 """How fast is every scan that runs here? The right ones, timed side by side in one process.
 
     python -m vim_ssl.kernels.selective_scan.benchmark                   # this machine's device
-    python -m vim_ssl.kernels.selective_scan.benchmark --device cuda --quick --out results/
+    python -m vim_ssl.kernels.selective_scan.benchmark --device cuda --quick --out FOLDER
 
 Correctness first: a provider whose outputs or gradients are wrong gets no figures, and if it is one
 of our own backends nothing is timed and the exit code is 1. Then forward and backward apart, calls
 of all providers interleaved, inputs rotated: p20, median and p80 in milliseconds, and the peak
 memory above the inputs. On a GPU each figure stands beside the floor that `triton_ceilings`
-measures. Rows are appended to benchmarks/results/kernels.csv of a checkout, or to --out. In a
-checkout the peers of benchmarks/peers/ take part.
+measures. Rows are appended to kernels.csv in --out, in a checkout by default benchmarks/results/,
+which git tracks. In a checkout the peers of benchmarks/peers/ take part.
 """
 
 import argparse
@@ -567,14 +567,18 @@ def measure_ceilings(say: Callable[[str], object] = print):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=default, choices=("cpu", "cuda"))
+    parser.add_argument(
+        "--device", default=default, choices=("cpu", "cuda"), help="what runs the scan"
+    )
     parser.add_argument("--quick", action="store_true", help="the first shape, a short look")
     results = CHECKOUT / "benchmarks" / "results"
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", default=results if results.is_dir() else None,
-        help="where kernels.csv is; default: %(default)s",
+        "--out", type=Path, metavar="FOLDER", default=results if results.is_dir() else None,
+        help="rows are appended to kernels.csv there; git tracks a checkout's default",
     )  # fmt: skip
     args = parser.parse_args(argv)
     shapes = CUDA_SHAPES if args.device == "cuda" else CPU_SHAPES
