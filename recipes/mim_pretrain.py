@@ -10,7 +10,6 @@
 teacher's features, arXiv:2202.03555). The paper presets' results on ImageNet: not yet measured.
 """
 
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,16 +21,16 @@ from vim_ssl import VimEncoder, load_encoder, save_encoder
 from vim_ssl.ar import AutoRegressive
 from vim_ssl.cli import guarded
 from vim_ssl.config import opt, parse
-from vim_ssl.data import open_data, stratified_split
+from vim_ssl.data import open_data
 from vim_ssl.data.loader import SeededSamples
-from vim_ssl.data.transforms import create_transform, pretrain_transform
+from vim_ssl.data.transforms import pretrain_transform
 from vim_ssl.distill import LOSSES, WHERE, Distill
 from vim_ssl.masking import MASKS, RandomMask
 from vim_ssl.mim import MAE, SimMIM
-from vim_ssl.probes import accuracy, extract_features, knn_predict, read_all
+from vim_ssl.probes import online_probe
 from vim_ssl.report import write_report
 from vim_ssl.runs import Run, environment, stored_or
-from vim_ssl.training import TrainConfig, fit, make_accelerator
+from vim_ssl.training import TrainConfig, fit, make_accelerator, make_average
 
 OBJECTIVES = {"mae": MAE, "simmim": SimMIM, "ar": AutoRegressive, "distill": Distill}
 
@@ -223,34 +222,6 @@ def build_data(config: Config, encoder: VimEncoder):
     return data, SeededSamples(data, MimTransform(image, draws), config.seed)
 
 
-def build_knn(encoder: VimEncoder, data, device, seed: int, bank: int = 2000, queries: int = 500):
-    """kNN accuracy inside the training pictures, where they have labels: a bank and held-out
-    queries. It watches the features; the pictures of both were pretrained on."""
-    data = data.subset(i for i, label in enumerate(data.labels or []) if label >= 0)
-    alone = data.groups is not None and len(set(data.groups)) < 2
-    if len(data) < 10 or len(set(data.labels)) < 2 or alone:
-        return None
-    share = min(0.2, queries / len(data))
-    rest, held_out = stratified_split(data.labels, share, seed, data.groups)
-    kept = rest[:: math.ceil(len(rest) / bank)]
-    parts = [data.subset(kept), data.subset(held_out)]
-    transform = create_transform(encoder)
-
-    def evaluate() -> dict[str, float]:
-        training = encoder.training
-        encoder.eval()
-        kept, asked = (
-            extract_features(lambda x: read_all(encoder, x), part, transform, device=device)
-            for part in parts
-        )
-        encoder.train(training)
-        spread = kept.x.std(0).mean().item()  # falls to 0 if the features collapse
-        hits = accuracy(knn_predict(kept.x, kept.y, asked.x), asked.y)
-        return {"knn_top1": hits, "feature_std": spread}
-
-    return evaluate
-
-
 def run(config: Config) -> dict[str, Any]:
     accelerator = make_accelerator(config)
     torch.manual_seed(config.seed)  # of the initial weights
@@ -258,15 +229,19 @@ def run(config: Config) -> dict[str, Any]:
     objective = build_objective(config, encoder)
     data, samples = build_data(config, encoder)
     folder = Run.open("mim_pretrain", config, accelerator)
-    evaluate = build_knn(encoder, data, accelerator.device, config.seed)
+    average = make_average(encoder, config)
+    averaged: Any = None if average is None else average.module
+    evaluate = online_probe(averaged or encoder, data, accelerator.device, config.seed)
     record = {"recipe": "mim_pretrain", "data": data.name, **environment()}
 
     def write_encoder(figures: dict[str, float] | None = None) -> None:
-        save_encoder(encoder, folder.folder, record=record | {"figures": figures or {}})
+        save_encoder(
+            encoder, folder.folder, ema=averaged, record=record | {"figures": figures or {}}
+        )
 
     figures = fit(
-        objective.train(), samples, config, folder, accelerator, evaluate=evaluate,
-        on_save=write_encoder,
+        objective.train(), samples, config, folder, accelerator, average=average,
+        evaluate=evaluate, on_save=write_encoder,
     )  # fmt: skip
     if accelerator.is_main_process:
         if figures:  # none: the run had ended before

@@ -17,6 +17,7 @@ from vim_ssl.probes import (
     accuracy,
     choose_C,
     choose_readout,
+    effective_rank,
     extract_features,
     fit_logistic,
     knn_predict,
@@ -239,3 +240,13 @@ def test_a_plateau_at_chance_does_not_end_the_search_for_C(monkeypatch):
 
     monkeypatch.setattr("vim_ssl.probes.fit_logistic", lambda x, y, C, tol: Fitted(C))
     assert choose_C(None, None, None, None, tuple(scores)) == (1.0, 0.9)
+
+
+# ------------------------------------------------------------------ while training
+
+
+@pytest.mark.parametrize(("directions", "rank"), [(1, 1.0), (3, 3.0), (0, 0.0)])
+def test_the_effective_rank_counts_directions_that_vary_alike(directions, rank):
+    axes = torch.eye(8)[:directions]
+    x = 5.0 + torch.cat([axes, -axes, torch.zeros(1, 8)])
+    assert effective_rank(x) == pytest.approx(rank, abs=1e-5)

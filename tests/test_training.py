@@ -13,13 +13,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
+from vim_ssl import load_encoder
 from vim_ssl.data.images import BadImage
 from vim_ssl.data.loader import EpochBatches, SeededSamples, stable_hash, training_loader
 from vim_ssl.objective import StepOutput
 from vim_ssl.recipes import mim_pretrain
 from vim_ssl.runs import Run, read_metrics
-from vim_ssl.training import TrainConfig, fit, make_accelerator
+from vim_ssl.training import TrainConfig, fit, make_accelerator, make_average
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
@@ -280,6 +282,64 @@ def test_resume_is_bit_identical(tmp_path, pictures, stop, objective):
     pretrain(tmp_path / "parts", pictures, *what, "--workers", "1", "--resume", "auto")
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     assert len(losses(tmp_path / "whole")) == 9
+
+
+@pytest.mark.slow
+def test_the_average_lags_behind_the_weights_and_goes_on_after_a_stop(tmp_path, pictures):
+    for name, *parts in (("whole", ()), ("parts", ("--max-steps", "4"), ("--resume", "auto"))):
+        for part in parts:
+            pretrain(tmp_path / name, pictures, "--ema", "0.99", "--workers", "0", *part)
+    whole, parts = (load_file(tmp_path / n / "encoder_ema.safetensors") for n in ("whole", "parts"))
+    weights = load_file(tmp_path / "whole" / "encoder.safetensors")
+    for key, value in whole.items():
+        assert torch.equal(value, parts[key]), key
+    assert not torch.equal(whole["norm_f.weight"], weights["norm_f.weight"])
+    loaded = load_encoder(tmp_path / "whole").state_dict()
+    assert torch.equal(loaded["norm_f.weight"], whole["norm_f.weight"])  # what is loaded by default
+
+
+def test_the_average_is_the_mean_that_its_decay_asks_for(tmp_path):
+    """Its decay at step s is 1 - s^(-2/3), at most the one given."""
+    objective, seen = Linear(), []
+    objective.encoder = objective.linear
+    config = TrainConfig(
+        epochs=1, batch_size=4, workers=0, threads=1, warmup_epochs=0.0, base_lr=1.0,
+        output=str(tmp_path), ema=0.5,
+    )  # fmt: skip
+    average = make_average(objective.encoder, config)
+    start = objective.linear.weight.detach().clone()
+
+    def remember(module, args):
+        seen.append(module.linear.weight.detach().clone())
+
+    objective.register_forward_pre_hook(remember)
+    accelerator = make_accelerator(config)
+    samples = SeededSamples(Numbers(32), noisy, 0)
+    fit(objective, samples, config, Run.open("test", config, accelerator), accelerator,
+        average=average)  # fmt: skip
+    expected = start
+    for step, weight in enumerate([*seen[1:8], objective.linear.weight.detach()], start=1):
+        decay = min(0.5, 1 - step ** (-2 / 3)) if step > 1 else 0.0
+        expected = decay * expected + (1 - decay) * weight
+    torch.testing.assert_close(average.module.weight, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "says"),
+    [("tensorbord", ValueError, "Did you mean 'tensorboard'"), ("clearml", ImportError, "clearml")],
+)
+def test_a_tracker_that_cannot_run_is_refused_before_training(tmp_path, name, error, says):
+    with pytest.raises(error, match=says):
+        train(tmp_path / "run", Linear(), trackers=(name,))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("names", "wanted"), [(("auto",), True), (("none",), False)])
+def test_figures_go_to_tensorboard_where_it_is_installed(tmp_path, names, wanted):
+    pytest.importorskip("tensorboard")
+    _, run = train(tmp_path, Linear(), trackers=names)
+    run.close()
+    assert bool(list(tmp_path.glob("trackers/events*"))) == wanted
 
 
 def launch(processes: int, folder: Path, pictures: Path, *more: str) -> subprocess.Popen:

@@ -1,5 +1,6 @@
 """What frozen features are worth: extraction, nearest neighbours, logistic regression."""
 
+import math
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vim_ssl.data.images import BadImage
+from vim_ssl.data.split import stratified_split
+from vim_ssl.data.transforms import create_transform
 from vim_ssl.encoder import VimEncoder
 
 MANY = int(5e7)  # numbers, from which on one matrix product keeps several threads busy
@@ -216,6 +219,72 @@ def choose_C(x, y, x_val, y_val, grid: tuple[float, ...] = C_GRID) -> tuple[floa
         if worse == 2:
             break
     return best_C, best
+
+
+def online_probe(
+    encoder: VimEncoder,
+    data,
+    device: str | torch.device,
+    seed: int,
+    *,
+    bank: int = 2000,
+    queries: int = 500,
+) -> Callable[[], dict[str, float]]:
+    """What watches the features while the encoder trains, on a part of its own pictures.
+
+    Args:
+        data: map-style; with labels of two classes or more a part of at most ``queries`` is held
+            out, and at most ``bank`` of the others teach. The encoder trains on both.
+        seed: of that choice.
+
+    Returns: a function without arguments. It gives ``feature_std``, the mean deviation of a
+        feature over pictures, and ``effective_rank``, exp of the entropy of the singular values of
+        the centred patch means (RankMe, arXiv:2210.02885): both fall if the features collapse. And
+        with labels ``knn_top1`` and ``linear_top1``, per cent.
+    """
+    labels = data.labels or []
+    known = data.subset(i for i, label in enumerate(labels) if label >= 0)
+    alone = known.groups is not None and len(set(known.groups)) < 2
+    labelled = len(known) >= 10 and len(set(known.labels or [])) > 1 and not alone
+    if labelled:
+        share = min(0.2, queries / len(known))
+        rest, held_out = stratified_split(known.labels, share, seed, known.groups)
+        parts = [known.subset(rest[:: -(-len(rest) // bank)]), known.subset(held_out)]
+    else:
+        parts = [data.subset(range(0, len(data), -(-len(data) // bank)))]
+    transform = create_transform(encoder)
+    patches = readout_columns(encoder, "avg")
+
+    def evaluate() -> dict[str, float]:
+        training = encoder.training
+        encoder.eval()
+        kept, *asked = (
+            extract_features(lambda x: read_all(encoder, x), part, transform, device=device)
+            for part in parts
+        )
+        encoder.train(training)
+        figures = {"feature_std": kept.x.std(0).mean().item()}
+        if not math.isfinite(figures["feature_std"]):
+            return figures
+        figures["effective_rank"] = effective_rank(kept.x[:, patches])
+        for seen in asked:
+            voted = knn_predict(kept.x, kept.y, seen.x)
+            linear = fit_logistic(kept.x[:, patches], kept.y, 0.1, SEARCH_TOL)
+            figures["knn_top1"] = accuracy(voted, seen.y)
+            figures["linear_top1"] = accuracy(linear.predict(seen.x[:, patches].numpy()), seen.y)
+        return figures
+
+    return evaluate
+
+
+def effective_rank(x: Tensor) -> float:
+    """exp of the entropy of the singular values of (n, d) features, their mean taken out: d where
+    all directions vary alike, 1 where one does, 0 where none does. RankMe, arXiv:2210.02885."""
+    values = torch.linalg.svdvals((x - x.mean(0)).double())
+    if not values.sum() > 0:
+        return 0.0
+    shares = values / values.sum()
+    return float(torch.special.entr(shares).sum().exp())
 
 
 def accuracy(predicted, truth) -> float:

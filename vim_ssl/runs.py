@@ -1,7 +1,7 @@
 """The run directory: configuration, log, pictures, checkpoints, the encoder.
 
 config.json  metrics.jsonl  checkpoints/step-N/  encoder.safetensors + encoder.json
-images/      report.html    tensorboard/ (where tensorboard is installed)
+images/      report.html    trackers/ (of TensorBoard and the like)
 """
 
 import json
@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from torch import Tensor
 
 RUNS = Path("runs")
@@ -19,7 +21,7 @@ LOCK = ".lock"
 # What may differ when a run is taken up again: it changes no step, or only how long it goes on.
 FREE_TO_CHANGE = {
     "recipe", "output", "resume", "epochs", "workers", "threads", "log_every", "eval_every",
-    "save_every", "save_steps", "keep_checkpoints", "max_steps", "max_bad_steps",
+    "save_every", "save_steps", "keep_checkpoints", "max_steps", "max_bad_steps", "trackers",
 }  # fmt: skip
 
 
@@ -34,7 +36,7 @@ class Run:
     def __init__(self, folder: Path, main: bool = True):
         self.folder, self.main = Path(folder), main
         self.skipped: set[str] = set()
-        self._board = None
+        self._trackers: list[Any] = []
         self._lock: Any = None
         self._record: dict = {}
 
@@ -43,11 +45,13 @@ class Run:
         """Make or take up the directory that ``config.output`` and ``config.resume`` name.
 
         Raises: FileExistsError for a directory that holds something else, or a run when
-            ``resume`` is "never"; ValueError for settings that differ from the run's own;
-            RuntimeError while another process trains there.
+            ``resume`` is "never"; ValueError for settings that differ from the run's own, and
+            an unknown tracker; ImportError for one that is not installed; RuntimeError while
+            another process trains there.
         """
         from accelerate.utils import broadcast_object_list
 
+        _check_trackers(config.trackers)
         name = config.output or str(RUNS / f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
         (name,) = broadcast_object_list([name])
         run = cls(Path(name), accelerator.is_main_process)
@@ -68,6 +72,7 @@ class Run:
             if not run.checkpoints():
                 run.write_config()
                 (run.folder / "metrics.jsonl").unlink(missing_ok=True)
+            run._start_trackers(config.trackers)
             print(f"Run directory: {run.folder}", flush=True)
         accelerator.wait_for_everyone()
         return run
@@ -162,7 +167,7 @@ class Run:
     # ---------------------------------------------------------------- figures and pictures
 
     def log(self, progress, epoch: float, figures: dict[str, float]) -> None:
-        """Append one line to metrics.jsonl, and to TensorBoard where it is installed."""
+        """Append one line to metrics.jsonl, and tell the trackers."""
         if not self.main:
             return
         row = {"step": progress.step, "epoch": round(epoch, 4), **figures}
@@ -170,9 +175,8 @@ class Run:
         row |= {"bad_steps": progress.bad_steps, "skipped": len(self.skipped)}
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
-        if board := self._tensorboard():
-            for name, value in figures.items():
-                board.add_scalar(name, value, progress.step)
+        for tracker in self._trackers:
+            tracker.log(figures, step=progress.step)
 
     def save_pictures(self, name: str, step: int, pictures: Tensor) -> Path:
         """(n, c, h, w) in [0, 1] -> images/NAME-STEP.png, one row a sample."""
@@ -182,8 +186,11 @@ class Run:
         if pictures.shape[1] not in (1, 3):
             pictures = pictures[:, :1]  # more bands than a PNG holds: show the first
         save_image(pictures, path, nrow=1, padding=1, pad_value=1.0)
-        if board := self._tensorboard():
-            board.add_images(name, pictures, step)
+        for tracker in self._trackers:
+            if tracker.name == "tensorboard":
+                tracker.writer.add_images(name, pictures, step)
+            elif hasattr(tracker, "log_images"):
+                tracker.log_images({name: [np.asarray(Image.open(path))]}, step=step)
         return path
 
     def count_skipped(self, names: Iterable[str]) -> None:
@@ -193,20 +200,39 @@ class Run:
                 print(f"\nskipped: {name}", flush=True)
             self.skipped.add(name)
 
-    def _tensorboard(self):
-        if self._board is None:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                self._board = False
-            else:
-                self._board = SummaryWriter(str(self.folder / "tensorboard"))
-        return self._board
+    def _start_trackers(self, names: tuple[str, ...]) -> None:
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+        for name in _check_trackers(names):
+            kind = LOGGER_TYPE_TO_CLASS[name]
+            where = [str(self.folder)] if kind.requires_logging_directory else []
+            tracker = kind("trackers" if where else "vim_ssl", *where)
+            tracker.start()
+            self._trackers.append(tracker)
 
     def close(self) -> None:
         self.release()
-        if self._board:
-            self._board.close()
+        for tracker in self._trackers:
+            tracker.finish()
+
+
+def _check_trackers(names: tuple[str, ...]) -> list[str]:
+    """Those to start. Raises: ValueError for an unknown name; ImportError for one that is not
+    installed."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    from vim_ssl.config import did_you_mean
+
+    installed = [str(getattr(name, "value", name)) for name in get_available_trackers()]
+    if names in (("auto",), ("none",)):
+        return [name for name in installed if name == "tensorboard" and names == ("auto",)]
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            known = [*LOGGER_TYPE_TO_CLASS, "auto", "none"]
+            raise ValueError(f"trackers: unknown {name!r}. {did_you_mean(name, known)}")
+        if name not in installed:
+            raise ImportError(f"the tracker {name!r} is not installed; install it with pip.")
+    return list(names)
 
 
 def stored_or(default):

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from timm.utils import ModelEmaV3
 from torch import nn
 from tqdm import tqdm
 
@@ -50,6 +51,9 @@ class TrainConfig:
     layer_decay: float | None = opt(
         None, "lr factor from a block to the one below", group="optimiser"
     )
+    ema: float = opt(
+        0.0, "decay of the encoder's moving average, kept beside it; 0: none", group="optimiser"
+    )
     precision: str = opt("no", "autocast", group="run", choices=("no", "bf16", "fp16"))
     workers: int = opt(2, "data loading processes a rank", group="run")
     threads: int = opt(0, "CPU threads a process; 0: the cores, shared out", group="run")
@@ -68,6 +72,9 @@ class TrainConfig:
     keep_checkpoints: int = opt(2, "older ones are deleted", group="run")
     max_steps: int = opt(0, "stop after so many optimiser steps; 0: never", group="run")
     max_bad_steps: int = opt(20, "give up after so many non-finite steps in a row", group="run")
+    trackers: tuple[str, ...] = opt(
+        ("auto",), "by accelerate's names; auto: tensorboard where installed; none", group="run"
+    )
 
     def __post_init__(self):
         for name in ("epochs", "batch_size", "accumulation", "log_every", "keep_checkpoints",
@@ -81,6 +88,8 @@ class TrainConfig:
             )
         if self.eval_every <= 0:
             raise ValueError(f"eval_every is {self.eval_every:g} epochs; it must be above 0.")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema is {self.ema:g}; expected 0 (none) or a decay below 1.")
 
 
 def make_accelerator(config: TrainConfig):
@@ -103,6 +112,18 @@ def make_accelerator(config: TrainConfig):
             "Check `accelerate env` and the launcher's flags."
         )
     return accelerator
+
+
+def make_average(encoder: nn.Module, config: TrainConfig) -> ModelEmaV3 | None:
+    """The moving average that ``config.ema`` asks for; its ``module`` is the averaged encoder.
+
+    The decay rises over the steps, 1 - (1 + step)^(-2/3), until it is ``config.ema``.
+    """
+    if not config.ema:
+        return None
+    average = ModelEmaV3(encoder, config.ema, use_warmup=True)
+    average.requires_grad_(False)
+    return average
 
 
 def _cores() -> int:
@@ -135,6 +156,7 @@ def fit(
     run: Run,
     accelerator,
     *,
+    average: ModelEmaV3 | None = None,
     evaluate: Callable[[], dict[str, float]] | None = None,
     on_save: Callable[[], object] | None = None,
 ) -> dict[str, float]:
@@ -145,6 +167,7 @@ def fit(
         samples: the training data with its transform.
         run: the run directory; if it holds a checkpoint, training goes on from the newest.
         accelerator: from `make_accelerator`.
+        average: from `make_average`, of ``objective.encoder``; a part of every checkpoint.
         evaluate: called every ``eval_every`` epochs on the main process; its figures are logged.
         on_save: called with every checkpoint on the main process, to write the encoder.
     Raises: ValueError if the checkpoint was made with other data, batches or model;
@@ -161,6 +184,9 @@ def fit(
         warmup_steps=plan.warmup_steps,
     )  # fmt: skip
     model, optimizer = accelerator.prepare(objective, optimizer)
+    if average is not None:
+        # As a second model, so that checkpoints hold it, as safetensors.
+        accelerator.prepare_model(average.module, evaluation_mode=True)
     progress = Progress()
     figures: dict[str, float] = {}
     run.resume(accelerator, progress)
@@ -180,6 +206,8 @@ def fit(
             optimizer.zero_grad()
             if finite and (after_step := getattr(objective, "after_step", None)):
                 after_step()
+            if finite and average is not None:
+                average.update(objective.encoder, progress.step + 1)
             samples_seen = averages.pop("samples")
             plan.advance(progress, len(batches), samples_seen, finite)
             run.count_skipped(name for batch in batches for name in batch["skipped"])

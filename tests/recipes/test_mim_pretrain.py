@@ -77,6 +77,7 @@ def test_photographs_of_mixed_sizes_train(trained):
     assert all(np.isfinite([row["loss"], row["grad_norm"], row[own]]).all() for row in rows)
     assert rows[-1]["skipped"] == 1  # the broken picture
     assert "knn_top1" not in rows[-1]  # no labels, no neighbours
+    assert rows[-1]["effective_rank"] > 0
 
 
 def test_the_pictures_show_eight_or_fewer_rows_of_four_views(trained):
@@ -202,6 +203,7 @@ def test_the_loss_falls_and_neighbours_are_asked_where_labels_are(stripes, tmp_p
     evaluated = [row for row in rows if "knn_top1" in row]
     assert [row["epoch"] for row in evaluated] == [10, 20]
     assert all(0 <= row["knn_top1"] <= 100 and row["feature_std"] > 0 for row in evaluated)
+    assert all(0 <= row["linear_top1"] <= 100 and row["effective_rank"] > 1 for row in evaluated)
 
 
 def test_the_seed_decides_the_initial_weights(stripes, tmp_path):

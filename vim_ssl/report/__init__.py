@@ -36,11 +36,13 @@ RECIPES = {
 CURVES = {
     "loss": ("Loss", ""),
     "knn_top1": ("Nearest neighbours, accuracy", " %"),
+    "linear_top1": ("Linear probe, accuracy", " %"),
     "pixel_mse": ("Mean squared error of the hidden pixels", ""),
     "lr": ("Learning rate", ""),
     "grad_norm": ("Gradient norm", ""),
     "images_per_second": ("Images per second", ""),
     "feature_std": ("Spread of the features", ""),
+    "effective_rank": ("Effective rank of the features", ""),
 }
 COUNTERS = ("step", "epoch", "seconds", "samples", "bad_steps", "skipped")
 WIDE_RANGE = ("loss", "pixel_mse", "grad_norm")  # on a logarithmic axis where values demand it

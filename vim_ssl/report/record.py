@@ -10,7 +10,8 @@ import numpy as np
 
 from vim_ssl.encoder import PRESETS
 
-EVALUATED = ("knn_top1", "feature_std")  # logged again on every line until the next evaluation
+# Logged again on every line until the next evaluation.
+EVALUATED = ("knn_top1", "linear_top1", "feature_std", "effective_rank")
 MAX_LINES = 50_000  # of the log that are parsed, evenly spread
 
 
