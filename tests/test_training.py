@@ -19,7 +19,7 @@ from vim_ssl.data.loader import EpochBatches, SeededSamples, stable_hash, traini
 from vim_ssl.objective import StepOutput
 from vim_ssl.recipes import mim_pretrain
 from vim_ssl.runs import Run, read_metrics
-from vim_ssl.training import TrainConfig, fit, make_accelerator
+from vim_ssl.training import TrainConfig, bottleneck, fit, make_accelerator
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
@@ -333,6 +333,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, pictures, whole, kill):
     if kill == signal.SIGTERM:
         assert process.returncode == 0, output
         assert "go on with --resume auto" in output
+        assert "of the time waiting for data" in output
     else:
         assert process.returncode != 0
     finish(launch(1, tmp_path / "killed", pictures, *LONG, "--resume", "auto"))
@@ -368,3 +369,21 @@ def test_the_run_directory_holds_what_it_promises(tmp_path, pictures):
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     fields = {f.name for f in dataclasses.fields(mim_pretrain.Config)}
     assert fields <= set(config)
+
+
+# ------------------------------------------------------------------ throughput
+
+
+def test_a_run_says_at_its_end_whether_the_data_set_the_pace(tmp_path, capsys):
+    train(tmp_path, Linear())
+    output = capsys.readouterr().out
+    assert "images/s" in output
+    assert "of the time waiting for data" in output
+    assert all(0 <= row["data_wait"] <= 1 for row in read_metrics(tmp_path))
+
+
+def test_the_advice_follows_from_the_time_spent_waiting():
+    assert "50 images/s, 60 %" in bottleneck(500, 10, 6, workers=0)
+    assert "More --workers than 0" in bottleneck(500, 10, 6, workers=0)
+    assert "a worker on every core" in bottleneck(500, 10, 6, workers=10_000)
+    assert "the model sets the pace" in bottleneck(500, 10, 0.5, workers=0)
