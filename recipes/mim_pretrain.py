@@ -22,8 +22,9 @@ from vim_ssl import VimEncoder, load_encoder, save_encoder
 from vim_ssl.ar import AutoRegressive
 from vim_ssl.cli import guarded
 from vim_ssl.config import opt, parse
-from vim_ssl.data import open_data, stratified_split
+from vim_ssl.data import ImageStream, open_data, stratified_split
 from vim_ssl.data.loader import SeededSamples
+from vim_ssl.data.stream import StreamSamples
 from vim_ssl.data.transforms import create_transform, pretrain_transform
 from vim_ssl.distill import LOSSES, WHERE, Distill
 from vim_ssl.masking import MASKS, RandomMask
@@ -40,7 +41,7 @@ OBJECTIVES = {"mae": MAE, "simmim": SimMIM, "ar": AutoRegressive, "distill": Dis
 class Config(TrainConfig):
     """Masked image modelling on a Vim encoder."""
 
-    data: str = opt("", "pictures: a folder, hf:NAME, sample:NAME …", group="data")
+    data: str = opt("", "pictures: a folder, hf:NAME, wds:SHARDS, sample:NAME …", group="data")
     crop_scale: tuple[float, float] = opt((0.2, 1.0), "share of the picture's area", group="data")
     hflip: float = opt(0.5, "probability of mirroring", group="data")
     encoder: str = opt("vim_small_patch16_224", "preset, checkpoint or run", group="model")
@@ -209,7 +210,7 @@ def load_teacher(name: str):
 
 def build_data(config: Config, encoder: VimEncoder):
     """The pictures, and how they reach the objective."""
-    data = open_data(config.data)
+    data = open_data(config.data, streams=True)
     patch = encoder.patch_embed.patch_size
     if config.mask_unit % patch:
         raise ValueError(f"mask_unit {config.mask_unit} px is no multiple of the {patch}-px patch.")
@@ -220,12 +221,17 @@ def build_data(config: Config, encoder: VimEncoder):
     image = pretrain_transform(
         encoder.data_config, crop_scale=config.crop_scale, hflip=config.hflip
     )
-    return data, SeededSamples(data, MimTransform(image, draws), config.seed)
+    transform = MimTransform(image, draws)
+    if isinstance(data, ImageStream):
+        return data, StreamSamples(data, transform, config.seed)
+    return data, SeededSamples(data, transform, config.seed)
 
 
 def build_knn(encoder: VimEncoder, data, device, seed: int, bank: int = 2000, queries: int = 500):
     """kNN accuracy inside the training pictures, where they have labels: a bank and held-out
-    queries. It watches the features; the pictures of both were pretrained on."""
+    queries. It watches the features; the pictures of both were pretrained on. None of a stream."""
+    if isinstance(data, ImageStream):
+        return None
     data = data.subset(i for i, label in enumerate(data.labels or []) if label >= 0)
     alone = data.groups is not None and len(set(data.groups)) < 2
     if len(data) < 10 or len(set(data.labels)) < 2 or alone:
@@ -258,6 +264,8 @@ def run(config: Config) -> dict[str, Any]:
     objective = build_objective(config, encoder)
     data, samples = build_data(config, encoder)
     folder = Run.open("mim_pretrain", config, accelerator)
+    if isinstance(data, ImageStream) and accelerator.is_main_process:
+        folder.count_skipped(data.faults)
     evaluate = build_knn(encoder, data, accelerator.device, config.seed)
     record = {"recipe": "mim_pretrain", "data": data.name, **environment()}
 
