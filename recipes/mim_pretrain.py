@@ -21,8 +21,9 @@ from vim_ssl import VimEncoder, load_encoder, save_encoder
 from vim_ssl.ar import AutoRegressive
 from vim_ssl.cli import guarded
 from vim_ssl.config import opt, parse
-from vim_ssl.data import open_data
+from vim_ssl.data import ImageStream, open_data
 from vim_ssl.data.loader import SeededSamples
+from vim_ssl.data.stream import StreamSamples
 from vim_ssl.data.transforms import pretrain_transform
 from vim_ssl.distill import LOSSES, WHERE, Distill
 from vim_ssl.masking import MASKS, RandomMask
@@ -39,7 +40,7 @@ OBJECTIVES = {"mae": MAE, "simmim": SimMIM, "ar": AutoRegressive, "distill": Dis
 class Config(TrainConfig):
     """Masked image modelling on a Vim encoder."""
 
-    data: str = opt("", "pictures: a folder, hf:NAME, sample:NAME …", group="data")
+    data: str = opt("", "pictures: a folder, hf:NAME, wds:SHARDS, sample:NAME …", group="data")
     crop_scale: tuple[float, float] = opt((0.2, 1.0), "share of the picture's area", group="data")
     hflip: float = opt(0.5, "probability of mirroring", group="data")
     encoder: str = opt("vim_small_patch16_224", "preset, checkpoint or run", group="model")
@@ -208,7 +209,7 @@ def load_teacher(name: str):
 
 def build_data(config: Config, encoder: VimEncoder):
     """The pictures, and how they reach the objective."""
-    data = open_data(config.data)
+    data = open_data(config.data, streams=True)
     patch = encoder.patch_embed.patch_size
     if config.mask_unit % patch:
         raise ValueError(f"mask_unit {config.mask_unit} px is no multiple of the {patch}-px patch.")
@@ -219,7 +220,10 @@ def build_data(config: Config, encoder: VimEncoder):
     image = pretrain_transform(
         encoder.data_config, crop_scale=config.crop_scale, hflip=config.hflip
     )
-    return data, SeededSamples(data, MimTransform(image, draws), config.seed)
+    transform = MimTransform(image, draws)
+    if isinstance(data, ImageStream):
+        return data, StreamSamples(data, transform, config.seed)
+    return data, SeededSamples(data, transform, config.seed)
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -231,7 +235,11 @@ def run(config: Config) -> dict[str, Any]:
     folder = Run.open("mim_pretrain", config, accelerator)
     average = make_average(encoder, config)
     averaged: Any = None if average is None else average.module
-    evaluate = online_probe(averaged or encoder, data, accelerator.device, config.seed)
+    evaluate = None
+    if not isinstance(data, ImageStream):  # of a stream no part can be set aside
+        evaluate = online_probe(averaged or encoder, data, accelerator.device, config.seed)
+    elif accelerator.is_main_process:
+        folder.count_skipped(data.faults)
     record = {"recipe": "mim_pretrain", "data": data.name, **environment()}
 
     def write_encoder(figures: dict[str, float] | None = None) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from vim_ssl.data.loader import EpochBatches, SeededSamples, stable_hash, traini
 from vim_ssl.objective import StepOutput
 from vim_ssl.recipes import mim_pretrain
 from vim_ssl.runs import Run, read_metrics
-from vim_ssl.training import TrainConfig, fit, make_accelerator, make_average
+from vim_ssl.training import TrainConfig, bottleneck, fit, make_accelerator, make_average
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
@@ -393,6 +394,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, pictures, whole, kill):
     if kill == signal.SIGTERM:
         assert process.returncode == 0, output
         assert "go on with --resume auto" in output
+        assert "of the time waiting for data" in output
     else:
         assert process.returncode != 0
     finish(launch(1, tmp_path / "killed", pictures, *LONG, "--resume", "auto"))
@@ -428,3 +430,78 @@ def test_the_run_directory_holds_what_it_promises(tmp_path, pictures):
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     fields = {f.name for f in dataclasses.fields(mim_pretrain.Config)}
     assert fields <= set(config)
+
+
+# ------------------------------------------------------------------ streams
+
+
+@pytest.fixture
+def shards(tmp_path, pictures, monkeypatch) -> str:
+    """The pictures in four tars, one of them cut off, one picture broken."""
+    for name in ("XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.setenv(name, str(tmp_path / "cache"))
+    files = sorted(pictures.glob("*/*.png"), key=lambda path: path.name)
+    for number in range(4):
+        with tarfile.open(tmp_path / f"shard-{number}.tar", "w") as tar:
+            for path in files[10 * number : 10 * number + 10]:
+                tar.add(path, path.name)
+            if number == 1:
+                (tmp_path / "broken.png").write_bytes(b"broken")
+                tar.add(tmp_path / "broken.png", "broken.png")
+    cut = tmp_path / "shard-2.tar"
+    cut.write_bytes(cut.read_bytes()[:-10_000])
+    return f"wds:{tmp_path}/shard-{{0..3}}.tar"
+
+
+def stream_run(folder: Path, shards: str, *more: str) -> None:
+    pretrain(folder, shards, "--batch-size", "3", *more)
+
+
+def test_a_stream_is_trained_on_and_resumed_bit_for_bit(tmp_path, shards, capsys):
+    """Two slots of 20 pictures or so: 12 micro-batches, 6 steps an epoch."""
+    stream_run(tmp_path / "whole", shards, "--workers", "2", "--epochs", "2")
+    output = capsys.readouterr().out
+    rows = read_metrics(tmp_path / "whole")
+    assert "left out of each epoch" in output
+    assert "shard-2.tar is damaged after" in output
+    assert rows[-1]["skipped"] == 2  # the tar and, sooner or later, the broken picture
+    parts = tmp_path / "parts"
+    stream_run(parts, shards, "--workers", "2", "--epochs", "2", "--max-steps", "4")
+    with pytest.raises(ValueError, match=r"read by 1 process\(es\) x 2 worker\(s\)"):
+        stream_run(parts, shards, "--workers", "1", "--epochs", "2", "--resume", "auto")
+    stream_run(parts, shards, "--workers", "2", "--epochs", "2", "--resume", "auto")
+    assert losses(parts) == losses(tmp_path / "whole")
+    assert len(rows) == 12
+
+
+def test_more_readers_than_shards_are_refused_before_the_first_step(tmp_path, shards):
+    one = shards.replace("{0..3}", "3")
+    with pytest.raises(ValueError, match=r"1 shard\(s\) cannot feed 2 readers"):
+        stream_run(tmp_path / "run", one, "--workers", "2")
+
+
+@pytest.mark.slow
+def test_two_processes_stream_and_resume_exactly(tmp_path, shards):
+    two = ("--batch-size", "2", "--workers", "2")
+    finish(launch(2, tmp_path / "whole", shards, *two))
+    finish(launch(2, tmp_path / "parts", shards, *two, "--max-steps", "5"))
+    finish(launch(2, tmp_path / "parts", shards, *two, "--resume", "auto"))
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+# ------------------------------------------------------------------ throughput
+
+
+def test_a_run_says_at_its_end_whether_the_data_set_the_pace(tmp_path, capsys):
+    train(tmp_path, Linear())
+    output = capsys.readouterr().out
+    assert "images/s" in output
+    assert "of the time waiting for data" in output
+    assert all(0 <= row["data_wait"] <= 1 for row in read_metrics(tmp_path))
+
+
+def test_the_advice_follows_from_the_time_spent_waiting():
+    assert "50 images/s, 60 %" in bottleneck(500, 10, 6, workers=0)
+    assert "More --workers than 0" in bottleneck(500, 10, 6, workers=0)
+    assert "a worker on every core" in bottleneck(500, 10, 6, workers=10_000)
+    assert "the model sets the pace" in bottleneck(500, 10, 0.5, workers=0)

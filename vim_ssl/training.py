@@ -22,7 +22,6 @@ from tqdm import tqdm
 
 from vim_ssl.config import opt
 from vim_ssl.data.loader import (
-    EpochBatches,
     SeededSamples,
     collate,
     stable_hash,
@@ -134,7 +133,8 @@ def _cores() -> int:
 class Progress:
     """Where a run is, saved with every checkpoint; ``batch`` is the epoch's next micro-batch.
 
-    ``epoch_batches``, ``epoch_steps`` and ``data`` (a fingerprint) say what the counts mean.
+    ``epoch_batches``, ``epoch_steps``, ``data`` (a fingerprint) and ``readers`` (of a stream) say
+    what the counts mean.
     """
 
     epoch: int = 0
@@ -147,6 +147,7 @@ class Progress:
     epoch_batches: int = 0
     epoch_steps: int = 0
     data: str = ""
+    readers: str = ""
 
 
 def fit(
@@ -238,15 +239,17 @@ class _Plan:
         self.config, world = config, accelerator.num_processes
         # A handful of pictures trains too: the batch is never larger than the data.
         self.batch_size = max(min(config.batch_size, len(samples) // world), 1)
-        self.batches = EpochBatches(
-            len(samples), self.batch_size, rank=accelerator.process_index, world=world,
-            seed=config.seed,
-        )  # fmt: skip
+        self.workers = min(config.workers, _cores())
+        self.batches = samples.batches(
+            self.batch_size, rank=accelerator.process_index, world=world, workers=self.workers
+        )
         self.loader = training_loader(
-            samples, self.batches, num_workers=min(config.workers, _cores()),
+            samples, self.batches, num_workers=self.workers,
             pin_memory=accelerator.device.type == "cuda",
         )  # fmt: skip
+        self.waited = 0.0  # seconds for batches, since the start
         self.epoch_batches = self.batches.batches_per_epoch
+        self.readers = self.batches.readers
         self.accumulation = min(config.accumulation, self.epoch_batches)
         self.epoch_steps = math.ceil(self.epoch_batches / self.accumulation)
         self.total_steps = self.epoch_steps * config.epochs
@@ -256,15 +259,23 @@ class _Plan:
         self.fingerprint = getattr(samples.data, "fingerprint", "")
         self.effective_batch = self.batch_size * self.accumulation * world
         self.lr = config.base_lr * self.effective_batch / config.lr_reference_batch
+        left_out = len(samples) - self.epoch_batches * self.batch_size * world
         self.summary = (
-            f"{len(samples):,} samples · batch {self.batch_size} x {self.accumulation} "
-            f"(accumulation) x {world} (processes) = {self.effective_batch} · lr "
+            f"{len(samples):,} samples ({left_out:,} left out of each epoch) · batch "
+            f"{self.batch_size} x {self.accumulation} (accumulation) x {world} (processes) = "
+            f"{self.effective_batch} · lr "
             f"{config.base_lr:g} x {self.effective_batch}/{config.lr_reference_batch} = "
             f"{self.lr:.3g} · {self.total_steps:,} steps of {self.epoch_steps:,} an epoch"
         )
 
     def take_up(self, progress: Progress) -> None:
         """Check that a resumed run's counts mean the same steps here."""
+        if progress.epoch_batches and progress.readers != self.readers:
+            raise ValueError(
+                f"The checkpoint's stream was read by {progress.readers}, here it would be by "
+                f"{self.readers} and come in another order. Resume with the same number of both, "
+                "or start anew in another --output."
+            )
         names = ("epoch_batches", "epoch_steps")
         before, now = ([getattr(source, name) for name in names] for source in (progress, self))
         if progress.epoch_batches and before != now:
@@ -278,7 +289,7 @@ class _Plan:
                 "The pictures are not those of the checkpoint: their list, sizes or labels differ. "
                 "Resume with the same data, or start anew in another --output."
             )
-        progress.data = self.fingerprint
+        progress.data, progress.readers = self.fingerprint, self.readers
         progress.epoch_batches, progress.epoch_steps = self.epoch_batches, self.epoch_steps
 
     def steps(self, progress: Progress) -> Iterator[list[dict]]:
@@ -286,13 +297,21 @@ class _Plan:
         while progress.epoch < self.config.epochs:
             self.batches.epoch, self.batches.start = progress.epoch, progress.batch
             group = []
-            for batch in self.loader:
+            for batch in self._loaded():
                 group.append(batch)
                 if len(group) == self.accumulation:
                     yield group
                     group = []
             if group:
                 yield group
+
+    def _loaded(self) -> Iterator[dict]:
+        """The loader's batches; what they are waited for adds up."""
+        began = time.perf_counter()
+        for batch in self.loader:
+            self.waited += time.perf_counter() - began
+            yield batch
+            began = time.perf_counter()
 
     def advance(self, progress: Progress, batches: int, samples: float, finite: bool) -> None:
         """Count a step. Raises FloatingPointError when too many in a row were not finite."""
@@ -356,6 +375,17 @@ def _to(batch: dict, device: torch.device) -> dict:
     }
 
 
+def bottleneck(images: float, seconds: float, waited: float, workers: int) -> str:
+    """Whether the data or the model set the pace, and what to do about it."""
+    share = waited / seconds
+    text = f"{images / seconds:.0f} images/s, {100 * share:.0f} % of the time waiting for data: "
+    if share < 0.1:
+        return text + "the model sets the pace, the data keep up."
+    if workers < _cores():
+        return text + f"the data set the pace. More --workers than {workers} may help."
+    return text + "the data set the pace, with a worker on every core. Smaller pictures may help."
+
+
 class _Watch:
     """What goes on beside the arithmetic: progress bar, clock, signals, evaluations."""
 
@@ -377,10 +407,13 @@ class _Watch:
             disable=not self.main, smoothing=0.05, mininterval=0.5,
         )  # fmt: skip
         self.since_step = self.since_save = time.perf_counter()
+        self.seconds = self.waited = self.images = 0.0
         return self
 
-    def __exit__(self, *exc):
+    def __exit__(self, kind, *exc):
         self.bar.close()
+        if self.main and self.seconds and kind in (None, SystemExit):
+            print(bottleneck(self.images, self.seconds, self.waited, self.plan.workers), flush=True)
         self.run.release()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
@@ -391,22 +424,25 @@ class _Watch:
         self.stop = True
 
     def step(self, loss: float, samples: float) -> dict[str, float]:
-        """Move the bar; returns the step's images per second, over all processes."""
+        """Move the bar; returns the step's images per second, over all processes, and the share
+        of its time that this one waited for batches."""
         now = time.perf_counter()
         seconds, self.since_step = now - self.since_step, now
         self.progress.seconds += seconds
         rate = samples / seconds
         self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} img/s", refresh=False)
         self.bar.update()
-        return {"images_per_second": round(rate, 1)}
+        waited, self.plan.waited = self.plan.waited, 0.0
+        self.seconds, self.waited = self.seconds + seconds, self.waited + waited
+        self.images += samples
+        return {"images_per_second": round(rate, 1), "data_wait": round(waited / seconds, 3)}
 
     def evaluate(self, objective, samples, evaluate) -> dict[str, float]:
         """Pictures and figures on the main process while the others wait."""
         figures = {}
         if self.main:
             # Always the same eight samples, so that progress can be seen.
-            places = [i * len(samples) // 8 for i in range(8)] if len(samples) >= 8 else [0]
-            preview = _to(collate([samples[(0, i)] for i in places]), self.accelerator.device)
+            preview = _to(collate(samples.preview(8)), self.accelerator.device)
             was_training = objective.training
             objective.eval()
             with torch.no_grad(), self.accelerator.autocast():

@@ -64,7 +64,7 @@ def test_a_path_object_is_a_folder():
         ("photos?limit=many", "limit=many"),
         ("photos?limit=0", "above 0"),
         ("photos?streaming=yes", "neither true nor false"),
-        ("coco:/data", "not built yet; built are a folder's path, folder:, hf:, sample:"),
+        ("coco:/data", "not built yet; built are a folder's path, folder:, hf:, sample:, wds:"),
     ],
 )
 def test_errors_say_what_to_do(text, message):
@@ -72,8 +72,8 @@ def test_errors_say_what_to_do(text, message):
         parse_spec(text)
 
 
-def test_streaming_is_refused_politely(tmp_path):
-    with pytest.raises(ValueError, match="streaming is not built yet"):
+def test_streaming_of_a_folder_is_refused_politely(tmp_path):
+    with pytest.raises(ValueError, match=r"read by index.*leave streaming=true out"):
         open_data(f"{tmp_path}?streaming=true")
 
 

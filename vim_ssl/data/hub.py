@@ -1,12 +1,15 @@
 """Hugging Face datasets: a name on the Hub, or a local folder that `datasets` can read."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import BadImage
 from vim_ssl.data.spec import DataSpec, near, pick_split
+from vim_ssl.data.stream import ImageStream, Shard
 
 _LABEL_NAMES = ("label", "labels", "fine_label")
 _LABEL_TYPES = ("int", "uint", "bool", "string", "large_string")
@@ -36,12 +39,7 @@ class TablePictures(TableColumn):
     """The image column, undecoded: our own decoding turns a broken picture into BadImage."""
 
     def __getitem__(self, row: int) -> str | bytes:
-        value = super().__getitem__(row)
-        if isinstance(value, dict):
-            value = value.get("bytes") or value.get("path")
-        if not value:
-            raise BadImage(f"row {row}", "the table has no picture in this row")
-        return value
+        return _picture(super().__getitem__(row), row)
 
 
 def open_hub(spec: DataSpec) -> ImageData:
@@ -70,9 +68,7 @@ def open_hub(spec: DataSpec) -> ImageData:
 
     image = _image_column(spec.image, first.features, source)
     label = _label_column(spec.label, first.features, source)
-    caption = _column(spec.caption, first.features, source, "caption") or next(
-        (n for n in _CAPTION_NAMES if getattr(first.features.get(n), "dtype", "") == "string"), None
-    )
+    caption = _caption_column(spec.caption, first.features, source)
     group = _column(spec.group, first.features, source, "group")
 
     import datasets
@@ -100,32 +96,142 @@ def open_hub(spec: DataSpec) -> ImageData:
     )
 
 
+@dataclass(frozen=True)
+class ParquetReader:
+    """A parquet file's name → its samples, a few rows in memory at a time."""
+
+    begins: dict[str, tuple[str, int]]  # the split that a file belongs to, and its first row there
+    image: str
+    label: str | None
+    caption: str | None
+
+    def __call__(self, name: str) -> Iterator[dict[str, Any]]:
+        import fsspec
+        from pyarrow.parquet import ParquetFile
+
+        columns = [column for column in (self.image, self.label, self.caption) if column]
+        split, row = self.begins[name]
+        with fsspec.open(name, "rb") as file:
+            # No threads: this runs in the workers of a DataLoader, forked or not.
+            batches = ParquetFile(file).iter_batches(32, columns=columns, use_threads=False)
+            for values in (values for batch in batches for values in batch.to_pylist()):
+                record: dict[str, Any] = {"id": f"{split}/{row}"}
+                try:
+                    record["image"] = _picture(values[self.image], row)
+                except BadImage as bad:
+                    record["image"] = bad
+                if self.label:
+                    label = values[self.label]
+                    record["label"] = -1 if label is None else int(label)
+                if self.caption:
+                    record["caption"] = values[self.caption]
+                yield record
+                row += 1
+
+
+def stream_hub(spec: DataSpec) -> ImageStream:
+    """Open ``hf:NAME?streaming=true``, of parquet files (on the Hub or in a local folder).
+
+    Items are those of `open_hub`. The files are the shards, their rows counted from their footers;
+    no more than that is read before training starts. Labels come from a column of type ClassLabel.
+
+    Raises: see `open_hub`; ValueError also for files that are not parquet.
+    """
+    spec.takes("image", "label", "caption", "streaming")
+    source = f"hf:{spec.location}"
+    builder = _located(spec.location, "load_dataset_builder")
+    if isinstance(builder, Path):
+        raise ValueError(
+            f"{source} was saved with save_to_disk and is read by index without filling the "
+            "memory; leave streaming=true out."
+        )
+    import fsspec
+    from datasets import Features
+    from pyarrow import parquet
+
+    files = {str(split): list(names) for split, names in (builder.config.data_files or {}).items()}
+    split = pick_split(spec.split, list(files), source)
+    chosen = list(files) if split == "all" else [split]
+    names = [name for s in chosen for name in files[s]]
+    if other := [name for name in names if not name.endswith(".parquet")]:
+        raise ValueError(
+            f"{source} holds files that are not parquet, such as {other[0]}; tar files are "
+            "streamed by wds:hf://datasets/OWNER/NAME/…, others read without streaming=true."
+        )
+
+    def footer(name: str) -> Any:
+        with fsspec.open(name, "rb") as file:
+            return parquet.read_metadata(file)
+
+    with ThreadPoolExecutor(16) as pool:
+        footers = dict(zip(names, pool.map(footer, names), strict=True))
+    features = builder.info.features or Features.from_arrow_schema(
+        footers[names[0]].schema.to_arrow_schema()
+    )
+    image = _image_column(spec.image, features, source)
+    label = _label_column(spec.label, features, source)
+    classes = getattr(features[label], "names", None) if label else None
+    if label and classes is None:
+        raise ValueError(
+            f"{source}: label={label} is no column of type ClassLabel, which a stream needs; leave "
+            "streaming=true out, or write label=none."
+        )
+    begins = {}
+    for s in chosen:
+        row = 0
+        for name in files[s]:
+            begins[name] = (s, row)
+            row += footers[name].num_rows
+    caption = _caption_column(spec.caption, features, source)
+    return ImageStream(
+        [
+            Shard(name, found.num_rows, str(found.serialized_size))
+            for name, found in footers.items()
+        ],
+        ParquetReader(begins, image, label, caption),
+        name=str(spec),
+        classes=classes,
+        splits=list(files),
+        split=split,
+    )
+
+
 def _load(location: str) -> dict[str, Any]:
     """The tables by split."""
-    try:
+    loaded = _located(location, "load_dataset")
+    if isinstance(loaded, Path):
         import datasets
-    except ImportError as error:
-        raise ImportError("hf: data needs datasets: pip install datasets") from error
 
-    path = Path(location).expanduser()
-    if path.exists():
-        saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
-        loaded = datasets.load_from_disk(path) if saved else datasets.load_dataset(str(path))
-    elif location.startswith(("/", ".", "~")) or "\\" in location or location.count("/") > 1:
-        raise FileNotFoundError(f"hf:{location}: there is no such local path.")
-    else:
-        name, _, config = location.partition(":")
-        loaded = _load_from_hub(name, config or None)
+        loaded = datasets.load_from_disk(loaded)
     tables = loaded if isinstance(loaded, dict) else {str(loaded.split or "train"): loaded}
     # A table may have been saved to give tensors; here it gives plain values.
     return {split: table.with_format(None) for split, table in tables.items()}
 
 
-def _load_from_hub(name: str, config: str | None) -> Any:
+def _located(location: str, function: str) -> Any:
+    """What this function of `datasets` makes of the location; the path of what was saved to disk
+    with ``save_to_disk``, which none of them reads."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError("hf: data needs datasets: pip install datasets") from error
+
+    load = getattr(datasets, function)
+    path = Path(location).expanduser()
+    if path.exists():
+        saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
+        return path if saved else load(str(path))
+    if location.startswith(("/", ".", "~")) or "\\" in location or location.count("/") > 1:
+        raise FileNotFoundError(f"hf:{location}: there is no such local path.")
+    name, _, config = location.partition(":")
+    return _load_from_hub(load, name, config or None)
+
+
+def _load_from_hub(load: Callable, name: str, config: str | None) -> Any:
     import datasets
 
     try:
-        return datasets.load_dataset(name, config)
+        return load(name, config)
     except datasets.exceptions.DatasetNotFoundError as error:
         raise ValueError(
             f"hf:{name} is not on the Hub, or you have no access: {error} Check the name; for a "
@@ -147,6 +253,20 @@ def _column(name: str | None, features: Any, source: str, option: str) -> str | 
             f"{', '.join(features)}."
         )
     return name
+
+
+def _picture(value: Any, row: int) -> str | bytes:
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if not value:
+        raise BadImage(f"row {row}", "the table has no picture in this row")
+    return value
+
+
+def _caption_column(name: str | None, features: Any, source: str) -> str | None:
+    return _column(name, features, source, "caption") or next(
+        (n for n in _CAPTION_NAMES if getattr(features.get(n), "dtype", "") == "string"), None
+    )
 
 
 def _image_column(name: str | None, features: Any, source: str) -> str:

@@ -7,7 +7,8 @@ augmentation and mask of (seed, epoch, index). To resume is to ask for epoch e f
 
 import hashlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from vim_ssl.data.images import BadImage
+
+ATTEMPTS = 20  # broken pictures in a row after which a data set is given up
 
 
 def stable_hash(*parts) -> int:
@@ -34,6 +37,8 @@ class EpochBatches(Sampler):
     Attributes ``epoch`` and ``start`` (the first batch to give) are set before iterating.
     Raises: ValueError if not one global batch can be filled.
     """
+
+    readers = ""  # who reads does not matter to the order
 
     def __init__(self, size: int, batch_size: int, *, rank: int = 0, world: int = 1, seed: int = 0):
         self.size, self.batch_size, self.rank, self.world = size, batch_size, rank, world
@@ -80,21 +85,42 @@ class SeededSamples(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         epoch, index = key
-        skipped = []
-        for attempt in range(20):
+        return self._draw(epoch, self._in_place_of(index))
+
+    def batches(self, batch_size: int, *, rank: int, world: int, workers: int):
+        """The sampler of one process; its order does not depend on the number of workers."""
+        return EpochBatches(len(self), batch_size, rank=rank, world=world, seed=self.seed)
+
+    def preview(self, count: int) -> list[dict]:
+        """A few samples to look at, always the same."""
+        size = len(self)
+        places = [i * size // count for i in range(count)] if size >= count else [0]
+        return [self[(0, i)] for i in places]
+
+    def _in_place_of(self, index: int) -> Iterator[tuple[int, Callable[[], dict]]]:
+        for attempt in range(ATTEMPTS):
             place = index if not attempt else stable_hash("in place of", index, attempt) % len(self)
+            yield place, partial(self.data.__getitem__, place)
+
+    def _draw(self, epoch: int, candidates: Iterable[tuple[int, Callable[[], dict]]]) -> dict:
+        """The transformed sample of the first candidate (its index, and what loads it) that can be
+        read; its draws follow from the index of the first of all."""
+        skipped: list[str] = []
+        seed = None
+        for index, load in candidates:
+            if seed is None:
+                seed = stable_hash("sample", self.seed, epoch, index)
             try:
-                item = self.data[place]
+                item = load()
             except BadImage as bad:
                 skipped.append(str(bad))
                 continue
-            seed = stable_hash("sample", self.seed, epoch, index)
             random.seed(seed)
             np.random.seed(seed)  # noqa: NPY002 (timm's augmentations draw from it)
             # The CPU's generator alone: torch.manual_seed formats a stack trace for every other
             # kind of device, which takes longer than a small picture, and keeps it.
             torch.default_generator.manual_seed(seed)
-            return self.transform(item) | {"index": place, "skipped": skipped}
+            return self.transform(item) | {"index": index, "skipped": skipped}
         raise BadImage("twenty pictures in a row", f"none could be read; the last: {skipped[-1]}")
 
 
@@ -113,9 +139,9 @@ def collate(samples: list[dict]) -> dict:
 
 
 def training_loader(
-    samples: SeededSamples, batches: EpochBatches, *, num_workers: int = 0, pin_memory: bool = False
+    samples: SeededSamples, batches: Sampler, *, num_workers: int = 0, pin_memory: bool = False
 ) -> DataLoader:
-    """A loader for `EpochBatches`; the workers stay alive between epochs."""
+    """A loader of ``samples.batches(…)``; the workers stay alive between epochs."""
     return DataLoader(
         samples,
         batch_sampler=batches,

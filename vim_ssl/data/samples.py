@@ -146,11 +146,16 @@ def cache_dir() -> Path:
     """Where sample sets are kept: VIM_SSL_SAMPLES, else a folder in the user's cache."""
     if given := os.environ.get("VIM_SSL_SAMPLES"):
         return Path(given).expanduser()
+    return user_cache() / "samples"
+
+
+def user_cache() -> Path:
+    """This project's folder in the user's cache."""
     if os.name == "nt":
         base = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
     else:
         base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "vim_ssl" / "samples"
+    return Path(base).expanduser() / "vim_ssl"
 
 
 def list_samples() -> dict[str, str]:

@@ -3,44 +3,74 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal, overload
 
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.folder import open_folder
-from vim_ssl.data.hub import open_hub
+from vim_ssl.data.hub import open_hub, stream_hub
 from vim_ssl.data.sample_sets import open_sample
 from vim_ssl.data.spec import DataSpec, canonical_split, parse_spec
 from vim_ssl.data.split import stratified_split
+from vim_ssl.data.stream import ImageStream
+from vim_ssl.data.tars import stream_tars
 
 _OPENERS: dict[str, Callable[[DataSpec], ImageData]] = {
     "folder": open_folder,
     "hf": open_hub,
     "sample": open_sample,
 }
+_STREAMS: dict[str, Callable[[DataSpec], ImageStream]] = {"hf": stream_hub, "wds": stream_tars}
 
 
-def open_data(spec: str | Path, *, split: str | None = None) -> ImageData:
-    """Open pictures: a folder's path, ``hf:owner/name[:config]`` or ``sample:name``.
+@overload
+def open_data(spec: str | Path, *, split: str | None = None) -> ImageData: ...
+
+
+@overload
+def open_data(
+    spec: str | Path, *, split: str | None = None, streams: Literal[True]
+) -> ImageData | ImageStream: ...
+
+
+def open_data(
+    spec: str | Path, *, split: str | None = None, streams: bool = False
+) -> ImageData | ImageStream:
+    """Open pictures: a folder's path, ``hf:owner/name[:config]``, ``sample:name``, ``wds:shards``.
 
     Args:
         spec: ``SCHEME:LOCATION?key=value&...``; see `DataSpec` for the keys.
         split: opens this split whatever the spec says. Without any the training part is opened,
             of a source that has splits; "all" opens everything.
-    Returns: the pictures, map-style.
+        streams: whether pictures that are read in order will do: ``wds:`` and ``streaming=true``.
+    Returns: the pictures, map-style unless the spec names a stream.
     Raises: ValueError for a spec that does not fit the source, FileNotFoundError for missing
         data; each says what to do.
     """
     parsed = parse_spec(spec)
     if split is not None:
         parsed = replace(parsed, split=split)
-    if parsed.streaming:
-        raise ValueError(
-            f"{str(spec)!r}: streaming is not built yet; without it the data are read by index."
-        )
+    if parsed.streaming or parsed.scheme not in _OPENERS:
+        return _open_stream(parsed, streams)
     data = _OPENERS[parsed.scheme](parsed)
     if parsed.limit is not None and parsed.limit < len(data):
         # Spread out, since many sets are sorted by class.
         data = data.subset(i * len(data) // parsed.limit for i in range(parsed.limit))
     return data
+
+
+def _open_stream(spec: DataSpec, wanted: bool) -> ImageStream:
+    if spec.scheme not in _STREAMS:
+        raise ValueError(
+            f"{spec}: a {spec.scheme} is read by index, nothing of it is loaded beforehand; leave "
+            f"streaming=true out. Streams are {', '.join(f'{s}:' for s in _STREAMS)}."
+        )
+    if not wanted:
+        raise ValueError(
+            f"{spec} is a stream, which is read in order and for pretraining only; here pictures "
+            "are needed by index: give a folder, hf:NAME without streaming=true, or sample:NAME."
+        )
+    stream = _STREAMS[spec.scheme](spec)
+    return stream if spec.limit is None else stream.limited(spec.limit)
 
 
 def labelled_parts(spec: str | Path, test: float, seed: int) -> tuple[ImageData, ImageData]:

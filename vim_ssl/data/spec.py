@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
-BUILT = ("folder", "hf", "sample")
+BUILT = ("folder", "hf", "sample", "wds")
 PLANNED = (
-    "parquet", "csv", "wds", "coco", "ade20k", "imagenet", "medmnist", "dicom", "nifti", "slide",
+    "parquet", "csv", "coco", "ade20k", "imagenet", "medmnist", "dicom", "nifti", "slide",
     "geotiff", "eurosat", "bigearthnet", "video", "pairs",
 )  # fmt: skip
 # What one split is called in different places; the first is the name used here.
@@ -27,12 +27,13 @@ class DataSpec:
     """A parsed spec.
 
     Attributes:
-        scheme: "folder", "hf" or "sample".
+        scheme: "folder", "hf", "sample" or "wds".
         location: a path or name, as the scheme takes it.
         split: the split to open; "all" for everything; None for the training part.
-        image, label, caption, group: columns to take these from. ``label=none`` leaves labels out.
+        image, label, caption, group: columns (of "wds": extensions) to take these from.
+            ``label=none`` leaves labels out.
         limit: at most this many pictures, spread evenly over the data.
-        streaming: read in order without an index, where the source can.
+        streaming: read in order without an index, for pretraining from "hf"; "wds" always is.
     """
 
     scheme: str

@@ -41,6 +41,7 @@ CURVES = {
     "lr": ("Learning rate", ""),
     "grad_norm": ("Gradient norm", ""),
     "images_per_second": ("Images per second", ""),
+    "data_wait": ("Share of the time waiting for data", ""),
     "feature_std": ("Spread of the features", ""),
     "effective_rank": ("Effective rank of the features", ""),
 }
