@@ -165,6 +165,14 @@ def test_the_last_short_accumulation_of_an_epoch_is_weighted_by_its_own_size(tmp
     assert rows[1]["grad_norm"] > 0.6 * rows[0]["grad_norm"]
 
 
+@pytest.mark.parametrize(("epochs", "steps"), [(0.5, 4), (1.26, 10), (2, 16), (0.001, 1)])
+def test_a_run_may_end_within_an_epoch_with_its_schedule(tmp_path, epochs, steps):
+    train(tmp_path, Linear(), epochs=epochs)
+    rows = read_metrics(tmp_path)
+    assert rows[-1]["step"] == steps
+    assert rows[-1]["lr"] <= rows[0]["lr"] * (np.pi / steps) ** 2  # the cosine's foot
+
+
 def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path):
     objective = Linear(fail_at=(3,))
     before = None

@@ -36,7 +36,7 @@ from vim_ssl.runs import Run
 class TrainConfig:
     """Settings of the loop; every recipe's configuration extends these."""
 
-    epochs: int = opt(300, "passes over the data", group="optimiser")
+    epochs: float = opt(300, "passes over the data; 0.5: half of one", group="optimiser")
     batch_size: int = opt(64, "samples a process and micro-batch", group="optimiser")
     accumulation: int = opt(1, "micro-batches an optimiser step", group="optimiser")
     optimizer: str = opt("adamw", "by timm's name", group="optimiser")
@@ -76,13 +76,15 @@ class TrainConfig:
     )
 
     def __post_init__(self):
-        for name in ("epochs", "batch_size", "accumulation", "log_every", "keep_checkpoints",
+        for name in ("batch_size", "accumulation", "log_every", "keep_checkpoints",
                      "max_bad_steps", "lr_reference_batch"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
+        if not 0 < self.epochs < math.inf:
+            raise ValueError(f"epochs is {self.epochs}; it must be above 0.")
         if not 0 <= self.warmup_epochs < self.epochs:
             raise ValueError(
-                f"warmup_epochs {self.warmup_epochs:g} does not fit into {self.epochs} epochs; "
+                f"warmup_epochs {self.warmup_epochs:g} does not fit into {self.epochs:g} epochs; "
                 f"try --warmup-epochs {self.epochs / 20:g}."
             )
         if self.eval_every <= 0:
@@ -181,7 +183,7 @@ def fit(
         betas=config.betas, layer_decay=config.layer_decay,
     )  # fmt: skip
     schedule = build_schedule(
-        optimizer, total_steps=plan.epoch_steps * config.epochs, min_lr=config.min_lr,
+        optimizer, total_steps=plan.scheduled_steps, min_lr=config.min_lr,
         warmup_steps=plan.warmup_steps,
     )  # fmt: skip
     model, optimizer = accelerator.prepare(objective, optimizer)
@@ -252,7 +254,7 @@ class _Plan:
         self.readers = self.batches.readers
         self.accumulation = min(config.accumulation, self.epoch_batches)
         self.epoch_steps = math.ceil(self.epoch_batches / self.accumulation)
-        self.total_steps = self.epoch_steps * config.epochs
+        self.scheduled_steps = self.total_steps = max(round(self.epoch_steps * config.epochs), 1)
         if config.max_steps:
             self.total_steps = min(self.total_steps, config.max_steps)
         self.warmup_steps = round(self.epoch_steps * config.warmup_epochs)

@@ -1,0 +1,197 @@
+"""Which objective is worth its time? Equal encoders, equal data, equal budgets, five seeds.
+
+    python benchmarks/learning/study.py                 # about 80 minutes on two CPU cores
+
+On digits (28 px, 49 patches) and colour pictures (emoji, 64 px, 64 patches) every objective trains
+the same 0.5 M-parameter Vim, twice: for as many pictures as `mae` sees, and for as long as `mae`
+takes. `mae` runs a second time with the visible patches shuffled, and a third on timm's ViT of the
+same size (the outside anchor, equal time and equal pictures). Then the frozen features of the test
+pictures are read by logistic regression and by nearest neighbours; readout and C are chosen on a
+part of the training set. The untrained encoders and raw pixels stand beside them.
+
+Seconds are one thread's CPU time, data loading included: what a run costs on an idle machine, and
+the same with other work beside it. Every arm's cost a step is measured first, in turns. Rows go to
+results/learning.csv as they come; a study that was cut off goes on where it stopped.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from rows import ORIGIN, append_rows, origin, read_rows, results_parser
+from vit import ViTEncoder, ViTMAE
+
+from vim_ssl import create_transform
+from vim_ssl.data import labelled_parts
+from vim_ssl.downstream import linear_probe
+from vim_ssl.probes import extract_features
+from vim_ssl.recipes.mim_pretrain import Config, build_data, build_model, build_objective
+from vim_ssl.runs import Run
+from vim_ssl.training import fit, make_accelerator
+
+TABLE, COSTS = "learning.csv", "learning_costs.csv"
+COLUMNS = (*ORIGIN, "data", "arm", "budget", "seed", "epochs", "pictures", "cpu_seconds",
+           "logistic", "readout", "knn")  # fmt: skip
+COST_COLUMNS = (*ORIGIN, "data", "arm", "seconds_a_step", "steps")
+
+COMMON = Config(
+    model_args={"embed_dim": 128}, decoder_dim=64, decoder_depth=1, norm_pix_loss=False,
+    warmup_epochs=0.2, batch_size=32, lr_reference_batch=32, base_lr=1.5e-3, workers=0, threads=1,
+    eval_every=1e9, log_every=50, save_every=1e9, trackers=("none",),
+)  # fmt: skip
+DATA = {
+    "digits": replace(COMMON, data="sample:mnist5k?split=train", encoder="vim_nano_patch4_28",
+                      crop_scale=(0.6, 1.0), hflip=0.0, cluster=1, epochs=4),
+    "colour": replace(COMMON, data="sample:noto-emoji?split=train", encoder="vim_nano_patch8_64",
+                      crop_scale=(0.4, 1.0), cluster=1, epochs=4),
+}  # fmt: skip
+ARMS = {
+    "mae": {},
+    "mae, shuffled": {"keep_order": False},
+    "simmim": {"objective": "simmim", "mask_ratio": 0.6},
+    "ar": {"objective": "ar"},
+    "distill": {"objective": "distill", "distill_where": "all", "teacher_layers": 2,
+                "mask_ratio": 0.6},
+    "mae on ViT": {},
+}  # fmt: skip
+VIT = {"embed_dim": 96, "depth": 4, "num_heads": 3}  # 0.45 M parameters; the Vim has 0.50 M
+SAME = {"mae", "mae, shuffled"}  # they cost the same; their time and pictures are the budgets
+BASELINES = ("untrained", "untrained ViT", "pixels")
+
+
+def settings(data: str, arm: str, seed: int, **more) -> Config:
+    return replace(DATA[data], **ARMS.get(arm, {}), seed=seed, **more)
+
+
+def build(arm: str, config: Config):
+    """Encoder, objective and samples of an arm."""
+    torch.manual_seed(config.seed)
+    encoder = build_model(config)
+    if "ViT" in arm:
+        patch = encoder.patch_embed.patch_size
+        encoder = ViTEncoder(data_config=encoder.data_config, patch_size=patch, **VIT)
+        objective = ViTMAE(encoder, decoder_dim=config.decoder_dim,
+                           decoder_depth=config.decoder_depth,
+                           norm_pix_loss=config.norm_pix_loss)  # fmt: skip
+    else:
+        objective = build_objective(config, encoder)
+    return encoder, objective, build_data(config, encoder)[1]
+
+
+def train(arm: str, config: Config):
+    """Train to the end; returns the encoder and the CPU seconds it took."""
+    config = replace(config, output=config.output or tempfile.mkdtemp())
+    accelerator = make_accelerator(config)
+    encoder, objective, samples = build(arm, config)
+    run = Run.open("mim_pretrain", config, accelerator)
+    began = time.process_time()
+    fit(objective.train(), samples, config, run, accelerator)
+    seconds = time.process_time() - began
+    run.close()
+    return encoder, seconds
+
+
+def read(encoder, data: str, seed: int) -> dict:
+    """What the frozen features are worth."""
+    train_part, test_part = labelled_parts(DATA[data].data, 0.2, seed)
+    config = linear_probe.Config(seed=seed, readouts=("avg", "layers"))
+    if encoder is None:
+        transform = create_transform(build_model(DATA[data]))
+        parts = [extract_features(torch.nn.Identity(), part, transform)
+                 for part in (train_part, test_part)]  # fmt: skip
+        return linear_probe.probe("pixels", *parts, {"pixels": slice(None)}, config)
+    return linear_probe.probe_encoder(data, encoder, train_part, test_part, config, "cpu")[0]
+
+
+def work(out: Path, data: str, arm: str, budget: str, seed: int, epochs: float) -> None:
+    """One run and its probe, in a process of its own; appends the row."""
+    torch.set_num_threads(1)
+    config = settings(data, arm, seed, **({"epochs": epochs} if epochs else {}))
+    seconds, pictures = 0.0, 0
+    if arm in BASELINES:
+        encoder = None if arm == "pixels" else build(arm, config)[0]
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            config.output = folder
+            encoder, seconds = train(arm, config)
+        size, batch = len(labelled_parts(config.data, 0.2, 0)[0]), config.batch_size
+        pictures = batch * round(epochs * (size // batch))
+    row = {"data": data, "arm": arm, "budget": budget, "seed": seed, "epochs": epochs,
+           "pictures": pictures, "cpu_seconds": round(seconds, 1)}  # fmt: skip
+    found = read(encoder, data, seed)
+    row |= {key: found[key] for key in ("logistic", "readout", "knn")}
+    append_rows(out / TABLE, COLUMNS, [origin() | row])
+
+
+def costs(out: Path, data: str) -> dict[str, float]:
+    """CPU seconds a step of every arm, data loading included: measured once, then remembered."""
+    known = {row["arm"]: float(row["seconds_a_step"])
+             for row in read_rows(out / COSTS) if row["data"] == data}  # fmt: skip
+    if not known.keys() >= ARMS.keys():
+        seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
+        steps = 20
+        for turn in range(4):  # the first warms up
+            for arm in ARMS:
+                began = train(arm, settings(data, arm, 1000, max_steps=steps))[1]
+                if turn:
+                    seconds[arm].append(began / steps)
+        known = {arm: statistics.median(values) for arm, values in seconds.items()}
+        rows = [{"data": data, "arm": arm, "seconds_a_step": round(value, 4), "steps": steps}
+                for arm, value in known.items()]  # fmt: skip
+        append_rows(out / COSTS, COST_COLUMNS, [origin() | row for row in rows])
+    return known
+
+
+def plan(out: Path, data: str) -> list[tuple[str, str, float]]:
+    """(arm, budget, epochs) of all runs of a seed."""
+    epochs, cost = DATA[data].epochs, costs(out, data)
+    jobs = [(arm, "none", 0.0) for arm in BASELINES]
+    jobs += [(arm, "both", epochs) for arm in ARMS if arm in SAME]
+    for arm in ARMS.keys() - SAME:
+        jobs.append((arm, "time", round(epochs * cost["mae"] / cost[arm], 2)))
+        jobs.append((arm, "pictures", epochs))
+    return jobs
+
+
+def main() -> int:
+    parser = results_parser(__doc__, f"{TABLE} and {COSTS}")
+    parser.add_argument("--data", nargs="+", default=list(DATA), choices=DATA, help="pictures")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="of the runs")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at once, one thread each")
+    parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        data, arm, budget, seed, epochs = args.one
+        work(args.out, data, arm, budget, int(seed), float(epochs))
+        return 0
+    torch.set_num_threads(1)
+    done = {(r["data"], r["arm"], r["budget"], int(r["seed"])) for r in read_rows(args.out / TABLE)}
+    plans = {data: plan(args.out, data) for data in args.data}
+    jobs = [(data, arm, budget, seed, epochs) for seed in args.seeds for data in args.data
+            for arm, budget, epochs in plans[data]
+            if (data, arm, budget, seed) not in done]  # fmt: skip
+    jobs.sort(key=lambda job: job[2] == "pictures")  # the dearer half last
+
+    def one(job) -> None:
+        command = [sys.executable, __file__, "--out", str(args.out), "--one", *map(str, job)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        print(*job, f"failed:\n{done.stderr[-3000:]}" if done.returncode else "", flush=True)
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(one, jobs))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
