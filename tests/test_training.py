@@ -84,7 +84,7 @@ def noisy(item):
     return {"x": torch.randn(4), "y": torch.tensor(float(item["i"]))}
 
 
-def train(tmp_path, objective, size=32, broken=(), **settings):
+def train(tmp_path, objective, size=32, broken=(), transform=noisy, **settings):
     settings = {
         "epochs": 2, "batch_size": 4, "workers": 0, "threads": 1, "log_every": 1, "base_lr": 0.1,
         "warmup_epochs": 0.0, "output": str(tmp_path), **settings,
@@ -92,7 +92,7 @@ def train(tmp_path, objective, size=32, broken=(), **settings):
     config = TrainConfig(**settings)
     accelerator = make_accelerator(config)
     run = Run.open("test", config, accelerator)
-    samples = SeededSamples(Numbers(size, broken), noisy, config.seed)
+    samples = SeededSamples(Numbers(size, broken), transform, config.seed)
     return fit(objective, samples, config, run, accelerator), run
 
 
@@ -163,6 +163,48 @@ def test_the_last_short_accumulation_of_an_epoch_is_weighted_by_its_own_size(tmp
     assert [row["samples"] for row in rows] == [8, 12]
     # with a halved gradient the norm of the second step would lie far below
     assert rows[1]["grad_norm"] > 0.6 * rows[0]["grad_norm"]
+
+
+class Residual(torch.nn.Module):
+    """Least squares with an encoder that can recompute itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = load_encoder("vim_nano_patch4_28", depth=1, embed_dim=16)
+        self.head = torch.nn.Linear(16, 1)
+
+    def forward(self, batch):
+        error = (self.head(self.encoder(batch["image"]))[:, 0] - batch["y"]).square()
+        return StepOutput(error.sum(), len(error))
+
+
+def drawn(item):
+    return {"image": torch.randn(1, 28, 28), "y": torch.tensor(item["i"] / 32)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["compile", "grad_checkpointing"])
+def test_compiled_or_recomputed_a_run_is_the_same_and_its_checkpoint_fits_any(tmp_path, way):
+    for name, parts in (
+        ("plain", [{}]),
+        ("way", [{way: True, "max_steps": 3}, {way: True, "resume": "auto"}]),
+    ):
+        for settings in parts:
+            torch.manual_seed(0)
+            train(tmp_path / name, Residual(), transform=drawn, epochs=1, **settings)
+    plain, other = ([row["loss"] for row in read_metrics(tmp_path / n)] for n in ("plain", "way"))
+    assert len(other) == 8
+    np.testing.assert_allclose(other, plain, rtol=1e-4)
+    train(tmp_path / "way", Residual(), transform=drawn, epochs=2, resume="auto")  # without it
+    assert read_metrics(tmp_path / "way")[-1]["step"] == 16
+
+
+def test_an_average_is_refused_where_the_encoder_is_in_shards(monkeypatch):
+    from accelerate import Accelerator
+
+    monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: "FSDP"))
+    with pytest.raises(ValueError, match="--ema 0, or DDP"):
+        make_accelerator(TrainConfig(ema=0.99))
 
 
 @pytest.mark.parametrize(("epochs", "steps"), [(0.5, 4), (1.26, 10), (2, 16), (0.001, 1)])

@@ -18,10 +18,12 @@ from torch import Tensor
 
 RUNS = Path("runs")
 LOCK = ".lock"
-# What may differ when a run is taken up again: it changes no step, or only how long it goes on.
+# What may differ when a run is taken up again: it changes no step (compile: its rounding), or only
+# how long the run goes on.
 FREE_TO_CHANGE = {
     "recipe", "output", "resume", "epochs", "workers", "threads", "log_every", "eval_every",
     "save_every", "save_steps", "keep_checkpoints", "max_steps", "max_bad_steps", "trackers",
+    "compile", "grad_checkpointing",
 }  # fmt: skip
 
 

@@ -54,6 +54,10 @@ class TrainConfig:
         0.0, "decay of the encoder's moving average, kept beside it; 0: none", group="optimiser"
     )
     precision: str = opt("no", "autocast", group="run", choices=("no", "bf16", "fp16"))
+    compile: bool = opt(False, "torch.compile the model", group="run")
+    grad_checkpointing: bool = opt(
+        False, "recompute the blocks in backward: a third slower, less memory", group="run"
+    )
     workers: int = opt(2, "data loading processes a rank", group="run")
     threads: int = opt(0, "CPU threads a process; 0: the cores, shared out", group="run")
     seed: int = opt(0, "of everything random", group="run")
@@ -105,12 +109,18 @@ def make_accelerator(config: TrainConfig):
         # Otherwise accelerate looks for GPUs and, finding none, lets every process believe that
         # it is alone.
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")
-    accelerator = Accelerator(mixed_precision=config.precision)
+    accelerator = Accelerator(
+        mixed_precision=config.precision, dynamo_backend="inductor" if config.compile else None
+    )
     if world != accelerator.num_processes:
         raise RuntimeError(
             f"The launcher started {world} processes but accelerate sees "
             f"{accelerator.num_processes}: each would train alone and write the same files. "
             "Check `accelerate env` and the launcher's flags."
+        )
+    if config.ema and accelerator.distributed_type == "FSDP":
+        raise ValueError(
+            "ema keeps a whole copy of the encoder, which FSDP has in shards; use --ema 0, or DDP."
         )
     return accelerator
 
@@ -178,6 +188,8 @@ def fit(
         SystemExit(0) after SIGTERM or SIGINT, once the state is saved.
     """
     plan = _Plan(samples, config, accelerator)
+    if config.grad_checkpointing:
+        objective.encoder.set_grad_checkpointing()
     optimizer = build_optimizer(
         objective, opt=config.optimizer, lr=plan.lr, weight_decay=config.weight_decay,
         betas=config.betas, layer_decay=config.layer_decay,
