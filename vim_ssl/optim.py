@@ -21,6 +21,7 @@ from torch import nn
 NO_DECAY = {
     "A_log", "A_b_log", "D", "D_b",
     "pos_embed", "cls_token", "cls_token_head", "cls_token_tail", "mask_token", "register_tokens",
+    "query",
 }  # fmt: skip
 
 
