@@ -17,7 +17,7 @@ from PIL import Image
 
 import vim_ssl
 from vim_ssl import cli, load_encoder, training
-from vim_ssl.optim import build_schedule, param_groups
+from vim_ssl.optim import build_optimizer, build_schedule, param_groups
 from vim_ssl.recipes import mim_pretrain
 from vim_ssl.runs import read_metrics
 
@@ -178,6 +178,19 @@ def test_a_resumed_run_refuses_other_pictures(trained, photos, tmp_path):
         mim_pretrain.main(["--output", str(run), "--resume", "auto", "--epochs", "3"])
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("adamww", "Did you mean 'adamw'?"), ("lar", "Did you mean 'lars'?"), ("zzz", "Known: ")],
+)
+def test_an_unknown_optimiser_is_refused_with_the_near_name(name, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        mim_pretrain.main(["--optimizer", name, "--output", str(tmp_path / "run")])
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert f"timm has no optimizer '{name}'. {message}" in said
+    assert not (tmp_path / "run").exists()
+
+
 def test_resume_without_a_run_is_refused(capsys):
     with pytest.raises(SystemExit):
         mim_pretrain.main(["--resume", "auto"])
@@ -206,6 +219,31 @@ def test_the_loss_falls_and_neighbours_are_asked_where_labels_are(stripes, tmp_p
     evaluated = [row for row in rows if "knn_top1" in row]
     assert [row["epoch"] for row in evaluated] == [10, 20]
     assert all(0 <= row["knn_top1"] <= 100 and row["feature_std"] > 0 for row in evaluated)
+
+
+@pytest.mark.parametrize(("name", "base_lr"), [("lars", 200.0), ("lamb", 1.0)])
+def test_large_batch_optimisers_train(stripes, tmp_path, monkeypatch, name, base_lr):
+    """Through the trainer, with layer decay: every block has its own share of the schedule's lr."""
+    built = []
+
+    def keep(*args, **more):
+        built.append(build_optimizer(*args, **more))
+        return built[-1]
+
+    monkeypatch.setattr(training, "build_optimizer", keep)
+    argv = [*GREY, "--data", str(stripes), "--output", str(tmp_path), "--optimizer", name]
+    more = ["--epochs", "6", "--crop-scale", "1", "1", "--mask-ratio", "0.5"]
+    mim_pretrain.main([*argv, *more, "--base-lr", str(base_lr), "--layer-decay", "0.5"])
+    rows = read_metrics(tmp_path)
+    losses = [row["loss"] for row in rows]
+    assert len(rows) == 12
+    assert np.isfinite([[row["loss"], row["grad_norm"]] for row in rows]).all()
+    assert np.mean(losses[-3:]) < 0.9 * losses[0]
+    (optimizer,) = built
+    assert type(optimizer).__name__.lower() == name
+    last = base_lr * 12 / 64 * (1 + math.cos(math.pi * 11 / 12)) / 2
+    lrs = sorted({group["lr"] for group in optimizer.param_groups})  # stem, two blocks, decoder
+    assert lrs == pytest.approx([last / 8, last / 4, last / 2, last])
 
 
 def test_the_seed_decides_the_initial_weights(stripes, tmp_path):
