@@ -265,7 +265,8 @@ def run(config: Config) -> dict[str, Any]:
     record = {"recipe": "mim_pretrain", "data": data.name, **environment()}
 
     def write_encoder(figures: dict[str, float] | None = None) -> None:
-        save_encoder(encoder, folder.folder, record=record | {"figures": figures or {}})
+        with folder.writing("the encoder"):
+            save_encoder(encoder, folder.folder, record=record | {"figures": figures or {}})
 
     figures = fit(
         objective.train(), samples, config, folder, accelerator, evaluate=evaluate,

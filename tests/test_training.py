@@ -368,3 +368,89 @@ def test_the_run_directory_holds_what_it_promises(tmp_path, pictures):
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     fields = {f.name for f in dataclasses.fields(mim_pretrain.Config)}
     assert fields <= set(config)
+
+
+# ------------------------------------------------------------------ disks that take no more
+
+
+@pytest.mark.parametrize("place", ["a-file", "below-a-file", "read-only"])
+def test_a_place_that_cannot_be_written_is_told_before_training(tmp_path, place):
+    objective = Linear()
+    (tmp_path / "file").touch()
+    output = {"a-file": "file", "below-a-file": "file/run", "read-only": "closed/run"}[place]
+    (tmp_path / "closed").mkdir(mode=0o555)
+    if place == "read-only" and os.access(tmp_path / "closed", os.W_OK):
+        pytest.skip("this user may write everywhere")
+    with pytest.raises(OSError, match=r"cannot be written: .* Choose another --output") as caught:
+        train(tmp_path / output, objective)
+    assert "\n" not in str(caught.value)
+    assert objective.calls == 0
+
+
+def test_a_run_whose_folder_of_checkpoints_is_closed_is_told_before_training(tmp_path):
+    train(tmp_path, Linear(), max_steps=4)
+    (tmp_path / "checkpoints").chmod(0o555)
+    try:
+        if os.access(tmp_path / "checkpoints", os.W_OK):
+            pytest.skip("this user may write everywhere")
+        with pytest.raises(OSError, match=r"checkpoints.* cannot be written"):
+            train(tmp_path, Linear(), resume="auto")
+    finally:
+        (tmp_path / "checkpoints").chmod(0o755)
+
+
+def test_a_folder_in_which_a_run_did_not_get_to_its_settings_is_free(tmp_path):
+    """As where the disk was full at the start."""
+    for name in ("checkpoints", "images"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".lock").touch()
+    train(tmp_path, Linear(), max_steps=1)
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1]
+
+
+# A process whose files may not grow beyond the size given once the first checkpoint is whole: the
+# system refuses what it writes, as a full disk would.
+FULL = """
+import resource, sys
+from pathlib import Path
+from vim_ssl.cli import guarded
+from vim_ssl.recipes import mim_pretrain
+from vim_ssl.runs import Run
+
+save, file = Run.save, sys.argv.pop(1)
+
+def until_full(run, *args, **more):
+    if found := run.checkpoints():
+        limit = (found[-1] / file).stat().st_size - 1000
+        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    save(run, *args, **more)
+
+Run.save = until_full
+sys.exit(guarded(mim_pretrain.main))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of Unix")
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.bin"])
+def test_a_checkpoint_that_the_disk_does_not_take_leaves_the_one_before(tmp_path, pictures, file):
+    run, more = tmp_path / "run", ("--workers", "0", "--save-steps", "2")
+    command = [*SMALL, "--data", str(pictures), "--output", str(run), *more]
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, file, *command], capture_output=True, text=True
+    )
+    assert done.returncode == 2, done.stderr
+    *_, said = done.stderr.splitlines()  # the progress bar comes before
+    assert "the checkpoint of step 4 cannot be written in" in said
+    assert "Traceback" not in done.stderr
+    assert said.endswith(f"go on from step-2: --output {run} --resume auto.")
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-2"]
+    assert mim_pretrain.main(["--output", str(run), "--resume", "auto"]) == 0
+    pretrain(tmp_path / "whole", pictures, *more)
+    resumed, whole = read_metrics(run), read_metrics(tmp_path / "whole")
+    assert [row["step"] for row in resumed] == list(range(1, 10))
+    # Bit for bit is another test's matter: the first steps were taken by another process.
+    for key in ("loss", "lr"):
+        ours, theirs = ([row[key] for row in rows] for rows in (resumed, whole))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5)
