@@ -101,9 +101,10 @@ def run(config: Config) -> dict:
         metrics |= {"test": len(found.y), "top1": top1, "skipped": found.skipped,
                     "top1_ci": wilson_interval(top1, len(found.y)),
                     "protocol": to_dict(config), **environment()}  # fmt: skip
-        save_encoder(encoder, folder.folder, record={"recipe": "finetune", "data": train.name})
         path = Path(folder.folder) / "metrics.json"
-        path.write_text(json.dumps(metrics, indent=2) + "\n")
+        with folder.writing("the encoder"):
+            save_encoder(encoder, folder.folder, record={"recipe": "finetune", "data": train.name})
+            path.write_text(json.dumps(metrics, indent=2) + "\n")
         low, high = metrics["top1_ci"]
         print(f"top-1 {top1:.1f} % [{low:.1f}, {high:.1f}] on {len(found.y):,} test pictures, "
               f"trained on {len(train):,} · {path}")  # fmt: skip

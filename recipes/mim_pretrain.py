@@ -107,7 +107,10 @@ def mae_base_224() -> Config:
 
 
 def simmim_small_224() -> Config:
-    """SimMIM's own numbers on Vim-S: 32-px units, 60 % masked, L1."""
+    """SimMIM's own numbers on Vim-S: 32-px units, 60 % masked, L1.
+
+    A cosine to min_lr where SimMIM divides the learning rate by ten at epoch 700.
+    """
     return Config(
         objective="simmim", encoder="vim_small_patch16_224", norm_pix_loss=False,
         model_args={"drop_path_rate": 0.1}, mask_ratio=0.6, mask_unit=32,
@@ -243,9 +246,10 @@ def run(config: Config) -> dict[str, Any]:
     record = {"recipe": "mim_pretrain", "data": data.name, **environment()}
 
     def write_encoder(figures: dict[str, float] | None = None) -> None:
-        save_encoder(
-            encoder, folder.folder, ema=averaged, record=record | {"figures": figures or {}}
-        )
+        with folder.writing("the encoder"):
+            save_encoder(
+                encoder, folder.folder, ema=averaged, record=record | {"figures": figures or {}}
+            )
 
     figures = fit(
         objective.train(), samples, config, folder, accelerator, average=average,

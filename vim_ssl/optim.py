@@ -11,9 +11,16 @@ from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
-from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
+from timm.optim import (
+    create_optimizer_v2,
+    list_optimizers,
+    param_groups_layer_decay,
+    param_groups_weight_decay,
+)
 from timm.scheduler import CosineLRScheduler
 from torch import nn
+
+from vim_ssl.config import did_you_mean
 
 # Never decayed, wherever in a model they stand: A_log and D define the dynamics of a scan (zero is
 # no neutral value for them), the others are offsets. timm adds biases, norms and all else that is
@@ -21,6 +28,7 @@ from torch import nn
 NO_DECAY = {
     "A_log", "A_b_log", "D", "D_b",
     "pos_embed", "cls_token", "cls_token_head", "cls_token_tail", "mask_token", "register_tokens",
+    "query",
 }  # fmt: skip
 
 
@@ -68,7 +76,9 @@ def build_optimizer(
         model, weight_decay, layer_decay: see `param_groups`.
         lr: of a group with ``lr_scale`` 1, at the schedule's peak.
         betas: the optimiser's own by default; left out where it has none.
+    Raises: ValueError for a name that timm does not know.
     """
+    check_optimizer(opt)
     more: dict[str, Any] = {} if betas is None else {"betas": betas}
     return create_optimizer_v2(
         model,
@@ -78,6 +88,13 @@ def build_optimizer(
         param_group_fn=lambda m: param_groups(m, weight_decay, layer_decay),
         **more,
     )
+
+
+def check_optimizer(opt: str) -> None:
+    """Raises: ValueError for a name that timm does not know."""
+    known = cast(list[str], list_optimizers())
+    if opt.lower().removeprefix("lookahead_") not in known:
+        raise ValueError(f"timm has no optimizer {opt!r}. {did_you_mean(opt.lower(), known)}")
 
 
 def build_schedule(

@@ -4,11 +4,13 @@ config.json  metrics.jsonl  checkpoints/step-N/  encoder.safetensors + encoder.j
 images/      report.html    trackers/ (of TensorBoard and the like)
 """
 
+import contextlib
 import json
 import os
 import shutil
+import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,7 @@ class Run:
         Raises: FileExistsError for a directory that holds something else, or a run when
             ``resume`` is "never"; ValueError for settings that differ from the run's own, and
             an unknown tracker; ImportError for one that is not installed; RuntimeError while
-            another process trains there.
+            another process trains there; OSError where nothing can be written.
         """
         from accelerate.utils import broadcast_object_list
 
@@ -63,14 +65,18 @@ class Run:
                 f"{run.folder} already holds a run; go on with --resume auto, or choose another "
                 "--output."
             )
-        if run.folder.is_dir() and any(path.name != LOCK for path in run.folder.iterdir()):
+        if run.folder.is_dir() and not run._is_new():
             run._check_same(name)
         accelerator.wait_for_everyone()
         if run.main:
-            run._take(name)
-            for partial in (run.folder / "checkpoints").glob("partial-*"):  # of a killed save
-                shutil.rmtree(partial)
-            (run.folder / "images").mkdir(parents=True, exist_ok=True)
+            try:
+                run._make(name)
+            except OSError as error:
+                reason = error.strerror or error
+                raise OSError(
+                    f"{error.filename or name} cannot be written: {reason}. Choose another "
+                    "--output, or make it a folder in which this user may write."
+                ) from error
             if not run.checkpoints():
                 run.write_config()
                 (run.folder / "metrics.jsonl").unlink(missing_ok=True)
@@ -79,11 +85,22 @@ class Run:
         accelerator.wait_for_everyone()
         return run
 
+    def _make(self, name: str) -> None:
+        """Make the folders, see that files can be made in them, and keep other processes out."""
+        parts = [self.folder, self.folder / "checkpoints", self.folder / "images"]
+        for part in parts:
+            part.mkdir(parents=True, exist_ok=True)
+        self._take(name)
+        for part in parts:
+            with tempfile.TemporaryFile(dir=part) as probe:
+                probe.write(b"1")
+        for partial in (self.folder / "checkpoints").glob("partial-*"):  # of a killed save
+            shutil.rmtree(partial)
+
     def _take(self, name: str) -> None:
         """Keep other processes out until `release`; the system does it for one that is killed."""
         from filelock import FileLock, Timeout
 
-        self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(self.folder / LOCK)
         try:
             self._lock.acquire(timeout=0)
@@ -96,6 +113,14 @@ class Run:
         """Let other processes have the folder."""
         if self._lock:
             self._lock.release()
+
+    def _is_new(self) -> bool:
+        """Whether there is no more than `_make` makes, as where a disk was full at the start."""
+        made = {"checkpoints", "images"}
+        return all(
+            path.name == LOCK or (path.name in made and path.is_dir() and not any(path.iterdir()))
+            for path in self.folder.iterdir()
+        )
 
     def _check_same(self, name: str) -> None:
         """Refuse a folder of something else, and settings that would make it another run."""
@@ -120,24 +145,50 @@ class Run:
         return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
 
     def save(self, accelerator, progress, keep: int) -> None:
-        """Save everything that the next step depends on; whole, or not at all."""
+        """Save everything that the next step depends on; whole, or not at all.
+
+        Raises: OSError where the disk does not take it; the checkpoints before stay as they are.
+        """
         final = self.folder / "checkpoints" / f"step-{progress.step}"
         partial = final.with_name(f"partial-{progress.step}")
         accelerator.wait_for_everyone()
         if self.main and partial.exists():
             shutil.rmtree(partial)
         accelerator.wait_for_everyone()
-        accelerator.save_state(str(partial), safe_serialization=True)
+        with self.writing(f"the checkpoint of step {progress.step}", partial):
+            accelerator.save_state(str(partial), safe_serialization=True)
         accelerator.wait_for_everyone()
         if self.main and not final.exists():
-            (partial / "progress.json").write_text(json.dumps(vars(progress)))
-            for file in partial.rglob("*"):
-                _sync(file)
-            os.replace(partial, final)
-            _sync(final.parent)
+            with self.writing(f"the checkpoint of step {progress.step}", partial):
+                (partial / "progress.json").write_text(json.dumps(vars(progress)))
+                for file in partial.rglob("*"):
+                    _sync(file)
+                os.replace(partial, final)
+                _sync(final.parent)
             for old in self.checkpoints()[:-keep]:
                 shutil.rmtree(old)
         accelerator.wait_for_everyone()
+
+    @contextlib.contextmanager
+    def writing(self, what: str, partial: Path | None = None) -> Iterator[None]:
+        """Let a write that fails say how to go on, and leave no ``partial`` to fill the disk.
+
+        Raises: OSError in place of what the libraries that write raise.
+        """
+        from safetensors import SafetensorError
+
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError) as error:
+            reason = _reason(error, self.folder)
+            if partial is not None:
+                shutil.rmtree(partial, ignore_errors=True)
+            then = "start again; there is no checkpoint yet."
+            if found := self.checkpoints():
+                then = f"go on from {found[-1].name}: --output {self.folder} --resume auto."
+            raise OSError(
+                f"{what} cannot be written in {self.folder}: {reason}. Put that right, then {then}"
+            ) from error
 
     def resume(self, accelerator, progress) -> None:
         """Take up the newest checkpoint, if there is one, and cut the log back to its step.
@@ -164,7 +215,8 @@ class Run:
     def write_config(self) -> None:
         """Write config.json; of a resumed run only once its checkpoint is known to fit."""
         if self.main and self._record:
-            _write(self.folder / "config.json", json.dumps(self._record, indent=2) + "\n")
+            with self.writing("config.json"):
+                _write(self.folder / "config.json", json.dumps(self._record, indent=2) + "\n")
 
     # ---------------------------------------------------------------- figures and pictures
 
@@ -175,10 +227,11 @@ class Run:
         row = {"step": progress.step, "epoch": round(epoch, 4), **figures}
         row |= {"seconds": round(progress.seconds, 2), "samples": progress.samples}
         row |= {"bad_steps": progress.bad_steps, "skipped": len(self.skipped)}
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
-        for tracker in self._trackers:
-            tracker.log(figures, step=progress.step)
+        with self.writing("metrics.jsonl"):
+            with open(self.folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+            for tracker in self._trackers:
+                tracker.log(figures, step=progress.step)
 
     def save_pictures(self, name: str, step: int, pictures: Tensor) -> Path:
         """(n, c, h, w) in [0, 1] -> images/NAME-STEP.png, one row a sample."""
@@ -187,12 +240,13 @@ class Run:
         path = self.folder / "images" / f"{name}-{step:07d}.png"
         if pictures.shape[1] not in (1, 3):
             pictures = pictures[:, :1]  # more bands than a PNG holds: show the first
-        save_image(pictures, path, nrow=1, padding=1, pad_value=1.0)
-        for tracker in self._trackers:
-            if tracker.name == "tensorboard":
-                tracker.writer.add_images(name, pictures, step)
-            elif hasattr(tracker, "log_images"):
-                tracker.log_images({name: [np.asarray(Image.open(path))]}, step=step)
+        with self.writing(f"images/{path.name}"):
+            save_image(pictures, path, nrow=1, padding=1, pad_value=1.0)
+            for tracker in self._trackers:
+                if tracker.name == "tensorboard":
+                    tracker.writer.add_images(name, pictures, step)
+                elif hasattr(tracker, "log_images"):
+                    tracker.log_images({name: [np.asarray(Image.open(path))]}, step=step)
         return path
 
     def count_skipped(self, names: Iterable[str]) -> None:
@@ -321,6 +375,21 @@ def _step(line: str) -> int:
         return 2**62
 
 
+def _reason(error: BaseException, folder: Path) -> str:
+    """The system's words for why a write in ``folder`` failed."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.strerror:
+            return seen.strerror
+        seen = seen.__cause__ or seen.__context__
+    try:  # torch has dropped them: ask for them again
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(2**20))
+    except OSError as again:
+        return again.strerror or str(again)
+    return " ".join(str(error).split())[:200]
+
+
 def _plain(config) -> dict:
     from vim_ssl.config import to_dict
 
@@ -329,9 +398,13 @@ def _plain(config) -> dict:
 
 def _write(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    _sync(partial)
-    os.replace(partial, path)
+    try:
+        partial.write_text(text)
+        _sync(partial)
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _sync(path: Path) -> None:

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from timm.utils import ModelEmaV3
@@ -28,7 +29,7 @@ from vim_ssl.data.loader import (
     training_loader,
 )
 from vim_ssl.objective import StepOutput
-from vim_ssl.optim import build_optimizer, build_schedule
+from vim_ssl.optim import build_optimizer, build_schedule, check_optimizer
 from vim_ssl.runs import Run
 
 
@@ -39,7 +40,7 @@ class TrainConfig:
     epochs: float = opt(300, "passes over the data; 0.5: half of one", group="optimiser")
     batch_size: int = opt(64, "samples a process and micro-batch", group="optimiser")
     accumulation: int = opt(1, "micro-batches an optimiser step", group="optimiser")
-    optimizer: str = opt("adamw", "by timm's name", group="optimiser")
+    optimizer: str = opt("adamw", "by timm's name: adamw, lamb, lars …", group="optimiser")
     base_lr: float = opt(1.5e-4, "learning rate per lr_reference_batch samples", group="optimiser")
     lr_reference_batch: int = opt(256, "samples that base_lr is meant for", group="optimiser")
     min_lr: float = opt(0.0, "learning rate at the end, not scaled", group="optimiser")
@@ -91,6 +92,7 @@ class TrainConfig:
                 f"warmup_epochs {self.warmup_epochs:g} does not fit into {self.epochs:g} epochs; "
                 f"try --warmup-epochs {self.epochs / 20:g}."
             )
+        check_optimizer(self.optimizer)
         if self.eval_every <= 0:
             raise ValueError(f"eval_every is {self.eval_every:g} epochs; it must be above 0.")
         if not 0 <= self.ema < 1:
@@ -189,7 +191,8 @@ def fit(
     """
     plan = _Plan(samples, config, accelerator)
     if config.grad_checkpointing:
-        objective.encoder.set_grad_checkpointing()
+        encoder: Any = objective.encoder
+        encoder.set_grad_checkpointing()
     optimizer = build_optimizer(
         objective, opt=config.optimizer, lr=plan.lr, weight_decay=config.weight_decay,
         betas=config.betas, layer_decay=config.layer_decay,

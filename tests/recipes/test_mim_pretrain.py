@@ -1,19 +1,24 @@
 """The masked-image recipe as a user runs it: photographs in, a run directory and an encoder out."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
 import vim_ssl
-from vim_ssl import cli, load_encoder
+from vim_ssl import cli, load_encoder, training
+from vim_ssl.data.loader import SeededSamples
+from vim_ssl.optim import build_optimizer, build_schedule, param_groups
 from vim_ssl.recipes import mim_pretrain
 from vim_ssl.runs import read_metrics
 
@@ -175,6 +180,19 @@ def test_a_resumed_run_refuses_other_pictures(trained, photos, tmp_path):
         mim_pretrain.main(["--output", str(run), "--resume", "auto", "--epochs", "3"])
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("adamww", "Did you mean 'adamw'?"), ("lar", "Did you mean 'lars'?"), ("zzz", "Known: ")],
+)
+def test_an_unknown_optimiser_is_refused_with_the_near_name(name, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        mim_pretrain.main(["--optimizer", name, "--output", str(tmp_path / "run")])
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert f"timm has no optimizer '{name}'. {message}" in said
+    assert not (tmp_path / "run").exists()
+
+
 def test_resume_without_a_run_is_refused(capsys):
     with pytest.raises(SystemExit):
         mim_pretrain.main(["--resume", "auto"])
@@ -204,6 +222,31 @@ def test_the_loss_falls_and_neighbours_are_asked_where_labels_are(stripes, tmp_p
     assert [row["epoch"] for row in evaluated] == [10, 20]
     assert all(0 <= row["knn_top1"] <= 100 and row["feature_std"] > 0 for row in evaluated)
     assert all(0 <= row["linear_top1"] <= 100 and row["effective_rank"] > 1 for row in evaluated)
+
+
+@pytest.mark.parametrize(("name", "base_lr"), [("lars", 200.0), ("lamb", 1.0)])
+def test_large_batch_optimisers_train(stripes, tmp_path, monkeypatch, name, base_lr):
+    """Through the trainer, with layer decay: every block has its own share of the schedule's lr."""
+    built = []
+
+    def keep(*args, **more):
+        built.append(build_optimizer(*args, **more))
+        return built[-1]
+
+    monkeypatch.setattr(training, "build_optimizer", keep)
+    argv = [*GREY, "--data", str(stripes), "--output", str(tmp_path), "--optimizer", name]
+    more = ["--epochs", "6", "--crop-scale", "1", "1", "--mask-ratio", "0.5"]
+    mim_pretrain.main([*argv, *more, "--base-lr", str(base_lr), "--layer-decay", "0.5"])
+    rows = read_metrics(tmp_path)
+    losses = [row["loss"] for row in rows]
+    assert len(rows) == 12
+    assert np.isfinite([[row["loss"], row["grad_norm"]] for row in rows]).all()
+    assert np.mean(losses[-3:]) < 0.9 * losses[0]
+    (optimizer,) = built
+    assert type(optimizer).__name__.lower() == name
+    last = base_lr * 12 / 64 * (1 + math.cos(math.pi * 11 / 12)) / 2
+    lrs = sorted({group["lr"] for group in optimizer.param_groups})  # stem, two blocks, decoder
+    assert lrs == pytest.approx([last / 8, last / 4, last / 2, last])
 
 
 def test_the_seed_decides_the_initial_weights(stripes, tmp_path):
@@ -265,6 +308,100 @@ def test_a_paper_preset_has_the_papers_numbers(preset, monkeypatch):
     config = settings(monkeypatch, "--preset", preset, "--data", "photos")
     assert {name: getattr(config, name) for name in numbers} == numbers
     assert config.base_lr * effective_batch / config.lr_reference_batch == pytest.approx(lr)
+
+
+# What weight decay must leave alone, by a name's last parts; by its last part alone: tokens,
+# positions, what shapes a scan's dynamics, and every bias. Norms are told by their module.
+SPARED = {
+    "bias", "in_proj_bias", "A_log", "A_b_log", "D", "D_b", "pos_embed", "cls_token", "mask_token",
+    "query",
+}  # fmt: skip
+NORMS = {"norm", "norm1", "norm2", "norm_f", "layernorm", "decoder_norm", "tap_norms"}
+DECAYED = {
+    "patch_embed.proj.weight", "decoder_embed.weight", "decoder_pred.weight", "head.weight",
+    "mixer.in_proj.weight", "mixer.out_proj.weight", "mixer.x_proj.weight",
+    "mixer.x_proj_b.weight", "mixer.dt_proj.weight", "mixer.dt_proj_b.weight",
+    "mixer.conv1d.weight", "mixer.conv1d_b.weight", "attention.in_proj_weight",
+    "attention.out_proj.weight", "mlp.fc1.weight", "mlp.fc2.weight",
+}  # fmt: skip
+
+
+def on_meta(preset: str, monkeypatch):
+    """A paper preset's settings and objective, without memory for its weights."""
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda n, pretrained, **more: create(n, **more))
+    config = settings(monkeypatch, "--preset", preset, "--data", "photos")
+    with torch.device("meta"):
+        return config, mim_pretrain.build_objective(config, mim_pretrain.build_model(config))
+
+
+@pytest.mark.parametrize("preset", PAPER)
+def test_a_paper_preset_decays_its_matrices_and_nothing_else(preset, monkeypatch):
+    """Every parameter's name stands on exactly one of the two lists and in the group it says."""
+    config, objective = on_meta(preset, monkeypatch)
+    names = {id(p): name for name, p in objective.named_parameters()}
+    groups = param_groups(objective, config.weight_decay, config.layer_decay)
+    decay = {names[id(p)]: group["weight_decay"] for group in groups for p in group["params"]}
+    assert sorted(decay) == sorted(names.values())
+    for name, value in decay.items():
+        parts = name.split(".")
+        spared = parts[-1] in SPARED or not NORMS.isdisjoint(parts[-3:-1])
+        decayed = any(name == end or name.endswith(f".{end}") for end in DECAYED)
+        assert spared != decayed, name
+        assert value == (0.05 if decayed else 0.0), name
+
+
+class ImageNet:
+    """As many pictures; none is asked for."""
+
+    def __len__(self):
+        return 1_281_167
+
+
+class ScheduleIsBuiltError(Exception):
+    """Nothing after it matters here."""
+
+
+@pytest.mark.parametrize("preset", PAPER)
+def test_a_paper_presets_learning_rate_has_the_papers_curve(preset, monkeypatch):
+    """As the trainer sets it for the paper's effective batch: linear up, then a cosine, by step."""
+    config, objective = on_meta(preset, monkeypatch)
+    numbers, effective_batch, peak = PAPER[preset]
+    built = []
+
+    def keep(optimizer, **more):
+        built.extend((optimizer, build_schedule(optimizer, **more)))
+        raise ScheduleIsBuiltError
+
+    monkeypatch.setattr(training, "build_schedule", keep)
+    processes = SimpleNamespace(
+        num_processes=effective_batch // config.batch_size, process_index=3,
+        is_main_process=False, device=torch.device("cpu"),
+    )  # fmt: skip
+    with pytest.raises(ScheduleIsBuiltError):
+        training.fit(objective, SeededSamples(ImageNet(), dict), config, None, processes)
+    optimizer, schedule = built
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert {group["betas"] for group in optimizer.param_groups} == {numbers["betas"]}
+    epoch_steps = 1_281_167 // effective_batch
+    warm_up, epochs = (round(numbers[name] * epoch_steps) for name in ("warmup_epochs", "epochs"))
+
+    def lr(step: int) -> float:
+        schedule.step_update(step)
+        (value,) = {group["lr"] for group in optimizer.param_groups}
+        return value
+
+    end = numbers.get("min_lr", 0.0)
+    assert lr(0) == 0
+    assert lr(1) == pytest.approx(peak / warm_up)
+    assert lr(warm_up // 2) == pytest.approx(peak / 2, rel=1e-3)
+    assert lr(warm_up) == pytest.approx(peak)
+    for part in (0.25, 0.5, 0.75):
+        step = warm_up + round(part * (epochs - warm_up))
+        cosine = (1 + math.cos(math.pi * (step - warm_up) / (epochs - warm_up))) / 2
+        assert lr(step) == pytest.approx(end + (peak - end) * cosine)
+    assert lr(epochs - 1) == pytest.approx(end, abs=1e-6 * peak)
+    assert lr(epochs) == pytest.approx(end)
 
 
 @pytest.mark.parametrize(
