@@ -1,6 +1,7 @@
 """Ten steps of every paper preset through the real trainer: does it run as it stands, at what cost?
 
     python benchmarks/presets.py                        # all six: a quarter of an hour on one core
+    python benchmarks/presets.py --only mae_tiny_224 --out FOLDER
 
 Each preset keeps its model, resolution, masking, optimiser, schedule and precision, and trains in a
 process of its own; only data, batch, workers and the number of steps are cut to what a CPU can do.
@@ -10,7 +11,7 @@ weights: nothing is downloaded. `cpu_seconds_a_step` is the median of the last h
 the process's own CPU time, which on one thread is what a machine without other work takes. The peak
 is the whole process's, with the checkpoint and the pictures at the end. `imagenet_hours` multiplies
 the seconds up to 1,281,167 pictures x the preset's epochs; in a batch of two, the optimiser's part
-weighs more than in the paper's. Rows go to results/presets.csv.
+weighs more than in the paper's. Rows go to results/presets.csv, or to --out FOLDER.
 """
 
 import argparse
@@ -96,8 +97,12 @@ def measure(preset: str, changes: dict, root: Path) -> dict:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", default=PAPER, choices=PAPER, metavar="PRESET")
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--only", nargs="+", default=PAPER, choices=PAPER, help="presets")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER", help="for the rows")
     parser.add_argument("--data", default="sample:fluent-emoji?limit=20", help="pictures")
     parser.add_argument("--batch", type=int, default=2, help="pictures a step")
     parser.add_argument("--steps", type=int, default=10, help="optimiser steps")
@@ -117,7 +122,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as root:
         for preset in args.only:
             row = measure(preset, changes, Path(root))
-            append_rows(RESULTS / "presets.csv", COLUMNS, [origin() | row])
+            append_rows(args.out / "presets.csv", COLUMNS, [origin() | row])
             print(
                 f"{preset:18} {row['cpu_seconds_a_step']:8.2f} s a step {row['peak_mb']:7,} MB   "
                 f"loss {row['first_loss']} to {row['last_loss']}   "
