@@ -145,6 +145,15 @@ def test_tiny_with_reference_weights_equals_numpy(size):
         assert relative_error(encoder(x), expected) <= 1e-4
 
 
+def test_a_block_exports_for_any_number_of_tokens():
+    block, l = VimBlock(8, d_state=2), torch.export.Dim("l")
+    tokens = torch.randn(2, 70, 8)
+    exported = torch.export.export(block, (tokens, tokens), dynamic_shapes=({1: l}, {1: l}))
+    for length in (1, 32, 70):
+        some = tokens[:, :length]
+        torch.testing.assert_close(exported.module()(some, some), block(some, some))
+
+
 # ---------------------------------------------------------------- presets and construction
 
 

@@ -98,6 +98,26 @@ def _weights(m: Tensor) -> Tensor:
     return torch.randn(m.shape, generator=g, dtype=torch.float64)
 
 
+def assert_exports_for_lengths(lengths, backend: str, device: str = "cpu") -> None:
+    """One exported training forward pass of both directions, and the same results as without."""
+
+    class Scan(torch.nn.Module):
+        def forward(self, u, delta, A, B, C, D, z, delta_bias):
+            return bi_selective_scan(u, delta, A, B, C, D, z, delta_bias, backend=backend)
+
+    def inputs(l: int) -> tuple[Tensor, ...]:
+        m = two_way_inputs(1, l, 2, 2)
+        return tuple(v.to(device).requires_grad_() for v in m.values())
+
+    l = torch.export.Dim("l")
+    tokens = {"u": {2: l}, "delta": {2: l}, "B": {2: l}, "C": {2: l}, "z": {1: l}}
+    dynamic = {name: tokens.get(name) for name in two_way_inputs()}
+    exported = torch.export.export(Scan(), inputs(lengths[0]), dynamic_shapes=dynamic).module()
+    for length in lengths:
+        m = inputs(length)
+        torch.testing.assert_close(exported(*m), Scan()(*m))
+
+
 def relative_error(got: Tensor, expected: Tensor) -> float:
     """Norm of the difference over norm of the expected tensor, both in float64."""
     got, expected = got.detach().double(), expected.detach().double()

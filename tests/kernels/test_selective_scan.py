@@ -13,6 +13,7 @@ from scan_helpers import (
     OPTIONAL,
     as_double,
     assert_close,
+    assert_exports_for_lengths,
     one_way_inputs,
     relative_error,
     run_on_leaves,
@@ -368,6 +369,12 @@ def test_exports(backend):
     m = two_way_inputs(1, 4, 3, 2)
     exported = torch.export.export(Scan(), (), m).module()
     torch.testing.assert_close(exported(**m), bi_selective_scan(**m, backend=backend))
+
+
+@each_fast_backend
+@pytest.mark.parametrize("lengths", [(5, 1, 70), (40, 16, 1)], ids=["one-chunk", "more"])
+def test_exports_for_any_number_of_tokens(backend, lengths):
+    assert_exports_for_lengths(lengths, backend)
 
 
 # --- hard numbers ----------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from implementations import poison_new_tensors
 from scan_helpers import (
     as_double,
     assert_close,
+    assert_exports_for_lengths,
     one_way_inputs,
     relative_error,
     run_on_leaves,
@@ -252,6 +253,10 @@ def test_exports():
     m = here(two_way_inputs(1, 3, 2, 2))
     exported = torch.export.export(Scan(), (), m).module()
     torch.testing.assert_close(exported(**m), bi_selective_scan(**m, backend="triton"))
+
+
+def test_exports_for_any_number_of_tokens():
+    assert_exports_for_lengths((3, 9), "triton", DEVICE)
 
 
 def test_double_backward_is_refused_with_words():
