@@ -169,6 +169,13 @@ def test_preset_constructs_with_its_sizes(name):
     assert VimEncoder(**encoder.config | {"depth": 1}).config == encoder.config | {"depth": 1}
 
 
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_a_forward_pass_on_the_meta_device_tells_the_shape(backend):
+    with torch.device("meta"):
+        encoder = VimEncoder(**SMALL | {"scan_backend": backend})
+        assert encoder(torch.zeros(2, 3, 32, 32)).shape == (2, 5)
+
+
 @pytest.mark.parametrize(
     ("name", "args", "count"),
     [

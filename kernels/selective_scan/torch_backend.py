@@ -61,18 +61,16 @@ def _scan(u, delta, A, B, C, D, delta_bias, delta_softplus, h0, reverse):
     Returns y (s, b, l, d) and the last state (s, b, d, n), both at least float32.
     """
     dtype = torch.promote_types(u.dtype, torch.float32)
-    # Autocast would run the einsums of the recurrence in bfloat16; the state must stay float32.
-    with torch.autocast(u.device.type, enabled=False):
-        u, dt, A, B, C = (t.to(dtype) for t in (u, delta, A, B, C))
-        if delta_bias is not None:
-            dt = dt + delta_bias.to(dtype)[:, None, None]
-        if delta_softplus:
-            dt = F.softplus(dt)
-        if h0 is None:
-            h0 = u.new_zeros(*u.shape[:2], *A.shape[1:])
-        y, last, _ = scan_forward(dt, dt * u, A, B, C, h0.to(dtype), reverse)
-        if D is not None:
-            y = y + D.to(dtype)[:, None, None] * u
+    u, dt, A, B, C = (t.to(dtype) for t in (u, delta, A, B, C))
+    if delta_bias is not None:
+        dt = dt + delta_bias.to(dtype)[:, None, None]
+    if delta_softplus:
+        dt = F.softplus(dt)
+    if h0 is None:
+        h0 = u.new_zeros(*u.shape[:2], *A.shape[1:])
+    y, last, _ = scan_forward(dt, dt * u, A, B, C, h0.to(dtype), reverse)
+    if D is not None:
+        y = y + D.to(dtype)[:, None, None] * u
     return y, last
 
 
@@ -106,6 +104,7 @@ def scan_groups(
 
 
 # Operators, so that torch.compile takes a loop over tokens for one call instead of unrolling it.
+# Their products write to `out` or in place: those autocast leaves in float32, as the state must be.
 
 
 @torch.library.custom_op("vim_ssl::torch_scan_forward", mutates_args=())
