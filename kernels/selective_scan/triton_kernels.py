@@ -480,6 +480,8 @@ def backward_kernel(
     states_at = states_ptr + (before_first + checkpoints - 1) * N * d + tile
 
     A2 = tl.load(A_ptr + s * N * d + tile, mask=tile_mask, other=0.0) * LOG2E
+    # Where there is no token dt is 0, and 0 times -inf would be NaN; a NaN that comes in stays.
+    A2 = tl.where(A2 < -3e38, -3e38, A2)
     bias = tl.zeros((LANES,), tl.float32)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + s * d + channel, mask=here, other=0.0)

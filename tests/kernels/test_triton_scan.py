@@ -203,6 +203,16 @@ def test_the_same_outputs_are_not_finite_as_in_float64(name, value):
     assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("length", [3, 8, 11])
+def test_a_state_that_forgets_at_once_leaves_finite_gradients(length):
+    """A = -inf, also where fewer tokens follow the last saved state than the others."""
+    m = one_way_inputs(1, length, 3, 2)
+    m["A"][1, 0] = -1e30  # with -inf the reference itself multiplies by 0
+    exact = run_scan(as_double(m), "reference", **ONE_WAY)
+    m["A"][1, 0] = -torch.inf
+    assert_close(run(m, **ONE_WAY), exact)
+
+
 @pytest.mark.parametrize("center", [-18.0, -7.0, -0.5, 0.5, 19.9, 25.0])
 def test_softplus_is_exact_at_every_size(center):
     """u, B, C = 1 from a zero state over one token: y is dt itself, n times over both ways."""
