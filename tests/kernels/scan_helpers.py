@@ -92,10 +92,19 @@ def run_on_leaves(leaves, inputs, backend, **options) -> dict[str, Tensor]:
     return {name: m.detach() for name, m in named.items()}
 
 
+def last_state_gradients(inputs: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
+    """Gradients of a loss that the outputs of `selective_scan` have no part in."""
+    leaves = {name: m.detach().clone().requires_grad_() for name, m in inputs.items()}
+    _, last = selective_scan(**leaves, delta_softplus=True, return_last_state=True, backend=backend)
+    loss = (last.double() * _weights(last)).sum()
+    grads = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+    return {f"d_{name}": g for name, g in zip(leaves, grads, strict=True)}
+
+
 def _weights(m: Tensor) -> Tensor:
     """Fixed pseudo-random weights in m's shape, the same whatever its memory layout."""
     g = torch.Generator().manual_seed(m.numel())
-    return torch.randn(m.shape, generator=g, dtype=torch.float64)
+    return torch.randn(m.shape, generator=g, dtype=torch.float64).to(m.device)
 
 
 def assert_exports_for_lengths(lengths, backend: str, device: str = "cpu") -> None:
