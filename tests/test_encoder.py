@@ -145,6 +145,15 @@ def test_tiny_with_reference_weights_equals_numpy(size):
         assert relative_error(encoder(x), expected) <= 1e-4
 
 
+def test_a_block_exports_for_any_number_of_tokens():
+    block, l = VimBlock(8, d_state=2), torch.export.Dim("l")
+    tokens = torch.randn(2, 70, 8)
+    exported = torch.export.export(block, (tokens, tokens), dynamic_shapes=({1: l}, {1: l}))
+    for length in (1, 32, 70):
+        some = tokens[:, :length]
+        torch.testing.assert_close(exported.module()(some, some), block(some, some))
+
+
 # ---------------------------------------------------------------- presets and construction
 
 
@@ -158,6 +167,13 @@ def test_preset_constructs_with_its_sizes(name):
     assert encoder.in_chans == preset.get("in_chans", 3)
     assert encoder.num_classes == 1000
     assert VimEncoder(**encoder.config | {"depth": 1}).config == encoder.config | {"depth": 1}
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_a_forward_pass_on_the_meta_device_tells_the_shape(backend):
+    with torch.device("meta"):
+        encoder = VimEncoder(**SMALL | {"scan_backend": backend})
+        assert encoder(torch.zeros(2, 3, 32, 32)).shape == (2, 5)
 
 
 @pytest.mark.parametrize(

@@ -256,7 +256,7 @@ def conv_backward(
     """Gradients of x, and of the weight and, as one more tap, the bias: (s, k + 1, d), float32."""
     dout, x, weight, bias = dout.contiguous(), _rows_of(x), weight.contiguous(), bias.contiguous()
     (b, l, d), (s, k, _) = x.shape, weight.shape
-    channel_blocks = triton.cdiv(d, BACKWARD_CHANNELS)
+    channel_blocks = max(1, triton.cdiv(d, BACKWARD_CHANNELS))
     spans, span, programs = _shares(b, l, k, max(1, WARPS // channel_blocks))
     dx = x.new_empty(b, l, d)
     sums = x.new_empty(programs, s, k + 1, d, dtype=torch.float32)

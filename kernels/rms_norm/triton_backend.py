@@ -193,7 +193,7 @@ def _as(gradient: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
 
 def _tile(d: int) -> dict[str, int]:
     """Rows and columns of a tile and the warps that share it, for rows of d numbers."""
-    columns = triton.next_power_of_2(d)
+    columns = triton.next_power_of_2(max(1, d))
     rows = max(1, TILE // columns)
     warps = min(16, max(1, rows * columns // NUMBERS_PER_WARP))
     return {"ROWS": rows, "COLUMNS": columns, "num_warps": warps}

@@ -10,7 +10,8 @@ A fused backend is a pair of torch operators on channel-last tensors with a lead
 
     u, delta (s, b, l, d), A (s, d, n), B, C (s, b, l, n), D, bias (s, d), z (b, l, d), h0
     (s, b, d, n); out (b, l, d) = scale sum_s(y_s) silu(z), last states (s, b, d, n), and what the
-    backward pass wants kept, empty unless ``save``.
+    backward pass wants kept, empty unless ``save``. States are flat, for torch.export: see
+    `torch_backend.py`.
 
 Direction 0 reads first to last, or last to first with ``reverse``; direction 1 last to first.
 """

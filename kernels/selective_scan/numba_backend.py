@@ -43,7 +43,7 @@ def scan_forward(
     bias: Tensor | None, h0: Tensor | None, softplus: bool, reverse: bool, scale: float, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """See `fused.py`; kept are the states (s, b, blocks, chunks, n, LANES) that chunks begin from,
-    empty unless `save`."""
+    flat, empty unless `save`."""
     s, b, l, d = u.shape
     u, delta, A, B, C, D, bias, h0 = map(contiguous, (u, delta, A, B, C, D, bias, h0))
     z = channels_together(z)
@@ -71,7 +71,7 @@ def _outputs(u, A, save):
     return (
         u.new_empty(b, l, d),
         u.new_empty(s, b, d, n),
-        u.new_empty((s, b, blocks, chunks, n, LANES) if save else 0),
+        u.new_empty(s * b * blocks * chunks * n * LANES if save else 0),
     )
 
 

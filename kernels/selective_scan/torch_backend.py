@@ -61,18 +61,16 @@ def _scan(u, delta, A, B, C, D, delta_bias, delta_softplus, h0, reverse):
     Returns y (s, b, l, d) and the last state (s, b, d, n), both at least float32.
     """
     dtype = torch.promote_types(u.dtype, torch.float32)
-    # Autocast would run the einsums of the recurrence in bfloat16; the state must stay float32.
-    with torch.autocast(u.device.type, enabled=False):
-        u, dt, A, B, C = (t.to(dtype) for t in (u, delta, A, B, C))
-        if delta_bias is not None:
-            dt = dt + delta_bias.to(dtype)[:, None, None]
-        if delta_softplus:
-            dt = F.softplus(dt)
-        if h0 is None:
-            h0 = u.new_zeros(*u.shape[:2], *A.shape[1:])
-        y, last, _ = scan_forward(dt, dt * u, A, B, C, h0.to(dtype), reverse)
-        if D is not None:
-            y = y + D.to(dtype)[:, None, None] * u
+    u, dt, A, B, C = (t.to(dtype) for t in (u, delta, A, B, C))
+    if delta_bias is not None:
+        dt = dt + delta_bias.to(dtype)[:, None, None]
+    if delta_softplus:
+        dt = F.softplus(dt)
+    if h0 is None:
+        h0 = u.new_zeros(*u.shape[:2], *A.shape[1:])
+    y, last, _ = scan_forward(dt, dt * u, A, B, C, h0.to(dtype), reverse)
+    if D is not None:
+        y = y + D.to(dtype)[:, None, None] * u
     return y, last
 
 
@@ -106,6 +104,7 @@ def scan_groups(
 
 
 # Operators, so that torch.compile takes a loop over tokens for one call instead of unrolling it.
+# Their products write to `out` or in place: those autocast leaves in float32, as the state must be.
 
 
 @torch.library.custom_op("vim_ssl::torch_scan_forward", mutates_args=())
@@ -113,13 +112,14 @@ def scan_forward(
     dt: Tensor, x: Tensor, A: Tensor, B: Tensor, C: Tensor, h0: Tensor, reverse: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dt, x (s, b, l, d), A (s, d, n), B, C (s, b, l, n), h0 (s, b, d, n) -> y (s, b, l, d), the
-    last states, and the states before each chunk (chunks, s, b, d, n)."""
+    last states, and the states before each chunk (chunks, s, b, d, n), flat."""
     dt_, x_, B_, C_ = (_scan_order(m, reverse) for m in (dt, x, B, C))  # (l, s, b, ...)
     y_, h = torch.empty_like(x_), h0.clone(memory_format=torch.contiguous_format)
-    states = h0.new_empty(-(-len(x_) // CHUNK), *h0.shape)
+    states = _new_states(h0, len(x_))
+    chunks = states.view(-(-len(x_) // CHUNK), *h0.shape)
     for t in range(len(x_)):
         if t % CHUNK == 0:
-            states[t // CHUNK] = h
+            chunks[t // CHUNK] = h
         h.mul_(_decay(dt_[t], A)).addcmul_(x_[t][..., None], B_[t][:, :, None])
         torch.matmul(h, C_[t][..., None], out=y_[t][..., None])
     return _raster_order(y_, reverse), h, states
@@ -127,9 +127,13 @@ def scan_forward(
 
 @scan_forward.register_fake
 def _(dt, x, A, B, C, h0, reverse):
-    return x.new_empty(x.shape), h0.new_empty(h0.shape), h0.new_empty(
-        -(-x.shape[2] // CHUNK), *h0.shape
-    )  # fmt: skip
+    return x.new_empty(x.shape), h0.new_empty(h0.shape), _new_states(h0, x.shape[2])
+
+
+def _new_states(h0, l):
+    # Flat: with a dynamic l torch.export must know whether a size is 1, and of the number of chunks
+    # it could not.
+    return h0.new_empty(-(-l // CHUNK) * h0.numel())
 
 
 @torch.library.custom_op("vim_ssl::torch_scan_backward", mutates_args=())
@@ -141,7 +145,9 @@ def scan_backward(
     dt_, x_, B_, C_, dy_ = (_scan_order(m, reverse) for m in (dt, x, B, C, dy))
     ddt_, dx_, dB_, dC_ = (torch.empty_like(m) for m in (dt_, x_, B_, C_))
     dA, g = A.new_zeros(A.shape), dlast.clone(memory_format=torch.contiguous_format)
-    for k in reversed(range(len(states))):
+    chunks = -(-len(x_) // CHUNK)
+    states = states.view(chunks, *g.shape)
+    for k in reversed(range(chunks)):
         chunk = range(k * CHUNK, min((k + 1) * CHUNK, len(x_)))
         h, decays, decayed, after = states[k], [], [], []
         for t in chunk:  # rebuild a_t, a_t h_{t-1} and h_t of this chunk

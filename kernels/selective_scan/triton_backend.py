@@ -91,7 +91,7 @@ def scan_forward(
     bias: Tensor | None, h0: Tensor | None, softplus: bool, reverse: bool, scale: float, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """See `fused.py`; kept are y_sum = sum_s(y_s) (b, l, d), float32, with z, and the states
-    (s, b, checkpoints, n, d) before every `EVERY`-th token."""
+    (s, b, checkpoints, n, d) before every `EVERY`-th token, flat."""
     s, b, l, d = u.shape
     n = A.shape[-1]
     out, last, y_sum, states = _outputs(u, A, z, save)
@@ -141,7 +141,7 @@ def _outputs(u, A, z, save):
         u.new_empty(b, l, d),
         A.new_empty(s, b, d, n),
         A.new_empty((b, l, d) if save and z is not None else 0),
-        A.new_empty((s, b, -(-l // EVERY), n, d) if save else 0),
+        A.new_empty(s * b * -(-l // EVERY) * n * d if save else 0),
     )
 
 

@@ -21,7 +21,8 @@ The adjoint is carried the same way, from the other end.
 
 Legend: s direction, b image, l token, d channel, n state; `A2` carries a factor log2(e), since 2^x
 is what the special-function unit computes. Everything is float32 inside, whatever comes and goes.
-Offsets that depend on the image or direction are int64.
+Offsets that depend on the image or direction are int64. Kernels are not specialised to the number
+of images or tokens: another one is no reason to compile anew.
 """
 
 import triton
@@ -146,7 +147,7 @@ def _finish(y, out, z, channel, d, scale, C: tl.constexpr, GATED: tl.constexpr, 
 # --- forward ---------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "length", "count"])
 def pack_kernel(
     B_ptr, C_ptr, bc_ptr, batch, length, count,
     B_s, B_b, B_l, C_s, C_b, C_l, N: tl.constexpr, BLOCK: tl.constexpr,
@@ -163,7 +164,7 @@ def pack_kernel(
     tl.store(bc_ptr + 2 * i + 1, for_C.to(tl.float32), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "length", "segment"])
 def forward_kernel(
     u_ptr, delta_ptr, A_ptr, bc_ptr, D_ptr, z_ptr, bias_ptr, start_ptr,
     out_ptr, sum_ptr, last_ptr, states_ptr,
@@ -287,7 +288,7 @@ def forward_kernel(
 # --- segments --------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "length", "segment"])
 def carry_kernel(
     w_ptr, delta_ptr, A_ptr, V_ptr, z_ptr, bias_ptr, ends_ptr, sums_ptr,
     batch, length, d, segment, scale, reverse,
@@ -362,7 +363,7 @@ def carry_kernel(
     _store(sums_ptr + row * d + channel, total, channel, d, C, channel >= 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "parts"])
 def join_kernel(
     ends_ptr, sums_ptr, A_ptr, start_ptr, batch, d, parts, reverse,
     N: tl.constexpr, HAS_START: tl.constexpr, ADJOINT: tl.constexpr,
@@ -417,7 +418,7 @@ def _load_n(pointer, real, WHOLE: tl.constexpr):
         return tl.load(pointer, mask=real, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "length", "segment"])
 def backward_kernel(
     dout_ptr, u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, sum_ptr, states_ptr,
     carry_ptr, du_ptr, ddelta_ptr, dA_ptr, dB_ptr, dC_ptr, dD_ptr, dz_ptr, dbias_ptr, dstart_ptr,
@@ -480,6 +481,8 @@ def backward_kernel(
     states_at = states_ptr + (before_first + checkpoints - 1) * N * d + tile
 
     A2 = tl.load(A_ptr + s * N * d + tile, mask=tile_mask, other=0.0) * LOG2E
+    # Where there is no token dt is 0, and 0 times -inf would be NaN; a NaN that comes in stays.
+    A2 = tl.where(A2 < -3e38, -3e38, A2)
     bias = tl.zeros((LANES,), tl.float32)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + s * d + channel, mask=here, other=0.0)

@@ -92,10 +92,39 @@ def run_on_leaves(leaves, inputs, backend, **options) -> dict[str, Tensor]:
     return {name: m.detach() for name, m in named.items()}
 
 
+def last_state_gradients(inputs: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
+    """Gradients of a loss that the outputs of `selective_scan` have no part in."""
+    leaves = {name: m.detach().clone().requires_grad_() for name, m in inputs.items()}
+    _, last = selective_scan(**leaves, delta_softplus=True, return_last_state=True, backend=backend)
+    loss = (last.double() * _weights(last)).sum()
+    grads = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+    return {f"d_{name}": g for name, g in zip(leaves, grads, strict=True)}
+
+
 def _weights(m: Tensor) -> Tensor:
     """Fixed pseudo-random weights in m's shape, the same whatever its memory layout."""
     g = torch.Generator().manual_seed(m.numel())
-    return torch.randn(m.shape, generator=g, dtype=torch.float64)
+    return torch.randn(m.shape, generator=g, dtype=torch.float64).to(m.device)
+
+
+def assert_exports_for_lengths(lengths, backend: str, device: str = "cpu") -> None:
+    """One exported training forward pass of both directions, and the same results as without."""
+
+    class Scan(torch.nn.Module):
+        def forward(self, u, delta, A, B, C, D, z, delta_bias):
+            return bi_selective_scan(u, delta, A, B, C, D, z, delta_bias, backend=backend)
+
+    def inputs(l: int) -> tuple[Tensor, ...]:
+        m = two_way_inputs(1, l, 2, 2)
+        return tuple(v.to(device).requires_grad_() for v in m.values())
+
+    l = torch.export.Dim("l")
+    tokens = {"u": {2: l}, "delta": {2: l}, "B": {2: l}, "C": {2: l}, "z": {1: l}}
+    dynamic = {name: tokens.get(name) for name in two_way_inputs()}
+    exported = torch.export.export(Scan(), inputs(lengths[0]), dynamic_shapes=dynamic).module()
+    for length in lengths:
+        m = inputs(length)
+        torch.testing.assert_close(exported(*m), Scan()(*m))
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:

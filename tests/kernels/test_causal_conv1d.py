@@ -88,6 +88,15 @@ def test_keeps_the_dtype(device, dtype):
                 tolerance=tolerance)  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("other", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_parameters_may_have_another_dtype_than_x(device, dtype, other):
+    x, *parameters = inputs(1, 4, 3, 4, device=device)
+    m = [x.to(dtype), *(v.to(other) for v in parameters)]
+    tolerance = 2e-2 if torch.bfloat16 in (dtype, other) else 1e-5
+    assert_same(bi_causal_conv1d, both_by_definition, m, tolerance=tolerance)
+
+
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_half_precision_is_within_twice_the_plain_path(backend, dtype, monkeypatch):
@@ -136,7 +145,7 @@ def test_autocast_and_compile(device):
         out = bi_causal_conv1d(*m)
         narrow = bi_causal_conv1d(m[0].bfloat16(), *m[1:])
     assert (out.double() - exact).norm() < 2e-2 * exact.norm()
-    assert narrow.dtype == torch.bfloat16
+    assert (out.dtype, narrow.dtype) == (torch.float32, torch.bfloat16)
     assert (narrow.double() - exact).norm() < 2e-2 * exact.norm()
     compiled = torch.compile(bi_causal_conv1d, fullgraph=True, backend="aot_eager")
     leaves = [v.requires_grad_() for v in m]
@@ -219,11 +228,11 @@ def test_double_backward_is_refused_with_words(backend, monkeypatch):
         grad.sum().backward()
 
 
-@pytest.mark.parametrize(("b", "l"), [(0, 5), (2, 0)], ids=["no-images", "no-tokens"])
-def test_triton_takes_empty_tensors(b, l, monkeypatch):
-    device = use("triton", monkeypatch)
-    out, dx, dweight, dbias = results(bi_causal_conv1d, inputs(b, l, 3, 4, device=device))
-    assert (out.shape, dx.shape) == ((2, b, l, 3), (b, l, 3))
+@pytest.mark.parametrize("shape", [(0, 5, 3), (2, 0, 3), (2, 5, 0)],
+                         ids=["no-images", "no-tokens", "no-channels"])  # fmt: skip
+def test_takes_empty_tensors(device, shape):
+    out, dx, dweight, dbias = results(bi_causal_conv1d, inputs(*shape, 4, device=device))
+    assert (out.shape, dx.shape) == ((2, *shape), shape)
     assert not dweight.any()
     assert not dbias.any()
 

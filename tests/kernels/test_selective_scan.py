@@ -14,6 +14,8 @@ from scan_helpers import (
     OPTIONAL,
     as_double,
     assert_close,
+    assert_exports_for_lengths,
+    last_state_gradients,
     one_way_inputs,
     relative_error,
     run_on_leaves,
@@ -89,7 +91,7 @@ def test_bidirectional_reference_is_two_scans_added_gated_and_scaled():
 
 SHAPES = [  # b, l, d, n
     (2, 1, 5, 16), (2, 3, 1, 8), (1, 63, 7, 1), (2, 63, 65, 16), (1, 197, 9, 16), (1, 17, 130, 8),
-    (2, 33, 3, 5), (1, 5, 3, 64),
+    (2, 33, 3, 5), (1, 5, 3, 64), (2, 32, 3, 2), (2, 64, 3, 2),
 ]  # fmt: skip
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "b{}-l{}-d{}-n{}".format(*s))
 
@@ -201,6 +203,22 @@ def test_a_gradient_wanted_alone_is_the_same(backend, wanted):
     leaf = m[wanted].clone().requires_grad_()
     alone = run_on_leaves({wanted: leaf}, m | {wanted: leaf}, backend)[f"d_{wanted}"]
     torch.testing.assert_close(alone, whole)
+
+
+@each_fast_backend
+def test_a_loss_of_the_last_state_alone(backend):
+    m = one_way_inputs(2, 19, 3, 4)
+    got, exact = last_state_gradients(m, backend), last_state_gradients(as_double(m), "reference")
+    assert_close(got, exact)
+
+
+@each_fast_backend
+def test_the_initial_state_alone_wants_a_gradient(backend):
+    m = one_way_inputs(2, 19, 3, 4)
+    leaf = {"initial_state": m["initial_state"].clone().requires_grad_()}
+    options = {"delta_softplus": True, **LAST}
+    got, whole = run_on_leaves(leaf, m | leaf, backend, **options), run_scan(m, backend, **options)
+    assert_close(got, {name: whole[name] for name in ("y", "last", "d_initial_state")})
 
 
 # --- what a user may rely on -----------------------------------------------------------------
@@ -371,6 +389,12 @@ def test_exports(backend):
     torch.testing.assert_close(exported(**m), bi_selective_scan(**m, backend=backend))
 
 
+@each_fast_backend
+@pytest.mark.parametrize("lengths", [(5, 1, 70), (40, 16, 1)], ids=["one-chunk", "more"])
+def test_exports_for_any_number_of_tokens(backend, lengths):
+    assert_exports_for_lengths(lengths, backend)
+
+
 # --- hard numbers ----------------------------------------------------------------------------
 
 
@@ -399,13 +423,16 @@ def test_steps_and_decays_over_eight_decades(backend, length):
 @each_fast_backend
 @pytest.mark.parametrize("center", [-18.0, -11.0, -7.0, 0.0, 19.9, 25.0])
 def test_softplus_is_exact_at_every_size(backend, center):
-    """u, B, C = 1 from a zero state over one token: y is dt itself, n times over both ways."""
+    """u, B, C = 1 from a zero state over one token: y is dt itself, once for each direction."""
     one = torch.ones(2, 1, 1, 64)
     delta = center + torch.linspace(-1, 1, 128).reshape(2, 1, 1, 64)
+    delta.requires_grad_()
     n_one = torch.ones(2, 1, 1, 1)
     y = bi_selective_scan(one, delta, -torch.ones(2, 64, 1), n_one, n_one, backend=backend)
     dt = torch.log1p(delta.double().exp())
     torch.testing.assert_close(y[0, 0].double(), dt.sum(0)[0, 0], rtol=1e-6, atol=0)
+    slope, exact_slope = (torch.autograd.grad(m.sum(), delta)[0] for m in (y, dt))
+    torch.testing.assert_close(slope, exact_slope, rtol=2e-6, atol=0)
 
 
 @each_fast_backend

@@ -24,6 +24,27 @@ SAME = {
 BOUNDS = {"3.6": SAME, "3.8": SAME}
 
 
+SPECIALISED = """
+from triton.runtime import JITFunction
+from vim_ssl.kernels.selective_scan import triton_kernels
+for name, kernel in vars(triton_kernels).items():
+    if isinstance(kernel, JITFunction) and name.endswith("_kernel"):
+        print(name, *(p.name for p in kernel.params if not (p.is_constexpr or p.do_not_specialize)))
+"""
+
+
+@pytest.mark.slow
+def test_another_number_of_images_or_tokens_is_no_reason_to_compile():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", SPECIALISED], env=environment, cwd=ROOT,
+                          capture_output=True, text=True, timeout=120)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert len(rows) == 5
+    for kernel, *names in rows:
+        assert not {"batch", "length", "segment", "parts", "count"} & {*names}, kernel
+
+
 @pytest.mark.slow
 def test_registers_spills_and_instructions_stay_within_what_was_recorded():
     script = [sys.executable, str(ROOT / "benchmarks" / "sm90.py"), "--json"]

@@ -11,6 +11,8 @@ from implementations import poison_new_tensors
 from scan_helpers import (
     as_double,
     assert_close,
+    assert_exports_for_lengths,
+    last_state_gradients,
     one_way_inputs,
     relative_error,
     run_on_leaves,
@@ -72,6 +74,20 @@ def test_one_way_with_states_in_and_out(shape, reverse):
     compare(one_way_inputs(*shape), reverse=reverse, **ONE_WAY)
 
 
+def test_a_loss_of_the_last_state_alone():
+    m = one_way_inputs(1, 3, 2, 2)
+    got = {name: v.cpu() for name, v in last_state_gradients(here(m), "triton").items()}
+    assert_close(got, last_state_gradients(as_double(m), "reference"))
+
+
+def test_the_initial_state_alone_wants_a_gradient():
+    m = here(one_way_inputs(1, 3, 2, 2))
+    leaf = {"initial_state": m["initial_state"].clone().requires_grad_()}
+    got = run_on_leaves(leaf, m | leaf, "triton", **ONE_WAY)
+    whole = run_scan(m, "triton", **ONE_WAY)
+    assert_close(got, {name: whole[name] for name in ("y", "last", "d_initial_state")})
+
+
 @pytest.mark.usefixtures("two_channels_a_lane")
 @pytest.mark.parametrize("shape", [(1, 5, 33, 2), (1, 4, 70, 1)], ids=["one-block", "two-blocks"])
 def test_two_channels_a_lane(shape):
@@ -82,7 +98,7 @@ def test_two_channels_a_lane(shape):
 class TestSegments:
     @pytest.mark.parametrize("length", [16, 21], ids=["even", "ragged"])
     def test_two_way(self, length):
-        compare(two_way_inputs(1, length, 2, 2))
+        compare(two_way_inputs(1, length, 2, 2), scale=0.5)
 
     @each_order
     def test_one_way(self, reverse):
@@ -202,15 +218,28 @@ def test_the_same_outputs_are_not_finite_as_in_float64(name, value):
     assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("length", [3, 8, 11])
+def test_a_state_that_forgets_at_once_leaves_finite_gradients(length):
+    """A = -inf, also where fewer tokens follow the last saved state than the others."""
+    m = one_way_inputs(1, length, 3, 2)
+    m["A"][1, 0] = -1e30  # with -inf the reference itself multiplies by 0
+    exact = run_scan(as_double(m), "reference", **ONE_WAY)
+    m["A"][1, 0] = -torch.inf
+    assert_close(run(m, **ONE_WAY), exact)
+
+
 @pytest.mark.parametrize("center", [-18.0, -7.0, -0.5, 0.5, 19.9, 25.0])
 def test_softplus_is_exact_at_every_size(center):
-    """u, B, C = 1 from a zero state over one token: y is dt itself, n times over both ways."""
+    """u, B, C = 1 from a zero state over one token: y is dt itself, once for each direction."""
     delta = center + torch.linspace(-1, 1, 64).reshape(2, 1, 1, 32)
+    delta.requires_grad_()
     one, n_one, A = torch.ones(2, 1, 1, 32), torch.ones(2, 1, 1, 1), -torch.ones(2, 32, 1)
     args = (m.to(DEVICE) for m in (one, delta, A, n_one, n_one))
     y = bi_selective_scan(*args, backend="triton").cpu()
     dt = torch.log1p(delta.double().exp())
     torch.testing.assert_close(y[0, 0].double(), dt.sum(0)[0, 0], rtol=1e-6, atol=0)
+    slope, exact_slope = (torch.autograd.grad(m.sum(), delta)[0] for m in (y, dt))
+    torch.testing.assert_close(slope, exact_slope, rtol=2e-6, atol=0)
 
 
 def test_an_empty_batch_has_empty_results_and_zero_gradients():
@@ -252,6 +281,10 @@ def test_exports():
     m = here(two_way_inputs(1, 3, 2, 2))
     exported = torch.export.export(Scan(), (), m).module()
     torch.testing.assert_close(exported(**m), bi_selective_scan(**m, backend="triton"))
+
+
+def test_exports_for_any_number_of_tokens():
+    assert_exports_for_lengths((3, 9), "triton", DEVICE)
 
 
 def test_double_backward_is_refused_with_words():
