@@ -27,7 +27,7 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
-from rows import ORIGIN, RESULTS, append_rows, origin
+from rows import ORIGIN, append_rows, origin, results_parser
 
 from vim_ssl.recipes import mim_pretrain
 from vim_ssl.runs import read_metrics
@@ -97,12 +97,8 @@ def measure(preset: str, changes: dict, root: Path) -> dict:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = results_parser(__doc__, "presets.csv")
     parser.add_argument("--only", nargs="+", default=PAPER, choices=PAPER, help="presets")
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER", help="for the rows")
     parser.add_argument("--data", default="sample:fluent-emoji?limit=20", help="pictures")
     parser.add_argument("--batch", type=int, default=2, help="pictures a step")
     parser.add_argument("--steps", type=int, default=10, help="optimiser steps")

@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = ("cpu", "digits", "exits", "gpu_check", "objectives", "resume")
+SCRIPTS = (
+    "cpu",
+    "digits",
+    "exits",
+    "gpu_check",
+    "learning/study",
+    "objectives",
+    "presets",
+    "resume",
+)
 HELP = """
 import contextlib, io, json, runpy, sys
 texts = []
@@ -28,7 +37,7 @@ def test_every_option_has_help_with_its_default_and_rows_can_go_elsewhere():
     folder = ROOT / "benchmarks"
     names = [str(folder / f"{name}.py") for name in SCRIPTS]
     names.append("vim_ssl.kernels.selective_scan.benchmark")
-    paths = os.pathsep.join([str(ROOT), str(folder)])
+    paths = os.pathsep.join(map(str, (ROOT, folder, folder / "learning")))
     done = subprocess.run(
         [sys.executable, "-c", HELP, *names], capture_output=True, text=True, check=True,
         env=os.environ | {"PYTHONPATH": paths},

@@ -50,7 +50,7 @@ class Run:
 
         Raises: FileExistsError for a directory that holds something else, or a run when
             ``resume`` is "never"; ValueError for settings that differ from the run's own, and
-            an unknown tracker; ImportError for one that is not installed; RuntimeError while
+            an unknown tracker; ImportError for one that is not installed; BlockingIOError while
             another process trains there; OSError where nothing can be written.
         """
         from accelerate.utils import broadcast_object_list
@@ -71,6 +71,8 @@ class Run:
         if run.main:
             try:
                 run._make(name)
+            except BlockingIOError:
+                raise
             except OSError as error:
                 reason = error.strerror or error
                 raise OSError(
@@ -105,7 +107,7 @@ class Run:
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
-            raise RuntimeError(
+            raise BlockingIOError(
                 f"another process is training in {name}; wait for it, or choose another --output."
             ) from None
 
