@@ -32,7 +32,7 @@ from rows import ORIGIN, append_rows, origin, results_parser
 from vim_ssl.recipes import mim_pretrain
 from vim_ssl.runs import read_metrics
 
-PAPER = [name for name in mim_pretrain.PRESETS if name not in ("demo", "mae_nano_64")]
+PAPER = [name for name in mim_pretrain.PRESETS if name.endswith(("_192", "_224"))]
 IMAGENET = 1_281_167
 COLUMNS = (
     *ORIGIN, "threads", "preset", "objective", "encoder", "trained_parameters", "teacher",

@@ -26,8 +26,8 @@ from vim_ssl.checkpoint_files import FORMAT, WEIGHT_SUFFIXES, Stored
 from vim_ssl.encoder import IMAGENET_DATA, PRESETS, VimEncoder
 from vim_ssl.released import RELEASED_FILES, released_config
 
-# Weights we host: "preset.tag" -> Hub id.
-TAGS: dict[str, str] = {}
+# Weights that come with the package: "preset.tag" -> folder.
+TAGS = {path.name: path for path in (Path(__file__).parent / "weights").glob("*.*")}
 _DEFAULTS = {
     name: parameter.default for name, parameter in inspect.signature(VimEncoder).parameters.items()
 }

@@ -35,7 +35,13 @@ from vim_ssl import create_transform
 from vim_ssl.data import labelled_parts
 from vim_ssl.downstream import linear_probe
 from vim_ssl.probes import extract_features
-from vim_ssl.recipes.mim_pretrain import Config, build_data, build_model, build_objective
+from vim_ssl.recipes.mim_pretrain import (
+    Config,
+    build_data,
+    build_model,
+    build_objective,
+    mae_minute,
+)
 from vim_ssl.runs import Run
 from vim_ssl.training import fit, make_accelerator
 
@@ -44,22 +50,17 @@ COLUMNS = (*ORIGIN, "data", "arm", "budget", "seed", "epochs", "pictures", "cpu_
            "logistic", "readout", "knn")  # fmt: skip
 COST_COLUMNS = (*ORIGIN, "data", "arm", "seconds_a_step", "steps")
 
-COMMON = Config(
-    model_args={"embed_dim": 128}, decoder_dim=64, decoder_depth=1, norm_pix_loss=False,
-    warmup_epochs=0.2, batch_size=32, lr_reference_batch=32, base_lr=1.5e-3, workers=0, threads=1,
-    eval_every=1e9, log_every=50, save_every=1e9, trackers=("none",),
-)  # fmt: skip
+QUIET = {"threads": 1, "eval_every": 1e9, "log_every": 50, "save_every": 1e9, "trackers": ("none",)}
 DATA = {
-    "digits": replace(COMMON, data="sample:mnist5k?split=train", encoder="vim_nano_patch4_28",
-                      crop_scale=(0.6, 1.0), hflip=0.0, cluster=1, epochs=4),
-    "colour": replace(COMMON, data="sample:noto-emoji?split=train", encoder="vim_nano_patch8_64",
-                      crop_scale=(0.4, 1.0), cluster=1, epochs=4),
+    "digits": replace(mae_minute(), **QUIET),
+    "colour": replace(mae_minute(), data="sample:noto-emoji?split=train", hflip=0.5,
+                      encoder="vim_nano_patch8_64", crop_scale=(0.4, 1.0), **QUIET),
 }  # fmt: skip
 ARMS = {
     "mae": {},
     "mae, shuffled": {"keep_order": False},
     "simmim": {"objective": "simmim", "mask_ratio": 0.6},
-    "ar": {"objective": "ar"},
+    "ar": {"objective": "ar", "cluster": 1},
     "distill": {"objective": "distill", "distill_where": "all", "teacher_layers": 2,
                 "mask_ratio": 0.6},
     "mae on ViT": {},

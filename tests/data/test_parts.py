@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from vim_ssl.data import labelled_parts
+from vim_ssl.data import labelled_parts, open_data
 
 
 def fill(root, *names) -> str:
@@ -47,3 +47,25 @@ def test_groups_stay_whole(tmp_path):
 def test_pictures_without_labels_are_an_error(tmp_path):
     with pytest.raises(ValueError, match="no labels of two classes"):
         labelled_parts(fill(tmp_path, "1.png", "2.png"), test=0.2, seed=0)
+
+
+# ------------------------------------------------------------------ several sources as one
+
+
+def test_specs_joined_by_a_plus_are_one_set_after_another(tmp_path):
+    for name, value in (("a", 10), ("b", 200)):
+        for i in range(3):
+            folder = tmp_path / name
+            folder.mkdir(exist_ok=True)
+            Image.new("RGB", (4, 4), (value + i,) * 3).save(folder / f"{i}.png")
+    both = open_data(f"{tmp_path}/a?limit=2 + {tmp_path}/b")
+    assert len(both) == 5
+    assert [both[i]["image"].getpixel((0, 0))[0] for i in range(5)] == [10, 11, 200, 201, 202]
+    assert len(set(both.ids)) == 5
+    assert "label" not in both[0]
+    assert open_data(f"{tmp_path}/a + {tmp_path}/a").fingerprint != both.fingerprint
+
+
+def test_a_folder_with_a_plus_in_its_name_is_a_folder(tmp_path):
+    fill(tmp_path / "a + b", "0.png")
+    assert len(open_data(f"{tmp_path}/a + b")) == 1

@@ -1,8 +1,10 @@
 """`ImageData`: what every source becomes, pictures by index with what is known of them."""
 
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from hashlib import blake2b
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -141,3 +143,30 @@ class ImageData(Dataset):
     def __repr__(self) -> str:
         known = f", {len(self.classes)} classes" if self.classes else ""
         return f"ImageData({self.name!r}, {len(self)} pictures{known}, split={self.split!r})"
+
+
+class _Joined:
+    """The pictures of several sets, one set after another."""
+
+    def __init__(self, parts: Sequence[ImageData]):
+        self.parts = list(parts)
+        self.ends = list(accumulate(len(part) for part in parts))
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getitem__(self, row: int) -> str | Path | bytes | np.ndarray:
+        number = bisect_right(self.ends, row)
+        before = self.ends[number - 1] if number else 0
+        return self.parts[number].raw(row - before)
+
+
+def join(parts: Sequence[ImageData]) -> ImageData:
+    """Several sets as one, to pretrain on: labels, captions and groups of different sources do not
+    go together and are left out. The ids are ``number of the part/its own id``."""
+    return ImageData(
+        _Joined(parts),
+        [f"{number}/{name}" for number, part in enumerate(parts) for name in part.ids],
+        name=" + ".join(part.name for part in parts),
+        source_fingerprint=" ".join(part.fingerprint for part in parts),
+    )

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal, overload
 
-from vim_ssl.data.dataset import ImageData
+from vim_ssl.data.dataset import ImageData, join
 from vim_ssl.data.folder import open_folder
 from vim_ssl.data.hub import open_hub, stream_hub
 from vim_ssl.data.sample_sets import open_sample
@@ -19,6 +19,7 @@ _OPENERS: dict[str, Callable[[DataSpec], ImageData]] = {
     "hf": open_hub,
     "sample": open_sample,
 }
+AND = " + "  # between specs that are read as one
 _STREAMS: dict[str, Callable[[DataSpec], ImageStream]] = {"hf": stream_hub, "wds": stream_tars}
 
 
@@ -38,7 +39,8 @@ def open_data(
     """Open pictures: a folder's path, ``hf:owner/name[:config]``, ``sample:name``, ``wds:shards``.
 
     Args:
-        spec: ``SCHEME:LOCATION?key=value&...``; see `DataSpec` for the keys.
+        spec: ``SCHEME:LOCATION?key=value&...``; see `DataSpec` for the keys. Several joined by
+            " + " are read as one set without labels; see `join`.
         split: opens this split whatever the spec says. Without any the training part is opened,
             of a source that has splits; "all" opens everything.
         streams: whether pictures that are read in order will do: ``wds:`` and ``streaming=true``.
@@ -46,6 +48,8 @@ def open_data(
     Raises: ValueError for a spec that does not fit the source, FileNotFoundError for missing
         data; each says what to do.
     """
+    if isinstance(spec, str) and AND in spec and not Path(spec).expanduser().exists():
+        return join([open_data(part.strip(), split=split) for part in spec.split(AND)])
     parsed = parse_spec(spec)
     if split is not None:
         parsed = replace(parsed, split=split)

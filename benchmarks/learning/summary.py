@@ -1,0 +1,118 @@
+"""The study's rows as a table in Markdown and as a plot (matplotlib).
+
+    python benchmarks/learning/summary.py               # prints the table, writes learning.svg
+
+Gains are over the same seed's untrained encoder of the same kind, paired: the mean of the seeds'
+differences with Student's 95 % interval.
+"""
+
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from rows import read_rows, results_parser
+
+HERE = Path(__file__).parent
+FIGURES = {"logistic": "linear probe", "knn": "nearest neighbours"}
+BUDGETS = {"time": "equal time", "pictures": "equal pictures"}
+
+
+def values(rows: list[dict], data: str, arm: str, budget: str, figure: str) -> dict[int, float]:
+    """Seed -> accuracy in per cent. What has no budget, or defines both, counts for each."""
+    return {
+        int(row["seed"]): float(row[figure])
+        for row in rows
+        if row["data"] == data and row["arm"] == arm and row["budget"] in (budget, "both", "none")
+    }
+
+
+def gain(ours: dict[int, float], theirs: dict[int, float]) -> tuple[float, float]:
+    """The mean of the differences on the seeds both have, and half of its 95 % interval."""
+    from scipy import stats
+
+    differences = [ours[seed] - theirs[seed] for seed in ours.keys() & theirs.keys()]
+    if len(differences) < 2:
+        return statistics.mean(differences), float("nan")
+    error = statistics.stdev(differences) / len(differences) ** 0.5
+    return statistics.mean(differences), stats.t.ppf(0.975, len(differences) - 1) * error
+
+
+def table(rows: list[dict]) -> str:
+    """One line an arm and budget, with the figures of every data set."""
+    datas = list(dict.fromkeys(row["data"] for row in rows))
+    head = [f"{data}, {name}" for data in datas for name in FIGURES.values()]
+    lines = [
+        "| objective | budget | seeds | " + " | ".join(head) + " |",
+        "|---" * (3 + len(head)) + "|",
+    ]
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        own = {row["budget"] for row in rows if row["arm"] == arm}
+        for budget in BUDGETS if own & set(BUDGETS) else ["time"]:
+            cells, seeds = [], set()
+            for data in datas:
+                for figure in FIGURES:
+                    found = values(rows, data, arm, budget, figure)
+                    seeds.add(len(found))
+                    cells.append(_cell(rows, data, arm, budget, figure) if found else "")
+            name = BUDGETS[budget] if own & set(BUDGETS) else "both" if "both" in own else "none"
+            counts = "-".join(str(n) for n in sorted(seeds))
+            lines.append(f"| {arm} | {name} | {counts} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(rows, data, arm, budget, figure) -> str:
+    found = values(rows, data, arm, budget, figure)
+    text = f"{statistics.mean(found.values()):.1f}"
+    if arm.startswith(("untrained", "pixels")):
+        return text
+    untrained = "untrained ViT" if "ViT" in arm else "untrained"
+    mean, half = gain(found, values(rows, data, untrained, budget, figure))
+    return f"{text} ({mean:+.1f} ± {half:.1f})"
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Gains at equal time, a panel a data set and figure, a dot a seed and a bar their mean."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    datas = list(dict.fromkeys(row["data"] for row in rows))
+    arms = [arm for arm in dict.fromkeys(row["arm"] for row in rows)
+            if not arm.startswith(("untrained", "pixels"))]  # fmt: skip
+    size = (4.2 * len(datas), 2.6 * len(FIGURES))
+    figure, axes = plt.subplots(len(FIGURES), len(datas), figsize=size, squeeze=False, sharey=True)
+    for line, (key, name) in zip(axes, FIGURES.items(), strict=True):
+        for axis, data in zip(line, datas, strict=True):
+            for place, arm in enumerate(arms):
+                untrained = "untrained ViT" if "ViT" in arm else "untrained"
+                ours = values(rows, data, arm, "time", key)
+                theirs = values(rows, data, untrained, "time", key)
+                dots = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
+                if not dots:
+                    continue
+                mean, half = gain(ours, theirs)
+                axis.barh(place, mean, xerr=half, color="#9ecae1", ecolor="#444", height=0.7)
+                axis.plot(dots, [place] * len(dots), "k.", markersize=4)
+            axis.axvline(0, color="k", linewidth=0.8)
+            axis.set_yticks(range(len(arms)), arms)
+            axis.set_title(f"{data}: {name}", fontsize=10)
+            axis.set_xlabel("points over untrained weights, equal time", fontsize=8)
+    axes[0][0].invert_yaxis()
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main() -> int:
+    parser = results_parser(__doc__, "nothing; learning.csv is read")
+    args = parser.parse_args()
+    rows = read_rows(args.out / "learning.csv")
+    print(table(rows))
+    plot(rows, HERE / "learning.svg")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
