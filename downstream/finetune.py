@@ -2,14 +2,19 @@
 
     python downstream/finetune.py --labels-per-class 10                  # newest run, its data
     python downstream/finetune.py --encoder RUN_OR_FILE --data FOLDER
+    python downstream/finetune.py --preset ssl_224 --encoder RUN --data imagenet:ROOT
+    python downstream/finetune.py --eval-only --encoder vim_t_midclstok_76p1acc.pth \\
+        --data imagenet:ROOT                                             # a released checkpoint
 
-Every block is trained, the lower ones more gently (layer decay); the head reads class token and
-patches together. The test set is used once, at the end.
+Every block is trained, the lower ones more gently (layer decay). The test part is used once, at the
+end, unless it is what chooses: --validation takes a share of the training part for that. In the run
+lie metrics.json, predictions.csv (one line a picture) and classes.csv (one a class).
 """
 
 import json
 import random
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,31 +22,38 @@ from typing import Any
 
 import torch
 
-from vim_ssl import create_transform, load_encoder, save_encoder
-from vim_ssl.classification import Classification
+from vim_ssl import load_encoder
+from vim_ssl.classification import (
+    ClassificationConfig,
+    class_names,
+    evaluate,
+    outputs,
+    summary,
+    train_classifier,
+)
 from vim_ssl.cli import guarded
 from vim_ssl.config import opt, parse, to_dict
 from vim_ssl.data import labelled_parts
-from vim_ssl.data.loader import SeededSamples
-from vim_ssl.data.transforms import pretrain_transform
-from vim_ssl.probes import accuracy, extract_features, wilson_interval
-from vim_ssl.runs import Run, environment, newest_run, stored_or, trained_on
-from vim_ssl.training import TrainConfig, fit, make_accelerator
+from vim_ssl.released import RELEASED_FILES
+from vim_ssl.runs import environment, newest_run, stored_or, trained_on
+from vim_ssl.training import make_accelerator
 
 
 @dataclass
-class Config(TrainConfig):
+class Config(ClassificationConfig):
     """Fine-tune all of an encoder."""
 
     encoder: str = opt("", "run, checkpoint, preset or Hub id; default: the newest run", "data")
     data: str = opt("", "labelled data; default: what the run was trained on", "data")
-    test: float = opt(0.2, "share held out if the data has no test split", "data")
     labels_per_class: int = opt(0, "train on so many of each class; 0: on all", "data")
     crop_scale: tuple[float, float] = opt((0.6, 1.0), "share of the picture's area", "data")
     hflip: float = opt(0.0, "probability of mirroring", "data")
     global_pool: str = opt("token+avg", "what the head reads", "model")
+    img_size: int = opt(0, "pixels; positions are resampled; 0: the encoder's own", "model")
+    stride: int = opt(0, "of the patches, pixels; 8 is the paper's finer granularity", "model")
     from_scratch: bool = opt(False, "forget the weights: the baseline", "model")
-    epochs: int = opt(60, "passes over the training part", "optimiser")
+    eval_only: bool = opt(False, "judge the encoder with the head it has", "run")
+    epochs: float = opt(60, "passes over the training part", "optimiser")
     batch_size: int = opt(20, "samples a process and micro-batch", "optimiser")
     base_lr: float = opt(1e-3, "learning rate per lr_reference_batch samples", "optimiser")
     lr_reference_batch: int = opt(64, "samples that base_lr is meant for", "optimiser")
@@ -52,14 +64,28 @@ class Config(TrainConfig):
     eval_every: float = opt(1e9, "epochs between evaluations", "run")
 
 
-class ClassificationTransform:
-    """An item to ``image`` (c, h, w) and ``label``."""
+def ssl_224() -> Config:
+    """After pretraining without labels, as MAE fine-tunes: 100 epochs, batch 1024 in all."""
+    return Config(
+        crop_scale=(0.08, 1.0), hflip=0.5, auto_augment="rand-m9-mstd0.5-inc1", erasing=0.25,
+        mixup=0.8, cutmix=1.0, label_smoothing=0.1, drop_path=0.1, global_pool="avg", epochs=100,
+        batch_size=128, base_lr=5e-4, lr_reference_batch=256, clip_grad=None, ema=0.9999,
+        precision="bf16", workers=8, eval_every=5,
+    )  # fmt: skip
 
-    def __init__(self, image_transform):
-        self.image_transform = image_transform
 
-    def __call__(self, item: dict) -> dict:
-        return {"image": self.image_transform(item["image"]), "label": item["label"]}
+def finer_224() -> Config:
+    """The paper's fine-tuning at stride 8, 27 x 27 patches: 30 epochs at 1e-5, batch 1024."""
+    return Config(
+        crop_scale=(0.08, 1.0), hflip=0.5, color_jitter=0.3, auto_augment="rand-m9-mstd0.5-inc1",
+        erasing=0.25, repeats=3, mixup=0.8, cutmix=1.0, label_smoothing=0.1, global_pool="token",
+        stride=8, epochs=30, warmup_epochs=5, batch_size=128, base_lr=5e-6, lr_reference_batch=512,
+        min_lr=1e-5, warmup_lr=1e-5, weight_decay=1e-8, layer_decay=None, clip_grad=None,
+        ema=0.99996, workers=8, eval_every=5,
+    )  # fmt: skip
+
+
+PRESETS = {f.__name__: f for f in (ssl_224, finer_224)}
 
 
 def few_of_each(labels: list[int], count: int, seed: int) -> list[int]:
@@ -73,48 +99,55 @@ def few_of_each(labels: list[int], count: int, seed: int) -> list[int]:
     return sorted(i for members in chosen.values() for i in members)
 
 
-def run(config: Config) -> dict:
+def run(config: Config) -> dict[str, Any]:
     accelerator = make_accelerator(config)
     source = config.encoder or str(newest_run())
     train, test = labelled_parts(config.data or trained_on(source), config.test, config.seed)
+    if config.eval_only:
+        return judge_as_it_is(config, source, test, accelerator.device)
     if config.labels_per_class:
         train = train.subset(few_of_each(train.labels or [], config.labels_per_class, config.seed))
     torch.manual_seed(config.seed)
+    asked: dict[str, Any] = {"img_size": config.img_size, "stride": config.stride}
     encoder = load_encoder(
-        source, num_classes=max(train.labels or []) + 1, global_pool=config.global_pool
-    )
+        source, num_classes=outputs(config.targets, len(class_names(train))),
+        global_pool=config.global_pool, drop_path_rate=config.drop_path,
+        **{key: value for key, value in asked.items() if value},
+    )  # fmt: skip
     if config.from_scratch:
         encoder = type(encoder)(**encoder.config)
-    folder = Run.open("finetune", config, accelerator)
-    transform = pretrain_transform(encoder, crop_scale=config.crop_scale, hflip=config.hflip)
-    samples = SeededSamples(train, ClassificationTransform(transform), config.seed)
-    fit(Classification(encoder).train(), samples, config, folder, accelerator)
+    return train_classifier("finetune", config, encoder, source, train, test, accelerator)
 
-    metrics: dict[str, Any] = {"task": "finetune", "data": train.name, "encoder": source,
-                               "train": len(train)}  # fmt: skip
-    if accelerator.is_main_process:
-        encoder.eval()
-        found = extract_features(
-            encoder, test, create_transform(encoder), device=accelerator.device
+
+def judge_as_it_is(config: Config, source: str, test, device) -> dict[str, Any]:
+    """Evaluate an encoder with its own head; beside the top-1 published, of a released file."""
+    encoder = load_encoder(source, num_classes=None, img_size=config.img_size or None).to(device)
+    classes = class_names(test)
+    if encoder.num_classes != outputs(config.targets, len(classes)):
+        raise ValueError(
+            f"{source} has a head of {encoder.num_classes} outputs, {test.name} has "
+            f"{len(classes)} classes; evaluate on the classes it was trained on."
         )
-        top1 = round(accuracy(found.x.argmax(1), found.y), 2)
-        metrics |= {"test": len(found.y), "top1": top1, "skipped": found.skipped,
-                    "top1_ci": wilson_interval(top1, len(found.y)),
-                    "protocol": to_dict(config), **environment()}  # fmt: skip
-        path = Path(folder.folder) / "metrics.json"
-        with folder.writing("the encoder"):
-            save_encoder(encoder, folder.folder, record={"recipe": "finetune", "data": train.name})
-            path.write_text(json.dumps(metrics, indent=2) + "\n")
-        low, high = metrics["top1_ci"]
-        print(f"top-1 {top1:.1f} % [{low:.1f}, {high:.1f}] on {len(found.y):,} test pictures, "
-              f"trained on {len(train):,} · {path}")  # fmt: skip
-    folder.close()
-    accelerator.end_training()
+    name = config.output or f"runs/evaluation-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path(name)
+    folder.mkdir(parents=True, exist_ok=True)
+    metrics: dict[str, Any] = {"task": "evaluation", "data": test.name, "encoder": source}
+    metrics |= evaluate(
+        encoder, test, folder, config.targets, classes, batch_size=config.batch_size,
+        workers=config.workers,
+    )  # fmt: skip
+    published = RELEASED_FILES.get(Path(source).name)
+    if published:
+        metrics["published_top1"] = published[1]
+    metrics |= {"protocol": to_dict(config), **environment()}
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    beside = f" ({published[0]}, published: {published[1]} on ImageNet)" if published else ""
+    print(f"{summary(metrics)}{beside} · {folder}")
     return metrics
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    run(parse(Config, argv=argv, default_preset=stored_or(None), description=__doc__))
+    run(parse(Config, PRESETS, argv, default_preset=stored_or(None), description=__doc__))
     return 0
 
 

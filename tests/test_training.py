@@ -565,7 +565,8 @@ def test_a_run_says_at_its_end_whether_the_data_set_the_pace(tmp_path, capsys):
 
 def test_the_advice_follows_from_the_time_spent_waiting():
     assert "50 images/s, 60 %" in bottleneck(500, 10, 6, workers=0)
-    assert "More --workers than 0" in bottleneck(500, 10, 6, workers=0)
+    assert "the data set the pace; more --workers than 0" in bottleneck(500, 10, 6, workers=0)
+    assert "the data hold the model up; more" in bottleneck(500, 10, 2, workers=0)
     assert "a worker on every core" in bottleneck(500, 10, 6, workers=10_000)
     assert "the model sets the pace" in bottleneck(500, 10, 0.5, workers=0)
 

@@ -1,34 +1,461 @@
-"""Supervised classification with an encoder and its head."""
+"""Supervised classification, from scratch or from a pretrained encoder: what the scripts share.
 
+targets      label                     loss                              prediction
+class        (b,) int64                cross-entropy, soft under mixup   the largest logit
+multi-label  (b, classes) of 0 and 1   binary cross-entropy, each alone  each logit above 0
+ordinal      (b,) int64, ordered       classes - 1 binary questions:     how many are answered
+                                       is it more than k?                by yes
+"""
+
+import csv
+import json
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import torch
 import torch.nn.functional as F
+from timm.data import Mixup
 from torch import Tensor, nn
 
+from vim_ssl.config import opt, to_dict
+from vim_ssl.data.loader import SeededSamples
+from vim_ssl.data.split import stratified_split
+from vim_ssl.data.transforms import create_transform
 from vim_ssl.encoder import VimEncoder
+from vim_ssl.loading import save_encoder
 from vim_ssl.objective import StepOutput
+from vim_ssl.probes import extract_features, wilson_interval
+from vim_ssl.runs import Run, environment, read_metrics
+from vim_ssl.training import TrainConfig, fit, make_average
+
+TARGETS = ("class", "multi-label", "ordinal")
+
+
+@dataclass
+class ClassificationConfig(TrainConfig):
+    """What training from scratch and fine-tuning have in common."""
+
+    data: str = opt("", "labelled pictures", group="data")
+    test: float = opt(0.2, "share held out if the data has no test split", group="data")
+    crop_scale: tuple[float, float] = opt((0.08, 1.0), "share of the picture's area", group="data")
+    validation: float = opt(
+        0.0, "share of the training part that chooses the best epoch; 0: the last", group="data"
+    )
+    patience: int = opt(0, "evaluations without a better one before the end; 0: all", group="run")
+    hflip: float = opt(0.5, "probability of mirroring", group="data")
+    color_jitter: float = opt(0.0, "strength; not beside auto_augment", group="data")
+    auto_augment: str = opt("", "by timm's names: rand-m9-mstd0.5-inc1 …", group="data")
+    erasing: float = opt(0.0, "probability of erasing a rectangle", group="data")
+    repeats: int = opt(1, "augmentations of a picture in one batch", group="data")
+    mixup: float = opt(0.0, "alpha of mixup; 0: off", group="data")
+    cutmix: float = opt(0.0, "alpha of cutmix, half the batches beside mixup", group="data")
+    targets: str = opt("class", "what the labels are", group="model", choices=TARGETS)
+    label_smoothing: float = opt(0.0, "spread over all classes", group="model")
+    class_weights: bool = opt(False, "rare classes count for more, all alike", group="model")
+    drop_path: float = opt(0.0, "stochastic depth", group="model")
+
+    def __post_init__(self):
+        super().__post_init__()
+        mixed = self.mixup > 0 or self.cutmix > 0
+        if mixed and self.batch_size % 2:
+            raise ValueError(f"mixup and cutmix mix pairs: batch_size {self.batch_size} is odd.")
+        if self.targets != "class" and (mixed or self.label_smoothing):
+            raise ValueError(f"mixup, cutmix and label_smoothing do not go with {self.targets}.")
+        if self.repeats < 1:
+            raise ValueError(f"repeats is {self.repeats}; it must be 1 or more.")
+        if not 0 <= self.validation < 1 or (self.patience and not self.validation):
+            raise ValueError(
+                f"validation {self.validation:g} and patience {self.patience}: patience needs a "
+                "share above 0 and below 1 of the training part to watch."
+            )
+
+
+class LabelledTransform:
+    """An item to ``image`` (c, h, w) and ``label``."""
+
+    def __init__(self, image_transform):
+        self.image_transform = image_transform
+
+    def __call__(self, item: dict) -> dict:
+        label = torch.as_tensor(item["label"])
+        return {"image": self.image_transform(item["image"]), "label": label}
+
+
+def training_transform(encoder: VimEncoder, config: ClassificationConfig) -> LabelledTransform:
+    """timm's training augmentation as the configuration asks for it."""
+    transform = create_transform(
+        encoder, is_training=True, scale=config.crop_scale, hflip=config.hflip,
+        color_jitter=config.color_jitter or None, auto_augment=config.auto_augment or None,
+        re_prob=config.erasing, re_mode="pixel",
+    )  # fmt: skip
+    return LabelledTransform(transform)
 
 
 class Classification(nn.Module):
-    """Cross-entropy on ``encoder(image)``.
+    """The loss of ``encoder(image)`` against the labels.
 
     Args:
-        encoder: with a head of ``num_classes``.
+        encoder: with a head of ``num_classes`` outputs; ordinal targets have one class more.
+        targets: one of `TARGETS`.
         label_smoothing: share of the target spread over all classes.
-    Batches hold ``image`` (b, c, h, w), normalised, and ``label`` (b,) int64.
-    Raises: ValueError for an encoder without a head.
+        mixup, cutmix: alpha of each while training; timm's, drawn once a batch.
+        class_weights: (classes,) float, factor on each class's loss; of classes alone.
+    Batches hold ``image`` (b, c, h, w), normalised, and ``label``.
+    Raises: ValueError for an encoder without a head, unknown targets, weights that do not fit.
     """
 
-    def __init__(self, encoder: VimEncoder, *, label_smoothing: float = 0.0):
+    def __init__(
+        self,
+        encoder: VimEncoder,
+        *,
+        targets: str = "class",
+        label_smoothing: float = 0.0,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        class_weights: Tensor | None = None,
+    ):
         super().__init__()
         if not encoder.num_classes:
             raise ValueError("The encoder has no head; load it with num_classes=….")
-        self.encoder, self.label_smoothing = encoder, label_smoothing
+        if targets not in TARGETS:
+            raise ValueError(f"targets {targets!r} is not one of {', '.join(TARGETS)}.")
+        self.encoder, self.targets, self.label_smoothing = encoder, targets, label_smoothing
+        self.mix: Any = None
+        if mixup or cutmix:
+            self.mix = Mixup(
+                mixup, cutmix, label_smoothing=label_smoothing, num_classes=encoder.num_classes
+            )
+        if class_weights is not None and (
+            targets != "class" or class_weights.shape != (encoder.num_classes,)
+        ):
+            raise ValueError(
+                f"class_weights of shape {tuple(class_weights.shape)} with targets {targets!r}: "
+                f"expected ({encoder.num_classes},) and 'class'."
+            )
+        self.class_weights: Tensor | None
+        self.register_buffer("class_weights", class_weights, persistent=False)
 
     def forward(self, batch: dict[str, Tensor]) -> StepOutput:
-        """The loss summed over the samples; ``top1`` beside it."""
-        logits = self.encoder(batch["image"]).float()
-        loss = F.cross_entropy(
-            logits, batch["label"], reduction="sum", label_smoothing=self.label_smoothing
+        """The loss summed over the samples; ``top1`` beside it, of pictures that are not mixed."""
+        images, labels = batch["image"], batch["label"]
+        if self.targets == "class" and self.mix is not None and self.training:
+            # timm draws from numpy's generator, which the trainer does not seed for a step.
+            np.random.seed(int(torch.randint(2**31, ())))  # noqa: NPY002
+            images, soft = self.mix(images.clone(), labels)
+            return StepOutput(self._cross_entropy(self.encoder(images).float(), soft), len(images))
+        logits = self.encoder(images).float()
+        if self.targets == "class":
+            loss = self._cross_entropy(logits, labels)
+        else:
+            asked = _more_than(labels, logits.shape[1]) if self.targets == "ordinal" else labels
+            loss = F.binary_cross_entropy_with_logits(logits, asked.float(), reduction="none")
+            loss = loss.mean(1).sum()
+        hits = (predicted(logits, self.targets) == labels).float()
+        hits = hits.mean(1) if hits.dim() > 1 else hits
+        return StepOutput(loss, len(logits), {"top1": 100.0 * hits.sum()})
+
+    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        smoothing = self.label_smoothing if labels.dim() == 1 else 0.0  # mixed ones are smooth
+        return F.cross_entropy(
+            logits, labels, self.class_weights, reduction="sum", label_smoothing=smoothing
         )
-        hits = (logits.argmax(1) == batch["label"]).sum()
-        return StepOutput(loss, len(logits), {"top1": 100.0 * hits.to(torch.float32)})
+
+
+def outputs(targets: str, classes: int) -> int:
+    """How many outputs the head has for so many classes."""
+    return max(classes - 1, 1) if targets == "ordinal" else classes
+
+
+def predicted(logits: Tensor, targets: str) -> Tensor:
+    """(b, outputs) -> (b,) int64, or (b, classes) int64 of 0 and 1 for multi-label."""
+    if targets == "class":
+        return logits.argmax(1)
+    answers = (logits > 0).long()
+    return answers if targets == "multi-label" else answers.sum(1)
+
+
+def _more_than(labels: Tensor, questions: int) -> Tensor:
+    return labels[:, None] > torch.arange(questions, device=labels.device)
+
+
+def balanced_weights(labels: list[int], classes: int) -> Tensor:
+    """(classes,) float32: inverse to a class's share, their mean over the samples 1."""
+    counts = torch.bincount(torch.tensor(labels), minlength=classes).clamp(min=1)
+    return (len(labels) / (classes * counts)).float()
+
+
+# ---------------------------------------------------------------- a run
+
+
+def class_names(data) -> list[str]:
+    """The classes' names; numbers where the data have none."""
+    if data.classes:
+        return list(data.classes)
+    return [str(i) for i in range(max(data.labels or [-1]) + 1)]
+
+
+def train_classifier(
+    recipe: str, config: ClassificationConfig, encoder: VimEncoder, source: str, train, test,
+    accelerator,
+) -> dict[str, Any]:  # fmt: skip
+    """Train ``encoder`` in a run of its own and judge it on ``test``, once, at the end.
+
+    Args:
+        recipe: the script's name, for the record.
+        encoder: with a head; see `outputs`.
+        source: where it came from, for the record.
+        train, test: labelled, map-style, of the same classes.
+    Returns: the metrics that the run's metrics.json holds; figures on the main process alone.
+    """
+    classes = class_names(train)
+    _check_labels(classes, train, test, config.targets)
+    weights = balanced_weights(train.labels, len(classes)) if config.class_weights else None
+    objective = Classification(
+        encoder, targets=config.targets, label_smoothing=config.label_smoothing,
+        mixup=config.mixup, cutmix=config.cutmix, class_weights=weights,
+    )  # fmt: skip
+    folder = Run.open(recipe, config, accelerator)
+    average = make_average(encoder, config)
+    averaged: Any = None if average is None else average.module
+    final: VimEncoder = encoder if averaged is None else averaged
+    watched = test
+    if config.validation:
+        kept, held_out = stratified_split(
+            train.labels, config.validation, config.seed, train.groups
+        )
+        train, watched = train.subset(kept), train.subset(held_out)
+    validation = Validation(
+        final, watched, folder.folder, config.targets, keep_best=config.validation > 0,
+        patience=config.patience,
+    )  # fmt: skip
+    watching = config.validation > 0 or config.eval_every <= config.epochs
+    samples = SeededSamples(
+        train, training_transform(encoder, config), config.seed, repeats=config.repeats
+    )
+    record = {"recipe": recipe, "data": train.name, **environment()}
+
+    def write_encoder() -> None:
+        with folder.writing("the encoder"):
+            save_encoder(encoder, folder.folder, ema=averaged, record=record)
+
+    fit(
+        objective.train(), samples, config, folder, accelerator, average=average,
+        evaluate=validation if watching else None, enough=validation.enough,
+        on_save=write_encoder,
+    )  # fmt: skip
+    metrics: dict[str, Any] = {
+        "task": recipe, "data": train.name, "encoder": source, "train": len(train),
+    }  # fmt: skip
+    if accelerator.is_main_process:
+        if config.validation:
+            validation.take_best()
+            write_encoder()
+        metrics |= evaluate(final, test, folder.folder, config.targets, classes)
+        metrics |= {"protocol": to_dict(config), **environment()}
+        with folder.writing("metrics.json"):
+            (folder.folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        print(f"{summary(metrics)}, trained on {len(train):,} · {folder.folder}")
+    folder.close()
+    accelerator.end_training()
+    return metrics
+
+
+def _check_labels(classes: list[str], train, test, targets: str) -> None:
+    """Raises: ValueError where labels do not fit the targets, or one part the other."""
+    for part in (train, test):
+        labels = torch.as_tensor(part.labels)
+        if (labels.dim() == 2) != (targets == "multi-label"):
+            raise ValueError(
+                f"{part.name} has labels of shape {tuple(labels.shape)}, which are no targets "
+                f"{targets!r}; several labels a picture are --targets multi-label, one is class."
+            )
+        if labels.dim() == 1 and not 0 <= int(labels.min()) <= int(labels.max()) < len(classes):
+            raise ValueError(
+                f"{part.name} ({part.split}) has labels from {int(labels.min())} to "
+                f"{int(labels.max())}; the training part has the {len(classes)} classes 0 to "
+                f"{len(classes) - 1}."
+            )
+    if targets != "multi-label":
+        unseen = sorted(set(test.labels) - set(train.labels))
+        if unseen:
+            names = ", ".join(classes[i] for i in unseen[:5])
+            warnings.warn(
+                f"{len(unseen)} classes of the test part have no training picture: {names}.",
+                stacklevel=2,
+            )
+
+
+# ---------------------------------------------------------------- evaluation
+
+MAIN_FIGURE = {"class": "top1", "multi-label": "map_macro", "ordinal": "top1"}
+BEST = "best.safetensors"
+
+
+class Validation:
+    """For `fit`: figures of the validation part while training, the best weights so far in the
+    run's folder, and whether it is time to stop.
+
+    Args:
+        encoder: the one that will be used, which is the average where there is one.
+        data: labelled, map-style.
+        folder: the run's.
+        targets: one of `TARGETS`.
+        keep_best: whether `take_best` will be asked for.
+        patience: evaluations without a better one after which it is enough; 0: never.
+    """
+
+    def __init__(
+        self, encoder: VimEncoder, data, folder: Path, targets: str, *, keep_best: bool,
+        patience: int,
+    ):  # fmt: skip
+        self.encoder, self.data, self.folder = encoder, data, Path(folder)
+        self.targets, self.keep_best, self.patience = targets, keep_best, patience
+        self.figure = f"val_{MAIN_FIGURE[targets]}"
+
+    def __call__(self) -> dict[str, float]:
+        from safetensors.torch import save_file
+
+        training = self.encoder.training
+        device = next(self.encoder.parameters()).device
+        found = extract_features(
+            self.encoder.eval(), self.data, create_transform(self.encoder), device=device
+        )
+        self.encoder.train(training)
+        judged = judge(found.x, found.y, self.targets)
+        figures = {f"val_{k}": v for k, v in judged.items() if isinstance(v, float)}
+        if self.keep_best and figures[self.figure] > max(self._logged(), default=-math.inf):
+            state = {k: v.cpu().contiguous() for k, v in self.encoder.state_dict().items()}
+            partial = self.folder / f".{BEST}.partial"
+            save_file(state, partial)
+            partial.replace(self.folder / BEST)
+        return figures
+
+    def enough(self) -> bool:
+        values = self._logged()
+        return bool(self.patience and values) and (
+            len(values) - 1 - values.index(max(values)) >= self.patience
+        )
+
+    def take_best(self) -> None:
+        """Put the best weights into the encoder."""
+        from safetensors.torch import load_file
+
+        self.encoder.load_state_dict(load_file(self.folder / BEST))
+
+    def _logged(self) -> list[float]:
+        # What the log says is what a resumed run knows too: it is cut back to the checkpoint.
+        if not (self.folder / "metrics.jsonl").exists():
+            return []
+        return [row[self.figure] for row in read_metrics(self.folder) if self.figure in row]
+
+
+def judge(logits: Tensor, labels: Tensor, targets: str) -> dict[str, Any]:
+    """Figures in per cent, rounded to 0.01, with what a table needs.
+
+    Args:
+        logits: (n, outputs) float32.
+        labels: (n,) int64, or (n, classes) of 0 and 1.
+    Returns: ``top1`` with its interval ``top1_ci``, ``top5`` from six classes on,
+        ``balanced_accuracy``, ``confusion`` (truth by prediction) and, for ordinal ones,
+        ``mean_error`` in classes; for multi-label ``map_macro``, ``map_micro`` and ``exact``.
+    """
+    from sklearn import metrics
+
+    guess = predicted(logits, targets)
+    if targets == "multi-label":
+        truth, scores = labels.numpy(), torch.sigmoid(logits).numpy()
+        present = truth.any(0)  # the precision of a class without samples is not defined
+        return {
+            f"map_{how}": _percent(
+                metrics.average_precision_score(truth[:, present], scores[:, present], average=how)
+            )
+            for how in ("macro", "micro")
+        } | {"exact": _percent((guess == labels).all(1).float().mean().item())}
+    classes = logits.shape[1] + (targets == "ordinal")
+    top1 = _percent((guess == labels).float().mean().item())
+    found: dict[str, Any] = {"top1": top1, "top1_ci": wilson_interval(top1, len(labels))}
+    if targets == "class" and classes > 5:
+        five = logits.topk(5, dim=1).indices == labels[:, None]
+        found["top5"] = _percent(five.any(1).float().mean().item())
+    if targets == "ordinal":
+        found["mean_error"] = round((guess - labels).abs().float().mean().item(), 4)
+    confusion = metrics.confusion_matrix(labels, guess, labels=range(classes))
+    seen = confusion.sum(1) > 0
+    recall = confusion.diagonal()[seen] / confusion.sum(1)[seen]
+    return found | {"balanced_accuracy": _percent(recall.mean()), "confusion": confusion.tolist()}
+
+
+def evaluate(
+    encoder: VimEncoder, data, folder: Path, targets: str, classes: list[str], **more: Any
+) -> dict[str, Any]:
+    """Figures of an encoder with a head on labelled pictures; the tables go to ``folder``.
+
+    Args:
+        more: arguments of `extract_features`.
+    """
+    device = next(encoder.parameters()).device
+    found = extract_features(encoder.eval(), data, create_transform(encoder), device=device, **more)
+    judged = judge(found.x, found.y, targets)
+    write_tables(folder, judged, found.x, found.y, found.ids, classes, targets)
+    return {"test": len(found.y), **judged, "skipped": found.skipped}
+
+
+def summary(metrics: dict[str, Any]) -> str:
+    """One line for a person."""
+    if "top1" not in metrics:
+        return f"mAP {metrics['map_macro']:.1f} % on {metrics['test']:,} test pictures"
+    low, high = metrics["top1_ci"]
+    text = f"top-1 {metrics['top1']:.1f} % [{low:.1f}, {high:.1f}]"
+    if "top5" in metrics:
+        text += f", top-5 {metrics['top5']:.1f} %"
+    return f"{text} on {metrics['test']:,} test pictures"
+
+
+def _percent(share: float) -> float:
+    return round(100 * float(share), 2)
+
+
+def write_tables(
+    folder: Path, found: dict, logits: Tensor, labels: Tensor, ids: list[str],
+    classes: list[str], targets: str,
+) -> None:  # fmt: skip
+    """``predictions.csv`` (one line a picture) and, of single labels, ``classes.csv`` (one a class:
+    samples, recall, precision, F1, the class it is most often taken for)."""
+    probabilities = logits.softmax(1) if targets == "class" else torch.sigmoid(logits)
+    guess = predicted(logits, targets)
+    with open(folder / "predictions.csv", "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["id", "label", "predicted", "confidence"])
+        for name, label, hit, row in zip(ids, labels, guess, probabilities, strict=True):
+            if targets == "multi-label":
+                sets = (_names(values, classes) for values in (label, hit))
+                table.writerow([name, *sets, " ".join(f"{p:.4f}" for p in row.tolist())])
+            else:
+                sure = f"{row.max().item():.4f}" if targets == "class" else ""
+                table.writerow([name, classes[int(label)], classes[int(hit)], sure])
+    if targets == "multi-label":
+        return
+    with open(folder / "classes.csv", "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["class", "samples", "recall", "precision", "f1", "most_taken_for"])
+        table.writerows(_per_class(np.array(found["confusion"]), classes))
+
+
+def _names(values: Tensor, classes: list[str]) -> str:
+    return "|".join(name for name, value in zip(classes, values.tolist(), strict=True) if value)
+
+
+def _per_class(confusion: np.ndarray, classes: list[str]) -> Iterator[list]:
+    for i, name in enumerate(classes):
+        hits, samples, taken = confusion[i, i], confusion[i].sum(), confusion[:, i].sum()
+        recall = hits / samples if samples else math.nan
+        precision = hits / taken if taken else math.nan
+        f1 = 2 * hits / (samples + taken) if samples + taken else math.nan
+        others = np.where(np.arange(len(classes)) == i, 0, confusion[i])
+        wrong = classes[int(others.argmax())] if others.any() else ""
+        yield [name, int(samples), *(f"{v:.4f}" for v in (recall, precision, f1)), wrong]

@@ -45,6 +45,7 @@ class TrainConfig:
     lr_reference_batch: int = opt(256, "samples that base_lr is meant for", group="optimiser")
     min_lr: float = opt(0.0, "learning rate at the end, not scaled", group="optimiser")
     warmup_epochs: float = opt(40.0, "linear warm-up", group="optimiser")
+    warmup_lr: float = opt(0.0, "learning rate it starts from, not scaled", group="optimiser")
     weight_decay: float = opt(0.05, "not on A_log, D, biases, norms, tokens", group="optimiser")
     betas: tuple[float, float] = opt((0.9, 0.95), "of AdamW", group="optimiser")
     clip_grad: float | None = opt(1.0, "largest gradient norm; none: off", group="optimiser")
@@ -173,6 +174,7 @@ def fit(
     *,
     average: ModelEmaV3 | None = None,
     evaluate: Callable[[], dict[str, float]] | None = None,
+    enough: Callable[[], bool] | None = None,
     on_save: Callable[[], object] | None = None,
 ) -> dict[str, float]:
     """Train ``objective`` on ``samples``; returns the last figures logged.
@@ -184,6 +186,8 @@ def fit(
         accelerator: from `make_accelerator`.
         average: from `make_average`, of ``objective.encoder``; a part of every checkpoint.
         evaluate: called every ``eval_every`` epochs on the main process; its figures are logged.
+        enough: asked on the main process after each evaluation, and when a run is taken up; True
+            ends the training.
         on_save: called with every checkpoint on the main process, to write the encoder.
     Raises: ValueError if the checkpoint was made with other data, batches or model;
         FloatingPointError after ``max_bad_steps`` non-finite steps in a row;
@@ -199,7 +203,7 @@ def fit(
     )  # fmt: skip
     schedule = build_schedule(
         optimizer, total_steps=plan.scheduled_steps, min_lr=config.min_lr,
-        warmup_steps=plan.warmup_steps,
+        warmup_steps=plan.warmup_steps, warmup_lr=config.warmup_lr,
     )  # fmt: skip
     model, optimizer = accelerator.prepare(objective, optimizer)
     if average is not None:
@@ -212,6 +216,8 @@ def fit(
     run.write_config()
     last = progress.step >= plan.total_steps
     with _Watch(plan, config, run, accelerator, progress) as watch:
+        if progress.step and enough is not None:
+            last = watch.agreed(enough) or last
         for batches in () if last else plan.steps(progress):
             schedule.step_update(progress.step)
             averages = _forward_backward(accelerator, model, batches, config, progress)
@@ -237,6 +243,8 @@ def fit(
                 row |= watch.evaluate(objective, samples, evaluate)
             if evaluated or progress.step % config.log_every == 0:
                 run.log(progress, plan.epoch_float(progress), row)
+            if evaluated and enough is not None:
+                last = watch.agreed(enough) or last
             figures |= row
             if watch.time_to_save() or last:
                 run.save(accelerator, progress, keep=config.keep_checkpoints)
@@ -398,9 +406,10 @@ def bottleneck(images: float, seconds: float, waited: float, workers: int) -> st
     text = f"{images / seconds:.0f} images/s, {100 * share:.0f} % of the time waiting for data: "
     if share < 0.1:
         return text + "the model sets the pace, the data keep up."
+    text += "the data set the pace" if share > 0.5 else "the data hold the model up"
     if workers < _cores():
-        return text + f"the data set the pace. More --workers than {workers} may help."
-    return text + "the data set the pace, with a worker on every core. Smaller pictures may help."
+        return f"{text}; more --workers than {workers} may help."
+    return f"{text}, with a worker on every core; smaller pictures may help."
 
 
 class _Watch:
@@ -474,6 +483,12 @@ class _Watch:
         self.accelerator.wait_for_everyone()
         self.since_step = time.perf_counter()
         return figures
+
+    def agreed(self, question: Callable[[], bool]) -> bool:
+        """The main process's answer, on every process."""
+        answer = float(self.main and question())
+        flag = torch.tensor(answer, device=self.accelerator.device)
+        return self.accelerator.reduce(flag).item() > 0
 
     def time_to_save(self) -> bool:
         """Whether to save now; the same answer on every process."""

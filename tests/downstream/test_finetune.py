@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vim_ssl import VimEncoder, cli, load_encoder, save_encoder
+from vim_ssl import VimEncoder, classification, cli, load_encoder, save_encoder
 from vim_ssl.downstream import finetune
 
 SMALL = {"img_size": 28, "patch_size": 7, "in_chans": 1, "embed_dim": 16, "depth": 2,
@@ -44,9 +44,9 @@ def first_weights(monkeypatch) -> list[dict]:
     """Caught instead of training: the weights that training would start from."""
     caught = []
     monkeypatch.setattr(
-        finetune,
+        classification,
         "fit",
-        lambda objective, *_: caught.append(
+        lambda objective, *_, **__: caught.append(
             {k: v.clone() for k, v in objective.encoder.state_dict().items()}
         ),
     )

@@ -34,15 +34,27 @@ class EpochBatches(Sampler):
         batch_size: samples a process and batch; an epoch's last incomplete global batch is dropped.
         rank, world: this process among all.
         seed: of the shuffling.
+        repeats: how often a sample comes, one time after another; an epoch stays as long and has
+            so many times fewer samples (repeated augmentation, arXiv:1902.05509). The k-th time
+            its index is k x size higher.
     Attributes ``epoch`` and ``start`` (the first batch to give) are set before iterating.
     Raises: ValueError if not one global batch can be filled.
     """
 
     readers = ""  # who reads does not matter to the order
 
-    def __init__(self, size: int, batch_size: int, *, rank: int = 0, world: int = 1, seed: int = 0):
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        seed: int = 0,
+        repeats: int = 1,
+    ):
         self.size, self.batch_size, self.rank, self.world = size, batch_size, rank, world
-        self.seed, self.epoch, self.start = seed, 0, 0
+        self.seed, self.repeats, self.epoch, self.start = seed, repeats, 0, 0
         if self.batches_per_epoch == 0:
             raise ValueError(
                 f"{size} samples do not fill one batch of {batch_size} on {world} process(es); "
@@ -61,7 +73,8 @@ class EpochBatches(Sampler):
         order = torch.randperm(self.size, generator=generator).tolist()
         for batch in range(self.start, self.batches_per_epoch):
             first = (batch * self.world + self.rank) * self.batch_size
-            yield [(self.epoch, i) for i in order[first : first + self.batch_size]]
+            places = (divmod(i, self.repeats) for i in range(first, first + self.batch_size))
+            yield [(self.epoch, order[place] + copy * self.size) for place, copy in places]
 
 
 class SeededSamples(Dataset):
@@ -72,13 +85,14 @@ class SeededSamples(Dataset):
         transform: dict -> dict of tensors and numbers; draws from the global generators of
             ``random``, numpy and torch, which are seeded here for every sample.
         seed: of the run.
+        repeats: see `EpochBatches`.
 
     A picture that cannot be decoded is replaced by another one, chosen by hash, and named in the
     sample's ``skipped``.
     """
 
-    def __init__(self, data, transform: Callable[[dict], dict], seed: int = 0):
-        self.data, self.transform, self.seed = data, transform, seed
+    def __init__(self, data, transform: Callable[[dict], dict], seed: int = 0, *, repeats: int = 1):
+        self.data, self.transform, self.seed, self.repeats = data, transform, seed, repeats
 
     def __len__(self) -> int:
         return len(self.data)
@@ -89,7 +103,9 @@ class SeededSamples(Dataset):
 
     def batches(self, batch_size: int, *, rank: int, world: int, workers: int):
         """The sampler of one process; its order does not depend on the number of workers."""
-        return EpochBatches(len(self), batch_size, rank=rank, world=world, seed=self.seed)
+        return EpochBatches(
+            len(self), batch_size, rank=rank, world=world, seed=self.seed, repeats=self.repeats
+        )
 
     def preview(self, count: int) -> list[dict]:
         """A few samples to look at, always the same."""
@@ -99,8 +115,8 @@ class SeededSamples(Dataset):
 
     def _in_place_of(self, index: int) -> Iterator[tuple[int, Callable[[], dict]]]:
         for attempt in range(ATTEMPTS):
-            place = index if not attempt else stable_hash("in place of", index, attempt) % len(self)
-            yield place, partial(self.data.__getitem__, place)
+            place = index if not attempt else stable_hash("in place of", index, attempt)
+            yield place, partial(self.data.__getitem__, place % len(self))
 
     def _draw(self, epoch: int, candidates: Iterable[tuple[int, Callable[[], dict]]]) -> dict:
         """The transformed sample of the first candidate (its index, and what loads it) that can be
@@ -120,7 +136,7 @@ class SeededSamples(Dataset):
             # The CPU's generator alone: torch.manual_seed formats a stack trace for every other
             # kind of device, which takes longer than a small picture, and keeps it.
             torch.default_generator.manual_seed(seed)
-            return self.transform(item) | {"index": index, "skipped": skipped}
+            return self.transform(item) | {"index": index % len(self), "skipped": skipped}
         raise BadImage("twenty pictures in a row", f"none could be read; the last: {skipped[-1]}")
 
 

@@ -1,0 +1,293 @@
+"""Training with labels: losses, augmentation of batches, figures, the best epoch, tables."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from sklearn.metrics import average_precision_score
+
+from vim_ssl import VimEncoder, create_transform, load_encoder, save_encoder
+from vim_ssl.classification import (
+    BEST,
+    Classification,
+    ClassificationConfig,
+    Validation,
+    balanced_weights,
+    judge,
+    outputs,
+    predicted,
+    write_tables,
+)
+from vim_ssl.data import open_data
+from vim_ssl.data.loader import EpochBatches, SeededSamples
+from vim_ssl.downstream import finetune
+from vim_ssl.recipes import supervised_pretrain
+from vim_ssl.runs import read_metrics
+
+SMALL = {"img_size": 28, "patch_size": 7, "in_chans": 1, "embed_dim": 16, "depth": 2}
+QUICK = ["--threads", "1", "--workers", "0", "--warmup-epochs", "0", "--batch-size", "8"]
+
+
+@pytest.fixture(scope="module")
+def bands(tmp_path_factory) -> Path:
+    """32 pictures of four classes: noise with a bright band at the class's height."""
+    folder, rng = tmp_path_factory.mktemp("bands"), np.random.default_rng(0)
+    for i in range(32):
+        values = rng.integers(0, 80, (28, 28), dtype=np.uint8)
+        values[7 * (i % 4) : 7 * (i % 4) + 7] += 120
+        for part in ("train", "test"):
+            path = folder / part / f"class{i % 4}" / f"{i:02}.png"
+            path.parent.mkdir(exist_ok=True, parents=True)
+            Image.fromarray(values).save(path)
+    return folder
+
+
+def batch(labels) -> dict:
+    torch.manual_seed(0)
+    return {"image": torch.randn(len(labels), 1, 28, 28), "label": torch.as_tensor(labels)}
+
+
+# ------------------------------------------------------------------ the loss
+
+
+def test_each_kind_of_target_has_its_loss():
+    encoder = VimEncoder(**SMALL, num_classes=3).eval()
+    whole = batch([0, 2, 1, 2])
+    logits = encoder(whole["image"])
+    found = Classification(encoder).eval()(whole)
+    expected = F.cross_entropy(logits, whole["label"], reduction="sum")
+    torch.testing.assert_close(found.loss_sum, expected)
+    hits = (logits.argmax(1) == whole["label"]).sum()
+    assert found.metrics["top1"] == 100 * hits
+
+    many = batch([[1, 0, 1], [0, 0, 0], [1, 1, 1], [0, 1, 0]])
+    found = Classification(encoder, targets="multi-label").eval()(many)
+    expected = F.binary_cross_entropy_with_logits(logits, many["label"].float()) * 4
+    torch.testing.assert_close(found.loss_sum, expected)
+
+    ranked = batch([0, 3, 1, 2])  # of four classes: more than 0? more than 1? more than 2?
+    found = Classification(encoder, targets="ordinal").eval()(ranked)
+    asked = torch.tensor([[0, 0, 0], [1, 1, 1], [1, 0, 0], [1, 1, 0]]).float()
+    expected = F.binary_cross_entropy_with_logits(logits, asked) * 4
+    torch.testing.assert_close(found.loss_sum, expected)
+    assert outputs("ordinal", 4) == 3
+
+
+def test_rare_classes_weigh_more_and_all_samples_one_in_the_mean():
+    labels = [0] * 6 + [1] * 2
+    weights = balanced_weights(labels, 2)
+    assert weights[1] == 3 * weights[0]
+    assert weights[labels].mean() == 1
+    encoder = VimEncoder(**SMALL, num_classes=2).eval()
+    whole = batch(labels)
+    found = Classification(encoder, class_weights=weights).eval()(whole).loss_sum
+    each = F.cross_entropy(encoder(whole["image"]), whole["label"], reduction="none")
+    torch.testing.assert_close(found, (each * weights[labels]).sum())
+
+
+def test_mixup_follows_from_the_seed_and_leaves_evaluation_and_the_batch_alone():
+    objective = Classification(VimEncoder(**SMALL, num_classes=3), mixup=0.8, cutmix=1.0)
+    whole = batch([0, 2, 1, 2])
+    before = whole["image"].clone()
+
+    def loss(seed: int) -> float:
+        torch.manual_seed(seed)
+        return objective.train()(whole).loss_sum.item()
+
+    assert loss(1) == loss(1)
+    assert len({loss(seed) for seed in range(4)}) == 4
+    assert torch.equal(whole["image"], before)
+    plain = Classification(objective.encoder).eval()(whole).loss_sum
+    assert objective.eval()(whole).loss_sum == plain
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"mixup": 0.8, "batch_size": 3}, "batch_size 3 is odd"),
+        ({"mixup": 0.8, "targets": "ordinal"}, "do not go with ordinal"),
+        ({"patience": 3}, "patience needs a share"),
+        ({"repeats": 0}, "repeats is 0"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(settings, says):
+    with pytest.raises(ValueError, match=says):
+        ClassificationConfig(**settings)
+
+
+# ------------------------------------------------------------------ repeated augmentation
+
+
+def test_a_picture_comes_so_many_times_in_a_row_and_each_time_another_way():
+    batches = [i for batch in EpochBatches(12, 6, seed=3, repeats=3) for _, i in batch]
+    assert len(batches) == 12
+    places = [i % 12 for i in batches]
+    assert places == [place for place in places[::3] for _ in range(3)]
+    assert len(set(places)) == 4
+    samples = SeededSamples([{"image": i} for i in range(12)], lambda item: item, repeats=3)
+    samples.transform = lambda item: {"image": item["image"], "draw": torch.rand(()).item()}
+    first, second = samples[(0, 5)], samples[(0, 5 + 12)]
+    assert first["image"] == second["image"] == 5
+    assert first["index"] == second["index"] == 5
+    assert first["draw"] != second["draw"]
+
+
+# ------------------------------------------------------------------ figures
+
+
+def test_figures_of_classes_are_what_counting_gives():
+    logits = torch.tensor([[3.0, 1, 0], [0, 2, 1], [0, 2, 1], [0, 1, 2]])
+    found = judge(logits, torch.tensor([0, 1, 2, 2]), "class")
+    assert found["top1"] == 75
+    assert found["confusion"] == [[1, 0, 0], [0, 1, 0], [0, 1, 1]]
+    assert found["balanced_accuracy"] == pytest.approx(100 * (1 + 1 + 0.5) / 3, abs=0.01)
+    wide = torch.eye(8).repeat(1, 1)
+    assert judge(wide, torch.arange(8), "class")["top5"] == 100
+
+
+def test_figures_of_ranks_say_how_far_off_they_are():
+    logits = torch.tensor([[-1.0, -1, -1], [1, 1, -1], [1, 1, 1]])
+    assert predicted(logits, "ordinal").tolist() == [0, 2, 3]
+    found = judge(logits, torch.tensor([0, 1, 3]), "ordinal")
+    assert (found["top1"], found["mean_error"]) == (66.67, 0.3333)
+
+
+@pytest.mark.parametrize("how", ["macro", "micro"])
+def test_the_mean_average_precision_is_scikit_learns(how):
+    draw = torch.Generator().manual_seed(0)
+    logits = torch.randn(50, 4, generator=draw)
+    truth = (torch.rand(50, 4, generator=draw) < 0.3).long()
+    truth[:, 3] = 0  # a class without samples has no precision
+    expected = average_precision_score(truth[:, :3], logits[:, :3].sigmoid(), average=how)
+    assert judge(logits, truth, "multi-label")[f"map_{how}"] == pytest.approx(
+        100 * expected, abs=0.01
+    )
+
+
+def test_the_tables_name_pictures_and_classes(tmp_path):
+    logits = torch.tensor([[3.0, 1], [0, 2], [0, 2]])
+    labels = torch.tensor([0, 1, 0])
+    found = judge(logits, labels, "class")
+    write_tables(tmp_path, found, logits, labels, ["x", "y", "z"], ["cat", "dog"], "class")
+    with open(tmp_path / "predictions.csv") as file:
+        lines = list(csv.DictReader(file))
+    assert [(r["id"], r["label"], r["predicted"]) for r in lines] == [
+        ("x", "cat", "cat"), ("y", "dog", "dog"), ("z", "cat", "dog"),
+    ]  # fmt: skip
+    with open(tmp_path / "classes.csv") as file:
+        cat, dog = csv.DictReader(file)
+    assert (cat["samples"], cat["recall"], cat["most_taken_for"]) == ("2", "0.5000", "dog")
+    assert (dog["precision"], dog["most_taken_for"]) == ("0.5000", "")
+
+
+# ------------------------------------------------------------------ runs
+
+
+def test_32_pictures_are_learnt_by_heart(bands, tmp_path):
+    argv = [*QUICK, "--preset", "demo", "--data", str(bands), "--output", str(tmp_path)]
+    more = ["--epochs", "25", "--crop-scale", "1", "1", "--model-args", "embed_dim=32", "depth=2"]
+    assert supervised_pretrain.main([*argv, *more, "--base-lr", "5e-3", "--eval-every", "25"]) == 0
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["top1"] >= 99
+    assert metrics["train"] == metrics["test"] == 32
+    assert read_metrics(tmp_path)[-1]["val_top1"] == metrics["top1"]
+    again = load_encoder(tmp_path, num_classes=None)
+    assert again.num_classes == 4
+
+
+def test_the_validation_part_chooses_the_epoch_and_ends_the_training(bands, tmp_path):
+    argv = [*QUICK, "--preset", "demo", "--data", str(bands), "--output", str(tmp_path)]
+    more = ["--model-args", "embed_dim=16", "depth=1", "--base-lr", "0", "--eval-every", "1"]
+    watch = ["--epochs", "9", "--validation", "0.25", "--patience", "2"]
+    supervised_pretrain.main([*argv, *more, *watch])
+    values = [row["val_top1"] for row in read_metrics(tmp_path) if "val_top1" in row]
+    assert len(values) == 3  # without learning the first stays the best: two more are enough
+    assert json.loads((tmp_path / "metrics.json").read_text())["train"] == 24
+    assert (tmp_path / BEST).exists()
+    supervised_pretrain.main(["--output", str(tmp_path), "--resume", "auto"])  # still enough
+    assert len([r for r in read_metrics(tmp_path) if "val_top1" in r]) == 3
+
+
+def test_the_best_weights_are_those_taken(bands, tmp_path):
+    encoder = VimEncoder(**SMALL, num_classes=4)
+    data = open_data(bands, split="test")
+    watch = Validation(encoder, data, tmp_path, "class", keep_best=True, patience=0)
+    best = watch()["val_top1"]
+    kept = encoder.head.weight.detach().clone()
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "val_top1": best}) + "\n")
+    with torch.no_grad():
+        encoder.head.weight.zero_()
+    watch()  # not better: one class for all
+    watch.take_best()
+    assert torch.equal(encoder.head.weight, kept)
+
+
+def test_an_encoder_with_a_head_is_judged_as_it_is(bands, tmp_path):
+    torch.manual_seed(0)
+    encoder = VimEncoder(**SMALL, num_classes=4).eval()
+    save_encoder(encoder, tmp_path / "encoder")
+    argv = ["--eval-only", "--encoder", str(tmp_path / "encoder"), "--data", str(bands)]
+    assert finetune.main([*argv, "--output", str(tmp_path / "out"), "--batch-size", "7"]) == 0
+    data, transform = open_data(bands, split="test"), create_transform(encoder)
+    with torch.no_grad():
+        logits = encoder(torch.stack([transform(item["image"]) for item in data]))
+    expected = 100 * (logits.argmax(1) == torch.tensor(data.labels)).float().mean().item()
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["top1"] == pytest.approx(expected, abs=0.01)
+    with open(tmp_path / "out" / "predictions.csv") as file:
+        guesses = [row["predicted"] for row in csv.DictReader(file)]
+    assert guesses == [data.classes[i] for i in logits.argmax(1)]
+
+
+def test_a_head_for_other_classes_is_refused(bands, tmp_path):
+    save_encoder(VimEncoder(**SMALL, num_classes=7), tmp_path)
+    with pytest.raises(ValueError, match=r"head of 7 outputs.* has 4 classes"):
+        finetune.main(["--eval-only", "--encoder", str(tmp_path), "--data", str(bands)])
+
+
+def test_a_class_without_training_pictures_is_named(bands, tmp_path):
+    shutil.copytree(bands, tmp_path / "data")
+    odd = tmp_path / "data" / "test" / "unseen" / "0.png"
+    odd.parent.mkdir()
+    shutil.copy(next(bands.rglob("*.png")), odd)
+    argv = [*QUICK, "--preset", "demo", "--data", str(tmp_path / "data"), "--max-steps", "1"]
+    with pytest.warns(UserWarning, match="no training picture: unseen"):
+        supervised_pretrain.main([*argv, "--output", str(tmp_path / "run")])
+
+
+# ------------------------------------------------------------------ the paper's numbers
+
+# Vim's scripts; Vim-B after FastVim, which trains with LayerNorm after the scan.
+PAPER = {
+    "vim_tiny_224": (1024, 1e-3, 0.1, 0.0, 0.99996),
+    "vim_small_224": (512, 1e-3, 0.05, 0.05, 0.99996),
+    "vim_base_224": (1024, 2e-3, 0.05, 0.4, 0.9999),
+}
+
+
+@pytest.mark.parametrize("preset", PAPER)
+def test_the_presets_have_the_papers_numbers(preset):
+    config = supervised_pretrain.PRESETS[preset]()
+    batch, lr, decay, drop_path, ema = PAPER[preset]
+    assert config.batch_size * 8 == batch  # on eight GPUs
+    assert config.base_lr * batch / config.lr_reference_batch == pytest.approx(lr)
+    assert (config.weight_decay, config.drop_path, config.ema) == (decay, drop_path, ema)
+    assert (config.epochs, config.warmup_epochs) == (300, 5)
+    assert (config.min_lr, config.warmup_lr) == (1e-5, 1e-6)
+    assert (config.mixup, config.cutmix, config.label_smoothing) == (0.8, 1.0, 0.1)
+    assert (config.auto_augment, config.erasing) == ("rand-m9-mstd0.5-inc1", 0.25)
+    assert (config.repeats, config.clip_grad) == (3, None)
+
+
+def test_the_finer_preset_moves_at_a_constant_rate():
+    config = finetune.PRESETS["finer_224"]()
+    rate = config.base_lr * 1024 / config.lr_reference_batch
+    assert rate == pytest.approx(1e-5)
+    assert config.min_lr == config.warmup_lr == 1e-5
+    assert (config.stride, config.epochs, config.weight_decay) == (8, 30, 1e-8)
