@@ -12,6 +12,7 @@ Parameter names are those of the released checkpoints; the backward direction's 
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,9 @@ from vim_ssl.kernels.causal_conv1d import bi_causal_conv1d, causal_conv1d
 from vim_ssl.kernels.rms_norm import add_rms_norm
 from vim_ssl.kernels.selective_scan import bi_selective_scan, selective_scan
 
+# What a stream has left behind in a block: the convolution's last inputs (b, d_conv - 1, d_inner)
+# and the scan's state (b, d_inner, d_state), float32 at least.
+MixerState = tuple[Tensor, Tensor]
 DIRECTIONS = {"forward": ("",), "backward": ("_b",), "both": ("", "_b")}  # parameter suffixes
 
 
@@ -121,7 +125,24 @@ class VimMixer(nn.Module):
         if directions == "both":
             y = self._scan_both(x, None if self.layernorm else z)
         else:
-            y = self._scan_one(x, None if self.layernorm else z, DIRECTIONS[directions][0])
+            y, _ = self._scan_one(x, None if self.layernorm else z, DIRECTIONS[directions][0])
+        return self._finish(y, z)
+
+    def forward_stream(self, hidden: Tensor, state: MixerState | None) -> tuple[Tensor, MixerState]:
+        """Read on, forward: (b, l, d_model) and the state before it -> the same shape and the
+        state after it; None before the first token."""
+        x, z = self.in_proj(hidden).chunk(2, dim=-1)
+        conv: Any = self.conv1d
+        taps = conv.weight.shape[2]
+        if state is None:  # the convolution pads with zeros, the scan starts from zero
+            tail, start = x.new_zeros(len(x), taps - 1, self.d_inner), None
+        else:
+            tail, start = state
+        x = torch.cat([tail, x], dim=1)
+        y, last = self._scan_one(x, None if self.layernorm else z, "", taps - 1, start)
+        return self._finish(y, z), (x[:, x.shape[1] - (taps - 1) :], last)
+
+    def _finish(self, y: Tensor, z: Tensor) -> Tensor:
         if self.layernorm is not None:
             y = self.layernorm(y) * F.silu(z)
         return self.out_proj(y)
@@ -142,20 +163,24 @@ class VimMixer(nn.Module):
             backend=self.scan_backend,
         )  # fmt: skip
 
-    def _scan_one(self, x: Tensor, z: Tensor | None, suffix: str) -> Tensor:
-        """One direction alone is its own average, so nothing is divided."""
+    def _scan_one(
+        self, x: Tensor, z: Tensor | None, suffix: str, skip: int = 0, start: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """One direction alone is its own average, so nothing is divided. ``skip`` tokens of x were
+        read before and are for the convolution's eyes only. Returns y and the last state."""
         reverse = suffix == "_b"
         conv = getattr(self, f"conv1d{suffix}")
-        u = causal_conv1d(x, conv.weight.squeeze(1), conv.bias, reverse)  # (b, l, d)
+        u = causal_conv1d(x, conv.weight.squeeze(1), conv.bias, reverse)[:, skip:]  # (b, l, d)
         dt, B, C = self._split(getattr(self, f"x_proj{suffix}")(u))
         dt_proj = getattr(self, f"dt_proj{suffix}")
         delta = F.linear(dt, dt_proj.weight)
         a_log = self.A_b_log if reverse else self.A_log
-        return selective_scan(
+        y, last = selective_scan(
             u.mT, delta.mT, -_wide(a_log).exp(), B.mT, C.mT, _wide(getattr(self, f"D{suffix}")),
-            None if z is None else z.mT, _wide(dt_proj.bias), True,
-            reverse=reverse, backend=self.scan_backend,
-        ).mT  # fmt: skip
+            None if z is None else z.mT, _wide(dt_proj.bias), True, initial_state=start,
+            return_last_state=True, reverse=reverse, backend=self.scan_backend,
+        )  # fmt: skip
+        return y.mT, last
 
     def _split(self, x_dbl: Tensor) -> tuple[Tensor, ...]:
         return x_dbl.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
@@ -202,3 +227,11 @@ class VimBlock(nn.Module):
         if rotation is not None:
             hidden = rotate(hidden, *rotation)
         return self.mixer(hidden, directions), residual
+
+    def forward_stream(
+        self, hidden: Tensor, residual: Tensor | None, state: MixerState | None
+    ) -> tuple[Tensor, Tensor, MixerState]:
+        """`forward`, reading on from ``state``; returns the state after it too."""
+        hidden, residual = self.norm(self.drop_path(hidden), residual)
+        hidden, state = self.mixer.forward_stream(hidden, state)
+        return hidden, residual, state

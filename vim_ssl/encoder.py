@@ -15,7 +15,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vim_ssl.block import DIRECTIONS, RMSNorm, VimBlock
+from vim_ssl.block import DIRECTIONS, MixerState, RMSNorm, VimBlock
 
 IMAGENET_DATA: dict[str, Any] = {
     "input_size": (3, 224, 224),
@@ -244,6 +244,42 @@ class VimEncoder(nn.Module):
         """
         out, taps = self._run(tokens, ids_keep, mask, directions, indices or (), grid)
         return out if indices is None else (out, taps)
+
+    def forward_stream(
+        self, tokens: Tensor, state: list[MixerState] | None = None
+    ) -> tuple[Tensor, list[MixerState]]:
+        """Read a sequence piece by piece: what comes out is what one pass over it would give.
+
+        Args:
+            tokens: (b, k, embed_dim), the next tokens, with their positions; k is 1 or more.
+            state: what the call before returned; None at the beginning.
+
+        Returns: (b, k, embed_dim) after the final norm, at the beginning with the class token
+            before them if there is one; and the state, whose size does not depend on how much was
+            read.
+        Raises: ValueError for an encoder that reads backward too: its output at a token depends on
+            all that is to come; and for one whose class token, registers or rotation depend on the
+            length of the whole.
+        """
+        if self.directions != "forward":
+            raise ValueError(
+                f"a stream needs directions='forward'; this encoder reads {self.directions!r}, so "
+                "what it gives for a token depends on all tokens after it."
+            )
+        if self.cls_position not in ("none", "first") or self.num_registers or self.rope:
+            raise ValueError(
+                f"cls_position {self.cls_position!r}, num_registers {self.num_registers} and rope "
+                f"{self.rope}: where these stand in the sequence depends on its length; a stream "
+                "needs cls_position 'none' or 'first', no registers and no rope."
+            )
+        hidden = tokens if state is not None else self._place_extra_tokens(tokens)
+        residual, after = None, []
+        for i, layer in enumerate(self.layers):
+            block: Any = layer
+            before = None if state is None else state[i]
+            hidden, residual, left = block.forward_stream(hidden, residual, before)
+            after.append(left)
+        return self.norm_f(self.drop_path(hidden), residual)[0], after
 
     def _run(self, tokens, ids_keep, mask, directions, indices, grid, stop_early=False):
         """`forward_tokens` that always returns taps and may leave out the last blocks."""
