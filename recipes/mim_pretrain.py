@@ -10,6 +10,7 @@
 teacher's features, arXiv:2202.03555). The paper presets' results on ImageNet: not yet measured.
 """
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ import torch
 from vim_ssl import VimEncoder, load_encoder, save_encoder
 from vim_ssl.ar import AutoRegressive
 from vim_ssl.cli import guarded
-from vim_ssl.config import opt, parse
+from vim_ssl.config import did_you_mean, opt, parse
 from vim_ssl.data import ImageStream, open_data
 from vim_ssl.data.loader import SeededSamples
 from vim_ssl.data.stream import StreamSamples
@@ -219,13 +220,19 @@ def build_objective(config: Config, encoder: VimEncoder):
     if config.objective == "ar":
         args["cluster"] = config.cluster
     objective = OBJECTIVES[config.objective](encoder, **args)
+    # These tell before training what does not fit.
     if config.objective == "ar":
-        objective.order(encoder.grid_size)  # tells before training whether clusters fit
+        objective.order(encoder.grid_size)
+    if config.objective == "distill":
+        objective.targets(torch.zeros(1, *encoder.data_config["input_size"]))
     return objective
 
 
 def load_teacher(name: str):
-    """The frozen network that ``name`` means, or None for the encoder's own average."""
+    """The frozen network that ``name`` means, or None for the encoder's own average.
+
+    Raises: ValueError for a name that timm does not know, or a network without patches.
+    """
     if name == "ema":
         return None
     if not name.startswith("timm:"):
@@ -233,10 +240,34 @@ def load_teacher(name: str):
     import timm
 
     name = name.removeprefix("timm:")
+    if not timm.is_model(name):
+        raise ValueError(f"timm has no model {name!r}. {did_you_mean(name, timm.list_models())}")
     try:
         return timm.create_model(name, pretrained=True, num_classes=0, dynamic_img_size=True)
-    except TypeError:  # no transformer, and takes every size as it is
-        return timm.create_model(name, pretrained=True, num_classes=0)
+    except TypeError as error:
+        raise ValueError(
+            f"the teacher timm:{name} takes no pictures of any size; choose a vision transformer."
+        ) from error
+
+
+# What only some objectives use.
+USED_BY = {
+    "mae": ("decoder_dim", "decoder_depth", "norm_pix_loss", "keep_order"),
+    "simmim": ("norm_pix_loss",),
+    "ar": ("decoder_dim", "decoder_depth", "norm_pix_loss", "cluster"),
+    "distill": ("teacher", "teacher_layers", "teacher_momentum", "distill_loss", "distill_where"),
+}
+MASKING = ("mask", "mask_ratio", "mask_unit")
+
+
+def not_used(config: Config) -> list[str]:
+    """Settings that differ from the defaults, and that the objective will not look at."""
+    used = {*USED_BY[config.objective], *(() if config.objective == "ar" else MASKING)}
+    if config.teacher != "ema":
+        used -= {"teacher_momentum"}
+    default = Config()
+    names = sorted({name for names in USED_BY.values() for name in names} | set(MASKING))
+    return [n for n in names if n not in used and getattr(config, n) != getattr(default, n)]
 
 
 def build_data(config: Config, encoder: VimEncoder):
@@ -260,11 +291,21 @@ def build_data(config: Config, encoder: VimEncoder):
 
 def run(config: Config) -> dict[str, Any]:
     accelerator = make_accelerator(config)
+    if (idle := not_used(config)) and accelerator.is_main_process:
+        print(f"Not used by {config.objective}: {', '.join(idle)}.", flush=True)
     torch.manual_seed(config.seed)  # of the initial weights
     encoder = build_model(config)
     objective = build_objective(config, encoder)
     data, samples = build_data(config, encoder)
     folder = Run.open("mim_pretrain", config, accelerator)
+    with contextlib.closing(folder):
+        figures = train(config, encoder, objective, data, samples, folder, accelerator)
+    accelerator.end_training()
+    return {"run": str(folder.folder), **figures}
+
+
+def train(config: Config, encoder, objective, data, samples, folder: Run, accelerator) -> dict:
+    """Train in an open run; returns the last figures."""
     average = make_average(encoder, config)
     averaged: Any = None if average is None else average.module
     evaluate = None
@@ -287,10 +328,9 @@ def run(config: Config) -> dict[str, Any]:
     if accelerator.is_main_process:
         if figures:  # none: the run had ended before
             write_encoder(figures)
-        print(f"Encoder: {folder.folder} · report: {write_report(folder.folder)}")
-    folder.close()
-    accelerator.end_training()
-    return {"run": str(folder.folder), **figures}
+        with folder.writing("report.html"):
+            print(f"Encoder: {folder.folder} · report: {write_report(folder.folder)}")
+    return figures
 
 
 def main(argv: Sequence[str] | None = None) -> int:

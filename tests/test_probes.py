@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
-from vim_ssl import VimEncoder
+from vim_ssl import VimEncoder, load_encoder
 from vim_ssl.data import open_data
 from vim_ssl.probes import (
     C_GRID,
@@ -21,6 +21,7 @@ from vim_ssl.probes import (
     extract_features,
     fit_logistic,
     knn_predict,
+    online_probe,
     read_all,
     readout_columns,
     wilson_interval,
@@ -250,3 +251,15 @@ def test_the_effective_rank_counts_directions_that_vary_alike(directions, rank):
     axes = torch.eye(8)[:directions]
     x = 5.0 + torch.cat([axes, -axes, torch.zeros(1, 8)])
     assert effective_rank(x) == pytest.approx(rank, abs=1e-5)
+
+
+def test_a_rare_class_missing_from_the_bank_does_not_end_a_training(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(24):
+        path = tmp_path / ("rare" if i < 2 else "common") / f"{i:02}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (28, 28), dtype=np.uint8)).save(path)
+    encoder = load_encoder("vim_nano_patch4_28", depth=1, embed_dim=16)
+    for seed in range(4):
+        watch = online_probe(encoder, open_data(tmp_path), "cpu", seed, bank=4, queries=5)
+        assert watch()["feature_std"] > 0

@@ -1,5 +1,6 @@
 """The trainer's promises: exact gradients, exact resume, whole checkpoints, a guard against NaN."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -93,7 +94,8 @@ def train(tmp_path, objective, size=32, broken=(), transform=noisy, **settings):
     accelerator = make_accelerator(config)
     run = Run.open("test", config, accelerator)
     samples = SeededSamples(Numbers(size, broken), transform, config.seed)
-    return fit(objective, samples, config, run, accelerator), run
+    with contextlib.closing(run):
+        return fit(objective, samples, config, run, accelerator), run
 
 
 # ------------------------------------------------------------------ order and randomness
@@ -185,13 +187,19 @@ def drawn(item):
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["compile", "grad_checkpointing"])
 def test_compiled_or_recomputed_a_run_is_the_same_and_its_checkpoint_fits_any(tmp_path, way):
+    from torch._dynamo.utils import counters
+
+    counters.clear()
     for name, parts in (
         ("plain", [{}]),
         ("way", [{way: True, "max_steps": 3}, {way: True, "resume": "auto"}]),
     ):
         for settings in parts:
             torch.manual_seed(0)
-            train(tmp_path / name, Residual(), transform=drawn, epochs=1, **settings)
+            objective = Residual()
+            train(tmp_path / name, objective, transform=drawn, epochs=1, **settings)
+    assert objective.encoder.grad_checkpointing == (way == "grad_checkpointing")
+    assert bool(counters["frames"]) == (way == "compile")
     plain, other = ([row["loss"] for row in read_metrics(tmp_path / n)] for n in ("plain", "way"))
     assert len(other) == 8
     np.testing.assert_allclose(other, plain, rtol=1e-4)
@@ -291,6 +299,47 @@ Run.open("test", config, make_accelerator(config))
     train(tmp_path / "run", Linear(), resume="auto")  # free again
 
 
+def test_a_folder_of_another_program_is_left_alone(tmp_path):
+    (tmp_path / "config.json").write_text('{"architectures": ["BertModel"]}')
+    with pytest.raises(FileExistsError, match="no run"):
+        train(tmp_path, Linear())
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_run_that_is_refused_lets_go_of_its_folder(tmp_path):
+    train(tmp_path, Linear(), max_steps=4)
+    try:
+        train(tmp_path, Linear(), size=40, resume="auto")
+    except ValueError as error:
+        kept = error  # as a notebook keeps it
+    train(tmp_path, Linear(), resume="auto")
+    assert "epochs have" in str(kept)
+
+
+def test_a_tracker_that_fails_is_left_out_and_training_goes_on(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("tensorboard")
+    from accelerate.tracking import TensorBoardTracker
+
+    def fail(*args, **more):
+        raise ConnectionError("out of reach")
+
+    monkeypatch.setattr(TensorBoardTracker, "log", fail)
+    train(tmp_path, Linear())
+    assert capsys.readouterr().out.count("tensorboard failed and is left out: out of reach") == 1
+    assert read_metrics(tmp_path)[-1]["step"] == 16
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"workers": -1}, {"max_steps": -1}, {"clip_grad": -1.0}, {"base_lr": float("nan")},
+     {"weight_decay": -0.1}, {"betas": (1.5, 0.9)}, {"layer_decay": 0.0}, {"epochs": 0}],
+    ids=str,
+)  # fmt: skip
+def test_values_out_of_range_are_refused_by_name(setting):
+    with pytest.raises(ValueError, match=next(iter(setting))):
+        TrainConfig(**setting)
+
+
 def test_resuming_a_finished_run_changes_nothing(tmp_path):
     train(tmp_path, Linear())
     before = losses(tmp_path)
@@ -350,8 +399,9 @@ def test_the_average_lags_behind_the_weights_and_goes_on_after_a_stop(tmp_path, 
 
 
 def test_the_average_is_the_mean_that_its_decay_asks_for(tmp_path):
-    """Its decay at step s is 1 - s^(-2/3), at most the one given."""
-    objective, seen = Linear(), []
+    """Its decay at step s is 1 - s^(-2/3), at most the one given; a step that was not finite is
+    none."""
+    objective, seen = Linear(fail_at=(4,)), []
     objective.encoder = objective.linear
     config = TrainConfig(
         epochs=1, batch_size=4, workers=0, threads=1, warmup_epochs=0.0, base_lr=1.0,
@@ -370,6 +420,8 @@ def test_the_average_is_the_mean_that_its_decay_asks_for(tmp_path):
         average=average)  # fmt: skip
     expected = start
     for step, weight in enumerate([*seen[1:8], objective.linear.weight.detach()], start=1):
+        if step == 4:
+            continue
         decay = min(0.5, 1 - step ** (-2 / 3)) if step > 1 else 0.0
         expected = decay * expected + (1 - decay) * weight
     torch.testing.assert_close(average.module.weight, expected)
@@ -655,3 +707,16 @@ def test_a_checkpoint_that_the_disk_does_not_take_leaves_the_one_before(tmp_path
     for key in ("loss", "lr"):
         ours, theirs = ([row[key] for row in rows] for rows in (resumed, whole))
         np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_pictures_that_are_all_broken_are_told_in_one_line(tmp_path, workers):
+    for i in range(30):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / f"{i:02}.png").write_bytes(b"broken")
+    command = [sys.executable, str(ROOT / "recipes" / "mim_pretrain.py"), *SMALL, "--workers",
+               workers, "--data", str(tmp_path / "data"), "--output", str(tmp_path / "run")]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "none could be read" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr

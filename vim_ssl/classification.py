@@ -7,6 +7,7 @@ ordinal      (b,) int64, ordered       classes - 1 binary questions:     how man
                                        is it more than k?                by yes
 """
 
+import contextlib
 import csv
 import json
 import math
@@ -243,24 +244,24 @@ def train_classifier(
         with folder.writing("the encoder"):
             save_encoder(encoder, folder.folder, ema=averaged, record=record)
 
-    fit(
-        objective.train(), samples, config, folder, accelerator, average=average,
-        evaluate=validation if watching else None, enough=validation.enough,
-        on_save=write_encoder,
-    )  # fmt: skip
     metrics: dict[str, Any] = {
         "task": recipe, "data": train.name, "encoder": source, "train": len(train),
     }  # fmt: skip
-    if accelerator.is_main_process:
-        if config.validation:
-            validation.take_best()
-            write_encoder()
-        metrics |= evaluate(final, test, folder.folder, config.targets, classes)
-        metrics |= {"protocol": to_dict(config), **environment()}
-        with folder.writing("metrics.json"):
-            (folder.folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-        print(f"{summary(metrics)}, trained on {len(train):,} · {folder.folder}")
-    folder.close()
+    with contextlib.closing(folder):
+        fit(
+            objective.train(), samples, config, folder, accelerator, average=average,
+            evaluate=validation if watching else None, enough=validation.enough,
+            on_save=write_encoder,
+        )  # fmt: skip
+        if accelerator.is_main_process:
+            if config.validation:
+                validation.take_best()
+                write_encoder()
+            metrics |= evaluate(final, test, folder.folder, config.targets, classes)
+            metrics |= {"protocol": to_dict(config), **environment()}
+            with folder.writing("metrics.json"):
+                (folder.folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+            print(f"{summary(metrics)}, trained on {len(train):,} · {folder.folder}")
     accelerator.end_training()
     return metrics
 

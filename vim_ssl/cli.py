@@ -84,7 +84,9 @@ def guarded(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | N
     except (ValueError, ImportError, OSError) as error:
         if os.environ.get("VIM_SSL_TRACEBACK") == "1" or not _is_users_mistake(error):
             raise
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        # Out of a worker process an error comes with that process's traceback before it.
+        said = str(error).strip().splitlines()[-1] if _from_worker(error) else error
+        print(f"{Path(sys.argv[0]).name}: error: {said}", file=sys.stderr)
         return 2
 
 
@@ -130,7 +132,13 @@ def _summary(path: Path) -> str:
     return (doc or "").partition("\n")[0]
 
 
+def _from_worker(error: BaseException) -> bool:
+    return "in DataLoader worker process" in str(error)
+
+
 def _is_users_mistake(error: BaseException) -> bool:
+    if type(error).__name__ == "BadImage":  # wherever it was raised: a picture is no code
+        return True
     if isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError):
         return True
     frames = list(traceback.walk_tb(error.__traceback__))

@@ -172,6 +172,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     known = list(known)
     if near := difflib.get_close_matches(name, known, n=1, cutoff=0.6):
         return f"Did you mean {near[0]!r}?"
+    if len(known) > 50:
+        return f"{len(known):,} others are known."
     return f"Known: {', '.join(known)}." if known else "None is known."
 
 

@@ -138,7 +138,7 @@ def _as_shown_to(teacher, images: Tensor, shown: dict, grid: tuple[int, int]) ->
         return torch.tensor(values, device=images.device)[:, None, None]
 
     images = images.float() * column(shown["std"]) + column(shown["mean"])
-    wanted = resolve_model_data_config(teacher)
+    wanted = getattr(teacher, "data_config", None) or resolve_model_data_config(teacher)
     if images.shape[1] == 1 and wanted["input_size"][0] == 3:
         images = images.expand(-1, 3, -1, -1)
     images = (images - column(wanted["mean"])) / column(wanted["std"])

@@ -263,15 +263,17 @@ def online_probe(
             for part in parts
         )
         encoder.train(training)
-        figures = {"feature_std": kept.x.std(0).mean().item()}
+        figures = {"feature_std": kept.x.std(0, correction=0).mean().item()}
         if not math.isfinite(figures["feature_std"]):
             return figures
         figures["effective_rank"] = effective_rank(kept.x[:, patches])
         for seen in asked:
             voted = knn_predict(kept.x, kept.y, seen.x)
-            linear = fit_logistic(kept.x[:, patches], kept.y, 0.1, SEARCH_TOL)
             figures["knn_top1"] = accuracy(voted, seen.y)
-            figures["linear_top1"] = accuracy(linear.predict(seen.x[:, patches].numpy()), seen.y)
+            if len(kept.y.unique()) > 1:  # of rare classes the bank may hold none
+                linear = fit_logistic(kept.x[:, patches], kept.y, 0.1, SEARCH_TOL)
+                guess = linear.predict(seen.x[:, patches].numpy())
+                figures["linear_top1"] = accuracy(guess, seen.y)
         return figures
 
     return evaluate

@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,7 @@ class Run:
             ) from None
 
     def release(self) -> None:
-        """Let other processes have the folder."""
+        """Let other processes have the folder; whoever opened the run closes it."""
         if self._lock:
             self._lock.release()
 
@@ -126,7 +126,8 @@ class Run:
 
     def _check_same(self, name: str) -> None:
         """Refuse a folder of something else, and settings that would make it another run."""
-        if (stored := _stored_config(self.folder)) is None:
+        stored = _stored_config(self.folder)
+        if stored is None or "recipe" not in stored:  # other programs write config.json too
             raise FileExistsError(
                 f"{name} holds something that is no run; choose another --output."
             )
@@ -229,11 +230,9 @@ class Run:
         row = {"step": progress.step, "epoch": round(epoch, 4), **figures}
         row |= {"seconds": round(progress.seconds, 2), "samples": progress.samples}
         row |= {"bad_steps": progress.bad_steps, "skipped": len(self.skipped)}
-        with self.writing("metrics.jsonl"):
-            with open(self.folder / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(row) + "\n")
-            for tracker in self._trackers:
-                tracker.log(figures, step=progress.step)
+        with self.writing("metrics.jsonl"), open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+        self._track(lambda tracker: tracker.log(figures, step=progress.step))
 
     def save_pictures(self, name: str, step: int, pictures: Tensor) -> Path:
         """(n, c, h, w) in [0, 1] -> images/NAME-STEP.png, one row a sample."""
@@ -244,12 +243,24 @@ class Run:
             pictures = pictures[:, :1]  # more bands than a PNG holds: show the first
         with self.writing(f"images/{path.name}"):
             save_image(pictures, path, nrow=1, padding=1, pad_value=1.0)
-            for tracker in self._trackers:
-                if tracker.name == "tensorboard":
-                    tracker.writer.add_images(name, pictures, step)
-                elif hasattr(tracker, "log_images"):
-                    tracker.log_images({name: [np.asarray(Image.open(path))]}, step=step)
+
+        def show(tracker) -> None:
+            if tracker.name == "tensorboard":
+                tracker.writer.add_images(name, pictures, step)
+            elif hasattr(tracker, "log_images"):
+                tracker.log_images({name: [np.asarray(Image.open(path))]}, step=step)
+
+        self._track(show)
         return path
+
+    def _track(self, tell: Callable[[Any], None]) -> None:
+        """Tell the trackers. One that fails, as a server out of reach, is left out from then on."""
+        for tracker in list(self._trackers):
+            try:
+                tell(tracker)
+            except Exception as error:  # anything that a tracker's client may raise
+                self._trackers.remove(tracker)
+                print(f"\nThe tracker {tracker.name} failed and is left out: {error}", flush=True)
 
     def count_skipped(self, names: Iterable[str]) -> None:
         """Remember pictures that could not be read; the first ten are shown."""
@@ -310,7 +321,12 @@ def stored_or(default):
 
 def _stored_config(folder: Path) -> dict | None:
     record = folder / "config.json"
-    return json.loads(record.read_text()) if record.is_file() else None
+    if not record.is_file():
+        return None
+    try:
+        return json.loads(record.read_text())
+    except ValueError as error:
+        raise ValueError(f"{record} is broken: {error}. Choose another --output.") from error
 
 
 def newest_run(root: Path = RUNS) -> Path:

@@ -86,6 +86,14 @@ class TrainConfig:
                      "max_bad_steps", "lr_reference_batch"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
+        for name in ("workers", "threads", "max_steps", "save_steps", "weight_decay", "min_lr",
+                     "warmup_lr", "base_lr", "clip_grad"):  # fmt: skip
+            if not 0 <= (getattr(self, name) or 0) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas are {self.betas}; each must be at least 0 and below 1.")
+        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay is {self.layer_decay}; it must be above 0, at most 1.")
         if not 0 < self.epochs < math.inf:
             raise ValueError(f"epochs is {self.epochs}; it must be above 0.")
         if not 0 <= self.warmup_epochs < self.epochs:
@@ -440,7 +448,6 @@ class _Watch:
         self.bar.close()
         if self.main and self.seconds and kind in (None, SystemExit):
             print(bottleneck(self.images, self.seconds, self.waited, self.plan.workers), flush=True)
-        self.run.release()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 

@@ -67,7 +67,9 @@ ARMS = {
 }  # fmt: skip
 VIT = {"embed_dim": 96, "depth": 4, "num_heads": 3}  # 0.45 M parameters; the Vim has 0.50 M
 SAME = {"mae", "mae, shuffled"}  # they cost the same; their time and pictures are the budgets
-BASELINES = ("untrained", "untrained ViT", "pixels")
+# `ar` reads forward only: its untrained network is another one.
+UNTRAINED = {"untrained": "mae", "untrained, forward only": "ar", "untrained ViT": "mae on ViT"}
+BASELINES = (*UNTRAINED, "pixels")
 
 
 def settings(data: str, arm: str, seed: int, **more) -> Config:
@@ -120,7 +122,8 @@ def work(out: Path, data: str, arm: str, budget: str, seed: int, epochs: float) 
     config = settings(data, arm, seed, **({"epochs": epochs} if epochs else {}))
     seconds, pictures = 0.0, 0
     if arm in BASELINES:
-        encoder = None if arm == "pixels" else build(arm, config)[0]
+        like = UNTRAINED.get(arm, "")
+        encoder = build(like, settings(data, like, seed))[0] if like else None
     else:
         with tempfile.TemporaryDirectory() as folder:
             config.output = folder

@@ -2,8 +2,9 @@
 
     python benchmarks/learning/summary.py               # prints the table, writes learning.svg
 
-Gains are over the same seed's untrained encoder of the same kind, paired: the mean of the seeds'
-differences with Student's 95 % interval.
+Gains are over the untrained encoder of the same kind and seed: the mean of the seeds' differences
+with Student's 95 % interval. (With a mask token, as in simmim and distill, the same seed draws
+other initial weights.)
 """
 
 import statistics
@@ -34,7 +35,7 @@ def gain(ours: dict[int, float], theirs: dict[int, float]) -> tuple[float, float
 
     differences = [ours[seed] - theirs[seed] for seed in ours.keys() & theirs.keys()]
     if len(differences) < 2:
-        return statistics.mean(differences), float("nan")
+        return sum(differences) / max(len(differences), 1), float("nan")
     error = statistics.stdev(differences) / len(differences) ** 0.5
     return statistics.mean(differences), stats.t.ppf(0.975, len(differences) - 1) * error
 
@@ -62,13 +63,17 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def untrained(arm: str) -> str:
+    """The baseline that has the arm's network."""
+    return {"ar": "untrained, forward only", "mae on ViT": "untrained ViT"}.get(arm, "untrained")
+
+
 def _cell(rows, data, arm, budget, figure) -> str:
     found = values(rows, data, arm, budget, figure)
     text = f"{statistics.mean(found.values()):.1f}"
     if arm.startswith(("untrained", "pixels")):
         return text
-    untrained = "untrained ViT" if "ViT" in arm else "untrained"
-    mean, half = gain(found, values(rows, data, untrained, budget, figure))
+    mean, half = gain(found, values(rows, data, untrained(arm), budget, figure))
     return f"{text} ({mean:+.1f} ± {half:.1f})"
 
 
@@ -87,9 +92,8 @@ def plot(rows: list[dict], path: Path) -> None:
     for line, (key, name) in zip(axes, FIGURES.items(), strict=True):
         for axis, data in zip(line, datas, strict=True):
             for place, arm in enumerate(arms):
-                untrained = "untrained ViT" if "ViT" in arm else "untrained"
                 ours = values(rows, data, arm, "time", key)
-                theirs = values(rows, data, untrained, "time", key)
+                theirs = values(rows, data, untrained(arm), "time", key)
                 dots = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
                 if not dots:
                     continue
@@ -109,6 +113,9 @@ def main() -> int:
     parser = results_parser(__doc__, "nothing; learning.csv is read")
     args = parser.parse_args()
     rows = read_rows(args.out / "learning.csv")
+    if not rows:
+        print(f"There are no rows in {args.out / 'learning.csv'} yet; study.py makes them.")
+        return 1
     print(table(rows))
     plot(rows, HERE / "learning.svg")
     return 0

@@ -15,6 +15,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from vim_ssl.data import BadImage, labelled_parts, open_data
 from vim_ssl.data import stream as stream_module
+from vim_ssl.data import tars as tars_module
 from vim_ssl.data.loader import training_loader
 from vim_ssl.data.stream import SlotReader, StreamSamples, buffered_order, share_out
 
@@ -316,6 +317,71 @@ def test_shards_behind_http(tmp_path, sizes):
         with pytest.raises(ConnectionError, match="part-007"):
             open_stream(f"wds:http://127.0.0.1:{server.server_port}/part-007.tar")
         server.shutdown()
+
+
+@pytest.mark.parametrize("cut", [10_240, 10_340, 10_840], ids=["header", "in-header", "in-data"])
+def test_a_connection_that_ends_early_loses_no_sample(tmp_path, monkeypatch, cut):
+    """Once, while the samples are counted; between two headers, inside of one, inside of a file."""
+    write_shards(tmp_path, 40)
+    whole = (tmp_path / "part-000.tar").read_bytes()
+    answers = []
+
+    class Cutting(http.server.BaseHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+        def do_GET(self):
+            if self.path.endswith("sizes.json"):
+                return self.send_error(404)
+            answers.append(len(answers))
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(whole)))
+            self.send_header("ETag", "one")
+            self.end_headers()
+            # The first answer is for its headers alone.
+            self.wfile.write(whole[:cut] if len(answers) == 2 else whole)
+
+    monkeypatch.setattr(tars_module.time, "sleep", lambda seconds: None)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Cutting) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        spec = f"wds:http://127.0.0.1:{server.server_port}/part-000.tar"
+        stream = open_stream(spec)
+        assert (len(stream), stream.faults) == (40, [])
+        assert len(answers) == 3
+        assert len(open_stream(spec)) == 40
+        server.shutdown()
+
+
+@pytest.mark.parametrize("size", [-512, -10_240])
+def test_a_header_of_negative_size_ends_the_tar_with_a_word(tmp_path, size):
+    path = write_tar(tmp_path / "a.tar", {"1.png": png(1), "2.png": png(2)})
+    content = bytearray(path.read_bytes())
+    header = tarfile.TarInfo("3.png")
+    second = 512 * 2
+    header.size = 0
+    block = bytearray(header.tobuf(tarfile.GNU_FORMAT))
+    block[124:136] = tarfile.itn(size, 12, tarfile.GNU_FORMAT)
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    content[second : second + 512] = block
+    path.write_bytes(content)
+    stream = open_stream(f"wds:{path}")
+    assert len(stream) == 1
+    assert "negative size" in stream.faults[0]
+
+
+def test_a_file_that_would_fill_the_memory_is_a_broken_picture(tmp_path, monkeypatch):
+    monkeypatch.setattr(tars_module, "MAX_FILE", 1000)
+    path = write_tar(tmp_path / "a.tar", {"1.png": png(1), "2.png": bytes(2000)})
+    first, second = open_stream(f"wds:{path}").records(0)
+    assert isinstance(first["image"], bytes)
+    assert not second["image"]
+
+
+def test_hidden_files_between_a_samples_own_do_not_cut_it(tmp_path):
+    files = {"._1.cls": b"x", "1.cls": b"2", "._1.txt": b"x", "1.txt": b"a cat", "1.png": png(1)}
+    (item,) = items(open_stream(f"wds:{write_tar(tmp_path / 'a.tar', files)}"))
+    assert (item["label"], item["caption"]) == (2, "a cat")
 
 
 def test_a_remote_shard_that_breaks_off_is_taken_up_again(tmp_path, monkeypatch):

@@ -436,7 +436,11 @@ def test_a_batch_is_never_larger_than_the_data(photos, tmp_path, capsys):
         (["--model-args", "stride=4"], ValueError, "overlap"),
         (["--objective", "ar", "--model-args", "directions=both"], ValueError, "has seen"),
         (["--objective", "ar", "--cluster", "3"], ValueError, "do not fill a 8x8 grid"),
-        (["--objective", "distill", "--teacher", "timm:no_such"], RuntimeError, "Unknown model"),
+        (
+            ["--objective", "distill", "--teacher", "timm:no_such"],
+            ValueError,
+            "timm has no model .no_such",
+        ),
         (["--mask", "row", "--mask-ratio", "0"], ValueError, "between 0 and 1"),
         (["--model-args", "dept=2"], ValueError, "Did you mean 'depth'"),
         (["--data", "no/such/folder"], FileNotFoundError, "There is no folder"),

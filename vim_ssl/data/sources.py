@@ -49,7 +49,10 @@ def open_data(
         data; each says what to do.
     """
     if isinstance(spec, str) and AND in spec and not Path(spec).expanduser().exists():
-        return join([open_data(part.strip(), split=split) for part in spec.split(AND)])
+        parts = [parse_spec(part.strip()) for part in spec.split(AND)]
+        if stream := next((p for p in parts if p.streaming or p.scheme not in _OPENERS), None):
+            raise ValueError(f"{spec!r}: {stream} is a stream, which cannot be joined to others.")
+        return join([open_data(str(part), split=split) for part in parts])
     parsed = parse_spec(spec)
     if split is not None:
         parsed = replace(parsed, split=split)

@@ -10,6 +10,7 @@ resume is to ask for epoch e from batch s on: the shards used up by then are not
                      the smallest slot of all: none runs out before another
 """
 
+import io
 import re
 import time
 import urllib.request
@@ -333,7 +334,7 @@ def open_file(name: str) -> IO[bytes]:
     if not is_remote(name):
         return open(name, "rb")
     if name.startswith(("http://", "https://")):
-        return urllib.request.urlopen(name, timeout=60)
+        return _Whole(urllib.request.urlopen(name, timeout=60))  # type: ignore[return-value]
     import fsspec
 
     return fsspec.open(name, "rb").open()
@@ -341,3 +342,23 @@ def open_file(name: str) -> IO[bytes]:
 
 def file_name(name: str) -> str:
     return re.split(r"[/\\]", name)[-1]
+
+
+class _Whole(io.RawIOBase):
+    """A response that is whole or an error: urllib gives what came before the connection ended."""
+
+    def __init__(self, response):
+        self.response, self.headers = response, response.headers
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        data = self.response.read(None if size < 0 else size)
+        if not data and size and self.response.length:
+            raise ConnectionError(f"the connection ended {self.response.length:,} bytes early")
+        return data
+
+    def close(self) -> None:
+        self.response.close()
+        super().close()

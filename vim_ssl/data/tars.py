@@ -11,6 +11,7 @@ import json
 import os
 import re
 import tarfile
+import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,10 +25,11 @@ from vim_ssl.data.folder import EXTENSIONS
 from vim_ssl.data.images import BadImage
 from vim_ssl.data.samples import user_cache
 from vim_ssl.data.spec import DataSpec
-from vim_ssl.data.stream import ImageStream, Shard, file_name, is_remote, open_file
+from vim_ssl.data.stream import RETRIES, ImageStream, Shard, file_name, is_remote, open_file
 
 PICTURES = tuple(extension[1:] for extension in EXTENSIONS)
 END_MARK = bytes(tarfile.BLOCKSIZE)
+MAX_FILE = 2**28  # bytes of a picture, caption or json; the largest that are read
 THREADS = 16  # shards looked at together; most of the time is waiting
 
 
@@ -55,23 +57,32 @@ class TarReader:
         """
         now = ""
         files: dict[str, bytes] = {}
-        for member in tar:
-            folder, slash, file = member.name.rpartition("/")
-            stem, _, extension = file.partition(".")
-            key, extension = folder + slash + stem, extension.lower()
-            if key != now or extension in files:
-                if self._picture(files):
-                    yield now, files
-                now, files = key, {}
-            if not member.isreg() or not stem:
-                continue
-            if extension in (*PICTURES, "cls", "txt", "json", self.image, self.label, self.caption):
-                content = tar.extractfile(member) if read else None
-                files[extension] = content.read() if content else b""
-            elif others is not None:
-                others[extension or "without extension"] += 1
+        try:
+            for member in tar:
+                folder, slash, file = member.name.rpartition("/")
+                stem, _, extension = file.partition(".")
+                if not stem:  # hidden files, as macOS adds them between a sample's own
+                    continue
+                key, extension = folder + slash + stem, extension.lower()
+                if key != now or extension in files:
+                    if self._picture(files):
+                        yield now, files
+                    now, files = key, {}
+                if not member.isreg():
+                    continue
+                if extension in self._wanted():
+                    files[extension] = _content(tar, member) if read else b""
+                elif others is not None:
+                    others[extension or "without extension"] += 1
+        except CutOffError:  # between two files: what was read is whole
+            if self._picture(files):
+                yield now, files
+            raise
         if self._picture(files):
             yield now, files
+
+    def _wanted(self) -> tuple[str | None, ...]:
+        return (*PICTURES, "cls", "txt", "json", self.image, self.label, self.caption)
 
     def _picture(self, files: dict[str, bytes]) -> str | None:
         if self.image:
@@ -97,6 +108,15 @@ class TarReader:
             fault = f"its label, caption or json cannot be read ({error}); label=none leaves it out"
             record["image"] = BadImage(name, fault)
         return record
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    """A file of a tar; nothing (so a broken picture) where it would fill the memory: a header can
+    promise any size, and a sparse file holds it in a few bytes."""
+    if member.size > MAX_FILE or member.issparse():
+        return b""
+    content = tar.extractfile(member)
+    return content.read() if content else b""
 
 
 def stream_tars(spec: DataSpec) -> ImageStream:
@@ -172,7 +192,7 @@ def count_shards(
     def look(name: str) -> dict[str, Any]:
         folder, _, file = name.rpartition("/")
         if file in sizes[folder]:
-            return {"count": int(sizes[folder][file]), "stamp": ["", ""], "fault": "", "others": {}}
+            return {"count": sizes[folder][file], "stamp": ["", ""], "fault": "", "others": {}}
         stamp = _stamp(name)
         before = known.get(name, {})
         if before.get("stamp") == stamp and not (is_remote(name) and before["fault"]):
@@ -195,15 +215,23 @@ def count_shards(
 
 
 def count(name: str, reader: TarReader) -> dict[str, Any]:
-    """One pass over a tar's headers."""
+    """One pass over a tar's headers; of a remote one that breaks off, another. Raises:
+    ConnectionError."""
+    for attempt in range(RETRIES if is_remote(name) else 0):
+        try:
+            return _count(name, reader)
+        except ConnectionError:
+            time.sleep(2 ** (attempt + 1))
+    return _count(name, reader)
+
+
+def _count(name: str, reader: TarReader) -> dict[str, Any]:
     samples, fault = 0, ""
     others: Counter[str] = Counter()
     try:
         with open_tar(name) as tar:
             for _ in reader.samples(tar, read=False, others=others):
                 samples += 1
-            if not is_remote(name) and not _ends_well(tar):
-                fault = "it has no end mark: cut off?"
     except PermissionError:
         raise
     except Exception as error:  # a damaged file makes readers raise nearly anything
@@ -213,13 +241,6 @@ def count(name: str, reader: TarReader) -> dict[str, Any]:
     if fault:
         fault = f"{name} is damaged after {samples} samples, which are used ({fault})"
     return {"count": samples, "fault": fault, "others": dict(others)}
-
-
-def _ends_well(tar: tarfile.TarFile) -> bool:
-    """Whether the header where iteration stopped is the end mark, not something unreadable."""
-    assert tar.fileobj is not None
-    tar.fileobj.seek(tar.offset)
-    return tar.fileobj.read(tarfile.BLOCKSIZE) == END_MARK
 
 
 def _stamp(name: str) -> list[str]:
@@ -240,7 +261,8 @@ def _sizes(folder: str) -> dict[str, int]:
     """A remote webdataset's own list of counts, if there is one: file name → samples."""
     if is_remote(folder):
         with suppress(Exception), open_file(f"{folder}/sizes.json") as file:
-            return dict(json.loads(file.read()))
+            counts = dict(json.loads(file.read()))
+            return {name: int(count) for name, count in counts.items()}
     return {}
 
 
@@ -249,5 +271,32 @@ def open_tar(name: str) -> Iterator[tarfile.TarFile]:
     """A tar, plain or compressed; a local one is searched, a remote one read from front to back."""
     with open_file(name) as file:
         mode = "r|*" if is_remote(name) else "r:*"
-        with tarfile.open(fileobj=file, mode=mode) as tar:  # type: ignore[call-overload]
+        with tarfile.open(  # type: ignore[call-overload]
+            fileobj=file, mode=mode, tarinfo=WholeHeader
+        ) as tar:
             yield tar
+
+
+class CutOffError(tarfile.ReadError):
+    """A tar ends where a header should stand."""
+
+
+class WholeHeader(tarfile.TarInfo):
+    """A tar's headers up to its end mark. tarfile takes one that is broken or cut off for the end
+    of the tar, in silence, and one of negative size (in Python 3.11) for the way back."""
+
+    @classmethod
+    def frombuf(cls, buf, encoding, errors):
+        header = super().frombuf(buf, encoding, errors)
+        if header.size < 0:
+            raise tarfile.InvalidHeaderError("negative size")  # type: ignore[attr-defined]
+        return header
+
+    @classmethod
+    def fromtarfile(cls, tar):
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            raise
+        except tarfile.HeaderError as error:
+            raise CutOffError(f"no end mark, but {error}: cut off?") from error
