@@ -147,3 +147,17 @@ def test_distilling_lowers_the_loss():
 def test_what_does_not_fit_is_refused(encoder, args, message):
     with pytest.raises(ValueError, match=message):
         Distill(student(**encoder), **args)
+
+
+@pytest.mark.parametrize("teacher_chans", [1, 3])
+def test_an_encoder_of_ours_teaches_with_pictures_as_it_knows_them(teacher_chans):
+    """Its own mean and deviation, not ImageNet's; grey pictures in colour for one in colour."""
+    data = {"mean": (0.2,) * teacher_chans, "std": (0.5,) * teacher_chans}
+    teacher = VimEncoder(**ARGS | {"in_chans": teacher_chans, "data_config": data}).eval()
+    own = {"mean": (0.1,), "std": (0.3,)}
+    model = Distill(student(in_chans=1, data_config=own), teacher, layers=1)
+    pixels = torch.rand(2, 1, 16, 16)
+    shown = (pixels.expand(-1, teacher_chans, -1, -1) - 0.2) / 0.5
+    (expected,) = teacher.forward_intermediates(shown, 1, output_fmt="NLC", intermediates_only=True)
+    found = model.targets((pixels - 0.1) / 0.3)
+    torch.testing.assert_close(found, F.layer_norm(expected, expected.shape[-1:]))

@@ -714,8 +714,10 @@ def test_pictures_that_are_all_broken_are_told_in_one_line(tmp_path, workers):
     for i in range(30):
         (tmp_path / "data").mkdir(exist_ok=True)
         (tmp_path / "data" / f"{i:02}.png").write_bytes(b"broken")
-    command = [sys.executable, str(ROOT / "recipes" / "mim_pretrain.py"), *SMALL, "--workers",
-               workers, "--data", str(tmp_path / "data"), "--output", str(tmp_path / "run")]  # fmt: skip
+    command = [
+        sys.executable, str(ROOT / "recipes" / "mim_pretrain.py"), *SMALL, "--workers", workers,
+        "--data", str(tmp_path / "data"), "--output", str(tmp_path / "run"),
+    ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
     assert "none could be read" in done.stderr.splitlines()[-1]

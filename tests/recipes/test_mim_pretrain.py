@@ -476,3 +476,16 @@ def test_a_script_shows_its_help_when_called_by_path(script, tmp_path):
     assert shown.returncode == 0, shown.stderr
     assert "--encoder" in shown.stdout
     assert "--data" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("argv", "idle"),
+    [
+        (["--objective", "ar", "--mask", "block", "--cluster", "1"], "mask"),
+        (["--cluster", "3", "--teacher-momentum", "0.5"], "cluster, teacher_momentum"),
+        (["--mask-ratio", "0.5", "--no-keep-order"], ""),
+    ],
+)
+def test_settings_that_the_objective_does_not_use_are_told(argv, idle, monkeypatch):
+    config = settings(monkeypatch, "--data", "x", *argv)
+    assert ", ".join(mim_pretrain.not_used(config)) == idle
