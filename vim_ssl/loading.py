@@ -31,6 +31,7 @@ TAGS = {path.name: path for path in (Path(__file__).parent / "weights").glob("*.
 _DEFAULTS = {
     name: parameter.default for name, parameter in inspect.signature(VimEncoder).parameters.items()
 }
+_VIDEO = {"frames", "tubelet"}  # which only an encoder of clips has
 # What the tensors decide: another value is a mistake, not a wish.
 _FIXED = (
     "embed_dim", "depth", "d_state", "d_conv", "expand", "dt_rank", "patch_size",
@@ -226,6 +227,15 @@ def _find(source: str | os.PathLike) -> tuple[checkpoint_files.Folder, str]:
     return checkpoint_files.find(source)
 
 
+def encoder_class(config: Mapping[str, Any]) -> type[VimEncoder]:
+    """What a config describes: an encoder of images or of clips."""
+    if not _VIDEO & config.keys():
+        return VimEncoder
+    from vim_ssl.video import VideoEncoder
+
+    return VideoEncoder
+
+
 def _apply(config: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of the encoder asked for: the checkpoint's, and the caller's over them."""
     wished = {key: value for key, value in asked.items() if value is not None}
@@ -257,7 +267,7 @@ def _build(
     _check_contradictions(stored.path, config, asked)
     target = _apply(config, asked)
     target["num_classes"] = own_classes if num_classes is None else num_classes
-    encoder = VimEncoder(**target)
+    encoder = encoder_class(target)(**target)
     state = adapt_state(stored.path, stored.state, config, encoder)
     missing, unexpected, misshapen = compare_keys(encoder, state)
     if misshapen:
@@ -290,7 +300,7 @@ def _config_of(stored: Stored, asked: Mapping[str, Any]) -> tuple[dict[str, Any]
     else:
         config, assumed = stored.config, []
         for name in config:
-            if name not in _DEFAULTS:
+            if name not in _DEFAULTS and name not in _VIDEO:
                 near = difflib.get_close_matches(name, _DEFAULTS, n=1)
                 hint = f"Did you mean {near[0]!r}?" if near else "Was it written by a newer one?"
                 raise ValueError(
@@ -427,7 +437,7 @@ def _describe(report: Report, stored: Stored, config: Mapping[str, Any]) -> None
 
 def _check_copy(report: Report, which: str, stored: Stored, config: dict[str, Any]) -> None:
     try:
-        encoder = VimEncoder(**(config | {"scan_backend": "auto"}))
+        encoder = encoder_class(config)(**(config | {"scan_backend": "auto"}))
         state = adapt_state(stored.path, stored.state, config, encoder)
     except ValueError as error:
         report.problems.append(f"{which}: {error}")
