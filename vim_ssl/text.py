@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from timm.layers import Mlp
 from torch import Tensor, nn
 
+from vim_ssl.loading import write_whole
+
 CONTEXT_LENGTH = 77  # CLIP's
 SPECIAL = ("<pad>", "<bos>", "<eos>")
 # Of a caption no more characters than this a token are looked at: nobody waits for a whole book.
@@ -86,10 +88,8 @@ class Tokenizer:
     def save(self, folder: str | Path) -> None:
         """Write what `load_tokenizer` needs into ``folder``: tokenizer.json."""
         record: dict[str, Any] = {"name": self.name, "context_length": self.context_length}
-        path = Path(folder) / "tokenizer.json"
-        partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-        partial.write_text(json.dumps(record | self._stored(), ensure_ascii=False))
-        os.replace(partial, path)
+        text = json.dumps(record | self._stored(), ensure_ascii=False)
+        write_whole(Path(folder) / "tokenizer.json", text.encode())
 
     def _stored(self) -> dict[str, Any]:
         return {}
@@ -240,7 +240,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     path = Path(folder) / "tokenizer.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no tokenizer.json.")
-    stored = json.loads(path.read_text())
+    stored = json.loads(path.read_text(encoding="utf-8"))
     if stored["name"] == "bpe":
         return BytePairs(json.dumps(stored["model"]), stored["context_length"])
     return named_tokenizer(stored["name"], stored["context_length"])
