@@ -259,7 +259,11 @@ def image_config(encoder: nn.Module) -> dict[str, Any]:
         return encoder.data_config
     from timm.data import resolve_model_data_config
 
-    return resolve_model_data_config(encoder)
+    config = resolve_model_data_config(encoder)
+    size = getattr(getattr(encoder, "patch_embed", None), "img_size", None)
+    if size is not None:  # built for another than the weights were trained at
+        config["input_size"] = (config["input_size"][0], *size)
+    return config
 
 
 def save_clip(
