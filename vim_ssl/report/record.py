@@ -12,7 +12,8 @@ from vim_ssl.encoder import PRESETS
 
 # Logged again on every line until the next evaluation.
 EVALUATED = (
-    "knn_top1", "linear_top1", "feature_std", "effective_rank", "image_to_text_r1", "text_to_image_r1",
+    "knn_top1", "linear_top1", "feature_std", "effective_rank",
+    "image_to_text_r1", "text_to_image_r1",
 )  # fmt: skip
 MAX_LINES = 50_000  # of the log that are parsed, evenly spread
 
