@@ -28,6 +28,7 @@ from vim_ssl.config import opt, parse, to_dict
 from vim_ssl.data import ImageData, open_data, parse_spec
 from vim_ssl.data.spec import canonical_split
 from vim_ssl.probes import Features, extract_features, wilson_interval
+from vim_ssl.report import write_report
 from vim_ssl.retrieval import PairFeatures, embed_pairs, nearest, recall
 from vim_ssl.runs import environment, newest_run, trained_on
 
@@ -37,6 +38,7 @@ TEMPLATES = (
     "a {} in a video game.", "art of the {}.", "a photo of the small {}.",
 )  # fmt: skip
 EXAMPLES = 8
+SIDE = 96  # pixels of their pictures, at most
 
 
 @dataclass
@@ -126,6 +128,28 @@ def search(pairs: PairFeatures) -> dict[str, Any]:
     return figures
 
 
+def show(pairs: PairFeatures, data: ImageData, folder: Path) -> dict[str, Any]:
+    """A few pairs to look at: each picture, small, in ``folder``, its first caption, the three that
+    are nearest, and the cosines of all these pictures and first captions."""
+    n = len(pairs.images)
+    chosen = sorted({i * n // EXAMPLES for i in range(EXAMPLES)})
+    first = [int((pairs.owner == i).nonzero()[0]) for i in chosen]
+    found = nearest(pairs.images[chosen], pairs.texts, 3).tolist()
+    cosines = pairs.images[chosen] @ pairs.texts[first].T
+    place = {name: index for index, name in enumerate(data.ids)}
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for number, (i, own, best) in enumerate(zip(chosen, first, found, strict=True)):
+        image = data[place[pairs.ids[i]]]["image"]
+        image.thumbnail((SIDE, SIDE))
+        image.save(folder / f"{number}.png")
+        rows.append({
+            "id": pairs.ids[i], "picture": f"{folder.name}/{number}.png",
+            "own": pairs.captions[own], "nearest": [pairs.captions[j] for j in best],
+        })  # fmt: skip
+    return {"pairs": rows, "cosines": [[round(x, 4) for x in row] for row in cosines.tolist()]}
+
+
 def run(config: Config) -> dict:
     started = time.perf_counter()
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -138,6 +162,8 @@ def run(config: Config) -> dict:
     print(f"Model {source} · {data.name}: {len(data):,} pictures", flush=True)
     loading: dict[str, Any] = {"batch_size": config.batch_size, "workers": config.workers}
     loading["device"] = device
+    folder = Path(config.output) if config.output else Path(source) / "zero_shot"
+    folder.mkdir(parents=True, exist_ok=True)
 
     metrics: dict[str, Any] = {
         "task": "zero_shot", "data": data.name, "split": data.split, "encoder": str(source),
@@ -156,18 +182,14 @@ def run(config: Config) -> dict:
     if data.has_captions:
         pairs = embed_pairs(clip, data, **loading)
         metrics["retrieval"], metrics["skipped"] = search(pairs), pairs.skipped
-        found = nearest(pairs.images[:EXAMPLES], pairs.texts, 3).tolist()
-        metrics["captioned"] = {
-            id: [pairs.captions[i] for i in row]
-            for id, row in zip(pairs.ids[:EXAMPLES], found, strict=True)
-        }
+        metrics["examples"] = show(pairs, data, folder / "examples")
     metrics |= {"seconds": round(time.perf_counter() - started, 1), **environment()}
-    folder = Path(config.output) if config.output else Path(source) / "zero_shot"
-    folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(metrics, indent=2, ensure_ascii=False) + "\n"
     (folder / "metrics.json").write_text(text, encoding="utf-8")
     _print_table(metrics)
     print(f"Written: {folder / 'metrics.json'}")
+    if (folder.parent / "metrics.jsonl").exists():
+        print(f"Report: {write_report(folder.parent)}")
     return metrics
 
 

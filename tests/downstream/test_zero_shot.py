@@ -69,7 +69,12 @@ def test_pictures_and_captions_are_found_by_each_other(model, classes, tmp_path,
         values = [figures[f"{way}_r{k}"] for k in (1, 5, 10)]
         assert values == sorted(values)
     assert "classification" not in found
-    assert all(len(captions) == 3 for captions in found["captioned"].values())
+    shown = found["examples"]
+    assert len(shown["pairs"]) == len(shown["cosines"]) == len(shown["cosines"][0]) == 8
+    for pair in shown["pairs"]:
+        assert (tmp_path / pair["picture"]).exists()
+        assert len(pair["nearest"]) == 3
+        assert pair["own"].startswith(pair["id"].split("/")[0])
     assert "Among 12 pictures and 24 captions" in capsys.readouterr().out
 
 
