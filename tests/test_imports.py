@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = ("vim_ssl", "kernels", "recipes", "downstream")
-USED_LATE = {"accelerate", "datasets", "sklearn", "numba"}
+USED_LATE = {"accelerate", "datasets", "sklearn", "numba", "tokenizers", "transformers"}
 # Kernels stand on torch; the compilers of two backends are known to the files named after them.
 COMPILERS = {"numba": {"numba", "numpy", "llvmlite"}, "triton": {"triton"}}
 

@@ -307,6 +307,42 @@ def test_a_probe_of_another_form_does_not_cost_the_page(finished: Path, content:
     assert len(Page(write_report(finished)).all("svg")) >= 5
 
 
+ZERO_SHOT = {
+    "data": EVIL,
+    "retrieval": {"image_to_text_r1": 12.5, "image_to_text_r1_ci": [3.0, 30.0]},
+    "examples": {
+        "pairs": [
+            {"picture": "examples/0.png", "own": EVIL, "nearest": ["a dog", EVIL]},
+            {"picture": "examples/0.png", "own": "a cat", "nearest": ["a cow"]},
+        ],
+        "cosines": [[0.5, 0.1], [0.2, 0.4]],
+    },
+}
+
+
+def test_pictures_stand_beside_the_captions_nearest_to_them(finished: Path):
+    folder = finished / "zero_shot"
+    (folder / "examples").mkdir(parents=True)
+    Image.new("RGB", (20, 10)).save(folder / "examples" / "0.png")
+    (folder / "metrics.json").write_text(json.dumps(ZERO_SHOT))
+    page = Page(write_report(finished))
+    assert "By names and captions alone" in page.text
+    assert "12.5 % 3.0 – 30.0" in page.text
+    assert f"a dog · {EVIL}" in page.text
+    assert "0.50" in page.text
+    (folder / "examples" / "0.png").unlink()
+    assert "a dog" not in Page(write_report(finished)).text
+
+
+@pytest.mark.parametrize(
+    "content", ['{"retrieval": 3}', '{"retrieval": {}, "examples": [1]}', "[]", "{"]
+)
+def test_zero_shot_figures_of_another_form_do_not_cost_the_page(finished: Path, content: str):
+    (finished / "zero_shot").mkdir()
+    (finished / "zero_shot" / "metrics.json").write_text(content)
+    Page(write_report(finished))
+
+
 @pytest.mark.parametrize("exists", [True, False], ids=["empty-folder", "no-folder"])
 def test_a_folder_without_a_run_is_refused(tmp_path: Path, exists: bool):
     folder = tmp_path if exists else tmp_path / "none"

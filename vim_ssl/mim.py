@@ -182,11 +182,11 @@ class SimMIM(PixelObjective):
         return F.l1_loss(prediction, target, reduction="none").mean(-1)
 
 
-def refuse_head(encoder: VimEncoder) -> None:
+def refuse_head(encoder: nn.Module) -> None:
     """Raises: ValueError for an encoder with a head, which pretraining would not train."""
-    if encoder.num_classes:
+    if classes := getattr(encoder, "num_classes", 0):
         raise ValueError(
-            f"the encoder has a head of {encoder.num_classes} classes, which pretraining would "
+            f"the encoder has a head of {classes} classes, which pretraining would "
             "leave without gradient; build it with num_classes=0."
         )
 

@@ -1,4 +1,12 @@
-"""What the trainer asks of an objective, whatever is being trained."""
+"""What the trainer asks of an objective, whatever is being trained.
+
+forward(batch) -> StepOutput
+after_step()                       optional: called after every step of the optimiser
+accumulate(forward, count)         optional: yields the StepOutput of each of a step's ``count``
+                                   micro-batches, for losses that compare their samples with one
+                                   another; ``forward(i, **more)`` calls the model on the i-th,
+                                   with the same random draws every time
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

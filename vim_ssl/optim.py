@@ -68,6 +68,7 @@ def build_optimizer(
     weight_decay: float,
     opt: str = "adamw",
     betas: tuple[float, float] | None = None,
+    eps: float | None = None,
     layer_decay: float | None = None,
 ) -> torch.optim.Optimizer:
     """timm's optimiser of that name over `param_groups`.
@@ -75,18 +76,18 @@ def build_optimizer(
     Args:
         model, weight_decay, layer_decay: see `param_groups`.
         lr: of a group with ``lr_scale`` 1, at the schedule's peak.
-        betas: the optimiser's own by default; left out where it has none.
+        betas, eps: the optimiser's own by default; left out where it has none.
     Raises: ValueError for a name that timm does not know.
     """
     check_optimizer(opt)
-    more: dict[str, Any] = {} if betas is None else {"betas": betas}
+    given: dict[str, Any] = {"betas": betas, "eps": eps}
     return create_optimizer_v2(
         model,
         opt,
         lr=lr,
         weight_decay=weight_decay,
         param_group_fn=lambda m: param_groups(m, weight_decay, layer_decay),
-        **more,
+        **{name: value for name, value in given.items() if value is not None},
     )
 
 

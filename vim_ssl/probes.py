@@ -299,4 +299,4 @@ def wilson_interval(percent: float, n: int) -> tuple[float, float]:
     z, p = 1.96, percent / 100
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
-    return round(100 * (centre - half), 2), round(100 * (centre + half), 2)
+    return round(max(100 * (centre - half), 0.0), 2), round(100 * (centre + half), 2)

@@ -329,31 +329,33 @@ def _stored_config(folder: Path) -> dict | None:
         raise ValueError(f"{record} is broken: {error}. Choose another --output.") from error
 
 
-def newest_run(root: Path = RUNS) -> Path:
-    """The pretraining run under ``root`` whose encoder was written last.
+def newest_run(root: Path = RUNS, recipe: str = "pretrain") -> Path:
+    """The run under ``root`` whose encoder was written last, of recipes that end in ``recipe``.
 
     Raises: FileNotFoundError if there is none.
     """
+    script = "mim_pretrain" if recipe == "pretrain" else recipe
     found = [
         path
         for path in root.glob("*/encoder.safetensors")
-        if (_stored_config(path.parent) or {}).get("recipe", "").endswith("pretrain")
+        if (_stored_config(path.parent) or {}).get("recipe", "").endswith(recipe)
     ]
     found.sort(key=lambda path: path.stat().st_mtime)
     if not found:
         raise FileNotFoundError(
             f"No run with an encoder under {root.resolve()}; train one with "
-            "`accelerate launch recipes/mim_pretrain.py`, or name one."
+            f"`accelerate launch recipes/{script}.py`, or name one."
         )
     return found[-1].parent
 
 
-def trained_on(source: str | Path) -> str:
-    """The data spec a run was trained on.
+def trained_on(source: str | Path, *keys: str) -> str:
+    """The data spec a run was trained on; with ``keys``, the first of these settings it has.
 
     Raises: ValueError if ``source`` is no run directory, or its run does not say.
     """
-    spec = (_stored_config(Path(source)) or {}).get("data")
+    stored = _stored_config(Path(source)) or {}
+    spec = next(filter(None, map(stored.get, keys or ("data",))), None)
     if not spec:
         raise ValueError(
             f"{source} does not say which pictures it was trained on; give labelled ones by --data."

@@ -48,6 +48,7 @@ class TrainConfig:
     warmup_lr: float = opt(0.0, "learning rate it starts from, not scaled", group="optimiser")
     weight_decay: float = opt(0.05, "not on A_log, D, biases, norms, tokens", group="optimiser")
     betas: tuple[float, float] = opt((0.9, 0.95), "of AdamW", group="optimiser")
+    eps: float | None = opt(None, "of AdamW; none: its own, 1e-8", group="optimiser")
     clip_grad: float | None = opt(1.0, "largest gradient norm; none: off", group="optimiser")
     layer_decay: float | None = opt(
         None, "lr factor from a block to the one below", group="optimiser"
@@ -188,7 +189,7 @@ def fit(
     """Train ``objective`` on ``samples``; returns the last figures logged.
 
     Args:
-        objective: ``forward(batch) -> StepOutput``; optional ``after_step()``.
+        objective: ``forward(batch) -> StepOutput``, and what else `vim_ssl.objective` tells of.
         samples: the training data with its transform.
         run: the run directory; if it holds a checkpoint, training goes on from the newest.
         accelerator: from `make_accelerator`.
@@ -207,7 +208,7 @@ def fit(
         encoder.set_grad_checkpointing()
     optimizer = build_optimizer(
         objective, opt=config.optimizer, lr=plan.lr, weight_decay=config.weight_decay,
-        betas=config.betas, layer_decay=config.layer_decay,
+        betas=config.betas, eps=config.eps, layer_decay=config.layer_decay,
     )  # fmt: skip
     schedule = build_schedule(
         optimizer, total_steps=plan.scheduled_steps, min_lr=config.min_lr,
@@ -228,7 +229,7 @@ def fit(
             last = watch.agreed(enough) or last
         for batches in () if last else plan.steps(progress):
             schedule.step_update(progress.step)
-            averages = _forward_backward(accelerator, model, batches, config, progress)
+            averages = _forward_backward(accelerator, model, objective, batches, config, progress)
             norm = float(
                 accelerator.clip_grad_norm_(model.parameters(), config.clip_grad or math.inf)
             )
@@ -371,19 +372,24 @@ class _Plan:
         return progress.step % every == 0
 
 
-def _forward_backward(accelerator, model, batches, config, progress):
+def _forward_backward(accelerator, model, objective, batches, config, progress):
     """Add up the gradient of one step; returns the averages over everything that went into it."""
-    unit = sum(len(batch["index"]) for batch in batches)  # what the weight usually is
-    sums = torch.zeros(0)
-    for i, batch in enumerate(batches):
+
+    def forward(i: int, **more):
         # Seeding here leaves drop path and dropout no history that a checkpoint would have to hold.
         torch.manual_seed(
             stable_hash("step", config.seed, progress.step, i, accelerator.process_index)
         )
-        batch = _to(batch, accelerator.device)
-        last = i + 1 == len(batches)
-        with contextlib.nullcontext() if last else accelerator.no_sync(model):
-            out = model(batch)
+        return model(_to(batches[i], accelerator.device), **more)
+
+    count = len(batches)
+    accumulate = getattr(objective, "accumulate", None)
+    outputs = accumulate(forward, count) if accumulate else map(forward, range(count))
+    unit = sum(len(batch["index"]) for batch in batches)  # what the weight usually is
+    sums = torch.zeros(0)
+    for i, batch in enumerate(batches):
+        with contextlib.nullcontext() if i + 1 == count else accelerator.no_sync(model):
+            out = next(outputs)
             accelerator.backward(out.loss_sum / unit)
         values = [out.loss_sum, *out.metrics.values(), out.weight, len(batch["index"])]
         values = [torch.as_tensor(v, device=out.loss_sum.device).detach().float() for v in values]

@@ -16,7 +16,7 @@ from vim_ssl.data.images import BadImage, clean_image, decode_image
 
 
 class Captions(Protocol):
-    """Captions by row: a list, or what reads them one by one."""
+    """Captions by row, each one text or several: a list, or what reads them one by one."""
 
     def __getitem__(self, row: int, /) -> Any: ...
 
@@ -35,8 +35,9 @@ class ImageData(Dataset):
     """Pictures by index; labels and groups without decoding any.
 
     An item is a dict: ``image`` (a decoded PIL image, "RGB" or "L", any size), ``id`` (str, the
-    same in every run), and where known ``label`` (int), ``caption``, ``group`` (str) and ``meta``
-    (dict). Can be sent to DataLoader workers, forked or spawned.
+    same in every run), and where known ``label`` (int), ``caption`` (one or several: see
+    `captions_of`), ``group`` (str) and ``meta`` (dict). Can be sent to DataLoader workers, forked
+    or spawned.
 
     Attributes:
         name: the spec string it was opened with.
@@ -46,6 +47,7 @@ class ImageData(Dataset):
         groups: list[str] or None; pictures of one group belong on one side of a split.
         splits: names of the splits the source has; empty where it has none.
         split: the one opened, or "all".
+        faults: what of the source was left out, in words.
         min_side: see `decode_image`; None decodes every picture whole.
     """
 
@@ -62,12 +64,14 @@ class ImageData(Dataset):
         splits: Sequence[str] = (),
         split: str = "all",
         source_fingerprint: str = "",
+        faults: Sequence[str] = (),
     ):
         self.name, self.split, self.splits = name, split, list(splits)
         self.ids = list(ids)
         self.labels = None if labels is None else list(labels)
         self.classes = None if classes is None else list(classes)
         self.groups = None if groups is None else list(groups)
+        self.faults = list(faults)
         self.min_side: int | None = None
         self._pictures, self._captions = pictures, captions
         self._rows: Sequence[int] = range(
@@ -93,12 +97,12 @@ class ImageData(Dataset):
                 item["image"] = clean_image(Image.fromarray(picture))
             else:
                 item["image"] = decode_image(picture, min_side=self.min_side)
+            if self._captions is not None:
+                item["caption"] = self._captions[self._rows[index]]
         except BadImage as error:
             raise BadImage(item["id"], error.reason) from error
         if self.labels is not None:
             item["label"] = self.labels[index]
-        if self._captions is not None:
-            item["caption"] = self._captions[self._rows[index]]
         if self.groups is not None:
             item["group"] = self.groups[index]
         if isinstance(picture, str | Path):
@@ -114,6 +118,20 @@ class ImageData(Dataset):
             raise BadImage(self.ids[index], error.reason) from error
         except Exception as error:  # a damaged table
             raise BadImage(self.ids[index], f"{type(error).__name__}: {error}") from error
+
+    @property
+    def has_captions(self) -> bool:
+        """Whether pictures of this source have captions (a single one may have none)."""
+        return self._captions is not None
+
+    def captions(self, index: int) -> list[str]:
+        """All captions of picture ``index``, which is not decoded. Raises: BadImage."""
+        if self._captions is None:
+            return []
+        try:
+            return captions_of(self._captions[self._rows[index]])
+        except BadImage as error:
+            raise BadImage(self.ids[index], error.reason) from error
 
     def subset(self, indices: Iterable[int]) -> "ImageData":
         """The pictures at these indices, in this order; classes and splits stay."""
@@ -145,6 +163,13 @@ class ImageData(Dataset):
         return f"ImageData({self.name!r}, {len(self)} pictures{known}, split={self.split!r})"
 
 
+def captions_of(value: Any) -> list[str]:
+    """What an item holds as ``caption``, one text, several or something else, as a list of those
+    texts that say something."""
+    texts = value if isinstance(value, list | tuple) else [value]
+    return [text.strip() for text in texts if isinstance(text, str) and text.strip()]
+
+
 class _Joined:
     """The pictures of several sets, one set after another."""
 
@@ -156,17 +181,36 @@ class _Joined:
         return self.ends[-1]
 
     def __getitem__(self, row: int) -> str | Path | bytes | np.ndarray:
+        part, row = self.place(row)
+        return part.raw(row)
+
+    def place(self, row: int) -> tuple[ImageData, int]:
+        """The part that a row belongs to, and its row there."""
         number = bisect_right(self.ends, row)
-        before = self.ends[number - 1] if number else 0
-        return self.parts[number].raw(row - before)
+        return self.parts[number], row - (self.ends[number - 1] if number else 0)
+
+
+class _JoinedCaptions:
+    """Their captions."""
+
+    def __init__(self, pictures: _Joined):
+        self.pictures = pictures
+
+    def __getitem__(self, row: int) -> list[str]:
+        part, row = self.pictures.place(row)
+        return part.captions(row)
 
 
 def join(parts: Sequence[ImageData]) -> ImageData:
-    """Several sets as one, to pretrain on: labels, captions and groups of different sources do not
-    go together and are left out. The ids are ``number of the part/its own id``."""
+    """Several sets as one, to pretrain on: labels and groups of different sources do not go
+    together and are left out, captions stay where all have them. The ids are ``number of the
+    part/its own id``."""
+    pictures = _Joined(parts)
     return ImageData(
-        _Joined(parts),
+        pictures,
         [f"{number}/{name}" for number, part in enumerate(parts) for name in part.ids],
         name=" + ".join(part.name for part in parts),
+        captions=_JoinedCaptions(pictures) if all(p.has_captions for p in parts) else None,
         source_fingerprint=" ".join(part.fingerprint for part in parts),
+        faults=[fault for part in parts for fault in part.faults],
     )

@@ -13,7 +13,7 @@ from vim_ssl.data.stream import ImageStream, Shard
 
 _LABEL_NAMES = ("label", "labels", "fine_label")
 _LABEL_TYPES = ("int", "uint", "bool", "string", "large_string")
-_CAPTION_NAMES = ("caption", "text")
+_CAPTION_NAMES = ("caption", "captions", "text")
 
 
 class TableColumn:
@@ -47,9 +47,9 @@ def open_hub(spec: DataSpec) -> ImageData:
     folder of tables).
 
     The picture column is the one of type Image; labels come from the column of type ClassLabel
-    (with several, the one named "label"), captions from a text column named "caption" or "text".
-    ``image= label= caption= group=`` name others; any column of whole numbers or strings can be a
-    label, its sorted values over all splits are then the classes.
+    (with several, the one named "label"), captions from one named "caption", "captions" or "text"
+    that holds texts or lists of them. ``image= label= caption= group=`` name others; any column of
+    whole numbers or strings can be a label, its sorted values over all splits are then the classes.
     The ids are ``split/row``.
 
     Raises: ImportError without `datasets`; FileNotFoundError for a missing local path;
@@ -265,8 +265,14 @@ def _picture(value: Any, row: int) -> str | bytes:
 
 def _caption_column(name: str | None, features: Any, source: str) -> str | None:
     return _column(name, features, source, "caption") or next(
-        (n for n in _CAPTION_NAMES if getattr(features.get(n), "dtype", "") == "string"), None
+        (n for n in _CAPTION_NAMES if _is_text(features.get(n))), None
     )
+
+
+def _is_text(kind: Any) -> bool:
+    """Whether a column holds texts or lists of texts."""
+    inner = getattr(kind, "feature", kind)
+    return getattr(inner, "dtype", "") in ("string", "large_string")
 
 
 def _image_column(name: str | None, features: Any, source: str) -> str:

@@ -83,7 +83,8 @@ class SeededSamples(Dataset):
     Args:
         data: map-style, items are dicts with ``image``; may raise `BadImage`.
         transform: dict -> dict of tensors and numbers; draws from the global generators of
-            ``random``, numpy and torch, which are seeded here for every sample.
+            ``random``, numpy and torch, which are seeded here for every sample; may raise
+            `BadImage` for an item that it cannot use.
         seed: of the run.
         repeats: see `EpochBatches`.
 
@@ -128,15 +129,14 @@ class SeededSamples(Dataset):
                 seed = stable_hash("sample", self.seed, epoch, index)
             try:
                 item = load()
+                random.seed(seed)
+                np.random.seed(seed)  # noqa: NPY002 (timm's augmentations draw from it)
+                # The CPU's generator alone: torch.manual_seed formats a stack trace for every
+                # other kind of device, which takes longer than a small picture, and keeps it.
+                torch.default_generator.manual_seed(seed)
+                return self.transform(item) | {"index": index % len(self), "skipped": skipped}
             except BadImage as bad:
                 skipped.append(str(bad))
-                continue
-            random.seed(seed)
-            np.random.seed(seed)  # noqa: NPY002 (timm's augmentations draw from it)
-            # The CPU's generator alone: torch.manual_seed formats a stack trace for every other
-            # kind of device, which takes longer than a small picture, and keeps it.
-            torch.default_generator.manual_seed(seed)
-            return self.transform(item) | {"index": index % len(self), "skipped": skipped}
         raise BadImage("twenty pictures in a row", f"none could be read; the last: {skipped[-1]}")
 
 

@@ -8,6 +8,7 @@ from typing import Literal, overload
 from vim_ssl.data.dataset import ImageData, join
 from vim_ssl.data.folder import open_folder
 from vim_ssl.data.hub import open_hub, stream_hub
+from vim_ssl.data.pairs import open_pairs
 from vim_ssl.data.sample_sets import open_sample
 from vim_ssl.data.spec import DataSpec, canonical_split, parse_spec
 from vim_ssl.data.split import stratified_split
@@ -17,6 +18,7 @@ from vim_ssl.data.tars import stream_tars
 _OPENERS: dict[str, Callable[[DataSpec], ImageData]] = {
     "folder": open_folder,
     "hf": open_hub,
+    "pairs": open_pairs,
     "sample": open_sample,
 }
 AND = " + "  # between specs that are read as one
@@ -36,7 +38,8 @@ def open_data(
 def open_data(
     spec: str | Path, *, split: str | None = None, streams: bool = False
 ) -> ImageData | ImageStream:
-    """Open pictures: a folder's path, ``hf:owner/name[:config]``, ``sample:name``, ``wds:shards``.
+    """Open pictures: a folder's path, ``hf:owner/name[:config]``, ``pairs:folder-or-table``,
+    ``sample:name``, ``wds:shards``.
 
     Args:
         spec: ``SCHEME:LOCATION?key=value&...``; see `DataSpec` for the keys. Several joined by

@@ -103,7 +103,8 @@ class TarReader:
                 elif isinstance(meta, dict):
                     value = meta.get(field)
                 if value is not None and field != "none":
-                    record[key] = int(value) if key == "label" else str(value)
+                    several = isinstance(value, list)  # captions, of which one is drawn
+                    record[key] = int(value) if key == "label" else value if several else str(value)
         except Exception as error:  # whatever stands where a number was expected
             fault = f"its label, caption or json cannot be read ({error}); label=none leaves it out"
             record["image"] = BadImage(name, fault)

@@ -38,12 +38,24 @@ CURVES = {
     "knn_top1": ("Nearest neighbours, accuracy", " %"),
     "linear_top1": ("Linear probe, accuracy", " %"),
     "pixel_mse": ("Mean squared error of the hidden pixels", ""),
+    "image_to_text_r1": ("Captions of a picture, R@1", " %"),
+    "text_to_image_r1": ("Pictures of a caption, R@1", " %"),
+    "batch_top1": ("Own caption the nearest of the step's", " %"),
+    "logit_scale": ("Logit scale", ""),
     "lr": ("Learning rate", ""),
     "grad_norm": ("Gradient norm", ""),
     "images_per_second": ("Images per second", ""),
     "data_wait": ("Share of the time waiting for data", ""),
     "feature_std": ("Spread of the features", ""),
     "effective_rank": ("Effective rank of the features", ""),
+}
+# Figures of zero_shot's metrics.json: part -> row's title -> (what, key).
+ZERO_SHOT = {
+    "classification": {"Classes by name": [("top-1", "top1"), ("top-5", "top5")]},
+    "retrieval": {
+        "Captions of a picture": [(f"R@{k}", f"image_to_text_r{k}") for k in (1, 5, 10)],
+        "Picture of a caption": [(f"R@{k}", f"text_to_image_r{k}") for k in (1, 5, 10)],
+    },
 }
 COUNTERS = ("step", "epoch", "seconds", "samples", "bad_steps", "skipped")
 WIDE_RANGE = ("loss", "pixel_mse", "grad_norm")  # on a logarithmic axis where values demand it
@@ -58,7 +70,8 @@ def write_report(folder: str | Path) -> Path:
     Raises: FileNotFoundError if ``folder`` holds neither config.json nor metrics.jsonl.
     """
     run = Record(Path(folder))
-    sections = [_header(run), _pictures(run), _probe(run), _curves(run), _settings(run), _use(run)]
+    sections = [_header(run), _pictures(run), _probe(run), _zero_shot(run), _curves(run),
+                _settings(run), _use(run)]  # fmt: skip
     page = PAGE.substitute(title=escape(run.name), style=STYLE, script=SCRIPT,
                            body="\n".join(filter(None, sections)))  # fmt: skip
     path = run.folder / "report.html"
@@ -215,6 +228,57 @@ def _probe(run: Record) -> str:
         f"<tbody>{body}</tbody></table></div>"
     )
     return _section("Linear probe", f"<p class=note>{escape(note)}.</p>{table}")
+
+
+def _zero_shot(run: Record) -> str:
+    """What names and captions alone find, and a few pictures with the captions nearest to them."""
+    body = ""
+    for part, rows in ZERO_SHOT.items():
+        figures = run.zero_shot.get(part)
+        if not isinstance(figures, dict):
+            continue
+        for title, keys in rows.items():
+            cells = "".join(f"<td>{text}: {_score(figures, key)}</td>" for text, key in keys)
+            body += f"<tr><th scope=row>{title}</th>{cells}</tr>"
+    if not body:
+        return ""
+    note = "No label was learnt from; in small figures the 95 % interval. "
+    note += f"Data: {run.zero_shot.get('data', 'not recorded')}."
+    table = f"<div class=scroll><table><tbody>{body}</tbody></table></div>"
+    return _section(
+        "By names and captions alone",
+        f"<p class=note>{escape(note)}</p>{table}{_similarities(run)}",
+    )
+
+
+def _similarities(run: Record) -> str:
+    """A few pictures against their captions: cosines, shaded, and the nearest captions of all."""
+    examples: Any = run.zero_shot.get("examples")
+    try:
+        pairs, cosines = examples["pairs"], np.array(examples["cosines"], dtype=np.float64)
+        thumbs = [_png(Image.open(run.folder / "zero_shot" / p["picture"])) for p in pairs]
+        owns = [escape(str(p["own"])) for p in pairs]
+        found = [" · ".join(escape(str(text)) for text in p["nearest"]) for p in pairs]
+        low, span = cosines.min(), max(np.ptp(cosines), 1e-6)
+        shades = np.round(80 * (cosines - low) / span).astype(int)
+        if cosines.shape != (len(pairs), len(pairs)):
+            return ""
+    except (TypeError, KeyError, ValueError, OSError):  # of another form, or not there yet
+        return ""
+    heads = "".join(f"<th scope=col>{own}</th>" for own in owns)
+    body = ""
+    for thumb, row, shade, text in zip(thumbs, cosines, shades, found, strict=True):
+        cells = "".join(
+            f'<td style="background:color-mix(in srgb,var(--line) {s}%,transparent)">{x:.2f}</td>'
+            for x, s in zip(row, shade, strict=True)
+        )
+        picture = f'<img alt="" width=64 src="{thumb}">'
+        body += f"<tr><th scope=row>{picture}</th>{cells}<td>{text}</td></tr>"
+    note = "Cosines of pictures (rows) and captions (columns), and the captions nearest of all."
+    return (
+        f"<p class=note>{note}</p><div class=scroll><table><thead><tr><th></th>{heads}"
+        f"<th scope=col>nearest</th></tr></thead><tbody>{body}</tbody></table></div>"
+    )
 
 
 def _score(row: dict, key: str) -> str:

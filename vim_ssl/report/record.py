@@ -11,7 +11,10 @@ import numpy as np
 from vim_ssl.encoder import PRESETS
 
 # Logged again on every line until the next evaluation.
-EVALUATED = ("knn_top1", "linear_top1", "feature_std", "effective_rank")
+EVALUATED = (
+    "knn_top1", "linear_top1", "feature_std", "effective_rank",
+    "image_to_text_r1", "text_to_image_r1",
+)  # fmt: skip
 MAX_LINES = 50_000  # of the log that are parsed, evenly spread
 
 
@@ -35,6 +38,7 @@ class Record:
         self.log = _read_log(folder / "metrics.jsonl")
         self.pictures = _find_pictures(folder / "images")
         self.probe = _read_json(folder / "linear_probe" / "metrics.json")
+        self.zero_shot = _read_json(folder / "zero_shot" / "metrics.json")
         description = _read_json(folder / "encoder.json")
         self.finished = bool(description)
         self.made_by = description.get("made_by") or {}

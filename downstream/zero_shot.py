@@ -1,0 +1,223 @@
+"""Zero-shot: tell classes by their names alone, and find pictures and captions by each other.
+
+    python downstream/zero_shot.py                                       # newest run, its pairs
+    python downstream/zero_shot.py --encoder RUN --data FOLDER_WITH_CLASSES
+    python downstream/zero_shot.py --encoder RUN --data pairs:FOLDER
+
+RUN is one of clip_pretrain. Data with labels are classified: each class is the mean direction of
+its name in several sentences (CLIP, arXiv:2103.00020, section 3.1.4). Data with captions are
+searched, both ways; a picture is answered by any of its captions. Data with both get both. Of data
+with splits the test part is used, or else the validation part, unless `?split=` says otherwise.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vim_ssl.cli import guarded
+from vim_ssl.clip import Clip, load_clip
+from vim_ssl.config import opt, parse, to_dict
+from vim_ssl.data import ImageData, open_data, parse_spec
+from vim_ssl.data.spec import canonical_split
+from vim_ssl.probes import Features, extract_features, wilson_interval
+from vim_ssl.report import write_report
+from vim_ssl.retrieval import PairFeatures, embed_pairs, nearest, recall
+from vim_ssl.runs import environment, newest_run, trained_on
+
+# The seven that CLIP's authors found to do nearly what their eighty do on ImageNet.
+TEMPLATES = (
+    "itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a photo of the large {}.",
+    "a {} in a video game.", "art of the {}.", "a photo of the small {}.",
+)  # fmt: skip
+EXAMPLES = 8
+SIDE = 96  # pixels of their pictures, at most
+
+
+@dataclass
+class Config:
+    """Zero-shot classification and retrieval."""
+
+    encoder: str = opt("", "run of clip_pretrain; default: the newest")
+    data: str = opt("", "with labels or captions; default: what the run was measured on, or data")
+    templates: tuple[str, ...] = opt(TEMPLATES, "sentences about a class; {} is its name")
+    names: str = opt("", "file of class names, one a line in the classes' order; default: theirs")
+    batch_size: int = opt(128, "pictures at once")
+    workers: int = opt(0, "data loading processes")
+    device: str = opt("", "cpu, cuda …; default: cuda if there is one")
+    output: str = opt("", "where metrics.json goes; default: zero_shot/ in the run")
+
+    def __post_init__(self):
+        for template in self.templates:
+            if template.count("{}") != 1:
+                raise ValueError(f"the template {template!r} has no place {{}} for a class's name.")
+
+
+def open_part(spec: str) -> ImageData:
+    """The part to test on: the one that the spec names, else test, validation, or all there is."""
+    everything = open_data(spec, split="all")
+    if parse_spec(spec).split is not None or not everything.splits:
+        return open_data(spec)
+    for wanted in ("test", "validation"):
+        if any(canonical_split(name) == wanted for name in everything.splits):
+            return open_data(spec, split=wanted)
+    return everything
+
+
+def class_names(data: ImageData, file: str) -> list[str]:
+    """What the classes are called: the file's lines, or their own names in plain words.
+
+    Raises: ValueError for a file with another number of names.
+    """
+    classes = data.classes or []
+    if file:
+        names = Path(file).read_text(encoding="utf-8").split("\n")
+        names = [name.strip() for name in names if name.strip()]
+        if len(names) != len(classes):
+            raise ValueError(f"{file} has {len(names)} names; {data.name} has {len(classes)}.")
+        return names
+    from timm.data import ImageNetInfo
+
+    imagenet = ImageNetInfo()
+    if set(classes) <= set(imagenet.label_names()):  # folders called n01440764
+        described = map(imagenet.label_name_to_description, classes)
+        return [text.split(",")[0] for text in described]
+    return [name.replace("_", " ") for name in classes]
+
+
+@torch.no_grad()
+def text_classifier(clip: Clip, names: Sequence[str], templates: Sequence[str]) -> Tensor:
+    """(classes, d) of length 1: the mean of a class's sentences, each of length 1 before."""
+    rows = [
+        clip.encode_text([template.format(name) for template in templates]).mean(0)
+        for name in names
+    ]
+    return F.normalize(torch.stack(rows), dim=-1).cpu()
+
+
+def classify(features: Features, classifier: Tensor) -> tuple[dict[str, Any], Tensor]:
+    """Top-1 and top-5 accuracy in per cent with 95 % intervals, and the classes (n, 5), best first.
+
+    Pictures without a label (-1) are left out.
+    """
+    known = features.y >= 0
+    best = nearest(features.x[known], classifier, 5)
+    right = best == features.y[known][:, None]
+    figures: dict[str, Any] = {"classes": len(classifier), "pictures": int(known.sum())}
+    for k in (1, 5):
+        top = round(100 * right[:, :k].any(1).double().mean().item(), 2)
+        figures |= {f"top{k}": top, f"top{k}_ci": wilson_interval(top, len(right))}
+    figures["chance"] = round(100 / len(classifier), 2)
+    return figures, best
+
+
+def search(pairs: PairFeatures) -> dict[str, Any]:
+    """R@1, 5 and 10 both ways with 95 % intervals, and what chance would find."""
+    figures: dict[str, Any] = {"pictures": len(pairs.images), "captions": len(pairs.texts)}
+    for name, value in recall(pairs).items():
+        asked = len(pairs.images) if name.startswith("image") else len(pairs.texts)
+        figures |= {name: round(value, 2), f"{name}_ci": wilson_interval(value, asked)}
+    figures["text_to_image_chance_r1"] = round(100 / len(pairs.images), 3)
+    return figures
+
+
+def show(pairs: PairFeatures, data: ImageData, folder: Path) -> dict[str, Any]:
+    """A few pairs to look at: each picture, small, in ``folder``, its first caption, the three that
+    are nearest, and the cosines of all these pictures and first captions."""
+    n = len(pairs.images)
+    chosen = sorted({i * n // EXAMPLES for i in range(EXAMPLES)})
+    first = [int((pairs.owner == i).nonzero()[0]) for i in chosen]
+    found = nearest(pairs.images[chosen], pairs.texts, 3).tolist()
+    cosines = pairs.images[chosen] @ pairs.texts[first].T
+    place = {name: index for index, name in enumerate(data.ids)}
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for number, (i, own, best) in enumerate(zip(chosen, first, found, strict=True)):
+        image = data[place[pairs.ids[i]]]["image"]
+        image.thumbnail((SIDE, SIDE))
+        image.save(folder / f"{number}.png")
+        rows.append({
+            "id": pairs.ids[i], "picture": f"{folder.name}/{number}.png",
+            "own": pairs.captions[own], "nearest": [pairs.captions[j] for j in best],
+        })  # fmt: skip
+    return {"pairs": rows, "cosines": [[round(x, 4) for x in row] for row in cosines.tolist()]}
+
+
+def run(config: Config) -> dict:
+    started = time.perf_counter()
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    source = config.encoder or newest_run(recipe="clip_pretrain")
+    clip = load_clip(source, device=device)
+    data = open_part(config.data or trained_on(source, "val", "data"))
+    labelled = data.labels is not None and bool(data.classes)
+    if not labelled and not data.has_captions:
+        raise ValueError(f"{data.name} ({data.split}) has neither labels nor captions.")
+    print(f"Model {source} · {data.name}: {len(data):,} pictures", flush=True)
+    loading: dict[str, Any] = {"batch_size": config.batch_size, "workers": config.workers}
+    loading["device"] = device
+    folder = Path(config.output) if config.output else Path(source) / "zero_shot"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    metrics: dict[str, Any] = {
+        "task": "zero_shot", "data": data.name, "split": data.split, "encoder": str(source),
+        "protocol": to_dict(config),
+    }  # fmt: skip
+    if labelled:
+        names = class_names(data, config.names)
+        features = extract_features(clip.encode_image, data, clip.transform, **loading)
+        classifier = text_classifier(clip, names, config.templates)
+        metrics["classification"], best = classify(features, classifier)
+        metrics["names"], metrics["skipped"] = names, features.skipped
+        metrics["named"] = {
+            id: [names[i] for i in row[:3]]
+            for id, row in zip(features.ids[:EXAMPLES], best.tolist(), strict=False)
+        }
+    if data.has_captions:
+        pairs = embed_pairs(clip, data, **loading)
+        metrics["retrieval"], metrics["skipped"] = search(pairs), pairs.skipped
+        metrics["examples"] = show(pairs, data, folder / "examples")
+    metrics |= {"seconds": round(time.perf_counter() - started, 1), **environment()}
+    text = json.dumps(metrics, indent=2, ensure_ascii=False) + "\n"
+    (folder / "metrics.json").write_text(text, encoding="utf-8")
+    _print_table(metrics)
+    print(f"Written: {folder / 'metrics.json'}")
+    if (folder.parent / "metrics.jsonl").exists():
+        print(f"Report: {write_report(folder.parent)}")
+    return metrics
+
+
+def _print_table(metrics: dict) -> None:
+    def cell(figures: dict, name: str) -> str:
+        low, high = figures[f"{name}_ci"]
+        return f"{figures[name]:5.1f} % [{low:.1f}, {high:.1f}]".ljust(24)
+
+    if found := metrics.get("classification"):
+        print(f"\n{'':26}{'top-1':24}{'top-5':24}")
+        print(f"{found['classes']:,} classes by name".ljust(26), end="")
+        print(cell(found, "top1") + cell(found, "top5") + f"chance {found['chance']} %")
+    if found := metrics.get("retrieval"):
+        print(f"\n{'':26}{'R@1':24}{'R@5':24}{'R@10':24}")
+        for way, title in (
+            ("image_to_text", "captions of a picture"), ("text_to_image", "picture of a caption")
+        ):  # fmt: skip
+            print(title.ljust(26) + "".join(cell(found, f"{way}_r{k}") for k in (1, 5, 10)))
+        print(f"Among {found['pictures']:,} pictures and {found['captions']:,} captions.")
+    print("95 % interval in brackets.")
+    if metrics["skipped"]:
+        print(f"{len(metrics['skipped'])} pictures were left out: {metrics['skipped'][:3]} …")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    run(parse(Config, argv=argv, description=__doc__))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))

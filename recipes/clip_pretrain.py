@@ -1,0 +1,296 @@
+"""Pretrain a Vim encoder from captions: pictures and texts that belong together meet in one space.
+
+    accelerate launch recipes/clip_pretrain.py                           # emoji, minutes, a CPU
+    accelerate launch recipes/clip_pretrain.py --data pairs:FOLDER       # your pictures, 224 px
+    accelerate launch --multi_gpu --num_processes 8 recipes/clip_pretrain.py \\
+        --preset cc12m_small_224 --data 'wds:cc12m/{0000..2175}.tar' --accumulation 1
+
+`clip` (arXiv:2103.00020) or `siglip` (arXiv:2303.15343); `--lock-image` on a trained encoder is LiT
+(arXiv:2111.07991). `--encoder RUN` starts from any other run. The batch that is contrasted is the
+effective one: processes and accumulation change memory and time, not the gradient.
+`vim_ssl.load_clip(RUN)` gives the model. The large presets' results: not yet measured.
+"""
+
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vim_ssl import load_encoder
+from vim_ssl.cli import guarded
+from vim_ssl.clip import LOSSES, Clip, image_config, save_clip
+from vim_ssl.config import opt, parse
+from vim_ssl.data import BadImage, ImageData, ImageStream, open_data, pretrain_transform
+from vim_ssl.data.dataset import captions_of
+from vim_ssl.data.loader import SeededSamples
+from vim_ssl.data.stream import StreamSamples
+from vim_ssl.report import write_report
+from vim_ssl.retrieval import embed_pairs, recall
+from vim_ssl.runs import Run, environment, stored_or
+from vim_ssl.text import (
+    BytePairs,
+    HubText,
+    TextEncoder,
+    Tokenizer,
+    load_hub_text,
+    load_tokenizer,
+    named_tokenizer,
+    train_bpe,
+)
+from vim_ssl.training import TrainConfig, fit, make_accelerator, make_average
+
+
+@dataclass
+class Config(TrainConfig):
+    """Contrast of pictures and captions on a Vim encoder."""
+
+    data: str = opt("", "pictures with captions: pairs:FOLDER, hf:NAME, wds:SHARDS …", group="data")
+    val: str = opt("", "others, on which retrieval is measured; default: none", group="data")
+    crop_scale: tuple[float, float] = opt((0.9, 1.0), "share of the picture's area", group="data")
+    hflip: float = opt(0.0, "probability of mirroring; captions know left", group="data")
+    encoder: str = opt(
+        "vim_small_patch16_224", "preset, checkpoint, run or timm:NAME", group="model"
+    )
+    model_args: dict[str, Any] = opt({}, "more arguments of the encoder", group="model")
+    text: str = opt("transformer", "text tower: transformer, or hf:NAME, pretrained", group="model")
+    text_width: int = opt(512, "of the transformer", group="model")
+    text_depth: int = opt(12, "its blocks", group="model")
+    text_heads: int = opt(8, "its attention heads", group="model")
+    text_dropout: float = opt(0.0, "in its blocks", group="model")
+    embed_dim: int = opt(512, "of the common space", group="model")
+    loss: str = opt(
+        "clip", "a pair against the others, or each alone", group="model", choices=LOSSES
+    )
+    lock_image: bool = opt(False, "keep the encoder as it is", group="model")
+    lock_text: bool = opt(False, "keep the text tower as it is", group="model")
+    tokenizer: str = opt(
+        "", "bpe (made of the captions), clip or hf:NAME; default: that of an hf: text tower, else "
+        "bpe", group="text",
+    )  # fmt: skip
+    vocab_size: int = opt(49408, "tokens of bpe, at most", group="text")
+    tokenizer_captions: int = opt(1_000_000, "that bpe is made of, at most", group="text")
+    context_length: int = opt(77, "tokens of a caption that are read", group="text")
+
+
+def emoji_clip() -> Config:
+    """Emoji of two vendors and their names, 64 px, a 1 M-parameter encoder: minutes on two cores.
+
+    Retrieval is measured on a third vendor's drawings of emoji that were held out.
+    """
+    return Config(
+        data="sample:noto-emoji?split=train + sample:twemoji?split=train",
+        val="sample:fluent-emoji?split=test", crop_scale=(0.6, 1.0),
+        encoder="vim_nano_patch8_64", text_width=128, text_depth=2, text_heads=4, embed_dim=128,
+        vocab_size=2048, context_length=24, epochs=10, warmup_epochs=1, batch_size=128,
+        base_lr=1e-3, lr_reference_batch=128, weight_decay=0.2, betas=(0.9, 0.98), eps=1e-6,
+        workers=0, eval_every=5,
+    )  # fmt: skip
+
+
+def cc3m_small_224() -> Config:
+    """CLIP's optimiser on Vim-S and 3 M pairs, 1024 at once; 40 epochs, as SLIP trains there."""
+    return Config(
+        epochs=40, warmup_epochs=1, batch_size=256, accumulation=4, base_lr=5e-4,
+        lr_reference_batch=1024, weight_decay=0.2, betas=(0.9, 0.98), eps=1e-6, precision="bf16",
+        workers=8,
+    )  # fmt: skip
+
+
+def cc12m_small_224() -> Config:
+    """CLIP's optimiser on Vim-S and 12 M pairs, 4096 at once; 35 epochs, as SLIP trains there."""
+    return Config(
+        epochs=35, warmup_epochs=1, batch_size=512, accumulation=8, base_lr=1e-3,
+        lr_reference_batch=4096, weight_decay=0.2, betas=(0.9, 0.98), eps=1e-6, precision="bf16",
+        tokenizer="clip", workers=8,
+    )  # fmt: skip
+
+
+def datacomp_small_224() -> Config:
+    """DataComp's small scale on Vim-S: 12.8 M samples seen, 4096 at once, 500 steps of warm-up.
+
+    For the whole pool; of a filtered part take as many more epochs.
+    """
+    return Config(
+        epochs=1, warmup_epochs=0.16, batch_size=512, accumulation=8, base_lr=5e-4,
+        lr_reference_batch=4096, weight_decay=0.2, betas=(0.9, 0.98), eps=1e-6, precision="bf16",
+        tokenizer="clip", workers=8,
+    )  # fmt: skip
+
+
+PRESETS = {f.__name__: f for f in (emoji_clip, cc3m_small_224, cc12m_small_224, datacomp_small_224)}
+
+
+def default_preset(given: dict[str, Any]) -> str:
+    return "cc3m_small_224" if "data" in given else "emoji_clip"
+
+
+class PairTransform:
+    """An item to ``image`` (c, h, w), normalised, ``tokens`` (l,) int64 of one of its captions, and
+    ``cut``: whether that was too long. Raises: BadImage for an item without a caption."""
+
+    def __init__(self, image_transform, tokenizer: Tokenizer):
+        self.image_transform, self.tokenizer = image_transform, tokenizer
+
+    def __call__(self, item: dict) -> dict:
+        if not (captions := captions_of(item.get("caption"))):
+            raise BadImage(item["id"], "it has no caption")
+        image = self.image_transform(item["image"])
+        row, cut = self.tokenizer.row(random.choice(captions))
+        return {"image": image, "tokens": torch.tensor(row), "cut": cut}
+
+
+def timm_args(config: Config) -> dict[str, Any] | None:
+    """What `timm.create_model` takes if the image tower is timm's, else None."""
+    if not config.encoder.startswith("timm:"):
+        return None
+    name = config.encoder.removeprefix("timm:")
+    return {"model_name": name, "num_classes": 0, **config.model_args}
+
+
+def build_model(config: Config) -> nn.Module:
+    try:
+        if (args := timm_args(config)) is None:
+            return load_encoder(config.encoder, **{"use_mask_token": False, **config.model_args})
+        if config.ema:
+            raise ValueError("ema is kept beside a Vim encoder only; use --ema 0.")
+        import timm
+
+        return timm.create_model(**args)
+    except TypeError as error:  # an unknown name
+        raise ValueError(f"model_args: {error}") from error
+
+
+def build_data(config: Config) -> ImageData | ImageStream:
+    data = open_data(config.data, streams=True)
+    if isinstance(data, ImageData) and not data.has_captions:
+        raise ValueError(
+            f"{data.name} has no captions; name their column by ?caption=COLUMN, or give "
+            "pairs:FOLDER with a text file beside each picture."
+        )
+    return data
+
+
+def read_captions(data: ImageData | ImageStream) -> Iterator[str]:
+    """All captions, of a stream from its first shard on, else from all over the data."""
+    if isinstance(data, ImageStream):
+        for shard in range(len(data.shards)):
+            for record in data.records(shard):
+                yield from captions_of(record.get("caption"))
+        return
+    for index in torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist():
+        with suppress(BadImage):
+            yield from data.captions(index)
+
+
+def build_tokenizer(config: Config, data: ImageData | ImageStream, accelerator) -> Tokenizer:
+    """The run's own when it goes on; a new one is made on the main process for all."""
+    from accelerate.utils import broadcast_object_list
+
+    if config.resume == "auto" and config.output and Run(Path(config.output)).checkpoints():
+        return load_tokenizer(config.output)
+    name = config.tokenizer or (config.text if config.text.startswith("hf:") else "bpe")
+    if name != "bpe":
+        return named_tokenizer(name, config.context_length)
+    models = [""]
+    if accelerator.is_main_process:
+        captions = islice(read_captions(data), config.tokenizer_captions)
+        made = train_bpe(
+            captions, vocab_size=config.vocab_size, context_length=config.context_length
+        )
+        models = [made.model]
+    broadcast_object_list(models)
+    return BytePairs(models[0], config.context_length)
+
+
+def build_text(config: Config, tokenizer: Tokenizer) -> TextEncoder | HubText:
+    if config.text.startswith("hf:"):
+        return load_hub_text(config.text.removeprefix("hf:"), tokenizer.eos_id)
+    if config.text != "transformer":
+        raise ValueError(f"text is {config.text!r}; expected transformer, or hf:NAME.")
+    return TextEncoder(
+        tokenizer.vocab_size, eos_id=tokenizer.eos_id, context_length=config.context_length,
+        width=config.text_width, depth=config.text_depth, heads=config.text_heads,
+        dropout=config.text_dropout,
+    )  # fmt: skip
+
+
+def build_objective(config: Config, encoder: nn.Module, tokenizer: Tokenizer) -> Clip:
+    return Clip(
+        encoder, build_text(config, tokenizer), embed_dim=config.embed_dim, loss=config.loss,
+        lock_image=config.lock_image, lock_text=config.lock_text, tokenizer=tokenizer,
+    )  # fmt: skip
+
+
+def build_samples(config: Config, data: ImageData | ImageStream, clip: Clip, tokenizer: Tokenizer):
+    image = pretrain_transform(
+        image_config(clip.encoder), crop_scale=config.crop_scale, hflip=config.hflip
+    )
+    transform = PairTransform(image, tokenizer)
+    if isinstance(data, ImageStream):
+        return StreamSamples(data, transform, config.seed)
+    return SeededSamples(data, transform, config.seed)
+
+
+def measure_retrieval(clip: Clip, data: ImageData, device) -> dict[str, float]:
+    return recall(embed_pairs(clip, data, device=device))
+
+
+def run(config: Config) -> dict[str, Any]:
+    accelerator = make_accelerator(config)
+    torch.manual_seed(config.seed)  # of the initial weights
+    encoder = build_model(config)
+    data = build_data(config)
+    val = open_data(config.val) if config.val else None
+    tokenizer = build_tokenizer(config, data, accelerator)
+    objective = build_objective(config, encoder, tokenizer)
+    samples = build_samples(config, data, objective, tokenizer)
+    folder = Run.open("clip_pretrain", config, accelerator)
+    average = make_average(encoder, config)
+    averaged: Any = None if average is None else average.module
+    if accelerator.is_main_process:
+        tokenizer.save(folder.folder)
+        folder.count_skipped(data.faults)
+    evaluate = None
+    if val is not None:
+        evaluate = partial(measure_retrieval, objective, val, accelerator.device)
+    record = {"recipe": "clip_pretrain", "data": data.name, **environment()}
+    image = timm_args(config)
+
+    def write_model(figures: dict[str, float] | None = None) -> None:
+        with folder.writing("the model"):
+            save_clip(
+                objective, folder.folder, image=image and image | {"pretrained": False},
+                ema=averaged, record=record | {"figures": figures or {}},
+            )  # fmt: skip
+
+    figures = fit(
+        objective.train(), samples, config, folder, accelerator, average=average,
+        evaluate=evaluate, on_save=write_model,
+    )  # fmt: skip
+    if accelerator.is_main_process:
+        if figures:  # none: the run had ended before
+            write_model(figures)
+        print(f"Model: {folder.folder} · report: {write_report(folder.folder)}")
+    folder.close()
+    accelerator.end_training()
+    return {"run": str(folder.folder), **figures}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    config = parse(
+        Config, PRESETS, argv, default_preset=stored_or(default_preset), description=__doc__
+    )
+    run(config)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))

@@ -1,0 +1,140 @@
+"""Zero-shot: classes by their names, pictures and captions by each other."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from vim_ssl import load_encoder
+from vim_ssl.clip import Clip, save_clip
+from vim_ssl.downstream import zero_shot
+from vim_ssl.probes import Features
+from vim_ssl.text import TextEncoder, train_bpe
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 180, 40), "blue_sky": (40, 60, 220)}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A run with a model of random weights."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    torch.manual_seed(0)
+    tokenizer = train_bpe([*COLOURS, "a photo of a green sky"], vocab_size=300, context_length=12)
+    text = TextEncoder(tokenizer.vocab_size, eos_id=2, context_length=12, width=16, depth=1,
+                       heads=2)  # fmt: skip
+    encoder = load_encoder("vim_nano_patch8_64", depth=1, embed_dim=16, img_size=32)
+    save_clip(Clip(encoder, text, embed_dim=8, tokenizer=tokenizer), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def classes(tmp_path_factory) -> Path:
+    """Colours in class folders, with captions beside the pictures."""
+    folder = tmp_path_factory.mktemp("colours")
+    rng = np.random.default_rng(0)
+    for name, colour in COLOURS.items():
+        (folder / name).mkdir()
+        for i in range(4):
+            values = np.clip(np.array(colour) + rng.integers(-20, 20, (32, 32, 3)), 0, 255)
+            Image.fromarray(values.astype(np.uint8)).save(folder / name / f"{i}.png")
+            (folder / name / f"{i}.txt").write_text(f"{name} {i}\na {name} picture\n")
+    return folder
+
+
+def shoot(*argv: str) -> dict:
+    assert zero_shot.main(list(argv)) == 0
+    return json.loads((Path(argv[argv.index("--output") + 1]) / "metrics.json").read_text("utf-8"))
+
+
+def test_classes_are_told_by_their_names(model, classes, tmp_path, capsys):
+    found = shoot("--encoder", str(model), "--data", str(classes), "--output", str(tmp_path))
+    figures = found["classification"]
+    assert (figures["classes"], figures["pictures"], figures["chance"]) == (3, 12, 33.33)
+    assert 0 <= figures["top1"] <= figures["top5"] == 100.0
+    assert found["names"] == ["blue sky", "green", "red"]
+    assert len(found["named"]) == 8
+    assert "retrieval" not in found
+    assert "3 classes by name" in capsys.readouterr().out
+
+
+def test_pictures_and_captions_are_found_by_each_other(model, classes, tmp_path, capsys):
+    found = shoot("--encoder", str(model), "--data", f"pairs:{classes}", "--output", str(tmp_path))
+    figures = found["retrieval"]
+    assert (figures["pictures"], figures["captions"]) == (12, 24)
+    for way in ("image_to_text", "text_to_image"):
+        values = [figures[f"{way}_r{k}"] for k in (1, 5, 10)]
+        assert values == sorted(values)
+    assert "classification" not in found
+    shown = found["examples"]
+    assert len(shown["pairs"]) == len(shown["cosines"]) == len(shown["cosines"][0]) == 8
+    for pair in shown["pairs"]:
+        assert (tmp_path / pair["picture"]).exists()
+        assert len(pair["nearest"]) == 3
+        assert pair["own"].startswith(pair["id"].split("/")[0])
+    assert "Among 12 pictures and 24 captions" in capsys.readouterr().out
+
+
+def test_top_k_counts_what_is_among_the_nearest():
+    classifier = F.normalize(torch.eye(6) + 0.1 * torch.arange(6), dim=-1)
+    labels = torch.tensor([0, 1, 2, 3, -1])
+    x = torch.eye(6)[[0, 1, 2, 4, 5]]
+    figures, best = zero_shot.classify(Features(x, labels, list("abcde"), []), classifier)
+    assert figures["top1"] == 75.0
+    assert figures["pictures"] == 4
+    assert best[:3, 0].tolist() == [0, 1, 2]
+
+
+def test_a_class_is_the_mean_direction_of_its_sentences(model):
+    clip = zero_shot.load_clip(model)
+    rows = zero_shot.text_classifier(clip, ["red", "green"], ["a {}", "the {} sky"])
+    expected = clip.encode_text(["a green", "the green sky"]).mean(0)
+    torch.testing.assert_close(rows[1], expected / expected.norm())
+
+
+def test_names_come_from_a_file_or_imagenet(model, classes, tmp_path):
+    data = zero_shot.open_part(str(classes))
+    (tmp_path / "names.txt").write_text("azure\nemerald\ncrimson\n")
+    assert zero_shot.class_names(data, str(tmp_path / "names.txt")) == [
+        "azure", "emerald", "crimson"
+    ]  # fmt: skip
+    (tmp_path / "names.txt").write_text("azure\n")
+    with pytest.raises(ValueError, match=r"has 1 names; .* has 3"):
+        zero_shot.class_names(data, str(tmp_path / "names.txt"))
+    data.classes = ["n01440764", "n01443537"]
+    assert zero_shot.class_names(data, "") == ["tench", "goldfish"]
+
+
+@pytest.mark.parametrize(
+    ("folders", "spec", "split"),
+    [
+        (("train", "val", "test"), "", "test"),
+        (("train", "val"), "", "val"),
+        (("train", "val"), "?split=train", "train"),
+        (("a", "b"), "", "all"),
+    ],
+)
+def test_the_part_that_is_tested_on(folders, spec, split, tmp_path):
+    for name in folders:
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "x.png")
+    assert zero_shot.open_part(f"{tmp_path}{spec}").split == split
+
+
+def test_mistakes_are_told(model, classes, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    with pytest.raises(ValueError, match="neither labels nor captions"):
+        zero_shot.main(["--encoder", str(model), "--data", str(tmp_path)])
+    with pytest.raises(ValueError, match=r"no place \{\}"):
+        zero_shot.Config(templates=("a photo",))
+    with pytest.raises(FileNotFoundError, match="clip_pretrain run"):
+        zero_shot.main(["--encoder", str(tmp_path), "--data", str(classes)])
+
+
+def test_without_a_run_it_says_how_to_make_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"recipes/clip_pretrain\.py"):
+        zero_shot.main([])
