@@ -46,6 +46,7 @@ class ImageData(Dataset):
         groups: list[str] or None; pictures of one group belong on one side of a split.
         splits: names of the splits the source has; empty where it has none.
         split: the one opened, or "all".
+        faults: what is wrong with the source as a whole, in words.
         min_side: see `decode_image`; None decodes every picture whole.
     """
 
@@ -62,12 +63,14 @@ class ImageData(Dataset):
         splits: Sequence[str] = (),
         split: str = "all",
         source_fingerprint: str = "",
+        faults: Iterable[str] = (),
     ):
         self.name, self.split, self.splits = name, split, list(splits)
         self.ids = list(ids)
         self.labels = None if labels is None else list(labels)
         self.classes = None if classes is None else list(classes)
         self.groups = None if groups is None else list(groups)
+        self.faults = list(faults)
         self.min_side: int | None = None
         self._pictures, self._captions = pictures, captions
         self._rows: Sequence[int] = range(

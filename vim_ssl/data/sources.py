@@ -8,15 +8,20 @@ from typing import Literal, overload
 from vim_ssl.data.dataset import ImageData, join
 from vim_ssl.data.folder import open_folder
 from vim_ssl.data.hub import open_hub, stream_hub
+from vim_ssl.data.imagenet import open_imagenet
 from vim_ssl.data.sample_sets import open_sample
 from vim_ssl.data.spec import DataSpec, canonical_split, parse_spec
 from vim_ssl.data.split import stratified_split
 from vim_ssl.data.stream import ImageStream
+from vim_ssl.data.tables import open_csv, open_parquet
 from vim_ssl.data.tars import stream_tars
 
 _OPENERS: dict[str, Callable[[DataSpec], ImageData]] = {
     "folder": open_folder,
     "hf": open_hub,
+    "csv": open_csv,
+    "parquet": open_parquet,
+    "imagenet": open_imagenet,
     "sample": open_sample,
 }
 AND = " + "  # between specs that are read as one
@@ -36,7 +41,8 @@ def open_data(
 def open_data(
     spec: str | Path, *, split: str | None = None, streams: bool = False
 ) -> ImageData | ImageStream:
-    """Open pictures: a folder's path, ``hf:owner/name[:config]``, ``sample:name``, ``wds:shards``.
+    """Open pictures: a folder's path, ``hf:owner/name[:config]``, ``csv:file.csv``, ``wds:shards``
+    and the other schemes of `vim_ssl.data.spec.BUILT`.
 
     Args:
         spec: ``SCHEME:LOCATION?key=value&...``; see `DataSpec` for the keys. Several joined by
