@@ -35,15 +35,17 @@ class ImageData(Dataset):
     """Pictures by index; labels and groups without decoding any.
 
     An item is a dict: ``image`` (a decoded PIL image, "RGB" or "L", any size), ``id`` (str, the
-    same in every run), and where known ``label`` (int), ``caption``, ``group`` (str) and ``meta``
+    same in every run), and where known ``label``, ``caption``, ``group`` (str) and ``meta``
     (dict). Can be sent to DataLoader workers, forked or spawned.
 
     Attributes:
         name: the spec string it was opened with.
         ids: list[str].
-        labels: list[int] or None; -1 stands for "unknown".
+        labels: one a picture, or None. A class (int, -1 stands for "unknown"); where a picture has
+            several, a row of 0 and 1 with a place for every class.
         classes: the labels' names, list[str] or None.
         groups: list[str] or None; pictures of one group belong on one side of a split.
+        task: of `vim_ssl.metrics.TASKS`, where the source says so.
         splits: names of the splits the source has; empty where it has none.
         split: the one opened, or "all".
         faults: what is wrong with the source as a whole, in words.
@@ -56,12 +58,13 @@ class ImageData(Dataset):
         ids: Iterable[str],
         *,
         name: str,
-        labels: Iterable[int] | None = None,
+        labels: Iterable[Any] | None = None,
         classes: Sequence[str] | None = None,
         groups: Iterable[str] | None = None,
         captions: Captions | None = None,
         splits: Sequence[str] = (),
         split: str = "all",
+        task: str | None = None,
         source_fingerprint: str = "",
         faults: Iterable[str] = (),
     ):
@@ -70,7 +73,7 @@ class ImageData(Dataset):
         self.labels = None if labels is None else list(labels)
         self.classes = None if classes is None else list(classes)
         self.groups = None if groups is None else list(groups)
-        self.faults = list(faults)
+        self.task, self.faults = task, list(faults)
         self.min_side: int | None = None
         self._pictures, self._captions = pictures, captions
         self._rows: Sequence[int] = range(

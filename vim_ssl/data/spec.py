@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
-BUILT = ("folder", "hf", "csv", "parquet", "imagenet", "sample", "wds")
+BUILT = ("folder", "hf", "csv", "parquet", "imagenet", "medmnist", "sample", "wds")
 PLANNED = (
-    "coco", "ade20k", "medmnist", "dicom", "nifti", "slide", "geotiff", "eurosat", "bigearthnet",
+    "coco", "ade20k", "dicom", "nifti", "slide", "geotiff", "eurosat", "bigearthnet",
     "video", "pairs",
 )  # fmt: skip
 # What one split is called in different places; the first is the name used here.
@@ -32,6 +32,7 @@ class DataSpec:
         split: the split to open; "all" for everything; None for the training part.
         image, label, caption, group: columns (of "wds": extensions) to take these from.
             ``label=none`` leaves labels out.
+        axis: of volumes, the axis (0, 1, 2) across which planes are taken.
         limit: at most this many pictures, spread evenly over the data.
         streaming: read in order without an index, for pretraining from "hf"; "wds" always is.
     """
@@ -43,6 +44,7 @@ class DataSpec:
     label: str | None = None
     caption: str | None = None
     group: str | None = None
+    axis: str | None = None
     limit: int | None = None
     streaming: bool = False
 
