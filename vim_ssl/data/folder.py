@@ -61,7 +61,7 @@ def open_folder(spec: DataSpec) -> ImageData:
             )
     root = Path(spec.location).expanduser()
     names = _find_pictures(root, spec.location)
-    parts = _by_split(names)
+    parts = by_split(names)
     labelled = {
         split: _classes(part, bool(split), spec.label, root) for split, part in parts.items()
     }
@@ -120,7 +120,7 @@ def _find_pictures(root: Path, given: str) -> list[str]:
     return sorted(names)
 
 
-def _by_split(names: list[str]) -> dict[str, list[str]]:
+def by_split(names: list[str]) -> dict[str, list[str]]:
     """Pictures by split folder, train first; all under "" when the folders are no splits."""
     tops = {name.split("/")[0] if "/" in name else "" for name in names}
     if not tops <= _SPLIT_FOLDERS:

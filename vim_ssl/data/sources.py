@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Literal, overload
 
 from vim_ssl.data.dataset import ImageData, join
+from vim_ssl.data.dicom import open_dicom
 from vim_ssl.data.folder import open_folder
 from vim_ssl.data.hub import open_hub, stream_hub
 from vim_ssl.data.imagenet import open_imagenet
 from vim_ssl.data.medmnist import open_medmnist
+from vim_ssl.data.nifti import open_nifti
 from vim_ssl.data.sample_sets import open_sample
 from vim_ssl.data.spec import DataSpec, canonical_split, parse_spec
 from vim_ssl.data.split import stratified_split
@@ -24,6 +26,8 @@ _OPENERS: dict[str, Callable[[DataSpec], ImageData]] = {
     "parquet": open_parquet,
     "imagenet": open_imagenet,
     "medmnist": open_medmnist,
+    "dicom": open_dicom,
+    "nifti": open_nifti,
     "sample": open_sample,
 }
 AND = " + "  # between specs that are read as one

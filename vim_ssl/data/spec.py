@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
-BUILT = ("folder", "hf", "csv", "parquet", "imagenet", "medmnist", "sample", "wds")
+BUILT = (
+    "folder", "hf", "csv", "parquet", "imagenet", "medmnist", "dicom", "nifti", "sample", "wds",
+)  # fmt: skip
 PLANNED = (
-    "coco", "ade20k", "dicom", "nifti", "slide", "geotiff", "eurosat", "bigearthnet",
-    "video", "pairs",
+    "coco", "ade20k", "slide", "geotiff", "eurosat", "bigearthnet", "video", "pairs",
 )  # fmt: skip
 # What one split is called in different places; the first is the name used here.
 SPLIT_NAMES = {
@@ -33,6 +34,8 @@ class DataSpec:
         image, label, caption, group: columns (of "wds": extensions) to take these from.
             ``label=none`` leaves labels out.
         axis: of volumes, the axis (0, 1, 2) across which planes are taken.
+        window: of deep grey, the values that become black and white: ``LOW,HIGH`` or percentiles,
+            ``0.5%,99.5%``.
         limit: at most this many pictures, spread evenly over the data.
         streaming: read in order without an index, for pretraining from "hf"; "wds" always is.
     """
@@ -45,6 +48,7 @@ class DataSpec:
     caption: str | None = None
     group: str | None = None
     axis: str | None = None
+    window: str | None = None
     limit: int | None = None
     streaming: bool = False
 
