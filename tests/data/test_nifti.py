@@ -110,7 +110,7 @@ def test_broken_files(tmp_path):
     [
         ("?axis=3", "none of 0, 1 and 2"),
         ("?label=organ", "label=folder"),
-        ("?label=folder", "a.nii lies in no class folder"),
+        ("?label=folder", "1 pictures lie outside of any class folder"),
     ],
 )
 def test_errors(tmp_path, query, message):

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from vim_ssl.data.dataset import ImageData
-from vim_ssl.data.folder import by_split
+from vim_ssl.data.folder import read_layout
 from vim_ssl.data.images import BadImage
-from vim_ssl.data.spec import DataSpec, near, pick_split
+from vim_ssl.data.spec import DataSpec, near
 from vim_ssl.data.window import Window, to_8bit
 
 log = logging.getLogger(__name__)
@@ -85,32 +85,29 @@ def open_dicom(spec: DataSpec) -> ImageData:
     root = Path(spec.location).expanduser()
     slices, others = _ordered(root, LABELS.get(kind or ""))
     _check_syntaxes({one.syntax for one in slices})
-    parts = by_split(sorted({one.name for one in slices}))
-    split_of = {name: split for split, names in parts.items() for name in names}
-    splits = [split for split in parts if split]
-    split = pick_split(spec.split, splits, f"dicom:{root}")
+    names = sorted({one.name for one in slices})
+    found = read_layout(names, spec.split, "folder" if kind == "folder" else "none", str(root))
+    inside = set(found.names)
     patients = {name: f"patient-{i:05d}"
                 for i, name in enumerate(dict.fromkeys(one.patient for one in slices))}  # fmt: skip
-    chosen = [i for i, one in enumerate(slices) if split in ("all", split_of[one.name])]
-    ids = _ids(slices)
+    chosen = [one for one in slices if one.name in inside]
+    ids = [name for name, one in zip(_ids(slices), slices, strict=True) if one.name in inside]
 
-    labels = classes = None
-    if kind:
-        texts = [one.label for one in slices]
-        if kind == "folder":
-            places = [one.name.split("/")[1 if splits else 0 : -1] for one in slices]
-            texts = [place[0] if place else "" for place in places]
-        classes = sorted(set(texts) - {""})
-        labels = [classes.index(text) if text else -1 for text in texts]
-    data = ImageData(
-        DicomPictures(str(root), slices, window), ids, name=str(spec), labels=labels,
-        classes=classes, groups=[patients[one.patient] for one in slices], splits=splits,
-        split=split,
-    )  # fmt: skip
+    labels, classes = None, found.classes
+    if found.labels is not None:
+        class_of = dict(zip(found.names, found.labels, strict=True))
+        labels = [class_of[one.name] for one in chosen]
+    elif kind:
+        classes = sorted({one.label for one in slices} - {""})
+        labels = [classes.index(one.label) if one.label else -1 for one in chosen]
     if others:
         held = ", ".join(f"{count} × {what}" for what, count in others.most_common(5))
         log.warning("dicom:%s: passed over %s", root, held)
-    return data if len(chosen) == len(slices) else data.subset(chosen)
+    return ImageData(
+        DicomPictures(str(root), chosen, window), ids, name=str(spec), labels=labels,
+        classes=classes, groups=[patients[one.patient] for one in chosen], splits=found.splits,
+        split=found.split,
+    )  # fmt: skip
 
 
 def locate(root: str | Path) -> dict[str, str]:

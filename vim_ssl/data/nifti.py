@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from vim_ssl.data.dataset import ImageData
-from vim_ssl.data.folder import by_split
+from vim_ssl.data.folder import read_layout
 from vim_ssl.data.images import BadImage
 from vim_ssl.data.samples import user_cache
-from vim_ssl.data.spec import DataSpec, pick_split
+from vim_ssl.data.spec import DataSpec
 from vim_ssl.data.window import Window, to_8bit
 
 ENDINGS = (".nii", ".nii.gz")
@@ -59,23 +59,15 @@ def open_nifti(spec: DataSpec) -> ImageData:
     if not planes:
         raise ValueError(f"{source}: none of {len(names)} volumes can be read: {faults[0]}")
 
-    parts = by_split(list(planes))
-    splits = [split for split in parts if split]
-    split = pick_split(spec.split, splits, source)
-    chosen = [name for part in parts if split in ("all", part) for name in parts[part]]
-    rows = [(name, plane) for name in chosen for plane in range(planes[name])]
-    labels = classes = None
-    if spec.label == "folder":
-        folder = {name: name.split("/")[1 if splits else 0 : -1][:1] for name in planes}
-        if outside := [name for name, place in folder.items() if not place]:
-            raise ValueError(f"{source}: label=folder, but {outside[0]} lies in no class folder.")
-        classes = sorted({place[0] for place in folder.values()})
-        labels = [classes.index(folder[name][0]) for name, _ in rows]
+    found = read_layout(list(planes), spec.split, spec.label or "none", str(root))
+    rows = [(name, plane) for name in found.names for plane in range(planes[name])]
+    class_of = dict(zip(found.names, found.labels or (), strict=False))
     return ImageData(
         PlanePictures(str(root), rows, axis, window),
         [f"{name}/{plane:04d}" for name, plane in rows],
-        name=str(spec), labels=labels, classes=classes, groups=[name for name, _ in rows],
-        splits=splits, split=split, faults=faults,
+        name=str(spec), labels=[class_of[name] for name, _ in rows] if class_of else None,
+        classes=found.classes, groups=[name for name, _ in rows], splits=found.splits,
+        split=found.split, faults=faults,
     )  # fmt: skip
 
 
