@@ -143,3 +143,13 @@ def test_shards(tmp_path):
 def test_what_cannot_be_opened_is_one_line(tmp_path, capsys):
     assert main(["data", "check", str(tmp_path)]) == 1
     assert "cannot be opened:\n  x The folder" in capsys.readouterr().out
+
+
+def test_pictures_of_many_bands(monkeypatch):
+    arrays = [np.random.default_rng(i).random((5, 6, 4), np.float32) for i in range(3)]
+    arrays[1][2, 3] = np.nan
+    given = ImageData(arrays, list("abc"), name="made")
+    monkeypatch.setattr(doctor, "open_data", lambda *args, **kwargs: given)
+    found = check("made")
+    assert "Modes: 4×float32 3" in found.facts
+    assert found.remarks == ["all: 1 pictures have values that are no number: b."]

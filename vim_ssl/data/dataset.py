@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image
 from torch.utils.data import Dataset
 
-from vim_ssl.data.images import BadImage, clean_image, decode_image
+from vim_ssl.data.images import BadImage, array_picture, decode_image
 
 
 class Captions(Protocol):
@@ -27,15 +26,16 @@ class Pictures(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, row: int, /) -> str | Path | bytes | np.ndarray:
-        """An undecoded picture: its path, its bytes, or uint8 values (h, w) or (h, w, 3)."""
+        """An undecoded picture: its path, its bytes, or values (h, w) or (h, w, bands)."""
         ...
 
 
 class ImageData(Dataset):
     """Pictures by index; labels and groups without decoding any.
 
-    An item is a dict: ``image`` (a decoded PIL image, "RGB" or "L", any size), ``id`` (str, the
-    same in every run), and where known ``label``, ``caption``, ``group`` (str) and ``meta``
+    An item is a dict: ``image`` (a decoded PIL image, "RGB" or "L", any size; where a source has
+    other bands, an array (h, w, bands), NaN where nothing was measured), ``id`` (str, the same in
+    every run), and where known ``label``, ``caption``, ``group`` (str) and ``meta``
     (dict). Can be sent to DataLoader workers, forked or spawned.
 
     Attributes:
@@ -45,6 +45,7 @@ class ImageData(Dataset):
             several, a row of 0 and 1 with a place for every class.
         classes: the labels' names, list[str] or None.
         groups: list[str] or None; pictures of one group belong on one side of a split.
+        bands: names of the bands, where the source has them; else None.
         task: of `vim_ssl.metrics.TASKS`, where the source says so.
         splits: names of the splits the source has; empty where it has none.
         split: the one opened, or "all".
@@ -64,6 +65,7 @@ class ImageData(Dataset):
         captions: Captions | None = None,
         splits: Sequence[str] = (),
         split: str = "all",
+        bands: Sequence[str] | None = None,
         task: str | None = None,
         source_fingerprint: str = "",
         faults: Iterable[str] = (),
@@ -74,6 +76,7 @@ class ImageData(Dataset):
         self.classes = None if classes is None else list(classes)
         self.groups = None if groups is None else list(groups)
         self.task, self.faults = task, list(faults)
+        self.bands = None if bands is None else tuple(bands)
         self.min_side: int | None = None
         self._pictures, self._captions = pictures, captions
         self._rows: Sequence[int] = range(
@@ -96,7 +99,7 @@ class ImageData(Dataset):
         picture = self.raw(index)
         try:
             if isinstance(picture, np.ndarray):
-                item["image"] = clean_image(Image.fromarray(picture))
+                item["image"] = array_picture(picture)
             else:
                 item["image"] = decode_image(picture, min_side=self.min_side)
         except BadImage as error:
@@ -112,7 +115,7 @@ class ImageData(Dataset):
         return item
 
     def raw(self, index: int) -> str | Path | bytes | np.ndarray:
-        """The undecoded picture: a path, a file's bytes, or uint8 values (h, w[, 3])."""
+        """The undecoded picture: a path, a file's bytes, or values (h, w[, bands])."""
         row = self._rows[index]
         try:
             return self._pictures[row]

@@ -170,15 +170,15 @@ def _look_along(stream: ImageStream, quiet: bool) -> Part:
     return part
 
 
-def look(id: str, image: Image.Image) -> Look:
-    """Describe a decoded picture."""
+def look(id: str, image: Image.Image | np.ndarray) -> Look:
+    """Describe a decoded picture: a PIL image, or an array (h, w, bands)."""
     values = np.asarray(image)
-    width, height = image.size
-    head = f"{image.mode} {width} {height}"
-    pixels = blake2b(head.encode() + np.ascontiguousarray(values).data, digest_size=16).digest()
-    return Look(
-        id, "", pixels, (width, height), image.mode, flat=bool((values == values.flat[0]).all())
-    )
+    mode = f"{values.shape[2]}×{values.dtype}" if isinstance(image, np.ndarray) else image.mode
+    height, width = values.shape[:2]
+    content = f"{mode} {width} {height}".encode() + np.ascontiguousarray(values).tobytes()
+    flat = bool((values == values.flat[0]).all())
+    pixels = blake2b(content, digest_size=16).digest()
+    return Look(id, "", pixels, (width, height), mode, flat, not np.isfinite(values).all())
 
 
 # ---------------------------------------------------------------- judging
