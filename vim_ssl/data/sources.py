@@ -12,6 +12,7 @@ from vim_ssl.data.hub import open_hub, stream_hub
 from vim_ssl.data.imagenet import open_imagenet
 from vim_ssl.data.medmnist import open_medmnist
 from vim_ssl.data.nifti import open_nifti
+from vim_ssl.data.rasters import open_bigearthnet, open_eurosat, open_geotiff
 from vim_ssl.data.sample_sets import open_sample
 from vim_ssl.data.spec import DataSpec, canonical_split, parse_spec
 from vim_ssl.data.split import stratified_split
@@ -28,6 +29,9 @@ _OPENERS: dict[str, Callable[[DataSpec], ImageData]] = {
     "medmnist": open_medmnist,
     "dicom": open_dicom,
     "nifti": open_nifti,
+    "geotiff": open_geotiff,
+    "eurosat": open_eurosat,
+    "bigearthnet": open_bigearthnet,
     "sample": open_sample,
 }
 AND = " + "  # between specs that are read as one

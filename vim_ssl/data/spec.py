@@ -10,11 +10,10 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 BUILT = (
-    "folder", "hf", "csv", "parquet", "imagenet", "medmnist", "dicom", "nifti", "sample", "wds",
+    "folder", "hf", "csv", "parquet", "imagenet", "medmnist", "dicom", "nifti", "geotiff",
+    "eurosat", "bigearthnet", "sample", "wds",
 )  # fmt: skip
-PLANNED = (
-    "coco", "ade20k", "slide", "geotiff", "eurosat", "bigearthnet", "video", "pairs",
-)  # fmt: skip
+PLANNED = ("coco", "ade20k", "slide", "video", "pairs")
 # What one split is called in different places; the first is the name used here.
 SPLIT_NAMES = {
     "train": ("train", "training"),
@@ -36,6 +35,8 @@ class DataSpec:
         axis: of volumes, the axis (0, 1, 2) across which planes are taken.
         window: of deep grey, the values that become black and white: ``LOW,HIGH`` or percentiles,
             ``0.5%,99.5%``.
+        bands: of rasters, which and in what order: names or numbers, ``B04,B03,B02``.
+        tile: cuts rasters into squares of so many pixels.
         limit: at most this many pictures, spread evenly over the data.
         streaming: read in order without an index, for pretraining from "hf"; "wds" always is.
     """
@@ -49,6 +50,8 @@ class DataSpec:
     group: str | None = None
     axis: str | None = None
     window: str | None = None
+    bands: str | None = None
+    tile: int | None = None
     limit: int | None = None
     streaming: bool = False
 
@@ -169,9 +172,9 @@ def _options(query: str, text: str) -> dict[str, Any]:
         if key in options:
             raise ValueError(f"{text!r}: option {key!r} is given twice.")
         options[key] = value
-        if key == "limit":
+        if key in ("limit", "tile"):
             if not value.isdigit() or int(value) < 1:
-                raise ValueError(f"{text!r}: limit={value} is not a whole number above 0.")
+                raise ValueError(f"{text!r}: {key}={value} is not a whole number above 0.")
             options[key] = int(value)
         if key == "streaming":
             if value.lower() not in ("true", "false"):
