@@ -179,6 +179,26 @@ def test_a_patient_is_on_one_side_only_and_stays_unnamed(tmp_path):
     assert np.array_equal(np.asarray(again["image"]), np.asarray(data[3]["image"]))
 
 
+def test_files_whose_identity_was_blanked_stay_together(tmp_path):
+    """Else neighbouring slices of one patient would come to both sides of a split."""
+    for folder in ("one", "two"):
+        for z in range(3):
+            ds = dataset(RAMP + z, PatientID="", SeriesInstanceUID="", InstanceNumber=3 - z)
+            write(tmp_path / folder / f"{z}.dcm", ds)
+    data = open_data(f"dicom:{tmp_path}?window=0,255")
+    assert data.groups == ["patient-00000"] * 3 + ["patient-00001"] * 3
+    assert [int(np.asarray(item["image"])[0, 0]) for item in data] == [2, 1, 0] * 2
+
+
+def test_no_header_is_quoted_in_warnings(tmp_path, recwarn):
+    write(tmp_path / "one.dcm", dataset(SeriesInstanceUID="1.2.3"))
+    content = (tmp_path / "one.dcm").read_bytes()
+    (tmp_path / "one.dcm").write_bytes(content.replace(b"1.2.3", b"Doe^J"))
+    recwarn.clear()
+    open_data(f"dicom:{tmp_path}")[0]
+    assert not [w for w in recwarn if "Doe" in str(w.message)]
+
+
 def test_split_folders(tmp_path):
     for split, patient in (("train", "a"), ("test", "b"), ("test", "a")):
         ds = dataset(RAMP + ord(patient), PatientID=patient, SeriesInstanceUID=f"1.{ord(patient)}")

@@ -2,9 +2,11 @@
 
 import logging
 import os
+import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -39,7 +41,8 @@ _VALUES = [
     "SharedFunctionalGroupsSequence", "RedPaletteColorLookupTableDescriptor",
     "GreenPaletteColorLookupTableDescriptor", "BluePaletteColorLookupTableDescriptor",
     "RedPaletteColorLookupTableData", "GreenPaletteColorLookupTableData",
-    "BluePaletteColorLookupTableData",
+    "BluePaletteColorLookupTableData", "SegmentedRedPaletteColorLookupTableData",
+    "SegmentedGreenPaletteColorLookupTableData", "SegmentedBluePaletteColorLookupTableData",
 ]  # fmt: skip
 
 
@@ -67,9 +70,10 @@ def open_dicom(spec: DataSpec) -> ImageData:
     rescaled unit (HU for CT).
 
     The group is the patient, so that none is on two sides of a split: a number that holds nothing
-    of the PatientID. An id is ``hash of the series/place in it``; `locate` finds the file.
-    ``label=`` takes modality, body_part, view, laterality or folder (the outermost). Folders
-    named train, val and test, and no others, are splits.
+    of the PatientID. Without PatientID it is the study, else the series, else the folder. An id is
+    ``hash of the series/place in it``; `locate` finds the file. ``label=`` takes modality,
+    body_part, view, laterality or folder (the outermost). Folders named train, val and test, and
+    no others, are splits.
 
     Raises: ImportError without pydicom, or without what decompresses these files;
         FileNotFoundError; ValueError for a folder without a DICOM picture.
@@ -139,7 +143,8 @@ class DicomPictures:
     def __getitem__(self, row: int) -> np.ndarray:
         name, frame = self.files[row]
         try:
-            return read_slice(os.path.join(self.root, name), frame, self.window)
+            with _silenced():
+                return read_slice(os.path.join(self.root, name), frame, self.window)
         except FileNotFoundError:
             raise BadImage(name, "the file is gone") from None
         except Exception as error:  # a broken file makes decoders raise nearly anything
@@ -159,8 +164,8 @@ def read_slice(path: str, frame: int = 0, window: Window | None = None) -> np.nd
     stored = pixel_array(path, index=frame)
     colours = header.get("PhotometricInterpretation", "")
     if colours == "PALETTE COLOR":
-        bits = header.RedPaletteColorLookupTableDescriptor[2]
-        return to_8bit(apply_color_lut(stored, header), 0, 2**bits - 1)
+        coloured = apply_color_lut(stored, header)
+        return to_8bit(coloured, 0, np.iinfo(coloured.dtype).max)
     if stored.ndim == 3:
         return to_8bit(stored, 0, 2 ** header.get("BitsStored", 8) - 1)
 
@@ -208,6 +213,14 @@ def _pydicom() -> Any:
     return pydicom
 
 
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """Without pydicom's warnings, which quote the values of headers."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 def _ordered(root: Path, label: str | None) -> tuple[list[Slice], Counter[str]]:
     """The slices below root, series by series in the order of their files; and what was passed
     over."""
@@ -221,7 +234,7 @@ def _ordered(root: Path, label: str | None) -> tuple[list[Slice], Counter[str]]:
     others: Counter[str] = Counter()
     by_series: dict[str, list[Slice]] = {}
     _pydicom()
-    with ThreadPoolExecutor(8) as pool:
+    with _silenced(), ThreadPoolExecutor(8) as pool:
         for found in pool.map(lambda name: _read_header(root, name, label), names):
             if isinstance(found, str):
                 others[found] += 1
@@ -252,8 +265,9 @@ def _read_header(root: Path, name: str, label: str | None) -> list[Slice] | str:
         return "broken header"
     if not header.get("Rows"):
         return "DICOM without pixels"
-    series = str(header.get("SeriesInstanceUID", "")) or name
-    patient = str(header.get("PatientID", "") or header.get("StudyInstanceUID", "")) or series
+    # Of what was made anonymous by blanking, a folder is one series of one patient.
+    series = str(header.get("SeriesInstanceUID") or name.rpartition("/")[0])
+    patient = str(header.get("PatientID") or header.get("StudyInstanceUID") or series)
     meta = getattr(header, "file_meta", {})
     text = str(header.get(label) or "").strip().lower() if label else ""
     slices = []

@@ -82,7 +82,7 @@ def check(spec: str | Path, *, sample: int = 0, workers: int = 0, quiet: bool = 
     """
     data = _opened(spec)
     parts = list(_parts(spec, data, sample, workers, quiet))
-    diagnosis = Diagnosis([f"{data.name}: {_layout(data, parts)}", ""], list(data.faults), [])
+    diagnosis = Diagnosis([f"{spec}: {_layout(data, parts)}", ""], list(data.faults), [])
     _count(parts, diagnosis)
     _check_labels(parts, data.classes, diagnosis)
     _check_pictures(parts, diagnosis)

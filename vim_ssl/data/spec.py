@@ -59,7 +59,7 @@ class DataSpec:
         """The spec string; `parse_spec` of it gives an equal spec."""
         given = {key: getattr(self, key) for key in OPTIONS}
         texts = {k: "true" if v is True else str(v) for k, v in given.items() if v}
-        query = "&".join(f"{k}={quote(v, safe='/:[]%')}" for k, v in texts.items())
+        query = "&".join(f"{k}={quote(v, safe='/:[]%,')}" for k, v in texts.items())
         mark = "?" if query or "?" in self.location else ""
         return f"{self.scheme}:{self.location}{mark}{query}"
 
