@@ -556,6 +556,34 @@ def test_statistics_follow_the_channels(trained):
     assert data["bands"] == ("VV", "VH")
 
 
+def test_named_bands_take_their_own_weights(trained):
+    stats = {
+        "bands": ("B02", "B03", "B04", "B08"), "mean": (1.0, 2.0, 3.0, 4.0), "std": (5.0,) * 4,
+    }  # fmt: skip
+    four = load_encoder(trained, in_chans=4, data_config=stats)
+    had = load_encoder(trained).patch_embed.proj.weight
+    has = four.patch_embed.proj.weight
+    expected = torch.stack([had[:, 2], had[:, 1], had[:, 0], had.mean(1)], 1) * 3 / 4
+    torch.testing.assert_close(has, expected)
+    assert four.data_config["mean"] == stats["mean"]
+    save_encoder(four, trained / "four")  # the statistics travel with the encoder
+    again = load_encoder(trained / "four")
+    assert {k: again.data_config[k] for k in stats} == stats
+    torch.testing.assert_close(again.patch_embed.proj.weight, has)
+    # Of these some are known, so they go by name once more.
+    two = load_encoder(trained / "four", in_chans=2, data_config={"bands": ("B08", "SWIR")})
+    torch.testing.assert_close(two.patch_embed.proj.weight[:, 0], 2 * has[:, 3])
+    torch.testing.assert_close(two.patch_embed.proj.weight[:, 1], 2 * has.mean(1))
+    assert two.data_config["mean"] == (4.0, 2.5)
+
+
+def test_the_same_bands_in_another_order(trained):
+    swapped = load_encoder(trained, data_config={"bands": ("blue", "green", "red")})
+    had = load_encoder(trained)
+    torch.testing.assert_close(swapped.patch_embed.proj.weight, had.patch_embed.proj.weight.flip(1))
+    assert swapped.data_config["mean"] == (0.406, 0.456, 0.485)
+
+
 def test_size_is_resampled_for_good_and_the_class_row_kept(trained):
     at_call, for_good = load_encoder(trained), load_encoder(trained, img_size=(48, 96))
     assert for_good.grid_size == (3, 6)

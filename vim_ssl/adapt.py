@@ -3,7 +3,7 @@ one direction or both, new tokens, another head. Fresh values come in only where
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +47,12 @@ def adapt_state(
         elif had and not has:
             state.pop(key, None)
 
-    if wanted["in_chans"] != config["in_chans"] and "patch_embed.proj.weight" in state:
-        state["patch_embed.proj.weight"] = adapt_patch_embed(
-            state["patch_embed.proj.weight"], wanted["in_chans"]
-        )
+    if "patch_embed.proj.weight" in state:
+        had_bands, has_bands = (_bands(c) for c in (config, wanted))
+        if wanted["in_chans"] != config["in_chans"] or had_bands != has_bands:
+            state["patch_embed.proj.weight"] = adapt_patch_embed(
+                state["patch_embed.proj.weight"], wanted["in_chans"], had_bands, has_bands
+            )
     if "pos_embed" in state and config["use_pos_embed"]:
         state["pos_embed"] = _adapt_positions(path, state["pos_embed"], config, encoder)
 
@@ -87,17 +89,54 @@ def _adapt_head(
         log.warning("a fresh head of %d classes: %s", encoder.num_classes, kept)
 
 
-def adapt_patch_embed(weight: Tensor, in_chans: int) -> Tensor:
-    """A patch embedding (d, c, p, p) for another number of channels.
+def adapt_patch_embed(
+    weight: Tensor, in_chans: int, known: Sequence[str] = (), wanted: Sequence[str] = ()
+) -> Tensor:
+    """A patch embedding (d, c, p, p) for other channels.
 
-    To one channel: the sum, so that a grey picture gives what it gave as R = G = B. To n channels:
-    the c kernels in turn, times c / n, so that the response keeps its size (timm's rule).
+    Where the names of the bands have some in common, each of those takes its own kernel and every
+    other one the kernels' mean; "B04", "B03" and "B02" (Sentinel-2) are red, green and blue. Else,
+    to one channel: the sum, so that a grey picture gives what it gave as R = G = B; to n channels:
+    the c kernels in turn. To n channels all are then times c / n, so that the response keeps its
+    size (timm's rule).
+
+    Args:
+        known, wanted: names of the bands, before and after; none where they are not known.
     """
-    known = weight.shape[1]
+    places = band_places(known, wanted)
+    if places and len(known) == weight.shape[1]:
+        mean = weight.float().mean(1).to(weight.dtype)
+        kernels = [mean if place is None else weight[:, place] for place in places]
+        return torch.stack(kernels, 1) * (len(known) / in_chans)
+    chans = weight.shape[1]
+    if in_chans == chans:
+        return weight
     if in_chans == 1:
         return weight.float().sum(1, keepdim=True).to(weight.dtype)
-    turn = torch.arange(in_chans) % known
-    return weight[:, turn] * (known / in_chans)
+    turn = torch.arange(in_chans) % chans
+    return weight[:, turn] * (chans / in_chans)
+
+
+_COLOURS = {
+    "R": "R", "RED": "R", "B04": "R", "G": "G", "GREEN": "G", "B03": "G", "B": "B", "BLUE": "B",
+    "B02": "B",
+}  # fmt: skip
+
+
+def band_places(known: Sequence[str], wanted: Sequence[str]) -> list[int | None] | None:
+    """Where each wanted band stands among the known ones; None for one that is not there, and as
+    the whole when none is."""
+    names, asked = (
+        [_COLOURS.get(name.upper(), name.upper()) for name in bands] for bands in (known, wanted)
+    )
+    places = [names.index(name) if name in names else None for name in asked]
+    return places if any(place is not None for place in places) else None
+
+
+def _bands(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of an encoder's bands; of three channels without names, colours."""
+    given = (config.get("data_config") or {}).get("bands")
+    return tuple(given or {1: ("L",), 3: ("R", "G", "B")}.get(config["in_chans"], ()))
 
 
 def _adapt_positions(
@@ -141,15 +180,23 @@ def _twin(key: str) -> str:
     return key.removesuffix(_mixer_part(key)) + _TWINS[_mixer_part(key)]
 
 
-def adapt_data(data: Mapping[str, Any], chans: int) -> dict[str, Any]:
-    """Statistics for another number of channels, in step with `adapt_patch_embed`."""
+def adapt_data(
+    data: Mapping[str, Any], chans: int, bands: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """Statistics for other channels, in step with `adapt_patch_embed`."""
     adapted = dict(data)
+    places = band_places(data.get("bands", ()), bands or ())
     for key in ("mean", "std"):
         if key in data:
             known = data[key]
-            one = (sum(known) / len(known),)
-            adapted[key] = one if chans == 1 else tuple(known[i % len(known)] for i in range(chans))
-    adapted["bands"] = {1: ("L",), 3: ("R", "G", "B")}.get(
+            one = sum(known) / len(known)
+            if places:
+                adapted[key] = tuple(one if place is None else known[place] for place in places)
+            elif chans == 1:
+                adapted[key] = (one,)
+            else:
+                adapted[key] = tuple(known[i % len(known)] for i in range(chans))
+    adapted["bands"] = tuple(bands or ()) or {1: ("L",), 3: ("R", "G", "B")}.get(
         chans, tuple(f"band{i}" for i in range(chans))
     )
     return adapted

@@ -31,6 +31,7 @@ TOOLS = {
     "verify": Command(
         "vim_ssl.loading", "verify_main", "Tell what a checkpoint is and whether it loads whole."
     ),
+    "data": Command("vim_ssl.data.doctor", "main", "Check data: labels, pictures, splits."),
     "samples": Command("vim_ssl.data.samples", "main", "List or get small real image sets."),
     "report": Command("vim_ssl.report", "main", "Draw the page of a run again."),
 }

@@ -66,7 +66,9 @@ def load_encoder(
         img_size: pixels, or (height, width): the position table is resampled for good. Without it
             other sizes go in too, resampled at every call.
         in_chans: channels; a checkpoint's patch embedding is summed to 1 channel, or repeated in
-            turn and rescaled to n, mean and std in ``data_config`` likewise.
+            turn and rescaled to n, mean and std in ``data_config`` likewise. Bands that
+            ``data_config["bands"]`` names take the weights of their own name, such as red; others
+            start from the mean.
         global_pool: "token", "avg" or "token+avg"; another width makes a fresh head.
         ema: take the EMA copy (True) or the weights themselves (False); by default what a file of
             ours says, and the weights themselves of a released file.
@@ -243,8 +245,10 @@ def _apply(config: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any
     chans = config.get("in_chans", _DEFAULTS["in_chans"])
     data = dict(config.get("data_config") or {})
     data.pop("input_size", None)  # follows img_size and in_chans
-    if target.get("in_chans", chans) != chans:
-        data = adapt_data(IMAGENET_DATA | data if chans == 3 else data, target["in_chans"])
+    bands = (asked.get("data_config") or {}).get("bands")
+    if target.get("in_chans", chans) != chans or bands:
+        known = IMAGENET_DATA | data if chans == 3 else data
+        data = adapt_data(known, target.get("in_chans", chans), bands)
         data.pop("input_size", None)
     target["data_config"] = data | (asked.get("data_config") or {})
     return target

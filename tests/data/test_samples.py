@@ -1,6 +1,7 @@
 """Sample sets: fetched safely by the user's own client, split for good, labelled right."""
 
 import hashlib
+import importlib.util
 import io
 import os
 import stat
@@ -127,6 +128,62 @@ def test_aerial():
     assert across < 2 * np.abs(np.diff(left, axis=1)).mean()
 
 
+def extra(name: str, module: str):
+    """A set that needs an optional package as well."""
+    missing = importlib.util.find_spec(module) is None
+    reason = f"needs {module}: pip install 'vim-ssl[medical,remote-sensing]'"
+    return pytest.param(name, marks=[needs(name), pytest.mark.skipif(missing, reason=reason)])
+
+
+@pytest.mark.parametrize("name", [extra("satellite", "rasterio")])
+def test_satellite(name):
+    train, test = open_data(f"sample:{name}"), open_data(f"sample:{name}", split="test")
+    assert (len(train), len(test)) == (80, 20)
+    assert sum(train.labels) + sum(test.labels) == 57
+    assert set(test.labels) == {0, 1}
+    assert (test[0]["image"].size, test[0]["image"].mode) == ((90, 90), "L")
+    assert test.classes[1] == "building"
+
+
+@pytest.mark.parametrize("name", [extra("multispectral", "rasterio")])
+def test_multispectral(name):
+    data = open_data(f"sample:{name}")
+    assert (len(data), data.bands) == (108, ("band1", "band2", "band3", "band4"))
+    assert data[50]["image"].shape == (50, 50, 4)
+
+
+@pytest.mark.parametrize("name", [extra("dicom", "pydicom")])
+def test_dicom(name):
+    data = open_data(f"sample:{name}")
+    assert data.classes == ["cr", "ct", "mr", "us"]
+    assert 10 < len(set(data.groups)) < 20
+    assert {item["image"].mode for item in data} == {"RGB", "L"}
+
+
+@pytest.mark.parametrize("name", [extra("ct-series", "pydicom")])
+def test_ct_series_stacks_to_the_volume_that_its_labels_fit(name):
+    nibabel = pytest.importorskip("nibabel")
+    data = open_data(f"sample:{name}")
+    assert len(data) == 20
+    assert len(set(data.groups)) == 1
+    folder = next(samples.find_sample(name)[0].glob("*/tests/reference_files"))
+    organs = np.asarray(nibabel.load(folder / "example_seg_dicom.nii.gz").dataobj)
+    # The file's window shows -110 to 190 HU: liver and spleen lie between, where the labels are.
+    volume = np.stack([np.asarray(item["image"], float) for item in data], -1)
+    hu = volume.transpose(1, 0, 2)[:, ::-1] / 255 * 299 - 109.5
+    assert np.median(hu[organs == 5]) == pytest.approx(90, abs=12)
+    assert np.median(hu[organs == 1]) == pytest.approx(80, abs=25)
+
+
+@pytest.mark.parametrize("name", [extra("ct-volume", "nibabel")])
+def test_ct_volume(name):
+    data = open_data(f"sample:{name}")
+    assert Counter(data.labels) == {0: 61, 1: 40, 2: 11}
+    assert data.labels == sorted(data.labels)  # from below upwards
+    assert len(set(data.groups)) == 14
+    assert data[0]["image"].size == (122, 101)
+
+
 @needs("photos")
 def test_photos():
     data = open_data("sample:photos")
@@ -210,6 +267,8 @@ class Registry:
             "import os, shutil, sys\n"
             f"open({str(self.log)!r}, 'a').write(' '.join(sys.argv[1:]) + chr(10))\n"
             f"if {fails!r}: sys.exit({fails!r})\n"
+            "to = [a[9:] for a in sys.argv if a.startswith('--target=')]\n"
+            "if to: sys.exit(not shutil.copytree(os.path.dirname(__file__), to[0] + '/pip'))\n"
             "to = [a[7:] for a in sys.argv if a.startswith('--dest=')] or ['.']\n"
             f"shutil.copy({str(self.archive)!r}, os.path.join(to[0], {file!r}))\n"
         )
@@ -289,6 +348,27 @@ def test_a_wrong_archive_leaves_nothing(registry, members, changes, message):
     assert not (registry.root / "a.png").exists()
     with pytest.raises(SampleMissing, match="vim-ssl samples get tiny"):
         samples.find_sample("tiny")
+
+
+def test_the_hash_of_a_source_archive_is_pips_to_check_first(registry):
+    """Else pip would run the build of whatever came."""
+    registry.serve(wheel({"package/a.png": picture()}), client="pip", source=True)
+    (folder,) = get_sample("tiny", progress=lambda line: None)
+    assert (folder / "package/a.png").exists()
+    (call,) = registry.calls()
+    assert "--no-binary=:all: --require-hashes --requirement=" in call
+    assert "tiny" not in call.split()  # it stands in the requirements, with its hash
+
+
+def test_another_pip_is_fetched_where_a_package_needs_it(registry):
+    registry.serve(wheel({"package/a.png": picture()}), client="pip", pip="24.0")
+    (folder,) = get_sample("tiny", progress=lambda line: None)
+    assert (folder / "package/a.png").exists()
+    first, second = registry.calls()
+    assert first.startswith("install --quiet --no-deps --target=")
+    assert first.endswith("pip==24.0")
+    assert second.endswith("tiny==1.0.0")
+    assert registry.left() == [folder.name]
 
 
 def test_zip_links_are_not_unpacked(registry):

@@ -8,13 +8,19 @@ import torch
 from PIL import Image
 
 from vim_ssl import VimEncoder, create_transform
-from vim_ssl.data import BadImage, pretrain_transform
+from vim_ssl.data import BadImage, ImageData, band_statistics, pretrain_transform
 
 RGB = {
     "input_size": (3, 32, 32), "mean": (0.5, 0.25, 0.0), "std": (0.5, 0.25, 1.0),
     "interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "center",
 }  # fmt: skip
 GREY = RGB | {"input_size": (1, 28, 28), "mean": (0.1307,), "std": (0.3081,)}
+
+FIVE = RGB | {
+    "input_size": (5, 32, 32),
+    "mean": (1000.0, 0.5, 0.0, 3.0, 4.0), "std": (100.0, 0.5, 1.0, 1.0, 2.0),
+    "bands": ("B02", "B03", "B04", "NIR", "SWIR"),
+}  # fmt: skip
 
 
 def gradient(width: int, height: int) -> Image.Image:
@@ -166,16 +172,62 @@ def test_no_crop_means_nothing_random():
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: create_transform(RGB | {"input_size": (5, 32, 32)}), ValueError, "5 channels"),
+        (lambda: create_transform(FIVE)(gradient(9, 9)), ValueError, r"5 channels .* grey"),
+        (lambda: create_transform(FIVE)(np.zeros((9, 9, 4))), ValueError, r"4 bands; .*\?bands="),
         (lambda: create_transform({"input_size": (3, 32, 32)}), ValueError, "no mean, std"),
         (lambda: create_transform("vim"), TypeError, "not str"),
         (lambda: pretrain_transform(RGB, crop_scale=(0, 1)), ValueError, "crop_scale"),
         (lambda: pretrain_transform(RGB, crop_scale=(0.5, 0.2)), ValueError, "crop_scale"),
         (lambda: pretrain_transform(RGB, ratio=(2, 1)), ValueError, "ratio"),
-        (lambda: create_transform(RGB)(np.zeros((4, 4))), TypeError, "PIL image, not ndarray"),
+        (lambda: create_transform(RGB)(np.zeros((4, 4))), TypeError, r"bands\), not ndarray"),
     ],
 )
 def test_errors(make, error, message):
     with pytest.raises(error, match=message) as caught:
         make()
     assert not isinstance(caught.value, BadImage)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (7, 5), (90, 40), (3, 900)])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int16, np.float32])
+@pytest.mark.parametrize("make", [create_transform, pretrain_transform])
+def test_bands_of_any_type_become_the_encoders(make, dtype, size):
+    values = np.random.default_rng(0).integers(0, 200, (*size, 5)).astype(dtype)
+    x = make(FIVE)(values)
+    assert x.shape == FIVE["input_size"]
+    assert x.dtype == torch.float32
+    assert x.isfinite().all()
+
+
+def test_bands_keep_their_unit_and_what_is_missing_is_the_mean():
+    values = np.full((32, 32, 5), 1100, np.float32)
+    values[:, :16] = np.nan
+    x = create_transform(FIVE)(values)
+    torch.testing.assert_close(x[:2, 3, 30], torch.tensor([1.0, 2199.0]))
+    assert (x[:, :, :8] == 0).all()
+    x = create_transform(FIVE)(np.full((32, 32, 5), 255, np.uint8))
+    torch.testing.assert_close(x[1, 3, 4], torch.tensor(1.0))
+
+
+def test_training_augmentation_takes_bands():
+    values = np.random.default_rng(0).random((40, 50, 5), np.float32)
+    assert create_transform(FIVE, is_training=True)(values).shape == (5, 32, 32)
+
+
+def test_statistics_of_bands_leave_out_what_is_missing():
+    draw = np.random.default_rng(0)
+    arrays = [draw.normal((5, 100), (2, 30), (20, 20, 2)).astype(np.float32) for _ in range(8)]
+    values = np.stack(arrays).reshape(-1, 2).astype(float)
+    arrays[0][3:9] = np.nan
+    kept = np.concatenate([a.reshape(-1, 2) for a in arrays])
+    kept = kept[np.isfinite(kept[:, 0])].astype(float)
+    arrays.append(np.full((2, 2, 2), np.nan, np.float32))  # nothing at all: passed over
+    data = ImageData(arrays, map(str, range(9)), name="made", bands=("VV", "VH"))
+    found = band_statistics(data)
+    assert found["bands"] == ("VV", "VH")
+    np.testing.assert_allclose(found["mean"], kept.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(found["std"], kept.std(0), rtol=1e-6)
+    assert not np.allclose(found["mean"], values.mean(0), rtol=1e-6)
+    pictures = ImageData([np.full((4, 4, 3), 51, np.uint8)], ["a"], name="made")
+    assert band_statistics(pictures)["bands"] == ("R", "G", "B")
+    np.testing.assert_allclose(band_statistics(pictures)["mean"], 0.2)

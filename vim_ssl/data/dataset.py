@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image
 from torch.utils.data import Dataset
 
-from vim_ssl.data.images import BadImage, clean_image, decode_image
+from vim_ssl.data.images import BadImage, array_picture, decode_image
 
 
 class Captions(Protocol):
@@ -27,27 +26,30 @@ class Pictures(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, row: int, /) -> str | Path | bytes | np.ndarray:
-        """An undecoded picture: its path, its bytes, or uint8 values (h, w) or (h, w, 3)."""
+        """An undecoded picture: its path, its bytes, or values (h, w) or (h, w, bands)."""
         ...
 
 
 class ImageData(Dataset):
     """Pictures by index; labels and groups without decoding any.
 
-    An item is a dict: ``image`` (a decoded PIL image, "RGB" or "L", any size), ``id`` (str, the
-    same in every run), and where known ``label`` (int), ``caption`` (one or several: see
-    `captions_of`), ``group`` (str) and ``meta`` (dict). Can be sent to DataLoader workers, forked
-    or spawned.
+    An item is a dict: ``image`` (a decoded PIL image, "RGB" or "L", any size; where a source has
+    other bands, an array (h, w, bands), NaN where nothing was measured), ``id`` (str, the same in
+    every run), and where known ``label``, ``caption`` (one or several: see `captions_of`),
+    ``group`` (str) and ``meta`` (dict). Can be sent to DataLoader workers, forked or spawned.
 
     Attributes:
         name: the spec string it was opened with.
         ids: list[str].
-        labels: list[int] or None; -1 stands for "unknown".
+        labels: one a picture, or None. A class (int, -1 stands for "unknown"); where a picture has
+            several, a row of 0 and 1 with a place for every class.
         classes: the labels' names, list[str] or None.
         groups: list[str] or None; pictures of one group belong on one side of a split.
+        bands: names of the bands, where the source has them; else None.
+        task: of `vim_ssl.metrics.TASKS`, where the source says so.
         splits: names of the splits the source has; empty where it has none.
         split: the one opened, or "all".
-        faults: what of the source was left out, in words.
+        faults: what is wrong with the source as a whole, in words.
         min_side: see `decode_image`; None decodes every picture whole.
     """
 
@@ -57,21 +59,24 @@ class ImageData(Dataset):
         ids: Iterable[str],
         *,
         name: str,
-        labels: Iterable[int] | None = None,
+        labels: Iterable[Any] | None = None,
         classes: Sequence[str] | None = None,
         groups: Iterable[str] | None = None,
         captions: Captions | None = None,
         splits: Sequence[str] = (),
         split: str = "all",
+        bands: Sequence[str] | None = None,
+        task: str | None = None,
         source_fingerprint: str = "",
-        faults: Sequence[str] = (),
+        faults: Iterable[str] = (),
     ):
         self.name, self.split, self.splits = name, split, list(splits)
         self.ids = list(ids)
         self.labels = None if labels is None else list(labels)
         self.classes = None if classes is None else list(classes)
         self.groups = None if groups is None else list(groups)
-        self.faults = list(faults)
+        self.task, self.faults = task, list(faults)
+        self.bands = None if bands is None else tuple(bands)
         self.min_side: int | None = None
         self._pictures, self._captions = pictures, captions
         self._rows: Sequence[int] = range(
@@ -94,7 +99,7 @@ class ImageData(Dataset):
         picture = self.raw(index)
         try:
             if isinstance(picture, np.ndarray):
-                item["image"] = clean_image(Image.fromarray(picture))
+                item["image"] = array_picture(picture)
             else:
                 item["image"] = decode_image(picture, min_side=self.min_side)
             if self._captions is not None:
@@ -110,7 +115,7 @@ class ImageData(Dataset):
         return item
 
     def raw(self, index: int) -> str | Path | bytes | np.ndarray:
-        """The undecoded picture: a path, a file's bytes, or uint8 values (h, w[, 3])."""
+        """The undecoded picture: a path, a file's bytes, or values (h, w[, bands])."""
         row = self._rows[index]
         try:
             return self._pictures[row]

@@ -2,6 +2,7 @@
 
 import os
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 from vim_ssl.data.dataset import ImageData
@@ -60,26 +61,46 @@ def open_folder(spec: DataSpec) -> ImageData:
                 f"{' or '.join(f'{key}={a}' for a in allowed)}."
             )
     root = Path(spec.location).expanduser()
-    names = find_pictures(root, spec.location)
-    parts = by_split(names)
-    labelled = {
-        split: _classes(part, bool(split), spec.label, root) for split, part in parts.items()
-    }
-    splits = [split for split in parts if split]
-    split = pick_split(spec.split, splits, f"The folder {root}")
-
-    chosen = [s for s in parts if split in ("all", s)]
-    names = [name for s in chosen for name in parts[s]]
-    labels = classes = None
-    if all(labelled[s] for s in chosen):
-        classes = sorted({name for part in labelled.values() for name in part or ()})
-        number = {name: i for i, name in enumerate(classes)}
-        labels = [number[name.split("/")[1 if s else 0]] for s in chosen for name in parts[s]]
-    groups = [name.rpartition("/")[0] for name in names] if spec.group else None
+    found = read_layout(find_pictures(root, spec.location), spec.split, spec.label, str(root))
+    groups = [name.rpartition("/")[0] for name in found.names] if spec.group else None
     return ImageData(
-        FilePictures(str(root), names), names, name=str(spec), labels=labels, classes=classes,
-        groups=groups, splits=splits, split=split,
+        FilePictures(str(root), found.names), found.names, name=str(spec), labels=found.labels,
+        classes=found.classes, groups=groups, splits=found.splits, split=found.split,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the folders below a root say: the ``names`` of the chosen split, and as in `ImageData`
+    their labels and classes."""
+
+    names: list[str]
+    splits: list[str]
+    split: str
+    labels: list[int] | None
+    classes: list[str] | None
+
+
+def read_layout(names: list[str], split: str | None, label: str | None, root: str) -> Layout:
+    """Splits and classes by folders, as `open_folder` describes them.
+
+    Args:
+        names: sorted paths below ``root``, with forward slashes.
+        split, label: as in the spec; "none" leaves labels out.
+    Raises: ValueError for a split or labels that the folders do not give.
+    """
+    parts = by_split(names)
+    labelled = {part: _classes(held, bool(part), label, root) for part, held in parts.items()}
+    splits = [part for part in parts if part]
+    split = pick_split(split, splits, f"The folder {root}")
+    chosen = [part for part in parts if split in ("all", part)]
+    labels = classes = None
+    if all(labelled[part] for part in chosen):
+        classes = sorted({name for held in labelled.values() for name in held or ()})
+        number = {name: i for i, name in enumerate(classes)}
+        labels = [number[name.split("/")[1 if p else 0]] for p in chosen for name in parts[p]]
+    names = [name for part in chosen for name in parts[part]]
+    return Layout(names, splits, split, labels, classes)
 
 
 def find_pictures(root: Path, given: str) -> list[str]:
@@ -132,7 +153,7 @@ def by_split(names: list[str]) -> dict[str, list[str]]:
     }
 
 
-def _classes(names: list[str], split: bool, label: str | None, root: Path) -> set[str] | None:
+def _classes(names: list[str], split: bool, label: str | None, root: str) -> set[str] | None:
     """The class folders' names, or None when this part (below a split's folder) has no labels."""
     if label == "none":
         return None

@@ -1,6 +1,7 @@
 """Hugging Face datasets: a name on the Hub, or a local folder that `datasets` can read."""
 
-from collections.abc import Callable, Iterable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,10 +37,16 @@ class TableColumn:
 
 
 class TablePictures(TableColumn):
-    """The image column, undecoded: our own decoding turns a broken picture into BadImage."""
+    """The image column, undecoded: our own decoding turns a broken picture into BadImage. Relative
+    paths are meant from ``root`` on."""
+
+    def __init__(self, table: Any, name: str, root: str):
+        super().__init__(table, name)
+        self.root = root
 
     def __getitem__(self, row: int) -> str | bytes:
-        return _picture(super().__getitem__(row), row)
+        picture = _picture(super().__getitem__(row), row)
+        return os.path.join(self.root, picture) if isinstance(picture, str) else picture
 
 
 def open_hub(spec: DataSpec) -> ImageData:
@@ -57,8 +64,16 @@ def open_hub(spec: DataSpec) -> ImageData:
         and for columns that do not fit.
     """
     spec.takes("image", "label", "caption", "group")
-    tables = _load(spec.location)
-    source = f"hf:{spec.location}"
+    return open_tables(spec, _load(spec.location))
+
+
+def open_tables(spec: DataSpec, tables: Mapping[str, Any], root: str = "") -> ImageData:
+    """The pictures of `datasets` tables by split, as `open_hub` describes them.
+
+    Args:
+        root: the folder that relative paths in the picture column start from.
+    """
+    source = f"{spec.scheme}:{spec.location}"
     split = pick_split(spec.split, list(tables), source)
     chosen = list(tables) if split == "all" else [split]
     first = tables[chosen[0]]
@@ -82,7 +97,7 @@ def open_hub(spec: DataSpec) -> ImageData:
     if label:
         labels, classes = _labels(label, [tables[n] for n in chosen], tables.values())
     return ImageData(
-        TablePictures(table, image),
+        TablePictures(table, image, root),
         [f"{name}/{row}" for name in chosen for row in range(len(tables[name]))],
         name=str(spec),
         labels=labels,
@@ -211,12 +226,7 @@ def _load(location: str) -> dict[str, Any]:
 def _located(location: str, function: str) -> Any:
     """What this function of `datasets` makes of the location; the path of what was saved to disk
     with ``save_to_disk``, which none of them reads."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError("hf: data needs datasets: pip install datasets") from error
-
-    load = getattr(datasets, function)
+    load = getattr(import_datasets("hf:"), function)
     path = Path(location).expanduser()
     if path.exists():
         saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
@@ -225,6 +235,15 @@ def _located(location: str, function: str) -> Any:
         raise FileNotFoundError(f"hf:{location}: there is no such local path.")
     name, _, config = location.partition(":")
     return _load_from_hub(load, name, config or None)
+
+
+def import_datasets(scheme: str) -> Any:
+    """The library `datasets`. Raises: ImportError that says who needs it."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(f"{scheme} data needs datasets: pip install datasets") from error
+    return datasets
 
 
 def _load_from_hub(load: Callable, name: str, config: str | None) -> Any:
@@ -283,6 +302,8 @@ def _image_column(name: str | None, features: Any, source: str) -> str:
     found = [n for n, kind in features.items() if isinstance(kind, datasets.Image)]
     if "image" in found or len(found) == 1:
         return "image" if "image" in found else found[0]
+    if not found and "image" in features:  # a table that knows no picture type: bytes or paths
+        return "image"
     what = f"several picture columns ({', '.join(found)})" if found else "no picture column"
     raise ValueError(f"{source} has {what}; name one with image=. Columns: {', '.join(features)}.")
 

@@ -108,6 +108,26 @@ def clean_image(image: Image.Image, mode: str | None = None) -> Image.Image:
         raise BadImage("image", f"mode {image.mode} has no conversion to {plain}") from error
 
 
+def array_picture(values: np.ndarray) -> Image.Image | np.ndarray:
+    """An undecoded array as what an item's ``image`` is.
+
+    Grey of any depth (h, w), and uint8 grey (h, w, 1) or colour (h, w, 3), become PIL images; see
+    `clean_image`. Bands (h, w, bands) of any other number or type stay an array: see
+    `vim_ssl.data.transforms.as_tensor` for their units.
+
+    Raises: BadImage for another number of dimensions, and for bands without one finite value.
+    """
+    if values.dtype == np.uint8 and values.ndim == 3 and values.shape[2] == 1:
+        values = values[..., 0]
+    if values.ndim == 2 or (values.dtype == np.uint8 and values.shape[2:] == (3,)):
+        return clean_image(Image.fromarray(values))
+    if values.ndim != 3 or 0 in values.shape:
+        raise BadImage("image", f"an array of shape {values.shape} is no picture")
+    if not np.isfinite(values).any():
+        raise BadImage("image", "all its values are missing")
+    return values
+
+
 def _open(source: str | Path | bytes, limit: int) -> Image.Image:
     if Image.MAX_IMAGE_PIXELS is not None and limit > DEFAULT_MAX_PIXELS:
         # Asked for by the user; Pillow refuses at twice its own figure, before ours is looked at.

@@ -10,16 +10,23 @@ from pathlib import Path
 import numpy as np
 
 from vim_ssl.data.dataset import ImageData
+from vim_ssl.data.dicom import open_dicom
 from vim_ssl.data.folder import FilePictures
 from vim_ssl.data.images import decode_image
+from vim_ssl.data.nifti import import_nibabel, open_nifti
+from vim_ssl.data.rasters import open_geotiff
 from vim_ssl.data.samples import find_sample
 from vim_ssl.data.spec import DataSpec, pick_split
 from vim_ssl.data.split import hold_out
+from vim_ssl.data.window import to_8bit
 
 SPLITS = ("train", "test")
 TEST_SHARE = 0.2
 TILE = 64  # pixels
 TREE_CLASSES = ("no tree", "1-2 trees", "3 trees or more")
+BUILDING_CLASSES = ("no building", "building")
+REGIONS = ("pelvis", "abdomen", "chest")
+LUNGS, HIPS = (10, 11, 12, 13, 14), (77, 78)  # TotalSegmentator's numbers
 # Annotated photographs, and the one whose tiles are the test part: a place of its own.
 SCENES = (
     "2019_YELL_2_528000_4978000_image_crop2",
@@ -43,13 +50,22 @@ def open_sample(spec: DataSpec) -> ImageData:
       split, which is the same for all three.
     - aerial: 64-px tiles by number of trees whose centre they hold; the test part is a photograph
       of its own. The group is the photograph.
-    - photos: without labels or splits.
+    - satellite: tiles by whether a building is annotated in them; the test part are the two
+      eastern columns of ten.
+    - dicom: by modality, the group is the patient; ct-volume: axial planes by region (pelvis:
+      with a hip bone; chest: with a lung; abdomen), the group is 8 planes in a row. Neither has a
+      split. Of one scan, ct-volume tests readers and training, not what a model is worth.
+    - multispectral (arrays of 4 bands), ct-series, photos: without labels or splits.
     ``label=none`` leaves labels out.
 
     Raises: ValueError for an unknown name or option; SampleMissing when it has to be fetched.
     """
     spec.takes("label")
-    openers = {"mnist5k": _mnist5k, "aerial": _aerial, "photos": _photos}
+    openers = {
+        "mnist5k": _mnist5k, "aerial": _aerial, "photos": _photos, "satellite": _satellite,
+        "multispectral": _multispectral, "dicom": _dicom, "ct-series": _ct_series,
+        "ct-volume": _ct_volume,
+    }  # fmt: skip
     return openers.get(spec.location, _emoji)(spec, *find_sample(spec.location))
 
 
@@ -217,6 +233,80 @@ def _photos(spec: DataSpec, package: Path) -> ImageData:
     pick_split(spec.split, (), "sample:photos")
     names = [name for name in PHOTOS if (folder / name).exists()]
     return ImageData(FilePictures(str(folder), names), names, name=str(spec))
+
+
+# -------------------------------------------------------------------- satellites
+
+
+def _satellite(spec: DataSpec, package: Path) -> ImageData:
+    label = _label(spec, "building")
+    folder = package / "solaris/data"
+    table = json.loads((folder / "coco_sample_3.json").read_text(encoding="utf-8"))
+    built = {entry["image_id"] for entry in table["annotations"]}
+    has = {entry["file_name"]: int(entry["id"] in built) for entry in table["images"]}
+    names = sorted(has)  # sample_geotiff_EAST_NORTH.tif, metres
+    east = [int(name.split("_")[2]) for name in names]
+    tiles = open_geotiff(DataSpec("geotiff", str(folder / "rastertile_test_expected")))
+    place = {name: i for i, name in enumerate(tiles.ids)}
+    values = np.stack([tiles[place[name]]["image"][..., 0] for name in names])
+    low, high = np.percentile(values, (2, 98))
+    data = ImageData(
+        ArrayPictures(to_8bit(values, low, high)),
+        [Path(name).stem for name in names],
+        name=str(spec),
+        labels=[has[name] for name in names] if label else None,
+        classes=BUILDING_CLASSES if label else None,
+        splits=SPLITS,
+        source_fingerprint=blake2b(values.tobytes(), digest_size=8).hexdigest(),
+    )
+    border = sorted(set(east))[-2]
+    return _take_split(data, spec, [metres >= border for metres in east])
+
+
+def _multispectral(spec: DataSpec, package: Path) -> ImageData:
+    _label(spec)
+    pattern = str(package / "solaris/data/preproc_tutorial/ms?.tif")
+    return _renamed(open_geotiff(DataSpec("geotiff", pattern, split=spec.split, tile=50)), spec)
+
+
+# -------------------------------------------------------------------- medical
+
+
+def _dicom(spec: DataSpec, package: Path) -> ImageData:
+    label = _label(spec, "modality") or "none"
+    folder = str(package / "data_store/data")
+    return _renamed(open_dicom(DataSpec("dicom", folder, split=spec.split, label=label)), spec)
+
+
+def _ct_series(spec: DataSpec, package: Path) -> ImageData:
+    _label(spec)
+    folder = str(_reference_files(package) / "example_ct_dicom")
+    return _renamed(open_dicom(DataSpec("dicom", folder, split=spec.split)), spec)
+
+
+def _ct_volume(spec: DataSpec, package: Path) -> ImageData:
+    label = _label(spec, "region")
+    folder = _reference_files(package)
+    scan = DataSpec("nifti", str(folder / "example_ct.nii.gz"), split=spec.split, window="-160,240")
+    data = _renamed(open_nifti(scan), spec)
+    nibabel = import_nibabel()
+    organs = nibabel.load(folder / "example_seg_fast_force_split.nii.gz")
+    mask = np.asarray(nibabel.as_closest_canonical(organs).dataobj)
+    chest, pelvis = (np.isin(mask, kinds).any((0, 1)) for kinds in (LUNGS, HIPS))
+    if label:
+        data.labels = np.where(pelvis, 0, np.where(chest, 2, 1)).tolist()
+        data.classes = list(REGIONS)
+    data.groups = [f"planes-{8 * (plane // 8):03d}" for plane in range(len(data))]
+    return data
+
+
+def _reference_files(package: Path) -> Path:
+    return next(package.glob("*/tests/reference_files"))
+
+
+def _renamed(data: ImageData, spec: DataSpec) -> ImageData:
+    data.name = str(spec)
+    return data
 
 
 # -------------------------------------------------------------------- shared

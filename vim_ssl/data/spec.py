@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
-BUILT = ("folder", "hf", "pairs", "sample", "wds")
-PLANNED = (
-    "parquet", "csv", "coco", "ade20k", "imagenet", "medmnist", "dicom", "nifti", "slide",
-    "geotiff", "eurosat", "bigearthnet", "video",
+BUILT = (
+    "folder", "hf", "csv", "parquet", "imagenet", "medmnist", "dicom", "nifti", "geotiff",
+    "eurosat", "bigearthnet", "pairs", "sample", "wds",
 )  # fmt: skip
+PLANNED = ("coco", "ade20k", "slide", "video")
 # What one split is called in different places; the first is the name used here.
 SPLIT_NAMES = {
     "train": ("train", "training"),
@@ -27,11 +27,16 @@ class DataSpec:
     """A parsed spec.
 
     Attributes:
-        scheme: "folder", "hf", "pairs", "sample" or "wds".
+        scheme: one of `BUILT`.
         location: a path or name, as the scheme takes it.
         split: the split to open; "all" for everything; None for the training part.
         image, label, caption, group: columns (of "wds": extensions) to take these from.
             ``label=none`` leaves labels out.
+        axis: of volumes, the axis (0, 1, 2) across which planes are taken.
+        window: of deep grey, the values that become black and white: ``LOW,HIGH`` or percentiles,
+            ``0.5%,99.5%``.
+        bands: of rasters, which and in what order: names or numbers, ``B04,B03,B02``.
+        tile: cuts rasters into squares of so many pixels.
         limit: at most this many pictures, spread evenly over the data.
         streaming: read in order without an index, for pretraining from "hf"; "wds" always is.
     """
@@ -43,6 +48,10 @@ class DataSpec:
     label: str | None = None
     caption: str | None = None
     group: str | None = None
+    axis: str | None = None
+    window: str | None = None
+    bands: str | None = None
+    tile: int | None = None
     limit: int | None = None
     streaming: bool = False
 
@@ -50,7 +59,7 @@ class DataSpec:
         """The spec string; `parse_spec` of it gives an equal spec."""
         given = {key: getattr(self, key) for key in OPTIONS}
         texts = {k: "true" if v is True else str(v) for k, v in given.items() if v}
-        query = "&".join(f"{k}={quote(v, safe='/:[]%')}" for k, v in texts.items())
+        query = "&".join(f"{k}={quote(v, safe='/:[]%,')}" for k, v in texts.items())
         mark = "?" if query or "?" in self.location else ""
         return f"{self.scheme}:{self.location}{mark}{query}"
 
@@ -163,9 +172,9 @@ def _options(query: str, text: str) -> dict[str, Any]:
         if key in options:
             raise ValueError(f"{text!r}: option {key!r} is given twice.")
         options[key] = value
-        if key == "limit":
+        if key in ("limit", "tile"):
             if not value.isdigit() or int(value) < 1:
-                raise ValueError(f"{text!r}: limit={value} is not a whole number above 0.")
+                raise ValueError(f"{text!r}: {key}={value} is not a whole number above 0.")
             options[key] = int(value)
         if key == "streaming":
             if value.lower() not in ("true", "false"):

@@ -28,6 +28,7 @@ from vim_ssl.data.spec import DataSpec
 from vim_ssl.data.stream import RETRIES, ImageStream, Shard, file_name, is_remote, open_file
 
 PICTURES = tuple(extension[1:] for extension in EXTENSIONS)
+KINDS = {"wds": "*.tar", "parquet": "*.parquet"}  # what is read of a folder, by scheme
 END_MARK = bytes(tarfile.BLOCKSIZE)
 MAX_FILE = 2**28  # bytes of a picture, caption or json; the largest that are read
 THREADS = 16  # shards looked at together; most of the time is waiting
@@ -149,8 +150,11 @@ def stream_tars(spec: DataSpec) -> ImageStream:
     return ImageStream(shards, reader, name=str(spec), faults=faults)
 
 
-def expand(pattern: str) -> list[str]:
-    """The shards that a pattern names, in order. Raises: FileNotFoundError."""
+def expand(pattern: str, scheme: str = "wds") -> list[str]:
+    """The files that a pattern of a scheme names, in order; of a folder, those of its kind.
+
+    Raises: FileNotFoundError.
+    """
     parts = re.split(r"\{([^{}]*)\}", pattern)
     choices = [_choices(part) if i % 2 else [part] for i, part in enumerate(parts)]
     names: list[str] = []
@@ -160,10 +164,10 @@ def expand(pattern: str) -> list[str]:
             continue
         path = os.path.expanduser(name)
         if os.path.isdir(path):
-            path = os.path.join(glob.escape(path), "*.tar")
+            path = os.path.join(glob.escape(path), KINDS[scheme])
         found = [path] if os.path.isfile(path) else sorted(glob.glob(path, recursive=True))
         if not found:
-            raise FileNotFoundError(f"wds:{pattern}: there is no file {path!r}.")
+            raise FileNotFoundError(f"{scheme}:{pattern}: there is no file {path!r}.")
         names += found
     return list(dict.fromkeys(names))
 

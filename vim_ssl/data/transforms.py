@@ -3,24 +3,28 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+import torch
 from PIL import Image
 from timm import data as timm_data
-from timm.data.transforms import str_to_interp_mode
+from timm.data.transforms import MaybeToTensor, str_to_interp_mode
 from torch import Tensor, nn
 from torchvision import transforms
 
-from vim_ssl.data.images import clean_image
+from vim_ssl.data.dataset import ImageData
+from vim_ssl.data.images import BadImage, clean_image
 
-Transform = Callable[[Image.Image], Tensor]
+Transform = Callable[[Image.Image | np.ndarray], Tensor]
 
 
 def create_transform(
     encoder_or_config: nn.Module | Mapping[str, Any], is_training: bool = False, **augment: Any
 ) -> Transform:
-    """The transform an encoder expects: PIL image → float tensor (c, h, w), normalised.
+    """The transform an encoder expects: a picture → float tensor (c, h, w), normalised.
 
     Any PIL image goes in: it is put upright, laid on white and converted to the encoder's grey or
-    colour first. Smaller pictures are enlarged.
+    colour first. So does an array of the encoder's bands; see `as_tensor`. Smaller pictures are
+    enlarged.
 
     Args:
         encoder_or_config: an encoder, or its ``data_config``: input_size (c, h, w), mean, std,
@@ -29,17 +33,18 @@ def create_transform(
             resize and crop.
         augment: further arguments of `timm.data.create_transform`, such as
             ``auto_augment="rand-m9-mstd0.5-inc1"`` or ``hflip=0``.
-    Raises: ValueError for a number of channels that pictures do not have.
     """
     config = _config(encoder_or_config)
-    size, mode = tuple(config["input_size"]), _mode(config["input_size"][0])
+    size = tuple(config["input_size"])
+    if size[0] not in (1, 3):
+        augment = {"color_jitter": None, **augment}  # timm knows colours only
     keys = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
     given = {key: config[key] for key in keys if key in config}
     steps = timm_data.create_transform(input_size=size, is_training=is_training, **given, **augment)
-    trim = []
+    trim: list[Callable] = []
     if not is_training and config.get("crop_mode", "center") == "center":
         trim = [TrimLongSide(size[1:])]
-    return transforms.Compose([ToMode(mode), *trim, *_flat(steps)])
+    return transforms.Compose([ToChannels(config), *trim, *_flat(steps)])
 
 
 def pretrain_transform(
@@ -49,7 +54,7 @@ def pretrain_transform(
     hflip: float = 0.5,
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> Transform:
-    """MAE's augmentation: random resized crop and flip. PIL image → float tensor (c, h, w).
+    """MAE's augmentation: random resized crop and flip. A picture → float tensor (c, h, w).
 
     All randomness is drawn from torch's global generator, so seeding that fixes the sample.
 
@@ -59,7 +64,7 @@ def pretrain_transform(
             but the shorter side resized and the centre taken.
         hflip: probability of mirroring left and right; 0 for digits and text.
         ratio: range of the crop's width / height.
-    Raises: ValueError for ranges that are none, or channels that pictures do not have.
+    Raises: ValueError for ranges that are none.
     """
     low, high = crop_scale
     if not 0 < low <= high <= 1:
@@ -69,8 +74,9 @@ def pretrain_transform(
     config = _config(encoder_or_config)
     flip = [transforms.RandomHorizontalFlip(hflip)] if hflip else []
     if crop_scale == (1, 1):
-        to_mode, *steps = _flat(create_transform({**config, "crop_pct": 1, "crop_mode": "center"}))
-        return transforms.Compose([to_mode, *flip, *steps])
+        whole = {**config, "crop_pct": 1, "crop_mode": "center"}
+        to_channels, *steps = _flat(create_transform(whole))
+        return transforms.Compose([to_channels, *flip, *steps])
     crop = transforms.RandomResizedCrop(
         tuple(config["input_size"][1:]),
         scale=crop_scale,
@@ -79,31 +85,60 @@ def pretrain_transform(
     )
     return transforms.Compose(
         [
-            ToMode(_mode(config["input_size"][0])),
+            ToChannels(config),
             crop,
             *flip,
-            transforms.ToTensor(),
+            MaybeToTensor(),
             transforms.Normalize(config["mean"], config["std"]),
         ]
     )
 
 
-class ToMode:
-    """Any PIL image to 8-bit "RGB" or "L"; see `clean_image`."""
+def as_tensor(values: np.ndarray) -> Tensor:
+    """Bands (h, w, bands) → float32 (bands, h, w): uint8 as 0..1, as pictures are; every other
+    type in its own unit, which mean and std then are in, too. NaN stays."""
+    scale = 255 if values.dtype == np.uint8 else 1
+    return torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1), np.float32)) / scale
 
-    def __init__(self, mode: str):
-        self.mode = mode
 
-    def __call__(self, image: Image.Image) -> Image.Image:
+class ToChannels:
+    """The first step: a picture in the encoder's channels.
+
+    A PIL image becomes 8-bit "RGB" or "L" (see `clean_image`); an array of bands a tensor in which
+    what was not measured has the band's mean, and so is 0 once normalised.
+
+    Raises: TypeError for anything else; ValueError for another number of channels.
+    """
+
+    def __init__(self, config: Mapping[str, Any]):
+        self.channels, self.mean = config["input_size"][0], tuple(config["mean"])
+        self.bands = tuple(config.get("bands", ()))
+
+    def __call__(self, image: Image.Image | np.ndarray) -> Image.Image | Tensor:
+        if isinstance(image, np.ndarray) and image.ndim == 3:
+            if image.shape[2] != self.channels:
+                raise ValueError(self._unlike(f"{image.shape[2]} bands"))
+            x = as_tensor(image)
+            mean = torch.tensor(self.mean).view(-1, 1, 1)
+            return torch.where(x.isfinite(), x, mean)
         if not isinstance(image, Image.Image):
             raise TypeError(
-                f"The transform takes a PIL image, not {type(image).__name__}; for a file use "
-                "vim_ssl.data.decode_image."
+                f"The transform takes a PIL image or an array (h, w, bands), not "
+                f"{type(image).__name__}; for a file use vim_ssl.data.decode_image."
             )
-        return clean_image(image, self.mode)
+        if self.channels not in (1, 3):
+            raise ValueError(self._unlike("grey or colour"))
+        return clean_image(image, "L" if self.channels == 1 else "RGB")
+
+    def _unlike(self, came: str) -> str:
+        return (
+            f"The encoder takes {self.channels} channels ({', '.join(self.bands)}), the picture is "
+            f"{came}; choose bands with ?bands=, or load the encoder with in_chans= and "
+            "data_config=vim_ssl.data.band_statistics(data)."
+        )
 
     def __repr__(self) -> str:
-        return f"ToMode({self.mode!r})"
+        return f"ToChannels({self.channels})"
 
 
 class TrimLongSide:
@@ -115,16 +150,51 @@ class TrimLongSide:
     def __init__(self, size: tuple[int, int]):
         self.max_aspect = 8 * max(size) / min(size)
 
-    def __call__(self, image: Image.Image) -> Image.Image:
-        longest = round(min(image.size) * self.max_aspect)
-        if max(image.size) <= longest:
+    def __call__(self, image: Image.Image | Tensor) -> Image.Image | Tensor:
+        _, height, width = transforms.functional.get_dimensions(image)
+        longest = round(min(height, width) * self.max_aspect)
+        if max(height, width) <= longest:
             return image
-        return transforms.functional.center_crop(
-            image, [min(image.height, longest), min(image.width, longest)]
-        )
+        return transforms.functional.center_crop(image, [min(height, longest), min(width, longest)])
 
     def __repr__(self) -> str:
         return f"TrimLongSide(max_aspect={self.max_aspect:g})"
+
+
+def band_statistics(data: ImageData, sample: int = 1000) -> dict[str, Any]:
+    """Mean and standard deviation of every band, over all values that were measured.
+
+    Args:
+        data: pictures of one number of bands; the training part, for training.
+        sample: of how many pictures, spread evenly.
+    Returns: ``bands``, ``mean`` and ``std``, as an encoder's ``data_config`` has them: they are
+        stored with the encoder when it is given them.
+    Raises: ValueError when no picture can be read, or their bands differ.
+    """
+    few = min(sample, len(data))
+    count = total = squares = torch.zeros(())
+    for i in range(few):
+        try:
+            image = data[i * len(data) // few]["image"]
+        except BadImage:
+            continue
+        values = np.asarray(image)
+        x = as_tensor(values.reshape(*values.shape[:2], -1)).flatten(1).double()
+        if count.ndim and len(count) != len(x):
+            raise ValueError(f"{data.name} has pictures of {len(count)} and of {len(x)} bands.")
+        known = x.isfinite()
+        x = x.where(known, 0)
+        count, total, squares = count + known.sum(1), total + x.sum(1), squares + x.square().sum(1)
+    if not count.ndim or (count == 0).any():
+        raise ValueError(f"{data.name}: of {few} pictures none has values in every band.")
+    mean = total / count
+    std = (squares / count - mean.square()).clamp(min=0).sqrt()
+    names = data.bands or {1: ("L",), 3: ("R", "G", "B")}.get(len(mean))
+    return {
+        "bands": tuple(names or (f"band{i}" for i in range(len(mean)))),
+        "mean": tuple(mean.tolist()),
+        "std": tuple(std.clamp(min=1e-6).tolist()),
+    }
 
 
 def _config(encoder_or_config: nn.Module | Mapping[str, Any]) -> Mapping[str, Any]:
@@ -137,14 +207,6 @@ def _config(encoder_or_config: nn.Module | Mapping[str, Any]) -> Mapping[str, An
     if missing := {"input_size", "mean", "std"} - set(config):
         raise ValueError(f"data_config has no {', '.join(sorted(missing))}.")
     return config
-
-
-def _mode(in_chans: int) -> str:
-    if in_chans not in (1, 3):
-        raise ValueError(
-            f"The encoder takes {in_chans} channels; pictures have 1 (grey) or 3 (colour)."
-        )
-    return "L" if in_chans == 1 else "RGB"
 
 
 def _flat(steps: Any) -> list[Any]:

@@ -1,0 +1,121 @@
+"""NIfTI volumes as planes: turned upright, windowed, one volume on one side."""
+
+import pickle
+
+import numpy as np
+import pytest
+
+nibabel = pytest.importorskip("nibabel", reason="needs pip install 'vim-ssl[medical]'")
+
+from vim_ssl.data import BadImage, labelled_parts, open_data  # noqa: E402
+
+VOLUME = np.arange(3 * 4 * 5, dtype=np.int16).reshape(3, 4, 5)  # right, anterior, superior
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    for name in ("XDG_CACHE_HOME", "LOCALAPPDATA", "VIM_SSL_CACHE"):
+        monkeypatch.setenv(name, str(tmp_path_factory.mktemp("cache")))
+
+
+def write(path, values=VOLUME, affine=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nibabel.save(nibabel.Nifti1Image(values, np.eye(4) if affine is None else affine), path)
+    return path
+
+
+def pictures(spec):
+    return [np.asarray(item["image"]) for item in open_data(spec)]
+
+
+@pytest.mark.parametrize("ending", ["nii", "nii.gz"])
+def test_planes(tmp_path, ending):
+    write(tmp_path / f"a.{ending}")
+    data = open_data(f"nifti:{tmp_path}?window=0,255")
+    assert len(data) == 5
+    assert data.ids[1] == f"a.{ending}/0001"
+    assert set(data.groups) == {f"a.{ending}"}
+    axial = np.asarray(data[1]["image"])
+    assert (axial.shape, data[1]["image"].mode) == ((4, 3), "L")
+    np.testing.assert_array_equal(axial, VOLUME[:, ::-1, 1].T)  # anterior is up
+    coronal = pictures(f"nifti:{tmp_path}?window=0,255&axis=1")
+    assert len(coronal) == 4
+    np.testing.assert_array_equal(coronal[2], VOLUME[:, 2, ::-1].T)  # superior is up
+    sagittal = pictures(f"nifti:{tmp_path}?window=0,255&axis=0")
+    np.testing.assert_array_equal(sagittal[2], VOLUME[2, :, ::-1].T)
+    again = pickle.loads(pickle.dumps(data))
+    np.testing.assert_array_equal(np.asarray(again[1]["image"]), axial)
+
+
+def test_stored_in_other_axes(tmp_path):
+    """Left, inferior, anterior in the file: the pictures are those of the canonical volume."""
+    affine = np.array([[-1, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0], [0, 0, 0, 1]], float)
+    write(tmp_path / "plain" / "a.nii")
+    write(tmp_path / "turned" / "a.nii", VOLUME[::-1, :, ::-1].transpose(0, 2, 1), affine)
+    for axis in "012":
+        one, other = (
+            pictures(f"nifti:{tmp_path / name}?window=0,255&axis={axis}")
+            for name in ("plain", "turned")
+        )
+        np.testing.assert_array_equal(one, other)
+
+
+def test_windows(tmp_path):
+    values = np.linspace(-1000, 1000, 1000).reshape(10, 10, 10).astype(np.float32)
+    values[0, 0, 0] = np.nan
+    write(tmp_path / "a.nii.gz", values)
+    default = np.stack(pictures(f"nifti:{tmp_path}"))
+    assert (default.min(), default.max()) == (0, 255)
+    narrow = np.stack(pictures(f"nifti:{tmp_path}?window=0,100"))
+    assert 0.4 < (narrow == 0).mean() < 0.55
+    share = np.stack(pictures(f"nifti:{tmp_path}?window=10%,90%"))
+    assert 0.09 < (share == 255).mean() < 0.12
+
+
+def test_a_series_in_time_gives_its_first_volume(tmp_path):
+    write(tmp_path / "a.nii", np.stack([VOLUME, VOLUME + 100], -1))
+    np.testing.assert_array_equal(
+        pictures(f"nifti:{tmp_path}?window=0,255")[0], VOLUME[:, ::-1, 0].T
+    )
+
+
+def test_labels_splits_and_globs(tmp_path):
+    for name in ("train/brain/a.nii", "train/liver/b.nii", "test/brain/c.nii", "test/liver/d.nii"):
+        write(tmp_path / name)
+    train, test = labelled_parts(f"nifti:{tmp_path}?label=folder", 0.5, 0)
+    assert (train.classes, train.labels, test.labels) == (
+        ["brain", "liver"], [0] * 5 + [1] * 5, [0] * 5 + [1] * 5,
+    )  # fmt: skip
+    assert not set(train.groups) & set(test.groups)
+    assert len(open_data(f"nifti:{tmp_path}/*/brain/*.nii", split="all")) == 10
+    assert len(open_data(f"nifti:{tmp_path}/test/brain/c.nii")) == 5
+
+
+def test_broken_files(tmp_path):
+    write(tmp_path / "good.nii")
+    (tmp_path / "bad.nii").write_bytes(b"no volume")
+    write(tmp_path / "cut.nii", np.zeros((4, 4, 4), np.int16))
+    content = (tmp_path / "cut.nii").read_bytes()
+    (tmp_path / "cut.nii").write_bytes(content[:-20])
+    data = open_data(f"nifti:{tmp_path}")
+    assert data.faults[0].startswith("bad.nii cannot be read")
+    assert len(data) == 9
+    with pytest.raises(BadImage, match=r"cut\.nii/0000: the volume cannot be read"):
+        data[0]
+    assert data[5]["image"].size == (3, 4)
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        ("?axis=3", "none of 0, 1 and 2"),
+        ("?label=organ", "label=folder"),
+        ("?label=folder", "1 pictures lie outside of any class folder"),
+    ],
+)
+def test_errors(tmp_path, query, message):
+    write(tmp_path / "a.nii")
+    with pytest.raises(ValueError, match=message):
+        open_data(f"nifti:{tmp_path}{query}")
+    with pytest.raises(FileNotFoundError, match="give a file, a folder or a glob"):
+        open_data(f"nifti:{tmp_path}/*.nrrd")

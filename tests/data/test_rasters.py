@@ -1,0 +1,281 @@
+"""Rasters: bands by name and in order, no data as NaN, the official sets as they are handed out."""
+
+import json
+import pickle
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+rasterio = pytest.importorskip("rasterio", reason="needs pip install 'vim-ssl[remote-sensing]'")
+
+from vim_ssl import create_transform, load_encoder  # noqa: E402
+from vim_ssl.data import BadImage, band_statistics, labelled_parts, open_data  # noqa: E402
+from vim_ssl.data.doctor import check  # noqa: E402
+from vim_ssl.data.rasters import (  # noqa: E402
+    BIGEARTHNET_BANDS,
+    BIGEARTHNET_CLASSES,
+    EUROSAT_BANDS,
+    EUROSAT_CLASSES,
+)
+
+
+def write(path, values, names=(), nodata=None):
+    """A GeoTIFF of values (bands, h, w)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    count, height, width = values.shape
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+        with rasterio.open(
+            path, "w", driver="GTiff", width=width, height=height, count=count,
+            dtype=values.dtype, nodata=nodata,
+        ) as file:  # fmt: skip
+            file.write(values)
+            for number, name in enumerate(names, 1):
+                file.set_band_description(number, name)
+    return path
+
+
+def scene(bands=4, height=20, width=30, dtype=np.uint16, seed=0):
+    return np.random.default_rng(seed).integers(1, 250, (bands, height, width)).astype(dtype)
+
+
+NAMES = ("B02", "B03", "B04", "B08")
+
+
+def test_bands(tmp_path):
+    values = scene()
+    write(tmp_path / "a.tif", values, NAMES)
+    data = open_data(f"geotiff:{tmp_path}")
+    assert (data.bands, data.ids, data.groups) == (NAMES, ["a.tif"], ["a.tif"])
+    image = data[0]["image"]
+    assert (image.shape, image.dtype) == ((20, 30, 4), np.uint16)
+    np.testing.assert_array_equal(image, values.transpose(1, 2, 0))
+    some = pickle.loads(pickle.dumps(open_data(f"geotiff:{tmp_path}/*.tif?bands=B08,b02,3")))
+    assert some.bands == ("B08", "B02", "B04")
+    np.testing.assert_array_equal(some[0]["image"], values[[3, 0, 2]].transpose(1, 2, 0))
+
+
+def test_pictures_of_8_bits_are_pictures(tmp_path):
+    write(tmp_path / "rgb.tif", scene(3, dtype=np.uint8))
+    data = open_data(f"geotiff:{tmp_path}")
+    assert data.bands == ("band1", "band2", "band3")
+    assert data[0]["image"].mode == "RGB"
+    assert open_data(f"geotiff:{tmp_path}?bands=2")[0]["image"].mode == "L"
+
+
+def test_tiles(tmp_path):
+    values = scene()
+    for name in ("a.tif", "b.tif"):
+        write(tmp_path / name, values, NAMES)
+    data = open_data(f"geotiff:{tmp_path}?tile=10")
+    assert len(data) == 12
+    assert data.ids[5] == "a.tif/001-002"
+    assert set(data.groups) == {"a.tif", "b.tif"}
+    np.testing.assert_array_equal(data[5]["image"], values[:, 10:20, 20:30].transpose(1, 2, 0))
+    with pytest.raises(ValueError, match="none is 64 pixels wide and high"):
+        open_data(f"geotiff:{tmp_path}?tile=64")
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float32])
+def test_no_data_is_nan_and_the_mean_to_an_encoder(tmp_path, dtype):
+    values = scene(4, 20, 20, dtype)
+    values[:, :10, :10] = 0
+    write(tmp_path / "a.tif", values, NAMES, nodata=0)
+    data = open_data(f"geotiff:{tmp_path}?tile=10")
+    with pytest.raises(BadImage, match="all its values are missing"):
+        data[0]
+    image = data[1]["image"]
+    np.testing.assert_array_equal(image, values[:, :10, 10:].transpose(1, 2, 0))
+    whole = open_data(f"geotiff:{tmp_path}")
+    holes = whole[0]["image"]
+    assert holes.dtype == np.float32
+    assert np.isnan(holes).sum() == 400
+    stats = band_statistics(whole)
+    unit = 255 if dtype == np.uint8 else 1
+    expected = [band[values[0] != 0].astype(float).mean() / unit for band in values]
+    np.testing.assert_allclose(stats["mean"], expected, rtol=1e-5)
+    config = {"input_size": (4, 20, 20), "crop_pct": 1.0, **stats}
+    x = create_transform(config)(holes)
+    assert (x[:, :8, :8] == 0).all()
+    assert x.mean().abs() < 0.1
+
+
+def test_an_encoder_takes_what_the_data_has(tmp_path):
+    write(tmp_path / "a.tif", scene(), NAMES)
+    data = open_data(f"geotiff:{tmp_path}")
+    encoder = load_encoder("vim_nano_patch8_64", in_chans=4, data_config=band_statistics(data))
+    assert encoder.data_config["bands"] == NAMES
+    x = create_transform(encoder)(data[0]["image"])
+    with torch.inference_mode():
+        assert encoder(x[None]).isfinite().all()
+
+
+def test_folders_broken_and_unlike_files(tmp_path):
+    for name in ("train/wood/a.tif", "train/town/b.tif", "test/wood/c.tif", "test/town/d.tif"):
+        write(tmp_path / name, scene(seed=len(name) + ord(name[-5])), NAMES)
+    (tmp_path / "train/wood/x.tif").write_bytes(b"no raster")
+    spec = f"geotiff:{tmp_path}?label=folder"
+    train, test = labelled_parts(spec, 0.5, 0)
+    assert (train.classes, train.labels, test.labels) == (["town", "wood"], [0, 1], [0, 1])
+    assert train.faults[0].startswith("train/wood/x.tif cannot be read")
+    write(tmp_path / "train/wood/z.tif", scene(3), NAMES[:3])
+    with pytest.raises(ValueError, match=r"z\.tif has the bands B02, B03, B04, others have B02"):
+        open_data(spec)
+
+
+def test_a_cut_off_file_is_named(tmp_path):
+    content = write(tmp_path / "a.tif", scene()).read_bytes()
+    (tmp_path / "a.tif").write_bytes(content[: len(content) // 2])
+    with pytest.raises(BadImage, match=r"a\.tif"):
+        open_data(f"geotiff:{tmp_path}")[0]
+
+
+@pytest.mark.parametrize(
+    ("query", "error", "message"),
+    [
+        ("?bands=B99", ValueError, r"no band 'B99'.* It has B02, B03"),
+        ("?bands=5", ValueError, "no band '5'"),
+        ("?tile=0", ValueError, "tile=0 is not a whole number above 0"),
+        ("?label=city", ValueError, "label=folder"),
+        ("/*.jp2", FileNotFoundError, "names no file"),
+    ],
+)
+def test_errors(tmp_path, query, error, message):
+    write(tmp_path / "a.tif", scene(), NAMES)
+    with pytest.raises(error, match=message):
+        open_data(f"geotiff:{tmp_path}{query}")
+
+
+# -------------------------------------------------------------------- official sets
+
+
+def eurosat(root, kind):
+    for number, name in enumerate(EUROSAT_CLASSES):
+        for i in (1, 2, 3):
+            if kind == "tif":
+                write(root / name / f"{name}_{i}.tif", scene(13, 8, 8, seed=10 * number + i))
+            else:
+                (root / name).mkdir(parents=True, exist_ok=True)
+                pixels = scene(3, 8, 8, np.uint8, seed=10 * number + i).transpose(1, 2, 0)
+                Image.fromarray(pixels).save(root / name / f"{name}_{i}.jpg")
+    return root
+
+
+@pytest.mark.parametrize("top", ["", "2750", "EuroSAT_RGB"])
+def test_eurosat_rgb(tmp_path, top):
+    eurosat(tmp_path / top, "jpg")
+    data = open_data(f"eurosat:{tmp_path}")
+    assert (len(data), data.classes, data.bands) == (30, list(EUROSAT_CLASSES), ("R", "G", "B"))
+    assert data.ids[3] == "Forest/Forest_1.jpg"
+    assert data[3]["label"] == 1
+    assert data[3]["image"].mode == "RGB"
+
+
+def test_eurosat_of_13_bands(tmp_path):
+    eurosat(tmp_path / "EuroSAT_MS", "tif")
+    data = open_data(f"eurosat:{tmp_path}")
+    assert data.bands == EUROSAT_BANDS
+    assert data[0]["image"].shape == (8, 8, 13)
+    rgb = open_data(f"eurosat:{tmp_path}?bands=B04,B03,B02")
+    np.testing.assert_array_equal(rgb[0]["image"], data[0]["image"][..., [3, 2, 1]])
+    eurosat(tmp_path / "EuroSAT_RGB", "jpg")  # both: bands decide
+    assert open_data(f"eurosat:{tmp_path}")[0]["image"].mode == "RGB"
+    assert open_data(f"eurosat:{tmp_path}?bands=all").bands == EUROSAT_BANDS
+
+
+@pytest.mark.parametrize("lists", ["txt", "csv"])
+def test_eurosat_splits(tmp_path, lists):
+    eurosat(tmp_path, "jpg")
+    for i, part in enumerate(("train", "val" if lists == "txt" else "validation", "test"), 1):
+        names = [f"{name}_{i}.jpg" for name in EUROSAT_CLASSES]
+        if lists == "txt":
+            (tmp_path / f"eurosat-{part}.txt").write_text("\n".join(names) + "\n")
+        else:
+            rows = [f"{n},{name.split('_')[0]}/{name},{n}" for n, name in enumerate(names)]
+            (tmp_path / f"{part}.csv").write_text("\n".join([",Filename,Label", *rows]))
+    train, test = labelled_parts(f"eurosat:{tmp_path}", 0.5, 0)
+    assert (len(train), len(test)) == (10, 10)
+    assert test.ids[0] == "AnnualCrop/AnnualCrop_3.jpg"
+    assert check(f"eurosat:{tmp_path}").problems == []
+
+
+def test_eurosat_incomplete(tmp_path):
+    with pytest.raises(FileNotFoundError, match="has no class folder"):
+        open_data(f"eurosat:{tmp_path}")
+    eurosat(tmp_path, "jpg")
+    for file in (tmp_path / "River").iterdir():
+        file.unlink()
+    with pytest.raises(ValueError, match="has no pictures of River"):
+        open_data(f"eurosat:{tmp_path}")
+    with pytest.raises(FileNotFoundError, match=r"with \.tif files"):
+        open_data(f"eurosat:{tmp_path}?bands=B04")
+
+
+SIDES = dict.fromkeys(BIGEARTHNET_BANDS, 60) | dict.fromkeys(("B01", "B09"), 20)
+SIDES |= dict.fromkeys(("B02", "B03", "B04", "B08"), 120)
+
+
+def patch(folder, name, value=0):
+    for i, band in enumerate(BIGEARTHNET_BANDS):
+        values = np.full((1, SIDES[band], SIDES[band]), 100 * i + value, np.uint16)
+        write(folder / name / f"{name}_{band}.tif", values)
+
+
+def test_bigearthnet_version_2(tmp_path):
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    tile = "S2A_MSIL2A_20170613T101031_N9999_R022_T33UUP"
+    names = [f"{tile}_26_{i}" for i in range(3)]
+    for i, name in enumerate(names):
+        patch(tmp_path / "BigEarthNet-S2" / tile, name, i)
+    classes = list(BIGEARTHNET_CLASSES)
+    rows = {
+        "patch_id": [*names, f"{tile}_1_1"],
+        "labels": [[classes[0], classes[18]], [classes[2]], [], [classes[1]]],
+        "split": ["train", "test", "train", "validation"],
+    }
+    parquet.write_table(pa.table(rows), tmp_path / "metadata.parquet")
+    data = open_data(f"bigearthnet:{tmp_path}")
+    assert (data.splits, data.ids) == (["train", "validation", "test"], [names[0], names[2]])
+    assert data.labels[0] == [1, *[0] * 17, 1]
+    assert (sum(data.labels[1]), len(data.classes)) == (0, 19)
+    assert data.faults == ["1 of 4 labelled patches have no folder"]
+    image = data[1]["image"]
+    assert (image.shape, image.dtype) == ((120, 120, 12), np.uint16)
+    np.testing.assert_array_equal(image[60, 60], np.arange(12) * 100 + 2)
+    rgb = open_data(f"bigearthnet:{tmp_path}?bands=B04,B03,B02&split=test")
+    np.testing.assert_array_equal(rgb[0]["image"][5, 5], [301, 201, 101])
+    assert rgb.bands == ("B04", "B03", "B02")
+
+
+def test_bigearthnet_version_1(tmp_path):
+    old = {"S2A_1_0": ["Salines", "Airports", "Salt marshes"], "S2A_1_1": ["Olive groves"]}
+    for name, labels in old.items():
+        patch(tmp_path, name)
+        file = tmp_path / name / f"{name}_labels_metadata.json"
+        file.write_text(json.dumps({"labels": labels}))
+    data = open_data(f"bigearthnet:{tmp_path}")
+    assert [[data.classes[i] for i, has in enumerate(row) if has] for row in data.labels] == [
+        ["Coastal wetlands"],
+        ["Permanent crops"],
+    ]
+    assert data.groups == ["S2A", "S2A"]
+    (tmp_path / "S2A_1_1/S2A_1_1_labels_metadata.json").write_text('{"labels": ["Moon"]}')
+    with pytest.raises(ValueError, match="'Moon' is no class of BigEarthNet"):
+        open_data(f"bigearthnet:{tmp_path}")
+
+
+def test_bigearthnet_without_labels(tmp_path):
+    patch(tmp_path, "S2A_1_0")
+    with pytest.raises(FileNotFoundError, match="1 patch folders and 0 labelled patches"):
+        open_data(f"bigearthnet:{tmp_path}")
+
+
+def test_the_43_classes_are_all_known():
+    from vim_ssl.data.rasters import _LEFT_OUT
+
+    assert len(BIGEARTHNET_CLASSES) == 19
+    kept = [old for names in BIGEARTHNET_CLASSES.values() for old in names]
+    assert len({*kept, *_LEFT_OUT}) == 43

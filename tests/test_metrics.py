@@ -1,0 +1,79 @@
+"""AUC and accuracy: MedMNIST's, figure for figure."""
+
+import numpy as np
+import pytest
+
+from vim_ssl.metrics import (
+    BINARY,
+    MULTI_CLASS,
+    MULTI_LABEL,
+    ORDINAL,
+    TASKS,
+    medmnist_accuracy,
+    medmnist_auc,
+)
+
+CASES = {  # task → (truth's shape or number of classes, columns of the scores)
+    BINARY: (2, 2),
+    MULTI_CLASS: (5, 5),
+    ORDINAL: (5, 5),
+    MULTI_LABEL: (4, 4),
+}
+
+
+def case(task, n=60):
+    draw = np.random.default_rng(TASKS.index(task))
+    classes, columns = CASES[task]
+    if task == MULTI_LABEL:
+        truth = draw.integers(0, 2, (n, classes))
+    else:
+        truth = draw.integers(0, classes, (n, 1))
+    scores = draw.random((n, columns)).round(1)  # with ties
+    return truth, scores
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_equal_to_the_official_evaluator(task):
+    evaluator = pytest.importorskip("medmnist.evaluator", exc_type=ImportError)
+    truth, scores = case(task)
+    assert medmnist_auc(truth, scores, task) == pytest.approx(
+        evaluator.getAUC(truth, scores, task), abs=1e-12
+    )
+    assert medmnist_accuracy(truth, scores, task) == pytest.approx(
+        evaluator.getACC(truth, scores, task), abs=1e-12
+    )
+
+
+def area(truth, scores):
+    """The share of pairs that are ranked right, ties counting half."""
+    above, below = scores[truth == 1][:, None], scores[truth == 0][None]
+    return ((above > below) + 0.5 * (above == below)).mean()
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_equal_to_the_definition(task):
+    truth, scores = case(task)
+    if task == BINARY:
+        auc, acc = area(truth[:, 0], scores[:, 1]), (truth[:, 0] == (scores[:, 1] > 0.5)).mean()
+    elif task == MULTI_LABEL:
+        auc = np.mean([area(truth[:, i], scores[:, i]) for i in range(4)])
+        acc = (truth == (scores > 0.5)).mean()
+    else:
+        auc = np.mean([area((truth[:, 0] == i).astype(int), scores[:, i]) for i in range(5)])
+        acc = (truth[:, 0] == scores.argmax(1)).mean()
+    assert medmnist_auc(truth, scores, task) == pytest.approx(auc, abs=1e-12)
+    assert medmnist_accuracy(truth, scores, task) == pytest.approx(acc, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("truth", "scores", "task", "message"),
+    [
+        (np.zeros((3, 1)), np.zeros((3, 2)), "multiclass", "is none of 'binary-class'"),
+        (np.zeros((3, 1)), np.zeros(3), MULTI_CLASS, r"truth \(3, 1\) and scores \(3,\)"),
+        (np.zeros((3, 2)), np.zeros((3, 4)), MULTI_LABEL, "do not fit"),
+        (np.zeros(3), np.zeros((4, 2)), MULTI_CLASS, "one row a sample"),
+    ],
+)
+def test_errors(truth, scores, task, message):
+    with pytest.raises(ValueError, match=message):
+        medmnist_auc(truth, scores, task)

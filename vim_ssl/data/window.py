@@ -1,0 +1,49 @@
+"""Intensity windows: which values become black and white when deep pictures become 8-bit ones."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Window:
+    """From ``low`` (black) to ``high`` (white): values, or percentiles of a picture or volume."""
+
+    low: float
+    high: float
+    percent: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> "Window":
+        """``-160,240``, in the source's unit, or percentiles, ``0.5%,99.5%``.
+
+        Raises: ValueError for anything else, and for an empty window.
+        """
+        parts = text.split(",")
+        percent = all(part.endswith("%") for part in parts)
+        try:
+            low, high = (float(part.removesuffix("%" if percent else "")) for part in parts)
+        except ValueError:
+            low = high = 0.0
+        if not low < high or (percent and not 0 <= low < high <= 100):
+            raise ValueError(
+                f"window={text} is no window; write LOW,HIGH in the source's unit, such as "
+                "-160,240, or percentiles, such as 0.5%,99.5%."
+            )
+        return cls(low, high, percent)
+
+    def limits(self, values: np.ndarray) -> tuple[float, float]:
+        """Low and high as values; percentiles are those of the finite ``values``."""
+        if not self.percent:
+            return self.low, self.high
+        finite = values[np.isfinite(values)]
+        if not finite.size:
+            return 0.0, 1.0
+        low, high = np.percentile(finite, (self.low, self.high))
+        return float(low), float(high)
+
+
+def to_8bit(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Values → uint8, ``low`` and less to 0, ``high`` and more to 255; NaN to 0."""
+    share = (values.astype(np.float64) - low) / ((high - low) or 1.0)
+    return np.nan_to_num(share * 255, nan=0.0).clip(0, 255).round().astype(np.uint8)

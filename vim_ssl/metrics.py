@@ -1,0 +1,63 @@
+"""AUC and accuracy as MedMNIST defines them, for its four tasks.
+
+The figures are those of the official Evaluator (medmnist 3.0), so that they stand beside published
+ones.
+"""
+
+import numpy as np
+
+BINARY, MULTI_CLASS = "binary-class", "multi-class"
+MULTI_LABEL, ORDINAL = "multi-label, binary-class", "ordinal-regression"
+TASKS = (BINARY, MULTI_CLASS, MULTI_LABEL, ORDINAL)
+
+
+def medmnist_auc(truth: np.ndarray, scores: np.ndarray, task: str) -> float:
+    """Area under the ROC curve, 0 to 1.
+
+    Multi-class and ordinal: the mean over the columns of ``scores``, each class against all
+    others. Multi-label: the mean over the labels. Binary: of the last column.
+
+    Args:
+        truth: (n,) or (n, 1) classes; multi-label: (n, labels) of 0 and 1.
+        scores: (n, classes) or, binary, also (n,).
+        task: one of `TASKS`.
+    Returns: the area; NaN when a class has no sample, or all of them.
+    Raises: ValueError for an unknown task, and shapes that do not fit.
+    """
+    from sklearn.metrics import roc_auc_score
+
+    truth, scores = _checked(truth, scores, task)
+    if task == BINARY:
+        return float(roc_auc_score(truth, scores))
+    if task != MULTI_LABEL:
+        truth = truth[:, None] == np.arange(scores.shape[1])
+    return float(np.mean([roc_auc_score(*pair) for pair in zip(truth.T, scores.T, strict=True)]))
+
+
+def medmnist_accuracy(truth: np.ndarray, scores: np.ndarray, task: str) -> float:
+    """Share of right answers, 0 to 1; of all labels of all samples in a multi-label task.
+
+    The answer is the class of the highest score; in binary and multi-label tasks, whether the
+    score is above 0.5, so scores must be probabilities there. For the rest see `medmnist_auc`.
+    """
+    truth, scores = _checked(truth, scores, task)
+    if task in (BINARY, MULTI_LABEL):
+        return float(np.mean(truth == (scores > 0.5)))
+    return float(np.mean(truth == scores.argmax(1)))
+
+
+def _checked(truth: np.ndarray, scores: np.ndarray, task: str) -> tuple[np.ndarray, np.ndarray]:
+    """Truth (n,), multi-label (n, labels); scores (n, classes), binary (n,)."""
+    if task not in TASKS:
+        raise ValueError(f"The task {task!r} is none of {', '.join(map(repr, TASKS))}.")
+    truth, scores = np.asarray(truth), np.asarray(scores)
+    came = f"truth {truth.shape} and scores {scores.shape}"
+    if task != MULTI_LABEL and truth.ndim == 2 and truth.shape[1] == 1:
+        truth = truth[:, 0]
+    if task == BINARY and scores.ndim == 2:
+        scores = scores[:, -1]
+    dims = {BINARY: (1, 1), MULTI_LABEL: (2, 2)}.get(task, (1, 2))
+    fits = (truth.ndim, scores.ndim) == dims and len(truth) == len(scores)
+    if not fits or (task == MULTI_LABEL and truth.shape != scores.shape):
+        raise ValueError(f"{came} do not fit the task {task!r}; expected one row a sample.")
+    return truth, scores
