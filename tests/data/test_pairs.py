@@ -121,6 +121,16 @@ def test_bad_rows_are_named_and_counted(tmp_path):
     ]
 
 
+def test_a_lone_quote_between_commas_is_a_fault_at_its_line(tmp_path):
+    text = 'path,caption\na.png,"two\nlines"\nb.png,"so" he said\nb.png,fine\na.png,"oh\nb.png,hi\n'
+    data = open_data(table(tmp_path, text))
+    assert [data.captions(i) for i in range(2)] == [["two\nlines"], ["fine"]]
+    assert data.faults == [
+        "pairs.csv, line 4: ',' expected after '\"'",
+        "pairs.csv, line 6: unexpected end of data",
+    ]
+
+
 def test_a_lone_quote_between_tabs_swallows_nothing(tmp_path):
     data = open_data(table(tmp_path, 'path\tcaption\na.png\t"oh\nb.png\tsay ""hi"\n', "x.tsv"))
     assert [data.captions(i) for i in range(2)] == [['"oh'], ['say ""hi"']]

@@ -133,16 +133,16 @@ def _rows(path: Path, spec: DataSpec) -> Iterator[tuple[int, str, str, str]]:
         columns = [_unquoted(name) if tabs else name for name in columns]
         image = _column(spec.image, columns, IMAGE_COLUMNS, "image", spec)
         caption = _column(spec.caption, columns, CAPTION_COLUMNS, "caption", spec)
-        reader = csv.reader(file, **style)  # type: ignore[arg-type]
+        reader = csv.reader(file, strict=True, **style)  # type: ignore[arg-type]
         while True:
+            line = reader.line_num + 2  # where the row begins
             try:
                 row = next(reader, None)
             except csv.Error as error:
-                yield reader.line_num + 1, "", "", str(error)
+                yield line, "", "", str(error)
                 continue
             if row is None:
                 return
-            line = reader.line_num + 1
             if not row:
                 continue
             if len(row) != len(columns):
