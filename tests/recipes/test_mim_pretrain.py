@@ -182,7 +182,7 @@ def test_a_resumed_run_refuses_other_pictures(trained, photos, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("adamww", "Did you mean 'adamw'?"), ("lar", "Did you mean 'lars'?"), ("zzz", "Known: ")],
+    [("adamww", "Did you mean 'adamw'?"), ("lar", "Did you mean 'lars'?"), ("zzz", "others are known")],
 )
 def test_an_unknown_optimiser_is_refused_with_the_near_name(name, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
