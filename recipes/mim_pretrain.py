@@ -22,7 +22,7 @@ from vim_ssl import VimEncoder, load_encoder, save_encoder
 from vim_ssl.ar import AutoRegressive
 from vim_ssl.cli import guarded
 from vim_ssl.config import did_you_mean, opt, parse
-from vim_ssl.data import ImageStream, open_data
+from vim_ssl.data import ImageData, ImageStream, band_arguments, open_data
 from vim_ssl.data.loader import SeededSamples
 from vim_ssl.data.stream import StreamSamples
 from vim_ssl.data.transforms import pretrain_transform
@@ -193,8 +193,10 @@ class MimTransform:
         return image if self.mask is None else image | {"mask": self.mask()}
 
 
-def build_model(config: Config) -> VimEncoder:
-    args = dict(config.model_args)
+def build_model(config: Config, data: ImageData | ImageStream | None = None) -> VimEncoder:
+    # Rasters have bands of their own, and the encoder keeps their names and statistics.
+    args = band_arguments(data) if isinstance(data, ImageData) else {}
+    args |= config.model_args
     # Fresh where a checkpoint has none; dropped for objectives that would never train it.
     args.setdefault("use_mask_token", config.objective in ("simmim", "distill"))
     if config.objective == "ar":
@@ -270,9 +272,9 @@ def not_used(config: Config) -> list[str]:
     return [n for n in names if n not in used and getattr(config, n) != getattr(default, n)]
 
 
-def build_data(config: Config, encoder: VimEncoder):
-    """The pictures, and how they reach the objective."""
-    data = open_data(config.data, streams=True)
+def build_data(config: Config, encoder: VimEncoder, data: ImageData | ImageStream | None = None):
+    """The pictures, opened unless they are given, and how they reach the objective."""
+    data = open_data(config.data, streams=True) if data is None else data
     patch = encoder.patch_embed.patch_size
     if config.mask_unit % patch:
         raise ValueError(f"mask_unit {config.mask_unit} px is no multiple of the {patch}-px patch.")
@@ -293,10 +295,11 @@ def run(config: Config) -> dict[str, Any]:
     accelerator = make_accelerator(config)
     if (idle := not_used(config)) and accelerator.is_main_process:
         print(f"Not used by {config.objective}: {', '.join(idle)}.", flush=True)
+    data = open_data(config.data, streams=True)
     torch.manual_seed(config.seed)  # of the initial weights
-    encoder = build_model(config)
+    encoder = build_model(config, data)
     objective = build_objective(config, encoder)
-    data, samples = build_data(config, encoder)
+    data, samples = build_data(config, encoder, data)
     folder = Run.open("mim_pretrain", config, accelerator)
     with contextlib.closing(folder):
         figures = train(config, encoder, objective, data, samples, folder, accelerator)

@@ -312,7 +312,7 @@ def test_any_channels_and_any_aspect(objective, channels, size):
     out = model(batch)
     assert torch.isfinite(out.loss_sum)
     pictures = out.pictures()
-    assert pictures.shape == (2, channels, size[0], 4 * size[1])
+    assert pictures.shape == (2, min(channels, 3), size[0], 4 * size[1])
     assert 0 <= pictures.min() <= pictures.max() <= 1
 
 

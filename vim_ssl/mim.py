@@ -15,6 +15,7 @@ from timm.layers import build_sincos2d_pos_embed, trunc_normal_
 from torch import Tensor, nn
 
 from vim_ssl.block import RMSNorm, VimBlock
+from vim_ssl.data.transforms import as_seen
 from vim_ssl.encoder import VimEncoder
 from vim_ssl.masking import checked_mask, visible_ids
 from vim_ssl.objective import StepOutput
@@ -74,17 +75,13 @@ class PixelObjective(nn.Module):
         )
 
     def _pictures(self, images: Tensor, mask: Tensor, restored: Tensor) -> Tensor:
-        """original | masked | reconstruction | reconstruction in the gaps: (n, c, h, 4 w)."""
+        """original | masked | reconstruction | reconstruction in the gaps: (n, 1 or 3, h, 4 w)."""
         height, width = images.shape[-2:]
         patch = self.encoder.patch_embed.patch_size
         config = self.encoder.data_config
-        mean, std = (
-            torch.tensor(config[key], device=images.device)[:, None, None]
-            for key in ("mean", "std")
-        )
-        gaps = unpatchify(mask[..., None].expand_as(restored), patch, (height, width))
-        original = (images.float() * std + mean).clamp(0, 1)
-        restored = (unpatchify(restored, patch, (height, width)) * std + mean).clamp(0, 1)
+        gaps = unpatchify(mask[..., None].expand_as(restored), patch, (height, width))[:, :1]
+        original = as_seen(images.float(), config)
+        restored = as_seen(unpatchify(restored, patch, (height, width)), config)
         hidden = torch.where(gaps, torch.full_like(original, 0.5), original)
         pasted = torch.where(gaps, restored, original)
         return torch.cat([original, hidden, restored, pasted], dim=-1).cpu()

@@ -72,6 +72,30 @@ def settings(monkeypatch, *argv: str) -> mim_pretrain.Config:
     return caught[0]
 
 
+# ------------------------------------------------------------------ on other bands
+
+
+@pytest.mark.parametrize("objective", ["mae", "simmim", "ar", "distill"])
+def test_rasters_train_and_their_statistics_stay_with_the_encoder(tmp_path, objective):
+    rasterio = pytest.importorskip("rasterio", reason="needs 'vim-ssl[remote-sensing]'")
+    draw = np.random.default_rng(0)
+    for i in range(6):
+        values = draw.integers(900, 1100, (4, 64, 64), dtype=np.uint16)
+        values[:, :8] = 0
+        with rasterio.open(
+            tmp_path / f"{i}.tif", "w", driver="GTiff", width=64, height=64, count=4,
+            dtype="uint16", nodata=0, transform=rasterio.transform.from_origin(0, 0, 10, 10),
+        ) as file:  # fmt: skip
+            file.write(values)
+            file.descriptions = ("B02", "B03", "B04", "B08")
+    argv = [*TINY, "--data", f"geotiff:{tmp_path}", "--output", str(tmp_path / "run")]
+    assert mim_pretrain.main([*argv, "--objective", objective]) == 0
+    data = load_encoder(tmp_path / "run").data_config
+    assert data["bands"] == ("B02", "B03", "B04", "B08")
+    assert data["mean"] == pytest.approx((1000,) * 4, abs=5)
+    assert all(math.isfinite(row["loss"]) for row in read_metrics(tmp_path / "run"))
+
+
 # ------------------------------------------------------------------ on photographs
 
 
@@ -182,7 +206,11 @@ def test_a_resumed_run_refuses_other_pictures(trained, photos, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("adamww", "Did you mean 'adamw'?"), ("lar", "Did you mean 'lars'?"), ("zzz", "others are known")],
+    [
+        ("adamww", "Did you mean 'adamw'?"),
+        ("lar", "Did you mean 'lars'?"),
+        ("zzz", "others are known"),
+    ],
 )
 def test_an_unknown_optimiser_is_refused_with_the_near_name(name, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -11,13 +11,19 @@ from vim_ssl.data.sources import labelled_parts, open_data
 from vim_ssl.data.spec import DataSpec, parse_spec
 from vim_ssl.data.split import stratified_split
 from vim_ssl.data.stream import ImageStream
-from vim_ssl.data.transforms import band_statistics, create_transform, pretrain_transform
+from vim_ssl.data.transforms import (
+    band_arguments,
+    band_statistics,
+    create_transform,
+    pretrain_transform,
+)
 
 __all__ = [
     "BadImage",
     "DataSpec",
     "ImageData",
     "ImageStream",
+    "band_arguments",
     "band_statistics",
     "clean_image",
     "create_transform",

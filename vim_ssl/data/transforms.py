@@ -11,6 +11,7 @@ from timm.data.transforms import MaybeToTensor, str_to_interp_mode
 from torch import Tensor, nn
 from torchvision import transforms
 
+from vim_ssl.adapt import band_places
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import BadImage, clean_image
 
@@ -161,6 +162,23 @@ class TrimLongSide:
         return f"TrimLongSide(max_aspect={self.max_aspect:g})"
 
 
+def as_seen(images: Tensor, config: Mapping[str, Any]) -> Tensor:
+    """Normalised pictures (b, c, h, w) as grey or colour within 0..1, to look at.
+
+    Grey and colour as they came. Of other bands red, green and blue where the names say which they
+    are, else the first three (of two the first), two deviations below the mean black and two above
+    it white.
+    """
+    mean, std = (torch.tensor(config[key], device=images.device) for key in ("mean", "std"))
+    if len(mean) in (1, 3) and float(mean.abs().max()) <= 1:
+        return (images * std[:, None, None] + mean[:, None, None]).clamp(0, 1)
+    colours = band_places(config.get("bands", ()), ("R", "G", "B")) or [None]
+    places = [place for place in colours if place is not None]
+    if len(places) < 3:
+        places = [0, 1, 2] if len(mean) >= 3 else [0]
+    return (images[:, places] / 4 + 0.5).clamp(0, 1)
+
+
 def band_statistics(data: ImageData, sample: int = 1000) -> dict[str, Any]:
     """Mean and standard deviation of every band, over all values that were measured.
 
@@ -195,6 +213,24 @@ def band_statistics(data: ImageData, sample: int = 1000) -> dict[str, Any]:
         "mean": tuple(mean.tolist()),
         "std": tuple(std.clamp(min=1e-6).tolist()),
     }
+
+
+def band_arguments(data: ImageData) -> dict[str, Any]:
+    """The arguments of an encoder for the bands of these pictures, for `load_encoder`: ``in_chans``
+    and a ``data_config`` with their names and statistics; none for pictures in grey or colour."""
+    if data.bands is None or not isinstance(_first(data), np.ndarray):
+        return {}
+    return {"in_chans": len(data.bands), "data_config": band_statistics(data)}
+
+
+def _first(data: ImageData) -> Image.Image | np.ndarray | None:
+    """The first picture that can be read."""
+    for i in range(len(data)):
+        try:
+            return data[i]["image"]
+        except BadImage:
+            continue
+    return None
 
 
 def _config(encoder_or_config: nn.Module | Mapping[str, Any]) -> Mapping[str, Any]:
