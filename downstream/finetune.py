@@ -8,7 +8,6 @@ patches together. The test set is used once, at the end.
 """
 
 import json
-import random
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,9 +22,11 @@ from vim_ssl.cli import guarded
 from vim_ssl.config import opt, parse, to_dict
 from vim_ssl.data import labelled_parts
 from vim_ssl.data.loader import SeededSamples
+from vim_ssl.data.split import few_of_each
 from vim_ssl.data.transforms import pretrain_transform
-from vim_ssl.probes import accuracy, extract_features, wilson_interval
+from vim_ssl.probes import extract_features
 from vim_ssl.runs import Run, environment, newest_run, stored_or, trained_on
+from vim_ssl.scores import accuracy, wilson_interval
 from vim_ssl.training import TrainConfig, fit, make_accelerator
 
 
@@ -60,17 +61,6 @@ class ClassificationTransform:
 
     def __call__(self, item: dict) -> dict:
         return {"image": self.image_transform(item["image"]), "label": item["label"]}
-
-
-def few_of_each(labels: list[int], count: int, seed: int) -> list[int]:
-    """``count`` indices of each class, drawn by ``seed``."""
-    order = list(range(len(labels)))
-    random.Random(seed).shuffle(order)
-    chosen: dict[int, list[int]] = {}
-    for i in order:
-        if len(chosen.setdefault(labels[i], [])) < count:
-            chosen[labels[i]].append(i)
-    return sorted(i for members in chosen.values() for i in members)
 
 
 def run(config: Config) -> dict:

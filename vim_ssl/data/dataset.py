@@ -13,6 +13,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from vim_ssl.data.images import BadImage, clean_image, decode_image
+from vim_ssl.data.split import as_key
 
 
 class Captions(Protocol):
@@ -35,13 +36,14 @@ class ImageData(Dataset):
     """Pictures by index; labels and groups without decoding any.
 
     An item is a dict: ``image`` (a decoded PIL image, "RGB" or "L", any size), ``id`` (str, the
-    same in every run), and where known ``label`` (int), ``caption``, ``group`` (str) and ``meta``
+    same in every run), and where known ``label``, ``caption``, ``group`` (str) and ``meta``
     (dict). Can be sent to DataLoader workers, forked or spawned.
 
     Attributes:
         name: the spec string it was opened with.
         ids: list[str].
-        labels: list[int] or None; -1 stands for "unknown".
+        labels: one a picture, or None. A class (int, -1 stands for "unknown"); where a picture has
+            several, a row of 0 and 1 with a place for every class.
         classes: the labels' names, list[str] or None.
         groups: list[str] or None; pictures of one group belong on one side of a split.
         splits: names of the splits the source has; empty where it has none.
@@ -55,7 +57,7 @@ class ImageData(Dataset):
         ids: Iterable[str],
         *,
         name: str,
-        labels: Iterable[int] | None = None,
+        labels: Iterable[Any] | None = None,
         classes: Sequence[str] | None = None,
         groups: Iterable[str] | None = None,
         captions: Captions | None = None,
@@ -126,6 +128,11 @@ class ImageData(Dataset):
         part.groups = None if self.groups is None else [self.groups[i] for i in indices]
         return part
 
+    @property
+    def multi_label(self) -> bool:
+        """Whether a picture's label is a row of 0 and 1."""
+        return self.labels is not None and hasattr(next(iter(self.labels), None), "__len__")
+
     @cached_property
     def fingerprint(self) -> str:
         """16 hex digits that change with the list of pictures, their file sizes or labels.
@@ -136,7 +143,7 @@ class ImageData(Dataset):
         sizes = getattr(self._pictures, "sizes", None)
         for i, row in enumerate(self._rows):
             size = sizes(row) if sizes else ""
-            label = "" if self.labels is None else self.labels[i]
+            label = "" if self.labels is None else as_key(self.labels[i])
             digest.update(f"{self.ids[i]}\0{size}\0{label}\n".encode(errors="surrogateescape"))
         return digest.hexdigest()
 
