@@ -17,7 +17,6 @@ Accuracy, or where a picture has several labels the mean average precision over 
 
 import json
 import math
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -33,7 +32,7 @@ from vim_ssl.cli import guarded
 from vim_ssl.config import opt, parse, to_dict
 from vim_ssl.data import labelled_parts, stratified_split
 from vim_ssl.data.split import few_of_each
-from vim_ssl.features import encode_data, readouts_of
+from vim_ssl.features import encode_parts, readouts_of
 from vim_ssl.linear_heads import LinearHead, fit_lars, fit_logistic, lars_reach
 from vim_ssl.probes import (
     C_GRID,
@@ -44,10 +43,10 @@ from vim_ssl.probes import (
     knn_votes,
     nearest,
 )
-from vim_ssl.processes import Processes, join_processes, pick_device
+from vim_ssl.processes import join_processes, pick_device
 from vim_ssl.report import write_report
-from vim_ssl.runs import environment, newest_run, trained_on
-from vim_ssl.scores import Figure, mean_average_precision, share_right, wilson_interval
+from vim_ssl.runs import environment, newest_run, task_folder, trained_on
+from vim_ssl.scores import Figure, judge, share_right
 
 MAX_PIXELS = 64 * 64 * 3  # values a picture above which regression on raw pixels is hopeless
 FEW_SHOT_C = 1.0  # so few labels leave none to choose it by
@@ -113,7 +112,7 @@ def probe(
     for name_knn, columns in readouts.items():
         for standardise in (True, False):
             parts = x[:, columns], y, x_val[:, columns]
-            found = _judge(_neighbours(*parts, standardise, config), y_val)
+            found = judge(_neighbours(*parts, standardise, config), y_val)
             tried.append((found["main"].value, name_knn, standardise))
     # max takes the first of equals
     _, knn_readout, standardise = max(tried, key=lambda result: result[0])
@@ -126,11 +125,11 @@ def probe(
     row["validation"] = round(100 * validation, 2)
     figures = {}
     for key, answer in (("logistic", _answer(head, x_test)), ("knn", votes)):
-        for kind, figure in _judge(answer, test.y).items():
+        for kind, figure in judge(answer, test.y).items():
             figures[key if kind == "main" else f"{key}_{kind}"] = figure
     for key, figure in figures.items():
         row[key] = round(figure.value, 2)
-        row[f"{key}_ci"] = _interval(figure, test, config)
+        row[f"{key}_ci"] = figure.interval(test.groups, seed=config.seed)
     return row, figures
 
 
@@ -149,22 +148,6 @@ def _neighbours(bank, labels, queries, standardise: bool, config: Config) -> tor
     found = nearest(bank, queries, k=config.knn_k, standardise=standardise)
     votes = knn_votes(labels, *found)
     return votes.argmax(1) if labels.ndim == 1 else votes
-
-
-def _judge(answer: torch.Tensor, truth: torch.Tensor) -> dict[str, Figure]:
-    """``main``: the accuracy, or the macro mAP, with ``micro`` beside it."""
-    if truth.ndim == 1:
-        return {"main": share_right(answer, truth)}
-    found = mean_average_precision(answer, truth)
-    return {"main": found["macro"], "micro": found["micro"]}
-
-
-def _interval(figure: Figure, test: Features, config: Config) -> tuple[float, float]:
-    """Wilson's for a share of independent pictures, also near 0 and 100 %; otherwise by bootstrap,
-    of whole groups where there are any."""
-    if test.y.ndim == 1 and test.groups is None:
-        return wilson_interval(figure.value, figure.n)
-    return figure.interval(test.groups, seed=config.seed)
 
 
 def few_shots(
@@ -191,25 +174,12 @@ def few_shots(
     return rows
 
 
-def encoder_parts(
-    encoder: VimEncoder, train, test, config: Config, device: str, processes: Processes
-) -> list[Features] | None:
-    """Every readout of both parts; None on all processes but the main one."""
-    encoder = encoder.to(device).eval()
-    found = [
-        encode_data(encoder, part, batch_size=config.batch_size, workers=config.workers,
-                    device=device, cache=config.cache, processes=processes)
-        for part in (train, test)
-    ]  # fmt: skip
-    parts = [part for part in found if part is not None]
-    return parts if len(parts) == 2 else None
-
-
 def run(config: Config) -> dict:
     started = time.perf_counter()
     processes = join_processes()
     device = pick_device(config.device)
     source = config.encoder or str(newest_run())
+    torch.manual_seed(config.seed)  # of a preset's weights
     encoder = load_encoder(source, device=device)
     train, test = labelled_parts(config.data or trained_on(source), config.test, config.seed)
     if config.shots and train.multi_label:
@@ -226,7 +196,10 @@ def run(config: Config) -> dict:
         encoders["same encoder, untrained"] = VimEncoder(**encoder.config)
     tables = _Tables(config)
     for name, each in encoders.items():
-        parts = encoder_parts(each, train, test, config, device, processes)
+        parts = encode_parts(
+            each.to(device).eval(), (train, test), batch_size=config.batch_size,
+            workers=config.workers, device=device, cache=config.cache, processes=processes,
+        )  # fmt: skip
         if parts is not None:
             tables.add(name, parts[0], parts[1], readouts_of(each, config.readouts))
     if not processes.main:
@@ -249,7 +222,9 @@ def run(config: Config) -> dict:
         "skipped": tables.skipped, "seconds": round(time.perf_counter() - started, 1),
         **environment(),
     }  # fmt: skip
-    folder = Path(config.output) if config.output else _default_output(source, config.data)
+    folder = (
+        Path(config.output) if config.output else task_folder("linear_probe", source, config.data)
+    )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     _print_table(metrics)
@@ -294,17 +269,6 @@ def _warn_of_lars(pictures: int, config: Config) -> None:
     if config.head == "lars" and reach < REACH:
         print(f"Of {pictures:,} pictures MAE's head learns little in {config.lars_epochs} epochs; "
               f"try --lars-lr {config.lars_lr * 2 * REACH / reach:.2g}.", flush=True)  # fmt: skip
-
-
-def _default_output(source: Path | str, data: str) -> Path:
-    """In the run; a probe on other data than the run's own stands beside it by name."""
-    slug = "-" + re.sub(r"\W+", "-", data).strip("-") if data else ""
-    folder = Path(source)
-    if folder.is_file():
-        folder = folder.parent
-    if folder.is_dir():
-        return folder / f"linear_probe{slug}"
-    return Path("runs") / f"linear_probe-{folder.name}{slug}"  # a preset, a Hub id
 
 
 def _print_table(metrics: dict) -> None:

@@ -79,6 +79,13 @@ def encode_data(
     return features
 
 
+def encode_parts(encoder: VimEncoder, parts: Sequence, **options) -> list[Features] | None:
+    """`encode_data` of each part; None on all processes but the main one."""
+    found = [encode_data(encoder, part, **options) for part in parts]
+    features = [part for part in found if part is not None]
+    return features if len(features) == len(parts) else None
+
+
 def share(size: int, batch_size: int, processes: Processes) -> list[int]:
     """The places of one process: whole batches in turn, as one process would cut them."""
     begins = range(processes.rank * batch_size, size, processes.world * batch_size)

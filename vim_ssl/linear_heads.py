@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vim_ssl.data.loader import EpochBatches
 from vim_ssl.optim import build_schedule
-from vim_ssl.scores import accuracy, mean_average_precision
+from vim_ssl.scores import judge
 
 MANY = int(5e7)  # numbers, from which on one matrix product keeps several threads busy
 LARGE = 100_000  # pictures above which scikit-learn would take hours
@@ -51,9 +51,8 @@ class LinearHead:
 
     def score(self, x: Tensor | np.ndarray, y: Tensor | np.ndarray) -> float:
         """What a head is chosen by, in [0, 1]: the share of right answers, or the macro mAP."""
-        if self.classes is None:
-            return mean_average_precision(self.scores(x), y)["macro"].value / 100
-        return accuracy(self.predict(x), y) / 100
+        answer = self.scores(x) if self.classes is None else self.predict(x)
+        return judge(answer, y)["main"].value / 100
 
 
 def fit_logistic(

@@ -18,7 +18,7 @@ from vim_ssl.encoder import VimEncoder
 from vim_ssl.linear_heads import MANY, fit_logistic
 from vim_ssl.scores import accuracy
 
-SEARCH_TOL = 1e-3
+SEARCH_TOL, GLANCE_TOL = 3e-4, 1e-3  # of a sweep, which starts warm; of one fit while training
 QUERIES, BANK = 1024, 2**16  # pictures that are compared with one another at once
 C_GRID = tuple(10.0**k for k in range(-3, 3))
 READOUTS = ("token", "avg", "token+avg", "layers")
@@ -317,7 +317,7 @@ def online_probe(
         figures["effective_rank"] = effective_rank(kept.x[:, patches])
         for seen in asked:
             voted = knn_predict(kept.x, kept.y, seen.x)
-            linear = fit_logistic(kept.x[:, patches], kept.y, 0.1, SEARCH_TOL)
+            linear = fit_logistic(kept.x[:, patches], kept.y, 0.1, GLANCE_TOL)
             figures["knn_top1"] = accuracy(voted, seen.y)
             figures["linear_top1"] = accuracy(linear.predict(seen.x[:, patches]), seen.y)
         return figures

@@ -19,10 +19,12 @@ class Figure:
 
     Args:
         weighted: (n,) weights, float64, not all 0 -> the figure.
+        share: whether it is the share of the pictures for which something holds.
     """
 
     weighted: Callable[[np.ndarray], float]
     n: int
+    share: bool = False
 
     @property
     def value(self) -> float:
@@ -35,11 +37,14 @@ class Figure:
     def interval(
         self, groups: Sequence[Hashable] | None = None, *, seed: int = 0, resamples: int = RESAMPLES
     ) -> tuple[float, float]:
-        """95 % percentile interval of the bootstrap.
+        """95 % interval: the bootstrap's percentiles; of a share of independent pictures Wilson's,
+        which knows of 0 and 100 % too.
 
         Args:
             groups: one a picture; groups are drawn as a whole. By default every picture is one.
         """
+        if self.share and groups is None:
+            return wilson_interval(self.value, self.n)
         units = np.arange(self.n)
         if groups is not None:
             units = np.unique(np.asarray(groups, dtype=str), return_inverse=True)[1]
@@ -56,7 +61,16 @@ class Figure:
 def share_right(predicted, truth) -> Figure:
     """Accuracy: both (n,)."""
     right = 100.0 * (np.asarray(predicted) == np.asarray(truth))
-    return Figure(lambda weights: float(weights @ right / weights.sum()), len(right))
+    return Figure(lambda weights: float(weights @ right / weights.sum()), len(right), True)
+
+
+def judge(answer, truth) -> dict[str, Figure]:
+    """What classification is judged by: ``main``, the accuracy of labels (n,); or of the scores of
+    every class (n, classes) the macro mAP, with ``micro`` beside it."""
+    if np.ndim(truth) == 1:
+        return {"main": share_right(answer, truth)}
+    found = mean_average_precision(answer, truth)
+    return {"main": found["macro"], "micro": found["micro"]}
 
 
 def mean_average_precision(scores, truth) -> dict[str, Figure]:

@@ -34,9 +34,8 @@ from vit import ViTEncoder, ViTMAE
 from vim_ssl import create_transform
 from vim_ssl.data import labelled_parts
 from vim_ssl.downstream import linear_probe
-from vim_ssl.features import readouts_of
+from vim_ssl.features import encode_parts, readouts_of
 from vim_ssl.probes import extract_features
-from vim_ssl.processes import Processes
 from vim_ssl.recipes.mim_pretrain import (
     Config,
     build_data,
@@ -107,13 +106,13 @@ def train(arm: str, config: Config):
 def read(encoder, data: str, seed: int) -> dict:
     """What the frozen features are worth."""
     train_part, test_part = labelled_parts(DATA[data].data, 0.2, seed)
-    config = linear_probe.Config(seed=seed, readouts=("avg", "layers"), cache=False)
+    config = linear_probe.Config(seed=seed, readouts=("avg", "layers"))
     if encoder is None:
         transform = create_transform(build_model(DATA[data]))
         parts = [extract_features(torch.nn.Identity(), part, transform)
                  for part in (train_part, test_part)]  # fmt: skip
         return linear_probe.probe("pixels", *parts, {"pixels": slice(None)}, config)[0]
-    parts = linear_probe.encoder_parts(encoder, train_part, test_part, config, "cpu", Processes())
+    parts = encode_parts(encoder.eval(), (train_part, test_part), cache=False)
     return linear_probe.probe(data, *parts, readouts_of(encoder, config.readouts), config)[0]
 
 
