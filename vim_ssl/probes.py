@@ -37,7 +37,7 @@ class Features:
     groups: list[str] | None = None
 
 
-class _Readable(Dataset):
+class Readable(Dataset):
     """Places and pictures through a transform; the text of its error for one that is broken."""
 
     def __init__(self, data, transform):
@@ -91,7 +91,7 @@ def extract_rows(
     """`extract_features` at some places: features (n, d) of those that can be read, float32 on the
     CPU, these places, and the errors of the others."""
     loader = DataLoader(
-        Subset(_Readable(data, transform), places),
+        Subset(Readable(data, transform), places),
         batch_size,
         num_workers=workers,
         collate_fn=list,
