@@ -91,12 +91,12 @@ def run(config: Config) -> dict:
               f"{len(shards) - len(missing):,} of them there already", flush=True)  # fmt: skip
     missing = processes.agree(missing)
     began = time.perf_counter()
-    rows = read_rows(
-        data, share_of(missing, isinstance(data, ImageStream), processes.rank, processes.world),
-        create_transform(encoder), batch_size=config.batch_size, workers=config.workers,
-    )  # fmt: skip
+    mine = share_of(missing, isinstance(data, ImageStream), processes.rank, processes.world)
+    rows = read_rows(data, mine, create_transform(encoder), batch_size=config.batch_size,
+                     workers=config.workers)  # fmt: skip
+    total = sum(shard.count for shard in mine) if processes.main else None
     multi_label = isinstance(data, ImageData) and data.multi_label
-    for part in embed(encode, rows, dim, device, shown=processes.main):
+    for part in embed(encode, rows, dim, device, total):
         write_shard(folder / "shards", part, format=config.format, multi_label=multi_label)
     processes.gather(None)  # the others' files are there
     if not processes.main:
@@ -169,12 +169,15 @@ def embed(
     rows: Iterable[tuple[EmbeddingShard, list[Row], bool]],
     dim: int,
     device: str,
-    *,
-    shown: bool,
+    total: int | None,
 ) -> Iterator[Embedded]:
-    """The files' contents, each as soon as the last of its rows is there; see `read_rows`."""
+    """The files' contents, each as soon as the last of its rows is there; see `read_rows`.
+
+    Args:
+        total: pictures, to show progress; None shows none.
+    """
     under_way: dict[str, Embedded] = {}
-    with tqdm(unit="picture", disable=not shown, mininterval=0.5) as bar:
+    with tqdm(total=total, unit="picture", disable=total is None, mininterval=0.5) as bar:
         for shard, batch, last in rows:
             part = under_way.setdefault(shard.name, Embedded(shard.name, torch.empty(0, dim)))
             part.skipped += [row for row in batch if isinstance(row, str)]

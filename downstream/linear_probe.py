@@ -222,9 +222,7 @@ def run(config: Config) -> dict:
         "skipped": tables.skipped, "seconds": round(time.perf_counter() - started, 1),
         **environment(),
     }  # fmt: skip
-    folder = (
-        Path(config.output) if config.output else task_folder("linear_probe", source, config.data)
-    )
+    folder = Path(config.output or task_folder("linear_probe", source, config.data))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     _print_table(metrics)

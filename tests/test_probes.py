@@ -21,6 +21,7 @@ from vim_ssl.probes import (
     knn_predict,
     knn_votes,
     nearest,
+    online_probe,
     read_all,
     readout_columns,
 )
@@ -293,3 +294,11 @@ def test_the_effective_rank_counts_directions_that_vary_alike(directions, rank):
     axes = torch.eye(8)[:directions]
     x = 5.0 + torch.cat([axes, -axes, torch.zeros(1, 8)])
     assert effective_rank(x) == pytest.approx(rank, abs=1e-5)
+
+
+def test_a_probe_while_training_leaves_several_labels_alone(grey_steps):
+    folder = open_data(grey_steps)
+    whole = folder.subset(i for i, name in enumerate(folder.ids) if name[2] not in "37")
+    whole.labels = [[1, 0]] * len(whole)
+    figures = online_probe(make_encoder(), whole, "cpu", 0)()
+    assert set(figures) == {"feature_std", "effective_rank"}
