@@ -44,7 +44,7 @@ def run_seed(preset: str, seed: int, threads: int, folder: Path, more: list[str]
     train = ("--threads", str(threads))
     if not (out / "report.html").exists():  # a campaign that was cut off goes on
         script("recipes/mim_pretrain.py", "--preset", preset, "--output", str(out), *train, *more)
-    script("downstream/linear_probe.py", "--encoder", str(out))
+    script("downstream/linear_probe.py", "--encoder", str(out), "--no-cache")
     few = ("--encoder", str(out), "--labels-per-class", "10", *train)
     if not (out / "tuned" / "metrics.json").exists():
         script("downstream/finetune.py", *few, "--output", str(out / "tuned"))

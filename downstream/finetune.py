@@ -12,7 +12,6 @@ lie metrics.json, predictions.csv (one line a picture) and classes.csv (one a cl
 """
 
 import json
-import random
 import sys
 import time
 from collections.abc import Sequence
@@ -34,6 +33,7 @@ from vim_ssl.classification import (
 from vim_ssl.cli import guarded
 from vim_ssl.config import opt, parse, to_dict
 from vim_ssl.data import labelled_parts
+from vim_ssl.data.split import few_of_each
 from vim_ssl.released import RELEASED_FILES
 from vim_ssl.runs import environment, newest_run, stored_or, trained_on
 from vim_ssl.training import make_accelerator
@@ -86,17 +86,6 @@ def finer_224() -> Config:
 
 
 PRESETS = {f.__name__: f for f in (ssl_224, finer_224)}
-
-
-def few_of_each(labels: list[int], count: int, seed: int) -> list[int]:
-    """``count`` indices of each class, drawn by ``seed``."""
-    order = list(range(len(labels)))
-    random.Random(seed).shuffle(order)
-    chosen: dict[int, list[int]] = {}
-    for i in order:
-        if len(chosen.setdefault(labels[i], [])) < count:
-            chosen[labels[i]].append(i)
-    return sorted(i for members in chosen.values() for i in members)
 
 
 def run(config: Config) -> dict[str, Any]:

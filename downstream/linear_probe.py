@@ -2,22 +2,27 @@
 
     python downstream/linear_probe.py                                    # newest run, its data
     python downstream/linear_probe.py --encoder RUN_OR_FILE --data hf:timm/eurosat-rgb
+    python downstream/linear_probe.py --shots 1 2 4 8 16                 # and with few labels
+    accelerate launch downstream/linear_probe.py --data FOLDER           # pictures shared out
 
-Logistic regression on standardised features (scikit-learn), weighted nearest neighbours beside it,
+Logistic regression on standardised features (L-BFGS), weighted nearest neighbours beside it,
 against the same encoder untrained and against raw pixels. The readout (class token; mean of the
 patches; both; both and the means at a quarter, half and three quarters of the depth) and C are
 chosen on a part of the training set; the test set is used once. Of data without a test split a
 part is held out here; a run pretrained on the same data has seen its pictures, not its labels.
+
+Accuracy, or where a picture has several labels the mean average precision over the classes
+(macro), and over all pairs (micro). ``--head lars`` is MAE's head instead, without augmentation.
 """
 
 import json
 import math
-import re
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import torch
@@ -26,22 +31,26 @@ from vim_ssl import VimEncoder, create_transform, load_encoder
 from vim_ssl.cli import guarded
 from vim_ssl.config import opt, parse, to_dict
 from vim_ssl.data import labelled_parts, stratified_split
+from vim_ssl.data.split import few_of_each
+from vim_ssl.features import encode_parts, readouts_of
+from vim_ssl.linear_heads import LinearHead, fit_lars, fit_logistic, lars_reach
 from vim_ssl.probes import (
+    C_GRID,
     READOUTS,
     Features,
-    accuracy,
     choose_readout,
     extract_features,
-    fit_logistic,
-    knn_predict,
-    read_all,
-    readout_columns,
-    wilson_interval,
+    knn_votes,
+    nearest,
 )
+from vim_ssl.processes import join_processes, pick_device
 from vim_ssl.report import write_report
-from vim_ssl.runs import environment, newest_run, trained_on
+from vim_ssl.runs import environment, newest_run, task_folder, trained_on
+from vim_ssl.scores import Figure, judge, share_right
 
 MAX_PIXELS = 64 * 64 * 3  # values a picture above which regression on raw pixels is hopeless
+FEW_SHOT_C = 1.0  # so few labels leave none to choose it by
+REACH = 5  # how often its own length a weight should be able to move; see `lars_reach`
 
 
 @dataclass
@@ -50,102 +59,170 @@ class Config:
 
     encoder: str = opt("", "run, checkpoint, preset or Hub id; default: the newest run")
     data: str = opt("", "labelled data; default: what the run was trained on")
+    against: tuple[str, ...] = opt((), "further encoders, to compare with the first")
     readouts: tuple[str, ...] = opt(READOUTS, "candidates; validation chooses", choices=READOUTS)
     baselines: bool = opt(True, "probe the untrained encoder and raw pixels too")
     validation: float = opt(0.2, "share of the training set on which C and readout are chosen")
     test: float = opt(0.2, "share held out for testing if the data has no test split")
+    head: str = opt("logistic", "of L-BFGS, or MAE's by LARS", choices=("logistic", "lars"))
+    c_grid: tuple[float, ...] = opt(C_GRID, "of logistic: values of C to try, ascending")
+    lars_lr: float = opt(0.1, "learning rate per 256 pictures; MAE's is for a million of them")
+    lars_batch: int = opt(16384, "pictures a step; all, where there are fewer")
+    lars_epochs: int = opt(90, "passes over the features")
     knn_k: int = opt(20, "neighbours that vote")
+    shots: tuple[int, ...] = opt((), "also train on so many of each class, such as 1 2 4 8 16")
+    shot_seeds: int = opt(3, "draws of the few")
     batch_size: int = opt(128, "pictures at once")
     workers: int = opt(0, "data loading processes")
+    cache: bool = opt(True, "keep features on disk, and take them from there")
     device: str = opt("", "cpu, cuda …; default: cuda if there is one")
     seed: int = opt(0, "of the splits and of the untrained encoder")
     output: str = opt("", "where metrics.json goes; default: linear_probe/ in the run")
 
+    def __post_init__(self):
+        if min(self.shots, default=1) < 1 or self.shot_seeds < 1:
+            raise ValueError("shots and shot_seeds must be 1 or more.")
+        if list(self.c_grid) != sorted(self.c_grid) or min(self.c_grid, default=0) <= 0:
+            raise ValueError(f"c_grid {self.c_grid} must ascend and be above 0.")
 
-def probe(name: str, train: Features, test: Features, readouts: dict, config: Config) -> dict:
-    """Choose on a part of ``train``, fit on all of it, test once: readout and C of the regression,
+
+def probe(
+    name: str, train: Features, test: Features, readouts: dict[str, slice], config: Config
+) -> tuple[dict[str, Any], dict[str, Figure]]:
+    """Choose on a part of ``train``, fit on all of it, test once: readout and C of the head,
     readout and standardisation of the nearest neighbours.
 
     Args:
         readouts: name -> columns of the features.
+    Returns: the row of the table, and the figures in it to be compared with others.
     """
     fit_part, val_part = stratified_split(
         train.y.tolist(), config.validation, config.seed, train.groups
     )
     x, x_val, y, y_val = train.x[fit_part], train.x[val_part], train.y[fit_part], train.y[val_part]
-    readout, C, validation = choose_readout(x, y, x_val, y_val, readouts)
+    C = None
+    if config.head == "logistic":
+        readout, C, validation = choose_readout(x, y, x_val, y_val, readouts, config.c_grid)
+    else:
+        scored = {r: _lars(x[:, c], y, config).score(x_val[:, c], y_val)
+                  for r, c in readouts.items()}  # fmt: skip
+        readout = max(scored, key=lambda r: scored[r])  # the first of equals
+        validation = scored[readout]
     tried = []
     for name_knn, columns in readouts.items():
         for standardise in (True, False):
-            voted = knn_predict(
-                x[:, columns], y, x_val[:, columns], k=config.knn_k, standardise=standardise
-            )
-            tried.append((accuracy(voted, y_val), name_knn, standardise))
+            parts = x[:, columns], y, x_val[:, columns]
+            found = judge(_neighbours(*parts, standardise, config), y_val)
+            tried.append((found["main"].value, name_knn, standardise))
     # max takes the first of equals
     _, knn_readout, standardise = max(tried, key=lambda result: result[0])
     x, x_test = (part.x[:, readouts[readout]] for part in (train, test))
-    logistic = fit_logistic(x, train.y, C).predict(x_test)
-    knn = knn_predict(
-        train.x[:, readouts[knn_readout]], train.y, test.x[:, readouts[knn_readout]],
-        k=config.knn_k, standardise=standardise,
-    )  # fmt: skip
+    head = _lars(x, train.y, config) if C is None else fit_logistic(x, train.y, C)
+    columns = readouts[knn_readout]
+    votes = _neighbours(train.x[:, columns], train.y, test.x[:, columns], standardise, config)
     row: dict[str, Any] = {"features": name, "readout": readout, "dim": x.shape[1], "C": C}
     row |= {"knn_readout": knn_readout, "knn_standardised": standardise}
     row["validation"] = round(100 * validation, 2)
-    for key, predicted in (("logistic", logistic), ("knn", knn)):
-        row[key] = round(accuracy(predicted, test.y), 2)
-        row[f"{key}_ci"] = wilson_interval(row[key], len(test.y))
-    return row
+    figures = {}
+    for key, answer in (("logistic", _answer(head, x_test)), ("knn", votes)):
+        for kind, figure in judge(answer, test.y).items():
+            figures[key if kind == "main" else f"{key}_{kind}"] = figure
+    for key, figure in figures.items():
+        row[key] = round(figure.value, 2)
+        row[f"{key}_ci"] = figure.interval(test.groups, seed=config.seed)
+    return row, figures
 
 
-def probe_encoder(name: str, encoder: VimEncoder, train, test, config: Config, device: str):
-    """Extract every readout once, then `probe`."""
-    encoder = encoder.to(device).eval()
-    transform = create_transform(encoder)
+def _lars(x, y, config: Config) -> LinearHead:
+    return fit_lars(x, y, base_lr=config.lars_lr, batch=config.lars_batch,
+                    epochs=config.lars_epochs, seed=config.seed)  # fmt: skip
 
-    parts = [
-        extract_features(lambda x: read_all(encoder, x), part, transform,
-                         batch_size=config.batch_size, workers=config.workers, device=device)
-        for part in (train, test)
-    ]  # fmt: skip
-    names = config.readouts
-    if names == READOUTS and not encoder.cls_names:  # nobody asked for a class token
-        names = tuple(r for r in names if not r.startswith("token"))
-    readouts = {r: readout_columns(encoder, r) for r in names}
-    return probe(name, parts[0], parts[1], readouts, config), parts[0].skipped + parts[1].skipped
+
+def _answer(head: LinearHead, x: torch.Tensor) -> torch.Tensor:
+    """Labels (n,), or the scores of every class (n, classes) where a picture has several."""
+    return head.scores(x) if head.classes is None else head.predict(x)
+
+
+def _neighbours(bank, labels, queries, standardise: bool, config: Config) -> torch.Tensor:
+    """What `_answer` gives, by vote."""
+    found = nearest(bank, queries, k=config.knn_k, standardise=standardise)
+    votes = knn_votes(labels, *found)
+    return votes.argmax(1) if labels.ndim == 1 else votes
+
+
+def few_shots(
+    name: str, train: Features, test: Features, readouts: dict[str, slice], config: Config
+) -> list[dict[str, Any]]:
+    """Accuracy by logistic regression on few labels, mean and deviation over draws.
+
+    C is fixed and every readout shown, as there are no further labels to choose them by.
+    """
+    rows = []
+    for count in config.shots:
+        draws = [few_of_each(train.y.tolist(), count, config.seed + s)
+                 for s in range(config.shot_seeds)]  # fmt: skip
+        for readout, columns in readouts.items():
+            values = []
+            for chosen in draws:
+                head = fit_logistic(train.x[chosen][:, columns], train.y[chosen], FEW_SHOT_C)
+                values.append(share_right(head.predict(test.x[:, columns]), test.y).value)
+            rows.append({
+                "features": name, "readout": readout, "shots": count, "C": FEW_SHOT_C,
+                "mean": round(mean(values), 2), "values": [round(v, 2) for v in values],
+                "std": round(stdev(values), 2) if len(values) > 1 else None,
+            })  # fmt: skip
+    return rows
 
 
 def run(config: Config) -> dict:
     started = time.perf_counter()
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    source = config.encoder or newest_run()
+    processes = join_processes()
+    device = pick_device(config.device)
+    source = config.encoder or str(newest_run())
+    torch.manual_seed(config.seed)  # of a preset's weights
     encoder = load_encoder(source, device=device)
     train, test = labelled_parts(config.data or trained_on(source), config.test, config.seed)
-    print(f"Encoder {source} · {train.name}: {len(train):,} train, {len(test):,} test", flush=True)
+    if config.shots and train.multi_label:
+        raise ValueError(f"{train.name} has several labels a picture; --shots needs one of each.")
+    if processes.main:
+        print(f"Encoder {source} · {train.name}: {len(train):,} train, {len(test):,} test",
+              flush=True)  # fmt: skip
+        _warn_of_lars(len(train), config)
 
-    row, skipped = probe_encoder("pretrained encoder", encoder, train, test, config, device)
-    rows = [row]
+    encoders = {"pretrained encoder": encoder}
+    encoders |= {other: load_encoder(other, device=device) for other in config.against}
     if config.baselines:
         torch.manual_seed(config.seed)
-        fresh = VimEncoder(**encoder.config)
-        row, _ = probe_encoder("same encoder, untrained", fresh, train, test, config, device)
-        rows.append(row)
-        if math.prod(encoder.data_config["input_size"]) <= MAX_PIXELS:
-            transform = create_transform(encoder)
-            pixels = [
-                extract_features(torch.nn.Identity(), part, transform, workers=config.workers)
-                for part in (train, test)
-            ]
-            rows.append(probe("raw pixels", pixels[0], pixels[1], {"pixels": slice(None)}, config))
-        else:
-            print(f"Raw pixels are left out: more than {MAX_PIXELS:,} values a picture.")
+        encoders["same encoder, untrained"] = VimEncoder(**encoder.config)
+    tables = _Tables(config)
+    for name, each in encoders.items():
+        parts = encode_parts(
+            each.to(device).eval(), (train, test), batch_size=config.batch_size,
+            workers=config.workers, device=device, cache=config.cache, processes=processes,
+        )  # fmt: skip
+        if parts is not None:
+            tables.add(name, parts[0], parts[1], readouts_of(each, config.readouts))
+    if not processes.main:
+        return {}
+    if config.baselines and math.prod(encoder.data_config["input_size"]) <= MAX_PIXELS:
+        transform = create_transform(encoder)
+        pixels = [
+            extract_features(torch.nn.Identity(), part, transform, workers=config.workers)
+            for part in (train, test)
+        ]
+        tables.add("raw pixels", pixels[0], pixels[1], {"pixels": slice(None)})
+    elif config.baselines:
+        print(f"Raw pixels are left out: more than {MAX_PIXELS:,} values a picture.")
 
     metrics = {
-        "task": "linear_probe", "data": train.name, "encoder": str(source),
-        "protocol": to_dict(config), "train": len(train), "test": len(test), "rows": rows,
-        "skipped": skipped, "seconds": round(time.perf_counter() - started, 1), **environment(),
+        "task": "linear_probe", "data": train.name, "encoder": source,
+        "figure": "mAP" if train.multi_label else "accuracy", "protocol": to_dict(config),
+        "train": len(train), "test": len(test), "rows": tables.rows,
+        "differences": tables.differences(), "few_shot": tables.few_shot,
+        "skipped": tables.skipped, "seconds": round(time.perf_counter() - started, 1),
+        **environment(),
     }  # fmt: skip
-    folder = Path(config.output) if config.output else _default_output(source, config.data)
+    folder = Path(config.output or task_folder("linear_probe", source, config.data))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     _print_table(metrics)
@@ -155,15 +232,41 @@ def run(config: Config) -> dict:
     return metrics
 
 
-def _default_output(source: Path | str, data: str) -> Path:
-    """In the run; a probe on other data than the run's own stands beside it by name."""
-    slug = "-" + re.sub(r"\W+", "-", data).strip("-") if data else ""
-    folder = Path(source)
-    if folder.is_file():
-        folder = folder.parent
-    if folder.is_dir():
-        return folder / f"linear_probe{slug}"
-    return Path("runs") / f"linear_probe-{folder.name}{slug}"  # a preset, a Hub id
+class _Tables:
+    """The rows of all features, and what compares them."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.rows: list[dict] = []
+        self.few_shot: list[dict] = []
+        self.skipped: list[str] = []
+        self.figures: dict[str, dict[str, Figure]] = {}
+
+    def add(self, name: str, train: Features, test: Features, readouts: dict[str, slice]) -> None:
+        row, self.figures[name] = probe(name, train, test, readouts, self.config)
+        self.rows.append(row)
+        self.few_shot += few_shots(name, train, test, readouts, self.config)
+        self.skipped, self.groups = train.skipped + test.skipped, test.groups
+
+    def differences(self) -> list[dict]:
+        """By how much the first features are better than each other, on the same pictures."""
+        (first, figures), *others = self.figures.items()
+        rows = []
+        for other, theirs in others:
+            row: dict[str, Any] = {"features": first, "over": other}
+            for key, figure in figures.items():
+                gain = figure - theirs[key]
+                row[key] = round(gain.value, 2)
+                row[f"{key}_ci"] = gain.interval(self.groups, seed=self.config.seed)
+            rows.append(row)
+        return rows
+
+
+def _warn_of_lars(pictures: int, config: Config) -> None:
+    reach = lars_reach(pictures, config.lars_lr, config.lars_epochs)
+    if config.head == "lars" and reach < REACH:
+        print(f"Of {pictures:,} pictures MAE's head learns little in {config.lars_epochs} epochs; "
+              f"try --lars-lr {config.lars_lr * 2 * REACH / reach:.2g}.", flush=True)  # fmt: skip
 
 
 def _print_table(metrics: dict) -> None:
@@ -172,9 +275,29 @@ def _print_table(metrics: dict) -> None:
         cells = [f"{row[k]:5.1f} % [{row[f'{k}_ci'][0]:.1f}, {row[f'{k}_ci'][1]:.1f}]"
                  for k in ("logistic", "knn")]  # fmt: skip
         print(f"{row['features']:26} {row['readout']:10} {cells[0]:24} {cells[1]:22}")
-    print("Accuracy on the test part, 95 % interval in brackets.")
+    what = {"accuracy": "Accuracy", "mAP": "Mean average precision over the classes"}
+    print(f"{what[metrics['figure']]} on the test part, 95 % interval in brackets.")
+    for row in metrics["differences"]:
+        low, high = row["logistic_ci"]
+        print(f"{row['features']} over {row['over']}: {row['logistic']:+.1f} [{low:+.1f}, "
+              f"{high:+.1f}] by the linear head, on the same pictures.")  # fmt: skip
+    if metrics["few_shot"]:
+        _print_few_shots(metrics)
     if metrics["skipped"]:
         print(f"{len(metrics['skipped'])} pictures could not be read: {metrics['skipped'][:3]} …")
+
+
+def _print_few_shots(metrics: dict) -> None:
+    shots = metrics["protocol"]["shots"]
+    print(f"\n{'labels of each class':26} {'readout':10}" + "".join(f"{n:>14}" for n in shots))
+    lines: dict[tuple[str, str], str] = {}
+    for row in metrics["few_shot"]:
+        place = row["features"], row["readout"]
+        cell = f"{row['mean']:.1f}" + (f" ± {row['std']:.1f}" if row["std"] is not None else "")
+        lines[place] = lines.get(place, "") + f"{cell:>14}"
+    for (features, readout), cells in lines.items():
+        print(f"{features:26} {readout:10}{cells}")
+    print(f"Accuracy, mean ± deviation over {metrics['protocol']['shot_seeds']} draws.")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

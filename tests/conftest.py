@@ -26,6 +26,12 @@ import torch  # noqa: E402
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+from vim_ssl.data.samples import cache_dir  # noqa: E402
+
+# Our own cache too; sample sets that are on this machine are used.
+os.environ.setdefault("VIM_SSL_SAMPLES", str(cache_dir()))
+os.environ["VIM_SSL_CACHE"] = os.path.join(os.environ["HF_HOME"], "vim_ssl")
+
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():

@@ -553,8 +553,7 @@ def test_the_run_directory_holds_what_it_promises(tmp_path, pictures):
 @pytest.fixture
 def shards(tmp_path, pictures, monkeypatch) -> str:
     """The pictures in four tars, one of them cut off, one picture broken."""
-    for name in ("XDG_CACHE_HOME", "LOCALAPPDATA"):
-        monkeypatch.setenv(name, str(tmp_path / "cache"))
+    monkeypatch.setenv("VIM_SSL_CACHE", str(tmp_path / "cache"))
     files = sorted(pictures.glob("*/*.png"), key=lambda path: path.name)
     for number in range(4):
         with tarfile.open(tmp_path / f"shard-{number}.tar", "w") as tar:

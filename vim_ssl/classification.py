@@ -30,8 +30,9 @@ from vim_ssl.data.transforms import create_transform
 from vim_ssl.encoder import VimEncoder
 from vim_ssl.loading import save_encoder
 from vim_ssl.objective import StepOutput
-from vim_ssl.probes import extract_features, wilson_interval
+from vim_ssl.probes import extract_features
 from vim_ssl.runs import Run, environment, read_metrics
+from vim_ssl.scores import wilson_interval
 from vim_ssl.training import TrainConfig, fit, make_average
 
 TARGETS = ("class", "multi-label", "ordinal")

@@ -1,8 +1,7 @@
-"""What frozen features are worth: extraction, nearest neighbours, logistic regression."""
+"""What frozen features are worth: extraction, readouts, nearest neighbours, choice of a head."""
 
 import math
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -10,23 +9,26 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from vim_ssl.data.images import BadImage
-from vim_ssl.data.split import stratified_split
+from vim_ssl.data.split import is_known, stratified_split
 from vim_ssl.data.transforms import create_transform
 from vim_ssl.encoder import VimEncoder
+from vim_ssl.linear_heads import MANY, fit_logistic
+from vim_ssl.scores import accuracy
 
-MANY = int(5e7)  # numbers, from which on one matrix product keeps several threads busy
-SEARCH_TOL = 1e-3
+SEARCH_TOL, GLANCE_TOL = 3e-4, 1e-3  # of a sweep, which starts warm; of one fit while training
+QUERIES, BANK = 1024, 2**16  # pictures that are compared with one another at once
 C_GRID = tuple(10.0**k for k in range(-3, 3))
 READOUTS = ("token", "avg", "token+avg", "layers")
 
 
 @dataclass
 class Features:
-    """Features of a data set: ``x`` (n, d) float32, ``y`` (n,) int64, ``ids``, the pictures that
-    could not be read, and the ``groups`` that a split keeps whole, where the data have them."""
+    """Features of a data set: ``x`` (n, d) float32, the labels ``y`` (n,) or (n, classes) of 0 and
+    1, int64, ``ids``, the pictures that could not be read, and the ``groups`` that a split keeps
+    whole, where the data have them."""
 
     x: Tensor
     y: Tensor
@@ -35,8 +37,8 @@ class Features:
     groups: list[str] | None = None
 
 
-class _Readable(Dataset):
-    """Items through a transform; a picture that cannot be read becomes its error's text."""
+class Readable(Dataset):
+    """Places and pictures through a transform; the text of its error for one that is broken."""
 
     def __init__(self, data, transform):
         self.data, self.transform = data, transform
@@ -46,14 +48,11 @@ class _Readable(Dataset):
 
     def __getitem__(self, index: int):
         try:
-            item = self.data[index]
+            return index, self.transform(self.data[index]["image"])
         except BadImage as bad:
             return str(bad)
-        label, group = item.get("label", -1), item.get("group")
-        return self.transform(item["image"]), label, item["id"], group
 
 
-@torch.no_grad()
 def extract_features(
     encode: Callable[[Tensor], Tensor],
     data,
@@ -69,29 +68,52 @@ def extract_features(
         encode: (b, c, h, w) -> (b, ...); flattened to (b, d) float32.
         data: map-style data of `vim_ssl.data.open_data`.
         transform: picture -> (c, h, w).
+    Raises: ValueError when no picture can be read.
     """
+    found = extract_rows(
+        encode, data, transform, range(len(data)),
+        batch_size=batch_size, workers=workers, device=device,
+    )  # fmt: skip
+    return features_of(data, *found)
+
+
+@torch.no_grad()
+def extract_rows(
+    encode: Callable[[Tensor], Tensor],
+    data,
+    transform: Callable,
+    places: Sequence[int],
+    *,
+    batch_size: int,
+    workers: int,
+    device: str | torch.device,
+) -> tuple[Tensor, list[int], list[str]]:
+    """`extract_features` at some places: features (n, d) of those that can be read, float32 on the
+    CPU, these places, and the errors of the others."""
     loader = DataLoader(
-        _Readable(data, transform), batch_size, num_workers=workers, collate_fn=list
+        Subset(Readable(data, transform), places),
+        batch_size,
+        num_workers=workers,
+        collate_fn=list,
     )
-    xs, skipped = [], []
-    ys: list[int] = []
-    ids: list[str] = []
-    groups: list[str | None] = []
-    for rows in loader:
-        skipped += [row for row in rows if isinstance(row, str)]
-        rows = [row for row in rows if not isinstance(row, str)]
-        if not rows:
-            continue
-        images, labels, names, part_groups = zip(*rows, strict=True)
-        xs.append(encode(torch.stack(images).to(device)).flatten(1).float().cpu())
-        ys += labels
-        ids += names
-        groups += part_groups
-    if not xs:
+    xs, rows, skipped = [torch.empty(0, 0)], [], []
+    for batch in loader:
+        skipped += [row for row in batch if isinstance(row, str)]
+        if whole := [row for row in batch if not isinstance(row, str)]:
+            rows += [place for place, _ in whole]
+            images = torch.stack([image for _, image in whole]).to(device)
+            xs.append(encode(images).flatten(1).float().cpu())
+    return torch.cat(xs[1:] or xs), rows, skipped
+
+
+def features_of(data, x: Tensor, rows: Sequence[int], skipped: list[str]) -> Features:
+    """Features with what the data know of the pictures at ``rows``."""
+    if not rows:
         raise ValueError(f"none of the {len(data)} pictures could be read: {skipped[:3]}")
-    named = [group for group in groups if group is not None]
-    whole = named if len(named) == len(groups) else None
-    return Features(torch.cat(xs), torch.tensor(ys), ids, skipped, whole)
+    labels = [-1] * len(rows) if data.labels is None else [data.labels[i] for i in rows]
+    groups = None if data.groups is None else [data.groups[i] for i in rows]
+    y = torch.from_numpy(np.asarray(labels, dtype=np.int64))
+    return Features(x, y, [data.ids[i] for i in rows], skipped, groups)
 
 
 def read_all(encoder: VimEncoder, x: Tensor) -> Tensor:
@@ -135,64 +157,85 @@ def knn_predict(
     temperature: float = 0.07,
     standardise: bool = True,
 ) -> Tensor:
-    """Vote of the k most similar by cosine, weighted by exp(similarity / temperature).
+    """The class (m,) int64 that the ``k`` nearest vote for; see `nearest` and `knn_votes`."""
+    found = nearest(bank, queries, k=k, standardise=standardise)
+    return knn_votes(labels, *found, temperature=temperature).argmax(1)
+
+
+def nearest(
+    bank: Tensor,
+    queries: Tensor,
+    *,
+    k: int,
+    standardise: bool = True,
+    device: str | torch.device = "cpu",
+) -> tuple[Tensor, Tensor]:
+    """The ``k`` of the bank (n, d) most similar to each of the queries (m, d) by cosine.
+
+    No more than `QUERIES` x `BANK` similarities exist at a time: a million pictures fit.
 
     Args:
-        bank: (n, d).  labels: (n,) int64.  queries: (m, d).
         standardise: first take the bank's mean and deviation out of every feature: what all
             pictures have in common would otherwise make every cosine nearly 1.
-    Returns: (m,) int64.
-    Reference: the protocol of DINO, arXiv:2104.14294; k and temperature of DINOv2.
+    Returns: similarities and places in the bank, (m, min(k, n)), the most similar first.
     """
     if standardise:
         mean, std = bank.mean(0), bank.std(0) + 1e-6
         bank, queries = (bank - mean) / std, (queries - mean) / std
     bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
-    classes = int(labels.max()) + 1
-    predicted = []
-    for part in queries.split(1024):  # the similarity matrix stays small
-        similarity, nearest = (part @ bank.T).topk(min(k, len(bank)), dim=1)
-        weight = (similarity / temperature).exp()
-        votes = weight.new_zeros(len(part), classes).scatter_add_(1, labels[nearest], weight)
-        predicted.append(votes.argmax(1))
-    return torch.cat(predicted)
+    k = min(k, len(bank))
+    found = []
+    for asked in queries.split(QUERIES):
+        asked = asked.to(device)
+        best = asked.new_empty(len(asked), 0)
+        places = torch.empty(len(asked), 0, dtype=torch.int64, device=device)
+        for begin in range(0, len(bank), BANK):
+            similarity = asked @ bank[begin : begin + BANK].to(device).T
+            top, place = similarity.topk(min(k, similarity.shape[1]), dim=1)
+            best, places = torch.cat([best, top], 1), torch.cat([places, place + begin], 1)
+            best, order = best.topk(min(k, best.shape[1]), dim=1)
+            places = places.gather(1, order)
+        found.append((best.cpu(), places.cpu()))
+    similarities, all_places = zip(*found, strict=True)
+    return torch.cat(similarities), torch.cat(all_places)
 
 
-def fit_logistic(x: Tensor | np.ndarray, y: Tensor | np.ndarray, C: float, tol: float = 1e-4):
-    """Standardised features through scikit-learn's multinomial logistic regression (L-BFGS).
-
-    In float32, which halves the time; a thousand iterations are enough for every C of `C_GRID` to
-    be ranked, if not for the largest to converge.
+def knn_votes(
+    labels: Tensor, similarity: Tensor, places: Tensor, *, temperature: float = 0.07
+) -> Tensor:
+    """The neighbours' votes, weighted by exp(similarity / temperature), as shares of all.
 
     Args:
-        tol: of the gradient. A tenth as strict takes half the time.
+        labels: of the bank, (n,) int64, or (n, classes) of 0 and 1.
+        similarity, places: from `nearest`; their first k columns are the vote of k.
+    Returns: (m, classes).
+    Reference: the protocol of DINO, arXiv:2104.14294; k and temperature of DINOv2.
     """
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-    from threadpoolctl import threadpool_limits
-
-    model = make_pipeline(StandardScaler(), LogisticRegression(C=C, tol=tol, max_iter=1000))
-    x, y = np.asarray(x, np.float32), np.asarray(y)
-    # Its many small matrix products lose far more to waking threads than they gain.
-    with threadpool_limits(1 if x.size < MANY else None), warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        return model.fit(x, y)
+    weight = (similarity / temperature).softmax(1)
+    if labels.ndim == 1:
+        votes = weight.new_zeros(len(weight), int(labels.max()) + 1)
+        return votes.scatter_add_(1, labels[places], weight)
+    parts = zip(weight.split(QUERIES), places.split(QUERIES), strict=True)
+    return torch.cat([torch.einsum("mk,mkc->mc", w, labels[p].to(w)) for w, p in parts])
 
 
 def choose_readout(
-    x: Tensor, y: Tensor, x_val: Tensor, y_val: Tensor, readouts: dict[str, slice]
+    x: Tensor,
+    y: Tensor,
+    x_val: Tensor,
+    y_val: Tensor,
+    readouts: dict[str, slice],
+    grid: Sequence[float] = C_GRID,
 ) -> tuple[str, float, float]:
     """Which columns of the features, and which C, do best on the validation part.
 
     Small problems are fitted side by side, one a core.
-    Returns: (readout, C, accuracy); the first of equals.
+    Returns: (readout, C, score of `LinearHead`); the first of equals.
     """
     from threadpoolctl import threadpool_limits
 
     def search(columns: slice) -> tuple[float, float]:
-        return choose_C(x[:, columns], y, x_val[:, columns], y_val)
+        return choose_C(x[:, columns], y, x_val[:, columns], y_val, grid)
 
     small = x.numel() < MANY
     # The limit is set here too: fits side by side would undo one another's.
@@ -204,15 +247,17 @@ def choose_readout(
     return name, C, score
 
 
-def choose_C(x, y, x_val, y_val, grid: tuple[float, ...] = C_GRID) -> tuple[float, float]:
-    """The C that does best on the validation part (the smaller on a tie), and its accuracy.
+def choose_C(x, y, x_val, y_val, grid: Sequence[float] = C_GRID) -> tuple[float, float]:
+    """The C that does best on the validation part (the smaller on a tie), and its score.
 
-    ``grid`` ascends; the search ends after two values in a row that did worse than the best, and
-    fits less strictly than what is reported in the end.
+    ``grid`` ascends, and each fit starts where the one before ended; the search ends after two
+    values in a row that did worse than the best, and fits less strictly than what is reported in
+    the end.
     """
-    best, best_C, worse = -1.0, grid[0], 0
+    best, best_C, worse, head = -1.0, grid[0], 0, None
     for C in grid:
-        score = fit_logistic(x, y, C, SEARCH_TOL).score(x_val, y_val)
+        head = fit_logistic(x, y, C, SEARCH_TOL, head)
+        score = head.score(x_val, y_val)
         worse = worse + 1 if score < best else 0
         if score > best:
             best, best_C = score, C
@@ -233,8 +278,9 @@ def online_probe(
     """What watches the features while the encoder trains, on a part of its own pictures.
 
     Args:
-        data: map-style; with labels of two classes or more a part of at most ``queries`` is held
-            out, and at most ``bank`` of the others teach. The encoder trains on both.
+        data: map-style; with labels, one a picture, of two classes or more a part of at most
+            ``queries`` is held out, and at most ``bank`` of the others teach. The encoder trains
+            on both.
         seed: of that choice.
 
     Returns: a function without arguments. It gives ``feature_std``, the mean deviation of a
@@ -243,7 +289,9 @@ def online_probe(
         with labels ``knn_top1`` and ``linear_top1``, per cent.
     """
     labels = data.labels or []
-    known = data.subset(i for i, label in enumerate(labels) if label >= 0)
+    known = data.subset(
+        i for i, label in enumerate(labels) if is_known(label) and not data.multi_label
+    )
     alone = known.groups is not None and len(set(known.groups)) < 2
     labelled = len(known) >= 10 and len(set(known.labels or [])) > 1 and not alone
     if labelled:
@@ -271,8 +319,8 @@ def online_probe(
             voted = knn_predict(kept.x, kept.y, seen.x)
             figures["knn_top1"] = accuracy(voted, seen.y)
             if len(kept.y.unique()) > 1:  # of rare classes the bank may hold none
-                linear = fit_logistic(kept.x[:, patches], kept.y, 0.1, SEARCH_TOL)
-                guess = linear.predict(seen.x[:, patches].numpy())
+                linear = fit_logistic(kept.x[:, patches], kept.y, 0.1, GLANCE_TOL)
+                guess = linear.predict(seen.x[:, patches])
                 figures["linear_top1"] = accuracy(guess, seen.y)
         return figures
 
@@ -287,16 +335,3 @@ def effective_rank(x: Tensor) -> float:
         return 0.0
     shares = values / values.sum()
     return float(torch.special.entr(shares).sum().exp())
-
-
-def accuracy(predicted, truth) -> float:
-    """Share of right answers, in per cent."""
-    return 100.0 * float((torch.as_tensor(predicted) == torch.as_tensor(truth)).float().mean())
-
-
-def wilson_interval(percent: float, n: int) -> tuple[float, float]:
-    """95 % interval of a share measured on n samples, in per cent (Wilson 1927)."""
-    z, p = 1.96, percent / 100
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
-    return round(max(100 * (centre - half), 0.0), 2), round(100 * (centre + half), 2)

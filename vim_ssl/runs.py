@@ -7,6 +7,7 @@ images/      report.html    trackers/ (of TensorBoard and the like)
 import contextlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -361,6 +362,18 @@ def trained_on(source: str | Path, *keys: str) -> str:
             f"{source} does not say which pictures it was trained on; give labelled ones by --data."
         )
     return spec
+
+
+def task_folder(task: str, source: str | Path, data: str) -> Path:
+    """Where a task on an encoder writes by default: in its run; on other data than the run's own
+    beside that, by name; for a preset or Hub id under ``runs/``."""
+    slug = "-" + re.sub(r"\W+", "-", data).strip("-") if data else ""
+    folder = Path(source)
+    if folder.is_file():
+        folder = folder.parent
+    if folder.is_dir():
+        return folder / f"{task}{slug}"
+    return RUNS / f"{task}-{folder.name}{slug}"
 
 
 def read_metrics(folder: Path) -> list[dict]:

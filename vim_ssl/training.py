@@ -30,6 +30,7 @@ from vim_ssl.data.loader import (
 )
 from vim_ssl.objective import StepOutput
 from vim_ssl.optim import build_optimizer, build_schedule, check_optimizer
+from vim_ssl.processes import cores
 from vim_ssl.runs import Run
 
 
@@ -116,7 +117,7 @@ def make_accelerator(config: TrainConfig):
     world = int(os.environ.get("WORLD_SIZE", 1))
     # Launchers set OMP_NUM_THREADS=1, which would leave a single process on one core.
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    torch.set_num_threads(config.threads or max(_cores() // local, 1))
+    torch.set_num_threads(config.threads or max(cores() // local, 1))
     if world > 1 and not torch.cuda.is_available():
         # Otherwise accelerate looks for GPUs and, finding none, lets every process believe that
         # it is alone.
@@ -147,10 +148,6 @@ def make_average(encoder: nn.Module, config: TrainConfig) -> ModelEmaV3 | None:
     average = ModelEmaV3(encoder, config.ema, use_warmup=True)
     average.requires_grad_(False)
     return average
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass
@@ -273,7 +270,7 @@ class _Plan:
         self.config, world = config, accelerator.num_processes
         # A handful of pictures trains too: the batch is never larger than the data.
         self.batch_size = max(min(config.batch_size, len(samples) // world), 1)
-        self.workers = min(config.workers, _cores())
+        self.workers = min(config.workers, cores())
         self.batches = samples.batches(
             self.batch_size, rank=accelerator.process_index, world=world, workers=self.workers
         )
@@ -421,7 +418,7 @@ def bottleneck(images: float, seconds: float, waited: float, workers: int) -> st
     if share < 0.1:
         return text + "the model sets the pace, the data keep up."
     text += "the data set the pace" if share > 0.5 else "the data hold the model up"
-    if workers < _cores():
+    if workers < cores():
         return f"{text}; more --workers than {workers} may help."
     return f"{text}, with a worker on every core; smaller pictures may help."
 

@@ -34,6 +34,7 @@ from vit import ViTEncoder, ViTMAE
 from vim_ssl import create_transform
 from vim_ssl.data import labelled_parts
 from vim_ssl.downstream import linear_probe
+from vim_ssl.features import encode_parts, readouts_of
 from vim_ssl.probes import extract_features
 from vim_ssl.recipes.mim_pretrain import (
     Config,
@@ -112,8 +113,9 @@ def read(encoder, data: str, seed: int) -> dict:
         transform = create_transform(build_model(DATA[data]))
         parts = [extract_features(torch.nn.Identity(), part, transform)
                  for part in (train_part, test_part)]  # fmt: skip
-        return linear_probe.probe("pixels", *parts, {"pixels": slice(None)}, config)
-    return linear_probe.probe_encoder(data, encoder, train_part, test_part, config, "cpu")[0]
+        return linear_probe.probe("pixels", *parts, {"pixels": slice(None)}, config)[0]
+    parts = encode_parts(encoder.eval(), (train_part, test_part), cache=False)
+    return linear_probe.probe(data, *parts, readouts_of(encoder, config.readouts), config)[0]
 
 
 def work(out: Path, data: str, arm: str, budget: str, seed: int, epochs: float) -> None:

@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from vim_ssl.data import labelled_parts, open_data
+from vim_ssl.data import ImageData, labelled_parts, open_data, sources
 
 
 def fill(root, *names) -> str:
@@ -47,6 +47,23 @@ def test_groups_stay_whole(tmp_path):
 def test_pictures_without_labels_are_an_error(tmp_path):
     with pytest.raises(ValueError, match="no labels of two classes"):
         labelled_parts(fill(tmp_path, "1.png", "2.png"), test=0.2, seed=0)
+
+
+def test_pictures_with_several_labels_are_parted_too(monkeypatch):
+    rows = [[i % 2, int(i % 3 == 0)] for i in range(30)] + [[-1, -1]]
+    names = [str(i) for i in range(31)]
+    data = ImageData(names, names, name="rows", labels=rows)
+    monkeypatch.setitem(sources._OPENERS, "folder", lambda spec: data)
+    train, test = labelled_parts("anything", test=0.2, seed=0)
+    assert (len(train), len(test)) == (24, 6)
+    assert "30" not in train.ids + test.ids  # its labels are not known
+    assert train.multi_label
+    assert [rows[int(name)] for name in test.ids] == test.labels
+    data.labels[0] = [0, 0]
+    assert (
+        data.subset(range(31)).fingerprint
+        != ImageData(names, names, name="rows", labels=[[1, 1], *rows[1:]]).fingerprint
+    )
 
 
 # ------------------------------------------------------------------ several sources as one

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vim_ssl.data import stratified_split
-from vim_ssl.data.split import hold_out
+from vim_ssl.data.split import as_key, few_of_each, hold_out, is_known
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.2, 0.5, 0.75])
@@ -83,3 +83,32 @@ def test_hold_out_does_not_depend_on_order():
     assert held == hold_out(keys[::-1], strata[::-1], 0.2, salt="x")
     assert held != hold_out(keys, strata, 0.2, salt="y")
     assert Counter(int(key) % 4 for key in held) == dict.fromkeys(range(4), 5)
+
+
+@pytest.mark.parametrize("kind", [list, np.array], ids=["lists", "arrays"])
+def test_pictures_with_several_labels_are_split_by_their_rows(kind):
+    rows = [kind([i % 2, i % 5 == 0, 0]) for i in range(100)]
+    first, second = stratified_split(rows, 0.2, seed=0)
+    assert sorted(first + second) == list(range(100))
+    assert Counter(as_key(rows[i]) for i in second) == {
+        key: count / 5 for key, count in Counter(map(as_key, rows)).items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("label", "known"),
+    [(0, True), (7, True), (-1, False), ([0, 1, 0], True), (np.array([0, -1]), False)],
+    ids=str,
+)
+def test_a_label_is_known_or_not(label, known):
+    assert is_known(label) is known
+
+
+def test_few_of_each_class_are_drawn_by_the_seed():
+    labels = [0, 1, 2, 1, 0, 2, 2, 1, 0, 1] * 3
+    chosen = [few_of_each(labels, 4, seed) for seed in (0, 0, 1)]
+    assert chosen[0] == chosen[1] != chosen[2]
+    for indices in chosen:
+        assert sorted(labels[i] for i in indices) == [0] * 4 + [1] * 4 + [2] * 4
+        assert len(set(indices)) == 12
+    assert len(few_of_each([0, 0, 1], 2, 0)) == 3  # a class with fewer gives all it has

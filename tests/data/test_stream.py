@@ -23,8 +23,7 @@ from vim_ssl.data.stream import SlotReader, StreamSamples, buffered_order, share
 @pytest.fixture(autouse=True)
 def private_cache(tmp_path_factory, monkeypatch):
     cache = tmp_path_factory.mktemp("cache")
-    for name in ("XDG_CACHE_HOME", "LOCALAPPDATA"):
-        monkeypatch.setenv(name, str(cache))
+    monkeypatch.setenv("VIM_SSL_CACHE", str(cache))
     return cache
 
 

@@ -96,16 +96,6 @@ def test_so_many_labels_of_each_class_are_used(run, tmp_path, count, first_weigh
     assert (metrics["train"], metrics["test"]) == (3 * count, 12)
 
 
-def test_few_of_each_class_are_drawn_by_the_seed():
-    labels = [0, 1, 2, 1, 0, 2, 2, 1, 0, 1] * 3
-    chosen = [finetune.few_of_each(labels, 4, seed) for seed in (0, 0, 1)]
-    assert chosen[0] == chosen[1] != chosen[2]
-    for indices in chosen:
-        assert sorted(labels[i] for i in indices) == [0] * 4 + [1] * 4 + [2] * 4
-        assert len(set(indices)) == 12
-    assert len(finetune.few_of_each([0, 0, 1], 2, 0)) == 3  # a class with fewer gives all it has
-
-
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 from PIL import Image
 
 from vim_ssl import VimEncoder, cli, save_encoder
+from vim_ssl.data import ImageData
 from vim_ssl.downstream import linear_probe
 from vim_ssl.probes import C_GRID, Features
 
@@ -128,7 +131,7 @@ READERS = {"noise": slice(4, 8), "good": slice(0, 4), "again": slice(0, 4)}
 
 
 def test_validation_chooses_the_readout_and_on_a_tie_the_first():
-    row = linear_probe.probe("x", *parts(), READERS, linear_probe.Config())
+    row, _ = linear_probe.probe("x", *parts(), READERS, linear_probe.Config())
     assert (row["readout"], row["dim"]) == ("good", 4)
     assert row["logistic"] > 70
 
@@ -137,12 +140,12 @@ def test_validation_chooses_the_readout_and_on_a_tie_the_first():
 def test_the_test_set_has_no_say_in_the_choice(what):
     """Test data made for the noise columns, or test labels turned around, change no choice."""
     train, test = parts()
-    honest = linear_probe.probe("x", train, test, READERS, linear_probe.Config())
+    honest, _ = linear_probe.probe("x", train, test, READERS, linear_probe.Config())
     if what == "labels":
         test.y = (test.y + 1) % 3
     else:
         test.x = test.x.flip(1)
-    turned = linear_probe.probe("x", train, test, READERS, linear_probe.Config())
+    turned, _ = linear_probe.probe("x", train, test, READERS, linear_probe.Config())
     chosen = ("readout", "C", "validation", "dim")
     assert [turned[name] for name in chosen] == [honest[name] for name in chosen]
     assert turned["logistic"] < honest["logistic"] - 20
@@ -169,7 +172,7 @@ def test_groups_are_not_torn_apart_for_validation(monkeypatch):
     monkeypatch.setattr(
         linear_probe,
         "choose_readout",
-        lambda x, y, x_val, y_val, readouts: sides.append((x, x_val)) or ("all", 1.0, 1.0),
+        lambda x, y, x_val, y_val, readouts, grid: sides.append((x, x_val)) or ("all", 1.0, 1.0),
     )
     linear_probe.probe("x", train, test, {"all": slice(None)}, linear_probe.Config())
     fitted, validated = ({*x[:, 0].tolist()} for x in sides[0])
@@ -185,6 +188,143 @@ def test_an_encoder_without_class_token_is_read_by_its_patches(bands, tmp_path):
     assert row["readout"] in ("avg", "layers")
     with pytest.raises(ValueError, match="needs a class token"):
         probe("--encoder", str(run), "--output", str(tmp_path / "out"), "--readouts", "token")
+
+
+# ------------------------------------------------------------------ heads, few labels, several
+
+
+def test_encoders_are_compared_on_the_same_pictures(bands, encoder_file, tmp_path, capsys):
+    torch.manual_seed(1)
+    other = save_encoder(VimEncoder(**SMALL), tmp_path / "other")
+    argv = ("--encoder", str(encoder_file), "--data", str(bands), "--output", str(tmp_path / "out"))
+    found = probe(*argv, "--readouts", "avg", "--against", str(other), "--no-baselines")
+    first, second = found["rows"]
+    assert (first["features"], second["features"]) == ("pretrained encoder", str(other))
+    (gain,) = found["differences"]
+    assert (gain["features"], gain["over"]) == (first["features"], second["features"])
+    low, high = gain["logistic_ci"]
+    assert gain["logistic"] == pytest.approx(first["logistic"] - second["logistic"], abs=0.011)
+    assert low <= gain["logistic"] <= high
+    assert f"pretrained encoder over {other}: {gain['logistic']:+.1f}" in capsys.readouterr().out
+
+
+def test_few_labels_are_few_and_every_readout_is_shown(monkeypatch):
+    seen = []
+    fit = linear_probe.fit_logistic
+    monkeypatch.setattr(
+        linear_probe, "fit_logistic", lambda x, y, C: seen.append(y.tolist()) or fit(x, y, C)
+    )
+    config = linear_probe.Config(shots=(1, 8), shot_seeds=2)
+    train, test = parts()
+    rows = linear_probe.few_shots("x", train, test, READERS, config)
+    assert [(row["shots"], row["readout"]) for row in rows] == [
+        (shots, readout) for shots in (1, 8) for readout in READERS
+    ]
+    assert {tuple(sorted(labels)) for labels in seen} == {
+        (0, 1, 2), tuple(sorted([0, 1, 2] * 8)),
+    }  # fmt: skip
+    good, noise = (next(r for r in rows[3:] if r["readout"] == name) for name in ("good", "noise"))
+    assert good["mean"] > noise["mean"] + 15
+    assert len(good["values"]) == 2
+    assert good["std"] >= 0
+
+
+def test_few_labels_through_the_script(bands, encoder_file, tmp_path, capsys):
+    argv = ("--encoder", str(encoder_file), "--data", str(bands), "--output", str(tmp_path))
+    found = probe(*argv, "--no-baselines", "--readouts", "avg", "--shots", "1", "4")
+    assert [row["shots"] for row in found["few_shot"]] == [1, 4]
+    shown = capsys.readouterr().out
+    assert f"{found['few_shot'][1]['mean']:.1f} ± {found['few_shot'][1]['std']:.1f}" in shown
+
+
+def test_the_head_of_mae(bands, encoder_file, tmp_path, capsys):
+    argv = ["--encoder", str(encoder_file), "--data", str(bands), "--head", "lars"]
+    found = probe(*argv, "--readouts", "avg", "--output", str(tmp_path / "weak"))
+    pixels = found["rows"][2]
+    assert pixels["C"] is None
+    hint = re.search(r"try --lars-lr (\S+)\.", capsys.readouterr().out)
+    found = probe(*argv, "--lars-lr", hint[1], "--output", str(tmp_path / "strong"))
+    assert found["rows"][2]["logistic"] > 80
+    assert "--lars-lr" not in capsys.readouterr().out
+
+
+def several_labels(folder: Path) -> ImageData:
+    """Two bands, there or not, each a label of its own."""
+    draw, names, labels = np.random.default_rng(0), [], []
+    for i in range(80):
+        values = draw.integers(0, 160, (28, 28), dtype=np.uint8)
+        labels.append([i % 2, int(i % 3 == 0)])
+        for place, there in enumerate(labels[-1]):
+            values[14 * place : 14 * place + 8] += 60 * np.uint8(there)
+        path = folder / f"{i}.png"
+        Image.fromarray(values).save(path)
+        names.append(str(path))
+    return ImageData(names, names, name="bands", labels=labels, classes=["upper", "lower"])
+
+
+def test_pictures_with_several_labels_are_judged_by_average_precision(
+    encoder_file, tmp_path, monkeypatch, capsys
+):
+    data = several_labels(tmp_path)
+    halves = data.subset(range(0, 60)), data.subset(range(60, 80))
+    monkeypatch.setattr(linear_probe, "labelled_parts", lambda *_: halves)
+    argv = ("--encoder", str(encoder_file), "--data", "bands", "--output", str(tmp_path / "out"))
+    found = probe(*argv)
+    assert found["figure"] == "mAP"
+    pixels = found["rows"][2]
+    for key in ("logistic", "logistic_micro", "knn", "knn_micro"):
+        low, high = pixels[f"{key}_ci"]
+        assert 0 <= low <= pixels[key] <= high <= 100
+    assert pixels["logistic"] > 90  # chance is about 40
+    assert "Mean average precision" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"several labels a picture; --shots"):
+        probe(*argv, "--shots", "1")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--shots", "0"], "1 or more"),
+        (["--c-grid", "1", "0.1"], "must ascend"),
+        (["--head", "svm"], "not a choice"),
+    ],
+)
+def test_a_setting_that_means_nothing_is_refused(argv, message, capsys):
+    with pytest.raises(SystemExit):
+        linear_probe.main(argv)
+    assert message in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------ several processes
+
+
+def launch(processes: int, script: str, *argv: str) -> str:
+    """Run a downstream script by accelerate's launcher; its output."""
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch",
+               "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no",
+               "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
+    if processes > 1:
+        command.append("--multi_gpu")
+    script = str(Path(linear_probe.__file__).with_name(script))
+    done = subprocess.run(
+        [*command, script, *argv], env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=180,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_answer_of_one(bands, encoder_file, tmp_path):
+    (bands / "class1" / "broken.png").write_bytes(b"no picture")
+    argv = ["--encoder", str(encoder_file), "--data", str(bands), "--no-cache", "--batch-size", "7"]
+    alone = probe(*argv, "--output", str(tmp_path / "one"))
+    shown = launch(2, "linear_probe.py", *argv, "--output", str(tmp_path / "two"))
+    (bands / "class1" / "broken.png").unlink()
+    together = json.loads((tmp_path / "two" / "metrics.json").read_text())
+    for key in ("rows", "differences", "skipped", "train", "test"):
+        assert together[key] == alone[key]
+    assert shown.count("Written:") == 1
 
 
 # ------------------------------------------------------------------ which run, which data

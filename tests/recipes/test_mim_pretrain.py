@@ -495,7 +495,14 @@ def test_the_command_shows_flags_and_presets(capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "script", ["recipes/mim_pretrain.py", "downstream/linear_probe.py", "downstream/finetune.py"]
+    "script",
+    [
+        "recipes/mim_pretrain.py",
+        "downstream/linear_probe.py",
+        "downstream/knn.py",
+        "downstream/embed.py",
+        "downstream/finetune.py",
+    ],
 )
 def test_a_script_shows_its_help_when_called_by_path(script, tmp_path):
     shown = subprocess.run(

@@ -12,6 +12,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from vim_ssl.data.images import BadImage, array_picture, decode_image
+from vim_ssl.data.split import as_key
 
 
 class Captions(Protocol):
@@ -149,6 +150,11 @@ class ImageData(Dataset):
         part.groups = None if self.groups is None else [self.groups[i] for i in indices]
         return part
 
+    @property
+    def multi_label(self) -> bool:
+        """Whether a picture's label is a row of 0 and 1."""
+        return self.labels is not None and hasattr(next(iter(self.labels), None), "__len__")
+
     @cached_property
     def fingerprint(self) -> str:
         """16 hex digits that change with the list of pictures, their file sizes or labels.
@@ -159,7 +165,7 @@ class ImageData(Dataset):
         sizes = getattr(self._pictures, "sizes", None)
         for i, row in enumerate(self._rows):
             size = sizes(row) if sizes else ""
-            label = "" if self.labels is None else self.labels[i]
+            label = "" if self.labels is None else as_key(self.labels[i])
             digest.update(f"{self.ids[i]}\0{size}\0{label}\n".encode(errors="surrogateescape"))
         return digest.hexdigest()
 

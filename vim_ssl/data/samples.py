@@ -211,7 +211,9 @@ def cache_dir() -> Path:
 
 
 def user_cache() -> Path:
-    """This project's folder in the user's cache."""
+    """This project's folder in the user's cache; VIM_SSL_CACHE puts it elsewhere."""
+    if given := os.environ.get("VIM_SSL_CACHE"):
+        return Path(given).expanduser()
     if os.name == "nt":
         base = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
     else:

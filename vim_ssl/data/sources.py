@@ -16,7 +16,7 @@ from vim_ssl.data.pairs import open_pairs
 from vim_ssl.data.rasters import open_bigearthnet, open_eurosat, open_geotiff
 from vim_ssl.data.sample_sets import open_sample
 from vim_ssl.data.spec import DataSpec, canonical_split, parse_spec
-from vim_ssl.data.split import stratified_split
+from vim_ssl.data.split import as_key, is_known, stratified_split
 from vim_ssl.data.stream import ImageStream
 from vim_ssl.data.tables import open_csv, open_parquet
 from vim_ssl.data.tars import stream_tars
@@ -121,15 +121,15 @@ def labelled_parts(spec: str | Path, test: float, seed: int) -> tuple[ImageData,
     elif everything.labels is None:
         train = other = everything
     else:
-        known = everything.subset(i for i, y in enumerate(everything.labels) if y >= 0)
+        known = everything.subset(i for i, y in enumerate(everything.labels) if is_known(y))
         labels = known.labels or []
         first, second = stratified_split(labels, test, seed, known.groups)
         train, other = known.subset(first), known.subset(second)
     parts = []
     for part in (train, other):
         labels = part.labels or []
-        part = part.subset(i for i, y in enumerate(labels) if y >= 0)
-        if len(set(part.labels or [])) < 2:
+        part = part.subset(i for i, y in enumerate(labels) if is_known(y))
+        if len({as_key(label) for label in part.labels or []}) < 2:
             raise ValueError(f"{spec} ({part.split}) has no labels of two classes; it needs them.")
         parts.append(part)
     return parts[0], parts[1]

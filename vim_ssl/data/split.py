@@ -4,10 +4,32 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence
 from hashlib import blake2b
+from typing import Any
+
+
+def is_known(label: Any) -> bool:
+    """Whether a label says something: a class from 0 on, or a row of 0 and 1; -1 is unknown."""
+    return bool((min(label) if hasattr(label, "__len__") else label) >= 0)
+
+
+def as_key(label: Any) -> Hashable:
+    """A label as what can be counted and sorted: the row of a picture with several as a tuple."""
+    return tuple(int(value) for value in label) if hasattr(label, "__len__") else label
+
+
+def few_of_each(labels: Sequence[int], count: int, seed: int) -> list[int]:
+    """``count`` indices of each class, drawn by ``seed``; all of a class that has fewer."""
+    order = list(range(len(labels)))
+    random.Random(seed).shuffle(order)
+    chosen: dict[int, list[int]] = {}
+    for i in order:
+        if len(chosen.setdefault(labels[i], [])) < count:
+            chosen[labels[i]].append(i)
+    return sorted(i for members in chosen.values() for i in members)
 
 
 def stratified_split(
-    labels: Sequence[int], fraction: float, seed: int, groups: Sequence[Hashable] | None = None
+    labels: Sequence[Any], fraction: float, seed: int, groups: Sequence[Hashable] | None = None
 ) -> tuple[list[int], list[int]]:
     """Split indices in two, with every class in about the same proportion on both sides.
 
@@ -16,7 +38,7 @@ def stratified_split(
     No library's random numbers are used, so a seed means the same split everywhere.
 
     Args:
-        labels: one a picture.
+        labels: one a picture; a row of 0 and 1 (several labels) counts as a class of its own.
         fraction: share of the second side, in (0, 1).
         seed: chooses the pictures.
         groups: one a picture; a group comes to one side as a whole, and shares are then kept as
@@ -35,9 +57,9 @@ def stratified_split(
         what = "picture" if groups is None else "group"
         raise ValueError(f"A split needs two {what}s at least; there is {len(members)}.")
 
-    strata: dict[int, list[list[int]]] = defaultdict(list)
+    strata: dict[Any, list[list[int]]] = defaultdict(list)
     for group in members.values():
-        strata[Counter(labels[i] for i in group).most_common(1)[0][0]].append(group)
+        strata[Counter(as_key(labels[i]) for i in group).most_common(1)[0][0]].append(group)
     draw = random.Random(seed)
     classes = sorted(strata)
     draw.shuffle(classes)

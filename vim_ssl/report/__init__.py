@@ -215,7 +215,8 @@ def _probe(run: Record) -> str:
         features, readout = (escape(str(row.get(k, "–"))) for k in ("features", "readout"))
         cells = "".join(f"<td>{_score(row, key)}</td>" for key in ("logistic", "knn"))
         body += f"<tr><th scope=row>{features}</th><td>{readout}</td>{cells}</tr>"
-    note = "Accuracy on the test part from frozen features; in small figures the 95 % interval. "
+    figure = "Mean average precision" if run.probe.get("figure") == "mAP" else "Accuracy"
+    note = f"{figure} on the test part from frozen features; in small figures the 95 % interval. "
     note += f"Data: {run.probe.get('data', 'not recorded')}"
     for key, what in (("train", "for training"), ("test", "for testing")):
         if _is_number(run.probe.get(key)):

@@ -1,0 +1,224 @@
+"""Embed pictures: a vector for each, with its id and label, in parquet or npy files.
+
+    python downstream/embed.py --encoder RUN_OR_FILE --data photos/ --output vectors
+    python downstream/embed.py --encoder … --data 'wds:shards/*.tar' --output vectors --workers 4
+    accelerate launch downstream/embed.py --encoder … --data hf:owner/name?split=all --output …
+
+Any data spec goes in, streams too; without ``split`` it means the training part. The output folder
+holds ``shards/`` (``pyarrow.parquet.read_table("vectors/shards")``, or ``numpy.load`` of each) and
+``record.json``, which says what was embedded by what. The same command again goes on after a kill:
+whole files stay as they are.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from vim_ssl import VimEncoder, create_transform, load_encoder
+from vim_ssl.cli import guarded
+from vim_ssl.config import opt, parse
+from vim_ssl.data import ImageData, ImageStream, open_data
+from vim_ssl.embeddings import (
+    FORMATS,
+    Embedded,
+    EmbeddingShard,
+    Row,
+    plan_shards,
+    read_rows,
+    read_summary,
+    share_of,
+    write_shard,
+)
+from vim_ssl.features import weights_hash
+from vim_ssl.kernels.selective_scan.benchmark import commit
+from vim_ssl.probes import READOUTS, read_all, readout_columns
+from vim_ssl.processes import join_processes, pick_device
+from vim_ssl.runs import environment, newest_run, task_folder, trained_on
+
+POOLED = "pooled"
+
+
+@dataclass
+class Config:
+    """Embeddings of any data, in files."""
+
+    encoder: str = opt("", "run, checkpoint, preset or Hub id; default: the newest run")
+    data: str = opt("", "pictures, labelled or not; default: what the run was trained on")
+    readout: str = opt(
+        POOLED, "pooled: what encoder(images) gives; or a probe's", choices=(POOLED, *READOUTS)
+    )
+    format: str = opt("parquet", "of the files", choices=FORMATS)
+    shard_rows: int = opt(4096, "pictures a file; what a kill costs at most, a process")
+    batch_size: int = opt(128, "pictures at once")
+    workers: int = opt(0, "data loading processes")
+    device: str = opt("", "cpu, cuda …; default: cuda if there is one")
+    seed: int = opt(0, "of a preset's weights")
+    output: str = opt("", "the folder; default: embed/ in the run")
+
+    def __post_init__(self):
+        if min(self.shard_rows, self.batch_size) < 1:
+            raise ValueError("shard_rows and batch_size must be 1 or more.")
+
+
+def run(config: Config) -> dict:
+    processes = join_processes()
+    device = pick_device(config.device)
+    source = config.encoder or str(newest_run())
+    torch.manual_seed(config.seed)
+    encoder = load_encoder(source, device=device)
+    data = open_data(config.data or trained_on(source), streams=True)
+    folder = Path(config.output or task_folder("embed", source, config.data))
+    encode = build_readout(encoder, config.readout)
+    with torch.no_grad():
+        dim = encode(torch.zeros(1, *encoder.data_config["input_size"], device=device)).shape[1]
+    shards = plan_shards(data, config.shard_rows)
+    missing: list[EmbeddingShard] = []
+    if processes.main:
+        lock = take(folder, describe(encoder, data, config) | {"dim": dim}, source)
+        missing = [
+            s for s in shards if not (folder / "shards" / f"{s.name}.{config.format}").exists()
+        ]
+        print(f"Encoder {source} · {data.name}: {len(data):,} pictures in {len(shards):,} files, "
+              f"{len(shards) - len(missing):,} of them there already", flush=True)  # fmt: skip
+    missing = processes.agree(missing)
+    began = time.perf_counter()
+    mine = share_of(missing, isinstance(data, ImageStream), processes.rank, processes.world)
+    rows = read_rows(data, mine, create_transform(encoder), batch_size=config.batch_size,
+                     workers=config.workers)  # fmt: skip
+    total = sum(shard.count for shard in mine) if processes.main else None
+    multi_label = isinstance(data, ImageData) and data.multi_label
+    for part in embed(encode, rows, dim, device, total):
+        write_shard(folder / "shards", part, format=config.format, multi_label=multi_label)
+    processes.gather(None)  # the others' files are there
+    if not processes.main:
+        return {}
+
+    record = finish(folder, shards, config.format, time.perf_counter() - began)
+    lock.release()
+    if record["skipped"]:
+        print(f"{len(record['skipped']):,} pictures could not be read, such as "
+              f"{record['skipped'][:3]}; all are named in record.json.")  # fmt: skip
+    print(f"Written: {record['rows']:,} embeddings of {dim} values in {folder}")
+    return record
+
+
+def build_readout(encoder: VimEncoder, readout: str) -> Callable[[Tensor], Tensor]:
+    """(b, c, h, w) -> (b, d)."""
+    if readout == POOLED:
+        return encoder
+    columns = readout_columns(encoder, readout)
+    return lambda images: read_all(encoder, images)[:, columns]
+
+
+def describe(encoder: VimEncoder, data: ImageData | ImageStream, config: Config) -> dict[str, Any]:
+    """All that the files' contents depend on: what must be the same to go on."""
+    return {
+        "weights": weights_hash(encoder), "readout": config.readout,
+        "data": data.name, "fingerprint": data.fingerprint,
+        "transform": repr(create_transform(encoder)), "format": config.format,
+        "shard_rows": config.shard_rows,
+    }  # fmt: skip
+
+
+def take(folder: Path, made_of: dict[str, Any], source: str):
+    """Make the folder or take it up, and keep other processes out. Returns: its lock.
+
+    Raises: FileExistsError for a folder of something else; ValueError for one of other
+        embeddings; BlockingIOError while another process writes there.
+    """
+    from filelock import FileLock, Timeout
+
+    file = folder / "record.json"
+    if file.exists():
+        stored = json.loads(file.read_text())
+        if differing := [k for k, v in made_of.items() if stored.get("made_of", {}).get(k) != v]:
+            raise ValueError(
+                f"{folder} holds embeddings of other {', '.join(differing)}; take the settings in "
+                "its record.json to go on, or choose another --output."
+            )
+    elif folder.exists() and any(path.name != ".lock" for path in folder.iterdir()):
+        raise FileExistsError(
+            f"{folder} holds something that is no embeddings; choose another --output."
+        )
+    (folder / "shards").mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise BlockingIOError(
+            f"another process is writing in {folder}; wait for it, or choose another --output."
+        ) from None
+    if not file.exists():
+        origin = {"task": "embed", "encoder": source, "commit": commit(), **environment()}
+        write_record(file, origin | {"made_of": made_of, "finished": False})
+    return lock
+
+
+@torch.no_grad()
+def embed(
+    encode: Callable[[Tensor], Tensor],
+    rows: Iterable[tuple[EmbeddingShard, list[Row], bool]],
+    dim: int,
+    device: str,
+    total: int | None,
+) -> Iterator[Embedded]:
+    """The files' contents, each as soon as the last of its rows is there; see `read_rows`.
+
+    Args:
+        total: pictures, to show progress; None shows none.
+    """
+    under_way: dict[str, Embedded] = {}
+    with tqdm(total=total, unit="picture", disable=total is None, mininterval=0.5) as bar:
+        for shard, batch, last in rows:
+            part = under_way.setdefault(shard.name, Embedded(shard.name, torch.empty(0, dim)))
+            part.skipped += [row for row in batch if isinstance(row, str)]
+            if whole := [row for row in batch if not isinstance(row, str)]:
+                ids, labels, images = zip(*whole, strict=True)
+                x = encode(torch.stack(images).to(device)).float().cpu()
+                part.x = torch.cat([part.x, x])
+                part.ids += ids
+                part.labels += labels
+            bar.update(len(batch))
+            if last:
+                yield under_way.pop(shard.name)
+
+
+def finish(
+    folder: Path, shards: list[EmbeddingShard], format: str, seconds: float
+) -> dict[str, Any]:
+    """Count what the files hold and close the record."""
+    file = folder / "record.json"
+    found = [read_summary(folder / "shards", shard.name, format) for shard in shards]
+    record = json.loads(file.read_text()) | {
+        "finished": True,
+        "files": len(shards),
+        "rows": sum(rows for rows, _ in found),
+        "skipped": [name for _, skipped in found for name in skipped],
+        "seconds": round(seconds, 1),
+    }
+    write_record(file, record)
+    return record
+
+
+def write_record(file: Path, record: dict[str, Any]) -> None:
+    partial = file.with_name(f".{file.name}.part")
+    partial.write_text(json.dumps(record, indent=2) + "\n")
+    os.replace(partial, file)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    run(parse(Config, argv=argv, description=__doc__))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))

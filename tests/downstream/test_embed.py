@@ -1,0 +1,347 @@
+"""Embeddings in files: the encoder's own vectors with the right ids, whatever breaks."""
+
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vim_ssl import VimEncoder, cli, create_transform, load_encoder, save_encoder
+from vim_ssl.data import ImageData, open_data
+from vim_ssl.downstream import embed
+from vim_ssl.features import readouts_of
+from vim_ssl.probes import read_all
+
+SMALL = {"img_size": 16, "patch_size": 8, "in_chans": 1, "embed_dim": 8, "depth": 1,
+         "num_classes": 0}  # fmt: skip
+
+
+def picture(number: int) -> bytes:
+    values = np.random.default_rng(number).integers(0, 255, (16, 16), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(values).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    """23 pictures of two classes; numbers 4 and 9 are broken."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for i in range(23):
+        path = folder / "ab"[i % 2] / f"{i:02}.png"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"no picture" if i in (4, 9) else picture(i))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tars(tmp_path_factory) -> str:
+    """Three tars of 9, 1 and 6 pictures, the first's third broken, the last unlabelled."""
+    folder, number = tmp_path_factory.mktemp("tars"), 0
+    for shard, count in enumerate((9, 1, 6)):
+        with tarfile.open(folder / f"{shard}.tar", "w") as tar:
+            for _ in range(count):
+                files = {"png": b"no picture" if number == 2 else picture(number)}
+                files |= {} if shard == 2 else {"cls": str(number % 2).encode()}
+                for extension, content in files.items():
+                    member = tarfile.TarInfo(f"{number:02}.{extension}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+                number += 1
+    return f"wds:{folder}/*.tar"
+
+
+@pytest.fixture(scope="module")
+def encoder_file(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    return save_encoder(VimEncoder(**SMALL), tmp_path_factory.mktemp("encoder"))
+
+
+def expected(encoder_file: Path, data, readout: str | None = None) -> dict[str, np.ndarray]:
+    """The embedding of every readable picture by its id, one at a time."""
+    encoder = load_encoder(encoder_file)
+    transform = create_transform(encoder)
+    found = {}
+    for item in data:
+        with torch.no_grad():
+            x = transform(item["image"])[None]
+            y = read_all(encoder, x)[:, readouts_of(encoder, [readout])[readout]] if readout \
+                else encoder(x)  # fmt: skip
+        found[item["id"]] = y[0].numpy()
+    return found
+
+
+def readable(data: ImageData) -> list[dict]:
+    return [data[i] for i in range(len(data)) if i not in broken(data)]
+
+
+def broken(data: ImageData) -> list[int]:
+    return [i for i, name in enumerate(data.ids) if name in ("a/04.png", "b/09.png")]
+
+
+def run(encoder_file: Path, spec, folder: Path, *argv: str) -> dict:
+    code = embed.main(["--encoder", str(encoder_file), "--data", str(spec), "--output", str(folder),
+                       "--shard-rows", "4", "--batch-size", "3", *argv])  # fmt: skip
+    assert code == 0
+    return json.loads((folder / "record.json").read_text())
+
+
+def read_parquet(folder: Path) -> dict[str, list]:
+    from pyarrow import parquet
+
+    return parquet.read_table(folder / "shards").to_pydict()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((folder / "shards").iterdir())}
+
+
+def agree(found: dict[str, list], wanted: dict[str, np.ndarray]) -> None:
+    assert sorted(found["id"]) == sorted(wanted)
+    for name, vector in zip(found["id"], found["embedding"], strict=True):
+        np.testing.assert_allclose(vector, wanted[name], atol=1e-5)
+
+
+# ------------------------------------------------------------------ what is written
+
+
+@pytest.mark.parametrize("workers", ["0", "2"], ids="workers{}".format)
+def test_a_folder_becomes_parquet_with_ids_and_labels(pictures, encoder_file, tmp_path, workers):
+    record = run(encoder_file, pictures, tmp_path / "out", "--workers", workers)
+    found, data = read_parquet(tmp_path / "out"), open_data(pictures)
+    agree(found, expected(encoder_file, readable(data)))
+    assert found["id"] == [name for name in data.ids if name not in ("a/04.png", "b/09.png")]
+    assert found["label"] == [int(name.startswith("b")) for name in found["id"]]
+    assert (record["rows"], record["files"], record["finished"]) == (21, 6, True)
+    assert [name.partition(":")[0] for name in record["skipped"]] == ["a/04.png", "b/09.png"]
+    assert {"commit", "versions", "hardware", "encoder", "made_of"} <= set(record)
+
+
+def test_a_folder_becomes_npy(pictures, encoder_file, tmp_path):
+    record = run(encoder_file, pictures, tmp_path, "--format", "npy")
+    x = np.concatenate([np.load(path) for path in sorted(tmp_path.glob("shards/*.npy"))])
+    beside = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("shards/*.json"))]
+    ids = [name for part in beside for name in part["ids"]]
+    assert x.dtype == np.float32
+    agree({"id": ids, "embedding": list(x)}, expected(encoder_file, readable(open_data(pictures))))
+    assert len(record["skipped"]) == 2
+
+
+def test_a_probes_readout_can_be_asked_for(pictures, encoder_file, tmp_path):
+    run(encoder_file, pictures, tmp_path, "--readout", "layers")
+    wanted = expected(encoder_file, readable(open_data(pictures)), "layers")
+    agree(read_parquet(tmp_path), wanted)
+
+
+@pytest.mark.parametrize("workers", ["0", "2"], ids="workers{}".format)
+def test_a_stream_of_tars(tars, encoder_file, tmp_path, workers):
+    record = run(encoder_file, tars, tmp_path, "--workers", workers)
+    stream = open_data(tars, streams=True)
+    records = [r for number in range(3) for r in stream.records(number)]
+    whole = [stream.decode(r) for r in records if r["id"] != "0.tar/02"]
+    found = read_parquet(tmp_path)
+    agree(found, expected(encoder_file, whole))
+    labels = dict(zip(found["id"], found["label"], strict=True))
+    assert labels == {item["id"]: item.get("label") for item in whole}
+    assert None in labels.values()
+    assert [name.partition(":")[0] for name in record["skipped"]] == ["0.tar/02"]
+    assert sorted(path.name for path in (tmp_path / "shards").iterdir()) == [
+        "00000-000.parquet", "00000-001.parquet", "00000-002.parquet", "00001-000.parquet",
+        "00002-000.parquet", "00002-001.parquet",
+    ]  # fmt: skip
+
+
+def test_a_stream_of_parquet_gives_what_the_table_gives(encoder_file, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["x", "y"])}
+    )
+    for part in range(2):
+        columns = {"image": [{"bytes": picture(5 * part + i)} for i in range(5)],
+                   "label": [i % 2 for i in range(5)]}  # fmt: skip
+        table = datasets.Dataset.from_dict(columns, features=features)
+        table.to_parquet(tmp_path / "table" / f"train-{part}.parquet")
+    spec = f"hf:{tmp_path / 'table'}"
+    run(encoder_file, spec, tmp_path / "table-out")
+    run(encoder_file, f"{spec}?streaming=true", tmp_path / "stream-out")
+    table, stream = (read_parquet(tmp_path / f"{name}-out") for name in ("table", "stream"))
+    assert table["id"] == stream["id"]
+    assert table["label"] == stream["label"]
+    np.testing.assert_allclose(table["embedding"], stream["embedding"], atol=1e-5)
+
+
+def test_several_labels_become_a_list(pictures, encoder_file, tmp_path, monkeypatch):
+    names = [str(path) for path in sorted(pictures.glob("a/1*.png"))]
+    labels = [np.array([1, 0, i % 2]) for i in range(len(names) - 1)] + [[-1, -1, -1]]
+    data = ImageData(names, names, name="several", labels=labels)
+    monkeypatch.setattr(embed, "open_data", lambda *_, **__: data)
+    run(encoder_file, "several", tmp_path)
+    assert read_parquet(tmp_path)["label"] == [[1, 0, i % 2] for i in range(len(names) - 1)] + [
+        None
+    ]
+
+
+def test_a_file_whose_pictures_are_all_broken_is_there_and_empty(encoder_file, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for i in range(6):
+        path = tmp_path / "pictures" / f"{i}.png"
+        path.write_bytes(picture(i) if i > 3 else b"no picture")
+    record = run(encoder_file, tmp_path / "pictures", tmp_path / "out")
+    assert (record["rows"], record["files"], len(record["skipped"])) == (2, 2, 4)
+    assert read_parquet(tmp_path / "out")["id"] == ["4.png", "5.png"]
+
+
+# ------------------------------------------------------------------ going on
+
+
+class Killed(Exception):
+    pass
+
+
+def killed_after(files: int, monkeypatch) -> None:
+    """The run ends in the middle of a file, as by a kill, once so many are written."""
+    write, done = embed.write_shard, []
+
+    def dying(folder, part, **more):
+        if len(done) == files:
+            (folder / f".{part.name}.parquet.part").write_bytes(b"half a file")
+            raise Killed
+        done.append(part.name)
+        write(folder, part, **more)
+
+    monkeypatch.setattr(embed, "write_shard", dying)
+
+
+@pytest.mark.parametrize("kind", ["folder", "tars"])
+def test_a_killed_run_goes_on_and_leaves_what_one_run_leaves(
+    kind, pictures, tars, encoder_file, tmp_path, monkeypatch, capsys
+):
+    spec = pictures if kind == "folder" else tars
+    whole = run(encoder_file, spec, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        killed_after(2, patch)
+        with pytest.raises(Killed):
+            run(encoder_file, spec, tmp_path / "killed")
+    assert not json.loads((tmp_path / "killed" / "record.json").read_text())["finished"]
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "killed").glob("shards/*.parquet")}
+    assert len(before) == 2
+    capsys.readouterr()
+    record = run(encoder_file, spec, tmp_path / "killed")
+    assert "2 of them there already" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    assert [record[key] for key in ("rows", "skipped")] == [
+        whole[key] for key in ("rows", "skipped")
+    ]
+
+
+def test_a_finished_run_is_left_as_it_is(pictures, encoder_file, tmp_path, capsys):
+    first = run(encoder_file, pictures, tmp_path)
+    before = contents(tmp_path)
+    again = run(encoder_file, pictures, tmp_path)
+    assert "6 of them there already" in capsys.readouterr().out
+    assert contents(tmp_path) == before
+    assert again["rows"] == first["rows"]
+
+
+@pytest.mark.parametrize("change", ["encoder", "data", "readout", "shard_rows"])
+def test_other_embeddings_are_not_mixed_in(change, pictures, encoder_file, tmp_path):
+    run(encoder_file, pictures, tmp_path / "out")
+    argv, spec = [], str(pictures)
+    if change == "encoder":
+        torch.manual_seed(1)
+        encoder_file = save_encoder(VimEncoder(**SMALL), tmp_path / "other")
+    elif change == "data":
+        spec += "?limit=10"
+    elif change == "readout":
+        argv = ["--readout", "avg"]
+    else:
+        argv = ["--shard-rows", "5"]
+    with pytest.raises(ValueError, match=r"holds embeddings of other .*choose another --output"):
+        run(encoder_file, spec, tmp_path / "out", *argv)
+
+
+def test_a_folder_of_something_else_is_not_written_into(pictures, encoder_file, tmp_path):
+    (tmp_path / "letter.txt").write_text("Dear Sir")
+    with pytest.raises(FileExistsError, match="choose another --output"):
+        run(encoder_file, pictures, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
+
+
+def test_a_second_process_is_kept_out(pictures, encoder_file, tmp_path):
+    from filelock import FileLock
+
+    run(encoder_file, pictures, tmp_path)
+    with FileLock(tmp_path / ".lock"), pytest.raises(BlockingIOError, match="another process"):
+        run(encoder_file, pictures, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--shard-rows", "0"], "1 or more"),
+        (["--format", "csv"], "not a choice"),
+        (["--data", "nowhere"], "There is no folder 'nowhere'"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(argv, message, encoder_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("VIM_SSL_TRACEBACK", raising=False)
+    try:
+        code = cli.main(["embed", "--encoder", str(encoder_file), *argv])
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+# ------------------------------------------------------------------ several processes
+
+
+def start_two(*argv: str) -> list[subprocess.Popen]:
+    """Two processes of one run, as a launcher starts them."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    places = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+              "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}  # fmt: skip
+    return [
+        subprocess.Popen(
+            [sys.executable, embed.__file__, *argv],
+            env=os.environ | places | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_two_processes_killed_and_started_again_leave_what_one_leaves(encoder_file, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for i in range(300):
+        (tmp_path / "pictures" / f"{i:03}.png").write_bytes(picture(i) if i != 7 else b"no")
+    argv = ["--encoder", str(encoder_file), "--data", str(tmp_path / "pictures"),
+            "--shard-rows", "3", "--batch-size", "1"]  # fmt: skip
+    assert embed.main([*argv, "--output", str(tmp_path / "one")]) == 0
+    both = [*argv, "--output", str(tmp_path / "two")]
+    processes = start_two(*both)
+    while len(list((tmp_path / "two").glob("shards/*.parquet"))) < 4:
+        assert processes[0].poll() is None, processes[0].communicate()[0]
+        time.sleep(0.01)
+    for process in processes:
+        process.kill()
+        process.communicate()
+    assert len(list((tmp_path / "two").glob("shards/*.parquet"))) < 100
+    processes = start_two(*both)
+    output = "".join(process.communicate(timeout=180)[0] for process in processes)
+    assert [process.returncode for process in processes] == [0, 0], output
+    assert output.count("Written: 299 embeddings") == 1
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")

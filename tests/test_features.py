@@ -1,0 +1,139 @@
+"""Features of a data set: kept on disk and found again, never taken for others', shared out."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vim_ssl import VimEncoder, load_encoder, save_encoder
+from vim_ssl.data import open_data
+from vim_ssl.features import encode_data, share, weights_hash
+from vim_ssl.processes import Processes
+
+
+def make_encoder(seed: int = 0, **args) -> VimEncoder:
+    torch.manual_seed(seed)
+    small = {"img_size": 16, "patch_size": 8, "in_chans": 1, "embed_dim": 8, "depth": 1,
+             "num_classes": 0}  # fmt: skip
+    return VimEncoder(**(small | args)).eval()
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    """Seven pictures of two classes and one that is broken."""
+    draw = np.random.default_rng(0)
+    for i in range(8):
+        path = tmp_path / "pictures" / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw.integers(0, 255, (16, 16), dtype=np.uint8)).save(path)
+    path.write_bytes(b"no picture")
+    return tmp_path / "pictures"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("VIM_SSL_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_features_are_kept_and_found_again(pictures, cache, capsys):
+    data, encoder = open_data(pictures), make_encoder()
+    first = encode_data(encoder, data)
+    (file,) = cache.rglob("*.safetensors")
+    shown = capsys.readouterr().out
+    assert str(file) in shown
+    assert "--no-cache" in shown
+    for path in pictures.rglob("*.png"):  # no picture is read again
+        path.write_bytes(bytes(path.stat().st_size))
+    again = encode_data(encoder, open_data(pictures))
+    assert str(file) in capsys.readouterr().out
+    assert torch.equal(first.x, again.x)
+    assert torch.equal(first.y, again.y)
+    assert (first.ids, first.skipped) == (again.ids, again.skipped)
+    assert len(first.ids) == 7
+    assert [name.partition(":")[0] for name in first.skipped] == ["b/7.png"]
+
+
+@pytest.mark.parametrize("change", ["weights", "setting", "pictures", "labels", "transform"])
+def test_other_features_are_never_taken_for_these(pictures, cache, change):
+    encoder, other, spec = make_encoder(), make_encoder(), str(pictures)
+    encode_data(encoder, open_data(spec))
+    if change == "weights":
+        other = make_encoder(seed=1)
+    elif change == "setting":
+        other = make_encoder(divide_out=False)
+    elif change == "pictures":
+        spec += "?limit=4"
+    elif change == "labels":
+        spec += "?label=none"
+    else:
+        other.data_config["mean"] = (0.1,)
+    encode_data(other, open_data(spec))
+    assert len(list(cache.rglob("*.safetensors"))) == 2
+
+
+def test_the_cache_goes_by_the_weights_not_by_their_file(pictures, cache, tmp_path):
+    encoder = make_encoder()
+    encode_data(encoder, open_data(pictures))
+    for name in ("first", "second"):
+        save_encoder(encoder, tmp_path / name)
+        encode_data(load_encoder(tmp_path / name), open_data(pictures))
+    assert len(list(cache.rglob("*.safetensors"))) == 1
+    assert weights_hash(encoder) == weights_hash(load_encoder(tmp_path / "first"))
+
+
+def test_without_the_cache_nothing_is_written_or_read(pictures, cache, capsys):
+    data, encoder = open_data(pictures), make_encoder()
+    encode_data(encoder, data, cache=False)
+    assert not cache.exists()
+    kept = encode_data(encoder, data)
+    (file,) = cache.rglob("*.safetensors")
+    file.write_bytes(b"broken")
+    assert torch.equal(encode_data(encoder, data, cache=False).x, kept.x)
+    with pytest.raises(ValueError, match=r"is damaged .* delete it, or use --no-cache"):
+        encode_data(encoder, data)
+
+
+def test_a_cache_that_cannot_be_written_costs_nothing_but_itself(pictures, cache, capsys):
+    cache.write_text("a file where the folder should be")
+    assert len(encode_data(make_encoder(), open_data(pictures)).ids) == 7
+    assert "were not kept" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 7])
+@pytest.mark.parametrize("size", [1, 8, 20])
+def test_whole_batches_are_shared_out(world, size):
+    parts = [share(size, 4, Processes(rank, world)) for rank in range(world)]
+    assert sorted(i for part in parts for i in part) == list(range(size))
+    for part in parts:
+        batches = [part[i : i + 4] for i in range(0, len(part), 4)]
+        assert all(batch[0] % 4 == 0 for batch in batches)
+        assert all(len(batch) == 4 or batch[-1] == size - 1 for batch in batches)
+
+
+class FreeProcesses(Processes):
+    """Places without a connection."""
+
+    def agree(self, value):
+        return value
+
+
+@pytest.mark.parametrize("world", [2, 5])
+def test_several_processes_put_together_what_one_computes(pictures, world, monkeypatch):
+    data, encoder = open_data(pictures), make_encoder()
+    alone = encode_data(encoder, data, batch_size=2, cache=False)
+    sent = []
+    monkeypatch.setattr(Processes, "gather", lambda self, part: sent.append(part) or [])
+    for rank in range(1, world):
+        found = encode_data(encoder, data, batch_size=2, cache=False,
+                            processes=FreeProcesses(rank, world))  # fmt: skip
+        assert found is None
+    monkeypatch.setattr(Processes, "gather", lambda self, part: [part, *sent])
+    together = encode_data(
+        encoder, data, batch_size=2, cache=False, processes=FreeProcesses(0, world)
+    )
+    assert torch.equal(together.x, alone.x)
+    assert torch.equal(together.y, alone.y)
+    assert (together.ids, sorted(together.skipped)) == (alone.ids, sorted(alone.skipped))

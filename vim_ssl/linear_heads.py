@@ -1,0 +1,220 @@
+"""Linear classifiers on frozen features: logistic regression, and MAE's head trained by LARS."""
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vim_ssl.data.loader import EpochBatches
+from vim_ssl.optim import build_schedule
+from vim_ssl.scores import judge
+
+MANY = int(5e7)  # numbers, from which on one matrix product keeps several threads busy
+LARGE = 100_000  # pictures above which scikit-learn would take hours
+CHUNK = 2**16  # pictures in float32 on the device at once
+MAX_STEPS = 1000  # of L-BFGS
+
+
+@dataclass
+class LinearHead:
+    """(x - mean) / std @ weight + bias.
+
+    Attributes:
+        mean, std: (d,).  weight: (d, k).  bias: (k,).
+        classes: (c,) int64, the labels that were seen, k = c columns, or one for the second of two;
+            None where a picture has several labels: a column for each, independent of the others.
+    """
+
+    mean: Tensor
+    std: Tensor
+    weight: Tensor
+    bias: Tensor
+    classes: Tensor | None
+
+    def scores(self, x: Tensor | np.ndarray) -> Tensor:
+        """Logits (n, k) of features (n, d)."""
+        x = torch.as_tensor(x, dtype=self.weight.dtype)
+        parts = ((part - self.mean) / self.std @ self.weight for part in x.split(CHUNK))
+        return torch.cat([part + self.bias for part in parts])
+
+    def predict(self, x: Tensor | np.ndarray) -> Tensor:
+        """Labels (n,), or rows of 0 and 1 (n, k), int64."""
+        scores = self.scores(x)
+        if self.classes is None:
+            return (scores > 0).long()
+        best = (scores[:, 0] > 0).long() if scores.shape[1] == 1 else scores.argmax(1)
+        return self.classes[best]
+
+    def score(self, x: Tensor | np.ndarray, y: Tensor | np.ndarray) -> float:
+        """What a head is chosen by, in [0, 1]: the share of right answers, or the macro mAP."""
+        answer = self.scores(x) if self.classes is None else self.predict(x)
+        return judge(answer, y)["main"].value / 100
+
+
+def fit_logistic(
+    x: Tensor | np.ndarray,
+    y: Tensor | np.ndarray,
+    C: float,
+    tol: float = 1e-4,
+    start: LinearHead | None = None,
+) -> LinearHead:
+    """Logistic regression on standardised features, by L-BFGS: multinomial, or for several labels
+    a picture one against the rest.
+
+    It minimises  sum of the pictures' losses + ||weight||² / (2 C).  scikit-learn does it; above
+    `LARGE` pictures, and for several labels, torch, on a GPU where there is one. In float32, which
+    halves the time; a thousand steps are enough for every C of a sweep to be ranked, if not for
+    the largest to converge.
+
+    Args:
+        x: (n, d).  y: (n,) labels, or (n, k) of 0 and 1.
+        tol: of the gradient. A tenth as strict takes half the time.
+        start: fitted to the same data with another C: a sweep over ascending values is faster so.
+    Raises: ValueError for labels of one class.
+    """
+    x, y = torch.as_tensor(x, dtype=torch.float32), torch.as_tensor(y)
+    mean, std = (start.mean, start.std) if start else moments(x)
+    classes = None
+    if y.ndim == 1:
+        classes, y = y.unique(return_inverse=True)
+        if len(classes) < 2:
+            raise ValueError("all pictures have the same label; a classifier needs two classes.")
+    fit = _by_sklearn if y.ndim == 1 and len(x) <= LARGE else _by_torch
+    weight, bias = fit(x, y, mean, std, C, tol, start)
+    return LinearHead(mean, std, weight, bias, classes)
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation (d,) of features (n, d); 1 for the deviation of what does not vary."""
+    variance, mean = torch.var_mean(x, dim=0, correction=0)
+    std = variance.sqrt()
+    return mean, torch.where(std > 1e-6 * mean.abs(), std, 1.0)
+
+
+def _by_sklearn(x, y, mean, std, C, tol, start) -> tuple[Tensor, Tensor]:
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from threadpoolctl import threadpool_limits
+
+    model = LogisticRegression(C=C, tol=tol, max_iter=MAX_STEPS, warm_start=start is not None)
+    if start is not None:
+        model.coef_, model.intercept_ = start.weight.T.numpy().copy(), start.bias.numpy().copy()
+    # Its many small matrix products lose far more to waking threads than they gain.
+    with threadpool_limits(1 if x.numel() < MANY else None), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model.fit(((x - mean) / std).numpy(), y.numpy())
+    weight, bias = (torch.from_numpy(v).float() for v in (model.coef_.T, model.intercept_))
+    return weight, bias
+
+
+def _by_torch(x, y, mean, std, C, tol, start) -> tuple[Tensor, Tensor]:
+    """Both divide the objective by n, and stop when no entry of the gradient exceeds ``tol``."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    n, d = x.shape
+    if y.ndim == 1 and int(y.max()) == 1:  # two classes: one column, as scikit-learn has it
+        y = y[:, None]
+    k = int(y.max()) + 1 if y.ndim == 1 else y.shape[1]
+    weight, bias = torch.zeros(d, k, device=device), torch.zeros(k, device=device)
+    if start is not None:
+        weight.copy_(start.weight)
+        bias.copy_(start.bias)
+    mean, std = mean.to(device), std.to(device)
+    solver = torch.optim.LBFGS(
+        [weight.requires_grad_(), bias.requires_grad_()], max_iter=MAX_STEPS, history_size=10,
+        tolerance_grad=tol, tolerance_change=0.0, line_search_fn="strong_wolfe",
+    )  # fmt: skip
+
+    def objective() -> Tensor:
+        solver.zero_grad()
+        total = weight.square().sum() / (2 * C * n)
+        total.backward()
+        total = total.detach().double()
+        for part, labels in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
+            logits = (part.to(device) - mean) / std @ weight + bias
+            loss = loss_sum(logits, labels.to(device)) / n
+            loss.backward()
+            total += loss.detach().double()
+        return total
+
+    solver.step(objective)
+    return weight.detach().cpu(), bias.detach().cpu()
+
+
+def loss_sum(logits: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy summed over pictures: of one label each (n,), or of every column (n, k)."""
+    if y.ndim == 2:
+        return F.binary_cross_entropy_with_logits(logits, y.to(logits), reduction="sum")
+    return F.cross_entropy(logits, y, reduction="sum")
+
+
+def fit_lars(
+    x: Tensor,
+    y: Tensor,
+    *,
+    base_lr: float = 0.1,
+    batch: int = 16384,
+    epochs: int = 90,
+    seed: int = 0,
+) -> LinearHead:
+    """MAE's linear probe on features that are known already: batch normalisation without scale and
+    shift, a linear layer, LARS without weight decay, a cosine after a ninth of warm-up. MAE
+    augments the pictures anew in every epoch, which stored features cannot show.
+
+    Its numbers, which are the defaults, are meant for the million pictures of ImageNet. How far
+    the weights can move goes by pictures x epochs x lr: see `lars_reach`.
+
+    Not through `vim_ssl.training.fit`: the normalisation is over the whole batch, which several
+    processes would cut up, and a sample here is one row of a matrix.
+
+    Args:
+        x: (n, d).  y: (n,) labels, or (n, k) of 0 and 1.
+        base_lr: per 256 pictures.
+        batch: pictures a step; all of them where there are fewer.
+    Reference: Masked Autoencoders, arXiv:2111.06377, appendix A.1.
+    """
+    from timm.optim import create_optimizer_v2
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    classes = None
+    if y.ndim == 1:
+        classes, y = y.unique(return_inverse=True)
+    norm = nn.BatchNorm1d(x.shape[1], eps=1e-6, affine=False)
+    linear = nn.Linear(x.shape[1], y.shape[1] if classes is None else len(classes))
+    nn.init.normal_(linear.weight, std=0.01, generator=torch.Generator().manual_seed(seed))
+    nn.init.zeros_(linear.bias)
+    model = nn.Sequential(norm, linear).to(device).train()
+    batches = EpochBatches(len(x), min(batch, len(x)), seed=seed)
+    # Without weight decay timm's LARS is plain SGD unless told to adapt; MAE's adapts all but the
+    # bias.
+    adapted: dict[str, Any] = {"params": [linear.weight], "always_adapt": True}
+    lr = base_lr * batches.batch_size / 256
+    optimizer = create_optimizer_v2(
+        [adapted, {"params": [linear.bias]}], "lars", lr=lr, weight_decay=0.0, momentum=0.9
+    )
+    steps = epochs * len(batches)
+    schedule = build_schedule(optimizer, total_steps=steps, warmup_steps=steps // 9)
+    step = 0
+    for batches.epoch in range(epochs):
+        for places in batches:
+            rows = torch.tensor([row for _, row in places])
+            schedule.step_update(step)
+            loss = loss_sum(model(x[rows].to(device)), y[rows].to(device)) / len(rows)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+    model.cpu()
+    mean, variance = (norm.get_buffer(f"running_{name}") for name in ("mean", "var"))
+    weight, bias = linear.weight.detach().T, linear.bias.detach()
+    return LinearHead(mean, (variance + norm.eps).sqrt(), weight, bias, classes)
+
+
+def lars_reach(n: int, base_lr: float, epochs: int) -> float:
+    """How many times its own length a weight can move in `fit_lars`, at most: a step is a
+    thousandth of it times the lr, which momentum makes ten times as much and the cosine half.
+    ImageNet under MAE's numbers: 225."""
+    return 0.001 * 10 * 0.5 * n * epochs * base_lr / 256
