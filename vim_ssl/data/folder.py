@@ -60,8 +60,8 @@ def open_folder(spec: DataSpec) -> ImageData:
                 f"{' or '.join(f'{key}={a}' for a in allowed)}."
             )
     root = Path(spec.location).expanduser()
-    names = _find_pictures(root, spec.location)
-    parts = _by_split(names)
+    names = find_pictures(root, spec.location)
+    parts = by_split(names)
     labelled = {
         split: _classes(part, bool(split), spec.label, root) for split, part in parts.items()
     }
@@ -82,7 +82,7 @@ def open_folder(spec: DataSpec) -> ImageData:
     )  # fmt: skip
 
 
-def _find_pictures(root: Path, given: str) -> list[str]:
+def find_pictures(root: Path, given: str) -> list[str]:
     """Sorted names of all pictures below root, with forward slashes."""
     if not root.exists():
         raise FileNotFoundError(f"There is no folder {given!r}.{_hint(given)}")
@@ -120,7 +120,7 @@ def _find_pictures(root: Path, given: str) -> list[str]:
     return sorted(names)
 
 
-def _by_split(names: list[str]) -> dict[str, list[str]]:
+def by_split(names: list[str]) -> dict[str, list[str]]:
     """Pictures by split folder, train first; all under "" when the folders are no splits."""
     tops = {name.split("/")[0] if "/" in name else "" for name in names}
     if not tops <= _SPLIT_FOLDERS:

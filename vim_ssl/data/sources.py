@@ -8,6 +8,7 @@ from typing import Literal, overload
 from vim_ssl.data.dataset import ImageData, join
 from vim_ssl.data.folder import open_folder
 from vim_ssl.data.hub import open_hub, stream_hub
+from vim_ssl.data.masks import open_ade20k, open_masks
 from vim_ssl.data.sample_sets import open_sample
 from vim_ssl.data.spec import DataSpec, canonical_split, parse_spec
 from vim_ssl.data.split import stratified_split
@@ -18,6 +19,8 @@ _OPENERS: dict[str, Callable[[DataSpec], ImageData]] = {
     "folder": open_folder,
     "hf": open_hub,
     "sample": open_sample,
+    "ade20k": open_ade20k,
+    "masks": open_masks,
 }
 AND = " + "  # between specs that are read as one
 _STREAMS: dict[str, Callable[[DataSpec], ImageStream]] = {"hf": stream_hub, "wds": stream_tars}
@@ -36,7 +39,8 @@ def open_data(
 def open_data(
     spec: str | Path, *, split: str | None = None, streams: bool = False
 ) -> ImageData | ImageStream:
-    """Open pictures: a folder's path, ``hf:owner/name[:config]``, ``sample:name``, ``wds:shards``.
+    """Open pictures: a folder's path, ``hf:owner/name[:config]``, ``sample:name``, ``wds:shards``,
+    or with masks ``masks:folder``, ``ade20k:root``.
 
     Args:
         spec: ``SCHEME:LOCATION?key=value&...``; see `DataSpec` for the keys. Several joined by
@@ -90,9 +94,7 @@ def labelled_parts(spec: str | Path, test: float, seed: int) -> tuple[ImageData,
     Raises: ValueError for pictures without labels of at least two classes.
     """
     everything = open_data(spec, split="all")
-    splits = {canonical_split(name) for name in everything.splits}
-    held_out = [name for name in ("test", "validation") if name in splits]
-    if "train" in splits and held_out:
+    if held_out := _held_out(everything):
         train = open_data(spec, split="train")
         others = [open_data(spec, split=name) for name in held_out]
         # The labels of a test split are often withheld.
@@ -112,3 +114,27 @@ def labelled_parts(spec: str | Path, test: float, seed: int) -> tuple[ImageData,
             raise ValueError(f"{spec} ({part.split}) has no labels of two classes; it needs them.")
         parts.append(part)
     return parts[0], parts[1]
+
+
+def masked_parts(spec: str | Path, test: float, seed: int) -> tuple[ImageData, ImageData]:
+    """The training and the test part of pictures with masks; as `labelled_parts`.
+
+    Raises: ValueError for pictures without masks.
+    """
+    everything = open_data(spec, split="all")
+    if not everything.has_masks:
+        raise ValueError(
+            f"{spec} has no masks; name a folder with images/ and masks/ as masks:FOLDER, or "
+            "ade20k:ROOT."
+        )
+    if held_out := _held_out(everything):
+        return open_data(spec, split="train"), open_data(spec, split=held_out[0])
+    alike = [0] * len(everything)
+    first, second = stratified_split(alike, test, seed, everything.groups)
+    return everything.subset(first), everything.subset(second)
+
+
+def _held_out(everything: ImageData) -> list[str]:
+    """The splits to test on, of a source that has such a one beside a training part."""
+    splits = {canonical_split(name) for name in everything.splits}
+    return [name for name in ("test", "validation") if {name, "train"} <= splits]

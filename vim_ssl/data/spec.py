@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
-BUILT = ("folder", "hf", "sample", "wds")
+BUILT = ("folder", "hf", "sample", "wds", "ade20k", "masks")
 PLANNED = (
-    "parquet", "csv", "coco", "ade20k", "imagenet", "medmnist", "dicom", "nifti", "slide",
+    "parquet", "csv", "coco", "imagenet", "medmnist", "dicom", "nifti", "slide",
     "geotiff", "eurosat", "bigearthnet", "video", "pairs",
 )  # fmt: skip
 # What one split is called in different places; the first is the name used here.
@@ -27,7 +27,7 @@ class DataSpec:
     """A parsed spec.
 
     Attributes:
-        scheme: "folder", "hf", "sample" or "wds".
+        scheme: one of `BUILT`.
         location: a path or name, as the scheme takes it.
         split: the split to open; "all" for everything; None for the training part.
         image, label, caption, group: columns (of "wds": extensions) to take these from.
