@@ -32,7 +32,7 @@ def create_transform(
     Raises: ValueError for a number of channels that pictures do not have.
     """
     config = _config(encoder_or_config)
-    size, mode = tuple(config["input_size"]), _mode(config["input_size"][0])
+    size, mode = tuple(config["input_size"]), channels_mode(config["input_size"][0])
     keys = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
     given = {key: config[key] for key in keys if key in config}
     steps = timm_data.create_transform(input_size=size, is_training=is_training, **given, **augment)
@@ -79,7 +79,7 @@ def pretrain_transform(
     )
     return transforms.Compose(
         [
-            ToMode(_mode(config["input_size"][0])),
+            ToMode(channels_mode(config["input_size"][0])),
             crop,
             *flip,
             transforms.ToTensor(),
@@ -139,7 +139,7 @@ def _config(encoder_or_config: nn.Module | Mapping[str, Any]) -> Mapping[str, An
     return config
 
 
-def _mode(in_chans: int) -> str:
+def channels_mode(in_chans: int) -> str:
     if in_chans not in (1, 3):
         raise ValueError(
             f"The encoder takes {in_chans} channels; pictures have 1 (grey) or 3 (colour)."
