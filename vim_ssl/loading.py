@@ -150,9 +150,9 @@ def save_encoder(
     folder.mkdir(parents=True, exist_ok=True)
     weights, averaged = folder / "encoder.safetensors", folder / "encoder_ema.safetensors"
     if ema is not None:
-        _write_whole(averaged, save(ema))
-    _write_whole(weights, save(state))
-    _write_whole(folder / "encoder.json", text.encode())
+        write_whole(averaged, save(ema))
+    write_whole(weights, save(state))
+    write_whole(folder / "encoder.json", text.encode())
     if ema is None:
         averaged.unlink(missing_ok=True)
     return weights
@@ -162,7 +162,7 @@ def _plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key: value.detach().cpu().contiguous() for key, value in state.items()}
 
 
-def _write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes) -> None:
     """A reader, or a crash, sees the old file or the new one, never a part."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
