@@ -195,6 +195,20 @@ def test_schedule(step, lr, layer_decay):
     assert groups["head.weight"]["lr"] == pytest.approx(lr)
 
 
+@pytest.mark.parametrize(("step", "lr"), [(0, 0.0), (5, LR / 2), (10, LR), (55, LR / 2), (100, 0)])
+def test_a_linear_schedule_falls_in_a_line(step, lr):
+    optimizer = build_optimizer(encoder(), lr=LR, weight_decay=DECAY)
+    schedule = build_schedule(optimizer, total_steps=TOTAL, warmup_steps=WARMUP, schedule="linear")
+    schedule.step_update(step)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(lr)
+
+
+def test_an_unknown_schedule_is_an_error():
+    with pytest.raises(ValueError, match="Did you mean 'cosine'"):
+        build_schedule(build_optimizer(encoder(), lr=LR, weight_decay=DECAY), total_steps=9,
+                       schedule="cosin")  # fmt: skip
+
+
 def test_schedule_is_a_function_of_the_step_alone():
     """As after a resume: a new schedule on the restored optimiser goes on where the old one was."""
     model = encoder()

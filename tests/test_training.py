@@ -241,6 +241,22 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path):
     assert torch.isfinite(objective.linear.weight).all()
 
 
+def test_a_step_in_which_nothing_counts_is_no_bad_step(tmp_path):
+    """As when no pixel of a batch is labelled."""
+
+    class Empty(Linear):
+        def forward(self, batch):
+            out = super().forward(batch)
+            return StepOutput(out.loss_sum * 0, 0.0) if self.calls == 2 else out
+
+    objective = Empty()
+    figures, run = train(tmp_path, objective, size=16)
+    rows = read_metrics(run.folder)
+    assert rows[1]["loss"] == rows[1]["grad_norm"] == rows[-1]["bad_steps"] == 0
+    assert figures["loss"] > 0
+    assert torch.isfinite(objective.linear.weight).all()
+
+
 def test_too_many_bad_steps_in_a_row_end_the_run_and_keep_the_checkpoint(tmp_path):
     objective = Linear(fail_at=(5, 6, 7))
     with pytest.raises(FloatingPointError, match=r"3 steps in a row.*resume auto"):

@@ -8,6 +8,7 @@
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -17,7 +18,8 @@ from timm.optim import (
     param_groups_layer_decay,
     param_groups_weight_decay,
 )
-from timm.scheduler import CosineLRScheduler
+from timm.scheduler import CosineLRScheduler, PolyLRScheduler
+from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from vim_ssl.config import did_you_mean
@@ -30,6 +32,13 @@ NO_DECAY = {
     "pos_embed", "cls_token", "cls_token_head", "cls_token_tail", "mask_token", "register_tokens",
     "query",
 }  # fmt: skip
+
+
+# How the learning rate falls after the warm-up.
+SCHEDULES: dict[str, Callable] = {
+    "cosine": CosineLRScheduler,
+    "linear": partial(PolyLRScheduler, power=1.0),  # "poly" of power 1
+}
 
 
 def param_groups(
@@ -105,8 +114,9 @@ def build_schedule(
     warmup_steps: int = 0,
     min_lr: float = 0.0,
     warmup_lr: float = 0.0,
-) -> CosineLRScheduler:
-    """Linear warm-up from ``warmup_lr`` to the optimiser's lr, then a cosine down to ``min_lr``.
+    schedule: str = "cosine",
+) -> Scheduler:
+    """Linear warm-up from ``warmup_lr`` to the optimiser's lr, then down to ``min_lr``.
 
     Call ``step_update(step)`` before optimiser step ``step`` = 0, 1, …: the learning rate is a
     function of that number alone, so there is no state to save. ``lr_scale`` multiplies it, which
@@ -115,20 +125,23 @@ def build_schedule(
     Args:
         total_steps: optimiser steps of the run; step ``total_steps`` would have ``min_lr``.
         warmup_steps: of these; step ``warmup_steps`` has the full lr.
-    Raises: ValueError if the warm-up leaves no step.
+        schedule: how it falls, by the names in `SCHEDULES`.
+    Raises: ValueError if the warm-up leaves no step, or for an unknown schedule.
     """
     if not 0 <= warmup_steps < total_steps:
         raise ValueError(
             f"a warm-up of {warmup_steps} steps does not fit a run of {total_steps}; "
             "warm up for less or train for longer."
         )
-    return CosineLRScheduler(
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule {schedule!r} is unknown. {did_you_mean(schedule, SCHEDULES)}")
+    return SCHEDULES[schedule](
         optimizer,
         t_initial=total_steps - warmup_steps,
         lr_min=min_lr,
         warmup_t=warmup_steps,
         warmup_lr_init=warmup_lr,
-        warmup_prefix=True,  # the cosine starts at its top, where the warm-up ends
+        warmup_prefix=True,  # the fall starts at its top, where the warm-up ends
         t_in_epochs=False,
     )
 

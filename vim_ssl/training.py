@@ -29,7 +29,7 @@ from vim_ssl.data.loader import (
     training_loader,
 )
 from vim_ssl.objective import StepOutput
-from vim_ssl.optim import build_optimizer, build_schedule, check_optimizer
+from vim_ssl.optim import SCHEDULES, build_optimizer, build_schedule, check_optimizer
 from vim_ssl.processes import cores
 from vim_ssl.runs import Run
 
@@ -45,6 +45,9 @@ class TrainConfig:
     base_lr: float = opt(1.5e-4, "learning rate per lr_reference_batch samples", group="optimiser")
     lr_reference_batch: int = opt(256, "samples that base_lr is meant for", group="optimiser")
     min_lr: float = opt(0.0, "learning rate at the end, not scaled", group="optimiser")
+    schedule: str = opt(
+        "cosine", "how the rate falls to min_lr", group="optimiser", choices=SCHEDULES
+    )
     warmup_epochs: float = opt(40.0, "linear warm-up", group="optimiser")
     warmup_lr: float = opt(0.0, "learning rate it starts from, not scaled", group="optimiser")
     weight_decay: float = opt(0.05, "not on A_log, D, biases, norms, tokens", group="optimiser")
@@ -210,6 +213,7 @@ def fit(
     schedule = build_schedule(
         optimizer, total_steps=plan.scheduled_steps, min_lr=config.min_lr,
         warmup_steps=plan.warmup_steps, warmup_lr=config.warmup_lr,
+        schedule=config.schedule,
     )  # fmt: skip
     model, optimizer = accelerator.prepare(objective, optimizer)
     if average is not None:
@@ -395,6 +399,7 @@ def _forward_backward(accelerator, model, objective, batches, config, progress):
     if accelerator.num_processes > 1:
         sums = accelerator.reduce(sums.to(accelerator.device)).cpu()
     *totals, weight, samples = sums.tolist()
+    weight = weight or 1.0  # nothing in the step counted, so every sum is zero
     factor = unit * accelerator.num_processes / weight  # DDP has averaged over the processes
     if factor != 1.0:
         for p in model.parameters():

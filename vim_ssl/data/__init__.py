@@ -7,7 +7,7 @@
 
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import BadImage, clean_image, decode_image
-from vim_ssl.data.sources import labelled_parts, open_data
+from vim_ssl.data.sources import labelled_parts, masked_parts, open_data
 from vim_ssl.data.spec import DataSpec, parse_spec
 from vim_ssl.data.split import stratified_split
 from vim_ssl.data.stream import ImageStream
@@ -29,6 +29,7 @@ __all__ = [
     "create_transform",
     "decode_image",
     "labelled_parts",
+    "masked_parts",
     "open_data",
     "parse_spec",
     "pretrain_transform",

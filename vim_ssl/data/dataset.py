@@ -31,20 +31,34 @@ class Pictures(Protocol):
         ...
 
 
+class Masks(Protocol):
+    """Masks by row."""
+
+    def read(self, row: int, size: tuple[int, int], /) -> np.ndarray:
+        """uint8 (h, w), of a picture of ``size`` (width, height)."""
+        ...
+
+    def sizes(self, row: int, /) -> int | str:
+        """Bytes of the file."""
+        ...
+
+
 class ImageData(Dataset):
     """Pictures by index; labels and groups without decoding any.
 
     An item is a dict: ``image`` (a decoded PIL image, "RGB" or "L", any size; where a source has
     other bands, an array (h, w, bands), NaN where nothing was measured), ``id`` (str, the same in
-    every run), and where known ``label``, ``caption`` (one or several: see `captions_of`),
-    ``group`` (str) and ``meta`` (dict). Can be sent to DataLoader workers, forked or spawned.
+    every run), and where known ``label``, ``mask`` (uint8 (h, w), the classes' numbers, 255 for
+    none), ``caption`` (one or several: see `captions_of`), ``group`` (str) and ``meta`` (dict).
+    Can be sent to DataLoader workers, forked or spawned.
 
     Attributes:
         name: the spec string it was opened with.
         ids: list[str].
         labels: one a picture, or None. A class (int, -1 stands for "unknown"); where a picture has
             several, a row of 0 and 1 with a place for every class.
-        classes: the labels' names, list[str] or None.
+        classes: the names of the labels, or of the masks' numbers; list[str] or None.
+        has_masks: whether items have a ``mask``.
         groups: list[str] or None; pictures of one group belong on one side of a split.
         bands: names of the bands, where the source has them; else None.
         task: of `vim_ssl.metrics.TASKS`, where the source says so.
@@ -64,6 +78,7 @@ class ImageData(Dataset):
         classes: Sequence[str] | None = None,
         groups: Iterable[str] | None = None,
         captions: Captions | None = None,
+        masks: Masks | None = None,
         splits: Sequence[str] = (),
         split: str = "all",
         bands: Sequence[str] | None = None,
@@ -79,10 +94,11 @@ class ImageData(Dataset):
         self.task, self.faults = task, list(faults)
         self.bands = None if bands is None else tuple(bands)
         self.min_side: int | None = None
-        self._pictures, self._captions = pictures, captions
+        self._pictures, self._captions, self._masks = pictures, captions, masks
+        self.has_masks = masks is not None
         self._rows: Sequence[int] = range(
             len(self.ids)
-        )  # picture and caption of item i stand at _rows[i]
+        )  # picture, caption and mask of item i are at _rows[i]
         self._source_fingerprint = source_fingerprint
         for what, column in (("labels", self.labels), ("groups", self.groups)):
             if column is not None and len(column) != len(self.ids):
@@ -102,9 +118,12 @@ class ImageData(Dataset):
             if isinstance(picture, np.ndarray):
                 item["image"] = array_picture(picture)
             else:
-                item["image"] = decode_image(picture, min_side=self.min_side)
+                min_side = None if self._masks else self.min_side  # a mask has the whole size
+                item["image"] = decode_image(picture, min_side=min_side)
             if self._captions is not None:
                 item["caption"] = self._captions[self._rows[index]]
+            if self._masks is not None:
+                item["mask"] = self._masks.read(self._rows[index], item["image"].size)
         except BadImage as error:
             raise BadImage(item["id"], error.reason) from error
         if self.labels is not None:
@@ -166,6 +185,7 @@ class ImageData(Dataset):
         for i, row in enumerate(self._rows):
             size = sizes(row) if sizes else ""
             label = "" if self.labels is None else as_key(self.labels[i])
+            label = label if self._masks is None else self._masks.sizes(row)
             digest.update(f"{self.ids[i]}\0{size}\0{label}\n".encode(errors="surrogateescape"))
         return digest.hexdigest()
 

@@ -10,6 +10,7 @@ from vim_ssl.data.dicom import open_dicom
 from vim_ssl.data.folder import open_folder
 from vim_ssl.data.hub import open_hub, stream_hub
 from vim_ssl.data.imagenet import open_imagenet
+from vim_ssl.data.masks import open_ade20k, open_masks
 from vim_ssl.data.medmnist import open_medmnist
 from vim_ssl.data.nifti import open_nifti
 from vim_ssl.data.pairs import open_pairs
@@ -35,6 +36,8 @@ _OPENERS: dict[str, Callable[[DataSpec], ImageData]] = {
     "eurosat": open_eurosat,
     "bigearthnet": open_bigearthnet,
     "sample": open_sample,
+    "ade20k": open_ade20k,
+    "masks": open_masks,
 }
 AND = " + "  # between specs that are read as one
 _STREAMS: dict[str, Callable[[DataSpec], ImageStream]] = {"hf": stream_hub, "wds": stream_tars}
@@ -111,9 +114,7 @@ def labelled_parts(spec: str | Path, test: float, seed: int) -> tuple[ImageData,
     Raises: ValueError for pictures without labels of at least two classes.
     """
     everything = open_data(spec, split="all")
-    splits = {canonical_split(name) for name in everything.splits}
-    held_out = [name for name in ("test", "validation") if name in splits]
-    if "train" in splits and held_out:
+    if held_out := _held_out(everything):
         train = open_data(spec, split="train")
         others = [open_data(spec, split=name) for name in held_out]
         # The labels of a test split are often withheld.
@@ -133,3 +134,27 @@ def labelled_parts(spec: str | Path, test: float, seed: int) -> tuple[ImageData,
             raise ValueError(f"{spec} ({part.split}) has no labels of two classes; it needs them.")
         parts.append(part)
     return parts[0], parts[1]
+
+
+def masked_parts(spec: str | Path, test: float, seed: int) -> tuple[ImageData, ImageData]:
+    """The training and the test part of pictures with masks; as `labelled_parts`.
+
+    Raises: ValueError for pictures without masks.
+    """
+    everything = open_data(spec, split="all")
+    if not everything.has_masks:
+        raise ValueError(
+            f"{spec} has no masks; name a folder with images/ and masks/ as masks:FOLDER, or "
+            "ade20k:ROOT."
+        )
+    if held_out := _held_out(everything):
+        return open_data(spec, split="train"), open_data(spec, split=held_out[0])
+    alike = [0] * len(everything)
+    first, second = stratified_split(alike, test, seed, everything.groups)
+    return everything.subset(first), everything.subset(second)
+
+
+def _held_out(everything: ImageData) -> list[str]:
+    """The splits to test on, of a source that has such a one beside a training part."""
+    splits = {canonical_split(name) for name in everything.splits}
+    return [name for name in ("test", "validation") if {name, "train"} <= splits]

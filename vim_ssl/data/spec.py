@@ -12,8 +12,9 @@ from urllib.parse import quote, unquote
 BUILT = (
     "folder", "hf", "csv", "parquet", "imagenet", "medmnist", "dicom", "nifti", "geotiff",
     "eurosat", "bigearthnet", "pairs", "sample", "wds",
+    "ade20k", "masks",
 )  # fmt: skip
-PLANNED = ("coco", "ade20k", "slide", "video")
+PLANNED = ("coco", "slide", "video")
 # What one split is called in different places; the first is the name used here.
 SPLIT_NAMES = {
     "train": ("train", "training"),

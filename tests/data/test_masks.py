@@ -1,0 +1,155 @@
+"""Pictures with masks: what is read, what is refused, and how it is told."""
+
+import pickle
+import subprocess
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vim_ssl.data import BadImage, masked_parts, open_data
+
+VALUES = np.array([[0, 1, 2], [2, 1, 255]], np.uint8)
+
+
+def save(path, values, mode="L"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(np.asarray(values))
+    if mode == "P":
+        image = Image.frombytes("P", image.size, image.tobytes())
+        image.putpalette([7 * i % 256 for i in range(768)])
+    image.save(path)
+
+
+def plain(root, *names, values=VALUES, mode="L", folder="masks"):
+    """images/NAME.jpg and masks/NAME.png of 3 x 2 pixels each."""
+    for name in names:
+        save(root / "images" / f"{name}.jpg", np.full((2, 3, 3), 90, np.uint8))
+        save(root / folder / f"{name}.png", values, mode)
+    return f"masks:{root}"
+
+
+@pytest.mark.parametrize("mode", ["L", "P"])
+def test_a_mask_is_its_files_numbers(tmp_path, mode):
+    data = open_data(plain(tmp_path, "b", "a", mode=mode))
+    assert data.ids == ["a.jpg", "b.jpg"]
+    assert (data.classes, data.labels, data.has_masks) == (["0", "1", "2"], None, True)
+    item = pickle.loads(pickle.dumps(data))[1]
+    assert item["image"].size == (3, 2)
+    assert item["mask"].dtype == np.uint8
+    assert np.array_equal(item["mask"], VALUES)
+
+
+def test_sixteen_bits_and_black_and_white(tmp_path):
+    spec = plain(tmp_path, "a", values=VALUES.astype(np.uint16))
+    assert np.array_equal(open_data(spec)[0]["mask"], VALUES)
+    Image.fromarray(VALUES == 1).save(tmp_path / "masks/a.png")
+    assert np.array_equal(open_data(spec)[0]["mask"], VALUES == 1)
+
+
+def test_classes_txt_names_them(tmp_path):
+    spec = plain(tmp_path, "a")
+    (tmp_path / "classes.txt").write_text("ground\ntree \n\nhouse\nwater\n")
+    assert open_data(spec).classes == ["ground", "tree", "house", "water"]
+
+
+def test_split_folders_are_the_parts(tmp_path):
+    spec = plain(tmp_path, "train/a", "train/b", "val/a")
+    train, test = masked_parts(spec, 0.5, 0)
+    assert (train.ids, test.ids) == (["train/a.jpg", "train/b.jpg"], ["val/a.jpg"])
+    assert train[0]["meta"]["path"].endswith("images/train/a.jpg")
+
+
+def test_without_splits_a_share_is_held_out_with_its_mask(tmp_path):
+    for i in range(8):
+        spec = plain(tmp_path, f"scene{i // 2}/{i}", values=VALUES * 0 + i)
+    for part in masked_parts(f"{spec}?group=folder", 0.25, 0):
+        for item in (part[i] for i in range(len(part))):
+            assert item["mask"][0, 0] == int(item["id"].split("/")[1][0])
+    assert len({name.split("/")[0] for name in part.ids}) == 1 < len(part)
+
+
+def test_ade20k_has_no_class_zero(tmp_path):
+    values = np.array([[0, 1, 150], [2, 2, 0]], np.uint8)
+    plain(tmp_path, "training/ADE_1", "validation/ADE_2", values=values, folder="annotations")
+    train, test = masked_parts(f"ade20k:{tmp_path}", 0.2, 0)
+    assert (train.split, test.split, len(train.classes)) == ("training", "validation", 150)
+    assert train[0]["mask"].tolist() == [[255, 0, 149], [1, 1, 255]]
+    rows = [f"{i}\t0.1\t5\t6\tname{i}, other" for i in range(1, 151)]
+    (tmp_path / "objectInfo150.txt").write_text("Idx\tRatio\tTrain\tVal\tName\n" + "\n".join(rows))
+    assert open_data(f"ade20k:{tmp_path}").classes[0] == "name1"
+
+
+def test_the_fingerprint_knows_the_masks(tmp_path):
+    spec = plain(tmp_path, "a")
+    before = open_data(spec).fingerprint
+    save(tmp_path / "masks/a.png", np.random.default_rng(0).integers(0, 3, (90, 90), np.uint8))
+    assert open_data(spec).fingerprint != before
+
+
+# ------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        (np.zeros((3, 2), np.uint8), "the mask has 2×3 pixels, its picture 3×2"),
+        ([[0, 1, 9], [0, 0, 0]], "holds the number 9; there are 3 classes, 0 to 2, and 255"),
+        (np.zeros((2, 3, 3), np.uint8), "mode RGB; expected one class number a pixel"),
+    ],
+    ids=["size", "class", "colour"],
+)
+def test_a_mask_that_does_not_fit_is_named(tmp_path, values, reason):
+    spec = plain(tmp_path, "a", "b")
+    (tmp_path / "classes.txt").write_text("x\ny\nz\n")
+    save(tmp_path / "masks/b.png", np.asarray(values, np.uint8))
+    data = open_data(spec)
+    assert data[0]["mask"].shape == (2, 3)
+    with pytest.raises(BadImage, match=reason) as found:
+        data[1]
+    assert found.value.id == "b.jpg"
+
+
+def test_a_broken_mask_is_named(tmp_path):
+    spec = plain(tmp_path, "a", "b")
+    (tmp_path / "masks/b.png").write_bytes(b"no picture")
+    with pytest.raises(BadImage, match=r"b\.jpg: the mask cannot be read"):
+        open_data(spec)[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ("rm -r masks", FileNotFoundError, r"lacks masks/; it holds images"),
+        ("rm -r masks images", FileNotFoundError, r"lacks images/ and masks/; it holds nothing"),
+        ("rm masks/a.png masks/b.png", FileNotFoundError, r"2 of 3 pictures .*: a.jpg, b.jpg"),
+        ("cp images/a.jpg masks/a.jpg", ValueError, r"do not survive in a .jpg file"),
+        ("cp masks/a.png masks/a.bmp", ValueError, r"two masks a.bmp and a.png"),
+        ("echo one > classes.txt", ValueError, r"has 1 classes; expected 2 to 255"),
+    ],
+)
+def test_what_is_missing_is_told_at_the_start(tmp_path, change, error, message):
+    spec = plain(tmp_path, "a", "b", "c")
+    subprocess.run(change, shell=True, cwd=tmp_path, check=True)
+    with pytest.raises(error, match=message):
+        open_data(spec)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([[0, 0, 0]], "hold 0 and so no two classes"),
+        ([[0, 255, 0]], r"hold 0, 255 .* white object on black is 1 on 0"),
+        ([[255, 255, 255]], "hold 255 and so no two classes"),
+    ],
+    ids=["one-class", "white-on-black", "all-ignored"],
+)
+def test_masks_without_two_classes_are_refused(tmp_path, values, message):
+    with pytest.raises(ValueError, match=message):
+        open_data(plain(tmp_path, "a", values=np.array(values, np.uint8)))
+
+
+def test_no_masks_no_segmentation(tmp_path):
+    plain(tmp_path, "a")
+    with pytest.raises(ValueError, match=r"has no masks; .* masks:FOLDER"):
+        masked_parts(tmp_path, 0.2, 0)

@@ -1,0 +1,18 @@
+"""Dense heads: what turns the encoder's maps, all of one size, into a pyramid and into labels.
+
+maps = encoder.forward_intermediates(images, taps, norm=True, intermediates_only=True)
+FeatureUpsampling(d, stride)(maps)        # four maps at strides 4, 8, 16, 32
+SimpleFeaturePyramid(d, stride)(maps[-1]) # five maps at strides 4 to 64, by name
+"""
+
+from vim_ssl.heads.pyramid import FeatureUpsampling, SimpleFeaturePyramid
+from vim_ssl.heads.segmentation import NORMS, FCNHead, LinearHead, UPerNet
+
+__all__ = [
+    "NORMS",
+    "FCNHead",
+    "FeatureUpsampling",
+    "LinearHead",
+    "SimpleFeaturePyramid",
+    "UPerNet",
+]

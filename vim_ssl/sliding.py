@@ -1,0 +1,144 @@
+"""Label a picture of any size by a window that slides over it."""
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Sums of logits are kept for so many values at a time (0.5 GB of float32), whatever the picture.
+MAX_VALUES = 2**27
+
+
+@torch.inference_mode()
+def label_pixels(
+    logits_of: Callable[[Tensor], Tensor],
+    image: Tensor,
+    size: tuple[int, int],
+    *,
+    classes: int,
+    window: int,
+    stride: int,
+    batch_size: int = 4,
+    max_values: int = MAX_VALUES,
+) -> Tensor:
+    """The class of every pixel: windows' logits averaged, resized to ``size``, the largest taken.
+
+    Beside the picture, memory depends on ``max_values`` and not on the sizes: a result that would
+    need more is made in blocks, for which windows at their borders are computed again. The result
+    is the same, up to rounding.
+
+    Args:
+        logits_of: (b, c, window, window) -> (b, classes, ·, ·), resized to the window here.
+        image: (c, h, w), normalised; padded with zeros where it is smaller than the window.
+        size: (height, width) of the result, such as the labels'.
+        window, stride: pixels of ``image``; the last window of a row ends at its border.
+        batch_size: windows at a time.
+    Returns: int64 (height, width) on the image's device.
+    """
+    if not 0 < stride <= window:
+        raise ValueError(f"stride {stride} is not between 1 and the window's {window} pixels.")
+    h, w = image.shape[1:]
+    image = F.pad(image, (0, max(window - w, 0), 0, max(window - h, 0)))
+    result = torch.empty(size, dtype=torch.int64, device=image.device)
+    rows, columns = _blocks((h, w), size, max(max_values // classes, 1))
+    for row in rows:
+        for column in columns:
+            top, left = _Samples(row, size[0], h), _Samples(column, size[1], w)
+            sums = _average(
+                logits_of, image, (top.first, top.stop), (left.first, left.stop),
+                classes, window, stride, batch_size,
+            )  # fmt: skip
+            step = max(max_values // (8 * classes * len(column)), 1)  # rows resized at a time
+            for first in range(row.start, row.stop, step):
+                part = _Samples(range(first, min(first + step, row.stop)), size[0], h)
+                resized = left.take(part.take(sums, 1, top.first), 2, left.first)
+                place = slice(first, first + len(part.below)), slice(column.start, column.stop)
+                result[place] = resized.argmax(0)
+    return result
+
+
+def starts(side: int, window: int, stride: int) -> list[int]:
+    """Where the windows begin that cover ``side`` pixels."""
+    last = max(side - window, 0)
+    return sorted({min(start, last) for start in range(0, last + stride, stride)})
+
+
+def _average(logits_of, image, rows, columns, classes, window, stride, batch_size) -> Tensor:
+    """(classes, ·, ·): the windows' mean logits in a region, given as (first, stop)."""
+    sides = [range(*rows), range(*columns)]
+    at = [
+        [s for s in starts(side, window, stride) if s < span[1] and s + window > span[0]]
+        for side, span in zip(image.shape[1:], (rows, columns), strict=True)
+    ]
+    sums = image.new_zeros(classes, *map(len, sides), dtype=torch.float32)
+    counts = [image.new_zeros(len(side), dtype=torch.float32) for side in sides]
+    for count, side, begins in zip(counts, sides, at, strict=True):
+        for s in begins:
+            count[max(s - side.start, 0) : s + window - side.start] += 1
+    corners = [(y, x) for y in at[0] for x in at[1]]
+    for i in range(0, len(corners), batch_size):
+        part = corners[i : i + batch_size]
+        cut = torch.stack([image[:, y : y + window, x : x + window] for y, x in part])
+        found = logits_of(cut).float()
+        for (y, x), logits in zip(part, found, strict=True):
+            logits = F.interpolate(
+                logits[None], (window, window), mode="bilinear", align_corners=False
+            )[0]
+            top, left = (max(side.start - s, 0) for side, s in zip(sides, (y, x), strict=True))
+            height = min(y + window, rows[1]) - (y + top)
+            width = min(x + window, columns[1]) - (x + left)
+            first, second = y + top - rows[0], x + left - columns[0]
+            sums[:, first : first + height, second : second + width] += logits[
+                :, top : top + height, left : left + width
+            ]
+    return sums.div_(counts[0][:, None] * counts[1])
+
+
+class _Samples:
+    """Linear interpolation along one side, as `torch.nn.functional.interpolate` does it.
+
+    Args:
+        wanted: which of the result's ``size`` places.
+        size, source: the side's length in the result and in what is interpolated.
+    Attributes ``first`` and ``stop`` say what of the source is needed.
+    """
+
+    def __init__(self, wanted: range, size: int, source: int):
+        places = torch.arange(wanted.start, wanted.stop, dtype=torch.float64)
+        at = ((places + 0.5) * (source / size) - 0.5).clamp(0, source - 1)
+        self.below = at.floor().long()
+        self.above = (self.below + 1).clamp(max=source - 1)
+        self.share = (at - self.below).float()
+        self.first, self.stop = int(self.below[0]), int(self.above[-1]) + 1
+
+    def take(self, x: Tensor, dim: int, first: int) -> Tensor:
+        """``x``, which begins at the source's place ``first``, interpolated along ``dim``."""
+        shape = [-1 if d == dim else 1 for d in range(x.dim())]
+        below, above = (
+            x.index_select(dim, (i - first).to(x.device)) for i in (self.below, self.above)
+        )
+        return torch.lerp(below, above, self.share.to(x.device).view(shape))
+
+
+def _blocks(
+    source: tuple[int, int], size: tuple[int, int], max_pixels: int
+) -> tuple[list[range], list[range]]:
+    """Rows and columns of the result, in as few parts as keep a part's source small enough."""
+    parts = [1, 1]
+
+    def sides() -> list[int]:
+        return [math.ceil(s / n) for s, n in zip(source, parts, strict=True)]
+
+    while math.prod(sides()) > max_pixels:
+        longer = sides().index(max(sides()))
+        parts[longer] += 1
+        if parts[longer] > size[longer]:
+            raise ValueError(f"max_values allows {max_pixels} pixels at a time: too few.")
+    cut = []
+    for side, n in zip(size, parts, strict=True):
+        edges = [i * side // n for i in range(n + 1)]
+        cut.append([range(a, b) for a, b in pairwise(edges)])
+    return cut[0], cut[1]
