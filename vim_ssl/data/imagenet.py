@@ -1,7 +1,6 @@
 """ImageNet-1k as it is handed out: ``imagenet:root``."""
 
 import csv
-import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +10,6 @@ from timm.data import ImageNetInfo
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.folder import EXTENSIONS, FilePictures
 from vim_ssl.data.spec import DataSpec, pick_split
-
-log = logging.getLogger(__name__)
 
 COUNTS = {"train": 1_281_167, "val": 50_000}
 KAGGLE = "ILSVRC/Data/CLS-LOC"
@@ -77,8 +74,6 @@ def open_imagenet(spec: DataSpec) -> ImageData:
             )
     if not names:
         raise ValueError(f"imagenet:{top}: {split} holds no picture.")
-    for fault in faults:
-        log.warning("imagenet:%s: %s", root, fault)
     labelled = spec.label != "none"
     return ImageData(
         FilePictures(str(top), names), names, name=str(spec),

@@ -1,7 +1,9 @@
 """`open_data`: from a spec string to pictures."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Literal, overload
 
@@ -21,6 +23,8 @@ from vim_ssl.data.split import as_key, is_known, stratified_split
 from vim_ssl.data.stream import ImageStream
 from vim_ssl.data.tables import open_csv, open_parquet
 from vim_ssl.data.tars import stream_tars
+
+log = logging.getLogger(__name__)
 
 _OPENERS: dict[str, Callable[[DataSpec], ImageData]] = {
     "folder": open_folder,
@@ -80,10 +84,17 @@ def open_data(
     if parsed.streaming or parsed.scheme not in _OPENERS:
         return _open_stream(parsed, streams)
     data = _OPENERS[parsed.scheme](parsed)
+    for fault in data.faults:
+        _warn(f"{parsed.scheme}:{parsed.location}: {fault}")
     if parsed.limit is not None and parsed.limit < len(data):
         # Spread out, since many sets are sorted by class.
         data = data.subset(i * len(data) // parsed.limit for i in range(parsed.limit))
     return data
+
+
+@cache  # once, however often the same data is opened
+def _warn(fault: str) -> None:
+    log.warning(fault)
 
 
 def _open_stream(spec: DataSpec, wanted: bool) -> ImageStream:
