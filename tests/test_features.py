@@ -74,6 +74,22 @@ def test_other_features_are_never_taken_for_these(pictures, cache, change):
     assert len(list(cache.rglob("*.safetensors"))) == 2
 
 
+def test_another_column_of_the_same_table_is_another_set(cache, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    draw = np.random.default_rng(0)
+    columns = {
+        name: [Image.fromarray(draw.integers(0, 255, (16, 16), dtype=np.uint8)) for _ in range(4)]
+        for name in ("first", "second")
+    }
+    features = datasets.Features(dict.fromkeys(columns, datasets.Image()))
+    datasets.Dataset.from_dict(columns, features=features).save_to_disk(tmp_path / "table")
+    found = [
+        encode_data(make_encoder(), open_data(f"hf:{tmp_path / 'table'}?image={name}"))
+        for name in columns
+    ]
+    assert not torch.equal(found[0].x, found[1].x)
+
+
 def test_the_cache_goes_by_the_weights_not_by_their_file(pictures, cache, tmp_path):
     encoder = make_encoder()
     encode_data(encoder, open_data(pictures))

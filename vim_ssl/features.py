@@ -1,9 +1,9 @@
 """The features of a data set under an encoder, shared out over processes and kept on disk.
 
 They are kept under a name that follows from what they are made of: the encoder's weights and
-settings, the pictures (`ImageData.fingerprint`: their list, file sizes and labels), the transform,
-and how features are read. So they are found again whatever the encoder's file is called. A picture
-painted over in a file of just the same size is not noticed.
+settings, the pictures (their spec with all its options, their list, file sizes and labels), the
+transform, and how features are read. So they are found again whatever the encoder's file is called.
+A picture painted over in a file of just the same size is not noticed.
 """
 
 import json
@@ -115,8 +115,10 @@ def weights_hash(encoder: nn.Module) -> str:
 
 
 def _key(encoder: VimEncoder, data, transform) -> str:
-    parts = [FORMAT, weights_hash(encoder), data.fingerprint, data.min_side, repr(transform)]
-    return blake2b(repr(parts).encode(), digest_size=12).hexdigest()
+    # The fingerprint is of files, not of what an option such as image=COLUMN reads from them.
+    pictures = [data.name, data.fingerprint, data.min_side]
+    parts = [FORMAT, weights_hash(encoder), *pictures, repr(transform)]
+    return blake2b(repr(parts).encode(errors="surrogateescape"), digest_size=12).hexdigest()
 
 
 def _load(file: Path, data) -> Features:
