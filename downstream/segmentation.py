@@ -56,7 +56,7 @@ class Config(TrainConfig):
     head: str = opt("upernet", "on top of the encoder", "model", choices=HEADS)
     taps: tuple[int, ...] = opt((), "blocks that are read; default: spread evenly", "model")
     channels: int = opt(64, "inside UPerNet; 0: the encoder's width", "model")
-    norm: str = opt("group", "in the head; batch wants 16 crops or more", "model", choices=NORMS)
+    norm: str = opt("batch", "in the head; layer for a batch of one", "model", choices=NORMS)
     auxiliary: float = opt(0.4, "weight of the auxiliary head's loss", "model")
     dice: float = opt(0.0, "weight of the Dice loss, for small structures", "model")
     drop_path: float = opt(0.0, "stochastic depth", "model")
@@ -76,17 +76,12 @@ class Config(TrainConfig):
         super().__post_init__()
         if self.ema:
             raise ValueError("ema averages the encoder, and not the head that belongs to it: 0.")
-        if self.norm == "batch" and self.batch_size < 2:
-            raise ValueError(
-                f"norm batch needs two crops at least, batch_size is {self.batch_size}; "
-                "use --norm group."
-            )
 
 
 def _ade20k(**settings: Any) -> Config:
     """What the paper's two runs have in common: 60,000 steps of 32 crops, 512 px, on 4 GPUs."""
     return Config(
-        short_side=512, crop=512, slide=341, taps=(5, 11, 17, 23), channels=0, norm="batch",
+        short_side=512, crop=512, slide=341, taps=(5, 11, 17, 23), channels=0,
         epochs=60_000 / ADE20K_STEPS_AN_EPOCH, warmup_epochs=1500 / ADE20K_STEPS_AN_EPOCH,
         batch_size=8, lr_reference_batch=32, schedule="linear", clip_grad=None, workers=8,
         **settings,
@@ -130,6 +125,11 @@ def run(config: Config) -> dict[str, Any]:
     train, test = masked_parts(config.data or trained_on(source), config.test, config.seed)
     if config.eval_only:
         return judge_as_it_is(config, source, test, accelerator.device)
+    together = min(config.batch_size, len(train) // accelerator.num_processes)
+    if config.norm == "batch" and config.head == "upernet" and together < 2:
+        raise ValueError(
+            f"norm batch needs two crops in a batch, here is {together}; use --norm layer."
+        )
     torch.manual_seed(config.seed)
     model = build_model(config, source, train.classes or [])
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":

@@ -44,8 +44,7 @@ class Segmentation(nn.Module):
         taps: blocks whose maps are read, four for upernet; by default spread evenly, the last
             block last, which gives 5, 11, 17, 23 of 24; of "linear" the last block alone.
         channels: inside UPerNet; 0: the encoder's width, as in the paper.
-        norm: in the head, of `vim_ssl.heads.NORMS`. "batch" is the paper's and wants large
-            batches; "group" is exact under accumulation and for a batch of one.
+        norm: in the head, of `vim_ssl.heads.NORMS`.
         auxiliary: weight of the auxiliary head's loss; upernet alone has one.
         dice: weight of the Dice loss, a mean over the classes that a picture shows.
         short_side, window, slide: how `predict` reads a picture: resized to this short side (0: as
@@ -63,7 +62,7 @@ class Segmentation(nn.Module):
         head: str = "upernet",
         taps: Sequence[int] = (),
         channels: int = 0,
-        norm: str = "group",
+        norm: str = "batch",
         auxiliary: float = 0.4,
         dice: float = 0.0,
         short_side: int = 0,

@@ -1,28 +1,20 @@
 """Heads that label every pixel: UPerNet, its auxiliary head, and a linear layer."""
 
-import math
 from collections.abc import Sequence
 from functools import partial
 
 import torch
 import torch.nn.functional as F
+from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation
 
 from vim_ssl.heads.pyramid import Norm
 
-
-def group_norm(channels: int) -> nn.GroupNorm:
-    """At most 32 groups, of four channels or more: one pixel alone must have a variance."""
-    groups = math.gcd(channels, 32)
-    while groups > 1 and channels // groups < 4:
-        groups //= 2
-    return nn.GroupNorm(groups, channels)
-
-
-# "batch" is the paper's. "group" knows no other picture, so small batches, accumulation and
-# several processes give what one large batch gives.
-NORMS: dict[str, Norm] = {"group": group_norm, "batch": nn.BatchNorm2d}
+# "batch" is the paper's, and learns fastest: it takes out what all pixels have in common. "layer"
+# knows no other picture and no other pixel, so a batch of one will do, and accumulation and several
+# processes give what one large batch gives.
+NORMS: dict[str, Norm] = {"batch": nn.BatchNorm2d, "layer": LayerNorm2d}
 
 
 def _conv(inner: int, outer: int, kernel: int, norm: Norm) -> nn.Module:
@@ -61,7 +53,7 @@ class UPerNet(nn.Module):
         *,
         pool_scales: Sequence[int] = (1, 2, 3, 6),
         dropout: float = 0.1,
-        norm: Norm = group_norm,
+        norm: Norm = nn.BatchNorm2d,
     ):
         super().__init__()
         *finer, coarsest = in_channels
@@ -105,7 +97,7 @@ class FCNHead(nn.Module):
         channels: int = 256,
         *,
         dropout: float = 0.1,
-        norm: Norm = group_norm,
+        norm: Norm = nn.BatchNorm2d,
     ):
         super().__init__()
         self.conv = _conv(in_channels, channels, 3, norm)

@@ -101,7 +101,7 @@ def test_nothing_labelled_is_no_loss_and_no_nan():
 
 
 def test_the_auxiliary_loss_is_of_training_alone():
-    objective = model(auxiliary=0.4)
+    objective = model(auxiliary=0.4, norm="layer")
     for part in (*objective.head.modules(), *objective.auxiliary.modules()):
         if isinstance(part, torch.nn.Dropout2d):
             part.p = 0.0
@@ -153,7 +153,7 @@ def test_any_picture_is_labelled(size):
     ("changes", "message"),
     [
         ({"head": "upernets"}, "head 'upernets' is unknown. Did you mean 'upernet'"),
-        ({"norm": "layer"}, "norm 'layer' is unknown"),
+        ({"norm": "group"}, "norm 'group' is unknown"),
         ({"taps": [1, 2]}, "upernet reads four blocks"),
         ({"taps": [1, 2, 3, 9]}, "outside the encoder's 4 blocks"),
         ({"window": 30}, "img_size 30 is not divisible by patch_size 8"),

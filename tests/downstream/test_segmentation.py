@@ -1,0 +1,240 @@
+"""Segmentation by the script: it overfits, resumes, judges; and what hostile data do to it."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from vim_ssl import VimEncoder, cli, load_encoder, save_encoder
+from vim_ssl.downstream import segmentation
+from vim_ssl.runs import read_metrics
+from vim_ssl.segmentation import load_segmentation
+
+TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_classes": 0}
+NAMES = ["ground", "disc", "square"]
+# As a test of the machinery: what is learned by heart is shown as it is.
+AS_IT_IS = [
+    "--scale", "1", "1", "--hflip", "0", "--no-photometric", "--max-share", "1",
+]  # fmt: skip
+QUICK = ["--threads", "1", "--crop", "32", "--channels", "16", "--trackers", "none"]
+
+
+def draw(path: Path, seed: int, width: int, height: int) -> None:
+    """A bright disc and a dark square on noise; images/PATH.png and masks/PATH.png."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width]
+    unit = min(width, height)
+    mask = np.zeros((height, width), np.uint8)
+    cy, cx = rng.uniform(0.3, 0.7) * height, rng.uniform(0.25, 0.35) * width
+    mask[np.hypot(y - cy, x - cx) < 0.22 * unit] = 1
+    top, left = int(rng.uniform(0.1, 0.5) * height), int(0.6 * width)
+    mask[top : top + int(0.4 * unit), left : left + int(0.35 * unit)] = 2
+    values = np.array([[110, 120, 90], [220, 200, 60], [20, 30, 120]])[mask]
+    values = (values + rng.integers(-20, 21, values.shape)).clip(0, 255).astype(np.uint8)
+    root, name = path.parents[1], f"{path.parent.name}/{path.name}.png"
+    for kind, content in (("images", values), ("masks", mask)):
+        (root / kind / path.parent.name).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(content).save(root / kind / name)
+
+
+def shapes(root: Path, count: int = 4, size=(32, 32)) -> Path:
+    """The same pictures to train and to test on."""
+    for split in ("train", "val"):
+        for i in range(count):
+            draw(root / split / f"{i}", i, *size)
+    (root / "classes.txt").write_text("\n".join(NAMES))
+    return root
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    return shapes(tmp_path / "data")
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory) -> str:
+    """A folder with an untrained encoder."""
+    folder = tmp_path_factory.mktemp("encoder")
+    torch.manual_seed(0)
+    save_encoder(VimEncoder(**TINY), folder)
+    return str(folder)
+
+
+def train(encoder, data, output, *more: str) -> dict:
+    argv = ["--encoder", encoder, "--data", f"masks:{data}", "--output", str(output), *QUICK]
+    argv += ["--warmup-epochs", "0", "--batch-size", "4", "--lr-reference-batch", "4"]
+    assert segmentation.main([*argv, "--layer-decay", "none", *more]) == 0
+    return json.loads((output / "metrics.json").read_text())
+
+
+@pytest.mark.parametrize("head", ["upernet", "linear"])
+def test_it_overfits_four_pictures(tmp_path, encoder, data, head):
+    """The whole chain, cut down: 32 px, two blocks. A guess, all ground, would be 24 %."""
+    metrics = train(
+        encoder, data, tmp_path / "run", *AS_IT_IS, "--epochs", "30", "--head", head,
+        "--base-lr", "5e-3", "--channels", "32",
+    )  # fmt: skip
+    assert metrics["miou"] > 45
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [(64, 64), (96, 64)], ids=str)
+def test_it_overfits_four_larger_pictures(tmp_path, encoder, size):
+    data = shapes(tmp_path / "data", size=size)
+    metrics = train(
+        encoder, data, tmp_path / "run", *AS_IT_IS, "--crop", "64", "--epochs", "150",
+        "--base-lr", "3e-3", "--channels", "32",
+    )  # fmt: skip
+    assert metrics["miou"] >= 95
+    assert min(float(row["iou"]) for row in read_csv(tmp_path / "run/classes.csv")) > 0.9
+
+
+def read_csv(path: Path) -> list[dict]:
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_record_is_whole_and_can_be_judged_again(tmp_path, encoder, data, capsys):
+    run = tmp_path / "run"
+    metrics = train(encoder, data, run, "--epochs", "2", "--eval-every", "1")
+    assert (metrics["task"], metrics["encoder"]) == ("segmentation", encoder)
+    assert (metrics["train"], metrics["test"], metrics["skipped"]) == (4, 4, [])
+    assert metrics["classes"] == NAMES
+    assert metrics["miou_ci"] is None
+    assert {"aacc", "macc", "mdice", "hardware", "versions"} <= set(metrics)
+    assert [row["class"] for row in read_csv(run / "classes.csv")] == NAMES
+    assert len(read_csv(run / "predictions.csv")) == 4
+    assert Image.open(run / "predictions.png").width > 300
+    assert list((run / "images").glob("pictures-*.png"))
+    rows = read_metrics(run)
+    assert "test_miou" in rows[-1]
+    assert "IoU" in capsys.readouterr().out
+
+    argv = ["--eval-only", "--encoder", str(run), "--data", f"masks:{data}"]
+    assert segmentation.main([*argv, "--output", str(tmp_path / "again"), "--threads", "1"]) == 0
+    again = json.loads((tmp_path / "again/metrics.json").read_text())
+    assert [again[k] for k in ("miou", "aacc", "mdice")] == [
+        metrics[k] for k in ("miou", "aacc", "mdice")
+    ]
+    picture = Image.open(data / "images/val/0.png")
+    assert load_segmentation(run).predict(picture).shape == (32, 32)
+
+
+def test_it_starts_from_the_encoders_weights_or_forgets_them(encoder, tmp_path):
+    start = load_encoder(encoder).state_dict()
+    for scratch in (False, True):
+        config = segmentation.Config(crop=32, from_scratch=scratch)
+        model = segmentation.build_model(config, encoder, NAMES)
+        same = torch.equal(
+            model.encoder.state_dict()["layers.0.mixer.in_proj.weight"],
+            start["layers.0.mixer.in_proj.weight"],
+        )
+        assert same is not scratch
+
+
+def test_resume_is_bit_identical(tmp_path, encoder, data):
+    settings = ["--epochs", "4", "--batch-size", "2", "--log-every", "1"]
+    train(encoder, data, tmp_path / "whole", *settings)
+    argv = ["--encoder", encoder, "--data", f"masks:{data}", "--output", str(tmp_path / "cut")]
+    argv += [*QUICK, "--warmup-epochs", "0", "--lr-reference-batch", "4", "--layer-decay", "none"]
+    argv += settings
+    segmentation.main([*argv, "--max-steps", "3"])
+    segmentation.main(["--output", str(tmp_path / "cut"), "--resume", "auto"])
+    losses = [[r["loss"] for r in read_metrics(tmp_path / name)] for name in ("whole", "cut")]
+    assert losses[0] == losses[1]
+    for name in ("encoder.safetensors", "segmentation.safetensors"):
+        whole, cut = (load_file(tmp_path / run / name) for run in ("whole", "cut"))
+        assert all(torch.equal(whole[key], cut[key]) for key in whole)
+
+
+@pytest.mark.parametrize("preset", segmentation.PRESETS)
+def test_a_papers_preset_trains(tmp_path, encoder, data, preset):
+    """Its settings, on little: batch norm, layer decay, a straight fall, windows."""
+    train(
+        encoder, data, tmp_path / "run", "--preset", preset, "--crop", "32", "--slide", "20",
+        "--short-side", "40", "--taps", "0", "0", "1", "1", "--max-steps", "2", "--workers", "0",
+        "--epochs", "3", "--batch-size", "2",
+    )  # fmt: skip
+    config = segmentation.PRESETS[preset]()
+    assert round(config.epochs * segmentation.ADE20K_STEPS_AN_EPOCH) == 60_000
+    assert (config.crop, config.slide, config.schedule) == (512, 341, "linear")
+    stored = json.loads((tmp_path / "run/config.json").read_text())
+    assert (stored["norm"], stored["betas"]) == ("batch", [0.9, 0.999])
+    assert config.layer_decay == {"tiny": 0.92, "small": 0.95}[preset.rpartition("_")[2]]
+
+
+# ------------------------------------------------------------------------- hostile data
+
+
+def test_pictures_whose_masks_do_not_fit_are_passed_over_and_named(tmp_path, encoder, data):
+    """Another size, a number that is no class, a broken file, in both parts."""
+    for split in ("train", "val"):
+        masks = data / "masks" / split
+        Image.new("L", (9, 9)).save(masks / "1.png")
+        Image.new("L", (32, 32), 7).save(masks / "2.png")
+        (masks / "3.png").write_bytes(b"no picture")
+    metrics = train(encoder, data, tmp_path / "run", "--epochs", "2")
+    assert metrics["test"] == 1
+    reasons = "\n".join(metrics["skipped"])
+    for text in ("val/1.png: the mask has 9×9 pixels, its picture 32×32",
+                 "val/2.png: the mask holds the number 7; there are 3 classes",
+                 "val/3.png: the mask cannot be read"):  # fmt: skip
+        assert text in reasons
+    assert read_metrics(tmp_path / "run")[-1]["skipped"] == 3
+
+
+def test_a_mask_without_any_label_does_no_harm(tmp_path, encoder, data):
+    for i in range(4):
+        Image.new("L", (32, 32), 255).save(data / f"masks/train/{i}.png")
+    Image.new("L", (32, 32), 255).save(data / "masks/val/0.png")
+    metrics = train(encoder, data, tmp_path / "run", "--epochs", "2")
+    rows = read_metrics(tmp_path / "run")
+    assert all(row["loss"] == 0 and row["bad_steps"] == 0 for row in rows)
+    assert metrics["test"] == 4
+    assert read_csv(tmp_path / "run/predictions.csv")[0]["labelled_pixels"] == "0"
+
+
+def test_one_class_in_all_pictures_is_a_result(tmp_path, encoder, data):
+    for path in (data / "masks").rglob("*.png"):
+        Image.new("P", (32, 32), 1).save(path)  # a palette file
+    metrics = train(
+        encoder, data, tmp_path / "run", "--epochs", "10", "--base-lr", "5e-3",
+    )  # fmt: skip
+    assert metrics["miou"] == metrics["aacc"] == 100
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--data", "nowhere"], "There is no folder 'nowhere'"),
+        (["--data", "masks:nowhere"], "lacks images/ and masks/; it is not there"),
+        (["--data", "ade20k:DATA"], "lacks annotations/; it holds classes.txt, images, masks"),
+        (["--crop", "30"], "img_size 30 is not divisible by patch_size 8"),
+        (["--ema", "0.9"], "ema averages the encoder, and not the head"),
+        (["--norm", "batch", "--batch-size", "1"], "norm batch needs two crops"),
+        (["--eval-only"], "holds no segmentation.safetensors"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(more, message, encoder, data, capsys, monkeypatch):
+    monkeypatch.delenv("VIM_SSL_TRACEBACK", raising=False)
+    more = [word.replace("DATA", str(data)) for word in more]
+    argv = ["--encoder", encoder, "--data", f"masks:{data}", "--crop", "32", *more]
+    try:
+        code = cli.main(["segmentation", *argv])
+    except SystemExit as left:  # what the parser refuses
+        code = left.code
+    assert code == 2
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_other_classes_are_refused(tmp_path, encoder, data):
+    train(encoder, data, tmp_path / "run", "--epochs", "1")
+    (data / "classes.txt").write_text("a\nb\nc\nd")
+    argv = ["--eval-only", "--encoder", str(tmp_path / "run"), "--data", f"masks:{data}"]
+    with pytest.raises(ValueError, match="evaluate on the classes it was trained on"):
+        segmentation.main(argv)
