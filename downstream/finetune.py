@@ -26,6 +26,7 @@ from vim_ssl.classification import (
     ClassificationConfig,
     class_names,
     evaluate,
+    load_classifier,
     outputs,
     summary,
     train_classifier,
@@ -98,11 +99,8 @@ def run(config: Config) -> dict[str, Any]:
         train = train.subset(few_of_each(train.labels or [], config.labels_per_class, config.seed))
     torch.manual_seed(config.seed)
     asked: dict[str, Any] = {"img_size": config.img_size, "stride": config.stride}
-    encoder = load_encoder(
-        source, num_classes=outputs(config.targets, len(class_names(train))),
-        global_pool=config.global_pool, drop_path_rate=config.drop_path,
-        **{key: value for key, value in asked.items() if value},
-    )  # fmt: skip
+    asked = {key: value for key, value in asked.items() if value}
+    encoder = load_classifier(source, train, config, global_pool=config.global_pool, **asked)
     if config.from_scratch:
         encoder = type(encoder)(**encoder.config)
     return train_classifier("finetune", config, encoder, source, train, test, accelerator)

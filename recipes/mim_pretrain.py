@@ -314,7 +314,7 @@ def train(config: Config, encoder, objective, data, samples, folder: Run, accele
     evaluate = None
     if not isinstance(data, ImageStream):  # of a stream no part can be set aside
         evaluate = online_probe(averaged or encoder, data, accelerator.device, config.seed)
-    elif accelerator.is_main_process:
+    if accelerator.is_main_process:
         folder.count_skipped(data.faults)
     record = {"recipe": "mim_pretrain", "data": data.name, **environment()}
 

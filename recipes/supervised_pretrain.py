@@ -16,8 +16,7 @@ from typing import Any
 
 import torch
 
-from vim_ssl import load_encoder
-from vim_ssl.classification import ClassificationConfig, class_names, outputs, train_classifier
+from vim_ssl.classification import ClassificationConfig, load_classifier, train_classifier
 from vim_ssl.cli import guarded
 from vim_ssl.config import opt, parse
 from vim_ssl.data import labelled_parts
@@ -80,10 +79,7 @@ def run(config: Config) -> dict[str, Any]:
     accelerator = make_accelerator(config)
     train, test = labelled_parts(config.data, config.test, config.seed)
     torch.manual_seed(config.seed)  # of the initial weights
-    encoder = load_encoder(
-        config.encoder, num_classes=outputs(config.targets, len(class_names(train))),
-        drop_path_rate=config.drop_path, **config.model_args,
-    )  # fmt: skip
+    encoder = load_classifier(config.encoder, train, config, **config.model_args)
     return train_classifier(
         "supervised_pretrain", config, encoder, config.encoder, train, test, accelerator
     )

@@ -26,6 +26,7 @@ from vim_ssl.classification import (
 )
 from vim_ssl.data import open_data
 from vim_ssl.data.loader import EpochBatches, SeededSamples
+from vim_ssl.data.rasters import EUROSAT_CLASSES
 from vim_ssl.downstream import finetune
 from vim_ssl.recipes import supervised_pretrain
 from vim_ssl.runs import read_metrics
@@ -291,3 +292,32 @@ def test_the_finer_preset_moves_at_a_constant_rate():
     assert rate == pytest.approx(1e-5)
     assert config.min_lr == config.warmup_lr == 1e-5
     assert (config.stride, config.epochs, config.weight_decay) == (8, 30, 1e-8)
+
+
+# ------------------------------------------------------------------ other bands
+
+
+def test_an_rgb_encoder_is_fine_tuned_on_rasters_and_keeps_their_statistics(tmp_path):
+    rasterio = pytest.importorskip("rasterio")
+    rng = np.random.default_rng(0)
+    for i in range(30):
+        name = EUROSAT_CLASSES[i % 10]
+        path = tmp_path / "eurosat" / name / f"{name}_{i}.tif"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        values = rng.integers(500, 3000 + 200 * (i % 10), (13, 28, 28)).astype(np.uint16)
+        with rasterio.open(
+            path, "w", driver="GTiff", height=28, width=28, count=13, dtype="uint16"
+        ) as file:
+            file.write(values)
+    torch.manual_seed(0)
+    rgb = {k: v for k, v in SMALL.items() if k != "in_chans"}
+    save_encoder(VimEncoder(**rgb, num_classes=0), tmp_path / "rgb")
+    argv = [*QUICK, "--data", f"eurosat:{tmp_path / 'eurosat'}", "--max-steps", "1"]
+    finetune.main([*argv, "--encoder", str(tmp_path / "rgb"), "--output", str(tmp_path / "first")])
+    first = load_encoder(tmp_path / "first", num_classes=None)
+    assert first.in_chans == 13
+    assert max(first.data_config["mean"]) > 500
+    again = ["--encoder", str(tmp_path / "first"), "--seed", "3"]  # another split, other statistics
+    finetune.main([*argv, *again, "--output", str(tmp_path / "second")])
+    second = load_encoder(tmp_path / "second", num_classes=None)
+    assert second.data_config["mean"] == first.data_config["mean"]

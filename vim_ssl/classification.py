@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from vim_ssl.config import opt, to_dict
 from vim_ssl.data.loader import SeededSamples
 from vim_ssl.data.split import stratified_split
-from vim_ssl.data.transforms import create_transform
+from vim_ssl.data.transforms import band_arguments, create_transform
 from vim_ssl.encoder import VimEncoder
-from vim_ssl.loading import save_encoder
+from vim_ssl.loading import load_encoder, save_encoder
 from vim_ssl.objective import StepOutput
 from vim_ssl.probes import extract_features
 from vim_ssl.runs import Run, environment, read_metrics
@@ -199,6 +199,23 @@ def class_names(data) -> list[str]:
     if data.classes:
         return list(data.classes)
     return [str(i) for i in range(max(data.labels or [-1]) + 1)]
+
+
+def load_classifier(source: str, data, config: ClassificationConfig, **args: Any) -> VimEncoder:
+    """An encoder with a head for the classes of ``data``, that reads its bands.
+
+    An encoder of other bands gets a patch embedding for them (see `vim_ssl.adapt`) and their
+    statistics; one of the same bands keeps its own.
+
+    Args:
+        args: of `load_encoder`.
+    """
+    args |= {"num_classes": outputs(config.targets, len(class_names(data))),
+             "drop_path_rate": config.drop_path}  # fmt: skip
+    encoder, bands = load_encoder(source, **args), band_arguments(data)
+    if bands and tuple(encoder.data_config["bands"]) != tuple(bands["data_config"]["bands"]):
+        encoder = load_encoder(source, **args, **bands)
+    return encoder
 
 
 def train_classifier(
