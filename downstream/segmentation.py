@@ -62,11 +62,11 @@ class Config(TrainConfig):
     drop_path: float = opt(0.0, "stochastic depth", "model")
     from_scratch: bool = opt(False, "forget the weights: the baseline", "model")
     eval_only: bool = opt(False, "judge a segmentation run as it was trained", "run")
-    epochs: float = opt(60, "passes over the training part", "optimiser")
+    epochs: float = opt(30, "passes over the training part", "optimiser")
     batch_size: int = opt(8, "samples a process and micro-batch", "optimiser")
     base_lr: float = opt(1e-3, "learning rate per lr_reference_batch samples", "optimiser")
     lr_reference_batch: int = opt(8, "samples that base_lr is meant for", "optimiser")
-    warmup_epochs: float = opt(3.0, "linear warm-up", "optimiser")
+    warmup_epochs: float = opt(2.0, "linear warm-up", "optimiser")
     betas: tuple[float, float] = opt((0.9, 0.999), "of AdamW", "optimiser")
     layer_decay: float | None = opt(0.8, "lr factor from a block to the one below", "optimiser")
     workers: int = opt(0, "data loading processes a rank", "run")
@@ -108,9 +108,11 @@ PRESETS = {f.__name__: f for f in (ade20k_upernet_tiny, ade20k_upernet_small)}
 
 def build_model(config: Config, source: str, classes: Sequence[str]) -> Segmentation:
     """The encoder that ``source`` names, with a fresh head."""
+    # A mask token is of no use here, and DDP refuses parameters without a gradient.
     encoder = load_encoder(
-        source, num_classes=0, img_size=config.crop, drop_path_rate=config.drop_path
-    )
+        source, num_classes=0, img_size=config.crop, drop_path_rate=config.drop_path,
+        use_mask_token=False,
+    )  # fmt: skip
     if config.from_scratch:
         encoder = type(encoder)(**encoder.config)
     names = ("head", "taps", "channels", "norm", "auxiliary", "dice", "short_side", "slide")

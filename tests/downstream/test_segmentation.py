@@ -137,6 +137,17 @@ def test_it_starts_from_the_encoders_weights_or_forgets_them(encoder, tmp_path):
         assert same is not scratch
 
 
+def test_no_parameter_is_left_without_a_gradient(tmp_path):
+    """Several processes would refuse it: pretraining's mask token, blocks above the last tap."""
+    save_encoder(VimEncoder(**TINY, use_mask_token=True), tmp_path)
+    for taps in ((), (0, 0, 0, 0)):
+        config = segmentation.Config(crop=32, channels=8, taps=taps)
+        model = segmentation.build_model(config, str(tmp_path), NAMES).train()
+        batch = {"image": torch.randn(2, 3, 32, 32), "mask": torch.zeros(2, 32, 32).long()}
+        model(batch).loss_sum.backward()
+        assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
 def test_resume_is_bit_identical(tmp_path, encoder, data):
     settings = ["--epochs", "4", "--batch-size", "2", "--log-every", "1"]
     train(encoder, data, tmp_path / "whole", *settings)
