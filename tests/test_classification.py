@@ -294,6 +294,13 @@ def test_the_finer_preset_moves_at_a_constant_rate():
     assert (config.stride, config.epochs, config.weight_decay) == (8, 30, 1e-8)
 
 
+def test_a_mask_token_left_from_pretraining_is_dropped(bands, tmp_path):
+    save_encoder(VimEncoder(**SMALL, num_classes=0, use_mask_token=True), tmp_path / "encoder")
+    argv = [*QUICK, "--encoder", str(tmp_path / "encoder"), "--data", str(bands)]
+    finetune.main([*argv, "--max-steps", "1", "--output", str(tmp_path / "run")])
+    assert load_encoder(tmp_path / "run").mask_token is None
+
+
 # ------------------------------------------------------------------ other bands
 
 

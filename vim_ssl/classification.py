@@ -210,8 +210,11 @@ def load_classifier(source: str, data, config: ClassificationConfig, **args: Any
     Args:
         args: of `load_encoder`.
     """
-    args |= {"num_classes": outputs(config.targets, len(class_names(data))),
-             "drop_path_rate": config.drop_path}  # fmt: skip
+    args |= {
+        "num_classes": outputs(config.targets, len(class_names(data))),
+        "drop_path_rate": config.drop_path,
+        "use_mask_token": False,  # without masks it would have no gradient, which DDP refuses
+    }
     encoder, bands = load_encoder(source, **args), band_arguments(data)
     if bands and tuple(encoder.data_config["bands"]) != tuple(bands["data_config"]["bands"]):
         encoder = load_encoder(source, **args, **bands)
