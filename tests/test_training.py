@@ -187,9 +187,6 @@ def drawn(item):
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["compile", "grad_checkpointing"])
 def test_compiled_or_recomputed_a_run_is_the_same_and_its_checkpoint_fits_any(tmp_path, way):
-    from torch._dynamo.utils import counters
-
-    counters.clear()
     for name, parts in (
         ("plain", [{}]),
         ("way", [{way: True, "max_steps": 3}, {way: True, "resume": "auto"}]),
@@ -199,7 +196,6 @@ def test_compiled_or_recomputed_a_run_is_the_same_and_its_checkpoint_fits_any(tm
             objective = Residual()
             train(tmp_path / name, objective, transform=drawn, epochs=1, **settings)
     assert objective.encoder.grad_checkpointing == (way == "grad_checkpointing")
-    assert bool(counters["frames"]) == (way == "compile")
     plain, other = ([row["loss"] for row in read_metrics(tmp_path / n)] for n in ("plain", "way"))
     assert len(other) == 8
     np.testing.assert_allclose(other, plain, rtol=1e-4)
