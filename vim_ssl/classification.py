@@ -32,7 +32,7 @@ from vim_ssl.loading import load_encoder, save_encoder
 from vim_ssl.objective import StepOutput
 from vim_ssl.probes import extract_features
 from vim_ssl.runs import Run, environment, read_metrics
-from vim_ssl.scores import wilson_interval
+from vim_ssl.scores import mean_average_precision, wilson_interval
 from vim_ssl.training import TrainConfig, fit, make_average
 
 TARGETS = ("class", "multi-label", "ordinal")
@@ -390,14 +390,11 @@ def judge(logits: Tensor, labels: Tensor, targets: str) -> dict[str, Any]:
 
     guess = predicted(logits, targets)
     if targets == "multi-label":
-        truth, scores = labels.numpy(), torch.sigmoid(logits).numpy()
-        present = truth.any(0)  # the precision of a class without samples is not defined
-        return {
-            f"map_{how}": _percent(
-                metrics.average_precision_score(truth[:, present], scores[:, present], average=how)
-            )
-            for how in ("macro", "micro")
-        } | {"exact": _percent((guess == labels).all(1).float().mean().item())}
+        precision = mean_average_precision(logits.numpy(), labels.numpy())
+        exact = _percent((guess == labels).all(1).float().mean().item())
+        return {f"map_{how}": round(figure.value, 2) for how, figure in precision.items()} | {
+            "exact": exact
+        }
     classes = logits.shape[1] + (targets == "ordinal")
     top1 = _percent((guess == labels).float().mean().item())
     found: dict[str, Any] = {"top1": top1, "top1_ci": wilson_interval(top1, len(labels))}
