@@ -71,11 +71,13 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="pictures")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each")
     parser.add_argument("--threads", type=int, default=2, help="of torch")
+    parser.add_argument("--only", default="", help="what begins with this, such as encoder")
     args = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     steps = objectives(args.encoder, args.batch, device)
+    steps = {what: run for what, run in steps.items() if what.startswith(args.only)}
     seconds: dict[str, list[float]] = {what: [] for what in steps}
     for turn in range(args.rounds + 1):  # the first warms up
         for what, run in steps.items():
@@ -89,7 +91,7 @@ def main() -> None:
     rows = []
     for what, value in median.items():
         against = "encoder, all tokens" if what.startswith("encoder") else "simmim"
-        ratio = value / median[against]
+        ratio = value / median.get(against, float("nan"))
         print(f"{what:26} {value:8.3f} s   {1 / ratio:5.2f} x as fast as {against}", flush=True)
         rows.append({
             "device": device, "threads": args.threads, "encoder": args.encoder,
