@@ -1,6 +1,7 @@
 """`open_data`: from a spec string to pictures."""
 
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -65,7 +66,8 @@ def open_data(
 
     Args:
         spec: ``SCHEME:LOCATION?key=value&...``; see `DataSpec` for the keys. Several joined by
-            " + " are read as one set without labels; see `join`.
+            " + " are read as one set without labels, one of which may stand in it many times:
+            ``A + 20 * B``; see `join`.
         split: opens this split whatever the spec says. Without any the training part is opened,
             of a source that has splits; "all" opens everything.
         streams: whether pictures that are read in order will do: ``wds:`` and ``streaming=true``.
@@ -74,10 +76,12 @@ def open_data(
         data; each says what to do.
     """
     if isinstance(spec, str) and AND in spec and not Path(spec).expanduser().exists():
-        parts = [parse_spec(part.strip()) for part in spec.split(AND)]
+        counts, names = zip(*map(_times, spec.split(AND)), strict=True)
+        parts = [parse_spec(name) for name in names]
         if stream := next((p for p in parts if p.streaming or p.scheme not in _OPENERS), None):
             raise ValueError(f"{spec!r}: {stream} is a stream, which cannot be joined to others.")
-        return join([open_data(str(part), split=split) for part in parts])
+        opened = [open_data(str(part), split=split) for part in parts]
+        return join([data for data, n in zip(opened, counts, strict=True) for _ in range(n)])
     parsed = parse_spec(spec)
     if split is not None:
         parsed = replace(parsed, split=split)
@@ -90,6 +94,12 @@ def open_data(
         # Spread out, since many sets are sorted by class.
         data = data.subset(i * len(data) // parsed.limit for i in range(parsed.limit))
     return data
+
+
+def _times(part: str) -> tuple[int, str]:
+    """ "20 * SPEC" -> (20, "SPEC")"""
+    found = re.match(r"\s*([1-9]\d*) \* (.*)", part)
+    return (int(found[1]), found[2].strip()) if found else (1, part.strip())
 
 
 @cache  # once, however often the same data is opened
