@@ -13,7 +13,7 @@ LAUNCH := --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backe
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check kernel-report bench gpu-check clean
+.PHONY: help setup demo test check offline-rgb kernel-report bench gpu-check clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -34,6 +34,16 @@ check: $(VENV)/.installed-dev ## lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+SAMPLES := noto-emoji fluent-emoji twemoji aerial
+OFFLINE_RGB := vim_ssl/weights/vim_mini_patch8_96.offline_rgb
+offline-rgb: $(VENV)/.installed-demo ## train the suite's own encoder anew, 90 minutes of one core
+	for name in $(SAMPLES); do $(BIN)/vim-ssl samples get $$name; done
+	$(BIN)/accelerate launch $(LAUNCH) recipes/mim_pretrain.py --preset offline_rgb \
+	  --output runs/offline_rgb --resume auto
+	mkdir -p $(OFFLINE_RGB)
+	cd runs/offline_rgb && cp encoder.json encoder.safetensors config.json metrics.jsonl \
+	  ../../$(OFFLINE_RGB)
 
 kernel-report: $(VENV)/.installed-demo ## check every scan backend of this machine against float64
 	$(BIN)/python -m vim_ssl.kernels.selective_scan.accuracy
