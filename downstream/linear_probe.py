@@ -15,37 +15,31 @@ Accuracy, or where a picture has several labels the mean average precision over 
 (macro), and over all pairs (micro). ``--head lars`` is MAE's head instead, without augmentation.
 """
 
-import json
 import math
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import torch
 
-from vim_ssl import VimEncoder, create_transform, load_encoder
+from vim_ssl import create_transform
 from vim_ssl.cli import guarded
-from vim_ssl.config import opt, parse, to_dict
-from vim_ssl.data import labelled_parts, stratified_split
+from vim_ssl.comparison import FIGURES, Comparison, ComparisonConfig
+from vim_ssl.config import opt, parse
+from vim_ssl.data import stratified_split
 from vim_ssl.data.split import few_of_each
-from vim_ssl.features import encode_parts, readouts_of
 from vim_ssl.linear_heads import LinearHead, fit_lars, fit_logistic, lars_reach
 from vim_ssl.probes import (
     C_GRID,
-    READOUTS,
     Features,
     choose_readout,
     extract_features,
     knn_votes,
     nearest,
 )
-from vim_ssl.processes import join_processes, pick_device
 from vim_ssl.report import write_report
-from vim_ssl.runs import environment, newest_run, task_folder, trained_on
 from vim_ssl.scores import Figure, judge, share_right
 
 MAX_PIXELS = 64 * 64 * 3  # values a picture above which regression on raw pixels is hopeless
@@ -54,16 +48,10 @@ REACH = 5  # how often its own length a weight should be able to move; see `lars
 
 
 @dataclass
-class Config:
+class Config(ComparisonConfig):
     """Linear probe and nearest neighbours on frozen features."""
 
-    encoder: str = opt("", "run, checkpoint, preset or Hub id; default: the newest run")
-    data: str = opt("", "labelled data; default: what the run was trained on")
-    against: tuple[str, ...] = opt((), "further encoders, to compare with the first")
-    readouts: tuple[str, ...] = opt(READOUTS, "candidates; validation chooses", choices=READOUTS)
-    baselines: bool = opt(True, "probe the untrained encoder and raw pixels too")
-    validation: float = opt(0.2, "share of the training set on which C and readout are chosen")
-    test: float = opt(0.2, "share held out for testing if the data has no test split")
+    validation: float = opt(0.2, "share of the training set to choose C and readout on")
     head: str = opt("logistic", "of L-BFGS, or MAE's by LARS", choices=("logistic", "lars"))
     c_grid: tuple[float, ...] = opt(C_GRID, "of logistic: values of C to try, ascending")
     lars_lr: float = opt(0.1, "learning rate per 256 pictures; MAE's is for a million of them")
@@ -72,12 +60,6 @@ class Config:
     knn_k: int = opt(20, "neighbours that vote")
     shots: tuple[int, ...] = opt((), "also train on so many of each class, such as 1 2 4 8 16")
     shot_seeds: int = opt(3, "draws of the few")
-    batch_size: int = opt(128, "pictures at once")
-    workers: int = opt(0, "data loading processes")
-    cache: bool = opt(True, "keep features on disk, and take them from there")
-    device: str = opt("", "cpu, cuda …; default: cuda if there is one")
-    seed: int = opt(0, "of the splits and of the untrained encoder")
-    output: str = opt("", "where metrics.json goes; default: linear_probe/ in the run")
 
     def __post_init__(self):
         if min(self.shots, default=1) < 1 or self.shot_seeds < 1:
@@ -175,37 +157,19 @@ def few_shots(
 
 
 def run(config: Config) -> dict:
-    started = time.perf_counter()
-    processes = join_processes()
-    device = pick_device(config.device)
-    source = config.encoder or str(newest_run())
-    torch.manual_seed(config.seed)  # of a preset's weights
-    encoder = load_encoder(source, device=device)
-    train, test = labelled_parts(config.data or trained_on(source), config.test, config.seed)
+    comparison = Comparison("linear_probe", config)
+    train, test = comparison.train, comparison.test
     if config.shots and train.multi_label:
         raise ValueError(f"{train.name} has several labels a picture; --shots needs one of each.")
-    if processes.main:
-        print(f"Encoder {source} · {train.name}: {len(train):,} train, {len(test):,} test",
-              flush=True)  # fmt: skip
+    if comparison.main:
         _warn_of_lars(len(train), config)
-
-    encoders = {"pretrained encoder": encoder}
-    encoders |= {other: load_encoder(other, device=device) for other in config.against}
-    if config.baselines:
-        torch.manual_seed(config.seed)
-        encoders["same encoder, untrained"] = VimEncoder(**encoder.config)
     tables = _Tables(config)
-    for name, each in encoders.items():
-        parts = encode_parts(
-            each.to(device).eval(), (train, test), batch_size=config.batch_size,
-            workers=config.workers, device=device, cache=config.cache, processes=processes,
-        )  # fmt: skip
-        if parts is not None:
-            tables.add(name, parts[0], parts[1], readouts_of(each, config.readouts))
-    if not processes.main:
+    for features in comparison.features():
+        tables.add(*features)
+    if not comparison.main:
         return {}
-    if config.baselines and math.prod(encoder.data_config["input_size"]) <= MAX_PIXELS:
-        transform = create_transform(encoder)
+    if config.baselines and math.prod(comparison.encoder.data_config["input_size"]) <= MAX_PIXELS:
+        transform = create_transform(comparison.encoder)
         pixels = [
             extract_features(torch.nn.Identity(), part, transform, workers=config.workers)
             for part in (train, test)
@@ -213,18 +177,10 @@ def run(config: Config) -> dict:
         tables.add("raw pixels", pixels[0], pixels[1], {"pixels": slice(None)})
     elif config.baselines:
         print(f"Raw pixels are left out: more than {MAX_PIXELS:,} values a picture.")
-
-    metrics = {
-        "task": "linear_probe", "data": train.name, "encoder": source,
-        "figure": "mAP" if train.multi_label else "accuracy", "protocol": to_dict(config),
-        "train": len(train), "test": len(test), "rows": tables.rows,
-        "differences": tables.differences(), "few_shot": tables.few_shot,
-        "skipped": tables.skipped, "seconds": round(time.perf_counter() - started, 1),
-        **environment(),
-    }  # fmt: skip
-    folder = Path(config.output or task_folder("linear_probe", source, config.data))
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    metrics, folder = comparison.record(
+        rows=tables.rows, differences=tables.differences(), few_shot=tables.few_shot,
+        skipped=tables.skipped,
+    )  # fmt: skip
     _print_table(metrics)
     print(f"Written: {folder / 'metrics.json'}")
     if (folder.parent / "metrics.jsonl").exists():
@@ -275,8 +231,7 @@ def _print_table(metrics: dict) -> None:
         cells = [f"{row[k]:5.1f} % [{row[f'{k}_ci'][0]:.1f}, {row[f'{k}_ci'][1]:.1f}]"
                  for k in ("logistic", "knn")]  # fmt: skip
         print(f"{row['features']:26} {row['readout']:10} {cells[0]:24} {cells[1]:22}")
-    what = {"accuracy": "Accuracy", "mAP": "Mean average precision over the classes"}
-    print(f"{what[metrics['figure']]} on the test part, 95 % interval in brackets.")
+    print(f"{FIGURES[metrics['figure']]} on the test part, 95 % interval in brackets.")
     for row in metrics["differences"]:
         low, high = row["logistic_ci"]
         print(f"{row['features']} over {row['over']}: {row['logistic']:+.1f} [{low:+.1f}, "

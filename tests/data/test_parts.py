@@ -90,3 +90,17 @@ def test_specs_joined_by_a_plus_are_one_set_after_another(tmp_path):
 def test_a_folder_with_a_plus_in_its_name_is_a_folder(tmp_path):
     fill(tmp_path / "a + b", "0.png")
     assert len(open_data(f"{tmp_path}/a + b")) == 1
+
+
+def test_one_source_is_trained_on_and_another_tested_on(tmp_path):
+    names = [f"{split}/{c}/{i}.png" for split in ("train", "test") for c in "ab" for i in range(3)]
+    here, there = fill(tmp_path / "here", *names), fill(tmp_path / "there", *names)
+    train, test = labelled_parts(here, 0.2, 0, there)
+    assert (train.split, test.split) == ("train", "test")
+    assert "here" in train.name
+    assert "there" in test.name
+    whole = fill(tmp_path / "whole", *(f"{c}/{i}.png" for c in "ab" for i in range(4)))
+    assert len(labelled_parts(here, 0.2, 0, whole)[1]) == 8
+    others = fill(tmp_path / "others", *(f"{c}/{i}.png" for c in "ac" for i in range(3)))
+    with pytest.raises(ValueError, match=r"classes a, b, .* a, c; test on data of the same"):
+        labelled_parts(here, 0.2, 0, others)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vim_ssl import VimEncoder, cli, save_encoder
+from vim_ssl import VimEncoder, cli, comparison, save_encoder
 from vim_ssl.data import ImageData
 from vim_ssl.downstream import knn
 from vim_ssl.probes import Features
@@ -83,9 +83,9 @@ def test_pictures_with_several_labels_are_judged_by_average_precision(
     labels = [[int("class0" in name), int("class2" not in name)] for name in names]
     data = ImageData(names, names, name="bands", labels=labels)
     halves = data.subset(range(0, 48, 2)), data.subset(range(1, 48, 2))
-    monkeypatch.setattr(knn, "labelled_parts", lambda *_: halves)
+    monkeypatch.setattr(comparison, "labelled_parts", lambda *_: halves)
     knn.main(["--encoder", str(encoder_file), "--data", "bands", "--output", str(tmp_path),
-              "--k", "5", "--no-baseline"])  # fmt: skip
+              "--k", "5", "--no-baselines"])  # fmt: skip
     found = json.loads((tmp_path / "metrics.json").read_text())
     assert found["figure"] == "mAP"
     assert {"knn", "knn_ci", "knn_micro", "knn_micro_ci"} <= set(found["rows"][0])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vim_ssl import VimEncoder, cli, save_encoder
+from vim_ssl import VimEncoder, cli, comparison, save_encoder
 from vim_ssl.data import ImageData
 from vim_ssl.downstream import linear_probe
 from vim_ssl.probes import C_GRID, Features
@@ -267,7 +267,7 @@ def test_pictures_with_several_labels_are_judged_by_average_precision(
 ):
     data = several_labels(tmp_path)
     halves = data.subset(range(0, 60)), data.subset(range(60, 80))
-    monkeypatch.setattr(linear_probe, "labelled_parts", lambda *_: halves)
+    monkeypatch.setattr(comparison, "labelled_parts", lambda *_: halves)
     argv = ("--encoder", str(encoder_file), "--data", "bands", "--output", str(tmp_path / "out"))
     found = probe(*argv)
     assert found["figure"] == "mAP"

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -122,7 +122,9 @@ def _open_stream(spec: DataSpec, wanted: bool) -> ImageStream:
     return stream if spec.limit is None else stream.limited(spec.limit)
 
 
-def labelled_parts(spec: str | Path, test: float, seed: int) -> tuple[ImageData, ImageData]:
+def labelled_parts(
+    spec: str | Path, test: float, seed: int, test_spec: str = ""
+) -> tuple[ImageData, ImageData]:
     """The training and the test part of labelled pictures.
 
     The source's own test (or else validation) split is used where there is one, whatever split
@@ -132,29 +134,49 @@ def labelled_parts(spec: str | Path, test: float, seed: int) -> tuple[ImageData,
     Args:
         test: share to hold out, in (0, 1), of a source without splits.
         seed: of that choice.
-    Raises: ValueError for pictures without labels of at least two classes.
+        test_spec: other data of the same classes, whose test part is taken (all of it, if it has no
+            splits); of ``spec`` the training part still, so that a picture held out in both is
+            new.
+    Raises: ValueError for pictures without labels of at least two classes, or of other classes.
     """
-    everything = open_data(spec, split="all")
-    if held_out := _held_out(everything):
-        train = open_data(spec, split="train")
-        others = [open_data(spec, split=name) for name in held_out]
-        # The labels of a test split are often withheld.
-        other = next((part for part in others if part.labels is not None), others[0])
-    elif everything.labels is None:
-        train = other = everything
-    else:
-        known = everything.subset(i for i, y in enumerate(everything.labels) if is_known(y))
-        labels = known.labels or []
-        first, second = stratified_split(labels, test, seed, known.groups)
-        train, other = known.subset(first), known.subset(second)
+    train, other = _labelled(spec, test, seed)
+    if test_spec:
+        other = _labelled(test_spec, 0.0, seed)[1]
+        if train.classes != other.classes:
+            raise ValueError(
+                f"{spec} has the classes {_few(train.classes)}, {test_spec} {_few(other.classes)}; "
+                "test on data of the same classes."
+            )
     parts = []
     for part in (train, other):
         labels = part.labels or []
         part = part.subset(i for i, y in enumerate(labels) if is_known(y))
         if len({as_key(label) for label in part.labels or []}) < 2:
-            raise ValueError(f"{spec} ({part.split}) has no labels of two classes; it needs them.")
+            raise ValueError(
+                f"{part.name} ({part.split}) has no labels of two classes; it needs them."
+            )
         parts.append(part)
     return parts[0], parts[1]
+
+
+def _labelled(spec: str | Path, test: float, seed: int) -> tuple[ImageData, ImageData]:
+    """Both parts, labelled or not; for ``test`` 0 a source without splits is both."""
+    everything = open_data(spec, split="all")
+    if held_out := _held_out(everything):
+        others = [open_data(spec, split=name) for name in held_out]
+        # The labels of a test split are often withheld.
+        other = next((part for part in others if part.labels is not None), others[0])
+        return open_data(spec, split="train"), other
+    if everything.labels is None or not test:
+        return everything, everything
+    known = everything.subset(i for i, y in enumerate(everything.labels) if is_known(y))
+    first, second = stratified_split(known.labels or [], test, seed, known.groups)
+    return known.subset(first), known.subset(second)
+
+
+def _few(classes: Sequence[str] | None) -> str:
+    names = classes or ()
+    return ", ".join(names[:5]) + (f" … ({len(names)})" if len(names) > 5 else "")
 
 
 def masked_parts(spec: str | Path, test: float, seed: int) -> tuple[ImageData, ImageData]:

@@ -1,0 +1,106 @@
+"""Frozen encoders side by side on the same labelled pictures: what all their tasks have in common.
+
+A task (`downstream/linear_probe.py`, `knn.py`) says what it makes of the features.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vim_ssl.config import opt, to_dict
+from vim_ssl.data import labelled_parts
+from vim_ssl.encoder import VimEncoder
+from vim_ssl.features import encode_parts, readouts_of
+from vim_ssl.loading import load_encoder
+from vim_ssl.probes import READOUTS, Features
+from vim_ssl.processes import join_processes, pick_device
+from vim_ssl.runs import environment, newest_run, task_folder, trained_on
+
+
+@dataclass
+class ComparisonConfig:
+    """The options of every task."""
+
+    encoder: str = opt("", "run, checkpoint, preset or Hub id; default: the newest run")
+    data: str = opt("", "labelled data; default: what the run was trained on")
+    test_data: str = opt("", "other data of the same classes to test on: another style, place …")
+    test: float = opt(0.2, "share held out for testing if the data has no test split")
+    against: tuple[str, ...] = opt((), "further encoders, on the same pictures")
+    baselines: bool = opt(True, "untrained weights too, and in the probe raw pixels")
+    readouts: tuple[str, ...] = opt(READOUTS, "ways to read the encoders", choices=READOUTS)
+    batch_size: int = opt(128, "pictures at once")
+    workers: int = opt(0, "data loading processes")
+    cache: bool = opt(True, "keep features on disk, and take them from there")
+    device: str = opt("", "cpu, cuda …; default: cuda if there is one")
+    seed: int = opt(0, "of the splits and of the untrained encoder")
+    output: str = opt(
+        "", "where metrics.json goes; default: a folder in the run, named as the task"
+    )
+
+
+class Comparison:
+    """One run of a task. Several processes share the pictures out; the first has the features.
+
+    Attributes:
+        encoder: the first of the encoders, as it was loaded.
+        train, test: labelled parts of the data.
+        main: whether this is the process that goes on with the features.
+    Raises: what `load_encoder` and `labelled_parts` raise.
+    """
+
+    def __init__(self, task: str, config: ComparisonConfig):
+        self.began = time.perf_counter()
+        self.task, self.config = task, config
+        self.processes, self.device = join_processes(), pick_device(config.device)
+        self.main = self.processes.main
+        self.source = config.encoder or str(newest_run())
+        torch.manual_seed(config.seed)  # of a preset's weights
+        self.encoder = load_encoder(self.source, device=self.device)
+        self.train, self.test = labelled_parts(
+            config.data or trained_on(self.source), config.test, config.seed, config.test_data
+        )
+        if self.main:
+            tested = f" of {self.test.name}" if config.test_data else ""
+            print(f"Encoder {self.source} · {self.train.name}: {len(self.train):,} train, "
+                  f"{len(self.test):,} test{tested}", flush=True)  # fmt: skip
+
+    def features(self) -> Iterator[tuple[str, Features, Features, dict[str, slice]]]:
+        """On the main process: name, features of both parts, and the columns of every readout."""
+        config = self.config
+        encoders = {"pretrained encoder": self.encoder}
+        encoders |= {other: load_encoder(other, device=self.device) for other in config.against}
+        if config.baselines:
+            torch.manual_seed(config.seed)
+            encoders["same encoder, untrained"] = VimEncoder(**self.encoder.config)
+        for name, encoder in encoders.items():
+            parts = encode_parts(
+                encoder.to(self.device).eval(), (self.train, self.test), cache=config.cache,
+                batch_size=config.batch_size, workers=config.workers, device=self.device,
+                processes=self.processes,
+            )  # fmt: skip
+            if parts is not None:
+                yield name, parts[0], parts[1], readouts_of(encoder, config.readouts)
+
+    def record(self, **found: Any) -> tuple[dict[str, Any], Path]:
+        """Write metrics.json with what was ``found``; returns it and its folder."""
+        config = self.config
+        metrics: dict[str, Any] = {
+            "task": self.task, "data": self.train.name, "test_data": self.test.name,
+            "encoder": self.source, "figure": "mAP" if self.train.multi_label else "accuracy",
+            "protocol": to_dict(config), "train": len(self.train), "test": len(self.test), **found,
+            "seconds": round(time.perf_counter() - self.began, 1), **environment(),
+        }  # fmt: skip
+        named = "-".join(spec for spec in (config.data, config.test_data) if spec)
+        folder = Path(config.output or task_folder(self.task, self.source, named))
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        return metrics, folder
+
+
+# What a figure is called in words.
+FIGURES = {"accuracy": "Accuracy", "mAP": "Mean average precision over the classes"}
