@@ -37,7 +37,7 @@ check: $(VENV)/.installed-dev ## lint, format and types
 
 SAMPLES := noto-emoji fluent-emoji twemoji aerial
 OFFLINE_RGB := vim_ssl/weights/vim_mini_patch8_96.offline_rgb
-offline-rgb: $(VENV)/.installed-demo ## train the suite's own encoder anew, 90 minutes of one core
+offline-rgb: $(VENV)/.installed-demo ## train the suite's own encoder anew, an hour of one core
 	for name in $(SAMPLES); do $(BIN)/vim-ssl samples get $$name; done
 	$(BIN)/accelerate launch $(LAUNCH) recipes/mim_pretrain.py --preset offline_rgb \
 	  --output runs/offline_rgb --resume auto

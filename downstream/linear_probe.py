@@ -24,12 +24,13 @@ from typing import Any
 
 import torch
 
-from vim_ssl import create_transform
+from vim_ssl import VimEncoder, create_transform
 from vim_ssl.cli import guarded
 from vim_ssl.comparison import FIGURES, Comparison, ComparisonConfig
 from vim_ssl.config import opt, parse
 from vim_ssl.data import stratified_split
 from vim_ssl.data.split import few_of_each
+from vim_ssl.data.transforms import Transform
 from vim_ssl.linear_heads import LinearHead, fit_lars, fit_logistic, lars_reach
 from vim_ssl.probes import (
     C_GRID,
@@ -42,7 +43,8 @@ from vim_ssl.probes import (
 from vim_ssl.report import write_report
 from vim_ssl.scores import Figure, judge, share_right
 
-MAX_PIXELS = 64 * 64 * 3  # values a picture above which regression on raw pixels is hopeless
+MAX_PIXELS = 64 * 64 * 3  # values a picture above which regression on raw pixels takes too long
+SHRUNK = 32  # pixels a side that larger pictures have then
 FEW_SHOT_C = 1.0  # so few labels leave none to choose it by
 REACH = 5  # how often its own length a weight should be able to move; see `lars_reach`
 
@@ -168,15 +170,13 @@ def run(config: Config) -> dict:
         tables.add(*features)
     if not comparison.main:
         return {}
-    if config.baselines and math.prod(comparison.encoder.data_config["input_size"]) <= MAX_PIXELS:
-        transform = create_transform(comparison.encoder)
+    if config.baselines:
+        name, transform = _raw_pixels(comparison.encoder)
         pixels = [
             extract_features(torch.nn.Identity(), part, transform, workers=config.workers)
             for part in (train, test)
         ]
-        tables.add("raw pixels", pixels[0], pixels[1], {"pixels": slice(None)})
-    elif config.baselines:
-        print(f"Raw pixels are left out: more than {MAX_PIXELS:,} values a picture.")
+        tables.add(name, pixels[0], pixels[1], {"pixels": slice(None)})
     metrics, folder = comparison.record(
         rows=tables.rows, differences=tables.differences(), few_shot=tables.few_shot,
         skipped=tables.skipped,
@@ -186,6 +186,16 @@ def run(config: Config) -> dict:
     if (folder.parent / "metrics.jsonl").exists():
         print(f"Report: {write_report(folder.parent)}")
     return metrics
+
+
+def _raw_pixels(encoder: VimEncoder) -> tuple[str, Transform]:
+    """What the encoder is shown; shrunk where that is too much to fit a regression to."""
+    config = dict(encoder.data_config)
+    channels, *sides = config["input_size"]
+    if channels * math.prod(sides) <= MAX_PIXELS:
+        return "raw pixels", create_transform(encoder)
+    config["input_size"] = (channels, SHRUNK, SHRUNK)
+    return f"raw pixels, {SHRUNK}x{SHRUNK}", create_transform(config)
 
 
 class _Tables:

@@ -51,7 +51,14 @@ COLUMNS = (*ORIGIN, "data", "arm", "budget", "seed", "epochs", "pictures", "cpu_
            "logistic", "readout", "knn")  # fmt: skip
 COST_COLUMNS = (*ORIGIN, "data", "arm", "seconds_a_step", "steps")
 
-QUIET = {"threads": 1, "eval_every": 1e9, "log_every": 50, "save_every": 1e9, "trackers": ("none",)}
+QUIET = {
+    "epochs": 2,
+    "threads": 1,
+    "eval_every": 1e9,
+    "log_every": 50,
+    "save_every": 1e9,
+    "trackers": ("none",),
+}
 DATA = {
     "digits": replace(mae_minute(), **QUIET),
     "colour": replace(mae_minute(), data="sample:noto-emoji?split=train", hflip=0.5,
@@ -110,7 +117,9 @@ def read(encoder, data: str, seed: int) -> dict:
     train_part, test_part = labelled_parts(DATA[data].data, 0.2, seed)
     config = linear_probe.Config(seed=seed, readouts=("avg", "layers"))
     if encoder is None:
-        transform = create_transform(build_model(DATA[data]))
+        shown = build_model(DATA[data]).data_config
+        shown["input_size"] = (shown["input_size"][0], *[min(32, shown["input_size"][1])] * 2)
+        transform = create_transform(shown)
         parts = [extract_features(torch.nn.Identity(), part, transform)
                  for part in (train_part, test_part)]  # fmt: skip
         return linear_probe.probe("pixels", *parts, {"pixels": slice(None)}, config)[0]

@@ -105,6 +105,15 @@ def test_the_table_shows_what_the_record_holds(bands, encoder_file, tmp_path, ca
     assert ROWS[1] not in shown
 
 
+def test_pixels_of_large_pictures_are_shrunk_first(bands, encoder_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(linear_probe, "MAX_PIXELS", 27 * 28)
+    monkeypatch.setattr(linear_probe, "SHRUNK", 7)
+    argv = ("--encoder", str(encoder_file), "--data", str(bands), "--output", str(tmp_path))
+    row = probe(*argv, "--readouts", "avg")["rows"][2]
+    assert (row["features"], row["dim"]) == ("raw pixels, 7x7", 7 * 7)
+    assert row["logistic"] > 80
+
+
 def test_the_same_seed_gives_the_same_figures(bands, encoder_file, tmp_path):
     argv = ("--encoder", str(encoder_file), "--data", str(bands), "--readouts", "avg")
     first, again = (probe(*argv, "--output", str(tmp_path / name))["rows"] for name in "ab")

@@ -1,0 +1,107 @@
+"""What the suite's own encoder is worth on real sets of other kinds, by linear probe.
+
+    python benchmarks/transfer.py                       # half an hour on two CPU cores
+    python benchmarks/transfer.py --summary             # the table of the README, from the rows
+
+Three seeds, each with its own choice of C and readout, untrained weights, and, of sets without a
+test part, split by group. Beside the encoder stand the same untrained and raw pixels at 32 px.
+Rows are appended to results/transfer.csv as they come; what is there already is not done again.
+"""
+
+import statistics
+import sys
+import tempfile
+
+import torch
+from rows import ORIGIN, append_rows, origin, read_rows, results_parser
+
+from vim_ssl.downstream import linear_probe
+
+ENCODER = "vim_mini_patch8_96.offline_rgb"
+TABLE = "transfer.csv"
+COLUMNS = (*ORIGIN, "task", "encoder", "seed", "train", "test", "features", "logistic",
+           "logistic_low", "logistic_high", "readout", "knn", "knn_low", "knn_high")  # fmt: skip
+# Task -> data, what to test on if that is another set, and where the labels come from.
+TASKS = {
+    "digits": ("sample:mnist5k", "", "MNIST"),
+    "emoji, 9 categories, Noto to Twemoji": (
+        "sample:noto-emoji", "sample:twemoji", "emoji-datasource"),
+    "emoji, 98 subcategories, Noto to Fluent": (
+        "sample:noto-emoji?label=subcategory", "sample:fluent-emoji?label=subcategory",
+        "emoji-datasource"),
+    "aerial tiles by number of trees, another photograph": (
+        "sample:aerial", "", "boxes drawn by people (NEON, DeepForest)"),
+    "satellite tiles, a building or none": ("sample:satellite", "", "SpaceNet's polygons"),
+    "DICOM by modality, other patients": ("sample:dicom", "", "the files' own headers"),
+}  # fmt: skip
+
+
+def measure(task: str, encoder: str, seed: int) -> list[dict]:
+    """A row for the encoder, the same untrained, and raw pixels."""
+    data, test_data, _ = TASKS[task]
+    with tempfile.TemporaryDirectory() as folder:
+        config = linear_probe.Config(
+            encoder=encoder, data=data, test_data=test_data, seed=seed, output=folder
+        )
+        found = linear_probe.run(config)
+    common = {"task": task, "encoder": encoder, "seed": seed}
+    common |= {part: found[part] for part in ("train", "test")}
+    rows = []
+    for row in found["rows"]:
+        rows.append(common | {key: row[key] for key in ("features", "logistic", "readout", "knn")})
+        for figure in ("logistic", "knn"):
+            low, high = row[f"{figure}_ci"]
+            rows[-1] |= {f"{figure}_low": low, f"{figure}_high": high}
+    return rows
+
+
+def summary(rows: list[dict[str, str]]) -> str:
+    """A line a task: mean and deviation over the seeds, linear head / nearest neighbours."""
+    kinds = list(dict.fromkeys(row["features"] for row in rows))
+    lines = ["| task | labels | train, test | " + " | ".join(kinds) + " |",
+             "|---" * (3 + len(kinds)) + "|"]  # fmt: skip
+    for task in dict.fromkeys(row["task"] for row in rows):
+        of_task = [row for row in rows if row["task"] == task]
+        sizes = dict.fromkeys(f"{int(row['train']):,}, {int(row['test']):,}" for row in of_task)
+        cells = []
+        for kind in kinds:
+            found = [row for row in of_task if row["features"] == kind]
+            cells.append(" / ".join(_mean([float(row[figure]) for row in found])
+                                    for figure in ("logistic", "knn")))  # fmt: skip
+        labels = TASKS[task][2] if task in TASKS else ""
+        lines.append(f"| {task} | {labels} | {next(iter(sizes))} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _mean(values: list[float]) -> str:
+    if not values:
+        return ""
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}"
+
+
+def main() -> int:
+    parser = results_parser(__doc__, TABLE)
+    parser.add_argument("--encoder", default=ENCODER, help="a name, run or file")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS, metavar="TASK",
+                        help=f"of {'; '.join(TASKS)}")  # fmt: skip
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the probes")
+    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument("--summary", action="store_true", help="only print the table")
+    args = parser.parse_args()
+    if not args.summary:
+        torch.set_num_threads(args.threads)
+        done = {(row["task"], row["encoder"], int(row["seed"]))
+                for row in read_rows(args.out / TABLE)}  # fmt: skip
+        for seed in args.seeds:
+            for task in args.tasks:
+                if (task, args.encoder, seed) not in done:
+                    rows = measure(task, args.encoder, seed)
+                    append_rows(args.out / TABLE, COLUMNS, [origin() | row for row in rows])
+    rows = [row for row in read_rows(args.out / TABLE) if row["encoder"] == args.encoder]
+    print(summary(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
