@@ -1,17 +1,18 @@
 """Ten steps of every paper preset through the real trainer: does it run as it stands, at what cost?
 
-    python benchmarks/presets.py                        # all six: a quarter of an hour on one core
+    python benchmarks/presets.py                        # all of them: an hour on one core
     python benchmarks/presets.py --only mae_tiny_224 --out FOLDER
 
 Each preset keeps its model, resolution, masking, optimiser, schedule and precision, and trains in a
-process of its own; only data, batch, workers and the number of steps are cut to what a CPU can do.
+process of its own; only data, batch, accumulation, workers and the number of steps are cut to what
+a CPU can do, and fine-tuning starts from untrained weights.
 The steps lie at the very start of a warm-up of thousands, so the losses show that the arithmetic is
 sound, not that anything is learnt. `distill`'s teacher has its true architecture with random
 weights: nothing is downloaded. `cpu_seconds_a_step` is the median of the last half of the steps, in
 the process's own CPU time, which on one thread is what a machine without other work takes. The peak
-is the whole process's, with the checkpoint and the pictures at the end. `imagenet_hours` multiplies
-the seconds up to 1,281,167 pictures x the preset's epochs; in a batch of two, the optimiser's part
-weighs more than in the paper's. Rows go to results/presets.csv, or to --out FOLDER.
+is the whole process's, with the checkpoint and the evaluation at the end. `full_hours` multiplies
+the seconds up to the pictures of the preset's own data x its epochs; in a batch of two, the
+optimiser's part weighs more than in the paper's. Rows go to results/presets.csv, or to --out.
 """
 
 import argparse
@@ -26,57 +27,102 @@ import tempfile
 import time
 from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 
 from rows import ORIGIN, append_rows, origin, results_parser
 
-from vim_ssl.recipes import mim_pretrain
+from vim_ssl import classification
+from vim_ssl.data import open_data
+from vim_ssl.downstream import finetune, segmentation
+from vim_ssl.recipes import clip_pretrain, mim_pretrain, supervised_pretrain
 from vim_ssl.runs import read_metrics
 
-PAPER = [name for name in mim_pretrain.PRESETS if name.endswith(("_192", "_224"))]
-IMAGENET = 1_281_167
-COLUMNS = (
-    *ORIGIN, "threads", "preset", "objective", "encoder", "trained_parameters", "teacher",
-    "precision", "data", "batch", "steps", "cpu_seconds_a_step", "peak_mb", "first_loss",
-    "last_loss", "all_finite", "epochs", "imagenet_hours",
+
+@dataclasses.dataclass(frozen=True)
+class Script:
+    """A recipe or task: its module, the module that calls `fit`, what its presets are for."""
+
+    module: ModuleType
+    fits: ModuleType
+    pictures: dict[str, int]  # preset -> pictures an epoch of its own data
+    changes: dict = dataclasses.field(default_factory=dict)
+
+
+IMAGENET, ADE20K = 1_281_167, 20_210
+SCRIPTS = (
+    Script(mim_pretrain, mim_pretrain, {
+        name: IMAGENET for name in mim_pretrain.PRESETS if name.endswith(("_192", "_224"))}),
+    Script(supervised_pretrain, classification, {
+        name: IMAGENET for name in supervised_pretrain.PRESETS if name != "demo"}),
+    Script(finetune, classification, dict.fromkeys(finetune.PRESETS, IMAGENET),
+           {"encoder": "vim_small_patch16_224"}),
+    Script(clip_pretrain, clip_pretrain, {
+        "cc3m_small_224": 3_000_000, "cc12m_small_224": 12_000_000,
+        "datacomp_small_224": 12_800_000}, {"accumulation": 1}),
+    Script(segmentation, segmentation, dict.fromkeys(segmentation.PRESETS, ADE20K)),
 )  # fmt: skip
+OF = {preset: script for script in SCRIPTS for preset in script.pictures}
+COLUMNS = (
+    *ORIGIN, "threads", "recipe", "preset", "objective", "encoder", "trained_parameters", "teacher",
+    "precision", "data", "batch", "steps", "cpu_seconds_a_step", "peak_mb", "first_loss",
+    "last_loss", "all_finite", "epochs", "pictures_an_epoch", "full_hours",
+)  # fmt: skip
+
+
+def labelled_pixels(folder: Path) -> str:
+    """ADE20K in little: nine photographs, labelled by their grey with 150 classes' numbers."""
+    photos = open_data("sample:photos")
+    for i in range(len(photos)):
+        part, picture = "train" if i else "test", photos[i]["image"].convert("RGB")
+        picture.thumbnail((640, 640))
+        grey = picture.convert("L").point(lambda value: value * 149 // 255)
+        for kind, image in (("images", picture), ("masks", grey)):
+            (folder / kind / part).mkdir(parents=True, exist_ok=True)
+            image.save(folder / kind / part / f"{i}.png")
+    (folder / "classes.txt").write_text("".join(f"grey {i}\n" for i in range(150)))
+    return f"masks:{folder}"
 
 
 def train(preset: str, folder: Path, changes: dict) -> dict:
     """Train it here, in this process; returns what only this process knows."""
-    config = dataclasses.replace(mim_pretrain.PRESETS[preset](), output=str(folder), **changes)
-    teacher, trained, moments = "", 0, []
-    if config.objective == "distill":
+    script = OF[preset]
+    config = script.module.PRESETS[preset]()
+    config = dataclasses.replace(config, output=str(folder), **script.changes | changes)
+    objective, teacher, trained, moments = getattr(config, "objective", ""), "", 0, []
+    if objective == "distill":
         import timm
 
         create = timm.create_model
         timm.create_model = lambda name, pretrained, **more: create(name, **more)
         teacher = f"{config.teacher}, random weights"
-    build = mim_pretrain.build_objective
+    fit = script.fits.fit
 
-    def observed(*args):
+    def observed(model, *args, **options):
         nonlocal trained
-        objective = build(*args)
-        trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
 
         def note(module, _):
             if module.training:  # not the pictures at the end
                 moments.append(time.process_time())
 
-        objective.register_forward_pre_hook(note)
-        return objective
+        model.register_forward_pre_hook(note)
+        return fit(model, *args, **options)
 
-    mim_pretrain.build_objective = observed
-    mim_pretrain.run(config)
+    script.fits.fit = observed
+    script.module.run(config)
     steps = [after - before for before, after in pairwise(moments)]
     seconds = statistics.median(steps[len(steps) // 2 :])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kB on Linux, bytes on a Mac
+    pictures = script.pictures[preset]
     return {
-        "preset": preset, "objective": config.objective, "encoder": config.encoder,
-        "trained_parameters": trained, "teacher": teacher, "precision": config.precision,
-        "data": config.data, "batch": config.batch_size, "threads": config.threads,
+        "recipe": script.module.__name__.rpartition(".")[2], "preset": preset,
+        "objective": objective, "encoder": config.encoder, "trained_parameters": trained,
+        "teacher": teacher, "precision": config.precision, "data": config.data,
+        "batch": config.batch_size, "threads": config.threads,
         "peak_mb": round(peak / 2 ** (20 if sys.platform == "darwin" else 10)),
         "cpu_seconds_a_step": round(seconds, 3), "epochs": config.epochs,
-        "imagenet_hours": round(seconds / config.batch_size * IMAGENET * config.epochs / 3600),
+        "pictures_an_epoch": pictures,
+        "full_hours": round(seconds / config.batch_size * pictures * config.epochs / 3600),
     }  # fmt: skip
 
 
@@ -98,7 +144,8 @@ def measure(preset: str, changes: dict, root: Path) -> dict:
 
 def main() -> int:
     parser = results_parser(__doc__, "presets.csv")
-    parser.add_argument("--only", nargs="+", default=PAPER, choices=PAPER, help="presets")
+    parser.add_argument("--only", nargs="+", default=list(OF), choices=OF, metavar="PRESET",
+                        help=f"of {', '.join(OF)}")  # fmt: skip
     parser.add_argument("--data", default="sample:fluent-emoji?limit=20", help="pictures")
     parser.add_argument("--batch", type=int, default=2, help="pictures a step")
     parser.add_argument("--steps", type=int, default=10, help="optimiser steps")
@@ -117,12 +164,16 @@ def main() -> int:
     sound = True
     with tempfile.TemporaryDirectory() as root:
         for preset in args.only:
-            row = measure(preset, changes, Path(root))
+            more = {}
+            if OF[preset].module is segmentation:
+                # Crops keep their true size.
+                more = {"data": labelled_pixels(Path(root) / f"{preset}-data")}
+            row = measure(preset, changes | more, Path(root))
             append_rows(args.out / "presets.csv", COLUMNS, [origin() | row])
             print(
                 f"{preset:18} {row['cpu_seconds_a_step']:8.2f} s a step {row['peak_mb']:7,} MB   "
                 f"loss {row['first_loss']} to {row['last_loss']}   "
-                f"ImageNet {row['imagenet_hours']:,} h",
+                f"in full {row['full_hours']:,} h",
                 flush=True,
             )
             sound = sound and row["all_finite"]
