@@ -8,28 +8,44 @@ from torch import Tensor
 
 from vim_ssl.kernels.selective_scan.dispatch import choose_backend, refuse_forward_mode
 
-_loaded: dict[str, ModuleType] = {}  # full name -> module, imported at its first use
+_all: dict[str, "Implementations"] = {}
 
 
-def implementation(package: str, compiled: tuple[str, ...], *tensors: Tensor | None) -> ModuleType:
-    """The module ``<package>.<name>_backend`` for these tensors; the first one's device counts.
+class Implementations:
+    """The modules ``<package>.<name>_backend`` of a small kernel, imported at their first use.
 
-    The name is that of the scan's backend if it is among `compiled`; otherwise, and for float64,
-    which the compiled kernels do not compute in, it is torch.
-    Raises: ValueError as `choose_backend` does, RuntimeError as `refuse_forward_mode` does.
+    Args:
+        package: the kernel's.
+        compiled: names of the scan's backends for which it has one, beside torch.
     """
-    present = [m for m in tensors if m is not None]
-    double = any(m.dtype == torch.float64 for m in present)
-    name = _load(package, () if double else compiled, present[0].device.type)
-    if not name.endswith(".torch_backend"):  # plain torch differentiates both ways
-        refuse_forward_mode(*present)
-    return _loaded[name]
+
+    def __init__(self, package: str, *compiled: str):
+        self.package, self.compiled = package, compiled
+        # A dictionary for each kernel: torch.compile takes one as it is when it first meets it, and
+        # would miss in a common one what a later kernel adds.
+        self.loaded: dict[str, ModuleType] = {}
+        _all[package] = self
+
+    def of(self, *tensors: Tensor | None) -> ModuleType:
+        """The module for these tensors; the first one's device counts.
+
+        It is that of the scan's backend if there is one; otherwise, and for float64, which the
+        compiled kernels do not compute in, it is torch's.
+        Raises: ValueError as `choose_backend` does, RuntimeError as `refuse_forward_mode` does.
+        """
+        present = [m for m in tensors if m is not None]
+        double = any(m.dtype == torch.float64 for m in present)
+        name = _load(self.package, double, present[0].device.type)
+        if name != "torch":  # plain torch differentiates both ways
+            refuse_forward_mode(*present)
+        return self.loaded[name]
 
 
 @torch.compiler.assume_constant_result  # torch.compile cannot trace an import; it asks once
-def _load(package: str, compiled: tuple[str, ...], device: str) -> str:
-    backend = choose_backend("auto", device) if compiled else "torch"
-    name = f"{package}.{backend if backend in compiled else 'torch'}_backend"
-    if name not in _loaded:
-        _loaded[name] = import_module(name)
+def _load(package: str, double: bool, device: str) -> str:
+    kernel = _all[package]
+    backend = choose_backend("auto", device) if kernel.compiled and not double else "torch"
+    name = backend if backend in kernel.compiled else "torch"
+    if name not in kernel.loaded:
+        kernel.loaded[name] = import_module(f"{package}.{name}_backend")
     return name

@@ -18,6 +18,7 @@ SCRIPTS = (
     "objectives",
     "presets",
     "resume",
+    "transfer",
 )
 HELP = """
 import contextlib, io, json, runpy, sys

@@ -1,5 +1,8 @@
 """The encoder against an independent float64 NumPy one, and everything a user may ask of it."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -708,3 +711,17 @@ def test_reset_classifier_checks_global_pool_and_keeps_the_encoder():
         encoder.reset_classifier(7, "token")
     assert encoder.num_classes == 5
     assert isinstance(encoder.get_classifier(), nn.Linear)
+
+
+@pytest.mark.slow
+def test_the_first_thing_a_process_does_may_be_compiled_whole():
+    """Kernels are imported at their first use, which then is while torch.compile traces."""
+    code = (
+        "import torch, vim_ssl\n"
+        "encoder = vim_ssl.load_encoder('vim_nano_patch4_28', depth=1, embed_dim=16)\n"
+        "x = torch.ones(1, 1, 28, 28)\n"
+        "got = torch.compile(encoder, fullgraph=True, backend='eager')(x)\n"
+        "torch.testing.assert_close(got, encoder(x))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]

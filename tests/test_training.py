@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 
 from vim_ssl import load_encoder
 from vim_ssl.data.images import BadImage
@@ -187,6 +188,7 @@ def drawn(item):
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["compile", "grad_checkpointing"])
 def test_compiled_or_recomputed_a_run_is_the_same_and_its_checkpoint_fits_any(tmp_path, way):
+    before = counters["frames"]["ok"]
     for name, parts in (
         ("plain", [{}]),
         ("way", [{way: True, "max_steps": 3}, {way: True, "resume": "auto"}]),
@@ -196,6 +198,7 @@ def test_compiled_or_recomputed_a_run_is_the_same_and_its_checkpoint_fits_any(tm
             objective = Residual()
             train(tmp_path / name, objective, transform=drawn, epochs=1, **settings)
     assert objective.encoder.grad_checkpointing == (way == "grad_checkpointing")
+    assert (counters["frames"]["ok"] > before) == (way == "compile")
     plain, other = ([row["loss"] for row in read_metrics(tmp_path / n)] for n in ("plain", "way"))
     assert len(other) == 8
     np.testing.assert_allclose(other, plain, rtol=1e-4)

@@ -116,6 +116,7 @@ class TrainConfig:
 def make_accelerator(config: TrainConfig):
     """accelerate's Accelerator, or an error if the launcher's processes do not know one another."""
     from accelerate import Accelerator
+    from accelerate.utils import TorchDynamoPlugin
 
     world = int(os.environ.get("WORLD_SIZE", 1))
     # Launchers set OMP_NUM_THREADS=1, which would leave a single process on one core.
@@ -125,9 +126,10 @@ def make_accelerator(config: TrainConfig):
         # Otherwise accelerate looks for GPUs and, finding none, lets every process believe that
         # it is alone.
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")
-    accelerator = Accelerator(
-        mixed_precision=config.precision, dynamo_backend="inductor" if config.compile else None
-    )
+    accelerator = Accelerator(mixed_precision=config.precision)
+    # A second Accelerator in a process keeps what the first one was told.
+    backend = "inductor" if config.compile else None
+    accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend=backend)
     if world != accelerator.num_processes:
         raise RuntimeError(
             f"The launcher started {world} processes but accelerate sees "

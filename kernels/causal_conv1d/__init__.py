@@ -2,7 +2,9 @@
 
 from torch import Tensor
 
-from vim_ssl.kernels.implementations import implementation
+from vim_ssl.kernels.implementations import Implementations
+
+_implementations = Implementations(__name__, "numba", "triton")
 
 
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool = False) -> Tensor:
@@ -40,5 +42,5 @@ def _conv_silu(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor
         raise ValueError(
             f"weight has shape {tuple(weight.shape)}; expected 1 or 2 directions and 1 tap or more."
         )
-    module = implementation(__name__, ("numba", "triton"), x, weight, bias)
+    module = _implementations.of(x, weight, bias)
     return module.conv_silu(x, weight, bias, reverse)

@@ -2,7 +2,9 @@
 
 from torch import Tensor
 
-from vim_ssl.kernels.implementations import implementation
+from vim_ssl.kernels.implementations import Implementations
+
+_implementations = Implementations(__name__, "triton")
 
 
 def add_rms_norm(
@@ -22,5 +24,5 @@ def add_rms_norm(
         )
     if weight.shape != hidden.shape[-1:]:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; expected ({hidden.shape[-1]},).")
-    module = implementation(__name__, ("triton",), hidden, residual, weight)
+    module = _implementations.of(hidden, residual, weight)
     return module.add_rms_norm(hidden, residual, weight, eps)
