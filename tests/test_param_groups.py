@@ -236,3 +236,16 @@ def test_a_warm_up_that_leaves_no_step_is_an_error(warmup_steps):
     optimizer = build_optimizer(encoder(), lr=LR, weight_decay=DECAY)
     with pytest.raises(ValueError, match=rf"{warmup_steps} steps .* run of 100; warm up for less"):
         build_schedule(optimizer, total_steps=100, warmup_steps=warmup_steps)
+
+
+@pytest.mark.parametrize(
+    ("step", "lr"), [(5, LR / 2), (88, LR), (89, LR / 10), (95, LR / 10), (96, LR / 100)]
+)
+def test_a_schedule_in_steps_falls_at_the_steps_of_the_whole_run(step, lr):
+    """8/9 and 26/27 of 100 steps, the warm-up among them."""
+    optimizer = build_optimizer(encoder(), lr=LR, weight_decay=DECAY)
+    schedule = build_schedule(optimizer, total_steps=TOTAL, warmup_steps=WARMUP, schedule="steps")
+    schedule.step_update(step)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(lr)
+    with pytest.raises(ValueError, match="falls by tenths, not to min_lr"):
+        build_schedule(optimizer, total_steps=TOTAL, min_lr=1e-5, schedule="steps")

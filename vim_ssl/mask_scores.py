@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from vim_ssl.data.masks import IGNORE
+from vim_ssl.sheets import sheet, shown_size
 
 RESAMPLES = 1000
 DRAWN = 8  # pictures
-SIDE = 320  # pixels of a drawn picture's longer side
 
 
 class MaskScores:
@@ -162,11 +162,9 @@ def draw(
         classes: names.
         colours: uint8 (classes + 1, 3), the last for pixels without a class.
     """
-    font, gap = ImageFont.load_default(14), 6
     drawn = []
     for picture, truth, guess in rows:
-        scale = min(SIDE / max(picture.size), 4)
-        size = [max(round(side * scale), 1) for side in picture.size]
+        size = shown_size(picture.size)
         painted = [
             Image.fromarray(colours[np.minimum(mask, len(classes))]).resize(
                 size, Image.Resampling.NEAREST
@@ -176,32 +174,8 @@ def draw(
         drawn.append([picture.convert("RGB").resize(size), *painted])
     used = sorted({int(i) for _, *masks in rows for mask in masks for i in np.unique(mask)})
     names = [(min(i, len(classes)), classes[i] if i < len(classes) else "no class") for i in used]
-    column = max(80, *(part.width for line in drawn for part in line))  # 80: the titles' width
-    width = 3 * column + 4 * gap
-    places, x, y = [], gap, gap
-    for number, name in names:  # the legend, wrapped into lines
-        need = 20 + int(font.getlength(name)) + 3 * gap
-        if x > gap and x + need > width:
-            x, y = gap, y + 20
-        places.append((x, y, number, name))
-        x += need
-    title, legend = 24, y + 20 + gap
-    height = title + sum(line[0].height + gap for line in drawn)
-    sheet = Image.new("RGB", (width, height + legend), "white")
-    pen = ImageDraw.Draw(sheet)
-    lefts = [gap + i * (column + gap) for i in range(3)]
-    for left, text in zip(lefts, ("picture", "truth", "prediction"), strict=True):
-        pen.text((left, 3), text, "black", font)
-    top = title
-    for line in drawn:
-        for left, part in zip(lefts, line, strict=True):
-            sheet.paste(part, (left, top))
-        top += line[0].height + gap
-    for x, y, number, name in places:
-        box = (x, top + y, x + 14, top + y + 14)
-        pen.rectangle(box, tuple(int(v) for v in colours[number]), "black")
-        pen.text((x + 20, top + y - 2), name, "black", font)
-    return sheet
+    legend = [(colours[number].tolist(), name) for number, name in names]
+    return sheet(drawn, ("picture", "truth", "prediction"), legend)
 
 
 def _share(part: float, whole: float) -> float:

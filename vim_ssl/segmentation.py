@@ -6,7 +6,6 @@ The maps are the residual stream after the final norm, class tokens taken out. (
 taps the mixers' outputs without a norm.)
 """
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,10 +23,11 @@ from vim_ssl.data.joint import DensePixels
 from vim_ssl.data.masks import IGNORE
 from vim_ssl.encoder import VimEncoder
 from vim_ssl.heads import NORMS, FCNHead, FeatureUpsampling, LinearHead, UPerNet
-from vim_ssl.loading import load_encoder, save_encoder, write_whole
 from vim_ssl.mask_scores import DRAWN, MaskScores, draw
 from vim_ssl.objective import StepOutput
+from vim_ssl.sheets import class_colours
 from vim_ssl.sliding import label_pixels
+from vim_ssl.task_files import load_task, save_task
 
 HEADS = ("upernet", "linear")
 FILE = "segmentation.safetensors"
@@ -173,15 +173,7 @@ class Segmentation(nn.Module):
     def save(self, folder: str | os.PathLike, record: dict[str, Any] | None = None) -> None:
         """Write the encoder as `save_encoder` does, and the rest beside it; see
         `load_segmentation`."""
-        from safetensors.torch import save
-
-        save_encoder(self.encoder, folder, record=record)
-        state = {
-            key: value.detach().cpu().contiguous()
-            for key, value in self.state_dict().items()
-            if not key.startswith("encoder.")
-        }
-        write_whole(Path(folder) / FILE, save(state, {"config": json.dumps(self.config)}))
+        save_task(self, folder, FILE, record)
 
 
 def load_segmentation(folder: str | os.PathLike) -> Segmentation:
@@ -190,23 +182,7 @@ def load_segmentation(folder: str | os.PathLike) -> Segmentation:
     Raises: FileNotFoundError for a folder without a segmentation head; ValueError for one that
         does not fit the encoder beside it.
     """
-    from safetensors import safe_open
-    from safetensors.torch import load_file
-
-    path = Path(folder) / FILE
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{folder} holds no {FILE}, the head that segmentation has trained; name a run of "
-            "downstream/segmentation.py."
-        )
-    with safe_open(path, "pt") as file:
-        config = json.loads((file.metadata() or {})["config"])
-    model = Segmentation(load_encoder(folder), config.pop("classes"), **config)
-    found = model.load_state_dict(load_file(path), strict=False)
-    wrong = [key for key in found.missing_keys if not key.startswith("encoder.")]
-    if wrong or found.unexpected_keys:
-        raise ValueError(f"{path} does not fit its encoder: {(wrong + found.unexpected_keys)[:5]}.")
-    return model.eval()
+    return load_task(Segmentation, folder, FILE, "segmentation")
 
 
 def evaluate(model: Segmentation, data, folder: Path) -> tuple[dict[str, Any], MaskScores]:
@@ -259,17 +235,6 @@ def dice_loss(logits: Tensor, truth: Tensor) -> Tensor:
     shown = sizes[1] > 0
     losses = (1 - 2 * overlap / (sizes[0] + sizes[1]).clamp(min=1e-6)) * shown
     return losses.sum(1) / shown.sum(1).clamp(min=1)
-
-
-def class_colours(classes: int) -> Tensor:
-    """(classes + 1, 3) uint8, all different, the last black for pixels without a class.
-
-    PASCAL VOC's: the bits of a number, spread over red, green and blue.
-    """
-    numbers = torch.tensor([*range(1, classes + 1), 0])
-    shifts = torch.arange(8)
-    bits = numbers[:, None, None] >> (3 * shifts + torch.arange(3)[:, None]) & 1  # (n, 3, 8)
-    return (bits << (7 - shifts)).sum(2).to(torch.uint8)
 
 
 def _at_size_of(mask: Tensor, logits: Tensor) -> Tensor:

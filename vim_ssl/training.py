@@ -412,10 +412,13 @@ def _forward_backward(accelerator, model, objective, batches, config, progress):
     return averages | {"samples": samples}
 
 
-def _to(batch: dict, device: torch.device) -> dict:
-    return {
-        k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()
-    }
+def _to(value: Any, device: torch.device) -> Any:
+    """The same with all tensors on the device, those in dicts and lists too."""
+    if isinstance(value, dict):
+        return {k: _to(v, device) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_to(v, device) for v in value]
+    return value.to(device, non_blocking=True) if torch.is_tensor(value) else value
 
 
 def bottleneck(images: float, seconds: float, waited: float, workers: int) -> str:

@@ -7,7 +7,7 @@
 
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import BadImage, clean_image, decode_image
-from vim_ssl.data.sources import labelled_parts, masked_parts, open_data
+from vim_ssl.data.sources import boxed_parts, labelled_parts, masked_parts, open_data
 from vim_ssl.data.spec import DataSpec, parse_spec
 from vim_ssl.data.split import stratified_split
 from vim_ssl.data.stream import ImageStream
@@ -25,6 +25,7 @@ __all__ = [
     "ImageStream",
     "band_arguments",
     "band_statistics",
+    "boxed_parts",
     "clean_image",
     "create_transform",
     "decode_image",

@@ -43,22 +43,50 @@ class Masks(Protocol):
         ...
 
 
+class Objects(Protocol):
+    """Boxes and masks by row."""
+
+    outlines: bool  # whether objects have masks
+    images: Sequence[dict[str, Any]]  # as in a COCO file: id, file_name, width, height
+    categories: list[dict[str, Any]]  # id and name of each class
+
+    def read(self, row: int, size: tuple[int, int], /) -> dict[str, np.ndarray]:
+        """``boxes``, ``box_labels``, and with outlines ``masks``; see `ImageData`."""
+        ...
+
+    def annotations(self, row: int, /) -> list[dict[str, Any]]:
+        """As in a COCO file."""
+        ...
+
+    def count(self, row: int, /) -> int:
+        """Objects to learn, without reading them."""
+        ...
+
+    def sizes(self, row: int, /) -> int | str:
+        """What changes with the annotations."""
+        ...
+
+
 class ImageData(Dataset):
     """Pictures by index; labels and groups without decoding any.
 
     An item is a dict: ``image`` (a decoded PIL image, "RGB" or "L", any size; where a source has
     other bands, an array (h, w, bands), NaN where nothing was measured), ``id`` (str, the same in
     every run), and where known ``label``, ``mask`` (uint8 (h, w), the classes' numbers, 255 for
-    none), ``caption`` (one or several: see `captions_of`), ``group`` (str) and ``meta`` (dict).
-    Can be sent to DataLoader workers, forked or spawned.
+    none), ``boxes`` (float32 (n, 4): left, top, right, bottom in pixels) with ``box_labels`` (int64
+    (n,), the classes' numbers) and ``masks`` (uint8 (n, h, w), 1 = object), ``caption`` (one or
+    several: see `captions_of`), ``group`` (str) and ``meta`` (dict). Can be sent to DataLoader
+    workers, forked or spawned.
 
     Attributes:
         name: the spec string it was opened with.
         ids: list[str].
         labels: one a picture, or None. A class (int, -1 stands for "unknown"); where a picture has
             several, a row of 0 and 1 with a place for every class.
-        classes: the names of the labels, or of the masks' numbers; list[str] or None.
+        classes: the names of the labels, or of the masks' or boxes' numbers; list[str] or None.
         has_masks: whether items have a ``mask``.
+        has_boxes, has_outlines: whether items have ``boxes``, and ``masks`` of them.
+        categories: of boxes, ``id`` (in their file) and ``name`` of each class; else None.
         groups: list[str] or None; pictures of one group belong on one side of a split.
         bands: names of the bands, where the source has them; else None.
         task: of `vim_ssl.metrics.TASKS`, where the source says so.
@@ -79,6 +107,7 @@ class ImageData(Dataset):
         groups: Iterable[str] | None = None,
         captions: Captions | None = None,
         masks: Masks | None = None,
+        objects: Objects | None = None,
         splits: Sequence[str] = (),
         split: str = "all",
         bands: Sequence[str] | None = None,
@@ -95,10 +124,13 @@ class ImageData(Dataset):
         self.bands = None if bands is None else tuple(bands)
         self.min_side: int | None = None
         self._pictures, self._captions, self._masks = pictures, captions, masks
-        self.has_masks = masks is not None
+        self._objects, self.has_masks = objects, masks is not None
+        self.has_boxes = objects is not None
+        self.has_outlines = objects is not None and objects.outlines
+        self.categories = None if objects is None else objects.categories
         self._rows: Sequence[int] = range(
             len(self.ids)
-        )  # picture, caption and mask of item i are at _rows[i]
+        )  # picture, caption, mask and objects of item i are at _rows[i]
         self._source_fingerprint = source_fingerprint
         for what, column in (("labels", self.labels), ("groups", self.groups)):
             if column is not None and len(column) != len(self.ids):
@@ -118,12 +150,14 @@ class ImageData(Dataset):
             if isinstance(picture, np.ndarray):
                 item["image"] = array_picture(picture)
             else:
-                min_side = None if self._masks else self.min_side  # a mask has the whole size
-                item["image"] = decode_image(picture, min_side=min_side)
+                whole = self.has_masks or self.has_boxes  # these are for the picture's own size
+                item["image"] = decode_image(picture, min_side=None if whole else self.min_side)
             if self._captions is not None:
                 item["caption"] = self._captions[self._rows[index]]
             if self._masks is not None:
                 item["mask"] = self._masks.read(self._rows[index], item["image"].size)
+            if self._objects is not None:
+                item |= self._objects.read(self._rows[index], item["image"].size)
         except BadImage as error:
             raise BadImage(item["id"], error.reason) from error
         if self.labels is not None:
@@ -158,6 +192,17 @@ class ImageData(Dataset):
         except BadImage as error:
             raise BadImage(self.ids[index], error.reason) from error
 
+    def box_count(self, index: int) -> int:
+        """How many boxes picture ``index`` has, which is not decoded."""
+        return 0 if self._objects is None else self._objects.count(self._rows[index])
+
+    def annotated(self, index: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Entry and annotations of picture ``index`` as a COCO file has them; of boxes alone."""
+        if self._objects is None:
+            raise ValueError(f"{self.name} has no boxes.")
+        row = self._rows[index]
+        return self._objects.images[row], self._objects.annotations(row)
+
     def subset(self, indices: Iterable[int]) -> "ImageData":
         """The pictures at these indices, in this order; classes and splits stay."""
         indices = [int(i) for i in indices]
@@ -185,7 +230,8 @@ class ImageData(Dataset):
         for i, row in enumerate(self._rows):
             size = sizes(row) if sizes else ""
             label = "" if self.labels is None else as_key(self.labels[i])
-            label = label if self._masks is None else self._masks.sizes(row)
+            for truth in (self._masks, self._objects):
+                label = label if truth is None else truth.sizes(row)
             digest.update(f"{self.ids[i]}\0{size}\0{label}\n".encode(errors="surrogateescape"))
         return digest.hexdigest()
 

@@ -1,9 +1,9 @@
-"""Transforms of a picture and its mask together.
+"""Transforms of a picture with its mask, or with its boxes and their masks.
 
 All randomness is drawn from torch's global generator, which `SeededSamples` seeds for each sample.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torchvision import tv_tensors
+from torchvision.ops import masks_to_boxes
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
@@ -115,6 +116,101 @@ class DenseCrop:
         picture, truth = self.flip(picture, truth)
         picture = self.pixels.normalise(self.recolour(picture))
         return {"image": picture.as_subclass(Tensor), "mask": truth.as_subclass(Tensor).long()}
+
+
+class LargeScaleJitter:
+    """An item with a picture and its boxes -> a square canvas with both, augmented.
+
+    Mirrored, resized to ``scale`` times what fits the canvas, cropped where it is larger, and
+    otherwise laid into the upper left corner, the rest being the mean, as a picture is tested. With
+    masks an object's box is that of what is left of its mask. Objects of which less than a pixel is
+    left are gone.
+
+    Args:
+        config: see `DensePixels`.
+        size: side of the canvas, pixels.
+        scale: range of the factor.
+        hflip: probability of mirroring left and right.
+    Returns, when called: ``image``, float32 (c, size, size), normalised, and ``objects``, a dict of
+        ``boxes`` float32 (n, 4), left, top, right, bottom in pixels; ``labels`` int64 (n,), class
+        numbers from 1 on, since 0 is nothing; and where the item has them ``masks`` uint8 (n, size,
+        size), 1 = object.
+    Raises: ValueError for a scale that is no range.
+    Reference: simple copy-paste, arXiv:2012.07177; scale 0.1 to 2 and 1024 pixels are ViTDet's.
+    """
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        size: int,
+        *,
+        scale: tuple[float, float] = (0.1, 2.0),
+        hflip: float = 0.5,
+    ):
+        if not 0 < scale[0] <= scale[1]:
+            raise ValueError(f"scale {scale} is no range of factors with 0 < low <= high.")
+        self.pixels, self.size, self.scale = DensePixels(config), size, scale
+        self.flip = v2.RandomHorizontalFlip(hflip)
+
+    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        image = tv_tensors.Image(F.pil_to_tensor(self.pixels.to_mode(item["image"])))
+        boxes = tv_tensors.BoundingBoxes(
+            torch.from_numpy(item["boxes"]), format="XYXY", canvas_size=image.shape[-2:]
+        )  # type: ignore[call-overload]
+        masks = tv_tensors.Mask(torch.from_numpy(item["masks"])) if "masks" in item else None
+        parts = [image, boxes] if masks is None else [image, boxes, masks]
+        parts = self.flip(*parts)
+        factor = float(torch.empty(()).uniform_(*self.scale))
+        size = fitted(image.shape[-2:], self.size, factor)
+        left_over = torch.tensor([max(side - self.size, 0) for side in size])
+        top, left = (torch.rand(2) * (left_over + 1)).long().tolist()
+        image, boxes, *more = (self._placed(part, size, top, left) for part in parts)
+        labels = torch.from_numpy(item["box_labels"]) + 1
+        if more:
+            seen = more[0].flatten(1).bool().any(1)
+            objects = {
+                "boxes": around(more[0][seen]),
+                "labels": labels[seen],
+                "masks": more[0][seen],
+            }
+        else:
+            seen = ((boxes[:, 2:] - boxes[:, :2]) >= 1).all(1)
+            objects = {"boxes": boxes[seen], "labels": labels[seen]}
+        return {"image": image, "objects": objects}
+
+    def _placed(self, part: Tensor, size: list[int], top: int, left: int) -> Tensor:
+        """Resized, cut, and laid on the canvas; an image is normalised before."""
+        if isinstance(part, tv_tensors.Mask) and not len(part):  # resize refuses it
+            return torch.zeros(0, self.size, self.size, dtype=torch.uint8)
+        height, width = min(size[0] - top, self.size), min(size[1] - left, self.size)
+        part = F.crop(F.resize(part, size, antialias=True), top, left, height, width)
+        if isinstance(part, tv_tensors.Image):
+            part = self.pixels.normalise(part)
+        return F.pad(part, [0, 0, self.size - width, self.size - height]).as_subclass(Tensor)
+
+
+def fitted(size: Sequence[int], side: int, scale: float = 1.0) -> list[int]:
+    """(height, width) -> the same with the longer one ``scale`` times ``side``, pixels."""
+    factor = scale * side / max(size)
+    return [max(round(old * factor), 1) for old in size]
+
+
+def on_canvas(pixels: DensePixels, image: Image.Image, side: int) -> tuple[Tensor, list[int]]:
+    """A picture as a detector reads it: the longer side ``side``, in the upper left corner.
+
+    Returns: float32 (c, side, side), normalised, the rest being the mean; and the (height, width)
+        that the picture has in it.
+    """
+    size = fitted((image.height, image.width), side)
+    resized = F.resize(F.pil_to_tensor(pixels.to_mode(image)), size, antialias=True)
+    return F.pad(pixels.normalise(resized), [0, 0, side - size[1], side - size[0]]), size
+
+
+def around(masks: Tensor) -> Tensor:
+    """(n, h, w), none of them empty -> the boxes (n, 4) that just hold them, float32: the right
+    and lower sides are behind the last pixel."""
+    ends = torch.tensor([0, 0, 1, 1])
+    return (masks_to_boxes(masks) + ends).float() if len(masks) else torch.zeros(0, 4)
 
 
 def _largest_share(mask: Tensor) -> float:

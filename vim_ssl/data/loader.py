@@ -141,7 +141,8 @@ class SeededSamples(Dataset):
 
 
 def collate(samples: list[dict]) -> dict:
-    """Stack tensors and numbers; join the lists of skipped pictures."""
+    """Stack tensors and numbers; join the lists of skipped pictures. Dicts, which hold what has
+    another shape in every sample, are kept in a list."""
     batch: dict[str, Any] = {}
     for key in samples[0]:
         values = [s[key] for s in samples]
@@ -149,6 +150,8 @@ def collate(samples: list[dict]) -> dict:
             batch[key] = [name for names in values for name in names]
         elif isinstance(values[0], torch.Tensor):
             batch[key] = torch.stack(values)
+        elif isinstance(values[0], dict):
+            batch[key] = values
         else:
             batch[key] = torch.tensor(values)
     return batch

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal, overload
 
+from vim_ssl.data.coco import check_same_categories, open_coco
 from vim_ssl.data.dataset import ImageData, join
 from vim_ssl.data.dicom import open_dicom
 from vim_ssl.data.folder import open_folder
@@ -43,6 +44,7 @@ _OPENERS: dict[str, Callable[[DataSpec], ImageData]] = {
     "sample": open_sample,
     "ade20k": open_ade20k,
     "masks": open_masks,
+    "coco": open_coco,
 }
 AND = " + "  # between specs that are read as one
 _STREAMS: dict[str, Callable[[DataSpec], ImageStream]] = {"hf": stream_hub, "wds": stream_tars}
@@ -192,6 +194,28 @@ def masked_parts(spec: str | Path, test: float, seed: int) -> tuple[ImageData, I
         )
     if held_out := _held_out(everything):
         return open_data(spec, split="train"), open_data(spec, split=held_out[0])
+    return _cut(everything, test, seed)
+
+
+def boxed_parts(spec: str | Path, test: float, seed: int) -> tuple[ImageData, ImageData]:
+    """The training and the test part of pictures with boxes; as `labelled_parts`. Of several splits
+    to test on, the first in which there are boxes.
+
+    Raises: ValueError for pictures without boxes, or parts of different classes.
+    """
+    train = open_data(spec)
+    if not train.has_boxes:
+        raise ValueError(f"{spec} has no boxes; name a folder in COCO's layout as coco:ROOT.")
+    if not (held_out := _held_out(train)):
+        return _cut(open_data(spec, split="all"), test, seed)
+    train = open_data(spec, split="train")
+    others = [open_data(spec, split=name) for name in held_out]
+    other = next((o for o in others if any(map(o.box_count, range(len(o))))), others[0])
+    check_same_categories(train.categories or [], [other.categories or []])
+    return train, other
+
+
+def _cut(everything: ImageData, test: float, seed: int) -> tuple[ImageData, ImageData]:
     alike = [0] * len(everything)
     first, second = stratified_split(alike, test, seed, everything.groups)
     return everything.subset(first), everything.subset(second)

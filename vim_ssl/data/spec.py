@@ -12,9 +12,9 @@ from urllib.parse import quote, unquote
 BUILT = (
     "folder", "hf", "csv", "parquet", "imagenet", "medmnist", "dicom", "nifti", "geotiff",
     "eurosat", "bigearthnet", "pairs", "sample", "wds",
-    "ade20k", "masks",
+    "ade20k", "masks", "coco",
 )  # fmt: skip
-PLANNED = ("coco", "slide", "video")
+PLANNED = ("slide", "video")
 # What one split is called in different places; the first is the name used here.
 SPLIT_NAMES = {
     "train": ("train", "training"),
