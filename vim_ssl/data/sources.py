@@ -23,6 +23,7 @@ from vim_ssl.data.split import as_key, is_known, stratified_split
 from vim_ssl.data.stream import ImageStream
 from vim_ssl.data.tables import open_csv, open_parquet
 from vim_ssl.data.tars import stream_tars
+from vim_ssl.data.video import open_video
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ _OPENERS: dict[str, Callable[[DataSpec], ImageData]] = {
     "sample": open_sample,
     "ade20k": open_ade20k,
     "masks": open_masks,
+    "video": open_video,
 }
 AND = " + "  # between specs that are read as one
 _STREAMS: dict[str, Callable[[DataSpec], ImageStream]] = {"hf": stream_hub, "wds": stream_tars}

@@ -12,9 +12,9 @@ from urllib.parse import quote, unquote
 BUILT = (
     "folder", "hf", "csv", "parquet", "imagenet", "medmnist", "dicom", "nifti", "geotiff",
     "eurosat", "bigearthnet", "pairs", "sample", "wds",
-    "ade20k", "masks",
+    "ade20k", "masks", "video",
 )  # fmt: skip
-PLANNED = ("coco", "slide", "video")
+PLANNED = ("coco", "slide")
 # What one split is called in different places; the first is the name used here.
 SPLIT_NAMES = {
     "train": ("train", "training"),
@@ -38,6 +38,9 @@ class DataSpec:
             ``0.5%,99.5%``.
         bands: of rasters, which and in what order: names or numbers, ``B04,B03,B02``.
         tile: cuts rasters into squares of so many pixels.
+        frames: of a clip of a video.
+        fps: frames of a clip that make a second; without it they are spread over the whole video.
+        clips: of each video, where one is judged.
         limit: at most this many pictures, spread evenly over the data.
         streaming: read in order without an index, for pretraining from "hf"; "wds" always is.
     """
@@ -53,6 +56,9 @@ class DataSpec:
     window: str | None = None
     bands: str | None = None
     tile: int | None = None
+    frames: int | None = None
+    fps: float | None = None
+    clips: int | None = None
     limit: int | None = None
     streaming: bool = False
 
@@ -173,10 +179,17 @@ def _options(query: str, text: str) -> dict[str, Any]:
         if key in options:
             raise ValueError(f"{text!r}: option {key!r} is given twice.")
         options[key] = value
-        if key in ("limit", "tile"):
+        if key in ("limit", "tile", "frames", "clips"):
             if not value.isdigit() or int(value) < 1:
                 raise ValueError(f"{text!r}: {key}={value} is not a whole number above 0.")
             options[key] = int(value)
+        if key == "fps":
+            try:
+                options[key] = float(value)
+            except ValueError:
+                options[key] = 0.0
+            if not 0 < options[key] < 1e6:
+                raise ValueError(f"{text!r}: fps={value} is not a number above 0.")
         if key == "streaming":
             if value.lower() not in ("true", "false"):
                 raise ValueError(f"{text!r}: streaming={value} is neither true nor false.")
