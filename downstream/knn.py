@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from vim_ssl import VimEncoder, load_encoder
+from vim_ssl import load_encoder
 from vim_ssl.cli import guarded
 from vim_ssl.config import opt, parse, to_dict
 from vim_ssl.data import labelled_parts
@@ -31,6 +31,7 @@ from vim_ssl.probes import READOUTS, Features, knn_votes, nearest
 from vim_ssl.processes import join_processes, pick_device
 from vim_ssl.runs import environment, newest_run, task_folder, trained_on
 from vim_ssl.scores import judge
+from vim_ssl.video import reading
 
 
 @dataclass
@@ -97,14 +98,16 @@ def run(config: Config) -> dict:
     torch.manual_seed(config.seed)  # of a preset's weights
     encoder = load_encoder(source, device=device)
     train, test = labelled_parts(config.data or trained_on(source), config.test, config.seed)
+    encoder = reading(encoder, train)
     if processes.main:
         print(f"Encoder {source} · {train.name}: {len(train):,} to be neighbours of {len(test):,}",
               flush=True)  # fmt: skip
     encoders = {"pretrained encoder": encoder}
-    encoders |= {other: load_encoder(other, device=device) for other in config.against}
+    for other in config.against:
+        encoders[other] = reading(load_encoder(other, device=device), train)
     if config.baseline:
         torch.manual_seed(config.seed)
-        encoders["same encoder, untrained"] = VimEncoder(**encoder.config)
+        encoders["same encoder, untrained"] = type(encoder)(**encoder.config)
     rows, skipped = [], []
     for name, each in encoders.items():
         parts = encode_parts(

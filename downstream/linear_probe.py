@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from vim_ssl import VimEncoder, create_transform, load_encoder
+from vim_ssl import create_transform, load_encoder
 from vim_ssl.cli import guarded
 from vim_ssl.config import opt, parse, to_dict
 from vim_ssl.data import labelled_parts, stratified_split
@@ -47,6 +47,7 @@ from vim_ssl.processes import join_processes, pick_device
 from vim_ssl.report import write_report
 from vim_ssl.runs import environment, newest_run, task_folder, trained_on
 from vim_ssl.scores import Figure, judge, share_right
+from vim_ssl.video import reading
 
 MAX_PIXELS = 64 * 64 * 3  # values a picture above which regression on raw pixels is hopeless
 FEW_SHOT_C = 1.0  # so few labels leave none to choose it by
@@ -182,6 +183,7 @@ def run(config: Config) -> dict:
     torch.manual_seed(config.seed)  # of a preset's weights
     encoder = load_encoder(source, device=device)
     train, test = labelled_parts(config.data or trained_on(source), config.test, config.seed)
+    encoder = reading(encoder, train)
     if config.shots and train.multi_label:
         raise ValueError(f"{train.name} has several labels a picture; --shots needs one of each.")
     if processes.main:
@@ -190,10 +192,11 @@ def run(config: Config) -> dict:
         _warn_of_lars(len(train), config)
 
     encoders = {"pretrained encoder": encoder}
-    encoders |= {other: load_encoder(other, device=device) for other in config.against}
+    for other in config.against:
+        encoders[other] = reading(load_encoder(other, device=device), train)
     if config.baselines:
         torch.manual_seed(config.seed)
-        encoders["same encoder, untrained"] = VimEncoder(**encoder.config)
+        encoders["same encoder, untrained"] = type(encoder)(**encoder.config)
     tables = _Tables(config)
     for name, each in encoders.items():
         parts = encode_parts(
@@ -204,7 +207,8 @@ def run(config: Config) -> dict:
             tables.add(name, parts[0], parts[1], readouts_of(each, config.readouts))
     if not processes.main:
         return {}
-    if config.baselines and math.prod(encoder.data_config["input_size"]) <= MAX_PIXELS:
+    values = math.prod(encoder.data_config["input_size"]) * getattr(encoder, "frames", 1)
+    if config.baselines and values <= MAX_PIXELS:
         transform = create_transform(encoder)
         pixels = [
             extract_features(torch.nn.Identity(), part, transform, workers=config.workers)
