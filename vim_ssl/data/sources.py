@@ -18,6 +18,7 @@ from vim_ssl.data.nifti import open_nifti
 from vim_ssl.data.pairs import open_pairs
 from vim_ssl.data.rasters import open_bigearthnet, open_eurosat, open_geotiff
 from vim_ssl.data.sample_sets import open_sample
+from vim_ssl.data.slides import open_slide
 from vim_ssl.data.spec import DataSpec, canonical_split, parse_spec
 from vim_ssl.data.split import as_key, is_known, stratified_split
 from vim_ssl.data.stream import ImageStream
@@ -44,6 +45,7 @@ _OPENERS: dict[str, Callable[[DataSpec], ImageData]] = {
     "ade20k": open_ade20k,
     "masks": open_masks,
     "video": open_video,
+    "slide": open_slide,
 }
 AND = " + "  # between specs that are read as one
 _STREAMS: dict[str, Callable[[DataSpec], ImageStream]] = {"hf": stream_hub, "wds": stream_tars}

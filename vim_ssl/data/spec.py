@@ -12,9 +12,9 @@ from urllib.parse import quote, unquote
 BUILT = (
     "folder", "hf", "csv", "parquet", "imagenet", "medmnist", "dicom", "nifti", "geotiff",
     "eurosat", "bigearthnet", "pairs", "sample", "wds",
-    "ade20k", "masks", "video",
+    "ade20k", "masks", "video", "slide",
 )  # fmt: skip
-PLANNED = ("coco", "slide")
+PLANNED = ("coco",)
 # What one split is called in different places; the first is the name used here.
 SPLIT_NAMES = {
     "train": ("train", "training"),
@@ -37,7 +37,9 @@ class DataSpec:
         window: of deep grey, the values that become black and white: ``LOW,HIGH`` or percentiles,
             ``0.5%,99.5%``.
         bands: of rasters, which and in what order: names or numbers, ``B04,B03,B02``.
-        tile: cuts rasters into squares of so many pixels.
+        tile: cuts rasters and slides into squares of so many pixels.
+        mpp: of slides, micrometres a pixel of a tile.
+        tissue: of slides, the share of a tile that must be coloured; "none" keeps all tiles.
         frames: of a clip of a video.
         fps: frames of a clip that make a second; without it they are spread over the whole video.
         clips: of each video, where one is judged.
@@ -56,6 +58,8 @@ class DataSpec:
     window: str | None = None
     bands: str | None = None
     tile: int | None = None
+    mpp: float | None = None
+    tissue: str | None = None
     frames: int | None = None
     fps: float | None = None
     clips: int | None = None
@@ -183,13 +187,13 @@ def _options(query: str, text: str) -> dict[str, Any]:
             if not value.isdigit() or int(value) < 1:
                 raise ValueError(f"{text!r}: {key}={value} is not a whole number above 0.")
             options[key] = int(value)
-        if key == "fps":
+        if key in ("fps", "mpp"):
             try:
                 options[key] = float(value)
             except ValueError:
                 options[key] = 0.0
             if not 0 < options[key] < 1e6:
-                raise ValueError(f"{text!r}: fps={value} is not a number above 0.")
+                raise ValueError(f"{text!r}: {key}={value} is not a number above 0.")
         if key == "streaming":
             if value.lower() not in ("true", "false"):
                 raise ValueError(f"{text!r}: streaming={value} is neither true nor false.")
