@@ -1,12 +1,13 @@
 """What a scan costs, against a loop that counts its own steps and against its tensors."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from scan_helpers import FAST_BACKENDS, two_way_inputs
 
-from vim_ssl.kernels.selective_scan import bi_selective_scan
+from vim_ssl.kernels.selective_scan import bi_selective_scan, flops
 from vim_ssl.kernels.selective_scan.flops import flop_counter, scan_cost
 
 B, L, D, N = 2, 9, 5, 4
@@ -88,3 +89,9 @@ def test_a_whole_encoder_is_counted():
     scans = sum(n for op, n in counts.items() if "scan" in str(op))
     assert scans == 3 * scan_cost(2, 1, 17, 32, 16).flops
     assert counter.get_total_flops() > scans
+
+
+def test_the_count_in_the_readme_holds():
+    text = Path(flops.__file__).with_name("README.md").read_text(encoding="utf-8")
+    call, count = (part.partition("```")[0] for part in text.split("```python\n")[1:3])
+    exec(call + count, {})
