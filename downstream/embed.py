@@ -40,9 +40,10 @@ from vim_ssl.embeddings import (
 )
 from vim_ssl.features import weights_hash
 from vim_ssl.kernels.selective_scan.benchmark import commit
-from vim_ssl.probes import READOUTS, read_all, readout_columns
+from vim_ssl.probes import READOUTS, encode_views, read_all, readout_columns
 from vim_ssl.processes import join_processes, pick_device
 from vim_ssl.runs import environment, newest_run, task_folder, trained_on
+from vim_ssl.video import VideoEncoder, reading
 
 POOLED = "pooled"
 
@@ -76,10 +77,14 @@ def run(config: Config) -> dict:
     torch.manual_seed(config.seed)
     encoder = load_encoder(source, device=device)
     data = open_data(config.data or trained_on(source), streams=True)
+    encoder = reading(encoder, data)
     folder = Path(config.output or task_folder("embed", source, config.data))
     encode = build_readout(encoder, config.readout)
+    example = torch.zeros(1, *encoder.data_config["input_size"], device=device)
+    if isinstance(encoder, VideoEncoder):
+        example = example[:, :, None].repeat(1, 1, encoder.tubelet, 1, 1)
     with torch.no_grad():
-        dim = encode(torch.zeros(1, *encoder.data_config["input_size"], device=device)).shape[1]
+        dim = encode(example).shape[1]
     shards = plan_shards(data, config.shard_rows)
     missing: list[EmbeddingShard] = []
     if processes.main:
@@ -183,7 +188,7 @@ def embed(
             part.skipped += [row for row in batch if isinstance(row, str)]
             if whole := [row for row in batch if not isinstance(row, str)]:
                 ids, labels, images = zip(*whole, strict=True)
-                x = encode(torch.stack(images).to(device)).float().cpu()
+                x = encode_views(encode, torch.stack(images).to(device)).float().cpu()
                 part.x = torch.cat([part.x, x])
                 part.ids += ids
                 part.labels += labels

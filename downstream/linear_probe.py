@@ -31,6 +31,7 @@ from vim_ssl.config import opt, parse
 from vim_ssl.data import stratified_split
 from vim_ssl.data.split import few_of_each
 from vim_ssl.data.transforms import Transform
+from vim_ssl.data.video import ClipTransform
 from vim_ssl.linear_heads import LinearHead, fit_lars, fit_logistic, lars_reach
 from vim_ssl.probes import (
     C_GRID,
@@ -42,6 +43,7 @@ from vim_ssl.probes import (
 )
 from vim_ssl.report import write_report
 from vim_ssl.scores import Figure, judge, share_right
+from vim_ssl.video import VideoEncoder
 
 MAX_PIXELS = 64 * 64 * 3  # values a picture above which regression on raw pixels takes too long
 SHRUNK = 32  # pixels a side that larger pictures have then
@@ -192,10 +194,14 @@ def _raw_pixels(encoder: VimEncoder) -> tuple[str, Transform]:
     """What the encoder is shown; shrunk where that is too much to fit a regression to."""
     config = dict(encoder.data_config)
     channels, *sides = config["input_size"]
-    if channels * math.prod(sides) <= MAX_PIXELS:
+    frames = encoder.frames if isinstance(encoder, VideoEncoder) else 1
+    if frames * channels * math.prod(sides) <= MAX_PIXELS:
         return "raw pixels", create_transform(encoder)
     config["input_size"] = (channels, SHRUNK, SHRUNK)
-    return f"raw pixels, {SHRUNK}x{SHRUNK}", create_transform(config)
+    transform = create_transform(config)
+    if isinstance(encoder, VideoEncoder):
+        transform = ClipTransform(transform, training=False)
+    return f"raw pixels, {SHRUNK}x{SHRUNK}", transform
 
 
 class _Tables:

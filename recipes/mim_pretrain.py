@@ -4,6 +4,8 @@
     accelerate launch recipes/mim_pretrain.py --data FOLDER              # your pictures, 224 px
     accelerate launch --multi_gpu --num_processes 8 recipes/mim_pretrain.py \\
         --preset mae_small_224 --data imagenet/train --precision bf16
+    accelerate launch recipes/mim_pretrain.py --preset mae_small_224 --mask tube \\
+        --mask-ratio 0.9 --data 'video:ROOT?frames=16'                   # clips (mae, simmim)
 
 `mae` (arXiv:2111.06377, visible patches in scan order, Vim decoder as in arXiv:2502.00594),
 `simmim` (arXiv:2111.09886), `ar` (clusters one after another, arXiv:2406.07537) and `distill` (a
@@ -26,6 +28,7 @@ from vim_ssl.data import ImageData, ImageStream, band_arguments, open_data
 from vim_ssl.data.loader import SeededSamples
 from vim_ssl.data.stream import StreamSamples
 from vim_ssl.data.transforms import pretrain_transform
+from vim_ssl.data.video import ClipTransform, VideoData
 from vim_ssl.distill import LOSSES, WHERE, Distill
 from vim_ssl.masking import MASKS, RandomMask
 from vim_ssl.mim import MAE, SimMIM
@@ -33,6 +36,7 @@ from vim_ssl.probes import online_probe
 from vim_ssl.report import write_report
 from vim_ssl.runs import Run, environment, stored_or
 from vim_ssl.training import TrainConfig, fit, make_accelerator, make_average
+from vim_ssl.video import VideoEncoder, reading
 
 OBJECTIVES = {"mae": MAE, "simmim": SimMIM, "ar": AutoRegressive, "distill": Distill}
 
@@ -46,6 +50,7 @@ class Config(TrainConfig):
     hflip: float = opt(0.5, "probability of mirroring", group="data")
     encoder: str = opt("vim_small_patch16_224", "preset, checkpoint or run", group="model")
     model_args: dict[str, Any] = opt({}, "more arguments of the encoder", group="model")
+    tubelet: int = opt(2, "frames that make a token, where the data are videos", group="model")
     objective: str = opt("mae", "what to learn from", group="model", choices=tuple(OBJECTIVES))
     decoder_dim: int = opt(512, "width of the decoder of mae and ar", group="model")
     decoder_depth: int = opt(2, "its blocks: Vim for mae, attention for ar", group="model")
@@ -225,9 +230,13 @@ def build_model(config: Config, data: ImageData | ImageStream | None = None) -> 
     if config.objective == "ar":
         args.setdefault("directions", "forward")
     try:
-        return load_encoder(config.encoder, **args)
+        encoder = load_encoder(config.encoder, **args)
     except TypeError as error:  # an unknown name
         raise ValueError(f"model_args: {error}") from error
+    encoder = reading(encoder, data, tubelet=config.tubelet)
+    if isinstance(encoder, VideoEncoder) and config.objective not in ("mae", "simmim"):
+        raise ValueError(f"{config.objective} reads pictures, not clips; use mae or simmim.")
+    return encoder
 
 
 def build_objective(config: Config, encoder: VimEncoder):
@@ -302,12 +311,20 @@ def build_data(config: Config, encoder: VimEncoder, data: ImageData | ImageStrea
     if config.mask_unit % patch:
         raise ValueError(f"mask_unit {config.mask_unit} px is no multiple of the {patch}-px patch.")
     unit = max(config.mask_unit // patch, 1)
-    draws = None
-    if config.objective != "ar":
-        draws = MASKS[config.mask](encoder.grid_size, config.mask_ratio, unit)
-    image = pretrain_transform(
+    grid, more, draws = encoder.grid_size, {}, None
+    image: Any = pretrain_transform(
         encoder.data_config, crop_scale=config.crop_scale, hflip=config.hflip
     )
+    if isinstance(encoder, VideoEncoder):
+        if not isinstance(data, VideoData):
+            raise ValueError(f"the encoder reads clips, {data.name} are pictures: use video:ROOT.")
+        image, times = ClipTransform(image, training=True), data.sampling.frames // encoder.tubelet
+        if config.mask == "tube":
+            more = {"times": times}
+        else:  # one below the other, as `as_sheet` has them
+            grid = (times * grid[0], grid[1])
+    if config.objective != "ar":
+        draws = MASKS[config.mask](grid, config.mask_ratio, unit, **more)
     transform = MimTransform(image, draws)
     if isinstance(data, ImageStream):
         return data, StreamSamples(data, transform, config.seed)

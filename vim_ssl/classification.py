@@ -54,6 +54,7 @@ class ClassificationConfig(TrainConfig):
     auto_augment: str = opt("", "by timm's names: rand-m9-mstd0.5-inc1 …", group="data")
     erasing: float = opt(0.0, "probability of erasing a rectangle", group="data")
     repeats: int = opt(1, "augmentations of a picture in one batch", group="data")
+    judge_batch: int = opt(128, "samples at once where they are judged", group="data")
     mixup: float = opt(0.0, "alpha of mixup; 0: off", group="data")
     cutmix: float = opt(0.0, "alpha of cutmix, half the batches beside mixup", group="data")
     targets: str = opt("class", "what the labels are", group="model", choices=TARGETS)
@@ -253,7 +254,7 @@ def train_classifier(
         train, watched = train.subset(kept), train.subset(held_out)
     validation = Validation(
         final, watched, folder.folder, config.targets, keep_best=config.validation > 0,
-        patience=config.patience,
+        patience=config.patience, batch_size=config.judge_batch,
     )  # fmt: skip
     watching = config.validation > 0 or config.eval_every <= config.epochs
     samples = SeededSamples(
@@ -278,7 +279,9 @@ def train_classifier(
             if config.validation:
                 validation.take_best()
                 write_encoder()
-            metrics |= evaluate(final, test, folder.folder, config.targets, classes)
+            metrics |= evaluate(
+                final, test, folder.folder, config.targets, classes, batch_size=config.judge_batch
+            )
             metrics |= {"protocol": to_dict(config), **environment()}
             with folder.writing("metrics.json"):
                 (folder.folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
@@ -329,15 +332,16 @@ class Validation:
         targets: one of `TARGETS`.
         keep_best: whether `take_best` will be asked for.
         patience: evaluations without a better one after which it is enough; 0: never.
+        batch_size: samples at once.
     """
 
     def __init__(
         self, encoder: VimEncoder, data, folder: Path, targets: str, *, keep_best: bool,
-        patience: int,
+        patience: int, batch_size: int = 128,
     ):  # fmt: skip
         self.encoder, self.data, self.folder = encoder, data, Path(folder)
         self.targets, self.keep_best, self.patience = targets, keep_best, patience
-        self.figure = f"val_{MAIN_FIGURE[targets]}"
+        self.figure, self.batch_size = f"val_{MAIN_FIGURE[targets]}", batch_size
 
     def __call__(self) -> dict[str, float]:
         from safetensors.torch import save_file
@@ -345,8 +349,9 @@ class Validation:
         training = self.encoder.training
         device = next(self.encoder.parameters()).device
         found = extract_features(
-            self.encoder.eval(), self.data, create_transform(self.encoder), device=device
-        )
+            self.encoder.eval(), self.data, create_transform(self.encoder),
+            batch_size=self.batch_size, device=device,
+        )  # fmt: skip
         self.encoder.train(training)
         judged = judge(found.x, found.y, self.targets)
         figures = {f"val_{k}": v for k, v in judged.items() if isinstance(v, float)}

@@ -14,12 +14,12 @@ import torch
 
 from vim_ssl.config import opt, to_dict
 from vim_ssl.data import labelled_parts
-from vim_ssl.encoder import VimEncoder
 from vim_ssl.features import encode_parts, readouts_of
 from vim_ssl.loading import load_encoder
 from vim_ssl.probes import READOUTS, Features
 from vim_ssl.processes import join_processes, pick_device
 from vim_ssl.runs import environment, newest_run, task_folder, trained_on
+from vim_ssl.video import reading
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Comparison:
     """One run of a task. Several processes share the pictures out; the first has the features.
 
     Attributes:
-        encoder: the first of the encoders, as it was loaded.
+        encoder: the first of the encoders, inflated where the data are videos.
         train, test: labelled parts of the data.
         main: whether this is the process that goes on with the features.
     Raises: what `load_encoder` and `labelled_parts` raise.
@@ -64,6 +64,7 @@ class Comparison:
         self.train, self.test = labelled_parts(
             config.data or trained_on(self.source), config.test, config.seed, config.test_data
         )
+        self.encoder = reading(self.encoder, self.train)
         if self.main:
             tested = f" of {self.test.name}" if config.test_data else ""
             print(f"Encoder {self.source} · {self.train.name}: {len(self.train):,} train, "
@@ -73,10 +74,11 @@ class Comparison:
         """On the main process: name, features of both parts, and the columns of every readout."""
         config = self.config
         encoders = {"pretrained encoder": self.encoder}
-        encoders |= {other: load_encoder(other, device=self.device) for other in config.against}
+        for other in config.against:
+            encoders[other] = reading(load_encoder(other, device=self.device), self.train)
         if config.baselines:
             torch.manual_seed(config.seed)
-            encoders["same encoder, untrained"] = VimEncoder(**self.encoder.config)
+            encoders["same encoder, untrained"] = type(self.encoder)(**self.encoder.config)
         for name, encoder in encoders.items():
             parts = encode_parts(
                 encoder.to(self.device).eval(), (self.train, self.test), cache=config.cache,

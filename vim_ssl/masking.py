@@ -51,6 +51,22 @@ class RandomMask:
         return hidden.repeat_interleave(self.unit, 0).repeat_interleave(self.unit, 1).flatten()
 
 
+class TubeMask(RandomMask):
+    """Hide the same patches at all times of a clip: what stands still cannot be copied from another
+    frame. Reference: VideoMAE, arXiv:2203.12602.
+
+    Args:
+        times: tubelets one after another; 1 for pictures.
+    """
+
+    def __init__(self, grid: tuple[int, int], ratio: float, unit: int = 1, times: int = 1):
+        super().__init__(grid, ratio, unit)
+        self.times = times
+
+    def __call__(self) -> Tensor:
+        return super().__call__().repeat(self.times)
+
+
 class RowMask(RandomMask):
     """Hide whole rows of units: what stays visible is contiguous along the scan."""
 
@@ -92,7 +108,7 @@ class BlockMask(RandomMask):
         return hidden
 
 
-MASKS = {"random": RandomMask, "row": RowMask, "block": BlockMask}
+MASKS = {"random": RandomMask, "row": RowMask, "block": BlockMask, "tube": TubeMask}
 
 
 def checked_mask(mask: Tensor, b: int, grid: tuple[int, int]) -> Tensor:

@@ -6,7 +6,8 @@
              predicts their pixels
 
 Batches hold ``image`` (b, c, h, w), normalised, and ``mask`` (b, m) bool, True = masked, with the
-same number of masked patches in every sample.
+same number of masked patches in every sample. Of an encoder of clips ``image`` is (b, c, t, h, w),
+and patches are tubelets, frame by frame, row by row; see `as_sheet`.
 """
 
 import torch
@@ -35,7 +36,8 @@ class PixelObjective(nn.Module):
         refuse_head(encoder)
         self.encoder = encoder
         self.norm_pix_loss = norm_pix_loss
-        self.pixels = encoder.in_chans * patch.patch_size**2
+        self.tubelet = getattr(encoder, "tubelet", 1)
+        self.pixels = encoder.in_chans * self.tubelet * patch.patch_size**2
 
     def hidden(self, batch: dict[str, Tensor], grid: tuple[int, int]) -> Tensor:
         """(b, m) bool, True = hidden, to be predicted: the batch's own mask."""
@@ -51,10 +53,11 @@ class PixelObjective(nn.Module):
 
     def forward(self, batch: dict[str, Tensor]) -> StepOutput:
         """One pass: the mean loss of each sample's masked patches, summed over samples."""
-        images = batch["image"]
-        mask = self.hidden(batch, self.encoder.grid(*images.shape[-2:]))
-        prediction = self.predict(images, mask).float()
-        pixels = patchify(images.float(), self.encoder.patch_embed.patch_size)  # float32 targets
+        images = as_sheet(batch["image"], self.tubelet)
+        patch = self.encoder.patch_embed.patch_size
+        mask = self.hidden(batch, (images.shape[-2] // patch, images.shape[-1] // patch))
+        prediction = self.predict(batch["image"], mask).float()
+        pixels = patchify(images.float(), patch)  # float32 targets
         target = pixels
         mean: Tensor | float = 0.0
         std: Tensor | float = 1.0
@@ -75,13 +78,15 @@ class PixelObjective(nn.Module):
         )
 
     def _pictures(self, images: Tensor, mask: Tensor, restored: Tensor) -> Tensor:
-        """original | masked | reconstruction | reconstruction in the gaps: (n, 1 or 3, h, 4 w)."""
+        """original | masked | reconstruction | reconstruction in the gaps: (n, 1 or 3, h, 4 w); of
+        clips film strips, of each tubelet the first frame."""
         height, width = images.shape[-2:]
         patch = self.encoder.patch_embed.patch_size
         config = self.encoder.data_config
         gaps = unpatchify(mask[..., None].expand_as(restored), patch, (height, width))[:, :1]
-        original = as_seen(images.float(), config)
-        restored = as_seen(unpatchify(restored, patch, (height, width)), config)
+        first = slice(None, None, self.tubelet)
+        original = as_seen(images[:, first].float(), config)
+        restored = as_seen(unpatchify(restored, patch, (height, width))[:, first], config)
         hidden = torch.where(gaps, torch.full_like(original, 0.5), original)
         pasted = torch.where(gaps, restored, original)
         return torch.cat([original, hidden, restored, pasted], dim=-1).cpu()
@@ -144,10 +149,15 @@ class MAE(PixelObjective):
         b, _, d = patches.shape
         hidden = self.mask_token.to(patches.dtype).expand(b, mask.shape[1], -1)
         hidden = hidden.scatter(1, keep[..., None].expand(-1, -1, d), patches)
-        hidden = hidden + build_sincos2d_pos_embed(
+        places = build_sincos2d_pos_embed(
             list(grid), dim=d, device=hidden.device, dtype=hidden.dtype
         )
-        residual = None
+        if (times := mask.shape[1] // len(places)) > 1:  # of clips
+            when = build_sincos2d_pos_embed(
+                [times, 1], dim=d, device=hidden.device, dtype=hidden.dtype
+            )
+            places = (when[:, None] + places).flatten(0, 1)
+        hidden, residual = hidden + places, None
         for layer in self.decoder_layers:
             hidden, residual = layer(hidden, residual)
         return self.decoder_pred(self.decoder_norm(hidden, residual)[0])
@@ -186,6 +196,15 @@ def refuse_head(encoder: nn.Module) -> None:
             f"the encoder has a head of {classes} classes, which pretraining would "
             "leave without gradient; build it with num_classes=0."
         )
+
+
+def as_sheet(images: Tensor, tubelet: int = 1) -> Tensor:
+    """Clips (b, c, t, h, w) as pictures (b, c · tubelet, t / tubelet · h, w), one tubelet below the
+    other, its frames as channels: patches of that are tubelets in the order of the tokens. Pictures
+    (b, c, h, w) stay."""
+    if images.dim() == 4:
+        return images
+    return images.unflatten(2, (-1, tubelet)).transpose(2, 3).flatten(1, 2).flatten(2, 3)
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:

@@ -102,8 +102,15 @@ def extract_rows(
         if whole := [row for row in batch if not isinstance(row, str)]:
             rows += [place for place, _ in whole]
             images = torch.stack([image for _, image in whole]).to(device)
-            xs.append(encode(images).flatten(1).float().cpu())
+            xs.append(encode_views(encode, images).flatten(1).float().cpu())
     return torch.cat(xs[1:] or xs), rows, skipped
+
+
+def encode_views(encode: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``encode(x)``; of several clips of each video, (b, clips, c, t, h, w), their mean."""
+    if x.dim() < 6:
+        return encode(x)
+    return encode(x.flatten(0, 1)).unflatten(0, x.shape[:2]).mean(1)
 
 
 def features_of(data, x: Tensor, rows: Sequence[int], skipped: list[str]) -> Features:

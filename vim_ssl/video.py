@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vim_ssl.data.video import VideoData
 from vim_ssl.encoder import PatchEmbed, VimEncoder
 
 INFLATIONS = ("centre", "mean")
@@ -93,6 +94,15 @@ class VideoEncoder(VimEncoder):
             raise ValueError(f"{m} tokens are no frames of a {rows}x{columns} grid; pass grid=.")
         return rows, columns
 
+    def no_weight_decay(self) -> set[str]:
+        """As of images, and the table of times."""
+        return super().no_weight_decay() | {"time_embed"}
+
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """As of images; the table of times goes with the other positions."""
+        groups = super().group_matcher(coarse)
+        return groups | {"stem": f"{groups['stem']}|^time_embed"}
+
     def forward_intermediates(
         self,
         x: Tensor,
@@ -124,6 +134,27 @@ class VideoEncoder(VimEncoder):
         if intermediates_only:
             return [to_map(tap) for tap in found]
         return found[0], [to_map(tap) for tap in found[1]]
+
+
+def reading(encoder: VimEncoder, data, *, tubelet: int = 1, how: str = "centre") -> VimEncoder:
+    """``encoder``, inflated if it is of pictures and ``data`` are videos.
+
+    Args:
+        data: of `vim_ssl.data.open_data`; the clips' number of frames comes from it.
+        tubelet, how: see `inflate`.
+    Raises: ValueError for a number of frames that the encoder's tubelets do not divide.
+    """
+    if not isinstance(data, VideoData):
+        return encoder
+    frames = data.sampling.frames
+    if not isinstance(encoder, VideoEncoder):
+        encoder = inflate(encoder, frames=frames, tubelet=tubelet, how=how)
+    if frames % encoder.tubelet:
+        raise ValueError(
+            f"{data.name} gives clips of {frames} frames, which tubelets of {encoder.tubelet} do "
+            f"not divide; ask for another number with ?frames=."
+        )
+    return encoder
 
 
 def inflate_kernel(weight: Tensor, tubelet: int, how: str) -> Tensor:

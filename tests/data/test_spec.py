@@ -64,7 +64,6 @@ def test_a_path_object_is_a_folder():
         ("photos?limit=many", "limit=many"),
         ("photos?limit=0", "above 0"),
         ("photos?streaming=yes", "neither true nor false"),
-        ("slide:/data", "not built yet; built are a folder's path, folder:, hf:, csv:"),
     ],
 )
 def test_errors_say_what_to_do(text, message):

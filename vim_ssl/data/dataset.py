@@ -71,12 +71,12 @@ class ImageData(Dataset):
     """Pictures by index; labels and groups without decoding any.
 
     An item is a dict: ``image`` (a decoded PIL image, "RGB" or "L", any size; where a source has
-    other bands, an array (h, w, bands), NaN where nothing was measured), ``id`` (str, the same in
-    every run), and where known ``label``, ``mask`` (uint8 (h, w), the classes' numbers, 255 for
-    none), ``boxes`` (float32 (n, 4): left, top, right, bottom in pixels) with ``box_labels`` (int64
-    (n,), the classes' numbers) and ``masks`` (uint8 (n, h, w), 1 = object), ``caption`` (one or
-    several: see `captions_of`), ``group`` (str) and ``meta`` (dict). Can be sent to DataLoader
-    workers, forked or spawned.
+    other bands, an array (h, w, bands), NaN where nothing was measured; of ``video:`` a `Video`),
+    ``id`` (str, the same in every run), and where known ``label``, ``mask`` (uint8 (h, w), the
+    classes' numbers, 255 for none), ``boxes`` (float32 (n, 4): left, top, right, bottom in pixels)
+    with ``box_labels`` (int64 (n,), the classes' numbers) and ``masks`` (uint8 (n, h, w), 1 =
+    object), ``caption`` (one or several: see `captions_of`), ``group`` (str) and ``meta`` (dict).
+    Can be sent to DataLoader workers, forked or spawned.
 
     Attributes:
         name: the spec string it was opened with.
@@ -147,11 +147,7 @@ class ImageData(Dataset):
         item: dict[str, Any] = {"id": self.ids[index]}
         picture = self.raw(index)
         try:
-            if isinstance(picture, np.ndarray):
-                item["image"] = array_picture(picture)
-            else:
-                whole = self.has_masks or self.has_boxes  # these are for the picture's own size
-                item["image"] = decode_image(picture, min_side=None if whole else self.min_side)
+            item["image"] = self._decode(picture)
             if self._captions is not None:
                 item["caption"] = self._captions[self._rows[index]]
             if self._masks is not None:
@@ -167,6 +163,12 @@ class ImageData(Dataset):
         if isinstance(picture, str | Path):
             item["meta"] = {"path": str(picture)}
         return item
+
+    def _decode(self, picture: str | Path | bytes | np.ndarray) -> Any:
+        if isinstance(picture, np.ndarray):
+            return array_picture(picture)
+        whole = self.has_masks or self.has_boxes  # these are for the picture's own size
+        return decode_image(picture, min_side=None if whole else self.min_side)
 
     def raw(self, index: int) -> str | Path | bytes | np.ndarray:
         """The undecoded picture: a path, a file's bytes, or values (h, w[, bands])."""

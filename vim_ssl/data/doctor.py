@@ -19,6 +19,7 @@ from vim_ssl.data.images import BadImage
 from vim_ssl.data.sources import open_data
 from vim_ssl.data.spec import canonical_split, parse_spec
 from vim_ssl.data.stream import ImageStream
+from vim_ssl.data.video import still
 
 NAMED = 3  # examples of one fault
 LISTED = 20  # classes whose numbers are written out
@@ -148,7 +149,7 @@ class _Looking(Dataset):
 
     def __getitem__(self, index: int) -> Look:
         try:
-            return look(self.data.ids[index], self.data[index]["image"])
+            return look(self.data.ids[index], still(self.data[index]["image"]))
         except BadImage as bad:
             return Look(bad.id, bad.reason)
 

@@ -2,6 +2,7 @@
 
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,10 +106,21 @@ def read_layout(names: list[str], split: str | None, label: str | None, root: st
 
 def find_pictures(root: Path, given: str) -> list[str]:
     """Sorted names of all pictures below root, with forward slashes."""
+    return find_files(root, given, "picture", EXTENSIONS)
+
+
+def find_files(root: Path, given: str, what: str, extensions: Sequence[str]) -> list[str]:
+    """Sorted names of all files below root that end so, with forward slashes.
+
+    Args:
+        given: the root as the user named it.
+        what: they are, for messages.
+    Raises: as `open_folder`.
+    """
     if not root.exists():
         raise FileNotFoundError(f"There is no folder {given!r}.{_hint(given)}")
     if not root.is_dir():
-        raise NotADirectoryError(f"{given!r} is a file; give the folder that holds the pictures.")
+        raise NotADirectoryError(f"{given!r} is a file; give the folder that holds the {what}s.")
     names: list[str] = []
     others: Counter[str] = Counter()
     seen = set()  # links are followed, as data sets are often linked together; but not in circles
@@ -128,15 +140,15 @@ def find_pictures(root: Path, given: str) -> list[str]:
             extension = os.path.splitext(name)[1].lower()
             if name.startswith("."):
                 others["hidden"] += 1
-            elif extension in EXTENSIONS:
+            elif extension in extensions:
                 names.append(prefix + name)
             else:
                 others[extension or "without extension"] += 1
     if not names:
         held = ", ".join(f"{count} × {kind}" for kind, count in others.most_common(5))
         raise ValueError(
-            f"The folder {given!r} holds no picture at any depth; it holds {held or 'no file'}. "
-            f"Pictures are files that end in {' '.join(EXTENSIONS)}."
+            f"The folder {given!r} holds no {what} at any depth; it holds {held or 'no file'}. "
+            f"{what.capitalize()}s are files that end in {' '.join(extensions)}."
         )
     return sorted(names)
 

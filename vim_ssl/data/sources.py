@@ -20,11 +20,13 @@ from vim_ssl.data.nifti import open_nifti
 from vim_ssl.data.pairs import open_pairs
 from vim_ssl.data.rasters import open_bigearthnet, open_eurosat, open_geotiff
 from vim_ssl.data.sample_sets import open_sample
+from vim_ssl.data.slides import open_slide
 from vim_ssl.data.spec import DataSpec, canonical_split, parse_spec
 from vim_ssl.data.split import as_key, is_known, stratified_split
 from vim_ssl.data.stream import ImageStream
 from vim_ssl.data.tables import open_csv, open_parquet
 from vim_ssl.data.tars import stream_tars
+from vim_ssl.data.video import open_video
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +47,8 @@ _OPENERS: dict[str, Callable[[DataSpec], ImageData]] = {
     "ade20k": open_ade20k,
     "masks": open_masks,
     "coco": open_coco,
+    "video": open_video,
+    "slide": open_slide,
 }
 AND = " + "  # between specs that are read as one
 _STREAMS: dict[str, Callable[[DataSpec], ImageStream]] = {"hf": stream_hub, "wds": stream_tars}

@@ -12,9 +12,8 @@ from urllib.parse import quote, unquote
 BUILT = (
     "folder", "hf", "csv", "parquet", "imagenet", "medmnist", "dicom", "nifti", "geotiff",
     "eurosat", "bigearthnet", "pairs", "sample", "wds",
-    "ade20k", "masks", "coco",
+    "ade20k", "masks", "coco", "video", "slide",
 )  # fmt: skip
-PLANNED = ("slide", "video")
 # What one split is called in different places; the first is the name used here.
 SPLIT_NAMES = {
     "train": ("train", "training"),
@@ -37,7 +36,12 @@ class DataSpec:
         window: of deep grey, the values that become black and white: ``LOW,HIGH`` or percentiles,
             ``0.5%,99.5%``.
         bands: of rasters, which and in what order: names or numbers, ``B04,B03,B02``.
-        tile: cuts rasters into squares of so many pixels.
+        tile: cuts rasters and slides into squares of so many pixels.
+        mpp: of slides, micrometres a pixel of a tile.
+        tissue: of slides, the share of a tile that must be coloured; "none" keeps all tiles.
+        frames: of a clip of a video.
+        fps: frames of a clip that make a second; without it they are spread over the whole video.
+        clips: of each video, where one is judged.
         limit: at most this many pictures, spread evenly over the data.
         streaming: read in order without an index, for pretraining from "hf"; "wds" always is.
     """
@@ -53,6 +57,11 @@ class DataSpec:
     window: str | None = None
     bands: str | None = None
     tile: int | None = None
+    mpp: float | None = None
+    tissue: str | None = None
+    frames: int | None = None
+    fps: float | None = None
+    clips: int | None = None
     limit: int | None = None
     streaming: bool = False
 
@@ -97,14 +106,9 @@ def parse_spec(spec: str | Path) -> DataSpec:
     if not match:
         return replace(DataSpec("folder", body), **options)
     scheme, location = match[1].lower(), match[2]
-    if scheme in PLANNED:
-        raise ValueError(
-            f"{text!r}: the scheme {scheme!r} is not built yet; built are a folder's path, "
-            f"{', '.join(f'{s}:' for s in BUILT)}."
-        )
     if scheme not in BUILT:
         raise ValueError(
-            f"{text!r}: unknown scheme {scheme!r}.{near(scheme, BUILT + PLANNED)} Known are a "
+            f"{text!r}: unknown scheme {scheme!r}.{near(scheme, BUILT)} Known are a "
             f"folder's path, {', '.join(f'{s}:' for s in BUILT)}."
         )
     if not location:
@@ -173,10 +177,17 @@ def _options(query: str, text: str) -> dict[str, Any]:
         if key in options:
             raise ValueError(f"{text!r}: option {key!r} is given twice.")
         options[key] = value
-        if key in ("limit", "tile"):
+        if key in ("limit", "tile", "frames", "clips"):
             if not value.isdigit() or int(value) < 1:
                 raise ValueError(f"{text!r}: {key}={value} is not a whole number above 0.")
             options[key] = int(value)
+        if key in ("fps", "mpp"):
+            try:
+                options[key] = float(value)
+            except ValueError:
+                options[key] = 0.0
+            if not 0 < options[key] < 1e6:
+                raise ValueError(f"{text!r}: {key}={value} is not a number above 0.")
         if key == "streaming":
             if value.lower() not in ("true", "false"):
                 raise ValueError(f"{text!r}: streaming={value} is neither true nor false.")

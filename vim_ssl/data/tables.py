@@ -1,8 +1,9 @@
 """Local tables: ``csv:`` files name pictures, ``parquet:`` files hold or name them."""
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.folder import FilePictures
@@ -10,7 +11,9 @@ from vim_ssl.data.hub import import_datasets, open_tables
 from vim_ssl.data.spec import DataSpec, canonical_split, near, pick_split
 from vim_ssl.data.tars import expand
 
-PATH_NAMES = ("image", "path", "file_name", "filename", "file", "filepath", "image_path")
+PATH_NAMES = (
+    "image", "path", "file_name", "filename", "file", "filepath", "image_path", "video",
+)  # fmt: skip
 LABEL_NAMES = ("label", "class", "target")
 CAPTION_NAMES = ("caption", "text")
 SPLIT_COLUMN = "split"
@@ -29,10 +32,22 @@ def open_csv(spec: DataSpec) -> ImageData:
         of another length than the header, or a table without a line.
     """
     spec.takes("image", "label", "caption", "group")
+    return read_table(spec, ImageData, FilePictures)
+
+
+def read_table(
+    spec: DataSpec, data_class: Callable[..., ImageData], files: Callable[[str, list[str]], Any]
+) -> ImageData:
+    """`open_csv` for data of any class.
+
+    Args:
+        data_class: called as `ImageData`.
+        files: of a root and names below it, makes its first argument.
+    """
     file = Path(spec.location).expanduser()
+    source = f"{spec.scheme}:{spec.location}"
     if not file.is_file():
-        raise FileNotFoundError(f"csv:{spec.location}: there is no such file.")
-    source = f"csv:{spec.location}"
+        raise FileNotFoundError(f"{source}: there is no such file.")
     with open(file, encoding="utf-8-sig", newline="") as text:
         lines = csv.reader(text, delimiter="\t" if file.suffix.lower() == ".tsv" else ",")
         header = [name.strip() for name in next(lines, [])]
@@ -75,8 +90,8 @@ def open_csv(spec: DataSpec) -> ImageData:
     captions, groups = column("caption", CAPTION_NAMES), column("group", ())
     parts = columns.get(SPLIT_COLUMN)
     splits = sorted(set(parts or ()), key=_split_order)
-    data = ImageData(
-        FilePictures(str(file.parent), list(paths)), paths, name=str(spec), labels=labels,
+    data = data_class(
+        files(str(file.parent), list(paths)), paths, name=str(spec), labels=labels,
         classes=classes, groups=groups, captions=captions, splits=splits,
     )  # fmt: skip
     split = pick_split(spec.split, splits, source)

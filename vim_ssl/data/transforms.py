@@ -14,8 +14,9 @@ from torchvision import transforms
 from vim_ssl.adapt import band_places
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import BadImage, clean_image
+from vim_ssl.data.video import ClipTransform
 
-Transform = Callable[[Image.Image | np.ndarray], Tensor]
+Transform = Callable[[Any], Tensor]  # of a PIL image, an array (h, w, bands) or a Video
 
 
 def create_transform(
@@ -25,7 +26,8 @@ def create_transform(
 
     Any PIL image goes in: it is put upright, laid on white and converted to the encoder's grey or
     colour first. So does an array of the encoder's bands; see `as_tensor`. Smaller pictures are
-    enlarged.
+    enlarged. Of an encoder of clips: a `Video` → (c, t, h, w), or several clips; see
+    `ClipTransform`.
 
     Args:
         encoder_or_config: an encoder, or its ``data_config``: input_size (c, h, w), mean, std,
@@ -45,7 +47,10 @@ def create_transform(
     trim: list[Callable] = []
     if not is_training and config.get("crop_mode", "center") == "center":
         trim = [TrimLongSide(size[1:])]
-    return transforms.Compose([ToChannels(config), *trim, *_flat(steps)])
+    transform = transforms.Compose([ToChannels(config), *trim, *_flat(steps)])
+    if hasattr(encoder_or_config, "tubelet"):
+        return ClipTransform(transform, is_training)
+    return transform
 
 
 def pretrain_transform(

@@ -1,0 +1,93 @@
+"""What a scan costs: operations, which torch's counter is told, and bytes.
+
+    with flop_counter(display=False) as counter:
+        encoder(images).sum().backward()
+    counter.get_total_flops()
+
+As torch counts matrix products and no element-wise operations, so the recurrence is counted and not
+what stands around it (softplus, D, the gate). A multiplication, an addition and an exponential are
+one each, a token, channel, state and direction:
+
+    forward    dt A, exp, a h, x B, their sum, h C, its sum                           7
+    backward   a and h again                                                          5
+               g + C dy, h dy + …, g x + …, <g, B>, <q, A>, dt q + …        2 each   12
+               q = g a h, g a                                               1 each    2
+
+The reference is a plain loop of torch operations, of which torch counts what it knows.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vim_ssl.kernels.selective_scan.dispatch import available_backends, choose_backend
+
+FORWARD, BACKWARD = 7, 19
+# Names in torch.ops.vim_ssl. The first and third argument of a forward pass, and result of a
+# backward pass, are (s, b, l, d) and (s, d, n) in all of them.
+OPERATORS = {
+    "numba": ("scan_forward", "scan_backward"),
+    "torch": ("torch_scan_forward", "torch_scan_backward"),
+    "triton": ("triton_scan_forward", "triton_scan_backward"),
+}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Operations, and the bytes that any implementation moves at least."""
+
+    flops: int
+    bytes: int
+
+
+def scan_cost(
+    s: int, b: int, l: int, d: int, n: int, *, backward: bool = False, itemsize: int = 4
+) -> Cost:
+    """The cost of `bi_selective_scan` (s = 2) with all its arguments, or of one direction (s = 1).
+
+    Args:
+        s, b, l, d, n: directions, batch, tokens, channels, states.
+        backward: the cost of all gradients instead.
+        itemsize: bytes of an element of u, delta, B, C, z and the output; parameters have four.
+    Returns: every input read and every output written once; what a backend keeps from the forward
+        pass for the backward pass comes on top.
+    """
+    tokens = 2 * s * b * l * (d + n)  # u, delta, B, C
+    gate = b * l * d
+    parameters = s * d * (n + 2)  # A, D, bias
+    if backward:  # dout; the inputs; their gradients
+        values, steps = gate + 2 * (tokens + gate), BACKWARD
+        parameters *= 2
+    else:
+        values, steps = tokens + 2 * gate, FORWARD
+    return Cost(steps * s * b * l * d * n, itemsize * values + 4 * parameters)
+
+
+def flop_counter(device: str | torch.device = "cpu", **options: Any) -> Any:
+    """A new `torch.utils.flop_counter.FlopCounterMode` that knows the scans of this kind of device.
+
+    Args:
+        options: of `FlopCounterMode`, such as ``display=False``.
+    """
+    from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_flop_formula
+
+    for name in available_backends(device):
+        if name not in OPERATORS:
+            continue
+        choose_backend(name, torch.device(device).type)  # makes its operators
+        for operator, formula in zip(OPERATORS[name], (_forward, _backward), strict=True):
+            packet = getattr(torch.ops.vim_ssl, operator)
+            if packet not in flop_registry:
+                register_flop_formula(packet, get_raw=True)(formula)
+    return FlopCounterMode(**options)
+
+
+def _forward(first: Tensor, second: Tensor, A: Tensor, *args, **more) -> int:
+    return FORWARD * first.numel() * A.shape[-1]  # u or dt (s, b, l, d); A (s, d, n)
+
+
+def _backward(*args, out_val, **more) -> int:
+    first, _, dA, *_ = out_val  # the gradients of these
+    return BACKWARD * first.numel() * dA.shape[-1]
