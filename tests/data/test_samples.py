@@ -128,6 +128,24 @@ def test_aerial():
     assert across < 2 * np.abs(np.diff(left, axis=1)).mean()
 
 
+@needs("tree-crowns")
+def test_tree_crowns():
+    train, test = open_data("sample:tree-crowns"), open_data("sample:tree-crowns", split="test")
+    assert (len(train), len(test)) == (140, 30)
+    assert not set(train.groups) & set(test.groups)
+    assert (train.classes, train.has_boxes, train.has_outlines) == (["tree"], True, False)
+    # Of 951 crowns those in the photographs' margins, and those cut into three, are in no tile.
+    assert 800 < sum(part.box_count(i) for part in (train, test) for i in range(len(part))) < 951
+    item = test[17]
+    assert item["image"].size == (200, 200)
+    boxes = item["boxes"]
+    assert (boxes[:, 2:] > boxes[:, :2]).all()
+    assert 0 <= boxes.min() < boxes.max() <= 200
+    assert len(boxes) == test.box_count(17) < len(test.annotated(17)[1])  # and crowds
+    bare = open_data("sample:tree-crowns?label=none")
+    assert (bare.ids, bare.has_boxes) == (train.ids, False)
+
+
 def extra(name: str, module: str):
     """A set that needs an optional package as well."""
     missing = importlib.util.find_spec(module) is None
@@ -143,6 +161,23 @@ def test_satellite(name):
     assert set(test.labels) == {0, 1}
     assert (test[0]["image"].size, test[0]["image"].mode) == ((90, 90), "L")
     assert test.classes[1] == "building"
+
+
+@pytest.mark.parametrize("name", [extra("buildings", "rasterio")])
+def test_buildings(name):
+    train, test = open_data(f"sample:{name}"), open_data(f"sample:{name}", split="test")
+    assert (train.ids, test.ids) == tuple(
+        open_data("sample:satellite", split=part).ids for part in ("train", "test")
+    )
+    assert (train.classes, train.has_outlines) == (["building"], True)
+    assert sum(part.box_count(i) for part in (train, test) for i in range(len(part))) == 89
+    i = next(i for i in range(len(test)) if test.box_count(i))
+    item = test[i]
+    assert item["masks"].shape == (test.box_count(i), 90, 90)
+    for mask, box in zip(item["masks"], item["boxes"], strict=True):
+        rows, columns = np.nonzero(mask)
+        ends = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+        assert np.abs(box - ends).max() <= 1.5
 
 
 @pytest.mark.parametrize("name", [extra("multispectral", "rasterio")])

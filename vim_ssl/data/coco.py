@@ -95,7 +95,7 @@ class CocoObjects:
             )
         single = [a for a in self.annotations(row) if not a.get("iscrowd")]
         boxes = [clipped(a["bbox"], width, height) for a in single]
-        found = {
+        found: dict[str, np.ndarray] = {
             "boxes": np.array(boxes, np.float32).reshape(-1, 4),
             "box_labels": np.array([self._number[a["category_id"]] for a in single], np.int64),
         }
@@ -176,14 +176,15 @@ def read_table(content: Any, name: str) -> Table:
         name: of the file, for messages.
     Raises: ValueError for what is no COCO, ids given twice, and categories that are not listed.
     """
-    lists = {}
+    lists: dict[str, list[dict]] = {}
     for key in ("images", "annotations", "categories"):
-        lists[key] = content.get(key) if isinstance(content, dict) else None
-        if not isinstance(lists[key], list) or not all(isinstance(x, dict) for x in lists[key]):
+        entries = content.get(key) if isinstance(content, dict) else None
+        if not isinstance(entries, list) or not all(isinstance(x, dict) for x in entries):
             raise ValueError(
                 f"{name} has no list {key!r} of objects; a COCO file has images, annotations and "
                 "categories."
             )
+        lists[key] = entries
     images = [
         _needed(x, ("id", "file_name", "width", "height"), "image", name) for x in lists["images"]
     ]
@@ -276,8 +277,8 @@ def to_rle(outline: list | dict, height: int, width: int) -> dict[str, Any]:
             raise ValueError("a polygon holds a number that is not finite")
         # pycocotools takes memory by the length of an edge; far outside, where does not matter.
         far = np.array([width, height])
-        polygons = [polygon.clip(-far, 2 * far).reshape(-1).tolist() for polygon in polygons]
-        return tools.merge(tools.frPyObjects(polygons, height, width))
+        near = [polygon.clip(-far, 2 * far).reshape(-1).tolist() for polygon in polygons]
+        return tools.merge(tools.frPyObjects(near, height, width))
     if outline.get("size") != [height, width]:
         raise ValueError(f"an RLE of size {outline.get('size')}; expected {[height, width]}")
     counts = outline.get("counts")
@@ -309,7 +310,8 @@ def ground_truth(data: ImageData, indices: Iterable[int]) -> dict[str, Any]:
 
     Raises: ValueError for two pictures of one id, as of two splits.
     """
-    images, annotations = [], []
+    images: list[dict] = []
+    annotations: list[dict] = []
     for index in indices:
         image, entries = data.annotated(index)
         images.append(image)
@@ -420,10 +422,11 @@ def _needed(entry: dict, keys: Sequence[str], what: str, name: str) -> dict[str,
     """These keys of an entry. Raises: ValueError naming what is missing or no such value."""
     for key in keys:
         value = entry.get(key)
-        side = key in ("width", "height")
-        good = isinstance(value, str) and not side
-        good |= isinstance(value, int) and key in ("id", "width", "height")
-        if not good or (side and value < 1):
+        if key in ("width", "height"):
+            good = isinstance(value, int) and value > 0
+        else:
+            good = isinstance(value, str) or (key == "id" and isinstance(value, int))
+        if not good:
             raise ValueError(f"{name}: an entry {what} has {key} = {value!r}: {str(entry)[:100]}")
     return {key: entry[key] for key in keys}
 

@@ -47,7 +47,7 @@ class Objects(Protocol):
     """Boxes and masks by row."""
 
     outlines: bool  # whether objects have masks
-    images: Sequence[dict[str, Any]]  # as in a COCO file: id, file_name, width, height
+    images: list[dict[str, Any]]  # as in a COCO file: id, file_name, width, height
     categories: list[dict[str, Any]]  # id and name of each class
 
     def read(self, row: int, size: tuple[int, int], /) -> dict[str, np.ndarray]:

@@ -6,9 +6,11 @@ import xml.etree.ElementTree as ET
 from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from vim_ssl.data.coco import CocoObjects, read_table
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.dicom import open_dicom
 from vim_ssl.data.folder import FilePictures
@@ -23,6 +25,8 @@ from vim_ssl.data.window import to_8bit
 SPLITS = ("train", "test")
 TEST_SHARE = 0.2
 TILE = 64  # pixels
+CROWN_TILE = 200  # pixels, some five crowns wide
+_ONE_TREE = [{"id": 1, "name": "tree"}]
 TREE_CLASSES = ("no tree", "1-2 trees", "3 trees or more")
 BUILDING_CLASSES = ("no building", "building")
 REGIONS = ("pelvis", "abdomen", "chest")
@@ -50,11 +54,14 @@ def open_sample(spec: DataSpec) -> ImageData:
       split, which is the same for all three.
     - aerial: 64-px tiles by number of trees whose centre they hold; the test part is a photograph
       of its own. The group is the photograph.
+    - tree-crowns: tiles of the same photographs with a box for every crown of which at least half
+      lies there; of others the part that does is a crowd. Split and groups are those of aerial.
     - satellite: tiles by whether a building is annotated in them; the test part are the two
       eastern columns of ten.
     - dicom: by modality, the group is the patient; ct-volume: axial planes by region (pelvis:
       with a hip bone; chest: with a lung; abdomen), the group is 8 planes in a row. Neither has a
       split. Of one scan, ct-volume tests readers and training, not what a model is worth.
+    - buildings: the same tiles with boxes and outlines of the buildings, split as satellite.
     - multispectral (arrays of 4 bands), ct-series, photos: without labels or splits.
     ``label=none`` leaves labels out.
 
@@ -62,8 +69,9 @@ def open_sample(spec: DataSpec) -> ImageData:
     """
     spec.takes("label")
     openers = {
-        "mnist5k": _mnist5k, "aerial": _aerial, "photos": _photos, "satellite": _satellite,
-        "multispectral": _multispectral, "dicom": _dicom, "ct-series": _ct_series,
+        "mnist5k": _mnist5k, "aerial": _aerial, "tree-crowns": _tree_crowns, "photos": _photos,
+        "satellite": _satellite, "buildings": _buildings, "multispectral": _multispectral,
+        "dicom": _dicom, "ct-series": _ct_series,
         "ct-volume": _ct_volume,
     }  # fmt: skip
     return openers.get(spec.location, _emoji)(spec, *find_sample(spec.location))
@@ -175,17 +183,17 @@ def _codepoints(hexcode: str) -> str:
 
 
 class TilePictures:
-    """Tiles of a few large pictures, which stay decoded in each process that reads them."""
+    """Square tiles of a few large pictures, which stay decoded in each process that reads them."""
 
-    def __init__(self, places: list[tuple[str, int, int]]):
-        self.places = places  # (path, top, left)
+    def __init__(self, places: list[tuple[str, int, int]], side: int = TILE):
+        self.places, self.side = places, side  # (path, top, left); pixels
 
     def __len__(self) -> int:
         return len(self.places)
 
     def __getitem__(self, row: int) -> np.ndarray:
         path, top, left = self.places[row]
-        return _scene(path)[top : top + TILE, left : left + TILE]
+        return _scene(path)[top : top + self.side, left : left + self.side]
 
 
 @lru_cache(maxsize=len(SCENES))
@@ -198,13 +206,9 @@ def _aerial(spec: DataSpec, package: Path) -> ImageData:
     folder = package / "deepforest/data"
     places, ids, trees, scenes = [], [], [], []
     for scene in SCENES:
-        boxes = ET.parse(folder / f"{scene}.xml")
-        width, height = (int(boxes.findtext(f"size/{s}", "")) for s in ("width", "height"))
+        width, height, boxes = _crowns(folder, scene)
         count = np.zeros((height // TILE + 1, width // TILE + 1), dtype=int)
-        for box in boxes.iter("bndbox"):
-            left, top, right, bottom = (
-                float(box.findtext(k, "")) for k in ("xmin", "ymin", "xmax", "ymax")
-            )
+        for left, top, right, bottom in boxes:
             count[int((top + bottom) / 2 // TILE), int((left + right) / 2 // TILE)] += 1
         for row in range(height // TILE):
             for column in range(width // TILE):
@@ -218,6 +222,55 @@ def _aerial(spec: DataSpec, package: Path) -> ImageData:
         name=str(spec),
         labels=trees if label else None,
         classes=TREE_CLASSES if label else None,
+        groups=scenes,
+        splits=SPLITS,
+    )
+    return _take_split(data, spec, [scene == TEST_SCENE for scene in scenes])
+
+
+def _crowns(folder: Path, scene: str) -> tuple[int, int, list[list[float]]]:
+    """Width and height of a photograph, and left, top, right, bottom of its crowns."""
+    tree = ET.parse(folder / f"{scene}.xml")
+    width, height = (int(tree.findtext(f"size/{side}", "")) for side in ("width", "height"))
+    ends = ("xmin", "ymin", "xmax", "ymax")
+    return (
+        width,
+        height,
+        [[float(box.findtext(end, "")) for end in ends] for box in tree.iter("bndbox")],
+    )
+
+
+def _tree_crowns(spec: DataSpec, package: Path) -> ImageData:
+    label = _label(spec, "crowns")
+    folder, side = package / "deepforest/data", CROWN_TILE
+    places, images, annotations, scenes = [], [], [], []
+    for scene in SCENES:
+        width, height, boxes = _crowns(folder, scene)
+        for row, column in np.ndindex(height // side, width // side):
+            y, x = row * side, column * side
+            places.append((str(folder / f"{scene}.png"), y, x))
+            name = f"{scene}/{row:02d}-{column:02d}"
+            images.append({"id": len(images) + 1, "file_name": name, "width": side, "height": side})
+            scenes.append(scene)
+            for left, top, right, bottom in boxes:
+                wide = min(right, x + side) - max(left, x)
+                high = min(bottom, y + side) - max(top, y)
+                if wide >= 1 and high >= 1:
+                    here = wide * high / ((right - left) * (bottom - top))
+                    annotations.append(
+                        {
+                            "id": len(annotations) + 1, "image_id": len(images),
+                            "category_id": 1, "iscrowd": int(here < 0.5),
+                            "bbox": [max(left - x, 0.0), max(top - y, 0.0), wide, high],
+                        }
+                    )  # fmt: skip
+    table = {"images": images, "annotations": annotations, "categories": _ONE_TREE}
+    data = ImageData(
+        TilePictures(places, side),
+        [image["file_name"] for image in images],
+        name=str(spec),
+        objects=CocoObjects([read_table(table, str(spec))], outlines=False) if label else None,
+        classes=[_ONE_TREE[0]["name"]] if label else None,
         groups=scenes,
         splits=SPLITS,
     )
@@ -240,13 +293,35 @@ def _photos(spec: DataSpec, package: Path) -> ImageData:
 
 def _satellite(spec: DataSpec, package: Path) -> ImageData:
     label = _label(spec, "building")
-    folder = package / "solaris/data"
-    table = json.loads((folder / "coco_sample_3.json").read_text(encoding="utf-8"))
+    table = _building_table(package)
     built = {entry["image_id"] for entry in table["annotations"]}
-    has = {entry["file_name"]: int(entry["id"] in built) for entry in table["images"]}
-    names = sorted(has)  # sample_geotiff_EAST_NORTH.tif, metres
-    east = [int(name.split("_")[2]) for name in names]
-    tiles = open_geotiff(DataSpec("geotiff", str(folder / "rastertile_test_expected")))
+    has = [int(entry["id"] in built) for entry in table["images"]]
+    classes = BUILDING_CLASSES if label else None
+    return _satellite_tiles(spec, package, labels=has if label else None, classes=classes)
+
+
+def _buildings(spec: DataSpec, package: Path) -> ImageData:
+    if _label(spec, "outlines") is None:
+        return _satellite_tiles(spec, package)
+    table = _building_table(package) | {"categories": [{"id": 1, "name": "building"}]}
+    objects = CocoObjects([read_table(table, str(spec))], outlines=True)
+    return _satellite_tiles(spec, package, objects=objects, classes=["building"])
+
+
+def _building_table(package: Path) -> dict[str, Any]:
+    """solaris' COCO file, its images by rising name."""
+    file = package / "solaris/data/coco_sample_3.json"
+    table = json.loads(file.read_text(encoding="utf-8"))
+    return table | {"images": sorted(table["images"], key=lambda entry: entry["file_name"])}
+
+
+def _satellite_tiles(spec: DataSpec, package: Path, **columns: Any) -> ImageData:
+    """Those of `_building_table`, in its order, in 8 bits; the two eastern columns are the test
+    part."""
+    names = [entry["file_name"] for entry in _building_table(package)["images"]]
+    east = [int(name.split("_")[2]) for name in names]  # sample_geotiff_EAST_NORTH.tif, metres
+    folder = package / "solaris/data/rastertile_test_expected"
+    tiles = open_geotiff(DataSpec("geotiff", str(folder)))
     place = {name: i for i, name in enumerate(tiles.ids)}
     values = np.stack([tiles[place[name]]["image"][..., 0] for name in names])
     low, high = np.percentile(values, (2, 98))
@@ -254,10 +329,9 @@ def _satellite(spec: DataSpec, package: Path) -> ImageData:
         ArrayPictures(to_8bit(values, low, high)),
         [Path(name).stem for name in names],
         name=str(spec),
-        labels=[has[name] for name in names] if label else None,
-        classes=BUILDING_CLASSES if label else None,
         splits=SPLITS,
         source_fingerprint=blake2b(values.tobytes(), digest_size=8).hexdigest(),
+        **columns,
     )
     border = sorted(set(east))[-2]
     return _take_split(data, spec, [metres >= border for metres in east])

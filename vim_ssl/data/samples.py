@@ -165,9 +165,19 @@ SAMPLES: dict[str, Sample] = {
         "MIT (deepforest); photographs: open data of NEON",
         (DEEPFOREST,),
     ),
+    "tree-crowns": Sample(
+        "170 tiles of 200×200 of aerial photographs (NEON, 10 cm a pixel) with boxes of the crowns",
+        "MIT (deepforest, whose authors drew the boxes); photographs: open data of NEON",
+        (DEEPFOREST,),
+    ),
     "satellite": Sample(
         "100 tiles of 90×90 grey (Atlanta, 50 cm a pixel) by whether a building is annotated",
         "Apache-2.0 (solaris); pictures and outlines: SpaceNet, CC-BY-SA-4.0",
+        (SOLARIS,),
+    ),
+    "buildings": Sample(
+        "100 tiles of 90×90 grey (Atlanta, 50 cm a pixel) with outlines of 89 buildings",
+        "Apache-2.0 (solaris); pictures, and outlines by their annotators: SpaceNet, CC-BY-SA-4.0",
         (SOLARIS,),
     ),
     "multispectral": Sample(

@@ -197,7 +197,7 @@ class CascadeRoIHeads(RoIHeads):
     def forward(self, features, proposals, image_shapes, targets=None):
         """As torchvision's; the losses are ``loss_classifier_k`` and ``loss_box_reg_k`` of each
         stage k, and ``loss_mask``."""
-        losses: dict[str, Tensor] = {}
+        losses = {}
         scores, samples, labels, offsets = [], None, None, None
         count = len(self.coders)
         for k in range(count):
