@@ -38,6 +38,7 @@ class DataSpec:
             ``0.5%,99.5%``.
         bands: of rasters, which and in what order: names or numbers, ``B04,B03,B02``.
         tile: cuts rasters into squares of so many pixels.
+        tones: of emoji, ``tones=none`` leaves those with a skin tone out.
         limit: at most this many pictures, spread evenly over the data.
         streaming: read in order without an index, for pretraining from "hf"; "wds" always is.
     """
@@ -53,6 +54,7 @@ class DataSpec:
     window: str | None = None
     bands: str | None = None
     tile: int | None = None
+    tones: str | None = None
     limit: int | None = None
     streaming: bool = False
 
