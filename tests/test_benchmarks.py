@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 SCRIPTS = (
     "cpu",
     "digits",
+    "emoji_clip",
     "exits",
     "gpu_check",
     "learning/study",
