@@ -1,4 +1,5 @@
 # `make demo` and `make test` need Python 3.11 or newer and make, nothing else: they make .venv.
+# `make clip-demo` fetches its pictures by npm.
 # Settings: make demo PYTHON=python3.12 · make test PYTEST_ARGS="-k scan" ·
 #   make gpu-check GPU_CHECK_ARGS="--only kernels" · VENV=folder
 
@@ -13,7 +14,7 @@ LAUNCH := --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backe
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check offline-rgb kernel-report bench gpu-check clean
+.PHONY: help setup demo clip-demo test check offline-rgb kernel-report bench gpu-check clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -23,9 +24,18 @@ setup: $(VENV)/.installed-dev ## make .venv and install everything, the tools fo
 demo: $(VENV)/.installed-demo ## pretrain on real digits, probe what was learned, leave a report
 	$(BIN)/accelerate launch $(LAUNCH) recipes/mim_pretrain.py
 	$(BIN)/python downstream/linear_probe.py
-	@page=$$(ls -t runs/*/report.html 2>/dev/null | head -n 1); \
-	  if [ -n "$$page" ]; then echo; echo "The report: $$page"; \
-	  else echo "make demo: the run left no report.html under runs/." >&2; exit 1; fi
+	$(name_report)
+
+clip-demo: $(VENV)/.installed-demo ## pretrain on emoji of two vendors and their names, search a third's
+	$(BIN)/vim-ssl samples get noto-emoji twemoji fluent-emoji
+	$(BIN)/accelerate launch $(LAUNCH) recipes/clip_pretrain.py --preset emoji_clip
+	@echo; echo "A third vendor's drawings of emoji that training had of the other two:"
+	$(BIN)/python downstream/zero_shot.py --templates '{}' \
+	  --data 'sample:fluent-emoji?split=train&tones=none'
+	@echo; echo "And of emoji that it had of none:"
+	$(BIN)/python downstream/zero_shot.py --templates '{}' \
+	  --data 'sample:fluent-emoji?split=test&tones=none'
+	$(name_report)
 
 test: $(VENV)/.installed-test ## run the whole suite on the CPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadscope $(PYTEST_ARGS)
@@ -57,6 +67,13 @@ gpu-check: $(VENV)/.installed-test ## everything that wants a GPU, in nine minut
 
 clean: ## remove .venv and what tools left behind; runs/ stays
 	rm -rf "$(VENV)" build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+# The newest run's page.
+define name_report
+@page=$$(ls -t runs/*/report.html 2>/dev/null | head -n 1); \
+  if [ -n "$$page" ]; then echo; echo "The report: $$page"; \
+  else echo "make $@: the run left no report.html under runs/." >&2; exit 1; fi
+endef
 
 # $(call run_if_built,file,arguments of python)
 run_if_built = $(if $(wildcard $(1)),$(BIN)/python $(2),@echo "make $@: not built yet." >&2; exit 1)

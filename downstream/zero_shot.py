@@ -8,6 +8,7 @@ RUN is one of clip_pretrain. Data with labels are classified: each class is the 
 its name in several sentences (CLIP, arXiv:2103.00020, section 3.1.4). Data with captions are
 searched, both ways; a picture is answered by any of its captions. Data with both get both. Of data
 with splits the test part is used, or else the validation part, unless `?split=` says otherwise.
+Figures and examples go to a folder in the run, one for each data, and onto the run's page.
 """
 
 import json
@@ -30,7 +31,7 @@ from vim_ssl.data.spec import canonical_split
 from vim_ssl.probes import Features, extract_features
 from vim_ssl.report import write_report
 from vim_ssl.retrieval import PairFeatures, embed_pairs, nearest, recall
-from vim_ssl.runs import environment, newest_run, trained_on
+from vim_ssl.runs import environment, newest_run, task_folder, trained_on
 from vim_ssl.scores import wilson_interval
 
 # The seven that CLIP's authors found to do nearly what their eighty do on ImageNet.
@@ -53,7 +54,7 @@ class Config:
     batch_size: int = opt(128, "pictures at once")
     workers: int = opt(0, "data loading processes")
     device: str = opt("", "cpu, cuda …; default: cuda if there is one")
-    output: str = opt("", "where metrics.json goes; default: zero_shot/ in the run")
+    output: str = opt("", "where metrics.json goes; default: a folder in the run")
 
     def __post_init__(self):
         for template in self.templates:
@@ -125,7 +126,7 @@ def search(pairs: PairFeatures) -> dict[str, Any]:
     for name, value in recall(pairs).items():
         asked = len(pairs.images) if name.startswith("image") else len(pairs.texts)
         figures |= {name: round(value, 2), f"{name}_ci": wilson_interval(value, asked)}
-    figures["text_to_image_chance_r1"] = round(100 / len(pairs.images), 3)
+    figures["chance_r1"] = round(100 / len(pairs.images), 3)
     return figures
 
 
@@ -163,16 +164,20 @@ def run(config: Config) -> dict:
     print(f"Model {source} · {data.name}: {len(data):,} pictures", flush=True)
     loading: dict[str, Any] = {"batch_size": config.batch_size, "workers": config.workers}
     loading["device"] = device
-    folder = Path(config.output) if config.output else Path(source) / "zero_shot"
+    folder = Path(config.output or task_folder("zero_shot", source, config.data))
     folder.mkdir(parents=True, exist_ok=True)
 
     metrics: dict[str, Any] = {
         "task": "zero_shot", "data": data.name, "split": data.split, "encoder": str(source),
         "protocol": to_dict(config),
     }  # fmt: skip
+    pairs = embed_pairs(clip, data, **loading) if data.has_captions else None
     if labelled:
         names = class_names(data, config.names)
-        features = extract_features(clip.encode_image, data, clip.transform, **loading)
+        if pairs is not None and not pairs.skipped:  # all pictures are embedded already
+            features = Features(pairs.images, torch.tensor(data.labels), pairs.ids, [])
+        else:
+            features = extract_features(clip.encode_image, data, clip.transform, **loading)
         classifier = text_classifier(clip, names, config.templates)
         metrics["classification"], best = classify(features, classifier)
         metrics["names"], metrics["skipped"] = names, features.skipped
@@ -180,8 +185,7 @@ def run(config: Config) -> dict:
             id: [names[i] for i in row[:3]]
             for id, row in zip(features.ids[:EXAMPLES], best.tolist(), strict=False)
         }
-    if data.has_captions:
-        pairs = embed_pairs(clip, data, **loading)
+    if pairs is not None:
         metrics["retrieval"], metrics["skipped"] = search(pairs), pairs.skipped
         metrics["examples"] = show(pairs, data, folder / "examples")
     metrics |= {"seconds": round(time.perf_counter() - started, 1), **environment()}
@@ -209,7 +213,8 @@ def _print_table(metrics: dict) -> None:
             ("image_to_text", "captions of a picture"), ("text_to_image", "picture of a caption")
         ):  # fmt: skip
             print(title.ljust(26) + "".join(cell(found, f"{way}_r{k}") for k in (1, 5, 10)))
-        print(f"Among {found['pictures']:,} pictures and {found['captions']:,} captions.")
+        print(f"Among {found['pictures']:,} pictures and {found['captions']:,} captions; chance at "
+              f"R@1: {found['chance_r1']} %.")  # fmt: skip
     print("95 % interval in brackets.")
     if metrics["skipped"]:
         print(f"{len(metrics['skipped'])} pictures were left out: {metrics['skipped'][:3]} …")

@@ -13,6 +13,7 @@ SCRIPTS = (
     "cpu",
     "digits",
     "efficiency",
+    "emoji_clip",
     "exits",
     "gpu_check",
     "learning/study",

@@ -309,7 +309,7 @@ def test_a_probe_of_another_form_does_not_cost_the_page(finished: Path, content:
 
 ZERO_SHOT = {
     "data": EVIL,
-    "retrieval": {"image_to_text_r1": 12.5, "image_to_text_r1_ci": [3.0, 30.0]},
+    "retrieval": {"image_to_text_r1": 12.5, "image_to_text_r1_ci": [3.0, 30.0], "chance_r1": 0.054},
     "examples": {
         "pairs": [
             {"picture": "examples/0.png", "own": EVIL, "nearest": ["a dog", EVIL]},
@@ -330,8 +330,19 @@ def test_pictures_stand_beside_the_captions_nearest_to_them(finished: Path):
     assert "12.5 % 3.0 – 30.0" in page.text
     assert f"a dog · {EVIL}" in page.text
     assert "0.50" in page.text
+    assert "chance at R@1: 0.05 %" in page.text
     (folder / "examples" / "0.png").unlink()
     assert "a dog" not in Page(write_report(finished)).text
+
+
+def test_whatever_was_searched_has_its_own_figures(finished: Path):
+    for name, data in (("zero_shot", "sample:a"), ("zero_shot-sample-b", "sample:b")):
+        (finished / name).mkdir()
+        found = ZERO_SHOT | {"data": data, "examples": {}}
+        (finished / name / "metrics.json").write_text(json.dumps(found))
+    page = Page(write_report(finished))
+    assert page.text.index("sample:a") < page.text.index("sample:b")
+    assert page.text.count("12.5 % 3.0 – 30.0") == 2
 
 
 @pytest.mark.parametrize(

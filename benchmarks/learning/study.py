@@ -15,19 +15,15 @@ results/learning.csv as they come; a study that was cut off goes on where it sto
 """
 
 import argparse
-import os
-import statistics
-import subprocess
 import sys
 import tempfile
-import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+from campaign import costs, fit_seconds, run_jobs
 from rows import ORIGIN, append_rows, origin, read_rows, results_parser
 from vit import ViTEncoder, ViTMAE
 
@@ -43,13 +39,11 @@ from vim_ssl.recipes.mim_pretrain import (
     build_objective,
     mae_minute,
 )
-from vim_ssl.runs import Run
-from vim_ssl.training import fit, make_accelerator
+from vim_ssl.training import make_accelerator
 
 TABLE, COSTS = "learning.csv", "learning_costs.csv"
 COLUMNS = (*ORIGIN, "data", "arm", "budget", "seed", "epochs", "pictures", "cpu_seconds",
            "logistic", "readout", "knn")  # fmt: skip
-COST_COLUMNS = (*ORIGIN, "data", "arm", "seconds_a_step", "steps")
 
 QUIET = {"epochs": 2, "threads": 1, "eval_every": 1e9, "log_every": 50, "save_every": 1e9,
          "trackers": ("none",)}  # fmt: skip
@@ -99,12 +93,7 @@ def train(arm: str, config: Config):
     config = replace(config, output=config.output or tempfile.mkdtemp())
     accelerator = make_accelerator(config)
     encoder, objective, samples = build(arm, config)
-    run = Run.open("mim_pretrain", config, accelerator)
-    began = time.process_time()
-    fit(objective.train(), samples, config, run, accelerator)
-    seconds = time.process_time() - began
-    run.close()
-    return encoder, seconds
+    return encoder, fit_seconds("mim_pretrain", objective, samples, config, accelerator)
 
 
 def read(encoder, data: str, seed: int) -> dict:
@@ -143,28 +132,13 @@ def work(out: Path, data: str, arm: str, budget: str, seed: int, epochs: float) 
     append_rows(out / TABLE, COLUMNS, [origin() | row])
 
 
-def costs(out: Path, data: str) -> dict[str, float]:
-    """CPU seconds a step of every arm, data loading included: measured once, then remembered."""
-    known = {row["arm"]: float(row["seconds_a_step"])
-             for row in read_rows(out / COSTS) if row["data"] == data}  # fmt: skip
-    if not known.keys() >= ARMS.keys():
-        seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
-        steps = 10
-        for turn in range(4):  # the first warms up
-            for arm in ARMS:
-                began = train(arm, settings(data, arm, 1000, max_steps=steps))[1]
-                if turn:
-                    seconds[arm].append(began / steps)
-        known = {arm: statistics.median(values) for arm, values in seconds.items()}
-        rows = [{"data": data, "arm": arm, "seconds_a_step": round(value, 4), "steps": steps}
-                for arm, value in known.items()]  # fmt: skip
-        append_rows(out / COSTS, COST_COLUMNS, [origin() | row for row in rows])
-    return known
-
-
 def plan(out: Path, data: str) -> list[tuple[str, str, float]]:
     """(arm, budget, epochs) of all runs of a seed."""
-    epochs, cost = DATA[data].epochs, costs(out, data)
+
+    def steps(arm: str, count: int) -> float:
+        return train(arm, settings(data, arm, 1000, max_steps=count))[1]
+
+    epochs, cost = DATA[data].epochs, costs(out / COSTS, data, ARMS, steps, 10)
     jobs = [(arm, "none", 0.0) for arm in BASELINES]
     jobs += [(arm, "both", epochs) for arm in ARMS if arm in SAME]
     for arm in ARMS.keys() - SAME:
@@ -192,14 +166,7 @@ def main() -> int:
             if (data, arm, budget, seed) not in done]  # fmt: skip
     jobs.sort(key=lambda job: job[2] == "pictures")  # the dearer half last
 
-    def one(job) -> None:
-        command = [sys.executable, __file__, "--out", str(args.out), "--one", *map(str, job)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        print(*job, f"failed:\n{done.stderr[-3000:]}" if done.returncode else "", flush=True)
-
-    with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(one, jobs))
+    run_jobs(__file__, args.out, jobs, args.jobs)
     return 0
 
 

@@ -100,6 +100,11 @@ def test_emoji():
     assert fine.ids == train.ids
     assert fine.classes[fine.labels[fine.ids.index("1f436")]] == "animal-mammal"
     assert open_data("sample:fluent-emoji?label=none").classes is None
+    plain = open_data("sample:fluent-emoji?split=all&tones=none")
+    assert set(plain.groups) == set(everything.groups)
+    assert not any("skin tone" in plain.captions(i)[0] for i in range(len(plain)))
+    with pytest.raises(ValueError, match="tones=none leaves them out"):
+        open_data("sample:fluent-emoji?tones=dark")
 
 
 @needs("fluent-emoji")

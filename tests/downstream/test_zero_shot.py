@@ -1,6 +1,7 @@
 """Zero-shot: classes by their names, pictures and captions by each other."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +76,19 @@ def test_pictures_and_captions_are_found_by_each_other(model, classes, tmp_path,
         assert (tmp_path / pair["picture"]).exists()
         assert len(pair["nearest"]) == 3
         assert pair["own"].startswith(pair["id"].split("/")[0])
-    assert "Among 12 pictures and 24 captions" in capsys.readouterr().out
+    assert figures["chance_r1"] == 8.333
+    assert "Among 12 pictures and 24 captions; chance at R@1: 8.333 %" in capsys.readouterr().out
+
+
+def test_other_data_than_the_runs_own_has_a_folder_of_its_own(model, classes, tmp_path):
+    run = shutil.copytree(model, tmp_path / "run")
+    (run / "config.json").write_text(json.dumps({"val": f"pairs:{classes}"}))
+    zero_shot.main(["--encoder", str(run)])
+    zero_shot.main(["--encoder", str(run), "--data", str(classes)])
+    own, other = sorted(run.glob("zero_shot*/metrics.json"))
+    assert own.parent.name == "zero_shot"
+    assert "retrieval" in json.loads(own.read_text("utf-8"))
+    assert "classification" in json.loads(other.read_text("utf-8"))
 
 
 def test_top_k_counts_what_is_among_the_nearest():

@@ -51,7 +51,8 @@ def open_sample(spec: DataSpec) -> ImageData:
     - mnist5k: digits, "L" 28×28, split 4,000 / 1,000, 100 of each class in the test part.
     - fluent-emoji, noto-emoji, twemoji: captions; ``label=category`` (9, default) or
       ``label=subcategory``. A base emoji and its skin tones are one group, on one side of the
-      split, which is the same for all three.
+      split, which is the same for all three; genders are emoji of their own, on either side.
+      ``tones=none`` leaves the skin tones out.
     - aerial: 64-px tiles by number of trees whose centre they hold; the test part is a photograph
       of its own. The group is the photograph.
     - tree-crowns: tiles of the same photographs with a box for every crown of which at least half
@@ -67,13 +68,13 @@ def open_sample(spec: DataSpec) -> ImageData:
 
     Raises: ValueError for an unknown name or option; SampleMissing when it has to be fetched.
     """
-    spec.takes("label")
     openers = {
         "mnist5k": _mnist5k, "aerial": _aerial, "tree-crowns": _tree_crowns, "photos": _photos,
         "satellite": _satellite, "buildings": _buildings, "multispectral": _multispectral,
         "dicom": _dicom, "ct-series": _ct_series,
         "ct-volume": _ct_volume,
     }  # fmt: skip
+    spec.takes("label", *(() if spec.location in openers else ("tones",)))
     return openers.get(spec.location, _emoji)(spec, *find_sample(spec.location))
 
 
@@ -129,11 +130,15 @@ def _digits(path: Path) -> np.ndarray:
 
 def _emoji(spec: DataSpec, pictures: Path, metadata: Path) -> ImageData:
     label = _label(spec, "category", "subcategory")
+    if spec.tones not in (None, "none"):
+        raise ValueError(f"{spec}: tones={spec.tones} is unknown; tones=none leaves them out.")
     described, held = _emoji_metadata(metadata)
     root = pictures / "package"
     files = sorted(p for kind in ("*.webp", "*.png") for p in root.rglob(kind))
     # A few pictures (letters, bare skin tones, three damaged names) have no entry.
     files = [path for path in files if _codepoints(path.stem) in described]
+    if spec.tones:
+        files = [f for f in files if described[_codepoints(f.stem)]["base"] == _codepoints(f.stem)]
     entries = [described[_codepoints(path.stem)] for path in files]
     classes = sorted({entry[label] for entry in described.values()}) if label else None
     number = {name: i for i, name in enumerate(classes or ())}
@@ -151,6 +156,7 @@ def _emoji(spec: DataSpec, pictures: Path, metadata: Path) -> ImageData:
     return _take_split(data, spec, [entry["base"] in held for entry in entries])
 
 
+@lru_cache(maxsize=1)
 def _emoji_metadata(folder: Path) -> tuple[dict[str, dict[str, str]], set[str]]:
     """What is known of every emoji, skin tones included, and which base emoji are held out."""
     entries = json.loads((folder / "package/en/data.json").read_text(encoding="utf-8"))

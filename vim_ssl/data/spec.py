@@ -42,6 +42,7 @@ class DataSpec:
         frames: of a clip of a video.
         fps: frames of a clip that make a second; without it they are spread over the whole video.
         clips: of each video, where one is judged.
+        tones: of emoji, ``tones=none`` leaves those with a skin tone out.
         limit: at most this many pictures, spread evenly over the data.
         streaming: read in order without an index, for pretraining from "hf"; "wds" always is.
     """
@@ -62,6 +63,7 @@ class DataSpec:
     frames: int | None = None
     fps: float | None = None
     clips: int | None = None
+    tones: str | None = None
     limit: int | None = None
     streaming: bool = False
 

@@ -51,10 +51,15 @@ CURVES = {
 }
 # Figures of zero_shot's metrics.json: part -> row's title -> (what, key).
 ZERO_SHOT = {
-    "classification": {"Classes by name": [("top-1", "top1"), ("top-5", "top5")]},
+    "classification": {
+        "Classes by name": [("top-1", "top1"), ("top-5", "top5"), ("chance", "chance")]
+    },
     "retrieval": {
-        "Captions of a picture": [(f"R@{k}", f"image_to_text_r{k}") for k in (1, 5, 10)],
-        "Picture of a caption": [(f"R@{k}", f"text_to_image_r{k}") for k in (1, 5, 10)],
+        title: [*((f"R@{k}", f"{way}_r{k}") for k in (1, 5, 10)), ("chance at R@1", "chance_r1")]
+        for title, way in (
+            ("Captions of a picture", "image_to_text"),
+            ("Picture of a caption", "text_to_image"),
+        )
     },
 }
 COUNTERS = ("step", "epoch", "seconds", "samples", "bad_steps", "skipped")
@@ -233,31 +238,34 @@ def _probe(run: Record) -> str:
 
 def _zero_shot(run: Record) -> str:
     """What names and captions alone find, and a few pictures with the captions nearest to them."""
-    body = ""
-    for part, rows in ZERO_SHOT.items():
-        figures = run.zero_shot.get(part)
-        if not isinstance(figures, dict):
-            continue
-        for title, keys in rows.items():
-            cells = "".join(f"<td>{text}: {_score(figures, key)}</td>" for text, key in keys)
-            body += f"<tr><th scope=row>{title}</th>{cells}</tr>"
-    if not body:
+    parts = ""
+    for folder, found in run.zero_shot:
+        body = ""
+        for part, rows in ZERO_SHOT.items():
+            figures = found.get(part)
+            if not isinstance(figures, dict):
+                continue
+            for title, keys in rows.items():
+                cells = "".join(
+                    f"<td>{text}: {_score(figures, key)}</td>" for text, key in keys
+                    if key in figures
+                )  # fmt: skip
+                body += f"<tr><th scope=row>{title}</th>{cells}</tr>"
+        if body:
+            table = f"<div class=scroll><table><tbody>{body}</tbody></table></div>"
+            title = escape(str(found.get("data", "data not recorded")))
+            parts += f"<h3>{title}</h3>{table}{_similarities(folder, found.get('examples'))}"
+    if not parts:
         return ""
-    note = "No label was learnt from; in small figures the 95 % interval. "
-    note += f"Data: {run.zero_shot.get('data', 'not recorded')}."
-    table = f"<div class=scroll><table><tbody>{body}</tbody></table></div>"
-    return _section(
-        "By names and captions alone",
-        f"<p class=note>{escape(note)}</p>{table}{_similarities(run)}",
-    )
+    note = "No label was learnt from; in small figures the 95 % interval."
+    return _section("By names and captions alone", f"<p class=note>{note}</p>{parts}")
 
 
-def _similarities(run: Record) -> str:
+def _similarities(folder: Path, examples: Any) -> str:
     """A few pictures against their captions: cosines, shaded, and the nearest captions of all."""
-    examples: Any = run.zero_shot.get("examples")
     try:
         pairs, cosines = examples["pairs"], np.array(examples["cosines"], dtype=np.float64)
-        thumbs = [_png(Image.open(run.folder / "zero_shot" / p["picture"])) for p in pairs]
+        thumbs = [_png(Image.open(folder / p["picture"])) for p in pairs]
         owns = [escape(str(p["own"])) for p in pairs]
         found = [" · ".join(escape(str(text)) for text in p["nearest"]) for p in pairs]
         low, span = cosines.min(), max(np.ptp(cosines), 1e-6)
@@ -283,8 +291,11 @@ def _similarities(run: Record) -> str:
 
 
 def _score(row: dict, key: str) -> str:
-    value, ci = row.get(key), row.get(f"{key}_ci")
-    text = f"{value:.1f} %" if _is_number(value) else "–"
+    value: Any = row.get(key)
+    ci: Any = row.get(f"{key}_ci")
+    text = "–"
+    if _is_number(value):
+        text = f"{value:.1f} %" if not 0 < value < 1 else f"{value:.1g} %"  # chance is small
     if isinstance(ci, list) and len(ci) == 2 and all(map(_is_number, ci)):
         text += f" <small>{ci[0]:.1f} – {ci[1]:.1f}</small>"
     return text

@@ -38,7 +38,9 @@ class Record:
         self.log = _read_log(folder / "metrics.jsonl")
         self.pictures = _find_pictures(folder / "images")
         self.probe = _read_json(folder / "linear_probe" / "metrics.json")
-        self.zero_shot = _read_json(folder / "zero_shot" / "metrics.json")
+        # The run's own data first, others by name.
+        found = sorted(folder.glob("zero_shot*/metrics.json"))
+        self.zero_shot = [(path.parent, _read_json(path)) for path in found]
         description = _read_json(folder / "encoder.json")
         self.finished = bool(description)
         self.made_by = description.get("made_by") or {}

@@ -1,0 +1,74 @@
+"""What the studies share: a training's CPU time, what a step of every arm costs, runs side by side.
+
+CPU time is that of one thread, data loading included: what a run costs on an idle machine, and the
+same with other work beside it.
+"""
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from rows import ORIGIN, append_rows, origin, read_rows
+
+from vim_ssl.runs import Run
+from vim_ssl.training import fit
+
+COST_COLUMNS = (*ORIGIN, "data", "arm", "seconds_a_step", "steps")
+
+
+def fit_seconds(recipe: str, objective, samples, config, accelerator) -> float:
+    """Train to the end in ``config.output``; the CPU seconds that this process took for it."""
+    run = Run.open(recipe, config, accelerator)
+    began = time.process_time()
+    fit(objective.train(), samples, config, run, accelerator)
+    seconds = time.process_time() - began
+    run.close()
+    return seconds
+
+
+def costs(
+    path: Path, data: str, arms: Iterable[str], train: Callable[[str, int], float], steps: int = 20
+) -> dict[str, float]:
+    """CPU seconds a step of every arm: measured once in turns, then remembered in a CSV file.
+
+    Args:
+        data: what the rows are marked with.
+        train: (arm, steps) -> the CPU seconds of so many steps.
+    """
+    known = {row["arm"]: float(row["seconds_a_step"])
+             for row in read_rows(path) if row["data"] == data}  # fmt: skip
+    arms = list(arms)
+    if not known.keys() >= set(arms):
+        seconds: dict[str, list[float]] = {arm: [] for arm in arms}
+        for turn in range(4):  # the first warms up
+            for arm in arms:
+                spent = train(arm, steps)
+                if turn:
+                    seconds[arm].append(spent / steps)
+        known = {arm: statistics.median(values) for arm, values in seconds.items()}
+        rows = [{"data": data, "arm": arm, "seconds_a_step": round(value, 4), "steps": steps}
+                for arm, value in known.items()]  # fmt: skip
+        append_rows(path, COST_COLUMNS, [origin() | row for row in rows])
+    return known
+
+
+def run_jobs(script: str, out: Path, jobs: Iterable[Sequence], at_once: int) -> int:
+    """``script --out OUT --one JOB…`` for every job, in processes of one thread; how many failed.
+
+    Each job is named once it is done, with what it said if it failed; the others go on.
+    """
+
+    def one(job: Sequence) -> int:
+        command = [sys.executable, script, "--out", str(out), "--one", *map(str, job)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        print(*job, f"failed:\n{done.stderr[-3000:]}" if done.returncode else "", flush=True)
+        return done.returncode
+
+    with ThreadPoolExecutor(at_once) as pool:
+        return sum(map(bool, pool.map(one, jobs)))
