@@ -48,7 +48,7 @@ check: $(VENV)/.installed-dev ## lint, format and types
 SAMPLES := noto-emoji fluent-emoji twemoji aerial
 OFFLINE_RGB := vim_ssl/weights/vim_mini_patch8_96.offline_rgb
 offline-rgb: $(VENV)/.installed-demo ## train the suite's own encoder anew, an hour of one core
-	for name in $(SAMPLES); do $(BIN)/vim-ssl samples get $$name; done
+	$(BIN)/vim-ssl samples get $(SAMPLES)
 	$(BIN)/accelerate launch $(LAUNCH) recipes/mim_pretrain.py --preset offline_rgb \
 	  --output runs/offline_rgb --resume auto
 	mkdir -p $(OFFLINE_RGB)
