@@ -22,7 +22,7 @@ from vim_ssl import VimEncoder, checkpoint_files, load_encoder, save_encoder
 from vim_ssl.adapt import adapt_patch_embed
 from vim_ssl.encoder import join_pos_embed, split_pos_embed
 from vim_ssl.kernels.selective_scan import available_backends
-from vim_ssl.loading import verify, verify_main
+from vim_ssl.loading import TAGS, verify, verify_main
 
 GOLDEN = Path(__file__).parent / "golden"
 NAME = "vim_tiny_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2"
@@ -67,6 +67,20 @@ def test_preset_is_fresh_features_in_eval_mode():
     assert not encoder.training
     assert encoder.num_classes == 0
     assert encoder(pictures()).shape == (2, 192)
+
+
+def test_the_encoder_that_comes_with_the_package_loads_by_name_and_says_what_made_it():
+    name = "vim_mini_patch8_96.offline_rgb"
+    encoder, fresh = load_encoder(name), load_encoder("vim_mini_patch8_96")
+    assert encoder.grid_size == fresh.grid_size == (12, 12)
+    assert encoder(torch.randn(1, 3, 96, 96)).shape == (1, 192)
+    both = zip(encoder.parameters(), fresh.parameters(), strict=True)
+    assert not any(torch.equal(trained, untrained) for trained, untrained in both)
+    assert encoder.mask_token is None
+    record = json.loads((TAGS[name] / "encoder.json").read_text())["made_by"]
+    assert record["recipe"] == "mim_pretrain"
+    with pytest.raises(ValueError, match=f"weights there are: {name}"):
+        load_encoder("vim_mini_patch8_96.offline_rbg")
 
 
 def test_preset_takes_size_channels_head_and_variants():
