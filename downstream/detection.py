@@ -54,7 +54,7 @@ class Config(TrainConfig):
     head: str = opt("cascade", "three box heads in a row, or one", "model", choices=HEADS)
     masks: bool = opt(True, "outlines too, where the data have them", "model")
     channels: int = opt(64, "of the pyramid and in the heads", "model")
-    convs: int = opt(1, "3x3 convolutions in each box head and the mask head", "model")
+    convs: int = opt(0, "3x3 convolutions in each box head and the mask head", "model")
     hidden: int = opt(128, "width of a box head's last layer", "model")
     anchor: int = opt(16, "side of the smallest anchors, pixels; each level doubles it", "model")
     samples: int = opt(64, "proposals a picture on which the heads are trained", "model")

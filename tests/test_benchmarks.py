@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SCRIPTS = (
     "cpu",
+    "detection",
     "digits",
     "efficiency",
     "emoji_clip",
