@@ -1,6 +1,7 @@
 """The page of a run: whole, self-contained, and drawn from whatever the run has written."""
 
 import base64
+import html
 import io
 import json
 import math
@@ -330,6 +331,9 @@ def test_pictures_stand_beside_the_captions_nearest_to_them(finished: Path):
     assert "12.5 % 3.0 – 30.0" in page.text
     assert f"a dog · {EVIL}" in page.text
     assert "0.50" in page.text
+    # In bold: the row's own pair, and the own caption where it is among the nearest.
+    bold = re.findall(r"<b>([^<]*)</b>", page.source.partition('"even cosines"')[2])
+    assert bold[:3] == ["0.50", html.escape(EVIL), "0.40"]
     assert "chance at R@1: 0.05 %" in page.text
     (folder / "examples" / "0.png").unlink()
     assert "a dog" not in Page(write_report(finished)).text

@@ -252,7 +252,7 @@ def _zero_shot(run: Record) -> str:
                 )  # fmt: skip
                 body += f"<tr><th scope=row>{title}</th>{cells}</tr>"
         if body:
-            table = f"<div class=scroll><table><tbody>{body}</tbody></table></div>"
+            table = f"<div class=scroll><table class=even><tbody>{body}</tbody></table></div>"
             title = escape(str(found.get("data", "data not recorded")))
             parts += f"<h3>{title}</h3>{table}{_similarities(folder, found.get('examples'))}"
     if not parts:
@@ -267,7 +267,10 @@ def _similarities(folder: Path, examples: Any) -> str:
         pairs, cosines = examples["pairs"], np.array(examples["cosines"], dtype=np.float64)
         thumbs = [_png(Image.open(folder / p["picture"])) for p in pairs]
         owns = [escape(str(p["own"])) for p in pairs]
-        found = [" · ".join(escape(str(text)) for text in p["nearest"]) for p in pairs]
+        found = [
+            " · ".join(_marked(escape(str(text)), text == p["own"]) for text in p["nearest"])
+            for p in pairs
+        ]
         low, span = cosines.min(), max(np.ptp(cosines), 1e-6)
         shades = np.round(80 * (cosines - low) / span).astype(int)
         if cosines.shape != (len(pairs), len(pairs)):
@@ -276,18 +279,27 @@ def _similarities(folder: Path, examples: Any) -> str:
         return ""
     heads = "".join(f"<th scope=col>{own}</th>" for own in owns)
     body = ""
-    for thumb, row, shade, text in zip(thumbs, cosines, shades, found, strict=True):
+    for i, (thumb, row, shade) in enumerate(zip(thumbs, cosines, shades, strict=True)):
         cells = "".join(
-            f'<td style="background:color-mix(in srgb,var(--line) {s}%,transparent)">{x:.2f}</td>'
-            for x, s in zip(row, shade, strict=True)
+            f'<td style="background:color-mix(in srgb,var(--line) {s}%,transparent)">'
+            f"{_marked(f'{x:.2f}', i == j)}</td>"
+            for j, (x, s) in enumerate(zip(row, shade, strict=True))
         )
-        picture = f'<img alt="" width=64 src="{thumb}">'
-        body += f"<tr><th scope=row>{picture}</th>{cells}<td>{text}</td></tr>"
-    note = "Cosines of pictures (rows) and captions (columns), and the captions nearest of all."
-    return (
-        f"<p class=note>{note}</p><div class=scroll><table><thead><tr><th></th>{heads}"
-        f"<th scope=col>nearest</th></tr></thead><tbody>{body}</tbody></table></div>"
+        picture = f'<img alt="{owns[i]}" width=64 src="{thumb}">'
+        body += f"<tr><th scope=row>{picture}</th>{cells}<td>{found[i]}</td></tr>"
+    note = (
+        "Cosines of pictures (rows) and captions (columns), and the captions nearest of all; a "
+        "picture's own caption in bold."
     )
+    return (
+        f'<p class=note>{note}</p><div class=scroll><table class="even cosines"><thead><tr>'
+        f"<th></th>{heads}<th scope=col>nearest</th></tr></thead><tbody>{body}</tbody></table>"
+        "</div>"
+    )
+
+
+def _marked(text: str, bold: bool) -> str:
+    return f"<b>{text}</b>" if bold else text
 
 
 def _score(row: dict, key: str) -> str:

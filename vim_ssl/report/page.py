@@ -81,6 +81,11 @@ th, td { text-align: left; padding: .4rem 1.5rem .4rem 0; border-bottom: 1px sol
   vertical-align: top; }
 tbody th { font-weight: 400; }
 tbody tr:first-child > * { font-weight: 600; }
+.even tr:first-child > td, .even tbody tr:first-child > th { font-weight: 400; }
+.cosines { margin-bottom: 2rem; }
+.cosines td, .cosines th { padding: .4rem .6rem; vertical-align: middle; }
+.cosines td:last-child { min-width: 16em; }
+.cosines img { display: block; }
 td small { font-weight: 400; white-space: nowrap; }
 .facts { display: grid; gap: 1.5rem 3rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)); }
