@@ -26,7 +26,7 @@ SPLITS = ("train", "test")
 TEST_SHARE = 0.2
 TILE = 64  # pixels
 CROWN_TILE = 200  # pixels, some five crowns wide
-_ONE_TREE = [{"id": 1, "name": "tree"}]
+_ONE_TREE: list[dict[str, Any]] = [{"id": 1, "name": "tree"}]
 TREE_CLASSES = ("no tree", "1-2 trees", "3 trees or more")
 BUILDING_CLASSES = ("no building", "building")
 REGIONS = ("pelvis", "abdomen", "chest")
@@ -249,7 +249,9 @@ def _crowns(folder: Path, scene: str) -> tuple[int, int, list[list[float]]]:
 def _tree_crowns(spec: DataSpec, package: Path) -> ImageData:
     label = _label(spec, "crowns")
     folder, side = package / "deepforest/data", CROWN_TILE
-    places, images, annotations, scenes = [], [], [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    places, scenes = [], []
     for scene in SCENES:
         width, height, boxes = _crowns(folder, scene)
         for row, column in np.ndindex(height // side, width // side):
