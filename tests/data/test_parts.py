@@ -85,6 +85,7 @@ def test_specs_joined_by_a_plus_are_one_set_after_another(tmp_path):
     grey = [weighted[i]["image"].getpixel((0, 0))[0] for i in range(len(weighted))]
     assert grey == [10, *(200, 201, 202) * 2]
     assert len(set(weighted.ids)) == 7
+    assert weighted.name == f"folder:{tmp_path}/a?limit=1 + 2 * folder:{tmp_path}/b"
 
 
 def test_a_folder_with_a_plus_in_its_name_is_a_folder(tmp_path):

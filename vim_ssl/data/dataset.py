@@ -4,7 +4,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from hashlib import blake2b
-from itertools import accumulate
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -284,12 +284,16 @@ def join(parts: Sequence[ImageData]) -> ImageData:
     """Several sets as one, to pretrain on: labels and groups of different sources do not go
     together and are left out, captions stay where all have them. The ids are ``number of the
     part/its own id``."""
-    pictures = _Joined(parts)
+    pictures, names = _Joined(parts), [part.name for part in parts]
     return ImageData(
         pictures,
         [f"{number}/{name}" for number, part in enumerate(parts) for name in part.ids],
-        name=" + ".join(part.name for part in parts),
+        name=" + ".join(_times(name, len(list(same))) for name, same in groupby(names)),
         captions=_JoinedCaptions(pictures) if all(p.has_captions for p in parts) else None,
         source_fingerprint=" ".join(part.fingerprint for part in parts),
         faults=[fault for part in parts for fault in part.faults],
     )
+
+
+def _times(name: str, count: int) -> str:
+    return f"{count} * {name}" if count > 1 else name
