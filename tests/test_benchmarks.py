@@ -19,6 +19,7 @@ SCRIPTS = (
     "objectives",
     "presets",
     "resume",
+    "slides",
 )
 HELP = """
 import contextlib, io, json, runpy, sys
