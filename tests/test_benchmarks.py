@@ -22,6 +22,7 @@ SCRIPTS = (
     "presets",
     "resume",
     "transfer",
+    "slides",
 )
 HELP = """
 import contextlib, io, json, runpy, sys

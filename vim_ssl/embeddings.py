@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
@@ -212,6 +213,42 @@ def read_summary(folder: Path, name: str, format: str) -> tuple[int, list[str]]:
     with parquet.ParquetFile(folder / f"{name}.parquet") as file:
         metadata = file.schema_arrow.metadata
         return file.metadata.num_rows, json.loads(metadata[b"skipped"])
+
+
+def read_embeddings(folder: Path) -> Embedded:
+    """All that a folder of whole files holds, in their order.
+
+    Args:
+        folder: that ``record.json`` and ``shards/`` lie in.
+    Raises: FileNotFoundError for a folder without embeddings; ValueError for an unfinished one.
+    """
+    record = folder / "record.json"
+    if not record.is_file():
+        raise FileNotFoundError(
+            f"{str(folder)!r} holds no embeddings (record.json); write them by "
+            "downstream/embed.py --output."
+        )
+    if not json.loads(record.read_text()).get("finished"):
+        raise ValueError(f"the embeddings in {folder} are not finished; run embed.py to the end.")
+    found, xs = Embedded(folder.name, torch.empty(0, 0)), []
+    for file in sorted((folder / "shards").glob("*.npy")):
+        rest = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
+        xs.append(torch.from_numpy(np.load(file)))
+        found.ids += rest["ids"]
+        found.labels += rest["labels"]
+        found.skipped += rest["skipped"]
+    for file in sorted((folder / "shards").glob("*.parquet")):
+        from pyarrow import parquet
+
+        table = parquet.read_table(file)
+        values = table["embedding"].combine_chunks()
+        xs.append(torch.from_numpy(values.values.to_numpy().reshape(len(table), -1).copy()))
+        found.ids += table["id"].to_pylist()
+        found.labels += table["label"].to_pylist()
+        found.skipped += json.loads(table.schema.metadata[b"skipped"])
+    if xs:
+        found.x = torch.cat(xs)
+    return found
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:

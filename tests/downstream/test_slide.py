@@ -1,0 +1,139 @@
+"""From slides to a verdict: tiles embedded, one telling tile among many found by attention."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from vim_ssl import VimEncoder, cli, save_encoder
+from vim_ssl.bags import AttentionPool, DrawTiles, bags_of
+from vim_ssl.downstream import embed, slide
+from vim_ssl.embeddings import Embedded, read_embeddings, write_shard
+
+
+@pytest.fixture
+def vectors(tmp_path) -> Path:
+    """Features of 60 slides of 24 tiles; in half of them two tiles have another first value."""
+    torch.manual_seed(0)
+    x, ids, labels = [], [], []
+    for number in range(60):
+        tiles, label = torch.randn(24, 8), number % 2
+        if label:
+            tiles[number % 20 : number % 20 + 2, 0] += 8
+        x.append(tiles)
+        ids += [f"{number:02}.tif@{64 * i},{128}" for i in range(24)]
+        labels += [label] * 24
+    folder = tmp_path / "vectors"
+    (folder / "shards").mkdir(parents=True)
+    whole = torch.cat(x)
+    for name, format, rows in (
+        ("00000", "parquet", slice(0, 700)), ("00001", "npy", slice(700, None)),
+    ):  # fmt: skip
+        part = Embedded(name, whole[rows], ids[rows], labels[rows])
+        write_shard(folder / "shards", part, format=format)
+    (folder / "record.json").write_text(json.dumps({"finished": True}))
+    return folder  # embed.py writes one format; here one after the other is read
+
+
+def test_attention_finds_the_telling_tiles(vectors, tmp_path):
+    argv = ["--features", str(vectors), "--output", str(tmp_path / "run"), "--threads", "1",
+            "--epochs", "10", "--warmup-epochs", "1", "--base-lr", "4e-2", "--tiles", "24",
+            "--hidden", "16",
+            "--trackers", "none"]  # fmt: skip
+    assert slide.main(argv) == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert (metrics["train"], metrics["test"]) == (48, 12)
+    assert metrics["attention"]["top1"] >= 80
+    assert {"mean", "protocol", "hardware"} <= set(metrics)
+    with open(tmp_path / "run" / "predictions.csv", newline="") as file:
+        truth = {row["id"]: int(row["label"]) for row in csv.DictReader(file)}
+    weights: dict[str, dict[int, float]] = {}
+    with open(tmp_path / "run" / "attention.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            weights.setdefault(row["id"], {})[int(row["left"]) // 64] = float(row["weight"])
+    for own in weights.values():
+        assert sum(own.values()) == pytest.approx(1, abs=1e-3)
+    told = [name for name, label in truth.items() if label]
+    telling = [{int(name[:2]) % 20, int(name[:2]) % 20 + 1} for name in told]
+    found = [max(weights[n], key=weights[n].get) in t for n, t in zip(told, telling, strict=True)]
+    assert sum(found) >= 0.8 * len(found)
+
+
+def test_bags_hold_what_the_files_say(vectors):
+    tiles = read_embeddings(vectors)
+    assert tiles.x.shape == (60 * 24, 8)
+    bags = bags_of(tiles, "vectors")
+    assert [bag.id for bag in bags.bags][:2] == ["00.tif", "01.tif"]
+    bag = bags.bags[7]
+    rows = [i for i, id in enumerate(tiles.ids) if id.startswith("07.tif@")]
+    assert torch.equal(bag.x, tiles.x[rows])
+    assert bag.places[:2].tolist() == [[0, 128], [64, 128]]
+    assert bag.label == 1
+    drawn = DrawTiles(50)(bags[7])["x"]
+    assert drawn.shape == (50, 8)
+    assert {tuple(row) for row in drawn.tolist()} == {tuple(row) for row in bag.x.tolist()}
+
+
+def test_the_order_of_tiles_does_not_matter():
+    pool, x = AttentionPool(8, 3).eval(), torch.randn(2, 9, 8)
+    order = torch.randperm(9)
+    (logits, weights), (again, moved) = pool(x), pool(x[:, order])
+    torch.testing.assert_close(logits, again)
+    torch.testing.assert_close(weights[:, order], moved)
+
+
+def test_slides_go_from_files_to_a_verdict(tmp_path):
+    pytest.importorskip("tiffslide")
+    tifffile = pytest.importorskip("tifffile")
+    rng = np.random.default_rng(0)
+    for kind, red in (("normal", 120), ("tumour", 250)):
+        (tmp_path / "slides" / kind).mkdir(parents=True)
+        for i in range(5):
+            values = np.full((64, 96, 3), 240, np.uint8)
+            values[16:48, 16:80] = (red, 60, 90)
+            values[16:48, 16:80] -= rng.integers(0, 30, (32, 64, 3), dtype=np.uint8)
+            tifffile.imwrite(tmp_path / "slides" / kind / f"{i}.tif", values, tile=(16, 16),
+                             photometric="rgb")  # fmt: skip
+    (tmp_path / "slides" / "normal" / "broken.tif").write_bytes(b"II*\0")
+    torch.manual_seed(0)
+    small = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_classes": 0}
+    save_encoder(VimEncoder(**small), tmp_path / "encoder")
+    spec = f"slide:{tmp_path}/slides?tile=16"
+    embed.main(["--encoder", str(tmp_path / "encoder"), "--data", spec,
+                "--output", str(tmp_path / "tiles")])  # fmt: skip
+    assert len(read_embeddings(tmp_path / "tiles").ids) == 10 * 2 * 4
+    slide.main(["--features", str(tmp_path / "tiles"), "--output", str(tmp_path / "run"),
+                "--epochs", "3", "--warmup-epochs", "0", "--tiles", "8", "--threads", "1",
+                "--test", "0.4", "--trackers", "none"])  # fmt: skip
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["mean"]["top1"] == 100  # the colour tells
+
+
+@pytest.mark.parametrize(
+    ("prepare", "says"),
+    [
+        (lambda folder: None, "holds no embeddings"),
+        (lambda folder: (folder / "record.json").write_text('{"finished": false}'), "not finished"),
+        (
+            lambda folder: (
+                (folder / "record.json").write_text('{"finished": true}'),
+                (folder / "shards").mkdir(),
+                write_shard(
+                    folder / "shards", Embedded("0", torch.ones(1, 2), ["a.png"], [0]), format="npy"
+                ),
+            ),
+            "no tile of a slide",
+        ),
+    ],
+    ids=["nothing", "unfinished", "pictures"],
+)
+def test_what_does_not_fit_is_told(tmp_path, prepare, says, capsys, monkeypatch):
+    monkeypatch.delenv("VIM_SSL_TRACEBACK", raising=False)
+    (tmp_path / "x").mkdir()
+    prepare(tmp_path / "x")
+    run = ["--features", str(tmp_path / "x"), "--output", str(tmp_path / "run")]
+    assert cli.main(["slide", *run]) == 2
+    assert says in capsys.readouterr().err
