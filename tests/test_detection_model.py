@@ -105,6 +105,14 @@ def test_any_picture_can_be_searched(size, head):
         assert (np.diff(answer["scores"]) <= 0).all()
 
 
+@pytest.mark.parametrize("head", ["cascade", "rcnn"])
+def test_where_nothing_is_found_the_answer_is_empty(head):
+    answer = model(head=head, score=0.999).eval().predict(Image.new("RGB", (50, 40)))
+    assert answer["boxes"].shape == (0, 4)
+    assert answer["masks"].shape == (0, 40, 50)
+    assert len(answer["labels"]) == len(answer["scores"]) == 0
+
+
 @pytest.mark.parametrize("masks", [True, False], ids=["masks", "boxes"])
 @pytest.mark.parametrize("head", ["cascade", "rcnn"])
 def test_a_saved_model_finds_the_same(tmp_path, head, masks):

@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -354,6 +355,13 @@ def test_pictures_without_boxes_are_refused(tmp_path):
     Image.new("L", (4, 4)).save(tmp_path / "a.png")
     with pytest.raises(ValueError, match="has no boxes; name a folder in COCO's layout"):
         boxed_parts(str(tmp_path), 0.2, 0)
+
+
+def test_without_pycocotools_boxes_alone_can_be_read(spec, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
+    assert len(open_data(f"{spec}?label=boxes")[0]["boxes"]) == 1
+    with pytest.raises(ImportError, match=r"pip install 'vim-ssl\[detection\]'"):
+        open_data(spec)[0]
 
 
 def test_an_unknown_kind_of_label_is_refused(spec):

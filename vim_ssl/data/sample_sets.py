@@ -26,7 +26,6 @@ SPLITS = ("train", "test")
 TEST_SHARE = 0.2
 TILE = 64  # pixels
 CROWN_TILE = 200  # pixels, some five crowns wide
-_ONE_TREE: list[dict[str, Any]] = [{"id": 1, "name": "tree"}]
 TREE_CLASSES = ("no tree", "1-2 trees", "3 trees or more")
 BUILDING_CLASSES = ("no building", "building")
 REGIONS = ("pelvis", "abdomen", "chest")
@@ -249,9 +248,9 @@ def _crowns(folder: Path, scene: str) -> tuple[int, int, list[list[float]]]:
 def _tree_crowns(spec: DataSpec, package: Path) -> ImageData:
     label = _label(spec, "crowns")
     folder, side = package / "deepforest/data", CROWN_TILE
+    places, scenes = [], []
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    places, scenes = [], []
     for scene in SCENES:
         width, height, boxes = _crowns(folder, scene)
         for row, column in np.ndindex(height // side, width // side):
@@ -272,13 +271,14 @@ def _tree_crowns(spec: DataSpec, package: Path) -> ImageData:
                             "bbox": [max(left - x, 0.0), max(top - y, 0.0), wide, high],
                         }
                     )  # fmt: skip
-    table = {"images": images, "annotations": annotations, "categories": _ONE_TREE}
+    categories = [{"id": 1, "name": "tree"}]
+    table = {"images": images, "annotations": annotations, "categories": categories}
     data = ImageData(
         TilePictures(places, side),
         [image["file_name"] for image in images],
         name=str(spec),
         objects=CocoObjects([read_table(table, str(spec))], outlines=False) if label else None,
-        classes=[_ONE_TREE[0]["name"]] if label else None,
+        classes=["tree"] if label else None,
         groups=scenes,
         splits=SPLITS,
     )
