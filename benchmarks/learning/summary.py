@@ -50,7 +50,7 @@ def table(rows: list[dict]) -> str:
     ]
     for arm in dict.fromkeys(row["arm"] for row in rows):
         own = {row["budget"] for row in rows if row["arm"] == arm}
-        for budget in BUDGETS if own & set(BUDGETS) else ["time"]:
+        for budget in [name for name in BUDGETS if name in own] or ["time"]:
             cells, seeds = [], set()
             for data in datas:
                 for figure in FIGURES:
@@ -74,7 +74,7 @@ def _cell(rows, data, arm, budget, figure) -> str:
     if arm.startswith(("untrained", "pixels")):
         return text
     mean, half = gain(found, values(rows, data, untrained(arm), budget, figure))
-    return f"{text} ({mean:+.1f} ± {half:.1f})"
+    return f"{text} ({mean:+.1f}{f' ± {half:.1f}' if half == half else ''})"
 
 
 def plot(rows: list[dict], path: Path) -> None:
