@@ -478,6 +478,7 @@ def measure(
 def _calls(group, shape, dtype, direction, device, sets, say) -> list[Timed]:
     """What can be timed; a provider that cannot, or fails, is left out with words."""
     timed = []
+    torch._dynamo.reset()  # torch.compile gives a function up after eight shapes
     for provider in group:
         reason = provider.why_not(shape, direction)
         if reason is None:
