@@ -59,7 +59,8 @@ SCRIPTS = (
     Script(clip_pretrain, clip_pretrain, {
         "cc3m_small_224": 3_000_000, "cc12m_small_224": 12_000_000,
         "datacomp_small_224": 12_800_000}, {"accumulation": 1}),
-    Script(segmentation, segmentation, dict.fromkeys(segmentation.PRESETS, ADE20K)),
+    *(Script(segmentation, segmentation, {f"ade20k_upernet_{size}": ADE20K},
+             {"encoder": f"vim_{size}_patch16_224"}) for size in ("tiny", "small")),
 )  # fmt: skip
 OF = {preset: script for script in SCRIPTS for preset in script.pictures}
 COLUMNS = (

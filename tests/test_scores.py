@@ -53,6 +53,11 @@ def test_pictures_of_one_group_count_as_one():
     assert grouped[1] - grouped[0] > 4 * (plain[1] - plain[0])
 
 
+def test_of_a_single_group_the_pictures_are_drawn():
+    figure = share_right([i < 7 for i in range(10)], [True] * 10)
+    assert figure.interval(["one"] * 10) == figure.interval() == wilson_interval(70.0, 10)
+
+
 def test_a_difference_on_the_same_pictures_is_surer_than_two_intervals():
     truth = np.arange(500) % 5
     first = np.where(np.arange(500) % 3 == 0, (truth + 1) % 5, truth)

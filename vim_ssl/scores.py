@@ -41,8 +41,11 @@ class Figure:
         which knows of 0 and 100 % too.
 
         Args:
-            groups: one a picture; groups are drawn as a whole. By default every picture is one.
+            groups: one a picture; groups are drawn as a whole. By default every picture is one, and
+                also if all are of one group: what another group would give, none can say.
         """
+        if groups is not None and len(set(groups)) < 2:
+            groups = None
         if self.share and groups is None:
             return wilson_interval(self.value, self.n)
         units = np.arange(self.n)
