@@ -16,7 +16,6 @@ the presets here are not yet measured.
 
 import json
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +31,8 @@ from vim_ssl.data.coco import mask_tools
 from vim_ssl.data.joint import LargeScaleJitter
 from vim_ssl.data.loader import SeededSamples
 from vim_ssl.detection import HEADS, Detection, evaluate, load_detection
-from vim_ssl.runs import Run, environment, newest_run, stored_or, trained_on
+from vim_ssl.runs import Run, environment, evaluation_folder, newest_run, stored_or, trained_on
+from vim_ssl.task_files import check_same_classes
 from vim_ssl.training import TrainConfig, fit, make_accelerator
 
 # Of the 117,266 pictures of train2017 that show an object, in batches of 64.
@@ -191,14 +191,8 @@ def judge(
 def judge_as_it_is(config: Config, source: str, test, device: torch.device) -> dict[str, Any]:
     """Evaluate a detection run with the heads and at the size that it was trained with."""
     model = load_detection(source).to(device)
-    if model.classes != test.classes:
-        raise ValueError(
-            f"{source} knows the classes {model.classes[:5]} …, {test.name} has "
-            f"{test.classes[:5]} …; evaluate on the classes it was trained on."
-        )
-    folder = Path(config.output or f"runs/evaluation-{time.strftime('%Y%m%d-%H%M%S')}")
-    folder.mkdir(parents=True, exist_ok=True)
-    return judge(config, model, source, test, folder, seen=0)
+    check_same_classes(model, source, test)
+    return judge(config, model, source, test, evaluation_folder(config.output), seen=0)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,7 +13,6 @@ lie metrics.json, predictions.csv (one line a picture) and classes.csv (one a cl
 
 import json
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +35,7 @@ from vim_ssl.config import opt, parse, to_dict
 from vim_ssl.data import labelled_parts
 from vim_ssl.data.split import few_of_each
 from vim_ssl.released import RELEASED_FILES
-from vim_ssl.runs import environment, newest_run, stored_or, trained_on
+from vim_ssl.runs import environment, evaluation_folder, newest_run, stored_or, trained_on
 from vim_ssl.training import make_accelerator
 
 
@@ -115,9 +114,7 @@ def judge_as_it_is(config: Config, source: str, test, device) -> dict[str, Any]:
             f"{source} has a head of {encoder.num_classes} outputs, {test.name} has "
             f"{len(classes)} classes; evaluate on the classes it was trained on."
         )
-    name = config.output or f"runs/evaluation-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = Path(name)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = evaluation_folder(config.output)
     metrics: dict[str, Any] = {"task": "evaluation", "data": test.name, "encoder": source}
     metrics |= evaluate(
         encoder, test, folder, config.targets, classes, batch_size=config.batch_size,

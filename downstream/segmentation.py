@@ -16,7 +16,6 @@ of the presets here are not yet measured.
 
 import json
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +30,9 @@ from vim_ssl.data import masked_parts
 from vim_ssl.data.joint import DenseCrop
 from vim_ssl.data.loader import SeededSamples
 from vim_ssl.heads import NORMS
-from vim_ssl.runs import Run, environment, newest_run, stored_or, trained_on
+from vim_ssl.runs import Run, environment, evaluation_folder, newest_run, stored_or, trained_on
 from vim_ssl.segmentation import HEADS, Segmentation, evaluate, load_segmentation
+from vim_ssl.task_files import check_same_classes
 from vim_ssl.training import TrainConfig, fit, make_accelerator
 
 # Of ADE20K's 20,210 pictures in batches of 32, as 4 GPUs x 8 make them.
@@ -189,14 +189,8 @@ def judge(
 def judge_as_it_is(config: Config, source: str, test, device: torch.device) -> dict[str, Any]:
     """Evaluate a segmentation run with the head, sizes and windows that it was trained with."""
     model = load_segmentation(source).to(device)
-    if model.classes != test.classes:
-        raise ValueError(
-            f"{source} knows the classes {model.classes[:5]} …, {test.name} has "
-            f"{test.classes[:5]} …; evaluate on the classes it was trained on."
-        )
-    folder = Path(config.output or f"runs/evaluation-{time.strftime('%Y%m%d-%H%M%S')}")
-    folder.mkdir(parents=True, exist_ok=True)
-    return judge(config, model, source, test, folder, seen=0)
+    check_same_classes(model, source, test)
+    return judge(config, model, source, test, evaluation_folder(config.output), seen=0)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

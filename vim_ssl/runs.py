@@ -376,6 +376,16 @@ def task_folder(task: str, source: str | Path, data: str) -> Path:
     return RUNS / f"{task}-{folder.name}{slug}"
 
 
+def evaluation_folder(output: str = "") -> Path:
+    """Where a model is judged as it is: ``output``, or a folder under ``runs/`` named by the time.
+
+    It is made if it is not there.
+    """
+    folder = Path(output) if output else RUNS / f"evaluation-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def read_metrics(folder: Path) -> list[dict]:
     """The lines of metrics.jsonl."""
     return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]

@@ -13,6 +13,15 @@ from vim_ssl.loading import load_encoder, save_encoder, write_whole
 Model = TypeVar("Model", bound=nn.Module)
 
 
+def check_same_classes(model: Any, source: str, data: Any) -> None:
+    """Raises: ValueError if ``data`` have other classes than the model that ``source`` names."""
+    if model.classes != data.classes:
+        raise ValueError(
+            f"{source} knows the classes {model.classes[:5]} …, {data.name} has "
+            f"{data.classes[:5]} …; evaluate on the classes it was trained on."
+        )
+
+
 def save_task(
     model: Any, folder: str | os.PathLike, file: str, record: dict[str, Any] | None = None
 ) -> None:

@@ -166,8 +166,7 @@ def main() -> int:
             if (data, arm, budget, seed) not in done]  # fmt: skip
     jobs.sort(key=lambda job: job[2] == "pictures")  # the dearer half last
 
-    run_jobs(__file__, args.out, jobs, args.jobs)
-    return 0
+    return min(run_jobs(__file__, args.out, jobs, args.jobs), 1)
 
 
 if __name__ == "__main__":
