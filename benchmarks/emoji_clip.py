@@ -49,9 +49,9 @@ from vim_ssl.clip import Clip
 from vim_ssl.data import ImageData, open_data
 from vim_ssl.downstream.zero_shot import class_names, text_classifier
 from vim_ssl.encoder import IMAGENET_DATA
+from vim_ssl.evaluation.retrieval import embed_pairs
+from vim_ssl.evaluation.scores import Figure
 from vim_ssl.recipes import clip_pretrain, mim_pretrain
-from vim_ssl.retrieval import embed_pairs
-from vim_ssl.scores import Figure
 from vim_ssl.training import make_accelerator
 
 TABLE, COSTS = "emoji_clip.csv", "emoji_clip_costs.csv"

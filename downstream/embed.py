@@ -27,7 +27,7 @@ from vim_ssl import VimEncoder, create_transform, load_encoder
 from vim_ssl.cli import guarded
 from vim_ssl.config import opt, parse
 from vim_ssl.data import ImageData, ImageStream, open_data
-from vim_ssl.embeddings import (
+from vim_ssl.evaluation.embeddings import (
     FORMATS,
     Embedded,
     EmbeddingShard,
@@ -38,9 +38,9 @@ from vim_ssl.embeddings import (
     share_of,
     write_shard,
 )
-from vim_ssl.features import weights_hash
+from vim_ssl.evaluation.features import weights_hash
+from vim_ssl.evaluation.probes import READOUTS, encode_views, read_all, readout_columns
 from vim_ssl.kernels.selective_scan.benchmark import commit
-from vim_ssl.probes import READOUTS, encode_views, read_all, readout_columns
 from vim_ssl.processes import join_processes, pick_device
 from vim_ssl.runs import environment, newest_run, task_folder, trained_on
 from vim_ssl.video import VideoEncoder, reading

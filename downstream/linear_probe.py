@@ -26,14 +26,14 @@ import torch
 
 from vim_ssl import VimEncoder, create_transform
 from vim_ssl.cli import guarded
-from vim_ssl.comparison import FIGURES, Comparison, ComparisonConfig
 from vim_ssl.config import opt, parse
 from vim_ssl.data import stratified_split
 from vim_ssl.data.split import few_of_each
 from vim_ssl.data.transforms import Transform
 from vim_ssl.data.video import ClipTransform
-from vim_ssl.linear_heads import LinearHead, fit_lars, fit_logistic, lars_reach
-from vim_ssl.probes import (
+from vim_ssl.evaluation.comparison import FIGURES, Comparison, ComparisonConfig
+from vim_ssl.evaluation.linear_heads import LinearHead, fit_lars, fit_logistic, lars_reach
+from vim_ssl.evaluation.probes import (
     C_GRID,
     Features,
     choose_readout,
@@ -41,8 +41,8 @@ from vim_ssl.probes import (
     knn_votes,
     nearest,
 )
+from vim_ssl.evaluation.scores import Figure, judge, share_right
 from vim_ssl.report import write_report
-from vim_ssl.scores import Figure, judge, share_right
 from vim_ssl.video import VideoEncoder
 
 MAX_PIXELS = 64 * 64 * 3  # values a picture above which regression on raw pixels takes too long

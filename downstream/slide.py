@@ -28,8 +28,8 @@ from vim_ssl.cli import guarded
 from vim_ssl.config import opt, parse, to_dict
 from vim_ssl.data import stratified_split
 from vim_ssl.data.loader import SeededSamples
-from vim_ssl.embeddings import read_embeddings
-from vim_ssl.linear_heads import fit_logistic
+from vim_ssl.evaluation.embeddings import read_embeddings
+from vim_ssl.evaluation.linear_heads import fit_logistic
 from vim_ssl.runs import Run, environment, stored_or
 from vim_ssl.training import TrainConfig, fit, make_accelerator
 

@@ -28,11 +28,11 @@ from vim_ssl.clip import Clip, load_clip
 from vim_ssl.config import opt, parse, to_dict
 from vim_ssl.data import ImageData, open_data, parse_spec
 from vim_ssl.data.spec import canonical_split
-from vim_ssl.probes import Features, extract_features
+from vim_ssl.evaluation.probes import Features, extract_features
+from vim_ssl.evaluation.retrieval import PairFeatures, embed_pairs, nearest, recall
+from vim_ssl.evaluation.scores import wilson_interval
 from vim_ssl.report import write_report
-from vim_ssl.retrieval import PairFeatures, embed_pairs, nearest, recall
 from vim_ssl.runs import environment, newest_run, task_folder, trained_on
-from vim_ssl.scores import wilson_interval
 
 # The seven that CLIP's authors found to do nearly what their eighty do on ImageNet.
 TEMPLATES = (

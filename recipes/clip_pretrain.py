@@ -32,8 +32,8 @@ from vim_ssl.data import BadImage, ImageData, ImageStream, open_data, pretrain_t
 from vim_ssl.data.dataset import captions_of
 from vim_ssl.data.loader import SeededSamples
 from vim_ssl.data.stream import StreamSamples
+from vim_ssl.evaluation.retrieval import embed_pairs, recall
 from vim_ssl.report import write_report
-from vim_ssl.retrieval import embed_pairs, recall
 from vim_ssl.runs import Run, environment, stored_or
 from vim_ssl.text import (
     BytePairs,

@@ -30,9 +30,9 @@ from vim_ssl.data.stream import StreamSamples
 from vim_ssl.data.transforms import pretrain_transform
 from vim_ssl.data.video import ClipTransform, VideoData
 from vim_ssl.distill import LOSSES, WHERE, Distill
+from vim_ssl.evaluation.probes import online_probe
 from vim_ssl.masking import MASKS, RandomMask
 from vim_ssl.mim import MAE, SimMIM
-from vim_ssl.probes import online_probe
 from vim_ssl.report import write_report
 from vim_ssl.runs import Run, environment, stored_or
 from vim_ssl.training import TrainConfig, fit, make_accelerator, make_average

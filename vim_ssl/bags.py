@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from vim_ssl.data.slides import tile_place
-from vim_ssl.embeddings import Embedded
-from vim_ssl.linear_heads import moments
+from vim_ssl.evaluation.embeddings import Embedded
+from vim_ssl.evaluation.linear_heads import moments
 from vim_ssl.objective import StepOutput
 
 

@@ -28,11 +28,11 @@ from vim_ssl.data.loader import SeededSamples
 from vim_ssl.data.split import stratified_split
 from vim_ssl.data.transforms import band_arguments, create_transform
 from vim_ssl.encoder import VimEncoder
+from vim_ssl.evaluation.probes import extract_features
+from vim_ssl.evaluation.scores import mean_average_precision, wilson_interval
 from vim_ssl.loading import load_encoder, save_encoder
 from vim_ssl.objective import StepOutput
-from vim_ssl.probes import extract_features
 from vim_ssl.runs import Run, environment, read_metrics
-from vim_ssl.scores import mean_average_precision, wilson_interval
 from vim_ssl.training import TrainConfig, fit, make_average
 
 TARGETS = ("class", "multi-label", "ordinal")

@@ -22,10 +22,10 @@ from vim_ssl.data.images import BadImage
 from vim_ssl.data.joint import DensePixels
 from vim_ssl.data.masks import IGNORE
 from vim_ssl.encoder import VimEncoder
+from vim_ssl.evaluation.mask_scores import DRAWN, MaskScores, draw
+from vim_ssl.evaluation.sheets import class_colours
 from vim_ssl.heads import NORMS, FCNHead, FeatureUpsampling, LinearHead, UPerNet
-from vim_ssl.mask_scores import DRAWN, MaskScores, draw
 from vim_ssl.objective import StepOutput
-from vim_ssl.sheets import class_colours
 from vim_ssl.sliding import label_pixels
 from vim_ssl.task_files import load_task, save_task
 

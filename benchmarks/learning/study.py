@@ -30,8 +30,8 @@ from vit import ViTEncoder, ViTMAE
 from vim_ssl import create_transform
 from vim_ssl.data import labelled_parts
 from vim_ssl.downstream import linear_probe
-from vim_ssl.features import encode_parts, readouts_of
-from vim_ssl.probes import extract_features
+from vim_ssl.evaluation.features import encode_parts, readouts_of
+from vim_ssl.evaluation.probes import extract_features
 from vim_ssl.recipes.mim_pretrain import (
     Config,
     build_data,

@@ -18,8 +18,8 @@ from PIL import Image
 from vim_ssl import VimEncoder, cli, create_transform, load_encoder, save_encoder
 from vim_ssl.data import ImageData, open_data
 from vim_ssl.downstream import embed
-from vim_ssl.features import readouts_of
-from vim_ssl.probes import read_all
+from vim_ssl.evaluation.features import readouts_of
+from vim_ssl.evaluation.probes import read_all
 
 SMALL = {"img_size": 16, "patch_size": 8, "in_chans": 1, "embed_dim": 8, "depth": 1,
          "num_classes": 0}  # fmt: skip

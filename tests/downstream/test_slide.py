@@ -11,7 +11,7 @@ import torch
 from vim_ssl import VimEncoder, cli, save_encoder
 from vim_ssl.bags import AttentionPool, DrawTiles, bags_of
 from vim_ssl.downstream import embed, slide
-from vim_ssl.embeddings import Embedded, read_embeddings, write_shard
+from vim_ssl.evaluation.embeddings import Embedded, read_embeddings, write_shard
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from PIL import Image
 from vim_ssl import load_encoder
 from vim_ssl.clip import Clip, save_clip
 from vim_ssl.downstream import zero_shot
-from vim_ssl.probes import Features
+from vim_ssl.evaluation.probes import Features
 from vim_ssl.text import TextEncoder, train_bpe
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 40), "blue_sky": (40, 60, 220)}

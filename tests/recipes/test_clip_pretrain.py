@@ -16,8 +16,8 @@ from PIL import Image
 import vim_ssl
 from vim_ssl import load_clip, load_encoder, save_encoder
 from vim_ssl.data import open_data
+from vim_ssl.evaluation.retrieval import PairFeatures, embed_pairs, nearest, recall
 from vim_ssl.recipes import clip_pretrain
-from vim_ssl.retrieval import PairFeatures, embed_pairs, nearest, recall
 from vim_ssl.runs import read_metrics
 
 ROOT = Path(vim_ssl.__file__).parents[1]
@@ -277,7 +277,7 @@ def test_without_data_it_is_the_emoji_else_a_paper_preset(argv, preset, monkeypa
 
 
 def test_the_nearest_are_found_chunk_by_chunk(monkeypatch):
-    monkeypatch.setattr("vim_ssl.retrieval.CHUNK", 3)
+    monkeypatch.setattr("vim_ssl.evaluation.retrieval.CHUNK", 3)
     queries, keys = torch.randn(10, 4), torch.randn(100, 4)
     expected = (queries @ keys.T).topk(5, dim=1).indices
     assert torch.equal(nearest(queries, keys, 5), expected)

@@ -89,7 +89,7 @@ class ImageData(Dataset):
         categories: of boxes, ``id`` (in their file) and ``name`` of each class; else None.
         groups: list[str] or None; pictures of one group belong on one side of a split.
         bands: names of the bands, where the source has them; else None.
-        task: of `vim_ssl.metrics.TASKS`, where the source says so.
+        task: of `vim_ssl.evaluation.medmnist_scores.TASKS`, where the source says so.
         splits: names of the splits the source has; empty where it has none.
         split: the one opened, or "all".
         faults: what is wrong with the source as a whole, in words.

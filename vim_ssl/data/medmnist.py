@@ -14,7 +14,7 @@ import numpy as np
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.samples import user_cache
 from vim_ssl.data.spec import DataSpec, pick_split
-from vim_ssl.metrics import BINARY, MULTI_CLASS, MULTI_LABEL
+from vim_ssl.evaluation.medmnist_scores import BINARY, MULTI_CLASS, MULTI_LABEL
 
 SPLITS = ("train", "val", "test")
 

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from vim_ssl.data.masks import IGNORE
-from vim_ssl.mask_scores import MaskScores, draw
-from vim_ssl.sheets import class_colours
+from vim_ssl.evaluation.mask_scores import MaskScores, draw
+from vim_ssl.evaluation.sheets import class_colours
 
 NAMES = ["ground", "tree", "house", "never"]
 

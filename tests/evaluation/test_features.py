@@ -9,7 +9,7 @@ from PIL import Image
 
 from vim_ssl import VimEncoder, load_encoder, save_encoder
 from vim_ssl.data import open_data
-from vim_ssl.features import encode_data, share, weights_hash
+from vim_ssl.evaluation.features import encode_data, share, weights_hash
 from vim_ssl.processes import Processes
 
 

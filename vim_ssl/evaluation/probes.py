@@ -15,8 +15,8 @@ from vim_ssl.data.images import BadImage
 from vim_ssl.data.split import is_known, stratified_split
 from vim_ssl.data.transforms import create_transform
 from vim_ssl.encoder import VimEncoder
-from vim_ssl.linear_heads import MANY, fit_logistic
-from vim_ssl.scores import accuracy
+from vim_ssl.evaluation.linear_heads import MANY, fit_logistic
+from vim_ssl.evaluation.scores import accuracy
 
 SEARCH_TOL, GLANCE_TOL = 3e-4, 1e-3  # of a sweep, which starts warm; of one fit while training
 QUERIES, BANK = 1024, 2**16  # pictures that are compared with one another at once

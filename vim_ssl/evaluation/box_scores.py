@@ -16,7 +16,7 @@ from torchvision.transforms.v2 import functional as F
 
 from vim_ssl.data.coco import ground_truth, mask_tools
 from vim_ssl.data.dataset import ImageData
-from vim_ssl.sheets import class_colours, sheet, shown_size
+from vim_ssl.evaluation.sheets import class_colours, sheet, shown_size
 
 KINDS = {"box": "bbox", "mask": "segm"}  # our names, pycocotools' names
 # Of pycocotools' twelve figures: "" is the mean over IoU 0.5 to 0.95.

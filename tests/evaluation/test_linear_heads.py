@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from vim_ssl import linear_heads
-from vim_ssl.linear_heads import fit_lars, fit_logistic, lars_reach
+from vim_ssl.evaluation import linear_heads
+from vim_ssl.evaluation.linear_heads import fit_lars, fit_logistic, lars_reach
 
 
 def blobs(n: int, classes: int = 4, d: int = 8, noise: float = 1.5, seed: int = 0):

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from vim_ssl.data.masks import IGNORE
-from vim_ssl.sheets import sheet, shown_size
+from vim_ssl.evaluation.sheets import sheet, shown_size
 
 RESAMPLES = 1000
 DRAWN = 8  # pictures

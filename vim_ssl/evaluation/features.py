@@ -20,7 +20,7 @@ from torch import nn
 from vim_ssl.data.samples import user_cache
 from vim_ssl.data.transforms import create_transform
 from vim_ssl.encoder import VimEncoder
-from vim_ssl.probes import (
+from vim_ssl.evaluation.probes import (
     READOUTS,
     Features,
     extract_rows,

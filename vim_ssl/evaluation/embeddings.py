@@ -23,7 +23,7 @@ from vim_ssl.data.images import BadImage
 from vim_ssl.data.split import as_key, is_known
 from vim_ssl.data.stream import ImageStream
 from vim_ssl.data.transforms import Transform
-from vim_ssl.probes import Readable
+from vim_ssl.evaluation.probes import Readable
 
 FORMATS = ("parquet", "npy")
 # A picture that could be read (id, label or None, (c, h, w)), or the error of one that could not.

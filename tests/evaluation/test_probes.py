@@ -10,8 +10,8 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from vim_ssl import VimEncoder, load_encoder
 from vim_ssl.data import open_data
-from vim_ssl.linear_heads import fit_logistic
-from vim_ssl.probes import (
+from vim_ssl.evaluation.linear_heads import fit_logistic
+from vim_ssl.evaluation.probes import (
     C_GRID,
     READOUTS,
     choose_C,
@@ -25,7 +25,7 @@ from vim_ssl.probes import (
     read_all,
     readout_columns,
 )
-from vim_ssl.scores import accuracy, wilson_interval
+from vim_ssl.evaluation.scores import accuracy, wilson_interval
 
 
 def blobs(n: int, classes: int = 4, d: int = 8, noise: float = 1.0, seed: int = 0):
@@ -135,8 +135,8 @@ def test_what_all_pictures_share_does_not_blur_the_neighbours():
 def test_neighbours_do_not_depend_on_how_the_work_is_cut(sizes, monkeypatch):
     (x, _), (queries, _) = blobs(300), blobs(40, seed=1)
     similarity, places = nearest(x, queries, k=20)
-    monkeypatch.setattr("vim_ssl.probes.QUERIES", sizes[0])
-    monkeypatch.setattr("vim_ssl.probes.BANK", sizes[1])
+    monkeypatch.setattr("vim_ssl.evaluation.probes.QUERIES", sizes[0])
+    monkeypatch.setattr("vim_ssl.evaluation.probes.BANK", sizes[1])
     cut_similarity, cut_places = nearest(x, queries, k=20)
     torch.testing.assert_close(cut_similarity, similarity)
     assert (cut_places == places).float().mean() > 0.99  # ties of rounding
@@ -155,8 +155,8 @@ def test_no_more_than_a_part_of_the_similarities_is_ever_held(monkeypatch):
         return topk(self, *args, **kwargs)
 
     monkeypatch.setattr(torch.Tensor, "topk", watched)
-    monkeypatch.setattr("vim_ssl.probes.QUERIES", 16)
-    monkeypatch.setattr("vim_ssl.probes.BANK", 64)
+    monkeypatch.setattr("vim_ssl.evaluation.probes.QUERIES", 16)
+    monkeypatch.setattr("vim_ssl.evaluation.probes.BANK", 64)
     nearest(torch.randn(1000, 4), torch.randn(200, 4), k=10)
     assert largest == 16 * 64
 
@@ -183,7 +183,7 @@ def test_logistic_regression_does_not_care_about_the_scale_of_a_feature():
 
 
 def test_C_is_the_best_of_the_grid_on_the_validation_part(monkeypatch):
-    monkeypatch.setattr("vim_ssl.probes.SEARCH_TOL", 1e-6)
+    monkeypatch.setattr("vim_ssl.evaluation.probes.SEARCH_TOL", 1e-6)
     (x, y), (x_val, y_val) = blobs(60, noise=2), blobs(200, noise=2, seed=1)
     C, share = choose_C(x, y, x_val, y_val)
     scores = {c: fit_logistic(x, y, c, 1e-6).score(x_val, y_val) for c in C_GRID}
@@ -282,7 +282,8 @@ def test_a_plateau_at_chance_does_not_end_the_search_for_C(monkeypatch):
         def score(self, x, y):
             return scores[self.C]
 
-    monkeypatch.setattr("vim_ssl.probes.fit_logistic", lambda x, y, C, tol, start: Fitted(C))
+    fitted = "vim_ssl.evaluation.probes.fit_logistic"
+    monkeypatch.setattr(fitted, lambda x, y, C, tol, start: Fitted(C))
     assert choose_C(None, None, None, None, tuple(scores)) == (1.0, 0.9)
 
 

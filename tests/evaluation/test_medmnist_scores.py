@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vim_ssl.metrics import (
+from vim_ssl.evaluation.medmnist_scores import (
     BINARY,
     MULTI_CLASS,
     MULTI_LABEL,

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vim_ssl.data.loader import EpochBatches
+from vim_ssl.evaluation.scores import judge
 from vim_ssl.optim import build_schedule
-from vim_ssl.scores import judge
 
 MANY = int(5e7)  # numbers, from which on one matrix product keeps several threads busy
 LARGE = 100_000  # pictures above which scikit-learn would take hours
