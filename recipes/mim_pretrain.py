@@ -105,8 +105,7 @@ def ar_minute() -> Config:
 def distill_minute() -> Config:
     """Distillation from the encoder's own average in the same minute."""
     return replace(
-        mae_minute(), objective="distill", mask_ratio=0.6, distill_where="all", teacher_layers=2,
-        epochs=1.5,
+        mae_minute(), objective="distill", teacher_layers=2, epochs=1.5
     )  # fmt: skip
 
 
