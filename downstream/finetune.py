@@ -26,14 +26,13 @@ from vim_ssl.classification import (
     class_names,
     evaluate,
     load_classifier,
-    outputs,
-    summary,
     train_classifier,
 )
 from vim_ssl.cli import guarded
 from vim_ssl.config import opt, parse, to_dict
 from vim_ssl.data import labelled_parts
 from vim_ssl.data.split import few_of_each
+from vim_ssl.evaluation.class_scores import outputs, summary
 from vim_ssl.released import RELEASED_FILES
 from vim_ssl.runs import environment, evaluation_folder, newest_run, stored_or, trained_on
 from vim_ssl.training import make_accelerator

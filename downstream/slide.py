@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from vim_ssl.bags import AttentionPool, BagObjective, Bags, DrawTiles, bags_of
-from vim_ssl.classification import judge
 from vim_ssl.cli import guarded
 from vim_ssl.config import opt, parse, to_dict
 from vim_ssl.data import stratified_split
 from vim_ssl.data.loader import SeededSamples
+from vim_ssl.evaluation.class_scores import judge
 from vim_ssl.evaluation.embeddings import read_embeddings
 from vim_ssl.evaluation.linear_heads import fit_logistic
 from vim_ssl.runs import Run, environment, stored_or

@@ -104,9 +104,7 @@ def ar_minute() -> Config:
 
 def distill_minute() -> Config:
     """Distillation from the encoder's own average in the same minute."""
-    return replace(
-        mae_minute(), objective="distill", teacher_layers=2, epochs=1.5
-    )  # fmt: skip
+    return replace(mae_minute(), objective="distill", teacher_layers=2, epochs=1.5)
 
 
 def mae_nano_64() -> Config:

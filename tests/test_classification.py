@@ -19,15 +19,12 @@ from vim_ssl.classification import (
     ClassificationConfig,
     Validation,
     balanced_weights,
-    judge,
-    outputs,
-    predicted,
-    write_tables,
 )
 from vim_ssl.data import open_data
 from vim_ssl.data.loader import EpochBatches, SeededSamples
 from vim_ssl.data.rasters import EUROSAT_CLASSES
 from vim_ssl.downstream import finetune
+from vim_ssl.evaluation.class_scores import judge, outputs, predicted, write_tables
 from vim_ssl.recipes import supervised_pretrain
 from vim_ssl.runs import read_metrics
 

@@ -1,8 +1,10 @@
-"""What an encoder is worth: features of a data set, probes on them, figures of every task.
+"""What an encoder is worth.
 
-parts = encode_parts(encoder, (train, test))          # features.py: shared out, kept on disk
-probes.py, linear_heads.py                            # nearest neighbours, linear heads on them
-retrieval.py, comparison.py                           # captions; encoders side by side
-scores.py, medmnist_scores.py, mask_scores.py, box_scores.py   # figures with their intervals
-embeddings.py, sheets.py                              # features in files; drawings
+features.py      of a data set under an encoder, shared out over processes and kept on disk
+probes.py        nearest neighbours, the choice of readout and C; linear_heads.py fits
+comparison.py    encoders side by side on the same pictures
+retrieval.py     pictures by captions and captions by pictures
+scores.py        a figure and its interval; class_, medmnist_, mask_, box_scores: each task's own
+embeddings.py    features of any data in files, to be taken elsewhere
+sheets.py        drawings of truth and prediction
 """

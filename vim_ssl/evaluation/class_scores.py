@@ -1,0 +1,124 @@
+"""How good a classifier's answers are: figures of every kind of target, tables.
+
+targets      label                     prediction
+class        (b,) int64                the largest logit
+multi-label  (b, classes) of 0 and 1   each logit above 0
+ordinal      (b,) int64, ordered       how many of the classes - 1 logits are above 0
+"""
+
+import csv
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vim_ssl.evaluation.scores import mean_average_precision, wilson_interval
+
+TARGETS = ("class", "multi-label", "ordinal")
+MAIN_FIGURE = {"class": "top1", "multi-label": "map_macro", "ordinal": "top1"}
+
+
+def outputs(targets: str, classes: int) -> int:
+    """How many outputs the head has for so many classes."""
+    return max(classes - 1, 1) if targets == "ordinal" else classes
+
+
+def predicted(logits: Tensor, targets: str) -> Tensor:
+    """(b, outputs) -> (b,) int64, or (b, classes) int64 of 0 and 1 for multi-label."""
+    if targets == "class":
+        return logits.argmax(1)
+    answers = (logits > 0).long()
+    return answers if targets == "multi-label" else answers.sum(1)
+
+
+def judge(logits: Tensor, labels: Tensor, targets: str) -> dict[str, Any]:
+    """Figures in per cent, rounded to 0.01, with what a table needs.
+
+    Args:
+        logits: (n, outputs) float32.
+        labels: (n,) int64, or (n, classes) of 0 and 1.
+    Returns: ``top1`` with its interval ``top1_ci``, ``top5`` from six classes on,
+        ``balanced_accuracy``, ``confusion`` (truth by prediction) and, for ordinal ones,
+        ``mean_error`` in classes; for multi-label ``map_macro``, ``map_micro`` and ``exact``.
+    """
+    from sklearn import metrics
+
+    guess = predicted(logits, targets)
+    if targets == "multi-label":
+        precision = mean_average_precision(logits.numpy(), labels.numpy())
+        exact = _percent((guess == labels).all(1).float().mean().item())
+        return {f"map_{how}": round(figure.value, 2) for how, figure in precision.items()} | {
+            "exact": exact
+        }
+    classes = logits.shape[1] + (targets == "ordinal")
+    top1 = _percent((guess == labels).float().mean().item())
+    found: dict[str, Any] = {"top1": top1, "top1_ci": wilson_interval(top1, len(labels))}
+    if targets == "class" and classes > 5:
+        five = logits.topk(5, dim=1).indices == labels[:, None]
+        found["top5"] = _percent(five.any(1).float().mean().item())
+    if targets == "ordinal":
+        found["mean_error"] = round((guess - labels).abs().float().mean().item(), 4)
+    confusion = metrics.confusion_matrix(labels, guess, labels=range(classes))
+    seen = confusion.sum(1) > 0
+    recall = confusion.diagonal()[seen] / confusion.sum(1)[seen]
+    return found | {"balanced_accuracy": _percent(recall.mean()), "confusion": confusion.tolist()}
+
+
+def summary(metrics: dict[str, Any]) -> str:
+    """One line for a person."""
+    if "top1" not in metrics:
+        return f"mAP {metrics['map_macro']:.1f} % on {metrics['test']:,} test pictures"
+    low, high = metrics["top1_ci"]
+    text = f"top-1 {metrics['top1']:.1f} % [{low:.1f}, {high:.1f}]"
+    if "top5" in metrics:
+        text += f", top-5 {metrics['top5']:.1f} %"
+    return f"{text} on {metrics['test']:,} test pictures"
+
+
+def _percent(share: float) -> float:
+    return round(100 * float(share), 2)
+
+
+def write_tables(
+    folder: Path, found: dict, logits: Tensor, labels: Tensor, ids: list[str],
+    classes: list[str], targets: str,
+) -> None:  # fmt: skip
+    """``predictions.csv`` (one line a picture) and, of single labels, ``classes.csv`` (one a class:
+    samples, recall, precision, F1, the class it is most often taken for)."""
+    probabilities = logits.softmax(1) if targets == "class" else torch.sigmoid(logits)
+    guess = predicted(logits, targets)
+    with open(folder / "predictions.csv", "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["id", "label", "predicted", "confidence"])
+        for name, label, hit, row in zip(ids, labels, guess, probabilities, strict=True):
+            if targets == "multi-label":
+                sets = (_names(values, classes) for values in (label, hit))
+                table.writerow([name, *sets, " ".join(f"{p:.4f}" for p in row.tolist())])
+            else:
+                sure = f"{row.max().item():.4f}" if targets == "class" else ""
+                table.writerow([name, classes[int(label)], classes[int(hit)], sure])
+    if targets == "multi-label":
+        return
+    with open(folder / "classes.csv", "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["class", "samples", "recall", "precision", "f1", "most_taken_for"])
+        table.writerows(_per_class(np.array(found["confusion"]), classes))
+
+
+def _names(values: Tensor, classes: list[str]) -> str:
+    return "|".join(name for name, value in zip(classes, values.tolist(), strict=True) if value)
+
+
+def _per_class(confusion: np.ndarray, classes: list[str]) -> Iterator[list]:
+    for i, name in enumerate(classes):
+        hits, samples, taken = confusion[i, i], confusion[i].sum(), confusion[:, i].sum()
+        recall = hits / samples if samples else math.nan
+        precision = hits / taken if taken else math.nan
+        f1 = 2 * hits / (samples + taken) if samples + taken else math.nan
+        others = np.where(np.arange(len(classes)) == i, 0, confusion[i])
+        wrong = classes[int(others.argmax())] if others.any() else ""
+        yield [name, int(samples), *(f"{v:.4f}" for v in (recall, precision, f1)), wrong]
