@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from timm.layers import resample_abs_pos_embed
-from torch import Tensor
+from torch import Tensor, nn
 
 from vim_ssl.encoder import VimEncoder, join_pos_embed, split_pos_embed
 
@@ -200,3 +200,27 @@ def adapt_data(
         chans, tuple(f"band{i}" for i in range(chans))
     )
     return adapted
+
+
+def copy_weights(encoder: VimEncoder, model: nn.Module) -> None:
+    """Give an encoder's weights to the Vim that another library's model was built around.
+
+    Such as transformers' detectors and segmenters, whose `TimmBackboneConfig` takes a preset's
+    name. They keep the blocks up to the last index that they read, and neither norm nor head.
+    Raises: ValueError if ``model`` holds no Vim, several, or one of another shape.
+    """
+    found = [module for module in model.modules() if isinstance(module, VimEncoder)]
+    if len(found) != 1:
+        raise ValueError(
+            f"{type(model).__name__} holds {len(found)} Vim encoders, expected one; build it on "
+            "timm's model of a preset's name."
+        )
+    given = encoder.state_dict()
+    for key, value in found[0].state_dict().items():
+        if key not in given or given[key].shape != value.shape:
+            shape = tuple(given[key].shape) if key in given else "not there"
+            raise ValueError(
+                f"{key} is {tuple(value.shape)} in {type(model).__name__}, in the encoder {shape}; "
+                "name the preset that the encoder was made from."
+            )
+    found[0].load_state_dict(given, strict=False)  # blocks above the last index are left over
