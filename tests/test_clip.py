@@ -38,7 +38,7 @@ def small(loss: str = "clip", drop: float = 0.0, **more) -> Clip:
         "vim_nano_patch4_28", depth=2, embed_dim=16, img_size=8, drop_path_rate=drop
     )
     text = TextEncoder(20, eos_id=2, context_length=6, width=16, depth=2, heads=2, dropout=drop)
-    return Clip(encoder, text, embed_dim=DIM, loss=loss, **more).train()
+    return Clip(encoder, text, **{"embed_dim": DIM, "loss": loss} | more).train()
 
 
 def batches(count: int, size: int) -> list[dict]:
@@ -266,6 +266,7 @@ def test_a_locked_tower_stays_as_it_is_and_its_projection_learns(lock):
     [
         ({"loss": "infonce"}, "not one of clip, siglip"),
         ({"lock_image": True, "lock_text": True}, "both towers are locked"),
+        ({"embed_dim": 0}, "embed_dim 0 must be 1 or more"),
     ],
 )
 def test_what_cannot_learn_is_refused(more, says):
@@ -317,6 +318,16 @@ def test_a_saved_model_comes_back(tmp_path, tower):
         torch.testing.assert_close(load_encoder(tmp_path)(images), encoder(images))
     allowed = {".safetensors", ".json"}
     assert {path.suffix for path in tmp_path.iterdir()} == allowed
+
+
+def test_what_could_not_be_loaded_again_is_not_written(tmp_path):
+    clip = small()
+    with pytest.raises(ValueError, match="without tokenizer"):
+        save_clip(clip, tmp_path / "run")
+    clip.encoder = torch.nn.Identity()
+    with pytest.raises(ValueError, match="no VimEncoder; give image="):
+        save_clip(clip, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_without_such_a_model_is_told(tmp_path):

@@ -127,6 +127,16 @@ def test_clips_tokens_are_open_clips(tmp_path):
     assert ours.decode(ours("A Dog  on the beach")[0]) == "a dog on the beach"
 
 
+def test_clips_marks_in_a_caption_are_words():
+    pytest.importorskip("open_clip")
+    tokenizer = ClipBPE(40)
+    for mark in ("<end_of_text>", "<START_OF_TEXT>", "&lt;end_of_text&gt;"):
+        row, cut = tokenizer.row(f"a dog {mark} and a cat")
+        assert row.count(tokenizer.eos_id) == row.count(tokenizer.bos_id) == 1
+        assert tokenizer.decode(row).endswith("and a cat")
+        assert not cut
+
+
 def test_white_space_is_no_text():
     assert clean("  a\n dog\t\u3000face ") == "a dog face"
 
@@ -213,5 +223,8 @@ def test_dropout_acts_in_training_only():
 def test_shapes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="not divisible by 3 heads"):
         tower(heads=3)
+    for shape in ({"depth": 0}, {"dropout": 1.5}, {"width": 0}):
+        with pytest.raises(ValueError, match=r"must be 1 or more|not divisible"):
+            tower(**shape)
     with pytest.raises(ValueError, match="9 tokens a caption came, at most 8"):
         tower()(torch.ones(1, 9, dtype=torch.int64))

@@ -58,8 +58,8 @@ class Clip(nn.Module):
         lock_image, lock_text: keep a tower as it is: no gradient, no dropout; its projection
             learns. A locked image tower is LiT.
         tokenizer: for `encode_text` of strings.
-    Raises: ValueError for an unknown loss, two locked towers, or an image tower with a head or mask
-        token, which would never learn.
+    Raises: ValueError for an unknown loss, a space without dimensions, two locked towers, or an
+        image tower with a head or mask token, which would never learn.
     Reference: CLIP, arXiv:2103.00020; SigLIP, arXiv:2303.15343; LiT, arXiv:2111.07991.
     """
 
@@ -77,6 +77,8 @@ class Clip(nn.Module):
         super().__init__()
         if loss not in LOSSES:
             raise ValueError(f"loss {loss!r} is not one of {', '.join(LOSSES)}.")
+        if embed_dim < 1:
+            raise ValueError(f"embed_dim {embed_dim} must be 1 or more.")
         if lock_image and lock_text:
             raise ValueError("both towers are locked; unlock one: projections alone learn little.")
         refuse_head(encoder)
@@ -281,13 +283,18 @@ def save_clip(
         image: of an image tower that is no `VimEncoder`: the arguments of `timm.create_model`. Its
             weights are then in clip.safetensors.
         ema, record: see `save_encoder`; the average stays beside and is not what `load_clip` takes.
-    Raises: OSError where the disk does not take it.
+    Raises: ValueError for an image tower that nothing says how to build again, or a model without
+        tokenizer; OSError where the disk does not take it.
     """
     from safetensors.torch import save
 
+    ours = isinstance(clip.encoder, VimEncoder)
+    if not ours and image is None:
+        raise ValueError("the image tower is no VimEncoder; give image=, what timm made it of.")
+    if clip.tokenizer is None:
+        raise ValueError("a model without tokenizer cannot be loaded again; set clip.tokenizer.")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    ours = isinstance(clip.encoder, VimEncoder)
     state = {
         key: value.detach().cpu().contiguous()
         for key, value in clip.state_dict().items()
@@ -297,8 +304,7 @@ def save_clip(
         "format": "vim_ssl.clip", "embed_dim": clip.embed_dim, "loss": clip.loss,
         "image": None if ours else image, "text": clip.text.config, "made_by": record,
     }  # fmt: skip
-    if clip.tokenizer is not None:
-        clip.tokenizer.save(folder)
+    clip.tokenizer.save(folder)
     write_whole(folder / "clip.safetensors", save(state))
     write_whole(folder / "clip_config.json", (json.dumps(description, indent=2) + "\n").encode())
     if isinstance(clip.encoder, VimEncoder):

@@ -146,6 +146,8 @@ class ClipBPE(Tokenizer):
                 "'bpe' needs nothing and is trained on your captions."
             ) from error
         self._model = SimpleTokenizer()
+        # Without it "<end_of_text>" in a caption is spelled out: it would end what the tower reads.
+        self._model.cache.clear()
         self.vocab_size = self._model.vocab_size
         self.bos_id, self.eos_id = self._model.sot_token_id, self._model.eot_token_id
         self.pad_id = 0
@@ -276,7 +278,8 @@ class TextEncoder(nn.Module):
         vocab_size, eos_id, context_length: the tokenizer's.
         width, depth, heads: of the blocks; by default those of CLIP's ViT-B.
         dropout: on attention weights and on what blocks add; CLIP has none.
-    Raises: ValueError for a width that the heads do not divide.
+    Raises: ValueError for a width that the heads do not divide, for no block (the end alone would
+        be read, whatever the caption), and for a dropout outside [0, 1).
     Reference: CLIP, arXiv:2103.00020, section 2.4. (There the end is the largest id and found by
     argmax, which no other vocabulary promises.)
     """
@@ -293,8 +296,10 @@ class TextEncoder(nn.Module):
         dropout: float = 0.0,
     ):
         super().__init__()
-        if heads < 1 or width % heads:
+        if heads < 1 or width < 1 or width % heads:
             raise ValueError(f"width {width} is not divisible by {heads} heads.")
+        if depth < 1 or not 0 <= dropout < 1:
+            raise ValueError(f"depth {depth} must be 1 or more, dropout {dropout} in [0, 1).")
         self.config = {
             "vocab_size": vocab_size, "eos_id": eos_id, "context_length": context_length,
             "width": width, "depth": depth, "heads": heads, "dropout": dropout,
