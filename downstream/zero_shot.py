@@ -14,7 +14,9 @@ Figures and examples go to a folder in the run, one for each data, and onto the 
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,9 +30,10 @@ from vim_ssl.clip import Clip, load_clip
 from vim_ssl.config import opt, parse, to_dict
 from vim_ssl.data import ImageData, open_data, parse_spec
 from vim_ssl.data.spec import canonical_split
-from vim_ssl.evaluation.probes import Features, extract_features
-from vim_ssl.evaluation.retrieval import PairFeatures, embed_pairs, nearest, recall
-from vim_ssl.evaluation.scores import wilson_interval
+from vim_ssl.data.split import is_known
+from vim_ssl.evaluation.probes import Features, extract_features, features_of
+from vim_ssl.evaluation.retrieval import PairFeatures, embed_pairs, found_in, nearest
+from vim_ssl.evaluation.scores import share_right
 from vim_ssl.report import write_report
 from vim_ssl.runs import environment, newest_run, task_folder, trained_on
 
@@ -57,6 +60,8 @@ class Config:
     output: str = opt("", "where metrics.json goes; default: a folder in the run")
 
     def __post_init__(self):
+        if not self.templates:
+            raise ValueError("templates are none; give one at least: --templates {}.")
         for template in self.templates:
             if template.count("{}") != 1:
                 raise ValueError(f"the template {template!r} has no place {{}} for a class's name.")
@@ -65,7 +70,8 @@ class Config:
 def open_part(spec: str) -> ImageData:
     """The part to test on: the one that the spec names, else test, validation, or all there is."""
     everything = open_data(spec, split="all")
-    if parse_spec(spec).split is not None or not everything.splits:
+    # Sets joined by " + " have no splits of their own to choose from.
+    if not everything.splits or parse_spec(spec).split is not None:
         return open_data(spec)
     for wanted in ("test", "validation"):
         if any(canonical_split(name) == wanted for name in everything.splits):
@@ -73,24 +79,38 @@ def open_part(spec: str) -> ImageData:
     return everything
 
 
+def was_trained_on(source: str | Path, spec: str, data: ImageData) -> bool:
+    """Whether this part of a run's own training data is no held-out one."""
+    with suppress(ValueError):  # a model without a run
+        held_out = canonical_split(data.split) in ("test", "validation")
+        return trained_on(source) == spec and not held_out
+    return False
+
+
 def class_names(data: ImageData, file: str) -> list[str]:
     """What the classes are called: the file's lines, or their own names in plain words.
 
-    Raises: ValueError for a file with another number of names.
+    Raises: ValueError for a file with another number of names, or a name given twice.
     """
     classes = data.classes or []
     if file:
-        names = Path(file).read_text(encoding="utf-8").split("\n")
+        names = Path(file).read_text(encoding="utf-8-sig").split("\n")
         names = [name.strip() for name in names if name.strip()]
         if len(names) != len(classes):
             raise ValueError(f"{file} has {len(names)} names; {data.name} has {len(classes)}.")
+        if twice := [name for name, times in Counter(names).items() if times > 1]:
+            raise ValueError(f"{file} calls two classes {twice[0]!r}; no text tells them apart.")
         return names
     from timm.data import ImageNetInfo
 
     imagenet = ImageNetInfo()
     if set(classes) <= set(imagenet.label_names()):  # folders called n01440764
-        described = map(imagenet.label_name_to_description, classes)
-        return [text.split(",")[0] for text in described]
+        plain = [imagenet.label_name_to_description(name).split(",")[0] for name in classes]
+        times = Counter(plain)  # a crane is a bird and a machine: such two are told at length
+        return [
+            name if times[name] == 1 else imagenet.label_name_to_description(label, detailed=True)
+            for name, label in zip(plain, classes, strict=True)
+        ]
     return [name.replace("_", " ") for name in classes]
 
 
@@ -98,7 +118,7 @@ def class_names(data: ImageData, file: str) -> list[str]:
 def text_classifier(clip: Clip, names: Sequence[str], templates: Sequence[str]) -> Tensor:
     """(classes, d) of length 1: the mean of a class's sentences, each of length 1 before."""
     rows = [
-        clip.encode_text([template.format(name) for template in templates]).mean(0)
+        clip.encode_text([template.replace("{}", name) for template in templates]).mean(0)
         for name in names
     ]
     return F.normalize(torch.stack(rows), dim=-1).cpu()
@@ -110,29 +130,41 @@ def classify(features: Features, classifier: Tensor) -> tuple[dict[str, Any], Te
     Pictures without a label (-1) are left out.
     """
     known = features.y >= 0
+    groups = features.groups and [features.groups[i] for i in known.nonzero()[:, 0]]
     best = nearest(features.x[known], classifier, 5)
     right = best == features.y[known][:, None]
     figures: dict[str, Any] = {"classes": len(classifier), "pictures": int(known.sum())}
     for k in (1, 5):
-        top = round(100 * right[:, :k].any(1).double().mean().item(), 2)
-        figures |= {f"top{k}": top, f"top{k}_ci": wilson_interval(top, len(right))}
+        figures |= _judged(f"top{k}", right[:, :k].any(1), groups)
     figures["chance"] = round(100 / len(classifier), 2)
     return figures, best
 
 
-def search(pairs: PairFeatures) -> dict[str, Any]:
-    """R@1, 5 and 10 both ways with 95 % intervals, and what chance would find."""
+def _judged(name: str, right: Tensor, groups: Sequence[Hashable] | None) -> dict[str, Any]:
+    """The share of the questions (n,) that are answered right, and its interval."""
+    share = share_right(right, True)
+    apart = groups is None or len(set(groups)) == len(groups)  # each question for itself
+    return {name: round(share.value, 2), f"{name}_ci": share.interval(None if apart else groups)}
+
+
+def search(pairs: PairFeatures, data: ImageData) -> dict[str, Any]:
+    """R@1, 5 and 10 both ways with 95 % intervals, and what chance would find.
+
+    The intervals draw groups as a whole, and the captions of a picture with it.
+    """
+    group = dict(zip(data.ids, data.groups or data.ids, strict=True))
+    of_pictures = [group[id] for id in pairs.ids]
+    of_texts = [of_pictures[i] for i in pairs.owner.tolist()]
     figures: dict[str, Any] = {"pictures": len(pairs.images), "captions": len(pairs.texts)}
-    for name, value in recall(pairs).items():
-        asked = len(pairs.images) if name.startswith("image") else len(pairs.texts)
-        figures |= {name: round(value, 2), f"{name}_ci": wilson_interval(value, asked)}
+    for name, right in found_in(pairs).items():
+        figures |= _judged(name, right, of_pictures if name.startswith("image") else of_texts)
     figures["chance_r1"] = round(100 / len(pairs.images), 3)
     return figures
 
 
 def show(pairs: PairFeatures, data: ImageData, folder: Path) -> dict[str, Any]:
     """A few pairs to look at: each picture, small, in ``folder``, its first caption, the three that
-    are nearest, and the cosines of all these pictures and first captions."""
+    are nearest (``right``: its own), and the cosines of all these pictures and first captions."""
     n = len(pairs.images)
     chosen = sorted({i * n // EXAMPLES for i in range(EXAMPLES)})
     first = [int((pairs.owner == i).nonzero()[0]) for i in chosen]
@@ -148,6 +180,7 @@ def show(pairs: PairFeatures, data: ImageData, folder: Path) -> dict[str, Any]:
         rows.append({
             "id": pairs.ids[i], "picture": f"{folder.name}/{number}.png",
             "own": pairs.captions[own], "nearest": [pairs.captions[j] for j in best],
+            "right": [int(pairs.owner[j]) == i for j in best],
         })  # fmt: skip
     return {"pairs": rows, "cosines": [[round(x, 4) for x in row] for row in cosines.tolist()]}
 
@@ -157,11 +190,16 @@ def run(config: Config) -> dict:
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     source = config.encoder or newest_run(recipe="clip_pretrain")
     clip = load_clip(source, device=device)
-    data = open_part(config.data or trained_on(source, "val", "data"))
-    labelled = data.labels is not None and bool(data.classes)
+    spec = config.data or trained_on(source, "val", "data")
+    data = open_part(spec)
+    labelled = bool(data.classes) and not data.multi_label and any(map(is_known, data.labels or ()))
     if not labelled and not data.has_captions:
-        raise ValueError(f"{data.name} ({data.split}) has neither labels nor captions.")
+        raise ValueError(
+            f"{data.name} ({data.split}) has neither labels nor captions; of labels one a picture."
+        )
     print(f"Model {source} · {data.name}: {len(data):,} pictures", flush=True)
+    if seen := was_trained_on(source, spec, data):
+        print("These are pictures that it was trained on: no test.", flush=True)
     loading: dict[str, Any] = {"batch_size": config.batch_size, "workers": config.workers}
     loading["device"] = device
     folder = Path(config.output or task_folder("zero_shot", source, config.data))
@@ -169,13 +207,14 @@ def run(config: Config) -> dict:
 
     metrics: dict[str, Any] = {
         "task": "zero_shot", "data": data.name, "split": data.split, "encoder": str(source),
+        "trained_on": seen,
         "protocol": to_dict(config),
     }  # fmt: skip
     pairs = embed_pairs(clip, data, **loading) if data.has_captions else None
     if labelled:
         names = class_names(data, config.names)
         if pairs is not None and not pairs.skipped:  # all pictures are embedded already
-            features = Features(pairs.images, torch.tensor(data.labels), pairs.ids, [])
+            features = features_of(data, pairs.images, range(len(data)), [])
         else:
             features = extract_features(clip.encode_image, data, clip.transform, **loading)
         classifier = text_classifier(clip, names, config.templates)
@@ -186,7 +225,7 @@ def run(config: Config) -> dict:
             for id, row in zip(features.ids[:EXAMPLES], best.tolist(), strict=False)
         }
     if pairs is not None:
-        metrics["retrieval"], metrics["skipped"] = search(pairs), pairs.skipped
+        metrics["retrieval"], metrics["skipped"] = search(pairs, data), pairs.skipped
         metrics["examples"] = show(pairs, data, folder / "examples")
     metrics |= {"seconds": round(time.perf_counter() - started, 1), **environment()}
     text = json.dumps(metrics, indent=2, ensure_ascii=False) + "\n"

@@ -313,8 +313,18 @@ ZERO_SHOT = {
     "retrieval": {"image_to_text_r1": 12.5, "image_to_text_r1_ci": [3.0, 30.0], "chance_r1": 0.054},
     "examples": {
         "pairs": [
-            {"picture": "examples/0.png", "own": EVIL, "nearest": ["a dog", EVIL]},
-            {"picture": "examples/0.png", "own": "a cat", "nearest": ["a cow"]},
+            {
+                "picture": "examples/0.png",
+                "own": EVIL,
+                "nearest": ["a dog", EVIL],
+                "right": [False, True],
+            },
+            {
+                "picture": "examples/0.png",
+                "own": "a cat",
+                "nearest": ["its other one", "a cat"],
+                "right": [True, False],
+            },  # the same words, but another picture's
         ],
         "cosines": [[0.5, 0.1], [0.2, 0.4]],
     },
@@ -333,7 +343,7 @@ def test_pictures_stand_beside_the_captions_nearest_to_them(finished: Path):
     assert "0.50" in page.text
     # In bold: the row's own pair, and the own caption where it is among the nearest.
     bold = re.findall(r"<b>([^<]*)</b>", page.source.partition('"even cosines"')[2])
-    assert bold[:3] == ["0.50", html.escape(EVIL), "0.40"]
+    assert bold[:4] == ["0.50", html.escape(EVIL), "0.40", "its other one"]
     assert "chance at R@1: 0.05 %" in page.text
     (folder / "examples" / "0.png").unlink()
     assert "a dog" not in Page(write_report(finished)).text

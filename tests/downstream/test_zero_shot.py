@@ -12,8 +12,10 @@ from PIL import Image
 
 from vim_ssl import load_encoder
 from vim_ssl.clip import Clip, save_clip
+from vim_ssl.data import open_data
 from vim_ssl.downstream import zero_shot
 from vim_ssl.evaluation.probes import Features
+from vim_ssl.evaluation.retrieval import PairFeatures
 from vim_ssl.text import TextEncoder, train_bpe
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 40), "blue_sky": (40, 60, 220)}
@@ -75,7 +77,11 @@ def test_pictures_and_captions_are_found_by_each_other(model, classes, tmp_path,
     for pair in shown["pairs"]:
         assert (tmp_path / pair["picture"]).exists()
         assert len(pair["nearest"]) == 3
-        assert pair["own"].startswith(pair["id"].split("/")[0])
+        name = pair["id"].split("/")[0]
+        assert pair["own"].startswith(name)
+        right = {text for text, own in zip(pair["nearest"], pair["right"], strict=True) if own}
+        assert right <= {pair["own"], f"a {name} picture"}
+    assert not found["trained_on"]
     assert figures["chance_r1"] == 8.333
     assert "Among 12 pictures and 24 captions; chance at R@1: 8.333 %" in capsys.readouterr().out
 
@@ -101,24 +107,58 @@ def test_top_k_counts_what_is_among_the_nearest():
     assert best[:3, 0].tolist() == [0, 1, 2]
 
 
+@pytest.mark.parametrize("grouped", [False, True])
+def test_intervals_draw_a_pictures_captions_and_a_groups_pictures_as_a_whole(classes, grouped):
+    """Two captions a picture, both right or both wrong: no surer than one."""
+    data = open_data(f"pairs:{classes}")
+    if grouped:
+        data.groups = [str(i // 2) for i in range(12)]
+    right = torch.tensor([1.0, 1, 1, 1, -1, -1, 1, 1, 1, 1, -1, -1])  # group by group
+    texts = torch.eye(12).repeat_interleave(2, 0)
+    owner = torch.arange(12).repeat_interleave(2)
+    pairs = PairFeatures(torch.eye(12) * right[:, None], texts, owner, data.ids, ["x"] * 24, [])
+    figures = zero_shot.search(pairs, data)
+    assert figures["image_to_text_r1"] == figures["text_to_image_r1"] == 66.67
+    widths = [high - low for low, high in (figures[f"{way}_r1_ci"] for way in
+                                           ("image_to_text", "text_to_image"))]  # fmt: skip
+    assert min(widths) > (60 if grouped else 45)  # of 24 apart: 36
+
+
 def test_a_class_is_the_mean_direction_of_its_sentences(model):
     clip = zero_shot.load_clip(model)
     rows = zero_shot.text_classifier(clip, ["red", "green"], ["a {}", "the {} sky"])
     expected = clip.encode_text(["a green", "the green sky"]).mean(0)
     torch.testing.assert_close(rows[1], expected / expected.norm())
+    braces = zero_shot.text_classifier(clip, ["red"], ["{x} {} {"])
+    torch.testing.assert_close(braces[0], clip.encode_text("{x} red {")[0])
 
 
 def test_names_come_from_a_file_or_imagenet(model, classes, tmp_path):
     data = zero_shot.open_part(str(classes))
-    (tmp_path / "names.txt").write_text("azure\nemerald\ncrimson\n")
+    (tmp_path / "names.txt").write_text("\ufeffazure\nemerald\ncrimson\n", encoding="utf-8")
     assert zero_shot.class_names(data, str(tmp_path / "names.txt")) == [
         "azure", "emerald", "crimson"
     ]  # fmt: skip
     (tmp_path / "names.txt").write_text("azure\n")
     with pytest.raises(ValueError, match=r"has 1 names; .* has 3"):
         zero_shot.class_names(data, str(tmp_path / "names.txt"))
-    data.classes = ["n01440764", "n01443537"]
-    assert zero_shot.class_names(data, "") == ["tench", "goldfish"]
+    (tmp_path / "names.txt").write_text("azure\nazure\nred\n")
+    with pytest.raises(ValueError, match="two classes 'azure'"):
+        zero_shot.class_names(data, str(tmp_path / "names.txt"))
+    data.classes = ["n01440764", "n02012849", "n03126707"]
+    fish, bird, machine = zero_shot.class_names(data, "")
+    assert fish == "tench"
+    assert bird.startswith("crane: ")
+    assert "boom" in machine
+
+
+def test_the_runs_own_training_pictures_are_told_apart(model, classes, tmp_path, capsys):
+    run = shutil.copytree(model, tmp_path / "run")
+    (run / "config.json").write_text(json.dumps({"data": f"pairs:{classes}"}))
+    assert shoot("--encoder", str(run), "--output", str(tmp_path / "out"))["trained_on"]
+    assert "trained on: no test" in capsys.readouterr().out
+    both = f"{classes}?limit=3 + {classes}"
+    assert len(zero_shot.open_part(both)) == 15
 
 
 @pytest.mark.parametrize(
@@ -141,6 +181,20 @@ def test_mistakes_are_told(model, classes, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
     with pytest.raises(ValueError, match="neither labels nor captions"):
         zero_shot.main(["--encoder", str(model), "--data", str(tmp_path)])
+    (tmp_path / "unknown.csv").write_text("path,label\nx.png,\n")
+    rows = np.zeros((2, 3), np.uint8)  # several labels a picture
+    many = {
+        f"{part}_{what}": values
+        for part in ("train", "val", "test")
+        for what, values in (("images", np.zeros((2, 28, 28), np.uint8)), ("labels", rows))
+    }
+    np.savez(tmp_path / "chestmnist.npz", **many)
+    for spec in ("csv:unknown.csv", "medmnist:chestmnist.npz"):
+        scheme, _, name = spec.partition(":")
+        with pytest.raises(ValueError, match="neither labels nor captions"):
+            zero_shot.main(["--encoder", str(model), "--data", f"{scheme}:{tmp_path}/{name}"])
+    with pytest.raises(ValueError, match="templates are none"):
+        zero_shot.Config(templates=())
     with pytest.raises(ValueError, match=r"no place \{\}"):
         zero_shot.Config(templates=("a photo",))
     with pytest.raises(FileNotFoundError, match="clip_pretrain run"):

@@ -109,8 +109,8 @@ def nearest(queries: Tensor, keys: Tensor, k: int) -> Tensor:
     return torch.cat(found)
 
 
-def recall(pairs: PairFeatures, ks: tuple[int, ...] = (1, 5, 10)) -> dict[str, float]:
-    """Per cent of queries whose own match is among the k nearest, both ways.
+def found_in(pairs: PairFeatures, ks: tuple[int, ...] = (1, 5, 10)) -> dict[str, Tensor]:
+    """Whether each query's own match is among the k nearest, both ways: (n,) or (m,) bool.
 
     A picture is answered by any of its captions. Keys ``image_to_text_r1``, ``text_to_image_r1`` …
     """
@@ -121,8 +121,9 @@ def recall(pairs: PairFeatures, ks: tuple[int, ...] = (1, 5, 10)) -> dict[str, f
         "image_to_text": texts_of == own[:, None],
         "text_to_image": images_of == pairs.owner[:, None],
     }
-    return {
-        f"{way}_r{k}": 100 * hits[:, :k].any(1).double().mean().item()
-        for way, hits in ways.items()
-        for k in ks
-    }
+    return {f"{way}_r{k}": hits[:, :k].any(1) for way, hits in ways.items() for k in ks}
+
+
+def recall(pairs: PairFeatures, ks: tuple[int, ...] = (1, 5, 10)) -> dict[str, float]:
+    """`found_in` as per cent of the queries."""
+    return {name: 100 * hits.double().mean().item() for name, hits in found_in(pairs, ks).items()}

@@ -268,7 +268,10 @@ def _similarities(folder: Path, examples: Any) -> str:
         thumbs = [_png(Image.open(folder / p["picture"])) for p in pairs]
         owns = [escape(str(p["own"])) for p in pairs]
         found = [
-            " · ".join(_marked(escape(str(text)), text == p["own"]) for text in p["nearest"])
+            " · ".join(
+                _marked(escape(str(text)), right)
+                for text, right in zip(p["nearest"], p["right"], strict=True)
+            )
             for p in pairs
         ]
         low, span = cosines.min(), max(np.ptp(cosines), 1e-6)
