@@ -11,10 +11,10 @@ effective one: processes and accumulation change memory and time, not the gradie
 `vim_ssl.load_clip(RUN)` gives the model. The large presets' results: not yet measured.
 """
 
+import contextlib
 import random
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -27,7 +27,7 @@ from torch import nn
 from vim_ssl import load_encoder
 from vim_ssl.cli import guarded
 from vim_ssl.clip import LOSSES, Clip, image_config, save_clip
-from vim_ssl.config import opt, parse
+from vim_ssl.config import did_you_mean, opt, parse
 from vim_ssl.data import BadImage, ImageData, ImageStream, open_data, pretrain_transform
 from vim_ssl.data.dataset import captions_of
 from vim_ssl.data.loader import SeededSamples
@@ -78,6 +78,13 @@ class Config(TrainConfig):
     vocab_size: int = opt(49408, "tokens of bpe, at most", group="text")
     tokenizer_captions: int = opt(1_000_000, "that bpe is made of, at most", group="text")
     context_length: int = opt(77, "tokens of a caption that are read", group="text")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.tokenizer_captions < 1:
+            raise ValueError(
+                f"tokenizer_captions is {self.tokenizer_captions}; it must be 1 or more."
+            )
 
 
 def emoji_clip() -> Config:
@@ -165,6 +172,11 @@ def build_model(config: Config) -> nn.Module:
             raise ValueError("ema is kept beside a Vim encoder only; use --ema 0.")
         import timm
 
+        name = args["model_name"]
+        if not (":" in name or timm.is_model(name)):  # hf-hub:OWNER/NAME is told by timm
+            raise ValueError(
+                f"timm has no model {name!r}. {did_you_mean(name, timm.list_models())}"
+            )
         return timm.create_model(**args)
     except TypeError as error:  # an unknown name
         raise ValueError(f"model_args: {error}") from error
@@ -172,7 +184,18 @@ def build_model(config: Config) -> nn.Module:
 
 def build_data(config: Config) -> ImageData | ImageStream:
     data = open_data(config.data, streams=True)
-    if isinstance(data, ImageData) and not data.has_captions:
+    if len(data) < 2:
+        raise ValueError(f"{data.name} is a single pair, which has no other to be told from.")
+    return with_captions(data) if isinstance(data, ImageData) else data
+
+
+def build_val(config: Config) -> ImageData | None:
+    return with_captions(open_data(config.val)) if config.val else None
+
+
+def with_captions(data: ImageData) -> ImageData:
+    """The same. Raises: ValueError for pictures without captions."""
+    if not data.has_captions:
         raise ValueError(
             f"{data.name} has no captions; name their column by ?caption=COLUMN, or give "
             "pairs:FOLDER with a text file beside each picture."
@@ -188,7 +211,7 @@ def read_captions(data: ImageData | ImageStream) -> Iterator[str]:
                 yield from captions_of(record.get("caption"))
         return
     for index in torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist():
-        with suppress(BadImage):
+        with contextlib.suppress(BadImage):
             yield from data.captions(index)
 
 
@@ -247,18 +270,32 @@ def measure_retrieval(clip: Clip, data: ImageData, device) -> dict[str, float]:
 
 def run(config: Config) -> dict[str, Any]:
     accelerator = make_accelerator(config)
+    if config.batch_size * config.accumulation * accelerator.num_processes < 2:
+        raise ValueError(
+            "a step of a single pair has nothing to tell it from; use a batch_size above 1."
+        )
     torch.manual_seed(config.seed)  # of the initial weights
     encoder = build_model(config)
-    data = build_data(config)
-    val = open_data(config.val) if config.val else None
+    data, val = build_data(config), build_val(config)
     tokenizer = build_tokenizer(config, data, accelerator)
     objective = build_objective(config, encoder, tokenizer)
     samples = build_samples(config, data, objective, tokenizer)
     folder = Run.open("clip_pretrain", config, accelerator)
+    with contextlib.closing(folder):
+        if accelerator.is_main_process:
+            with folder.writing("tokenizer.json"):
+                tokenizer.save(folder.folder)
+        figures = train(config, objective, data, val, samples, folder, accelerator)
+    accelerator.end_training()
+    return {"run": str(folder.folder), **figures}
+
+
+def train(config: Config, objective: Clip, data, val, samples, folder: Run, accelerator) -> dict:
+    """Train in an open run; returns the last figures."""
+    encoder = objective.encoder
     average = make_average(encoder, config)
     averaged: Any = None if average is None else average.module
     if accelerator.is_main_process:
-        tokenizer.save(folder.folder)
         folder.count_skipped(data.faults)
     evaluate = None
     if val is not None:
@@ -280,10 +317,9 @@ def run(config: Config) -> dict[str, Any]:
     if accelerator.is_main_process:
         if figures:  # none: the run had ended before
             write_model(figures)
-        print(f"Model: {folder.folder} · report: {write_report(folder.folder)}")
-    folder.close()
-    accelerator.end_training()
-    return {"run": str(folder.folder), **figures}
+        with folder.writing("report.html"):
+            print(f"Model: {folder.folder} · report: {write_report(folder.folder)}")
+    return figures
 
 
 def main(argv: Sequence[str] | None = None) -> int:

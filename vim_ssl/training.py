@@ -259,9 +259,11 @@ def fit(
                 last = watch.agreed(enough) or last
             figures |= row
             if watch.time_to_save() or last:
-                run.save(accelerator, progress, keep=config.keep_checkpoints)
+                # The encoder first: a run killed in between takes these steps again. With its last
+                # checkpoint it has ended and would leave no encoder, or an older one.
                 if on_save is not None and accelerator.is_main_process:
                     on_save()
+                run.save(accelerator, progress, keep=config.keep_checkpoints)
             if last or watch.asked_to_stop():
                 break
         if not last:

@@ -164,6 +164,21 @@ def test_micro_batches_and_processes_change_nothing(tmp_path, pairs):
                 assert theirs[name] == pytest.approx(ours[name], rel=2e-4), name
 
 
+def test_a_run_killed_while_its_model_is_written_ends_with_one(tmp_path, pairs, monkeypatch):
+    """A run that has its last checkpoint has ended, and writes no model any more."""
+    run = tmp_path / "run"
+
+    def killed(*args, **more):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as once:
+        once.setattr(clip_pretrain, "save_clip", killed)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(run, pairs, "--max-steps", "2")
+    pretrain(run, pairs, "--max-steps", "2", "--resume", "auto")
+    assert load_clip(run).tokenizer is not None
+
+
 # ------------------------------------------------------------------ towers and data
 
 
@@ -218,14 +233,23 @@ def test_a_stream_of_tars_trains(tmp_path, pairs, monkeypatch):
         (["--data", "PLAIN"], ValueError, "has no captions; .* pairs:FOLDER"),
         (["--encoder", "timm:vit_tiny_patch16_224", "--model-args", "depth=1", "--ema", "0.9"],
          ValueError, "use --ema 0"),
+        (["--encoder", "timm:vit_tinny_patch16_224"], ValueError, "timm has no model .* Did you"),
+        (["--val", "PLAIN"], ValueError, "has no captions"),
+        (["--batch-size", "1"], ValueError, "single pair has nothing to tell it from"),
+        (["--data", "pairs:PLAIN?limit=1"], ValueError, "no other to be told from"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )  # fmt: skip
 def test_a_mistake_is_told_before_training(argv, error, says, pairs, tmp_path):
-    argv = [str(pairs) if word == "PLAIN" else word for word in argv]
+    argv = [word.replace("PLAIN", str(pairs)) for word in argv]
     with pytest.raises(error, match=says):
         pretrain(tmp_path / "run", pairs, *argv)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_of_no_captions_is_refused():
+    with pytest.raises(ValueError, match="tokenizer_captions is 0; it must be 1 or more"):
+        clip_pretrain.Config(tokenizer_captions=0)
 
 
 # ------------------------------------------------------------------ presets
