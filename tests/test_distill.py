@@ -117,6 +117,12 @@ def test_a_frozen_teacher_sees_the_picture_in_its_own_scale_size_and_channels(ch
     assert "_frozen" not in " ".join(model.state_dict())
 
 
+def test_a_teacher_of_other_channels_is_refused():
+    model = Distill(student(in_chans=4), frozen())
+    with pytest.raises(ValueError, match="sees 3 channels, the student 4"):
+        model.targets(torch.zeros(1, 4, 16, 16))
+
+
 def test_distilling_lowers_the_loss():
     torch.manual_seed(1)
     model = Distill(student(), frozen(), loss="cosine")

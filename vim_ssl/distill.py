@@ -37,7 +37,8 @@ class Distill(nn.Module):
         momentum: of the moving average; lower in the first steps.
     Batches hold ``image`` (b, c, h, w), normalised, and ``mask`` (b, m) bool, True = masked.
     Raises: ValueError for a student without a mask token or with a head, an unknown loss or where;
-        when called, for a teacher whose patches cannot be as many as the student's.
+        when called, for a teacher whose patches cannot be as many as the student's, or that sees
+        other channels.
     """
 
     def __init__(
@@ -139,6 +140,11 @@ def _as_shown_to(teacher, images: Tensor, shown: dict, grid: tuple[int, int]) ->
 
     images = images.float() * column(shown["std"]) + column(shown["mean"])
     wanted = getattr(teacher, "data_config", None) or resolve_model_data_config(teacher)
+    if images.shape[1] not in (1, wanted["input_size"][0]):
+        raise ValueError(
+            f"the teacher sees {wanted['input_size'][0]} channels, the student {images.shape[1]}; "
+            "choose a teacher of as many, or the student's own average."
+        )
     if images.shape[1] == 1 and wanted["input_size"][0] == 3:
         images = images.expand(-1, 3, -1, -1)
     images = (images - column(wanted["mean"])) / column(wanted["std"])

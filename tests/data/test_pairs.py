@@ -89,8 +89,9 @@ def table(root, text, name="pairs.csv"):
         ("caption;filepath\n犬;b.png\na dog, running;a.png\n", "x.csv"),
         ("filepath\ttitle\na.png\ta dog, running\nb.png\t犬\n", "x.csv"),
         ('\ufefffilepath\ttitle\r\na.png\t"a dog, running"\r\n\r\nb.png\t犬', "x.tsv"),
+        ('path, caption\na.png,"a dog, running"\nb.png, 犬\n', "x.csv"),
     ],
-    ids=["commas", "semicolons", "tabs", "windows"],
+    ids=["commas", "semicolons", "tabs", "windows", "spaces"],
 )
 def test_a_table_has_a_pair_in_each_row(tmp_path, text, name):
     data = open_data(table(tmp_path, text, name))
@@ -127,7 +128,7 @@ def test_a_lone_quote_between_commas_is_a_fault_at_its_line(tmp_path):
     assert [data.captions(i) for i in range(2)] == [["two\nlines"], ["fine"]]
     assert data.faults == [
         "pairs.csv, line 4: ',' expected after '\"'",
-        "pairs.csv, line 6: unexpected end of data",
+        "pairs.csv, line 6: unexpected end of data; lost down to line 7",
     ]
 
 

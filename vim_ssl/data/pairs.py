@@ -130,7 +130,7 @@ def _rows(path: Path, spec: DataSpec) -> Iterator[tuple[int, str, str, str]]:
             "delimiter": ";" if ";" in header and "," not in header else ","
         }  # fmt: skip
         columns = next(csv.reader([header], **style), [])  # type: ignore[arg-type]
-        columns = [_unquoted(name) if tabs else name for name in columns]
+        columns = [_unquoted(name) if tabs else name.strip() for name in columns]
         image = _column(spec.image, columns, IMAGE_COLUMNS, "image", spec)
         caption = _column(spec.caption, columns, CAPTION_COLUMNS, "caption", spec)
         reader = csv.reader(file, strict=True, **style)  # type: ignore[arg-type]
@@ -139,7 +139,9 @@ def _rows(path: Path, spec: DataSpec) -> Iterator[tuple[int, str, str, str]]:
             try:
                 row = next(reader, None)
             except csv.Error as error:
-                yield line, "", "", str(error)
+                end = reader.line_num + 1  # a lone quote takes lines with it
+                lost = f"; lost down to line {end}" if end > line else ""
+                yield line, "", "", f"{error}{lost}"
                 continue
             if row is None:
                 return
