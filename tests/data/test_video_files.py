@@ -107,21 +107,57 @@ def test_a_single_frame_is_a_clip(folder):
     assert seen(folder / "one.mp4", frames=3, fps=30) == [[0] * 3]
 
 
-def test_a_phones_rotation_is_undone(folder):
-    upright = write(folder / "upright.mp4", count=4)
-    content = bytearray(upright.read_bytes())
-    # The track header's matrix: a quarter of a turn, as phones write for a picture taken upright.
-    at = content.index(b"tkhd") + 44
-    matrix = [0, 1 << 16, 0, -(1 << 16), 0, 0, 32 << 16, 0, 1 << 30]
+# (left, top, width, height): where the red corner comes to be.
+@pytest.mark.parametrize(
+    ("turn", "corner"),
+    [
+        ((0, 1, -1, 0), (24, 0, 8, 12)),  # as phones write for a picture taken upright
+        ((-1, 0, 0, -1), (36, 24, 12, 8)),
+        ((0, -1, 1, 0), (0, 36, 8, 12)),
+        ((-1, 0, 0, 1), (36, 0, 12, 8)),
+        ((0, 1, 1, 0), (0, 0, 8, 12)),
+    ],
+    ids=["quarter", "half", "back", "mirrored", "mirrored quarter"],
+)
+def test_a_phones_rotation_is_undone(folder, turn, corner):
+    size = (48, 32)
+    content = bytearray(write(folder / "upright.mp4", count=4).read_bytes())
+    at = content.index(b"tkhd") + 44  # the track header's matrix
+    a, b, c, d = (step << 16 for step in turn)
+    matrix = [a, b, 0, c, d, 0, 48 << 16, 32 << 16, 1 << 30]
     content[at : at + 36] = b"".join(v.to_bytes(4, "big", signed=True) for v in matrix)
     turned = folder / "turned.mp4"
     turned.write_bytes(content)
     (clip,) = Video(turned, Sampling(frames=1)).clips()
-    assert clip[0].size == (32, 48)
+    assert clip[0].size == (size if corner[2] == 12 else size[::-1])
     red = np.asarray(clip[0]).astype(int)
     red = red[..., 0] - red[..., 1] > 60
-    assert red[:12, -8:].mean() > 0.8  # the corner went from the top left to the top right
+    x, y, width, height = corner
+    assert red[y : y + height, x : x + width].mean() > 0.8
     assert red.sum() < 1.5 * 12 * 8
+
+
+def test_what_an_edit_list_cuts_away_is_not_counted(folder):
+    content = bytearray(write(folder / "edited.mp4", gop=16).read_bytes())
+    at = content.index(b"elst") + 12  # 0.8 s of 1.6, in thousandths, from the seventh frame on
+    content[at : at + 8] = (800).to_bytes(4, "big") + (6 * 1024).to_bytes(4, "big")
+    path = folder / "cut-out.mp4"
+    path.write_bytes(content)
+    assert seen(path, frames=8) == [list(range(6, 14))]
+
+
+def test_frames_stored_in_another_order_are_seen_as_shown(folder):
+    path = folder / "reordered.avi"  # which stores no times; x264 uses B-frames
+    assert seen(write(path, codec="libx264"), frames=16) == [list(range(16))]
+    assert seen(path, frames=4) == [[2, 6, 10, 14]]
+
+
+def test_a_codec_that_nobody_knows_is_named(folder):
+    content = write(folder / "known.mp4", codec="libx264").read_bytes()
+    path = folder / "unknown.mp4"
+    path.write_bytes(content.replace(b"avc1", b"zzzz"))
+    with pytest.raises(BadImage, match="no decoder for its video stream"):
+        Video(path, Sampling()).clips()
 
 
 def test_damage_is_passed_over_or_named(folder):
@@ -192,6 +228,12 @@ def test_class_folders_hold_files_and_folders_of_frames(classes):
     assert str(check(f"video:{classes}")).count("48×32") == 1
 
 
+def test_frames_without_leading_zeros_follow_one_another(tmp_path):
+    for i in range(12):
+        Image.fromarray(picture(i)).save(tmp_path / f"frame{i}.png")
+    assert seen(tmp_path, frames=12) == [list(range(12))]
+
+
 def test_a_table_and_a_single_file(classes, tmp_path):
     table = tmp_path / "videos.csv"
     lines = [f"{classes}/jump/0.mp4,a,train", f"{classes}/run/frames,b,test"]
@@ -211,6 +253,7 @@ def test_a_table_and_a_single_file(classes, tmp_path):
         ("video:{0}?label=name", "takes label=folder"),
         ("video:{0}/jump/frames", "holds 6 pictures and no video"),
         ("{0}/jump?frames=3", "takes no option 'frames'"),
+        ("video:{0} + video:{0}", "cannot be joined"),
     ],
 )
 def test_what_does_not_fit_is_told(classes, spec, says):

@@ -282,14 +282,20 @@ class _JoinedCaptions:
 
 def join(parts: Sequence[ImageData]) -> ImageData:
     """Several sets as one, to pretrain on: labels and groups of different sources do not go
-    together and are left out, captions stay where all have them. The ids are ``number of the
-    part/its own id``."""
+    together and are left out, captions and bands stay where all have them. The ids are ``number
+    of the part/its own id``.
+
+    Raises: ValueError for videos.
+    """
+    if other := next((part for part in parts if type(part) is not ImageData), None):
+        raise ValueError(f"{other.name} are no pictures; they cannot be joined to other data.")
     pictures, names = _Joined(parts), [part.name for part in parts]
     return ImageData(
         pictures,
         [f"{number}/{name}" for number, part in enumerate(parts) for name in part.ids],
         name=" + ".join(_times(name, len(list(same))) for name, same in groupby(names)),
         captions=_JoinedCaptions(pictures) if all(p.has_captions for p in parts) else None,
+        bands=parts[0].bands if len({p.bands for p in parts}) == 1 else None,
         source_fingerprint=" ".join(part.fingerprint for part in parts),
         faults=[fault for part in parts for fault in part.faults],
     )

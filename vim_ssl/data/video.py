@@ -7,6 +7,7 @@ rate is seen as it is played.
 
 import os
 import random
+import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -72,9 +73,10 @@ class Sampling:
 
 
 class Video:
-    """A video that is not read yet: a file, or a folder of pictures in the order of their names.
+    """A video that is not read yet: a file, or a folder of pictures in the order of their names,
+    numbers in these by their value.
 
-    Frames are upright (as a phone's display matrix says) and RGB. One that cannot be decoded is
+    Frames are upright and mirrored (as a phone's display matrix says) and RGB. One that cannot be decoded is
     replaced by the next that can, or at the end by the one before.
     """
 
@@ -145,7 +147,7 @@ class _File:
             file = os.stat(path)
         except OSError as error:
             raise BadImage(path, f"{type(error).__name__}: {error}") from error
-        self.stamps, self.keys, unit = _index(path, file.st_size, file.st_mtime_ns)
+        self.stamps, self.keys, unit, self.counted = _index(path, file.st_size, file.st_mtime_ns)
         self.times = [stamp * unit for stamp in self.stamps]
 
     def read(self, numbers: Sequence[int]) -> dict[int, Image.Image]:
@@ -155,7 +157,7 @@ class _File:
         with _opened(self.path) as container:
             stream = _video_stream(container, self.path)
             stream.codec_context.thread_count = 1  # a loader has processes instead
-            frames = _decoded(container, stream)
+            frames = _decoded(container, stream, self.stamps if self.counted else None)
             for number in numbers:
                 target = self.stamps[number]
                 key = self.keys[max(bisect_right(self.keys, target) - 1, 0)]
@@ -181,8 +183,9 @@ class _File:
 
 
 @lru_cache(maxsize=64)  # of a two-hour film 7 MB
-def _index(path: str, size: int, changed: int) -> tuple[list[int], list[int], float]:
-    """Sorted time stamps of all frames and of the key frames, and the seconds of their unit.
+def _index(path: str, size: int, changed: int) -> tuple[list[int], list[int], float, bool]:
+    """Sorted time stamps of all frames that are shown and of the key frames, the seconds of their
+    unit, and whether the frames' own stamps are to be ignored; see `_decoded`.
 
     Args:
         size, changed: of the file, so that another one of the same name is read again.
@@ -193,21 +196,34 @@ def _index(path: str, size: int, changed: int) -> tuple[list[int], list[int], fl
         try:
             for packet in container.demux(stream):
                 stamp = packet.dts if packet.pts is None else packet.pts
-                if stamp is not None and packet.size:
+                # What an edit list cuts away is decoded, but not shown.
+                if stamp is not None and packet.size and not packet.is_discard:
                     stamps.append(stamp)
                     if packet.is_keyframe:
                         keys.append(stamp)
         except _errors():
             pass  # cut off: what came before it is there
         unit = float(stream.time_base)
+        # AVI stores no times. Where frames are stored in another order than shown and FFmpeg does
+        # not see that (H.264), it makes up wrong ones; then the whole is decoded, and counted.
+        in_order = stamps == sorted(stamps)
+        counted = container.format.name == "avi" and stream.codec_context.has_b_frames and in_order
     if not stamps:
         raise BadImage(path, "its video stream has no frame")
-    return sorted(stamps), sorted(keys) or [min(stamps)], unit
+    keys = [] if counted else sorted(keys)
+    return sorted(stamps), keys or [min(stamps)], unit, bool(counted)
 
 
-def _decoded(container: Any, stream: Any) -> Iterator[Any]:
-    """Frames with their time, those that cannot be decoded left out."""
+def _decoded(
+    container: Any, stream: Any, stamps: Sequence[int] | None = None
+) -> Iterator[Any]:
+    """Frames with their time, those that cannot be decoded left out.
+
+    Args:
+        stamps: give these to them, one after another, instead of their own.
+    """
     packets = container.demux(stream)
+    given = iter(stamps or ())
     while True:
         try:
             packet = next(packets, None)
@@ -222,13 +238,21 @@ def _decoded(container: Any, stream: Any) -> Iterator[Any]:
         for frame in frames:
             if frame.pts is None:
                 frame.pts = frame.dts
+            if stamps:
+                frame.pts = next(given, None)
             if frame.pts is not None and not frame.is_corrupt:
                 yield frame
 
 
 def _picture(frame: Any) -> Image.Image:
+    image = frame.to_image().convert("RGB")
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is not None:
+        a, b, _, c, d, *_ = np.frombuffer(matrix, np.int32).tolist()
+        if a * d < b * c:  # mirrored, which an angle cannot say
+            image = image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
     # By quarters of a turn, as phones are held.
-    return frame.to_image().convert("RGB").rotate(round(frame.rotation / 90) * 90, expand=True)
+    return image.rotate(round(frame.rotation / 90) * 90, expand=True)
 
 
 def _opened(path: str) -> Any:
@@ -243,7 +267,10 @@ def _video_stream(container: Any, path: str) -> Any:
     if not container.streams.video:
         kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
         raise BadImage(path, f"it has no video stream; it has {kinds}")
-    return container.streams.video[0]
+    stream = container.streams.video[0]
+    if stream.codec_context is None:
+        raise BadImage(path, "FFmpeg knows no decoder for its video stream")
+    return stream
 
 
 def import_av() -> Any:
@@ -345,8 +372,15 @@ def _open_folder(spec: DataSpec, root: Path) -> VideoData:
 
 
 def _pictures_in(path: str) -> list[str]:
-    return sorted(name for name in os.listdir(path)
-                  if name.lower().endswith(EXTENSIONS) and not name.startswith("."))  # fmt: skip
+    """Their names; f10 comes after f2."""
+    names = (name for name in os.listdir(path)
+             if name.lower().endswith(EXTENSIONS) and not name.startswith("."))  # fmt: skip
+    return sorted(names, key=_by_number)
+
+
+def _by_number(name: str) -> tuple[list[tuple[int, str]], str]:
+    pieces = re.findall("([0-9]*)([^0-9]*)", name)
+    return [(int(number or -1), text) for number, text in pieces], name
 
 
 # ---------------------------------------------------------------- clips as tensors
