@@ -48,7 +48,23 @@ def test_the_state_does_not_grow():
     for k in (1, 50, 7):
         _, state = encoder.forward_stream(torch.randn(1, k, 16), state)
         sizes.add(tuple(tuple(m.shape) for pair in state for m in pair))
-    assert len(sizes) == 1
+        sizes.add(tuple((m.untyped_storage().nbytes() // 4,) for pair in state for m in pair))
+    assert len(sizes) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda state: state[:2], "of 2 blocks, this encoder has 3"),
+        (lambda state: [tuple(m[:1] for m in pair) for pair in state], "another number of seq"),
+    ],
+    ids=["encoder", "batch"],
+)
+def test_a_state_of_something_else_is_told(change, says):
+    encoder = VimEncoder(**FORWARD, cls_position="none").eval()
+    _, state = encoder.forward_stream(torch.randn(2, 4, 16))
+    with pytest.raises(ValueError, match=says):
+        encoder.forward_stream(torch.randn(2, 4, 16), change(state))
 
 
 def test_gradients_flow_through_the_state():

@@ -88,6 +88,7 @@ def test_a_video_encoder_is_saved_and_loaded(tmp_path):
         (lambda: inflate(inflate(image_encoder())), "reads clips already"),
         (lambda: inflate(image_encoder())(torch.randn(1, 3, 16, 16)), "expected (b, 3, t, h, w)"),
         (lambda: inflate(image_encoder())(torch.randn(1, 3, 3, 16, 16)), "a multiple of 2"),
+        (lambda: inflate(image_encoder())(torch.randn(1, 3, 0, 16, 16)), "a multiple of 2"),
     ],
 )
 def test_what_does_not_fit_is_told(make, says):

@@ -140,7 +140,8 @@ class VimMixer(nn.Module):
             tail, start = state
         x = torch.cat([tail, x], dim=1)
         y, last = self._scan_one(x, None if self.layernorm else z, "", taps - 1, start)
-        return self._finish(y, z), (x[:, x.shape[1] - (taps - 1) :], last)
+        # A view would keep all that was read alive.
+        return self._finish(y, z), (x[:, x.shape[1] - (taps - 1) :].clone(), last)
 
     def _finish(self, y: Tensor, z: Tensor) -> Tensor:
         if self.layernorm is not None:

@@ -258,8 +258,8 @@ class VimEncoder(nn.Module):
             before them if there is one; and the state, whose size does not depend on how much was
             read.
         Raises: ValueError for an encoder that reads backward too: its output at a token depends on
-            all that is to come; and for one whose class token, registers or rotation depend on the
-            length of the whole.
+            all that is to come; for one whose class token, registers or rotation depend on the
+            length of the whole; and for the state of another encoder or batch.
         """
         if self.directions != "forward":
             raise ValueError(
@@ -271,6 +271,12 @@ class VimEncoder(nn.Module):
                 f"cls_position {self.cls_position!r}, num_registers {self.num_registers} and rope "
                 f"{self.rope}: where these stand in the sequence depends on its length; a stream "
                 "needs cls_position 'none' or 'first', no registers and no rope."
+            )
+        if state is not None and {len(m) for pair in state for m in pair} != {len(tokens)}:
+            raise ValueError(f"the state is of another number of sequences than {len(tokens)}.")
+        if state is not None and len(state) != len(self.layers):
+            raise ValueError(
+                f"the state is of {len(state)} blocks, this encoder has {len(self.layers)}."
             )
         hidden = tokens if state is not None else self._place_extra_tokens(tokens)
         residual, after = None, []

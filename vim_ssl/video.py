@@ -58,7 +58,8 @@ class VideoEncoder(VimEncoder):
         Returns: (b, t / tubelet · rows · columns, embed_dim), frame by frame, row by row.
         Raises: ValueError naming what came and what would fit.
         """
-        if x.dim() != 5 or x.shape[1] != self.in_chans or x.shape[2] % self.tubelet:
+        fits = x.dim() == 5 and x.shape[1] == self.in_chans and x.shape[2] > 0
+        if not fits or x.shape[2] % self.tubelet:
             raise ValueError(
                 f"clips have shape {tuple(x.shape)}; expected (b, {self.in_chans}, t, h, w) with t "
                 f"a multiple of {self.tubelet}."

@@ -98,6 +98,36 @@ def test_what_cannot_be_read_is_named_and_passed_over(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"photometric": "miniswhite"}, "its colours are MINISWHITE, expected MINISBLACK, RGB"),
+        ({"photometric": "palette", "colormap": np.ones((3, 256), np.uint16)}, "are PALETTE"),
+        ({"photometric": "minisblack"}, "pieces of 114,264 pixels, the limit is 100,000; save"),
+    ],
+    ids=["inverted", "palette", "one piece"],
+)
+def test_what_would_be_read_wrong_is_named(tmp_path, monkeypatch, more, says):
+    monkeypatch.setenv("VIM_SSL_MAX_PIXELS", "100000")
+    grey = slide()[..., 0]
+    tifffile.imwrite(tmp_path / "grey.tif", grey, tile=(32, 32), photometric="minisblack")
+    assert np.asarray(open_data(f"slide:{tmp_path}?tile=64&tissue=none")[1]["image"]).min() == 255
+    (tmp_path / "grey.tif").unlink()
+    tifffile.imwrite(tmp_path / "a.tif", grey, **more)
+    with pytest.raises(ValueError, match=says):
+        open_data(f"slide:{tmp_path}?tile=64&tissue=none")
+
+
+def test_a_lost_level_is_done_without(tmp_path):
+    path = write_tiff(tmp_path / "a.tif")
+    with tifffile.TiffFile(path) as file:
+        pointer = file.pages[0].tags["SubIFDs"].valueoffset
+    content = path.read_bytes()
+    beyond = (len(content) + 1000).to_bytes(4, "little")
+    path.write_bytes(content[:pointer] + beyond + content[pointer + 4 :])
+    assert len(open_data(f"slide:{path}?tile={TILE}")) == len(PINK)
+
+
+@pytest.mark.parametrize(
     ("spec", "says"),
     [
         ("slide:{0}?tissue=much", "neither a share"),

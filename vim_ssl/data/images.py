@@ -58,7 +58,7 @@ def decode_image(
     if mode is not None and mode not in MODES:
         raise ValueError(f"mode {mode!r} is not one of 'RGB', 'L' or None.")
     name = f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
-    limit = max_pixels or _max_pixels()
+    limit = max_pixels or most_pixels()
     try:
         if not (len(source) if isinstance(source, bytes) else os.path.getsize(source)):
             raise BadImage(name, "the file is empty")
@@ -137,7 +137,8 @@ def _open(source: str | Path | bytes, limit: int) -> Image.Image:
     return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats)
 
 
-def _max_pixels() -> int:
+def most_pixels() -> int:
+    """How many pixels are decoded at once at most, as the environment says."""
     given = os.environ.get("VIM_SSL_MAX_PIXELS", "")
     if given and not given.isdigit():
         raise ValueError(f"VIM_SSL_MAX_PIXELS is {given!r}; expected a whole number of pixels.")

@@ -5,6 +5,7 @@ decoded whole and cut. Which tiles have tissue is seen a row of tiles at a time,
 pyramid where a tile has sixteen pixels or more, so that memory depends on the width alone.
 """
 
+import math
 import os
 import warnings
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from PIL import Image
 
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.folder import EXTENSIONS, FilePictures, find_files, read_layout
-from vim_ssl.data.images import BadImage, decode_image
+from vim_ssl.data.images import BadImage, decode_image, most_pixels
 from vim_ssl.data.spec import DataSpec
 
 TIFFS = (".tif", ".tiff", ".svs", ".ndpi", ".scn", ".bif")
@@ -26,6 +27,7 @@ SLIDE_EXTENSIONS = tuple(dict.fromkeys(TIFFS + EXTENSIONS))
 COLOURED = (
     20  # of 255: how far apart a pixel's colours are; glass and what was not scanned are grey
 )
+COLOURS = ("MINISBLACK", "RGB", "YCBCR")  # others, such as palettes, tiffslide hands on as grey
 GLANCE = 16  # pixels across a tile that are enough to see tissue
 TILE, TISSUE = 256, 0.1
 
@@ -101,8 +103,19 @@ class _Tiled:
             mpp = self.slide.properties.get("tiffslide.mpp-x")
             self.mpp = float(mpp) if mpp else None
             self.downsamples = self.slide.level_downsamples
+            series = self.slide.properties.get("tiffslide.series-index", 0)
+            page = self.slide.ts_tifffile.series[series].levels[0].pages[0]
+            colours, piece = page.photometric.name, math.prod(page.chunks[:2])
         except Exception as error:  # a broken file makes readers raise nearly anything
             raise BadImage(path, f"no TIFF that tiffslide can read: {error}") from error
+        if colours not in COLOURS:
+            raise BadImage(path, f"its colours are {colours}, expected {', '.join(COLOURS)}")
+        if piece > most_pixels():  # decoded whole for every tile
+            raise BadImage(
+                path,
+                f"it is stored in pieces of {piece:,} pixels, the limit is {most_pixels():,}; "
+                "save it tiled, or set VIM_SSL_MAX_PIXELS",
+            )
         self.path = path
 
     def level(self, downsample: float) -> int:
