@@ -213,7 +213,8 @@ def gflops(name: str, pixels: int) -> float:
 
 def measure_all(args: argparse.Namespace) -> None:
     file = args.out / FILE
-    known = {key_of(row): row["state"] for row in read_rows(file)}
+    here = origin()["hardware"]  # other machines' rows lie there too
+    known = {key_of(row): row["state"] for row in read_rows(file) if row["hardware"] == here}
     stopped: dict[tuple, str] = {}  # a kind of point -> why its larger sizes are left out
     for point in points(args):
         kind = tuple(v for k, v in asdict(point).items() if k != "pixels")

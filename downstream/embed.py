@@ -27,6 +27,7 @@ from vim_ssl import VimEncoder, create_transform, load_encoder
 from vim_ssl.cli import guarded
 from vim_ssl.config import opt, parse
 from vim_ssl.data import ImageData, ImageStream, open_data
+from vim_ssl.data.transforms import check_bands
 from vim_ssl.evaluation.embeddings import (
     FORMATS,
     Embedded,
@@ -78,6 +79,7 @@ def run(config: Config) -> dict:
     encoder = load_encoder(source, device=device)
     data = open_data(config.data or trained_on(source), streams=True)
     encoder = reading(encoder, data)
+    check_bands(encoder, data)
     folder = Path(config.output or task_folder("embed", source, config.data))
     encode = build_readout(encoder, config.readout)
     example = torch.zeros(1, *encoder.data_config["input_size"], device=device)
@@ -128,7 +130,7 @@ def describe(encoder: VimEncoder, data: ImageData | ImageStream, config: Config)
     """All that the files' contents depend on: what must be the same to go on."""
     return {
         "weights": weights_hash(encoder), "readout": config.readout,
-        "data": data.name, "fingerprint": data.fingerprint,
+        "data": data.name, "fingerprint": data.fingerprint, "classes": data.classes,
         "transform": repr(create_transform(encoder)), "format": config.format,
         "shard_rows": config.shard_rows,
     }  # fmt: skip
@@ -143,6 +145,7 @@ def take(folder: Path, made_of: dict[str, Any], source: str):
     from filelock import FileLock, Timeout
 
     file = folder / "record.json"
+    first = {".lock", "shards", f".{file.name}.part"}  # what a kill may leave before the record
     if file.exists():
         stored = json.loads(file.read_text())
         if differing := [k for k, v in made_of.items() if stored.get("made_of", {}).get(k) != v]:
@@ -150,7 +153,9 @@ def take(folder: Path, made_of: dict[str, Any], source: str):
                 f"{folder} holds embeddings of other {', '.join(differing)}; take the settings in "
                 "its record.json to go on, or choose another --output."
             )
-    elif folder.exists() and any(path.name != ".lock" for path in folder.iterdir()):
+    elif folder.exists() and (
+        {path.name for path in folder.iterdir()} - first or any((folder / "shards").glob("*"))
+    ):
         raise FileExistsError(
             f"{folder} holds something that is no embeddings; choose another --output."
         )
@@ -203,12 +208,13 @@ def finish(
     """Count what the files hold and close the record."""
     file = folder / "record.json"
     found = [read_summary(folder / "shards", shard.name, format) for shard in shards]
-    record = json.loads(file.read_text()) | {
+    record = json.loads(file.read_text())
+    record |= {
         "finished": True,
         "files": len(shards),
         "rows": sum(rows for rows, _ in found),
         "skipped": [name for _, skipped in found for name in skipped],
-        "seconds": round(seconds, 1),
+        "seconds": round(record.get("seconds", 0) + seconds, 1),
     }
     write_record(file, record)
     return record

@@ -64,9 +64,13 @@ class Config(TrainConfig):
 
 def build_data(config: Config) -> tuple[Bags, Bags, int]:
     """Training and test slides, and the number of classes."""
-    train = bags_of(read_embeddings(Path(config.features)), config.features)
+    tiles = read_embeddings(Path(config.features))
+    train = bags_of(tiles, config.features)
     if config.test_features:
-        test = bags_of(read_embeddings(Path(config.test_features)), config.test_features)
+        other = read_embeddings(Path(config.test_features))
+        test = bags_of(other, config.test_features)
+        check_alike(config, tiles.made_of, other.made_of)
+        check_apart(config, train, test)
     elif len(train) < 2:
         raise ValueError(f"{config.features} holds {len(train)} labelled slides; it needs two.")
     else:
@@ -75,6 +79,27 @@ def build_data(config: Config) -> tuple[Bags, Bags, int]:
     if len(set(train.labels)) < 2:
         raise ValueError(f"{config.features} has no training slides of two classes.")
     return train, test, max(train.labels + test.labels) + 1
+
+
+def check_alike(config: Config, one: dict[str, Any], other: dict[str, Any]) -> None:
+    """Raises: ValueError where features or labels of both sides do not mean the same."""
+    for key in ("weights", "readout", "transform", "classes"):
+        if one.get(key) != other.get(key):
+            raise ValueError(
+                f"{config.features} and {config.test_features} were made with other {key} "
+                f"({one.get(key)}, {other.get(key)}); embed both with the same encoder and classes."
+            )
+
+
+def check_apart(config: Config, train: Bags, test: Bags) -> None:
+    """Raises: ValueError where a test slide is a training slide."""
+    known = {bag.id: bag for bag in train.bags}
+    same = [bag.id for bag in test.bags if bag.id in known and torch.equal(bag.x, known[bag.id].x)]
+    if same:
+        raise ValueError(
+            f"{len(same)} slides of {config.test_features} are in {config.features} too, such as "
+            f"{same[0]}; test on others."
+        )
 
 
 def run(config: Config) -> dict[str, Any]:

@@ -92,6 +92,9 @@ def test_it_goes_on_and_leaves_larger_sizes_of_what_failed_out(efficiency, tmp_p
     asked.clear()
     efficiency.measure_all(args)
     assert asked == []  # all of it is there, and what failed is not tried again
+    monkeypatch.setattr(efficiency, "origin", lambda: {"hardware": "another machine"})
+    efficiency.measure_all(args)
+    assert ("vim_tiny", "", 224) in asked
 
 
 def test_a_point_has_all_its_figures(efficiency, monkeypatch):

@@ -11,7 +11,7 @@ from PIL import Image
 
 rasterio = pytest.importorskip("rasterio", reason="needs pip install 'vim-ssl[remote-sensing]'")
 
-from vim_ssl import create_transform, load_encoder  # noqa: E402
+from vim_ssl import VimEncoder, create_transform, load_encoder, save_encoder  # noqa: E402
 from vim_ssl.data import BadImage, band_statistics, labelled_parts, open_data  # noqa: E402
 from vim_ssl.data.doctor import check  # noqa: E402
 from vim_ssl.data.rasters import (  # noqa: E402
@@ -20,6 +20,9 @@ from vim_ssl.data.rasters import (  # noqa: E402
     EUROSAT_BANDS,
     EUROSAT_CLASSES,
 )
+from vim_ssl.downstream import embed  # noqa: E402
+from vim_ssl.evaluation.embeddings import read_embeddings  # noqa: E402
+from vim_ssl.evaluation.features import encode_data  # noqa: E402
 
 
 def write(path, values, names=(), nodata=None):
@@ -75,8 +78,58 @@ def test_tiles(tmp_path):
     assert data.ids[5] == "a.tif/001-002"
     assert set(data.groups) == {"a.tif", "b.tif"}
     np.testing.assert_array_equal(data[5]["image"], values[:, 10:20, 20:30].transpose(1, 2, 0))
-    with pytest.raises(ValueError, match="none is 64 pixels wide and high"):
+    with pytest.raises(ValueError, match=r"a\.tif \(30x20\) is smaller than a tile"):
         open_data(f"geotiff:{tmp_path}?tile=64")
+    write(tmp_path / "c.tif", scene(height=8), NAMES)
+    less = open_data(f"geotiff:{tmp_path}?tile=10")
+    assert (len(less), less.faults) == (12, ["c.tif (30x8) is smaller than a tile"])
+    assert open_data(f"geotiff:{tmp_path}?tile=10 + geotiff:{tmp_path}?tile=8").bands == NAMES
+
+
+def test_complex_values_and_mixed_depths_are_named(tmp_path):
+    write(tmp_path / "a.tif", scene(), NAMES)
+    write(tmp_path / "b.tif", scene(dtype=np.complex64), NAMES)
+    assert open_data(f"geotiff:{tmp_path}").faults == [
+        "b.tif has complex values, which are no picture"
+    ]
+    write(tmp_path / "c.tif", scene(dtype=np.uint8), NAMES)
+    with pytest.raises(ValueError, match=r"c\.tif is uint8, others are uint16"):
+        open_data(f"geotiff:{tmp_path}")
+
+
+def test_a_large_scene_is_embedded_by_windows_and_gone_on_with(tmp_path):
+    values = scene(4, 60, 70)
+    values[:, :10, :10] = values[:, 12, 12] = 0
+    write(tmp_path / "a.tif", values, NAMES, nodata=0)
+    data = open_data(f"geotiff:{tmp_path}/a.tif?tile=10")
+    encoder = VimEncoder(
+        img_size=8, patch_size=4, in_chans=4, embed_dim=8, depth=1, num_classes=0,
+        scan_backend="torch", data_config=band_statistics(data),
+    )  # fmt: skip
+    save_encoder(encoder, tmp_path / "encoder")
+    argv = ["--encoder", str(tmp_path / "encoder"), "--data", data.name, "--shard-rows", "8",
+            "--batch-size", "8", "--output"]  # fmt: skip
+    for name in ("whole", "killed"):
+        embed.main([*argv, str(tmp_path / name)])
+    whole = read_embeddings(tmp_path / "whole")
+    assert (len(whole.ids), len(whole.skipped)) == (41, 1)  # one window without data
+    assert whole.x.isfinite().all()
+    (tmp_path / "killed" / "shards" / "00002.parquet").unlink()
+    embed.main([*argv, str(tmp_path / "killed")])
+    again = read_embeddings(tmp_path / "killed")
+    assert again.ids == whole.ids
+    assert torch.equal(again.x, whole.x)
+
+
+def test_values_in_another_unit_than_the_encoders_are_told(tmp_path):
+    write(tmp_path / "a.tif", 40 * scene(3), NAMES[:3])
+    write(tmp_path / "8bit" / "a.tif", scene(3, dtype=np.uint8), nodata=1)
+    encoder = VimEncoder(
+        img_size=8, patch_size=4, embed_dim=8, depth=1, num_classes=0, scan_backend="torch"
+    )
+    with pytest.raises(ValueError, match=r"the bands B02, B03, B04, the encoder R, G, B"):
+        encode_data(encoder, open_data(f"geotiff:{tmp_path}/a.tif"), cache=False)
+    assert len(encode_data(encoder, open_data(f"geotiff:{tmp_path}/8bit"), cache=False).x) == 1
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float32])

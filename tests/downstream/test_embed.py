@@ -18,6 +18,7 @@ from PIL import Image
 from vim_ssl import VimEncoder, cli, create_transform, load_encoder, save_encoder
 from vim_ssl.data import ImageData, open_data
 from vim_ssl.downstream import embed
+from vim_ssl.evaluation.embeddings import read_embeddings
 from vim_ssl.evaluation.features import readouts_of
 from vim_ssl.evaluation.probes import read_all
 
@@ -198,6 +199,7 @@ def test_a_file_whose_pictures_are_all_broken_is_there_and_empty(encoder_file, t
     record = run(encoder_file, tmp_path / "pictures", tmp_path / "out")
     assert (record["rows"], record["files"], len(record["skipped"])) == (2, 2, 4)
     assert read_parquet(tmp_path / "out")["id"] == ["4.png", "5.png"]
+    assert read_embeddings(tmp_path / "out").x.shape == (2, 8)
 
 
 # ------------------------------------------------------------------ going on
@@ -250,7 +252,16 @@ def test_a_finished_run_is_left_as_it_is(pictures, encoder_file, tmp_path, capsy
     again = run(encoder_file, pictures, tmp_path)
     assert "6 of them there already" in capsys.readouterr().out
     assert contents(tmp_path) == before
-    assert again["rows"] == first["rows"]
+    assert again == first
+
+
+def test_a_kill_before_the_record_is_no_end(pictures, encoder_file, tmp_path):
+    (tmp_path / "shards").mkdir()
+    (tmp_path / ".record.json.part").write_text("{")
+    assert run(encoder_file, pictures, tmp_path)["rows"] == 21
+    (tmp_path / "record.json").unlink()
+    with pytest.raises(FileExistsError, match="choose another --output"):
+        run(encoder_file, pictures, tmp_path)
 
 
 @pytest.mark.parametrize("change", ["encoder", "data", "readout", "shard_rows"])

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -104,12 +105,31 @@ def test_slides_go_from_files_to_a_verdict(tmp_path):
     spec = f"slide:{tmp_path}/slides?tile=16"
     embed.main(["--encoder", str(tmp_path / "encoder"), "--data", spec,
                 "--output", str(tmp_path / "tiles")])  # fmt: skip
-    assert len(read_embeddings(tmp_path / "tiles").ids) == 10 * 2 * 4
+    tiles = read_embeddings(tmp_path / "tiles")
+    assert len(tiles.ids) == 10 * 2 * 4
+    assert tiles.made_of["classes"] == ["normal", "tumour"]
     slide.main(["--features", str(tmp_path / "tiles"), "--output", str(tmp_path / "run"),
                 "--epochs", "3", "--warmup-epochs", "0", "--tiles", "8", "--threads", "1",
                 "--test", "0.4", "--trackers", "none"])  # fmt: skip
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["mean"]["top1"] == 100  # the colour tells
+
+
+@pytest.mark.parametrize(
+    ("made_of", "says"),
+    [
+        ({}, "60 slides of .* are in .* too, such as 00.tif"),
+        ({"classes": ["b", "a"]}, "were made with other classes"),
+        ({"weights": "12ab"}, "were made with other weights"),
+    ],
+    ids=["same", "classes", "weights"],
+)
+def test_test_slides_are_others_of_the_same_kind(vectors, tmp_path, made_of, says):
+    other = shutil.copytree(vectors, tmp_path / "other")
+    (other / "record.json").write_text(json.dumps({"finished": True, "made_of": made_of}))
+    config = slide.Config(features=str(vectors), test_features=str(other))
+    with pytest.raises(ValueError, match=says):
+        slide.build_data(config)
 
 
 @pytest.mark.parametrize(

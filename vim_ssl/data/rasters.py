@@ -141,7 +141,7 @@ def open_geotiff(spec: DataSpec) -> ImageData:
     outermost folder as the class; folders named train, val and test, and no others, are splits.
 
     Raises: ImportError without rasterio; FileNotFoundError; ValueError for a band or tile that
-        the files do not have, and for files of other bands than the first.
+        the files do not have, and for files of other bands or another unit than the first.
     """
     spec.takes("label", "bands", "tile")
     source = f"geotiff:{spec.location}"
@@ -153,6 +153,7 @@ def open_geotiff(spec: DataSpec) -> ImageData:
     class_of = dict(zip(found.names, found.labels or (), strict=False))
     numbers: list[int] = []
     own: list[str] = []
+    first_kind: np.dtype = np.dtype(np.uint8)
     tiles: list[Tile] = []
     ids: list[str] = []
     groups: list[str] = []
@@ -162,24 +163,37 @@ def open_geotiff(spec: DataSpec) -> ImageData:
             with _opened(root / name) as file:
                 names_here = [text or f"band{i}" for i, text in enumerate(file.descriptions, 1)]
                 width, height = file.width, file.height
+                kind = np.result_type(*file.dtypes)
         except rasterio.errors.RasterioError as error:
             faults.append(f"{name} cannot be read ({error})")
             continue
+        if kind.kind == "c":
+            faults.append(f"{name} has complex values, which are no picture")
+            continue
         if not own:
             own, numbers = names_here, _choose(spec.bands, names_here, source)
+            first_kind = kind
+        elif np.uint8 in (kind, first_kind) and kind != first_kind:
+            raise ValueError(
+                f"{source}: {name} is {kind}, others are {first_kind}; uint8 is read as 0 to 1, "
+                "all else in its own unit. Name files of one kind by the pattern."
+            )
         elif names_here != own:
             raise ValueError(
                 f"{source}: {name} has the bands {', '.join(names_here)}, others have "
                 f"{', '.join(own)}; name files of one kind by the pattern."
             )
         bands = tuple((name, number) for number in numbers)
+        if spec.tile and spec.tile > min(width, height):
+            faults.append(f"{name} ({width}x{height}) is smaller than a tile")
         for suffix, box in _boxes(width, height, spec.tile):
             tiles.append(Tile(bands, box))
             ids.append(name + suffix)
             groups.append(name)
     if not tiles:
-        fault = faults[0] if faults else f"none is {spec.tile} pixels wide and high"
-        raise ValueError(f"{source}: of {len(found.names)} files none gives a picture: {fault}.")
+        raise ValueError(
+            f"{source}: of {len(found.names)} files none gives a picture: {faults[0]}."
+        )
     return ImageData(
         RasterPictures(str(root), tiles), ids, name=str(spec),
         labels=[class_of[name] for name in groups] if class_of else None, classes=found.classes,

@@ -228,6 +228,20 @@ def band_arguments(data: ImageData) -> dict[str, Any]:
     return {"in_chans": len(data.bands), "data_config": band_statistics(data)}
 
 
+def check_bands(encoder: nn.Module, data: Any) -> None:
+    """Raises: ValueError for values in units of their own in other bands than the encoder's, whose
+    mean and deviation are of something else; what has 8 bits fits any of as many channels."""
+    own, bands = tuple(_config(encoder).get("bands", ())), getattr(data, "bands", None)
+    if bands is None or tuple(bands) == own or not isinstance(first := _first(data), np.ndarray):
+        return
+    if first.dtype != np.uint8 and np.nanmax(first) > 1:
+        raise ValueError(
+            f"{data.name} has the bands {', '.join(bands)}, the encoder {', '.join(own)}, and the "
+            f"values ({first.dtype}, up to {np.nanmax(first):g}) have a unit of their own; load "
+            "and train an encoder with data_config=vim_ssl.data.band_statistics(data)."
+        )
+
+
 def _first(data: ImageData) -> Image.Image | np.ndarray | None:
     """The first picture that can be read."""
     for i in range(len(data)):

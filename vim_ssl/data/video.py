@@ -76,8 +76,8 @@ class Video:
     """A video that is not read yet: a file, or a folder of pictures in the order of their names,
     numbers in these by their value.
 
-    Frames are upright and mirrored (as a phone's display matrix says) and RGB. One that cannot be decoded is
-    replaced by the next that can, or at the end by the one before.
+    Frames are upright and mirrored (as a phone's display matrix says) and RGB. One that cannot be
+    decoded is replaced by the next that can, or at the end by the one before.
     """
 
     def __init__(self, path: str | Path, sampling: Sampling):
@@ -214,9 +214,7 @@ def _index(path: str, size: int, changed: int) -> tuple[list[int], list[int], fl
     return sorted(stamps), keys or [min(stamps)], unit, bool(counted)
 
 
-def _decoded(
-    container: Any, stream: Any, stamps: Sequence[int] | None = None
-) -> Iterator[Any]:
+def _decoded(container: Any, stream: Any, stamps: Sequence[int] | None = None) -> Iterator[Any]:
     """Frames with their time, those that cannot be decoded left out.
 
     Args:

@@ -161,13 +161,15 @@ def _label(data: ImageData, index: int) -> Any:
 @dataclass
 class Embedded:
     """What goes into a file: embeddings ``x`` (n, d), float32 on the CPU, ``ids`` and ``labels``
-    (None where unknown) of n pictures; ``skipped``, the errors of those that could not be read."""
+    (None where unknown) of n pictures; ``skipped``, the errors of those that could not be read;
+    ``made_of``, what `embed.py` recorded, where it is read from a folder."""
 
     name: str
     x: Tensor
     ids: list[str] = field(default_factory=list)
     labels: list[Any] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
+    made_of: dict[str, Any] = field(default_factory=dict)
 
 
 def write_shard(folder: Path, part: Embedded, *, format: str, multi_label: bool = False) -> None:
@@ -228,9 +230,11 @@ def read_embeddings(folder: Path) -> Embedded:
             f"{str(folder)!r} holds no embeddings (record.json); write them by "
             "downstream/embed.py --output."
         )
-    if not json.loads(record.read_text()).get("finished"):
+    stored = json.loads(record.read_text())
+    if not stored.get("finished"):
         raise ValueError(f"the embeddings in {folder} are not finished; run embed.py to the end.")
-    found, xs = Embedded(folder.name, torch.empty(0, 0)), []
+    found = Embedded(folder.name, torch.empty(0, 0), made_of=stored.get("made_of", {}))
+    xs = []
     for file in sorted((folder / "shards").glob("*.npy")):
         rest = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
         xs.append(torch.from_numpy(np.load(file)))
@@ -241,8 +245,9 @@ def read_embeddings(folder: Path) -> Embedded:
         from pyarrow import parquet
 
         table = parquet.read_table(file)
-        values = table["embedding"].combine_chunks()
-        xs.append(torch.from_numpy(values.values.to_numpy().reshape(len(table), -1).copy()))
+        values, width = table["embedding"].combine_chunks(), table.schema.field("embedding").type
+        rows = values.flatten().to_numpy().reshape(len(table), width.list_size)
+        xs.append(torch.from_numpy(rows.copy()))
         found.ids += table["id"].to_pylist()
         found.labels += table["label"].to_pylist()
         found.skipped += json.loads(table.schema.metadata[b"skipped"])

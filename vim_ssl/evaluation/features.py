@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from vim_ssl.data.samples import user_cache
-from vim_ssl.data.transforms import create_transform
+from vim_ssl.data.transforms import check_bands, create_transform
 from vim_ssl.encoder import VimEncoder
 from vim_ssl.evaluation.probes import (
     READOUTS,
@@ -53,9 +53,10 @@ def encode_data(
         cache: keep the features in the user's cache, and take them from there.
         processes: this one's place among all; alone by default.
     Returns: the features on the main process, None on the others.
-    Raises: ValueError when no picture can be read.
+    Raises: ValueError when no picture can be read, or the bands are other ones.
     """
     processes = processes or Processes()
+    check_bands(encoder, data)
     transform = create_transform(encoder)
     file = user_cache() / "features" / f"{_key(encoder, data, transform)}.safetensors"
     if processes.agree(cache and file.exists()):
