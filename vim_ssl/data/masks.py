@@ -13,7 +13,9 @@ from vim_ssl.data.images import BadImage
 from vim_ssl.data.spec import DataSpec, pick_split
 
 IGNORE = 255  # the number of a pixel that nobody has labelled
-LOSSLESS = (".bmp", ".gif", ".png", ".tif", ".tiff")
+# Not GIF: writers put its palette in another order, and a number is a place in the palette.
+LOSSLESS = (".bmp", ".png", ".tif", ".tiff")
+FEW_BITS = {"L;2": 85, "L;4": 17}  # by what Pillow stretches grey of two and four bits to 0 to 255
 ADE20K_CLASSES = 150
 
 
@@ -71,7 +73,9 @@ def read_mask(path: str | Path) -> np.ndarray:
                     f"a mask of mode {image.mode}; expected one class number a pixel, in a grey "
                     "or palette file",
                 )
-            values = np.asarray(image)
+            packed = image.tile[0][3] if image.tile else ""
+            packed = packed[0] if isinstance(packed, tuple) else packed
+            values = np.asarray(image) // FEW_BITS.get(packed, 1)
     except BadImage:
         raise
     except Exception as error:  # a broken file makes decoders raise nearly anything
@@ -82,7 +86,7 @@ def read_mask(path: str | Path) -> np.ndarray:
 def open_masks(spec: DataSpec) -> ImageData:
     """Open ``images/`` and ``masks/``, files of the same names; split folders in both if any.
 
-    A mask is a grey or palette file without loss (PNG, TIFF, BMP, GIF), its numbers the classes
+    A mask is a grey or palette file without loss (PNG, TIFF, BMP), its numbers the classes
     from 0; `IGNORE` (255) is no class. ``classes.txt`` names them, one a line; without it all
     masks are read once to see how many there are. ``group=folder``: as for a plain folder.
 
@@ -200,4 +204,9 @@ def _classes_in_use(folder: Path, names: Sequence[str]) -> list[str]:
             f"The masks in {folder} hold {seen} and so no two classes; classes are 0, 1, 2 …, and "
             f"{IGNORE} means that a pixel has none.{white}"
         )
-    return [str(i) for i in range(max(used - {IGNORE}) + 1)]
+    if (most := max(used - {IGNORE})) >= IGNORE:
+        raise ValueError(
+            f"The masks in {folder} hold the number {most}; classes are 0 to {IGNORE - 1}, and {IGNORE} "
+            "means that a pixel has none."
+        )
+    return [str(i) for i in range(most + 1)]
