@@ -15,6 +15,7 @@ of the presets here are not yet measured.
 """
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ import torch
 
 from vim_ssl import load_encoder
 from vim_ssl.cli import guarded
-from vim_ssl.config import opt, parse, to_dict
+from vim_ssl.config import check_between, opt, parse, to_dict
 from vim_ssl.data import masked_parts
 from vim_ssl.data.joint import DenseCrop
 from vim_ssl.data.loader import SeededSamples
@@ -74,6 +75,8 @@ class Config(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        check_between(self, 0, 1, "max_share", "hflip", "drop_path")
+        check_between(self, 0, math.inf, "short_side", "channels", "auxiliary", "dice")
         if self.ema:
             raise ValueError("ema averages the encoder, and not the head that belongs to it: 0.")
 

@@ -39,7 +39,7 @@ class Segmentation(nn.Module):
 
     Args:
         encoder: any; blocks above the last tap and a classification head are dropped.
-        classes: their names, two at least.
+        classes: their names, 2 to 255.
         head: "upernet" (with upsampled maps at strides 4 to 32) or "linear".
         taps: blocks whose maps are read, four for upernet; by default spread evenly, the last
             block last, which gives 5, 11, 17, 23 of 24; of "linear" the last block alone.
@@ -51,7 +51,7 @@ class Segmentation(nn.Module):
             it is), by windows of so many pixels, each so far from the next (0: two thirds).
     Batches hold ``image`` (b, c, h, w), normalised, and ``mask`` (b, h, w) int64 with 255 for
     pixels that do not count.
-    Raises: ValueError for an unknown head or norm, taps that do not fit, fewer than two classes.
+    Raises: ValueError for an unknown head or norm, taps that do not fit, no such number of classes.
     """
 
     def __init__(
@@ -73,8 +73,11 @@ class Segmentation(nn.Module):
         for name, value, known in (("head", head, HEADS), ("norm", norm, NORMS)):
             if value not in known:
                 raise ValueError(f"{name} {value!r} is unknown. {did_you_mean(value, known)}")
-        if len(classes) < 2:
-            raise ValueError(f"Classes are {list(classes)}; two are needed.")
+        if not 2 <= len(classes) <= IGNORE:
+            raise ValueError(
+                f"There are {len(classes)} classes, such as {list(classes[:3])}; 2 to {IGNORE} are "
+                "needed."
+            )
         if not 0 <= slide <= window:
             raise ValueError(f"slide {slide} leaves gaps between windows of {window} pixels.")
         encoder.grid(window, window)  # raises for a window that patches do not fill

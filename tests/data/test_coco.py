@@ -345,6 +345,13 @@ def test_what_is_missing_is_told_at_the_start(tmp_path, change, error, message):
         open_data(spec)
 
 
+def test_pictures_in_both_parts_are_told(tmp_path, caplog):
+    for split in ("train", "val"):
+        spec = put(tmp_path, content([picture(5)], [thing(1, 5)]), split, folder="images")
+    boxed_parts(spec, 0.5, 0)
+    assert "1 pictures are in both train and val, such as images/5.png" in caplog.text
+
+
 def test_parts_of_different_classes_are_refused(tmp_path):
     put(tmp_path, content([picture(1)], [], [(1, "cat")]))
     spec = put(tmp_path, content([picture(2)], [], [(1, "cat"), (2, "dog")]), "val")

@@ -125,6 +125,22 @@ def test_the_record_is_whole_and_can_be_judged_again(tmp_path, encoder, data, ca
     assert load_segmentation(run).predict(picture).shape == (32, 32)
 
 
+def test_a_run_is_judged_by_what_it_had_held_out(tmp_path, encoder):
+    """Another draw of the same pictures would judge it by some that it has learned from."""
+    for i in range(6):
+        draw(tmp_path / "data/all" / f"{i}", i, 32, 32)
+    (tmp_path / "data/classes.txt").write_text("\n".join(NAMES))
+    train(encoder, tmp_path / "data", tmp_path / "run", "--epochs", "1", "--seed", "5",
+          "--test", "0.5")  # fmt: skip
+    argv = ["--eval-only", "--encoder", str(tmp_path / "run"), "--threads", "1"]
+    assert segmentation.main([*argv, "--output", str(tmp_path / "again")]) == 0
+    tested = [
+        [row["id"] for row in read_csv(tmp_path / name / "predictions.csv")]
+        for name in ("run", "again")
+    ]
+    assert tested[0] == tested[1] != []
+
+
 def test_it_starts_from_the_encoders_weights_or_forgets_them(encoder, tmp_path):
     start = load_encoder(encoder).state_dict()
     for scratch in (False, True):
@@ -229,6 +245,10 @@ def test_one_class_in_all_pictures_is_a_result(tmp_path, encoder, data):
         (["--ema", "0.9"], "ema averages the encoder, and not the head"),
         (["--norm", "batch", "--batch-size", "1"], "norm batch needs two crops"),
         (["--eval-only"], "holds no segmentation.safetensors"),
+        (["--hflip", "2"], "hflip is 2; it must be 0 to 1"),
+        (["--drop-path", "1.5"], "drop_path is 1.5; it must be 0 to 1"),
+        (["--dice", "-1"], "dice is -1; it must be 0 or more"),
+        (["--channels", "-4"], "channels is -4; it must be 0 or more"),
     ],
 )
 def test_a_mistake_is_told_in_one_line(more, message, encoder, data, capsys, monkeypatch):

@@ -216,6 +216,11 @@ def boxed_parts(spec: str | Path, test: float, seed: int) -> tuple[ImageData, Im
     others = [open_data(spec, split=name) for name in held_out]
     other = next((o for o in others if any(map(o.box_count, range(len(o))))), others[0])
     check_same_categories(train.categories or [], [other.categories or []])
+    if both := set(train.ids) & set(other.ids):
+        _warn(
+            f"{spec}: {len(both):,} pictures are in both {train.split} and {other.split}, such as "
+            f"{min(both)}: what is found in them says little about others."
+        )
     return train, other
 
 
