@@ -195,6 +195,62 @@ def test_a_papers_preset_trains(tmp_path, encoder, data, preset):
     assert config.layer_decay == {"tiny": 0.92, "small": 0.95}[preset.rpartition("_")[2]]
 
 
+def test_volumes_are_judged_as_a_whole(tmp_path, encoder, monkeypatch):
+    nibabel = pytest.importorskip("nibabel", reason="needs pip install 'vim-ssl[medical]'")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    mask = np.zeros((32, 32, 3), np.uint8)
+    mask[8:24, 8:24] = 1
+    for kind, values in (("images", 200.0 * mask), ("masks", mask)):
+        for i in range(4):
+            (tmp_path / "data" / kind).mkdir(parents=True, exist_ok=True)
+            affine = np.diag([2.0, 2, 5, 1])
+            name = tmp_path / "data" / kind / f"{i}.nii"
+            nibabel.save(nibabel.Nifti1Image(values.astype(np.float32), affine), name)
+    metrics = train(
+        encoder, "", tmp_path / "run", "--data", f"nifti:{tmp_path}/data", "--test", "0.5",
+        "--epochs", "15", "--base-lr", "5e-3", *AS_IT_IS,
+    )  # fmt: skip
+    assert (metrics["train"], metrics["test"], metrics["volumes"]) == (6, 6, 2)
+    assert metrics["volumes_incomplete"] == []
+    rows = read_csv(tmp_path / "run/volumes.csv")
+    assert [row["class"] for row in rows] == ["1", "1"]
+    mean = np.mean([float(row["dice"]) for row in rows])
+    assert metrics["volume_dice"] == pytest.approx(100 * mean, abs=0.02)
+    # All planes are alike: the figure is that of one of them, and all volumes are.
+    classes = read_csv(tmp_path / "run/classes.csv")
+    assert float(classes[1]["dice"]) == pytest.approx(mean, abs=2e-4)
+    assert metrics["volume_hd95"] == pytest.approx(float(rows[0]["hd95_mm"]), abs=0.01)
+
+
+def test_rasters_are_labelled_where_they_lie(tmp_path, encoder):
+    rasterio = pytest.importorskip("rasterio", reason="needs pip install 'vim-ssl[remote-sensing]'")
+    place = {"crs": "EPSG:32633", "transform": rasterio.Affine(10, 0, 5e5, 0, -10, 5e6)}
+    mask = np.zeros((40, 48), np.uint8)
+    mask[:, 24:] = 1
+    bands = (mask + np.arange(1, 6)[:, None, None]).astype(np.uint16) * 1000
+    for kind, values in (("images", bands), ("masks", mask[None])):
+        for i in range(4):
+            path = tmp_path / "data" / kind / f"{i}.tif"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            size = {"width": 48, "height": 40, "count": len(values), "dtype": values.dtype}
+            with rasterio.open(path, "w", **size, **place) as file:
+                file.write(values)
+    run = tmp_path / "run"
+    metrics = train(
+        encoder, "", run, "--data", f"geotiff:{tmp_path}/data", "--test", "0.25", "--epochs", "8",
+        "--base-lr", "5e-3", "--batch-size", "2", "--from-scratch",
+    )  # fmt: skip
+    assert metrics["miou"] > 60
+    (written,) = (run / "predictions").iterdir()
+    with rasterio.open(written) as file:
+        assert (file.crs, file.transform) == tuple(place.values())
+        assert (file.read(1) == mask).mean() == pytest.approx(metrics["aacc"] / 100, abs=1e-4)
+    model = load_segmentation(run)
+    assert model.encoder.data_config["bands"] == tuple(f"band{i}" for i in range(1, 6))
+    assert max(model.encoder.data_config["mean"]) > 1000
+    assert list((run / "images").glob("pictures-*.png"))
+
+
 # ------------------------------------------------------------------------- hostile data
 
 

@@ -193,8 +193,8 @@ def masked_parts(spec: str | Path, test: float, seed: int) -> tuple[ImageData, I
     everything = open_data(spec, split="all")
     if not everything.has_masks:
         raise ValueError(
-            f"{spec} has no masks; name a folder with images/ and masks/ as masks:FOLDER, or "
-            "ade20k:ROOT."
+            f"{spec} has no masks; name a folder with images/ and masks/ as masks:FOLDER "
+            "(nifti:FOLDER, geotiff:FOLDER), or ade20k:ROOT."
         )
     if held_out := _held_out(everything):
         return open_data(spec, split="train"), open_data(spec, split=held_out[0])
