@@ -208,7 +208,7 @@ def test_volumes_are_judged_as_a_whole(tmp_path, encoder, monkeypatch):
             nibabel.save(nibabel.Nifti1Image(values.astype(np.float32), affine), name)
     metrics = train(
         encoder, "", tmp_path / "run", "--data", f"nifti:{tmp_path}/data", "--test", "0.5",
-        "--epochs", "15", "--base-lr", "5e-3", *AS_IT_IS,
+        "--epochs", "1", "--head", "linear", *AS_IT_IS,
     )  # fmt: skip
     assert (metrics["train"], metrics["test"], metrics["volumes"]) == (6, 6, 2)
     assert metrics["volumes_incomplete"] == []
@@ -237,10 +237,10 @@ def test_rasters_are_labelled_where_they_lie(tmp_path, encoder):
                 file.write(values)
     run = tmp_path / "run"
     metrics = train(
-        encoder, "", run, "--data", f"geotiff:{tmp_path}/data", "--test", "0.25", "--epochs", "8",
-        "--base-lr", "5e-3", "--batch-size", "2", "--from-scratch",
+        encoder, "", run, "--data", f"geotiff:{tmp_path}/data", "--test", "0.25", "--epochs", "1",
+        "--head", "linear", "--from-scratch",
     )  # fmt: skip
-    assert metrics["miou"] > 60
+    assert (metrics["train"], metrics["test"]) == (3, 1)
     (written,) = (run / "predictions").iterdir()
     with rasterio.open(written) as file:
         assert (file.crs, file.transform) == tuple(place.values())

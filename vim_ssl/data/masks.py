@@ -91,7 +91,7 @@ def read_mask(path: str | Path) -> np.ndarray:
                 )
             packed = image.tile[0][3] if image.tile else ""
             packed = packed[0] if isinstance(packed, tuple) else packed
-            values = np.asarray(image) // FEW_BITS.get(packed, 1)
+            values = np.asarray(image) // FEW_BITS.get(str(packed), 1)
     except BadImage:
         raise
     except Exception as error:  # a broken file makes decoders raise nearly anything

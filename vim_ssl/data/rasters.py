@@ -194,7 +194,8 @@ def _check_same_place(file: Any, path: Path) -> None:
                 f"the mask has {mask.width}×{mask.height} pixels, its raster "
                 f"{file.width}×{file.height}",
             )
-        pixel = max(map(abs, file.transform[:5]))
+        at = file.transform
+        pixel = max(map(abs, (at.a, at.b, at.d, at.e)))
         apart = np.abs(np.subtract(mask.transform, file.transform)).max()
         if mask.crs and file.crs and (mask.crs != file.crs or apart > 0.05 * pixel):
             raise BadImage(path.name, "the mask lies elsewhere than its raster")
