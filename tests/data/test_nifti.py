@@ -179,7 +179,7 @@ def test_masks_that_do_not_fit_are_named(tmp_path):
     told = " ".join(data.faults)
     assert "moved.nii.gz cannot be read (ValueError: its mask lies elsewhere" in told
     assert "small.nii.gz cannot be read (ValueError: its mask has (3, 5, 2) voxels" in told
-    with pytest.raises(BadImage, match=r"half.* it holds 1\.5; a mask's"):
+    with pytest.raises(BadImage, match=r"half.*it holds 1\.5; a mask's"):
         data[data.groups.index("half.nii.gz")]
     (tmp_path / "masks/good.nii").unlink()
     with pytest.raises(
