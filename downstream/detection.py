@@ -15,6 +15,7 @@ the presets here are not yet measured.
 """
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ import torch
 
 from vim_ssl import load_encoder
 from vim_ssl.cli import guarded
-from vim_ssl.config import opt, parse, to_dict
+from vim_ssl.config import check_between, opt, parse, to_dict
 from vim_ssl.data import boxed_parts
 from vim_ssl.data.coco import mask_tools
 from vim_ssl.data.joint import LargeScaleJitter
@@ -75,6 +76,9 @@ class Config(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        check_between(self, 0, 1, "hflip", "drop_path", "score")
+        check_between(self, 0, math.inf, "convs")
+        check_between(self, 1, math.inf, "channels", "hidden", "anchor", "samples", "most")
         if self.ema:
             raise ValueError("ema averages the encoder, and not the heads that belong to it: 0.")
 

@@ -90,6 +90,21 @@ def test_boxes_and_masks_are_in_the_pictures_own_pixels(monkeypatch):
         assert np.abs(np.array(ends) - [left, top, right, bottom]).max() <= 2
 
 
+def test_a_mask_stays_in_place_where_its_box_leaves_the_picture(monkeypatch):
+    """The canvas goes on below a wide picture; of this box the picture ends half way."""
+    upper = torch.zeros(1, 1, 28, 28)
+    upper[..., :14, :] = 1
+    found = {
+        "boxes": torch.tensor([[16.0, 24, 48, 40]]), "labels": torch.tensor([1]),
+        "scores": torch.tensor([0.9]), "masks": upper,
+    }  # fmt: skip
+    detector = model().eval()
+    monkeypatch.setattr(detector, "found", lambda images: ([found], {}))
+    answer = detector.predict(Image.new("RGB", (200, 100)))
+    assert answer["boxes"].tolist() == [[50, 75, 150, 100]]
+    assert answer["masks"][0, 77:, 52:148].all()
+
+
 @pytest.mark.parametrize("head", ["cascade", "rcnn"])
 @pytest.mark.parametrize("size", [(1, 1), (3, 300), (64, 64), (90, 40)], ids=str)
 def test_any_picture_can_be_searched(size, head):

@@ -165,9 +165,10 @@ def test_what_does_not_fit_is_refused(changes, message):
         model(**changes)
 
 
-def test_one_class_is_refused():
-    with pytest.raises(ValueError, match="two are needed"):
-        Segmentation(encoder(), ["all"], window=32)
+@pytest.mark.parametrize("count", [0, 1, 256])
+def test_too_few_or_many_classes_are_refused(count):
+    with pytest.raises(ValueError, match=f"There are {count} classes.* 2 to 255 are needed"):
+        Segmentation(encoder(), [str(i) for i in range(count)], window=32)
 
 
 def test_patches_that_are_no_power_of_two_take_the_linear_head():

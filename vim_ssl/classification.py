@@ -35,9 +35,10 @@ from vim_ssl.evaluation.class_scores import (
     write_tables,
 )
 from vim_ssl.evaluation.probes import extract_features
-from vim_ssl.loading import load_encoder, save_encoder
+from vim_ssl.loading import save_encoder
 from vim_ssl.objective import StepOutput
 from vim_ssl.runs import Run, environment, read_metrics
+from vim_ssl.task_files import load_for
 from vim_ssl.training import TrainConfig, fit, make_average
 
 
@@ -206,10 +207,7 @@ def load_classifier(source: str, data, config: ClassificationConfig, **args: Any
         "drop_path_rate": config.drop_path,
         "use_mask_token": False,  # without masks it would have no gradient, which DDP refuses
     }
-    encoder, bands = load_encoder(source, **args), band_arguments(data)
-    if bands and tuple(encoder.data_config["bands"]) != tuple(bands["data_config"]["bands"]):
-        encoder = load_encoder(source, **args, **bands)
-    return encoder
+    return load_for(source, band_arguments(data), **args)
 
 
 def train_classifier(

@@ -22,6 +22,7 @@ import copy
 import dataclasses
 import difflib
 import json
+import math
 import os
 import shutil
 import sys
@@ -113,6 +114,15 @@ def parse(
         return from_dict(config_cls, base | values)
     except (ValueError, OSError) as error:
         parser.error(str(error))
+
+
+def check_between(config: Any, low: float, high: float, *names: str) -> None:
+    """Raises: ValueError for a setting among ``names`` below ``low`` or above ``high``."""
+    for name in names:
+        value = getattr(config, name)
+        if not low <= value <= high:
+            wanted = f"{low:g} or more" if high == math.inf else f"{low:g} to {high:g}"
+            raise ValueError(f"{name} is {value:g}; it must be {wanted}.")
 
 
 def from_dict(config_cls: type[C], values: Mapping[str, Any]) -> C:

@@ -129,9 +129,9 @@ class Detection(nn.Module):
         canvas, (height, width) = on_canvas(self.pixels, image, self.size)
         found = {k: v.cpu() for k, v in self.found(canvas[None].to(device))[0][0].items()}
         factors = torch.tensor([image.width / width, image.height / height] * 2)
-        boxes = found["boxes"].float() * factors
+        whole = found["boxes"].float() * factors
         sides = torch.tensor([image.width, image.height] * 2)
-        boxes = torch.minimum(boxes.clamp(min=0), sides)
+        boxes = torch.minimum(whole.clamp(min=0), sides)
         inside = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(1)  # else it lies beside the picture
         answer = {
             "boxes": boxes[inside].numpy(),
@@ -140,7 +140,8 @@ class Detection(nn.Module):
         }
         if self.masks:
             masks = np.zeros((len(answer["boxes"]), image.height, image.width), bool)
-            likely, corners = found["masks"][inside].float(), boxes[inside]
+            # Of the whole boxes: a mask belongs to its box, also where that leaves the picture.
+            likely, corners = found["masks"][inside].float(), whole[inside]
             for i in range(len(masks)):  # one by one: a float for each pixel is much at once
                 one = slice(i, i + 1)
                 pasted = paste_masks_in_image(

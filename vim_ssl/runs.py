@@ -306,7 +306,11 @@ def _check_trackers(names: tuple[str, ...]) -> list[str]:
 
 
 def stored_or(default):
-    """For `vim_ssl.config.parse`: a resumed run's own settings, else the default preset."""
+    """For `vim_ssl.config.parse`: a resumed run's own settings, else the default preset.
+
+    With ``eval_only`` of a run: how it held pictures out, since another draw of the same data would
+    judge by pictures that it has learned from.
+    """
 
     def choose(given: dict):
         if given.get("resume") == "auto":
@@ -315,6 +319,10 @@ def stored_or(default):
             if (stored := _stored_config(Path(given["output"]))) is not None:
                 once = {"recipe", "output", "resume", "max_steps"}
                 return {key: value for key, value in stored.items() if key not in once}
+        if given.get("eval_only") and given.get("encoder"):
+            stored = _stored_config(Path(given["encoder"])) or {}
+            if drawn := {key: stored[key] for key in ("test", "seed") if key in stored}:
+                return drawn
         return default(given) if callable(default) else default
 
     return choose

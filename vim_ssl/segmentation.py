@@ -16,14 +16,18 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torchvision.transforms.v2.functional import to_pil_image
 
 from vim_ssl.config import did_you_mean
 from vim_ssl.data.images import BadImage
 from vim_ssl.data.joint import DensePixels
 from vim_ssl.data.masks import IGNORE
+from vim_ssl.data.rasters import write_labels
+from vim_ssl.data.transforms import as_seen
 from vim_ssl.encoder import VimEncoder
 from vim_ssl.evaluation.mask_scores import DRAWN, MaskScores, draw
 from vim_ssl.evaluation.sheets import class_colours
+from vim_ssl.evaluation.volume_scores import VolumeScores
 from vim_ssl.heads import NORMS, FCNHead, FeatureUpsampling, LinearHead, UPerNet
 from vim_ssl.objective import StepOutput
 from vim_ssl.sliding import label_pixels
@@ -39,7 +43,7 @@ class Segmentation(nn.Module):
 
     Args:
         encoder: any; blocks above the last tap and a classification head are dropped.
-        classes: their names, two at least.
+        classes: their names, 2 to 255.
         head: "upernet" (with upsampled maps at strides 4 to 32) or "linear".
         taps: blocks whose maps are read, four for upernet; by default spread evenly, the last
             block last, which gives 5, 11, 17, 23 of 24; of "linear" the last block alone.
@@ -51,7 +55,7 @@ class Segmentation(nn.Module):
             it is), by windows of so many pixels, each so far from the next (0: two thirds).
     Batches hold ``image`` (b, c, h, w), normalised, and ``mask`` (b, h, w) int64 with 255 for
     pixels that do not count.
-    Raises: ValueError for an unknown head or norm, taps that do not fit, fewer than two classes.
+    Raises: ValueError for an unknown head or norm, taps that do not fit, no such number of classes.
     """
 
     def __init__(
@@ -73,8 +77,11 @@ class Segmentation(nn.Module):
         for name, value, known in (("head", head, HEADS), ("norm", norm, NORMS)):
             if value not in known:
                 raise ValueError(f"{name} {value!r} is unknown. {did_you_mean(value, known)}")
-        if len(classes) < 2:
-            raise ValueError(f"Classes are {list(classes)}; two are needed.")
+        if not 2 <= len(classes) <= IGNORE:
+            raise ValueError(
+                f"There are {len(classes)} classes, such as {list(classes[:3])}; 2 to {IGNORE} are "
+                "needed."
+            )
         if not 0 <= slide <= window:
             raise ValueError(f"slide {slide} leaves gaps between windows of {window} pixels.")
         encoder.grid(window, window)  # raises for a window that patches do not fill
@@ -137,17 +144,25 @@ class Segmentation(nn.Module):
             lambda: self._draw(batch["image"], truth, guess),
         )  # fmt: skip
 
-    def predict(self, image: Image.Image) -> np.ndarray:
-        """A picture of any size -> the number of each pixel's class, uint8 (h, w).
+    def predict(self, image: Image.Image | np.ndarray) -> np.ndarray:
+        """A picture of any size, or bands (h, w, bands) -> the number of each pixel's class, uint8
+        (h, w).
 
         Memory does not grow with the picture beyond its own; see `label_pixels`.
         """
         device = next(self.parameters()).device
+        size = image.shape[:2] if isinstance(image, np.ndarray) else (image.height, image.width)
         found = label_pixels(
-            self.logits, self.pixels(image).to(device), (image.height, image.width),
+            self.logits, self.pixels(image).to(device), size,
             classes=len(self.classes), window=self.window, stride=self.slide,
         )  # fmt: skip
         return found.to("cpu", torch.uint8).numpy()
+
+    def shown(self, image: Image.Image | np.ndarray) -> Image.Image:
+        """A picture as it is; of bands what of them can be seen."""
+        if isinstance(image, Image.Image):
+            return image
+        return to_pil_image(as_seen(self.pixels(image)[None], self.encoder.data_config)[0])
 
     def _loss(self, logits: Tensor, truth: Tensor) -> Tensor:
         """Summed over labelled pixels, in units of one picture's pixels."""
@@ -160,12 +175,7 @@ class Segmentation(nn.Module):
     def _draw(self, images: Tensor, truth: Tensor, guess: Tensor) -> Tensor:
         """(b, 3, h, 3w) in [0, 1]: picture, truth, prediction."""
         colours = class_colours(len(self.classes)).to(images.device)
-        mean, std = (
-            torch.tensor(self.encoder.data_config[key], device=images.device)[:, None, None]
-            for key in ("mean", "std")
-        )
-        shown = (images * std + mean).clamp(0, 1)
-        shown = shown[:, :3] if shown.shape[1] >= 3 else shown[:, :1].expand(-1, 3, -1, -1)
+        shown = as_seen(images, self.encoder.data_config).expand(-1, 3, -1, -1)
         index = truth.clamp(max=len(self.classes))  # the last colour is nobody's
         painted = [colours[x].permute(0, 3, 1, 2) / 255 for x in (index, guess)]
         return torch.cat([shown, *painted], 3)
@@ -189,14 +199,17 @@ def evaluate(model: Segmentation, data, folder: Path) -> tuple[dict[str, Any], M
     """Figures of a model on pictures with masks, at the masks' own size.
 
     ``classes.csv``, ``predictions.csv`` and ``predictions.png`` (picture, truth, prediction) go to
-    ``folder``.
+    ``folder``; of planes of volumes ``volumes.csv``; of rasters their predictions, each where the
+    raster lies, below ``predictions/``.
 
-    Returns: the figures of `MaskScores.figures` with the number of pictures and those passed over.
+    Returns: the figures of `MaskScores.figures` with the number of pictures and those passed over,
+        and of planes those of `VolumeScores.figures`.
     Raises: ValueError if none can be read, or none has a label.
     """
     training = model.training
     model.eval()
     scores, skipped, rows = MaskScores(model.classes), [], []
+    volumes: VolumeScores | None = None
     shown = {i * len(data) // DRAWN for i in range(DRAWN)}
     for i in range(len(data)):
         try:
@@ -206,13 +219,23 @@ def evaluate(model: Segmentation, data, folder: Path) -> tuple[dict[str, Any], M
             continue
         guess = model.predict(item["image"])
         scores.add(item["id"], item["mask"], guess, item.get("group"))
+        place = item.get("meta", {})
+        if "volume" in place:
+            volumes = volumes or VolumeScores(model.classes)
+            volumes.add(place, item["mask"], guess, item.get("group"))
+        if "raster" in place:
+            path = folder / "predictions" / place["name"]
+            write_labels(path, place["raster"], place["box"], guess)
         if i in shown:
-            rows.append((item["image"], item["mask"], guess))
+            rows.append((model.shown(item["image"]), item["mask"], guess))
     model.train(training)
     if len(skipped) == len(data):
         raise ValueError(f"none of the {len(data)} pictures could be read: {skipped[:3]}")
     figures = {"test": len(data) - len(skipped), **scores.figures(), "skipped": skipped}
     scores.write(folder)
+    if volumes:
+        figures |= volumes.figures()
+        volumes.write(folder)
     draw(rows, model.classes, class_colours(len(model.classes)).numpy()).save(
         folder / "predictions.png"
     )

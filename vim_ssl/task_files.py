@@ -2,15 +2,30 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import nn
 
+from vim_ssl.encoder import VimEncoder
 from vim_ssl.loading import load_encoder, save_encoder, write_whole
 
 Model = TypeVar("Model", bound=nn.Module)
+
+
+def load_for(source: str, bands: Mapping[str, Any], **args: Any) -> VimEncoder:
+    """The encoder that ``source`` names, for pictures of these bands.
+
+    Args:
+        bands: of `vim_ssl.data.transforms.band_arguments`. An encoder of the same ones keeps its
+            own statistics.
+        args: of `load_encoder`.
+    """
+    encoder = load_encoder(source, **args)
+    if bands and tuple(encoder.data_config["bands"]) != tuple(bands["data_config"]["bands"]):
+        encoder = load_encoder(source, **args, **bands)
+    return encoder
 
 
 def check_same_classes(model: Any, source: str, data: Any) -> None:

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from vim_ssl.data import BadImage, boxed_parts, open_data
-from vim_ssl.data.coco import ground_truth, rasterise
+from vim_ssl.data.coco import ground_truth, mask_tools, to_rle
 
 WIDTH, HEIGHT = 12, 8
 # Columns 2 to 5 and rows 1 to 4.
@@ -132,7 +132,7 @@ def test_compressed_or_not_a_mask_is_the_same(mask):
     size = [HEIGHT, WIDTH]
     for outline in ({"size": size, "counts": counts(mask)},
                     {"size": size, "counts": encoded(mask)}):  # fmt: skip
-        assert np.array_equal(rasterise(outline, HEIGHT, WIDTH), mask)
+        assert np.array_equal(mask_tools().decode(to_rle(outline, HEIGHT, WIDTH)), mask)
 
 
 @pytest.mark.parametrize(
@@ -150,9 +150,12 @@ def test_polygons_of_all_kinds(tmp_path, outline):
     assert np.array_equal(open_data(spec)[0]["masks"][0], truth())
 
 
-def test_a_point_a_million_pixels_away_costs_nothing():
-    mask = rasterise([[2, 1, 1e9, 1, 1e9, 5, 2, 5]], HEIGHT, WIDTH)
-    assert mask.sum() == 4 * (WIDTH - 2)
+def test_a_point_a_million_pixels_away_costs_nothing(tmp_path):
+    far = [[2, 1, 1e9, 1, 1e9, 5, 2, 5]]
+    data = open_data(put(tmp_path, content([picture(1)], [thing(1, 1, segmentation=far)])))
+    (judged_by,) = ground_truth(data, [0])["annotations"]
+    for outline in (to_rle(far, HEIGHT, WIDTH), json.loads(json.dumps(judged_by["segmentation"]))):
+        assert mask_tools().decode(outline).sum() == 4 * (WIDTH - 2)
 
 
 def test_crowds_are_judged_by_and_not_learned(tmp_path):
@@ -206,7 +209,8 @@ def test_the_fingerprint_knows_the_boxes(tmp_path):
 @pytest.mark.parametrize(
     "box",
     [None, [], [1, 2, 3], "four", [2, 1, 0, 4], [2, 1, 4, -1], [float("nan"), 1, 4, 4],
-     [WIDTH, 1, 4, 4], [-9, 1, 4, 4], [1, 1, float("inf"), 4], [[1], 1, 4, 4]],
+     [WIDTH, 1, 4, 4], [-9, 1, 4, 4], [1, 1, float("inf"), 4], [[1], 1, 4, 4], "1234",
+     ["1", 1, 4, 4]],
     ids=str,
 )  # fmt: skip
 def test_what_is_no_box_is_left_out_and_named(tmp_path, box):
@@ -264,9 +268,14 @@ def test_ids_of_annotations_given_twice_do_no_harm(tmp_path):
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_an_outline_that_is_none_is_named_when_its_picture_is_read(tmp_path, outline, reason):
-    """pycocotools would write behind its memory's end for counts that are too many."""
-    spec = put(tmp_path, content([picture(1)], [thing(61, 1, segmentation=outline)]))
+@pytest.mark.parametrize("crowd", [0, 1], ids=["single", "crowd"])
+def test_an_outline_that_is_none_is_named_when_its_picture_is_read(
+    tmp_path, outline, reason, crowd
+):
+    """pycocotools would write behind its memory's end for counts that are too many, and judge by a
+    broken crowd for ever."""
+    broken = thing(61, 1, segmentation=outline, iscrowd=crowd)
+    spec = put(tmp_path, content([picture(1)], [thing(1, 1), broken]))
     with pytest.raises(BadImage, match=rf"train/1.png: annotation 61: .*{reason}"):
         open_data(spec)[0]
 
@@ -334,6 +343,13 @@ def test_what_is_missing_is_told_at_the_start(tmp_path, change, error, message):
     change(root)
     with pytest.raises(error, match=message):
         open_data(spec)
+
+
+def test_pictures_in_both_parts_are_told(tmp_path, caplog):
+    for split in ("train", "val"):
+        spec = put(tmp_path, content([picture(5)], [thing(1, 5)]), split, folder="images")
+    boxed_parts(spec, 0.5, 0)
+    assert "1 pictures are in both train and val, such as images/5.png" in caplog.text
 
 
 def test_parts_of_different_classes_are_refused(tmp_path):

@@ -2,6 +2,8 @@
 
 import pickle
 import shutil
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -45,6 +47,31 @@ def test_sixteen_bits_and_black_and_white(tmp_path):
     assert np.array_equal(open_data(spec)[0]["mask"], VALUES)
     Image.fromarray(VALUES == 1).save(tmp_path / "masks/a.png")
     assert np.array_equal(open_data(spec)[0]["mask"], VALUES == 1)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_grey_of_few_bits_is_not_stretched(tmp_path, bits):
+    """Programs that make PNG files small write it; Pillow shows 0 to 3 as 0 to 255."""
+    spec = plain(tmp_path, "a", values=np.zeros((2, 3), np.uint8))
+    (tmp_path / "masks/a.png").write_bytes(grey_png([[0, 1, 2], [3, 1, 0]], bits))
+    data = open_data(spec)
+    assert data.classes == ["0", "1", "2", "3"]
+    assert data[0]["mask"].tolist() == [[0, 1, 2], [3, 1, 0]]
+
+
+def grey_png(rows: list[list[int]], bits: int) -> bytes:
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        ends = len(content).to_bytes(4, "big"), zlib.crc32(kind + content).to_bytes(4, "big")
+        return ends[0] + kind + content + ends[1]
+
+    packed = b""
+    for row in rows:
+        text = "".join(format(value, f"0{bits}b") for value in row)
+        text += "0" * (-len(text) % 8)
+        packed += b"\0" + int(text, 2).to_bytes(len(text) // 8, "big")
+    head = struct.pack(">IIBBBBB", len(rows[0]), len(rows), bits, 0, 0, 0, 0)
+    parts = (b"IHDR", head), (b"IDAT", zlib.compress(packed)), (b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
 
 
 def test_classes_txt_names_them(tmp_path):
@@ -128,12 +155,14 @@ def test_a_broken_mask_is_named(tmp_path):
          FileNotFoundError, r"2 of 3 pictures .*: a.jpg, b.jpg"),
         (lambda root: shutil.copy(root / "images/a.jpg", root / "masks/a.jpg"), ValueError,
          r"do not survive in a .jpg file"),
+        (lambda root: shutil.copy(root / "masks/a.png", root / "masks/a.gif"), ValueError,
+         r"do not survive in a .gif file"),
         (lambda root: shutil.copy(root / "masks/a.png", root / "masks/a.bmp"), ValueError,
          r"two masks a.bmp and a.png"),
         (lambda root: (root / "classes.txt").write_text("one\n"), ValueError,
          r"has 1 classes; expected 2 to 255"),
     ],
-    ids=["no-masks", "nothing", "two-lost", "jpeg", "twice", "one-class"],
+    ids=["no-masks", "nothing", "two-lost", "jpeg", "gif", "twice", "one-class"],
 )  # fmt: skip
 def test_what_is_missing_is_told_at_the_start(tmp_path, change, error, message):
     spec = plain(tmp_path, "a", "b", "c")
@@ -154,6 +183,15 @@ def test_what_is_missing_is_told_at_the_start(tmp_path, change, error, message):
 def test_masks_without_two_classes_are_refused(tmp_path, values, message):
     with pytest.raises(ValueError, match=message):
         open_data(plain(tmp_path, "a", values=np.array(values, np.uint8)))
+
+
+def test_a_number_beyond_all_classes_is_refused_at_once(tmp_path):
+    """Read as unsigned, -1 would be four thousand million classes."""
+    spec = plain(tmp_path, "a")
+    (tmp_path / "masks/a.png").unlink()
+    Image.fromarray(np.array([[0, 1, -1]], np.int32)).save(tmp_path / "masks/a.tif")
+    with pytest.raises(ValueError, match="hold the number 4294967295; classes are 0 to 254"):
+        open_data(spec)
 
 
 def test_no_masks_no_segmentation(tmp_path):

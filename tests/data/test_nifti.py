@@ -7,7 +7,7 @@ import pytest
 
 nibabel = pytest.importorskip("nibabel", reason="needs pip install 'vim-ssl[medical]'")
 
-from vim_ssl.data import BadImage, labelled_parts, open_data  # noqa: E402
+from vim_ssl.data import BadImage, labelled_parts, masked_parts, open_data  # noqa: E402
 
 VOLUME = np.arange(3 * 4 * 5, dtype=np.int16).reshape(3, 4, 5)  # right, anterior, superior
 
@@ -119,3 +119,70 @@ def test_errors(tmp_path, query, message):
         open_data(f"nifti:{tmp_path}{query}")
     with pytest.raises(FileNotFoundError, match="give a file, a folder or a glob"):
         open_data(f"nifti:{tmp_path}/*.nrrd")
+
+
+# ------------------------------------------------------------------------- masks
+
+TURNED = np.array([[-2, 0, 0, 9], [0, 0, 3, 0], [0, -4, 0, 5], [0, 0, 0, 1]], float)
+ORGAN = (VOLUME % 3).astype(np.uint8)
+
+
+def pair(root, name="a", values=ORGAN, folders=("images", "masks"), affines=(TURNED, TURNED)):
+    """A volume and its mask; of both the values are given in the file's own axes."""
+    write(root / folders[0] / f"{name}.nii.gz", VOLUME, affines[0])
+    write(root / folders[1] / f"{name}.nii", values, affines[1])
+    return f"nifti:{root}"
+
+
+@pytest.mark.parametrize("folders", [("images", "labels"), ("imagesTr", "labelsTr")], ids=str)
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_mask_lies_on_its_plane(tmp_path, axis, folders):
+    """Bright is class 1 in the file, and so in every plane, whatever axes they are stored in."""
+    spec = pair(tmp_path, values=(VOLUME > 30).astype(np.float32), folders=folders)
+    data = pickle.loads(pickle.dumps(open_data(f"{spec}?window=30,31&axis={axis}")))
+    assert (data.classes, data.has_masks, data.labels) == (["0", "1"], True, None)
+    for item in data:
+        assert np.array_equal(np.asarray(item["image"]) == 255, item["mask"] == 1)
+    # The file's axes are left, inferior, anterior, of 2, 4 and 3 mm.
+    planes, *sides = {0: (3, 4.0, 3.0), 1: (5, 4.0, 2.0), 2: (4, 3.0, 2.0)}[axis]
+    across = {0: 2.0, 1: 3.0, 2: 4.0}[axis]
+    place = {"volume": "a.nii.gz", "plane": 1, "planes": planes, "spacing": (across, *sides)}
+    assert data[1]["meta"] == place
+    assert len(data) == planes
+    assert "mask" not in open_data(f"{spec}?label=none&axis={axis}")[0]
+
+
+def test_names_groups_and_class_names(tmp_path):
+    for patient in ("p1", "p2", "p3"):
+        for scan in ("early", "late"):
+            spec = pair(tmp_path, f"{patient}/{scan}")
+    pair(tmp_path, "p3/first_0000")
+    (tmp_path / "masks/p3/first_0000.nii").rename(tmp_path / "masks/p3/first.nii")
+    (tmp_path / "classes.txt").write_text("none\nliver\ntumour\nvessel\n")
+    train, test = masked_parts(f"{spec}?group=folder", 0.3, 0)
+    assert train.classes == ["none", "liver", "tumour", "vessel"]
+    assert not set(train.groups) & set(test.groups)
+    assert set(train.groups) | set(test.groups) == {"p1", "p2", "p3"}
+    train, test = masked_parts(spec, 0.3, 0)
+    assert not set(train.groups) & set(test.groups)
+    assert set(train.groups) | set(test.groups) >= {"p1/early.nii.gz", "p3/first_0000.nii.gz"}
+
+
+def test_masks_that_do_not_fit_are_named(tmp_path):
+    spec = pair(tmp_path, "good")
+    moved = TURNED + np.array([[0, 0, 0, 2], *[[0] * 4] * 3])
+    pair(tmp_path, "moved", affines=(TURNED, moved))
+    pair(tmp_path, "small", ORGAN[:, :2])
+    pair(tmp_path, "half", ORGAN + np.float32(0.5))
+    data = open_data(spec)
+    assert set(data.groups) == {"good.nii.gz", "half.nii.gz"}
+    told = " ".join(data.faults)
+    assert "moved.nii.gz cannot be read (ValueError: its mask lies elsewhere" in told
+    assert "small.nii.gz cannot be read (ValueError: its mask has (3, 5, 2) voxels" in told
+    with pytest.raises(BadImage, match=r"half.*it holds 1\.5; a mask's"):
+        data[data.groups.index("half.nii.gz")]
+    (tmp_path / "masks/good.nii").unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"1 of 4 pictures .* have no mask .*: good\.nii\.gz"
+    ):
+        open_data(spec)

@@ -19,13 +19,14 @@ from vim_ssl.data.rasters import (  # noqa: E402
     BIGEARTHNET_CLASSES,
     EUROSAT_BANDS,
     EUROSAT_CLASSES,
+    write_labels,
 )
 from vim_ssl.downstream import embed  # noqa: E402
 from vim_ssl.evaluation.embeddings import read_embeddings  # noqa: E402
 from vim_ssl.evaluation.features import encode_data  # noqa: E402
 
 
-def write(path, values, names=(), nodata=None):
+def write(path, values, names=(), nodata=None, **more):
     """A GeoTIFF of values (bands, h, w)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     count, height, width = values.shape
@@ -33,7 +34,7 @@ def write(path, values, names=(), nodata=None):
         warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
         with rasterio.open(
             path, "w", driver="GTiff", width=width, height=height, count=count,
-            dtype=values.dtype, nodata=nodata,
+            dtype=values.dtype, nodata=nodata, **more,
         ) as file:  # fmt: skip
             file.write(values)
             for number, name in enumerate(names, 1):
@@ -332,3 +333,71 @@ def test_the_43_classes_are_all_known():
     assert len(BIGEARTHNET_CLASSES) == 19
     kept = [old for names in BIGEARTHNET_CLASSES.values() for old in names]
     assert len({*kept, *_LEFT_OUT}) == 43
+
+
+# ------------------------------------------------------------------------- masks
+
+HERE = {"crs": "EPSG:32633", "transform": rasterio.Affine(10, 0, 500_000, 0, -10, 5_000_000)}
+THERE = HERE | {"transform": rasterio.Affine(10, 0, 500_010, 0, -10, 5_000_000)}
+
+
+def pair(root, name="a", mask=None, folder="masks", place=HERE, **more):
+    """A raster of which the first band is 100 times the class, and its mask."""
+    mask = np.random.default_rng(0).integers(0, 3, (20, 30)) if mask is None else mask
+    values = np.stack([100 * mask + 50] * 4).astype(np.uint16)
+    write(root / "images" / f"{name}.tif", values, NAMES, **HERE)
+    write(root / folder / f"{name}.tif", mask[None].astype(more.pop("dtype", np.uint8)), **more,
+          **place)  # fmt: skip
+    return f"geotiff:{root}"
+
+
+@pytest.mark.parametrize("folder", ["masks", "labels"])
+@pytest.mark.parametrize("query", ["", "?tile=10"])
+def test_a_mask_lies_on_its_raster(tmp_path, query, folder):
+    data = pickle.loads(pickle.dumps(open_data(pair(tmp_path, folder=folder) + query)))
+    assert (data.classes, data.has_masks, data.bands) == (["0", "1", "2"], True, NAMES)
+    for item in data:
+        assert np.array_equal(item["image"][..., 0], 100 * item["mask"].astype(int) + 50)
+    assert len(data) == (6 if query else 1)
+    box = (10, 10, 10, 10) if query else None
+    meta = {"raster": str(tmp_path / "images/a.tif"), "name": "a.tif", "box": box}
+    assert data[4 if query else 0]["meta"] == meta
+    assert "mask" not in open_data(f"geotiff:{tmp_path}?label=none")[0]
+
+
+def test_what_has_no_label_and_what_cannot_be_one(tmp_path):
+    mask = np.arange(600).reshape(20, 30) % 3
+    spec = pair(tmp_path, mask=np.where(mask == 0, -9999, mask), dtype=np.int16, nodata=-9999)
+    assert np.array_equal(open_data(spec)[0]["mask"], np.where(mask == 0, 255, mask))
+    (tmp_path / "classes.txt").write_text("x\ny\nz\n")
+    pair(tmp_path, "b", mask=mask + 0.5, dtype=np.float32)
+    pair(tmp_path, "c", mask=mask + 1)
+    pair(tmp_path, "d", place=THERE)
+    pair(tmp_path, "e")
+    write(tmp_path / "masks/e.tif", np.zeros((1, 20, 20), np.uint8), **HERE)
+    data = open_data(spec)
+    assert data.groups == ["a.tif", "b.tif", "c.tif"]
+    told = " ".join(data.faults)
+    assert "d.tif: the mask lies elsewhere than its raster" in told
+    assert "e.tif: the mask has 20×20 pixels, its raster 30×20" in told
+    for i, reason in ((1, r"holds 0\.5, which is no class"), (2, "number 3; there are 3 classes")):
+        with pytest.raises(BadImage, match=reason):
+            data[i]
+
+
+def test_labels_are_written_where_their_raster_lies(tmp_path):
+    pair(tmp_path)
+    path, like = tmp_path / "out/a.tif", str(tmp_path / "images/a.tif")
+    one, other = np.full((10, 10), 1, np.uint8), np.full((10, 10), 2, np.uint8)
+    for _ in range(2):  # again, as each evaluation does
+        write_labels(path, like, (0, 0, 10, 10), one)
+        write_labels(path, like, (20, 10, 10, 10), other)
+    with rasterio.open(path) as file:
+        values = file.read(1)
+        assert (file.crs, file.transform, file.nodata) == (*HERE.values(), 255)
+    expected = np.full((20, 30), 255)
+    expected[:10, :10], expected[10:, 20:] = 1, 2
+    assert np.array_equal(values, expected)
+    write_labels(path, like, None, np.zeros((20, 30), np.uint8))
+    with rasterio.open(path) as file:
+        assert not file.read(1).any()

@@ -240,6 +240,9 @@ def test_pictures_without_any_object_do_no_harm(tmp_path, encoder, data):
         (["--size", "96"], "size 96 is no multiple of 64"),
         (["--ema", "0.9"], "ema averages the encoder, and not the heads"),
         (["--eval-only"], "holds no detection.safetensors"),
+        (["--anchor", "0"], "anchor is 0; it must be 1 or more"),
+        (["--samples", "0"], "samples is 0; it must be 1 or more"),
+        (["--score", "2"], "score is 2; it must be 0 to 1"),
     ],
 )
 def test_a_mistake_is_told_in_one_line(more, message, encoder, data, capsys, monkeypatch):

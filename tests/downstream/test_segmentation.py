@@ -125,6 +125,22 @@ def test_the_record_is_whole_and_can_be_judged_again(tmp_path, encoder, data, ca
     assert load_segmentation(run).predict(picture).shape == (32, 32)
 
 
+def test_a_run_is_judged_by_what_it_had_held_out(tmp_path, encoder):
+    """Another draw of the same pictures would judge it by some that it has learned from."""
+    for i in range(6):
+        draw(tmp_path / "data/all" / f"{i}", i, 32, 32)
+    (tmp_path / "data/classes.txt").write_text("\n".join(NAMES))
+    train(encoder, tmp_path / "data", tmp_path / "run", "--epochs", "1", "--seed", "5",
+          "--test", "0.5")  # fmt: skip
+    argv = ["--eval-only", "--encoder", str(tmp_path / "run"), "--threads", "1"]
+    assert segmentation.main([*argv, "--output", str(tmp_path / "again")]) == 0
+    tested = [
+        [row["id"] for row in read_csv(tmp_path / name / "predictions.csv")]
+        for name in ("run", "again")
+    ]
+    assert tested[0] == tested[1] != []
+
+
 def test_it_starts_from_the_encoders_weights_or_forgets_them(encoder, tmp_path):
     start = load_encoder(encoder).state_dict()
     for scratch in (False, True):
@@ -179,6 +195,62 @@ def test_a_papers_preset_trains(tmp_path, encoder, data, preset):
     assert config.layer_decay == {"tiny": 0.92, "small": 0.95}[preset.rpartition("_")[2]]
 
 
+def test_volumes_are_judged_as_a_whole(tmp_path, encoder, monkeypatch):
+    nibabel = pytest.importorskip("nibabel", reason="needs pip install 'vim-ssl[medical]'")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    mask = np.zeros((32, 32, 3), np.uint8)
+    mask[8:24, 8:24] = 1
+    for kind, values in (("images", 200.0 * mask), ("masks", mask)):
+        for i in range(4):
+            (tmp_path / "data" / kind).mkdir(parents=True, exist_ok=True)
+            affine = np.diag([2.0, 2, 5, 1])
+            name = tmp_path / "data" / kind / f"{i}.nii"
+            nibabel.save(nibabel.Nifti1Image(values.astype(np.float32), affine), name)
+    metrics = train(
+        encoder, "", tmp_path / "run", "--data", f"nifti:{tmp_path}/data", "--test", "0.5",
+        "--epochs", "1", "--head", "linear", *AS_IT_IS,
+    )  # fmt: skip
+    assert (metrics["train"], metrics["test"], metrics["volumes"]) == (6, 6, 2)
+    assert metrics["volumes_incomplete"] == []
+    rows = read_csv(tmp_path / "run/volumes.csv")
+    assert [row["class"] for row in rows] == ["1", "1"]
+    mean = np.mean([float(row["dice"]) for row in rows])
+    assert metrics["volume_dice"] == pytest.approx(100 * mean, abs=0.02)
+    # All planes are alike: the figure is that of one of them, and all volumes are.
+    classes = read_csv(tmp_path / "run/classes.csv")
+    assert float(classes[1]["dice"]) == pytest.approx(mean, abs=2e-4)
+    assert metrics["volume_hd95"] == pytest.approx(float(rows[0]["hd95_mm"]), abs=0.01)
+
+
+def test_rasters_are_labelled_where_they_lie(tmp_path, encoder):
+    rasterio = pytest.importorskip("rasterio", reason="needs pip install 'vim-ssl[remote-sensing]'")
+    place = {"crs": "EPSG:32633", "transform": rasterio.Affine(10, 0, 5e5, 0, -10, 5e6)}
+    mask = np.zeros((40, 48), np.uint8)
+    mask[:, 24:] = 1
+    bands = (mask + np.arange(1, 6)[:, None, None]).astype(np.uint16) * 1000
+    for kind, values in (("images", bands), ("masks", mask[None])):
+        for i in range(4):
+            path = tmp_path / "data" / kind / f"{i}.tif"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            size = {"width": 48, "height": 40, "count": len(values), "dtype": values.dtype}
+            with rasterio.open(path, "w", **size, **place) as file:
+                file.write(values)
+    run = tmp_path / "run"
+    metrics = train(
+        encoder, "", run, "--data", f"geotiff:{tmp_path}/data", "--test", "0.25", "--epochs", "1",
+        "--head", "linear", "--from-scratch",
+    )  # fmt: skip
+    assert (metrics["train"], metrics["test"]) == (3, 1)
+    (written,) = (run / "predictions").iterdir()
+    with rasterio.open(written) as file:
+        assert (file.crs, file.transform) == tuple(place.values())
+        assert (file.read(1) == mask).mean() == pytest.approx(metrics["aacc"] / 100, abs=1e-4)
+    model = load_segmentation(run)
+    assert model.encoder.data_config["bands"] == tuple(f"band{i}" for i in range(1, 6))
+    assert max(model.encoder.data_config["mean"]) > 1000
+    assert list((run / "images").glob("pictures-*.png"))
+
+
 # ------------------------------------------------------------------------- hostile data
 
 
@@ -229,6 +301,10 @@ def test_one_class_in_all_pictures_is_a_result(tmp_path, encoder, data):
         (["--ema", "0.9"], "ema averages the encoder, and not the head"),
         (["--norm", "batch", "--batch-size", "1"], "norm batch needs two crops"),
         (["--eval-only"], "holds no segmentation.safetensors"),
+        (["--hflip", "2"], "hflip is 2; it must be 0 to 1"),
+        (["--drop-path", "1.5"], "drop_path is 1.5; it must be 0 to 1"),
+        (["--dice", "-1"], "dice is -1; it must be 0 or more"),
+        (["--channels", "-4"], "channels is -4; it must be 0 or more"),
     ],
 )
 def test_a_mistake_is_told_in_one_line(more, message, encoder, data, capsys, monkeypatch):

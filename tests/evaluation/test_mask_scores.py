@@ -117,6 +117,10 @@ def test_a_drawing_has_a_row_a_picture_and_a_legend():
         assert (sheet == wanted).all(-1).sum() > 100
 
 
+def test_nothing_to_draw_is_an_empty_sheet():
+    assert draw([], NAMES, class_colours(4).numpy()).width > 100
+
+
 def test_colours_are_all_different():
     colours = class_colours(255)
     assert colours.shape == (256, 3)

@@ -85,6 +85,37 @@ def test_the_papers_heads_have_their_number_of_parameters(dim):
     assert count(SimpleFeaturePyramid(d, 16)) == levels + doublings
 
 
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+def test_upernet_is_that_of_transformers(training):
+    """The same weights give the same logits, and the same gradient to all of them."""
+    theirs_of = pytest.importorskip("transformers.models.upernet.modeling_upernet")
+    from transformers import ResNetConfig, UperNetConfig
+
+    stages = [f"stage{i}" for i in range(1, 5)]
+    config = UperNetConfig(
+        hidden_size=8, num_labels=5, backbone_config=ResNetConfig(out_features=stages)
+    )
+    widths = [4, 6, 8, 10]
+    theirs, ours = theirs_of.UperNetHead(config, widths), UPerNet(widths, 5, 8, dropout=0.0)
+    # Modules in the order of ours.
+    parts = [*(block[1] for block in theirs.psp_modules), theirs.bottleneck,
+             *theirs.lateral_convs, *theirs.fpn_convs, theirs.fpn_bottleneck]  # fmt: skip
+    pairs = [(part.conv, part.batch_norm) for part in parts]
+    order = [layer for pair in pairs for layer in pair] + [theirs.classifier]
+    layers = [m for m in ours.modules() if isinstance(m, nn.Conv2d | nn.BatchNorm2d)]
+    for mine, other in zip(layers, order, strict=True):
+        for parameter in other.parameters():
+            nn.init.normal_(parameter, std=0.3)
+        mine.load_state_dict(other.state_dict())
+    maps = [torch.randn(2, c, 13 // 2**i + 1, 20 // 2**i) for i, c in enumerate(widths)]
+    answers = [head.train(training)(maps) for head in (ours, theirs)]
+    torch.testing.assert_close(*answers)
+    for answer in answers:
+        answer.sin().sum().backward()
+    for mine, other in zip(layers, order, strict=True):
+        torch.testing.assert_close(mine.weight.grad, other.weight.grad, atol=1e-4, rtol=1e-3)
+
+
 @pytest.mark.parametrize("head", ["upernet", "pyramid", "linear"])
 @pytest.mark.parametrize("size", [(32, 32), (16, 48)], ids=str)
 def test_the_gradient_reaches_every_parameter(head, size):

@@ -93,20 +93,18 @@ class CocoObjects:
                 f"the picture has {width}×{height} pixels, its annotations are for "
                 f"{image['width']}×{image['height']}",
             )
-        single = [a for a in self.annotations(row) if not a.get("iscrowd")]
+        every = self.annotations(row)
+        single = [a for a in every if not a.get("iscrowd")]
         boxes = [clipped(a["bbox"], width, height) for a in single]
         found: dict[str, np.ndarray] = {
             "boxes": np.array(boxes, np.float32).reshape(-1, 4),
             "box_labels": np.array([self._number[a["category_id"]] for a in single], np.int64),
         }
         if self.outlines:
-            masks = np.zeros((len(single), height, width), np.uint8)
-            for i, annotation in enumerate(single):
-                try:
-                    masks[i] = rasterise(annotation["segmentation"], height, width)
-                except ValueError as error:
-                    raise BadImage(name, f"annotation {annotation.get('id')}: {error}") from error
-            found["masks"] = masks
+            # Crowds too: pycocotools, which judges by them, never ends on a broken one.
+            checked = [(a, _checked(a, name, height, width)) for a in every]
+            masks = [mask_tools().decode(rle) for a, rle in checked if not a.get("iscrowd")]
+            found["masks"] = np.stack(masks) if masks else np.zeros((0, height, width), np.uint8)
         return found
 
     def sizes(self, row: int) -> str:
@@ -246,27 +244,22 @@ def clipped(box: Any, width: int, height: int) -> tuple[float, float, float, flo
     """COCO's [left, top, width, height] -> left, top, right, bottom inside the picture; None for
     what is no box, or has no width or height there."""
     try:
-        left, top, wide, high = (float(value) for value in box)
+        left, top, wide, high = box
+        if not all(map(math.isfinite, (left, top, wide, high))):
+            return None
     except (TypeError, ValueError):
-        return None
-    if not all(map(math.isfinite, (left, top, wide, high))):
         return None
     right, bottom = min(left + wide, width), min(top + high, height)
     left, top = max(left, 0.0), max(top, 0.0)
     return (left, top, right, bottom) if right > left and bottom > top else None
 
 
-def rasterise(outline: list | dict, height: int, width: int) -> np.ndarray:
-    """Polygons or an RLE, compressed or not, as a mask uint8 (height, width).
+def to_rle(outline: list | dict, height: int, width: int) -> dict[str, Any]:
+    """Polygons or an RLE, compressed or not, as pycocotools' RLE.
 
     Raises: ValueError for what cannot be an outline in such a picture; ImportError without
         pycocotools.
     """
-    return mask_tools().decode(to_rle(outline, height, width))
-
-
-def to_rle(outline: list | dict, height: int, width: int) -> dict[str, Any]:
-    """The same as pycocotools' RLE. Raises: as `rasterise`."""
     tools = mask_tools()
     if isinstance(outline, list):
         try:
@@ -291,6 +284,14 @@ def to_rle(outline: list | dict, height: int, width: int) -> dict[str, Any]:
     return {"size": [height, width], "counts": counts}
 
 
+def _checked(annotation: dict[str, Any], name: str, height: int, width: int) -> dict[str, Any]:
+    """Its outline as an RLE. Raises: BadImage for one that cannot be."""
+    try:
+        return to_rle(annotation["segmentation"], height, width)
+    except ValueError as error:
+        raise BadImage(name, f"annotation {annotation.get('id')}: {error}") from error
+
+
 def mask_tools() -> Any:
     """`pycocotools.mask`. Raises: ImportError that says how to get it."""
     try:
@@ -303,7 +304,8 @@ def mask_tools() -> Any:
 
 
 def ground_truth(data: ImageData, indices: Iterable[int]) -> dict[str, Any]:
-    """What pycocotools judges by: the file's own entries for these pictures, crowds too.
+    """What pycocotools judges by: the file's own entries for these pictures, crowds too, with
+    outlines as RLE.
 
     Images and categories keep their ids, so results fit the file they came from; annotations are
     numbered from 1 on, since pycocotools takes an object of id 0 for one that is never found.
@@ -316,19 +318,24 @@ def ground_truth(data: ImageData, indices: Iterable[int]) -> dict[str, Any]:
         image, entries = data.annotated(index)
         images.append(image)
         for entry in entries:
+            outline: dict[str, Any] = {}
             area = entry.get("area")
+            if data.has_outlines:
+                # Checked and bounded: pycocotools takes any outline as it comes.
+                rle = to_rle(entry["segmentation"], image["height"], image["width"])
+                area = float(mask_tools().area(rle)) if area is None else area
+                counts = rle["counts"]
+                text = counts.decode() if isinstance(counts, bytes) else counts
+                outline = {"segmentation": {"size": list(rle["size"]), "counts": text}}
             if area is None:
                 area = entry["bbox"][2] * entry["bbox"][3]
-                if entry["segmentation"] is not None:
-                    size = image["height"], image["width"]
-                    area = float(mask_tools().area(to_rle(entry["segmentation"], *size)))
             annotations.append(
                 {
                     "id": len(annotations) + 1, "image_id": image["id"],
                     "category_id": entry["category_id"], "bbox": entry["bbox"], "area": area,
                     "iscrowd": int(bool(entry.get("iscrowd"))),
                 }
-                | ({} if entry["segmentation"] is None else {"segmentation": entry["segmentation"]})
+                | outline
             )  # fmt: skip
     if len({image["id"] for image in images}) < len(images):
         raise ValueError(f"{data.name}: two pictures have one id; judge one split at a time.")

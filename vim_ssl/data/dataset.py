@@ -42,6 +42,12 @@ class Masks(Protocol):
         """Bytes of the file."""
         ...
 
+    def place(self, row: int, /) -> dict[str, Any]:
+        """For an item's ``meta``: of a plane its ``volume``, ``plane``, ``planes`` and ``spacing``
+        (see `vim_ssl.evaluation.volume_scores`); of a raster its file, ``raster``, and ``box``
+        there (left, top, width, height in pixels, None for all)."""
+        ...
+
 
 class Objects(Protocol):
     """Boxes and masks by row."""
@@ -151,7 +157,9 @@ class ImageData(Dataset):
             if self._captions is not None:
                 item["caption"] = self._captions[self._rows[index]]
             if self._masks is not None:
-                item["mask"] = self._masks.read(self._rows[index], item["image"].size)
+                image = item["image"]
+                size = image.shape[1::-1] if isinstance(image, np.ndarray) else image.size
+                item["mask"] = self._masks.read(self._rows[index], size)
             if self._objects is not None:
                 item |= self._objects.read(self._rows[index], item["image"].size)
         except BadImage as error:
@@ -162,6 +170,8 @@ class ImageData(Dataset):
             item["group"] = self.groups[index]
         if isinstance(picture, str | Path):
             item["meta"] = {"path": str(picture)}
+        elif self._masks is not None:
+            item["meta"] = self._masks.place(self._rows[index])
         return item
 
     def _decode(self, picture: str | Path | bytes | np.ndarray) -> Any:

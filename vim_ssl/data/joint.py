@@ -15,8 +15,8 @@ from torchvision.ops import masks_to_boxes
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from vim_ssl.data.images import clean_image
 from vim_ssl.data.masks import IGNORE
+from vim_ssl.data.transforms import ToChannels
 
 LONGEST = 4  # a long side is at most so many times the short side asked for
 ATTEMPTS = 10  # crops drawn until one has more than one class
@@ -32,13 +32,15 @@ class DensePixels:
     """
 
     def __init__(self, config: Mapping[str, Any], short_side: int = 0):
-        self.mode = channels_mode(config["input_size"][0])
+        self.to_channels = ToChannels(config)
         self.mean, self.std = list(config["mean"]), list(config["std"])
         self.short_side = short_side
 
-    def to_mode(self, image: Image.Image) -> Image.Image:
-        """In the encoder's channels, 8 bits each."""
-        return clean_image(image, self.mode)
+    def read(self, image: Image.Image | np.ndarray) -> Tensor:
+        """A picture, or bands (h, w, bands), in the encoder's channels: (c, h, w), uint8 of a
+        picture, float32 of bands."""
+        found = self.to_channels(image)
+        return found if isinstance(found, Tensor) else F.pil_to_tensor(found)
 
     def resized(self, size: tuple[int, int], scale: float = 1.0) -> list[int]:
         """(height, width) -> the same after resizing, times ``scale``."""
@@ -47,13 +49,13 @@ class DensePixels:
         return [max(round(side * scale), 1) for side in size]
 
     def normalise(self, image: Tensor) -> Tensor:
-        """uint8 (c, h, w) -> float32."""
+        """(c, h, w), see `read` -> float32."""
         return F.normalize(F.to_dtype(image, torch.float32, scale=True), self.mean, self.std)
 
-    def __call__(self, image: Image.Image) -> Tensor:
-        """PIL image -> float32 (c, h, w), normalised."""
-        pixels = F.pil_to_tensor(self.to_mode(image))
-        size = self.resized((image.height, image.width))
+    def __call__(self, image: Image.Image | np.ndarray) -> Tensor:
+        """A picture, or bands (h, w, bands) -> float32 (c, h, w), normalised."""
+        pixels = self.read(image)
+        size = self.resized((pixels.shape[1], pixels.shape[2]))
         return self.normalise(F.resize(pixels, size, antialias=True))
 
 
@@ -69,7 +71,8 @@ class DenseCrop:
         max_share: a crop is drawn again, ten times at most, while one class fills more than this
             of its labelled pixels.
         hflip: probability of mirroring left and right.
-        photometric: brightness, contrast, saturation and hue, each changed in half the samples.
+        photometric: brightness, contrast, saturation and hue, each changed in half the samples; not
+            of bands, whose values are measured.
     Returns, when called: ``image``, float32 (c, crop, crop), normalised, and ``mask``, int64
     (crop, crop).
     Reference: the settings of mmsegmentation's ADE20K recipes are scale 0.5 to 2, max_share 0.75.
@@ -92,9 +95,12 @@ class DenseCrop:
         self.max_share = max_share
         grey = round(255 * sum(self.pixels.mean) / len(self.pixels.mean))
         fill = [round(255 * m) for m in self.pixels.mean] if len(self.pixels.mean) == 3 else grey
-        self.crop = v2.RandomCrop(
-            crop, pad_if_needed=True, fill={tv_tensors.Image: fill, tv_tensors.Mask: IGNORE}
-        )
+        self.crops = {
+            kind: v2.RandomCrop(
+                crop, pad_if_needed=True, fill={tv_tensors.Image: value, tv_tensors.Mask: IGNORE}
+            )
+            for kind, value in ((torch.uint8, fill), (torch.float32, self.pixels.mean))
+        }
         self.flip = v2.RandomHorizontalFlip(hflip)
         changes = [{"brightness": 32 / 255}, {"contrast": 0.5}, {"saturation": 0.5}, {"hue": 0.1}]
         self.recolour = v2.Compose(
@@ -104,17 +110,19 @@ class DenseCrop:
         )
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Tensor]:
-        image = tv_tensors.Image(F.pil_to_tensor(self.pixels.to_mode(item["image"])))
+        image = tv_tensors.Image(self.pixels.read(item["image"]))
         mask = tv_tensors.Mask(torch.from_numpy(np.ascontiguousarray(item["mask"])))
         factor = float(torch.empty(()).uniform_(*self.scale))
         size = self.pixels.resized(tuple(mask.shape), factor)
         image, mask = F.resize(image, size, antialias=True), F.resize(mask, size)
         for _ in range(ATTEMPTS):
-            picture, truth = self.crop(image, mask)
+            picture, truth = self.crops[image.dtype](image, mask)
             if _largest_share(truth) <= self.max_share:
                 break
         picture, truth = self.flip(picture, truth)
-        picture = self.pixels.normalise(self.recolour(picture))
+        if picture.dtype == torch.uint8:
+            picture = self.recolour(picture)
+        picture = self.pixels.normalise(picture)
         return {"image": picture.as_subclass(Tensor), "mask": truth.as_subclass(Tensor).long()}
 
 
@@ -153,7 +161,7 @@ class LargeScaleJitter:
         self.flip = v2.RandomHorizontalFlip(hflip)
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        image = tv_tensors.Image(F.pil_to_tensor(self.pixels.to_mode(item["image"])))
+        image = tv_tensors.Image(self.pixels.read(item["image"]))
         boxes = tv_tensors.BoundingBoxes(
             torch.from_numpy(item["boxes"]), format="XYXY", canvas_size=image.shape[-2:]
         )  # type: ignore[call-overload]
@@ -202,7 +210,7 @@ def on_canvas(pixels: DensePixels, image: Image.Image, side: int) -> tuple[Tenso
         that the picture has in it.
     """
     size = fitted((image.height, image.width), side)
-    resized = F.resize(F.pil_to_tensor(pixels.to_mode(image)), size, antialias=True)
+    resized = F.resize(pixels.read(image), size, antialias=True)
     return F.pad(pixels.normalise(resized), [0, 0, side - size[1], side - size[0]]), size
 
 
@@ -217,11 +225,3 @@ def _largest_share(mask: Tensor) -> float:
     """Of the labelled pixels, the share of the most frequent class; 1 where none is labelled."""
     counts = torch.bincount(mask.flatten(), minlength=IGNORE + 1)[:IGNORE]
     return float(counts.max() / counts.sum()) if counts.any() else 1.0
-
-
-def channels_mode(in_chans: int) -> str:
-    if in_chans not in (1, 3):
-        raise ValueError(
-            f"The encoder takes {in_chans} channels; pictures have 1 (grey) or 3 (colour)."
-        )
-    return "L" if in_chans == 1 else "RGB"

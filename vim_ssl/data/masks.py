@@ -1,8 +1,9 @@
 """Pictures with a mask each, which says what every pixel shows: a plain folder, and ADE20K."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -13,7 +14,9 @@ from vim_ssl.data.images import BadImage
 from vim_ssl.data.spec import DataSpec, pick_split
 
 IGNORE = 255  # the number of a pixel that nobody has labelled
-LOSSLESS = (".bmp", ".gif", ".png", ".tif", ".tiff")
+# Not GIF: writers put its palette in another order, and a number is a place in the palette.
+LOSSLESS = (".bmp", ".png", ".tif", ".tiff")
+FEW_BITS = {"L;2": 85, "L;4": 17}  # by what Pillow stretches grey of two and four bits to 0 to 255
 ADE20K_CLASSES = 150
 
 
@@ -36,24 +39,39 @@ class MaskFiles(FilePictures):
 
         Raises: BadImage for a file that is none, another size, or a number that is no class.
         """
-        values = read_mask(self[row])
-        if values.shape != (size[1], size[0]):
-            height, width = values.shape
-            raise BadImage(
-                self.names[row],
-                f"the mask has {width}×{height} pixels, its picture {size[0]}×{size[1]}",
-            )
         first = int(self.zero_is_none)
-        wrong = (values != IGNORE) & (values >= self.classes + first)
-        if wrong.any():
-            raise BadImage(
-                self.names[row],
-                f"the mask holds the number {values[wrong][0]}; there are {self.classes} classes, "
-                f"{first} to {self.classes - 1 + first}, and {IGNORE} for pixels without one",
-            )
+        values = checked(read_mask(self[row]), size, self.names[row], self.classes, first)
         if self.zero_is_none:
             values = np.where((values == 0) | (values == IGNORE), IGNORE, values - 1)
         return values.astype(np.uint8)
+
+    def place(self, row: int) -> dict[str, Any]:
+        return {}
+
+
+def checked(
+    values: np.ndarray, size: tuple[int, int], name: str, classes: int, first: int = 0
+) -> np.ndarray:
+    """A mask that fits its picture of ``size`` (width, height).
+
+    Args:
+        name: of its file, for messages.
+        classes: how many there are, the numbers from ``first`` on.
+    Raises: BadImage for another size, or a number that is no class.
+    """
+    if values.shape != (size[1], size[0]):
+        height, width = values.shape
+        raise BadImage(
+            name, f"the mask has {width}×{height} pixels, its picture {size[0]}×{size[1]}"
+        )
+    wrong = (values != IGNORE) & (values >= classes + first)
+    if wrong.any():
+        raise BadImage(
+            name,
+            f"the mask holds the number {values[wrong][0]}; there are {classes} classes, "
+            f"{first} to {classes - 1 + first}, and {IGNORE} for pixels without one",
+        )
+    return values
 
 
 def read_mask(path: str | Path) -> np.ndarray:
@@ -71,7 +89,9 @@ def read_mask(path: str | Path) -> np.ndarray:
                     f"a mask of mode {image.mode}; expected one class number a pixel, in a grey "
                     "or palette file",
                 )
-            values = np.asarray(image)
+            packed = image.tile[0][3] if image.tile else ""
+            packed = packed[0] if isinstance(packed, tuple) else packed
+            values = np.asarray(image) // FEW_BITS.get(str(packed), 1)
     except BadImage:
         raise
     except Exception as error:  # a broken file makes decoders raise nearly anything
@@ -82,7 +102,7 @@ def read_mask(path: str | Path) -> np.ndarray:
 def open_masks(spec: DataSpec) -> ImageData:
     """Open ``images/`` and ``masks/``, files of the same names; split folders in both if any.
 
-    A mask is a grey or palette file without loss (PNG, TIFF, BMP, GIF), its numbers the classes
+    A mask is a grey or palette file without loss (PNG, TIFF, BMP), its numbers the classes
     from 0; `IGNORE` (255) is no class. ``classes.txt`` names them, one a line; without it all
     masks are read once to see how many there are. ``group=folder``: as for a plain folder.
 
@@ -90,11 +110,7 @@ def open_masks(spec: DataSpec) -> ImageData:
     """
 
     def classes(root: Path, names: list[str]) -> list[str]:
-        file = root / "classes.txt"
-        if file.exists():
-            lines = (line.strip() for line in file.read_text(encoding="utf-8").splitlines())
-            return [line for line in lines if line]
-        return _classes_in_use(root / "masks", names)
+        return named_classes(root, root / "masks", names, lambda path: np.unique(read_mask(path)))
 
     return _open(spec, "masks", classes)
 
@@ -133,8 +149,6 @@ def _open(
     names = find_pictures(root / "images", str(root / "images"))
     masks = _masks_of(names, root, masks_folder)
     classes = find_classes(root, masks)
-    if not 2 <= len(classes) <= IGNORE:
-        raise ValueError(f"{root} has {len(classes)} classes; expected 2 to {IGNORE}.")
     parts = by_split(names)
     splits = [split for split in parts if split]
     split = pick_split(spec.split, splits, f"The folder {root}")
@@ -163,34 +177,90 @@ def _check_folders(root: Path, masks_folder: str) -> None:
 
 def _masks_of(names: Sequence[str], root: Path, folder: str) -> list[str]:
     """Each picture's mask file. Raises: FileNotFoundError naming the pictures without any."""
-    found: dict[str, str] = {}
-    for name in find_pictures(root / folder, str(root / folder)):
-        stem, extension = os.path.splitext(name)
+    masks = find_pictures(root / folder, str(root / folder))
+    for name in masks:
+        extension = os.path.splitext(name)[1]
         if extension.lower() not in LOSSLESS:
             raise ValueError(
                 f"{root / folder / name}: class numbers do not survive in a {extension} file; "
                 f"save masks as PNG (known are {' '.join(LOSSLESS)})."
             )
-        if stem in found:
-            raise ValueError(f"{root / folder} has two masks {found[stem]} and {name}; keep one.")
-        found[stem] = name
-    missing = [name for name in names if os.path.splitext(name)[0] not in found]
+    return paired(names, masks, root / "images", root / folder)
+
+
+def paired(
+    names: Sequence[str],
+    masks: Sequence[str],
+    images_folder: Path,
+    masks_folder: Path,
+    endings: Sequence[str] = (),
+) -> list[str]:
+    """Each picture's mask: the file of its name but for the ending (of those, or the last).
+
+    Raises: FileNotFoundError naming the pictures without any; ValueError for two of one name.
+    """
+
+    def stem(name: str) -> str:
+        ending = next((e for e in endings if name.lower().endswith(e)), os.path.splitext(name)[1])
+        return name.removesuffix(name[len(name) - len(ending) :])
+
+    found: dict[str, str] = {}
+    for name in masks:
+        if (other := found.setdefault(stem(name), name)) != name:
+            raise ValueError(f"{masks_folder} has two masks {other} and {name}; keep one.")
+    # Of several channels nnU-Net calls the first _0000.
+    wanted = [
+        next((s for s in (stem(n), stem(n).removesuffix("_0000")) if s in found), "") for n in names
+    ]
+    missing = [name for name, of in zip(names, wanted, strict=True) if not of]
     if missing:
         some = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
         raise FileNotFoundError(
-            f"{len(missing)} of {len(names)} pictures in {root / 'images'} have no mask of their "
-            f"name in {root / folder}: {some}"
+            f"{len(missing)} of {len(names)} pictures in {images_folder} have no mask of their "
+            f"name in {masks_folder}: {some}"
         )
-    return [found[os.path.splitext(name)[0]] for name in names]
+    return [found[of] for of in wanted]
 
 
-def _classes_in_use(folder: Path, names: Sequence[str]) -> list[str]:
+def mask_folders(root: str) -> tuple[Path, Path] | None:
+    """The folders of the pictures and of their masks, where there are both."""
+    top = Path(root).expanduser()
+    for pair in (("images", "masks"), ("images", "labels"), ("imagesTr", "labelsTr")):
+        images, masks = (top / name for name in pair)
+        if images.is_dir() and masks.is_dir():
+            return images, masks
+    return None
+
+
+def named_classes(
+    root: Path, folder: Path, names: Iterable[str], numbers: Callable[[Path], np.ndarray]
+) -> list[str]:
+    """The lines of ``classes.txt`` in ``root``; without it the numbers in use in ``folder``.
+
+    Args:
+        names: of the masks in ``folder``. numbers: those that a mask holds; may raise BadImage.
+    Raises: ValueError for fewer than 2 classes or more than 255.
+    """
+    file = root / "classes.txt"
+    if file.exists():
+        lines = (line.strip() for line in file.read_text(encoding="utf-8").splitlines())
+        classes = [line for line in lines if line]
+    else:
+        classes = _classes_in_use(folder, names, numbers)
+    if not 2 <= len(classes) <= IGNORE:
+        raise ValueError(f"{root} has {len(classes)} classes; expected 2 to {IGNORE}.")
+    return classes
+
+
+def _classes_in_use(
+    folder: Path, names: Iterable[str], numbers: Callable[[Path], np.ndarray]
+) -> list[str]:
     """The numbers from 0 to the largest in these masks, as names; files that are broken are left
     for later."""
     used: set[int] = set()
     for name in names:
         try:
-            used.update(np.unique(read_mask(folder / name)).tolist())
+            used.update(numbers(folder / name).tolist())
         except BadImage:
             continue
     if used - {IGNORE} in (set(), {0}):
@@ -200,4 +270,9 @@ def _classes_in_use(folder: Path, names: Sequence[str]) -> list[str]:
             f"The masks in {folder} hold {seen} and so no two classes; classes are 0, 1, 2 …, and "
             f"{IGNORE} means that a pixel has none.{white}"
         )
-    return [str(i) for i in range(max(used - {IGNORE}) + 1)]
+    if (most := max(used - {IGNORE})) >= IGNORE:
+        raise ValueError(
+            f"The masks in {folder} hold the number {most}; classes are 0 to {IGNORE - 1}, and "
+            f"{IGNORE} means that a pixel has none."
+        )
+    return [str(i) for i in range(most + 1)]

@@ -4,6 +4,7 @@ import glob
 import os
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.folder import read_layout
 from vim_ssl.data.images import BadImage
+from vim_ssl.data.masks import IGNORE, checked, mask_folders, named_classes, paired
 from vim_ssl.data.samples import user_cache
 from vim_ssl.data.spec import DataSpec
 from vim_ssl.data.window import Window, to_8bit
@@ -30,14 +32,20 @@ def open_nifti(spec: DataSpec) -> ImageData:
     volumes in time the first is read. Values from the 0.5th to the 99.5th percentile of the volume
     become 0 to 255; ``window=LOW,HIGH`` (values, such as HU) or ``1%,99%`` sets others.
 
-    The group is the volume. The ids are ``path/plane``. ``label=folder`` takes the outermost
+    Where the folder holds ``images/`` and ``masks/`` (or ``images/`` and ``labels/``, ``imagesTr/``
+    and ``labelsTr/``) with volumes of the same names, each plane has a mask of class numbers, 255
+    for none, named by ``classes.txt`` as those of ``masks:`` are; ``label=none`` leaves them out.
+    A volume whose mask has another shape or lies elsewhere is left out and named in ``faults``.
+
+    The group is the volume; with ``group=folder`` the folder it is in, such as a patient's. The ids
+    are ``path/plane``. ``label=folder`` takes the outermost
     folder as the class; folders named train, val and test, and no others, are splits.
 
     A volume is unpacked once, windowed, into the user's cache, when its first plane is read.
 
     Raises: ImportError without nibabel; FileNotFoundError; ValueError when there is no volume.
     """
-    spec.takes("label", "axis", "window")
+    spec.takes("label", "axis", "window", "group")
     nibabel = import_nibabel()
     source = f"nifti:{spec.location}"
     axis = int(spec.axis) if spec.axis in ("0", "1", "2") else 2
@@ -45,28 +53,49 @@ def open_nifti(spec: DataSpec) -> ImageData:
         raise ValueError(f"{source}: axis={spec.axis} is none of 0, 1 and 2.")
     if spec.label not in (None, "none", "folder"):
         raise ValueError(f"{source}: label={spec.label} is nothing it has; it takes label=folder.")
+    if spec.group not in (None, "folder"):
+        raise ValueError(f"{source}: group={spec.group} is nothing it has; it takes group=folder.")
     window = Window.parse(spec.window) if spec.window else DEFAULT_WINDOW
-    root, names = _find(spec.location)
+    folders = mask_folders(spec.location) if spec.label != "folder" else None
+    root, names = _find(str(folders[0]) if folders else spec.location)
+    mask_of: dict[str, str] = {}
+    if folders and spec.label is None:
+        masks = _find(str(folders[1]))[1]
+        mask_of = dict(zip(names, paired(names, masks, *folders, ENDINGS), strict=True))
 
     planes: dict[str, int] = {}
+    spacing: dict[str, tuple[float, ...]] = {}
     faults = []
     for name in names:
         try:
             image = nibabel.load(root / name)
             planes[name] = _canonical_shape(image)[axis]
+            spacing[name] = _spacing(image, axis)
+            if folders and mask_of:
+                _check_same_place(image, nibabel.load(folders[1] / mask_of[name]))
         except Exception as error:  # a broken file makes readers raise nearly anything
+            planes.pop(name, None)
             faults.append(f"{name} cannot be read ({type(error).__name__}: {error})")
     if not planes:
         raise ValueError(f"{source}: none of {len(names)} volumes can be read: {faults[0]}")
 
+    classes = None
+    if folders and mask_of:
+        top = Path(spec.location).expanduser()
+        classes = named_classes(top, folders[1], (mask_of[name] for name in planes), _numbers)
     found = read_layout(list(planes), spec.split, spec.label or "none", str(root))
     rows = [(name, plane) for name in found.names for plane in range(planes[name])]
     class_of = dict(zip(found.names, found.labels or (), strict=False))
+    masks_of_rows = None
+    if folders and classes:
+        parts = {name: Part(mask_of[name], planes[name], spacing[name]) for name in found.names}
+        masks_of_rows = PlaneMasks(str(folders[1]), rows, parts, axis, len(classes))
     return ImageData(
         PlanePictures(str(root), rows, axis, window),
         [f"{name}/{plane:04d}" for name, plane in rows],
         name=str(spec), labels=[class_of[name] for name, _ in rows] if class_of else None,
-        classes=found.classes, groups=[name for name, _ in rows], splits=found.splits,
+        classes=classes or found.classes, masks=masks_of_rows, splits=found.splits,
+        groups=[name.rpartition("/")[0] if spec.group else name for name, _ in rows],
         split=found.split, faults=faults,
     )  # fmt: skip
 
@@ -93,12 +122,75 @@ class PlanePictures:
             volume = _volume(os.path.join(self.root, name), self.window)
         except Exception as error:  # a broken file makes readers raise nearly anything
             raise BadImage(name, f"the volume cannot be read ({error})") from error
-        return np.array(volume.take(plane, self.axis)[:, ::-1].T)
+        return _upright(volume, plane, self.axis)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Of a volume: its mask's file, how many planes it has, and the millimetres between planes,
+    rows and columns."""
+
+    mask: str
+    planes: int
+    spacing: tuple[float, ...]
+
+
+class PlaneMasks:
+    """The masks of such planes."""
+
+    def __init__(
+        self, root: str, planes: Sequence[tuple[str, int]], parts: dict[str, Part], axis: int,
+        classes: int,
+    ):  # fmt: skip
+        self.root, self.planes, self.parts, self.axis = root, planes, parts, axis
+        self.classes = classes
+
+    def sizes(self, row: int) -> int:
+        """Bytes of the file; -1 when it is gone."""
+        try:
+            return os.path.getsize(self._path(row))
+        except OSError:
+            return -1
+
+    def read(self, row: int, size: tuple[int, int]) -> np.ndarray:
+        """As `vim_ssl.data.masks.MaskFiles.read`."""
+        name, plane = self.planes[row]
+        try:
+            volume = _volume(self._path(row), None)
+        except Exception as error:  # a broken file makes readers raise nearly anything
+            raise BadImage(name, f"the mask cannot be read ({error})") from error
+        return checked(_upright(volume, plane, self.axis), size, name, self.classes)
+
+    def place(self, row: int) -> dict[str, Any]:
+        """As `vim_ssl.evaluation.volume_scores.VolumeScores.add` takes it."""
+        name, plane = self.planes[row]
+        part = self.parts[name]
+        return {"volume": name, "plane": plane, "planes": part.planes, "spacing": part.spacing}
+
+    def _path(self, row: int) -> str:
+        return os.path.join(self.root, self.parts[self.planes[row][0]].mask)
+
+
+def _upright(volume: np.ndarray, plane: int, axis: int) -> np.ndarray:
+    return np.array(volume.take(plane, axis)[:, ::-1].T)
+
+
+def _numbers(path: Path) -> np.ndarray:
+    """The class numbers in a volume, plane by plane: a count of all at once takes much memory."""
+    try:
+        volume = _volume(str(path), None)
+    except Exception as error:  # a broken file makes readers raise nearly anything
+        raise BadImage(path.name, str(error)) from error
+    return np.unique(np.concatenate([np.unique(plane) for plane in volume]))
 
 
 @lru_cache(maxsize=64)
-def _volume(path: str, window: Window) -> np.ndarray:
-    """uint8 (x, y, z) in canonical axes, from the cache."""
+def _volume(path: str, window: Window | None) -> np.ndarray:
+    """uint8 (x, y, z) in canonical axes, from the cache: grey, or without a window the numbers as
+    they are.
+
+    Raises: ValueError for values that are no class numbers.
+    """
     found = os.stat(path)
     key = repr((os.path.abspath(path), found.st_size, found.st_mtime_ns, window))
     place = user_cache() / "nifti" / f"{blake2b(key.encode(), digest_size=12).hexdigest()}.npy"
@@ -106,7 +198,7 @@ def _volume(path: str, window: Window) -> np.ndarray:
         nibabel = import_nibabel()
         image = nibabel.as_closest_canonical(nibabel.load(path))
         values = np.asarray(image.dataobj[(..., *[0] * (image.ndim - 3))], dtype=np.float32)
-        grey = to_8bit(values, *window.limits(values))
+        grey = to_8bit(values, *window.limits(values)) if window else _class_numbers(values)
         place.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=place.parent, suffix=".partial", delete=False) as new:
             np.save(new, grey)
@@ -121,6 +213,44 @@ def import_nibabel() -> Any:
     except ImportError as error:
         raise ImportError("nifti: data needs nibabel: pip install 'vim-ssl[medical]'") from error
     return nibabel
+
+
+def _class_numbers(values: np.ndarray) -> np.ndarray:
+    whole = np.rint(values)
+    good = (np.abs(values - whole) < 1e-3) & (whole >= 0) & (whole <= IGNORE)  # NaN is not
+    if not good.all():
+        raise ValueError(
+            f"it holds {values[~good][0]:g}; a mask's values are whole numbers from 0 to {IGNORE}"
+        )
+    return whole.astype(np.uint8)
+
+
+def _canonical_affine(image: Any) -> np.ndarray:
+    """From places in canonical axes to the scanner's millimetres."""
+    import nibabel
+
+    turned = nibabel.io_orientation(image.affine)
+    return image.affine @ nibabel.orientations.inv_ornt_aff(turned, image.shape[:3])
+
+
+def _spacing(image: Any, axis: int) -> tuple[float, ...]:
+    """Millimetres from plane to plane across ``axis``, row to row and column to column."""
+    import nibabel
+
+    unit = {"meter": 1e3, "micron": 1e-3}.get(image.header.get_xyzt_units()[0], 1.0)
+    sizes = [unit * float(s) for s in nibabel.affines.voxel_sizes(_canonical_affine(image))]
+    columns, rows = (sizes[other] for other in range(3) if other != axis)
+    return sizes[axis], rows, columns
+
+
+def _check_same_place(image: Any, mask: Any) -> None:
+    """Raises: ValueError for a mask of another shape or place than its volume."""
+    shapes = [_canonical_shape(x) for x in (image, mask)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"its mask has {shapes[1]} voxels, the volume {shapes[0]}")
+    here, there = _canonical_affine(image), _canonical_affine(mask)
+    if np.abs(here - there).max() > 0.05 * np.abs(here[:3, :3]).max():
+        raise ValueError("its mask lies elsewhere: their affines differ")
 
 
 def _canonical_shape(image: Any) -> tuple[int, int, int]:

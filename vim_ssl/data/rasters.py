@@ -17,6 +17,7 @@ import numpy as np
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.folder import EXTENSIONS, FilePictures, read_layout
 from vim_ssl.data.images import BadImage
+from vim_ssl.data.masks import IGNORE, checked, mask_folders, named_classes, paired
 from vim_ssl.data.spec import DataSpec, near, pick_split
 
 TIFFS = (".tif", ".tiff")
@@ -130,6 +131,103 @@ class RasterPictures:
             )
 
 
+class RasterMasks:
+    """The masks of such tiles, each of one file."""
+
+    def __init__(
+        self, root: str, pictures: str, tiles: Sequence[Tile], mask_of: dict[str, str], classes: int
+    ):
+        self.root, self.pictures, self.tiles, self.mask_of = root, pictures, tiles, mask_of
+        self.classes = classes
+
+    def sizes(self, row: int) -> int:
+        """Bytes of the file; -1 when it is gone."""
+        try:
+            return os.path.getsize(os.path.join(self.root, self._name(row)))
+        except OSError:
+            return -1
+
+    def read(self, row: int, size: tuple[int, int]) -> np.ndarray:
+        """As `vim_ssl.data.masks.MaskFiles.read`."""
+        name = self._name(row)
+        values = _class_numbers(os.path.join(self.root, name), self.tiles[row].box)
+        return checked(values, size, name, self.classes).astype(np.uint8)
+
+    def place(self, row: int) -> dict[str, Any]:
+        """``raster`` (its path), ``name`` (below the root) and ``box``: see `write_labels`."""
+        name = self.tiles[row].bands[0][0]
+        path = os.path.join(self.pictures, name)
+        return {"raster": path, "name": name, "box": self.tiles[row].box}
+
+    def _name(self, row: int) -> str:
+        return self.mask_of[self.tiles[row].bands[0][0]]
+
+
+def _class_numbers(path: str | Path, box: tuple[int, int, int, int] | None = None) -> np.ndarray:
+    """The first band as uint32 (h, w), `IGNORE` where the file has no data. Raises: BadImage."""
+    import_rasterio()
+    from rasterio.windows import Window
+
+    name = os.path.basename(path)
+    try:
+        with _opened(path) as file:
+            found = file.read(1, window=Window(*box) if box else None, masked=True)
+    except Exception as error:  # a broken file makes readers raise nearly anything
+        raise BadImage(name, f"the mask cannot be read: {error}") from error
+    values = np.where(np.ma.getmaskarray(found), IGNORE, found.data)
+    good = (values >= 0) & (values < 2**32) & (values == np.floor(values))  # NaN is not
+    if not good.all():
+        raise BadImage(name, f"the mask holds {values[~good][0]:g}, which is no class number")
+    return values.astype(np.uint32)
+
+
+def _numbers(path: Path) -> np.ndarray:
+    return np.unique(_class_numbers(path))
+
+
+def _check_same_place(file: Any, path: Path) -> None:
+    """Raises: BadImage for a mask of another size or place than the open raster."""
+    with _opened(path) as mask:
+        if (mask.width, mask.height) != (file.width, file.height):
+            raise BadImage(
+                path.name,
+                f"the mask has {mask.width}×{mask.height} pixels, its raster "
+                f"{file.width}×{file.height}",
+            )
+        at = file.transform
+        pixel = max(map(abs, (at.a, at.b, at.d, at.e)))
+        apart = np.abs(np.subtract(mask.transform, file.transform)).max()
+        if mask.crs and file.crs and (mask.crs != file.crs or apart > 0.05 * pixel):
+            raise BadImage(path.name, "the mask lies elsewhere than its raster")
+
+
+def write_labels(
+    path: Path, like: str, box: tuple[int, int, int, int] | None, labels: np.ndarray
+) -> None:
+    """Write class numbers, uint8 (h, w), as a GeoTIFF that lies where the raster ``like`` does.
+
+    Args:
+        box: of ``like`` that they are of (left, top, width, height), None for all. Boxes of one
+            raster come into one file, one after another; what none has written is no data, 255.
+    """
+    rasterio = import_rasterio()
+    from rasterio.windows import Window
+
+    with _opened(like) as file:
+        profile = {"width": file.width, "height": file.height, "crs": file.crs,
+                   "transform": file.transform, "driver": "GTiff", "count": 1, "dtype": "uint8",
+                   "nodata": IGNORE, "compress": "deflate"}  # fmt: skip
+    new = True
+    if box and path.exists():
+        with _opened(path) as written:
+            new = (written.width, written.height) != (profile["width"], profile["height"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+        with rasterio.open(path, "w", **profile) if new else rasterio.open(path, "r+") as file:
+            file.write(labels, 1, window=Window(*box) if box else None)
+
+
 def open_geotiff(spec: DataSpec) -> ImageData:
     """Open ``geotiff:PATTERN``: a file, a folder (at any depth) or a glob, of rasters that have
     the same bands.
@@ -140,6 +238,11 @@ def open_geotiff(spec: DataSpec) -> ImageData:
     file. The ids are the paths, with the tile's row and column. ``label=folder`` takes the
     outermost folder as the class; folders named train, val and test, and no others, are splits.
 
+    Where the folder holds ``images/`` and ``masks/`` (or ``labels/``) with rasters of the same
+    names, each picture has a mask, of the first band's class numbers; 255, and what the file marks
+    as no data, is none. ``classes.txt`` names them as for ``masks:``; ``label=none`` leaves them
+    out. A raster whose mask has another size or place is left out and named in ``faults``.
+
     Raises: ImportError without rasterio; FileNotFoundError; ValueError for a band or tile that
         the files do not have, and for files of other bands or another unit than the first.
     """
@@ -148,7 +251,12 @@ def open_geotiff(spec: DataSpec) -> ImageData:
     rasterio = import_rasterio()
     if spec.label not in (None, "none", "folder"):
         raise ValueError(f"{source}: label={spec.label} is nothing it has; it takes label=folder.")
-    root, names = _find(spec.location)
+    folders = mask_folders(spec.location) if spec.label != "folder" else None
+    root, names = _find(str(folders[0]) if folders else spec.location)
+    mask_of: dict[str, str] = {}
+    if folders and spec.label is None:
+        mask_names = _find(str(folders[1]))[1]
+        mask_of = dict(zip(names, paired(names, mask_names, *folders), strict=True))
     found = read_layout(names, spec.split, spec.label or "none", str(root))
     class_of = dict(zip(found.names, found.labels or (), strict=False))
     numbers: list[int] = []
@@ -164,7 +272,9 @@ def open_geotiff(spec: DataSpec) -> ImageData:
                 names_here = [text or f"band{i}" for i, text in enumerate(file.descriptions, 1)]
                 width, height = file.width, file.height
                 kind = np.result_type(*file.dtypes)
-        except rasterio.errors.RasterioError as error:
+                if folders and mask_of:
+                    _check_same_place(file, folders[1] / mask_of[name])
+        except (rasterio.errors.RasterioError, BadImage) as error:
             faults.append(f"{name} cannot be read ({error})")
             continue
         if kind.kind == "c":
@@ -194,9 +304,15 @@ def open_geotiff(spec: DataSpec) -> ImageData:
         raise ValueError(
             f"{source}: of {len(found.names)} files none gives a picture: {faults[0]}."
         )
+    classes, masks = found.classes, None
+    if folders and mask_of:
+        used = [mask_of[name] for name in dict.fromkeys(groups)]
+        top = Path(spec.location).expanduser()
+        classes = named_classes(top, folders[1], used, _numbers)
+        masks = RasterMasks(str(folders[1]), str(root), tiles, mask_of, len(classes))
     return ImageData(
-        RasterPictures(str(root), tiles), ids, name=str(spec),
-        labels=[class_of[name] for name in groups] if class_of else None, classes=found.classes,
+        RasterPictures(str(root), tiles), ids, name=str(spec), masks=masks,
+        labels=[class_of[name] for name in groups] if class_of else None, classes=classes,
         groups=groups, bands=[own[number - 1] for number in numbers], splits=found.splits,
         split=found.split, faults=faults,
     )  # fmt: skip

@@ -193,8 +193,8 @@ def masked_parts(spec: str | Path, test: float, seed: int) -> tuple[ImageData, I
     everything = open_data(spec, split="all")
     if not everything.has_masks:
         raise ValueError(
-            f"{spec} has no masks; name a folder with images/ and masks/ as masks:FOLDER, or "
-            "ade20k:ROOT."
+            f"{spec} has no masks; name a folder with images/ and masks/ as masks:FOLDER "
+            "(nifti:FOLDER, geotiff:FOLDER), or ade20k:ROOT."
         )
     if held_out := _held_out(everything):
         return open_data(spec, split="train"), open_data(spec, split=held_out[0])
@@ -216,6 +216,11 @@ def boxed_parts(spec: str | Path, test: float, seed: int) -> tuple[ImageData, Im
     others = [open_data(spec, split=name) for name in held_out]
     other = next((o for o in others if any(map(o.box_count, range(len(o))))), others[0])
     check_same_categories(train.categories or [], [other.categories or []])
+    if both := set(train.ids) & set(other.ids):
+        _warn(
+            f"{spec}: {len(both):,} pictures are in both {train.split} and {other.split}, such as "
+            f"{min(both)}: what is found in them says little about others."
+        )
     return train, other
 
 

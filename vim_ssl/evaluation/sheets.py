@@ -23,7 +23,7 @@ def sheet(
         legend: colours (red, green, blue, 0 to 255) and what they stand for.
     """
     font = ImageFont.load_default(14)
-    column = max(80, *(panel.width for row in rows for panel in row))  # 80: the titles' width
+    column = max([80, *(panel.width for row in rows for panel in row)])  # 80: the titles' width
     width = len(titles) * column + (len(titles) + 1) * GAP
     places, x, y = [], GAP, GAP
     for colour, name in legend:  # wrapped into lines
