@@ -14,27 +14,23 @@ The paper's COCO result, 45.7 box AP and 39.2 mask AP for Vim-Ti, took 4 GPUs; h
 the presets here are not yet measured.
 """
 
-import json
 import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from vim_ssl import load_encoder
 from vim_ssl.cli import guarded
-from vim_ssl.config import check_between, opt, parse, to_dict
+from vim_ssl.config import check_between, opt, parse
 from vim_ssl.data import boxed_parts
 from vim_ssl.data.coco import mask_tools
 from vim_ssl.data.joint import LargeScaleJitter
-from vim_ssl.data.loader import SeededSamples
+from vim_ssl.dense import DenseConfig, DenseTask, fresh_encoder
 from vim_ssl.detection import HEADS, Detection, evaluate, load_detection
-from vim_ssl.runs import Run, environment, evaluation_folder, newest_run, stored_or, trained_on
-from vim_ssl.task_files import check_same_classes
-from vim_ssl.training import TrainConfig, fit, make_accelerator
+from vim_ssl.runs import newest_run, stored_or, trained_on
+from vim_ssl.training import make_accelerator
 
 # Of the 117,266 pictures of train2017 that show an object, in batches of 64.
 COCO_STEPS_AN_EPOCH = 1832
@@ -42,15 +38,12 @@ COCO_STEPS = 184_375
 
 
 @dataclass
-class Config(TrainConfig):
+class Config(DenseConfig):
     """Train an encoder to find objects."""
 
-    encoder: str = opt("", "run, checkpoint, preset or Hub id; default: the newest run", "data")
     data: str = opt("", "coco:ROOT", "data")
-    test: float = opt(0.2, "share held out if the data has no test split", "data")
     size: int = opt(128, "side of the square that pictures are laid on, pixels", "data")
     scale: tuple[float, float] = opt((0.5, 1.5), "range of resizing, of what fits", "data")
-    hflip: float = opt(0.5, "probability of mirroring", "data")
     empty: bool = opt(False, "train on pictures without an object too", "data")
     head: str = opt("cascade", "three box heads in a row, or one", "model", choices=HEADS)
     masks: bool = opt(True, "outlines too, where the data have them", "model")
@@ -61,26 +54,15 @@ class Config(TrainConfig):
     samples: int = opt(64, "proposals a picture on which the heads are trained", "model")
     score: float = opt(0.05, "the least score of a detection", "model")
     most: int = opt(100, "detections a picture", "model")
-    drop_path: float = opt(0.0, "stochastic depth", "model")
-    from_scratch: bool = opt(False, "forget the weights: the baseline", "model")
-    eval_only: bool = opt(False, "judge a detection run as it was trained", "run")
-    epochs: float = opt(30, "passes over the training part", "optimiser")
     batch_size: int = opt(4, "samples a process and micro-batch", "optimiser")
-    base_lr: float = opt(1e-3, "learning rate per lr_reference_batch samples", "optimiser")
     lr_reference_batch: int = opt(4, "samples that base_lr is meant for", "optimiser")
     warmup_epochs: float = opt(1.0, "linear warm-up", "optimiser")
-    betas: tuple[float, float] = opt((0.9, 0.999), "of AdamW", "optimiser")
-    layer_decay: float | None = opt(0.8, "lr factor from a block to the one below", "optimiser")
-    workers: int = opt(0, "data loading processes a rank", "run")
-    eval_every: float = opt(1e9, "epochs between evaluations", "run")
 
     def __post_init__(self):
         super().__post_init__()
-        check_between(self, 0, 1, "hflip", "drop_path", "score")
+        check_between(self, 0, 1, "score")
         check_between(self, 0, math.inf, "convs")
         check_between(self, 1, math.inf, "channels", "hidden", "anchor", "samples", "most")
-        if self.ema:
-            raise ValueError("ema averages the encoder, and not the heads that belong to it: 0.")
 
 
 def _coco(**settings: Any) -> Config:
@@ -119,13 +101,7 @@ def build_model(
 ) -> Detection:
     """The encoder that ``source`` names, with a fresh detector; with masks if the data have
     ``outlines``."""
-    # A mask token is of no use here, and DDP refuses parameters without a gradient.
-    encoder = load_encoder(
-        source, num_classes=0, img_size=config.size, drop_path_rate=config.drop_path,
-        use_mask_token=False,
-    )  # fmt: skip
-    if config.from_scratch:
-        encoder = type(encoder)(**encoder.config)
+    encoder = fresh_encoder(config, source, config.size, {})
     names = ("head", "size", "channels", "convs", "hidden", "anchor", "samples", "score", "most")
     return Detection(
         encoder, classes, masks=config.masks and outlines,
@@ -139,7 +115,7 @@ def run(config: Config) -> dict[str, Any]:
     source = config.encoder or str(newest_run())
     train, test = boxed_parts(config.data or trained_on(source), config.test, config.seed)
     if config.eval_only:
-        return judge_as_it_is(config, source, test, accelerator.device)
+        return TASK.judge_as_it_is(config, source, test, accelerator.device)
     if not config.empty:
         train = train.subset(i for i in range(len(train)) if train.box_count(i))
     if not len(train):
@@ -149,54 +125,19 @@ def run(config: Config) -> dict[str, Any]:
     transform = LargeScaleJitter(
         model.encoder.data_config, config.size, scale=config.scale, hflip=config.hflip
     )
-    folder = Run.open("detection", config, accelerator)
-    record = {"recipe": "detection", "data": train.name, **environment()}
-
-    def write_model() -> None:
-        with folder.writing("the model"):
-            model.save(folder.folder, record)
-
-    def figures() -> dict[str, float]:
-        found, _ = evaluate(model, test, folder.folder)
-        return {f"test_{name}": found[name] for name in ("box_ap", "mask_ap") if name in found}
-
-    fit(
-        model.train(), SeededSamples(train, transform, config.seed), config, folder, accelerator,
-        evaluate=figures if config.eval_every <= config.epochs else None, on_save=write_model,
-    )  # fmt: skip
-    metrics: dict[str, Any] = {}
-    if accelerator.is_main_process:
-        metrics = judge(config, model, source, test, folder.folder, len(train))
-    folder.close()
-    accelerator.end_training()
-    return metrics
+    return TASK.train(config, model, source, transform, train, test, accelerator)
 
 
-def judge(
-    config: Config, model: Detection, source: str, test, folder: Path, seen: int
-) -> dict[str, Any]:
-    """Evaluate, write metrics.json and print the table."""
-    figures, scores = evaluate(model, test, folder)
-    metrics: dict[str, Any] = {
-        "task": "detection", "data": test.name, "encoder": source, "train": seen,
-        "classes": model.classes, **figures, "protocol": to_dict(config), **environment(),
-    }  # fmt: skip
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    print(scores.table())
-    parts = [
+def summary(metrics: dict[str, Any]) -> str:
+    """Average precision of boxes, and of outlines where there are any."""
+    return "; ".join(
         f"{kind} AP {metrics[f'{kind}_ap']:.1f}, AP50 {metrics[f'{kind}_ap50']:.1f}, "
         f"AP75 {metrics[f'{kind}_ap75']:.1f}"
-        for kind in scores.kinds
-    ]
-    print(f"{'; '.join(parts)} on {metrics['test']:,} test pictures · {folder}")
-    return metrics
+        for kind in ("box", "mask") if f"{kind}_ap" in metrics
+    )  # fmt: skip
 
 
-def judge_as_it_is(config: Config, source: str, test, device: torch.device) -> dict[str, Any]:
-    """Evaluate a detection run with the heads and at the size that it was trained with."""
-    model = load_detection(source).to(device)
-    check_same_classes(model, source, test)
-    return judge(config, model, source, test, evaluation_folder(config.output), seen=0)
+TASK = DenseTask("detection", load_detection, evaluate, ("box_ap", "mask_ap"), summary)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,45 +15,39 @@ The paper's ADE20K results, 41.0 mIoU for Vim-Ti and 44.9 for Vim-S, took 4 GPUs
 of the presets here are not yet measured.
 """
 
-import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from vim_ssl.cli import guarded
-from vim_ssl.config import check_between, opt, parse, to_dict
+from vim_ssl.config import check_between, opt, parse
 from vim_ssl.data import masked_parts
 from vim_ssl.data.joint import DenseCrop
-from vim_ssl.data.loader import SeededSamples
 from vim_ssl.data.transforms import band_arguments
+from vim_ssl.dense import DenseConfig, DenseTask, fresh_encoder
 from vim_ssl.heads import NORMS
-from vim_ssl.runs import Run, environment, evaluation_folder, newest_run, stored_or, trained_on
+from vim_ssl.runs import newest_run, stored_or, trained_on
 from vim_ssl.segmentation import HEADS, Segmentation, evaluate, load_segmentation
-from vim_ssl.task_files import check_same_classes, load_for
-from vim_ssl.training import TrainConfig, fit, make_accelerator
+from vim_ssl.training import make_accelerator
 
 # Of ADE20K's 20,210 pictures in batches of 32, as 4 GPUs x 8 make them.
 ADE20K_STEPS_AN_EPOCH = 631
 
 
 @dataclass
-class Config(TrainConfig):
+class Config(DenseConfig):
     """Train an encoder to label every pixel."""
 
-    encoder: str = opt("", "run, checkpoint, preset or Hub id; default: the newest run", "data")
     data: str = opt("", "masks:FOLDER, ade20k:ROOT, nifti:FOLDER, geotiff:FOLDER", "data")
-    test: float = opt(0.2, "share held out if the data has no test split", "data")
     short_side: int = opt(0, "pixels that pictures are resized to first; 0: as they are", "data")
     crop: int = opt(64, "side of training crops and of test windows, pixels", "data")
     slide: int = opt(0, "pixels from a test window to the next; 0: two thirds of it", "data")
     scale: tuple[float, float] = opt((0.5, 2.0), "range of random resizing", "data")
     max_share: float = opt(0.75, "redraw a crop in which one class fills more than this", "data")
-    hflip: float = opt(0.5, "probability of mirroring", "data")
     photometric: bool = opt(True, "vary brightness, contrast, saturation, hue", "data")
     head: str = opt("upernet", "on top of the encoder", "model", choices=HEADS)
     taps: tuple[int, ...] = opt((), "blocks that are read; default: spread evenly", "model")
@@ -61,25 +55,14 @@ class Config(TrainConfig):
     norm: str = opt("batch", "in the head; layer for a batch of one", "model", choices=NORMS)
     auxiliary: float = opt(0.4, "weight of the auxiliary head's loss", "model")
     dice: float = opt(0.0, "weight of the Dice loss, for small structures", "model")
-    drop_path: float = opt(0.0, "stochastic depth", "model")
-    from_scratch: bool = opt(False, "forget the weights: the baseline", "model")
-    eval_only: bool = opt(False, "judge a segmentation run as it was trained", "run")
-    epochs: float = opt(30, "passes over the training part", "optimiser")
     batch_size: int = opt(8, "samples a process and micro-batch", "optimiser")
-    base_lr: float = opt(1e-3, "learning rate per lr_reference_batch samples", "optimiser")
     lr_reference_batch: int = opt(8, "samples that base_lr is meant for", "optimiser")
     warmup_epochs: float = opt(2.0, "linear warm-up", "optimiser")
-    betas: tuple[float, float] = opt((0.9, 0.999), "of AdamW", "optimiser")
-    layer_decay: float | None = opt(0.8, "lr factor from a block to the one below", "optimiser")
-    workers: int = opt(0, "data loading processes a rank", "run")
-    eval_every: float = opt(1e9, "epochs between evaluations", "run")
 
     def __post_init__(self):
         super().__post_init__()
-        check_between(self, 0, 1, "max_share", "hflip", "drop_path")
+        check_between(self, 0, 1, "max_share")
         check_between(self, 0, math.inf, "short_side", "channels", "auxiliary", "dice")
-        if self.ema:
-            raise ValueError("ema averages the encoder, and not the head that belongs to it: 0.")
 
 
 def _ade20k(**settings: Any) -> Config:
@@ -113,14 +96,8 @@ PRESETS = {f.__name__: f for f in (ade20k_upernet_tiny, ade20k_upernet_small)}
 def build_model(
     config: Config, source: str, classes: Sequence[str], bands: Mapping[str, Any] | None = None
 ) -> Segmentation:
-    """The encoder that ``source`` names, for these bands (see `load_for`), with a fresh head."""
-    # A mask token is of no use here, and DDP refuses parameters without a gradient.
-    encoder = load_for(
-        source, bands or {}, num_classes=0, img_size=config.crop, drop_path_rate=config.drop_path,
-        use_mask_token=False,
-    )  # fmt: skip
-    if config.from_scratch:
-        encoder = type(encoder)(**encoder.config)
+    """The encoder that ``source`` names, for these bands (`load_for_bands`), with a fresh head."""
+    encoder = fresh_encoder(config, source, config.crop, bands or {})
     names = ("head", "taps", "channels", "norm", "auxiliary", "dice", "short_side", "slide")
     return Segmentation(
         encoder, classes, window=config.crop, **{name: getattr(config, name) for name in names}
@@ -132,7 +109,7 @@ def run(config: Config) -> dict[str, Any]:
     source = config.encoder or str(newest_run())
     train, test = masked_parts(config.data or trained_on(source), config.test, config.seed)
     if config.eval_only:
-        return judge_as_it_is(config, source, test, accelerator.device)
+        return TASK.judge_as_it_is(config, source, test, accelerator.device)
     together = min(config.batch_size, len(train) // accelerator.num_processes)
     if config.norm == "batch" and config.head == "upernet" and together < 2:
         raise ValueError(
@@ -146,63 +123,27 @@ def run(config: Config) -> dict[str, Any]:
         model.encoder.data_config, config.crop, short_side=config.short_side, scale=config.scale,
         max_share=config.max_share, hflip=config.hflip, photometric=config.photometric,
     )  # fmt: skip
-    folder = Run.open("segmentation", config, accelerator)
-    record = {"recipe": "segmentation", "data": train.name, **environment()}
-
-    def write_model() -> None:
-        with folder.writing("the model"):
-            model.save(folder.folder, record)
-
-    def figures() -> dict[str, float]:
-        found, _ = evaluate(model, test, folder.folder)
-        return {f"test_{name}": found[name] for name in ("miou", "aacc", "macc")}
-
-    fit(
-        model.train(), SeededSamples(train, transform, config.seed), config, folder, accelerator,
-        evaluate=figures if config.eval_every <= config.epochs else None, on_save=write_model,
-    )  # fmt: skip
-    metrics: dict[str, Any] = {}
-    if accelerator.is_main_process:
-        metrics = judge(config, model, source, test, folder.folder, len(train))
-    folder.close()
-    accelerator.end_training()
-    return metrics
+    return TASK.train(config, model, source, transform, train, test, accelerator)
 
 
-def judge(
-    config: Config, model: Segmentation, source: str, test, folder: Path, seen: int
-) -> dict[str, Any]:
-    """Evaluate, write metrics.json and print the table."""
-    figures, scores = evaluate(model, test, folder)
-    metrics: dict[str, Any] = {
-        "task": "segmentation", "data": test.name, "encoder": source, "train": seen,
-        "classes": model.classes, **figures,
-        "miou_ci_is": "middle 95 % of 1,000 bootstrap resamples of the pictures, or their groups",
-        "protocol": to_dict(config), **environment(),
-    }  # fmt: skip
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    print(scores.table())
+def summary(metrics: dict[str, Any]) -> str:
+    """Figures over all pixels, and those of volumes where there are any."""
+    text = ""
     if metrics.get("volumes"):
         dice, far = (
             "none" if metrics[key] is None else f"{metrics[key]:.1f}"
             for key in ("volume_dice", "volume_hd95")
         )
-        print(f"{metrics['volumes']:,} volumes: Dice {dice} %, 95 % Hausdorff distance {far} mm")
+        text = f"{metrics['volumes']:,} volumes: Dice {dice} %, 95 % Hausdorff distance {far} mm\n"
     low_high = metrics["miou_ci"]
     interval = f" [{low_high[0]:.1f}, {low_high[1]:.1f}]" if low_high else ""
-    print(
+    return text + (
         f"mIoU {metrics['miou']:.1f} %{interval}, pixels {metrics['aacc']:.1f} %, mean recall "
-        f"{metrics['macc']:.1f} %, mean Dice {metrics['mdice']:.1f} % on {metrics['test']:,} test "
-        f"pictures · {folder}"
+        f"{metrics['macc']:.1f} %, mean Dice {metrics['mdice']:.1f} %"
     )
-    return metrics
 
 
-def judge_as_it_is(config: Config, source: str, test, device: torch.device) -> dict[str, Any]:
-    """Evaluate a segmentation run with the head, sizes and windows that it was trained with."""
-    model = load_segmentation(source).to(device)
-    check_same_classes(model, source, test)
-    return judge(config, model, source, test, evaluation_folder(config.output), seen=0)
+TASK = DenseTask("segmentation", load_segmentation, evaluate, ("miou", "aacc", "macc"), summary)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

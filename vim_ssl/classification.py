@@ -35,10 +35,9 @@ from vim_ssl.evaluation.class_scores import (
     write_tables,
 )
 from vim_ssl.evaluation.probes import extract_features
-from vim_ssl.loading import save_encoder
+from vim_ssl.loading import load_for_bands, save_encoder
 from vim_ssl.objective import StepOutput
 from vim_ssl.runs import Run, environment, read_metrics
-from vim_ssl.task_files import load_for
 from vim_ssl.training import TrainConfig, fit, make_average
 
 
@@ -207,7 +206,7 @@ def load_classifier(source: str, data, config: ClassificationConfig, **args: Any
         "drop_path_rate": config.drop_path,
         "use_mask_token": False,  # without masks it would have no gradient, which DDP refuses
     }
-    return load_for(source, band_arguments(data), **args)
+    return load_for_bands(source, band_arguments(data), **args)
 
 
 def train_classifier(

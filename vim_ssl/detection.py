@@ -20,13 +20,13 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 from vim_ssl.config import did_you_mean
 from vim_ssl.data.images import BadImage
 from vim_ssl.data.joint import DensePixels, on_canvas
+from vim_ssl.dense import load_task, save_task
 from vim_ssl.encoder import VimEncoder
 from vim_ssl.evaluation.box_scores import BoxScores, draw_objects, sheet_of_objects
 from vim_ssl.evaluation.mask_scores import DRAWN
 from vim_ssl.heads import RCNN, SimpleFeaturePyramid
 from vim_ssl.heads.detection import COARSEST
 from vim_ssl.objective import StepOutput
-from vim_ssl.task_files import load_task, save_task
 
 HEADS = ("cascade", "rcnn")
 FILE = "detection.safetensors"

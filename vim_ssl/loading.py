@@ -103,6 +103,20 @@ def load_encoder(
     return encoder.to(device=device, dtype=dtype).eval()
 
 
+def load_for_bands(source: str, bands: Mapping[str, Any], **args: Any) -> VimEncoder:
+    """The encoder that ``source`` names, for pictures of these bands.
+
+    Args:
+        bands: of `vim_ssl.data.transforms.band_arguments`. An encoder of the same ones keeps its
+            own statistics.
+        args: of `load_encoder`.
+    """
+    encoder = load_encoder(source, **args)
+    if bands and tuple(encoder.data_config["bands"]) != tuple(bands["data_config"]["bands"]):
+        encoder = load_encoder(source, **args, **bands)
+    return encoder
+
+
 def save_encoder(
     encoder: VimEncoder,
     folder: str | os.PathLike,

@@ -24,6 +24,7 @@ from vim_ssl.data.joint import DensePixels
 from vim_ssl.data.masks import IGNORE
 from vim_ssl.data.rasters import write_labels
 from vim_ssl.data.transforms import as_seen
+from vim_ssl.dense import load_task, save_task
 from vim_ssl.encoder import VimEncoder
 from vim_ssl.evaluation.mask_scores import DRAWN, MaskScores, draw
 from vim_ssl.evaluation.sheets import class_colours
@@ -31,7 +32,6 @@ from vim_ssl.evaluation.volume_scores import VolumeScores
 from vim_ssl.heads import NORMS, FCNHead, FeatureUpsampling, LinearHead, UPerNet
 from vim_ssl.objective import StepOutput
 from vim_ssl.sliding import label_pixels
-from vim_ssl.task_files import load_task, save_task
 
 HEADS = ("upernet", "linear")
 FILE = "segmentation.safetensors"
