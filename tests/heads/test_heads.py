@@ -85,6 +85,7 @@ def test_the_papers_heads_have_their_number_of_parameters(dim):
     assert count(SimpleFeaturePyramid(d, 16)) == levels + doublings
 
 
+@pytest.mark.slow  # to import it takes long
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
 def test_upernet_is_that_of_transformers(training):
     """The same weights give the same logits, and the same gradient to all of them."""
@@ -98,7 +99,7 @@ def test_upernet_is_that_of_transformers(training):
     widths = [4, 6, 8, 10]
     theirs, ours = theirs_of.UperNetHead(config, widths), UPerNet(widths, 5, 8, dropout=0.0)
     # Modules in the order of ours.
-    parts = [*(block[1] for block in theirs.psp_modules), theirs.bottleneck,
+    parts = [*(list(p.children())[1] for p in theirs.psp_modules.children()), theirs.bottleneck,
              *theirs.lateral_convs, *theirs.fpn_convs, theirs.fpn_bottleneck]  # fmt: skip
     pairs = [(part.conv, part.batch_norm) for part in parts]
     order = [layer for pair in pairs for layer in pair] + [theirs.classifier]
