@@ -231,7 +231,10 @@ def evaluate(model: Segmentation, data, folder: Path) -> tuple[dict[str, Any], M
     model.train(training)
     if len(skipped) == len(data):
         raise ValueError(f"none of the {len(data)} pictures could be read: {skipped[:3]}")
-    figures = {"test": len(data) - len(skipped), **scores.figures(), "skipped": skipped}
+    figures = {
+        "test": len(data) - len(skipped), **scores.figures(), "skipped": skipped,
+        "miou_ci_is": "middle 95 % of 1,000 bootstrap resamples of the pictures, or their groups",
+    }  # fmt: skip
     scores.write(folder)
     if volumes:
         figures |= volumes.figures()
