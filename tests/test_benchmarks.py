@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SCRIPTS = (
     "cpu",
-    "detection",
+    "dense",
     "digits",
     "efficiency",
     "emoji_clip",

@@ -1,0 +1,150 @@
+"""Dense tasks learn four real pictures by heart, and the memory of one picture at the paper's size.
+
+    python benchmarks/dense.py                          # all of it: some ten minutes of one core
+    python benchmarks/dense.py --only cascade --out FOLDER
+
+`cascade`, `rcnn` and `upernet` train downstream/detection.py and segmentation.py from scratch, in
+full, on four aerial tiles of 90 px with outlines of buildings (the sample set `buildings`), without
+augmentation; tested on the same four. Wanted are an AP50 of 90 or more of the cascade, of boxes and
+of masks, and a mIoU of 95 of UPerNet. `memory` is the peak of a process of its own that searches
+one picture of 1024 px with Vim-Ti and the paper's cascade, weights random; 4 GiB are wanted. Rows
+are appended to results/dense.csv; --out FOLDER takes another.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from rows import ORIGIN, append_rows, origin, results_parser
+
+PARTS = ("cascade", "rcnn", "upernet", "memory")
+COLUMNS = (*ORIGIN, "threads", "what", "conditions", "steps", "cpu_seconds", "box_ap", "box_ap50",
+           "mask_ap", "mask_ap50", "miou", "peak_mb")  # fmt: skip
+ENCODER = "vim_nano_patch8_64"
+LEARN = {"encoder": ENCODER, "hflip": 0.0, "warmup_epochs": 5, "batch_size": 4, "base_lr": 3e-3,
+         "layer_decay": None, "trackers": ("none",)}  # fmt: skip
+
+
+def four_tiles(root: Path) -> None:
+    """Those with two buildings or more, all of them large, in COCO's layout below ``root``/coco and
+    as pictures with masks below ``root``/masks, the same in every split."""
+    from vim_ssl.data import open_data
+    from vim_ssl.data.coco import ground_truth, mask_tools
+
+    data = open_data("sample:buildings?split=all")
+    smallest = {i: min(o["area"] for o in data.annotated(i)[1])
+                for i in range(len(data)) if data.box_count(i) > 1}  # fmt: skip
+    chosen = sorted(smallest, key=lambda i: -smallest[i])[:4]
+    table = ground_truth(data, chosen)
+    for image, index in zip(table["images"], chosen, strict=True):
+        image["file_name"] = f"{image['id']}.png"
+        picture = data[index]["image"]
+        outlines = [a["segmentation"] for a in table["annotations"] if a["image_id"] == image["id"]]
+        mask = Image.fromarray(mask_tools().decode(outlines).max(2))
+        for split in ("train", "val"):
+            for folder, part in ((f"coco/{split}", picture), (f"masks/images/{split}", picture),
+                                 (f"masks/masks/{split}", mask)):  # fmt: skip
+                (root / folder).mkdir(parents=True, exist_ok=True)
+                part.save(root / folder / image["file_name"])
+    (root / "masks" / "classes.txt").write_text("ground\nbuilding\n")
+    (root / "coco" / "annotations").mkdir()
+    for split in ("train", "val"):
+        (root / "coco" / "annotations" / f"{split}.json").write_text(json.dumps(table))
+
+
+def overfit(head: str, steps: int, threads: int, root: Path) -> dict:
+    """Train and test; returns the row."""
+    from vim_ssl.downstream import detection, segmentation
+
+    four_tiles(root)
+    common = LEARN | {"epochs": steps, "threads": threads, "output": str(root / "run")}
+    began = time.process_time()
+    if head == "upernet":
+        names: tuple[str, ...] = ("miou",)
+        metrics = segmentation.run(segmentation.Config(
+            data=f"masks:{root / 'masks'}", short_side=96, crop=96, scale=(1.0, 1.0), max_share=1.0,
+            photometric=False, **common,
+        ))  # fmt: skip
+    else:
+        names = ("box_ap", "box_ap50", "mask_ap", "mask_ap50")
+        metrics = detection.run(detection.Config(
+            data=f"coco:{root / 'coco'}", head=head, size=128, scale=(1.0, 1.0), **common,
+        ))  # fmt: skip
+    return {name: metrics[name] for name in names} | {
+        "steps": steps, "cpu_seconds": round(time.process_time() - began, 1),
+        "conditions": f"{ENCODER} from scratch, 4 aerial tiles with buildings learned by heart",
+    }  # fmt: skip
+
+
+def memory(threads: int) -> dict:
+    """Search one picture at 1024 px; returns the row."""
+    import torch
+
+    from vim_ssl import load_encoder
+    from vim_ssl.detection import Detection
+
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    encoder = load_encoder("vim_tiny_patch16_224", num_classes=0, img_size=1024)
+    model = Detection(encoder, [str(i) for i in range(80)]).eval()
+    picture = Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (1024, 1024, 3), dtype=np.uint8)
+    )
+    began = time.process_time()
+    model.predict(picture)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kB on Linux, bytes on a Mac
+    return {
+        "cpu_seconds": round(time.process_time() - began, 1),
+        "peak_mb": round(peak / 2 ** (20 if sys.platform == "darwin" else 10)),
+        "conditions": "Vim-Ti and the cascade with 80 classes, one picture of 1024 px, float32",
+    }
+
+
+def main() -> int:
+    parser = results_parser(__doc__, "dense.csv")
+    parser.add_argument("--only", nargs="+", default=PARTS, choices=PARTS, help="parts")
+    parser.add_argument("--steps", type=int, default=150, help="of training, four pictures each")
+    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument("--tell", help=argparse.SUPPRESS)  # of the processes that this one starts
+    args = parser.parse_args()
+    if args.tell:
+        with tempfile.TemporaryDirectory() as root:
+            (part,) = args.only
+            row = (
+                memory(args.threads)
+                if part == "memory"
+                else overfit(part, args.steps, args.threads, Path(root))
+            )
+        Path(args.tell).write_text(json.dumps(row))
+        return 0
+    good = True
+    for part in args.only:
+        with tempfile.TemporaryDirectory() as root:
+            told = Path(root) / "row.json"
+            command = [sys.executable, __file__, "--only", part, "--tell", str(told)]
+            command += ["--steps", str(args.steps), "--threads", str(args.threads)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"{part} failed:\n{done.stdout[-2000:]}{done.stderr[-3000:]}")
+            row = json.loads(told.read_text()) | {"what": part, "threads": args.threads}
+        append_rows(args.out / "dense.csv", COLUMNS, [origin() | row])
+        shown = {k: v for k, v in row.items() if k not in ("what", "conditions", "threads")}
+        print(f"{part:8} {row['conditions']}: {shown}", flush=True)
+        if part == "cascade":
+            good &= min(row["box_ap50"], row["mask_ap50"]) >= 90
+        if part == "upernet":
+            good &= row["miou"] >= 95
+        if part == "memory":
+            good &= row["peak_mb"] <= 4096
+    return int(not good)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
