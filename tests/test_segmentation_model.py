@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import save_file
 
 from vim_ssl import VimEncoder, load_encoder
 from vim_ssl.data.masks import IGNORE
@@ -140,6 +141,9 @@ def test_a_saved_model_predicts_the_same(tmp_path, head):
 
 def test_a_folder_without_a_head_says_so(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds no segmentation\.safetensors"):
+        load_segmentation(tmp_path)
+    save_file({"x": torch.zeros(1)}, tmp_path / "segmentation.safetensors")
+    with pytest.raises(ValueError, match="no head that downstream/segmentation"):
         load_segmentation(tmp_path)
 
 

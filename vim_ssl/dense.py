@@ -178,7 +178,10 @@ def load_task(make: Callable[..., Model], folder: str | os.PathLike, file: str, 
             f"downstream/{task}.py."
         )
     with safe_open(path, "pt") as opened:
-        config = json.loads((opened.metadata() or {})["config"])
+        stored = opened.metadata() or {}
+    if "config" not in stored:
+        raise ValueError(f"{path} is no head that downstream/{task}.py has written.")
+    config = json.loads(stored["config"])
     model = make(load_encoder(folder), config.pop("classes"), **config)
     found = model.load_state_dict(load_file(path), strict=False)
     wrong = [key for key in found.missing_keys if not key.startswith("encoder.")]
