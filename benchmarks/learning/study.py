@@ -1,6 +1,6 @@
 """Which objective is worth its time? Equal encoders, equal data, equal budgets, five seeds.
 
-    python benchmarks/learning/study.py                 # two hours on two CPU cores
+    python benchmarks/learning/study.py                 # four hours on two CPU cores
 
 On digits (28 px, 49 patches) and colour pictures (emoji, 64 px, 64 patches) every objective trains
 the same 0.5 M-parameter Vim, twice: for as many pictures as `mae` sees, and for as long as `mae`
