@@ -38,7 +38,8 @@ clip-demo: $(VENV)/.installed-demo ## pretrain on emoji of two vendors and their
 	$(name_report)
 
 test: $(VENV)/.installed-test ## run the whole suite on the CPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadscope $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadscope \
+		--no-loadscope-reorder $(PYTEST_ARGS)
 
 check: $(VENV)/.installed-dev ## lint, format and types
 	$(BIN)/ruff check .

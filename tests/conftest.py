@@ -8,6 +8,7 @@ import shutil
 import socket
 import sys
 import tempfile
+from collections import Counter
 
 import pytest
 
@@ -31,6 +32,12 @@ from vim_ssl.data.samples import cache_dir  # noqa: E402
 # Our own cache too; sample sets that are on this machine are used.
 os.environ.setdefault("VIM_SSL_SAMPLES", str(cache_dir()))
 os.environ["VIM_SSL_CACHE"] = os.path.join(os.environ["HF_HOME"], "vim_ssl")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with the most slow tests first, so that no worker begins one when the others end."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
