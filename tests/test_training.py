@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -135,6 +136,18 @@ def test_a_sample_does_not_depend_on_the_number_of_workers():
         return torch.cat([batch["x"] for batch in loader])
 
     assert torch.equal(all_samples(0), all_samples(2))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_workers_go_on_after_a_signal_to_all_processes(number):
+    """The trainer has had it too, and is about to save."""
+    samples = SeededSamples(Numbers(40), noisy, seed=1)
+    batches = iter(training_loader(samples, EpochBatches(40, 4), num_workers=1))
+    next(batches)
+    (worker,) = psutil.Process().children()
+    worker.send_signal(number)
+    time.sleep(0.2)
+    assert len(list(batches)) == 9
 
 
 def test_a_batch_larger_than_the_data_is_refused_with_a_size_that_fits():

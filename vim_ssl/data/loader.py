@@ -7,6 +7,7 @@ augmentation and mask of (seed, epoch, index). To resume is to ask for epoch e f
 
 import hashlib
 import random
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
@@ -168,9 +169,14 @@ def training_loader(
         persistent_workers=num_workers > 0,
         collate_fn=collate,
         pin_memory=pin_memory,
-        worker_init_fn=_one_thread if num_workers else None,
+        worker_init_fn=_start_worker if num_workers else None,
     )
 
 
-def _one_thread(_: int) -> None:
+def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
+    # A signal to the whole group of processes, as Ctrl-C, `timeout` and schedulers send, asks the
+    # trainer to save and leave; a worker that died of it would end the run first. Workers end when
+    # they are told to, or when their parent is gone.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
