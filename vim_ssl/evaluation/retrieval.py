@@ -4,10 +4,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from vim_ssl.clip import Clip
 from vim_ssl.data.images import BadImage
+from vim_ssl.evaluation.probes import Readable
 
 CHUNK = 4096  # queries, and a sixteenth of the keys, compared at once: a gigabyte
 
@@ -25,14 +26,8 @@ class PairFeatures:
     skipped: list[str]
 
 
-class _Pairs(Dataset):
+class _Pairs(Readable):
     """Pictures with all their captions; what is no pair becomes its error's text."""
-
-    def __init__(self, data, transform):
-        self.data, self.transform = data, transform
-
-    def __len__(self) -> int:
-        return len(self.data)
 
     def __getitem__(self, index: int):
         try:
