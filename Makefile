@@ -37,9 +37,11 @@ clip-demo: $(VENV)/.installed-demo ## pretrain on emoji of two vendors and their
 	  --data 'sample:fluent-emoji?split=test&tones=none'
 	$(name_report)
 
+# No test takes ten minutes: one that hangs is named and ends its process.
 test: $(VENV)/.installed-test ## run the whole suite on the CPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadscope \
-		--no-loadscope-reorder $(PYTEST_ARGS)
+		--no-loadscope-reorder --max-worker-restart 1 \
+		-o faulthandler_timeout=600 -o faulthandler_exit_on_timeout=true $(PYTEST_ARGS)
 
 check: $(VENV)/.installed-dev ## lint, format and types
 	$(BIN)/ruff check .

@@ -150,6 +150,26 @@ def test_workers_go_on_after_a_signal_to_all_processes(number):
     assert len(list(batches)) == 9
 
 
+def test_a_process_that_fails_while_its_workers_wait_ends_with_its_error_alone():
+    script = f"""
+from {__name__} import *
+samples = SeededSamples(Numbers(40), noisy)
+batches = iter(training_loader(samples, EpochBatches(40, 4), num_workers=1))
+next(batches)
+raise KeyError("the only one")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("Traceback") == 1
+    assert done.stderr.endswith("'the only one'\n")
+
+
 def test_a_batch_larger_than_the_data_is_refused_with_a_size_that_fits():
     with pytest.raises(ValueError, match="at most 5"):
         EpochBatches(10, 8, world=2)

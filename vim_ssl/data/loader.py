@@ -5,7 +5,9 @@ Nothing here remembers anything: the order of an epoch is a function of (seed, e
 augmentation and mask of (seed, epoch, index). To resume is to ask for epoch e from batch s on.
 """
 
+import atexit
 import hashlib
+import multiprocessing
 import random
 import signal
 from collections.abc import Callable, Iterable, Iterator
@@ -162,6 +164,9 @@ def training_loader(
     samples: SeededSamples, batches: Sampler, *, num_workers: int = 0, pin_memory: bool = False
 ) -> DataLoader:
     """A loader of ``samples.batches(…)``; the workers stay alive between epochs."""
+    if num_workers:
+        atexit.unregister(_kill_workers)
+        atexit.register(_kill_workers)
     return DataLoader(
         samples,
         batch_sampler=batches,
@@ -177,6 +182,16 @@ def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
     # A signal to the whole group of processes, as Ctrl-C, `timeout` and schedulers send, asks the
     # trainer to save and leave; a worker that died of it would end the run first. Workers end when
-    # they are told to, or when their parent is gone.
+    # they are told to, when their parent is gone, or by `_kill_workers`.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+
+
+def _kill_workers() -> None:
+    # A run that ends by an exception has told its workers nothing. multiprocessing would now send
+    # them SIGTERM, which they ignore, and wait for them for ever. (torch's handler of SIGCHLD would
+    # report each as a failure.)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
