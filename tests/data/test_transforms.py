@@ -128,6 +128,16 @@ def test_training_augmentation_takes_timms_arguments():
         create_transform(RGB, is_training=True, colour_jitter=0)
 
 
+@pytest.mark.parametrize("name", ["rand-m10-n1", "rand-m10-inc1-n1", "original", "augmix-m10"])
+def test_timms_policies_take_their_highest_level(name):
+    """Where timm posterizes to no bit at all, which Pillow 13 refuses."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002
+    transform = create_transform(RGB, is_training=True, auto_augment=name, color_jitter=None)
+    for _ in range(400):
+        transform(gradient(32, 32))
+
+
 def test_pretraining_is_random_and_seeded_by_the_global_generators():
     transform = pretrain_transform(RGB)
     image = gradient(100, 80)

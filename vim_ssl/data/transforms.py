@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 from timm import data as timm_data
+from timm.data import auto_augment
 from timm.data.transforms import MaybeToTensor, str_to_interp_mode
 from torch import Tensor, nn
 from torchvision import transforms
@@ -47,7 +48,7 @@ def create_transform(
     trim: list[Callable] = []
     if not is_training and config.get("crop_mode", "center") == "center":
         trim = [TrimLongSide(size[1:])]
-    transform = transforms.Compose([ToChannels(config), *trim, *_flat(steps)])
+    transform = transforms.Compose([ToChannels(config), *trim, *map(_keep_a_bit, _flat(steps))])
     if hasattr(encoder_or_config, "tubelet"):
         return ClipTransform(transform, is_training)
     return transform
@@ -262,6 +263,20 @@ def _config(encoder_or_config: nn.Module | Mapping[str, Any]) -> Mapping[str, An
     if missing := {"input_size", "mean", "std"} - set(config):
         raise ValueError(f"data_config has no {', '.join(sorted(missing))}.")
     return config
+
+
+def _keep_a_bit(step: Any) -> Any:
+    """The same step. At its highest level timm's posterize keeps no bit of a colour: Pillow 13
+    refuses that. It keeps one here."""
+    ops = [getattr(step, "ops", []), *getattr(step, "policy", [])]
+    for op in (op for group in ops for op in group):
+        if getattr(op, "aug_fn", None) is auto_augment.posterize:
+            op.aug_fn = _posterize
+    return step
+
+
+def _posterize(image: Image.Image, bits: int, **hparams) -> Image.Image:
+    return auto_augment.posterize(image, max(bits, 1), **hparams)
 
 
 def _flat(steps: Any) -> list[Any]:
