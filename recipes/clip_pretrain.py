@@ -25,10 +25,11 @@ import torch
 from torch import nn
 
 from vim_ssl import load_encoder
+from vim_ssl.augmentation import AugmentationConfig, training_transform
 from vim_ssl.cli import guarded
 from vim_ssl.clip import LOSSES, Clip, image_config, save_clip
 from vim_ssl.config import did_you_mean, opt, parse
-from vim_ssl.data import BadImage, ImageData, ImageStream, open_data, pretrain_transform
+from vim_ssl.data import BadImage, ImageData, ImageStream, open_data
 from vim_ssl.data.dataset import captions_of
 from vim_ssl.data.loader import SeededSamples
 from vim_ssl.data.stream import StreamSamples
@@ -45,17 +46,17 @@ from vim_ssl.text import (
     named_tokenizer,
     train_bpe,
 )
-from vim_ssl.training import TrainConfig, fit, make_accelerator, make_average
+from vim_ssl.training import fit, make_accelerator, make_average
 
 
 @dataclass
-class Config(TrainConfig):
+class Config(AugmentationConfig):
     """Contrast of pictures and captions on a Vim encoder."""
 
     data: str = opt("", "pictures with captions: pairs:FOLDER, hf:NAME, wds:SHARDS …", group="data")
     val: str = opt("", "others, on which retrieval is measured; default: none", group="data")
-    crop_scale: tuple[float, float] = opt((0.9, 1.0), "share of the picture's area", group="data")
-    hflip: float = opt(0.0, "probability of mirroring; captions know left", group="data")
+    crop_scale: tuple[float, float] = opt((0.9, 1.0), "share of the picture's area", "data")
+    hflip: float = opt(0.0, "probability of mirroring; captions know left", "data")
     encoder: str = opt(
         "vim_small_patch16_224", "preset, checkpoint, run or timm:NAME", group="model"
     )
@@ -255,10 +256,7 @@ def build_objective(config: Config, encoder: nn.Module, tokenizer: Tokenizer) ->
 
 
 def build_samples(config: Config, data: ImageData | ImageStream, clip: Clip, tokenizer: Tokenizer):
-    image = pretrain_transform(
-        image_config(clip.encoder), crop_scale=config.crop_scale, hflip=config.hflip
-    )
-    transform = PairTransform(image, tokenizer)
+    transform = PairTransform(training_transform(image_config(clip.encoder), config), tokenizer)
     if isinstance(data, ImageStream):
         return StreamSamples(data, transform, config.seed)
     return SeededSamples(data, transform, config.seed)

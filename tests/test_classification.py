@@ -112,6 +112,9 @@ def test_mixup_follows_from_the_seed_and_leaves_evaluation_and_the_batch_alone()
         ({"mixup": 0.8, "targets": "ordinal"}, "do not go with ordinal"),
         ({"patience": 3}, "patience needs a share"),
         ({"repeats": 0}, "repeats is 0"),
+        ({"crop_scale": (0.5, 0.2)}, "crop_scale is 0.5 0.2; expected 0 < low <= high"),
+        ({"hflip": 3}, "hflip is 3; it must be 0 to 1"),
+        ({"color_jitter": -1}, "color_jitter is -1; it must be 0 or more"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(settings, says):

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from timm.data import Mixup
 from torch import Tensor, nn
 
+from vim_ssl.augmentation import AugmentationConfig, training_transform
 from vim_ssl.config import opt, to_dict
 from vim_ssl.data.loader import SeededSamples
 from vim_ssl.data.split import stratified_split
@@ -38,24 +39,19 @@ from vim_ssl.evaluation.probes import extract_features
 from vim_ssl.loading import load_for_bands, save_encoder
 from vim_ssl.objective import StepOutput
 from vim_ssl.runs import Run, environment, read_metrics
-from vim_ssl.training import TrainConfig, fit, make_average
+from vim_ssl.training import fit, make_average
 
 
 @dataclass
-class ClassificationConfig(TrainConfig):
+class ClassificationConfig(AugmentationConfig):
     """What training from scratch and fine-tuning have in common."""
 
     data: str = opt("", "labelled pictures", group="data")
     test: float = opt(0.2, "share held out if the data has no test split", group="data")
-    crop_scale: tuple[float, float] = opt((0.08, 1.0), "share of the picture's area", group="data")
     validation: float = opt(
         0.0, "share of the training part that chooses the best epoch; 0: the last", group="data"
     )
     patience: int = opt(0, "evaluations without a better one before the end; 0: all", group="run")
-    hflip: float = opt(0.5, "probability of mirroring", group="data")
-    color_jitter: float = opt(0.0, "strength; not beside auto_augment", group="data")
-    auto_augment: str = opt("", "by timm's names: rand-m9-mstd0.5-inc1 …", group="data")
-    erasing: float = opt(0.0, "probability of erasing a rectangle", group="data")
     repeats: int = opt(1, "augmentations of a picture in one batch", group="data")
     judge_batch: int = opt(128, "samples at once where they are judged", group="data")
     mixup: float = opt(0.0, "alpha of mixup; 0: off", group="data")
@@ -90,16 +86,6 @@ class LabelledTransform:
     def __call__(self, item: dict) -> dict:
         label = torch.as_tensor(item["label"])
         return {"image": self.image_transform(item["image"]), "label": label}
-
-
-def training_transform(encoder: VimEncoder, config: ClassificationConfig) -> LabelledTransform:
-    """timm's training augmentation as the configuration asks for it."""
-    transform = create_transform(
-        encoder, is_training=True, scale=config.crop_scale, hflip=config.hflip,
-        color_jitter=config.color_jitter or None, auto_augment=config.auto_augment or None,
-        re_prob=config.erasing, re_mode="pixel",
-    )  # fmt: skip
-    return LabelledTransform(transform)
 
 
 class Classification(nn.Module):
@@ -245,7 +231,10 @@ def train_classifier(
     )  # fmt: skip
     watching = config.validation > 0 or config.eval_every <= config.epochs
     samples = SeededSamples(
-        train, training_transform(encoder, config), config.seed, repeats=config.repeats
+        train,
+        LabelledTransform(training_transform(encoder, config)),
+        config.seed,
+        repeats=config.repeats,
     )
     record = {"recipe": recipe, "data": train.name, **environment()}
 
