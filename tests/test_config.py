@@ -122,6 +122,20 @@ def test_default_preset_by_name_and_by_what_is_given(tmp_path):
     assert run("--config", str(file), default_preset=choose).batch_size == 128
 
 
+def test_a_default_may_follow_what_is_given_and_a_stored_value_does_not():
+    class Following(Config):
+        @classmethod
+        def follow(cls, defaults: dict, given: dict) -> dict:
+            return {"lr": defaults["batch_size"] / 1000} | {"workers": len(given)}
+
+    stored = {"lr": 0.5, "workers": 8}
+    assert parse(Following, PRESETS, ["--preset", "demo"]).lr == 0.256
+    assert parse(Following, PRESETS, ["--lr", "1"]).lr == 1
+    assert parse(Following, PRESETS, ["--lr", "1", "--no-amp"]).workers == 2
+    taken_up = parse(Following, PRESETS, ["--no-amp"], default_preset=lambda given: stored)
+    assert (taken_up.lr, taken_up.workers) == (0.5, 8)
+
+
 @pytest.mark.parametrize(
     ("argv", "parts"),
     [

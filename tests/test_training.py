@@ -20,10 +20,12 @@ from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 
 from vim_ssl import load_encoder
+from vim_ssl.config import save
 from vim_ssl.data.images import BadImage
 from vim_ssl.data.loader import EpochBatches, SeededSamples, stable_hash, training_loader
+from vim_ssl.downstream import detection, finetune, segmentation, slide, video
 from vim_ssl.objective import StepOutput
-from vim_ssl.recipes import mim_pretrain
+from vim_ssl.recipes import clip_pretrain, mim_pretrain, supervised_pretrain
 from vim_ssl.runs import Run, read_metrics
 from vim_ssl.training import TrainConfig, bottleneck, fit, make_accelerator, make_average
 
@@ -652,7 +654,69 @@ def test_two_processes_stream_and_resume_exactly(tmp_path, shards):
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
-# ------------------------------------------------------------------ throughput
+# ------------------------------------------------------------------ warm-up
+
+TRAINING = [mim_pretrain, clip_pretrain, supervised_pretrain, detection, finetune, segmentation,
+            slide, video]  # fmt: skip
+
+
+@pytest.fixture
+def settings(monkeypatch):
+    """A script and its arguments -> the configuration that it would run."""
+
+    def parsed(script, *argv: str):
+        seen: list = []
+        monkeypatch.setattr(script, "run", seen.append)
+        script.main(argv)
+        return seen[0]
+
+    return parsed
+
+
+@pytest.mark.parametrize("script", TRAINING, ids=lambda script: script.__name__.rpartition(".")[2])
+def test_a_run_made_shorter_keeps_its_share_of_warm_up(settings, script, capsys):
+    usual = settings(script)
+    short = settings(script, "--epochs", str(usual.epochs / 100))
+    assert short.warmup_epochs == pytest.approx(usual.warmup_epochs / 100)
+    assert 0 < short.warmup_epochs < short.epochs
+    longer = settings(script, "--epochs", str(2 * usual.epochs))
+    assert longer.warmup_epochs == usual.warmup_epochs
+    own = settings(script, "--epochs", "1", "--warmup-epochs", "0.9")
+    assert own.warmup_epochs == 0.9
+    with pytest.raises(SystemExit) as left:
+        settings(script, "--epochs", "1", "--warmup-epochs", "2")
+    assert left.value.code == 2
+    said = capsys.readouterr().err
+    assert "warmup_epochs 2 does not fit into 1 epochs; try --warmup-epochs 0.05." in said
+    assert said.count("\n") == 1
+
+
+def test_a_run_taken_up_keeps_the_warm_up_it_was_started_with(settings, tmp_path):
+    started = settings(mim_pretrain, "--output", str(tmp_path), "--epochs", "1")
+    save(started, tmp_path / "config.json")
+    for epochs in ("0.5", "1", "9"):
+        again = settings(
+            mim_pretrain, "--output", str(tmp_path), "--resume", "auto", "--epochs", epochs
+        )
+        assert again.warmup_epochs == started.warmup_epochs == 0.25
+
+
+# ------------------------------------------------------------------ what a run says
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_a_run_of_one_step_tells_its_steps_and_makes_no_noise(tmp_path, capsys, caplog, schedule):
+    train(tmp_path, Linear(), size=4, epochs=1, schedule=schedule)
+    assert "1 steps of 1 an epoch, 0 of them warm-up" in capsys.readouterr().out
+    assert not caplog.records
+
+
+def test_the_first_step_tells_no_pace(tmp_path, capsys):
+    train(tmp_path, Linear(), size=4, epochs=1)
+    output, bar = capsys.readouterr()
+    assert "images/s" not in output
+    assert "loss" in bar
+    assert "img/s" not in bar
 
 
 def test_a_run_says_at_its_end_whether_the_data_set_the_pace(tmp_path, capsys):
@@ -665,6 +729,7 @@ def test_a_run_says_at_its_end_whether_the_data_set_the_pace(tmp_path, capsys):
 
 def test_the_advice_follows_from_the_time_spent_waiting():
     assert "50 images/s, 60 %" in bottleneck(500, 10, 6, workers=0)
+    assert bottleneck(2, 10, 6, workers=0).startswith("0.2 images/s")
     assert "the data set the pace; more --workers than 0" in bottleneck(500, 10, 6, workers=0)
     assert "the data hold the model up; more" in bottleneck(500, 10, 2, workers=0)
     assert "a worker on every core" in bottleneck(500, 10, 6, workers=10_000)

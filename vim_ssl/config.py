@@ -14,7 +14,8 @@ guessed and nothing is dropped: an unknown name or a value of the wrong type is 
 
 A field is a bool, int, float, str, `Path`, `Literal`, tuple of those or ``dict[str, Any]``, or one
 of these ``| None``. Shared fields come by inheritance. A ``__post_init__`` may check a config; it
-should not rewrite fields, since a preset is built before files and flags are laid over it.
+should not rewrite fields, since a preset is built before files and flags are laid over it. What is
+not given may follow what is: a classmethod ``follow(defaults, given)`` returns the defaults to use.
 """
 
 import argparse
@@ -77,8 +78,8 @@ def parse(
         presets: name -> function that returns an instance; its docstring's first line is shown.
         argv: the arguments without the program's name; ``sys.argv[1:]`` by default.
         default_preset: the preset when none is asked for: a name, or a function of the values
-            that file and flags give (a dict) which returns a name, a dict of values to start
-            from, or `None` (the defaults).
+            that file and flags give (a dict) which returns a name, a dict of values (a stored
+            config's: they count as given), or `None` (the defaults).
         description: replaces the docstring.
         prog: the program's name in messages.
     Raises:
@@ -104,10 +105,13 @@ def parse(
         values = checked(config_cls, values, spelled=_flag)
         if preset is None:
             preset = default_preset(values) if callable(default_preset) else default_preset
+        stored: dict[str, Any] = {}
         if isinstance(preset, dict):
-            base, preset = checked(config_cls, preset), None
-        else:
-            base = _preset_values(presets, preset)
+            stored, preset = checked(config_cls, preset), None
+        base = _defaults(config_cls) if preset is None else _preset_values(presets, preset)
+        if follow := getattr(config_cls, "follow", None):
+            base = follow(base, stored | values)
+        base |= stored
         if wants_help:
             _print_help(parser, config_cls, presets, preset, base, description)
             raise SystemExit(0)
@@ -465,9 +469,12 @@ def _refuse_unknown(unknown: list[str], config_cls: type, presets: Presets) -> N
     raise ValueError(f"unknown flag {flag}." + (f" Did you mean {near[0]}?" if near else ""))
 
 
-def _preset_values(presets: Presets, name: str | None) -> dict[str, Any]:
-    if name is None:
-        return {}
+def _defaults(config_cls: type) -> dict[str, Any]:
+    defaults = {field.name: _default(field) for field in _fields(config_cls)}
+    return {name: value for name, value in defaults.items() if value is not dataclasses.MISSING}
+
+
+def _preset_values(presets: Presets, name: str) -> dict[str, Any]:
     if name not in presets:
         raise ValueError(f"unknown preset {name!r}. {did_you_mean(name, presets)}")
     config: Any = presets[name]()

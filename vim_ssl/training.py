@@ -31,6 +31,7 @@ from vim_ssl.data.loader import (
 from vim_ssl.objective import StepOutput
 from vim_ssl.optim import SCHEDULES, build_optimizer, build_schedule, check_optimizer
 from vim_ssl.processes import cores
+from vim_ssl.report.curve import number
 from vim_ssl.runs import Run
 
 
@@ -85,6 +86,14 @@ class TrainConfig:
     trackers: tuple[str, ...] = opt(
         ("auto",), "by accelerate's names; auto: tensorboard where installed; none", group="run"
     )
+
+    @classmethod
+    def follow(cls, defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+        """For `vim_ssl.config.parse`: a run made shorter keeps its share of warm-up."""
+        share = given.get("epochs", math.inf) / defaults["epochs"]
+        if "warmup_epochs" in given or not 0 < share < 1:
+            return defaults
+        return defaults | {"warmup_epochs": share * defaults["warmup_epochs"]}
 
     def __post_init__(self):
         for name in ("batch_size", "accumulation", "log_every", "keep_checkpoints",
@@ -304,7 +313,8 @@ class _Plan:
             f"{self.batch_size} x {self.accumulation} (accumulation) x {world} (processes) = "
             f"{self.effective_batch} · lr "
             f"{config.base_lr:g} x {self.effective_batch}/{config.lr_reference_batch} = "
-            f"{self.lr:.3g} · {self.total_steps:,} steps of {self.epoch_steps:,} an epoch"
+            f"{self.lr:.3g} · {self.total_steps:,} steps of {self.epoch_steps:,} an epoch, "
+            f"{min(self.warmup_steps, self.total_steps):,} of them warm-up"
         )
 
     def take_up(self, progress: Progress) -> None:
@@ -426,7 +436,8 @@ def _to(value: Any, device: torch.device) -> Any:
 def bottleneck(images: float, seconds: float, waited: float, workers: int) -> str:
     """Whether the data or the model set the pace, and what to do about it."""
     share = waited / seconds
-    text = f"{images / seconds:.0f} images/s, {100 * share:.0f} % of the time waiting for data: "
+    rate = number(images / seconds, 2)
+    text = f"{rate} images/s, {100 * share:.0f} % of the time waiting for data: "
     if share < 0.2:  # what one core loads and trains by turns, small pictures wait for
         return text + "the model sets the pace, the data keep up."
     text += "the data set the pace" if share > 0.5 else "the data hold the model up"
@@ -446,9 +457,9 @@ class _Watch:
     def __enter__(self):
         self.stop = False
         self.handlers = {}
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for signum in (signal.SIGTERM, signal.SIGINT):
             with contextlib.suppress(ValueError):  # not in the main thread: no handlers there
-                self.handlers[number] = signal.signal(number, self._on_signal)
+                self.handlers[signum] = signal.signal(signum, self._on_signal)
         if self.main:
             print(self.plan.summary, flush=True)
         self.bar = tqdm(
@@ -457,17 +468,18 @@ class _Watch:
         )  # fmt: skip
         self.since_step = self.since_save = time.perf_counter()
         self.seconds = self.waited = self.images = 0.0
+        self.first = True
         return self
 
     def __exit__(self, kind, *exc):
         self.bar.close()
         if self.main and self.seconds and kind in (None, SystemExit):
             print(bottleneck(self.images, self.seconds, self.waited, self.plan.workers), flush=True)
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+        for signum, handler in self.handlers.items():
+            signal.signal(signum, handler)
 
-    def _on_signal(self, number, frame):
-        if self.stop and number == signal.SIGINT:
+    def _on_signal(self, signum, frame):
+        if self.stop and signum == signal.SIGINT:
             raise KeyboardInterrupt  # asked twice: do not wait for the step
         self.stop = True
 
@@ -478,11 +490,15 @@ class _Watch:
         seconds, self.since_step = now - self.since_step, now
         self.progress.seconds += seconds
         rate = samples / seconds
-        self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} img/s", refresh=False)
-        self.bar.update()
         waited, self.plan.waited = self.plan.waited, 0.0
-        self.seconds, self.waited = self.seconds + seconds, self.waited + waited
-        self.images += samples
+        shown = f"loss {loss:.4f}"
+        if not self.first:  # which starts workers and compiles: it tells no pace
+            shown += f", {number(rate, 2)} img/s"
+            self.seconds, self.waited = self.seconds + seconds, self.waited + waited
+            self.images += samples
+        self.first = False
+        self.bar.set_postfix_str(shown, refresh=False)
+        self.bar.update()
         return {"images_per_second": round(rate, 1), "data_wait": round(waited / seconds, 3)}
 
     def evaluate(self, objective, samples, evaluate) -> dict[str, float]:

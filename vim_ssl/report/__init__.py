@@ -115,7 +115,7 @@ def _header(run: Record) -> str:
     tiles = [_tile(run, "loss"), _tile(run, "knn_top1"), _probe_tile(run)]
     seconds, samples = run.last("seconds"), run.last("samples")
     if seconds > 0:
-        rate = f"{samples / seconds:,.0f} images/s on average" if samples > 0 else ""
+        rate = f"{number(samples / seconds, 2)} images/s on average" if samples > 0 else ""
         tiles.append(("Training time", _duration(seconds), rate))
     cells = "".join(
         f"<div><dt>{escape(title)}</dt><dd><b>{escape(value)}</b><small>{escape(note)}</small>"
