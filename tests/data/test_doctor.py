@@ -1,6 +1,7 @@
 """The data doctor finds what is wrong, names it, and is content with what is right."""
 
 import io
+import json
 import tarfile
 
 import numpy as np
@@ -43,6 +44,63 @@ def test_sound_data(tmp_path, capsys):
     assert "Modes: RGB 10" in text
     assert "all 8×6" in text
     assert "Nothing wrong found." in text
+
+
+def test_masks_are_counted_by_the_classes_they_show(tmp_path, capsys):
+    draw = np.random.default_rng(0)
+    for name, values in (("train/a", [0, 1, 255]), ("train/b", [1, 1, 2]), ("val/c", [0, 0, 3])):
+        write(tmp_path, f"images/{name}.png", seed=draw)
+        mask = np.full((6, 8), values[0], np.uint8)
+        mask[0, :3] = values
+        (tmp_path / "masks" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(mask).save(tmp_path / f"masks/{name}.png")
+    (tmp_path / "classes.txt").write_text("sky\nroad\ncar\ntree\n")
+    assert main(["data", "check", f"masks:{tmp_path}"]) == 1
+    text = capsys.readouterr().out
+    assert "labelled" not in text
+    assert [line.split() for line in text.splitlines() if line.startswith(("split", "train"))] == [
+        ["split", "pictures", "masks", "groups"],
+        ["train", "2", "2", "-"],
+    ]
+    assert [line.split() for line in text.splitlines() if line[:4] in ("clas", "sky ", "road")] == [
+        ["class,", "pictures", "of", "it", "train", "val"],
+        ["sky", "1", "1"],
+        ["road", "2", "0"],
+    ]
+    assert "val has 1 classes that the training part lacks: tree." in text
+    assert "val has no mask of 2 classes: road, car." in text
+    # Of a sample nobody knows what the rest shows.
+    assert check(f"masks:{tmp_path}", sample=1).problems == []
+
+
+def test_boxes_are_counted(tmp_path):
+    write(tmp_path, "train/1.png", "train/2.png", "val/3.png")
+    (tmp_path / "annotations").mkdir()
+    for split, ids, of in (("train", (1, 2), (1, 1, 1)), ("val", (3,), ())):
+        table = {
+            "images": [{"id": i, "file_name": f"{i}.png", "width": 8, "height": 6} for i in ids],
+            "annotations": [
+                {"id": n, "image_id": i, "category_id": 4, "bbox": [1, 1, 2, 2]}
+                for n, i in enumerate(of)
+            ],
+            "categories": [{"id": 4, "name": "cat"}, {"id": 9, "name": "dog"}],
+        }
+        (tmp_path / f"annotations/{split}.json").write_text(json.dumps(table))
+    found = check(f"coco:{tmp_path}")
+    rows = [line.split() for line in found.facts]
+    assert ["split", "pictures", "with", "boxes", "boxes", "groups"] in rows
+    assert ["train", "2", "1", "3", "-"] in rows
+    assert ["val", "1", "0", "0", "-"] in rows
+    assert ["cat", "3", "0"] in rows
+    assert found.problems == []
+    assert found.remarks == ["val has no box of 1 classes: cat."]
+
+
+def test_captions_are_counted(tmp_path):
+    write(tmp_path, "1.png", "2.png", "3.png")
+    for name, text in (("1.txt", "a hat"), ("2.txt", "\n"), ("3.txt", "a cat\na pet")):
+        (tmp_path / name).write_text(text)
+    assert "With a caption: 2 of these pictures." in check(f"pairs:{tmp_path}").facts
 
 
 def test_broken_twice_and_on_both_sides(tmp_path):

@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from vim_ssl.data.dataset import ImageData
+from vim_ssl.data.dataset import ImageData, captions_of
 from vim_ssl.data.images import BadImage
+from vim_ssl.data.masks import IGNORE
 from vim_ssl.data.sources import open_data
 from vim_ssl.data.spec import canonical_split, parse_spec
 from vim_ssl.data.stream import ImageStream
@@ -30,7 +31,8 @@ class Look:
     """What one decoded picture is like; or its ``fault``.
 
     ``pixels`` is a hash of mode, size and values; ``size`` is (width, height); ``flat`` says that
-    all its values are one, ``holes`` that some are not finite.
+    all its values are one, ``holes`` that some are not finite. ``shown`` are the numbers of the
+    classes in its mask, each once, or of its boxes; ``captioned`` says that it has a caption.
     """
 
     id: str
@@ -40,16 +42,24 @@ class Look:
     mode: str = ""
     flat: bool = False
     holes: bool = False
+    shown: tuple[int, ...] = ()
+    captioned: bool = False
 
 
 @dataclass
 class Part:
-    """One split: its columns as in `ImageData`, and what its pictures are like."""
+    """One split: its columns as in `ImageData`, and what its pictures are like.
+
+    ``masks`` says whether every picture has a mask, ``boxes`` how many each has (None: there are
+    none in such data).
+    """
 
     name: str
     ids: list[str]
     labels: list[Any] | None
     groups: list[str] | None
+    masks: bool = False
+    boxes: list[int] | None = None
     looks: list[Look] = field(default_factory=list)
 
 
@@ -86,6 +96,7 @@ def check(spec: str | Path, *, sample: int = 0, workers: int = 0, quiet: bool = 
     diagnosis = Diagnosis([f"{spec}: {_layout(data, parts)}", ""], list(data.faults), [])
     _count(parts, diagnosis)
     _check_labels(parts, data.classes, diagnosis)
+    _check_truth(parts, data.classes, diagnosis)
     _check_pictures(parts, diagnosis)
     _check_sides(parts, diagnosis)
     return diagnosis
@@ -129,7 +140,8 @@ def _parts(
     splits = data.splits if data.split == "all" and data.splits else [data.split]
     for name in splits:
         one = data if name == data.split else open_data(spec, split=name)
-        part = Part(name, one.ids, one.labels, one.groups)
+        boxes = [one.box_count(i) for i in range(len(one))] if one.has_boxes else None
+        part = Part(name, one.ids, one.labels, one.groups, one.has_masks, boxes)
         few = min(sample, len(one)) if sample else len(one)
         chosen = one.subset(i * len(one) // few for i in range(few))
         loader = DataLoader(_Looking(chosen), 16, num_workers=workers, collate_fn=list)
@@ -149,9 +161,13 @@ class _Looking(Dataset):
 
     def __getitem__(self, index: int) -> Look:
         try:
-            return look(self.data.ids[index], still(self.data[index]["image"]))
+            item = self.data[index]
+            found = look(self.data.ids[index], still(item["image"]))
         except BadImage as bad:
             return Look(bad.id, bad.reason)
+        shown = item.get("box_labels", np.setdiff1d(item.get("mask", ()), IGNORE))
+        captioned = bool(captions_of(item.get("caption")))
+        return replace(found, shown=tuple(map(int, shown)), captioned=captioned)
 
 
 def _look_along(stream: ImageStream, quiet: bool) -> Part:
@@ -162,7 +178,9 @@ def _look_along(stream: ImageStream, quiet: bool) -> Part:
             part.ids.append(record["id"])
             labels.append(record.get("label"))
             try:
-                part.looks.append(look(record["id"], stream.decode(record)["image"]))
+                found = look(record["id"], stream.decode(record)["image"])
+                captioned = bool(captions_of(record.get("caption")))
+                part.looks.append(replace(found, captioned=captioned))
             except BadImage as bad:
                 part.looks.append(Look(bad.id, bad.reason))
             bar.update()
@@ -193,12 +211,21 @@ def _layout(data: ImageData | ImageStream, parts: list[Part]) -> str:
 
 
 def _count(parts: list[Part], diagnosis: Diagnosis) -> None:
-    diagnosis.facts.append(f"{'split':12}{'pictures':>10}{'labelled':>10}{'groups':>8}")
     where = defaultdict(list)
     for part in parts:
         labelled = sum(not _unknown(label) for label in part.labels or ())
-        groups = f"{len(set(part.groups)):,}" if part.groups is not None else "-"
-        diagnosis.facts.append(f"{part.name:12}{len(part.ids):10,}{labelled:10,}{groups:>8}")
+        columns: dict[str, int | None] = {"pictures": len(part.ids)}
+        if part.masks:
+            columns["masks"] = len(part.ids)
+        if part.boxes is not None:
+            columns |= {"with boxes": sum(map(bool, part.boxes)), "boxes": sum(part.boxes)}
+        if part.labels is not None or len(columns) == 1:
+            columns["labelled"] = labelled
+        columns["groups"] = None if part.groups is None else len(set(part.groups))
+        if part is parts[0]:
+            diagnosis.facts.append(f"{'split':12}" + "".join(f"{name:>12}" for name in columns))
+        cells = ("-" if count is None else f"{count:,}" for count in columns.values())
+        diagnosis.facts.append(f"{part.name:12}" + "".join(f"{cell:>12}" for cell in cells))
         if not part.ids:
             diagnosis.problems.append(f"{part.name} has no picture.")
         if part.labels is not None and labelled < len(part.ids):
@@ -218,16 +245,7 @@ def _check_labels(parts: list[Part], classes: list[str] | None, diagnosis: Diagn
     }
     if not counts:
         return
-    known = sorted(set().union(*counts.values()))
-    names = {label: _name(label, classes) for label in known}
-    width = max(map(len, names.values()))
-    width = min(max(width, 12), 40)
-    diagnosis.facts += ["", f"{'class':{width}}" + "".join(f"{name:>12}" for name in counts)]
-    for label in known[:LISTED]:
-        row = "".join(f"{count[label]:12,}" for count in counts.values())
-        diagnosis.facts.append(f"{names[label][:width]:{width}}{row}")
-    if len(known) > LISTED:
-        diagnosis.facts.append(f"… and {len(known) - LISTED:,} classes more")
+    names = _list_classes("class", counts, classes, diagnosis)
     for name, count in counts.items():
         least, most = min(count, key=count.__getitem__), max(count, key=count.__getitem__)
         if len(count) < 2:
@@ -237,6 +255,45 @@ def _check_labels(parts: list[Part], classes: list[str] | None, diagnosis: Diagn
                 f"{name} is unbalanced: {count[most]:,} of {names[most]}, {count[least]:,} of "
                 f"{names[least]}."
             )
+    _compare_classes(counts, names, "picture", diagnosis)
+
+
+def _check_truth(parts: list[Part], classes: list[str] | None, diagnosis: Diagnosis) -> None:
+    """The classes in masks, by pictures that show them, or of boxes."""
+    counts = {
+        part.name: Counter(number for look in part.looks for number in look.shown)
+        for part in parts
+        if part.masks or part.boxes is not None
+    }
+    if not counts:
+        return
+    one = "box" if parts[0].boxes is not None else "mask"
+    title = "class, boxes of it" if one == "box" else "class, pictures of it"
+    names = _list_classes(title, counts, classes, diagnosis)
+    if all(len(part.looks) == len(part.ids) for part in parts):
+        _compare_classes(counts, names, one, diagnosis)
+
+
+def _list_classes(
+    title: str, counts: dict[str, Counter[int]], classes: list[str] | None, diagnosis: Diagnosis
+) -> dict[int, str]:
+    """A table of what each part has of each class; returns the classes' names."""
+    known = sorted(set().union(*counts.values()))
+    names = {label: _name(label, classes) for label in known}
+    width = min(max(map(len, [title, *names.values(), 12 * " "])), 40)
+    diagnosis.facts += ["", f"{title:{width}}" + "".join(f"{name:>12}" for name in counts)]
+    for label in known[:LISTED]:
+        row = "".join(f"{count[label]:12,}" for count in counts.values())
+        diagnosis.facts.append(f"{names[label][:width]:{width}}{row}")
+    if len(known) > LISTED:
+        diagnosis.facts.append(f"… and {len(known) - LISTED:,} classes more")
+    return names
+
+
+def _compare_classes(
+    counts: dict[str, Counter[int]], names: dict[int, str], one: str, diagnosis: Diagnosis
+) -> None:
+    """What the training part and the others have not in common; ``one`` is what is counted."""
     train: Counter[int] = Counter()
     for name, count in counts.items():
         if canonical_split(name) == "train":
@@ -249,7 +306,7 @@ def _check_labels(parts: list[Part], classes: list[str] | None, diagnosis: Diagn
             )
         if absent := [names[label] for label in train if not count.get(label)]:
             diagnosis.remarks.append(
-                f"{name} has no picture of {len(absent):,} classes: {_some(absent)}."
+                f"{name} has no {one} of {len(absent):,} classes: {_some(absent)}."
             )
 
 
@@ -291,6 +348,8 @@ def _check_pictures(parts: list[Part], diagnosis: Diagnosis) -> None:
         )
         one = f"all {least}" if len(set(by_area)) == 1 else f"{least} to {most}, median {middle}"
         diagnosis.facts.append(f"Sizes (width×height): {one}")
+        if captioned := sum(look.captioned for look in good):
+            diagnosis.facts.append(f"With a caption: {captioned:,} of these pictures.")
     for part in parts:
         bad = [f"{look.id} ({look.fault})" for look in part.looks if look.fault]
         if bad:
