@@ -339,20 +339,23 @@ def _stored_config(folder: Path) -> dict | None:
 
 
 def newest_run(root: Path = RUNS, recipe: str = "pretrain") -> Path:
-    """The run under ``root`` whose encoder was written last, of recipes that end in ``recipe``.
+    """The run under ``root`` whose model was written last, of recipes that end in ``recipe``: an
+    encoder, or the model of clip_pretrain where that is asked for.
 
     Raises: FileNotFoundError if there is none.
     """
-    script = "mim_pretrain" if recipe == "pretrain" else recipe
+    model, wanted, script = "encoder", "with an encoder", "mim_pretrain"
+    if recipe == "clip_pretrain":  # whose encoder may be timm's, and in the model's file
+        model, wanted, script = "clip", "of clip_pretrain, with pictures and texts,", recipe
     found = [
         path
-        for path in root.glob("*/encoder.safetensors")
+        for path in root.glob(f"*/{model}.safetensors")
         if (_stored_config(path.parent) or {}).get("recipe", "").endswith(recipe)
     ]
     found.sort(key=lambda path: path.stat().st_mtime)
     if not found:
         raise FileNotFoundError(
-            f"No run with an encoder under {root.resolve()}; train one with "
+            f"No run {wanted} under {root.resolve()}; train one with "
             f"`accelerate launch recipes/{script}.py`, or name one."
         )
     return found[-1].parent

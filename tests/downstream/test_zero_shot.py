@@ -16,6 +16,7 @@ from vim_ssl.data import open_data
 from vim_ssl.downstream import zero_shot
 from vim_ssl.evaluation.probes import Features
 from vim_ssl.evaluation.retrieval import PairFeatures
+from vim_ssl.runs import newest_run
 from vim_ssl.text import TextEncoder, train_bpe
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 40), "blue_sky": (40, 60, 220)}
@@ -84,6 +85,25 @@ def test_pictures_and_captions_are_found_by_each_other(model, classes, tmp_path,
     assert not found["trained_on"]
     assert figures["chance_r1"] == 8.333
     assert "Among 12 pictures and 24 captions; chance at R@1: 8.333 %" in capsys.readouterr().out
+
+
+def test_without_a_run_of_captions_it_is_told_how_to_make_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    other = Path("runs/digits")
+    other.mkdir(parents=True)
+    (other / "encoder.safetensors").write_bytes(b"")
+    (other / "config.json").write_text('{"recipe": "mim_pretrain"}')
+    with pytest.raises(FileNotFoundError, match=r"No run of clip_pretrain.*launch recipes/clip_pr"):
+        zero_shot.main([])
+
+
+def test_the_newest_run_may_have_an_image_tower_of_timm(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = Path(shutil.copytree(model, "runs/timm"))
+    (run / "config.json").write_text(json.dumps({"recipe": "clip_pretrain", "data": "x"}))
+    assert newest_run(recipe="clip_pretrain") == run
+    (run / "encoder.safetensors").unlink()  # it is in clip.safetensors
+    assert newest_run(recipe="clip_pretrain") == run
 
 
 def test_other_data_than_the_runs_own_has_a_folder_of_its_own(model, classes, tmp_path):
