@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vim_ssl.data import BadImage, masked_parts, open_data
+from vim_ssl.data import BadImage, masked_parts, masks, open_data
 
 VALUES = np.array([[0, 1, 2], [2, 1, 255]], np.uint8)
 
@@ -78,6 +78,18 @@ def test_classes_txt_names_them(tmp_path):
     spec = plain(tmp_path, "a")
     (tmp_path / "classes.txt").write_text("ground\ntree \n\nhouse\nwater\n")
     assert open_data(spec).classes == ["ground", "tree", "house", "water"]
+
+
+def test_each_mask_is_read_once_to_see_how_many_classes_there_are(tmp_path, monkeypatch):
+    read = []
+    plain_read = masks.read_mask
+    monkeypatch.setattr(masks, "read_mask", lambda path: read.append(path.name) or plain_read(path))
+    spec = plain(tmp_path, "train/a", "train/b", "val/c")
+    assert masked_parts(spec, 0.5, 0)[0].classes == ["0", "1", "2"]
+    assert sorted(read) == ["a.png", "b.png", "c.png"]
+    plain(tmp_path, "val/c", values=np.full((2, 3), 10, np.uint8))  # a file of another size
+    assert len(open_data(spec).classes) == 11
+    assert read[3:] == ["c.png"]
 
 
 def test_split_folders_are_the_parts(tmp_path):

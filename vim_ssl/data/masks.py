@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,7 @@ def open_masks(spec: DataSpec) -> ImageData:
     """
 
     def classes(root: Path, names: list[str]) -> list[str]:
-        return named_classes(root, root / "masks", names, lambda path: np.unique(read_mask(path)))
+        return named_classes(root, root / "masks", names, _numbers)
 
     return _open(spec, "masks", classes)
 
@@ -133,6 +134,11 @@ def open_ade20k(spec: DataSpec) -> ImageData:
         return named
 
     return _open(spec, "annotations", classes, zero_is_none=True)
+
+
+def _numbers(path: Path) -> np.ndarray:
+    """Those that a mask file holds. Raises: BadImage."""
+    return np.unique(read_mask(path))
 
 
 def _open(
@@ -238,7 +244,8 @@ def named_classes(
     """The lines of ``classes.txt`` in ``root``; without it the numbers in use in ``folder``.
 
     Args:
-        names: of the masks in ``folder``. numbers: those that a mask holds; may raise BadImage.
+        names: of the masks in ``folder``. numbers: those that a mask holds, a function of a module;
+            may raise BadImage.
     Raises: ValueError for fewer than 2 classes or more than 255.
     """
     file = root / "classes.txt"
@@ -259,9 +266,11 @@ def _classes_in_use(
     for later."""
     used: set[int] = set()
     for name in names:
+        path = folder / name
         try:
-            used.update(numbers(folder / name).tolist())
-        except BadImage:
+            found = path.stat()
+            used |= _remembered(numbers, path, found.st_size, found.st_mtime_ns)
+        except (BadImage, OSError):
             continue
     if used - {IGNORE} in (set(), {0}):
         seen = ", ".join(map(str, sorted(used))) or "no number"
@@ -276,3 +285,11 @@ def _classes_in_use(
             f"{IGNORE} means that a pixel has none."
         )
     return [str(i) for i in range(most + 1)]
+
+
+@lru_cache(maxsize=2**17)  # a set is opened for each of its parts, and reading all masks is slow
+def _remembered(
+    read: Callable[[Path], np.ndarray], path: Path, size: int, changed: int
+) -> frozenset[int]:
+    """The numbers in a mask file, as long as it stays as it is."""
+    return frozenset(read(path).tolist())
