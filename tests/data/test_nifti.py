@@ -1,5 +1,6 @@
 """NIfTI volumes as planes: turned upright, windowed, one volume on one side."""
 
+import json
 import pickle
 
 import numpy as np
@@ -166,6 +167,30 @@ def test_names_groups_and_class_names(tmp_path):
     train, test = masked_parts(spec, 0.3, 0)
     assert not set(train.groups) & set(test.groups)
     assert set(train.groups) | set(test.groups) >= {"p1/early.nii.gz", "p3/first_0000.nii.gz"}
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [{"2": "cancer", "0": "background", "1": "liver"}, {"background": 0, "liver": 1, "cancer": 2}],
+    ids=["Decathlon", "nnU-Net"],
+)
+def test_a_dataset_json_names_the_classes(tmp_path, labels):
+    spec = pair(tmp_path, folders=("imagesTr", "labelsTr"))
+    (tmp_path / "dataset.json").write_text(json.dumps({"name": "Liver", "labels": labels}))
+    assert open_data(spec).classes == ["background", "liver", "cancer"]
+    (tmp_path / "classes.txt").write_text("a\nb\nc\n")
+    assert open_data(spec).classes == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    ['{"labels": {"0": "a", "2": "b"}}', '{"labels": {"a": 0, "b": [1, 2]}}', '{"labels": 3}', "{"],
+)
+def test_a_dataset_json_that_names_no_classes_is_told(tmp_path, content):
+    spec = pair(tmp_path)
+    (tmp_path / "dataset.json").write_text(content)
+    with pytest.raises(ValueError, match=r"or name them in a classes\.txt beside it"):
+        open_data(spec)
 
 
 def test_masks_that_do_not_fit_are_named(tmp_path):

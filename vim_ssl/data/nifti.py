@@ -1,6 +1,7 @@
 """NIfTI: ``nifti:root``, the planes of volumes as 8-bit pictures."""
 
 import glob
+import json
 import os
 import tempfile
 from collections.abc import Sequence
@@ -34,7 +35,8 @@ def open_nifti(spec: DataSpec) -> ImageData:
 
     Where the folder holds ``images/`` and ``masks/`` (or ``images/`` and ``labels/``, ``imagesTr/``
     and ``labelsTr/``) with volumes of the same names, each plane has a mask of class numbers, 255
-    for none, named by ``classes.txt`` as those of ``masks:`` are; ``label=none`` leaves them out.
+    for none; ``label=none`` leaves them out. ``classes.txt`` names them as those of ``masks:``,
+    else the ``dataset.json`` of the Medical Segmentation Decathlon or of nnU-Net.
     A volume whose mask has another shape or lies elsewhere is left out and named in ``faults``.
 
     The group is the volume; with ``group=folder`` the folder it is in, such as a patient's. The ids
@@ -82,7 +84,9 @@ def open_nifti(spec: DataSpec) -> ImageData:
     classes = None
     if folders and mask_of:
         top = Path(spec.location).expanduser()
-        classes = named_classes(top, folders[1], (mask_of[name] for name in planes), _numbers)
+        told = None if (top / "classes.txt").exists() else _told_classes(top / "dataset.json")
+        used = (mask_of[name] for name in planes)
+        classes = told or named_classes(top, folders[1], used, _numbers)
     found = read_layout(list(planes), spec.split, spec.label or "none", str(root))
     rows = [(name, plane) for name in found.names for plane in range(planes[name])]
     class_of = dict(zip(found.names, found.labels or (), strict=False))
@@ -173,6 +177,26 @@ class PlaneMasks:
 
 def _upright(volume: np.ndarray, plane: int, axis: int) -> np.ndarray:
     return np.array(volume.take(plane, axis)[:, ::-1].T)
+
+
+def _told_classes(file: Path) -> list[str] | None:
+    """The names in a dataset.json, None without one: its ``labels`` are number to name in the
+    Decathlon, name to number in nnU-Net.
+
+    Raises: ValueError for any others, such as nnU-Net's regions of several numbers.
+    """
+    if not file.exists():
+        return None
+    try:
+        labels = json.loads(file.read_text(encoding="utf-8"))["labels"].items()
+        numbered = all(str(key).isdigit() for key, _ in labels)
+        names = {int(k if numbered else v): v if numbered else k for k, v in labels}
+        return [str(names[number]) for number in range(len(labels))]
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise ValueError(
+            f'{file}: its "labels" do not name the classes from 0 on, as {{"0": "background", "1": '
+            '"liver"}} does; correct it, or name them in a classes.txt beside it, a line each.'
+        ) from error
 
 
 def _numbers(path: Path) -> np.ndarray:
