@@ -42,6 +42,18 @@ def test_the_distance_is_that_of_all_pairs(seed, spacing):
     assert hausdorff95(truth, truth, spacing) == 0
 
 
+@pytest.mark.parametrize(
+    ("seed", "even", "uneven"),
+    [(0, 3.605551, 3.711177), (1, 3.162278, 6.091994), (2, 1.668483, 3.162278),
+     (3, 2.385463, 2.236068)],
+)  # fmt: skip
+def test_the_distance_is_that_of_monai(seed, even, uneven):
+    """What compute_hausdorff_distance(percentile=95) of MONAI 1.6.1 gives for these objects."""
+    pair = blobs(seed), blobs(seed + 50)
+    assert hausdorff95(*pair, (1.0, 1.0, 1.0)) == pytest.approx(even, rel=1e-5)
+    assert hausdorff95(*pair, SPACING) == pytest.approx(uneven, rel=1e-5)
+
+
 @pytest.mark.parametrize("shape", [(1, 9, 8), (5, 9, 1), (1, 1, 8)], ids=str)
 def test_an_axis_of_one_voxel_has_no_surface(shape):
     truth, guess = np.zeros(shape, bool), np.zeros(shape, bool)
