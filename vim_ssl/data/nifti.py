@@ -126,7 +126,7 @@ class PlanePictures:
             volume = _volume(os.path.join(self.root, name), self.window)
         except Exception as error:  # a broken file makes readers raise nearly anything
             raise BadImage(name, f"the volume cannot be read ({error})") from error
-        return _upright(volume, plane, self.axis)
+        return upright(volume, plane, self.axis)
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ class PlaneMasks:
             volume = _volume(self._path(row), None)
         except Exception as error:  # a broken file makes readers raise nearly anything
             raise BadImage(name, f"the mask cannot be read ({error})") from error
-        return checked(_upright(volume, plane, self.axis), size, name, self.classes)
+        return checked(upright(volume, plane, self.axis), size, name, self.classes)
 
     def place(self, row: int) -> dict[str, Any]:
         """As `vim_ssl.evaluation.volume_scores.VolumeScores.add` takes it."""
@@ -175,8 +175,10 @@ class PlaneMasks:
         return os.path.join(self.root, self.parts[self.planes[row][0]].mask)
 
 
-def _upright(volume: np.ndarray, plane: int, axis: int) -> np.ndarray:
-    return np.array(volume.take(plane, axis)[:, ::-1].T)
+def upright(volume: np.ndarray, plane: int, axis: int) -> np.ndarray:
+    """A plane across ``axis`` of a volume in canonical axes, front or top up."""
+    # Not take(), which copies all of a volume that lies in memory as NIfTI has it.
+    return np.array(np.moveaxis(volume, axis, 0)[plane][:, ::-1].T)
 
 
 def _told_classes(file: Path) -> list[str] | None:
