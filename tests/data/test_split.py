@@ -54,6 +54,25 @@ def test_one_huge_group_does_not_swallow_the_second_side():
         assert len(first) + len(second) == 1000
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_few_patients_of_every_class_are_on_both_sides(seed):
+    """Though one has most of the pictures: what is then due would take whole classes."""
+    patients = ((2, 2, 1), (1, 2, 10), (1, 2, 2, 120, 1), (2, 2), (1,))  # pictures, by class
+    labels = [label for label, sizes in enumerate(patients) for _ in range(sum(sizes))]
+    groups = [f"{label}-{p}" for label, sizes in enumerate(patients)
+              for p, size in enumerate(sizes) for _ in range(size)]  # fmt: skip
+    first, second = stratified_split(labels, 0.2, seed, groups)
+    assert not {groups[i] for i in first} & {groups[i] for i in second}
+    for side in (first, second):
+        assert {labels[i] for i in side} >= {0, 1, 2, 3}
+
+
+def test_classes_too_small_for_their_share_take_turns_in_groups_too():
+    labels = [i // 4 for i in range(400)]  # 100 classes of two patients with two pictures
+    second = stratified_split(labels, 0.05, 0, [f"p{i // 2}" for i in range(400)])[1]
+    assert 16 <= len(second) <= 24
+
+
 @pytest.mark.parametrize("fraction", [0.01, 0.99])
 def test_neither_side_is_empty(fraction):
     first, second = stratified_split([0, 0, 1], fraction, seed=0)

@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
 
@@ -42,7 +42,8 @@ def stratified_split(
         fraction: share of the second side, in (0, 1).
         seed: chooses the pictures.
         groups: one a picture; a group comes to one side as a whole, and shares are then kept as
-            well as that allows.
+            well as that allows. A class that makes up two groups or more, and of which half a
+            picture or more is due, is on both sides.
     Returns: (first, second), sorted indices, neither empty.
     Raises: ValueError when there are not two pictures, or groups, to part.
     """
@@ -76,8 +77,36 @@ def stratified_split(
         held = [min(members.values(), key=len)]
     elif len(held) == len(members):
         held.remove(min(held, key=len))
+    if groups is not None:
+        held = _with_every_class(held, strata, [as_key(label) for label in labels], fraction)
     second = {i for group in held for i in group}
     return [i for i in range(len(labels)) if i not in second], sorted(second)
+
+
+def _with_every_class(
+    held: list[list[int]],
+    strata: Mapping[Hashable, list[list[int]]],
+    labels: Sequence[Hashable],
+    fraction: float,
+) -> list[list[int]]:
+    """The groups held out, so that neither side lacks a class which other groups could give it.
+
+    Groups round coarsely: what one huge group leaves due takes small classes whole.
+    """
+    total = Counter(labels)
+    second = Counter(labels[i] for group in held for i in group)
+    for label, groups in strata.items():
+        if len(groups) < 2:
+            continue
+        if not second[label] and fraction * total[label] >= 0.5:
+            smallest = min(groups, key=len)
+            held = [*held, smallest]
+            second.update(labels[i] for i in smallest)
+        elif second[label] == total[label]:
+            largest = max(groups, key=len)
+            held = [group for group in held if group is not largest]
+            second.subtract(labels[i] for i in largest)
+    return held
 
 
 def hold_out(
