@@ -1,11 +1,12 @@
 """Ten steps of every paper preset through the real trainer: does it run as it stands, at what cost?
 
-    python benchmarks/presets.py                        # all of them: an hour on one core
-    python benchmarks/presets.py --only mae_tiny_224 --out FOLDER
+    python benchmarks/presets.py                        # what has no row yet: an hour of one core
+    python benchmarks/presets.py --only mae_tiny_224 --out FOLDER          # one of them anew
 
 Each preset keeps its model, resolution, masking, optimiser, schedule and precision, and trains in a
 process of its own; only data, batch, accumulation, workers and the number of steps are cut to what
-a CPU can do, and fine-tuning starts from untrained weights.
+a CPU can do, and fine-tuning starts from untrained weights. For ADE20K, COCO and Kinetics stand a
+few photographs, with made-up labels, as large as theirs; of videos there are two classes.
 The steps lie at the very start of a warm-up of thousands, so the losses show that the arithmetic is
 sound, not that anything is learnt. `distill`'s teacher has its true architecture with random
 weights: nothing is downloaded. `cpu_seconds_a_step` is the median of the last half of the steps, in
@@ -25,30 +26,109 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
-from rows import ORIGIN, append_rows, origin, results_parser
+from PIL import Image
+from rows import ORIGIN, append_rows, origin, read_rows, results_parser
 
-from vim_ssl import classification
+from vim_ssl import classification, dense
 from vim_ssl.data import open_data
-from vim_ssl.downstream import finetune, segmentation
+from vim_ssl.downstream import detection, finetune, segmentation, video
 from vim_ssl.recipes import clip_pretrain, mim_pretrain, supervised_pretrain
 from vim_ssl.runs import read_metrics
+
+TABLE = "presets.csv"
+FRAMES = 16
+
+
+def photographs() -> Iterator[tuple[int, Image.Image]]:
+    """Nine of 640 px at most, numbered."""
+    photos = open_data("sample:photos")
+    for i in range(len(photos)):
+        picture = photos[i]["image"].convert("RGB")
+        picture.thumbnail((640, 640))
+        yield i, picture
+
+
+def labelled_pixels(folder: Path) -> str:
+    """ADE20K in little: photographs, labelled by their grey with 150 classes' numbers."""
+    for i, picture in photographs():
+        part = "train" if i else "test"
+        grey = picture.convert("L").point(lambda value: value * 149 // 255)
+        for kind, image in (("images", picture), ("masks", grey)):
+            (folder / kind / part).mkdir(parents=True, exist_ok=True)
+            image.save(folder / kind / part / f"{i}.png")
+    (folder / "classes.txt").write_text("".join(f"grey {i}\n" for i in range(150)))
+    return f"masks:{folder}"
+
+
+def outlined_objects(folder: Path) -> str:
+    """COCO in little: photographs, the middle of each an object of one of 80 classes."""
+    categories = [{"id": 1 + i, "name": f"object {i}"} for i in range(80)]
+    tables: dict[str, dict] = {
+        part: {"images": [], "annotations": [], "categories": categories}
+        for part in ("train", "val")
+    }
+    for i, picture in photographs():
+        part, (width, height) = "train" if i else "val", picture.size
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        picture.save(folder / part / f"{i}.png")
+        tables[part]["images"].append(
+            {"id": i, "file_name": f"{i}.png", "width": width, "height": height}
+        )
+        left, top, right, bottom = width / 4, height / 4, 3 * width / 4, 3 * height / 4
+        tables[part]["annotations"].append({
+            "id": 1 + i, "image_id": i, "category_id": 1 + i, "iscrowd": 0,
+            "bbox": [left, top, width / 2, height / 2], "area": width * height / 4,
+            "segmentation": [[left, top, right, top, right, bottom, left, bottom]],
+        })  # fmt: skip
+    (folder / "annotations").mkdir()
+    for part, table in tables.items():
+        (folder / "annotations" / f"{part}.json").write_text(json.dumps(table))
+    return f"coco:{folder}"
+
+
+def moving_pictures(folder: Path) -> str:
+    """Kinetics in little: frames that pan over photographs, in two classes."""
+    for i, picture in photographs():
+        place = folder / ("train" if i > 1 else "test") / f"class {i % 2}" / f"{i}"
+        place.mkdir(parents=True)
+        width, height = picture.size
+        for frame in range(FRAMES):
+            left = frame * width // (4 * FRAMES)
+            picture.crop((left, 0, left + 3 * width // 4, height)).save(place / f"{frame}.jpg")
+    return f"video:{folder}?frames={FRAMES}"
+
+
+LITTLE = {
+    "photographs, every pixel labelled": labelled_pixels,
+    "photographs, an object outlined": outlined_objects,
+    "pans over photographs": moving_pictures,
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Script:
-    """A recipe or task: its module, the module that calls `fit`, what its presets are for."""
+    """A recipe or task: its module, the module that calls `fit`, what its presets are for.
+
+    Attributes:
+        pictures: preset -> pictures an epoch of its own data.
+        changes: what is asked of its presets beside what is asked of all.
+        data: one of `LITTLE`, where --data will not do.
+    """
 
     module: ModuleType
     fits: ModuleType
-    pictures: dict[str, int]  # preset -> pictures an epoch of its own data
+    pictures: dict[str, int]
     changes: dict = dataclasses.field(default_factory=dict)
+    data: str = ""
 
 
-IMAGENET, ADE20K = 1_281_167, 20_210
+IMAGENET, ADE20K, COCO, KINETICS = 1_281_167, 20_210, 117_266, 240_436
+PIXELS, OBJECTS, CLIPS = LITTLE
 SCRIPTS = (
     Script(mim_pretrain, mim_pretrain, {
         name: IMAGENET for name in mim_pretrain.PRESETS if name.endswith(("_192", "_224"))}),
@@ -59,8 +139,13 @@ SCRIPTS = (
     Script(clip_pretrain, clip_pretrain, {
         "cc3m_small_224": 3_000_000, "cc12m_small_224": 12_000_000,
         "datacomp_small_224": 12_800_000}, {"accumulation": 1}),
-    *(Script(segmentation, segmentation, {f"ade20k_upernet_{size}": ADE20K},
-             {"encoder": f"vim_{size}_patch16_224"}) for size in ("tiny", "small")),
+    *(Script(segmentation, dense, {f"ade20k_upernet_{size}": ADE20K},
+             {"encoder": f"vim_{size}_patch16_224"}, PIXELS) for size in ("tiny", "small")),
+    *(Script(detection, dense, {f"coco_cascade_{size}": COCO},
+             {"encoder": f"vim_{size}_patch16_224", "batch_size": 1}, OBJECTS)
+      for size in ("tiny", "small")),
+    Script(video, classification, dict.fromkeys(video.PRESETS, KINETICS),
+           {"encoder": "vim_small_patch16_224", "batch_size": 1}, CLIPS),
 )  # fmt: skip
 OF = {preset: script for script in SCRIPTS for preset in script.pictures}
 COLUMNS = (
@@ -70,25 +155,11 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def labelled_pixels(folder: Path) -> str:
-    """ADE20K in little: nine photographs, labelled by their grey with 150 classes' numbers."""
-    photos = open_data("sample:photos")
-    for i in range(len(photos)):
-        part, picture = "train" if i else "test", photos[i]["image"].convert("RGB")
-        picture.thumbnail((640, 640))
-        grey = picture.convert("L").point(lambda value: value * 149 // 255)
-        for kind, image in (("images", picture), ("masks", grey)):
-            (folder / kind / part).mkdir(parents=True, exist_ok=True)
-            image.save(folder / kind / part / f"{i}.png")
-    (folder / "classes.txt").write_text("".join(f"grey {i}\n" for i in range(150)))
-    return f"masks:{folder}"
-
-
 def train(preset: str, folder: Path, changes: dict) -> dict:
     """Train it here, in this process; returns what only this process knows."""
     script = OF[preset]
     config = script.module.PRESETS[preset]()
-    config = dataclasses.replace(config, output=str(folder), **script.changes | changes)
+    config = dataclasses.replace(config, output=str(folder), **changes)
     objective, teacher, trained, moments = getattr(config, "objective", ""), "", 0, []
     if objective == "distill":
         import timm
@@ -118,7 +189,7 @@ def train(preset: str, folder: Path, changes: dict) -> dict:
     return {
         "recipe": script.module.__name__.rpartition(".")[2], "preset": preset,
         "objective": objective, "encoder": config.encoder, "trained_parameters": trained,
-        "teacher": teacher, "precision": config.precision, "data": config.data,
+        "teacher": teacher, "precision": config.precision,
         "batch": config.batch_size, "threads": config.threads,
         "peak_mb": round(peak / 2 ** (20 if sys.platform == "darwin" else 10)),
         "cpu_seconds_a_step": round(seconds, 3), "epochs": config.epochs,
@@ -144,11 +215,11 @@ def measure(preset: str, changes: dict, root: Path) -> dict:
 
 
 def main() -> int:
-    parser = results_parser(__doc__, "presets.csv")
+    parser = results_parser(__doc__, TABLE)
     parser.add_argument("--only", nargs="+", default=list(OF), choices=OF, metavar="PRESET",
                         help=f"of {', '.join(OF)}")  # fmt: skip
     parser.add_argument("--data", default="sample:fluent-emoji?limit=20", help="pictures")
-    parser.add_argument("--batch", type=int, default=2, help="pictures a step")
+    parser.add_argument("--batch", type=int, default=2, help="pictures a step; one of COCO, videos")
     parser.add_argument("--steps", type=int, default=10, help="optimiser steps")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     for name in ("--tell", "--changes", "--output"):  # of the processes that this one starts
@@ -158,21 +229,26 @@ def main() -> int:
         told = train(args.only[0], Path(args.output), json.loads(args.changes))
         Path(args.tell).write_text(json.dumps(told))
         return 0
-    changes = {
-        "data": args.data, "batch_size": args.batch, "max_steps": args.steps, "workers": 0,
-        "log_every": 1, "threads": args.threads,
+    common = {
+        "batch_size": args.batch, "max_steps": args.steps, "workers": 0, "log_every": 1,
+        "threads": args.threads,
     }  # fmt: skip
+    done = {row["preset"] for row in read_rows(args.out / TABLE)}
     sound = True
     with tempfile.TemporaryDirectory() as root:
         for preset in args.only:
-            more = {}
-            if OF[preset].module is segmentation:
-                # Crops keep their true size.
-                more = {"data": labelled_pixels(Path(root) / f"{preset}-data")}
-            row = measure(preset, changes | more, Path(root))
-            append_rows(args.out / "presets.csv", COLUMNS, [origin() | row])
+            if preset in done:
+                print(f"{preset:20} has its row; --out FOLDER measures it anew", flush=True)
+                continue
+            script = OF[preset]
+            data = args.data
+            if script.data:
+                data = LITTLE[script.data](Path(root) / f"{preset}-data")
+            row = measure(preset, common | {"data": data} | script.changes, Path(root))
+            row["data"] = script.data or args.data
+            append_rows(args.out / TABLE, COLUMNS, [origin() | row])
             print(
-                f"{preset:18} {row['cpu_seconds_a_step']:8.2f} s a step {row['peak_mb']:7,} MB   "
+                f"{preset:20} {row['cpu_seconds_a_step']:8.2f} s a step {row['peak_mb']:7,} MB   "
                 f"loss {row['first_loss']} to {row['last_loss']}   "
                 f"in full {row['full_hours']:,} h",
                 flush=True,

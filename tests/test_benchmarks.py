@@ -1,5 +1,6 @@
 """What every script that appends rows to a tracked CSV file tells in its help."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -7,6 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from vim_ssl import training
+from vim_ssl.data import boxed_parts, labelled_parts, masked_parts
+from vim_ssl.downstream import detection, finetune, segmentation, video
+from vim_ssl.recipes import clip_pretrain, mim_pretrain, supervised_pretrain
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = (
@@ -35,6 +41,38 @@ for name in sys.argv[1:]:
     texts.append(out.getvalue())
 print(json.dumps(texts))
 """
+
+
+def test_every_preset_for_gpus_is_measured_through_the_trainer(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    presets = importlib.import_module("presets")
+    for_a_cpu = {"demo", "mae_nano_64", "offline_rgb", "emoji_clip"}
+    scripts = (mim_pretrain, supervised_pretrain, clip_pretrain, finetune, segmentation, detection,
+               video)  # fmt: skip
+    named = {name for script in scripts for name in script.PRESETS}
+    assert {name for name in named if not name.endswith("_minute")} - for_a_cpu == set(presets.OF)
+    assert all(script.fits.fit is training.fit for script in presets.SCRIPTS)
+
+
+def test_made_up_data_of_the_presets_can_be_read(monkeypatch, tmp_path):
+    """With a training and a test part, and the number of classes that shapes the heads."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    presets = importlib.import_module("presets")
+    parts = {}
+    for name, make, opened in (
+        ("pixels", presets.labelled_pixels, masked_parts),
+        ("objects", presets.outlined_objects, boxed_parts),
+        ("clips", presets.moving_pictures, labelled_parts),
+    ):
+        parts[name] = opened(make(tmp_path / name), 0.2, 0)
+    sizes = {name: (len(train), len(test)) for name, (train, test) in parts.items()}
+    assert sizes == {"pixels": (8, 1), "objects": (8, 1), "clips": (7, 2)}
+    assert {name: len(train.classes) for name, (train, _) in parts.items()} == {
+        "pixels": 150, "objects": 80, "clips": 2,
+    }  # fmt: skip
+    (clip,) = parts["clips"][0][0]["image"].clips()
+    assert len(clip) == presets.FRAMES
+    assert parts["objects"][0].has_outlines
 
 
 @pytest.mark.slow
