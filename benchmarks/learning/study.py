@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from campaign import costs, fit_seconds, run_jobs
 from rows import ORIGIN, append_rows, origin, read_rows, results_parser
-from vit import ViTEncoder, ViTMAE
+from vit import counterpart
 
 from vim_ssl import create_transform
 from vim_ssl.data import labelled_parts
@@ -78,14 +78,10 @@ def build(arm: str, config: Config):
     torch.manual_seed(config.seed)
     encoder = build_model(config)
     if "ViT" in arm:
-        patch = encoder.patch_embed.patch_size
-        encoder = ViTEncoder(data_config=encoder.data_config, patch_size=patch, **VIT)
-        objective = ViTMAE(encoder, decoder_dim=config.decoder_dim,
-                           decoder_depth=config.decoder_depth,
-                           norm_pix_loss=config.norm_pix_loss)  # fmt: skip
+        objective = counterpart(encoder, config, **VIT)
     else:
         objective = build_objective(config, encoder)
-    return encoder, objective, build_data(config, encoder)[1]
+    return objective.encoder, objective, build_data(config, encoder)[1]
 
 
 def train(arm: str, config: Config):

@@ -1,12 +1,14 @@
-"""The outside anchor of the study: timm's ViT under MAE, through the same trainer and probe."""
+"""The outside anchor of the studies: timm's ViT under MAE, through the same trainer and probe."""
 
 import torch
 from timm.layers import build_sincos2d_pos_embed, trunc_normal_
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from vim_ssl.encoder import VimEncoder
 from vim_ssl.masking import visible_ids
 from vim_ssl.mim import PixelObjective
+from vim_ssl.recipes.mim_pretrain import Config
 
 
 class ViTEncoder(VisionTransformer):
@@ -64,3 +66,12 @@ class ViTMAE(PixelObjective):
         hidden = hidden.scatter(1, keep[..., None].expand(-1, -1, d), patches)
         hidden = hidden + build_sincos2d_pos_embed(list(self.encoder.grid_size), dim=d)
         return self.decoder_pred(self.decoder_norm(self.decoder_layers(hidden)))
+
+
+def counterpart(vim: VimEncoder, config: Config, **size: int) -> ViTMAE:
+    """MAE on a ViT of this ``size`` with the pictures, the patches and the settings of a Vim's."""
+    encoder = ViTEncoder(data_config=vim.data_config, patch_size=vim.patch_embed.patch_size, **size)
+    return ViTMAE(
+        encoder, decoder_dim=config.decoder_dim, decoder_depth=config.decoder_depth,
+        norm_pix_loss=config.norm_pix_loss,
+    )  # fmt: skip
