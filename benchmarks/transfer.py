@@ -80,24 +80,22 @@ def probe_vit(config: linear_probe.Config) -> dict:
 def summary(rows: list[dict[str, str]]) -> str:
     """A line a task: mean and deviation over the seeds, linear head / nearest neighbours."""
     kinds = list(dict.fromkeys(row["features"] for row in rows))
-    lines = ["| task | labels | train, test | " + " | ".join(kinds) + " |",
-             "|---" * (3 + len(kinds)) + "|"]  # fmt: skip
+    lines = ["| task | labels | seeds | train, test | " + " | ".join(kinds) + " |",
+             "|---" * (4 + len(kinds)) + "|"]  # fmt: skip
     for task in dict.fromkeys(row["task"] for row in rows):
         of_task = [row for row in rows if row["task"] == task]
         sizes = dict.fromkeys(f"{int(row['train']):,}, {int(row['test']):,}" for row in of_task)
-        cells = []
+        cells = [TASKS[task][2] if task in TASKS else "",
+                 str(len({row["seed"] for row in of_task})), "; ".join(sizes)]  # fmt: skip
         for kind in kinds:
             found = [row for row in of_task if row["features"] == kind]
-            cells.append(" / ".join(_mean([float(row[figure]) for row in found])
-                                    for figure in ("logistic", "knn")))  # fmt: skip
-        labels = TASKS[task][2] if task in TASKS else ""
-        lines.append(f"| {task} | {labels} | {next(iter(sizes))} | " + " | ".join(cells) + " |")
+            means = [_mean([float(row[figure]) for row in found]) for figure in ("logistic", "knn")]
+            cells.append(" / ".join(means) if found else "")
+        lines.append(f"| {task} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def _mean(values: list[float]) -> str:
-    if not values:
-        return ""
     spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.1f}{spread}"
 
