@@ -59,7 +59,7 @@ COLUMNS = (*ORIGIN, "arm", "seed", "concepts", "question", "asked", "answers", "
            "grain", "epochs", "mae_seconds", "cpu_seconds", "parameters", "ranks")  # fmt: skip
 
 QUIET = {"threads": 1, "eval_every": 1e9, "log_every": 50, "save_every": 1e9, "trackers": ("none",)}
-EPOCHS = 24.0
+EPOCHS = 48.0
 CLIP = replace(clip_pretrain.emoji_clip(), val="", **QUIET)
 STYLES = ("sample:noto-emoji", "sample:twemoji")  # CLIP.data
 UNSEEN_STYLE = "sample:fluent-emoji"
@@ -68,7 +68,7 @@ MAE = replace(
     warmup_epochs=CLIP.warmup_epochs, workers=0, **QUIET,
 )  # fmt: skip
 PICTURES = {k: v for k, v in IMAGENET_DATA.items() if k not in ("input_size", "bands")}
-VIT = {"patch_size": 8, "img_size": 64, "embed_dim": 102, "depth": 4, "num_heads": 3,
+VIT = {"patch_size": 16, "img_size": 64, "embed_dim": 153, "depth": 2, "num_heads": 3,
        "pretrained_cfg_overlay": PICTURES}  # fmt: skip
 TRAINED = ("vim", "vit", "vim after mae")
 BASELINES = ("pixels", "colours", "largest class")
@@ -489,7 +489,7 @@ def measure(out: Path, seeds: list[int], epochs: float, at_once: int) -> int:
     lasts = dict.fromkeys(TRAINED, epochs)
     lasts["vit"] = round(epochs * cost["vim"] / cost["vit"], 2)
     jobs: list[tuple] = [(arm, 0, 0) for arm in BASELINES]
-    jobs += [(arm, seed, lasts[arm]) for seed in seeds for arm in TRAINED]
+    jobs += [(arm, seed, lasts[arm]) for arm in TRAINED for seed in seeds]
     return run_jobs(__file__, out, [job for job in jobs if job[:2] not in done], at_once)
 
 

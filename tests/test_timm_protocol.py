@@ -18,6 +18,7 @@ from vim_ssl.encoder import PRESETS, VimEncoder
 QUICK = {
     "vim_nano_patch4_28": (28, 1),
     "vim_nano_patch8_64": (64, 3),
+    "vim_nano_patch16_64": (64, 3),
 }
 
 

@@ -635,6 +635,7 @@ PRESETS: dict[str, dict] = {
     "vim_nano_patch4_28": _NANO
     | {"patch_size": 4, "img_size": 28, "in_chans": 1, "data_config": MNIST_DATA},
     "vim_nano_patch8_64": _NANO | {"patch_size": 8, "img_size": 64},
+    "vim_nano_patch16_64": _NANO | {"patch_size": 16, "img_size": 64},
     "vim_mini_patch8_96": _NANO | {"depth": 8, "patch_size": 8, "img_size": 96},
 }
 

@@ -265,7 +265,7 @@ def settings(monkeypatch, *argv: str) -> clip_pretrain.Config:
 @pytest.mark.parametrize(
     ("preset", "batch", "lr"),
     [
-        ("emoji_clip", 64, 1e-3),
+        ("emoji_clip", 64, 5e-4),
         ("cc3m_small_224", 1024, 5e-4),
         ("cc12m_small_224", 4096, 1e-3),
         ("datacomp_small_224", 4096, 5e-4),
