@@ -1,7 +1,8 @@
 """Pretrain a Vim encoder from captions: pictures and texts that belong together meet in one space.
 
     accelerate launch recipes/clip_pretrain.py                           # emoji, minutes, a CPU
-    accelerate launch recipes/clip_pretrain.py --data pairs:FOLDER       # your pictures, 224 px
+    accelerate launch recipes/clip_pretrain.py --preset emoji_clip --data pairs:FOLDER   # yours
+    accelerate launch recipes/clip_pretrain.py --data pairs:FOLDER       # yours at 224 px, a GPU
     accelerate launch --multi_gpu --num_processes 8 recipes/clip_pretrain.py \\
         --preset cc12m_small_224 --data 'wds:cc12m/{0000..2175}.tar' --accumulation 1
 
@@ -79,6 +80,12 @@ class Config(AugmentationConfig):
     vocab_size: int = opt(49408, "tokens of bpe, at most", group="text")
     tokenizer_captions: int = opt(1_000_000, "that bpe is made of, at most", group="text")
     context_length: int = opt(77, "tokens of a caption that are read", group="text")
+
+    @classmethod
+    def follow(cls, defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+        """Beside what `TrainConfig` says: other data are not measured on a preset's pairs."""
+        defaults = super().follow(defaults, given)
+        return defaults | {"val": ""} if "data" in given else defaults
 
     def __post_init__(self):
         super().__post_init__()

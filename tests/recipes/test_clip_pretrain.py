@@ -297,6 +297,13 @@ def test_without_data_it_is_the_emoji_else_a_paper_preset(argv, preset, monkeypa
     assert settings(monkeypatch, *argv) == expected
 
 
+def test_pairs_of_ones_own_are_not_measured_on_the_presets(monkeypatch):
+    own = ("--preset", "emoji_clip", "--data", "pairs:mine")
+    assert settings(monkeypatch, *own).val == ""
+    assert settings(monkeypatch, *own, "--val", "pairs:other").val == "pairs:other"
+    assert settings(monkeypatch, "--epochs", "1").val.startswith("sample:")
+
+
 # ------------------------------------------------------------------ retrieval
 
 
