@@ -1,6 +1,7 @@
 """The command `vim-ssl`: finds the scripts, starts only what is asked for, fails in one line."""
 
 import socket
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -93,6 +94,7 @@ def test_an_unknown_command_gets_the_near_one(capsys):
         FileNotFoundError("no run at runs/7"),
         ImportError("Detection needs pycocotools."),
         ConnectionError("the Hub is unreachable"),
+        FloatingPointError("20 steps in a row were not finite; lower base_lr."),
     ],
     ids=lambda error: type(error).__name__,
 )
@@ -118,6 +120,22 @@ def test_a_defect_keeps_its_traceback(command, error, module):
     command(raises(error, module))
     with pytest.raises(type(error)):
         cli.main(["fake"])
+
+
+@pytest.mark.slow
+def test_a_launched_script_says_one_line_of_its_own():
+    """What follows it is the launcher's."""
+    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet",
+              "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no",
+              "--dynamo_backend", "no", str(ROOT / "recipes" / "clip_pretrain.py")]  # fmt: skip
+    for argv, said in (
+        (["--epoch", "1"], "clip_pretrain.py: error: unknown flag --epoch. Did you mean --epochs?"),
+        (["--data", "pairs:nowhere"], "clip_pretrain.py: error: There is no folder 'nowhere'."),
+    ):
+        done = subprocess.run([*launch, *argv], capture_output=True, text=True, check=False)
+        assert done.returncode
+        assert done.stderr.startswith(said)
+        assert len(done.stderr.splitlines()) == 1
 
 
 def test_a_missing_path_is_a_users_mistake_wherever_it_is_raised(command, capsys):

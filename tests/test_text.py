@@ -111,6 +111,14 @@ def test_an_unknown_tokenizer_is_refused_and_a_missing_package_named(monkeypatch
         named_tokenizer("hf:bert-base-uncased")
 
 
+@pytest.mark.parametrize("load", [named_tokenizer, lambda name: load_hub_text(name[3:], 2)])
+def test_a_model_that_cannot_be_had_is_one_line(load, tmp_path):
+    pytest.importorskip("transformers")
+    with pytest.raises(OSError, match="cannot be loaded") as error:
+        load(f"hf:{tmp_path}")
+    assert "\n" not in str(error.value)
+
+
 def test_no_tokenizer_is_told(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"tokenizer\.json"):
         load_tokenizer(tmp_path)

@@ -74,15 +74,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def guarded(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
     """Call a script's ``main`` and turn a user's mistake into one line and exit code 2.
 
-    A mistake is what our own code refuses (`ValueError`, `ImportError`, `OSError`), or a path that
-    is not there or not readable. The same errors from deep inside another library are defects, and
-    keep their traceback.
+    A mistake is what our own code refuses (`ValueError`, `ImportError`, `OSError`, and
+    `FloatingPointError` of a training that has run away), or a path that is not there or not
+    readable. The same errors from deep inside another library are defects, and keep their
+    traceback.
     """
     try:
         return main(argv)
     except KeyboardInterrupt:
         return 130
-    except (ValueError, ImportError, OSError) as error:
+    except (ValueError, ImportError, OSError, FloatingPointError) as error:
         if os.environ.get("VIM_SSL_TRACEBACK") == "1" or not _is_users_mistake(error):
             raise
         # Out of a worker process an error comes with that process's traceback before it.

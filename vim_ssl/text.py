@@ -165,13 +165,14 @@ class ClipBPE(Tokenizer):
 class HubTokenizer(Tokenizer):
     """Any tokenizer of the Hugging Face Hub, or of a local folder, through transformers.
 
-    Raises: ImportError without transformers; ValueError for one that marks no end.
+    Raises: ImportError without transformers; OSError as `_from_hub`; ValueError for one that marks
+        no end.
     """
 
     def __init__(self, name: str, context_length: int = CONTEXT_LENGTH):
         super().__init__(context_length)
         self.name = f"hf:{name}"
-        self._model = _transformers(self.name).AutoTokenizer.from_pretrained(name)
+        self._model = _from_hub("AutoTokenizer", name)
 
         def first(*kinds: str) -> int | None:
             ids = (getattr(self._model, f"{kind}_token_id") for kind in kinds)
@@ -266,6 +267,16 @@ def _transformers(what: str):
     except ImportError as error:
         raise ImportError(f"{what} comes with transformers: pip install transformers") from error
     return transformers
+
+
+def _from_hub(kind: str, name: str) -> Any:
+    """What transformers' class ``kind`` makes of NAME. Raises: OSError, in one line, for a name
+    that is not known, or not to be had without a network."""
+    maker = getattr(_transformers(f"hf:{name}"), kind)
+    try:
+        return maker.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise OSError(f"hf:{name} cannot be loaded: {' '.join(str(error).split())}") from error
 
 
 # -------------------------------------------------------------------- towers
@@ -386,9 +397,9 @@ class HubText(nn.Module):
 def load_hub_text(name: str, eos_id: int) -> HubText:
     """The pretrained model NAME of the Hub, or of a local folder.
 
-    Raises: ImportError without transformers.
+    Raises: ImportError without transformers; OSError as `_from_hub`.
     """
-    return HubText(_transformers(f"hf:{name}").AutoModel.from_pretrained(name), name, eos_id)
+    return HubText(_from_hub("AutoModel", name), name, eos_id)
 
 
 def build_text(config: dict[str, Any]) -> TextEncoder | HubText:

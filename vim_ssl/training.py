@@ -140,7 +140,7 @@ def make_accelerator(config: TrainConfig):
     backend = "inductor" if config.compile else None
     accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend=backend)
     if world != accelerator.num_processes:
-        raise RuntimeError(
+        raise ValueError(
             f"The launcher started {world} processes but accelerate sees "
             f"{accelerator.num_processes}: each would train alone and write the same files. "
             "Check `accelerate env` and the launcher's flags."
