@@ -2,13 +2,22 @@
 
 import argparse
 import csv
+import statistics
 import time
 from pathlib import Path
 
 from vim_ssl.kernels.selective_scan.benchmark import append_rows, commit
 from vim_ssl.runs import environment
 
-__all__ = ["ORIGIN", "append_rows", "origin", "read_rows", "results_parser"]
+__all__ = [
+    "ORIGIN",
+    "RESULTS",
+    "append_rows",
+    "mean_and_spread",
+    "origin",
+    "read_rows",
+    "results_parser",
+]
 
 RESULTS = Path(__file__).parent / "results"
 ORIGIN = ("date", "commit", "hardware", "versions")  # the columns that `origin` fills
@@ -43,3 +52,11 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         return []
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
+
+
+def mean_and_spread(values: list[float]) -> str:
+    """``93.3 ± 0.4``, the mean and the standard deviation; of one value only that, of none ""."""
+    if not values:
+        return ""
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}"

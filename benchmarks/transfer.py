@@ -13,7 +13,6 @@ at all. Of the DICOM files' 13 patients one has 120 of 148 pictures, and of each
 three patients are tested: that row shows that the path works, little more.
 """
 
-import statistics
 import sys
 import tempfile
 import time
@@ -23,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent / "learning"))
 
 import anchor
 import torch
-from rows import ORIGIN, append_rows, origin, read_rows, results_parser
+from rows import ORIGIN, append_rows, mean_and_spread, origin, read_rows, results_parser
 
 from vim_ssl.data import labelled_parts
 from vim_ssl.downstream import linear_probe
@@ -31,6 +30,7 @@ from vim_ssl.evaluation.features import encode_parts, readouts_of
 
 ENCODER, VIT = "vim_mini_patch8_96.offline_rgb", "vit"
 TABLE = "transfer.csv"
+FIGURES = ("logistic", "knn")
 COLUMNS = (*ORIGIN, "task", "encoder", "seed", "train", "test", "features", "logistic",
            "logistic_low", "logistic_high", "readout", "knn", "knn_low", "knn_high")  # fmt: skip
 # Task -> data, what to test on if that is another set, and where the labels come from.
@@ -89,15 +89,10 @@ def summary(rows: list[dict[str, str]]) -> str:
                  str(len({row["seed"] for row in of_task})), "; ".join(sizes)]  # fmt: skip
         for kind in kinds:
             found = [row for row in of_task if row["features"] == kind]
-            means = [_mean([float(row[figure]) for row in found]) for figure in ("logistic", "knn")]
+            means = [mean_and_spread([float(r[figure]) for r in found]) for figure in FIGURES]
             cells.append(" / ".join(means) if found else "")
         lines.append(f"| {task} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def _mean(values: list[float]) -> str:
-    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{spread}"
 
 
 def main() -> int:

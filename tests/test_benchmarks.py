@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 SCRIPTS = (
     "cpu",
     "dense",
+    "dense_transfer",
     "digits",
     "efficiency",
     "emoji_clip",

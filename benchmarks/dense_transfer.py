@@ -1,0 +1,213 @@
+"""What the suite's own encoder is worth in dense tasks, on real data that it has not seen.
+
+    python benchmarks/dense_transfer.py                 # 24 runs: over an hour of two cores
+    python benchmarks/dense_transfer.py --summary       # the table of the README, from the rows
+    python benchmarks/dense_transfer.py --steps 3 --out FOLDER           # whether every run runs
+
+Four tasks by downstream/detection.py and segmentation.py, in three seeds, once from the encoder's
+weights and once from the same encoder untrained, without layer decay; all else is the same, the
+pictures' order too. Every run trains the whole encoder with fresh heads and is tested once, at its
+end. Rows are appended to results/dense_transfer.csv as they come; what is there already is not done
+again. --pictures FOLDER keeps a sheet of truth and prediction of each task's first run from the
+weights. The sets: vim-ssl samples get tree-crowns buildings brain-lobes ct-organs.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+from campaign import run_jobs
+from PIL import Image
+from rows import ORIGIN, RESULTS, append_rows, mean_and_spread, origin, read_rows, results_parser
+
+from vim_ssl.data import boxed_parts, masked_parts
+from vim_ssl.data.masks import ADE20K_CLASSES
+from vim_ssl.detection import SHOWN, load_detection
+from vim_ssl.downstream import detection, segmentation
+from vim_ssl.evaluation.box_scores import sheet_of_objects
+from vim_ssl.evaluation.mask_scores import draw
+from vim_ssl.evaluation.sheets import class_colours
+from vim_ssl.segmentation import load_segmentation
+
+ENCODER = "vim_mini_patch8_96.offline_rgb"
+TABLE = "dense_transfer.csv"
+# Layer decay keeps what lower blocks have learned; without weights there is nothing to keep.
+ARMS: dict[str, dict] = {
+    "offline_rgb": {},
+    "untrained": {"from_scratch": True, "layer_decay": None},
+}
+COLUMNS = (*ORIGIN, "task", "arm", "seed", "figure", "value", "train", "test", "epochs",
+           "cpu_seconds")  # fmt: skip
+SHEET_ROWS, SHEET_COLOURS = 3, 64  # so that a sheet takes less than 300 kB
+COMMON = {"threads": 1, "trackers": ("none",), "save_every": 1e9, "batch_size": 4,
+          "lr_reference_batch": 4}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Task:
+    """A script, its data, and what the table says of them.
+
+    Attributes:
+        script: of downstream/.
+        data: spec.
+        figure: of the script's metrics, and what it is in words.
+        test: what is tested on.
+        labels: who made them.
+        settings: other than `COMMON` and the script's own.
+        layout: (data's spec, folder) -> another spec of the same, written below the folder.
+    """
+
+    script: ModuleType
+    data: str
+    figure: tuple[str, str]
+    test: str
+    labels: str
+    settings: dict
+    layout: Callable[[str, Path], str] | None = None
+
+
+def as_ade20k(spec: str, root: Path) -> str:
+    """Write pictures with masks in ADE20K's layout: 150 classes from 1 on, and 0 for none, which
+    255 becomes."""
+    for split, part in zip(("training", "validation"), masked_parts(spec, 0.2, 0), strict=True):
+        for folder in ("images", "annotations"):
+            (root / folder / split).mkdir(parents=True)
+        for i in range(len(part)):
+            name = f"{i:03d}.png"
+            part[i]["image"].save(root / "images" / split / name)
+            Image.fromarray(part[i]["mask"] + np.uint8(1)).save(root / "annotations" / split / name)
+    names = [*(part.classes or []), *(["unused"] * ADE20K_CLASSES)][:ADE20K_CLASSES]
+    lines = [f"{number}\t\t\t\t{name}" for number, name in enumerate(names, 1)]
+    (root / "objectInfo150.txt").write_text("\n".join(["Idx\tRatio\tTrain\tVal\tName", *lines]))
+    return f"ade20k:{root}"
+
+
+TASKS = {
+    "tree crowns": Task(
+        detection, "sample:tree-crowns", ("box_ap50", "box AP50"), "248 crowns: another photograph",
+        "boxes drawn by people (NEON, DeepForest)", {"size": 128, "head": "rcnn", "epochs": 8},
+    ),
+    "buildings": Task(
+        detection, "sample:buildings", ("mask_ap", "mask AP"),
+        "20 buildings: the eastern fifth of one scene, no gap",
+        "outlines drawn by people (SpaceNet)", {"size": 128, "epochs": 14},
+    ),
+    "lobes of the brain": Task(
+        segmentation, "sample:brain-lobes", ("miou", "mIoU, 8 lobes and the rest"),
+        "right half of one head, trained on the left, 1 cm between", "drawn by people (AAL)",
+        {"short_side": 96, "crop": 96, "scale": (0.75, 1.5), "max_share": 1.0, "hflip": 0.0,
+         "epochs": 20},
+        as_ade20k,
+    ),
+    "organs in CT": Task(
+        segmentation, "sample:ct-organs", ("volume_dice", "Dice, 8 organs"), "another scan",
+        "TotalSegmentator's output, no person's",
+        {"crop": 96, "scale": (0.75, 1.5), "max_share": 1.0, "hflip": 0.0, "dice": 1.0,
+         "epochs": 14},
+    ),
+}  # fmt: skip
+
+
+def measure(name: str, arm: str, seed: int, max_steps: int, pictures: Path | None) -> dict:
+    """Train and test; returns the row."""
+    task = TASKS[name]
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        data = task.layout(task.data, root / "data") if task.layout else task.data
+        config = task.script.Config(
+            encoder=ENCODER, data=data, seed=seed, max_steps=max_steps, output=str(root / "run"),
+            **COMMON | task.settings | ARMS[arm],
+        )  # fmt: skip
+        began = time.process_time()
+        metrics = task.script.run(config)
+        seconds = time.process_time() - began
+        if pictures:
+            pictures.mkdir(parents=True, exist_ok=True)
+            drawn = sheet(task, data, root / "run").quantize(SHEET_COLOURS)
+            drawn.save(pictures / f"{name.replace(' ', '-')}.png", optimize=True)
+    return {
+        "task": name, "arm": arm, "seed": seed, "figure": task.figure[0],
+        "value": float(metrics[task.figure[0]]), "train": metrics["train"], "test": metrics["test"],
+        "epochs": config.epochs, "cpu_seconds": round(seconds, 1),
+    }  # fmt: skip
+
+
+def sheet(task: Task, data: str, run: Path) -> Image.Image:
+    """Truth beside prediction of a few test pictures: those with most objects, or spread evenly."""
+    parts = boxed_parts if task.script is detection else masked_parts
+    _, test = parts(data, 0.2, 0)
+    few = [(2 * i + 1) * len(test) // (2 * SHEET_ROWS) for i in range(SHEET_ROWS)]
+    if test.has_boxes:
+        few = sorted(range(len(test)), key=test.box_count)[-SHEET_ROWS:]
+    rows = []
+    if task.script is detection:
+        detector = load_detection(run)
+        for item in (test[i] for i in few):
+            found = detector.predict(item["image"])
+            sure = {key: value[found["scores"] >= SHOWN] for key, value in found.items()}
+            rows.append((item["image"], item, sure))
+        return sheet_of_objects(rows, detector.classes)
+    model = load_segmentation(run)
+    rows = [(item["image"], item["mask"], model.predict(item["image"]))
+            for item in (test[i] for i in few)]  # fmt: skip
+    return draw(rows, model.classes, class_colours(len(model.classes)).numpy())
+
+
+def summary(rows: list[dict[str, str]]) -> str:
+    """A line a task: mean and deviation over the seeds."""
+    lines = ["| task | figure, % | tested on | labels | train, test | " + " | ".join(ARMS) + " |",
+             "|---" * (5 + len(ARMS)) + "|"]  # fmt: skip
+    for name, task in TASKS.items():
+        found = [row for row in rows if row["task"] == name
+                 and float(row["epochs"]) == task.settings["epochs"]]  # fmt: skip
+        if found:
+            sizes = f"{found[0]['train']}, {found[0]['test']}"
+            cells = [mean_and_spread([float(row["value"]) for row in found if row["arm"] == arm])
+                     for arm in ARMS]  # fmt: skip
+            texts = (name, task.figure[1], task.test, task.labels, sizes, *cells)
+            lines.append(f"| {' | '.join(texts)} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = results_parser(__doc__, TABLE)
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS, metavar="TASK",
+                        help=f"of {'; '.join(TASKS)}")  # fmt: skip
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the runs")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at once, one thread each")
+    parser.add_argument("--steps", type=int, default=0, help="stop runs after so many, to try them")
+    parser.add_argument("--pictures", type=Path, default=None, metavar="FOLDER", help="for sheets")
+    parser.add_argument("--summary", action="store_true", help="only print the table")
+    parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        name, arm, seed, steps, pictures = args.one
+        row = measure(name, arm, int(seed), int(steps), Path(pictures) if pictures else None)
+        append_rows(args.out / TABLE, COLUMNS, [origin() | row])
+        return 0
+    if args.steps and args.out == RESULTS:
+        parser.error("--steps is for trials: give --out FOLDER too, so that the rows are kept out.")
+    failed = 0
+    if not args.summary:
+        done = {(row["task"], row["arm"], int(row["seed"]), float(row["epochs"]))
+                for row in read_rows(args.out / TABLE)}  # fmt: skip
+        jobs = []
+        for seed in args.seeds:
+            for name in args.tasks:
+                for arm in ARMS:
+                    if (name, arm, seed, float(TASKS[name].settings["epochs"])) not in done:
+                        drawn = arm == "offline_rgb" and seed == args.seeds[0] and args.pictures
+                        jobs.append((name, arm, seed, args.steps, drawn or ""))
+        failed = run_jobs(__file__, args.out, jobs, args.jobs)
+    print(summary(read_rows(args.out / TABLE)))
+    return min(failed, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
