@@ -1,6 +1,6 @@
 """What the suite's own encoder is worth in dense tasks, on real data that it has not seen.
 
-    python benchmarks/dense_transfer.py                 # 24 runs: over an hour of two cores
+    python benchmarks/dense_transfer.py                 # 24 runs: an hour of two cores
     python benchmarks/dense_transfer.py --summary       # the table of the README, from the rows
     python benchmarks/dense_transfer.py --steps 3 --out FOLDER           # whether every run runs
 
@@ -88,28 +88,28 @@ def as_ade20k(spec: str, root: Path) -> str:
     return f"ade20k:{root}"
 
 
-TASKS = {
+TASKS = {  # epochs: some five minutes of one core, 330 to 560 steps of 4 pictures
     "tree crowns": Task(
         detection, "sample:tree-crowns", ("box_ap50", "box AP50"), "248 crowns: another photograph",
-        "boxes drawn by people (NEON, DeepForest)", {"size": 128, "head": "rcnn", "epochs": 8},
+        "boxes drawn by people (NEON, DeepForest)", {"size": 128, "head": "rcnn", "epochs": 16},
     ),
     "buildings": Task(
         detection, "sample:buildings", ("mask_ap", "mask AP"),
         "20 buildings: the eastern fifth of one scene, no gap",
-        "outlines drawn by people (SpaceNet)", {"size": 128, "epochs": 14},
+        "outlines drawn by people (SpaceNet)", {"size": 128, "epochs": 30},
     ),
     "lobes of the brain": Task(
         segmentation, "sample:brain-lobes", ("miou", "mIoU, 8 lobes and the rest"),
         "right half of one head, trained on the left, 1 cm between", "drawn by people (AAL)",
         {"short_side": 96, "crop": 96, "scale": (0.75, 1.5), "max_share": 1.0, "hflip": 0.0,
-         "epochs": 20},
+         "epochs": 28},
         as_ade20k,
     ),
     "organs in CT": Task(
         segmentation, "sample:ct-organs", ("volume_dice", "Dice, 8 organs"), "another scan",
         "TotalSegmentator's output, no person's",
         {"crop": 96, "scale": (0.75, 1.5), "max_share": 1.0, "hflip": 0.0, "dice": 1.0,
-         "epochs": 14},
+         "epochs": 20},
     ),
 }  # fmt: skip
 
