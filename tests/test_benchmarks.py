@@ -31,6 +31,14 @@ SCRIPTS = (
     "transfer",
     "slides",
 )
+# One preset of every made-up set, with what makes it small.
+SMALLER = {
+    "ade20k_upernet_tiny": {
+        "short_side": 64, "crop": 64, "slide": 43, "taps": (0, 1, 2, 3), "channels": 16},
+    "coco_cascade_tiny": {
+        "size": 64, "channels": 16, "convs": 0, "hidden": 32, "anchor": 8, "samples": 16},
+    "kinetics_small": {},
+}  # fmt: skip
 HELP = """
 import contextlib, io, json, runpy, sys
 texts = []
@@ -74,6 +82,23 @@ def test_made_up_data_of_the_presets_can_be_read(monkeypatch, tmp_path):
     (clip,) = parts["clips"][0][0]["image"].clips()
     assert len(clip) == presets.FRAMES
     assert parts["objects"][0].has_outlines
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", SMALLER)
+def test_a_preset_of_every_made_up_set_trains(preset, monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    presets = importlib.import_module("presets")
+    script = presets.OF[preset]
+    monkeypatch.setattr(script.fits, "fit", script.fits.fit)  # `train` puts a watched one there
+    changes = {
+        "data": presets.LITTLE[script.data](tmp_path / "data"), "encoder": "vim_nano_patch8_64",
+        "batch_size": 2, "max_steps": 3, "workers": 0, "log_every": 1, "threads": 1,
+        "precision": "no",  # of a process all trainings have the first one's
+    }  # fmt: skip
+    row = presets.train(preset, tmp_path / "run", changes | SMALLER[preset])
+    assert row["preset"] == preset
+    assert min(row[key] for key in ("cpu_seconds_a_step", "trained_parameters", "full_hours")) > 0
 
 
 @pytest.mark.slow
