@@ -65,6 +65,20 @@ def test_few_patients_of_every_class_are_on_both_sides(seed):
     assert not {groups[i] for i in first} & {groups[i] for i in second}
     for side in (first, second):
         assert {labels[i] for i in side} >= {0, 1, 2, 3}
+    assert 4 in {labels[i] for i in first}  # the class of a single patient can be learned
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_classes_of_one_patient_each_stay_on_the_first_side(seed):
+    labels = [0] * 120 + [1] * 10 + [2] * 3 + [3] * 2
+    groups = ["a"] * 120 + ["b"] * 10 + ["c"] * 2 + ["d"] + ["e"] * 2
+    first, second = stratified_split(labels, 0.2, seed, groups)
+    assert {labels[i] for i in first} == {0, 1, 2, 3}
+    assert {labels[i] for i in second} == {2}
+
+
+def test_of_two_patients_one_is_held_out_whatever_they_have():
+    assert stratified_split([0, 0, 1], 0.3, 0, ["a", "a", "b"]) == ([0, 1], [2])
 
 
 def test_classes_too_small_for_their_share_take_turns_in_groups_too():

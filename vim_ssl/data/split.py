@@ -43,7 +43,8 @@ def stratified_split(
         seed: chooses the pictures.
         groups: one a picture; a group comes to one side as a whole, and shares are then kept as
             well as that allows. A class that makes up two groups or more, and of which half a
-            picture or more is due, is on both sides.
+            picture or more is due, is on both sides; one that makes up a single group is on the
+            first, from which it can be learned.
     Returns: (first, second), sorted indices, neither empty.
     Raises: ValueError when there are not two pictures, or groups, to part.
     """
@@ -89,20 +90,19 @@ def _with_every_class(
     labels: Sequence[Hashable],
     fraction: float,
 ) -> list[list[int]]:
-    """The groups held out, so that neither side lacks a class which other groups could give it.
+    """The groups held out, so that neither side lacks a class which other groups could give it, and
+    the first side none at all, unless nothing were left to hold out.
 
     Groups round coarsely: what one huge group leaves due takes small classes whole.
     """
     total = Counter(labels)
     second = Counter(labels[i] for group in held for i in group)
     for label, groups in strata.items():
-        if len(groups) < 2:
-            continue
-        if not second[label] and fraction * total[label] >= 0.5:
+        if len(groups) > 1 and not second[label] and fraction * total[label] >= 0.5:
             smallest = min(groups, key=len)
             held = [*held, smallest]
             second.update(labels[i] for i in smallest)
-        elif second[label] == total[label]:
+        elif second[label] == total[label] and len(held) > 1:
             largest = max(groups, key=len)
             held = [group for group in held if group is not largest]
             second.subtract(labels[i] for i in largest)
