@@ -40,7 +40,7 @@ def _shell(found: re.Match) -> str:
     return " " if found[0].startswith("\\") else "1"
 
 
-PAGES = {"README.md": 7, "recipes/README.md": 7}
+PAGES = {"README.md": 8, "recipes/README.md": 7}
 SHOWN = [(page, command) for page in PAGES for command in commands(page)]
 IDS = [f"{page}-{i}" for i, (page, _) in enumerate(SHOWN)]
 
