@@ -28,9 +28,11 @@ from torch import Tensor
 from vim_ssl.cli import guarded
 from vim_ssl.clip import Clip, load_clip
 from vim_ssl.config import opt, parse, to_dict
-from vim_ssl.data import ImageData, open_data, parse_spec
+from vim_ssl.data import ImageData
+from vim_ssl.data.sources import open_part
 from vim_ssl.data.spec import canonical_split
 from vim_ssl.data.split import is_known
+from vim_ssl.data.tables import read_text
 from vim_ssl.evaluation.probes import Features, extract_features, features_of
 from vim_ssl.evaluation.retrieval import PairFeatures, embed_pairs, found_in, nearest
 from vim_ssl.evaluation.scores import share_right
@@ -44,6 +46,7 @@ TEMPLATES = (
 )  # fmt: skip
 EXAMPLES = 8
 SIDE = 96  # pixels of their pictures, at most
+SHOWN = 80  # letters of a caption
 
 
 @dataclass
@@ -67,18 +70,6 @@ class Config:
                 raise ValueError(f"the template {template!r} has no place {{}} for a class's name.")
 
 
-def open_part(spec: str) -> ImageData:
-    """The part to test on: the one that the spec names, else test, validation, or all there is."""
-    everything = open_data(spec, split="all")
-    # Sets joined by " + " have no splits of their own to choose from.
-    if not everything.splits or parse_spec(spec).split is not None:
-        return open_data(spec)
-    for wanted in ("test", "validation"):
-        if any(canonical_split(name) == wanted for name in everything.splits):
-            return open_data(spec, split=wanted)
-    return everything
-
-
 def was_trained_on(source: str | Path, spec: str, data: ImageData) -> bool:
     """Whether this part of a run's own training data is no held-out one."""
     with suppress(ValueError):  # a model without a run
@@ -94,7 +85,7 @@ def class_names(data: ImageData, file: str) -> list[str]:
     """
     classes = data.classes or []
     if file:
-        names = Path(file).read_text(encoding="utf-8-sig").split("\n")
+        names = read_text(Path(file)).split("\n")
         names = [name.strip() for name in names if name.strip()]
         if len(names) != len(classes):
             raise ValueError(f"{file} has {len(names)} names; {data.name} has {len(classes)}.")
@@ -179,10 +170,15 @@ def show(pairs: PairFeatures, data: ImageData, folder: Path) -> dict[str, Any]:
         image.save(folder / f"{number}.png")
         rows.append({
             "id": pairs.ids[i], "picture": f"{folder.name}/{number}.png",
-            "own": pairs.captions[own], "nearest": [pairs.captions[j] for j in best],
+            "own": _cut(pairs.captions[own]), "nearest": [_cut(pairs.captions[j]) for j in best],
             "right": [int(pairs.owner[j]) == i for j in best],
         })  # fmt: skip
     return {"pairs": rows, "cosines": [[round(x, 4) for x in row] for row in cosines.tolist()]}
+
+
+def _cut(caption: str) -> str:
+    """As much of a caption as a page has room for."""
+    return caption if len(caption) <= SHOWN else caption[: SHOWN - 1] + "…"
 
 
 def run(config: Config) -> dict:

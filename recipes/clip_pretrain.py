@@ -33,6 +33,7 @@ from vim_ssl.config import did_you_mean, opt, parse
 from vim_ssl.data import BadImage, ImageData, ImageStream, open_data
 from vim_ssl.data.dataset import captions_of
 from vim_ssl.data.loader import SeededSamples
+from vim_ssl.data.sources import open_part
 from vim_ssl.data.stream import StreamSamples
 from vim_ssl.evaluation.retrieval import embed_pairs, recall
 from vim_ssl.report import write_report
@@ -198,7 +199,10 @@ def build_data(config: Config) -> ImageData | ImageStream:
 
 
 def build_val(config: Config) -> ImageData | None:
-    return with_captions(open_data(config.val)) if config.val else None
+    """Of data with splits the validation part, else the test part, unless a part is named."""
+    if not config.val:
+        return None
+    return with_captions(open_part(config.val, ("validation", "test")))
 
 
 def with_captions(data: ImageData) -> ImageData:

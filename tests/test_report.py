@@ -128,6 +128,23 @@ def test_a_finished_run_tells_what_was_trained_and_what_came_of_it(finished: Pat
         assert words in page.text, words
 
 
+def test_a_run_stopped_before_its_end_is_not_called_finished(finished: Path):
+    """Its encoder is there all the same: every checkpoint comes with one."""
+    config = json.loads((finished / "config.json").read_text())
+    (finished / "config.json").write_text(json.dumps(config | {"epochs": 2 * config["epochs"]}))
+    page = Page(write_report(finished))
+    assert "Finished" not in page.text
+    assert "40 of 80" in page.text
+
+
+def test_a_batch_that_few_pictures_did_not_fill_is_told_as_it_was(finished: Path):
+    config = json.loads((finished / "config.json").read_text())
+    (finished / "config.json").write_text(json.dumps(config | {"batch_size": 100}))
+    page = Page(write_report(finished))
+    assert "Effective batch128" in page.text
+    assert "× 2 (accumulation)" not in page.text
+
+
 def test_the_page_asks_nothing_of_the_network(finished: Path):
     page = Page(write_report(finished))
     assert "://" not in page.source

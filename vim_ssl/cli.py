@@ -141,7 +141,9 @@ def _from_worker(error: BaseException) -> bool:
 def _is_users_mistake(error: BaseException) -> bool:
     if type(error).__name__ == "BadImage":  # wherever it was raised: a picture is no code
         return True
-    if isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError):
+    if isinstance(
+        error, FileNotFoundError | NotADirectoryError | IsADirectoryError | PermissionError
+    ):
         return True
     frames = list(traceback.walk_tb(error.__traceback__))
     raised_in = frames[-1][0].f_globals.get("__name__", "")

@@ -138,7 +138,7 @@ class Run:
             if stored[key] != self._record[key]:
                 raise ValueError(
                     f"{name} was trained with {key} = {stored[key]!r}, not {self._record[key]!r}; "
-                    "leave that flag out to go on, or start anew in another --output."
+                    "leave that flag and --preset out to go on, or start anew in another --output."
                 )
 
     # ---------------------------------------------------------------- checkpoints

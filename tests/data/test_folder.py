@@ -92,6 +92,13 @@ def test_split_folders(tmp_path):
         open_data(tmp_path, split="test")
 
 
+def test_split_folders_may_have_capitals(tmp_path):
+    fill(tmp_path, "Train/cat/1.png", "Train/dog/2.png", "Test/dog/3.png", "Test/cat/4.png")
+    train, test = open_data(tmp_path), open_data(tmp_path, split="test")
+    assert (train.splits, train.ids) == (["Train", "Test"], ["Train/cat/1.png", "Train/dog/2.png"])
+    assert (test.classes, test.labels) == (["cat", "dog"], [0, 1])
+
+
 def test_classes_are_those_of_all_splits(tmp_path):
     fill(tmp_path, "train/b/1.png", "train/c/2.png", "test/a/3.png", "test/c/4.png")
     assert open_data(tmp_path, split="test").classes == ["a", "b", "c"]

@@ -71,6 +71,12 @@ def test_csv_errors(tmp_path, lines, query, message):
         open_data(table(tmp_path, *lines) + query)
 
 
+def test_a_table_that_is_not_utf_8_is_told_with_the_line(tmp_path):
+    (tmp_path / "t.csv").write_bytes("image,label\na.png,cat\nb.png,café\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"t.csv is not UTF-8 \(line 3\); save it as UTF-8"):
+        open_data(f"csv:{tmp_path}/t.csv")
+
+
 def test_csv_missing(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no such file"):
         open_data(f"csv:{tmp_path / 'no.csv'}")

@@ -13,6 +13,7 @@ from PIL import Image
 from vim_ssl import load_encoder
 from vim_ssl.clip import Clip, save_clip
 from vim_ssl.data import open_data
+from vim_ssl.data.sources import open_part
 from vim_ssl.downstream import zero_shot
 from vim_ssl.evaluation.probes import Features
 from vim_ssl.evaluation.retrieval import PairFeatures
@@ -154,7 +155,7 @@ def test_a_class_is_the_mean_direction_of_its_sentences(model):
 
 
 def test_names_come_from_a_file_or_imagenet(model, classes, tmp_path):
-    data = zero_shot.open_part(str(classes))
+    data = open_part(str(classes))
     (tmp_path / "names.txt").write_text("\ufeffazure\nemerald\ncrimson\n", encoding="utf-8")
     assert zero_shot.class_names(data, str(tmp_path / "names.txt")) == [
         "azure", "emerald", "crimson"
@@ -178,7 +179,7 @@ def test_the_runs_own_training_pictures_are_told_apart(model, classes, tmp_path,
     assert shoot("--encoder", str(run), "--output", str(tmp_path / "out"))["trained_on"]
     assert "trained on: no test" in capsys.readouterr().out
     both = f"{classes}?limit=3 + {classes}"
-    assert len(zero_shot.open_part(both)) == 15
+    assert len(open_part(both)) == 15
 
 
 @pytest.mark.parametrize(
@@ -194,7 +195,7 @@ def test_the_part_that_is_tested_on(folders, spec, split, tmp_path):
     for name in folders:
         (tmp_path / name).mkdir()
         Image.new("RGB", (8, 8)).save(tmp_path / name / "x.png")
-    assert zero_shot.open_part(f"{tmp_path}{spec}").split == split
+    assert open_part(f"{tmp_path}{spec}").split == split
 
 
 def test_mistakes_are_told(model, classes, tmp_path):

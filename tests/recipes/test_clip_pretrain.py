@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -245,6 +246,14 @@ def test_a_mistake_is_told_before_training(argv, error, says, pairs, tmp_path):
     with pytest.raises(error, match=says):
         pretrain(tmp_path / "run", pairs, *argv)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("query", "part"), [("", "val"), ("?split=train", "train")])
+def test_retrieval_is_watched_on_the_part_held_out(tmp_path, pairs, query, part):
+    for split in ("train", "val", "test"):
+        shutil.copytree(pairs, tmp_path / split)
+    config = clip_pretrain.Config(val=f"pairs:{tmp_path}{query}")
+    assert clip_pretrain.build_val(config).split == part
 
 
 def test_a_tokenizer_of_no_captions_is_refused():

@@ -156,12 +156,12 @@ def find_files(root: Path, given: str, what: str, extensions: Sequence[str]) -> 
 def by_split(names: list[str]) -> dict[str, list[str]]:
     """Pictures by split folder, train first; all under "" when the folders are no splits."""
     tops = {name.split("/")[0] if "/" in name else "" for name in names}
-    if not tops <= _SPLIT_FOLDERS:
+    if not {top.lower() for top in tops} <= _SPLIT_FOLDERS:
         return {"": names}
     order = [name for names in SPLIT_NAMES.values() for name in names]
     return {
         top: [name for name in names if name.startswith(f"{top}/")]
-        for top in sorted(tops, key=order.index)
+        for top in sorted(tops, key=lambda top: order.index(top.lower()))
     }
 
 

@@ -13,6 +13,7 @@ from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.folder import FilePictures, by_split, find_pictures
 from vim_ssl.data.images import BadImage
 from vim_ssl.data.spec import DataSpec, pick_split
+from vim_ssl.data.tables import read_text
 
 IGNORE = 255  # the number of a pixel that nobody has labelled
 # Not GIF: writers put its palette in another order, and a number is a place in the palette.
@@ -250,7 +251,7 @@ def named_classes(
     """
     file = root / "classes.txt"
     if file.exists():
-        lines = (line.strip() for line in file.read_text(encoding="utf-8").splitlines())
+        lines = (line.strip() for line in read_text(file).splitlines())
         classes = [line for line in lines if line]
     else:
         classes = _classes_in_use(folder, names, numbers)

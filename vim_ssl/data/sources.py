@@ -102,6 +102,22 @@ def open_data(
     return data
 
 
+def open_part(spec: str, wanted: Sequence[str] = ("test", "validation")) -> ImageData:
+    """The part that the spec names, else the first of those wanted, or all there is.
+
+    Args:
+        wanted: canonical names of splits.
+    """
+    everything = open_data(spec, split="all")
+    # Sets joined by " + " have no splits of their own to choose from.
+    if not everything.splits or parse_spec(spec).split is not None:
+        return open_data(spec)
+    for split in wanted:
+        if any(canonical_split(name) == split for name in everything.splits):
+            return open_data(spec, split=split)
+    return everything
+
+
 def _times(part: str) -> tuple[int, str]:
     """ "20 * SPEC" -> (20, "SPEC")"""
     found = re.match(r"\s*([1-9]\d*) \* (.*)", part)

@@ -1,6 +1,7 @@
 """Local tables: ``csv:`` files name pictures, ``parquet:`` files hold or name them."""
 
 import csv
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,16 @@ def open_csv(spec: DataSpec) -> ImageData:
     return read_table(spec, ImageData, FilePictures)
 
 
+def read_text(file: Path) -> str:
+    """The content of a text file. Raises: ValueError, with the line, if it is not UTF-8."""
+    content = file.read_bytes()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{file} is not UTF-8 (line {line}); save it as UTF-8.") from None
+
+
 def read_table(
     spec: DataSpec, data_class: Callable[..., ImageData], files: Callable[[str, list[str]], Any]
 ) -> ImageData:
@@ -48,10 +59,10 @@ def read_table(
     source = f"{spec.scheme}:{spec.location}"
     if not file.is_file():
         raise FileNotFoundError(f"{source}: there is no such file.")
-    with open(file, encoding="utf-8-sig", newline="") as text:
-        lines = csv.reader(text, delimiter="\t" if file.suffix.lower() == ".tsv" else ",")
-        header = [name.strip() for name in next(lines, [])]
-        rows = [row for row in lines if row]
+    text = io.StringIO(read_text(file), newline="")
+    lines = csv.reader(text, delimiter="\t" if file.suffix.lower() == ".tsv" else ",")
+    header = [name.strip() for name in next(lines, [])]
+    rows = [row for row in lines if row]
     for number, row in enumerate(rows, 1):
         if len(row) != len(header):
             raise ValueError(

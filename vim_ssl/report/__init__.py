@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from PIL import Image
@@ -110,7 +110,7 @@ def _header(run: Record) -> str:
     size = f" with {run.parameters / 1e6:.1f} M parameters" if run.parameters else ""
     data = f" on {config['data']}" if config.get("data") else ""
     lede = f"{config.get('encoder') or 'An encoder'}{size}, trained by {how}{objective}{data}."
-    state = "Finished" if run.finished else "Still going, or stopped before its end"
+    state = "Finished" if _is_finished(run) else "Still going, or stopped before its end"
     state += f" · page drawn {time.strftime('%Y-%m-%d %H:%M')}"
     tiles = [_tile(run, "loss"), _tile(run, "knn_top1"), _probe_tile(run)]
     seconds, samples = run.last("seconds"), run.last("samples")
@@ -396,23 +396,36 @@ def _grid(encoder: dict[str, Any]) -> dict[str, str]:
     }
 
 
+def _planned_steps(run: Record) -> int:
+    """What the settings ask for; 0 until the log tells how long an epoch is."""
+    step, epoch, epochs = run.last("step"), run.last("epoch"), run.config.get("epochs")
+    if not (step > 0 and epoch > 0 and _is_number(epochs)):
+        return 0
+    planned = round(step / epoch * epochs)
+    return min(planned, run.config.get("max_steps") or planned)
+
+
+def _is_finished(run: Record) -> bool:
+    """Whether all steps were taken, or as many as patience allowed."""
+    planned = _planned_steps(run)
+    early = run.saved and run.config.get("patience")
+    return bool(planned) and (run.last("step") >= planned or bool(early))
+
+
 def _schedule(run: Record) -> dict[str, str]:
     """Batch, learning rate, epochs and steps; processes and epoch length follow from the log."""
     config, facts = run.config, {}
     step, epoch, samples, seconds = map(run.last, ("step", "epoch", "samples", "seconds"))
     batch, times = config.get("batch_size"), config.get("accumulation", 1)
-    if _is_number(batch) and step > 0 and samples > 0:
-        processes = max(round(samples / step / (batch * times)), 1)
-        whole = batch * times * processes
-        facts["Effective batch"] = (
-            f"{whole:,} = {batch} × {times} (accumulation) × {processes} (processes)"
-        )
+    if isinstance(batch, int) and isinstance(times, int) and step > 0 and samples > 0:
+        whole = round(samples / step)  # of few pictures less than what was asked for
+        processes, rest = divmod(whole, max(batch * times, 1))
+        product = f" = {batch} × {times} (accumulation) × {processes} (processes)"
+        facts["Effective batch"] = f"{whole:,}{'' if rest else product}"
         base, unit = config.get("base_lr"), config.get("lr_reference_batch")
         if _is_number(base) and _is_number(unit):
             facts["Peak learning rate"] = number(base * whole / unit)
-    if epoch > 0 and _is_number(config.get("epochs")):
-        planned = round(step / epoch * config["epochs"])
-        planned = min(planned, config.get("max_steps") or planned)
+    if planned := _planned_steps(run):
         facts["Epochs"] = f"{number(epoch, 3)} of {config['epochs']}"
         facts["Steps"] = f"{step:,.0f} of {planned:,}"
     if seconds > 0:
@@ -433,7 +446,7 @@ def _use(run: Record) -> str:
     name, width = path.as_posix(), run.encoder.get("embed_dim", "embed_dim")
     code = USE.substitute(run=json.dumps(name, ensure_ascii=False), d=width)
     probe = f"vim-ssl linear-probe --encoder {shlex.quote(name)} --data YOUR_LABELLED_DATA"
-    note = "" if run.finished else "<p class=note>Works once the run has written its encoder.</p>"
+    note = "" if run.saved else "<p class=note>Works once the run has written its encoder.</p>"
     blocks = "".join(f"<div class=code><pre><code>{escape(text)}</code></pre></div>"
                      for text in (code, probe))  # fmt: skip
     return _section("Use the encoder", note + blocks)
@@ -452,7 +465,7 @@ def _png(image: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 

@@ -37,12 +37,13 @@ class Record:
         self.config = _read_json(folder / "config.json")
         self.log = _read_log(folder / "metrics.jsonl")
         self.pictures = _find_pictures(folder / "images")
-        self.probe = _read_json(folder / "linear_probe" / "metrics.json")
+        probes = sorted(folder.glob("linear_probe*/metrics.json"))  # of the run's own data first
+        self.probe = _read_json(probes[0]) if probes else {}
         # The run's own data first, others by name.
         found = sorted(folder.glob("zero_shot*/metrics.json"))
         self.zero_shot = [(path.parent, _read_json(path)) for path in found]
         description = _read_json(folder / "encoder.json")
-        self.finished = bool(description)
+        self.saved = bool(description)
         self.made_by = description.get("made_by") or {}
         self.version = description.get("vim_ssl")
         self.parameters = _count_parameters(folder / "encoder.safetensors")
@@ -50,7 +51,7 @@ class Record:
         preset = PRESETS.get(str(self.config.get("encoder")))
         asked = {} if preset is None else preset | (self.config.get("model_args") or {})
         self.encoder: dict[str, Any] = description.get("config") or asked
-        self.shape_known = self.finished or preset is not None
+        self.shape_known = self.saved or preset is not None
 
     def last(self, name: str) -> float:
         """The newest finite value of a figure; NaN if there is none."""
