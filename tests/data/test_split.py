@@ -77,6 +77,14 @@ def test_classes_of_one_patient_each_stay_on_the_first_side(seed):
     assert {labels[i] for i in second} == {2}
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_patients_with_several_labels_keep_the_share(seed):
+    """Nearly every patient is the only one of his combination of 14 labels."""
+    rows = np.random.default_rng(seed).integers(2, size=(300, 14)).repeat(3, axis=0)
+    second = stratified_split(rows, 0.2, seed, [f"p{i // 3}" for i in range(900)])[1]
+    assert 170 <= len(second) <= 190
+
+
 def test_of_two_patients_one_is_held_out_whatever_they_have():
     assert stratified_split([0, 0, 1], 0.3, 0, ["a", "a", "b"]) == ([0, 1], [2])
 

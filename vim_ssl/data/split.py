@@ -44,7 +44,8 @@ def stratified_split(
         groups: one a picture; a group comes to one side as a whole, and shares are then kept as
             well as that allows. A class that makes up two groups or more, and of which half a
             picture or more is due, is on both sides; one that makes up a single group is on the
-            first, from which it can be learned.
+            first, from which it can be learned. (Not so rows of several labels: nearly every
+            group would be the only one of its combination.)
     Returns: (first, second), sorted indices, neither empty.
     Raises: ValueError when there are not two pictures, or groups, to part.
     """
@@ -78,7 +79,7 @@ def stratified_split(
         held = [min(members.values(), key=len)]
     elif len(held) == len(members):
         held.remove(min(held, key=len))
-    if groups is not None:
+    if groups is not None and not any(isinstance(label, tuple) for label in strata):
         held = _with_every_class(held, strata, [as_key(label) for label in labels], fraction)
     second = {i for group in held for i in group}
     return [i for i in range(len(labels)) if i not in second], sorted(second)
