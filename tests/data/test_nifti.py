@@ -184,12 +184,33 @@ def test_a_dataset_json_names_the_classes(tmp_path, labels):
 
 @pytest.mark.parametrize(
     "content",
-    ['{"labels": {"0": "a", "2": "b"}}', '{"labels": {"a": 0, "b": [1, 2]}}', '{"labels": 3}', "{"],
-)
+    [
+        '{"labels": {"0": "a", "2": "b"}}', '{"labels": {"a": 0, "b": [1, 2]}}', '{"labels": 3}',
+        '{"labels": {"a": 0, "b": 1.5}}', '{"labels": {"a": 0, "b": true}}',
+        '{"labels": {"0": "a", "1": null}}', "{",
+    ],
+)  # fmt: skip
 def test_a_dataset_json_that_names_no_classes_is_told(tmp_path, content):
     spec = pair(tmp_path)
     (tmp_path / "dataset.json").write_text(content)
     with pytest.raises(ValueError, match=r"or name them in a classes\.txt beside it"):
+        open_data(spec)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ({"background": 0, "liver": 1, "ignore": 2}, r"number 2 is \"ignore\".*are 255 here"),
+        ({"0": "background"}, "names 1 classes; expected 2 to 255"),
+        ({}, "names 0 classes"),
+        ({str(i): f"part {i}" for i in range(256)}, "names 256 classes"),
+    ],
+    ids=["ignore", "one", "none", "256"],
+)
+def test_classes_of_a_dataset_json_that_masks_cannot_have_are_told(tmp_path, labels, message):
+    spec = pair(tmp_path)
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": labels}))
+    with pytest.raises(ValueError, match=message):
         open_data(spec)
 
 

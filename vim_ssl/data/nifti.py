@@ -86,7 +86,7 @@ def open_nifti(spec: DataSpec) -> ImageData:
         top = Path(spec.location).expanduser()
         told = None if (top / "classes.txt").exists() else _told_classes(top / "dataset.json")
         used = (mask_of[name] for name in planes)
-        classes = told or named_classes(top, folders[1], used, _numbers)
+        classes = named_classes(top, folders[1], used, _numbers) if told is None else told
     found = read_layout(list(planes), spec.split, spec.label or "none", str(root))
     rows = [(name, plane) for name in found.names for plane in range(planes[name])]
     class_of = dict(zip(found.names, found.labels or (), strict=False))
@@ -185,20 +185,31 @@ def _told_classes(file: Path) -> list[str] | None:
     """The names in a dataset.json, None without one: its ``labels`` are number to name in the
     Decathlon, name to number in nnU-Net.
 
-    Raises: ValueError for any others, such as nnU-Net's regions of several numbers.
+    Raises: ValueError for any others, such as nnU-Net's regions of several numbers, for nnU-Net's
+        label of voxels that have none, and for fewer than 2 classes or more than 255.
     """
     if not file.exists():
         return None
     try:
         labels = json.loads(file.read_text(encoding="utf-8"))["labels"].items()
         numbered = all(str(key).isdigit() for key, _ in labels)
-        names = {int(k if numbered else v): v if numbered else k for k, v in labels}
-        return [str(names[number]) for number in range(len(labels))]
+        # By way of text, since int() makes a class of 1.5 and of true.
+        names = {int(str(k if numbered else v)): v if numbered else k for k, v in labels}
+        classes = [names[number].strip() for number in range(len(labels))]
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise ValueError(
             f'{file}: its "labels" do not name the classes from 0 on, as {{"0": "background", "1": '
             '"liver"}} does; correct it, or name them in a classes.txt beside it, a line each.'
         ) from error
+    if not numbered and "ignore" in classes:
+        raise ValueError(
+            f'{file}: number {classes.index("ignore")} is "ignore", which would be learned as a '
+            f"class. Voxels that have none are {IGNORE} here: renumber them in the masks, and take "
+            'it out of "labels".'
+        )
+    if not 2 <= len(classes) <= IGNORE:
+        raise ValueError(f"{file} names {len(classes)} classes; expected 2 to {IGNORE}.")
+    return classes
 
 
 def _numbers(path: Path) -> np.ndarray:
