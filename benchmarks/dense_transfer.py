@@ -134,7 +134,8 @@ def measure(name: str, arm: str, seed: int, max_steps: int, pictures: Path | Non
     return {
         "task": name, "arm": arm, "seed": seed, "figure": task.figure[0],
         "value": float(metrics[task.figure[0]]), "train": metrics["train"], "test": metrics["test"],
-        "epochs": config.epochs, "cpu_seconds": round(seconds, 1),
+        # A trial's row has no epochs: it is never shown, nor taken for the run that it tries.
+        "epochs": 0 if max_steps else config.epochs, "cpu_seconds": round(seconds, 1),
     }  # fmt: skip
 
 
@@ -191,7 +192,7 @@ def main() -> int:
         row = measure(name, arm, int(seed), int(steps), Path(pictures) if pictures else None)
         append_rows(args.out / TABLE, COLUMNS, [origin() | row])
         return 0
-    if args.steps and args.out == RESULTS:
+    if args.steps and args.out.resolve() == RESULTS.resolve():
         parser.error("--steps is for trials: give --out FOLDER too, so that the rows are kept out.")
     failed = 0
     if not args.summary:

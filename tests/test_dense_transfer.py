@@ -54,3 +54,21 @@ def test_the_table_has_means_of_full_runs(dense_transfer):
     assert head.endswith("| offline_rgb | untrained |")
     assert len(lines) == 1
     assert "drawn by people (AAL) | 68, 67 | 61.0 ± 1.4 | 50.0 |" in lines[0]
+
+
+def test_a_trial_is_kept_out_of_the_results_however_they_are_spelled(dense_transfer, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(dense_transfer, "run_jobs", lambda *_: 0)
+    command = ["dense_transfer.py", "--steps", "3", "--out", "benchmarks/results"]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as refused:
+        dense_transfer.main()
+    assert refused.value.code == 2
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_trial_is_not_taken_for_the_run_that_it_tries(dense_transfer, monkeypatch, steps):
+    script, full = dense_transfer.segmentation, dense_transfer.TASKS["organs in CT"].settings
+    monkeypatch.setattr(script, "run", lambda _: {"volume_dice": 50, "train": 1, "test": 1})
+    row = dense_transfer.measure("organs in CT", "offline_rgb", 0, steps, None)
+    assert row["epochs"] == (0 if steps else full["epochs"])
