@@ -835,3 +835,44 @@ def test_pictures_that_are_all_broken_are_told_in_one_line(tmp_path, workers):
     assert done.returncode == 2, done.stderr
     assert "none could be read" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
+
+
+LOADED = """
+import multiprocessing, os, sys
+import torch
+from vim_ssl.data.loader import SeededSamples, training_loader
+
+def one(item):
+    return item
+
+def start():
+    samples = SeededSamples([{"image": torch.zeros(1)}] * 64, one)
+    batches = samples.batches(1, rank=0, world=1, workers=1)
+    return iter(training_loader(samples, batches, num_workers=1))
+
+def fail():
+    loaded = start()
+    next(loaded)
+    raise RuntimeError("boom")
+
+child = multiprocessing.get_context("fork").Process(target=fail)
+child.start()
+child.join(60)
+if child.is_alive():
+    with open(f"/proc/{child.pid}/task/{child.pid}/children") as file:
+        [os.kill(int(pid), 9) for pid in file.read().split()]
+    sys.exit("the child hangs")
+loaded = start()
+if (pid := os.fork()) == 0:
+    sys.exit()
+os.waitpid(pid, 0)
+print(len(list(loaded)), "batches")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for a hung process's workers in /proc")
+def test_workers_end_with_the_process_that_started_them_and_no_other():
+    done = subprocess.run([sys.executable, "-c", LOADED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "boom" in done.stderr
+    assert done.stdout == "64 batches\n"

@@ -5,13 +5,13 @@ Nothing here remembers anything: the order of an epoch is a function of (seed, e
 augmentation and mask of (seed, epoch, index). To resume is to ask for epoch e from batch s on.
 """
 
-import atexit
 import hashlib
 import multiprocessing
 import random
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from multiprocessing.util import Finalize
 from typing import Any
 
 import numpy as np
@@ -165,8 +165,9 @@ def training_loader(
 ) -> DataLoader:
     """A loader of ``samples.batches(…)``; the workers stay alive between epochs."""
     if num_workers:
-        atexit.unregister(_kill_workers)
-        atexit.register(_kill_workers)
+        # Not atexit: processes that multiprocessing started, as some launchers do, end without it
+        # and would wait for ever, and a fork that ends would kill its parent's workers.
+        Finalize(None, _kill_workers, exitpriority=0)
     return DataLoader(
         samples,
         batch_sampler=batches,
@@ -191,7 +192,8 @@ def _kill_workers() -> None:
     # A run that ends by an exception has told its workers nothing. multiprocessing would now send
     # them SIGTERM, which they ignore, and wait for them for ever. (torch's handler of SIGCHLD would
     # report each as a failure.)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    if hasattr(signal, "SIGCHLD"):  # Windows has none
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()
