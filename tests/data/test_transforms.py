@@ -253,3 +253,10 @@ def test_bands_as_seen_are_red_green_and_blue_around_their_mean():
     picture = create_transform(RGB)(Image.new("RGB", (32, 32), (255, 0, 51)))
     expected = torch.tensor([1.0, 0.0, 0.2])
     torch.testing.assert_close(as_seen(picture[None], RGB)[0, :, 3, 3], expected)
+
+
+def test_colours_of_four_channels_are_not_changed():
+    four = {"input_size": (4, 8, 8), "mean": (0.5,) * 4, "std": (0.5,) * 4}
+    assert create_transform(four, is_training=True)(np.zeros((9, 9, 4), np.uint8)).shape[0] == 4
+    with pytest.raises(ValueError, match="not such of 4 channels; set it to 0"):
+        create_transform(four, is_training=True, color_jitter=0.4)

@@ -37,11 +37,17 @@ def create_transform(
             resize and crop.
         augment: further arguments of `timm.data.create_transform`, such as
             ``auto_augment="rand-m9-mstd0.5-inc1"`` or ``hflip=0``.
+    Raises: ValueError for color_jitter of other than 1 or 3 channels.
     """
     config = _config(encoder_or_config)
     size = tuple(config["input_size"])
     if size[0] not in (1, 3):
-        augment = {"color_jitter": None, **augment}  # timm knows colours only
+        augment.setdefault("color_jitter", None)  # timm knows colours only
+        if augment["color_jitter"]:
+            raise ValueError(
+                f"color_jitter changes grey and colour pictures, not such of {size[0]} channels; "
+                "set it to 0."
+            )
     keys = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
     given = {key: config[key] for key in keys if key in config}
     steps = timm_data.create_transform(input_size=size, is_training=is_training, **given, **augment)
