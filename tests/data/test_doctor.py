@@ -100,7 +100,9 @@ def test_captions_are_counted(tmp_path):
     write(tmp_path, "1.png", "2.png", "3.png")
     for name, text in (("1.txt", "a hat"), ("2.txt", "\n"), ("3.txt", "a cat\na pet")):
         (tmp_path / name).write_text(text)
-    assert "With a caption: 2 of these pictures." in check(f"pairs:{tmp_path}").facts
+    found = check(f"pairs:{tmp_path}")
+    assert "With a caption: 2 of these pictures." in found.facts
+    assert found.problems == ["all: 1 pictures have no caption: 2.png."]
 
 
 def test_broken_twice_and_on_both_sides(tmp_path):

@@ -26,6 +26,17 @@ def fill(root, **texts):
 # ------------------------------------------------------------------ folders
 
 
+def test_opening_tells_of_a_few_faults_and_counts_the_rest(tmp_path, caplog):
+    for i in range(9):
+        Image.new("RGB", (4, 4)).save(tmp_path / f"{i}.png")
+    (tmp_path / "0.txt").write_text("a hat")
+    assert len(open_data(f"pairs:{tmp_path}").faults) == 8
+    assert [message.split(": ", 1)[1] for message in caplog.messages] == [
+        *(f"{i}.png: there is no {i}.txt" for i in range(1, 6)),
+        "3 more; `vim-ssl data check` names them all.",
+    ]
+
+
 def test_every_line_beside_a_picture_is_a_caption(tmp_path):
     fill(tmp_path, a="a dog\n\n  the same dog \n", deep__b="\ufeffune fête", c=None)
     data = open_data(f"pairs:{tmp_path}")

@@ -98,6 +98,8 @@ def check(spec: str | Path, *, sample: int = 0, workers: int = 0, quiet: bool = 
     _check_labels(parts, data.classes, diagnosis)
     _check_truth(parts, data.classes, diagnosis)
     _check_pictures(parts, diagnosis)
+    if getattr(data, "has_captions", False):
+        _check_captions(parts, diagnosis)
     _check_sides(parts, diagnosis)
     return diagnosis
 
@@ -364,6 +366,14 @@ def _check_pictures(parts: list[Part], diagnosis: Diagnosis) -> None:
                 diagnosis.remarks.append(
                     f"{part.name}: {len(names):,} pictures {what}: {_some(names)}."
                 )
+
+
+def _check_captions(parts: list[Part], diagnosis: Diagnosis) -> None:
+    for part in parts:
+        if bare := [look.id for look in part.looks if not look.fault and not look.captioned]:
+            diagnosis.problems.append(
+                f"{part.name}: {len(bare):,} pictures have no caption: {_some(bare)}."
+            )
 
 
 def _check_sides(parts: list[Part], diagnosis: Diagnosis) -> None:

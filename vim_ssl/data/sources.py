@@ -50,6 +50,7 @@ _OPENERS: dict[str, Callable[[DataSpec], ImageData]] = {
     "video": open_video,
     "slide": open_slide,
 }
+TOLD = 5  # faults that opening tells of, one by one
 AND = " + "  # between specs that are read as one
 _STREAMS: dict[str, Callable[[DataSpec], ImageStream]] = {"hf": stream_hub, "wds": stream_tars}
 
@@ -94,8 +95,11 @@ def open_data(
     if parsed.streaming or parsed.scheme not in _OPENERS:
         return _open_stream(parsed, streams)
     data = _OPENERS[parsed.scheme](parsed)
-    for fault in data.faults:
-        _warn(f"{parsed.scheme}:{parsed.location}: {fault}")
+    name = f"{parsed.scheme}:{parsed.location}"
+    for fault in data.faults[:TOLD]:
+        _warn(f"{name}: {fault}")
+    if (more := len(data.faults) - TOLD) > 0:
+        _warn(f"{name}: {more:,} more; `vim-ssl data check` names them all.")
     if parsed.limit is not None and parsed.limit < len(data):
         # Spread out, since many sets are sorted by class.
         data = data.subset(i * len(data) // parsed.limit for i in range(parsed.limit))
