@@ -46,6 +46,15 @@ def test_sound_data(tmp_path, capsys):
     assert "Nothing wrong found." in text
 
 
+def test_a_stray_picture_that_undoes_the_splits_is_told(tmp_path):
+    classes(tmp_path, "train/", 3)
+    classes(tmp_path, "Test/")
+    assert check(str(tmp_path)).problems == []
+    write(tmp_path, "stray.png", seed=9)
+    (problem,) = check(str(tmp_path)).problems
+    assert problem.startswith("Test, train are no splits, since beside them lie: pictures outside")
+
+
 def test_masks_are_counted_by_the_classes_they_show(tmp_path, capsys):
     draw = np.random.default_rng(0)
     for name, values in (("train/a", [0, 1, 255]), ("train/b", [1, 1, 2]), ("val/c", [0, 0, 3])):

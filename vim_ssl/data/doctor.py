@@ -18,7 +18,7 @@ from vim_ssl.data.dataset import ImageData, captions_of
 from vim_ssl.data.images import BadImage
 from vim_ssl.data.masks import IGNORE
 from vim_ssl.data.sources import open_data
-from vim_ssl.data.spec import canonical_split, parse_spec
+from vim_ssl.data.spec import SPLIT_NAMES, canonical_split, parse_spec
 from vim_ssl.data.stream import ImageStream
 from vim_ssl.data.video import still
 
@@ -94,6 +94,8 @@ def check(spec: str | Path, *, sample: int = 0, workers: int = 0, quiet: bool = 
     data = _opened(spec)
     parts = list(_parts(spec, data, sample, workers, quiet))
     diagnosis = Diagnosis([f"{spec}: {_layout(data, parts)}", ""], list(data.faults), [])
+    if not data.splits:
+        _check_folders(parts, diagnosis)
     _count(parts, diagnosis)
     _check_labels(parts, data.classes, diagnosis)
     _check_truth(parts, data.classes, diagnosis)
@@ -210,6 +212,18 @@ def _layout(data: ImageData | ImageStream, parts: list[Part]) -> str:
     names = ", ".join(part.name for part in parts) if data.splits else "no splits"
     classes = f"{len(data.classes)} classes" if data.classes else "no named classes"
     return f"{what}; {names}; {classes}"
+
+
+def _check_folders(parts: list[Part], diagnosis: Diagnosis) -> None:
+    """Whether something beside folders called train and test made one part of it all."""
+    tops = {name.split("/")[0] if "/" in name else "" for part in parts for name in part.ids}
+    splits = {top for top in tops if canonical_split(top) in SPLIT_NAMES}
+    if len({canonical_split(top) for top in splits}) > 1 and (others := sorted(tops - splits)):
+        beside = _some([top or "pictures outside of any folder" for top in others])
+        diagnosis.problems.append(
+            f"{', '.join(sorted(splits))} are no splits, since beside them lie: {beside}. All is "
+            "one part; move the others away."
+        )
 
 
 def _count(parts: list[Part], diagnosis: Diagnosis) -> None:
