@@ -343,9 +343,15 @@ class Results:
         return [row for (a, c, q, _), row in self.rows.items()
                 if (c, q) == (concepts, question) and arm in (a, "chance")]  # fmt: skip
 
-    def figure(self, arm: str, concepts: str, question: str, k: int) -> Figure | None:
-        """The share of questions whose answer is among the first k, the seeds' mean."""
-        rows = self.of(arm, concepts, question)
+    def seeds(self, arm: str) -> set[int]:
+        return {seed for (name, _, _, seed) in self.rows if name == arm}
+
+    def figure(
+        self, arm: str, concepts: str, question: str, k: int, seeds: set[int] | None = None
+    ) -> Figure | None:
+        """The share of questions whose answer is among the first k, the mean of these seeds."""
+        rows = [row for row in self.of(arm, concepts, question)
+                if seeds is None or int(row["seed"]) in seeds]  # fmt: skip
         if not rows:
             return None
         hits = np.stack([_hits(row, k) for row in rows])
@@ -428,7 +434,9 @@ def _cell(found: Results, arm: str, concepts: str, question: str) -> str:
 
 
 def _difference(found: Results, arm: str, other: str, concepts: str, question: str, k: int) -> str:
-    ours, theirs = (found.figure(name, concepts, question, k) for name in (arm, other))
+    # Two trained arms are compared on the seeds that both have.
+    shared = found.seeds(arm) & found.seeds(other) if {arm, other} <= set(TRAINED) else None
+    ours, theirs = (found.figure(name, concepts, question, k, shared) for name in (arm, other))
     if ours is None or theirs is None:
         return ""
     difference = ours - theirs
