@@ -385,6 +385,49 @@ def test_zero_shot_figures_of_another_form_do_not_cost_the_page(finished: Path, 
     Page(write_report(finished))
 
 
+RESULT = {"data": "masks:tiles", "train": 90, "test": 1200, "skipped": ["a.png"],
+          "miou": 61.234, "miou_ci": [58.0, 64.5], "aacc": 88.0, "volume_hd95": 3.21,
+          "top1": None}  # fmt: skip
+
+
+def add_result(folder: Path, classes: int = 2) -> None:
+    (folder / "metrics.json").write_text(json.dumps(RESULT))
+    lines = [f"{EVIL if not i else f'class {i}'},{0.25 * i:.4f}" for i in range(classes)]
+    (folder / "classes.csv").write_text("\n".join(["class,most_taken_for", *lines]))
+    Image.new("RGB", (40, 30), "pink").save(folder / "predictions.png")
+
+
+def test_a_run_on_labels_tells_what_it_is_worth(finished: Path):
+    add_result(finished)
+    page = Page(write_report(finished))
+    for wanted in (
+        "Result on the test part", "Mean IoU61.2 % 58.0 – 64.5", "61.2 %on the test part",
+        "Pixels right88.0 %", "3.2 mm", "90 to train on, 1,200 to test on, 1 unreadable",
+        "most taken for", EVIL,
+    ):  # fmt: skip
+        assert wanted in page.text
+    assert "Top-1" not in page.text  # there is none
+    (sheet,) = (image for image in page.all("img") if image.get("class") == "sheet")
+    assert decode(sheet).size == (40, 30)
+
+
+def test_of_many_classes_the_page_shows_the_first(finished: Path):
+    add_result(finished, classes=60)
+    text = Page(write_report(finished)).text
+    assert "class 39" in text
+    assert "class 40" not in text
+    assert "20 more in classes.csv" in text
+
+
+@pytest.mark.parametrize("broken", ["metrics.json", "classes.csv", "predictions.png"])
+def test_a_result_that_is_being_written_does_not_cost_the_page(finished: Path, broken: str):
+    add_result(finished)
+    path = finished / broken
+    path.write_bytes(path.read_bytes()[:20] + b"\xff,,,\n")
+    text = Page(write_report(finished)).text
+    assert ("Mean IoU" in text) == (broken != "metrics.json")
+
+
 @pytest.mark.parametrize("exists", [True, False], ids=["empty-folder", "no-folder"])
 def test_a_folder_without_a_run_is_refused(tmp_path: Path, exists: bool):
     folder = tmp_path if exists else tmp_path / "none"

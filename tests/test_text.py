@@ -200,6 +200,15 @@ def test_what_follows_the_first_end_does_not_matter():
     torch.testing.assert_close(text(rows[:1, :4]), features[:1])
 
 
+def test_padding_that_no_caption_needs_costs_a_cpu_nothing():
+    text, widths = tower(), []
+    text.layers[0].register_forward_hook(lambda _, args, __: widths.append(args[0].shape[1]))
+    text(torch.tensor([[1, 5, 2, 0, 0, 0, 0, 0], [1, 5, 6, 2, 0, 0, 0, 0]]))
+    text(torch.full((2, 8), 5))  # without an end all are read
+    text(torch.empty(0, 8, dtype=torch.int64))
+    assert widths == [4, 8, 8]
+
+
 def test_what_comes_before_the_end_matters():
     text = tower()
     features = text(torch.tensor([[1, 5, 6, 2, 0, 0, 0, 0], [1, 6, 5, 2, 0, 0, 0, 0]]))

@@ -38,6 +38,7 @@ from vim_ssl.evaluation.class_scores import (
 from vim_ssl.evaluation.probes import extract_features
 from vim_ssl.loading import load_for_bands, save_encoder
 from vim_ssl.objective import StepOutput
+from vim_ssl.report import write_report
 from vim_ssl.runs import Run, environment, read_metrics
 from vim_ssl.training import fit, make_average
 
@@ -262,6 +263,8 @@ def train_classifier(
             with folder.writing("metrics.json"):
                 (folder.folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
             print(f"{summary(metrics)}, trained on {len(train):,} · {folder.folder}")
+            with folder.writing("report.html"):
+                print(f"Report: {write_report(folder.folder)}")
     accelerator.end_training()
     return metrics
 

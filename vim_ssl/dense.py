@@ -18,6 +18,7 @@ from vim_ssl.config import check_between, opt, to_dict
 from vim_ssl.data.loader import SeededSamples
 from vim_ssl.encoder import VimEncoder
 from vim_ssl.loading import load_encoder, load_for_bands, save_encoder, write_whole
+from vim_ssl.report import write_report
 from vim_ssl.runs import Run, environment, evaluation_folder
 from vim_ssl.training import TrainConfig, fit
 
@@ -110,6 +111,8 @@ class DenseTask:
             )  # fmt: skip
             if accelerator.is_main_process:
                 metrics = self._judge(config, model, source, test, run.folder, len(train))
+                with run.writing("report.html"):
+                    print(f"Report: {write_report(run.folder)}")
         accelerator.end_training()
         return metrics
 

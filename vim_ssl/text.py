@@ -333,11 +333,16 @@ class TextEncoder(nn.Module):
                 f"{tokens.shape[1]} tokens a caption came, at most {self.context_length} go in; "
                 "use the tokenizer that the tower was trained with."
             )
+        ends = first_end(tokens, self.eos_id)  # (b,)
+        # Nothing looks ahead: what follows the last end is not computed. (A GPU would have to be
+        # waited for to know where that is.)
+        if tokens.device.type == "cpu" and len(tokens):
+            tokens = tokens[:, : int(ends.max()) + 1]
         x = self.token_embed(tokens) + self.pos_embed[:, : tokens.shape[1]]
         for layer in self.layers:
             x = layer(x)
         x = self.norm(x)  # (b, l, width)
-        return x[torch.arange(len(x), device=x.device), first_end(tokens, self.eos_id)]
+        return x[torch.arange(len(x), device=x.device), ends]
 
 
 class _Block(nn.Module):

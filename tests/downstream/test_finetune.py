@@ -67,6 +67,7 @@ def test_it_learns_and_writes_the_whole_record(run, bands, tmp_path):
     low, high = metrics["top1_ci"]
     assert 75 < metrics["top1"] <= 100  # a guess would be 33
     assert low <= metrics["top1"] <= high
+    assert f"{metrics['top1']:.1f} %" in (tmp_path / "report.html").read_text()
 
 
 def test_it_starts_from_the_encoder_of_the_run(run, tmp_path, first_weights):

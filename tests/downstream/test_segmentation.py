@@ -105,6 +105,7 @@ def test_the_record_is_whole_and_can_be_judged_again(tmp_path, encoder, data, ca
     assert (metrics["task"], metrics["encoder"]) == ("segmentation", encoder)
     assert (metrics["train"], metrics["test"], metrics["skipped"]) == (4, 4, [])
     assert metrics["classes"] == NAMES
+    assert f"{metrics['miou']:.1f} %" in (run / "report.html").read_text()
     assert metrics["miou_ci"] is None
     assert {"aacc", "macc", "mdice", "hardware", "versions"} <= set(metrics)
     assert [row["class"] for row in read_csv(run / "classes.csv")] == NAMES

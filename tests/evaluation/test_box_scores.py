@@ -196,7 +196,7 @@ def test_judging_prints_nothing(capsys):
 def test_boxes_and_masks_are_drawn_in_their_classes_colours(channels):
     picture = torch.zeros(channels, 40, 60, dtype=torch.uint8)
     boxes, labels = torch.tensor([[5.0, 5, 30, 30]]), torch.tensor([1])
-    colour = class_colours(2)[1]
+    colour = class_colours(3)[2]
     drawn = draw_objects(picture, boxes, labels, ["one", "two"])
     assert (drawn.shape, drawn.dtype) == ((3, 40, 60), torch.uint8)
     assert torch.equal(drawn[:, 5, 29], colour)

@@ -125,5 +125,5 @@ def test_colours_are_all_different():
     colours = class_colours(255)
     assert colours.shape == (256, 3)
     assert len({tuple(c) for c in colours.tolist()}) == 256
-    assert colours[-1].tolist() == [0, 0, 0]
-    assert colours[0].tolist() == [128, 0, 0]  # as PASCAL VOC paints its first class
+    # As PASCAL VOC paints its background, its first class, and what has none.
+    assert [colours[i].tolist() for i in (0, 1, -1)] == [[0] * 3, [128, 0, 0], [224, 224, 192]]

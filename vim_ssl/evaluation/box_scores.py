@@ -172,7 +172,7 @@ def draw_objects(
     picture = picture if len(picture) == 3 else picture[:1].expand(3, -1, -1)
     if not len(boxes):
         return picture
-    palette = class_colours(len(classes)).tolist()
+    palette = class_colours(len(classes) + 1)[1:].tolist()  # no background here
     colours = [tuple(palette[label]) for label in labels.tolist()]
     if masks is not None:
         picture = draw_segmentation_masks(picture, masks, 0.5, colours)
@@ -207,7 +207,7 @@ def sheet_of_objects(
             line.append(F.to_pil_image(panel))
             used |= set(labels.tolist())
         drawn.append(line)
-    palette = class_colours(len(classes)).tolist()
+    palette = class_colours(len(classes) + 1)[1:].tolist()  # no background here
     return sheet(drawn, ("truth", "prediction"), [(palette[i], classes[i]) for i in sorted(used)])
 
 

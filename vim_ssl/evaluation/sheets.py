@@ -59,11 +59,12 @@ def shown_size(size: tuple[int, int]) -> tuple[int, int]:
 
 
 def class_colours(classes: int) -> Tensor:
-    """(classes + 1, 3) uint8, all different, the last black for pixels without a class.
+    """(classes + 1, 3) uint8, all different up to 255 classes, the last for pixels without one.
 
-    PASCAL VOC's: the bits of a number, spread over red, green and blue.
+    PASCAL VOC's: the bits of a number, spread over red, green and blue. The first class, by custom
+    the background, is black, and what has no class is 255, nearly white.
     """
-    numbers = torch.tensor([*range(1, classes + 1), 0])
+    numbers = torch.tensor([*range(classes), 255])
     shifts = torch.arange(8)
     bits = numbers[:, None, None] >> (3 * shifts + torch.arange(3)[:, None]) & 1  # (n, 3, 8)
     return (bits << (7 - shifts)).sum(2).to(torch.uint8)

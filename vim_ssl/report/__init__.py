@@ -31,6 +31,8 @@ RECIPES = {
     "mim_pretrain": "masked image modelling",
     "clip_pretrain": "contrast of pictures and captions",
     "supervised_pretrain": "classification",
+    "finetune": "fine-tuning",
+    "video": "classification of videos",
 }
 # Figures of metrics.jsonl with a title of their own, in the page's order: (title, unit).
 CURVES = {
@@ -62,6 +64,28 @@ ZERO_SHOT = {
         )
     },
 }
+# Figures of a task's metrics.json: key -> (title, unit), the first that is there above all.
+RESULTS = {
+    "top1": ("Top-1 accuracy", " %"),
+    "top5": ("Top-5 accuracy", " %"),
+    "balanced_accuracy": ("Balanced accuracy", " %"),
+    "mean_error": ("Mean error", " classes"),
+    "map_macro": ("Mean average precision", " %"),
+    "map_micro": ("Average precision of all labels as one", " %"),
+    "exact": ("Pictures with every label right", " %"),
+    "miou": ("Mean IoU", " %"),
+    "aacc": ("Pixels right", " %"),
+    "macc": ("Mean recall", " %"),
+    "mdice": ("Mean Dice", " %"),
+    "volume_dice": ("Mean Dice of the volumes", " %"),
+    "volume_hd95": ("95 % Hausdorff distance of the volumes", " mm"),
+    **{
+        f"{kind}_{name}": (f"{title} of the {kind}{'es' if kind == 'box' else 's'}", " %")
+        for kind in ("box", "mask")
+        for name, title in (("ap", "AP"), ("ap50", "AP50"), ("ap75", "AP75"), ("ar", "Recall"))
+    },
+}
+SHOWN_CLASSES = 40
 COUNTERS = ("step", "epoch", "seconds", "samples", "bad_steps", "skipped")
 WIDE_RANGE = ("loss", "pixel_mse", "grad_norm")  # on a logarithmic axis where values demand it
 SMALL, ENLARGED = 96, 88  # pictures up to SMALL px wide are drawn ENLARGED px wide
@@ -75,8 +99,8 @@ def write_report(folder: str | Path) -> Path:
     Raises: FileNotFoundError if ``folder`` holds neither config.json nor metrics.jsonl.
     """
     run = Record(Path(folder))
-    sections = [_header(run), _pictures(run), _probe(run), _zero_shot(run), _curves(run),
-                _settings(run), _use(run)]  # fmt: skip
+    sections = [_header(run), _result(run), _pictures(run), _probe(run), _zero_shot(run),
+                _curves(run), _settings(run), _use(run)]  # fmt: skip
     page = PAGE.substitute(title=escape(run.name), style=STYLE, script=SCRIPT,
                            body="\n".join(filter(None, sections)))  # fmt: skip
     path = run.folder / "report.html"
@@ -112,7 +136,7 @@ def _header(run: Record) -> str:
     lede = f"{config.get('encoder') or 'An encoder'}{size}, trained by {how}{objective}{data}."
     state = "Finished" if _is_finished(run) else "Still going, or stopped before its end"
     state += f" · page drawn {time.strftime('%Y-%m-%d %H:%M')}"
-    tiles = [_tile(run, "loss"), _tile(run, "knn_top1"), _probe_tile(run)]
+    tiles = [_tile(run, "loss"), _tile(run, "knn_top1"), _result_tile(run), _probe_tile(run)]
     seconds, samples = run.last("seconds"), run.last("samples")
     if seconds > 0:
         rate = f"{number(samples / seconds, 2)} images/s on average" if samples > 0 else ""
@@ -146,6 +170,54 @@ def _probe_tile(run: Record) -> tuple[str, str, str] | None:
         return None
     note = ", ".join(f"{row.get('features', '?')} {row['logistic']:.1f}" for row in rows[1:])
     return "Linear probe", f"{rows[0]['logistic']:.1f} %", note
+
+
+def _result_tile(run: Record) -> tuple[str, str, str] | None:
+    """The main figure of the test part."""
+    for key, (title, unit) in RESULTS.items():
+        if _is_number(value := run.result.get(key)):
+            return title, f"{value:.1f}{unit}", "on the test part"
+    return None
+
+
+def _result(run: Record) -> str:
+    """What a run on labels is worth on its test part: figures, classes, drawn predictions."""
+    body = "".join(
+        f"<tr><th scope=row>{title}</th><td>{_score(run.result, key, unit)}</td></tr>"
+        for key, (title, unit) in RESULTS.items()
+        if _is_number(run.result.get(key))
+    )
+    if not body:
+        return ""
+    counts = [
+        f"{run.result[key]:,} {what}"
+        for key, what in (("train", "to train on"), ("test", "to test on"))
+        if _is_number(run.result.get(key))
+    ]
+    if isinstance(skipped := run.result.get("skipped"), list) and skipped:
+        counts.append(f"{len(skipped):,} unreadable")
+    note = f"{', '.join([str(run.result.get('data', 'Data not recorded')), *counts])}. "
+    note += "In small figures the 95 % interval."
+    parts = f"<div class=scroll><table>{body}</table></div>"
+    try:
+        with Image.open(run.drawn) as sheet:
+            image = _png(sheet.convert("RGB"))
+        parts += f'<img class=sheet alt="Truth and prediction side by side" src="{image}">'
+    except (OSError, SyntaxError):  # none is drawn of classes
+        pass
+    if run.classes:
+        heads = "".join(f"<th scope=col>{escape(k.replace('_', ' '))}</th>" for k in run.classes[0])
+        lines = "".join(
+            f"<tr>{''.join(f'<td>{escape(value)}</td>' for value in row.values())}</tr>"
+            for row in run.classes[:SHOWN_CLASSES]
+        )
+        more = len(run.classes) - SHOWN_CLASSES
+        rest = f"<p class=note>… and {more:,} more in classes.csv.</p>" if more > 0 else ""
+        parts += (
+            "<details><summary>Class by class</summary><div class=scroll><table><thead>"
+            f"<tr>{heads}</tr></thead><tbody>{lines}</tbody></table></div>{rest}</details>"
+        )
+    return _section("Result on the test part", f"<p class=note>{escape(note)}</p>{parts}")
 
 
 def _pictures(run: Record) -> str:
@@ -305,12 +377,12 @@ def _marked(text: str, bold: bool) -> str:
     return f"<b>{text}</b>" if bold else text
 
 
-def _score(row: dict, key: str) -> str:
+def _score(row: dict, key: str, unit: str = " %") -> str:
     value: Any = row.get(key)
     ci: Any = row.get(f"{key}_ci")
     text = "–"
     if _is_number(value):
-        text = f"{value:.1f} %" if not 0 < value < 1 else f"{value:.1g} %"  # chance is small
+        text = f"{value:.1f}{unit}" if not 0 < value < 1 else f"{value:.1g}{unit}"  # as chance is
     if isinstance(ci, list) and len(ci) == 2 and all(map(_is_number, ci)):
         text += f" <small>{ci[0]:.1f} – {ci[1]:.1f}</small>"
     return text

@@ -76,6 +76,7 @@ output { display: block; font-size: .85rem; }
 .cursor[hidden] { display: none; }
 .band { fill: var(--line); opacity: .18; }
 .scroll { overflow-x: auto; }
+.sheet { max-width: 100%; display: block; margin: 1rem 0; }
 table { border-collapse: collapse; overflow-wrap: normal; }
 th, td { text-align: left; padding: .4rem 1.5rem .4rem 0; border-bottom: 1px solid var(--rule);
   vertical-align: top; }

@@ -1,5 +1,6 @@
 """What a run has written so far, read once for its page."""
 
+import csv
 import itertools
 import json
 import math
@@ -42,6 +43,9 @@ class Record:
         # The run's own data first, others by name.
         found = sorted(folder.glob("zero_shot*/metrics.json"))
         self.zero_shot = [(path.parent, _read_json(path)) for path in found]
+        self.result = _read_json(folder / "metrics.json")  # of a run on labels, at its end
+        self.classes = _read_table(folder / "classes.csv") if self.result else []
+        self.drawn = folder / "predictions.png"
         description = _read_json(folder / "encoder.json")
         self.saved = bool(description)
         self.made_by = description.get("made_by") or {}
@@ -79,6 +83,14 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):  # not written, or not whole
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def _read_table(path: Path) -> list[dict[str, str]]:
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return [row for row in csv.DictReader(file) if None not in row.values()]
+    except (OSError, ValueError, csv.Error):
+        return []
 
 
 def _read_log(path: Path) -> dict[str, np.ndarray]:
