@@ -233,7 +233,8 @@ def main() -> int:
         "batch_size": args.batch, "max_steps": args.steps, "workers": 0, "log_every": 1,
         "threads": args.threads,
     }  # fmt: skip
-    done = {row["preset"] for row in read_rows(args.out / TABLE)}
+    done = {row["preset"] for row in read_rows(args.out / TABLE)
+            if int(row["steps"]) >= args.steps}  # fmt: skip
     sound = True
     with tempfile.TemporaryDirectory() as root:
         for preset in args.only:

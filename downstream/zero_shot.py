@@ -29,7 +29,7 @@ from vim_ssl.cli import guarded
 from vim_ssl.clip import Clip, load_clip
 from vim_ssl.config import opt, parse, to_dict
 from vim_ssl.data import ImageData
-from vim_ssl.data.sources import open_part
+from vim_ssl.data.sources import open_part, sets_of
 from vim_ssl.data.spec import canonical_split
 from vim_ssl.data.split import is_known
 from vim_ssl.data.tables import read_text
@@ -71,10 +71,16 @@ class Config:
 
 
 def was_trained_on(source: str | Path, spec: str, data: ImageData) -> bool:
-    """Whether this part of a run's own training data is no held-out one."""
+    """Whether any of these pictures may have been: of a set that the run has read, in whatever
+    part, all but what is held out."""
+    if canonical_split(data.split) in ("test", "validation"):
+        return False
+
+    def places(spec: str) -> set[str]:
+        return {one.location for _, one in sets_of(spec)}
+
     with suppress(ValueError):  # a model without a run
-        held_out = canonical_split(data.split) in ("test", "validation")
-        return trained_on(source) == spec and not held_out
+        return not places(spec).isdisjoint(places(trained_on(source)))
     return False
 
 

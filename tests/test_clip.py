@@ -11,7 +11,9 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
+import vim_ssl
 from vim_ssl import load_encoder
 from vim_ssl.clip import Clip, Embedded, load_clip, save_clip
 from vim_ssl.optim import param_groups
@@ -335,3 +337,23 @@ def test_a_folder_without_such_a_model_is_told(tmp_path):
         load_clip(tmp_path)
     with pytest.raises(ValueError, match="without a tokenizer"):
         small().encode_text("a dog")
+
+
+def test_a_picture_must_be_transformed_first():
+    with pytest.raises(TypeError, match=r"not Image; of a picture: clip\.encode_image\(clip\.tr"):
+        small().encode_image(Image.new("RGB", (20, 20)))
+
+
+def test_the_readmes_lines_run_as_they_stand(tmp_path, monkeypatch):
+    tokenizer = train_bpe(["a dog", "a cat"] * 3, vocab_size=300, context_length=6)
+    clip = Clip(load_encoder("vim_nano_patch8_64", depth=1, embed_dim=16),
+                TextEncoder(300, eos_id=2, context_length=6, width=16, depth=1, heads=2),
+                embed_dim=DIM, tokenizer=tokenizer)  # fmt: skip
+    save_clip(clip, tmp_path / "runs/a-clip-run")
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "picture.png")
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    code = next(part for part in text.split("```python\n") if part.startswith("clip = "))
+    names = {"vim_ssl": vim_ssl, "Image": Image}
+    exec(code.partition("```")[0], names)
+    assert names["similarity"].shape == (1, 2)

@@ -105,7 +105,15 @@ class Clip(nn.Module):
     # ---------------------------------------------------------------- features
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """(b, c, h, w), normalised as `transform` does -> (b, embed_dim) of length 1."""
+        """(b, c, h, w), normalised as `transform` does -> (b, embed_dim) of length 1.
+
+        Raises: TypeError for what is no tensor.
+        """
+        if not isinstance(images, Tensor):
+            raise TypeError(
+                f"encode_image takes a tensor (b, c, h, w), not {type(images).__name__}; of a "
+                "picture: clip.encode_image(clip.transform(picture)[None])."
+            )
         return _unit(self.image_proj(self._run(self.encoder, images)))
 
     def encode_text(self, texts: Tensor | str | Sequence[str]) -> Tensor:

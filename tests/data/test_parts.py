@@ -44,6 +44,16 @@ def test_groups_stay_whole(tmp_path):
     assert not set(train.groups) & set(test.groups)
 
 
+def test_a_class_that_is_never_tested_is_told(tmp_path, caplog):
+    names = [f"{name}/{name}{i}/{k}.png" for name in "ab" for i in range(5) for k in range(3)]
+    spec = fill(tmp_path, *names) + "?label=folder&group=folder"
+    labelled_parts(spec, test=0.2, seed=0)
+    assert not caplog.text
+    fill(tmp_path, "c/only/1.png", "c/only/2.png")
+    labelled_parts(spec, test=0.2, seed=0)
+    assert "1 of 3 classes, such as c, are not in the part that is held out" in caplog.text
+
+
 def test_pictures_without_labels_are_an_error(tmp_path):
     with pytest.raises(ValueError, match="no labels of two classes"):
         labelled_parts(fill(tmp_path, "1.png", "2.png"), test=0.2, seed=0)

@@ -178,6 +178,13 @@ def test_the_runs_own_training_pictures_are_told_apart(model, classes, tmp_path,
     (run / "config.json").write_text(json.dumps({"data": f"pairs:{classes}"}))
     assert shoot("--encoder", str(run), "--output", str(tmp_path / "out"))["trained_on"]
     assert "trained on: no test" in capsys.readouterr().out
+    some = f"{classes}?limit=6"
+    argv = ["--encoder", str(run), "--output", str(tmp_path / "some"), "--data"]
+    assert shoot(*argv, some)["trained_on"]
+    (run / "config.json").write_text(json.dumps({"data": f"folder:{tmp_path} + 2 * pairs:{some}"}))
+    assert shoot(*argv, f"pairs:{classes}")["trained_on"]
+    (run / "config.json").write_text(json.dumps({"data": f"pairs:{tmp_path}"}))
+    assert not shoot(*argv, some)["trained_on"]
     both = f"{classes}?limit=3 + {classes}"
     assert len(open_part(both)) == 15
 

@@ -82,9 +82,8 @@ def open_data(
     Raises: ValueError for a spec that does not fit the source, FileNotFoundError for missing
         data; each says what to do.
     """
-    if isinstance(spec, str) and AND in spec and not Path(spec).expanduser().exists():
-        counts, names = zip(*map(_times, spec.split(AND)), strict=True)
-        parts = [parse_spec(name) for name in names]
+    if isinstance(spec, str) and len(joined := sets_of(spec)) > 1:
+        counts, parts = zip(*joined, strict=True)
         if stream := next((p for p in parts if p.streaming or p.scheme not in _OPENERS), None):
             raise ValueError(f"{spec!r}: {stream} is a stream, which cannot be joined to others.")
         opened = [open_data(str(part), split=split) for part in parts]
@@ -120,6 +119,13 @@ def open_part(spec: str, wanted: Sequence[str] = ("test", "validation")) -> Imag
         if any(canonical_split(name) == split for name in everything.splits):
             return open_data(spec, split=split)
     return everything
+
+
+def sets_of(spec: str) -> list[tuple[int, DataSpec]]:
+    """What a spec reads as one: "A + 20 * B" -> [(1, A), (20, B)]; of a single set that set."""
+    if AND not in spec or Path(spec).expanduser().exists():
+        return [(1, parse_spec(spec))]
+    return [(times, parse_spec(name)) for times, name in map(_times, spec.split(AND))]
 
 
 def _times(part: str) -> tuple[int, str]:
@@ -196,7 +202,14 @@ def _labelled(spec: str | Path, test: float, seed: int) -> tuple[ImageData, Imag
     if everything.labels is None or not test:
         return everything, everything
     known = everything.subset(i for i, y in enumerate(everything.labels) if is_known(y))
-    first, second = stratified_split(known.labels or [], test, seed, known.groups)
+    labels = known.labels or []
+    first, second = stratified_split(labels, test, seed, known.groups)
+    if not known.multi_label and (left := set(labels) - {labels[i] for i in second}):
+        name = known.classes[min(left)] if known.classes else min(left)
+        _warn(
+            f"{spec}: {len(left)} of {len(set(labels))} classes, such as {name}, are not in the "
+            "part that is held out: too few pictures, or a single group. Nothing is said of them."
+        )
     return known.subset(first), known.subset(second)
 
 

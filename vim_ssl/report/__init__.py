@@ -326,6 +326,7 @@ def _zero_shot(run: Record) -> str:
         if body:
             table = f"<div class=scroll><table class=even><tbody>{body}</tbody></table></div>"
             title = escape(str(found.get("data", "data not recorded")))
+            title += " · trained on these pictures: no test" * (found.get("trained_on") is True)
             parts += f"<h3>{title}</h3>{table}{_similarities(folder, found.get('examples'))}"
     if not parts:
         return ""
