@@ -192,11 +192,12 @@ def embed(
             part = under_way.setdefault(shard.name, Embedded(shard.name, torch.empty(0, dim)))
             part.skipped += [row for row in batch if isinstance(row, str)]
             if whole := [row for row in batch if not isinstance(row, str)]:
-                ids, labels, images = zip(*whole, strict=True)
+                ids, labels, groups, images = zip(*whole, strict=True)
                 x = encode_views(encode, torch.stack(images).to(device)).float().cpu()
                 part.x = torch.cat([part.x, x])
                 part.ids += ids
                 part.labels += labels
+                part.groups += groups
             bar.update(len(batch))
             if last:
                 yield under_way.pop(shard.name)

@@ -4,7 +4,8 @@
     python downstream/slide.py --features tiles
 
 The features come from files that `embed.py` wrote, tile by tile, in bounded memory and resumable;
-the encoder is not needed any more. Slides, not tiles, are held out and counted. Two classifiers are
+the encoder is not needed any more. Slides, not tiles, are held out and counted; those of one group
+(``slide:TABLE.csv?group=patient``) stay together. Two classifiers are
 compared: logistic regression on the mean of a slide's tiles, and gated attention over them
 (arXiv:1802.04712), trained here. In the run lie metrics.json, predictions.csv (a line a test slide)
 and attention.csv (a line a tile of these: where it lies and what it weighs).
@@ -74,7 +75,7 @@ def build_data(config: Config) -> tuple[Bags, Bags, int]:
     elif len(train) < 2:
         raise ValueError(f"{config.features} holds {len(train)} labelled slides; it needs two.")
     else:
-        first, second = stratified_split(train.labels, config.test, config.seed)
+        first, second = stratified_split(train.labels, config.test, config.seed, train.groups)
         train, test = train.subset(first), train.subset(second)
     if len(set(train.labels)) < 2:
         raise ValueError(f"{config.features} has no training slides of two classes.")
@@ -99,6 +100,12 @@ def check_apart(config: Config, train: Bags, test: Bags) -> None:
         raise ValueError(
             f"{len(same)} slides of {config.test_features} are in {config.features} too, such as "
             f"{same[0]}; test on others."
+        )
+    # Without patients a slide is its own group, and what it is called says nothing.
+    if both := {b.group for b in test.bags if b.group != b.id}.intersection(train.groups):
+        raise ValueError(
+            f"{len(both)} groups have slides in {config.features} and {config.test_features}, such "
+            f"as {min(both)}; test on others."
         )
 
 

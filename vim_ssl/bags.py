@@ -23,12 +23,13 @@ from vim_ssl.objective import StepOutput
 @dataclass
 class Bag:
     """A slide: its tiles' features ``x`` (tiles, d) float32, where they lie (``places``, (tiles, 2)
-    int64, left and top in pixels), and its label."""
+    int64, left and top in pixels), its label, and the group (a patient) that it belongs to."""
 
     id: str
     x: Tensor
     places: Tensor
     label: int
+    group: str
 
 
 class Bags(Dataset):
@@ -46,6 +47,10 @@ class Bags(Dataset):
     @property
     def labels(self) -> list[int]:
         return [bag.label for bag in self.bags]
+
+    @property
+    def groups(self) -> list[str]:
+        return [bag.group for bag in self.bags]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -66,8 +71,8 @@ def bags_of(tiles: Embedded, name: str) -> Bags:
     Args:
         tiles: embeddings of ``slide:`` data, whose ids say where a tile lies.
         name: for messages.
-    Raises: ValueError for ids of something else, and where a slide's tiles have several labels;
-        slides without a label are left out, with a warning.
+    Raises: ValueError for ids of something else, and where a slide's tiles have several labels or
+        groups; slides without a label are left out, with a warning.
     """
     rows: dict[str, list[int]] = {}
     places = []
@@ -82,15 +87,16 @@ def bags_of(tiles: Embedded, name: str) -> Bags:
         places.append((left, top))
     bags, unknown = [], []
     for slide, own in sorted(rows.items()):
-        labels = {tiles.labels[row] for row in own}
-        if len(labels) > 1:
-            raise ValueError(f"{name}: the tiles of {slide} have several labels, {labels}.")
-        label = labels.pop()
+        labels, groups = ({of[row] for row in own} for of in (tiles.labels, tiles.groups))
+        for what, several in (("labels", labels), ("groups", groups)):
+            if len(several) > 1:
+                raise ValueError(f"{name}: the tiles of {slide} have several {what}, {several}.")
+        label, group = labels.pop(), groups.pop()
         if label is None:
             unknown.append(slide)
             continue
         where = torch.tensor([places[row] for row in own])
-        bags.append(Bag(slide, tiles.x[own], where, int(label)))
+        bags.append(Bag(slide, tiles.x[own], where, int(label), group or slide))
     if unknown:
         warnings.warn(f"{len(unknown)} slides of {name} have no label: {unknown[:3]}", stacklevel=2)
     return Bags(bags, name)

@@ -82,9 +82,13 @@ def test_slides_have_classes_and_stay_together(folder):
     assert data[8]["group"] == "tumour/pyramid.tif"
     table = folder.parent / f"{folder.name}.csv"
     lines = [f"{folder}/normal/plain.png,0,train", f"{folder}/tumour/pyramid.tif,1,test"]
-    table.write_text("\n".join(["path,label,split", *lines]))
+    lines = [f"{line},patient {i}" for i, line in enumerate(lines)]
+    table.write_text("\n".join(["path,label,split,who", *lines]))
     test = open_data(f"slide:{table}?split=test&tile={TILE}")
     assert (len(test), set(test.labels), test.splits) == (3, {1}, ["train", "test"])
+    assert set(test.groups) == {f"{folder}/tumour/pyramid.tif"}
+    grouped = open_data(f"slide:{table}?split=all&tile={TILE}&group=who")
+    assert grouped.groups == ["patient 0"] * 3 + ["patient 1"] * 3
 
 
 def test_what_cannot_be_read_is_named_and_passed_over(folder, tmp_path):

@@ -122,6 +122,7 @@ def test_a_folder_becomes_parquet_with_ids_and_labels(pictures, encoder_file, tm
     agree(found, expected(encoder_file, readable(data)))
     assert found["id"] == [name for name in data.ids if name not in ("a/04.png", "b/09.png")]
     assert found["label"] == [int(name.startswith("b")) for name in found["id"]]
+    assert set(found["group"]) == {None}
     assert (record["rows"], record["files"], record["finished"]) == (21, 6, True)
     assert [name.partition(":")[0] for name in record["skipped"]] == ["a/04.png", "b/09.png"]
     assert {"commit", "versions", "hardware", "encoder", "made_of"} <= set(record)

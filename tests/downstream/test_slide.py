@@ -19,7 +19,7 @@ from vim_ssl.evaluation.embeddings import Embedded, read_embeddings, write_shard
 def vectors(tmp_path) -> Path:
     """Features of 60 slides of 24 tiles; in half of them two tiles have another first value."""
     torch.manual_seed(0)
-    x, ids, labels = [], [], []
+    x, ids, labels, groups = [], [], [], []
     for number in range(60):
         tiles, label = torch.randn(24, 8), number % 2
         if label:
@@ -27,13 +27,14 @@ def vectors(tmp_path) -> Path:
         x.append(tiles)
         ids += [f"{number:02}.tif@{64 * i},{128}" for i in range(24)]
         labels += [label] * 24
+        groups += [f"patient {number // 2}" if number < 6 else None] * 24
     folder = tmp_path / "vectors"
     (folder / "shards").mkdir(parents=True)
     whole = torch.cat(x)
     for name, format, rows in (
         ("00000", "parquet", slice(0, 700)), ("00001", "npy", slice(700, None)),
     ):  # fmt: skip
-        part = Embedded(name, whole[rows], ids[rows], labels[rows])
+        part = Embedded(name, whole[rows], ids[rows], labels[rows], groups[rows])
         write_shard(folder / "shards", part, format=format)
     (folder / "record.json").write_text(json.dumps({"finished": True}))
     return folder  # embed.py writes one format; here one after the other is read
@@ -72,7 +73,7 @@ def test_bags_hold_what_the_files_say(vectors):
     rows = [i for i, id in enumerate(tiles.ids) if id.startswith("07.tif@")]
     assert torch.equal(bag.x, tiles.x[rows])
     assert bag.places[:2].tolist() == [[0, 128], [64, 128]]
-    assert bag.label == 1
+    assert (bag.label, bag.group, bags.bags[5].group) == (1, "07.tif", "patient 2")
     drawn = DrawTiles(50)(bags[7])["x"]
     assert drawn.shape == (50, 8)
     assert {tuple(row) for row in drawn.tolist()} == {tuple(row) for row in bag.x.tolist()}
@@ -129,6 +130,20 @@ def test_test_slides_are_others_of_the_same_kind(vectors, tmp_path, made_of, say
     (other / "record.json").write_text(json.dumps({"finished": True, "made_of": made_of}))
     config = slide.Config(features=str(vectors), test_features=str(other))
     with pytest.raises(ValueError, match=says):
+        slide.build_data(config)
+
+
+def test_a_patients_slides_stay_together(vectors, tmp_path):
+    for seed in range(5):
+        train, test, _ = slide.build_data(slide.Config(features=str(vectors), seed=seed))
+        assert set(train.groups).isdisjoint(test.groups)
+        assert len(test) in (11, 12, 13)
+    (tmp_path / "other/shards").mkdir(parents=True)
+    (tmp_path / "other/record.json").write_text('{"finished": true}')
+    part = Embedded("0", torch.ones(1, 8), ["new.tif@0,0"], [1], ["patient 1"])
+    write_shard(tmp_path / "other/shards", part, format="npy")
+    config = slide.Config(features=str(vectors), test_features=str(tmp_path / "other"))
+    with pytest.raises(ValueError, match=r"1 groups have slides in .*, such as patient 1"):
         slide.build_data(config)
 
 

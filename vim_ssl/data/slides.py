@@ -197,8 +197,9 @@ def open_slide(spec: DataSpec) -> ImageData:
     ``tile=256`` is the side of a tile in pixels, at full resolution or at ``mpp=0.5`` micrometres a
     pixel; what is left at the right and lower border is left out. A tile is kept where a tenth of
     its pixels is coloured, or ``tissue=0.3`` of them; ``tissue=none`` keeps all. The ids are
-    ``path@left,top`` (`tile_place`), the group is the slide. Class folders and splits are those of
-    `open_folder`, a table's columns those of ``csv:``; a tile has its slide's label.
+    ``path@left,top`` (`tile_place`), the group is the slide, or what a table's column ``group=``
+    says. Class folders and splits are those of `open_folder`, a table's columns those of ``csv:``;
+    a tile has its slide's label.
 
     Raises: ImportError without tiffslide, unless there are only plain pictures; FileNotFoundError;
         ValueError for options that are none, and where no slide gives a tile.
@@ -225,8 +226,8 @@ def open_slide(spec: DataSpec) -> ImageData:
     return ImageData(
         SlideTiles(root, tiles, pixels), map(str, tiles), name=str(spec),
         labels=None if slides.labels is None else [slides.labels[i] for i in of],
-        classes=slides.classes, groups=[tile.name for tile in tiles], splits=slides.splits,
-        split=slides.split, faults=faults,
+        classes=slides.classes, groups=[(slides.groups or slides.ids)[i] for i in of],
+        splits=slides.splits, split=slides.split, faults=faults,
     )  # fmt: skip
 
 
@@ -236,7 +237,7 @@ def _slides(spec: DataSpec) -> tuple[str, ImageData]:
     if path.suffix.lower() in (".csv", ".tsv"):
         from vim_ssl.data.tables import read_table  # which opens tables of everything
 
-        spec.takes("tile", "mpp", "tissue", "image", "label")
+        spec.takes("tile", "mpp", "tissue", "image", "label", "group")
         return str(path.parent), read_table(spec, ImageData, FilePictures)
     spec.takes("tile", "mpp", "tissue", "label")
     if path.is_file():

@@ -26,8 +26,10 @@ from vim_ssl.data.transforms import Transform
 from vim_ssl.evaluation.probes import Readable
 
 FORMATS = ("parquet", "npy")
-# A picture that could be read (id, label or None, (c, h, w)), or the error of one that could not.
-Row = tuple[str, Any, Tensor] | str
+KNOWN = ("ids", "labels", "groups")  # of every row
+# A picture that could be read (id, label or None, group or None, (c, h, w)), or the error of one
+# that could not.
+Row = tuple[str, Any, str | None, Tensor] | str
 
 
 @dataclass(frozen=True)
@@ -101,8 +103,7 @@ def read_rows(
     )
     for (shard, places), found in zip(cuts, loader, strict=True):
         rows: list[Row] = [
-            row if isinstance(row, str) else (data.ids[row[0]], _label(data, row[0]), row[1])
-            for row in found
+            row if isinstance(row, str) else (*_known_of(data, row[0]), row[1]) for row in found
         ]
         yield shard, rows, places.stop == shard.end
 
@@ -143,16 +144,18 @@ class StreamRows(IterableDataset):
             item = self.data.decode(record)
         except BadImage as bad:
             return str(bad)
-        label = item.get("label", -1)
-        return item["id"], label if is_known(label) else None, self.transform(item["image"])
+        label, group = item.get("label", -1), item.get("group")
+        image = self.transform(item["image"])
+        return item["id"], label if is_known(label) else None, group and str(group), image
 
 
-def _label(data: ImageData, index: int) -> Any:
-    """An int, a list of 0 and 1, or None where it is not known."""
+def _known_of(data: ImageData, index: int) -> tuple[str, Any, str | None]:
+    """Id, label (an int, a list of 0 and 1, or None where it is not known), group or None."""
+    group = None if data.groups is None else str(data.groups[index])
     if data.labels is None or not is_known(data.labels[index]):
-        return None
+        return data.ids[index], None, group
     key: Any = as_key(data.labels[index])
-    return list(key) if isinstance(key, tuple) else key
+    return data.ids[index], list(key) if isinstance(key, tuple) else key, group
 
 
 # ---------------------------------------------------------------- files
@@ -160,14 +163,15 @@ def _label(data: ImageData, index: int) -> Any:
 
 @dataclass
 class Embedded:
-    """What goes into a file: embeddings ``x`` (n, d), float32 on the CPU, ``ids`` and ``labels``
-    (None where unknown) of n pictures; ``skipped``, the errors of those that could not be read;
-    ``made_of``, what `embed.py` recorded, where it is read from a folder."""
+    """What goes into a file: embeddings ``x`` (n, d), float32 on the CPU, ``ids``, ``labels`` and
+    ``groups`` (None where unknown) of n pictures; ``skipped``, the errors of those that could not
+    be read; ``made_of``, what `embed.py` recorded, where it is read from a folder."""
 
     name: str
     x: Tensor
     ids: list[str] = field(default_factory=list)
     labels: list[Any] = field(default_factory=list)
+    groups: list[str | None] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     made_of: dict[str, Any] = field(default_factory=dict)
 
@@ -176,13 +180,14 @@ def write_shard(folder: Path, part: Embedded, *, format: str, multi_label: bool 
     """Write one file: a reader, or a kill, sees it whole or not at all.
 
     ``NAME.parquet`` has the columns id, label (null where unknown; a list where pictures have
-    several) and embedding; ``NAME.npy`` the embeddings, ``NAME.json`` the rest, written before it.
+    several), group (null where unknown; what belongs together, as a patient's) and embedding;
+    ``NAME.npy`` the embeddings, ``NAME.json`` the rest, written before it.
 
     Args:
         format: one of `FORMATS`.
     """
     if format == "npy":
-        text = json.dumps({"ids": part.ids, "labels": part.labels, "skipped": part.skipped})
+        text = json.dumps({key: getattr(part, key) for key in ("skipped", *KNOWN)})
         _replace(folder / f"{part.name}.json", lambda path: path.write_text(text, encoding="utf-8"))
 
         def save(path: Path) -> None:
@@ -198,7 +203,10 @@ def write_shard(folder: Path, part: Embedded, *, format: str, multi_label: bool 
     values = pa.FixedSizeListArray.from_arrays(
         pa.array(part.x.numpy().reshape(-1)), part.x.shape[1]
     )
-    columns = {"id": pa.array(part.ids, pa.string()), "label": pa.array(part.labels, kind)}
+    columns = {
+        "id": pa.array(part.ids, pa.string()), "label": pa.array(part.labels, kind),
+        "group": pa.array(part.groups, pa.string()),
+    }  # fmt: skip
     table = pa.table(columns | {"embedding": values}).replace_schema_metadata(
         {"skipped": json.dumps(part.skipped)}
     )
@@ -238,9 +246,8 @@ def read_embeddings(folder: Path) -> Embedded:
     for file in sorted((folder / "shards").glob("*.npy")):
         rest = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
         xs.append(torch.from_numpy(np.load(file)))
-        found.ids += rest["ids"]
-        found.labels += rest["labels"]
-        found.skipped += rest["skipped"]
+        for key in ("skipped", *KNOWN):
+            getattr(found, key).extend(rest[key])
     for file in sorted((folder / "shards").glob("*.parquet")):
         from pyarrow import parquet
 
@@ -248,8 +255,8 @@ def read_embeddings(folder: Path) -> Embedded:
         values, width = table["embedding"].combine_chunks(), table.schema.field("embedding").type
         rows = values.flatten().to_numpy().reshape(len(table), width.list_size)
         xs.append(torch.from_numpy(rows.copy()))
-        found.ids += table["id"].to_pylist()
-        found.labels += table["label"].to_pylist()
+        for key in KNOWN:
+            getattr(found, key).extend(table[key.removesuffix("s")].to_pylist())
         found.skipped += json.loads(table.schema.metadata[b"skipped"])
     if xs:
         found.x = torch.cat(xs)
