@@ -31,6 +31,7 @@ from vim_ssl.data.loader import SeededSamples
 from vim_ssl.evaluation.class_scores import judge
 from vim_ssl.evaluation.embeddings import read_embeddings
 from vim_ssl.evaluation.linear_heads import fit_logistic
+from vim_ssl.report import write_report
 from vim_ssl.runs import Run, environment, stored_or
 from vim_ssl.training import TrainConfig, fit, make_accelerator
 
@@ -135,6 +136,8 @@ def run(config: Config) -> dict[str, Any]:
                 low, high = metrics[name]["top1_ci"]
                 print(f"{name:10} top-1 {metrics[name]['top1']:.1f} % [{low:.1f}, {high:.1f}]")
             print(f"on {len(test):,} test slides, trained on {len(train):,} · {folder.folder}")
+            with folder.writing("report.html"):
+                print(f"Report: {write_report(folder.folder)}")
     accelerator.end_training()
     return metrics
 

@@ -50,6 +50,7 @@ def test_attention_finds_the_telling_tiles(vectors, tmp_path):
     assert (metrics["train"], metrics["test"]) == (48, 12)
     assert metrics["attention"]["top1"] >= 80
     assert {"mean", "protocol", "hardware"} <= set(metrics)
+    assert "Top-1 accuracy, attention" in (tmp_path / "run" / "report.html").read_text()
     with open(tmp_path / "run" / "predictions.csv", newline="") as file:
         truth = {row["id"]: int(row["label"]) for row in csv.DictReader(file)}
     weights: dict[str, dict[int, float]] = {}

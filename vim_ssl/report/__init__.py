@@ -13,7 +13,7 @@ import math
 import os
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -174,18 +174,26 @@ def _probe_tile(run: Record) -> tuple[str, str, str] | None:
 
 def _result_tile(run: Record) -> tuple[str, str, str] | None:
     """The main figure of the test part."""
-    for key, (title, unit) in RESULTS.items():
-        if _is_number(value := run.result.get(key)):
-            return title, f"{value:.1f}{unit}", "on the test part"
+    for title, figures, key, unit in _results(run):
+        return title, f"{figures[key]:.1f}{unit}", "on the test part"
     return None
+
+
+def _results(run: Record) -> Iterator[tuple[str, dict, str, str]]:
+    """Title, where the figure stands, its key and its unit; figures of several classifiers, as a
+    dict of each, one classifier after another."""
+    several = {name: part for name, part in run.result.items() if isinstance(part, dict)}
+    for name, figures in {"": run.result, **several}.items():
+        for key, (title, unit) in RESULTS.items():
+            if _is_number(figures.get(key)):
+                yield title + (f", {name}" if name else ""), figures, key, unit
 
 
 def _result(run: Record) -> str:
     """What a run on labels is worth on its test part: figures, classes, drawn predictions."""
     body = "".join(
-        f"<tr><th scope=row>{title}</th><td>{_score(run.result, key, unit)}</td></tr>"
-        for key, (title, unit) in RESULTS.items()
-        if _is_number(run.result.get(key))
+        f"<tr><th scope=row>{escape(title)}</th><td>{_score(figures, key, unit)}</td></tr>"
+        for title, figures, key, unit in _results(run)
     )
     if not body:
         return ""
@@ -196,7 +204,8 @@ def _result(run: Record) -> str:
     ]
     if isinstance(skipped := run.result.get("skipped"), list) and skipped:
         counts.append(f"{len(skipped):,} unreadable")
-    note = f"{', '.join([str(run.result.get('data', 'Data not recorded')), *counts])}. "
+    data = run.result.get("data") or run.result.get("features") or "Data not recorded"
+    note = f"{', '.join([str(data), *counts])}. "
     note += "In small figures the 95 % interval."
     parts = f"<div class=scroll><table>{body}</table></div>"
     try:
