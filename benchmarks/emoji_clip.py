@@ -59,7 +59,7 @@ COLUMNS = (*ORIGIN, "arm", "seed", "concepts", "question", "asked", "answers", "
            "grain", "epochs", "mae_seconds", "cpu_seconds", "parameters", "ranks")  # fmt: skip
 
 QUIET = {"threads": 1, "eval_every": 1e9, "log_every": 50, "save_every": 1e9, "trackers": ("none",)}
-EPOCHS = 48.0
+EPOCHS = 128.0
 CLIP = replace(clip_pretrain.emoji_clip(), val="", **QUIET)
 STYLES = ("sample:noto-emoji", "sample:twemoji")  # CLIP.data
 UNSEEN_STYLE = "sample:fluent-emoji"
