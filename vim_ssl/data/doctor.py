@@ -17,8 +17,8 @@ from tqdm import tqdm
 from vim_ssl.data.dataset import ImageData, captions_of
 from vim_ssl.data.images import BadImage
 from vim_ssl.data.masks import IGNORE
-from vim_ssl.data.sources import open_data
-from vim_ssl.data.spec import SPLIT_NAMES, canonical_split, parse_spec
+from vim_ssl.data.sources import open_data, sets_of
+from vim_ssl.data.spec import SPLIT_NAMES, canonical_split
 from vim_ssl.data.stream import ImageStream
 from vim_ssl.data.video import still
 
@@ -130,8 +130,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _opened(spec: str | Path) -> ImageData | ImageStream:
-    given = str(spec)
-    named = " + " in given or parse_spec(spec).split
+    joined = sets_of(str(spec))
+    named = len(joined) > 1 or joined[0][1].split
     return open_data(spec, split=None if named else "all", streams=True)
 
 
