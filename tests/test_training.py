@@ -249,6 +249,18 @@ def test_an_average_is_refused_where_the_encoder_is_in_shards(monkeypatch):
         make_accelerator(TrainConfig(ema=0.99))
 
 
+def test_processes_wait_for_a_long_evaluation():
+    handler = make_accelerator(TrainConfig()).init_handler
+    assert handler.timeout.total_seconds() >= 3600
+
+
+def test_a_rate_that_would_rise_to_its_end_is_told(tmp_path):
+    with pytest.warns(
+        UserWarning, match=r"the learning rate, 1e-05 for a batch of 4, is below min"
+    ):
+        train(tmp_path, Linear(), epochs=1, base_lr=1e-5, lr_reference_batch=4, min_lr=1e-4)
+
+
 @pytest.mark.parametrize(("epochs", "steps"), [(0.5, 4), (1.26, 10), (2, 16), (0.001, 1)])
 def test_a_run_may_end_within_an_epoch_with_its_schedule(tmp_path, epochs, steps):
     train(tmp_path, Linear(), epochs=epochs)

@@ -12,8 +12,10 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -33,6 +35,8 @@ from vim_ssl.optim import SCHEDULES, build_optimizer, build_schedule, check_opti
 from vim_ssl.processes import cores
 from vim_ssl.report.curve import number
 from vim_ssl.runs import Run
+
+PATIENCE = timedelta(hours=2)  # the others wait while the first process evaluates; NCCL's is 10 min
 
 
 @dataclass
@@ -125,7 +129,7 @@ class TrainConfig:
 def make_accelerator(config: TrainConfig):
     """accelerate's Accelerator, or an error if the launcher's processes do not know one another."""
     from accelerate import Accelerator
-    from accelerate.utils import TorchDynamoPlugin
+    from accelerate.utils import InitProcessGroupKwargs, TorchDynamoPlugin
 
     world = int(os.environ.get("WORLD_SIZE", 1))
     # Launchers set OMP_NUM_THREADS=1, which would leave a single process on one core.
@@ -135,7 +139,8 @@ def make_accelerator(config: TrainConfig):
         # Otherwise accelerate looks for GPUs and, finding none, lets every process believe that
         # it is alone.
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")
-    accelerator = Accelerator(mixed_precision=config.precision)
+    patience = InitProcessGroupKwargs(timeout=PATIENCE)
+    accelerator = Accelerator(mixed_precision=config.precision, kwargs_handlers=[patience])
     # A second Accelerator in a process keeps what the first one was told.
     backend = "inductor" if config.compile else None
     accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend=backend)
@@ -316,6 +321,14 @@ class _Plan:
             f"{self.lr:.3g} · {self.total_steps:,} steps of {self.epoch_steps:,} an epoch, "
             f"{min(self.warmup_steps, self.total_steps):,} of them warm-up"
         )
+
+        if self.lr < config.min_lr and accelerator.is_main_process:
+            warnings.warn(
+                f"the learning rate, {self.lr:.3g} for a batch of {self.effective_batch}, is below "
+                f"min_lr {config.min_lr:g} and will rise: raise base_lr or the batch, or set "
+                "--min-lr.",
+                stacklevel=2,
+            )
 
     def take_up(self, progress: Progress) -> None:
         """Check that a resumed run's counts mean the same steps here."""
