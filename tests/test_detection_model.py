@@ -120,6 +120,20 @@ def test_any_picture_can_be_searched(size, head):
         assert (np.diff(answer["scores"]) <= 0).all()
 
 
+@pytest.mark.parametrize(
+    ("orientation", "turn"), [(3, Image.Transpose.ROTATE_180), (6, Image.Transpose.ROTATE_90)]
+)
+def test_what_is_found_lies_in_the_upright_picture(orientation, turn):
+    noise = np.random.default_rng(0).integers(0, 256, (40, 71, 3), np.uint8)
+    upright = Image.fromarray(noise)
+    stored = upright.transpose(turn)
+    stored.getexif()[0x0112] = orientation
+    detector = model(score=0.01).eval()
+    expected, found = detector.predict(upright), detector.predict(stored)
+    assert len(expected["boxes"])
+    assert all(np.array_equal(found[key], expected[key]) for key in expected)
+
+
 @pytest.mark.parametrize("head", ["cascade", "rcnn"])
 def test_where_nothing_is_found_the_answer_is_empty(head):
     answer = model(head=head, score=0.999).eval().predict(Image.new("RGB", (50, 40)))

@@ -154,6 +154,21 @@ def test_any_picture_is_labelled(size):
 
 
 @pytest.mark.parametrize(
+    ("orientation", "turn"), [(3, Image.Transpose.ROTATE_180), (6, Image.Transpose.ROTATE_90)]
+)
+def test_labels_are_of_the_upright_picture(orientation, turn):
+    noise = np.random.default_rng(0).integers(0, 256, (40, 71, 3), np.uint8)
+    upright = Image.fromarray(noise)
+    stored = upright.transpose(turn)
+    stored.getexif()[0x0112] = orientation
+    segmenter = model(head="linear").eval()
+    expected = segmenter.predict(upright)
+    assert len(np.unique(expected)) > 1
+    assert np.array_equal(segmenter.predict(stored), expected)
+    assert np.array_equal(segmenter.shown(stored), upright)
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"head": "upernets"}, "head 'upernets' is unknown. Did you mean 'upernet'"),

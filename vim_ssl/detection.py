@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from vim_ssl.config import did_you_mean
-from vim_ssl.data.images import BadImage
+from vim_ssl.data.images import BadImage, clean_image
 from vim_ssl.data.joint import DensePixels, on_canvas
 from vim_ssl.dense import load_task, save_task
 from vim_ssl.encoder import VimEncoder
@@ -121,10 +121,13 @@ class Detection(nn.Module):
     def predict(self, image: Image.Image) -> dict[str, np.ndarray]:
         """Find the objects of a picture of any size.
 
-        Returns: ``boxes`` float32 (n, 4), left, top, right, bottom in the picture's pixels;
-            ``labels`` int64 (n,), class numbers from 0; ``scores`` float32 (n,), falling; and with
-            masks ``masks`` bool (n, h, w), True = object.
+        Returns: ``boxes`` float32 (n, 4), left, top, right, bottom in the pixels of the picture,
+            upright as its EXIF orientation says; ``labels`` int64 (n,), class numbers from 0;
+            ``scores`` float32 (n,), falling; and with masks ``masks`` bool (n, h, w), True =
+            object.
+        Raises: BadImage for what `clean_image` refuses.
         """
+        image = clean_image(image)  # upright, before it is asked for its size
         device = next(self.parameters()).device
         canvas, (height, width) = on_canvas(self.pixels, image, self.size)
         found = {k: v.cpu() for k, v in self.found(canvas[None].to(device))[0][0].items()}

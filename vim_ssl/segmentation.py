@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import to_pil_image
 
 from vim_ssl.config import did_you_mean
-from vim_ssl.data.images import BadImage
+from vim_ssl.data.images import BadImage, clean_image
 from vim_ssl.data.joint import DensePixels
 from vim_ssl.data.masks import IGNORE
 from vim_ssl.data.rasters import write_labels
@@ -146,12 +146,17 @@ class Segmentation(nn.Module):
 
     def predict(self, image: Image.Image | np.ndarray) -> np.ndarray:
         """A picture of any size, or bands (h, w, bands) -> the number of each pixel's class, uint8
-        (h, w).
+        (h, w), of the picture upright as its EXIF orientation says.
 
         Memory does not grow with the picture beyond its own; see `label_pixels`.
+        Raises: BadImage for what `clean_image` refuses.
         """
         device = next(self.parameters()).device
-        size = image.shape[:2] if isinstance(image, np.ndarray) else (image.height, image.width)
+        if isinstance(image, np.ndarray):
+            size = image.shape[:2]
+        else:
+            image = clean_image(image)  # upright, before it is asked for its size
+            size = image.height, image.width
         found = label_pixels(
             self.logits, self.pixels(image).to(device), size,
             classes=len(self.classes), window=self.window, stride=self.slide,
@@ -159,9 +164,9 @@ class Segmentation(nn.Module):
         return found.to("cpu", torch.uint8).numpy()
 
     def shown(self, image: Image.Image | np.ndarray) -> Image.Image:
-        """A picture as it is; of bands what of them can be seen."""
+        """A picture upright, as `predict` labels it; of bands what of them can be seen."""
         if isinstance(image, Image.Image):
-            return image
+            return clean_image(image)
         return to_pil_image(as_seen(self.pixels(image)[None], self.encoder.data_config)[0])
 
     def _loss(self, logits: Tensor, truth: Tensor) -> Tensor:
