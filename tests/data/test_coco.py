@@ -11,6 +11,7 @@ from PIL import Image
 
 from vim_ssl.data import BadImage, boxed_parts, open_data
 from vim_ssl.data.coco import ground_truth, mask_tools, to_rle
+from vim_ssl.data.doctor import check
 
 WIDTH, HEIGHT = 12, 8
 # Columns 2 to 5 and rows 1 to 4.
@@ -284,6 +285,33 @@ def test_a_picture_of_another_size_is_named(spec, tmp_path):
     Image.new("L", (HEIGHT, WIDTH)).save(tmp_path / "train/5.png")
     with pytest.raises(BadImage, match=r"has 8×12 pixels, its annotations are for 12×8"):
         open_data(spec)[0]
+
+
+@pytest.mark.parametrize(
+    ("orientation", "shape", "reason"),
+    [
+        (3, (WIDTH, HEIGHT), "its EXIF orientation is 3, and whether what was drawn on it"),
+        (6, (HEIGHT, HEIGHT), "its EXIF orientation is 6, and whether what was drawn on it"),
+        (6, (WIDTH, HEIGHT), "the picture has 8×12 pixels, its annotations are for 12×8"),
+        (6, (HEIGHT, WIDTH), ""),
+    ],
+    ids=["upside-down", "square", "sideways-as-stored", "sideways-as-shown"],
+)
+def test_no_box_lies_askew_on_a_picture_that_exif_turns(tmp_path, orientation, shape, reason):
+    width, height = shape
+    image = picture(1, "1.jpg", width=width, height=height)
+    spec = put(tmp_path, content([image], [thing(1, 1)]))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = shape[::-1] if shape == (HEIGHT, WIDTH) else shape
+    Image.new("RGB", stored).save(tmp_path / "train/1.jpg", exif=exif)
+    if reason:
+        with pytest.raises(BadImage, match=rf"train/1\.jpg: {reason}"):
+            open_data(spec)[0]
+        assert any(f"train/1.jpg ({reason}" in problem for problem in check(spec).problems)
+    else:
+        assert open_data(spec)[0]["boxes"].tolist() == [[2, 1, 6, 5]]
+    assert open_data(f"{spec}?label=none")[0]["image"].mode == "RGB"
 
 
 # ------------------------------------------------------------------------- what is refused

@@ -73,6 +73,31 @@ def test_exif_orientation_is_applied(orientation, stored):
     assert_colours(decoded, QUARTERS, tolerance=12)
 
 
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF"])
+@pytest.mark.parametrize(
+    ("size", "orientation", "told"),
+    [((48, 32), 1, True), ((48, 32), 3, False), ((48, 32), 2, False), ((48, 32), 6, True),
+     ((32, 32), 6, False), ((32, 32), 1, True)],
+    ids=lambda value: str(value),
+)  # fmt: skip
+def test_what_was_drawn_on_lies_as_its_size_tells(format, size, orientation, told):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = saved(corner_picture().resize(size), format, exif=exif)
+    shown = decode_image(content)
+    if told:
+        assert decode_image(content, dense=True) == shown
+    else:
+        reason = f"its EXIF orientation is {orientation}, and whether .* save picture and labels"
+        with pytest.raises(BadImage, match=reason):
+            decode_image(content, dense=True)
+
+
+def test_a_cut_off_picture_that_was_drawn_on_is_none():
+    with pytest.raises(BadImage):
+        decode_image(saved(corner_picture(), "PNG")[:-40], dense=True)
+
+
 def test_damaged_exif_does_not_lose_the_picture():
     broken = b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12garbage"
     decoded = decode_image(saved(corner_picture(), "JPEG", exif=broken, quality=95))

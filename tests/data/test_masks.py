@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from vim_ssl.data import BadImage, masked_parts, masks, open_data
+from vim_ssl.data.doctor import check
 
 VALUES = np.array([[0, 1, 2], [2, 1, 255]], np.uint8)
 
@@ -147,6 +148,31 @@ def test_a_mask_that_does_not_fit_is_named(tmp_path, values, reason):
     with pytest.raises(BadImage, match=reason) as found:
         data[1]
     assert found.value.id == "b.jpg"
+
+
+@pytest.mark.parametrize(
+    ("orientation", "mask", "reason"),
+    [
+        (3, VALUES, "its EXIF orientation is 3, and whether what was drawn on it lies so too"),
+        (2, VALUES, "its EXIF orientation is 2"),
+        (6, VALUES, "the mask has 3×2 pixels, its picture 2×3"),
+        (6, VALUES.T, ""),
+    ],
+    ids=["upside-down", "mirrored", "sideways-as-stored", "sideways-as-shown"],
+)
+def test_no_mask_lies_askew_on_a_picture_that_exif_turns(tmp_path, orientation, mask, reason):
+    spec, path = plain(tmp_path, "a", values=mask), tmp_path / "images/a.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.open(path).save(path, exif=exif)
+    data = open_data(spec)
+    if reason:
+        with pytest.raises(BadImage, match=rf"a\.jpg: {reason}"):
+            data[0]
+        assert any(f"a.jpg ({reason}" in problem for problem in check(spec).problems)
+    else:
+        assert data[0]["image"].size == mask.shape[::-1]
+        assert np.array_equal(data[0]["mask"], mask)
 
 
 def test_a_broken_mask_is_named(tmp_path):

@@ -148,7 +148,8 @@ class ImageData(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Decode picture ``index``.
 
-        Raises: BadImage when it cannot be decoded; IndexError outside the data.
+        Raises: BadImage when it cannot be decoded, when its mask or boxes cannot be its own, and
+            when its EXIF orientation leaves open how they lie on it; IndexError outside the data.
         """
         item: dict[str, Any] = {"id": self.ids[index]}
         picture = self.raw(index)
@@ -177,8 +178,8 @@ class ImageData(Dataset):
     def _decode(self, picture: str | Path | bytes | np.ndarray) -> Any:
         if isinstance(picture, np.ndarray):
             return array_picture(picture)
-        whole = self.has_masks or self.has_boxes  # these are for the picture's own size
-        return decode_image(picture, min_side=None if whole else self.min_side)
+        dense = self.has_masks or self.has_boxes  # these are for the picture's own size
+        return decode_image(picture, min_side=None if dense else self.min_side, dense=dense)
 
     def raw(self, index: int) -> str | Path | bytes | np.ndarray:
         """The undecoded picture: a path, a file's bytes, or values (h, w[, bands])."""

@@ -38,6 +38,7 @@ def decode_image(
     mode: str | None = None,
     min_side: int | None = None,
     max_pixels: int | None = None,
+    dense: bool = False,
 ) -> Image.Image:
     """Decode one picture into a loaded 8-bit image; the content decides the format, not the name.
 
@@ -51,6 +52,9 @@ def decode_image(
             times faster, but with neither side below this (pixels). Other formats ignore it.
         max_pixels: larger pictures are refused; by default the environment's VIM_SSL_MAX_PIXELS,
             else `DEFAULT_MAX_PIXELS`.
+        dense: whether something was drawn on it, a mask or boxes: then a picture that its EXIF
+            orientation turns or mirrors is refused unless its size changes by that, which tells
+            (as the size that the drawing is for) whether the drawing was turned too.
     Returns: an image in mode "RGB" or "L".
     Raises: BadImage for whatever cannot be decoded, and no other error; ValueError for a wrong
         mode.
@@ -67,6 +71,10 @@ def decode_image(
                 image.draft(image.mode, (min_side, min_side))
             if image.width * image.height > limit:
                 raise BadImage(name, _too_large(f"{image.width}×{image.height} pixels", limit))
+            if image.format != "TIFF":  # which Pillow turns when it loads it, and forgets the tag
+                image.load()
+            if dense:
+                _check_drawn_upright(image)
             image.load()
             return clean_image(image, mode)
     except BadImage as error:
@@ -147,6 +155,21 @@ def most_pixels() -> int:
 
 def _too_large(what: str, limit: int) -> str:
     return f"{what}; the limit is {limit} pixels. To raise it, set VIM_SSL_MAX_PIXELS"
+
+
+def _check_drawn_upright(image: Image.Image) -> None:
+    """Raises: BadImage where nothing tells which way it lay when its labels were drawn: some
+    programs go by EXIF, others, COCO's own tools among them, do not."""
+    try:
+        turn = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # damaged metadata, by which nothing is turned either
+        return
+    if turn in (2, 3, 4) or (turn in (5, 6, 7, 8) and image.width == image.height):
+        raise BadImage(
+            "image",
+            f"its EXIF orientation is {turn}, and whether what was drawn on it lies so too is not "
+            "known; save picture and labels upright, without the tag",
+        )
 
 
 def _upright(image: Image.Image) -> Image.Image:
