@@ -197,6 +197,15 @@ def test_what_is_judged_by_has_the_files_own_ids(tmp_path):
     assert found["categories"] == [{"id": 7, "name": "cat"}, {"id": 90, "name": "dog"}]
 
 
+@pytest.mark.parametrize("area", ["1600", None, [16], float("nan"), float("inf"), -1], ids=str)
+@pytest.mark.parametrize(("query", "real"), [("", 16), ("?label=boxes", 20)], ids=["mask", "box"])
+def test_an_area_that_is_none_is_that_of_the_outline_or_box(tmp_path, area, query, real):
+    """pycocotools tells small objects from large ones by it, and fails on a text."""
+    table = content([picture(1)], [thing(1, 1, area=area, bbox=[2, 1, 4, 5]), thing(2, 1, area=9)])
+    data = open_data(put(tmp_path, table) + query)
+    assert [a["area"] for a in ground_truth(data, [0])["annotations"]] == [real, 9]
+
+
 def test_the_fingerprint_knows_the_boxes(tmp_path):
     first = open_data(put(tmp_path / "a", content([picture(1)], [thing(1, 1)]))).fingerprint
     moved = thing(1, 1, bbox=[2, 1, 4, 5])

@@ -320,6 +320,8 @@ def ground_truth(data: ImageData, indices: Iterable[int]) -> dict[str, Any]:
         for entry in entries:
             outline: dict[str, Any] = {}
             area = entry.get("area")
+            if not (isinstance(area, int | float) and 0 <= area < math.inf):
+                area = None
             if data.has_outlines:
                 # Checked and bounded: pycocotools takes any outline as it comes.
                 rle = to_rle(entry["segmentation"], image["height"], image["width"])
