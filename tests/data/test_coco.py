@@ -74,14 +74,14 @@ def spec(tmp_path) -> str:
 def test_an_item_has_boxes_classes_and_masks(tmp_path):
     """Ids are neither contiguous nor sorted; classes are, by id."""
     table = content(
-        [picture(42), picture("b7")],
+        [picture(42), picture(7)],
         [thing(3, 42, 90), thing(9, 42, 3, bbox=[0.5, 0.25, 3, 2])],
         [(90, "dog"), (3, "ape"), (7, "cat")],
     )
     data = open_data(put(tmp_path, table))
     assert data.classes == ["ape", "cat", "dog"]
     assert [category["id"] for category in data.categories] == [3, 7, 90]
-    assert data.ids == ["train/42.png", "train/b7.png"]
+    assert data.ids == ["train/42.png", "train/7.png"]
     item = pickle.loads(pickle.dumps(data))[0]
     assert item["boxes"].tolist() == [[2, 1, 6, 5], [0.5, 0.25, 3.5, 2.25]]
     assert item["box_labels"].tolist() == [2, 0]
@@ -337,6 +337,10 @@ def test_no_box_lies_askew_on_a_picture_that_exif_turns(tmp_path, orientation, s
         (content([picture(1)], [], ()), "train.json has no category"),
         (content([picture(1), picture(1, "b.png")], []), "gives image ids twice: 1"),
         (content([picture(1)], [], ((2, "a"), (2, "b"))), "gives category ids twice: 2"),
+        (content([picture(1), picture("b")], []),
+         "image ids that are numbers and others that are texts, such as 1 and 'b'"),
+        (content([picture(1)], [], ((2, "a"), ("3", "b"))),
+         "category ids that are numbers and others that are texts, such as 2 and '3'"),
         (content([picture(1)], [thing(1, 1, 8), thing(2, 1, 9), thing(3, 1, 8)]),
          "3 annotations in train.json are of categories that it does not list: ids 8, 9"),
         (content([picture(1)], [thing(1, 1, None)]), "does not list: ids None"),

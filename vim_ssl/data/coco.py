@@ -122,7 +122,7 @@ def open_coco(spec: DataSpec) -> ImageData:
     missing are left out, counted and named in ``faults``. Nothing in the files is executed.
 
     Raises: FileNotFoundError with what is missing; ValueError for a file that is no COCO, for ids
-        given twice, and for categories that are not listed.
+        given twice or of two types, and for categories that are not listed.
     """
     spec.takes("label")
     if spec.label not in (None, "boxes", "none"):
@@ -172,7 +172,8 @@ def read_table(content: Any, name: str) -> Table:
     Args:
         content: the parsed JSON.
         name: of the file, for messages.
-    Raises: ValueError for what is no COCO, ids given twice, and categories that are not listed.
+    Raises: ValueError for what is no COCO, ids given twice or of two types, and categories that
+        are not listed.
     """
     lists: dict[str, list[dict]] = {}
     for key in ("images", "annotations", "categories"):
@@ -192,7 +193,14 @@ def read_table(content: Any, name: str) -> Table:
             raise ValueError(f"{name} gives {what} ids twice: {_some(twice)}.")
         if not entries:
             raise ValueError(f"{name} has no {what}.")
-    categories.sort(key=lambda category: (str(type(category["id"])), category["id"]))
+        of_kinds = {isinstance(x["id"], str): x["id"] for x in entries}
+        if len(of_kinds) > 1:
+            raise ValueError(
+                f"{name} has {what} ids that are numbers and others that are texts, such as "
+                f"{of_kinds[False]} and {of_kinds[True]!r}, which pycocotools cannot sort; use one "
+                "kind."
+            )
+    categories.sort(key=lambda category: category["id"])
     known, place = {x["id"] for x in categories}, {x["id"]: i for i, x in enumerate(images)}
     usable: list[list[dict]] = [[] for _ in images]
     strange, stray, flat = [], [], []
