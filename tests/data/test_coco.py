@@ -232,6 +232,26 @@ def test_what_is_no_box_is_left_out_and_named(tmp_path, box):
     assert "ids 33" in fault
 
 
+@pytest.mark.parametrize(
+    ("iscrowd", "single", "crowds"),
+    [(0, 2, 0), (False, 2, 0), (None, 2, 0), (1, 1, 1), (True, 1, 1),
+     ("0", 1, 0), ("1", 1, 0), (2, 1, 0), ([], 1, 0)],
+    ids=repr,
+)  # fmt: skip
+def test_a_crowd_is_what_the_file_calls_one(tmp_path, iscrowd, single, crowds):
+    """A text is true, also "0": objects would be crowds, which nothing learns."""
+    table = content([picture(1)], [thing(1, 1), thing(33, 1, iscrowd=iscrowd)])
+    data = open_data(put(tmp_path, table))
+    judged_by = [a["iscrowd"] for a in ground_truth(data, [0])["annotations"]]
+    assert len(data[0]["boxes"]) == data.box_count(0) == judged_by.count(0) == single
+    assert judged_by.count(1) == crowds
+    if single + crowds == 2:
+        assert data.faults == []
+    else:
+        assert "have an iscrowd that is none of 0, 1, false and true" in data.faults[0]
+        assert "ids 33." in data.faults[0]
+
+
 def test_a_box_is_cut_off_at_the_picture(tmp_path):
     spec = put(tmp_path, content([picture(1)], [thing(1, 1, bbox=[-2, -3, 50, 5.5])]))
     assert open_data(spec)[0]["boxes"].tolist() == [[0, 0, WIDTH, 2.5]]

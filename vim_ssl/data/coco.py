@@ -118,8 +118,9 @@ def open_coco(spec: DataSpec) -> ImageData:
 
     Classes are the categories by rising id, numbered from 0; the ids may be any. Objects have masks
     if any has an outline; ``label=boxes`` leaves outlines out, ``label=none`` boxes too.
-    Annotations without a box, or of a picture that is not listed, and pictures whose file is
-    missing are left out, counted and named in ``faults``. Nothing in the files is executed.
+    Annotations without a box, of a picture that is not listed, or with an ``iscrowd`` that is
+    neither 0 nor 1, and pictures whose file is missing are left out, counted and named in
+    ``faults``. Nothing in the files is executed.
 
     Raises: FileNotFoundError with what is missing; ValueError for a file that is no COCO, for ids
         given twice or of two types, and for categories that are not listed.
@@ -203,7 +204,7 @@ def read_table(content: Any, name: str) -> Table:
     categories.sort(key=lambda category: category["id"])
     known, place = {x["id"] for x in categories}, {x["id"]: i for i, x in enumerate(images)}
     usable: list[list[dict]] = [[] for _ in images]
-    strange, stray, flat = [], [], []
+    strange, stray, flat, unclear = [], [], [], []
     for annotation in lists["annotations"]:
         row = place.get(_id(annotation.get("image_id")))
         if row is None:
@@ -212,6 +213,8 @@ def read_table(content: Any, name: str) -> Table:
             strange.append(annotation.get("category_id"))
         elif clipped(annotation.get("bbox"), images[row]["width"], images[row]["height"]) is None:
             flat.append(annotation.get("id"))
+        elif annotation.get("iscrowd") not in (0, 1, None):  # true and false are 1 and 0
+            unclear.append(annotation.get("id"))
         else:
             outline = _outline(annotation.get("segmentation"))
             usable[row].append(annotation | {"segmentation": outline})
@@ -230,6 +233,11 @@ def read_table(content: Any, name: str) -> Table:
         faults.append(
             f"{len(flat):,} annotations in {name} have no box with a width and a height inside the "
             f"picture, and are left out: ids {_some(flat)}."
+        )
+    if unclear:
+        faults.append(
+            f"{len(unclear):,} annotations in {name} have an iscrowd that is none of 0, 1, false "
+            f"and true, and are left out: ids {_some(unclear)}."
         )
     ids = Counter(str(a.get("id")) for row in usable for a in row)
     if twice := [key for key, n in ids.items() if n > 1]:
