@@ -114,6 +114,11 @@ def run(config: Config) -> dict[str, Any]:
     mask_tools()  # without which the end of a long run would have no figures
     source = config.encoder or str(newest_run())
     train, test = boxed_parts(config.data or trained_on(source), config.test, config.seed)
+    if not any(test.box_count(i) for i in range(len(test))):
+        raise ValueError(
+            f"none of the {len(test):,} test pictures of {test.name} shows an object; there is "
+            "nothing to judge by. Annotate some, or hold out others (--test, --seed)."
+        )
     if config.eval_only:
         return TASK.judge_as_it_is(config, source, test, accelerator.device)
     if not config.empty:

@@ -263,6 +263,14 @@ def test_nothing_to_learn_is_told(tmp_path, encoder, data):
         train(encoder, data, tmp_path / "run")
 
 
+@pytest.mark.parametrize("more", [[], ["--eval-only"]], ids=["train", "eval-only"])
+def test_nothing_to_judge_by_is_told_before_the_training(encoder, data, tmp_path, more):
+    write(data, "val", read(data, "val")["images"], [])
+    with pytest.raises(ValueError, match=r"none of the 2 test pictures of .* nothing to judge by"):
+        train(encoder, data, tmp_path / "run", *more)
+    assert not (tmp_path / "run").exists()
+
+
 def test_other_classes_are_refused(tmp_path, encoder, data):
     train(encoder, data, tmp_path / "run", "--epochs", "1")
     for split in ("train", "val"):
