@@ -1,6 +1,7 @@
 """Videos: which frames a clip has, whatever the container; and what is wrong with files."""
 
 import pickle
+import weakref
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -12,6 +13,7 @@ from PIL import Image
 
 from vim_ssl import VimEncoder
 from vim_ssl.data import BadImage, create_transform, open_data
+from vim_ssl.data import video as video_module
 from vim_ssl.data.doctor import check
 from vim_ssl.data.video import Sampling, Video
 from vim_ssl.video import inflate
@@ -280,12 +282,40 @@ def test_one_augmentation_holds_for_a_whole_clip(folder):
     path = write(folder / "still.mp4", count=6, gop=6)
     still = Video(path, Sampling(frames=4))
     frame = still.clips()[0][0]
-    still.clips = lambda training: [[frame] * 4]
+    still.clips = lambda training, prepare: [[prepare(frame) for _ in range(4)]]
     augment = {"auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 1.0, "re_mode": "pixel"}
     transform = create_transform(inflate(VimEncoder(**SMALL)), is_training=True, **augment)
     first, second = transform(still), transform(still)
     assert all(torch.equal(first[:, 0], first[:, t]) for t in range(4))
     assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("kind", ["file", "frames"])
+@pytest.mark.parametrize(("clips", "training"), [(1, False), (2, False), (1, True)])
+def test_few_frames_are_held_in_full_size(folder, monkeypatch, kind, clips, training):
+    path = folder / "long.mp4"
+    if kind == "file":
+        write(path)
+    else:
+        path = folder / "long"
+        path.mkdir(exist_ok=True)
+        for i in range(16):
+            Image.fromarray(picture(i)).save(path / f"{i}.png")
+    frames, most = [], 0
+    reader = {"file": "_picture", "frames": "decode_image"}[kind]
+    decode = getattr(video_module, reader)
+
+    def watched(*args, **more):
+        nonlocal most
+        image = decode(*args, **more)
+        frames.append(weakref.ref(image))
+        most = max(most, sum(frame() is not None for frame in frames))
+        return image
+
+    monkeypatch.setattr(video_module, reader, watched)
+    transform = create_transform(inflate(VimEncoder(**SMALL), tubelet=1), is_training=training)
+    assert transform(Video(path, Sampling(12, clips=clips))).shape[-3:] == (12, 16, 16)
+    assert 1 <= most <= 3
 
 
 def test_the_wrong_kind_of_data_is_told(classes):

@@ -9,7 +9,7 @@ import os
 import random
 import re
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -83,9 +83,15 @@ class Video:
     def __init__(self, path: str | Path, sampling: Sampling):
         self.path, self.sampling = str(path), sampling
 
-    def clips(self, training: bool = False) -> list[list[Image.Image]]:
+    def clips(
+        self, training: bool = False, prepare: Callable[[Image.Image], Any] = lambda frame: frame
+    ) -> list[list[Any]]:
         """Decoded clips of ``sampling.frames`` pictures each; one when training.
 
+        Args:
+            prepare: is given a picture as soon as it is decoded, once, however often clips show it;
+                what it returns stands in the picture's place. One that shrinks keeps memory small:
+                no more than a few frames are there in full size at a time.
         Raises: BadImage for what is no video, has no picture in it, or none that can be decoded.
         """
         source: _File | _Frames = (_Frames if os.path.isdir(self.path) else _File)(self.path)
@@ -96,8 +102,9 @@ class Video:
             [max(bisect_right(at, at[0] + t + ROUNDING) - 1, 0) for t in times]
             for times in self.sampling.times(duration, training)
         ]
-        pictures = source.read(sorted({number for clip in wanted for number in clip}))
-        return [[pictures[number] for number in clip] for clip in wanted]
+        numbers = sorted({number for clip in wanted for number in clip})
+        kept = {number: prepare(picture) for number, picture in source.read(numbers)}
+        return [[kept[number] for number in clip] for clip in wanted]
 
     def __repr__(self) -> str:
         return f"Video({self.path!r}, {self.sampling})"
@@ -121,8 +128,8 @@ class _Frames:
             raise BadImage(path, "a folder without pictures")
         self.times = [i / FOLDER_FPS for i in range(len(self.names))]
 
-    def read(self, numbers: Sequence[int]) -> dict[int, Image.Image]:
-        found: dict[int, Image.Image] = {}
+    def read(self, numbers: Sequence[int]) -> Iterator[tuple[int, Image.Image]]:
+        """Frames with their numbers, which ascend."""
         last = fault = None
         for number in numbers:
             for name in self.names[number:]:  # the next that can be read
@@ -131,11 +138,9 @@ class _Frames:
                     break
                 except BadImage as bad:
                     fault = bad
-            if last is not None:
-                found[number] = last
-        if last is None:
-            raise BadImage(self.path, f"none of its frames can be read: {fault}")
-        return {number: found.get(number, last) for number in numbers}
+            if last is None:
+                raise BadImage(self.path, f"none of its frames can be read: {fault}")
+            yield number, last
 
 
 class _File:
@@ -150,9 +155,9 @@ class _File:
         self.stamps, self.keys, unit, self.counted = _index(path, file.st_size, file.st_mtime_ns)
         self.times = [stamp * unit for stamp in self.stamps]
 
-    def read(self, numbers: Sequence[int]) -> dict[int, Image.Image]:
-        """Frames by number, ascending; the decoder jumps where a key frame lies between two."""
-        found: dict[int, Image.Image] = {}
+    def read(self, numbers: Sequence[int]) -> Iterator[tuple[int, Image.Image]]:
+        """Frames with their numbers, which ascend; the decoder jumps where a key frame lies between
+        two."""
         last: Any = None
         with _opened(self.path) as container:
             stream = _video_stream(container, self.path)
@@ -175,11 +180,9 @@ class _File:
                     if following is None:
                         break
                     last = following
-                if last is not None:
-                    found[number] = _picture(last)
-        if last is None:
-            raise BadImage(self.path, "none of its frames can be decoded")
-        return found
+                if last is None:
+                    raise BadImage(self.path, "none of its frames can be decoded")
+                yield number, _picture(last)
 
 
 @lru_cache(maxsize=64)  # of a two-hour film 7 MB
@@ -401,19 +404,20 @@ class ClipTransform:
             raise TypeError(
                 f"An encoder of clips takes videos (data video:ROOT), not {type(video).__name__}."
             )
-        clips = torch.stack([self._clip(frames) for frames in video.clips(self.training)])
-        return clips[0] if len(clips) == 1 else clips
+        state: Any = None
 
-    def _clip(self, frames: list[Image.Image]) -> torch.Tensor:
-        # Where augmentations draw from; each frame begins where the first did.
-        state = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
-        done = []
-        for frame in frames:
+        def prepare(frame: Image.Image) -> torch.Tensor:
+            # Where augmentations draw from; each frame begins where the first did.
+            nonlocal state
+            if state is None:
+                state = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
             random.setstate(state[0])
             np.random.set_state(state[1])  # noqa: NPY002
             torch.set_rng_state(state[2])
-            done.append(self.image_transform(frame))
-        return torch.stack(done, dim=1)
+            return self.image_transform(frame)
+
+        clips = [torch.stack(frames, dim=1) for frames in video.clips(self.training, prepare)]
+        return clips[0] if len(clips) == 1 else torch.stack(clips)
 
     def __repr__(self) -> str:
         return f"ClipTransform({self.image_transform!r}, training={self.training})"
