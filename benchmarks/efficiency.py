@@ -341,10 +341,14 @@ def findings(models: dict[tuple[str, str], Series], task: str) -> Iterator[str]:
     for name, ours in models.items():
         if not name[0].startswith("vim"):
             continue
-        slope = exponent(ours, "seconds")
-        if slope is not None:
-            verdict = "met" if slope <= 1.1 else "not met"
-            yield f"{label(name)}: time grows by tokens^{slope:.2f}; 1.1 at most wanted: {verdict}."
+        for figure, word in (("seconds", "time"), ("rise_mib", "memory")):
+            slope = exponent(ours, figure)
+            if slope is not None:
+                verdict = "met" if slope <= 1.1 else "not met"
+                yield (
+                    f"{label(name)}: {word} grows by tokens^{slope:.2f}; 1.1 at most wanted: "
+                    f"{verdict}."
+                )
         for other, theirs in models.items():
             if other[0] != name[0].replace("vim", "deit"):
                 continue
