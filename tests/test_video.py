@@ -52,6 +52,30 @@ def test_other_lengths_and_sizes_go_in():
     assert [tuple(m.shape) for m in maps] == [(1, 16, 5, 4, 6)] * 2
 
 
+@pytest.mark.parametrize("frames", [8, 12], ids="table of {}".format)
+@pytest.mark.parametrize("cls_position", ["none", "first"])
+def test_a_clip_read_piece_by_piece_is_the_clip_read_at_once(frames, cls_position):
+    """Also where the table of times is of another length, and resampled."""
+    encoder = image_encoder(directions="forward", cls_position=cls_position)
+    video = inflate(encoder, frames=frames, tubelet=2).eval()
+    clip, state, first, parts = torch.randn(2, 3, 8, 16, 16), None, 0, []
+    with torch.no_grad():
+        video.time_embed.copy_(torch.randn_like(video.time_embed))
+        for piece in clip.split([2, 4, 2], dim=2):
+            tokens = video.embed(piece, first=first, frames=8)
+            out, state = video.forward_stream(tokens, state)
+            parts.append(out)
+            first += piece.shape[2]
+        whole = video.forward_tokens(video.embed(clip))
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("place", [{"first": 6}, {"first": 1}, {"first": -2}, {"frames": 5}])
+def test_a_piece_beyond_its_clip_is_told(place):
+    with pytest.raises(ValueError, match="are no piece of a clip"):
+        inflate(image_encoder()).embed(torch.randn(1, 3, 4, 16, 16), **{"frames": 8} | place)
+
+
 def test_every_parameter_learns_also_under_masks():
     video = VideoEncoder(frames=4, tubelet=2, **ARGS | {"use_mask_token": True})
     clip = torch.randn(2, 3, 4, 16, 16)

@@ -250,6 +250,9 @@ class VimEncoder(nn.Module):
     ) -> tuple[Tensor, list[MixerState]]:
         """Read a sequence piece by piece: what comes out is what one pass over it would give.
 
+        Memory does not grow if pieces are embedded and read under `torch.no_grad`; else the state
+        carries the graph of all that was read, so that gradients flow through it.
+
         Args:
             tokens: (b, k, embed_dim), the next tokens, with their positions; k is 1 or more.
             state: what the call before returned; None at the beginning.

@@ -50,11 +50,15 @@ class VideoEncoder(VimEncoder):
             patch.proj.bias.zero_()
         self.time_embed = nn.Parameter(torch.zeros(1, frames // tubelet, self.embed_dim))
 
-    def embed(self, x: Tensor) -> Tensor:
-        """Clips to tokens that carry their place and time.
+    def embed(self, x: Tensor, *, first: int = 0, frames: int | None = None) -> Tensor:
+        """Clips, or pieces of a longer clip for `forward_stream`, to tokens that carry their place
+        and time.
 
         Args:
             x: (b, in_chans, t, h, w), t a multiple of ``tubelet``.
+            first: frames of the clip before this piece, a multiple of ``tubelet``.
+            frames: of the whole clip, over which the table of times is spread; by default those
+                that are known by now, first + t.
         Returns: (b, t / tubelet · rows · columns, embed_dim), frame by frame, row by row.
         Raises: ValueError naming what came and what would fit.
         """
@@ -64,19 +68,27 @@ class VideoEncoder(VimEncoder):
                 f"clips have shape {tuple(x.shape)}; expected (b, {self.in_chans}, t, h, w) with t "
                 f"a multiple of {self.tubelet}."
             )
+        end = first + x.shape[2]
+        whole = end if frames is None else frames
+        if first < 0 or first % self.tubelet or whole % self.tubelet or end > whole:
+            raise ValueError(
+                f"frames {first} to {end} are no piece of a clip of {whole}; first and frames are "
+                f"multiples of {self.tubelet}, and first + t is at most frames."
+            )
         grid = self.grid(*x.shape[-2:])
         tokens = self.patch_embed(x)
-        return tokens + self._places(x.shape[2] // self.tubelet, grid).to(tokens.dtype)
+        piece = slice(first // self.tubelet, end // self.tubelet)
+        return tokens + self._places(whole // self.tubelet, grid, piece).to(tokens.dtype)
 
-    def _places(self, times: int, grid: tuple[int, int]) -> Tensor:
-        """(1, times · rows · columns, embed_dim)."""
+    def _places(self, times: int, grid: tuple[int, int], piece: slice = slice(None)) -> Tensor:
+        """(1, times · rows · columns, embed_dim), or of a piece of the times."""
         place, _ = self._positions(grid)
         if place is None:
             place = self.time_embed.new_zeros(1, grid[0] * grid[1], self.embed_dim)
         when: Tensor = self.time_embed
         if when.shape[1] != times:
             when = F.interpolate(when.mT, size=times, mode="linear", align_corners=False).mT
-        return (when[:, :, None] + place[:, None]).flatten(1, 2)
+        return (when[:, piece, None] + place[:, None]).flatten(1, 2)
 
     def _hide(self, tokens: Tensor, mask: Tensor, grid: tuple[int, int]) -> Tensor:
         b, m, d = tokens.shape
