@@ -3,6 +3,8 @@
     python downstream/embed.py --encoder RUN_OR_FILE --data photos/ --output vectors
     python downstream/embed.py --encoder … --data 'wds:shards/*.tar' --output vectors --workers 4
     accelerate launch downstream/embed.py --encoder … --data hf:owner/name?split=all --output …
+    python downstream/embed.py --encoder … --data scenes/ --img-size 2048 --batch-size 1
+                                                 # large pictures, each in one long scan
 
 Any data spec goes in, streams too; without ``split`` it means the training part. The output folder
 holds ``shards/`` (``pyarrow.parquet.read_table("vectors/shards")``, or ``numpy.load`` of each) and
@@ -58,6 +60,7 @@ class Config:
     readout: str = opt(
         POOLED, "pooled: what encoder(images) gives; or a probe's", choices=(POOLED, *READOUTS)
     )
+    img_size: int = opt(0, "pixels; positions are resampled; 0: the encoder's own")
     format: str = opt("parquet", "of the files", choices=FORMATS)
     shard_rows: int = opt(4096, "pictures a file; what a kill costs at most, a process")
     batch_size: int = opt(128, "pictures at once")
@@ -76,7 +79,7 @@ def run(config: Config) -> dict:
     device = pick_device(config.device)
     source = config.encoder or str(newest_run())
     torch.manual_seed(config.seed)
-    encoder = load_encoder(source, device=device)
+    encoder = load_encoder(source, device=device, img_size=config.img_size or None)
     data = open_data(config.data or trained_on(source), streams=True)
     encoder = reading(encoder, data)
     check_bands(encoder, data)

@@ -115,6 +115,14 @@ def agree(found: dict[str, list], wanted: dict[str, np.ndarray]) -> None:
 # ------------------------------------------------------------------ what is written
 
 
+def test_pictures_are_embedded_at_the_size_asked_for(pictures, encoder_file, tmp_path):
+    """Each in one scan: what the encoder gives at that size."""
+    run(encoder_file, pictures, tmp_path / "out", "--img-size", "40")
+    large = save_encoder(load_encoder(encoder_file, img_size=40), tmp_path / "large")
+    assert create_transform(load_encoder(large))(Image.new("L", (16, 16))).shape == (1, 40, 40)
+    agree(read_parquet(tmp_path / "out"), expected(large, readable(open_data(str(pictures)))))
+
+
 @pytest.mark.parametrize("workers", ["0", "2"], ids="workers{}".format)
 def test_a_folder_becomes_parquet_with_ids_and_labels(pictures, encoder_file, tmp_path, workers):
     record = run(encoder_file, pictures, tmp_path / "out", "--workers", workers)
