@@ -257,6 +257,33 @@ def test_what_is_no_picture(tmp_path, caplog):
 
 
 @pytest.mark.parametrize(
+    ("tag", "value", "right", "wrong", "told"),
+    [
+        ("InstanceNumber", 4242, b"4242", b"42x2", "broken header"),
+        ("NumberOfFrames", 1111, b"1111", b"11x1", "broken header"),
+        ("NumberOfFrames", 9999, b"9999", b"9999", "other number of frames than the header says"),
+        ("NumberOfFrames", 9999, b"9999", b"-999", "other number of frames than the header says"),
+        ("ImagePositionPatient", [0, 0, 1.25], b"1.25", b"1.2x", "broken header"),
+        ("ImagePositionPatient", [0, 0, 1.25], b"1.25", b"nan ", "broken header"),
+    ],
+)
+def test_a_wrong_value_costs_its_own_file_only(tmp_path, caplog, tag, value, right, wrong, told):
+    turned = {"ImageOrientationPatient": [1, 0, 0, 0, 1, 0]}
+    for name in ("a", "b", "c"):
+        write(tmp_path / f"{name}.dcm", dataset(**turned))
+    write(tmp_path / "b.dcm", dataset(**{tag: value}, **turned, SOPInstanceUID="1.2.7"))
+    content = (tmp_path / "b.dcm").read_bytes()
+    assert content.count(right) == 1
+    (tmp_path / "b.dcm").write_bytes(content.replace(right, wrong))
+    data = open_data(f"dicom:{tmp_path}")
+    assert list(locate(tmp_path).values()) == ["a.dcm", "c.dcm"]
+    assert len(data) == len([item["image"] for item in data]) == 2
+    assert f"passed over 1 × {told} (b.dcm)" in caplog.text
+    told_of_it = caplog.text.replace(str(tmp_path), "")
+    assert wrong.decode() not in told_of_it  # nothing of a header
+
+
+@pytest.mark.parametrize(
     ("query", "message"),
     [
         ("?label=patient_name", "is not offered.* free text may name the patient"),

@@ -30,8 +30,8 @@ LABELS = {
 DEFAULT_WINDOW = Window(0.5, 99.5, percent=True)
 _HEADER = [
     "SOPClassUID", "PatientID", "StudyInstanceUID", "SeriesInstanceUID", "InstanceNumber",
-    "ImagePositionPatient", "ImageOrientationPatient", "NumberOfFrames", "Rows",
-    "PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence",
+    "ImagePositionPatient", "ImageOrientationPatient", "NumberOfFrames", "Rows", "Columns",
+    "BitsAllocated", "PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence",
     *filter(None, LABELS.values()),
 ]  # fmt: skip
 _VALUES = [
@@ -44,6 +44,9 @@ _VALUES = [
     "BluePaletteColorLookupTableData", "SegmentedRedPaletteColorLookupTableData",
     "SegmentedGreenPaletteColorLookupTableData", "SegmentedBluePaletteColorLookupTableData",
 ]  # fmt: skip
+
+# Not compressed: implicit, explicit and big-endian values.
+_PLAIN = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2")
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,9 @@ def open_dicom(spec: DataSpec) -> ImageData:
     windowed by the file's own first window, else from its 0.5th to its 99.5th percentile, and
     turned over where the file says MONOCHROME1. ``window=-160,240`` sets another window, in the
     rescaled unit (HU for CT).
+
+    A file whose header is broken, or tells of more frames than there are, is passed over with a
+    warning that names it, and nothing of what it holds.
 
     The group is the patient, so that none is on two sides of a split: a number that holds nothing
     of the PatientID. Without PatientID it is the study, else the series, else the folder. An id is
@@ -105,8 +111,7 @@ def open_dicom(spec: DataSpec) -> ImageData:
         classes = sorted({one.label for one in slices} - {""})
         labels = [classes.index(one.label) if one.label else -1 for one in chosen]
     if others:
-        held = ", ".join(f"{count} × {what}" for what, count in others.most_common(5))
-        log.warning("dicom:%s: passed over %s", root, held)
+        log.warning("dicom:%s: passed over %s", root, _told(others))
     return ImageData(
         DicomPictures(str(root), chosen, window), ids, name=str(spec), labels=labels,
         classes=classes, groups=[patients[one.patient] for one in chosen], splits=found.splits,
@@ -215,15 +220,20 @@ def _pydicom() -> Any:
 
 @contextmanager
 def _silenced() -> Iterator[None]:
-    """Without pydicom's warnings, which quote the values of headers."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    """Without pydicom's warnings, raised or logged, which quote the values of headers."""
+    logger = logging.getLogger("pydicom")
+    before, logger.disabled = logger.disabled, True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.disabled = before
 
 
-def _ordered(root: Path, label: str | None) -> tuple[list[Slice], Counter[str]]:
-    """The slices below root, series by series in the order of their files; and what was passed
-    over."""
+def _ordered(root: Path, label: str | None) -> tuple[list[Slice], dict[str, list[str]]]:
+    """The slices below root, series by series in the order of their files; and the files that were
+    passed over, by what is wrong with them."""
     if not root.is_dir():
         raise FileNotFoundError(f"dicom:{root}: there is no such folder.")
     names = sorted(
@@ -231,20 +241,20 @@ def _ordered(root: Path, label: str | None) -> tuple[list[Slice], Counter[str]]:
         for path in root.rglob("*")
         if path.is_file() and not path.name.startswith(".") and path.name != "DICOMDIR"
     )
-    others: Counter[str] = Counter()
+    others: dict[str, list[str]] = {}
     by_series: dict[str, list[Slice]] = {}
     _pydicom()
     with _silenced(), ThreadPoolExecutor(8) as pool:
-        for found in pool.map(lambda name: _read_header(root, name, label), names):
+        read = pool.map(lambda name: _read_header(root, name, label), names)
+        for name, found in zip(names, read, strict=True):
             if isinstance(found, str):
-                others[found] += 1
+                others.setdefault(found, []).append(name)
                 continue
             for one in found:
                 by_series.setdefault(one.series, []).append(one)
     if not by_series:
-        held = ", ".join(f"{count} × {what}" for what, count in others.most_common(5))
         raise ValueError(
-            f"dicom:{root} holds no DICOM picture at any depth; it holds {held or 'no file'}."
+            f"dicom:{root} holds no DICOM picture at any depth; it holds {_told(others)}."
         )
     slices = [
         one
@@ -254,29 +264,52 @@ def _ordered(root: Path, label: str | None) -> tuple[list[Slice], Counter[str]]:
     return slices, others
 
 
+def _told(others: dict[str, list[str]]) -> str:
+    """What was passed over in words, with the first names of each kind."""
+    kinds = sorted(others.items(), key=lambda kind: -len(kind[1]))[:5]
+    return ", ".join(
+        f"{len(names)} × {what} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+        for what, names in kinds
+    ) or "no file"  # fmt: skip
+
+
 def _read_header(root: Path, name: str, label: str | None) -> list[Slice] | str:
     """The slices of a file; or in words why it has none."""
     pydicom = _pydicom()
     try:
-        header = pydicom.dcmread(root / name, stop_before_pixels=True, specific_tags=_HEADER)
+        with open(root / name, "rb") as file:
+            header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=_HEADER)
+            left = os.fstat(file.fileno()).st_size - file.tell()
+        if not header.get("Rows"):
+            return "DICOM without pixels"
+        return _slices(header, name, label, left)
     except pydicom.errors.InvalidDicomError:
         return "no DICOM file"
-    except Exception:  # a broken file makes readers raise nearly anything
+    except Exception:  # broken headers and values make readers raise nearly anything
         return "broken header"
-    if not header.get("Rows"):
-        return "DICOM without pixels"
+
+
+def _slices(header: Any, name: str, label: str | None, left: int) -> list[Slice] | str:
+    """As `_read_header`, of a header that ``left`` bytes of pixels follow.
+
+    Raises: ValueError, TypeError for values that are none.
+    """
+    meta = getattr(header, "file_meta", {})
+    syntax = str(meta.get("TransferSyntaxUID", ""))
+    frames = int(header.get("NumberOfFrames") or 1)
+    # How few bytes compression makes of a frame nobody knows; of colour one of its parts is asked.
+    least = header.Rows * header.Columns * header.BitsAllocated / 8 if syntax in _PLAIN else 0
+    if frames < 1 or (frames > 1 and frames * least > left):
+        return "other number of frames than the header says"
     # Of what was made anonymous by blanking, a folder is one series of one patient.
     series = str(header.get("SeriesInstanceUID") or name.rpartition("/")[0])
     patient = str(header.get("PatientID") or header.get("StudyInstanceUID") or series)
-    meta = getattr(header, "file_meta", {})
     text = str(header.get(label) or "").strip().lower() if label else ""
-    slices = []
-    for frame in range(int(header.get("NumberOfFrames") or 1)):
-        number = float(header.get("InstanceNumber") or 0)
-        place = (_position(header, frame), number)
-        syntax = str(meta.get("TransferSyntaxUID", ""))
-        slices.append(Slice(name, frame, patient, series, place, syntax, text))
-    return slices
+    number = float(header.get("InstanceNumber") or 0)
+    return [
+        Slice(name, frame, patient, series, (_position(header, frame), number), syntax, text)
+        for frame in range(frames)
+    ]
 
 
 def _position(header: Any, frame: int) -> float:
@@ -286,7 +319,10 @@ def _position(header: Any, frame: int) -> float:
     if not where or not turned or len(where) != 3 or len(turned) != 6:
         return 0.0
     normal = np.cross(np.array(turned[:3], float), np.array(turned[3:], float))
-    return round(float(normal @ np.array(where, float)), 3)
+    place = round(float(normal @ np.array(where, float)), 3)
+    if not np.isfinite(place):  # nothing could be sorted by it
+        raise ValueError("no position")
+    return place
 
 
 def _functional(header: Any, frame: int, sequence: str) -> Any:
