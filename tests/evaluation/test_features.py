@@ -1,5 +1,6 @@
 """Features of a data set: kept on disk and found again, never taken for others', shared out."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,14 @@ def cache(tmp_path, monkeypatch) -> Path:
     return tmp_path / "cache"
 
 
+def repaint(path: Path, content: bytes, later: int):
+    """Other content in a file, changed so many nanoseconds after it was before."""
+    assert len(content) == path.stat().st_size
+    time = path.stat().st_mtime_ns + later
+    path.write_bytes(content)
+    os.utime(path, ns=(time, time))
+
+
 def test_features_are_kept_and_found_again(pictures, cache, capsys):
     data, encoder = open_data(pictures), make_encoder()
     first = encode_data(encoder, data)
@@ -46,7 +55,7 @@ def test_features_are_kept_and_found_again(pictures, cache, capsys):
     assert str(file) in shown
     assert "--no-cache" in shown
     for path in pictures.rglob("*.png"):  # no picture is read again
-        path.write_bytes(bytes(path.stat().st_size))
+        repaint(path, bytes(path.stat().st_size), later=0)
     again = encode_data(encoder, open_data(pictures))
     assert str(file) in capsys.readouterr().out
     assert torch.equal(first.x, again.x)
@@ -54,6 +63,31 @@ def test_features_are_kept_and_found_again(pictures, cache, capsys):
     assert (first.ids, first.skipped) == (again.ids, again.skipped)
     assert len(first.ids) == 7
     assert [name.partition(":")[0] for name in first.skipped] == ["b/7.png"]
+
+
+@pytest.mark.parametrize("source", ["folder", "csv", "hf"])
+def test_a_picture_painted_over_in_a_file_of_the_same_size_is_another(tmp_path, cache, source):
+    root, spec = tmp_path / "bitmaps", str(tmp_path / "bitmaps")
+    root.mkdir()
+    draw = np.random.default_rng(0)
+    for name in "abc":
+        Image.fromarray(draw.integers(0, 255, (16, 16), dtype=np.uint8)).save(root / f"{name}.bmp")
+    if source == "csv":
+        (root / "t.csv").write_text("path\na.bmp\nb.bmp\nc.bmp")
+        spec = f"csv:{root / 't.csv'}"
+    elif source == "hf":
+        datasets = pytest.importorskip("datasets")
+        names = [str(root / f"{name}.bmp") for name in "abc"]
+        datasets.Dataset.from_dict({"file": names}).save_to_disk(tmp_path / "table")
+        spec = f"hf:{tmp_path / 'table'}?image=file"
+    first = encode_data(make_encoder(), open_data(spec))
+    again = encode_data(make_encoder(), open_data(spec))
+    assert torch.equal(first.x, again.x)
+    assert len(list(cache.rglob("*.safetensors"))) == 1
+    repaint(root / "b.bmp", (root / "c.bmp").read_bytes(), later=1_000_000)
+    changed = encode_data(make_encoder(), open_data(spec))
+    assert torch.equal(changed.x[1], first.x[2])
+    assert not torch.equal(changed.x[1], first.x[1])
 
 
 @pytest.mark.parametrize("change", ["weights", "setting", "pictures", "labels", "transform"])

@@ -191,6 +191,12 @@ class ImageData(Dataset):
         except Exception as error:  # a damaged table
             raise BadImage(self.ids[index], f"{type(error).__name__}: {error}") from error
 
+    def paths(self, index: int) -> list[str]:
+        """The files that picture ``index`` is read from; none where the source has others, such as
+        a table that holds its pictures."""
+        paths = getattr(self._pictures, "paths", None)
+        return paths(self._rows[index]) if paths else []
+
     @property
     def has_captions(self) -> bool:
         """Whether pictures of this source have captions (a single one may have none)."""
@@ -273,6 +279,10 @@ class _Joined:
     def __getitem__(self, row: int) -> str | Path | bytes | np.ndarray:
         part, row = self.place(row)
         return part.raw(row)
+
+    def paths(self, row: int) -> list[str]:
+        part, row = self.place(row)
+        return part.paths(row)
 
     def place(self, row: int) -> tuple[ImageData, int]:
         """The part that a row belongs to, and its row there."""

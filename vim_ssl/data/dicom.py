@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from vim_ssl.data.dataset import ImageData
-from vim_ssl.data.folder import read_layout
+from vim_ssl.data.folder import OnDisk, read_layout
 from vim_ssl.data.images import BadImage
 from vim_ssl.data.spec import DataSpec, near
 from vim_ssl.data.window import Window, to_8bit
@@ -128,7 +128,7 @@ def locate(root: str | Path) -> dict[str, str]:
     return {name: one.name for name, one in zip(_ids(slices), slices, strict=True)}
 
 
-class DicomPictures:
+class DicomPictures(OnDisk):
     """Slices by row, each as uint8 (h, w) or (h, w, 3)."""
 
     def __init__(self, root: str, slices: Sequence[Slice], window: Window | None):
@@ -138,12 +138,8 @@ class DicomPictures:
     def __len__(self) -> int:
         return len(self.files)
 
-    def sizes(self, row: int) -> int:
-        """Bytes of the file; -1 when it is gone."""
-        try:
-            return os.path.getsize(os.path.join(self.root, self.files[row][0]))
-        except OSError:
-            return -1
+    def paths(self, row: int) -> list[str]:
+        return [os.path.join(self.root, self.files[row][0])]
 
     def __getitem__(self, row: int) -> np.ndarray:
         name, frame = self.files[row]

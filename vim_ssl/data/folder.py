@@ -16,7 +16,22 @@ EXTENSIONS = (
 _SPLIT_FOLDERS = frozenset(name for names in SPLIT_NAMES.values() for name in names)
 
 
-class FilePictures:
+class OnDisk:
+    """What is read from files, row by row."""
+
+    def paths(self, row: int) -> list[str]:
+        """The files that a row is read from."""
+        raise NotImplementedError
+
+    def sizes(self, row: int) -> int | str:
+        """Bytes of these files; -1 when one is gone."""
+        try:
+            return sum(map(os.path.getsize, self.paths(row)))
+        except OSError:
+            return -1
+
+
+class FilePictures(OnDisk):
     """Files under one root; a list of short names is all that travels to workers."""
 
     def __init__(self, root: str, names: list[str]):
@@ -28,12 +43,8 @@ class FilePictures:
     def __getitem__(self, row: int) -> str:
         return os.path.join(self.root, self.names[row])
 
-    def sizes(self, row: int) -> int | str:
-        """Bytes of the file; -1 when it is gone."""
-        try:
-            return os.path.getsize(self[row])
-        except OSError:
-            return -1
+    def paths(self, row: int) -> list[str]:
+        return [self[row]]
 
 
 def open_folder(spec: DataSpec) -> ImageData:

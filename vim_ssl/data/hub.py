@@ -42,11 +42,16 @@ class TablePictures(TableColumn):
 
     def __init__(self, table: Any, name: str, root: str):
         super().__init__(table, name)
-        self.root = root
+        self.root, self.named = root, _is_text(table.features[name])
 
     def __getitem__(self, row: int) -> str | bytes:
         picture = _picture(super().__getitem__(row), row)
         return os.path.join(self.root, picture) if isinstance(picture, str) else picture
+
+    def paths(self, row: int) -> list[str]:
+        """The file that a row of a column of paths names."""
+        name = super().__getitem__(row) if self.named else None
+        return [os.path.join(self.root, name)] if name else []
 
 
 def open_hub(spec: DataSpec) -> ImageData:

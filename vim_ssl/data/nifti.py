@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from vim_ssl.data.dataset import ImageData
-from vim_ssl.data.folder import read_layout
+from vim_ssl.data.folder import OnDisk, read_layout
 from vim_ssl.data.images import BadImage
 from vim_ssl.data.masks import IGNORE, checked, mask_folders, named_classes, paired
 from vim_ssl.data.samples import user_cache
@@ -104,7 +104,7 @@ def open_nifti(spec: DataSpec) -> ImageData:
     )  # fmt: skip
 
 
-class PlanePictures:
+class PlanePictures(OnDisk):
     """Planes across an axis of volumes, each as uint8 (h, w)."""
 
     def __init__(self, root: str, planes: Sequence[tuple[str, int]], axis: int, window: Window):
@@ -113,12 +113,8 @@ class PlanePictures:
     def __len__(self) -> int:
         return len(self.planes)
 
-    def sizes(self, row: int) -> int:
-        """Bytes of the file; -1 when it is gone."""
-        try:
-            return os.path.getsize(os.path.join(self.root, self.planes[row][0]))
-        except OSError:
-            return -1
+    def paths(self, row: int) -> list[str]:
+        return [os.path.join(self.root, self.planes[row][0])]
 
     def __getitem__(self, row: int) -> np.ndarray:
         name, plane = self.planes[row]
@@ -139,7 +135,7 @@ class Part:
     spacing: tuple[float, ...]
 
 
-class PlaneMasks:
+class PlaneMasks(OnDisk):
     """The masks of such planes."""
 
     def __init__(
@@ -149,12 +145,8 @@ class PlaneMasks:
         self.root, self.planes, self.parts, self.axis = root, planes, parts, axis
         self.classes = classes
 
-    def sizes(self, row: int) -> int:
-        """Bytes of the file; -1 when it is gone."""
-        try:
-            return os.path.getsize(self._path(row))
-        except OSError:
-            return -1
+    def paths(self, row: int) -> list[str]:
+        return [self._path(row)]
 
     def read(self, row: int, size: tuple[int, int]) -> np.ndarray:
         """As `vim_ssl.data.masks.MaskFiles.read`."""

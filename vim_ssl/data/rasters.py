@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from vim_ssl.data.dataset import ImageData
-from vim_ssl.data.folder import EXTENSIONS, FilePictures, read_layout
+from vim_ssl.data.folder import EXTENSIONS, FilePictures, OnDisk, read_layout
 from vim_ssl.data.images import BadImage
 from vim_ssl.data.masks import IGNORE, checked, mask_folders, named_classes, paired
 from vim_ssl.data.spec import DataSpec, near, pick_split
@@ -81,7 +81,7 @@ class Tile:
     side: int | None = None
 
 
-class RasterPictures:
+class RasterPictures(OnDisk):
     """Tiles as arrays (h, w, bands) in the file's type. One with values that are no data is float32
     with NaN there, and what was uint8 from 0 to 1, as it is read everywhere."""
 
@@ -91,13 +91,9 @@ class RasterPictures:
     def __len__(self) -> int:
         return len(self.tiles)
 
-    def sizes(self, row: int) -> int:
-        """Bytes of the tile's files; -1 when one is gone."""
-        try:
-            files = {name for name, _ in self.tiles[row].bands}
-            return sum(os.path.getsize(os.path.join(self.root, name)) for name in files)
-        except OSError:
-            return -1
+    def paths(self, row: int) -> list[str]:
+        names = dict.fromkeys(name for name, _ in self.tiles[row].bands)
+        return [os.path.join(self.root, name) for name in names]
 
     def __getitem__(self, row: int) -> np.ndarray:
         tile = self.tiles[row]
@@ -131,7 +127,7 @@ class RasterPictures:
             )
 
 
-class RasterMasks:
+class RasterMasks(OnDisk):
     """The masks of such tiles, each of one file."""
 
     def __init__(
@@ -140,12 +136,8 @@ class RasterMasks:
         self.root, self.pictures, self.tiles, self.mask_of = root, pictures, tiles, mask_of
         self.classes = classes
 
-    def sizes(self, row: int) -> int:
-        """Bytes of the file; -1 when it is gone."""
-        try:
-            return os.path.getsize(os.path.join(self.root, self._name(row)))
-        except OSError:
-            return -1
+    def paths(self, row: int) -> list[str]:
+        return [os.path.join(self.root, self._name(row))]
 
     def read(self, row: int, size: tuple[int, int]) -> np.ndarray:
         """As `vim_ssl.data.masks.MaskFiles.read`."""

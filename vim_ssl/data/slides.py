@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from vim_ssl.data.dataset import ImageData
-from vim_ssl.data.folder import EXTENSIONS, FilePictures, find_files, read_layout
+from vim_ssl.data.folder import EXTENSIONS, FilePictures, OnDisk, find_files, read_layout
 from vim_ssl.data.images import BadImage, decode_image, most_pixels
 from vim_ssl.data.spec import DataSpec
 
@@ -53,7 +53,7 @@ def tile_place(id: str) -> tuple[str, int, int]:
     return name, int(left), int(top)
 
 
-class SlideTiles:
+class SlideTiles(OnDisk):
     """Tiles as arrays (pixels, pixels, 3), uint8."""
 
     def __init__(self, root: str, tiles: Sequence[SlideTile], pixels: int):
@@ -72,8 +72,8 @@ class SlideTiles:
             values = np.asarray(Image.fromarray(values).resize(size, Image.Resampling.BOX))
         return values
 
-    def sizes(self, row: int) -> int | str:
-        return FilePictures(self.root, [self.tiles[row].name]).sizes(0)
+    def paths(self, row: int) -> list[str]:
+        return [os.path.join(self.root, self.tiles[row].name)]
 
 
 class _Plain:

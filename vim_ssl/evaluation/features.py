@@ -1,9 +1,9 @@
 """The features of a data set under an encoder, shared out over processes and kept on disk.
 
 They are kept under a name that follows from what they are made of: the encoder's weights and
-settings, the pictures (their spec with all its options, their list, file sizes and labels), the
-transform, and how features are read. So they are found again whatever the encoder's file is called.
-A picture painted over in a file of just the same size is not noticed.
+settings, the pictures (their spec with all its options, their list, labels, and when their files
+were changed), the transform, and how features are read. So they are found again whatever the
+encoder's file is called.
 """
 
 import json
@@ -117,9 +117,19 @@ def weights_hash(encoder: nn.Module) -> str:
 
 def _key(encoder: VimEncoder, data, transform) -> str:
     # The fingerprint is of files, not of what an option such as image=COLUMN reads from them.
-    pictures = [data.name, data.fingerprint, data.min_side]
+    pictures = [data.name, data.fingerprint, data.min_side, _times(data)]
     parts = [FORMAT, weights_hash(encoder), *pictures, repr(transform)]
     return blake2b(repr(parts).encode(errors="surrogateescape"), digest_size=12).hexdigest()
+
+
+def _times(data) -> list[int]:
+    """When each file of the pictures was last changed (ns; 0 when it is gone), which another
+    picture of just the same size is known by."""
+    times = dict.fromkeys((path for i in range(len(data)) for path in data.paths(i)), 0)
+    for path in times:
+        with suppress(OSError):
+            times[path] = os.stat(path).st_mtime_ns
+    return list(times.values())
 
 
 def _load(file: Path, data) -> Features:
