@@ -6,10 +6,12 @@ import pickle
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from vim_ssl.data import BadImage, open_data
+from vim_ssl import create_transform, load_encoder
+from vim_ssl.data import BadImage, band_arguments, open_data
 
 datasets = pytest.importorskip("datasets")
 
@@ -141,6 +143,99 @@ def test_a_folder_of_tables(tmp_path):
     opened = open_data(f"hf:{tmp_path / 'pictures'}")
     assert opened.labels == [0, 1, 1, 0]
     assert opened[3]["image"].getpixel((0, 0)) == (3, 0, 0)
+
+
+def arrays(tmp_path, shape, kind, rows=3, name="image") -> tuple[str, np.ndarray]:
+    """A saved table of arrays, its spec, and the arrays."""
+    draw = np.random.default_rng(0)
+    values = draw.integers(0, 200, (rows, *shape)).astype(kind)
+    feature = (datasets.Array2D if len(shape) == 2 else datasets.Array3D)(shape, kind)
+    features = datasets.Features({name: feature, "label": ANIMALS})
+    columns = {name: list(values), "label": [i % 2 for i in range(rows)]}
+    return saved(tmp_path, datasets.Dataset.from_dict(columns, features=features)), values
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind"),
+    [((8, 9, 13), "uint8"), ((8, 8, 2), "int16"), ((8, 8, 3), "float32"), ((8, 9), "float32")],
+)
+def test_arrays_are_bands(tmp_path, shape, kind):
+    spec, values = arrays(tmp_path, shape, kind, name="scene")
+    data = pickle.loads(pickle.dumps(open_data(spec)))
+    count = (*shape, 1)[2]
+    assert data.bands == tuple(f"band{i}" for i in range(1, count + 1))
+    image = data.subset([2])[0]["image"]
+    assert (image.shape, image.dtype) == ((*shape[:2], count), kind)
+    assert np.array_equal(image, values[2].reshape(image.shape))
+    assert data.labels == [0, 1, 0]
+    encoder = load_encoder("vim_nano_patch8_64", img_size=8, **band_arguments(data))
+    assert create_transform(encoder)(image).shape == (count, 8, 8)
+
+
+@pytest.mark.parametrize(("shape", "mode"), [((8, 9, 3), "RGB"), ((8, 9, 1), "L"), ((8, 9), "L")])
+def test_arrays_of_8_bit_colour_and_grey_are_pictures(tmp_path, shape, mode):
+    spec, values = arrays(tmp_path, shape, "uint8")
+    data = open_data(spec)
+    assert data.bands is None
+    assert (data[1]["image"].mode, data[1]["image"].size) == (mode, (9, 8))
+    assert np.array_equal(np.asarray(data[1]["image"]), values[1].squeeze())
+
+
+def test_arrays_of_any_height_and_none(tmp_path):
+    given = [np.full((h, 8, 4), h, np.uint8) for h in (5, 7)]
+    features = datasets.Features(image=datasets.Array3D((None, 8, 4), "uint8"))
+    table = datasets.Dataset.from_dict({"image": given}, features=features)
+    data = open_data(saved(tmp_path / "heights", table))
+    assert [item["image"].shape for item in data] == [(5, 8, 4), (7, 8, 4)]
+    features = datasets.Features(image=datasets.Array3D((8, 8, 4), "uint8"))
+    columns = {"image": [np.ones((8, 8, 4), np.uint8), None]}
+    data = open_data(saved(tmp_path, datasets.Dataset.from_dict(columns, features=features)))
+    assert data[0]["image"].dtype == np.uint8
+    with pytest.raises(BadImage, match=r"^train/1: the table has no picture in this row"):
+        data[1]
+
+
+@pytest.mark.parametrize(
+    ("feature", "value", "message"),
+    [
+        (datasets.Array3D((4, 8, 8), "uint8"), np.ones((4, 8, 8), np.uint8), "bands come first"),
+        (datasets.List(datasets.List(INTEGER)), [[1, 2]], "image holds List; expected Image, byte"),
+    ],
+)
+def test_what_is_no_picture_is_refused(tmp_path, feature, value, message):
+    features = datasets.Features(image=feature)
+    spec = saved(tmp_path, datasets.Dataset.from_dict({"image": [value]}, features=features))
+    with pytest.raises(ValueError, match=message):
+        open_data(spec)
+
+
+def test_a_stream_has_no_arrays(tmp_path):
+    arrays(tmp_path, (8, 8, 4), "uint8")
+    table = datasets.load_from_disk(tmp_path / "saved")
+    table.to_parquet(tmp_path / "tables/train.parquet")
+    assert open_data(f"hf:{tmp_path}/tables")[0]["image"].shape == (8, 8, 4)
+    with pytest.raises(ValueError, match="holds arrays, which no stream has; leave streaming=true"):
+        open_data(f"hf:{tmp_path}/tables?streaming=true", streams=True)
+
+
+@pytest.mark.parametrize("query", ["", "?label=animals"])
+def test_lists_of_classes_are_rows(tmp_path, query):
+    tags = datasets.List(datasets.ClassLabel(names=["cat", "dog", "cow"]))
+    values = [[0, 2], [], None, [1]]
+    data = open_data(saved(tmp_path, table(animals=(values, tags))) + query)
+    assert data.classes == ["cat", "dog", "cow"]
+    assert data.labels == [[1, 0, 1], [0, 0, 0], [-1, -1, -1], [0, 1, 0]]
+    assert data.multi_label
+    table(animals=(values, tags)).to_parquet(tmp_path / "tables/train.parquet")
+    stream = open_data(f"hf:{tmp_path}/tables?streaming=true", streams=True)
+    assert "label" not in next(iter(stream.records(0)))  # as pretraining needs none
+
+
+def test_one_class_a_picture_goes_before_lists(tmp_path):
+    columns = {"tags": ([[0, 1]] * 4, datasets.List(ANIMALS)), "kind": ([0, 1, 1, 0], ANIMALS)}
+    assert open_data(saved(tmp_path, table(**columns))).labels == [0, 1, 1, 0]
+    withheld = saved(tmp_path / "none", table(tags=([None] * 4, datasets.List(ANIMALS))))
+    assert open_data(withheld).labels is None
 
 
 @pytest.mark.parametrize(

@@ -7,14 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import BadImage
 from vim_ssl.data.spec import DataSpec, near, pick_split
+from vim_ssl.data.split import is_known
 from vim_ssl.data.stream import ImageStream, Shard
 
 _LABEL_NAMES = ("label", "labels", "fine_label")
 _LABEL_TYPES = ("int", "uint", "bool", "string", "large_string")
 _CAPTION_NAMES = ("caption", "captions", "text")
+_NO_PICTURE = "the table has no picture in this row"
 
 
 class TableColumn:
@@ -54,12 +58,27 @@ class TablePictures(TableColumn):
         return [os.path.join(self.root, name)] if name else []
 
 
+class TableArrays(TableColumn):
+    """A column of arrays (h, w) or (h, w, bands), each as (h, w, bands) in the column's type."""
+
+    def __init__(self, table: Any, name: str):
+        super().__init__(table, name)
+        self.table, self.dtype = self.table.with_format("numpy"), table.features[name].dtype
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        values = super().__getitem__(row)
+        if np.isnan(values).all():  # also of whole numbers
+            raise BadImage(f"row {row}", _NO_PICTURE)
+        return np.atleast_3d(values.astype(self.dtype))
+
+
 def open_hub(spec: DataSpec) -> ImageData:
     """Open ``hf:owner/name[:config]`` or ``hf:/local/path`` (saved with ``save_to_disk``, or a
     folder of tables).
 
-    The picture column is the one of type Image; labels come from the column of type ClassLabel
-    (with several, the one named "label"), captions from one named "caption", "captions" or "text"
+    The picture column is the one of type Image, or else of type Array2D (h, w) or Array3D (h, w,
+    bands); labels come from the column of type ClassLabel (with several, the one named "label"), or
+    of lists of it: rows of 0 and 1. Captions come from one named "caption", "captions" or "text"
     that holds texts or lists of them. ``image= label= caption= group=`` name others; any column of
     whole numbers or strings can be a label, its sorted values over all splits are then the classes.
     The ids are ``split/row``.
@@ -93,22 +112,25 @@ def open_tables(spec: DataSpec, tables: Mapping[str, Any], root: str = "") -> Im
 
     import datasets
 
-    if not isinstance(first.features[image], datasets.Value):
+    kind = first.features[image]
+    if isinstance(kind, dict | datasets.Image):
         undecoded = datasets.Image(decode=False)
         table = _join([tables[n].cast_column(image, undecoded) for n in chosen])
     else:
         table = _join([tables[n] for n in chosen])
+    arrays = _check_arrays(kind, f"{source}: image={image}")
     labels = classes = None
     if label:
         labels, classes = _labels(label, [tables[n] for n in chosen], tables.values())
     return ImageData(
-        TablePictures(table, image, root),
+        TableArrays(table, image) if arrays else TablePictures(table, image, root),
         [f"{name}/{row}" for name in chosen for row in range(len(tables[name]))],
         name=str(spec),
         labels=labels,
         classes=classes,
         groups=[str(g) for g in TableColumn(table, group).all()] if group else None,
         captions=TableColumn(table, caption) if caption else None,
+        bands=_bands(kind) if arrays else None,
         splits=list(tables),
         split=split,
         # Picture sizes would need a read of the whole table; its own fingerprint stands for them.
@@ -191,6 +213,10 @@ def stream_hub(spec: DataSpec) -> ImageStream:
     image = _image_column(spec.image, features, source)
     label = _label_column(spec.label, features, source)
     classes = getattr(features[label], "names", None) if label else None
+    if _check_arrays(features[image], f"{source}: image={image}"):
+        raise ValueError(f"{source} holds arrays, which no stream has; leave streaming=true out.")
+    if label and classes is None and not spec.label:  # lists of classes
+        label = None
     if label and classes is None:
         raise ValueError(
             f"{source}: label={label} is no column of type ClassLabel, which a stream needs; leave "
@@ -283,8 +309,38 @@ def _picture(value: Any, row: int) -> str | bytes:
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if not value:
-        raise BadImage(f"row {row}", "the table has no picture in this row")
+        raise BadImage(f"row {row}", _NO_PICTURE)
     return value
+
+
+def _check_arrays(kind: Any, column: str) -> bool:
+    """Whether a picture column of this type holds arrays.
+
+    Raises: ValueError for a type that is none of pictures, or the channels first.
+    """
+    import datasets
+
+    if isinstance(kind, dict | datasets.Image | datasets.Value):
+        return False
+    if not isinstance(kind, datasets.Array2D | datasets.Array3D):
+        raise ValueError(
+            f"{column} holds {type(kind).__name__}; expected Image, bytes, paths, or arrays of "
+            "type Array2D (h, w) or Array3D (h, w, bands)."
+        )
+    first, *last = kind.shape
+    if len(last) == 2 and last[0] == last[1] != first:
+        raise ValueError(
+            f"{column} holds arrays {kind.shape}, which are no pictures (h, w, bands); if the "
+            "bands come first, save the table with them last."
+        )
+    return True
+
+
+def _bands(kind: Any) -> list[str] | None:
+    """Names of the bands of arrays of this type; none of those that are grey or colour pictures."""
+    count = (*kind.shape, 1)[2]
+    plain = kind.dtype == "uint8" and count in (1, 3)
+    return None if plain else [f"band{i}" for i in range(1, count + 1)]
 
 
 def _caption_column(name: str | None, features: Any, source: str) -> str | None:
@@ -304,7 +360,9 @@ def _image_column(name: str | None, features: Any, source: str) -> str:
 
     if chosen := _column(name, features, source, "image"):
         return chosen
-    found = [n for n, kind in features.items() if isinstance(kind, datasets.Image)]
+    types: Any = (datasets.Image, (datasets.Array2D, datasets.Array3D))
+    columns = ([n for n, kind in features.items() if isinstance(kind, type)] for type in types)
+    found: list[str] = next(filter(None, columns), [])
     if "image" in found or len(found) == 1:
         return "image" if "image" in found else found[0]
     if not found and "image" in features:  # a table that knows no picture type: bytes or paths
@@ -321,19 +379,41 @@ def _label_column(name: str | None, features: Any, source: str) -> str | None:
     if _column(name, features, source, "label"):
         return name
     found = [n for n, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
+    found = found or [n for n, kind in features.items() if _listed_classes(kind)]
     if len(found) == 1:
         return found[0]
     return next((n for n in _LABEL_NAMES if n in found), None)
 
 
+def _listed_classes(kind: Any) -> list[str] | None:
+    """The names of the classes that a column holds lists of."""
+    import datasets
+
+    inner = getattr(kind, "feature", None)
+    return inner.names if isinstance(inner, datasets.ClassLabel) else None
+
+
+def _row(numbers: list[int] | None, count: int) -> list[int]:
+    """A row of 0 and 1 of a list of classes; of -1 where they are not known."""
+    if numbers is None or min(numbers, default=0) < 0:
+        return [-1] * count
+    return [int(i in numbers) for i in range(count)]
+
+
 def _labels(
     name: str, chosen: list[Any], tables: Iterable[Any]
-) -> tuple[list[int] | None, list[str] | None]:
+) -> tuple[list[Any] | None, list[str] | None]:
     """Labels of the chosen tables and their names; None for a part whose labels are withheld."""
     kind = chosen[0].features[name]
+    if listed := _listed_classes(kind):
+        rows = [_row(value, len(listed)) for t in chosen for value in TableColumn(t, name).all()]
+        return (rows, listed) if any(map(is_known, rows)) else (None, None)
     names = getattr(kind, "names", None)
     if names is None and not str(getattr(kind, "dtype", "")).startswith(_LABEL_TYPES):
-        raise ValueError(f"label={name}: the column holds neither whole numbers nor strings.")
+        raise ValueError(
+            f"label={name}: the column holds neither whole numbers nor strings, nor lists of "
+            "ClassLabel."
+        )
     values = [value for table in chosen for value in TableColumn(table, name).all()]
     if names is None:
         known = {value for table in tables for value in TableColumn(table, name).all()} - {None}
