@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from vim_ssl.data import ImageData, labelled_parts, open_data, sources
+from vim_ssl.data import ImageData, labelled_parts, masked_parts, open_data, sources
 
 
 def fill(root, *names) -> str:
@@ -42,6 +42,39 @@ def test_groups_stay_whole(tmp_path):
     train, test = labelled_parts(spec, test=0.2, seed=0)
     assert len(test) == 6
     assert not set(train.groups) & set(test.groups)
+
+
+@pytest.mark.parametrize("group", ["patient", "room"])
+def test_a_group_on_both_sides_of_the_sources_own_split_is_told(tmp_path, caplog, group):
+    rows = [
+        ("train", "a", "p1", ""), ("train", "b", "p2", "r1"), ("test", "a", "p2", "r2"),
+        ("test", "b", "p3", ""),
+    ]  # fmt: skip
+    fill(tmp_path, *(f"{i}.png" for i in range(4)))
+    lines = [f"{i}.png,{','.join(row)}" for i, row in enumerate(rows)]
+    (tmp_path / "t.csv").write_text("\n".join(["path,split,label,patient,room", *lines]))
+    labelled_parts(f"csv:{tmp_path / 't.csv'}", test=0.2, seed=0)
+    assert not caplog.text
+    labelled_parts(f"csv:{tmp_path / 't.csv'}?group={group}", test=0.2, seed=0)
+    told = "1 groups are in both train and test, such as p2: what is found in them says little"
+    assert (told in caplog.text) == (group == "patient")
+
+
+def test_a_group_on_both_sides_is_told_of_pictures_with_masks(monkeypatch, caplog):
+    ids, groups = ["1", "2", "3"], {"train": ["p1", "p2", "p2"], "test": ["p2", "p3", "p1"]}
+
+    def opener(spec):
+        split = spec.split if spec.split in groups else "train"
+        names = [f"{split}/{name}" for name in ids]
+        return ImageData(
+            names, names, name="m", masks=object(), groups=groups[split], splits=["train", "test"],
+            split=split,
+        )  # fmt: skip
+
+    monkeypatch.setitem(sources._OPENERS, "masks", opener)
+    train, test = masked_parts("masks:m", test=0.2, seed=0)
+    assert (train.split, test.split) == ("train", "test")
+    assert "masks:m: 2 groups are in both train and test, such as p1" in caplog.text
 
 
 def test_a_class_that_is_never_tested_is_told(tmp_path, caplog):

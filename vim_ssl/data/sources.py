@@ -160,8 +160,8 @@ def labelled_parts(
     """The training and the test part of labelled pictures.
 
     The source's own test (or else validation) split is used where there is one, whatever split
-    ``spec`` names; otherwise a stratified share is held out, groups kept together. Pictures without
-    a label are left out.
+    ``spec`` names, with a warning of groups that are on both its sides; otherwise a stratified
+    share is held out, groups kept together. Pictures without a label are left out.
 
     Args:
         test: share to hold out, in (0, 1), of a source without splits.
@@ -179,6 +179,8 @@ def labelled_parts(
                 f"{spec} has the classes {_few(train.classes)}, {test_spec} {_few(other.classes)}; "
                 "test on data of the same classes."
             )
+    else:
+        _tell_of_both(spec, train, other)
     parts = []
     for part in (train, other):
         labels = part.labels or []
@@ -230,7 +232,9 @@ def masked_parts(spec: str | Path, test: float, seed: int) -> tuple[ImageData, I
             "(nifti:FOLDER, geotiff:FOLDER), or ade20k:ROOT."
         )
     if held_out := _held_out(everything):
-        return open_data(spec, split="train"), open_data(spec, split=held_out[0])
+        train, other = open_data(spec, split="train"), open_data(spec, split=held_out[0])
+        _tell_of_both(spec, train, other)
+        return train, other
     return _cut(everything, test, seed)
 
 
@@ -249,12 +253,19 @@ def boxed_parts(spec: str | Path, test: float, seed: int) -> tuple[ImageData, Im
     others = [open_data(spec, split=name) for name in held_out]
     other = next((o for o in others if any(map(o.box_count, range(len(o))))), others[0])
     check_same_categories(train.categories or [], [other.categories or []])
-    if both := set(train.ids) & set(other.ids):
-        _warn(
-            f"{spec}: {len(both):,} pictures are in both {train.split} and {other.split}, such as "
-            f"{min(both)}: what is found in them says little about others."
-        )
+    _tell_of_both(spec, train, other)
     return train, other
+
+
+def _tell_of_both(spec: str | Path, train: ImageData, other: ImageData) -> None:
+    """Warn of pictures and groups that a source has on both sides of its split."""
+    for what, one, two in (("pictures", train.ids, other.ids),
+                           ("groups", train.groups, other.groups)):  # fmt: skip
+        if both := set(one or ()) & set(two or ()) - {""}:  # "" is an empty field of a table
+            _warn(
+                f"{spec}: {len(both):,} {what} are in both {train.split} and {other.split}, such "
+                f"as {min(both)}: what is found in them says little about others."
+            )
 
 
 def _cut(everything: ImageData, test: float, seed: int) -> tuple[ImageData, ImageData]:
