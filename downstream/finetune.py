@@ -9,12 +9,16 @@
 Every block is trained, the lower ones more gently (layer decay). The test part is used once, at the
 end, unless it is what chooses: --validation takes a share of the training part for that. In the run
 lie metrics.json, predictions.csv (one line a picture) and classes.csv (one a class).
+
+--eval-only judges all pictures of the split that --data names; without ?split= of the test split,
+else of validation, else of all that there is, shards (wds:) too. A run is judged on its own data by
+what it had held out.
 """
 
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +27,17 @@ import torch
 from vim_ssl import load_encoder
 from vim_ssl.classification import (
     ClassificationConfig,
-    class_names,
     evaluate,
     load_classifier,
     train_classifier,
 )
 from vim_ssl.cli import guarded
 from vim_ssl.config import opt, parse, to_dict
-from vim_ssl.data import labelled_parts
+from vim_ssl.data import ImageData, ImageStream, labelled_parts, parse_spec
+from vim_ssl.data.sources import labelled_only, open_part
 from vim_ssl.data.split import few_of_each
 from vim_ssl.evaluation.class_scores import outputs, summary
+from vim_ssl.loading import made_by
 from vim_ssl.released import RELEASED_FILES
 from vim_ssl.runs import environment, evaluation_folder, newest_run, stored_or, trained_on
 from vim_ssl.training import make_accelerator
@@ -90,9 +95,10 @@ PRESETS = {f.__name__: f for f in (ssl_224, finer_224)}
 def run(config: Config) -> dict[str, Any]:
     accelerator = make_accelerator(config)
     source = config.encoder or str(newest_run())
-    train, test = labelled_parts(config.data or trained_on(source), config.test, config.seed)
+    spec = config.data or trained_on(source)
     if config.eval_only:
-        return judge_as_it_is(config, source, test, accelerator.device)
+        return judge_as_it_is(config, source, spec, accelerator.device)
+    train, test = labelled_parts(spec, config.test, config.seed)
     if config.labels_per_class:
         train = train.subset(few_of_each(train.labels or [], config.labels_per_class, config.seed))
     torch.manual_seed(config.seed)
@@ -104,17 +110,25 @@ def run(config: Config) -> dict[str, Any]:
     return train_classifier("finetune", config, encoder, source, train, test, accelerator)
 
 
-def judge_as_it_is(config: Config, source: str, test, device) -> dict[str, Any]:
-    """Evaluate an encoder with its own head; beside the top-1 published, of a released file."""
+def judge_as_it_is(config: Config, source: str, spec: str, device) -> dict[str, Any]:
+    """Evaluate an encoder with its own head; beside the top-1 published, of a released file.
+
+    Args:
+        spec: labelled data; see `part_to_judge`.
+    """
     encoder = load_encoder(source, num_classes=None, img_size=config.img_size or None).to(device)
-    classes = class_names(test)
+    test, split = part_to_judge(config, source, spec)
+    count = encoder.num_classes + (config.targets == "ordinal")
+    classes = test.classes or [str(i) for i in range(count)]
     if encoder.num_classes != outputs(config.targets, len(classes)):
         raise ValueError(
             f"{source} has a head of {encoder.num_classes} outputs, {test.name} has "
             f"{len(classes)} classes; evaluate on the classes it was trained on."
         )
     folder = evaluation_folder(config.output)
-    metrics: dict[str, Any] = {"task": "evaluation", "data": test.name, "encoder": source}
+    metrics: dict[str, Any] = {
+        "task": "evaluation", "data": test.name, "split": split, "encoder": source,
+    }  # fmt: skip
     metrics |= evaluate(
         encoder, test, folder, config.targets, classes, batch_size=config.batch_size,
         workers=config.workers,
@@ -127,6 +141,34 @@ def judge_as_it_is(config: Config, source: str, test, device) -> dict[str, Any]:
     beside = f" ({published[0]}, published: {published[1]} on ImageNet)" if published else ""
     print(f"{summary(metrics)}{beside} · {folder}")
     return metrics
+
+
+def part_to_judge(config: Config, source: str, spec: str) -> tuple[ImageData | ImageStream, str]:
+    """The labelled pictures of the split that ``spec`` names, else of the test split, else of
+    validation, else all; and the name of that part. Of data without splits that the encoder has
+    learnt from, what it had held out.
+
+    Raises: ValueError where no label is known.
+    """
+    named = parse_spec(spec).split is not None
+    for wanted in (("test", "validation"), ("validation", "test")):
+        data = open_part(spec, wanted, streams=True)
+        if isinstance(data, ImageStream):  # whose labels are not known yet
+            return data, data.split
+        if not (named or data.splits) and _same(spec, made_by(source).get("data")):
+            return labelled_parts(spec, config.test, config.seed)[1], "held out"
+        if len(known := labelled_only(data)):
+            return known, known.split
+    raise ValueError(f"{data.name} ({data.split}) has no labels; it needs them.")
+
+
+def _same(spec: str, other: str | None) -> bool:
+    """Whether both name the same data, whatever split of it."""
+    if not other:
+        return False
+    parsed = (replace(parse_spec(one), split=None) for one in (spec, other))
+    one, two = (replace(p, location=str(Path(p.location).resolve())) for p in parsed)
+    return one == two
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,11 +1,16 @@
 """The weights and the input behind tests/golden/: rebuilt from key names and shapes alone."""
 
+import argparse
+import json
 import math
 import zlib
+from pathlib import Path
 
 import numpy as np
 import torch
 
+GOLDEN = Path(__file__).parent / "golden"
+NAME = "vim_tiny_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2"
 TOKENS = ("cls_token", "pos_embed", "cls_token_head", "cls_token_tail")
 
 
@@ -19,6 +24,14 @@ def golden_state_dict(shapes: dict[str, list[int]]) -> dict[str, torch.Tensor]:
         key: torch.from_numpy(_draw(key, tuple(shape)).astype(np.float32))
         for key, shape in shapes.items()
     }
+
+
+def write_golden(path: Path) -> Path:
+    """The reference weights of Vim-Ti, in the container of the released files."""
+    shapes = json.loads((GOLDEN / "vim_tiny_patch16_224.keys.json").read_text())
+    args = argparse.Namespace(model=NAME, batch_size=128, output_dir="x", drop_path=0.0)
+    torch.save({"model": golden_state_dict(shapes), "epoch": 299, "args": args}, path)
+    return path
 
 
 def golden_input(size: tuple[int, int] = (224, 224), chans: int = 3) -> torch.Tensor:

@@ -13,7 +13,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from golden_weights import golden_input, golden_state_dict
+from golden_weights import GOLDEN, NAME, golden_input, write_golden
 from safetensors.torch import load_file
 from timm.models import adapt_input_conv
 
@@ -24,8 +24,6 @@ from vim_ssl.encoder import join_pos_embed, split_pos_embed
 from vim_ssl.kernels.selective_scan import available_backends
 from vim_ssl.loading import TAGS, verify, verify_main
 
-GOLDEN = Path(__file__).parent / "golden"
-NAME = "vim_tiny_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2"
 STRIDE8 = NAME.replace("patch16", "patch16_stride8")
 TINY = {"img_size": 64, "embed_dim": 32, "depth": 2, "patch_size": 16, "num_classes": 5}
 
@@ -282,11 +280,7 @@ def test_folders_without_one_file_to_load(tmp_path):
 
 @pytest.fixture(scope="module")
 def golden_file(tmp_path_factory):
-    shapes = json.loads((GOLDEN / "vim_tiny_patch16_224.keys.json").read_text())
-    path = tmp_path_factory.mktemp("golden") / "vim_t_midclstok_76p1acc.pth"
-    args = argparse.Namespace(model=NAME, batch_size=128, output_dir="x", drop_path=0.0)
-    torch.save({"model": golden_state_dict(shapes), "epoch": 299, "args": args}, path)
-    return path
+    return write_golden(tmp_path_factory.mktemp("golden") / "vim_t_midclstok_76p1acc.pth")
 
 
 @pytest.mark.parametrize("backend", available_backends())

@@ -24,6 +24,7 @@ from vim_ssl.augmentation import AugmentationConfig, training_transform
 from vim_ssl.config import opt, to_dict
 from vim_ssl.data.loader import SeededSamples
 from vim_ssl.data.split import stratified_split
+from vim_ssl.data.stream import ImageStream
 from vim_ssl.data.transforms import band_arguments, create_transform
 from vim_ssl.encoder import VimEncoder
 from vim_ssl.evaluation.class_scores import (
@@ -35,6 +36,7 @@ from vim_ssl.evaluation.class_scores import (
     summary,
     write_tables,
 )
+from vim_ssl.evaluation.embeddings import stream_features
 from vim_ssl.evaluation.probes import extract_features
 from vim_ssl.loading import load_for_bands, save_encoder
 from vim_ssl.objective import StepOutput
@@ -365,10 +367,12 @@ def evaluate(
     """Figures of an encoder with a head on labelled pictures; the tables go to ``folder``.
 
     Args:
+        data: map-style, or a stream.
         more: arguments of `extract_features`.
     """
+    extract = stream_features if isinstance(data, ImageStream) else extract_features
     device = next(encoder.parameters()).device
-    found = extract_features(encoder.eval(), data, create_transform(encoder), device=device, **more)
+    found = extract(encoder.eval(), data, create_transform(encoder), device=device, **more)
     judged = judge(found.x, found.y, targets)
     write_tables(folder, judged, found.x, found.y, found.ids, classes, targets)
     return {"test": len(found.y), **judged, "skipped": found.skipped}

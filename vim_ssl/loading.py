@@ -103,6 +103,14 @@ def load_encoder(
     return encoder.to(device=device, dtype=dtype).eval()
 
 
+def made_by(source: str | os.PathLike) -> dict[str, Any]:
+    """What `save_encoder` was told of the training of ``source``; nothing of any other file.
+
+    Raises: what `load_encoder` raises.
+    """
+    return {} if source in PRESETS else checkpoint_files.read(*_find(source)).made_by or {}
+
+
 def load_for_bands(source: str, bands: Mapping[str, Any], **args: Any) -> VimEncoder:
     """The encoder that ``source`` names, for pictures of these bands.
 

@@ -127,11 +127,17 @@ class TrainConfig:
 
 
 def make_accelerator(config: TrainConfig):
-    """accelerate's Accelerator, or an error if the launcher's processes do not know one another."""
+    """accelerate's Accelerator, or an error if the launcher's processes do not know one another, or
+    have nothing to share: a model is judged as it is by one."""
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs, TorchDynamoPlugin
 
     world = int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and getattr(config, "eval_only", False):
+        raise ValueError(
+            f"--eval-only judges in one process, and the launcher started {world}; start it "
+            "without a launcher."
+        )
     # Launchers set OMP_NUM_THREADS=1, which would leave a single process on one core.
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     torch.set_num_threads(config.threads or max(cores() // local, 1))

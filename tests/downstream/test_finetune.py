@@ -1,12 +1,18 @@
-"""Fine-tuning: few labels are few, the weights start where they should, the record is whole."""
+"""Fine-tuning: few labels are few, the weights start where they should, the record is whole; and
+judging as it is: which pictures, by which weights."""
 
+import csv
+import io
 import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from golden_weights import write_golden
 from PIL import Image
+from timm.data import create_transform as timm_transform
 
 from vim_ssl import VimEncoder, classification, cli, load_encoder, save_encoder
 from vim_ssl.downstream import finetune
@@ -115,3 +121,135 @@ def test_a_mistake_is_told_in_one_line(argv, message, run, tmp_path, monkeypatch
     assert cli.main(["finetune", *encoder, *argv]) == 2
     shown = capsys.readouterr().err.strip().splitlines()
     assert message in shown[-1]
+
+
+# ------------------------------------------------------------------ judged as it is
+
+
+@pytest.fixture
+def head(tmp_path) -> Path:
+    """An encoder with a head for the bands' three classes."""
+    save_encoder(VimEncoder(**SMALL | {"num_classes": 3}), tmp_path / "head")
+    return tmp_path / "head"
+
+
+def judge(encoder: Path, data: str, output: Path, *more: str) -> tuple[dict, list[dict]]:
+    """metrics.json and the lines of predictions.csv."""
+    argv = ["--eval-only", "--encoder", str(encoder), "--data", data, "--output", str(output)]
+    assert finetune.main([*argv, "--threads", "1", *more]) == 0
+    with open(output / "predictions.csv") as file:
+        return json.loads((output / "metrics.json").read_text()), list(csv.DictReader(file))
+
+
+def test_a_released_file_is_judged_on_all_of_imagenets_validation_part(
+    tmp_path, monkeypatch, capsys
+):
+    """Beside the published top-1; by timm's crop, of 256 pixels on the shorter side."""
+    draw = np.random.default_rng(0)
+    for i, synset in enumerate(["n01440764", "n15075141", "n15075141"]):
+        path = tmp_path / "imagenet/val" / synset / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw.integers(0, 256, (260, 300 + i, 3), dtype=np.uint8)).save(path)
+    file = write_golden(tmp_path / "vim_t_midclstok_76p1acc.pth")
+    kept = {}
+    write = classification.write_tables
+
+    def keep(folder, judged, logits, labels, *rest):
+        kept.update(logits=logits, labels=labels.tolist())
+        write(folder, judged, logits, labels, *rest)
+
+    monkeypatch.setattr(classification, "write_tables", keep)
+    metrics, rows = judge(file, f"imagenet:{tmp_path / 'imagenet'}", tmp_path / "out")
+    assert (metrics["split"], metrics["test"], metrics["published_top1"]) == ("val", 3, 76.1)
+    assert kept["labels"] == [0, 999, 999]
+    transform = timm_transform(
+        (3, 224, 224), interpolation="bicubic", crop_pct=0.875,
+        mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),
+    )  # fmt: skip
+    pictures = [Image.open(tmp_path / "imagenet" / row["id"]) for row in rows]
+    with torch.inference_mode():
+        expected = load_encoder(file, num_classes=None)(torch.stack([*map(transform, pictures)]))
+    torch.testing.assert_close(kept["logits"], expected, rtol=1e-4, atol=1e-4)
+    shown = capsys.readouterr().out
+    assert "on 3 pictures (split: val) (Vim-Ti, published: 76.1 on ImageNet)" in shown
+
+
+@pytest.mark.parametrize(
+    ("parts", "option", "split", "count"),
+    [
+        ([], "", "all", 6),
+        (["train", "val"], "", "val", 6),
+        (["train", "val", "test"], "", "test", 6),
+        (["train", "val", "test"], "?split=train", "train", 6),
+        (["train", "val", "test"], "?split=all", "all", 18),
+    ],
+    ids=["folder", "val", "test", "named", "all"],
+)
+def test_every_picture_of_one_part_is_judged(head, tmp_path, parts, option, split, count):
+    for part in parts or [""]:
+        for i in range(6):
+            path = tmp_path / "data" / part / f"class{i % 3}" / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (28, 28), i).save(path)
+    metrics, rows = judge(head, f"{tmp_path / 'data'}{option}", tmp_path / "out")
+    assert (metrics["split"], metrics["test"], len(rows)) == (split, count, count)
+
+
+def test_unlabelled_pictures_are_left_out_and_a_part_of_such_passed_over(head, tmp_path):
+    for split in ("train", "val", "test"):
+        for i in range(4):
+            path = tmp_path / f"{split}{i}.png"
+            Image.new("L", (28, 28), i).save(path)
+    lines = [f"{split}{i}.png,{split},{'' if split == 'test' or i == 3 else f'class{i}'}"
+             for split in ("train", "val", "test") for i in range(4)]  # fmt: skip
+    table = tmp_path / "table.csv"
+    table.write_text("\n".join(["image,split,label", *lines]))
+    metrics, rows = judge(head, f"csv:{table}", tmp_path / "out")
+    assert metrics["split"] == "val"
+    assert [row["label"] for row in rows] == ["class0", "class1", "class2"]
+    with pytest.raises(ValueError, match="has no labels; it needs them"):
+        judge(head, f"csv:{table}?split=test", tmp_path / "none")
+
+
+def test_a_run_is_judged_on_its_own_data_by_what_it_had_held_out(run, bands, tmp_path):
+    argv = ["--encoder", str(run), "--output", str(tmp_path / "run"), *QUICK, "--max-steps", "1"]
+    finetune.main([*argv, "--test", "0.5", "--seed", "5"])
+    with open(tmp_path / "run" / "predictions.csv") as file:
+        held_out = [row["id"] for row in csv.DictReader(file)]
+    metrics, rows = judge(tmp_path / "run", str(bands), tmp_path / "out")
+    assert [row["id"] for row in rows] == held_out
+    assert len(held_out) == metrics["test"] == 30
+    assert metrics["split"] == "held out"
+    assert judge(tmp_path / "run", f"{bands}?split=all", tmp_path / "all")[0]["test"] == 60
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shards_are_judged_as_the_same_pictures_in_a_folder(head, bands, tmp_path, workers):
+    for number in range(2):
+        with tarfile.open(tmp_path / f"{number}.tar", "w") as tar:
+            for path in sorted(bands.rglob("*.png"))[number::2]:
+                label = path.parent.name.removeprefix("class").encode()
+                for name, content in ((path.name, path.read_bytes()), (f"{path.stem}.cls", label)):
+                    member = tarfile.TarInfo(name)
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+            member = tarfile.TarInfo("unlabelled.png")
+            tar.addfile(member)
+    streamed, rows = judge(
+        head, f"wds:{tmp_path}", tmp_path / "out", "--workers", str(workers), "--batch-size", "7"
+    )
+    metrics, others = judge(head, str(bands), tmp_path / "folder")
+    for key in ("test", "top1", "confusion"):
+        assert streamed[key] == metrics[key], key
+    predicted = {Path(row["id"]).stem: row["predicted"] for row in rows}
+    assert predicted == {Path(r["id"]).stem: r["predicted"][-1] for r in others}
+    assert len(streamed["skipped"]) == 2
+
+
+@pytest.mark.parametrize("command", ["finetune", "segmentation", "detection"])
+def test_several_processes_do_not_judge_one_after_the_other(head, command, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("VIM_SSL_TRACEBACK", raising=False)
+    assert cli.main([command, "--eval-only", "--encoder", str(head), "--data", "masks:x"]) == 2
+    said = "judges in one process, and the launcher started 2"
+    assert said in capsys.readouterr().err.strip().splitlines()[-1]

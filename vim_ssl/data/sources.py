@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Literal, overload
+from typing import overload
 
 from vim_ssl.data.coco import check_same_categories, open_coco
 from vim_ssl.data.dataset import ImageData, join
@@ -61,7 +61,7 @@ def open_data(spec: str | Path, *, split: str | None = None) -> ImageData: ...
 
 @overload
 def open_data(
-    spec: str | Path, *, split: str | None = None, streams: Literal[True]
+    spec: str | Path, *, split: str | None = None, streams: bool
 ) -> ImageData | ImageStream: ...
 
 
@@ -105,20 +105,38 @@ def open_data(
     return data
 
 
-def open_part(spec: str, wanted: Sequence[str] = ("test", "validation")) -> ImageData:
+@overload
+def open_part(spec: str, wanted: Sequence[str] = ...) -> ImageData: ...
+
+
+@overload
+def open_part(
+    spec: str, wanted: Sequence[str] = ..., *, streams: bool
+) -> ImageData | ImageStream: ...
+
+
+def open_part(
+    spec: str, wanted: Sequence[str] = ("test", "validation"), *, streams: bool = False
+) -> ImageData | ImageStream:
     """The part that the spec names, else the first of those wanted, or all there is.
 
     Args:
         wanted: canonical names of splits.
+        streams: see `open_data`.
     """
-    everything = open_data(spec, split="all")
+    everything = open_data(spec, split="all", streams=streams)
     # Sets joined by " + " have no splits of their own to choose from.
     if not everything.splits or parse_spec(spec).split is not None:
-        return open_data(spec)
+        return open_data(spec, streams=streams)
     for split in wanted:
         if any(canonical_split(name) == split for name in everything.splits):
-            return open_data(spec, split=split)
+            return open_data(spec, split=split, streams=streams)
     return everything
+
+
+def labelled_only(data: ImageData) -> ImageData:
+    """The pictures whose label is known."""
+    return data.subset(i for i, label in enumerate(data.labels or []) if is_known(label))
 
 
 def sets_of(spec: str) -> list[tuple[int, DataSpec]]:
@@ -183,8 +201,7 @@ def labelled_parts(
         _tell_of_both(spec, train, other)
     parts = []
     for part in (train, other):
-        labels = part.labels or []
-        part = part.subset(i for i, y in enumerate(labels) if is_known(y))
+        part = labelled_only(part)
         if len({as_key(label) for label in part.labels or []}) < 2:
             raise ValueError(
                 f"{part.name} ({part.split}) has no labels of two classes; it needs them."
@@ -203,7 +220,7 @@ def _labelled(spec: str | Path, test: float, seed: int) -> tuple[ImageData, Imag
         return open_data(spec, split="train"), other
     if everything.labels is None or not test:
         return everything, everything
-    known = everything.subset(i for i, y in enumerate(everything.labels) if is_known(y))
+    known = labelled_only(everything)
     labels = known.labels or []
     first, second = stratified_split(labels, test, seed, known.groups)
     if not known.multi_label and (left := set(labels) - {labels[i] for i in second}):

@@ -69,14 +69,17 @@ def judge(logits: Tensor, labels: Tensor, targets: str) -> dict[str, Any]:
 
 
 def summary(metrics: dict[str, Any]) -> str:
-    """One line for a person."""
+    """One line for a person; it tells the ``split`` where there is no training to tell apart."""
+    where = f"on {metrics['test']:,} test pictures"
+    if "split" in metrics:
+        where = f"on {metrics['test']:,} pictures (split: {metrics['split']})"
     if "top1" not in metrics:
-        return f"mAP {metrics['map_macro']:.1f} % on {metrics['test']:,} test pictures"
+        return f"mAP {metrics['map_macro']:.1f} % {where}"
     low, high = metrics["top1_ci"]
     text = f"top-1 {metrics['top1']:.1f} % [{low:.1f}, {high:.1f}]"
     if "top5" in metrics:
         text += f", top-5 {metrics['top5']:.1f} %"
-    return f"{text} on {metrics['test']:,} test pictures"
+    return f"{text} {where}"
 
 
 def _percent(share: float) -> float:

@@ -23,7 +23,7 @@ from vim_ssl.data.images import BadImage
 from vim_ssl.data.split import as_key, is_known
 from vim_ssl.data.stream import ImageStream
 from vim_ssl.data.transforms import Transform
-from vim_ssl.evaluation.probes import Readable
+from vim_ssl.evaluation.probes import Features, Readable, encode_views
 
 FORMATS = ("parquet", "npy")
 KNOWN = ("ids", "labels", "groups")  # of every row
@@ -147,6 +147,37 @@ class StreamRows(IterableDataset):
         label, group = item.get("label", -1), item.get("group")
         image = self.transform(item["image"])
         return item["id"], label if is_known(label) else None, group and str(group), image
+
+
+@torch.no_grad()
+def stream_features(
+    encode: Callable[[Tensor], Tensor],
+    data: ImageStream,
+    transform: Transform,
+    *,
+    batch_size: int,
+    workers: int = 0,
+    device: str | torch.device = "cpu",
+) -> Features:
+    """`extract_features` of the labelled pictures of a stream, which is read once.
+
+    Raises: ValueError when none can be read.
+    """
+    xs: list[Tensor] = []
+    known: list[tuple[str, Any, str | None]] = []
+    skipped: list[str] = []
+    shards = plan_shards(data, max(len(data), 1))
+    for _, rows, _ in read_rows(data, shards, transform, batch_size=batch_size, workers=workers):
+        skipped += [row for row in rows if isinstance(row, str)]
+        if whole := [row for row in rows if not isinstance(row, str) and row[1] is not None]:
+            known += [row[:3] for row in whole]
+            images = torch.stack([row[3] for row in whole]).to(device)
+            xs.append(encode_views(encode, images).flatten(1).float().cpu())
+    if not known:
+        raise ValueError(f"{data.name} has no picture with a label that can be read: {skipped[:3]}")
+    ids, labels, groups = map(list, zip(*known, strict=True))
+    y = torch.from_numpy(np.asarray(labels, dtype=np.int64))
+    return Features(torch.cat(xs), y, ids, skipped, None if None in groups else groups)
 
 
 def _known_of(data: ImageData, index: int) -> tuple[str, Any, str | None]:
