@@ -111,6 +111,10 @@ def test_mixup_follows_from_the_seed_and_leaves_evaluation_and_the_batch_alone()
         ({"mixup": 0.8, "batch_size": 3}, "batch_size 3 is odd"),
         ({"mixup": 0.8, "targets": "ordinal"}, "do not go with ordinal"),
         ({"patience": 3}, "patience needs a share"),
+        (
+            {"validation": 0.1, "patience": 3, "epochs": 60},
+            "4 evaluations, one every 20 epochs, do not fit into 60 epochs",
+        ),
         ({"repeats": 0}, "repeats is 0"),
         ({"crop_scale": (0.5, 0.2)}, "crop_scale is 0.5 0.2; expected 0 < low <= high"),
         ({"hflip": 3}, "hflip is 3; it must be 0 to 1"),

@@ -64,6 +64,16 @@ class ClassificationConfig(AugmentationConfig):
     class_weights: bool = opt(False, "rare classes count for more, all alike", group="model")
     drop_path: float = opt(0.0, "stochastic depth", group="model")
 
+    @classmethod
+    def follow(cls, defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+        """Beside what `TrainConfig` says: a validation part is looked at after every epoch, where
+        by default nothing would be before the end."""
+        defaults = super().follow(defaults, given)
+        asked = defaults | given
+        if asked["validation"] and asked["eval_every"] > asked["epochs"]:
+            return defaults | {"eval_every": 1.0}
+        return defaults
+
     def __post_init__(self):
         super().__post_init__()
         mixed = self.mixup > 0 or self.cutmix > 0
@@ -77,6 +87,12 @@ class ClassificationConfig(AugmentationConfig):
             raise ValueError(
                 f"validation {self.validation:g} and patience {self.patience}: patience needs a "
                 "share above 0 and below 1 of the training part to watch."
+            )
+        if self.patience and (self.patience + 1) * self.eval_every > self.epochs:
+            raise ValueError(
+                f"patience {self.patience}: {self.patience + 1} evaluations, one every "
+                f"{self.eval_every:g} epochs, do not fit into {self.epochs:g} epochs; lower "
+                "patience or eval_every."
             )
 
 

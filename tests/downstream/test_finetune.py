@@ -15,7 +15,8 @@ from PIL import Image
 from timm.data import create_transform as timm_transform
 
 from vim_ssl import VimEncoder, classification, cli, load_encoder, save_encoder
-from vim_ssl.downstream import finetune
+from vim_ssl.downstream import finetune, video
+from vim_ssl.runs import read_metrics
 
 SMALL = {"img_size": 28, "patch_size": 7, "in_chans": 1, "embed_dim": 16, "depth": 2,
          "num_classes": 0}  # fmt: skip
@@ -101,6 +102,32 @@ def test_so_many_labels_of_each_class_are_used(run, tmp_path, count, first_weigh
     finetune.main([*argv, "--labels-per-class", str(count)])
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert (metrics["train"], metrics["test"]) == (3 * count, 12)
+
+
+@pytest.mark.parametrize(
+    ("argv", "every"),
+    [
+        (["--validation", "0.1", "--patience", "5"], 1),
+        (["--validation", "0.1", "--eval-every", "3"], 3),
+        (["--validation", "0.1", "--preset", "ssl_224"], 5),
+        ([], 1e9),
+    ],
+    ids=["validation", "given", "preset", "none"],
+)
+def test_a_validation_part_is_looked_at_every_epoch(argv, every, monkeypatch):
+    for script in (finetune, video) if "--preset" not in argv else (finetune,):
+        seen = []
+        monkeypatch.setattr(script, "run", seen.append)
+        script.main(argv)
+        assert seen[0].eval_every == every
+
+
+def test_patience_ends_a_training_that_gets_no_better(run, tmp_path):
+    argv = ["--validation", "0.1", "--patience", "5", "--encoder", str(run), "--base-lr", "0"]
+    finetune.main([*argv, "--output", str(tmp_path), *QUICK, "--epochs", "8"])
+    rows = read_metrics(tmp_path)
+    assert [row["epoch"] for row in rows if "val_top1" in row] == [1, 2, 3, 4, 5, 6]
+    assert rows[-1]["epoch"] == 6
 
 
 @pytest.mark.parametrize(
