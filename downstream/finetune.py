@@ -27,6 +27,7 @@ import torch
 from vim_ssl import load_encoder
 from vim_ssl.classification import (
     ClassificationConfig,
+    check_labels,
     evaluate,
     load_classifier,
     train_classifier,
@@ -36,6 +37,7 @@ from vim_ssl.config import opt, parse, to_dict
 from vim_ssl.data import ImageData, ImageStream, labelled_parts, parse_spec
 from vim_ssl.data.sources import labelled_only, open_part
 from vim_ssl.data.split import few_of_each
+from vim_ssl.data.transforms import check_bands
 from vim_ssl.evaluation.class_scores import outputs, summary
 from vim_ssl.loading import made_by
 from vim_ssl.released import RELEASED_FILES
@@ -66,6 +68,14 @@ class Config(ClassificationConfig):
     layer_decay: float | None = opt(0.8, "lr factor from a block to the one below", "optimiser")
     workers: int = opt(0, "data loading processes a rank", "run")
     eval_every: float = opt(1e9, "epochs between evaluations", "run")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.labels_per_class and self.targets == "multi-label":
+            raise ValueError(
+                "labels_per_class counts pictures of one class each, which multi-label has not; "
+                "leave it out."
+            )
 
 
 def ssl_224() -> Config:
@@ -117,14 +127,24 @@ def judge_as_it_is(config: Config, source: str, spec: str, device) -> dict[str, 
         spec: labelled data; see `part_to_judge`.
     """
     encoder = load_encoder(source, num_classes=None, img_size=config.img_size or None).to(device)
-    test, split = part_to_judge(config, source, spec)
+    made = made_by(source)
+    test, split = part_to_judge(config, spec, made.get("data"))
     count = encoder.num_classes + (config.targets == "ordinal")
-    classes = test.classes or [str(i) for i in range(count)]
+    known = made.get("classes")
+    classes = test.classes or known or [str(i) for i in range(count)]
     if encoder.num_classes != outputs(config.targets, len(classes)):
         raise ValueError(
             f"{source} has a head of {encoder.num_classes} outputs, {test.name} has "
             f"{len(classes)} classes; evaluate on the classes it was trained on."
         )
+    if known and classes != known:
+        raise ValueError(
+            f"{source} knows the classes {known[:5]} …, {test.name} has {classes[:5]} …; evaluate "
+            "on the classes it was trained on."
+        )
+    if isinstance(test, ImageData):
+        check_labels(test.name, test.labels, config.targets, classes)
+    check_bands(encoder, test)
     folder = evaluation_folder(config.output)
     metrics: dict[str, Any] = {
         "task": "evaluation", "data": test.name, "split": split, "encoder": source,
@@ -143,11 +163,15 @@ def judge_as_it_is(config: Config, source: str, spec: str, device) -> dict[str, 
     return metrics
 
 
-def part_to_judge(config: Config, source: str, spec: str) -> tuple[ImageData | ImageStream, str]:
+def part_to_judge(
+    config: Config, spec: str, learnt: str | None
+) -> tuple[ImageData | ImageStream, str]:
     """The labelled pictures of the split that ``spec`` names, else of the test split, else of
     validation, else all; and the name of that part. Of data without splits that the encoder has
     learnt from, what it had held out.
 
+    Args:
+        learnt: the spec of what the encoder was trained on, where that is known.
     Raises: ValueError where no label is known.
     """
     named = parse_spec(spec).split is not None
@@ -155,7 +179,7 @@ def part_to_judge(config: Config, source: str, spec: str) -> tuple[ImageData | I
         data = open_part(spec, wanted, streams=True)
         if isinstance(data, ImageStream):  # whose labels are not known yet
             return data, data.split
-        if not (named or data.splits) and _same(spec, made_by(source).get("data")):
+        if not (named or data.splits) and _same(spec, learnt):
             return labelled_parts(spec, config.test, config.seed)[1], "held out"
         if len(known := labelled_only(data)):
             return known, known.split

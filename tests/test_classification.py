@@ -19,6 +19,7 @@ from vim_ssl.classification import (
     ClassificationConfig,
     Validation,
     balanced_weights,
+    check_labels,
 )
 from vim_ssl.data import open_data
 from vim_ssl.data.loader import EpochBatches, SeededSamples
@@ -109,12 +110,13 @@ def test_mixup_follows_from_the_seed_and_leaves_evaluation_and_the_batch_alone()
     ("settings", "says"),
     [
         ({"mixup": 0.8, "batch_size": 3}, "batch_size 3 is odd"),
-        ({"mixup": 0.8, "targets": "ordinal"}, "do not go with ordinal"),
+        ({"mixup": 0.8, "targets": "ordinal"}, "do not go with targets ordinal"),
         ({"patience": 3}, "patience needs a share"),
         (
             {"validation": 0.1, "patience": 3, "epochs": 60},
             "4 evaluations, one every 20 epochs, do not fit into 60 epochs",
         ),
+        ({"targets": "multi-label", "class_weights": True}, "class_weights do not go with"),
         ({"repeats": 0}, "repeats is 0"),
         ({"crop_scale": (0.5, 0.2)}, "crop_scale is 0.5 0.2; expected 0 < low <= high"),
         ({"hflip": 3}, "hflip is 3; it must be 0 to 1"),
@@ -255,6 +257,22 @@ def test_a_head_for_other_classes_is_refused(bands, tmp_path):
     save_encoder(VimEncoder(**SMALL, num_classes=7), tmp_path)
     with pytest.raises(ValueError, match=r"head of 7 outputs.* has 4 classes"):
         finetune.main(["--eval-only", "--encoder", str(tmp_path), "--data", str(bands)])
+
+
+@pytest.mark.parametrize(
+    ("labels", "targets", "says"),
+    [
+        ([0, 1, 3], "class", r"x has labels from 0 to 3; expected .* 3 classes .* 0 to 2"),
+        ([0, -1, 2], "ordinal", "labels from -1 to 2"),
+        ([[0, 1, 1]], "class", r"shape \(1, 3\), which are no targets 'class'.*multi-label"),
+        ([0, 1], "multi-label", r"shape \(2,\), which are no targets 'multi-label'"),
+        ([[0, 1]], "multi-label", "2 labels a picture; expected one for each of 3 classes"),
+    ],
+    ids=["above", "below", "several", "one", "fewer"],
+)
+def test_labels_that_do_not_fit_are_told(labels, targets, says):
+    with pytest.raises(ValueError, match=says):
+        check_labels("x", labels, targets, ["a", "b", "c"])
 
 
 def test_a_class_without_training_pictures_is_named(bands, tmp_path):

@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,8 +80,11 @@ class ClassificationConfig(AugmentationConfig):
         mixed = self.mixup > 0 or self.cutmix > 0
         if mixed and self.batch_size % 2:
             raise ValueError(f"mixup and cutmix mix pairs: batch_size {self.batch_size} is odd.")
-        if self.targets != "class" and (mixed or self.label_smoothing):
-            raise ValueError(f"mixup, cutmix and label_smoothing do not go with {self.targets}.")
+        if self.targets != "class" and (mixed or self.label_smoothing or self.class_weights):
+            raise ValueError(
+                "mixup, cutmix, label_smoothing and class_weights do not go with targets "
+                f"{self.targets}; leave them out."
+            )
         if self.repeats < 1:
             raise ValueError(f"repeats is {self.repeats}; it must be 1 or more.")
         if not 0 <= self.validation < 1 or (self.patience and not self.validation):
@@ -228,7 +232,10 @@ def train_classifier(
     Returns: the metrics that the run's metrics.json holds; figures on the main process alone.
     """
     classes = class_names(train)
-    _check_labels(classes, train, test, config.targets)
+    for part in (train, test):
+        check_labels(part.name, part.labels, config.targets, classes)
+    if config.targets != "multi-label":
+        _warn_of_unseen(train, test, classes)
     weights = balanced_weights(train.labels, len(classes)) if config.class_weights else None
     objective = Classification(
         encoder, targets=config.targets, label_smoothing=config.label_smoothing,
@@ -255,7 +262,9 @@ def train_classifier(
         config.seed,
         repeats=config.repeats,
     )
-    record = {"recipe": recipe, "data": train.name, **environment()}
+    record = {
+        "recipe": recipe, "data": train.name, "classes": train.classes, **environment(),
+    }  # fmt: skip
 
     def write_encoder() -> None:
         with folder.writing("the encoder"):
@@ -287,29 +296,38 @@ def train_classifier(
     return metrics
 
 
-def _check_labels(classes: list[str], train, test, targets: str) -> None:
-    """Raises: ValueError where labels do not fit the targets, or one part the other."""
-    for part in (train, test):
-        labels = torch.as_tensor(part.labels)
-        if (labels.dim() == 2) != (targets == "multi-label"):
-            raise ValueError(
-                f"{part.name} has labels of shape {tuple(labels.shape)}, which are no targets "
-                f"{targets!r}; several labels a picture are --targets multi-label, one is class."
-            )
-        if labels.dim() == 1 and not 0 <= int(labels.min()) <= int(labels.max()) < len(classes):
-            raise ValueError(
-                f"{part.name} ({part.split}) has labels from {int(labels.min())} to "
-                f"{int(labels.max())}; the training part has the {len(classes)} classes 0 to "
-                f"{len(classes) - 1}."
-            )
-    if targets != "multi-label":
-        unseen = sorted(set(test.labels) - set(train.labels))
-        if unseen:
-            names = ", ".join(classes[i] for i in unseen[:5])
-            warnings.warn(
-                f"{len(unseen)} classes of the test part have no training picture: {names}.",
-                stacklevel=2,
-            )
+def check_labels(name: str, labels: Any, targets: str, classes: Sequence[str]) -> None:
+    """Raises: ValueError where the labels of ``name`` fit neither the targets nor the classes.
+
+    Args:
+        labels: one a picture, at least one; see `vim_ssl.data.ImageData`.
+    """
+    labels = torch.as_tensor(np.asarray(labels))
+    if (labels.dim() == 2) != (targets == "multi-label"):
+        raise ValueError(
+            f"{name} has labels of shape {tuple(labels.shape)}, which are no targets {targets!r}; "
+            "several labels a picture are --targets multi-label, one is class."
+        )
+    if labels.dim() == 2 and labels.shape[1] != len(classes):
+        raise ValueError(
+            f"{name} has {labels.shape[1]} labels a picture; expected one for each of "
+            f"{len(classes)} classes."
+        )
+    if labels.dim() == 1 and not 0 <= int(labels.min()) <= int(labels.max()) < len(classes):
+        raise ValueError(
+            f"{name} has labels from {int(labels.min())} to {int(labels.max())}; expected those of "
+            f"the {len(classes)} classes it is about, 0 to {len(classes) - 1}."
+        )
+
+
+def _warn_of_unseen(train, test, classes: Sequence[str]) -> None:
+    unseen = sorted(set(test.labels) - set(train.labels))
+    if unseen:
+        names = ", ".join(classes[i] for i in unseen[:5])
+        warnings.warn(
+            f"{len(unseen)} classes of the test part have no training picture: {names}.",
+            stacklevel=2,
+        )
 
 
 # ---------------------------------------------------------------- evaluation
@@ -389,6 +407,7 @@ def evaluate(
     extract = stream_features if isinstance(data, ImageStream) else extract_features
     device = next(encoder.parameters()).device
     found = extract(encoder.eval(), data, create_transform(encoder), device=device, **more)
+    check_labels(data.name, found.y, targets, classes)  # those of a stream are known only now
     judged = judge(found.x, found.y, targets)
     write_tables(folder, judged, found.x, found.y, found.ids, classes, targets)
     return {"test": len(found.y), **judged, "skipped": found.skipped}

@@ -455,7 +455,8 @@ def _describe(report: Report, stored: Stored, config: Mapping[str, Any]) -> None
         "EMA copy": "yes: load_encoder(…, ema=True)" if stored.has_ema else "none",
     }
     if stored.made_by:
-        report.facts["made by"] = json.dumps(stored.made_by)
+        made = {key: value for key, value in stored.made_by.items() if key != "classes"}
+        report.facts["made by"] = json.dumps(made)
     if stored.path.name in RELEASED_FILES:
         model, top1 = RELEASED_FILES[stored.path.name]
         report.facts["released as"] = f"{model}, top-1 {top1} % on ImageNet-1k as published"

@@ -1,6 +1,7 @@
 """Fine-tuning: few labels are few, the weights start where they should, the record is whole; and
 judging as it is: which pictures, by which weights."""
 
+import contextlib
 import csv
 import io
 import json
@@ -15,7 +16,9 @@ from PIL import Image
 from timm.data import create_transform as timm_transform
 
 from vim_ssl import VimEncoder, classification, cli, load_encoder, save_encoder
+from vim_ssl.data import ImageData
 from vim_ssl.downstream import finetune, video
+from vim_ssl.loading import made_by, verify
 from vim_ssl.runs import read_metrics
 
 SMALL = {"img_size": 28, "patch_size": 7, "in_chans": 1, "embed_dim": 16, "depth": 2,
@@ -246,22 +249,29 @@ def test_a_run_is_judged_on_its_own_data_by_what_it_had_held_out(run, bands, tmp
     metrics, rows = judge(tmp_path / "run", str(bands), tmp_path / "out")
     assert [row["id"] for row in rows] == held_out
     assert len(held_out) == metrics["test"] == 30
+    assert made_by(tmp_path / "run")["classes"] == ["class0", "class1", "class2"]
+    assert "class0" not in str(verify(tmp_path / "run"))  # there may be thousands
     assert metrics["split"] == "held out"
     assert judge(tmp_path / "run", f"{bands}?split=all", tmp_path / "all")[0]["test"] == 60
+
+
+def write_tar(path: Path, files: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_shards_are_judged_as_the_same_pictures_in_a_folder(head, bands, tmp_path, workers):
     for number in range(2):
-        with tarfile.open(tmp_path / f"{number}.tar", "w") as tar:
-            for path in sorted(bands.rglob("*.png"))[number::2]:
-                label = path.parent.name.removeprefix("class").encode()
-                for name, content in ((path.name, path.read_bytes()), (f"{path.stem}.cls", label)):
-                    member = tarfile.TarInfo(name)
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
-            member = tarfile.TarInfo("unlabelled.png")
-            tar.addfile(member)
+        files = {"broken.png": b""}
+        for path in sorted(bands.rglob("*.png"))[number::2]:
+            files[path.name] = path.read_bytes()
+            files[f"{path.stem}.cls"] = path.parent.name.removeprefix("class").encode()
+        files["unlabelled.png"] = path.read_bytes()
+        write_tar(tmp_path / f"{number}.tar", files)
     streamed, rows = judge(
         head, f"wds:{tmp_path}", tmp_path / "out", "--workers", str(workers), "--batch-size", "7"
     )
@@ -271,6 +281,43 @@ def test_shards_are_judged_as_the_same_pictures_in_a_folder(head, bands, tmp_pat
     predicted = {Path(row["id"]).stem: row["predicted"] for row in rows}
     assert predicted == {Path(r["id"]).stem: r["predicted"][-1] for r in others}
     assert len(streamed["skipped"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("data", "more", "says"),
+    [
+        ({"labels": [[0, 1, 1], [1, 0, 0]]}, [], "several labels a picture are --targets multi"),
+        ({"labels": [0, 2]}, ["--targets", "multi-label"], "no targets 'multi-label'"),
+        ({"labels": [0, 7]}, [], "labels from 0 to 7; expected those of the 3 classes"),
+        ({"labels": [0, 1], "classes": ["a", "c", "b"]}, [], "has ['a', 'c', 'b'] …"),
+        ({"labels": [0, 1], "classes": ["a", "b"]}, [], "has 2 classes; evaluate on the classes"),
+        ({"labels": [0, 1], "bands": ["B04"]}, [], "has the bands B04, the encoder L, and"),
+        ({"labels": [-1, -1]}, [], "has no labels; it needs them"),
+        ({}, ["--targets", "multi-label", "--labels-per-class", "2"], "labels_per_class counts"),
+    ],
+    ids=["several", "single", "high", "names", "count", "bands", "unknown", "few"],
+)
+def test_what_does_not_fit_the_head_is_told_in_one_line(
+    data, more, says, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.delenv("VIM_SSL_TRACEBACK", raising=False)
+    encoder = VimEncoder(**SMALL | {"num_classes": 3})
+    save_encoder(encoder, tmp_path, record={"classes": ["a", "b", "c"]})
+    pictures = [np.full((28, 28, 1), 1000, np.uint16)] * 2
+    part = ImageData(pictures, ["0", "1"], name="pictures", **data)
+    monkeypatch.setattr(finetune, "open_part", lambda *_, **__: part)
+    argv = ["--eval-only", "--encoder", str(tmp_path), "--data", "pictures", *more]
+    with contextlib.suppress(SystemExit):  # of a wrong flag
+        assert cli.main(["finetune", *argv, "--output", str(tmp_path / "out")]) == 2
+    assert says in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_shards_with_labels_of_other_classes_are_refused(head, tmp_path):
+    png = io.BytesIO()
+    Image.new("L", (28, 28)).save(png, "PNG")
+    write_tar(tmp_path / "0.tar", {"0.png": png.getvalue(), "0.cls": b"7"})
+    with pytest.raises(ValueError, match="labels from 7 to 7; expected those of the 3 classes"):
+        judge(head, f"wds:{tmp_path}", tmp_path / "out")
 
 
 @pytest.mark.parametrize("command", ["finetune", "segmentation", "detection"])

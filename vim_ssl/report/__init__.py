@@ -443,7 +443,7 @@ def _settings(run: Record) -> str:
         "Pictures skipped": _most(run, "skipped"),
     }
     for key, value in run.made_by.items():
-        if key not in ("recipe", "data", "figures", "config"):
+        if key not in ("recipe", "data", "classes", "figures", "config"):
             title = key[:1].upper() + key[1:].replace("_", " ")
             health[title] = _flat(value)
     health["vim_ssl"] = run.version
