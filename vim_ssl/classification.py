@@ -273,6 +273,8 @@ def train_classifier(
     metrics: dict[str, Any] = {
         "task": recipe, "data": train.name, "encoder": source, "train": len(train),
     }  # fmt: skip
+    if config.targets == "ordinal" and accelerator.is_main_process:
+        print(f"ranks: {' < '.join(classes)}", flush=True)
     with contextlib.closing(folder):
         fit(
             objective.train(), samples, config, folder, accelerator, average=average,

@@ -40,6 +40,22 @@ def test_class_folders(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("names", "order"),
+    [
+        (["10", "2", "0", "1"], ["0", "1", "2", "10"]),
+        (["01", "1", "3", "02"], ["01", "1", "02", "3"]),
+        (["10", "2", "many"], ["10", "2", "many"]),
+        (["1_10", "1_2"], ["1_10", "1_2"]),
+    ],
+)
+@pytest.mark.parametrize("split", ["", "train/"])
+def test_classes_that_are_numbers_are_in_the_order_of_their_size(tmp_path, names, order, split):
+    data = open_data(fill(tmp_path, *(f"{split}{name}/1.png" for name in names)))
+    assert data.classes == order
+    assert [data.classes[label] for label in data.labels] == sorted(names)
+
+
+@pytest.mark.parametrize(
     "names",
     [
         pytest.param(["2024/05/a.png", "2024/06/b.png", "2025/c.png"], id="dates-mixed-depth"),

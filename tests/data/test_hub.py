@@ -97,6 +97,8 @@ def test_columns_by_name(tmp_path):
     assert opened.labels == [2, 0, 2, 1]
     assert opened.groups == ["p1", "p2", "p1", "p3"]
     assert opened[1]["caption"] == ["a", "b"]
+    numbers = table(rank=(["10", "9", "10", "1"], TEXT))
+    assert open_data(f"{saved(tmp_path / 'ranks', numbers)}?label=rank").classes == ["1", "9", "10"]
     graded = open_data(f"{spec}?label=grade")
     assert (graded.labels, graded.classes) == ([1, 0, 1, -1], ["1", "5"])
 

@@ -107,6 +107,16 @@ def test_so_many_labels_of_each_class_are_used(run, tmp_path, count, first_weigh
     assert (metrics["train"], metrics["test"]) == (3 * count, 12)
 
 
+def test_ranks_are_told_in_their_order(run, tmp_path, first_weights, capsys):
+    for name in ("10", "9", "1"):
+        (tmp_path / "grades" / name).mkdir(parents=True)
+        for i in range(5):
+            Image.new("L", (28, 28), i).save(tmp_path / "grades" / name / f"{i}.png")
+    argv = ["--encoder", str(run), "--output", str(tmp_path / "out"), *QUICK]
+    finetune.main([*argv, "--data", str(tmp_path / "grades"), "--targets", "ordinal"])
+    assert "ranks: 1 < 9 < 10\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("argv", "every"),
     [

@@ -1,10 +1,12 @@
 """A folder of pictures: flat, with class folders, or with split folders over either."""
 
 import os
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.spec import SPLIT_NAMES, DataSpec, near, pick_split
@@ -54,9 +56,9 @@ def open_folder(spec: DataSpec) -> ImageData:
 
     - Folders named train, val (valid, validation) and test, and no other with pictures, are splits.
     - Class folders: every picture lies exactly one folder deep, in two folders or more. Their
-      sorted names, over all splits, are the classes. Anything else (a flat folder, nested folders
-      by date) has no labels. ``label=none`` leaves them out, ``label=folder`` takes the outermost
-      folder as the class whatever lies below.
+      sorted names, numbers by size, over all splits, are the classes. Anything else (a flat folder,
+      nested folders by date) has no labels. ``label=none`` leaves them out, ``label=folder`` takes
+      the outermost folder as the class whatever lies below.
     - ``group=folder`` makes the folder that a picture lies in its group.
 
     The ids are the paths below the root, with forward slashes.
@@ -108,7 +110,7 @@ def read_layout(names: list[str], split: str | None, label: str | None, root: st
     chosen = [part for part in parts if split in ("all", part)]
     labels = classes = None
     if all(labelled[part] for part in chosen):
-        classes = sorted({name for held in labelled.values() for name in held or ()})
+        classes = sort_classes({name for held in labelled.values() for name in held or ()})
         number = {name: i for i, name in enumerate(classes)}
         labels = [number[name.split("/")[1 if p else 0]] for p in chosen for name in parts[p]]
     names = [name for part in chosen for name in parts[part]]
@@ -162,6 +164,13 @@ def find_files(root: Path, given: str, what: str, extensions: Sequence[str]) -> 
             f"{what.capitalize()}s are files that end in {' '.join(extensions)}."
         )
     return sorted(names)
+
+
+def sort_classes(names: Collection[Any]) -> list[Any]:
+    """Class names in order: by size where all are whole numbers, so that ranks of ten and more are
+    what they say, else by spelling."""
+    whole = all(re.fullmatch(r"\s*[+-]?\d+\s*", str(name)) for name in names)
+    return sorted(names, key=lambda name: (int(name) if whole else 0, name))
 
 
 def by_split(names: list[str]) -> dict[str, list[str]]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from vim_ssl.data.dataset import ImageData
+from vim_ssl.data.folder import sort_classes
 from vim_ssl.data.images import BadImage
 from vim_ssl.data.spec import DataSpec, near, pick_split
 from vim_ssl.data.split import is_known
@@ -417,7 +418,7 @@ def _labels(
     values = [value for table in chosen for value in TableColumn(table, name).all()]
     if names is None:
         known = {value for table in tables for value in TableColumn(table, name).all()} - {None}
-        number = {value: i for i, value in enumerate(sorted(known))}
+        number = {value: i for i, value in enumerate(sort_classes(known))}
         names, values = [str(v) for v in number], [number.get(v) for v in values]
     labels = [-1 if value is None else int(value) for value in values]
     return (labels, names) if max(labels) >= 0 else (None, None)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vim_ssl.data.dataset import ImageData
-from vim_ssl.data.folder import FilePictures
+from vim_ssl.data.folder import FilePictures, sort_classes
 from vim_ssl.data.hub import import_datasets, open_tables
 from vim_ssl.data.spec import DataSpec, canonical_split, near, pick_split
 from vim_ssl.data.tars import expand
@@ -131,14 +131,6 @@ def open_parquet(spec: DataSpec) -> ImageData:
              for split in sorted(set(starts.values()), key=_split_order)}  # fmt: skip
     tables = import_datasets("parquet:").load_dataset("parquet", data_files=files)
     return open_tables(spec, tables, root=str(Path(names[0]).parent))
-
-
-def sort_classes(names: set[str]) -> list[str]:
-    """Class names in order: by size where all are whole numbers, else by spelling."""
-    try:
-        return sorted(names, key=int)
-    except ValueError:
-        return sorted(names)
 
 
 def _split_order(name: str) -> tuple[int, str]:
