@@ -165,10 +165,11 @@ def test_labels(monkeypatch, columns, message):
 
 
 def test_sound_multi_labels(monkeypatch):
-    given = data(labels=[[0, 1], [1, 0], [0, 0], [1, 1]], classes=["x", "y"])
+    given = data(labels=[[0, 1], [1, 0], [-1, -1], [1, 1]], classes=["x", "y"])
     monkeypatch.setattr(doctor, "open_data", lambda *args, **kwargs: given)
     found = check("made")
     assert found.problems == []
+    assert "all: 1 pictures have no label." in found.remarks
     assert "x                      2" in str(found)
 
 

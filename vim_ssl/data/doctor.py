@@ -331,11 +331,13 @@ def _class_counts(part: Part, classes: list[str] | None, diagnosis: Diagnosis) -
     count: Counter[int] = Counter()
     wrong = []
     for name, label in zip(part.ids, part.labels or (), strict=True):
+        if _unknown(label):
+            continue
         if isinstance(label, list | tuple):
             if (classes is not None and len(label) != len(classes)) or not set(label) <= {0, 1}:
                 wrong.append(f"{label} ({name})")
             count.update(place for place, has in enumerate(label) if has == 1)
-        elif not _unknown(label):
+        else:
             if label < 0 or (classes is not None and label >= len(classes)):
                 wrong.append(f"{label} ({name})")
             count[label] += 1
@@ -426,7 +428,7 @@ def _check_sides(parts: list[Part], diagnosis: Diagnosis) -> None:
 
 
 def _unknown(label: Any) -> bool:
-    return label == -1
+    return label == -1 or (isinstance(label, list | tuple) and set(label) == {-1})
 
 
 def _name(label: int, classes: list[str] | None) -> str:
