@@ -1,4 +1,5 @@
-"""What every reader gives can be learnt: 32 labelled pictures by heart, from file to logits."""
+"""What every reader gives can be learnt: 32 labelled pictures by heart, from file to logits; and
+the data doctor finds nothing wrong with it."""
 
 import io
 import json
@@ -11,7 +12,9 @@ from PIL import Image
 
 from vim_ssl import create_transform, load_encoder
 from vim_ssl.data import band_arguments, open_data
+from vim_ssl.data.doctor import check
 from vim_ssl.data.rasters import BIGEARTHNET_BANDS, EUROSAT_CLASSES
+from vim_ssl.data.samples import list_samples
 
 CLASSES = ("n01440764", "n01443537", "n01484850", "n01491361")  # synsets, for ImageNet's sake
 SIDE = 32
@@ -59,6 +62,15 @@ def parquet(root):
     return f"parquet:{root}?label=label"
 
 
+def hf(root):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=CLASSES))
+    pictures = [{"bytes": png(i), "path": None} for i in range(32)]
+    columns = {"image": pictures, "label": [i % 4 for i in range(32)]}
+    datasets.Dataset.from_dict(columns, features=features).save_to_disk(root / "saved")
+    return f"hf:{root / 'saved'}"
+
+
 def imagenet(root):
     for i in range(32):
         put(root / "train" / CLASSES[i % 4] / f"{i}.png", png(i))
@@ -67,8 +79,8 @@ def imagenet(root):
 
 def medmnist(root):
     arrays = {}
-    for part in ("train", "val", "test"):
-        arrays[f"{part}_images"] = np.stack([picture(i) for i in range(32)])
+    for number, part in enumerate(("train", "val", "test")):
+        arrays[f"{part}_images"] = np.stack([picture(i + 32 * number) for i in range(32)])
         arrays[f"{part}_labels"] = np.arange(32)[:, None] % 4
     np.savez_compressed(root / "octmnist.npz", **arrays)
     return f"medmnist:{root / 'octmnist.npz'}"
@@ -138,17 +150,53 @@ def bigearthnet(root):
     return f"bigearthnet:{root}"
 
 
+def slide(root):
+    for kind in range(4):
+        tiles = [picture(i, 3) for i in range(kind, 32, 4)]
+        (root / CLASSES[kind]).mkdir()
+        Image.fromarray(np.hstack(tiles)).save(root / CLASSES[kind] / "slide.png")
+    return f"slide:{root}?tile={SIDE}&tissue=none"
+
+
 READERS = (
-    folder, csv, parquet, imagenet, medmnist, dicom, nifti, geotiff, eurosat,
+    folder, csv, parquet, hf, imagenet, medmnist, dicom, nifti, geotiff, eurosat, slide,
     pytest.param(bigearthnet, marks=pytest.mark.slow),  # 384 files
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("reader", READERS, ids=lambda reader: reader.__name__)
-def test_32_pictures_are_learnt_by_heart(reader, tmp_path, monkeypatch):
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
     for name in ("XDG_CACHE_HOME", "LOCALAPPDATA", "VIM_SSL_CACHE"):
         monkeypatch.setenv(name, str(tmp_path / "cache"))
     (tmp_path / "data").mkdir()
+
+
+@pytest.mark.parametrize("reader", READERS, ids=lambda reader: reader.__name__)
+def test_the_doctor_is_content_with_what_is_right(reader, tmp_path):
+    spec = reader(tmp_path / "data")
+    found = check(spec)
+    told = ["train/ has 32"] if reader is imagenet else []  # of 1,281,167
+    assert [problem.partition(" of ")[0] for problem in found.problems] == told
+    data = open_data(spec, split="all")
+    assert f"Decoded: {len(data):,} pictures, all." in found.facts
+    rows = [line.split() for line in found.facts]
+    assert ["split", "pictures", "labelled", "groups"] in rows
+    counts = {row[0]: row[1:] for row in rows if len(row) == 4}
+    for part in data.splits or [data.split]:
+        held = open_data(spec, split=part)
+        groups = "-" if held.groups is None else str(len(set(held.groups)))
+        assert counts[part] == [str(len(held)), str(len(held)), groups]
+
+
+@pytest.mark.skipif(not list_samples()["mnist5k"], reason="vim-ssl samples get mnist5k")
+def test_the_doctor_is_content_with_a_sample_set():
+    found = check("sample:mnist5k", sample=20)
+    assert found.problems == []
+    assert "Decoded: 40 pictures, of 5,000." in found.facts
+
+
+@pytest.mark.parametrize("reader", READERS, ids=lambda reader: reader.__name__)
+def test_32_pictures_are_learnt_by_heart(reader, tmp_path):
     data = open_data(reader(tmp_path / "data"))
     labels = [tuple(y) if isinstance(y, list) else y for y in data.labels]
     common = sorted(set(labels), key=labels.count)[-4:]
