@@ -401,3 +401,31 @@ def test_labels_are_written_where_their_raster_lies(tmp_path):
     write_labels(path, like, None, np.zeros((20, 30), np.uint8))
     with rasterio.open(path) as file:
         assert not file.read(1).any()
+
+
+def test_labels_of_many_boxes_take_no_more_room_than_those_of_one(tmp_path):
+    """And what no box has written, to the last pixel, is no data."""
+    side, tile = 530, 128
+    like = str(write(tmp_path / "a.tif", np.zeros((1, side, side), np.uint8), **HERE))
+    expected = np.full((side, side), 255, np.uint8)
+    by_boxes, at_once = tmp_path / "boxes.tif", tmp_path / "once.tif"
+    for top in range(0, side - tile, tile):
+        for left in range(0, side - tile, tile):
+            labels = np.full((tile, tile), (top + left) % 3, np.uint8)
+            labels[: top // 9, : left // 9] = 4
+            expected[top : top + tile, left : left + tile] = labels
+            write_labels(by_boxes, like, (left, top, tile, tile), labels)
+    write_labels(at_once, like, None, expected)
+    for path in (by_boxes, at_once):
+        with rasterio.open(path) as file:
+            assert np.array_equal(file.read(1), expected)
+    assert by_boxes.stat().st_size < 2 * at_once.stat().st_size
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 5), (20, 130)], ids=str)
+def test_labels_of_small_rasters_are_written_too(tmp_path, size):
+    like = str(write(tmp_path / "a.tif", np.zeros((1, *size), np.uint8), **HERE))
+    labels = np.random.default_rng(0).integers(0, 3, size, np.uint8)
+    write_labels(tmp_path / "out.tif", like, None, labels)
+    with rasterio.open(tmp_path / "out.tif") as file:
+        assert np.array_equal(file.read(1), labels)

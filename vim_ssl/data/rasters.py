@@ -21,6 +21,7 @@ from vim_ssl.data.masks import IGNORE, checked, mask_folders, named_classes, pai
 from vim_ssl.data.spec import DataSpec, near, pick_split
 
 TIFFS = (".tif", ".tiff")
+BLOCK = 128  # pixels; side of the blocks of what is written
 # EuroSAT's files have the narrow infrared band last.
 EUROSAT_BANDS = (
     "B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B09", "B10", "B11", "B12", "B8A",
@@ -208,7 +209,9 @@ def write_labels(
     with _opened(like) as file:
         profile = {"width": file.width, "height": file.height, "crs": file.crs,
                    "transform": file.transform, "driver": "GTiff", "count": 1, "dtype": "uint8",
-                   "nodata": IGNORE, "compress": "deflate"}  # fmt: skip
+                   "nodata": IGNORE, "compress": "deflate", "BIGTIFF": "IF_SAFER",
+                   # A box then writes few blocks anew; of strips it would be all that it crosses.
+                   "tiled": True, "blockxsize": BLOCK, "blockysize": BLOCK}  # fmt: skip
     new = True
     if box and path.exists():
         with _opened(path) as written:
