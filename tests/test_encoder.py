@@ -12,8 +12,10 @@ from numpy_encoder import encode, predict, resize_table
 from torch import Tensor, nn
 
 from vim_ssl.block import VimBlock
+from vim_ssl.dense import DenseConfig, fresh_encoder
 from vim_ssl.encoder import PRESETS, VimEncoder
 from vim_ssl.kernels.selective_scan import available_backends
+from vim_ssl.loading import save_encoder
 
 # Small enough for a NumPy loop, yet with more than one block, channel group and grid row.
 SMALL = {
@@ -251,7 +253,9 @@ def test_grid_of_any_size_and_aspect(args, size, grid):
 
 @pytest.mark.parametrize("cls_position", ["middle", "first", "double", "none"])
 @pytest.mark.parametrize(
-    "size", [(384, 256), (224, 224), (96, 160)], ids=["384x256", "224", "96x160"]
+    "size",
+    [(384, 256), (224, 224), (96, 160), (512, 512), (1024, 1024), (512, 1024)],
+    ids=lambda s: f"{s[0]}x{s[1]}",
 )
 def test_every_patch_gets_its_own_resampled_position(size, cls_position):
     encoder = make(patch_size=16, img_size=224, cls_position=cls_position)
@@ -290,6 +294,16 @@ def test_class_token_keeps_its_own_row(size, cls_position, monkeypatch):
     for slot, row, name in zip(slots, rows, encoder.cls_names, strict=True):
         expected = encoder.get_parameter(name)[0, 0] + encoder.pos_embed[0, row]
         torch.testing.assert_close(seen[0][0, slot], expected)
+
+
+def test_an_encoder_that_dense_training_loads_has_them_too(tmp_path):
+    stored = make(patch_size=16, img_size=224, depth=1)
+    save_encoder(stored, tmp_path)
+    encoder = fresh_encoder(DenseConfig(warmup_epochs=0), str(tmp_path), 1024, {})
+    x = images((1024, 1024), b=1)
+    got = (encoder.embed(x) - encoder.patch_embed(x))[0].double().detach().numpy()
+    patches = np.delete(stored.pos_embed[0].double().detach().numpy(), 98, axis=0)
+    np.testing.assert_allclose(got, resize_table(patches, (14, 14), (64, 64)), atol=2e-5)
 
 
 def test_same_number_of_patches_on_another_grid_is_resampled():
