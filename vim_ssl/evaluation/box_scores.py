@@ -99,7 +99,7 @@ class BoxScores:
         """``results.json`` and ``classes.csv`` (a line a class)."""
         (folder / "results.json").write_text(json.dumps(self.results))
         rows = self.per_class()
-        with open(folder / "classes.csv", "w", newline="") as file:
+        with open(folder / "classes.csv", "w", newline="", encoding="utf-8") as file:
             table = csv.DictWriter(file, list(rows[0]))
             table.writeheader()
             table.writerows(rows)

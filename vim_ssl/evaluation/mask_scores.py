@@ -116,14 +116,14 @@ class MaskScores:
     def write(self, folder: Path) -> None:
         """``classes.csv`` (a line a class) and ``predictions.csv`` (a line a picture)."""
         rows = self.per_class()
-        with open(folder / "classes.csv", "w", newline="") as file:
+        with open(folder / "classes.csv", "w", newline="", encoding="utf-8") as file:
             table = csv.DictWriter(file, list(rows[0]))
             table.writeheader()
             table.writerows(
                 {k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()}
                 for row in rows
             )
-        with open(folder / "predictions.csv", "w", newline="") as file:
+        with open(folder / "predictions.csv", "w", newline="", encoding="utf-8") as file:
             lines = csv.writer(file)
             lines.writerow(["id", "labelled_pixels", "accuracy", "miou"])
             lines.writerows([n, p, f"{a:.4f}", f"{m:.4f}"] for n, p, a, m in self._pictures)

@@ -99,7 +99,7 @@ class VolumeScores:
     def write(self, folder: Path) -> None:
         """``volumes.csv``, a line for each volume and class."""
         self.close()
-        with open(folder / "volumes.csv", "w", newline="") as file:
+        with open(folder / "volumes.csv", "w", newline="", encoding="utf-8") as file:
             lines = csv.writer(file)
             lines.writerow(["volume", "group", "class", "dice", "hd95_mm"])
             for name, group, row in self._rows:
