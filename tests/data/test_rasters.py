@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import tracemalloc
 import warnings
 
 import numpy as np
@@ -12,7 +13,13 @@ from PIL import Image
 rasterio = pytest.importorskip("rasterio", reason="needs pip install 'vim-ssl[remote-sensing]'")
 
 from vim_ssl import VimEncoder, create_transform, load_encoder, save_encoder  # noqa: E402
-from vim_ssl.data import BadImage, band_statistics, labelled_parts, open_data  # noqa: E402
+from vim_ssl.data import (  # noqa: E402
+    BadImage,
+    band_statistics,
+    labelled_parts,
+    open_data,
+    rasters,
+)
 from vim_ssl.data.doctor import check  # noqa: E402
 from vim_ssl.data.rasters import (  # noqa: E402
     BIGEARTHNET_BANDS,
@@ -383,6 +390,19 @@ def test_what_has_no_label_and_what_cannot_be_one(tmp_path):
     for i, reason in ((1, r"holds 0\.5, which is no class"), (2, "number 3; there are 3 classes")):
         with pytest.raises(BadImage, match=reason):
             data[i]
+
+
+def test_the_classes_of_a_large_mask_are_found_without_holding_it(tmp_path):
+    mask = np.zeros((2048, 1024), np.uint8)
+    mask[-1, -1] = 6
+    tiled = {"tiled": True, "blockxsize": 128, "blockysize": 128}
+    path = write(tmp_path / "a.tif", mask[None], **tiled)
+    tracemalloc.start()
+    try:
+        assert rasters._numbers(path).tolist() == [0, 6]
+        assert tracemalloc.get_traced_memory()[1] < mask.nbytes
+    finally:
+        tracemalloc.stop()
 
 
 def test_labels_are_written_where_their_raster_lies(tmp_path):

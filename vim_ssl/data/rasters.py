@@ -142,8 +142,12 @@ class RasterMasks(OnDisk):
 
     def read(self, row: int, size: tuple[int, int]) -> np.ndarray:
         """As `vim_ssl.data.masks.MaskFiles.read`."""
-        name = self._name(row)
-        values = _class_numbers(os.path.join(self.root, name), self.tiles[row].box)
+        import_rasterio()
+        from rasterio.windows import Window
+
+        name, box = self._name(row), self.tiles[row].box
+        with _mask(os.path.join(self.root, name)) as file:
+            values = _class_numbers(file, Window(*box) if box else None)
         return checked(values, size, name, self.classes).astype(np.uint8)
 
     def place(self, row: int) -> dict[str, Any]:
@@ -156,26 +160,37 @@ class RasterMasks(OnDisk):
         return self.mask_of[self.tiles[row].bands[0][0]]
 
 
-def _class_numbers(path: str | Path, box: tuple[int, int, int, int] | None = None) -> np.ndarray:
-    """The first band as uint32 (h, w), `IGNORE` where the file has no data. Raises: BadImage."""
-    import_rasterio()
-    from rasterio.windows import Window
-
-    name = os.path.basename(path)
+@contextmanager
+def _mask(path: str | Path) -> Iterator[Any]:
+    """An open mask. Raises: BadImage, also for what is read from it in vain."""
     try:
         with _opened(path) as file:
-            found = file.read(1, window=Window(*box) if box else None, masked=True)
+            yield file
+    except BadImage:
+        raise
     except Exception as error:  # a broken file makes readers raise nearly anything
-        raise BadImage(name, f"the mask cannot be read: {error}") from error
+        raise BadImage(os.path.basename(path), f"the mask cannot be read: {error}") from error
+
+
+def _class_numbers(file: Any, window: Any = None) -> np.ndarray:
+    """The first band of an open mask as uint32 (h, w), `IGNORE` where it has no data. Raises:
+    BadImage."""
+    found = file.read(1, window=window, masked=True)
     values = np.where(np.ma.getmaskarray(found), IGNORE, found.data)
     good = (values >= 0) & (values < 2**32) & (values == np.floor(values))  # NaN is not
     if not good.all():
+        name = os.path.basename(file.name)
         raise BadImage(name, f"the mask holds {values[~good][0]:g}, which is no class number")
     return values.astype(np.uint32)
 
 
 def _numbers(path: Path) -> np.ndarray:
-    return np.unique(_class_numbers(path))
+    """Those that a mask holds, block by block: a whole scene may not fit into memory."""
+    used: set[int] = set()
+    with _mask(path) as file:
+        for _, window in file.block_windows(1):
+            used.update(np.unique(_class_numbers(file, window)).tolist())
+    return np.array(sorted(used))
 
 
 def _check_same_place(file: Any, path: Path) -> None:
