@@ -25,6 +25,7 @@ SCRIPTS = (
     "exits",
     "gpu_check",
     "learning/study",
+    "long_video",
     "objectives",
     "presets",
     "resume",

@@ -1,0 +1,121 @@
+"""A real video of 795 frames in one scan and as a stream.
+
+    python benchmarks/long_video.py                      # some minutes of one core
+    python benchmarks/long_video.py --only both --out FOLDER
+
+`both` inflates `--encoder` and encodes all frames of the sample set `pedestrians` in one scan.
+`forward` does so with an encoder that reads forward only, first as a stream in pieces of `--piece`
+frames, then in one pass; the largest difference between the two is wanted below 1e-5 of 1 + the
+value. Memory is the rise of the resident set's peak while tokens are made and read; decoding is
+over by then. Each part has a process of its own. Rows are appended to results/long_video.csv.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from efficiency import peak_mib, reset_peak
+from rows import ORIGIN, append_rows, origin, results_parser
+
+FILE = "long_video.csv"
+PARTS = ("both", "forward")
+COLUMNS = (
+    *ORIGIN, "threads", "what", "video", "encoder", "img_size", "frames", "tokens", "piece",
+    "cpu_seconds", "rise_mib", "peak_mib", "largest_difference",
+)  # fmt: skip
+FRAMES = 795
+
+
+def encode(part: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The whole video, by an encoder of pictures that is inflated; returns the rows."""
+    import torch
+
+    from vim_ssl import create_transform, load_encoder
+    from vim_ssl.data import open_data
+    from vim_ssl.video import inflate
+
+    kind = {"directions": "forward", "cls_position": "first"} if part == "forward" else {}
+    pictures = load_encoder(args.encoder, img_size=args.img_size, **kind)
+    encoder = inflate(pictures, frames=FRAMES, tubelet=1).eval()
+    clip = create_transform(encoder)(open_data(f"sample:pedestrians?frames={FRAMES}")[0]["image"])
+    rows: list[dict[str, Any]] = []
+
+    def measured(what: str, run) -> Any:
+        reset_peak(False)
+        before, began = peak_mib(False), time.process_time()
+        out = run()
+        rows.append({
+            "what": what, "video": "sample:pedestrians", "encoder": args.encoder,
+            "img_size": args.img_size, "frames": FRAMES, "tokens": out.shape[1],
+            "cpu_seconds": round(time.process_time() - began, 1),
+            "rise_mib": round(peak_mib(False) - before, 1), "peak_mib": round(peak_mib(False)),
+        })  # fmt: skip
+        return out
+
+    def stream():
+        state, parts = None, []
+        for first in range(0, FRAMES, args.piece):
+            piece = clip[None, :, first : first + args.piece]
+            out, state = encoder.forward_stream(
+                encoder.embed(piece, first=first, frames=FRAMES), state
+            )
+            parts.append(out)
+        return torch.cat(parts, 1)
+
+    with torch.no_grad():
+        encoder.forward_tokens(encoder.embed(clip[None, :, :2]))  # compiles
+        if part == "both":
+            measured("one scan, both directions", lambda: encoder.forward_features(clip[None]))
+            return rows
+        streamed = measured("a stream, forward", stream)
+        whole = measured(
+            "one scan, forward", lambda: encoder.forward_tokens(encoder.embed(clip[None]))
+        )
+    difference = ((streamed - whole).abs() / (1 + whole.abs())).max().item()
+    rows[0] |= {"piece": args.piece, "largest_difference": f"{difference:.1e}"}
+    return rows
+
+
+def main() -> int:
+    parser = results_parser(__doc__, FILE)
+    add = parser.add_argument
+    add("--only", nargs="+", default=PARTS, choices=PARTS, help="parts")
+    add("--encoder", default="vim_mini_patch8_96.offline_rgb", help="of pictures")
+    add("--img-size", type=int, default=32, help="pixels, of a frame")
+    add("--piece", type=int, default=15, help="frames of the stream at a time")
+    add("--threads", type=int, default=1, help="of torch")
+    add("--tell", help=argparse.SUPPRESS)  # of the processes that this one starts
+    args = parser.parse_args()
+    if args.tell:
+        import torch
+
+        torch.set_num_threads(args.threads)
+        (part,) = args.only
+        rows = encode(part, args)
+        Path(args.tell).write_text(json.dumps(rows))
+        return 0
+    good = True
+    for part in args.only:
+        with tempfile.TemporaryDirectory() as root:
+            told = Path(root) / "rows.json"
+            command = [sys.executable, *sys.argv, "--only", part, "--tell", str(told)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"{part} failed:\n{done.stdout[-2000:]}{done.stderr[-3000:]}")
+            rows = json.loads(told.read_text())
+        append_rows(
+            args.out / FILE, COLUMNS, [origin() | r | {"threads": args.threads} for r in rows]
+        )
+        for row in rows:
+            print(", ".join(f"{k} {v}" for k, v in row.items()), flush=True)
+            good &= float(row.get("largest_difference", 0)) <= 1e-5
+    return int(not good)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
