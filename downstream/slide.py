@@ -124,9 +124,11 @@ def run(config: Config) -> dict[str, Any]:
     with contextlib.closing(folder):
         fit(BagObjective(pool).train(), samples, config, folder, accelerator)
         if accelerator.is_main_process:
-            metrics["mean"] = judge(by_mean(train, test, classes), truth(test), "class")
+            metrics["mean"] = judge(
+                by_mean(train, test, classes), truth(test), "class", test.groups
+            )
             logits, weights = by_attention(pool, test)
-            metrics["attention"] = judge(logits, truth(test), "class")
+            metrics["attention"] = judge(logits, truth(test), "class", test.groups)
             metrics |= {"protocol": to_dict(config), **environment()}
             with folder.writing("metrics.json"):
                 write(folder.folder, test, logits, weights)

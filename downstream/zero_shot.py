@@ -140,8 +140,7 @@ def classify(features: Features, classifier: Tensor) -> tuple[dict[str, Any], Te
 def _judged(name: str, right: Tensor, groups: Sequence[Hashable] | None) -> dict[str, Any]:
     """The share of the questions (n,) that are answered right, and its interval."""
     share = share_right(right, True)
-    apart = groups is None or len(set(groups)) == len(groups)  # each question for itself
-    return {name: round(share.value, 2), f"{name}_ci": share.interval(None if apart else groups)}
+    return {name: round(share.value, 2), f"{name}_ci": share.interval(groups)}
 
 
 def search(pairs: PairFeatures, data: ImageData) -> dict[str, Any]:

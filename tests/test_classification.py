@@ -21,7 +21,7 @@ from vim_ssl.classification import (
     balanced_weights,
     check_labels,
 )
-from vim_ssl.data import open_data
+from vim_ssl.data import ImageData, open_data
 from vim_ssl.data.loader import EpochBatches, SeededSamples
 from vim_ssl.data.rasters import EUROSAT_CLASSES
 from vim_ssl.downstream import finetune
@@ -178,6 +178,40 @@ def test_the_mean_average_precision_is_scikit_learns(how):
     )
 
 
+@pytest.mark.parametrize("targets", ["class", "ordinal", "multi-label"])
+def test_every_figure_has_its_interval_and_a_patient_counts_as_one(targets):
+    draw = torch.Generator().manual_seed(0)
+    patients = torch.arange(240) // 10
+    labels = torch.randint(0, 7, (24,), generator=draw)
+    asked = F.one_hot(labels, 7)
+    truth = labels[:, None] > torch.arange(6) if targets == "ordinal" else asked
+    noise = torch.randn(truth.shape, generator=draw)
+    logits = (truth.float() - 0.5 + 0.5 * noise)[patients]  # alike of a patient
+    labels = (asked if targets == "multi-label" else labels)[patients]
+    plain = judge(logits, labels, targets)
+    grouped = judge(logits, labels, targets, groups=[str(i) for i in patients.tolist()])
+    names = {name for name in plain if f"{name}_ci" in plain}
+    assert names == {name for name in plain if not name.endswith("_ci")} - {"confusion"}
+    for name in names:
+        assert plain[name] == grouped[name]
+        (low, high), wide = plain[f"{name}_ci"], grouped[f"{name}_ci"]
+        assert low <= plain[name] <= high, name
+        assert wide[1] - wide[0] > 1.5 * (high - low) or plain[name] == 100, name
+    alone = [str(i) for i in range(240)]
+    assert judge(logits, labels, targets, groups=alone) == plain
+
+
+def test_a_balanced_accuracys_interval_weighs_classes_alike():
+    """Of a class with few pictures less is known, however many the others have."""
+    labels = torch.tensor([0] * 990 + [1] * 10)
+    logits = F.one_hot(torch.where(torch.arange(1000) % 10 == 0, 1 - labels, labels), 2).float()
+    found = judge(logits, labels, "class")
+    low, high = found["top1_ci"]
+    assert high - low < 4
+    low, high = found["balanced_accuracy_ci"]
+    assert 10 < high - low < 25
+
+
 def test_the_tables_name_pictures_and_classes(tmp_path):
     logits = torch.tensor([[3.0, 1], [0, 2], [0, 2]])
     labels = torch.tensor([0, 1, 0])
@@ -220,6 +254,17 @@ def test_the_validation_part_chooses_the_epoch_and_ends_the_training(bands, tmp_
     assert (tmp_path / BEST).exists()
     supervised_pretrain.main(["--output", str(tmp_path), "--resume", "auto"])  # still enough
     assert len([r for r in read_metrics(tmp_path) if "val_top1" in r]) == 3
+
+
+def test_a_validation_part_without_any_label_is_told_before_training(tmp_path, monkeypatch):
+    labels = [[1, 0], [0, 1]] + 30 * [[0, 0]]
+    data = ImageData([np.zeros((28, 28), np.uint8)] * 32, map(str, range(32)), name="x",
+                     labels=labels)  # fmt: skip
+    monkeypatch.setattr(supervised_pretrain, "labelled_parts", lambda *_: (data, data))
+    argv = [*QUICK, "--preset", "demo", "--targets", "multi-label", "--validation", "0.1"]
+    with pytest.raises(ValueError, match=r"no picture of the validation part of x .* has any"):
+        supervised_pretrain.main([*argv, "--data", "x", "--output", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_best_weights_are_those_taken(bands, tmp_path):
@@ -267,8 +312,9 @@ def test_a_head_for_other_classes_is_refused(bands, tmp_path):
         ([[0, 1, 1]], "class", r"shape \(1, 3\), which are no targets 'class'.*multi-label"),
         ([0, 1], "multi-label", r"shape \(2,\), which are no targets 'multi-label'"),
         ([[0, 1]], "multi-label", "2 labels a picture; expected one for each of 3 classes"),
+        ([[0, 0, 0]], "multi-label", r"no picture of x \(1\) has any of the labels"),
     ],
-    ids=["above", "below", "several", "one", "fewer"],
+    ids=["above", "below", "several", "one", "fewer", "none"],
 )
 def test_labels_that_do_not_fit_are_told(labels, targets, says):
     with pytest.raises(ValueError, match=says):

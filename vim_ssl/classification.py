@@ -31,10 +31,12 @@ from vim_ssl.encoder import VimEncoder
 from vim_ssl.evaluation.class_scores import (
     MAIN_FIGURE,
     TARGETS,
+    figures,
     judge,
     outputs,
     predicted,
     summary,
+    values,
     write_tables,
 )
 from vim_ssl.evaluation.embeddings import stream_features
@@ -198,6 +200,8 @@ def class_names(data) -> list[str]:
     """The classes' names; numbers where the data have none."""
     if data.classes:
         return list(data.classes)
+    if data.multi_label:
+        return [str(i) for i in range(len(data.labels[0]))]
     return [str(i) for i in range(max(data.labels or [-1]) + 1)]
 
 
@@ -241,7 +245,6 @@ def train_classifier(
         encoder, targets=config.targets, label_smoothing=config.label_smoothing,
         mixup=config.mixup, cutmix=config.cutmix, class_weights=weights,
     )  # fmt: skip
-    folder = Run.open(recipe, config, accelerator)
     average = make_average(encoder, config)
     averaged: Any = None if average is None else average.module
     final: VimEncoder = encoder if averaged is None else averaged
@@ -251,6 +254,9 @@ def train_classifier(
             train.labels, config.validation, config.seed, train.groups
         )
         train, watched = train.subset(kept), train.subset(held_out)
+        name = f"the validation part of {train.name}"
+        check_labels(name, watched.labels, config.targets, classes)
+    folder = Run.open(recipe, config, accelerator)
     validation = Validation(
         final, watched, folder.folder, config.targets, keep_best=config.validation > 0,
         patience=config.patience, batch_size=config.judge_batch,
@@ -315,6 +321,11 @@ def check_labels(name: str, labels: Any, targets: str, classes: Sequence[str]) -
             f"{name} has {labels.shape[1]} labels a picture; expected one for each of "
             f"{len(classes)} classes."
         )
+    if labels.dim() == 2 and not labels.any():
+        raise ValueError(
+            f"no picture of {name} ({len(labels)}) has any of the labels, so that their average "
+            "precision is not defined; hold out more, or draw by another --seed."
+        )
     if labels.dim() == 1 and not 0 <= int(labels.min()) <= int(labels.max()) < len(classes):
         raise ValueError(
             f"{name} has labels from {int(labels.min())} to {int(labels.max())}; expected those of "
@@ -369,19 +380,19 @@ class Validation:
             batch_size=self.batch_size, device=device,
         )  # fmt: skip
         self.encoder.train(training)
-        judged = judge(found.x, found.y, self.targets)
-        figures = {f"val_{k}": v for k, v in judged.items() if isinstance(v, float)}
-        if self.keep_best and figures[self.figure] > max(self._logged(), default=-math.inf):
+        judged = values(figures(found.x, found.y, self.targets))
+        logged = {f"val_{name}": value for name, value in judged.items()}
+        if self.keep_best and logged[self.figure] > max(self._logged(), default=-math.inf):
             state = {k: v.cpu().contiguous() for k, v in self.encoder.state_dict().items()}
             partial = self.folder / f".{BEST}.partial"
             save_file(state, partial)
             partial.replace(self.folder / BEST)
-        return figures
+        return logged
 
     def enough(self) -> bool:
-        values = self._logged()
-        return bool(self.patience and values) and (
-            len(values) - 1 - values.index(max(values)) >= self.patience
+        logged = self._logged()
+        return bool(self.patience and logged) and (
+            len(logged) - 1 - logged.index(max(logged)) >= self.patience
         )
 
     def take_best(self) -> None:
@@ -410,6 +421,6 @@ def evaluate(
     device = next(encoder.parameters()).device
     found = extract(encoder.eval(), data, create_transform(encoder), device=device, **more)
     check_labels(data.name, found.y, targets, classes)  # those of a stream are known only now
-    judged = judge(found.x, found.y, targets)
+    judged = judge(found.x, found.y, targets, found.groups)
     write_tables(folder, judged, found.x, found.y, found.ids, classes, targets)
     return {"test": len(found.y), **judged, "skipped": found.skipped}

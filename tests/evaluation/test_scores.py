@@ -41,8 +41,16 @@ def test_the_bootstrap_of_a_share_is_about_wilsons():
     right = np.arange(400) % 10 < 7
     figure = share_right(right, np.ones(400, bool))
     assert figure.interval() == wilson_interval(70.0, 400)
-    alone = [str(i) for i in range(400)]
-    assert figure.interval(alone) == pytest.approx(wilson_interval(70.0, 400), abs=1.0)
+    pairs = [str(i // 2) for i in range(400)]  # of which seven in ten are right, as of pictures
+    both = share_right(np.repeat(right[:200], 2), np.ones(400, bool))
+    assert both.interval(pairs) == pytest.approx(wilson_interval(70.0, 200), abs=1.5)
+
+
+def test_groups_of_one_picture_each_are_no_groups():
+    """So that of 0 and 100 % something is said, too."""
+    figure = share_right([1] * 20, [1] * 20)
+    alone = [str(i) for i in range(20)]
+    assert figure.interval(alone) == figure.interval() == wilson_interval(100.0, 20)
 
 
 def test_pictures_of_one_group_count_as_one():

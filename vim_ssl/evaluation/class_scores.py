@@ -8,7 +8,7 @@ ordinal      (b,) int64, ordered       how many of the classes - 1 logits are ab
 
 import csv
 import math
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vim_ssl.evaluation.scores import mean_average_precision, wilson_interval
+from vim_ssl.evaluation.scores import Figure, mean_average_precision, share_right
 
 TARGETS = ("class", "multi-label", "ordinal")
 MAIN_FIGURE = {"class": "top1", "multi-label": "map_macro", "ordinal": "top1"}
@@ -35,37 +35,66 @@ def predicted(logits: Tensor, targets: str) -> Tensor:
     return answers if targets == "multi-label" else answers.sum(1)
 
 
-def judge(logits: Tensor, labels: Tensor, targets: str) -> dict[str, Any]:
-    """Figures in per cent, rounded to 0.01, with what a table needs.
+def figures(logits: Tensor, labels: Tensor, targets: str) -> dict[str, Figure]:
+    """What answers are judged by, in per cent.
 
     Args:
         logits: (n, outputs) float32.
         labels: (n,) int64, or (n, classes) of 0 and 1.
-    Returns: ``top1`` with its interval ``top1_ci``, ``top5`` from six classes on,
-        ``balanced_accuracy``, ``confusion`` (truth by prediction) and, for ordinal ones,
-        ``mean_error`` in classes; for multi-label ``map_macro``, ``map_micro`` and ``exact``.
+    Returns: ``top1``, ``top5`` from six classes on, ``balanced_accuracy`` (the mean recall of the
+        classes that there are) and, for ordinal ones, ``mean_error`` in classes; for multi-label
+        ``map_macro``, ``map_micro`` and ``exact``.
     """
-    from sklearn import metrics
-
     guess = predicted(logits, targets)
     if targets == "multi-label":
         precision = mean_average_precision(logits.numpy(), labels.numpy())
-        exact = _percent((guess == labels).all(1).float().mean().item())
-        return {f"map_{how}": round(figure.value, 2) for how, figure in precision.items()} | {
-            "exact": exact
-        }
-    classes = logits.shape[1] + (targets == "ordinal")
-    top1 = _percent((guess == labels).float().mean().item())
-    found: dict[str, Any] = {"top1": top1, "top1_ci": wilson_interval(top1, len(labels))}
-    if targets == "class" and classes > 5:
+        found = {f"map_{how}": figure for how, figure in precision.items()}
+        return found | {"exact": share_right((guess == labels).all(1), True)}
+    found = {"top1": share_right(guess, labels)}
+    if targets == "class" and logits.shape[1] > 5:
         five = logits.topk(5, dim=1).indices == labels[:, None]
-        found["top5"] = _percent(five.any(1).float().mean().item())
+        found["top5"] = share_right(five.any(1), True)
     if targets == "ordinal":
-        found["mean_error"] = round((guess - labels).abs().float().mean().item(), 4)
-    confusion = metrics.confusion_matrix(labels, guess, labels=range(classes))
-    seen = confusion.sum(1) > 0
-    recall = confusion.diagonal()[seen] / confusion.sum(1)[seen]
-    return found | {"balanced_accuracy": _percent(recall.mean()), "confusion": confusion.tolist()}
+        error = (guess - labels).abs().double().numpy()
+        found["mean_error"] = Figure(lambda w: float(w @ error / w.sum()), len(error))
+    return found | {"balanced_accuracy": _balanced(guess.numpy(), labels.numpy())}
+
+
+def _balanced(guess: np.ndarray, truth: np.ndarray) -> Figure:
+    right, classes = guess == truth, int(truth.max()) + 1
+
+    def weighted(weights: np.ndarray) -> float:
+        samples = np.bincount(truth, weights, classes)
+        hits = np.bincount(truth, weights * right, classes)
+        return 100.0 * float((hits[samples > 0] / samples[samples > 0]).mean())
+
+    return Figure(weighted, len(truth))
+
+
+def values(found: dict[str, Figure]) -> dict[str, float]:
+    """Per cent rounded to 0.01, a ``mean_error`` to 0.0001."""
+    return {k: round(f.value, 4 if k == "mean_error" else 2) for k, f in found.items()}
+
+
+def judge(
+    logits: Tensor, labels: Tensor, targets: str, groups: Sequence[Hashable] | None = None
+) -> dict[str, Any]:
+    """The values of `figures`, each with its 95 % interval ``NAME_ci``, and of single labels the
+    ``confusion`` (truth by prediction).
+
+    Args:
+        groups: see `Figure.interval`.
+    """
+    from sklearn import metrics
+
+    found = figures(logits, labels, targets)
+    intervals = {f"{name}_ci": figure.interval(groups) for name, figure in found.items()}
+    judged: dict[str, Any] = values(found) | intervals
+    if targets == "multi-label":
+        return judged
+    classes = range(logits.shape[1] + (targets == "ordinal"))
+    confusion = metrics.confusion_matrix(labels, predicted(logits, targets), labels=classes)
+    return judged | {"confusion": confusion.tolist()}
 
 
 def summary(metrics: dict[str, Any]) -> str:
@@ -74,16 +103,13 @@ def summary(metrics: dict[str, Any]) -> str:
     if "split" in metrics:
         where = f"on {metrics['test']:,} pictures (split: {metrics['split']})"
     if "top1" not in metrics:
-        return f"mAP {metrics['map_macro']:.1f} % {where}"
+        low, high = metrics["map_macro_ci"]
+        return f"mAP {metrics['map_macro']:.1f} % [{low:.1f}, {high:.1f}] {where}"
     low, high = metrics["top1_ci"]
     text = f"top-1 {metrics['top1']:.1f} % [{low:.1f}, {high:.1f}]"
     if "top5" in metrics:
         text += f", top-5 {metrics['top5']:.1f} %"
     return f"{text} {where}"
-
-
-def _percent(share: float) -> float:
-    return round(100 * float(share), 2)
 
 
 def write_tables(

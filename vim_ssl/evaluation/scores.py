@@ -44,7 +44,7 @@ class Figure:
             groups: one a picture; groups are drawn as a whole. By default every picture is one, and
                 also if all are of one group: what another group would give, none can say.
         """
-        if groups is not None and len(set(groups)) < 2:
+        if groups is not None and len(set(groups)) in (1, self.n):
             groups = None
         if self.share and groups is None:
             return wilson_interval(self.value, self.n)
@@ -90,7 +90,8 @@ def mean_average_precision(scores, truth) -> dict[str, Figure]:
 
     def macro(weights: np.ndarray) -> float:
         values = np.array([at(weights) for at in each])
-        return 100.0 * float(values[~np.isnan(values)].mean())
+        there = values[~np.isnan(values)]
+        return 100.0 * float(there.mean()) if len(there) else float("nan")
 
     def micro(weights: np.ndarray) -> float:
         return 100.0 * pairs(np.repeat(weights, classes))
