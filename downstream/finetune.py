@@ -150,7 +150,7 @@ def judge_as_it_is(config: Config, source: str, spec: str, device) -> dict[str, 
         "task": "evaluation", "data": test.name, "split": split, "encoder": source,
     }  # fmt: skip
     metrics |= evaluate(
-        encoder, test, folder, config.targets, classes, batch_size=config.batch_size,
+        encoder, test, folder, config.targets, classes, batch_size=config.judge_batch,
         workers=config.workers,
     )  # fmt: skip
     published = RELEASED_FILES.get(Path(source).name)

@@ -259,7 +259,7 @@ def train_classifier(
     folder = Run.open(recipe, config, accelerator)
     validation = Validation(
         final, watched, folder.folder, config.targets, keep_best=config.validation > 0,
-        patience=config.patience, batch_size=config.judge_batch,
+        patience=config.patience, batch_size=config.judge_batch, workers=config.workers,
     )  # fmt: skip
     watching = config.validation > 0 or config.eval_every <= config.epochs
     samples = SeededSamples(
@@ -292,8 +292,9 @@ def train_classifier(
                 validation.take_best()
                 write_encoder()
             metrics |= evaluate(
-                final, test, folder.folder, config.targets, classes, batch_size=config.judge_batch
-            )
+                final, test, folder.folder, config.targets, classes,
+                batch_size=config.judge_batch, workers=config.workers,
+            )  # fmt: skip
             metrics |= {"protocol": to_dict(config), **environment()}
             with folder.writing("metrics.json"):
                 (folder.folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
@@ -360,15 +361,17 @@ class Validation:
         keep_best: whether `take_best` will be asked for.
         patience: evaluations without a better one after which it is enough; 0: never.
         batch_size: samples at once.
+        workers: data loading processes.
     """
 
     def __init__(
         self, encoder: VimEncoder, data, folder: Path, targets: str, *, keep_best: bool,
-        patience: int, batch_size: int = 128,
+        patience: int, batch_size: int = 128, workers: int = 0,
     ):  # fmt: skip
         self.encoder, self.data, self.folder = encoder, data, Path(folder)
         self.targets, self.keep_best, self.patience = targets, keep_best, patience
-        self.figure, self.batch_size = f"val_{MAIN_FIGURE[targets]}", batch_size
+        self.figure = f"val_{MAIN_FIGURE[targets]}"
+        self.loading = {"batch_size": batch_size, "workers": workers}
 
     def __call__(self) -> dict[str, float]:
         from safetensors.torch import save_file
@@ -376,8 +379,8 @@ class Validation:
         training = self.encoder.training
         device = next(self.encoder.parameters()).device
         found = extract_features(
-            self.encoder.eval(), self.data, create_transform(self.encoder),
-            batch_size=self.batch_size, device=device,
+            self.encoder.eval(), self.data, create_transform(self.encoder), device=device,
+            **self.loading,
         )  # fmt: skip
         self.encoder.train(training)
         judged = values(figures(found.x, found.y, self.targets))

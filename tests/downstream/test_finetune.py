@@ -143,6 +143,28 @@ def test_patience_ends_a_training_that_gets_no_better(run, tmp_path):
     assert rows[-1]["epoch"] == 6
 
 
+@pytest.mark.parametrize("judged", ["trained", "as-it-is"])
+def test_pictures_are_judged_in_batches_by_workers_as_asked(
+    judged, run, bands, tmp_path, monkeypatch
+):
+    save_encoder(VimEncoder(**SMALL | {"num_classes": 3}), tmp_path / "head")
+    asked = []
+    extract = classification.extract_features
+
+    def watched(*args, batch_size, workers, **more):
+        asked.append((batch_size, workers))
+        return extract(*args, batch_size=batch_size, workers=0, **more)
+
+    monkeypatch.setattr(classification, "extract_features", watched)
+    encoder = ["--eval-only", "--encoder", str(tmp_path / "head")]
+    if judged == "trained":
+        encoder = ["--encoder", str(run), "--eval-every", "1", "--epochs", "1", "--max-steps", "1"]
+        monkeypatch.setattr(classification, "fit", lambda *_, evaluate, **__: evaluate())
+    more = ["--data", str(bands), "--judge-batch", "7", "--workers", "3"]
+    finetune.main([*encoder, *QUICK, *more, "--output", str(tmp_path / "out")])
+    assert asked == [(7, 3)] * (2 if judged == "trained" else 1)
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -283,7 +305,7 @@ def test_shards_are_judged_as_the_same_pictures_in_a_folder(head, bands, tmp_pat
         files["unlabelled.png"] = path.read_bytes()
         write_tar(tmp_path / f"{number}.tar", files)
     streamed, rows = judge(
-        head, f"wds:{tmp_path}", tmp_path / "out", "--workers", str(workers), "--batch-size", "7"
+        head, f"wds:{tmp_path}", tmp_path / "out", "--workers", str(workers), "--judge-batch", "7"
     )
     metrics, others = judge(head, str(bands), tmp_path / "folder")
     for key in ("test", "top1", "confusion"):
