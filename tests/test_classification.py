@@ -26,6 +26,7 @@ from vim_ssl.data.loader import EpochBatches, SeededSamples
 from vim_ssl.data.rasters import EUROSAT_CLASSES
 from vim_ssl.downstream import finetune
 from vim_ssl.evaluation.class_scores import judge, outputs, predicted, write_tables
+from vim_ssl.evaluation.medmnist_scores import medmnist_accuracy, medmnist_auc
 from vim_ssl.recipes import supervised_pretrain
 from vim_ssl.runs import read_metrics
 
@@ -296,6 +297,43 @@ def test_an_encoder_with_a_head_is_judged_as_it_is(bands, tmp_path):
     with open(tmp_path / "out" / "predictions.csv") as file:
         guesses = [row["predicted"] for row in csv.DictReader(file)]
     assert guesses == [data.classes[i] for i in logits.argmax(1)]
+
+
+@pytest.mark.parametrize(
+    ("name", "labels", "targets"),
+    [
+        ("breastmnist", 2, "class"), ("bloodmnist", 8, "class"), ("retinamnist", 5, "class"),
+        ("retinamnist", 5, "ordinal"), ("chestmnist", 14, "multi-label"),
+        ("nodulemnist3d", 2, "class"),
+    ],
+)  # fmt: skip
+def test_medmnist_is_judged_by_its_own_figures(name, labels, targets, tmp_path, capsys):
+    draw = np.random.default_rng(0)
+    shape, count = (4, 28, 28) if name.endswith("3d") else (28, 28), 20
+    truth = (np.arange(count) % labels)[:, None]
+    if targets == "multi-label":
+        truth = draw.integers(0, 2, (count, labels))
+    arrays = {f"{part}_{what}": values for part in ("train", "val", "test") for what, values in (
+        ("images", draw.integers(0, 256, (count, *shape), dtype=np.uint8)), ("labels", truth),
+    )}  # fmt: skip
+    np.savez(tmp_path / f"{name}.npz", **arrays)
+    encoder = VimEncoder(**SMALL, num_classes=outputs(targets, labels)).eval()
+    save_encoder(encoder, tmp_path / "encoder")
+    spec = f"medmnist:{tmp_path / name}.npz" + ("?axis=0" if name.endswith("3d") else "")
+    argv = ["--eval-only", "--encoder", str(tmp_path / "encoder"), "--data", spec]
+    finetune.main([*argv, "--targets", targets, "--output", str(tmp_path / "out")])
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    data, transform = open_data(spec, split="test"), create_transform(encoder)
+    with torch.no_grad():
+        logits = encoder(torch.stack([transform(item["image"]) for item in data]))
+    scores = logits.softmax(1) if targets == "class" else logits.sigmoid()
+    if targets == "ordinal":
+        more = torch.cat([torch.ones(count, 1), scores, torch.zeros(count, 1)], 1)
+        scores = more[:, :-1] - more[:, 1:]
+    scores = scores.unflatten(0, (count, -1)).mean(1).numpy()  # of a volume's planes
+    assert metrics["auc"] == pytest.approx(medmnist_auc(truth, scores, data.task), abs=1e-4)
+    assert metrics["acc"] == pytest.approx(medmnist_accuracy(truth, scores, data.task), abs=1e-4)
+    assert f"AUC {metrics['auc']:.3f}, ACC {metrics['acc']:.3f} on " in capsys.readouterr().out
 
 
 def test_a_head_for_other_classes_is_refused(bands, tmp_path):

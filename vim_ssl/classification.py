@@ -35,11 +35,13 @@ from vim_ssl.evaluation.class_scores import (
     judge,
     outputs,
     predicted,
+    probabilities,
     summary,
     values,
     write_tables,
 )
 from vim_ssl.evaluation.embeddings import stream_features
+from vim_ssl.evaluation.medmnist_scores import medmnist_figures
 from vim_ssl.evaluation.probes import extract_features
 from vim_ssl.loading import load_for_bands, save_encoder
 from vim_ssl.objective import StepOutput
@@ -414,7 +416,8 @@ class Validation:
 def evaluate(
     encoder: VimEncoder, data, folder: Path, targets: str, classes: list[str], **more: Any
 ) -> dict[str, Any]:
-    """Figures of an encoder with a head on labelled pictures; the tables go to ``folder``.
+    """Figures of an encoder with a head on labelled pictures, of MedMNIST its own ``auc`` and
+    ``acc`` too; the tables go to ``folder``.
 
     Args:
         data: map-style, or a stream.
@@ -426,4 +429,7 @@ def evaluate(
     check_labels(data.name, found.y, targets, classes)  # those of a stream are known only now
     judged = judge(found.x, found.y, targets, found.groups)
     write_tables(folder, judged, found.x, found.y, found.ids, classes, targets)
+    if task := getattr(data, "task", None):
+        scores = probabilities(found.x, targets).numpy()
+        judged |= medmnist_figures(found.y.numpy(), scores, task, found.groups)
     return {"test": len(found.y), **judged, "skipped": found.skipped}

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vim_ssl.evaluation.scores import Figure, mean_average_precision, share_right
@@ -33,6 +34,17 @@ def predicted(logits: Tensor, targets: str) -> Tensor:
         return logits.argmax(1)
     answers = (logits > 0).long()
     return answers if targets == "multi-label" else answers.sum(1)
+
+
+def probabilities(logits: Tensor, targets: str) -> Tensor:
+    """(b, outputs) -> (b, classes): of each class, or of each label by itself for multi-label."""
+    if targets == "class":
+        return logits.softmax(1)
+    answers = torch.sigmoid(logits)
+    if targets == "multi-label":
+        return answers
+    # P(more than k - 1) - P(more than k)
+    return F.pad(answers, (1, 0), value=1.0) - F.pad(answers, (0, 1), value=0.0)
 
 
 def figures(logits: Tensor, labels: Tensor, targets: str) -> dict[str, Figure]:
@@ -104,11 +116,15 @@ def summary(metrics: dict[str, Any]) -> str:
         where = f"on {metrics['test']:,} pictures (split: {metrics['split']})"
     if "top1" not in metrics:
         low, high = metrics["map_macro_ci"]
-        return f"mAP {metrics['map_macro']:.1f} % [{low:.1f}, {high:.1f}] {where}"
-    low, high = metrics["top1_ci"]
-    text = f"top-1 {metrics['top1']:.1f} % [{low:.1f}, {high:.1f}]"
+        text = f"mAP {metrics['map_macro']:.1f} % [{low:.1f}, {high:.1f}]"
+    else:
+        low, high = metrics["top1_ci"]
+        text = f"top-1 {metrics['top1']:.1f} % [{low:.1f}, {high:.1f}]"
     if "top5" in metrics:
         text += f", top-5 {metrics['top5']:.1f} %"
+    for name in ("auc", "acc"):
+        if metrics.get(name) is not None:
+            text += f", {name.upper()} {metrics[name]:.3f}"
     return f"{text} {where}"
 
 

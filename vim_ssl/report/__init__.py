@@ -73,6 +73,8 @@ RESULTS = {
     "map_macro": ("Mean average precision", " %"),
     "map_micro": ("Average precision of all labels as one", " %"),
     "exact": ("Pictures with every label right", " %"),
+    "auc": ("AUC as MedMNIST has it, 0 to 1", ""),
+    "acc": ("Accuracy as MedMNIST has it, 0 to 1", ""),
     "miou": ("Mean IoU", " %"),
     "aacc": ("Pixels right", " %"),
     "macc": ("Mean recall", " %"),
@@ -393,6 +395,8 @@ def _score(row: dict, key: str, unit: str = " %") -> str:
     text = "–"
     if _is_number(value):
         text = f"{value:.1f}{unit}" if not 0 < value < 1 else f"{value:.1g}{unit}"  # as chance is
+        if not unit:  # a share as it is published
+            text = f"{value:.3f}"
     if isinstance(ci, list) and len(ci) == 2 and all(map(_is_number, ci)):
         text += f" <small>{ci[0]:.1f} – {ci[1]:.1f}</small>"
     return text
