@@ -387,7 +387,7 @@ def test_zero_shot_figures_of_another_form_do_not_cost_the_page(finished: Path, 
 
 RESULT = {"data": "masks:tiles", "train": 90, "test": 1200, "skipped": ["a.png"],
           "miou": 61.234, "miou_ci": [58.0, 64.5], "aacc": 88.0, "volume_hd95": 3.21,
-          "top1": None}  # fmt: skip
+          "auc": 0.98765, "top1": None}  # fmt: skip
 
 
 def add_result(folder: Path, classes: int = 2) -> None:
@@ -400,6 +400,7 @@ def add_result(folder: Path, classes: int = 2) -> None:
 def test_a_run_on_labels_tells_what_it_is_worth(finished: Path):
     add_result(finished)
     page = Page(write_report(finished))
+    assert "AUC as MedMNIST has it, 0 to 10.988" in page.text  # and not 1.0
     for wanted in (
         "Result on the test part", "Mean IoU61.2 % 58.0 – 64.5", "61.2 %on the test part",
         "Pixels right88.0 %", "3.2 mm", "90 to train on, 1,200 to test on, 1 unreadable",

@@ -73,8 +73,6 @@ RESULTS = {
     "map_macro": ("Mean average precision", " %"),
     "map_micro": ("Average precision of all labels as one", " %"),
     "exact": ("Pictures with every label right", " %"),
-    "auc": ("AUC as MedMNIST has it, 0 to 1", ""),
-    "acc": ("Accuracy as MedMNIST has it, 0 to 1", ""),
     "miou": ("Mean IoU", " %"),
     "aacc": ("Pixels right", " %"),
     "macc": ("Mean recall", " %"),
@@ -86,6 +84,8 @@ RESULTS = {
         for kind in ("box", "mask")
         for name, title in (("ap", "AP"), ("ap50", "AP50"), ("ap75", "AP75"), ("ar", "Recall"))
     },
+    "auc": ("AUC as MedMNIST has it, 0 to 1", ""),
+    "acc": ("Accuracy as MedMNIST has it, 0 to 1", ""),
 }
 SHOWN_CLASSES = 40
 COUNTERS = ("step", "epoch", "seconds", "samples", "bad_steps", "skipped")
