@@ -27,7 +27,11 @@ Model = TypeVar("Model", bound=nn.Module)
 
 @dataclass
 class DenseConfig(TrainConfig):
-    """The options of every dense task."""
+    """The options of every dense task.
+
+    Raises: ValueError for ``ema``, among others: a run averages its encoder alone, and heads that
+        were trained on top of another one would not fit the average.
+    """
 
     encoder: str = opt("", "run, checkpoint, preset or Hub id; default: the newest run", "data")
     data: str = opt("", "what it learns from", "data")
