@@ -107,7 +107,7 @@ def emoji_clip() -> Config:
         val="sample:twemoji?split=test&tones=none", crop_scale=(0.6, 1.0), color_jitter=0.4,
         encoder="vim_nano_patch16_64", model_args={"depth": 2},
         text_width=256, text_depth=2, text_heads=4, embed_dim=256, vocab_size=2048,
-        context_length=24, epochs=24, warmup_epochs=0.5, batch_size=128, base_lr=7e-4,
+        context_length=24, epochs=18, warmup_epochs=0.5, batch_size=128, base_lr=7e-4,
         lr_reference_batch=128, weight_decay=0.2, betas=(0.9, 0.98), eps=1e-6, workers=0,
         eval_every=4,
     )  # fmt: skip
