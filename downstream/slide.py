@@ -5,10 +5,10 @@
 
 The features come from files that `embed.py` wrote, tile by tile, in bounded memory and resumable;
 the encoder is not needed any more. Slides, not tiles, are held out and counted; those of one group
-(``slide:TABLE.csv?group=patient``) stay together. Two classifiers are
-compared: logistic regression on the mean of a slide's tiles, and gated attention over them
-(arXiv:1802.04712), trained here. In the run lie metrics.json, predictions.csv (a line a test slide)
-and attention.csv (a line a tile of these: where it lies and what it weighs).
+(``slide:TABLE.csv?group=patient``) stay together. Two classifiers are compared: logistic regression
+on the mean of a slide's tiles, and gated attention over them (arXiv:1802.04712), trained here. In
+the run lie metrics.json, predictions.csv (a line a test slide), attention.csv (a line a tile of
+these: where it lies and what it weighs) and report.html.
 """
 
 import contextlib
