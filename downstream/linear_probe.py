@@ -12,7 +12,8 @@ chosen on a part of the training set; the test set is used once. Of data without
 part is held out here; a run pretrained on the same data has seen its pictures, not its labels.
 
 Accuracy, or where a picture has several labels the mean average precision over the classes
-(macro), and over all pairs (micro). ``--head lars`` is MAE's head instead, without augmentation.
+(macro), and over all pairs (micro); of MedMNIST its own AUC and ACC too. ``--head lars`` is MAE's
+head instead, without augmentation.
 """
 
 import math
@@ -33,6 +34,7 @@ from vim_ssl.data.transforms import Transform
 from vim_ssl.data.video import ClipTransform
 from vim_ssl.evaluation.comparison import FIGURES, Comparison, ComparisonConfig
 from vim_ssl.evaluation.linear_heads import LinearHead, fit_lars, fit_logistic, lars_reach
+from vim_ssl.evaluation.medmnist_scores import medmnist_figures
 from vim_ssl.evaluation.probes import (
     C_GRID,
     Features,
@@ -73,13 +75,19 @@ class Config(ComparisonConfig):
 
 
 def probe(
-    name: str, train: Features, test: Features, readouts: dict[str, slice], config: Config
+    name: str,
+    train: Features,
+    test: Features,
+    readouts: dict[str, slice],
+    config: Config,
+    task: str = "",
 ) -> tuple[dict[str, Any], dict[str, Figure]]:
     """Choose on a part of ``train``, fit on all of it, test once: readout and C of the head,
     readout and standardisation of the nearest neighbours.
 
     Args:
         readouts: name -> columns of the features.
+        task: MedMNIST's, whose own figures the row has then too: ``auc`` and ``acc`` of the head.
     Returns: the row of the table, and the figures in it to be compared with others.
     """
     fit_part, val_part = stratified_split(
@@ -116,6 +124,9 @@ def probe(
     for key, figure in figures.items():
         row[key] = round(figure.value, 2)
         row[f"{key}_ci"] = figure.interval(test.groups, seed=config.seed)
+    if task:
+        scores = head.probabilities(x_test, int(train.y.max()) + 1).numpy()
+        row |= medmnist_figures(test.y.numpy(), scores, task, test.groups)
     return row, figures
 
 
@@ -167,7 +178,7 @@ def run(config: Config) -> dict:
         raise ValueError(f"{train.name} has several labels a picture; --shots needs one of each.")
     if comparison.main:
         _warn_of_lars(len(train), config)
-    tables = _Tables(config)
+    tables = _Tables(config, getattr(test, "task", None) or "")
     for features in comparison.features():
         tables.add(*features)
     if not comparison.main:
@@ -207,15 +218,15 @@ def _raw_pixels(encoder: VimEncoder) -> tuple[str, Transform]:
 class _Tables:
     """The rows of all features, and what compares them."""
 
-    def __init__(self, config: Config):
-        self.config = config
+    def __init__(self, config: Config, task: str):
+        self.config, self.task = config, task
         self.rows: list[dict] = []
         self.few_shot: list[dict] = []
         self.skipped: list[str] = []
         self.figures: dict[str, dict[str, Figure]] = {}
 
     def add(self, name: str, train: Features, test: Features, readouts: dict[str, slice]) -> None:
-        row, self.figures[name] = probe(name, train, test, readouts, self.config)
+        row, self.figures[name] = probe(name, train, test, readouts, self.config, self.task)
         self.rows.append(row)
         self.few_shot += few_shots(name, train, test, readouts, self.config)
         self.skipped, self.groups = train.skipped + test.skipped, test.groups
@@ -247,6 +258,9 @@ def _print_table(metrics: dict) -> None:
         cells = [f"{row[k]:5.1f} % [{row[f'{k}_ci'][0]:.1f}, {row[f'{k}_ci'][1]:.1f}]"
                  for k in ("logistic", "knn")]  # fmt: skip
         print(f"{row['features']:26} {row['readout']:10} {cells[0]:24} {cells[1]:22}")
+        if "acc" in row:
+            area = "not defined" if row["auc"] is None else f"{row['auc']:.3f}"
+            print(f"{'':26} {'':10} MedMNIST's AUC {area}, ACC {row['acc']:.3f}")
     print(f"{FIGURES[metrics['figure']]} on the test part, 95 % interval in brackets.")
     for row in metrics["differences"]:
         low, high = row["logistic_ci"]

@@ -292,6 +292,30 @@ def test_pictures_with_several_labels_are_judged_by_average_precision(
 
 
 @pytest.mark.parametrize(
+    ("name", "labels"), [("breastmnist", 2), ("bloodmnist", 8), ("chestmnist", 14)]
+)
+def test_medmnist_has_its_own_figures_too(name, labels, encoder_file, tmp_path, capsys):
+    draw, count = np.random.default_rng(0), 64
+    truth = (np.arange(count) % labels)[:, None]
+    if labels == 14:
+        truth = draw.integers(0, 2, (count, labels))
+    pictures = draw.integers(0, 128, (count, 28, 28), dtype=np.uint8)
+    pictures[:, 14:] += (truth[:, :1, None] * 8).astype(np.uint8)  # something to find
+    arrays = {f"{part}_{what}": values for part in ("train", "val", "test")
+              for what, values in (("images", pictures), ("labels", truth))}  # fmt: skip
+    np.savez(tmp_path / f"{name}.npz", **arrays)
+    data = f"medmnist:{tmp_path / name}.npz"
+    argv = ["--encoder", str(encoder_file), "--data", data, "--output", str(tmp_path / "out")]
+    rows = probe(*argv)["rows"]
+    printed = capsys.readouterr().out
+    for row in rows:
+        assert f"AUC {row['auc']:.3f}, ACC {row['acc']:.3f}" in printed
+        assert 0.5 < row["auc"] <= 1  # tested on what was trained on
+        if labels != 14:  # the share of right answers, which MedMNIST gives as a part of 1
+            assert row["acc"] == pytest.approx(row["logistic"] / 100, abs=1e-4)
+
+
+@pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["--shots", "0"], "1 or more"),

@@ -41,6 +41,17 @@ class LinearHead:
         parts = ((part - self.mean) / self.std @ self.weight for part in x.split(CHUNK))
         return torch.cat([part + self.bias for part in parts])
 
+    def probabilities(self, x: Tensor | np.ndarray, count: int) -> Tensor:
+        """Of each of ``count`` classes (n, count); 0 of one that was not seen."""
+        scores = self.scores(x)
+        if self.classes is None:
+            return scores.sigmoid()
+        if scores.shape[1] == 1:
+            scores = torch.cat([torch.zeros_like(scores), scores], 1)
+        found = scores.new_zeros(len(scores), count)
+        found[:, self.classes] = scores.softmax(1)
+        return found
+
     def predict(self, x: Tensor | np.ndarray) -> Tensor:
         """Labels (n,), or rows of 0 and 1 (n, k), int64."""
         scores = self.scores(x)
