@@ -1,4 +1,4 @@
-"""A real video of 795 frames in one scan and as a stream.
+"""A real video of 795 frames in one scan and as a stream, and short real clips learned by heart.
 
     python benchmarks/long_video.py                      # some minutes of one core
     python benchmarks/long_video.py --only both --out FOLDER
@@ -7,7 +7,10 @@
 `forward` does so with an encoder that reads forward only, first as a stream in pieces of `--piece`
 frames, then in one pass; the largest difference between the two is wanted below 1e-5 of 1 + the
 value. Memory is the rise of the resident set's peak while tokens are made and read; decoding is
-over by then. Each part has a process of its own. Rows are appended to results/long_video.csv.
+over by then. `overfit` trains downstream/video.py from scratch on 30 clips of 8 frames, squares cut
+out of the two videos of `carphone`, pristine and distorted, and tests on the same: no larger set of
+labelled clips is in a package registry. Wanted are 99 % or more. Each part has a process of its
+own. Rows are appended to results/long_video.csv.
 """
 
 import argparse
@@ -23,12 +26,14 @@ from efficiency import peak_mib, reset_peak
 from rows import ORIGIN, append_rows, origin, results_parser
 
 FILE = "long_video.csv"
-PARTS = ("both", "forward")
+PARTS = ("both", "forward", "overfit")
 COLUMNS = (
     *ORIGIN, "threads", "what", "video", "encoder", "img_size", "frames", "tokens", "piece",
-    "cpu_seconds", "rise_mib", "peak_mib", "largest_difference",
+    "cpu_seconds", "rise_mib", "peak_mib", "largest_difference", "clips", "epochs", "top1",
 )  # fmt: skip
 FRAMES = 795
+CLIP, SQUARE = 8, (16, 0, 160, 144)  # of `carphone`, 176 x 144: frames of a clip, pixels of a frame
+LEARNER = "vim_nano_patch8_64"
 
 
 def encode(part: str, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -81,6 +86,34 @@ def encode(part: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def overfit(epochs: int, threads: int, root: Path) -> list[dict[str, Any]]:
+    """Train and test on the same clips; returns the row."""
+    from vim_ssl.data import open_data
+    from vim_ssl.downstream import video
+
+    data, clips = open_data("sample:carphone?frames=120"), 0
+    for item in data:
+        (frames,) = item["image"].clips()
+        for i in range(len(frames) // CLIP * CLIP):
+            for split in ("train", "test"):
+                folder = root / split / data.classes[item["label"]] / f"{i // CLIP:02}"
+                folder.mkdir(parents=True, exist_ok=True)
+                frames[i].crop(SQUARE).save(folder / f"{i:03}.png")
+        clips += len(frames) // CLIP
+    began = time.process_time()
+    # Crops of about the size at which clips are judged: other sizes would look like other contrast.
+    metrics = video.run(video.Config(
+        encoder=LEARNER, data=f"video:{root}?frames={CLIP}", crop_scale=(0.7, 0.9), hflip=0.0,
+        epochs=epochs, warmup_epochs=2, batch_size=10, base_lr=1e-3, lr_reference_batch=10,
+        layer_decay=None, threads=threads, trackers=("none",), output=str(root / "run"),
+    ))  # fmt: skip
+    return [{
+        "what": "clips learned by heart", "video": "sample:carphone", "encoder": LEARNER,
+        "img_size": 64, "frames": CLIP, "clips": clips, "epochs": epochs, "top1": metrics["top1"],
+        "cpu_seconds": round(time.process_time() - began, 1),
+    }]  # fmt: skip
+
+
 def main() -> int:
     parser = results_parser(__doc__, FILE)
     add = parser.add_argument
@@ -88,6 +121,7 @@ def main() -> int:
     add("--encoder", default="vim_mini_patch8_96.offline_rgb", help="of pictures")
     add("--img-size", type=int, default=32, help="pixels, of a frame")
     add("--piece", type=int, default=15, help="frames of the stream at a time")
+    add("--epochs", type=int, default=12, help="of overfit")
     add("--threads", type=int, default=1, help="of torch")
     add("--tell", help=argparse.SUPPRESS)  # of the processes that this one starts
     args = parser.parse_args()
@@ -96,7 +130,12 @@ def main() -> int:
 
         torch.set_num_threads(args.threads)
         (part,) = args.only
-        rows = encode(part, args)
+        with tempfile.TemporaryDirectory() as root:
+            rows = (
+                overfit(args.epochs, args.threads, Path(root))
+                if part == "overfit"
+                else encode(part, args)
+            )
         Path(args.tell).write_text(json.dumps(rows))
         return 0
     good = True
@@ -113,7 +152,7 @@ def main() -> int:
         )
         for row in rows:
             print(", ".join(f"{k} {v}" for k, v in row.items()), flush=True)
-            good &= float(row.get("largest_difference", 0)) <= 1e-5
+            good &= float(row.get("largest_difference", 0)) <= 1e-5 and row.get("top1", 100) >= 99
     return int(not good)
 
 
