@@ -20,18 +20,14 @@ from vim_ssl.encoder import VimEncoder
 from vim_ssl.loading import load_encoder, load_for_bands, save_encoder, write_whole
 from vim_ssl.report import write_report
 from vim_ssl.runs import Run, environment, evaluation_folder
-from vim_ssl.training import TrainConfig, fit
+from vim_ssl.training import TrainConfig, fit, make_average
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass
 class DenseConfig(TrainConfig):
-    """The options of every dense task.
-
-    Raises: ValueError for ``ema``, among others: a run averages its encoder alone, and heads that
-        were trained on top of another one would not fit the average.
-    """
+    """The options of every dense task."""
 
     encoder: str = opt("", "run, checkpoint, preset or Hub id; default: the newest run", "data")
     data: str = opt("", "what it learns from", "data")
@@ -44,14 +40,15 @@ class DenseConfig(TrainConfig):
     base_lr: float = opt(1e-3, "learning rate per lr_reference_batch samples", "optimiser")
     betas: tuple[float, float] = opt((0.9, 0.999), "of AdamW", "optimiser")
     layer_decay: float | None = opt(0.8, "lr factor from a block to the one below", "optimiser")
+    ema: float = opt(
+        0.0, "decay of a moving average of encoder and heads, which is kept; 0: none", "optimiser"
+    )
     workers: int = opt(0, "data loading processes a rank", "run")
     eval_every: float = opt(1e9, "epochs between evaluations", "run")
 
     def __post_init__(self):
         super().__post_init__()
         check_between(self, 0, 1, "hflip", "drop_path")
-        if self.ema:
-            raise ValueError("ema averages the encoder, and not the heads that belong to it: 0.")
 
 
 def fresh_encoder(
@@ -91,30 +88,33 @@ class DenseTask:
     def train(
         self, config: DenseConfig, model: Any, source: str, transform, train, test, accelerator
     ) -> dict[str, Any]:
-        """Train ``model`` in a run of its own and judge it on ``test``, once, at the end.
+        """Train ``model`` in a run of its own and judge it on ``test``, once, at the end: its
+        average, where the configuration asks for one.
 
         Returns: the metrics that the run's metrics.json holds, on the main process.
         """
         run = Run.open(self.name, config, accelerator)
         record = {"recipe": self.name, "data": train.name, **environment()}
+        average = make_average(model, config)
+        final: Any = model if average is None else average.module
 
         def write_model() -> None:
             with run.writing("the model"):
-                model.save(run.folder, record)
+                final.save(run.folder, record)
 
         def figures() -> dict[str, float]:
-            found, _ = self.evaluate(model, test, run.folder)
+            found, _ = self.evaluate(final, test, run.folder)
             return {f"test_{name}": found[name] for name in self.watched if name in found}
 
         metrics: dict[str, Any] = {}
         with contextlib.closing(run):
             fit(
                 model.train(), SeededSamples(train, transform, config.seed), config, run,
-                accelerator, on_save=write_model,
+                accelerator, average=average, on_save=write_model,
                 evaluate=figures if config.eval_every <= config.epochs else None,
             )  # fmt: skip
             if accelerator.is_main_process:
-                metrics = self._judge(config, model, source, test, run.folder, len(train))
+                metrics = self._judge(config, final, source, test, run.folder, len(train))
                 with run.writing("report.html"):
                     print(f"Report: {write_report(run.folder)}")
         accelerator.end_training()

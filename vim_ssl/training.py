@@ -163,14 +163,15 @@ def make_accelerator(config: TrainConfig):
     return accelerator
 
 
-def make_average(encoder: nn.Module, config: TrainConfig) -> ModelEmaV3 | None:
-    """The moving average that ``config.ema`` asks for; its ``module`` is the averaged encoder.
+def make_average(model: nn.Module, config: TrainConfig) -> ModelEmaV3 | None:
+    """The moving average that ``config.ema`` asks for, of an encoder, or of a whole objective where
+    heads belong to it; its ``module`` is what is averaged.
 
     The decay rises over the steps, 1 - (1 + step)^(-2/3), until it is ``config.ema``.
     """
     if not config.ema:
         return None
-    average = ModelEmaV3(encoder, config.ema, use_warmup=True)
+    average = ModelEmaV3(model, config.ema, use_warmup=True)
     average.requires_grad_(False)
     return average
 
@@ -215,7 +216,8 @@ def fit(
         samples: the training data with its transform.
         run: the run directory; if it holds a checkpoint, training goes on from the newest.
         accelerator: from `make_accelerator`.
-        average: from `make_average`, of ``objective.encoder``; a part of every checkpoint.
+        average: from `make_average`, of ``objective`` or of its encoder; a part of every
+            checkpoint.
         evaluate: called every ``eval_every`` epochs on the main process; its figures are logged.
         enough: asked on the main process after each evaluation, and when a run is taken up; True
             ends the training.
@@ -238,7 +240,10 @@ def fit(
         schedule=config.schedule,
     )  # fmt: skip
     model, optimizer = accelerator.prepare(objective, optimizer)
+    averaged: nn.Module = objective
     if average is not None:
+        if type(average.module) is not type(objective):
+            averaged = objective.encoder
         # As a second model, so that checkpoints hold it, as safetensors.
         accelerator.prepare_model(average.module, evaluation_mode=True)
     progress = Progress()
@@ -263,7 +268,7 @@ def fit(
             if finite and (after_step := getattr(objective, "after_step", None)):
                 after_step()
             if finite and average is not None:
-                average.update(objective.encoder, progress.step + 1)
+                average.update(averaged, progress.step + 1)
             samples_seen = averages.pop("samples")
             plan.advance(progress, len(batches), samples_seen, finite)
             run.count_skipped(name for batch in batches for name in batch["skipped"])

@@ -168,6 +168,26 @@ def test_no_parameter_is_left_without_a_gradient(tmp_path):
         assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
 
+def test_the_average_of_encoder_and_head_is_judged_and_kept(tmp_path, encoder, data):
+    settings = ["--epochs", "4", "--base-lr", "5e-3", "--log-every", "1"]
+    for name, ema in (("plain", "0"), ("averaged", "0.99")):
+        found = train(encoder, data, tmp_path / name, *settings, "--ema", ema)
+    plain, averaged = (
+        {**load_file(tmp_path / name / "encoder.safetensors"),
+         **load_file(tmp_path / name / "segmentation.safetensors")}
+        for name in ("plain", "averaged")
+    )  # fmt: skip
+    losses = [[r["loss"] for r in read_metrics(tmp_path / name)] for name in ("plain", "averaged")]
+    assert losses[0] == losses[1]  # what is averaged does not disturb what is trained
+    trained = [k for k, v in plain.items() if v.is_floating_point() and v.ndim > 1]
+    assert {"patch_embed.proj.weight"} < set(trained)
+    assert not any(torch.equal(plain[key], averaged[key]) for key in trained)
+    argv = ["--eval-only", "--encoder", str(tmp_path / "averaged"), "--data", f"masks:{data}"]
+    assert segmentation.main([*argv, "--output", str(tmp_path / "again")]) == 0
+    again = json.loads((tmp_path / "again" / "metrics.json").read_text())
+    assert (again["miou"], again["aacc"]) == (found["miou"], found["aacc"])
+
+
 def test_resume_is_bit_identical(tmp_path, encoder, data):
     settings = ["--epochs", "4", "--batch-size", "2", "--log-every", "1"]
     train(encoder, data, tmp_path / "whole", *settings)
@@ -327,7 +347,6 @@ def test_one_class_in_all_pictures_is_a_result(tmp_path, encoder, data):
         (["--data", "masks:nowhere"], "lacks images/ and masks/; it is not there"),
         (["--data", "ade20k:DATA"], "lacks annotations/; it holds classes.txt, images, masks"),
         (["--crop", "30"], "img_size 30 is not divisible by patch_size 8"),
-        (["--ema", "0.9"], "ema averages the encoder, and not the head"),
         (["--norm", "batch", "--batch-size", "1"], "norm batch needs two crops"),
         (["--eval-only"], "holds no segmentation.safetensors"),
         (["--hflip", "2"], "hflip is 2; it must be 0 to 1"),
