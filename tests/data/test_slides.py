@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vim_ssl.data import open_data
+from vim_ssl.data import open_data, slides
 from vim_ssl.data.slides import tile_place, tissue
 
 tifffile = pytest.importorskip("tifffile")
@@ -72,6 +72,35 @@ def test_a_magnification_chooses_the_level(folder):
     assert [np.asarray(item["image"]).shape for item in data] == [(32, 32, 3)] * 3
     assert [item["image"].getpixel((9, 9))[0] for item in data] == list(PINK.values())
     assert [tile_place(id)[1] for id in data.ids] == [column * TILE for _, column in PINK]
+
+
+@pytest.mark.parametrize("side", [128, 150])
+def test_without_a_pyramid_wide_tiles_are_shrunk_piece_by_piece(folder, monkeypatch, side):
+    """A tile that spans the slide is what it is when read at once, in little memory."""
+    path = str(folder / "normal" / "flat.tif")
+    spec = f"slide:{path}?tile=32&mpp={side / 64}&tissue=none"  # 0.5 are its own
+
+    def found() -> tuple[list[np.ndarray], np.ndarray]:
+        data = open_data(spec)
+        assert {tile_place(id)[1] % side for id in data.ids} == {0}
+        return [np.asarray(item["image"]).astype(int) for item in data], tissue(path, side)
+
+    tiles, shares = found()
+    assert tiles[0].std() > 10
+    sizes, read = [], slides.open_picture(path).read
+
+    def watched(*args):
+        values = read(*args)
+        sizes.append(values.shape[0] * values.shape[1])
+        return values
+
+    monkeypatch.setattr(slides, "PIECE", 4096)
+    monkeypatch.setattr(slides.open_picture(path), "read", watched)
+    again, shares_again = found()
+    for one, other in zip(tiles, again, strict=True):
+        assert np.abs(one - other).max() <= 1
+    np.testing.assert_allclose(shares_again, shares, rtol=1e-5)
+    assert max(sizes) <= 4096 + side  # a row is read for both of its neighbours
 
 
 def test_slides_have_classes_and_stay_together(folder):

@@ -2,13 +2,14 @@
 
 Tiled TIFFs, pyramids or not, are read by tiffslide, tile by tile; a plain picture (PNG, JPEG) is
 decoded whole and cut. Which tiles have tissue is seen a row of tiles at a time, at a level of the
-pyramid where a tile has sixteen pixels or more, so that memory depends on the width alone.
+pyramid where a tile has sixteen pixels or more. Where no level is small enough, what is read is
+shrunk piece by piece, so that memory is bounded whatever a tile spans.
 """
 
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -30,6 +31,7 @@ COLOURED = (
 COLOURS = ("MINISBLACK", "RGB", "YCBCR")  # others, such as palettes, tiffslide hands on as grey
 GLANCE = 16  # pixels across a tile that are enough to see tissue
 TILE, TISSUE = 256, 0.1
+PIECE = 2**26  # pixels that are read at once at most, 0.2 GB
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,20 @@ class SlideTiles(OnDisk):
         tile = self.tiles[row]
         slide = open_picture(os.path.join(self.root, tile.name))
         level = slide.level(tile.side / self.pixels)
-        values = slide.read(tile.left, tile.top, tile.side, tile.side, level)
-        if values.shape[:2] != (self.pixels, self.pixels):
-            size = (self.pixels, self.pixels)
-            values = np.asarray(Image.fromarray(values).resize(size, Image.Resampling.BOX))
-        return values
+        taken = tile.side**2 / self.pixels / slide.downsamples[level] ** 2  # by a row
+        parts = []
+        for rows in _pieces(self.pixels, taken):
+            above, below = (y * tile.side / self.pixels for y in (rows.start, rows.stop))
+            top, bottom = math.floor(above), math.ceil(below)
+            values = slide.read(tile.left, tile.top + top, tile.side, bottom - top, level)
+            size, (height, width) = (self.pixels, len(rows)), values.shape[:2]
+            if (width, height) != size:
+                scale = height / (bottom - top)
+                box = (0, (above - top) * scale, width, min((below - top) * scale, height))
+                picture = Image.fromarray(values)
+                values = np.asarray(picture.resize(size, Image.Resampling.BOX, box))
+            parts.append(values)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def paths(self, row: int) -> list[str]:
         return [os.path.join(self.root, self.tiles[row].name)]
@@ -80,6 +91,7 @@ class _Plain:
     """A picture that is decoded whole."""
 
     mpp: float | None = None
+    downsamples: Sequence[float] = (1.0,)
 
     def __init__(self, path: str):
         self.values = np.asarray(decode_image(path, mode="RGB"))
@@ -152,6 +164,12 @@ def _open(path: str, changed: int, process: int) -> _Plain | _Tiled:
     return _Tiled(path) if path.lower().endswith(TIFFS) else _Plain(path)
 
 
+def _pieces(rows: int, pixels: float) -> Iterator[range]:
+    """So many rows of so many pixels each, as many at a time as `PIECE` allows, one at least."""
+    count = min(max(int(PIECE / pixels), 1), rows)
+    return (range(first, min(first + count, rows)) for first in range(0, rows, count))
+
+
 def tissue(path: str, side: int) -> np.ndarray:
     """(rows, columns) float32: the share of coloured pixels of every whole tile.
 
@@ -165,12 +183,15 @@ def tissue(path: str, side: int) -> np.ndarray:
     if not columns:
         return shares
     level = slide.level(side / GLANCE)
+    width = columns * side
     for row in range(rows):
-        strip = slide.read(0, row * side, columns * side, side, level)
-        coloured = strip.max(2).astype(np.int16) - strip.min(2) > COLOURED
-        edges = np.arange(columns) * coloured.shape[1] // columns
-        widths = np.diff(np.append(edges, coloured.shape[1]))
-        shares[row] = np.add.reduceat(coloured.mean(0), edges) / widths
+        for piece in _pieces(side, width / slide.downsamples[level] ** 2):
+            strip = slide.read(0, row * side + piece.start, width, len(piece), level)
+            coloured = strip.max(2) - strip.min(2) > COLOURED
+            edges = np.arange(columns) * coloured.shape[1] // columns
+            widths = np.diff(np.append(edges, coloured.shape[1]))
+            found = np.add.reduceat(coloured.mean(0), edges) / widths
+            shares[row] += found * (len(piece) / side)
     return shares
 
 
