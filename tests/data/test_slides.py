@@ -103,6 +103,13 @@ def test_without_a_pyramid_wide_tiles_are_shrunk_piece_by_piece(folder, monkeypa
     assert max(sizes) <= 4096 + side  # a row is read for both of its neighbours
 
 
+def test_a_resolution_of_printing_is_no_magnification(tmp_path):
+    path = write_tiff(tmp_path / "a.tif", mpp=25400 / 72)  # 72 dpi, as editors write
+    with pytest.raises(ValueError, match=r"pixels are 352\.778 micro.*enlarged 706 times"):
+        open_data(f"slide:{path}?tile=64&mpp=0.5")
+    assert len(open_data(f"slide:{path}?tile=64")) == len(PINK)
+
+
 def test_slides_have_classes_and_stay_together(folder):
     data = open_data(f"slide:{folder}?tile={TILE}")
     assert data.classes == ["normal", "tumour"]

@@ -32,6 +32,7 @@ COLOURS = ("MINISBLACK", "RGB", "YCBCR")  # others, such as palettes, tiffslide 
 GLANCE = 16  # pixels across a tile that are enough to see tissue
 TILE, TISSUE = 256, 0.1
 PIECE = 2**26  # pixels that are read at once at most, 0.2 GB
+ENLARGED = 4  # times at most: who asks for more was told a wrong size of the pixels
 
 
 @dataclass(frozen=True)
@@ -203,6 +204,12 @@ def _places(path: str, changed: int, pixels: int, mpp: float | None, least: floa
     if mpp is not None:
         if slide.mpp is None:
             raise BadImage(path, "it does not say how large a pixel is; leave mpp= out")
+        if slide.mpp > ENLARGED * mpp:
+            raise BadImage(
+                path,
+                f"its pixels are {slide.mpp:g} micrometres large, as it says, and at mpp={mpp:g} "
+                f"they would be enlarged {slide.mpp / mpp:.0f} times; leave mpp= out",
+            )
         side = max(round(pixels * mpp / slide.mpp), 1)
     if least is None:
         kept = np.ones((slide.height // side, slide.width // side), bool)
