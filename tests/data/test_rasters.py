@@ -94,6 +94,18 @@ def test_tiles(tmp_path):
     assert open_data(f"geotiff:{tmp_path}?tile=10 + geotiff:{tmp_path}?tile=8").bands == NAMES
 
 
+def test_a_scene_too_large_to_be_read_whole_is_named(tmp_path, monkeypatch):
+    write(tmp_path / "a.tif", scene(), NAMES)
+    write(tmp_path / "b.tif", scene(height=40), NAMES)
+    monkeypatch.setenv("VIM_SSL_MAX_PIXELS", "600")
+    data = open_data(f"geotiff:{tmp_path}")
+    assert data.ids == ["a.tif"]
+    assert data.faults == [
+        "b.tif has 30x40 pixels, the limit is 600; cut it by tile=, or set VIM_SSL_MAX_PIXELS"
+    ]
+    assert len(open_data(f"geotiff:{tmp_path}?tile=10")) == 6 + 12
+
+
 def test_complex_values_and_mixed_depths_are_named(tmp_path):
     write(tmp_path / "a.tif", scene(), NAMES)
     write(tmp_path / "b.tif", scene(dtype=np.complex64), NAMES)

@@ -16,7 +16,7 @@ import numpy as np
 
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.folder import EXTENSIONS, FilePictures, OnDisk, read_layout
-from vim_ssl.data.images import BadImage
+from vim_ssl.data.images import BadImage, most_pixels
 from vim_ssl.data.masks import IGNORE, checked, mask_folders, named_classes, paired
 from vim_ssl.data.spec import DataSpec, near, pick_split
 
@@ -244,8 +244,9 @@ def open_geotiff(spec: DataSpec) -> ImageData:
 
     ``bands=B04,B03,B02`` chooses bands by the files' own names or by number, from 1. ``tile=256``
     cuts every raster into squares of so many pixels, without overlap; what is left at the right
-    and lower border is left out. Values that the file marks as no data are NaN. The group is the
-    file. The ids are the paths, with the tile's row and column. ``label=folder`` takes the
+    and lower border is left out. Without it a raster of more pixels than VIM_SSL_MAX_PIXELS is
+    left out and named in ``faults``. Values that the file marks as no data are NaN. The group is
+    the file. The ids are the paths, with the tile's row and column. ``label=folder`` takes the
     outermost folder as the class; folders named train, val and test, and no others, are splits.
 
     Where the folder holds ``images/`` and ``masks/`` (or ``labels/``) with rasters of the same
@@ -289,6 +290,12 @@ def open_geotiff(spec: DataSpec) -> ImageData:
             continue
         if kind.kind == "c":
             faults.append(f"{name} has complex values, which are no picture")
+            continue
+        if not spec.tile and width * height > most_pixels():  # it would be read whole
+            faults.append(
+                f"{name} has {width}x{height} pixels, the limit is {most_pixels():,}; cut it by "
+                "tile=, or set VIM_SSL_MAX_PIXELS"
+            )
             continue
         if not own:
             own, numbers = names_here, _choose(spec.bands, names_here, source)
