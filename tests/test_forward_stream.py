@@ -67,6 +67,13 @@ def test_a_state_of_something_else_is_told(change, says):
         encoder.forward_stream(torch.randn(2, 4, 16), change(state))
 
 
+@pytest.mark.parametrize("shape", [(2, 0, 16), (2, 4, 8), (4, 16), (2, 3, 16, 16)])
+def test_what_is_no_piece_of_tokens_is_told(shape):
+    encoder = VimEncoder(**FORWARD, cls_position="none").eval()
+    with pytest.raises(ValueError, match=r"expected \(b, k, 16\) with k 1 or more"):
+        encoder.forward_stream(torch.randn(shape))
+
+
 def test_gradients_flow_through_the_state():
     torch.manual_seed(0)
     encoder = VimEncoder(**FORWARD, cls_position="none")

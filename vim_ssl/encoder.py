@@ -275,6 +275,11 @@ class VimEncoder(nn.Module):
                 f"{self.rope}: where these stand in the sequence depends on its length; a stream "
                 "needs cls_position 'none' or 'first', no registers and no rope."
             )
+        if tokens.dim() != 3 or not tokens.shape[1] or tokens.shape[2] != self.embed_dim:
+            raise ValueError(
+                f"tokens have shape {tuple(tokens.shape)}; expected (b, k, {self.embed_dim}) with "
+                "k 1 or more: what embed() gives, not pictures."
+            )
         if state is not None and {len(m) for pair in state for m in pair} != {len(tokens)}:
             raise ValueError(f"the state is of another number of sequences than {len(tokens)}.")
         if state is not None and len(state) != len(self.layers):
