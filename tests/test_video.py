@@ -41,6 +41,14 @@ def test_longer_clips_have_the_images_embeddings_frame_by_frame():
         assert not torch.allclose(video(clip), video(clip.flip(2)))  # time matters
 
 
+def test_what_was_chosen_for_the_image_encoder_stays():
+    encoder = image_encoder().to(torch.bfloat16)
+    encoder.set_grad_checkpointing()
+    video = inflate(encoder)
+    assert {p.dtype for p in video.parameters()} == {torch.bfloat16}
+    assert (video.grad_checkpointing, video.training) == (True, False)
+
+
 def test_other_lengths_and_sizes_go_in():
     video = inflate(image_encoder(), frames=4, tubelet=2)
     with torch.no_grad():

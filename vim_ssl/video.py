@@ -205,4 +205,6 @@ def inflate(
     )
     state["time_embed"] = video.time_embed.detach()
     video.load_state_dict(state)
-    return video.to(encoder.patch_embed.proj.weight.device).train(encoder.training)
+    video.set_grad_checkpointing(encoder.grad_checkpointing)
+    like = encoder.patch_embed.proj.weight
+    return video.to(like.device, like.dtype).train(encoder.training)
