@@ -240,7 +240,7 @@ def fit(
         schedule=config.schedule,
     )  # fmt: skip
     model, optimizer = accelerator.prepare(objective, optimizer)
-    averaged: nn.Module = objective
+    averaged: Any = objective
     if average is not None:
         if type(average.module) is not type(objective):
             averaged = objective.encoder

@@ -74,6 +74,19 @@ def test_a_magnification_chooses_the_level(folder):
     assert [tile_place(id)[1] for id in data.ids] == [column * TILE for _, column in PINK]
 
 
+@pytest.mark.parametrize("name", ["tumour/pyramid.tif", "normal/flat.tif", "normal/plain.png"])
+def test_a_slide_can_be_shrunk_into_one_tile(folder, name):
+    """Of a file that does not say how large its pixels are too: what one long scan reads."""
+    data = open_data(f"slide:{folder / name}?tile=32&shrink=8&tissue=none")
+    assert [tile_place(id)[1:] for id in data.ids] == [(0, 0)]
+    values = np.asarray(data[0]["image"]).astype(int)
+    whole = slide()[:256, :256].astype(int).reshape(32, 8, 32, 8, 3).mean((1, 3))
+    assert values.shape == (32, 32, 3)
+    assert np.abs(values - whole).mean() < 8  # a level of the pyramid was made without averaging
+    assert values[4, 12, 0] == 255  # the tile with tissue at row 0, column 1
+    assert len(open_data(f"slide:{folder / name}?tile=32&shrink=2")) == len(PINK)
+
+
 @pytest.mark.parametrize("side", [128, 150])
 def test_without_a_pyramid_wide_tiles_are_shrunk_piece_by_piece(folder, monkeypatch, side):
     """A tile that spans the slide is what it is when read at once, in little memory."""
@@ -174,6 +187,7 @@ def test_a_lost_level_is_done_without(tmp_path):
         ("slide:{0}/normal/plain.png?mpp=1", "does not say how large a pixel is"),
         ("slide:{0}?tile=4096", "none gives a tile"),
         ("slide:{0}?mpp=0", "not a number above 0"),
+        ("slide:{0}?mpp=1&shrink=2", "mpp= and shrink= both say"),
     ],
 )
 def test_what_does_not_fit_is_told(folder, spec, says):

@@ -197,10 +197,12 @@ def tissue(path: str, side: int) -> np.ndarray:
 
 
 @lru_cache(maxsize=4096)  # a set is opened once a split
-def _places(path: str, changed: int, pixels: int, mpp: float | None, least: float | None) -> Any:
+def _places(
+    path: str, changed: int, pixels: int, mpp: float | None, shrink: float, least: float | None
+) -> Any:
     """(side at full resolution, the places (left, top) of the tiles that are kept)."""
     slide = open_picture(path)
-    side = pixels
+    side = max(round(pixels * shrink), 1)
     if mpp is not None:
         if slide.mpp is None:
             raise BadImage(path, "it does not say how large a pixel is; leave mpp= out")
@@ -222,16 +224,20 @@ def open_slide(spec: DataSpec) -> ImageData:
     """Open ``slide:FILES``: a slide, a folder of them at any depth, or a table of paths, as tiles
     without overlap.
 
-    ``tile=256`` is the side of a tile in pixels, at full resolution or at ``mpp=0.5`` micrometres a
-    pixel; what is left at the right and lower border is left out. A tile is kept where a tenth of
-    its pixels is coloured, or ``tissue=0.3`` of them; ``tissue=none`` keeps all. The ids are
-    ``path@left,top`` (`tile_place`), the group is the slide, or what a table's column ``group=``
-    says. Class folders and splits are those of `open_folder`, a table's columns those of ``csv:``;
-    a tile has its slide's label.
+    ``tile=256`` is the side of a tile in pixels, at full resolution, at ``mpp=0.5`` micrometres a
+    pixel or, where a file does not say how large its pixels are, ``shrink=16`` times smaller: a
+    slide of 30,000 pixels is one tile of 1,872, which goes through an encoder of that ``img_size``
+    in one scan. What is left at the right and lower border is left out. A tile is kept where a
+    tenth of its pixels is coloured, or ``tissue=0.3`` of them; ``tissue=none`` keeps all. The ids
+    are ``path@left,top`` (`tile_place`), the group is the slide, or what a table's column
+    ``group=`` says. Class folders and splits are those of `open_folder`, a table's columns those of
+    ``csv:``; a tile has its slide's label.
 
     Raises: ImportError without tiffslide, unless there are only plain pictures; FileNotFoundError;
         ValueError for options that are none, and where no slide gives a tile.
     """
+    if spec.mpp is not None and spec.shrink is not None:
+        raise ValueError(f"{spec}: mpp= and shrink= both say how small the slide is; give one.")
     pixels, least = spec.tile or TILE, _least(spec)
     root, slides = _slides(spec)
     tiles: list[SlideTile] = []
@@ -241,7 +247,7 @@ def open_slide(spec: DataSpec) -> ImageData:
         path = os.path.join(root, name)
         try:
             changed = os.stat(path).st_mtime_ns if os.path.exists(path) else 0
-            side, places = _places(path, changed, pixels, spec.mpp, least)
+            side, places = _places(path, changed, pixels, spec.mpp, spec.shrink or 1, least)
         except BadImage as bad:
             faults.append(f"{name} cannot be read ({bad.reason})")
             continue
@@ -265,9 +271,9 @@ def _slides(spec: DataSpec) -> tuple[str, ImageData]:
     if path.suffix.lower() in (".csv", ".tsv"):
         from vim_ssl.data.tables import read_table  # which opens tables of everything
 
-        spec.takes("tile", "mpp", "tissue", "image", "label", "group")
+        spec.takes("tile", "mpp", "shrink", "tissue", "image", "label", "group")
         return str(path.parent), read_table(spec, ImageData, FilePictures)
-    spec.takes("tile", "mpp", "tissue", "label")
+    spec.takes("tile", "mpp", "shrink", "tissue", "label")
     if path.is_file():
         root, names = path.parent, [path.name]
     else:

@@ -38,6 +38,7 @@ class DataSpec:
         bands: of rasters, which and in what order: names or numbers, ``B04,B03,B02``.
         tile: cuts rasters and slides into squares of so many pixels.
         mpp: of slides, micrometres a pixel of a tile.
+        shrink: of slides, in its place: how many of the slide's pixels make one of a tile's.
         tissue: of slides, the share of a tile that must be coloured; "none" keeps all tiles.
         frames: of a clip of a video.
         fps: frames of a clip that make a second; without it they are spread over the whole video.
@@ -59,6 +60,7 @@ class DataSpec:
     bands: str | None = None
     tile: int | None = None
     mpp: float | None = None
+    shrink: float | None = None
     tissue: str | None = None
     frames: int | None = None
     fps: float | None = None
@@ -183,7 +185,7 @@ def _options(query: str, text: str) -> dict[str, Any]:
             if not value.isdigit() or int(value) < 1:
                 raise ValueError(f"{text!r}: {key}={value} is not a whole number above 0.")
             options[key] = int(value)
-        if key in ("fps", "mpp"):
+        if key in ("fps", "mpp", "shrink"):
             try:
                 options[key] = float(value)
             except ValueError:
