@@ -57,8 +57,10 @@ def test_the_state_does_not_grow():
     [
         (lambda state: state[:2], "of 2 blocks, this encoder has 3"),
         (lambda state: [tuple(m[:1] for m in pair) for pair in state], "another number of seq"),
+        (lambda state: [(tail[..., :8], start) for tail, start in state], "another size"),
+        (lambda state: [(tail, start[..., :8]) for tail, start in state], "another size"),
     ],
-    ids=["encoder", "batch"],
+    ids=["blocks", "batch", "width", "scan"],
 )
 def test_a_state_of_something_else_is_told(change, says):
     encoder = VimEncoder(**FORWARD, cls_position="none").eval()

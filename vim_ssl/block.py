@@ -138,6 +138,13 @@ class VimMixer(nn.Module):
             tail, start = x.new_zeros(len(x), taps - 1, self.d_inner), None
         else:
             tail, start = state
+            came = tuple(tail.shape[1:]), tuple(start.shape[1:])
+            fits = (taps - 1, self.d_inner), (self.d_inner, self.d_state)
+            if came != fits:
+                raise ValueError(
+                    f"the state is of an encoder of another size: a sequence has {came}, expected "
+                    f"{fits}."
+                )
         x = torch.cat([tail, x], dim=1)
         y, last = self._scan_one(x, None if self.layernorm else z, "", taps - 1, start)
         # A view would keep all that was read alive.
