@@ -25,9 +25,8 @@ from vim_ssl.data.spec import DataSpec
 
 TIFFS = (".tif", ".tiff", ".svs", ".ndpi", ".scn", ".bif")
 SLIDE_EXTENSIONS = tuple(dict.fromkeys(TIFFS + EXTENSIONS))
-COLOURED = (
-    20  # of 255: how far apart a pixel's colours are; glass and what was not scanned are grey
-)
+# Of 255, how far apart a pixel's colours are; glass and what was not scanned are grey.
+COLOURED = 20
 COLOURS = ("MINISBLACK", "RGB", "YCBCR")  # others, such as palettes, tiffslide hands on as grey
 GLANCE = 16  # pixels across a tile that are enough to see tissue
 TILE, TISSUE = 256, 0.1
