@@ -62,7 +62,7 @@ kernel-report: $(VENV)/.installed-demo ## check every scan backend of this machi
 	$(BIN)/python -m vim_ssl.kernels.selective_scan.accuracy
 
 bench: $(VENV)/.installed-demo ## time the scan and the CPU path; rows go to benchmarks/results/
-	$(BIN)/python -m vim_ssl.kernels.selective_scan.benchmark --device cpu
+	$(BIN)/python -m benchmarks.kernels.timing --device cpu
 	$(call run_if_built,benchmarks/cpu.py,benchmarks/cpu.py)
 
 gpu-check: $(VENV)/.installed-test ## everything that wants a GPU, in nine minutes

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from rows import ORIGIN, append_rows, origin, read_rows
 
-from vim_ssl.runs import Run
-from vim_ssl.training import fit
+from vim_ssl.training.loop import fit
+from vim_ssl.training.run import Run
 
 COST_COLUMNS = (*ORIGIN, "data", "arm", "seconds_a_step", "steps")
 

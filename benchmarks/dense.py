@@ -36,7 +36,7 @@ def four_tiles(root: Path) -> None:
     """Those with two buildings or more, all of them large, in COCO's layout below ``root``/coco and
     as pictures with masks below ``root``/masks, the same in every split."""
     from vim_ssl.data import open_data
-    from vim_ssl.data.coco import ground_truth, mask_tools
+    from vim_ssl.data.sources.coco import ground_truth, mask_tools
 
     data = open_data("sample:buildings?split=all")
     smallest = {i: min(o["area"] for o in data.annotated(i)[1])
@@ -88,7 +88,7 @@ def memory(threads: int) -> dict:
     import torch
 
     from vim_ssl import load_encoder
-    from vim_ssl.detection import Detection
+    from vim_ssl.tasks.detection import Detection
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)

@@ -27,13 +27,13 @@ from PIL import Image
 from rows import ORIGIN, RESULTS, append_rows, mean_and_spread, origin, read_rows, results_parser
 
 from vim_ssl.data import boxed_parts, masked_parts
-from vim_ssl.data.masks import ADE20K_CLASSES
-from vim_ssl.detection import SHOWN, load_detection
+from vim_ssl.data.sources.masks import ADE20K_CLASSES
 from vim_ssl.downstream import detection, segmentation
-from vim_ssl.evaluation.box_scores import sheet_of_objects
-from vim_ssl.evaluation.mask_scores import draw
-from vim_ssl.evaluation.sheets import class_colours
-from vim_ssl.segmentation import load_segmentation
+from vim_ssl.metrics.detection import sheet_of_objects
+from vim_ssl.metrics.segmentation import draw
+from vim_ssl.tasks.detection import SHOWN, load_detection
+from vim_ssl.tasks.segmentation import load_segmentation
+from vim_ssl.utils.drawing import class_colours
 
 ENCODER = "vim_mini_patch8_96.offline_rgb"
 TABLE = "dense_transfer.csv"

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from rows import ORIGIN, append_rows, origin, results_parser
 
-from vim_ssl.runs import read_metrics
+from vim_ssl.training.run import read_metrics
 
 ROOT = Path(__file__).parents[1]
 COLUMNS = (

@@ -80,8 +80,8 @@ def say(*words: object) -> None:
 
 def machine(section: Section) -> bool:
     """What it is, its ceilings, and the floors that follow for the scan."""
-    from vim_ssl.kernels import triton_ceilings
-    from vim_ssl.kernels.selective_scan import benchmark
+    from benchmarks.kernels import ceilings as triton_ceilings
+    from benchmarks.kernels import timing as benchmark
 
     for name, value in origin().items():
         say(f"{name}: {value}")
@@ -147,7 +147,7 @@ def correctness(section: Section) -> bool:
 
 def kernels(section: Section) -> bool:
     """The scan against every peer that runs here."""
-    from vim_ssl.kernels.selective_scan import benchmark
+    from benchmarks.kernels import timing as benchmark
 
     tiny = [benchmark.Shape(1, 8, 4, 2)]
     rows = benchmark.measure(
@@ -252,7 +252,7 @@ def _build(name: str, px: int, batch: int, device: str, depth: int | None):
     """The model and its input. A block takes the tokens of a picture of px by px."""
     import timm
 
-    from vim_ssl.block import VimBlock
+    from vim_ssl.models.block import VimBlock
 
     if name.startswith("vim block"):
         width = int(name.rpartition(" ")[2])

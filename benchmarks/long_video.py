@@ -42,7 +42,7 @@ def encode(part: str, args: argparse.Namespace) -> list[dict[str, Any]]:
 
     from vim_ssl import create_transform, load_encoder
     from vim_ssl.data import open_data
-    from vim_ssl.video import inflate
+    from vim_ssl.models.video import inflate
 
     kind = {"directions": "forward", "cls_position": "first"} if part == "forward" else {}
     pictures = load_encoder(args.encoder, img_size=args.img_size, **kind)

@@ -15,10 +15,10 @@ import torch
 from rows import ORIGIN, append_rows, origin, results_parser
 
 from vim_ssl import load_encoder
-from vim_ssl.ar import AutoRegressive
-from vim_ssl.distill import Distill
-from vim_ssl.masking import RandomMask, visible_ids
-from vim_ssl.mim import MAE, SimMIM
+from vim_ssl.objectives.ar import AutoRegressive
+from vim_ssl.objectives.distill import Distill
+from vim_ssl.objectives.mae import MAE, SimMIM
+from vim_ssl.objectives.masking import RandomMask, visible_ids
 
 COLUMNS = (*ORIGIN, "device", "threads", "encoder", "batch", "what", "seconds", "of_simmim")
 SIZE = 224

@@ -34,11 +34,11 @@ from types import ModuleType
 from PIL import Image
 from rows import ORIGIN, append_rows, origin, read_rows, results_parser
 
-from vim_ssl import classification, dense
 from vim_ssl.data import open_data
 from vim_ssl.downstream import detection, finetune, segmentation, video
 from vim_ssl.recipes import clip_pretrain, mim_pretrain, supervised_pretrain
-from vim_ssl.runs import read_metrics
+from vim_ssl.tasks import classification, dense
+from vim_ssl.training.run import read_metrics
 
 TABLE = "presets.csv"
 FRAMES = 16

@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 from rows import ORIGIN, append_rows, origin, results_parser
 
-from vim_ssl.runs import Run, read_metrics
+from vim_ssl.training.run import Run, read_metrics
 
 ROOT = Path(__file__).parents[1]
 COLUMNS = (

@@ -6,8 +6,8 @@ import statistics
 import time
 from pathlib import Path
 
-from vim_ssl.kernels.selective_scan.benchmark import append_rows, commit
-from vim_ssl.runs import environment
+from benchmarks.kernels.timing import append_rows, commit
+from vim_ssl.training.run import environment
 
 __all__ = [
     "ORIGIN",

@@ -138,8 +138,8 @@ def kill_and_resume(path: Path, tiles: int, args: argparse.Namespace) -> dict[st
 
 def photograph() -> Path:
     """The largest that a sample set has. Raises: SampleMissing with the command that gets it."""
-    from vim_ssl.data.sample_sets import SCENES
-    from vim_ssl.data.samples import find_sample
+    from vim_ssl.data.samples.fetch import find_sample
+    from vim_ssl.data.samples.sets import SCENES
 
     return find_sample("aerial")[0] / "deepforest/data" / f"{SCENES[0]}.png"
 

@@ -23,14 +23,14 @@ from typing import Any
 import torch
 
 from vim_ssl.cli import guarded
-from vim_ssl.config import check_between, opt, parse
 from vim_ssl.data import boxed_parts
-from vim_ssl.data.coco import mask_tools
-from vim_ssl.data.joint import LargeScaleJitter
-from vim_ssl.dense import DenseConfig, DenseTask, fresh_encoder
-from vim_ssl.detection import HEADS, Detection, evaluate, load_detection
-from vim_ssl.runs import newest_run, stored_or, trained_on
-from vim_ssl.training import make_accelerator
+from vim_ssl.data.sources.coco import mask_tools
+from vim_ssl.data.transforms.dense import LargeScaleJitter
+from vim_ssl.tasks.dense import DenseConfig, DenseTask, fresh_encoder
+from vim_ssl.tasks.detection import HEADS, Detection, evaluate, load_detection
+from vim_ssl.training.loop import make_accelerator
+from vim_ssl.training.run import newest_run, stored_or, trained_on
+from vim_ssl.utils.config import check_between, opt, parse
 
 # Of the 117,266 pictures of train2017 that show an object, in batches of 64.
 COCO_STEPS_AN_EPOCH = 1832

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from vim_ssl.cli import guarded
-from vim_ssl.config import opt, parse
 from vim_ssl.evaluation.comparison import FIGURES, Comparison, ComparisonConfig
 from vim_ssl.evaluation.probes import Features, knn_votes, nearest
-from vim_ssl.evaluation.scores import judge
+from vim_ssl.metrics.bootstrap import judge
+from vim_ssl.utils.config import opt, parse
 
 
 @dataclass

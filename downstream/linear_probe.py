@@ -27,14 +27,12 @@ import torch
 
 from vim_ssl import VimEncoder, create_transform
 from vim_ssl.cli import guarded
-from vim_ssl.config import opt, parse
 from vim_ssl.data import stratified_split
+from vim_ssl.data.sources.video import ClipTransform
 from vim_ssl.data.split import few_of_each
-from vim_ssl.data.transforms import Transform
-from vim_ssl.data.video import ClipTransform
+from vim_ssl.data.transforms.image import Transform
 from vim_ssl.evaluation.comparison import FIGURES, Comparison, ComparisonConfig
 from vim_ssl.evaluation.linear_heads import LinearHead, fit_lars, fit_logistic, lars_reach
-from vim_ssl.evaluation.medmnist_scores import medmnist_figures
 from vim_ssl.evaluation.probes import (
     C_GRID,
     Features,
@@ -43,9 +41,11 @@ from vim_ssl.evaluation.probes import (
     knn_votes,
     nearest,
 )
-from vim_ssl.evaluation.scores import Figure, judge, share_right
+from vim_ssl.metrics.bootstrap import Figure, judge, share_right
+from vim_ssl.metrics.medmnist import medmnist_figures
+from vim_ssl.models.video import VideoEncoder
 from vim_ssl.report import write_report
-from vim_ssl.video import VideoEncoder
+from vim_ssl.utils.config import opt, parse
 
 MAX_PIXELS = 64 * 64 * 3  # values a picture above which regression on raw pixels takes too long
 SHRUNK = 32  # pixels a side that larger pictures have then

@@ -24,15 +24,15 @@ from typing import Any
 import torch
 
 from vim_ssl.cli import guarded
-from vim_ssl.config import check_between, opt, parse
 from vim_ssl.data import masked_parts
-from vim_ssl.data.joint import DenseCrop
-from vim_ssl.data.transforms import band_arguments
-from vim_ssl.dense import DenseConfig, DenseTask, fresh_encoder
-from vim_ssl.heads import NORMS
-from vim_ssl.runs import newest_run, stored_or, trained_on
-from vim_ssl.segmentation import HEADS, Segmentation, evaluate, load_segmentation
-from vim_ssl.training import make_accelerator
+from vim_ssl.data.transforms.dense import DenseCrop
+from vim_ssl.data.transforms.image import band_arguments
+from vim_ssl.models.heads import NORMS
+from vim_ssl.tasks.dense import DenseConfig, DenseTask, fresh_encoder
+from vim_ssl.tasks.segmentation import HEADS, Segmentation, evaluate, load_segmentation
+from vim_ssl.training.loop import make_accelerator
+from vim_ssl.training.run import newest_run, stored_or, trained_on
+from vim_ssl.utils.config import check_between, opt, parse
 
 # Of ADE20K's 20,210 pictures in batches of 32, as 4 GPUs x 8 make them.
 ADE20K_STEPS_AN_EPOCH = 631

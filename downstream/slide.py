@@ -23,17 +23,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vim_ssl.bags import AttentionPool, BagObjective, Bags, DrawTiles, bags_of
 from vim_ssl.cli import guarded
-from vim_ssl.config import opt, parse, to_dict
 from vim_ssl.data import stratified_split
-from vim_ssl.data.loader import SeededSamples
-from vim_ssl.evaluation.class_scores import judge
+from vim_ssl.data.loading.indexed import SeededSamples
 from vim_ssl.evaluation.embeddings import read_embeddings
 from vim_ssl.evaluation.linear_heads import fit_logistic
+from vim_ssl.metrics.classification import judge
 from vim_ssl.report import write_report
-from vim_ssl.runs import Run, environment, stored_or
-from vim_ssl.training import TrainConfig, fit, make_accelerator
+from vim_ssl.tasks.slides import AttentionPool, BagObjective, Bags, DrawTiles, bags_of
+from vim_ssl.training.loop import TrainConfig, fit, make_accelerator
+from vim_ssl.training.run import Run, environment, stored_or
+from vim_ssl.utils.config import opt, parse, to_dict
 
 MEAN_C = 1.0  # of the logistic regression; slides are too few to choose it by
 

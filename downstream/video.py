@@ -5,7 +5,7 @@
     python downstream/video.py --frozen --encoder RUN --data video:ROOT         # a linear probe
 
 An encoder of pictures is inflated: its patches become tubelets, its positions stay, a table of
-times begins at zero (`vim_ssl/video.py`). Training draws one clip of a video and one augmentation a
+times begins at zero (`vim_ssl/models/video.py`). Training draws one clip of a video and one augmentation a
 clip; judged is the mean of the logits over all ``clips`` of the data spec. In the run lie
 metrics.json, predictions.csv and classes.csv, as of pictures, and the encoder, which reads clips
 from then on. `linear_probe.py`, `knn.py` and `embed.py` take videos too.
@@ -20,14 +20,14 @@ from typing import Any
 
 import torch
 
-from vim_ssl.classification import ClassificationConfig, load_classifier, train_classifier
 from vim_ssl.cli import guarded
-from vim_ssl.config import opt, parse
 from vim_ssl.data import labelled_parts
-from vim_ssl.data.video import VideoData
-from vim_ssl.runs import newest_run, stored_or
-from vim_ssl.training import make_accelerator
-from vim_ssl.video import INFLATIONS, VideoEncoder, reading
+from vim_ssl.data.sources.video import VideoData
+from vim_ssl.models.video import INFLATIONS, VideoEncoder, reading
+from vim_ssl.tasks.classification import ClassificationConfig, load_classifier, train_classifier
+from vim_ssl.training.loop import make_accelerator
+from vim_ssl.training.run import newest_run, stored_or
+from vim_ssl.utils.config import opt, parse
 
 
 @dataclass

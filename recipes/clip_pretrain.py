@@ -26,19 +26,14 @@ import torch
 from torch import nn
 
 from vim_ssl import load_encoder
-from vim_ssl.augmentation import AugmentationConfig, training_transform
 from vim_ssl.cli import guarded
-from vim_ssl.clip import LOSSES, Clip, image_config, save_clip
-from vim_ssl.config import did_you_mean, opt, parse
 from vim_ssl.data import BadImage, ImageData, ImageStream, open_data
 from vim_ssl.data.dataset import captions_of
-from vim_ssl.data.loader import SeededSamples
-from vim_ssl.data.sources import open_part
-from vim_ssl.data.stream import StreamSamples
+from vim_ssl.data.loading.indexed import SeededSamples
+from vim_ssl.data.loading.streamed import StreamSamples
+from vim_ssl.data.open import open_part
 from vim_ssl.evaluation.retrieval import embed_pairs, recall
-from vim_ssl.report import write_report
-from vim_ssl.runs import Run, environment, stored_or
-from vim_ssl.text import (
+from vim_ssl.models.text import (
     BytePairs,
     HubText,
     TextEncoder,
@@ -48,7 +43,12 @@ from vim_ssl.text import (
     named_tokenizer,
     train_bpe,
 )
-from vim_ssl.training import fit, make_accelerator, make_average
+from vim_ssl.objectives.clip import LOSSES, Clip, image_config, save_clip
+from vim_ssl.report import write_report
+from vim_ssl.training.augmentation import AugmentationConfig, training_transform
+from vim_ssl.training.loop import fit, make_accelerator, make_average
+from vim_ssl.training.run import Run, environment, stored_or
+from vim_ssl.utils.config import did_you_mean, opt, parse
 
 
 @dataclass

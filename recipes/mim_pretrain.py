@@ -21,22 +21,22 @@ from typing import Any
 import torch
 
 from vim_ssl import VimEncoder, load_encoder, save_encoder
-from vim_ssl.ar import AutoRegressive
 from vim_ssl.cli import guarded
-from vim_ssl.config import did_you_mean, opt, parse
 from vim_ssl.data import ImageData, ImageStream, band_arguments, open_data
-from vim_ssl.data.loader import SeededSamples
-from vim_ssl.data.stream import StreamSamples
-from vim_ssl.data.transforms import pretrain_transform
-from vim_ssl.data.video import ClipTransform, VideoData
-from vim_ssl.distill import LOSSES, WHERE, Distill
+from vim_ssl.data.loading.indexed import SeededSamples
+from vim_ssl.data.loading.streamed import StreamSamples
+from vim_ssl.data.sources.video import ClipTransform, VideoData
+from vim_ssl.data.transforms.image import pretrain_transform
 from vim_ssl.evaluation.probes import online_probe
-from vim_ssl.masking import MASKS, RandomMask
-from vim_ssl.mim import MAE, SimMIM
+from vim_ssl.models.video import VideoEncoder, reading
+from vim_ssl.objectives.ar import AutoRegressive
+from vim_ssl.objectives.distill import LOSSES, WHERE, Distill
+from vim_ssl.objectives.mae import MAE, SimMIM
+from vim_ssl.objectives.masking import MASKS, RandomMask
 from vim_ssl.report import write_report
-from vim_ssl.runs import Run, environment, stored_or
-from vim_ssl.training import TrainConfig, fit, make_accelerator, make_average
-from vim_ssl.video import VideoEncoder, reading
+from vim_ssl.training.loop import TrainConfig, fit, make_accelerator, make_average
+from vim_ssl.training.run import Run, environment, stored_or
+from vim_ssl.utils.config import did_you_mean, opt, parse
 
 OBJECTIVES = {"mae": MAE, "simmim": SimMIM, "ar": AutoRegressive, "distill": Distill}
 

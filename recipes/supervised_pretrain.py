@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
-from vim_ssl.classification import ClassificationConfig, load_classifier, train_classifier
 from vim_ssl.cli import guarded
-from vim_ssl.config import opt, parse
 from vim_ssl.data import labelled_parts
-from vim_ssl.runs import stored_or
-from vim_ssl.training import make_accelerator
+from vim_ssl.tasks.classification import ClassificationConfig, load_classifier, train_classifier
+from vim_ssl.training.loop import make_accelerator
+from vim_ssl.training.run import stored_or
+from vim_ssl.utils.config import opt, parse
 
 
 @dataclass

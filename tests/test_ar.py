@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from vim_ssl import VimEncoder, load_encoder, save_encoder
-from vim_ssl.ar import AutoRegressive
-from vim_ssl.mim import patchify, unpatchify
+from vim_ssl.objectives.ar import AutoRegressive
+from vim_ssl.objectives.mae import patchify, unpatchify
 
 ARGS = {"img_size": (16, 24), "patch_size": 2, "embed_dim": 16, "depth": 4, "num_classes": 0}
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from vim_ssl import training
 from vim_ssl.data import boxed_parts, labelled_parts, masked_parts
 from vim_ssl.downstream import detection, finetune, segmentation, video
 from vim_ssl.recipes import clip_pretrain, mim_pretrain, supervised_pretrain
+from vim_ssl.training import loop as training
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = (
@@ -106,7 +106,7 @@ def test_a_preset_of_every_made_up_set_trains(preset, monkeypatch, tmp_path):
 def test_every_option_has_help_with_its_default_and_rows_can_go_elsewhere():
     folder = ROOT / "benchmarks"
     names = [str(folder / f"{name}.py") for name in SCRIPTS]
-    names.append("vim_ssl.kernels.selective_scan.benchmark")
+    names.append("benchmarks.kernels.timing")
     paths = os.pathsep.join(map(str, (ROOT, folder, folder / "learning")))
     done = subprocess.run(
         [sys.executable, "-c", HELP, *names], capture_output=True, text=True, check=True,

@@ -111,8 +111,8 @@ def test_a_users_mistake_is_one_line(command, capsys, monkeypatch, error):
     ("error", "module"),
     [
         (ValueError("shapes (3,) (4,)"), "numpy.linalg"),
-        (KeyError("x"), "vim_ssl.mim"),
-        (RuntimeError("x"), "vim_ssl.mim"),
+        (KeyError("x"), "vim_ssl.objectives.mae"),
+        (RuntimeError("x"), "vim_ssl.objectives.mae"),
     ],
     ids=["ValueError-elsewhere", "KeyError", "RuntimeError"],
 )

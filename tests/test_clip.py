@@ -15,10 +15,10 @@ from PIL import Image
 
 import vim_ssl
 from vim_ssl import load_encoder
-from vim_ssl.clip import Clip, Embedded, load_clip, save_clip
-from vim_ssl.optim import param_groups
-from vim_ssl.text import TextEncoder, train_bpe
-from vim_ssl.training import _forward_backward
+from vim_ssl.models.text import TextEncoder, train_bpe
+from vim_ssl.objectives.clip import Clip, Embedded, load_clip, save_clip
+from vim_ssl.training.loop import _forward_backward
+from vim_ssl.training.optim import param_groups
 
 N, DIM = 6, 8
 
@@ -189,7 +189,7 @@ def test_dropout_and_drop_path_are_the_same_in_both_passes(loss):
     clip.zero_grad()
 
     def seeded(i, **more):
-        from vim_ssl.data.loader import stable_hash
+        from vim_ssl.data.loading.indexed import stable_hash
 
         torch.manual_seed(stable_hash("step", 0, 3, i, 0))
         return clip(parts[i], **more)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import pytest
 
-from vim_ssl.config import did_you_mean, from_dict, opt, parse, read, save, to_dict
+from vim_ssl.utils.config import did_you_mean, from_dict, opt, parse, read, save, to_dict
 
 
 @dataclass

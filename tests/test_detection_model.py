@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from vim_ssl import VimEncoder, load_encoder
-from vim_ssl.detection import Detection, load_detection
+from vim_ssl.tasks.detection import Detection, load_detection
 
 CLASSES = ["tree", "house"]
 SMALL = {"size": 64, "channels": 8, "convs": 1, "hidden": 16, "anchor": 8, "samples": 16}

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from timm.data import resolve_model_data_config
 
 from vim_ssl import VimEncoder
-from vim_ssl.distill import Distill
-from vim_ssl.masking import RandomMask
+from vim_ssl.objectives.distill import Distill
+from vim_ssl.objectives.masking import RandomMask
 
 ARGS = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 3, "num_classes": 0}
 

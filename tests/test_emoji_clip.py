@@ -13,7 +13,7 @@ from PIL import Image
 
 from vim_ssl import create_transform, load_encoder
 from vim_ssl.data import open_data
-from vim_ssl.data.samples import list_samples
+from vim_ssl.data.samples.fetch import list_samples
 
 ROOT = Path(__file__).parents[1]
 EMOJI = ("fluent-emoji", "noto-emoji", "twemoji")

@@ -11,11 +11,11 @@ from golden_weights import golden_input, golden_state_dict
 from numpy_encoder import encode, predict, resize_table
 from torch import Tensor, nn
 
-from vim_ssl.block import VimBlock
-from vim_ssl.dense import DenseConfig, fresh_encoder
-from vim_ssl.encoder import PRESETS, VimEncoder
+from vim_ssl.checkpoints.loading import save_encoder
 from vim_ssl.kernels.selective_scan import available_backends
-from vim_ssl.loading import save_encoder
+from vim_ssl.models.block import VimBlock
+from vim_ssl.models.encoder import PRESETS, VimEncoder
+from vim_ssl.tasks.dense import DenseConfig, fresh_encoder
 
 # Small enough for a NumPy loop, yet with more than one block, channel group and grid row.
 SMALL = {

@@ -73,7 +73,7 @@ def imported(path: Path) -> set[str]:
 
 
 def layer_of(name: str) -> str | None:
-    """vim_ssl.kernels.rms_norm -> kernels; vim_ssl.encoder -> vim_ssl; torch -> None."""
+    """vim_ssl.kernels.rms_norm -> kernels; vim_ssl.models.encoder -> vim_ssl; torch -> None."""
     parts = name.split(".")
     if parts[0] != "vim_ssl":
         return None

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from vim_ssl.config import parse
-from vim_ssl.data.samples import SAMPLES
+from vim_ssl.data.samples.fetch import SAMPLES
+from vim_ssl.utils.config import parse
 
 ROOT = Path(__file__).parents[1]
 PRESETS = {"demo": "demo", "clip-demo": "emoji_clip"}

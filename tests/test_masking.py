@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vim_ssl.masking import MASKS, BlockMask, RandomMask, RowMask, visible_ids
+from vim_ssl.objectives.masking import MASKS, BlockMask, RandomMask, RowMask, visible_ids
 
 
 @pytest.mark.parametrize(

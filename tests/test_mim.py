@@ -5,8 +5,8 @@ import torch
 from timm.layers import build_sincos2d_pos_embed
 
 from vim_ssl import VimEncoder
-from vim_ssl.masking import RandomMask, visible_ids
-from vim_ssl.mim import MAE, SimMIM, patchify, unpatchify
+from vim_ssl.objectives.mae import MAE, SimMIM, patchify, unpatchify
+from vim_ssl.objectives.masking import RandomMask, visible_ids
 
 
 def make_encoder(**args) -> VimEncoder:

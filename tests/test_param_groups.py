@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from vim_ssl.block import VimBlock
-from vim_ssl.encoder import VimEncoder
-from vim_ssl.optim import build_optimizer, build_schedule, param_groups
+from vim_ssl.models.block import VimBlock
+from vim_ssl.models.encoder import VimEncoder
+from vim_ssl.training.optim import build_optimizer, build_schedule, param_groups
 
 DEPTH = 3
 DECAY, LAYER_DECAY = 0.05, 0.5

@@ -16,7 +16,7 @@ from PIL import Image
 from vim_ssl import load_encoder, save_encoder
 from vim_ssl.cli import main as cli_main
 from vim_ssl.report import write_report
-from vim_ssl.runs import Run
+from vim_ssl.training.run import Run
 
 VOID = {"meta", "link", "img", "br"}
 EVIL = "<script>alert('ü')</script>&\"'"

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vim_ssl.sliding import label_pixels, starts
+from vim_ssl.models.sliding_window import label_pixels, starts
 
 CLASSES, WINDOW, STRIDE = 5, 16, 11
 

@@ -11,8 +11,8 @@ from timm.data import create_transform, resolve_data_config, resolve_model_data_
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
-from vim_ssl.block import VimBlock
-from vim_ssl.encoder import PRESETS, VimEncoder
+from vim_ssl.models.block import VimBlock
+from vim_ssl.models.encoder import PRESETS, VimEncoder
 
 # Presets that are quick to run on a CPU, with their image size and channels.
 QUICK = {

@@ -20,14 +20,14 @@ from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 
 from vim_ssl import load_encoder
-from vim_ssl.config import save
 from vim_ssl.data.images import BadImage
-from vim_ssl.data.loader import EpochBatches, SeededSamples, stable_hash, training_loader
+from vim_ssl.data.loading.indexed import EpochBatches, SeededSamples, stable_hash, training_loader
 from vim_ssl.downstream import detection, finetune, segmentation, slide, video
-from vim_ssl.objective import StepOutput
+from vim_ssl.objectives.base import StepOutput
 from vim_ssl.recipes import clip_pretrain, mim_pretrain, supervised_pretrain
-from vim_ssl.runs import Run, read_metrics
-from vim_ssl.training import TrainConfig, bottleneck, fit, make_accelerator, make_average
+from vim_ssl.training.loop import TrainConfig, bottleneck, fit, make_accelerator, make_average
+from vim_ssl.training.run import Run, read_metrics
+from vim_ssl.utils.config import save
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
@@ -336,8 +336,8 @@ def test_a_second_process_is_kept_out_of_a_folder_while_a_run_trains_there(tmp_p
     """Tried from the middle of a step; what the first run then writes is what it writes alone."""
     second = """
 import sys
-from vim_ssl.runs import Run
-from vim_ssl.training import TrainConfig, make_accelerator
+from vim_ssl.training.run import Run
+from vim_ssl.training.loop import TrainConfig, make_accelerator
 config = TrainConfig(epochs=2, batch_size=4, warmup_epochs=0.0, base_lr=0.1, output=sys.argv[1],
                      resume=sys.argv[2], workers=0, threads=1, log_every=1)
 Run.open("test", config, make_accelerator(config))
@@ -793,7 +793,7 @@ import resource, sys
 from pathlib import Path
 from vim_ssl.cli import guarded
 from vim_ssl.recipes import mim_pretrain
-from vim_ssl.runs import Run
+from vim_ssl.training.run import Run
 
 save, file = Run.save, sys.argv.pop(1)
 
@@ -852,7 +852,7 @@ def test_pictures_that_are_all_broken_are_told_in_one_line(tmp_path, workers):
 LOADED = """
 import multiprocessing, os, sys
 import torch
-from vim_ssl.data.loader import SeededSamples, training_loader
+from vim_ssl.data.loading.indexed import SeededSamples, training_loader
 
 def one(item):
     return item

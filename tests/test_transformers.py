@@ -5,7 +5,7 @@ import torch
 from timm.models._features import FeatureGetterNet
 
 from vim_ssl import load_encoder
-from vim_ssl.adapt import copy_weights
+from vim_ssl.checkpoints.adapt import copy_weights
 
 transformers = pytest.importorskip("transformers")
 NAME = "vim_nano_patch8_64"

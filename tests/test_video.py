@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from vim_ssl import VimEncoder, load_encoder, save_encoder
-from vim_ssl.masking import RandomMask
-from vim_ssl.video import VideoEncoder, inflate
+from vim_ssl.models.video import VideoEncoder, inflate
+from vim_ssl.objectives.masking import RandomMask
 
 ARGS = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 3, "num_classes": 0}
 

@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 
 from vim_ssl import load_encoder
-from vim_ssl.masking import RandomMask, RowMask, TubeMask
-from vim_ssl.mim import MAE, SimMIM, as_sheet, patchify
+from vim_ssl.models.video import VideoEncoder
+from vim_ssl.objectives.mae import MAE, SimMIM, as_sheet, patchify
+from vim_ssl.objectives.masking import RandomMask, RowMask, TubeMask
 from vim_ssl.recipes import mim_pretrain
-from vim_ssl.runs import read_metrics
-from vim_ssl.video import VideoEncoder
+from vim_ssl.training.run import read_metrics
 
 ARGS = {"img_size": (8, 12), "patch_size": 4, "embed_dim": 16, "depth": 2, "num_classes": 0}
 TIMES, ROWS, COLUMNS = 3, 2, 3

@@ -34,10 +34,10 @@ def _register_sibling_folders() -> None:
 
 _register_sibling_folders()
 
-from vim_ssl.clip import load_clip  # noqa: E402
-from vim_ssl.data.transforms import create_transform  # noqa: E402
-from vim_ssl.encoder import VimEncoder  # noqa: E402
-from vim_ssl.loading import load_encoder, save_encoder  # noqa: E402
+from vim_ssl.checkpoints.loading import load_encoder, save_encoder  # noqa: E402
+from vim_ssl.data.transforms.image import create_transform  # noqa: E402
+from vim_ssl.models.encoder import VimEncoder  # noqa: E402
+from vim_ssl.objectives.clip import load_clip  # noqa: E402
 
 __all__ = [
     "VimEncoder",

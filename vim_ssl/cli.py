@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vim_ssl.config import did_you_mean
+from vim_ssl.utils.config import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,12 @@ class Command:
 
 TOOLS = {
     "verify": Command(
-        "vim_ssl.loading", "verify_main", "Tell what a checkpoint is and whether it loads whole."
+        "vim_ssl.checkpoints.loading",
+        "verify_main",
+        "Tell what a checkpoint is and whether it loads whole.",
     ),
-    "data": Command("vim_ssl.data.doctor", "main", "Check data: labels, pictures, splits."),
-    "samples": Command("vim_ssl.data.samples", "main", "List or get small real image sets."),
+    "data": Command("vim_ssl.data.check", "main", "Check data: labels, pictures, splits."),
+    "samples": Command("vim_ssl.data.samples.fetch", "main", "List or get small real image sets."),
     "report": Command("vim_ssl.report", "main", "Draw the page of a run again."),
 }
 SCRIPTS = {"recipes": "pretraining", "downstream": "tasks"}

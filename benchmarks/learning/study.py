@@ -39,7 +39,7 @@ from vim_ssl.recipes.mim_pretrain import (
     build_objective,
     mae_minute,
 )
-from vim_ssl.training import make_accelerator
+from vim_ssl.training.loop import make_accelerator
 
 TABLE, COSTS = "learning.csv", "learning_costs.csv"
 COLUMNS = (*ORIGIN, "data", "arm", "budget", "seed", "epochs", "pictures", "cpu_seconds",

@@ -5,9 +5,9 @@ from timm.layers import build_sincos2d_pos_embed, trunc_normal_
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from vim_ssl.encoder import VimEncoder
-from vim_ssl.masking import visible_ids
-from vim_ssl.mim import PixelObjective
+from vim_ssl.models.encoder import VimEncoder
+from vim_ssl.objectives.mae import PixelObjective
+from vim_ssl.objectives.masking import visible_ids
 from vim_ssl.recipes.mim_pretrain import Config
 
 

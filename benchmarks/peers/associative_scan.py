@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vim_ssl.kernels.selective_scan.benchmark import Provider, Shape
+from benchmarks.kernels.timing import Provider, Shape
 from vim_ssl.kernels.triton_math import LOG2E, sigmoid, softplus
 
 TOKENS = 256  # of a tile; with 16 states, 32 values a thread and array

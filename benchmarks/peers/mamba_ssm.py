@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vim_ssl.kernels.selective_scan.benchmark import Provider
+from benchmarks.kernels.timing import Provider
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / ".peers" / "mamba_ssm" / "csrc" / "selective_scan"

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from vim_ssl.data import BadImage, boxed_parts, open_data
-from vim_ssl.data.coco import ground_truth, mask_tools, to_rle
-from vim_ssl.data.doctor import check
+from vim_ssl.data.check import check
+from vim_ssl.data.sources.coco import ground_truth, mask_tools, to_rle
 
 WIDTH, HEIGHT = 12, 8
 # Columns 2 to 5 and rows 1 to 4.

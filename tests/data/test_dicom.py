@@ -19,8 +19,8 @@ from pydicom.uid import (  # noqa: E402
 )
 
 from vim_ssl.data import BadImage, labelled_parts, open_data  # noqa: E402
-from vim_ssl.data.dicom import locate  # noqa: E402
-from vim_ssl.data.doctor import check  # noqa: E402
+from vim_ssl.data.check import check  # noqa: E402
+from vim_ssl.data.sources.dicom import locate  # noqa: E402
 
 RAMP = np.arange(0, 2048, 32, dtype=np.int16).reshape(8, 8)
 

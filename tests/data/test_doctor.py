@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from vim_ssl.cli import main
-from vim_ssl.data import ImageData, doctor
-from vim_ssl.data.doctor import check
+from vim_ssl.data import ImageData
+from vim_ssl.data import check as doctor
+from vim_ssl.data.check import check
 
 
 def write(root, *names, seed=0):

@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from vim_ssl.data.joint import LargeScaleJitter, around, fitted, on_canvas
-from vim_ssl.data.loader import SeededSamples, collate
+from vim_ssl.data.loading.indexed import SeededSamples, collate
+from vim_ssl.data.transforms.dense import LargeScaleJitter, around, fitted, on_canvas
 
 SIZE = 64
 RGB = {"input_size": (3, 32, 32), "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}

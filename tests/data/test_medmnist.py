@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vim_ssl.data import open_data
-from vim_ssl.data.medmnist import known_sets
+from vim_ssl.data.sources.medmnist import known_sets
 
 
 @pytest.fixture(autouse=True)

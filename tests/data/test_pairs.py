@@ -9,7 +9,7 @@ from PIL import Image
 
 from vim_ssl.data import BadImage, open_data
 from vim_ssl.data.dataset import captions_of
-from vim_ssl.data.loader import SeededSamples
+from vim_ssl.data.loading.indexed import SeededSamples
 
 
 def fill(root, **texts):

@@ -3,7 +3,8 @@
 import pytest
 from PIL import Image
 
-from vim_ssl.data import ImageData, labelled_parts, masked_parts, open_data, sources
+from vim_ssl.data import ImageData, labelled_parts, masked_parts, open_data
+from vim_ssl.data import open as sources
 
 
 def fill(root, *names) -> str:

@@ -13,15 +13,10 @@ from PIL import Image
 rasterio = pytest.importorskip("rasterio", reason="needs pip install 'vim-ssl[remote-sensing]'")
 
 from vim_ssl import VimEncoder, create_transform, load_encoder, save_encoder  # noqa: E402
-from vim_ssl.data import (  # noqa: E402
-    BadImage,
-    band_statistics,
-    labelled_parts,
-    open_data,
-    rasters,
-)
-from vim_ssl.data.doctor import check  # noqa: E402
-from vim_ssl.data.rasters import (  # noqa: E402
+from vim_ssl.data import BadImage, band_statistics, labelled_parts, open_data
+from vim_ssl.data.check import check  # noqa: E402
+from vim_ssl.data.open import geotiff as rasters
+from vim_ssl.data.sources.geotiff import (  # noqa: E402
     BIGEARTHNET_BANDS,
     BIGEARTHNET_CLASSES,
     EUROSAT_BANDS,
@@ -347,7 +342,7 @@ def test_bigearthnet_without_labels(tmp_path):
 
 
 def test_the_43_classes_are_all_known():
-    from vim_ssl.data.rasters import _LEFT_OUT
+    from vim_ssl.data.sources.geotiff import _LEFT_OUT
 
     assert len(BIGEARTHNET_CLASSES) == 19
     kept = [old for names in BIGEARTHNET_CLASSES.values() for old in names]

@@ -16,8 +16,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vim_ssl.data import open_data, samples
-from vim_ssl.data.samples import Package, Sample, SampleMissing, get_sample, list_samples, main
+from vim_ssl.data import open_data
+from vim_ssl.data.samples.fetch import (
+    Package,
+    Sample,
+    SampleMissing,
+    get_sample,
+    list_samples,
+    main,
+)
+from vim_ssl.data.samples.fetch import fetch as samples
 
 HERE = list_samples()
 # Starts this Python even from a path with spaces: sh reads the second line, Python a string.

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vim_ssl.data import open_data, slides
-from vim_ssl.data.slides import tile_place, tissue
+from vim_ssl.data import open_data
+from vim_ssl.data.open import slides
+from vim_ssl.data.sources.slides import tile_place, tissue
 
 tifffile = pytest.importorskip("tifffile")
 pytest.importorskip("tiffslide")

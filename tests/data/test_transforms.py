@@ -9,7 +9,7 @@ from PIL import Image
 
 from vim_ssl import VimEncoder, create_transform
 from vim_ssl.data import BadImage, ImageData, band_statistics, pretrain_transform
-from vim_ssl.data.transforms import as_seen
+from vim_ssl.data.transforms.image import as_seen
 
 RGB = {
     "input_size": (3, 32, 32), "mean": (0.5, 0.25, 0.0), "std": (0.5, 0.25, 1.0),

@@ -11,9 +11,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from vim_ssl import VimEncoder, cli, load_encoder, save_encoder
-from vim_ssl.detection import load_detection
 from vim_ssl.downstream import detection
-from vim_ssl.runs import read_metrics
+from vim_ssl.tasks.detection import load_detection
+from vim_ssl.training.run import read_metrics
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_classes": 0}
 NAMES = ["disc", "square"]

@@ -15,11 +15,12 @@ from golden_weights import write_golden
 from PIL import Image
 from timm.data import create_transform as timm_transform
 
-from vim_ssl import VimEncoder, classification, cli, load_encoder, save_encoder
+from vim_ssl import VimEncoder, cli, load_encoder, save_encoder
+from vim_ssl.checkpoints.loading import made_by, verify
 from vim_ssl.data import ImageData
 from vim_ssl.downstream import finetune, video
-from vim_ssl.loading import made_by, verify
-from vim_ssl.runs import read_metrics
+from vim_ssl.tasks import classification
+from vim_ssl.training.run import read_metrics
 
 SMALL = {"img_size": 28, "patch_size": 7, "in_chans": 1, "embed_dim": 16, "depth": 2,
          "num_classes": 0}  # fmt: skip

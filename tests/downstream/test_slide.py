@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from vim_ssl import VimEncoder, cli, save_encoder
-from vim_ssl.bags import AttentionPool, DrawTiles, bags_of
 from vim_ssl.downstream import embed, slide
 from vim_ssl.evaluation.embeddings import Embedded, read_embeddings, write_shard
+from vim_ssl.tasks.slides import AttentionPool, DrawTiles, bags_of
 
 
 @pytest.fixture

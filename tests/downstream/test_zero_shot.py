@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from PIL import Image
 
 from vim_ssl import load_encoder
-from vim_ssl.clip import Clip, save_clip
 from vim_ssl.data import open_data
-from vim_ssl.data.sources import open_part
+from vim_ssl.data.open import open_part
 from vim_ssl.downstream import zero_shot
 from vim_ssl.evaluation.probes import Features
 from vim_ssl.evaluation.retrieval import PairFeatures
-from vim_ssl.runs import newest_run
-from vim_ssl.text import TextEncoder, train_bpe
+from vim_ssl.models.text import TextEncoder, train_bpe
+from vim_ssl.objectives.clip import Clip, save_clip
+from vim_ssl.training.run import newest_run
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 40), "blue_sky": (40, 60, 220)}
 

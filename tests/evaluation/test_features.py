@@ -11,7 +11,7 @@ from PIL import Image
 from vim_ssl import VimEncoder, load_encoder, save_encoder
 from vim_ssl.data import open_data
 from vim_ssl.evaluation.features import encode_data, share, weights_hash
-from vim_ssl.processes import Processes
+from vim_ssl.utils.distributed import Processes
 
 
 def make_encoder(seed: int = 0, **args) -> VimEncoder:

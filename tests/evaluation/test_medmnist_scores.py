@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vim_ssl.evaluation.medmnist_scores import (
+from vim_ssl.metrics.medmnist import (
     BINARY,
     MULTI_CLASS,
     MULTI_LABEL,

@@ -25,7 +25,7 @@ from vim_ssl.evaluation.probes import (
     read_all,
     readout_columns,
 )
-from vim_ssl.evaluation.scores import accuracy, wilson_interval
+from vim_ssl.metrics.bootstrap import accuracy, wilson_interval
 
 
 def blobs(n: int, classes: int = 4, d: int = 8, noise: float = 1.0, seed: int = 0):

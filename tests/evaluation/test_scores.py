@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from vim_ssl.evaluation.scores import mean_average_precision, share_right, wilson_interval
+from vim_ssl.metrics.bootstrap import mean_average_precision, share_right, wilson_interval
 
 
 def ranking(n: int = 200, classes: int = 4, ties: bool = False):

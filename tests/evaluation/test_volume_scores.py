@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from vim_ssl.evaluation.volume_scores import VolumeScores, dice, hausdorff95
+from vim_ssl.metrics.volumes import VolumeScores, dice, hausdorff95
 
 SPACING = (3.0, 1.0, 0.5)
 

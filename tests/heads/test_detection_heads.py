@@ -13,8 +13,8 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import MultiScaleRoIAlign
 
-from vim_ssl.heads import RCNN, SimpleFeaturePyramid
-from vim_ssl.heads.detection import STAGES, BoxPredictor, CascadeRoIHeads
+from vim_ssl.models.heads import RCNN, SimpleFeaturePyramid
+from vim_ssl.models.heads.rcnn import STAGES, BoxPredictor, CascadeRoIHeads
 
 SIZE, CHANNELS, CLASSES = 128, 8, 3
 SMALL = {"convs": 1, "hidden": 16, "anchor": 8, "samples": 16}

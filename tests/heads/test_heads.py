@@ -6,7 +6,7 @@ from timm.layers import LayerNorm2d
 from torch import nn
 
 from vim_ssl import VimEncoder
-from vim_ssl.heads import (
+from vim_ssl.models.heads import (
     NORMS,
     FCNHead,
     FeatureUpsampling,

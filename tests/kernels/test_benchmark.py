@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from vim_ssl.kernels.selective_scan import benchmark, torch_backend
-from vim_ssl.kernels.selective_scan.benchmark import Shape
+from benchmarks.kernels import timing as benchmark
+from benchmarks.kernels.timing import Shape
+from vim_ssl.kernels.selective_scan import torch_backend
 
 ROOT = Path(__file__).parents[2]
 TINY = Shape(1, 6, 4, 2)
@@ -66,7 +67,7 @@ def test_what_is_cut_off_says_so():
 
 def test_floors_of_the_scan():
     """An H200 at 1.98 GHz: 132 multiprocessors with 16 exponentials and 128 FMA a clock."""
-    ceilings = pytest.importorskip("vim_ssl.kernels.triton_ceilings", exc_type=ImportError)
+    ceilings = pytest.importorskip("benchmarks.kernels.ceilings", exc_type=ImportError)
     rates = ceilings.Ceilings(16 * 132 * 1.98e9, 128 * 132 * 1.98e9, 4.3e12, 1980.0)
     assert rates.floor_ms("forward", 128, 197, 384, 16) == pytest.approx(0.088, rel=0.01)
     assert rates.floor_ms("backward", 128, 197, 384, 16) == pytest.approx(0.111, rel=0.01)

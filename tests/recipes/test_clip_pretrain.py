@@ -19,7 +19,7 @@ from vim_ssl import load_clip, load_encoder, save_encoder
 from vim_ssl.data import open_data
 from vim_ssl.evaluation.retrieval import PairFeatures, embed_pairs, nearest, recall
 from vim_ssl.recipes import clip_pretrain
-from vim_ssl.runs import read_metrics
+from vim_ssl.training.run import read_metrics
 
 ROOT = Path(vim_ssl.__file__).parents[1]
 COLOURS = {

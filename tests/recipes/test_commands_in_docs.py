@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from vim_ssl.config import parse
 from vim_ssl.recipes import clip_pretrain, mim_pretrain
-from vim_ssl.runs import stored_or
+from vim_ssl.training.run import stored_or
+from vim_ssl.utils.config import parse
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = {"recipes/mim_pretrain.py": mim_pretrain, "recipes/clip_pretrain.py": clip_pretrain}

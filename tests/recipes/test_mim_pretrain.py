@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from PIL import Image
 
 import vim_ssl
-from vim_ssl import cli, load_encoder, training
-from vim_ssl.data.loader import SeededSamples
-from vim_ssl.optim import build_optimizer, build_schedule, param_groups
+from vim_ssl import cli, load_encoder
+from vim_ssl.data.loading.indexed import SeededSamples
 from vim_ssl.recipes import mim_pretrain
-from vim_ssl.runs import read_metrics
+from vim_ssl.training import loop as training
+from vim_ssl.training.optim import build_optimizer, build_schedule, param_groups
+from vim_ssl.training.run import read_metrics
 
 ROOT = Path(vim_ssl.__file__).parents[1]
 PHOTOS = ["astronaut.png", "camera.png", "chelsea.png", "coffee.png", "moon.png", "rocket.jpg"]

@@ -7,11 +7,11 @@
 
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import BadImage, clean_image, decode_image
-from vim_ssl.data.sources import boxed_parts, labelled_parts, masked_parts, open_data
+from vim_ssl.data.loading.streamed import ImageStream
+from vim_ssl.data.open import boxed_parts, labelled_parts, masked_parts, open_data
 from vim_ssl.data.spec import DataSpec, parse_spec
 from vim_ssl.data.split import stratified_split
-from vim_ssl.data.stream import ImageStream
-from vim_ssl.data.transforms import (
+from vim_ssl.data.transforms.image import (
     band_arguments,
     band_statistics,
     create_transform,

@@ -44,7 +44,7 @@ class Masks(Protocol):
 
     def place(self, row: int, /) -> dict[str, Any]:
         """For an item's ``meta``: of a plane its ``volume``, ``plane``, ``planes`` and ``spacing``
-        (see `vim_ssl.evaluation.volume_scores`); of a raster its file, ``raster``, and ``box``
+        (see `vim_ssl.metrics.volumes`); of a raster its file, ``raster``, and ``box``
         there (left, top, width, height in pixels, None for all)."""
         ...
 
@@ -95,7 +95,7 @@ class ImageData(Dataset):
         categories: of boxes, ``id`` (in their file) and ``name`` of each class; else None.
         groups: list[str] or None; pictures of one group belong on one side of a split.
         bands: names of the bands, where the source has them; else None.
-        task: of `vim_ssl.evaluation.medmnist_scores.TASKS`, where the source says so.
+        task: of `vim_ssl.metrics.medmnist.TASKS`, where the source says so.
         splits: names of the splits the source has; empty where it has none.
         split: the one opened, or "all".
         faults: what is wrong with the source as a whole, in words.

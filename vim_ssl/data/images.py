@@ -121,7 +121,7 @@ def array_picture(values: np.ndarray) -> Image.Image | np.ndarray:
 
     Grey of any depth (h, w), and uint8 grey (h, w, 1) or colour (h, w, 3), become PIL images; see
     `clean_image`. Bands (h, w, bands) of any other number or type stay an array: see
-    `vim_ssl.data.transforms.as_tensor` for their units.
+    `vim_ssl.data.transforms.image.as_tensor` for their units.
 
     Raises: BadImage for another number of dimensions, and for bands without one finite value.
     """

@@ -20,9 +20,9 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import BadImage
+from vim_ssl.data.loading.streamed import ImageStream
 from vim_ssl.data.split import as_key, is_known
-from vim_ssl.data.stream import ImageStream
-from vim_ssl.data.transforms import Transform
+from vim_ssl.data.transforms.image import Transform
 from vim_ssl.evaluation.probes import Features, Readable, encode_views
 
 FORMATS = ("parquet", "npy")

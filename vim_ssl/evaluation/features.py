@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from vim_ssl.data.samples import user_cache
-from vim_ssl.data.transforms import check_bands, create_transform
-from vim_ssl.encoder import VimEncoder
+from vim_ssl.data.samples.fetch import user_cache
+from vim_ssl.data.transforms.image import check_bands, create_transform
 from vim_ssl.evaluation.probes import (
     READOUTS,
     Features,
@@ -28,7 +27,8 @@ from vim_ssl.evaluation.probes import (
     read_all,
     readout_columns,
 )
-from vim_ssl.processes import Processes
+from vim_ssl.models.encoder import VimEncoder
+from vim_ssl.utils.distributed import Processes
 
 FORMAT = 1  # raised when `read_all` or the file changes its meaning
 

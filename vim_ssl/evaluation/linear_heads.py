@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vim_ssl.data.loader import EpochBatches
-from vim_ssl.evaluation.scores import judge
-from vim_ssl.optim import build_schedule
+from vim_ssl.data.loading.indexed import EpochBatches
+from vim_ssl.metrics.bootstrap import judge
+from vim_ssl.training.optim import build_schedule
 
 MANY = int(5e7)  # numbers, from which on one matrix product keeps several threads busy
 LARGE = 100_000  # pictures above which scikit-learn would take hours
@@ -178,7 +178,7 @@ def fit_lars(
     Its numbers, which are the defaults, are meant for the million pictures of ImageNet. How far
     the weights can move goes by pictures x epochs x lr: see `lars_reach`.
 
-    Not through `vim_ssl.training.fit`: the normalisation is over the whole batch, which several
+    Not through `vim_ssl.training.loop.fit`: the normalisation is over the whole batch, which several
     processes would cut up, and a sample here is one row of a matrix.
 
     Args:

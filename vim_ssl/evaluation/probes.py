@@ -13,10 +13,10 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from vim_ssl.data.images import BadImage
 from vim_ssl.data.split import is_known, stratified_split
-from vim_ssl.data.transforms import create_transform
-from vim_ssl.encoder import VimEncoder
+from vim_ssl.data.transforms.image import create_transform
 from vim_ssl.evaluation.linear_heads import MANY, fit_logistic
-from vim_ssl.evaluation.scores import accuracy
+from vim_ssl.metrics.bootstrap import accuracy
+from vim_ssl.models.encoder import VimEncoder
 
 SEARCH_TOL, GLANCE_TOL = 3e-4, 1e-3  # of a sweep, which starts warm; of one fit while training
 QUERIES, BANK = 1024, 2**16  # pictures that are compared with one another at once

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from vim_ssl.clip import Clip
 from vim_ssl.data.images import BadImage
 from vim_ssl.evaluation.probes import Readable
+from vim_ssl.objectives.clip import Clip
 
 CHUNK = 4096  # queries, and a sixteenth of the keys, compared at once: a gigabyte
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from vim_ssl.encoder import PRESETS
+from vim_ssl.models.encoder import PRESETS
 
 # Logged again on every line until the next evaluation.
 EVALUATED = (

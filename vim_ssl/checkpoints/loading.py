@@ -1,0 +1,521 @@
+"""Loading and saving encoders: `load_encoder`, `save_encoder`, `verify`.
+
+source -> checkpoint_files.find, read -> released_config, or the file's own config
+       -> the encoder asked for -> weights adapted to it -> every key accounted for
+"""
+
+import argparse
+import difflib
+import inspect
+import json
+import math
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from numbers import Integral
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vim_ssl.checkpoints import files as checkpoint_files
+from vim_ssl.checkpoints.adapt import adapt_data, adapt_state
+from vim_ssl.checkpoints.files import FORMAT, WEIGHT_SUFFIXES, Stored
+from vim_ssl.checkpoints.released import RELEASED_FILES, released_config
+from vim_ssl.models.encoder import IMAGENET_DATA, PRESETS, VimEncoder
+
+# Weights that come with the package: "preset.tag" -> folder.
+TAGS = {path.name: path for path in (Path(__file__).parent / "weights").glob("*.*")}
+_DEFAULTS = {
+    name: parameter.default for name, parameter in inspect.signature(VimEncoder).parameters.items()
+}
+_VIDEO = {"frames", "tubelet"}  # which only an encoder of clips has
+# What the tensors decide: another value is a mistake, not a wish.
+_FIXED = (
+    "embed_dim", "depth", "d_state", "d_conv", "expand", "dt_rank", "patch_size",
+    "norm_after_scan", "use_pos_embed",
+)  # fmt: skip
+
+
+def load_encoder(
+    source: str | os.PathLike,
+    *,
+    num_classes: int | None = 0,
+    img_size: int | tuple[int, int] | None = None,
+    in_chans: int | None = None,
+    global_pool: str | None = None,
+    ema: bool | None = None,
+    strict: bool = True,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    **model_args: Any,
+) -> VimEncoder:
+    """A Vision Mamba encoder in eval mode.
+
+    Args:
+        source: the first that fits of
+            - a preset (``vim_tiny_patch16_224``): fresh weights;
+            - an existing path: a released Vim checkpoint (``.pth``), a file of `save_encoder`
+              (``.safetensors`` with its ``.json``), or a run directory;
+            - a Hub id: ``owner/name``, ``owner/name/file``, ``hf://owner/name/file``, each with
+              ``@revision`` after the name or at the end.
+        num_classes: 0 for features only; n for a head of that size, the checkpoint's when it
+            fits, else fresh; None for the checkpoint's own head.
+        img_size: pixels, or (height, width): the position table is resampled for good. Without it
+            other sizes go in too, resampled at every call.
+        in_chans: channels; a checkpoint's patch embedding is summed to 1 channel, or repeated in
+            turn and rescaled to n, mean and std in ``data_config`` likewise. Bands that
+            ``data_config["bands"]`` names take the weights of their own name, such as red; others
+            start from the mean.
+        global_pool: "token", "avg" or "token+avg"; another width makes a fresh head.
+        ema: take the EMA copy (True) or the weights themselves (False); by default what a file of
+            ours says, and the weights themselves of a released file.
+        strict: missing or unexpected keys are errors. False fills what is missing with fresh
+            weights and leaves out what is unexpected, with a warning; shapes must fit always.
+        device, dtype: where the encoder goes, and its floating-point type.
+        model_args: any other argument of `VimEncoder`. ``directions="both"`` on a checkpoint of
+            one direction starts the other as its copy; one direction of a checkpoint of both drops
+            the other; ``use_mask_token`` and ``num_registers`` start fresh where it has none.
+
+    Raises:
+        FileNotFoundError: no such path, file or repository. ConnectionError: no Hub.
+        TypeError: an argument that `VimEncoder` does not have, with the nearest that it has.
+        ValueError: an unknown name; a file that is broken, unsafe, of another architecture, or
+            that contradicts the arguments; several files to choose from.
+    """
+    _check_arguments(model_args, num_classes, img_size, device, dtype)
+    if num_classes is not None:
+        num_classes = int(num_classes)  # numpy's integers are no JSON
+    asked = dict(model_args, img_size=img_size, in_chans=in_chans, global_pool=global_pool)
+    if source in PRESETS:
+        if num_classes is None or ema:
+            what = "num_classes=None" if num_classes is None else "ema=True"
+            raise ValueError(f"{what} asks for a checkpoint's; preset {source!r} is untrained.")
+        config = dict(PRESETS[source], num_classes=num_classes)
+        encoder = VimEncoder(**_apply(config, asked))
+    else:
+        stored = checkpoint_files.read(*_find(source), ema=ema)
+        encoder, assumed = _build(stored, asked, num_classes, strict)
+        for assumption in assumed:
+            warnings.warn(assumption, stacklevel=2)
+    return encoder.to(device=device, dtype=dtype).eval()
+
+
+def made_by(source: str | os.PathLike) -> dict[str, Any]:
+    """What `save_encoder` was told of the training of ``source``; nothing of any other file.
+
+    Raises: what `load_encoder` raises.
+    """
+    return {} if source in PRESETS else checkpoint_files.read(*_find(source)).made_by or {}
+
+
+def load_for_bands(source: str, bands: Mapping[str, Any], **args: Any) -> VimEncoder:
+    """The encoder that ``source`` names, for pictures of these bands.
+
+    Args:
+        bands: of `vim_ssl.data.transforms.image.band_arguments`. An encoder of the same ones keeps its
+            own statistics.
+        args: of `load_encoder`.
+    """
+    encoder = load_encoder(source, **args)
+    if bands and tuple(encoder.data_config["bands"]) != tuple(bands["data_config"]["bands"]):
+        encoder = load_encoder(source, **args, **bands)
+    return encoder
+
+
+def save_encoder(
+    encoder: VimEncoder,
+    folder: str | os.PathLike,
+    *,
+    ema: VimEncoder | Mapping[str, Tensor] | None = None,
+    ema_default: bool = True,
+    record: dict[str, Any] | None = None,
+) -> Path:
+    """Write ``encoder.safetensors`` and ``encoder.json``; `load_encoder` takes the folder.
+
+    Each file appears whole or not at all, and the description last. Keys are those of the released
+    checkpoints.
+
+    Args:
+        ema: the exponential moving average of the weights, kept beside as
+            ``encoder_ema.safetensors``.
+        ema_default: `load_encoder` takes the EMA copy unless told otherwise.
+        record: JSON-able notes on the training, kept as ``made_by``.
+    Returns: the path of encoder.safetensors.
+    Raises: TypeError for something that is not a `VimEncoder` or not JSON; ValueError for an EMA
+        copy with other keys.
+    """
+    from safetensors.torch import save
+
+    from vim_ssl import __version__
+
+    if not isinstance(encoder, VimEncoder):
+        raise TypeError(
+            f"save_encoder takes a VimEncoder, not a {type(encoder).__name__}; unwrap it first "
+            "(.module of DDP, ._orig_mod of torch.compile)."
+        )
+    state = _plain(encoder.state_dict())
+    if ema is not None:
+        ema = _plain(ema.state_dict() if isinstance(ema, VimEncoder) else ema)
+        if wrong := sorted(set(ema) ^ set(state)):
+            raise ValueError(f"The EMA copy and the encoder differ in {_some(wrong)}.")
+    # The backend belongs to the machine, not to the weights.
+    config = {key: value for key, value in encoder.config.items() if key != "scan_backend"}
+    description = {
+        "format": FORMAT,
+        "vim_ssl": __version__,
+        "ema": None if ema is None else "default" if ema_default else "optional",
+        "config": config,
+        "made_by": record,
+    }
+    text = json.dumps(description, indent=2) + "\n"  # raises before anything is written
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights, averaged = folder / "encoder.safetensors", folder / "encoder_ema.safetensors"
+    if ema is not None:
+        write_whole(averaged, save(ema))
+    write_whole(weights, save(state))
+    write_whole(folder / "encoder.json", text.encode())
+    if ema is None:
+        averaged.unlink(missing_ok=True)
+    return weights
+
+
+def _plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.detach().cpu().contiguous() for key, value in state.items()}
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """A reader, or a crash, sees the old file or the new one, never a part."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+# -------------------------------------------------------------------- the arguments
+
+
+def _check_arguments(
+    model_args: Mapping[str, Any],
+    num_classes: int | None,
+    img_size: int | tuple[int, int] | None,
+    device: str | torch.device | None,
+    dtype: torch.dtype | None,
+) -> None:
+    own = list(inspect.signature(load_encoder).parameters)[1:-1]
+    for name in model_args:
+        if name not in _DEFAULTS:
+            near = difflib.get_close_matches(name, [*_DEFAULTS, *own], n=1)
+            hint = f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(_DEFAULTS)}."
+            raise TypeError(f"Unknown argument {name!r}. {hint}")
+    whole = isinstance(num_classes, Integral) and not isinstance(num_classes, bool)
+    if num_classes is not None and not (whole and num_classes >= 0):
+        raise ValueError(
+            f"num_classes is {num_classes!r}; expected 0 (features), a number of classes, or None "
+            "(the checkpoint's own head)."
+        )
+    sides = (img_size, img_size) if isinstance(img_size, int) else img_size
+    if sides is not None and not (
+        isinstance(sides, tuple | list)
+        and len(sides) == 2
+        and all(isinstance(side, int) and side > 0 for side in sides)
+    ):
+        raise ValueError(f"img_size is {img_size!r}; expected pixels or (height, width).")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype is {dtype!r}; expected a floating-point torch.dtype.")
+    if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {str(device)!r}, but torch sees no GPU here; use 'cpu'.")
+
+
+def _find(source: str | os.PathLike) -> tuple[checkpoint_files.Folder, str]:
+    """`checkpoint_files.find`, after the names that are ours."""
+    if source in TAGS:
+        return checkpoint_files.find(TAGS[str(source)])
+    if isinstance(source, str) and not Path(source).expanduser().exists():
+        name, _, tag = source.partition(".")
+        if name in PRESETS and not source.endswith(WEIGHT_SUFFIXES):
+            tags = ", ".join(t for t in TAGS if t.startswith(f"{name}.")) or "none yet"
+            raise ValueError(f"Preset {name!r} has no weights {tag!r}; weights there are: {tags}.")
+        if "/" not in source and os.sep not in source and not source.endswith(WEIGHT_SUFFIXES):
+            near = difflib.get_close_matches(source, PRESETS, n=1)
+            hint = f"Did you mean {near[0]!r}?" if near else f"Presets: {', '.join(PRESETS)}."
+            raise ValueError(f"Unknown preset {source!r}, and no file or folder here. {hint}")
+    return checkpoint_files.find(source)
+
+
+def encoder_class(config: Mapping[str, Any]) -> type[VimEncoder]:
+    """What a config describes: an encoder of images or of clips."""
+    if not _VIDEO & config.keys():
+        return VimEncoder
+    from vim_ssl.models.video import VideoEncoder
+
+    return VideoEncoder
+
+
+def _apply(config: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of the encoder asked for: the checkpoint's, and the caller's over them."""
+    wished = {key: value for key, value in asked.items() if value is not None}
+    target = dict(config) | wished
+    chans = config.get("in_chans", _DEFAULTS["in_chans"])
+    data = dict(config.get("data_config") or {})
+    data.pop("input_size", None)  # follows img_size and in_chans
+    bands = (asked.get("data_config") or {}).get("bands")
+    if target.get("in_chans", chans) != chans or bands:
+        known = IMAGENET_DATA | data if chans == 3 else data
+        data = adapt_data(known, target.get("in_chans", chans), bands)
+        data.pop("input_size", None)
+    target["data_config"] = data | (asked.get("data_config") or {})
+    return target
+
+
+# -------------------------------------------------------------------- the weights
+
+
+def _build(
+    stored: Stored, asked: Mapping[str, Any], num_classes: int | None, strict: bool
+) -> tuple[VimEncoder, list[str]]:
+    """The encoder asked for, with the stored weights; and what had to be assumed."""
+    config, assumed = _config_of(stored, asked)
+    own_classes = config["num_classes"]
+    if num_classes is None and not own_classes:
+        raise ValueError(
+            f"num_classes=None asks for the head of {stored.path}, which has none; say 0 for "
+            "features or the number of classes for a fresh head."
+        )
+    _check_contradictions(stored.path, config, asked)
+    target = _apply(config, asked)
+    target["num_classes"] = own_classes if num_classes is None else num_classes
+    encoder = encoder_class(target)(**target)
+    state = adapt_state(stored.path, stored.state, config, encoder)
+    missing, unexpected, misshapen = compare_keys(encoder, state)
+    if misshapen:
+        raise ValueError(f"{stored.path} does not fit: {_some(misshapen)}.")
+    if missing or unexpected:
+        said = "; ".join(
+            f"{len(keys)} {kind} ({_some(keys)})"
+            for kind, keys in (("missing", missing), ("unexpected", unexpected))
+            if keys
+        )
+        if strict:
+            raise ValueError(
+                f"{stored.path} does not match its architecture, keys: {said}. `vim-ssl verify` "
+                "lists them all; strict=False loads what fits."
+            )
+        assumed.append(f"{stored.path} was loaded in part, keys: {said}.")
+    encoder.load_state_dict(state, strict=False)
+    return encoder, assumed
+
+
+def _config_of(stored: Stored, asked: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Every argument of the stored encoder, and what had to be assumed."""
+    if stored.config is None:
+        try:
+            config, assumed = released_config(
+                stored.state, stored.model_name, stored.training_args, asked
+            )
+        except ValueError as error:
+            raise ValueError(f"{stored.path}: {error}") from error
+    else:
+        config, assumed = stored.config, []
+        for name in config:
+            if name not in _DEFAULTS and name not in _VIDEO:
+                near = difflib.get_close_matches(name, _DEFAULTS, n=1)
+                hint = f"Did you mean {near[0]!r}?" if near else "Was it written by a newer one?"
+                raise ValueError(
+                    f"The config of {stored.path} has {name!r}, which this vim_ssl does not know. "
+                    f"{hint}"
+                )
+    config = _DEFAULTS | config
+    if not isinstance(config["img_size"], int):
+        config["img_size"] = tuple(config["img_size"])  # JSON has lists
+    return config, assumed
+
+
+def _check_contradictions(path: Path, config: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    def refuse(name: str, why: str = "the weights decide it") -> None:
+        raise ValueError(
+            f"{name}={asked[name]!r} was asked for, but {path} has {name}={config[name]!r}; {why}."
+        )
+
+    config = dict(config, dt_rank=config["dt_rank"] or math.ceil(config["embed_dim"] / 16))
+    for name in _FIXED:
+        if asked.get(name) is not None and asked[name] != config[name]:
+            refuse(name)
+    if asked.get("num_registers") and config["num_registers"] not in (0, asked["num_registers"]):
+        refuse("num_registers", "give that number, or 0 to drop them")
+    places = asked.get("cls_position") or config["cls_position"], config["cls_position"]
+    if places[0] != places[1] and not {*places} <= {"middle", "first"}:
+        refuse("cls_position")
+    ways = asked.get("directions") or config["directions"], config["directions"]
+    if ways[0] != ways[1] and "both" not in ways:
+        refuse("directions", "directions='both' starts the other direction as its copy")
+
+
+def compare_keys(
+    encoder: VimEncoder, state: Mapping[str, Tensor]
+) -> tuple[list[str], list[str], list[str]]:
+    """Keys that the encoder has and ``state`` lacks; the reverse; and keys of another shape."""
+    own = encoder.state_dict()
+    missing = [key for key in own if key not in state]
+    unexpected = [key for key in state if key not in own]
+    misshapen = [
+        f"{key} is {tuple(state[key].shape)}, expected {tuple(own[key].shape)}"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    return missing, unexpected, misshapen
+
+
+def _some(items: list[str], most: int = 5) -> str:
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(items[:most]) + more
+
+
+# -------------------------------------------------------------------- vim-ssl verify
+
+
+@dataclass
+class Report:
+    """What a checkpoint is, and whether it loads whole; ``str(report)`` is for people."""
+
+    source: str
+    facts: dict[str, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def loads(self) -> bool:
+        """Every key has its place, every value is finite, and a forward pass works."""
+        return not self.problems
+
+    def __str__(self) -> str:
+        width = max(map(len, self.facts), default=0)
+        lines = [self.source, *(f"  {name:<{width}}  {fact}" for name, fact in self.facts.items())]
+        lines += [f"  note: {note}" for note in self.notes]
+        lines += [f"  PROBLEM: {problem}" for problem in self.problems]
+        return "\n".join([*lines, "loads whole" if self.loads else "does NOT load whole"])
+
+
+def verify(source: str | os.PathLike, **layout: Any) -> Report:
+    """Look a checkpoint over: what it is, every key, every value, one forward pass.
+
+    Args:
+        source: a path or a Hub id, as in `load_encoder`; the weights and their EMA copy are both
+            looked at.
+        layout: ``img_size`` and ``stride`` for a file that does not say its own.
+    Returns: a report; what is wrong with the file stands in it and is not raised.
+    """
+    report = Report(str(source))
+    try:
+        folder, name = _find(source)
+        stored = checkpoint_files.read(folder, name, ema=False)
+        copies = {"weights": stored}
+        if stored.has_ema:
+            copies["EMA copy"] = checkpoint_files.read(folder, name, ema=True)
+        config, report.notes = _config_of(stored, layout)
+    except (OSError, ValueError) as error:
+        report.problems.append(str(error))
+        return report
+    _describe(report, stored, config)
+    for which, copy in copies.items():
+        _check_copy(report, which, copy, config)
+    return report
+
+
+def _describe(report: Report, stored: Stored, config: Mapping[str, Any]) -> None:
+    ours = stored.config is not None
+    size = config["img_size"]
+    size = (size, size) if isinstance(size, int) else size
+    stride = config["stride"] or config["patch_size"]
+    rows, columns = ((side - config["patch_size"]) // stride + 1 for side in size)
+    averaged = config["divide_out"] or config["norm_after_scan"]
+    guessed = any("divide_out" in note for note in report.notes)
+    report.facts |= {
+        "kind": "file of vim_ssl" if ours else "Vim checkpoint of the original code's form",
+        "model name": stored.model_name or ("given by its config" if ours else "none stored"),
+        "architecture": f"{_preset_of(config) or 'no preset'}: embed_dim {config['embed_dim']}, "
+        f"depth {config['depth']}, d_state {config['d_state']}, patch {config['patch_size']}, "
+        f"stride {stride}, channels {config['in_chans']}, directions {config['directions']}",
+        "parameters": f"{sum(tensor.numel() for tensor in stored.state.values()):,}",
+        "classes": str(config["num_classes"] or "none: features only"),
+        "directions' sum": ("divided by 2" if averaged else "not divided")
+        + (", ASSUMED" if guessed else ", as its name or config says"),
+        "positions": f"{rows}x{columns} patches of {size[0]}x{size[1]} px, class token "
+        f"{config['cls_position']}"
+        if config["use_pos_embed"]
+        else f"no table; class token {config['cls_position']}",
+        "EMA copy": "yes: load_encoder(…, ema=True)" if stored.has_ema else "none",
+    }
+    if stored.made_by:
+        made = {key: value for key, value in stored.made_by.items() if key != "classes"}
+        report.facts["made by"] = json.dumps(made)
+    if stored.path.name in RELEASED_FILES:
+        model, top1 = RELEASED_FILES[stored.path.name]
+        report.facts["released as"] = f"{model}, top-1 {top1} % on ImageNet-1k as published"
+
+
+def _check_copy(report: Report, which: str, stored: Stored, config: dict[str, Any]) -> None:
+    try:
+        encoder = encoder_class(config)(**(config | {"scan_backend": "auto"}))
+        state = adapt_state(stored.path, stored.state, config, encoder)
+    except ValueError as error:
+        report.problems.append(f"{which}: {error}")
+        return
+    found = zip(("missing", "unexpected", "wrong shape"), compare_keys(encoder, state), strict=True)
+    wrong = [f"{which}: {kind}: {key}" for kind, keys in found for key in keys]
+    wrong += [
+        f"{which}: values that are not finite: {key}"
+        for key, tensor in state.items()
+        if not torch.isfinite(tensor).all()
+    ]
+    if not wrong:
+        encoder.load_state_dict(state)
+        images = torch.randn(1, *encoder.data_config["input_size"])
+        with torch.inference_mode():
+            out = encoder.eval()(images)
+        if not torch.isfinite(out).all():
+            wrong = [f"{which}: the output on a random image is not finite"]
+        else:
+            report.facts[f"{which} tried"] = (
+                f"{tuple(out.shape)} from {tuple(images.shape)}, finite"
+            )
+    report.problems += wrong
+
+
+def _preset_of(config: Mapping[str, Any]) -> str | None:
+    """The preset with these shapes, whatever its head."""
+    names = ("embed_dim", "depth", "patch_size", "in_chans", "d_state", "d_conv", "expand")
+    for preset, args in PRESETS.items():
+        full = _DEFAULTS | args
+        strides = (c["stride"] or c["patch_size"] for c in (full, config))
+        if len({*strides}) == 1 and all(full[name] == config[name] for name in names):
+            return preset
+    return None
+
+
+def verify_main(argv: Sequence[str] | None = None) -> int:
+    """``vim-ssl verify FILE``: print the report; 0 if it loads whole, else 1."""
+    parser = argparse.ArgumentParser(
+        prog="vim-ssl verify", description="Tell what a checkpoint is and whether it loads whole."
+    )
+    parser.add_argument("file", help="a checkpoint, a run directory or a Hub id")
+    parser.add_argument(
+        "--img-size", type=int, nargs="+", metavar="PX",
+        help="side, or height and width, that the position table was made for, if not stored",
+    )  # fmt: skip
+    parser.add_argument("--stride", type=int, help="patch stride in pixels, if not stored")
+    args = parser.parse_args(argv)
+    if args.img_size and len(args.img_size) > 2:
+        parser.error("--img-size takes one number, or height and width")
+    size = args.img_size and (args.img_size[0], args.img_size[-1])
+    report = verify(args.file, img_size=size, stride=args.stride)
+    print(report)
+    return 0 if report.loads else 1

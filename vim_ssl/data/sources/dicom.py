@@ -1,0 +1,359 @@
+"""DICOM: ``dicom:root``, slices as 8-bit pictures; of the patient nothing is handed on."""
+
+import logging
+import os
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vim_ssl.data.dataset import ImageData
+from vim_ssl.data.images import BadImage
+from vim_ssl.data.sources.folder import OnDisk, read_layout
+from vim_ssl.data.spec import DataSpec, near
+from vim_ssl.data.window import Window, to_8bit
+
+log = logging.getLogger(__name__)
+
+# What `label=` may be: nothing here says who the patient is.
+LABELS = {
+    "modality": "Modality", "body_part": "BodyPartExamined", "view": "ViewPosition",
+    "laterality": "ImageLaterality", "folder": "",
+}  # fmt: skip
+DEFAULT_WINDOW = Window(0.5, 99.5, percent=True)
+_HEADER = [
+    "SOPClassUID", "PatientID", "StudyInstanceUID", "SeriesInstanceUID", "InstanceNumber",
+    "ImagePositionPatient", "ImageOrientationPatient", "NumberOfFrames", "Rows", "Columns",
+    "BitsAllocated", "PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence",
+    *filter(None, LABELS.values()),
+]  # fmt: skip
+_VALUES = [
+    "PhotometricInterpretation", "RescaleSlope", "RescaleIntercept", "ModalityLUTSequence",
+    "WindowCenter", "WindowWidth", "VOILUTFunction", "VOILUTSequence", "PixelPaddingValue",
+    "BitsStored", "PixelRepresentation", "SamplesPerPixel", "PerFrameFunctionalGroupsSequence",
+    "SharedFunctionalGroupsSequence", "RedPaletteColorLookupTableDescriptor",
+    "GreenPaletteColorLookupTableDescriptor", "BluePaletteColorLookupTableDescriptor",
+    "RedPaletteColorLookupTableData", "GreenPaletteColorLookupTableData",
+    "BluePaletteColorLookupTableData", "SegmentedRedPaletteColorLookupTableData",
+    "SegmentedGreenPaletteColorLookupTableData", "SegmentedBluePaletteColorLookupTableData",
+]  # fmt: skip
+
+# Not compressed: implicit, explicit and big-endian values.
+_PLAIN = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2")
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One picture of a file, and what orders it. ``patient`` and ``series`` stay in this module."""
+
+    name: str
+    frame: int
+    patient: str
+    series: str
+    place: tuple[float, float]  # along the series' normal, then its number
+    syntax: str
+    label: str
+
+
+def open_dicom(spec: DataSpec) -> ImageData:
+    """Open every picture of the DICOM files below ``dicom:root``, grey or colour, 8-bit.
+
+    Files are known by their content, whatever their names; a file of several frames gives several
+    pictures, one without pixels none. Within a series slices come in the order of their positions,
+    else of their instance numbers. Stored values are rescaled (slope and intercept, or a table),
+    windowed by the file's own first window, else from its 0.5th to its 99.5th percentile, and
+    turned over where the file says MONOCHROME1. ``window=-160,240`` sets another window, in the
+    rescaled unit (HU for CT).
+
+    A file whose header is broken, or tells of more frames than there are, is passed over with a
+    warning that names it, and nothing of what it holds.
+
+    The group is the patient, so that none is on two sides of a split: a number that holds nothing
+    of the PatientID. Without PatientID it is the study, else the series, else the folder. An id is
+    ``hash of the series/place in it``; `locate` finds the file. ``label=`` takes modality,
+    body_part, view, laterality or folder (the outermost). Folders named train, val and test, and
+    no others, are splits.
+
+    Raises: ImportError without pydicom, or without what decompresses these files;
+        FileNotFoundError; ValueError for a folder without a DICOM picture.
+    """
+    spec.takes("label", "window")
+    window = Window.parse(spec.window) if spec.window else None
+    kind = None if spec.label == "none" else spec.label
+    if kind and kind not in LABELS:
+        raise ValueError(
+            f"dicom:{spec.location}: label={kind} is not offered.{near(kind, list(LABELS))} It "
+            f"takes {', '.join(LABELS)}; free text may name the patient."
+        )
+    root = Path(spec.location).expanduser()
+    slices, others = _ordered(root, LABELS.get(kind or ""))
+    _check_syntaxes({one.syntax for one in slices})
+    names = sorted({one.name for one in slices})
+    found = read_layout(names, spec.split, "folder" if kind == "folder" else "none", str(root))
+    inside = set(found.names)
+    patients = {name: f"patient-{i:05d}"
+                for i, name in enumerate(dict.fromkeys(one.patient for one in slices))}  # fmt: skip
+    chosen = [one for one in slices if one.name in inside]
+    ids = [name for name, one in zip(_ids(slices), slices, strict=True) if one.name in inside]
+
+    labels, classes = None, found.classes
+    if found.labels is not None:
+        class_of = dict(zip(found.names, found.labels, strict=True))
+        labels = [class_of[one.name] for one in chosen]
+    elif kind:
+        classes = sorted({one.label for one in slices} - {""})
+        labels = [classes.index(one.label) if one.label else -1 for one in chosen]
+    if others:
+        log.warning("dicom:%s: passed over %s", root, _told(others))
+    return ImageData(
+        DicomPictures(str(root), chosen, window), ids, name=str(spec), labels=labels,
+        classes=classes, groups=[patients[one.patient] for one in chosen], splits=found.splits,
+        split=found.split,
+    )  # fmt: skip
+
+
+def locate(root: str | Path) -> dict[str, str]:
+    """Every id of ``dicom:root`` → its file, for looking at what was named broken.
+
+    The paths may tell more about a patient than the ids do: they are for you alone.
+    """
+    slices, _ = _ordered(Path(root).expanduser(), None)
+    return {name: one.name for name, one in zip(_ids(slices), slices, strict=True)}
+
+
+class DicomPictures(OnDisk):
+    """Slices by row, each as uint8 (h, w) or (h, w, 3)."""
+
+    def __init__(self, root: str, slices: Sequence[Slice], window: Window | None):
+        self.root, self.window = root, window
+        self.files = [(one.name, one.frame) for one in slices]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def paths(self, row: int) -> list[str]:
+        return [os.path.join(self.root, self.files[row][0])]
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        name, frame = self.files[row]
+        try:
+            with _silenced():
+                return read_slice(os.path.join(self.root, name), frame, self.window)
+        except FileNotFoundError:
+            raise BadImage(name, "the file is gone") from None
+        except Exception as error:  # a broken file makes decoders raise nearly anything
+            # Its words are left out: they may quote the file's header.
+            raise BadImage(name, f"its pixels cannot be read ({type(error).__name__})") from None
+
+
+def read_slice(path: str, frame: int = 0, window: Window | None = None) -> np.ndarray:
+    """One frame of a DICOM file as uint8 (h, w) or (h, w, 3); see `open_dicom`.
+
+    Raises: what pydicom raises for a file it cannot read.
+    """
+    pydicom = _pydicom()
+    from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut, pixel_array
+
+    header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_VALUES)
+    stored = pixel_array(path, index=frame)
+    colours = header.get("PhotometricInterpretation", "")
+    if colours == "PALETTE COLOR":
+        coloured = apply_color_lut(stored, header)
+        return to_8bit(coloured, 0, np.iinfo(coloured.dtype).max)
+    if stored.ndim == 3:
+        return to_8bit(stored, 0, 2 ** header.get("BitsStored", 8) - 1)
+
+    scale = _functional(header, frame, "PixelValueTransformationSequence")
+    values = apply_modality_lut(stored, scale).astype(np.float64)
+    if (padding := header.get("PixelPaddingValue")) is not None:
+        values[stored == padding] = np.nan
+    voi = _functional(header, frame, "FrameVOILUTSequence")
+    if window is None and "WindowCenter" not in voi and "VOILUTSequence" in voi:
+        table = apply_voi_lut(np.nan_to_num(values).astype(np.int64), voi)
+        depth = voi.VOILUTSequence[0].LUTDescriptor[2]
+        grey = to_8bit(table, 0, 2**depth - 1)
+    elif window is None and "WindowCenter" in voi and "WindowWidth" in voi:
+        grey = to_8bit(_windowed(values, voi), 0, 1)
+    else:
+        grey = to_8bit(values, *(window or DEFAULT_WINDOW).limits(values))
+    if colours == "MONOCHROME1":
+        return np.where(np.isnan(values), 0, 255 - grey).astype(np.uint8)
+    return grey
+
+
+def _windowed(values: np.ndarray, voi: Any) -> np.ndarray:
+    """0 to 1 by the first window of a file: DICOM PS3.3, C.11.2.1.2 and C.11.2.1.3."""
+    centre, width = (
+        float(value if isinstance(value, float | int) else value[0])
+        for value in (voi.WindowCenter, voi.WindowWidth)
+    )
+    function = voi.get("VOILUTFunction", "LINEAR")
+    if function == "SIGMOID":
+        return 1 / (1 + np.exp(-4 * (values - centre) / width))
+    if function == "LINEAR_EXACT":
+        return (values - centre) / width + 0.5
+    return (values - (centre - 0.5)) / max(width - 1, 1e-6) + 0.5
+
+
+# ---------------------------------------------------------------- headers
+
+
+def _pydicom() -> Any:
+    try:
+        import pydicom
+        import pydicom.pixels
+    except ImportError as error:
+        raise ImportError("dicom: data needs pydicom: pip install 'vim-ssl[medical]'") from error
+    return pydicom
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """Without pydicom's warnings, raised or logged, which quote the values of headers."""
+    logger = logging.getLogger("pydicom")
+    before, logger.disabled = logger.disabled, True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.disabled = before
+
+
+def _ordered(root: Path, label: str | None) -> tuple[list[Slice], dict[str, list[str]]]:
+    """The slices below root, series by series in the order of their files; and the files that were
+    passed over, by what is wrong with them."""
+    if not root.is_dir():
+        raise FileNotFoundError(f"dicom:{root}: there is no such folder.")
+    names = sorted(
+        path.relative_to(root).as_posix()
+        for path in root.rglob("*")
+        if path.is_file() and not path.name.startswith(".") and path.name != "DICOMDIR"
+    )
+    others: dict[str, list[str]] = {}
+    by_series: dict[str, list[Slice]] = {}
+    _pydicom()
+    with _silenced(), ThreadPoolExecutor(8) as pool:
+        read = pool.map(lambda name: _read_header(root, name, label), names)
+        for name, found in zip(names, read, strict=True):
+            if isinstance(found, str):
+                others.setdefault(found, []).append(name)
+                continue
+            for one in found:
+                by_series.setdefault(one.series, []).append(one)
+    if not by_series:
+        raise ValueError(
+            f"dicom:{root} holds no DICOM picture at any depth; it holds {_told(others)}."
+        )
+    slices = [
+        one
+        for series in by_series.values()
+        for one in sorted(series, key=lambda one: (*one.place, one.name, one.frame))
+    ]
+    return slices, others
+
+
+def _told(others: dict[str, list[str]]) -> str:
+    """What was passed over in words, with the first names of each kind."""
+    kinds = sorted(others.items(), key=lambda kind: -len(kind[1]))[:5]
+    return ", ".join(
+        f"{len(names)} × {what} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+        for what, names in kinds
+    ) or "no file"  # fmt: skip
+
+
+def _read_header(root: Path, name: str, label: str | None) -> list[Slice] | str:
+    """The slices of a file; or in words why it has none."""
+    pydicom = _pydicom()
+    try:
+        with open(root / name, "rb") as file:
+            header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=_HEADER)
+            left = os.fstat(file.fileno()).st_size - file.tell()
+        if not header.get("Rows"):
+            return "DICOM without pixels"
+        return _slices(header, name, label, left)
+    except pydicom.errors.InvalidDicomError:
+        return "no DICOM file"
+    except Exception:  # broken headers and values make readers raise nearly anything
+        return "broken header"
+
+
+def _slices(header: Any, name: str, label: str | None, left: int) -> list[Slice] | str:
+    """As `_read_header`, of a header that ``left`` bytes of pixels follow.
+
+    Raises: ValueError, TypeError for values that are none.
+    """
+    meta = getattr(header, "file_meta", {})
+    syntax = str(meta.get("TransferSyntaxUID", ""))
+    frames = int(header.get("NumberOfFrames") or 1)
+    # How few bytes compression makes of a frame nobody knows; of colour one of its parts is asked.
+    least = header.Rows * header.Columns * header.BitsAllocated / 8 if syntax in _PLAIN else 0
+    if frames < 1 or (frames > 1 and frames * least > left):
+        return "other number of frames than the header says"
+    # Of what was made anonymous by blanking, a folder is one series of one patient.
+    series = str(header.get("SeriesInstanceUID") or name.rpartition("/")[0])
+    patient = str(header.get("PatientID") or header.get("StudyInstanceUID") or series)
+    text = str(header.get(label) or "").strip().lower() if label else ""
+    number = float(header.get("InstanceNumber") or 0)
+    return [
+        Slice(name, frame, patient, series, (_position(header, frame), number), syntax, text)
+        for frame in range(frames)
+    ]
+
+
+def _position(header: Any, frame: int) -> float:
+    """Where a slice lies along its series' normal (mm); 0 when the file does not say."""
+    where = _functional(header, frame, "PlanePositionSequence").get("ImagePositionPatient")
+    turned = _functional(header, frame, "PlaneOrientationSequence").get("ImageOrientationPatient")
+    if not where or not turned or len(where) != 3 or len(turned) != 6:
+        return 0.0
+    normal = np.cross(np.array(turned[:3], float), np.array(turned[3:], float))
+    place = round(float(normal @ np.array(where, float)), 3)
+    if not np.isfinite(place):  # nothing could be sorted by it
+        raise ValueError("no position")
+    return place
+
+
+def _functional(header: Any, frame: int, sequence: str) -> Any:
+    """The part of an enhanced file that describes a frame; of any other file, the header itself."""
+    frames = header.get("PerFrameFunctionalGroupsSequence") or []
+    shared = header.get("SharedFunctionalGroupsSequence") or []
+    for group in (*frames[frame : frame + 1], *shared[:1]):
+        if found := group.get(sequence):
+            return found[0]
+    return header
+
+
+def _ids(slices: Sequence[Slice]) -> list[str]:
+    count: Counter[str] = Counter()
+    ids = []
+    for one in slices:
+        series = blake2b(one.series.encode(), digest_size=6).hexdigest()
+        ids.append(f"{series}/{count[series]:04d}")
+        count[series] += 1
+    return ids
+
+
+def _check_syntaxes(syntaxes: set[str]) -> None:
+    """Raise ImportError when files are compressed in a way that no installed package undoes."""
+    from pydicom.pixels import get_decoder
+    from pydicom.uid import UID
+
+    for syntax in sorted(syntaxes - {""}):
+        try:
+            decoder = get_decoder(UID(syntax))
+        except NotImplementedError:
+            continue  # what it holds is named when it is decoded
+        if not decoder.is_available:
+            needed = "; or ".join(decoder.missing_dependencies)
+            raise ImportError(
+                f"dicom: files in the transfer syntax {UID(syntax).name} need one more package: "
+                f"{needed}. Most are installed by: pip install 'vim-ssl[medical]'"
+            )

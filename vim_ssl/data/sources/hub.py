@@ -1,0 +1,430 @@
+"""Hugging Face datasets: a name on the Hub, or a local folder that `datasets` can read."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vim_ssl.data.dataset import ImageData
+from vim_ssl.data.images import BadImage
+from vim_ssl.data.loading.streamed import ImageStream, Shard
+from vim_ssl.data.sources.folder import sort_classes
+from vim_ssl.data.spec import DataSpec, near, pick_split
+from vim_ssl.data.split import is_known
+
+_LABEL_NAMES = ("label", "labels", "fine_label")
+_LABEL_TYPES = ("int", "uint", "bool", "string", "large_string")
+_CAPTION_NAMES = ("caption", "captions", "text")
+_NO_PICTURE = "the table has no picture in this row"
+
+
+class TableColumn:
+    """One column of a table, read row by row.
+
+    A table of this column alone, because `table[name][row]` takes milliseconds.
+    """
+
+    def __init__(self, table: Any, name: str):
+        self.table, self.name = table.select_columns([name]), name
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, row: int) -> Any:
+        return self.table[row][self.name]
+
+    def all(self) -> list[Any]:
+        return self.table[:][self.name]
+
+
+class TablePictures(TableColumn):
+    """The image column, undecoded: our own decoding turns a broken picture into BadImage. Relative
+    paths are meant from ``root`` on."""
+
+    def __init__(self, table: Any, name: str, root: str):
+        super().__init__(table, name)
+        self.root, self.named = root, _is_text(table.features[name])
+
+    def __getitem__(self, row: int) -> str | bytes:
+        picture = _picture(super().__getitem__(row), row)
+        return os.path.join(self.root, picture) if isinstance(picture, str) else picture
+
+    def paths(self, row: int) -> list[str]:
+        """The file that a row of a column of paths names."""
+        name = super().__getitem__(row) if self.named else None
+        return [os.path.join(self.root, name)] if name else []
+
+
+class TableArrays(TableColumn):
+    """A column of arrays (h, w) or (h, w, bands), each as (h, w, bands) in the column's type."""
+
+    def __init__(self, table: Any, name: str):
+        super().__init__(table, name)
+        self.table, self.dtype = self.table.with_format("numpy"), table.features[name].dtype
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        values = super().__getitem__(row)
+        if np.isnan(values).all():  # also of whole numbers
+            raise BadImage(f"row {row}", _NO_PICTURE)
+        return np.atleast_3d(values.astype(self.dtype))
+
+
+def open_hub(spec: DataSpec) -> ImageData:
+    """Open ``hf:owner/name[:config]`` or ``hf:/local/path`` (saved with ``save_to_disk``, or a
+    folder of tables).
+
+    The picture column is the one of type Image, or else of type Array2D (h, w) or Array3D (h, w,
+    bands); labels come from the column of type ClassLabel (with several, the one named "label"), or
+    of lists of it: rows of 0 and 1. Captions come from one named "caption", "captions" or "text"
+    that holds texts or lists of them. ``image= label= caption= group=`` name others; any column of
+    whole numbers or strings can be a label, its sorted values over all splits are then the classes.
+    The ids are ``split/row``.
+
+    Raises: ImportError without `datasets`; FileNotFoundError for a missing local path;
+        ConnectionError when the Hub is not reached; ValueError for an unknown or gated name,
+        and for columns that do not fit.
+    """
+    spec.takes("image", "label", "caption", "group")
+    return open_tables(spec, _load(spec.location))
+
+
+def open_tables(spec: DataSpec, tables: Mapping[str, Any], root: str = "") -> ImageData:
+    """The pictures of `datasets` tables by split, as `open_hub` describes them.
+
+    Args:
+        root: the folder that relative paths in the picture column start from.
+    """
+    source = f"{spec.scheme}:{spec.location}"
+    split = pick_split(spec.split, list(tables), source)
+    chosen = list(tables) if split == "all" else [split]
+    first = tables[chosen[0]]
+    for name in chosen:
+        if len(tables[name]) == 0:
+            raise ValueError(f"{source}: the split {name!r} is empty.")
+
+    image = _image_column(spec.image, first.features, source)
+    label = _label_column(spec.label, first.features, source)
+    caption = _caption_column(spec.caption, first.features, source)
+    group = _column(spec.group, first.features, source, "group")
+
+    import datasets
+
+    kind = first.features[image]
+    if isinstance(kind, dict | datasets.Image):
+        undecoded = datasets.Image(decode=False)
+        table = _join([tables[n].cast_column(image, undecoded) for n in chosen])
+    else:
+        table = _join([tables[n] for n in chosen])
+    arrays = _check_arrays(kind, f"{source}: image={image}")
+    labels = classes = None
+    if label:
+        labels, classes = _labels(label, [tables[n] for n in chosen], tables.values())
+    return ImageData(
+        TableArrays(table, image) if arrays else TablePictures(table, image, root),
+        [f"{name}/{row}" for name in chosen for row in range(len(tables[name]))],
+        name=str(spec),
+        labels=labels,
+        classes=classes,
+        groups=[str(g) for g in TableColumn(table, group).all()] if group else None,
+        captions=TableColumn(table, caption) if caption else None,
+        bands=_bands(kind) if arrays else None,
+        splits=list(tables),
+        split=split,
+        # Picture sizes would need a read of the whole table; its own fingerprint stands for them.
+        source_fingerprint=" ".join(tables[name]._fingerprint for name in chosen),
+    )
+
+
+@dataclass(frozen=True)
+class ParquetReader:
+    """A parquet file's name → its samples, a few rows in memory at a time."""
+
+    begins: dict[str, tuple[str, int]]  # the split that a file belongs to, and its first row there
+    image: str
+    label: str | None
+    caption: str | None
+
+    def __call__(self, name: str) -> Iterator[dict[str, Any]]:
+        import fsspec
+        from pyarrow.parquet import ParquetFile
+
+        columns = [column for column in (self.image, self.label, self.caption) if column]
+        split, row = self.begins[name]
+        with fsspec.open(name, "rb") as file:
+            # No threads: this runs in the workers of a DataLoader, forked or not.
+            batches = ParquetFile(file).iter_batches(32, columns=columns, use_threads=False)
+            for values in (values for batch in batches for values in batch.to_pylist()):
+                record: dict[str, Any] = {"id": f"{split}/{row}"}
+                try:
+                    record["image"] = _picture(values[self.image], row)
+                except BadImage as bad:
+                    record["image"] = bad
+                if self.label:
+                    label = values[self.label]
+                    record["label"] = -1 if label is None else int(label)
+                if self.caption:
+                    record["caption"] = values[self.caption]
+                yield record
+                row += 1
+
+
+def stream_hub(spec: DataSpec) -> ImageStream:
+    """Open ``hf:NAME?streaming=true``, of parquet files (on the Hub or in a local folder).
+
+    Items are those of `open_hub`. The files are the shards, their rows counted from their footers;
+    no more than that is read before training starts. Labels come from a column of type ClassLabel.
+
+    Raises: see `open_hub`; ValueError also for files that are not parquet.
+    """
+    spec.takes("image", "label", "caption", "streaming")
+    source = f"hf:{spec.location}"
+    builder = _located(spec.location, "load_dataset_builder")
+    if isinstance(builder, Path):
+        raise ValueError(
+            f"{source} was saved with save_to_disk and is read by index without filling the "
+            "memory; leave streaming=true out."
+        )
+    import fsspec
+    from datasets import Features
+    from pyarrow import parquet
+
+    files = {str(split): list(names) for split, names in (builder.config.data_files or {}).items()}
+    split = pick_split(spec.split, list(files), source)
+    chosen = list(files) if split == "all" else [split]
+    names = [name for s in chosen for name in files[s]]
+    if other := [name for name in names if not name.endswith(".parquet")]:
+        raise ValueError(
+            f"{source} holds files that are not parquet, such as {other[0]}; tar files are "
+            "streamed by wds:hf://datasets/OWNER/NAME/…, others read without streaming=true."
+        )
+
+    def footer(name: str) -> Any:
+        with fsspec.open(name, "rb") as file:
+            return parquet.read_metadata(file)
+
+    with ThreadPoolExecutor(16) as pool:
+        footers = dict(zip(names, pool.map(footer, names), strict=True))
+    features = builder.info.features or Features.from_arrow_schema(
+        footers[names[0]].schema.to_arrow_schema()
+    )
+    image = _image_column(spec.image, features, source)
+    label = _label_column(spec.label, features, source)
+    classes = getattr(features[label], "names", None) if label else None
+    if _check_arrays(features[image], f"{source}: image={image}"):
+        raise ValueError(f"{source} holds arrays, which no stream has; leave streaming=true out.")
+    if label and classes is None and not spec.label:  # lists of classes
+        label = None
+    if label and classes is None:
+        raise ValueError(
+            f"{source}: label={label} is no column of type ClassLabel, which a stream needs; leave "
+            "streaming=true out, or write label=none."
+        )
+    begins = {}
+    for s in chosen:
+        row = 0
+        for name in files[s]:
+            begins[name] = (s, row)
+            row += footers[name].num_rows
+    caption = _caption_column(spec.caption, features, source)
+    return ImageStream(
+        [
+            Shard(name, found.num_rows, str(found.serialized_size))
+            for name, found in footers.items()
+        ],
+        ParquetReader(begins, image, label, caption),
+        name=str(spec),
+        classes=classes,
+        splits=list(files),
+        split=split,
+    )
+
+
+def _load(location: str) -> dict[str, Any]:
+    """The tables by split."""
+    loaded = _located(location, "load_dataset")
+    if isinstance(loaded, Path):
+        import datasets
+
+        loaded = datasets.load_from_disk(loaded)
+    tables = loaded if isinstance(loaded, dict) else {str(loaded.split or "train"): loaded}
+    # A table may have been saved to give tensors; here it gives plain values.
+    return {split: table.with_format(None) for split, table in tables.items()}
+
+
+def _located(location: str, function: str) -> Any:
+    """What this function of `datasets` makes of the location; the path of what was saved to disk
+    with ``save_to_disk``, which none of them reads."""
+    load = getattr(import_datasets("hf:"), function)
+    path = Path(location).expanduser()
+    if path.exists():
+        saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
+        return path if saved else load(str(path))
+    if location.startswith(("/", ".", "~")) or "\\" in location or location.count("/") > 1:
+        raise FileNotFoundError(f"hf:{location}: there is no such local path.")
+    name, _, config = location.partition(":")
+    return _load_from_hub(load, name, config or None)
+
+
+def import_datasets(scheme: str) -> Any:
+    """The library `datasets`. Raises: ImportError that says who needs it."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(f"{scheme} data needs datasets: pip install datasets") from error
+    return datasets
+
+
+def _load_from_hub(load: Callable, name: str, config: str | None) -> Any:
+    import datasets
+
+    try:
+        return load(name, config)
+    except datasets.exceptions.DatasetNotFoundError as error:
+        raise ValueError(
+            f"hf:{name} is not on the Hub, or you have no access: {error} Check the name; for a "
+            "gated data set accept its terms on its page and run 'hf auth login'."
+        ) from error
+    except (ConnectionError, OSError) as error:
+        raise ConnectionError(
+            f"hf:{name} is neither a local folder nor in the cache, and the Hub was not reached: "
+            f"{error}"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"hf:{name}: {error} A config is written hf:{name}:CONFIG.") from error
+
+
+def _column(name: str | None, features: Any, source: str, option: str) -> str | None:
+    if name is not None and name not in features:
+        raise ValueError(
+            f"{source} has no column {name!r} for {option}=.{near(name, list(features))} It has "
+            f"{', '.join(features)}."
+        )
+    return name
+
+
+def _picture(value: Any, row: int) -> str | bytes:
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if not value:
+        raise BadImage(f"row {row}", _NO_PICTURE)
+    return value
+
+
+def _check_arrays(kind: Any, column: str) -> bool:
+    """Whether a picture column of this type holds arrays.
+
+    Raises: ValueError for a type that is none of pictures, or the channels first.
+    """
+    import datasets
+
+    if isinstance(kind, dict | datasets.Image | datasets.Value):
+        return False
+    if not isinstance(kind, datasets.Array2D | datasets.Array3D):
+        raise ValueError(
+            f"{column} holds {type(kind).__name__}; expected Image, bytes, paths, or arrays of "
+            "type Array2D (h, w) or Array3D (h, w, bands)."
+        )
+    first, *last = kind.shape
+    if len(last) == 2 and last[0] == last[1] != first:
+        raise ValueError(
+            f"{column} holds arrays {kind.shape}, which are no pictures (h, w, bands); if the "
+            "bands come first, save the table with them last."
+        )
+    return True
+
+
+def _bands(kind: Any) -> list[str] | None:
+    """Names of the bands of arrays of this type; none of those that are grey or colour pictures."""
+    count = (*kind.shape, 1)[2]
+    plain = kind.dtype == "uint8" and count in (1, 3)
+    return None if plain else [f"band{i}" for i in range(1, count + 1)]
+
+
+def _caption_column(name: str | None, features: Any, source: str) -> str | None:
+    return _column(name, features, source, "caption") or next(
+        (n for n in _CAPTION_NAMES if _is_text(features.get(n))), None
+    )
+
+
+def _is_text(kind: Any) -> bool:
+    """Whether a column holds texts or lists of texts."""
+    inner = getattr(kind, "feature", kind)
+    return getattr(inner, "dtype", "") in ("string", "large_string")
+
+
+def _image_column(name: str | None, features: Any, source: str) -> str:
+    import datasets
+
+    if chosen := _column(name, features, source, "image"):
+        return chosen
+    types: Any = (datasets.Image, (datasets.Array2D, datasets.Array3D))
+    columns = ([n for n, kind in features.items() if isinstance(kind, type)] for type in types)
+    found: list[str] = next(filter(None, columns), [])
+    if "image" in found or len(found) == 1:
+        return "image" if "image" in found else found[0]
+    if not found and "image" in features:  # a table that knows no picture type: bytes or paths
+        return "image"
+    what = f"several picture columns ({', '.join(found)})" if found else "no picture column"
+    raise ValueError(f"{source} has {what}; name one with image=. Columns: {', '.join(features)}.")
+
+
+def _label_column(name: str | None, features: Any, source: str) -> str | None:
+    import datasets
+
+    if name == "none":
+        return None
+    if _column(name, features, source, "label"):
+        return name
+    found = [n for n, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
+    found = found or [n for n, kind in features.items() if _listed_classes(kind)]
+    if len(found) == 1:
+        return found[0]
+    return next((n for n in _LABEL_NAMES if n in found), None)
+
+
+def _listed_classes(kind: Any) -> list[str] | None:
+    """The names of the classes that a column holds lists of."""
+    import datasets
+
+    inner = getattr(kind, "feature", None)
+    return inner.names if isinstance(inner, datasets.ClassLabel) else None
+
+
+def _row(numbers: list[int] | None, count: int) -> list[int]:
+    """A row of 0 and 1 of a list of classes; of -1 where they are not known."""
+    if numbers is None or min(numbers, default=0) < 0:
+        return [-1] * count
+    return [int(i in numbers) for i in range(count)]
+
+
+def _labels(
+    name: str, chosen: list[Any], tables: Iterable[Any]
+) -> tuple[list[Any] | None, list[str] | None]:
+    """Labels of the chosen tables and their names; None for a part whose labels are withheld."""
+    kind = chosen[0].features[name]
+    if listed := _listed_classes(kind):
+        rows = [_row(value, len(listed)) for t in chosen for value in TableColumn(t, name).all()]
+        return (rows, listed) if any(map(is_known, rows)) else (None, None)
+    names = getattr(kind, "names", None)
+    if names is None and not str(getattr(kind, "dtype", "")).startswith(_LABEL_TYPES):
+        raise ValueError(
+            f"label={name}: the column holds neither whole numbers nor strings, nor lists of "
+            "ClassLabel."
+        )
+    values = [value for table in chosen for value in TableColumn(table, name).all()]
+    if names is None:
+        known = {value for table in tables for value in TableColumn(table, name).all()} - {None}
+        number = {value: i for i, value in enumerate(sort_classes(known))}
+        names, values = [str(v) for v in number], [number.get(v) for v in values]
+    labels = [-1 if value is None else int(value) for value in values]
+    return (labels, names) if max(labels) >= 0 else (None, None)
+
+
+def _join(tables: list[Any]) -> Any:
+    import datasets
+
+    return tables[0] if len(tables) == 1 else datasets.concatenate_datasets(tables)

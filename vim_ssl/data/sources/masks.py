@@ -1,0 +1,296 @@
+"""Pictures with a mask each, which says what every pixel shows: a plain folder, and ADE20K."""
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vim_ssl.data.dataset import ImageData
+from vim_ssl.data.images import BadImage
+from vim_ssl.data.sources.folder import FilePictures, by_split, find_pictures
+from vim_ssl.data.sources.tables import read_text
+from vim_ssl.data.spec import DataSpec, pick_split
+
+IGNORE = 255  # the number of a pixel that nobody has labelled
+# Not GIF: writers put its palette in another order, and a number is a place in the palette.
+LOSSLESS = (".bmp", ".png", ".tif", ".tiff")
+FEW_BITS = {"L;2": 85, "L;4": 17}  # by what Pillow stretches grey of two and four bits to 0 to 255
+ADE20K_CLASSES = 150
+
+
+class MaskFiles(FilePictures):
+    """Mask files under one root, read as class numbers.
+
+    Args:
+        root, names: as `FilePictures`.
+        classes: how many there are.
+        zero_is_none: 0 stands for "not labelled" and 1 for the first class.
+    """
+
+    def __init__(self, root: str, names: list[str], classes: int, zero_is_none: bool):
+        super().__init__(root, names)
+        self.classes, self.zero_is_none = classes, zero_is_none
+
+    def read(self, row: int, size: tuple[int, int]) -> np.ndarray:
+        """The mask of a picture of ``size`` (width, height): uint8 (h, w), 0 to classes - 1, or
+        `IGNORE`.
+
+        Raises: BadImage for a file that is none, another size, or a number that is no class.
+        """
+        first = int(self.zero_is_none)
+        values = checked(read_mask(self[row]), size, self.names[row], self.classes, first)
+        if self.zero_is_none:
+            values = np.where((values == 0) | (values == IGNORE), IGNORE, values - 1)
+        return values.astype(np.uint8)
+
+    def place(self, row: int) -> dict[str, Any]:
+        return {}
+
+
+def checked(
+    values: np.ndarray, size: tuple[int, int], name: str, classes: int, first: int = 0
+) -> np.ndarray:
+    """A mask that fits its picture of ``size`` (width, height).
+
+    Args:
+        name: of its file, for messages.
+        classes: how many there are, the numbers from ``first`` on.
+    Raises: BadImage for another size, or a number that is no class.
+    """
+    if values.shape != (size[1], size[0]):
+        height, width = values.shape
+        raise BadImage(
+            name, f"the mask has {width}×{height} pixels, its picture {size[0]}×{size[1]}"
+        )
+    wrong = (values != IGNORE) & (values >= classes + first)
+    if wrong.any():
+        raise BadImage(
+            name,
+            f"the mask holds the number {values[wrong][0]}; there are {classes} classes, "
+            f"{first} to {classes - 1 + first}, and {IGNORE} for pixels without one",
+        )
+    return values
+
+
+def read_mask(path: str | Path) -> np.ndarray:
+    """The numbers in a mask file, (h, w) of an unsigned type: of a palette the indices, not the
+    colours; of a black and white file 0 and 1.
+
+    Raises: BadImage.
+    """
+    name = Path(path).name
+    try:
+        with Image.open(path) as image:
+            if image.mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
+                raise BadImage(
+                    name,
+                    f"a mask of mode {image.mode}; expected one class number a pixel, in a grey "
+                    "or palette file",
+                )
+            packed = image.tile[0][3] if image.tile else ""
+            packed = packed[0] if isinstance(packed, tuple) else packed
+            values = np.asarray(image) // FEW_BITS.get(str(packed), 1)
+    except BadImage:
+        raise
+    except Exception as error:  # a broken file makes decoders raise nearly anything
+        raise BadImage(name, f"the mask cannot be read: {error}") from error
+    return values.astype(np.uint8 if values.dtype == bool else np.uint32)
+
+
+def open_masks(spec: DataSpec) -> ImageData:
+    """Open ``images/`` and ``masks/``, files of the same names; split folders in both if any.
+
+    A mask is a grey or palette file without loss (PNG, TIFF, BMP), its numbers the classes
+    from 0; `IGNORE` (255) is no class. ``classes.txt`` names them, one a line; without it all
+    masks are read once to see how many there are. ``group=folder``: as for a plain folder.
+
+    Raises: FileNotFoundError with all that is missing; ValueError for masks that cannot be meant.
+    """
+
+    def classes(root: Path, names: list[str]) -> list[str]:
+        return named_classes(root, root / "masks", names, _numbers)
+
+    return _open(spec, "masks", classes)
+
+
+def open_ade20k(spec: DataSpec) -> ImageData:
+    """Open ADEChallengeData2016: ``images/`` and ``annotations/``, ``training`` and ``validation``
+    in both. 150 classes, named by ``objectInfo150.txt`` where it is there; 0 is no class.
+
+    Raises: as `open_masks`.
+    """
+
+    def classes(root: Path, _: list[str]) -> list[str]:
+        table = root / "objectInfo150.txt"
+        if not table.exists():
+            return [str(i) for i in range(1, ADE20K_CLASSES + 1)]
+        rows = [line.split("\t") for line in table.read_text(encoding="utf-8").splitlines()]
+        named = [row[-1].partition(",")[0].strip() for row in rows if row[0].strip().isdigit()]
+        if len(named) != ADE20K_CLASSES:
+            raise ValueError(f"{table} names {len(named)} classes, not {ADE20K_CLASSES}.")
+        return named
+
+    return _open(spec, "annotations", classes, zero_is_none=True)
+
+
+def _numbers(path: Path) -> np.ndarray:
+    """Those that a mask file holds. Raises: BadImage."""
+    return np.unique(read_mask(path))
+
+
+def _open(
+    spec: DataSpec,
+    masks_folder: str,
+    find_classes: Callable[[Path, list[str]], list[str]],
+    zero_is_none: bool = False,
+) -> ImageData:
+    spec.takes("group")
+    if spec.group not in (None, "folder"):
+        raise ValueError(f"group={spec.group} is nothing a folder has; it takes group=folder.")
+    root = Path(spec.location).expanduser()
+    _check_folders(root, masks_folder)
+    names = find_pictures(root / "images", str(root / "images"))
+    masks = _masks_of(names, root, masks_folder)
+    classes = find_classes(root, masks)
+    parts = by_split(names)
+    splits = [split for split in parts if split]
+    split = pick_split(spec.split, splits, f"The folder {root}")
+    chosen = [name for s in parts if split in ("all", s) for name in parts[s]]
+    mask_of = dict(zip(names, masks, strict=True))
+    files = MaskFiles(
+        str(root / masks_folder), [mask_of[name] for name in chosen], len(classes), zero_is_none
+    )
+    return ImageData(
+        FilePictures(str(root / "images"), chosen), chosen, name=str(spec), masks=files,
+        classes=classes, splits=splits, split=split,
+        groups=[name.rpartition("/")[0] for name in chosen] if spec.group else None,
+    )  # fmt: skip
+
+
+def _check_folders(root: Path, masks_folder: str) -> None:
+    missing = [name for name in ("images", masks_folder) if not (root / name).is_dir()]
+    if missing:
+        held = sorted(path.name for path in root.iterdir())[:8] if root.is_dir() else []
+        found = f"it holds {', '.join(held) or 'nothing'}" if root.is_dir() else "it is not there"
+        raise FileNotFoundError(
+            f"{root} lacks {' and '.join(f'{name}/' for name in missing)}; {found}. Expected are "
+            f"images/ and {masks_folder}/ with files of the same names."
+        )
+
+
+def _masks_of(names: Sequence[str], root: Path, folder: str) -> list[str]:
+    """Each picture's mask file. Raises: FileNotFoundError naming the pictures without any."""
+    masks = find_pictures(root / folder, str(root / folder))
+    for name in masks:
+        extension = os.path.splitext(name)[1]
+        if extension.lower() not in LOSSLESS:
+            raise ValueError(
+                f"{root / folder / name}: class numbers do not survive in a {extension} file; "
+                f"save masks as PNG (known are {' '.join(LOSSLESS)})."
+            )
+    return paired(names, masks, root / "images", root / folder)
+
+
+def paired(
+    names: Sequence[str],
+    masks: Sequence[str],
+    images_folder: Path,
+    masks_folder: Path,
+    endings: Sequence[str] = (),
+) -> list[str]:
+    """Each picture's mask: the file of its name but for the ending (of those, or the last).
+
+    Raises: FileNotFoundError naming the pictures without any; ValueError for two of one name.
+    """
+
+    def stem(name: str) -> str:
+        ending = next((e for e in endings if name.lower().endswith(e)), os.path.splitext(name)[1])
+        return name.removesuffix(name[len(name) - len(ending) :])
+
+    found: dict[str, str] = {}
+    for name in masks:
+        if (other := found.setdefault(stem(name), name)) != name:
+            raise ValueError(f"{masks_folder} has two masks {other} and {name}; keep one.")
+    # Of several channels nnU-Net calls the first _0000.
+    wanted = [
+        next((s for s in (stem(n), stem(n).removesuffix("_0000")) if s in found), "") for n in names
+    ]
+    missing = [name for name, of in zip(names, wanted, strict=True) if not of]
+    if missing:
+        some = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(names)} pictures in {images_folder} have no mask of their "
+            f"name in {masks_folder}: {some}"
+        )
+    return [found[of] for of in wanted]
+
+
+def mask_folders(root: str) -> tuple[Path, Path] | None:
+    """The folders of the pictures and of their masks, where there are both."""
+    top = Path(root).expanduser()
+    for pair in (("images", "masks"), ("images", "labels"), ("imagesTr", "labelsTr")):
+        images, masks = (top / name for name in pair)
+        if images.is_dir() and masks.is_dir():
+            return images, masks
+    return None
+
+
+def named_classes(
+    root: Path, folder: Path, names: Iterable[str], numbers: Callable[[Path], np.ndarray]
+) -> list[str]:
+    """The lines of ``classes.txt`` in ``root``; without it the numbers in use in ``folder``.
+
+    Args:
+        names: of the masks in ``folder``. numbers: those that a mask holds, a function of a module;
+            may raise BadImage.
+    Raises: ValueError for fewer than 2 classes or more than 255.
+    """
+    file = root / "classes.txt"
+    if file.exists():
+        lines = (line.strip() for line in read_text(file).splitlines())
+        classes = [line for line in lines if line]
+    else:
+        classes = _classes_in_use(folder, names, numbers)
+    if not 2 <= len(classes) <= IGNORE:
+        raise ValueError(f"{root} has {len(classes)} classes; expected 2 to {IGNORE}.")
+    return classes
+
+
+def _classes_in_use(
+    folder: Path, names: Iterable[str], numbers: Callable[[Path], np.ndarray]
+) -> list[str]:
+    """The numbers from 0 to the largest in these masks, as names; files that are broken are left
+    for later."""
+    used: set[int] = set()
+    for name in names:
+        path = folder / name
+        try:
+            found = path.stat()
+            used |= _remembered(numbers, path, found.st_size, found.st_mtime_ns)
+        except (BadImage, OSError):
+            continue
+    if used - {IGNORE} in (set(), {0}):
+        seen = ", ".join(map(str, sorted(used))) or "no number"
+        white = " A white object on black is 1 on 0, not 255 on 0." if IGNORE in used else ""
+        raise ValueError(
+            f"The masks in {folder} hold {seen} and so no two classes; classes are 0, 1, 2 …, and "
+            f"{IGNORE} means that a pixel has none.{white}"
+        )
+    if (most := max(used - {IGNORE})) >= IGNORE:
+        raise ValueError(
+            f"The masks in {folder} hold the number {most}; classes are 0 to {IGNORE - 1}, and "
+            f"{IGNORE} means that a pixel has none."
+        )
+    return [str(i) for i in range(most + 1)]
+
+
+@lru_cache(maxsize=2**17)  # a set is opened for each of its parts, and reading all masks is slow
+def _remembered(
+    read: Callable[[Path], np.ndarray], path: Path, size: int, changed: int
+) -> frozenset[int]:
+    """The numbers in a mask file, as long as it stays as it is."""
+    return frozenset(read(path).tolist())

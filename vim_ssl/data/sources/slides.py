@@ -1,0 +1,309 @@
+"""``slide:`` — whole slides, and other pictures too large to be read at once, as tiles with tissue.
+
+Tiled TIFFs, pyramids or not, are read by tiffslide, tile by tile; a plain picture (PNG, JPEG) is
+decoded whole and cut. Which tiles have tissue is seen a row of tiles at a time, at a level of the
+pyramid where a tile has sixteen pixels or more. Where no level is small enough, what is read is
+shrunk piece by piece, so that memory is bounded whatever a tile spans.
+"""
+
+import math
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vim_ssl.data.dataset import ImageData
+from vim_ssl.data.images import BadImage, decode_image, most_pixels
+from vim_ssl.data.sources.folder import EXTENSIONS, FilePictures, OnDisk, find_files, read_layout
+from vim_ssl.data.spec import DataSpec
+
+TIFFS = (".tif", ".tiff", ".svs", ".ndpi", ".scn", ".bif")
+SLIDE_EXTENSIONS = tuple(dict.fromkeys(TIFFS + EXTENSIONS))
+# Of 255, how far apart a pixel's colours are; glass and what was not scanned are grey.
+COLOURED = 20
+COLOURS = ("MINISBLACK", "RGB", "YCBCR")  # others, such as palettes, tiffslide hands on as grey
+GLANCE = 16  # pixels across a tile that are enough to see tissue
+TILE, TISSUE = 256, 0.1
+PIECE = 2**26  # pixels that are read at once at most, 0.2 GB
+ENLARGED = 4  # times at most: who asks for more was told a wrong size of the pixels
+
+
+@dataclass(frozen=True)
+class SlideTile:
+    """A square of ``side`` pixels of the slide ``name`` at full resolution, from (left, top)."""
+
+    name: str
+    left: int
+    top: int
+    side: int
+
+    def __str__(self) -> str:
+        """Its id: what `tile_place` reads."""
+        return f"{self.name}@{self.left},{self.top}"
+
+
+def tile_place(id: str) -> tuple[str, int, int]:
+    """The slide, left and top (pixels at full resolution) of a tile's id."""
+    name, _, place = id.rpartition("@")
+    left, top = place.split(",")
+    return name, int(left), int(top)
+
+
+class SlideTiles(OnDisk):
+    """Tiles as arrays (pixels, pixels, 3), uint8."""
+
+    def __init__(self, root: str, tiles: Sequence[SlideTile], pixels: int):
+        self.root, self.tiles, self.pixels = root, tiles, pixels
+
+    def __len__(self) -> int:
+        return len(self.tiles)
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        tile = self.tiles[row]
+        slide = open_picture(os.path.join(self.root, tile.name))
+        level = slide.level(tile.side / self.pixels)
+        taken = tile.side**2 / self.pixels / slide.downsamples[level] ** 2  # by a row
+        parts = []
+        for rows in _pieces(self.pixels, taken):
+            above, below = (y * tile.side / self.pixels for y in (rows.start, rows.stop))
+            top, bottom = math.floor(above), math.ceil(below)
+            values = slide.read(tile.left, tile.top + top, tile.side, bottom - top, level)
+            size, (height, width) = (self.pixels, len(rows)), values.shape[:2]
+            if (width, height) != size:
+                scale = height / (bottom - top)
+                box = (0, (above - top) * scale, width, min((below - top) * scale, height))
+                picture = Image.fromarray(values)
+                values = np.asarray(picture.resize(size, Image.Resampling.BOX, box))
+            parts.append(values)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def paths(self, row: int) -> list[str]:
+        return [os.path.join(self.root, self.tiles[row].name)]
+
+
+class _Plain:
+    """A picture that is decoded whole."""
+
+    mpp: float | None = None
+    downsamples: Sequence[float] = (1.0,)
+
+    def __init__(self, path: str):
+        self.values = np.asarray(decode_image(path, mode="RGB"))
+        self.height, self.width = self.values.shape[:2]
+
+    def level(self, downsample: float) -> int:
+        return 0
+
+    def read(self, left: int, top: int, width: int, height: int, level: int) -> np.ndarray:
+        return self.values[top : top + height, left : left + width]
+
+
+class _Tiled:
+    """A TIFF by tiffslide."""
+
+    def __init__(self, path: str):
+        tiffslide = import_tiffslide()
+        try:
+            self.slide = tiffslide.TiffSlide(path)
+            self.width, self.height = self.slide.dimensions
+            mpp = self.slide.properties.get("tiffslide.mpp-x")
+            self.mpp = float(mpp) if mpp else None
+            self.downsamples = self.slide.level_downsamples
+            series = self.slide.properties.get("tiffslide.series-index", 0)
+            page = self.slide.ts_tifffile.series[series].levels[0].pages[0]
+            colours, piece = page.photometric.name, math.prod(page.chunks[:2])
+        except Exception as error:  # a broken file makes readers raise nearly anything
+            raise BadImage(path, f"no TIFF that tiffslide can read: {error}") from error
+        if colours not in COLOURS:
+            raise BadImage(path, f"its colours are {colours}, expected {', '.join(COLOURS)}")
+        if piece > most_pixels():  # decoded whole for every tile
+            raise BadImage(
+                path,
+                f"it is stored in pieces of {piece:,} pixels, the limit is {most_pixels():,}; "
+                "save it tiled, or set VIM_SSL_MAX_PIXELS",
+            )
+        self.path = path
+
+    def level(self, downsample: float) -> int:
+        """The coarsest that is still finer."""
+        return self.slide.get_best_level_for_downsample(downsample + 1e-3)
+
+    def read(self, left: int, top: int, width: int, height: int, level: int) -> np.ndarray:
+        """(h, w, 3) uint8 at this level; place and size at full resolution."""
+        down = self.downsamples[level]
+        size = (max(round(width / down), 1), max(round(height / down), 1))
+        try:
+            values = self.slide.read_region((left, top), level, size, as_array=True)
+        except Exception as error:
+            raise BadImage(self.path, f"{type(error).__name__}: {error}") from error
+        if values.dtype != np.uint8:
+            raise BadImage(self.path, f"its pixels are {values.dtype}, expected uint8")
+        return values[..., :3] if values.shape[2] >= 3 else np.repeat(values[..., :1], 3, axis=2)
+
+
+def open_picture(path: str) -> Any:
+    """What reads windows of a slide; the last few stay open, in each process its own.
+
+    Raises: BadImage for what cannot be read; ImportError without tiffslide.
+    """
+    try:
+        changed = os.stat(path).st_mtime_ns
+    except OSError as error:
+        raise BadImage(path, f"{type(error).__name__}: {error}") from error
+    return _open(path, changed, os.getpid())
+
+
+@lru_cache(maxsize=2)
+def _open(path: str, changed: int, process: int) -> _Plain | _Tiled:
+    return _Tiled(path) if path.lower().endswith(TIFFS) else _Plain(path)
+
+
+def _pieces(rows: int, pixels: float) -> Iterator[range]:
+    """So many rows of so many pixels each, as many at a time as `PIECE` allows, one at least."""
+    count = min(max(int(PIECE / pixels), 1), rows)
+    return (range(first, min(first + count, rows)) for first in range(0, rows, count))
+
+
+def tissue(path: str, side: int) -> np.ndarray:
+    """(rows, columns) float32: the share of coloured pixels of every whole tile.
+
+    Args:
+        side: of a tile, pixels at full resolution.
+    Raises: BadImage.
+    """
+    slide = open_picture(path)
+    rows, columns = slide.height // side, slide.width // side
+    shares = np.zeros((rows, columns), np.float32)
+    if not columns:
+        return shares
+    level = slide.level(side / GLANCE)
+    width = columns * side
+    for row in range(rows):
+        for piece in _pieces(side, width / slide.downsamples[level] ** 2):
+            strip = slide.read(0, row * side + piece.start, width, len(piece), level)
+            coloured = strip.max(2) - strip.min(2) > COLOURED
+            edges = np.arange(columns) * coloured.shape[1] // columns
+            widths = np.diff(np.append(edges, coloured.shape[1]))
+            found = np.add.reduceat(coloured.mean(0), edges) / widths
+            shares[row] += found * (len(piece) / side)
+    return shares
+
+
+@lru_cache(maxsize=4096)  # a set is opened once a split
+def _places(
+    path: str, changed: int, pixels: int, mpp: float | None, shrink: float, least: float | None
+) -> Any:
+    """(side at full resolution, the places (left, top) of the tiles that are kept)."""
+    slide = open_picture(path)
+    side = max(round(pixels * shrink), 1)
+    if mpp is not None:
+        if slide.mpp is None:
+            raise BadImage(path, "it does not say how large a pixel is; leave mpp= out")
+        if slide.mpp > ENLARGED * mpp:
+            raise BadImage(
+                path,
+                f"its pixels are {slide.mpp:g} micrometres large, as it says, and at mpp={mpp:g} "
+                f"they would be enlarged {slide.mpp / mpp:.0f} times; leave mpp= out",
+            )
+        side = max(round(pixels * mpp / slide.mpp), 1)
+    if least is None:
+        kept = np.ones((slide.height // side, slide.width // side), bool)
+    else:
+        kept = tissue(path, side) >= least
+    return side, [(int(x) * side, int(y) * side) for y, x in np.argwhere(kept)]
+
+
+def open_slide(spec: DataSpec) -> ImageData:
+    """Open ``slide:FILES``: a slide, a folder of them at any depth, or a table of paths, as tiles
+    without overlap.
+
+    ``tile=256`` is the side of a tile in pixels, at full resolution, at ``mpp=0.5`` micrometres a
+    pixel or, where a file does not say how large its pixels are, ``shrink=16`` times smaller: a
+    slide of 30,000 pixels is one tile of 1,872, which goes through an encoder of that ``img_size``
+    in one scan. What is left at the right and lower border is left out. A tile is kept where a
+    tenth of its pixels is coloured, or ``tissue=0.3`` of them; ``tissue=none`` keeps all. The ids
+    are ``path@left,top`` (`tile_place`), the group is the slide, or what a table's column
+    ``group=`` says. Class folders and splits are those of `open_folder`, a table's columns those of
+    ``csv:``; a tile has its slide's label.
+
+    Raises: ImportError without tiffslide, unless there are only plain pictures; FileNotFoundError;
+        ValueError for options that are none, and where no slide gives a tile.
+    """
+    if spec.mpp is not None and spec.shrink is not None:
+        raise ValueError(f"{spec}: mpp= and shrink= both say how small the slide is; give one.")
+    pixels, least = spec.tile or TILE, _least(spec)
+    root, slides = _slides(spec)
+    tiles: list[SlideTile] = []
+    of: list[int] = []
+    faults: list[str] = []
+    for number, name in enumerate(slides.ids):
+        path = os.path.join(root, name)
+        try:
+            changed = os.stat(path).st_mtime_ns if os.path.exists(path) else 0
+            side, places = _places(path, changed, pixels, spec.mpp, spec.shrink or 1, least)
+        except BadImage as bad:
+            faults.append(f"{name} cannot be read ({bad.reason})")
+            continue
+        if not places:
+            faults.append(f"{name} has no tile of {side} pixels with tissue")
+        tiles += [SlideTile(name, left, top, side) for left, top in places]
+        of += [number] * len(places)
+    if not tiles:
+        raise ValueError(f"{spec}: of {len(slides)} slides none gives a tile: {faults[0]}.")
+    return ImageData(
+        SlideTiles(root, tiles, pixels), map(str, tiles), name=str(spec),
+        labels=None if slides.labels is None else [slides.labels[i] for i in of],
+        classes=slides.classes, groups=[(slides.groups or slides.ids)[i] for i in of],
+        splits=slides.splits, split=slides.split, faults=faults,
+    )  # fmt: skip
+
+
+def _slides(spec: DataSpec) -> tuple[str, ImageData]:
+    """The folder that names are below, and the slides themselves, with labels and splits."""
+    path = Path(spec.location).expanduser()
+    if path.suffix.lower() in (".csv", ".tsv"):
+        from vim_ssl.data.sources.tables import read_table  # which opens tables of everything
+
+        spec.takes("tile", "mpp", "shrink", "tissue", "image", "label", "group")
+        return str(path.parent), read_table(spec, ImageData, FilePictures)
+    spec.takes("tile", "mpp", "shrink", "tissue", "label")
+    if path.is_file():
+        root, names = path.parent, [path.name]
+    else:
+        root, names = path, find_files(path, spec.location, "slide", SLIDE_EXTENSIONS)
+    found = read_layout(names, spec.split, spec.label, str(root))
+    return str(root), ImageData(
+        FilePictures(str(root), found.names), found.names, name=str(spec), labels=found.labels,
+        classes=found.classes, splits=found.splits, split=found.split,
+    )  # fmt: skip
+
+
+def _least(spec: DataSpec) -> float | None:
+    if spec.tissue == "none":
+        return None
+    try:
+        least = float(spec.tissue or TISSUE)
+    except ValueError:
+        least = -1.0
+    if not 0 <= least <= 1:
+        raise ValueError(f"{spec}: tissue={spec.tissue} is neither a share within 0..1 nor none.")
+    return least
+
+
+def import_tiffslide() -> Any:
+    """The library. Raises: ImportError that says what to install."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import tiffslide
+    except ImportError as error:
+        raise ImportError(
+            "Slides (slide:) need tiffslide: pip install 'vim-ssl[slides]'"
+        ) from error
+    return tiffslide

@@ -1,0 +1,289 @@
+"""Transforms, made from what an encoder says it expects."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm import data as timm_data
+from timm.data import auto_augment
+from timm.data.transforms import MaybeToTensor, str_to_interp_mode
+from torch import Tensor, nn
+from torchvision import transforms
+
+from vim_ssl.checkpoints.adapt import band_places
+from vim_ssl.data.dataset import ImageData
+from vim_ssl.data.images import BadImage, clean_image
+from vim_ssl.data.sources.video import ClipTransform
+
+Transform = Callable[[Any], Tensor]  # of a PIL image, an array (h, w, bands) or a Video
+
+
+def create_transform(
+    encoder_or_config: nn.Module | Mapping[str, Any], is_training: bool = False, **augment: Any
+) -> Transform:
+    """The transform an encoder expects: a picture → float tensor (c, h, w), normalised.
+
+    Any PIL image goes in: it is put upright, laid on white and converted to the encoder's grey or
+    colour first. So does an array of the encoder's bands; see `as_tensor`. Smaller pictures are
+    enlarged. Of an encoder of clips: a `Video` → (c, t, h, w), or several clips; see
+    `ClipTransform`.
+
+    Args:
+        encoder_or_config: an encoder, or its ``data_config``: input_size (c, h, w), mean, std,
+            interpolation, crop_pct and crop_mode.
+        is_training: timm's training augmentation (random crop, flip, colour jitter) instead of
+            resize and crop.
+        augment: further arguments of `timm.data.create_transform`, such as
+            ``auto_augment="rand-m9-mstd0.5-inc1"`` or ``hflip=0``.
+    Raises: ValueError for color_jitter of other than 1 or 3 channels.
+    """
+    config = _config(encoder_or_config)
+    size = tuple(config["input_size"])
+    if size[0] not in (1, 3):
+        augment.setdefault("color_jitter", None)  # timm knows colours only
+        if augment["color_jitter"]:
+            raise ValueError(
+                f"color_jitter changes grey and colour pictures, not such of {size[0]} channels; "
+                "set it to 0."
+            )
+    keys = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+    given = {key: config[key] for key in keys if key in config}
+    steps = timm_data.create_transform(input_size=size, is_training=is_training, **given, **augment)
+    trim: list[Callable] = []
+    if not is_training and config.get("crop_mode", "center") == "center":
+        trim = [TrimLongSide(size[1:])]
+    transform = transforms.Compose([ToChannels(config), *trim, *map(_keep_a_bit, _flat(steps))])
+    if hasattr(encoder_or_config, "tubelet"):
+        return ClipTransform(transform, is_training)
+    return transform
+
+
+def pretrain_transform(
+    encoder_or_config: nn.Module | Mapping[str, Any],
+    *,
+    crop_scale: tuple[float, float] = (0.2, 1.0),
+    hflip: float = 0.5,
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> Transform:
+    """MAE's augmentation: random resized crop and flip. A picture → float tensor (c, h, w).
+
+    All randomness is drawn from torch's global generator, so seeding that fixes the sample.
+
+    Args:
+        encoder_or_config: see `create_transform`; crop_pct and crop_mode are not used.
+        crop_scale: range of the crop's share of the picture's area; (1, 1) means no random crop
+            but the shorter side resized and the centre taken.
+        hflip: probability of mirroring left and right; 0 for digits and text.
+        ratio: range of the crop's width / height.
+    Raises: ValueError for ranges that are none.
+    """
+    low, high = crop_scale
+    if not 0 < low <= high <= 1:
+        raise ValueError(f"crop_scale {crop_scale} is no range within 0 < low <= high <= 1.")
+    if not 0 < ratio[0] <= ratio[1]:
+        raise ValueError(f"ratio {ratio} is no range of positive numbers.")
+    config = _config(encoder_or_config)
+    flip = [transforms.RandomHorizontalFlip(hflip)] if hflip else []
+    if crop_scale == (1, 1):
+        whole = {**config, "crop_pct": 1, "crop_mode": "center"}
+        to_channels, *steps = _flat(create_transform(whole))
+        return transforms.Compose([to_channels, *flip, *steps])
+    crop = transforms.RandomResizedCrop(
+        tuple(config["input_size"][1:]),
+        scale=crop_scale,
+        ratio=ratio,
+        interpolation=str_to_interp_mode(config.get("interpolation", "bicubic")),
+    )
+    return transforms.Compose(
+        [
+            ToChannels(config),
+            crop,
+            *flip,
+            MaybeToTensor(),
+            transforms.Normalize(config["mean"], config["std"]),
+        ]
+    )
+
+
+def as_tensor(values: np.ndarray) -> Tensor:
+    """Bands (h, w, bands) → float32 (bands, h, w): uint8 as 0..1, as pictures are; every other
+    type in its own unit, which mean and std then are in, too. NaN stays."""
+    scale = 255 if values.dtype == np.uint8 else 1
+    return torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1), np.float32)) / scale
+
+
+class ToChannels:
+    """The first step: a picture in the encoder's channels.
+
+    A PIL image becomes 8-bit "RGB" or "L" (see `clean_image`); an array of bands a tensor in which
+    what was not measured has the band's mean, and so is 0 once normalised.
+
+    Raises: TypeError for anything else; ValueError for another number of channels.
+    """
+
+    def __init__(self, config: Mapping[str, Any]):
+        self.channels, self.mean = config["input_size"][0], tuple(config["mean"])
+        self.bands = tuple(config.get("bands", ()))
+
+    def __call__(self, image: Image.Image | np.ndarray) -> Image.Image | Tensor:
+        if isinstance(image, np.ndarray) and image.ndim == 3:
+            if image.shape[2] != self.channels:
+                raise ValueError(self._unlike(f"{image.shape[2]} bands"))
+            x = as_tensor(image)
+            mean = torch.tensor(self.mean).view(-1, 1, 1)
+            return torch.where(x.isfinite(), x, mean)
+        if not isinstance(image, Image.Image):
+            raise TypeError(
+                f"The transform takes a PIL image or an array (h, w, bands), not "
+                f"{type(image).__name__}; for a file use vim_ssl.data.decode_image."
+            )
+        if self.channels not in (1, 3):
+            raise ValueError(self._unlike("grey or colour"))
+        return clean_image(image, "L" if self.channels == 1 else "RGB")
+
+    def _unlike(self, came: str) -> str:
+        return (
+            f"The encoder takes {self.channels} channels ({', '.join(self.bands)}), the picture is "
+            f"{came}; choose bands with ?bands=, or load the encoder with in_chans= and "
+            "data_config=vim_ssl.data.band_statistics(data)."
+        )
+
+    def __repr__(self) -> str:
+        return f"ToChannels({self.channels})"
+
+
+class TrimLongSide:
+    """Cut what a centre crop discards anyway off very long pictures, before they are enlarged.
+
+    A strip of 2 × 20,000 pixels resized to 224 on its shorter side would take 1.5 GB.
+    """
+
+    def __init__(self, size: tuple[int, int]):
+        self.max_aspect = 8 * max(size) / min(size)
+
+    def __call__(self, image: Image.Image | Tensor) -> Image.Image | Tensor:
+        _, height, width = transforms.functional.get_dimensions(image)
+        longest = round(min(height, width) * self.max_aspect)
+        if max(height, width) <= longest:
+            return image
+        return transforms.functional.center_crop(image, [min(height, longest), min(width, longest)])
+
+    def __repr__(self) -> str:
+        return f"TrimLongSide(max_aspect={self.max_aspect:g})"
+
+
+def as_seen(images: Tensor, config: Mapping[str, Any]) -> Tensor:
+    """Normalised pictures (b, c, h, w) as grey or colour within 0..1, to look at.
+
+    Grey and colour as they came. Of other bands red, green and blue where the names say which they
+    are, else the first three (of two the first), two deviations below the mean black and two above
+    it white.
+    """
+    mean, std = (torch.tensor(config[key], device=images.device) for key in ("mean", "std"))
+    if len(mean) in (1, 3) and float(mean.abs().max()) <= 1:
+        return (images * std[:, None, None] + mean[:, None, None]).clamp(0, 1)
+    colours = band_places(config.get("bands", ()), ("R", "G", "B")) or [None]
+    places = [place for place in colours if place is not None]
+    if len(places) < 3:
+        places = [0, 1, 2] if len(mean) >= 3 else [0]
+    return (images[:, places] / 4 + 0.5).clamp(0, 1)
+
+
+def band_statistics(data: ImageData, sample: int = 1000) -> dict[str, Any]:
+    """Mean and standard deviation of every band, over all values that were measured.
+
+    Args:
+        data: pictures of one number of bands; the training part, for training.
+        sample: of how many pictures, spread evenly.
+    Returns: ``bands``, ``mean`` and ``std``, as an encoder's ``data_config`` has them: they are
+        stored with the encoder when it is given them.
+    Raises: ValueError when no picture can be read, or their bands differ.
+    """
+    few = min(sample, len(data))
+    count = total = squares = torch.zeros(())
+    for i in range(few):
+        try:
+            image = data[i * len(data) // few]["image"]
+        except BadImage:
+            continue
+        values = np.asarray(image)
+        x = as_tensor(values.reshape(*values.shape[:2], -1)).flatten(1).double()
+        if count.ndim and len(count) != len(x):
+            raise ValueError(f"{data.name} has pictures of {len(count)} and of {len(x)} bands.")
+        known = x.isfinite()
+        x = x.where(known, 0)
+        count, total, squares = count + known.sum(1), total + x.sum(1), squares + x.square().sum(1)
+    if not count.ndim or (count == 0).any():
+        raise ValueError(f"{data.name}: of {few} pictures none has values in every band.")
+    mean = total / count
+    std = (squares / count - mean.square()).clamp(min=0).sqrt()
+    names = data.bands or {1: ("L",), 3: ("R", "G", "B")}.get(len(mean))
+    return {
+        "bands": tuple(names or (f"band{i}" for i in range(len(mean)))),
+        "mean": tuple(mean.tolist()),
+        "std": tuple(std.clamp(min=1e-6).tolist()),
+    }
+
+
+def band_arguments(data: ImageData) -> dict[str, Any]:
+    """The arguments of an encoder for the bands of these pictures, for `load_encoder`: ``in_chans``
+    and a ``data_config`` with their names and statistics; none for pictures in grey or colour."""
+    if data.bands is None or not isinstance(_first(data), np.ndarray):
+        return {}
+    return {"in_chans": len(data.bands), "data_config": band_statistics(data)}
+
+
+def check_bands(encoder: nn.Module, data: Any) -> None:
+    """Raises: ValueError for values in units of their own in other bands than the encoder's, whose
+    mean and deviation are of something else; what has 8 bits fits any of as many channels."""
+    own, bands = tuple(_config(encoder).get("bands", ())), getattr(data, "bands", None)
+    if bands is None or tuple(bands) == own or not isinstance(first := _first(data), np.ndarray):
+        return
+    if first.dtype != np.uint8 and np.nanmax(first) > 1:
+        raise ValueError(
+            f"{data.name} has the bands {', '.join(bands)}, the encoder {', '.join(own)}, and the "
+            f"values ({first.dtype}, up to {np.nanmax(first):g}) have a unit of their own; load "
+            "and train an encoder with data_config=vim_ssl.data.band_statistics(data)."
+        )
+
+
+def _first(data: ImageData) -> Image.Image | np.ndarray | None:
+    """The first picture that can be read."""
+    for i in range(len(data)):
+        try:
+            return data[i]["image"]
+        except BadImage:
+            continue
+    return None
+
+
+def _config(encoder_or_config: nn.Module | Mapping[str, Any]) -> Mapping[str, Any]:
+    config = getattr(encoder_or_config, "data_config", encoder_or_config)
+    if not isinstance(config, Mapping):
+        raise TypeError(
+            f"Expected an encoder with a data_config, or such a mapping, not "
+            f"{type(encoder_or_config).__name__}."
+        )
+    if missing := {"input_size", "mean", "std"} - set(config):
+        raise ValueError(f"data_config has no {', '.join(sorted(missing))}.")
+    return config
+
+
+def _keep_a_bit(step: Any) -> Any:
+    """The same step. At its highest level timm's posterize keeps no bit of a colour: Pillow 13
+    refuses that. It keeps one here."""
+    ops = [getattr(step, "ops", []), *getattr(step, "policy", [])]
+    for op in (op for group in ops for op in group):
+        if getattr(op, "aug_fn", None) is auto_augment.posterize:
+            op.aug_fn = _posterize
+    return step
+
+
+def _posterize(image: Image.Image, bits: int, **hparams) -> Image.Image:
+    return auto_augment.posterize(image, max(bits, 1), **hparams)
+
+
+def _flat(steps: Any) -> list[Any]:
+    return list(getattr(steps, "transforms", [steps]))

@@ -1,0 +1,677 @@
+"""The Vision Mamba encoder: patches in raster order, class token in the middle, Vim blocks.
+
+    image -> embed -> tokens (b, m, d) -> forward_tokens -> (b, tokens, d) -> forward_head
+
+`embed` and `forward_tokens` are what pretraining builds on; the rest is timm's protocol.
+Reference: Vision Mamba, arXiv:2401.09417. State-dict keys are those of the released checkpoints.
+"""
+
+from collections.abc import Sequence
+from typing import Any, cast, overload
+
+import torch
+from timm.layers import DropPath, build_rotary_pos_embed, resample_abs_pos_embed_nhwc, trunc_normal_
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vim_ssl.models.block import DIRECTIONS, MixerState, RMSNorm, VimBlock
+
+IMAGENET_DATA: dict[str, Any] = {
+    "input_size": (3, 224, 224),
+    "mean": (0.485, 0.456, 0.406),
+    "std": (0.229, 0.224, 0.225),
+    "interpolation": "bicubic",
+    "crop_pct": 0.875,
+    "crop_mode": "center",
+    "bands": ("R", "G", "B"),
+}
+MNIST_DATA: dict[str, Any] = {"mean": (0.1307,), "std": (0.3081,), "crop_pct": 1.0}
+POOLS = ("token", "avg", "token+avg", "")
+# The names of the class tokens, in scan order; their number follows.
+CLS_TOKENS = {
+    "middle": ("cls_token",),
+    "first": ("cls_token",),
+    "double": ("cls_token_head", "cls_token_tail"),
+    "none": (),
+}
+
+
+class PatchEmbed(nn.Module):
+    """Cut an image into patches and project them; ``stride`` below ``patch_size`` overlaps them."""
+
+    def __init__(self, patch_size: int, stride: int, in_chans: int, embed_dim: int):
+        super().__init__()
+        self.patch_size, self.stride = patch_size, stride
+        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride)
+        fan_in = in_chans * patch_size**2
+        trunc_normal_(self.proj.weight, std=fan_in**-0.5)  # LeCun normal
+        nn.init.zeros_(cast(Tensor, self.proj.bias))
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of patches. Raises ValueError for sides that do not fit."""
+        p, s = self.patch_size, self.stride
+        for side in (height, width):
+            if side < p or (side - p) % s:
+                below = p + max(side - p, 0) // s * s
+                above = below if side < p else below + s
+                use = f"{below} or {above}" if below != above else f"at least {below}"
+                rule = f"divisible by patch_size {p}" if s == p else f"{p} plus a multiple of {s}"
+                raise ValueError(f"img_size {side} is not {rule}; use {use}.")
+        return (height - p) // s + 1, (width - p) // s + 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, in_chans, h, w) -> (b, rows * columns, embed_dim), row by row."""
+        return self.proj(x).flatten(2).mT
+
+
+class _NoNorm(nn.Module):
+    """In the final norm's place once it is pruned, so that no parameter goes without gradient."""
+
+    def forward(self, hidden: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        residual = hidden if residual is None else residual + hidden
+        return residual.to(hidden.dtype), residual
+
+
+class VimEncoder(nn.Module):
+    """Vision Mamba.
+
+    Args:
+        img_size: side in pixels, or (height, width), that the position table is made for. Other
+            sizes go in too: the table is resampled on the grid.
+        patch_size, stride: pixels; ``stride`` defaults to ``patch_size``.
+        in_chans: channels of the image.
+        num_classes: size of the head; 0 for none.
+        global_pool: "token" (the class tokens' mean), "avg" (mean of the patches), "token+avg"
+            (both, joined) or "" (all tokens). By default "token", or "avg" without a class token.
+        embed_dim, depth, d_state, d_conv, expand, dt_rank, norm_after_scan, divide_out: the
+            blocks; see `VimMixer`.
+        cls_position: "middle" (before patch m // 2, the paper's choice), "first", "double" (one at
+            each end) or "none".
+        directions: "both", "forward" or "backward": the directions that have parameters.
+        num_registers: learned tokens spread evenly through the sequence (Mamba-Reg,
+            arXiv:2405.14858); no output shows them.
+        use_mask_token: give the encoder a learned token for masked patches. Without one a masked
+            patch keeps its position alone.
+        use_pos_embed: learned table of absolute positions.
+        rope: rotate every patch, in every block, by angles of its own row and column. The rotation
+            is our definition, not upstream's, which forgets the middle class token: axial, base
+            10000, coordinates in patches, whatever ``img_size``; other tokens are not rotated.
+        drop_path_rate: stochastic depth, rising linearly over the blocks.
+        scan_backend: see `vim_ssl.kernels.selective_scan`.
+        data_config: mean, std, input_size, interpolation, crop_pct, crop_mode, bands of the images
+            it expects; ImageNet's by default.
+
+    Raises: ValueError for values that do not fit together.
+    """
+
+    def __init__(
+        self,
+        *,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        stride: int | None = None,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str | None = None,
+        embed_dim: int = 192,
+        depth: int = 24,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int = 2,
+        dt_rank: int | None = None,
+        cls_position: str = "middle",
+        directions: str = "both",
+        divide_out: bool = True,
+        norm_after_scan: bool = False,
+        num_registers: int = 0,
+        use_mask_token: bool = False,
+        use_pos_embed: bool = True,
+        rope: bool = False,
+        drop_path_rate: float = 0.0,
+        scan_backend: str = "auto",
+        data_config: dict | None = None,
+    ):
+        args = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        super().__init__()
+        _check_choice("cls_position", cls_position, CLS_TOKENS)
+        _check_choice("directions", directions, DIRECTIONS)
+        if rope and embed_dim % 4:
+            raise ValueError(f"rope needs an embed_dim divisible by 4; embed_dim is {embed_dim}.")
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        self.img_size = (height, width)
+        self.data_config = _data_config(data_config, in_chans, self.img_size)
+        args.pop("data_config")
+        self._args = args | {"img_size": self.img_size}
+        self.in_chans, self.num_classes = in_chans, num_classes
+        self.embed_dim = embed_dim
+        self.cls_position, self.directions = cls_position, directions
+        self.num_registers, self.rope = num_registers, rope
+        self.drop_path_rate = drop_path_rate
+        self.grad_checkpointing = False
+
+        self.patch_embed = PatchEmbed(patch_size, stride or patch_size, in_chans, embed_dim)
+        self.grid_size = self.patch_embed.grid(*self.img_size)
+        patches = self.grid_size[0] * self.grid_size[1]
+        self.cls_names = CLS_TOKENS[cls_position]
+        for name in self.cls_names:
+            self.register_parameter(name, _token(embed_dim))
+        rows = patches + len(self.cls_names)
+        self.pos_embed = _token(embed_dim, rows) if use_pos_embed else None
+        self.register_tokens = _token(embed_dim, num_registers) if num_registers else None
+        self.mask_token = _token(embed_dim) if use_mask_token else None
+
+        # Python numbers, since a model made on the meta device has no values to read.
+        rates = [0.0, *(drop_path_rate * i / max(depth - 1, 1) for i in range(depth))]
+        self.layers = nn.ModuleList(
+            VimBlock(
+                embed_dim, drop_path=rates[i], d_state=d_state, d_conv=d_conv, expand=expand,
+                dt_rank=dt_rank, directions=directions, divide_out=divide_out,
+                norm_after_scan=norm_after_scan, depth=depth, scan_backend=scan_backend,
+            )
+            for i in range(depth)
+        )  # fmt: skip
+        self.drop_path = DropPath(drop_path_rate) if drop_path_rate else nn.Identity()
+        self.norm_f: nn.Module = RMSNorm(embed_dim)
+        reduction = stride or patch_size
+        self.feature_info = [
+            {"module": f"layers.{i}", "num_chs": embed_dim, "reduction": reduction}
+            for i in range(depth)
+        ]
+        self.reset_classifier(num_classes, self._default_pool(global_pool))
+
+    # ---------------------------------------------------------------- tokens: the core
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Images to patch tokens that carry their positions.
+
+        Args:
+            x: (b, in_chans, h, w), any size and aspect the patching allows.
+        Returns: (b, m, embed_dim) in raster order; the grid is `grid` of (h, w).
+        Raises: ValueError naming the sizes that would fit.
+        """
+        if x.dim() != 4 or x.shape[1] != self.in_chans:
+            raise ValueError(
+                f"images have shape {tuple(x.shape)}; expected (b, {self.in_chans}, h, w)."
+            )
+        grid = self.grid(*x.shape[-2:])
+        tokens = self.patch_embed(x)
+        pos, _ = self._positions(grid)
+        return tokens if pos is None else tokens + pos.to(tokens.dtype)
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of patches for an image of this size in pixels."""
+        return self.patch_embed.grid(height, width)
+
+    @overload
+    def forward_tokens(
+        self, tokens: Tensor, *, ids_keep: Tensor | None = None, mask: Tensor | None = None,
+        directions: str | None = None, indices: None = None, grid: tuple[int, int] | None = None,
+    ) -> Tensor: ...  # fmt: skip
+
+    @overload
+    def forward_tokens(
+        self, tokens: Tensor, *, ids_keep: Tensor | None = None, mask: Tensor | None = None,
+        directions: str | None = None, indices: Sequence[int], grid: tuple[int, int] | None = None,
+    ) -> tuple[Tensor, list[Tensor]]: ...  # fmt: skip
+
+    def forward_tokens(
+        self,
+        tokens: Tensor,
+        *,
+        ids_keep: Tensor | None = None,
+        mask: Tensor | None = None,
+        directions: str | None = None,
+        indices: Sequence[int] | None = None,
+        grid: tuple[int, int] | None = None,
+    ) -> Tensor | tuple[Tensor, list[Tensor]]:
+        """Run the blocks over patch tokens, class tokens placed among them.
+
+        Args:
+            tokens: (b, m, embed_dim) from `embed`.
+            ids_keep: (b, k) integers: the patches to read, in this order; all by default. The
+                class token goes to the middle of what is read, with its own position.
+            mask: (b, m) bool, True = masked: the content of these patches is replaced by the mask
+                token, their positions stay.
+            directions: "both", "forward" or "backward", a subset of the encoder's own.
+            indices: blocks after which to tap the residual stream.
+            grid: rows and columns of the m patches; needed with ``mask`` or ``rope`` when it is
+                not the encoder's own and not square.
+
+        Returns: (b, k + class tokens, embed_dim) after the final norm; with ``indices`` also the
+            list of taps, same shape, before any norm.
+        Raises: ValueError for shapes, directions or indices that do not fit.
+        """
+        out, taps = self._run(tokens, ids_keep, mask, directions, indices or (), grid)
+        return out if indices is None else (out, taps)
+
+    def forward_stream(
+        self, tokens: Tensor, state: list[MixerState] | None = None
+    ) -> tuple[Tensor, list[MixerState]]:
+        """Read a sequence piece by piece: what comes out is what one pass over it would give.
+
+        Memory does not grow if pieces are embedded and read under `torch.no_grad`; else the state
+        carries the graph of all that was read, so that gradients flow through it.
+
+        Args:
+            tokens: (b, k, embed_dim), the next tokens, with their positions; k is 1 or more.
+            state: what the call before returned; None at the beginning.
+
+        Returns: (b, k, embed_dim) after the final norm, at the beginning with the class token
+            before them if there is one; and the state, whose size does not depend on how much was
+            read.
+        Raises: ValueError for an encoder that reads backward too: its output at a token depends on
+            all that is to come; for one whose class token, registers or rotation depend on the
+            length of the whole; and for the state of another encoder or batch.
+        """
+        if self.directions != "forward":
+            raise ValueError(
+                f"a stream needs directions='forward'; this encoder reads {self.directions!r}, so "
+                "what it gives for a token depends on all tokens after it."
+            )
+        if self.cls_position not in ("none", "first") or self.num_registers or self.rope:
+            raise ValueError(
+                f"cls_position {self.cls_position!r}, num_registers {self.num_registers} and rope "
+                f"{self.rope}: where these stand in the sequence depends on its length; a stream "
+                "needs cls_position 'none' or 'first', no registers and no rope."
+            )
+        if tokens.dim() != 3 or not tokens.shape[1] or tokens.shape[2] != self.embed_dim:
+            raise ValueError(
+                f"tokens have shape {tuple(tokens.shape)}; expected (b, k, {self.embed_dim}) with "
+                "k 1 or more: what embed() gives, not pictures."
+            )
+        if state is not None and {len(m) for pair in state for m in pair} != {len(tokens)}:
+            raise ValueError(f"the state is of another number of sequences than {len(tokens)}.")
+        if state is not None and len(state) != len(self.layers):
+            raise ValueError(
+                f"the state is of {len(state)} blocks, this encoder has {len(self.layers)}."
+            )
+        hidden = tokens if state is not None else self._place_extra_tokens(tokens)
+        residual, after = None, []
+        for i, layer in enumerate(self.layers):
+            block: Any = layer
+            before = None if state is None else state[i]
+            hidden, residual, left = block.forward_stream(hidden, residual, before)
+            after.append(left)
+        return self.norm_f(self.drop_path(hidden), residual)[0], after
+
+    def _run(self, tokens, ids_keep, mask, directions, indices, grid, stop_early=False):
+        """`forward_tokens` that always returns taps and may leave out the last blocks."""
+        b, m, d = tokens.shape
+        if directions is not None:
+            _check_choice("directions", directions, DIRECTIONS)
+            if self.directions not in ("both", directions):
+                raise ValueError(
+                    f"directions {directions!r} asked of an encoder that has only "
+                    f"{self.directions!r}; load it with directions='both' to seed the other."
+                )
+        if mask is not None:
+            tokens = self._hide(tokens, mask, self._grid_of(m, grid))
+        rotation = self._rotation(self._grid_of(m, grid)) if self.rope else None
+        if ids_keep is not None:
+            if ids_keep.dim() != 2 or ids_keep.shape[0] != b:
+                raise ValueError(f"ids_keep has shape {tuple(ids_keep.shape)}; expected ({b}, k).")
+            tokens = tokens.gather(1, ids_keep[..., None].expand(-1, -1, d))
+            if rotation is not None:
+                rotation = tuple(table[0, ids_keep] for table in rotation)  # (b, k, d)
+        k = tokens.shape[1]
+        hidden = self._place_extra_tokens(tokens)
+        if rotation is not None:  # class tokens and registers turn by nothing: sin 0, cos 1
+            rotation = tuple(
+                self._place(
+                    table, table.new_full((1, 1, d), still), table.new_full((1, 1, d), still)
+                )
+                for table, still in zip(rotation, (0.0, 1.0), strict=True)
+            )
+
+        wanted = _resolve_indices(indices, len(self.layers))
+        layers = self.layers[: max(wanted) + 1] if stop_early and wanted else self.layers
+        registers = _register_slots(k + len(self.cls_names), self.num_registers)
+        residual, taps = None, {}
+        for i, layer in enumerate(layers):
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                hidden, residual = checkpoint(
+                    layer, hidden, residual, directions, rotation, use_reentrant=False
+                )
+            else:
+                hidden, residual = layer(hidden, residual, directions, rotation)
+            if i in wanted:
+                taps[i] = _take_out(residual + hidden, registers)[0]
+        normed, _ = self.norm_f(self.drop_path(hidden), residual)
+        return _take_out(normed, registers)[0], [taps[i] for i in wanted]
+
+    def _hide(self, tokens: Tensor, mask: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Replace the content of masked patches; their positions stay."""
+        b, m, d = tokens.shape
+        if mask.shape != (b, m) or mask.dtype != torch.bool:
+            raise ValueError(
+                f"mask is {mask.dtype} {tuple(mask.shape)}; expected torch.bool ({b}, {m}), "
+                "True = masked."
+            )
+        blank = tokens.new_zeros(1, 1, d) if self.mask_token is None else self.mask_token
+        pos, _ = self._positions(grid)
+        blank = blank if pos is None else blank + pos
+        return torch.where(mask[..., None], blank.to(tokens.dtype), tokens)
+
+    def _place_extra_tokens(self, tokens: Tensor) -> Tensor:
+        """Insert the class tokens, with their own positions, and the registers."""
+        _, cls_pos = self._positions(self.grid_size)
+        own: list[Tensor] = [self.get_parameter(name) for name in self.cls_names]
+        cls = torch.cat(own, dim=1) if own else tokens.new_zeros(1, 0, self.embed_dim)
+        cls = cls if cls_pos is None else cls + cls_pos
+        return self._place(tokens, cls, self.register_tokens)
+
+    def _place(self, patches: Tensor, cls: Tensor, registers: Tensor | None) -> Tensor:
+        """(b, k, d) -> (b, k + class tokens + registers, d), each in its slot of the scan order.
+
+        ``cls`` and ``registers`` are (1, count, d), or (1, 1, d) for the same value everywhere.
+        """
+        b, k, _ = patches.shape
+        cls = cls.expand(b, len(self.cls_names), -1).to(patches.dtype)
+        sequence = _insert(patches, cls, _cls_slots(k, self.cls_position))
+        if registers is None or not self.num_registers:
+            return sequence
+        registers = registers.expand(b, self.num_registers, -1).to(patches.dtype)
+        return _insert(sequence, registers, _register_slots(sequence.shape[1], self.num_registers))
+
+    def _positions(self, grid: tuple[int, int]) -> tuple[Tensor | None, Tensor | None]:
+        """The patches' positions on this grid (1, m, d) and the class tokens' own (1, c, d)."""
+        if self.pos_embed is None:
+            return None, None
+        patches, cls = split_pos_embed(self.pos_embed, self.cls_position)
+        table = patches.unflatten(1, self.grid_size)  # (1, rows, columns, d)
+        return resample_abs_pos_embed_nhwc(table, list(grid)).flatten(1, 2), cls
+
+    def _rotation(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """sin and cos of every patch on this grid, (1, m, embed_dim) each."""
+        tables = build_rotary_pos_embed(
+            list(grid), dim=self.embed_dim, in_pixels=False,
+            device=self.patch_embed.proj.weight.device,
+        )  # fmt: skip
+        return tuple(table[None] for table in tables)
+
+    def _grid_of(self, m: int, grid: tuple[int, int] | None) -> tuple[int, int]:
+        side = round(m**0.5)
+        if grid is None:
+            own = self.grid_size[0] * self.grid_size[1] == m
+            grid = self.grid_size if own else (side, side)
+        if grid[0] * grid[1] != m:
+            raise ValueError(f"{m} tokens do not fill a {grid[0]}x{grid[1]} grid; pass grid=.")
+        return grid
+
+    # ---------------------------------------------------------------- timm's protocol
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(b, in_chans, h, w) -> (b, tokens, embed_dim) after the final norm, in raster order,
+        the class token(s) in their place."""
+        return self.forward_tokens(self.embed(x), grid=self.grid(*x.shape[-2:]))
+
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pool (b, tokens, embed_dim) by ``global_pool``; then the head unless ``pre_logits``."""
+        pooled = self.pool(features, self.global_pool)
+        return pooled if pre_logits else self.head(pooled)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pooled features (b, num_features), or logits (b, num_classes) with a head."""
+        return self.forward_head(self.forward_features(x))
+
+    def pool(self, features: Tensor, global_pool: str) -> Tensor:
+        """Read (b, tokens, embed_dim) out: (b, embed_dim), or (b, 2 embed_dim) for token+avg."""
+        if global_pool == "":
+            return features
+        patches, cls = self.split_tokens(features)
+        if global_pool == "avg":
+            return patches.mean(1)
+        token = cls.mean(1)
+        return token if global_pool == "token" else torch.cat([token, patches.mean(1)], dim=-1)
+
+    def split_tokens(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """(b, k + c, d) -> the k patches and the c class tokens."""
+        slots = _cls_slots(features.shape[1] - len(self.cls_names), self.cls_position)
+        return _take_out(features, slots)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ):
+        """timm's form: the residual stream after some blocks, as maps without class tokens.
+
+        Args:
+            x: (b, in_chans, h, w).
+            indices: block numbers (negative from the end), the last n for an int, all for None.
+            return_prefix_tokens: give (map, class tokens (b, c, d)) pairs.
+            norm: apply the final norm to each map, as dense heads want.
+            stop_early: do not run the blocks after the last index.
+            output_fmt: "NCHW" or "NLC".
+            intermediates_only: leave out the final features.
+        Returns: list of maps (b, embed_dim, rows, columns), or (final tokens, list).
+        """
+        _check_choice("output_fmt", output_fmt, ("NCHW", "NLC"))
+        rows, columns = self.grid(*x.shape[-2:])
+        wanted = _resolve_indices(indices, len(self.layers), int_means_last=True)
+        final, taps = self._run(
+            self.embed(x), None, None, None, wanted, (rows, columns), stop_early=stop_early
+        )
+        maps = []
+        for tap in taps:
+            tap = (self.norm_f(tap)[0] if norm else tap).to(final.dtype)
+            patches, cls = self.split_tokens(tap)
+            if output_fmt == "NCHW":
+                patches = patches.mT.unflatten(2, (rows, columns)).contiguous()
+            maps.append((patches, cls) if return_prefix_tokens else patches)
+        return maps if intermediates_only else (final, maps)
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the blocks after the last index, and if asked the final norm and the head; returns
+        the indices resolved."""
+        wanted = _resolve_indices(indices, len(self.layers), int_means_last=True)
+        self.layers = self.layers[: max(wanted) + 1]
+        if prune_norm:
+            self.norm_f = _NoNorm()
+        if prune_head:
+            self.reset_classifier(0)
+        return wanted
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A fresh head of this size (0: none), and another pooling if given."""
+        if global_pool is not None:
+            _check_choice("global_pool", global_pool, POOLS)
+            if global_pool.startswith("token") and not self.cls_names:
+                raise ValueError(f"global_pool {global_pool!r} needs a class token; use 'avg'.")
+            self.global_pool = global_pool
+        self.num_classes = num_classes
+        self.num_features = self.embed_dim * (2 if self.global_pool == "token+avg" else 1)
+        self.head_hidden_size = self.num_features
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        if isinstance(self.head, nn.Linear):
+            trunc_normal_(self.head.weight, std=0.02)
+            nn.init.zeros_(self.head.bias)
+            weight = self.patch_embed.proj.weight
+            self.head.to(weight.device, weight.dtype)
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that weight decay must not touch, by name: A_log and D define the dynamics;
+        biases, norms, tokens and positions are offsets. (Upstream decays A_log by accident.)"""
+        tokens = ("pos_embed", "register_tokens", "mask_token", *self.cls_names)
+        return {
+            name
+            for name, p in self.named_parameters()
+            if p.ndim <= 1
+            or name in tokens
+            or name.rsplit(".", 1)[-1] in ("A_log", "A_b_log", "D", "D_b", "bias")
+        }
+
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """timm's map from parameter names to layers, for layer-wise learning-rate decay."""
+        return {
+            "stem": r"^pos_embed|^patch_embed|^cls_token|^register_tokens|^mask_token",
+            "blocks": r"^layers\.(\d+)"
+            if coarse
+            else [(r"^layers\.(\d+)", None), (r"^norm_f", (99999,))],
+        }
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        self.grad_checkpointing = enable
+
+    @property
+    def config(self) -> dict:
+        """Everything needed to build this encoder again: the constructor's arguments."""
+        return self._args | {
+            "num_classes": self.num_classes,
+            "global_pool": self.global_pool,
+            "depth": len(self.layers),
+            "data_config": dict(self.data_config),
+        }
+
+    def _default_pool(self, global_pool: str | None) -> str:
+        return global_pool if global_pool is not None else ("token" if self.cls_names else "avg")
+
+
+# -------------------------------------------------------------------- token order
+
+
+def _cls_slots(m: int, cls_position: str) -> list[int]:
+    """Where the class tokens stand among m patches (indices into the joined sequence)."""
+    return {"middle": [m // 2], "first": [0], "double": [0, m + 1], "none": []}[cls_position]
+
+
+def _register_slots(length: int, count: int) -> list[int]:
+    """Where ``count`` registers stand, evenly spread through a sequence of this length."""
+    return [(i + 1) * length // (count + 1) + i for i in range(count)]
+
+
+def _insert(sequence: Tensor, extra: Tensor, slots: list[int]) -> Tensor:
+    """Put extra (b, c, d) into sequence (b, l, d) so that they stand at the (ascending) slots."""
+    pieces, start = [], 0
+    for i, slot in enumerate(slots):
+        pieces += [sequence[:, start : slot - i], extra[:, i : i + 1]]
+        start = slot - i
+    return torch.cat([*pieces, sequence[:, start:]], dim=1)
+
+
+def _take_out(sequence: Tensor, slots: list[int]) -> tuple[Tensor, Tensor]:
+    """The inverse of `_insert`: (what stands elsewhere, what stands at the slots)."""
+    if not slots:
+        return sequence, sequence[:, :0]
+    ends = [*slots, sequence.shape[1]]
+    rest = [sequence[:, a + 1 : b] for a, b in zip([-1, *slots], ends, strict=True)]
+    taken = [sequence[:, slot : slot + 1] for slot in slots]
+    return torch.cat(rest, dim=1), torch.cat(taken, dim=1)
+
+
+def split_pos_embed(table: Tensor, cls_position: str) -> tuple[Tensor, Tensor]:
+    """Split a position table (1, m + c, d) into the grid's rows and the class tokens' own.
+
+    The class token of the middle has row m // 2; treating it as a prefix, as upstream's dense-task
+    code does, shifts half of the grid by one patch.
+    """
+    m = table.shape[1] - len(CLS_TOKENS[cls_position])
+    return _take_out(table, _cls_slots(m, cls_position))
+
+
+def join_pos_embed(patches: Tensor, cls: Tensor, cls_position: str) -> Tensor:
+    """The inverse of `split_pos_embed`, for a grid of any size."""
+    return _insert(patches, cls, _cls_slots(patches.shape[1], cls_position))
+
+
+def _resolve_indices(indices, depth: int, int_means_last: bool = False) -> list[int]:
+    if indices is None:
+        return list(range(depth)) if int_means_last else []
+    if isinstance(indices, int):
+        if not 0 < indices <= depth:
+            raise ValueError(f"the last {indices} blocks asked of an encoder of {depth} blocks.")
+        indices = range(depth - indices, depth)
+    resolved = [i + depth if i < 0 else i for i in indices]
+    if bad := [i for i in resolved if not 0 <= i < depth]:
+        raise ValueError(f"indices {bad} are outside the encoder's {depth} blocks.")
+    return resolved
+
+
+def _token(dim: int, count: int = 1) -> nn.Parameter:
+    return nn.Parameter(trunc_normal_(torch.zeros(1, count, dim), std=0.02))
+
+
+def _check_choice(name: str, value, choices) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} {value!r} is not one of {', '.join(map(repr, choices))}.")
+
+
+def _data_config(given: dict | None, in_chans: int, img_size: tuple[int, int]) -> dict:
+    """Complete the caller's data description; statistics must fit the channels."""
+    config = dict(IMAGENET_DATA, input_size=(in_chans, *img_size))
+    if in_chans != 3:
+        config["mean"] = (sum(IMAGENET_DATA["mean"]) / 3,) * in_chans
+        config["std"] = (sum(IMAGENET_DATA["std"]) / 3,) * in_chans
+        config["bands"] = ("L",) if in_chans == 1 else tuple(f"band{i}" for i in range(in_chans))
+    for key, value in (given or {}).items():
+        if key not in config:
+            raise ValueError(f"data_config has no {key!r}; it has {', '.join(config)}.")
+        config[key] = tuple(value) if isinstance(value, list | tuple) else value
+    for key in ("mean", "std", "bands"):
+        if len(config[key]) != in_chans:
+            raise ValueError(f"data_config[{key!r}] has {len(config[key])} entries; "
+                             f"in_chans is {in_chans}.")  # fmt: skip
+    return config
+
+
+# -------------------------------------------------------------------- presets
+
+_TINY = {"embed_dim": 192, "depth": 24}
+_SMALL = {"embed_dim": 384, "depth": 24}
+_BASE = {"embed_dim": 768, "depth": 24}
+# For CPUs: wide rather than deep, since every block is a scan; trained in minutes.
+_NANO = {"embed_dim": 192, "depth": 4, "d_state": 8}
+# A name says what changes tensor shapes; everything else is an argument.
+PRESETS: dict[str, dict] = {
+    "vim_tiny_patch16_224": _TINY,
+    "vim_small_patch16_224": _SMALL,
+    "vim_base_patch16_224": _BASE,
+    "vim_tiny_patch16_stride8_224": _TINY | {"stride": 8},
+    "vim_small_patch16_stride8_224": _SMALL | {"stride": 8},
+    "vim_nano_patch4_28": _NANO
+    | {"patch_size": 4, "img_size": 28, "in_chans": 1, "data_config": MNIST_DATA},
+    "vim_nano_patch8_64": _NANO | {"patch_size": 8, "img_size": 64},
+    "vim_nano_patch16_64": _NANO | {"patch_size": 16, "img_size": 64},
+    "vim_mini_patch8_96": _NANO | {"depth": 8, "patch_size": 8, "img_size": 96},
+}
+
+
+def _register(name: str, preset: dict) -> None:
+    """Put a preset into timm's registry."""
+
+    def build(pretrained: bool = False, **kwargs) -> VimEncoder:
+        # timm hands the statistics of its own configuration on; ours travel in data_config.
+        return build_model_with_cfg(
+            VimEncoder, name, pretrained, feature_cfg={"feature_cls": "getter"},
+            **(preset | kwargs),
+        )  # fmt: skip
+
+    build.__name__ = build.__qualname__ = name
+    build.__doc__ = f"{name}: {preset}"
+    register_model(build)
+
+
+def _timm_cfg(preset: dict) -> dict:
+    side, chans = preset.get("img_size", 224), preset.get("in_chans", 3)
+    data = _data_config(preset.get("data_config"), chans, (side, side))
+    del data["bands"]  # timm has no such field
+    return data | {"num_classes": 1000, "first_conv": "patch_embed.proj", "classifier": "head"}
+
+
+default_cfgs = generate_default_cfgs(
+    {f"{name}.untrained": _timm_cfg(preset) for name, preset in PRESETS.items()}
+)
+for _name, _preset in PRESETS.items():
+    _register(_name, _preset)

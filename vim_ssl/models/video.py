@@ -1,0 +1,210 @@
+"""A Vim that reads clips: an image encoder whose patches have become tubelets of some frames.
+
+    clip (b, c, t, h, w) → tubelets of `tubelet` frames x patch x patch pixels
+                         → tokens in the order frame, row, column ("spatial first"), one scan
+    position of a token  = the image encoder's own for its row and column + one for its time
+
+A clip of a single tubelet, inflated, is to the encoder what a picture is; of longer clips the patch
+embeddings still are, but the scan crosses the frames. Reference: VideoMamba, arXiv:2403.06977; the
+class token stands in the middle of all tokens, as it does for images.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vim_ssl.data.sources.video import VideoData
+from vim_ssl.models.encoder import PatchEmbed, VimEncoder
+
+INFLATIONS = ("centre", "mean")
+
+
+class VideoEncoder(VimEncoder):
+    """Vision Mamba over clips.
+
+    Args:
+        frames: of the clips that the table of times is made for; others go in too, it is resampled.
+        tubelet: frames that make one token together; divides the number of frames.
+        args: of `VimEncoder`; ``rope`` knows no time and is refused.
+    Raises: ValueError for values that do not fit together.
+    """
+
+    def __init__(self, *, frames: int = 16, tubelet: int = 2, **args: Any):
+        super().__init__(**args)
+        if tubelet < 1 or frames < tubelet or frames % tubelet:
+            raise ValueError(f"frames {frames} is no multiple of tubelet {tubelet}, 1 or more.")
+        if self.rope:
+            raise ValueError("rope turns by row and column and knows no time; use rope=False.")
+        self.frames, self.tubelet = frames, tubelet
+        self._args |= {"frames": frames, "tubelet": tubelet}
+        patch: Any = self.patch_embed
+        flat, p, stride = patch.proj, patch.patch_size, patch.stride
+        patch.proj = nn.Conv3d(
+            self.in_chans, self.embed_dim, (tubelet, p, p), (tubelet, stride, stride)
+        )
+        with torch.no_grad():
+            patch.proj.weight.copy_(inflate_kernel(flat.weight, tubelet, "mean"))
+            patch.proj.bias.zero_()
+        self.time_embed = nn.Parameter(torch.zeros(1, frames // tubelet, self.embed_dim))
+
+    def embed(self, x: Tensor, *, first: int = 0, frames: int | None = None) -> Tensor:
+        """Clips, or pieces of a longer clip for `forward_stream`, to tokens that carry their place
+        and time.
+
+        Args:
+            x: (b, in_chans, t, h, w), t a multiple of ``tubelet``.
+            first: frames of the clip before this piece, a multiple of ``tubelet``.
+            frames: of the whole clip, over which the table of times is spread; by default those
+                that are known by now, first + t.
+        Returns: (b, t / tubelet · rows · columns, embed_dim), frame by frame, row by row.
+        Raises: ValueError naming what came and what would fit.
+        """
+        fits = x.dim() == 5 and x.shape[1] == self.in_chans and x.shape[2] > 0
+        if not fits or x.shape[2] % self.tubelet:
+            raise ValueError(
+                f"clips have shape {tuple(x.shape)}; expected (b, {self.in_chans}, t, h, w) with t "
+                f"a multiple of {self.tubelet}."
+            )
+        end = first + x.shape[2]
+        whole = end if frames is None else frames
+        if first < 0 or first % self.tubelet or whole % self.tubelet or end > whole:
+            raise ValueError(
+                f"frames {first} to {end} are no piece of a clip of {whole}; first and frames are "
+                f"multiples of {self.tubelet}, and first + t is at most frames."
+            )
+        grid = self.grid(*x.shape[-2:])
+        tokens = self.patch_embed(x)
+        piece = slice(first // self.tubelet, end // self.tubelet)
+        return tokens + self._places(whole // self.tubelet, grid, piece).to(tokens.dtype)
+
+    def _places(self, times: int, grid: tuple[int, int], piece: slice = slice(None)) -> Tensor:
+        """(1, times · rows · columns, embed_dim), or of a piece of the times."""
+        place, _ = self._positions(grid)
+        if place is None:
+            place = self.time_embed.new_zeros(1, grid[0] * grid[1], self.embed_dim)
+        when: Tensor = self.time_embed
+        if when.shape[1] != times:
+            when = F.interpolate(when.mT, size=times, mode="linear", align_corners=False).mT
+        return (when[:, piece, None] + place[:, None]).flatten(1, 2)
+
+    def _hide(self, tokens: Tensor, mask: Tensor, grid: tuple[int, int]) -> Tensor:
+        b, m, d = tokens.shape
+        if mask.shape != (b, m) or mask.dtype != torch.bool:
+            raise ValueError(
+                f"mask is {mask.dtype} {tuple(mask.shape)}; expected torch.bool ({b}, {m}), "
+                "True = masked."
+            )
+        blank = tokens.new_zeros(1, 1, d) if self.mask_token is None else self.mask_token
+        blank = blank + self._places(m // (grid[0] * grid[1]), grid)
+        return torch.where(mask[..., None], blank.to(tokens.dtype), tokens)
+
+    def _grid_of(self, m: int, grid: tuple[int, int] | None) -> tuple[int, int]:
+        rows, columns = grid or self.grid_size
+        if m % (rows * columns):
+            raise ValueError(f"{m} tokens are no frames of a {rows}x{columns} grid; pass grid=.")
+        return rows, columns
+
+    def no_weight_decay(self) -> set[str]:
+        """As of images, and the table of times."""
+        return super().no_weight_decay() | {"time_embed"}
+
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """As of images; the table of times goes with the other positions."""
+        groups = super().group_matcher(coarse)
+        return groups | {"stem": f"{groups['stem']}|^time_embed"}
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCTHW",
+        intermediates_only: bool = False,
+    ):
+        """As of images; maps are (b, embed_dim, times, rows, columns), or "NLC"."""
+        if output_fmt not in ("NCTHW", "NLC"):
+            raise ValueError(f"output_fmt {output_fmt!r} is not one of NCTHW, NLC.")
+        found = super().forward_intermediates(
+            x, indices, return_prefix_tokens, norm, stop_early, "NLC", intermediates_only
+        )
+        if output_fmt == "NLC":
+            return found
+        rows, columns = self.grid(*x.shape[-2:])
+
+        def to_map(tap):
+            if return_prefix_tokens:
+                return to_plain(tap[0]), tap[1]
+            return to_plain(tap)
+
+        def to_plain(patches: Tensor) -> Tensor:
+            return patches.mT.unflatten(2, (-1, rows, columns)).contiguous()
+
+        if intermediates_only:
+            return [to_map(tap) for tap in found]
+        return found[0], [to_map(tap) for tap in found[1]]
+
+
+def reading(encoder: VimEncoder, data, *, tubelet: int = 1, how: str = "centre") -> VimEncoder:
+    """``encoder``, inflated if it is of pictures and ``data`` are videos.
+
+    Args:
+        data: of `vim_ssl.data.open_data`; the clips' number of frames comes from it.
+        tubelet, how: see `inflate`.
+    Raises: ValueError for a number of frames that the encoder's tubelets do not divide.
+    """
+    if not isinstance(data, VideoData):
+        return encoder
+    frames = data.sampling.frames
+    if not isinstance(encoder, VideoEncoder):
+        encoder = inflate(encoder, frames=frames, tubelet=tubelet, how=how)
+    if frames % encoder.tubelet:
+        raise ValueError(
+            f"{data.name} gives clips of {frames} frames, which tubelets of {encoder.tubelet} do "
+            f"not divide; ask for another number with ?frames=."
+        )
+    return encoder
+
+
+def inflate_kernel(weight: Tensor, tubelet: int, how: str) -> Tensor:
+    """A patch embedding (d, c, p, p) over ``tubelet`` frames, (d, c, tubelet, p, p).
+
+    "centre" looks at the middle frame alone, "mean" at all frames alike: of a clip that stands
+    still both give what the image's embedding gives.
+    """
+    if how not in INFLATIONS:
+        raise ValueError(f"how {how!r} is not one of {', '.join(INFLATIONS)}.")
+    if how == "mean":
+        return weight[:, :, None].repeat(1, 1, tubelet, 1, 1) / tubelet
+    kernel = weight.new_zeros(*weight.shape[:2], tubelet, *weight.shape[2:])
+    kernel[:, :, tubelet // 2] = weight
+    return kernel
+
+
+def inflate(
+    encoder: VimEncoder, *, frames: int = 16, tubelet: int = 2, how: str = "centre"
+) -> VideoEncoder:
+    """A video encoder with the weights of an image encoder; its table of times begins at zero.
+
+    Args:
+        encoder: of images.
+        frames, tubelet: see `VideoEncoder`.
+        how: see `inflate_kernel`.
+    Raises: ValueError for an encoder that reads clips already.
+    """
+    if isinstance(encoder, VideoEncoder) or not isinstance(encoder.patch_embed, PatchEmbed):
+        raise ValueError("the encoder reads clips already; inflate one of images.")
+    video = VideoEncoder(frames=frames, tubelet=tubelet, **encoder.config)
+    state = encoder.state_dict()
+    state["patch_embed.proj.weight"] = inflate_kernel(
+        state["patch_embed.proj.weight"], tubelet, how
+    )
+    state["time_embed"] = video.time_embed.detach()
+    video.load_state_dict(state)
+    video.set_grad_checkpointing(encoder.grad_checkpointing)
+    like = encoder.patch_embed.proj.weight
+    return video.to(like.device, like.dtype).train(encoder.training)

@@ -1,0 +1,352 @@
+"""Contrast of pictures and captions: `Clip`, the objective, and the model that it leaves.
+
+    clip     every picture is told from all captions of the step, every caption from all pictures
+    siglip   every pair of the step is told to be one or not, on its own
+
+The step is all micro-batches of all processes: `gather` joins the processes, `Clip.accumulate` the
+micro-batches, both with the gradient of the one large batch.
+
+>>> clip = load_clip("runs/my-run")
+>>> image = clip.encode_image(clip.transform(picture)[None])
+>>> image @ clip.encode_text(["a dog", "a cat"]).T                  # (1, 2) cosines
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vim_ssl.checkpoints.loading import load_encoder, save_encoder, write_whole
+from vim_ssl.data.transforms.image import Transform, create_transform
+from vim_ssl.models.encoder import VimEncoder
+from vim_ssl.models.text import HubText, TextEncoder, Tokenizer, build_text, load_tokenizer
+from vim_ssl.objectives.base import StepOutput
+from vim_ssl.objectives.mae import refuse_head
+
+LOSSES = ("clip", "siglip")
+MAX_SCALE = 100.0
+
+
+class Embedded(NamedTuple):
+    """A batch as the loss sees it: ``image`` and ``text`` (b, d), of length 1; ``scale`` (1,), by
+    which cosines are multiplied, and siglip's ``bias`` (1,); ``cut`` (b,) bool, True = the caption
+    was longer than the text tower reads."""
+
+    image: Tensor
+    text: Tensor
+    scale: Tensor
+    bias: Tensor | None
+    cut: Tensor
+
+
+class Clip(nn.Module):
+    """An image and a text tower that meet in one space.
+
+    Batches hold ``image`` (b, c, h, w), normalised; ``tokens`` (b, l) int64; ``cut`` (b,) bool.
+
+    Args:
+        encoder: the image tower: a `VimEncoder`, or a timm model for comparison; without a head.
+        text: `TextEncoder` or `HubText`.
+        embed_dim: of the common space.
+        loss: "clip" or "siglip".
+        lock_image, lock_text: keep a tower as it is: no gradient, no dropout; its projection
+            learns. A locked image tower is LiT.
+        tokenizer: for `encode_text` of strings.
+    Raises: ValueError for an unknown loss, a space without dimensions, two locked towers, or an
+        image tower with a head or mask token, which would never learn.
+    Reference: CLIP, arXiv:2103.00020; SigLIP, arXiv:2303.15343; LiT, arXiv:2111.07991.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        text: TextEncoder | HubText,
+        *,
+        embed_dim: int = 512,
+        loss: str = "clip",
+        lock_image: bool = False,
+        lock_text: bool = False,
+        tokenizer: Tokenizer | None = None,
+    ):
+        super().__init__()
+        if loss not in LOSSES:
+            raise ValueError(f"loss {loss!r} is not one of {', '.join(LOSSES)}.")
+        if embed_dim < 1:
+            raise ValueError(f"embed_dim {embed_dim} must be 1 or more.")
+        if lock_image and lock_text:
+            raise ValueError("both towers are locked; unlock one: projections alone learn little.")
+        refuse_head(encoder)
+        if getattr(encoder, "mask_token", None) is not None:
+            raise ValueError("nothing is masked here; load the encoder with use_mask_token=False.")
+        self.encoder, self.text, self.tokenizer = encoder, text, tokenizer
+        self.embed_dim, self.loss = embed_dim, loss
+        self.locked = [tower for tower, lock in ((encoder, lock_image), (text, lock_text)) if lock]
+        for tower in self.locked:
+            tower.requires_grad_(False).eval()
+        self.image_proj = _projection(encoder, embed_dim)
+        self.text_proj = _projection(text, embed_dim)
+        # One number each, not none: FSDP shards no scalars.
+        start = 1 / 0.07 if loss == "clip" else 10.0
+        self.logit_scale = nn.Parameter(torch.tensor([math.log(start)]))
+        self.logit_bias = nn.Parameter(torch.tensor([-10.0])) if loss == "siglip" else None
+
+    def train(self, mode: bool = True) -> "Clip":
+        super().train(mode)
+        for tower in self.locked:
+            tower.eval()
+        return self
+
+    # ---------------------------------------------------------------- features
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """(b, c, h, w), normalised as `transform` does -> (b, embed_dim) of length 1.
+
+        Raises: TypeError for what is no tensor.
+        """
+        if not isinstance(images, Tensor):
+            raise TypeError(
+                f"encode_image takes a tensor (b, c, h, w), not {type(images).__name__}; of a "
+                "picture: clip.encode_image(clip.transform(picture)[None])."
+            )
+        return _unit(self.image_proj(self._run(self.encoder, images)))
+
+    def encode_text(self, texts: Tensor | str | Sequence[str]) -> Tensor:
+        """(b, l) tokens, or captions -> (b, embed_dim) of length 1.
+
+        Raises: ValueError for captions where no tokenizer is known.
+        """
+        if not isinstance(texts, Tensor):
+            if self.tokenizer is None:
+                raise ValueError("without a tokenizer encode_text takes tokens, not captions.")
+            texts = self.tokenizer(texts).to(self.logit_scale.device)
+        return _unit(self.text_proj(self._run(self.text, texts)))
+
+    def _run(self, tower: nn.Module, x: Tensor) -> Tensor:
+        if any(tower is locked for locked in self.locked):
+            with torch.no_grad():
+                return tower(x)
+        return tower(x)
+
+    @property
+    def transform(self) -> Transform:
+        """A PIL image to what `encode_image` takes, one of a batch."""
+        return create_transform(image_config(self.encoder))
+
+    # ---------------------------------------------------------------- the objective
+
+    def forward(self, batch: dict[str, Tensor], only_embed: bool = False) -> Any:
+        """The `StepOutput` of a batch; what goes into its loss, `Embedded`, if only that is wanted.
+
+        In training, the pictures and captions of all processes are compared.
+        """
+        bias = None if self.logit_bias is None else self.logit_bias.clone()
+        embedded = Embedded(
+            self.encode_image(batch["image"]), self.encode_text(batch["tokens"]),
+            self.logit_scale.exp(), bias, batch["cut"],
+        )  # fmt: skip
+        return embedded if only_embed else _output(embedded, *self.contrast(embedded))
+
+    def contrast(self, embedded: Embedded) -> tuple[Tensor, Tensor]:
+        """Each pair's share of the loss (b,), and whether the picture's own caption is the nearest
+        of all (b,) bool. The mean over all pairs of all processes is the loss.
+
+        Always in single precision at least: the scale magnifies what rounding does to cosines.
+        """
+        image, text, scale, bias, _ = embedded
+        alone = not (self.training and dist.is_available() and dist.is_initialized())
+        first = 0 if alone else dist.get_rank() * len(image)
+        own = torch.arange(first, first + len(image), device=image.device)
+        with torch.autocast(image.device.type, enabled=False):
+            texts = text if alone else gather(text)
+            logits = scale * image @ texts.T  # (b, pairs of all processes)
+            found = logits.argmax(1) == own
+            if bias is not None:
+                sign = torch.full_like(logits, -1.0).scatter(1, own[:, None], 1.0)
+                return -F.logsigmoid(sign * (logits + bias)).sum(1), found
+            images = image if alone else gather(image)
+            losses = F.cross_entropy(logits, own, reduction="none")
+            losses = losses + F.cross_entropy(scale * text @ images.T, own, reduction="none")
+        return losses / 2, found
+
+    def accumulate(self, forward: Callable[..., Any], count: int) -> Iterator[StepOutput]:
+        """The micro-batches of a step as one batch, in the memory of one of them.
+
+        First all are embedded without a graph, and the loss of the whole gives each feature its
+        gradient; then each micro-batch is embedded again, with the same random draws, and what is
+        given out has the features' gradient where the loss would. See `vim_ssl.objectives.base`.
+        Reference: GradCache, arXiv:2101.06983.
+        """
+        if count == 1:
+            yield forward(0)
+            return
+        with torch.no_grad():
+            parts = [forward(i, only_embed=True) for i in range(count)]
+        leaves = [torch.cat(parts_of) for parts_of in zip(*(p[:2] for p in parts), strict=True)]
+        leaves += [x for x in parts[0][2:4] if x is not None]
+        image, text, scale, *bias = leaves = [x.requires_grad_() for x in leaves]
+        whole = Embedded(image, text, scale, bias[0] if bias else None, parts[0].cut)
+        losses, found = self.contrast(whole)
+        d_image, d_text, *d_shared = torch.autograd.grad(losses.sum(), leaves)
+        sizes = [len(part.image) for part in parts]
+        rows = zip(
+            *(x.split(sizes) for x in (d_image, d_text, losses.detach(), found)), strict=True
+        )
+        for i, (to_image, to_text, part_losses, part_found) in enumerate(rows):
+            live = forward(i, only_embed=True)
+            pulls = (to_image, to_text, *(d / count for d in d_shared))
+            pull = sum((x * d).sum() for x, d in zip(live[:4], pulls, strict=False))
+            out = _output(live, part_losses, part_found)
+            out.loss_sum = out.loss_sum + (pull - pull.detach())  # the loss, by value
+            yield out
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Keep the scale from leaving [1, 100], as CLIP does."""
+        self.logit_scale.clamp_(0, math.log(MAX_SCALE))
+
+
+def _projection(tower: Any, embed_dim: int) -> nn.Linear:
+    width = getattr(tower, "head_hidden_size", tower.num_features)
+    projection = nn.Linear(width, embed_dim, bias=False)
+    nn.init.normal_(projection.weight, std=width**-0.5)
+    return projection
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Length 1, at least in single precision."""
+    return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)
+
+
+def _output(embedded: Embedded, losses: Tensor, found: Tensor) -> StepOutput:
+    n = len(losses)
+    return StepOutput(
+        losses.sum(),
+        n,
+        {
+            "batch_top1": 100.0 * found.sum(),
+            "logit_scale": embedded.scale.detach().sum() * n,
+            "captions_cut": 100.0 * embedded.cut.sum(),
+        },
+    )
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.rows = len(x)
+        out = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
+        dist.all_gather(list(out.chunk(dist.get_world_size())), x.contiguous())
+        return out
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> Tensor:
+        total = grads[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total[dist.get_rank() * ctx.rows :][: ctx.rows]
+
+
+def gather(x: Tensor) -> Tensor:
+    """(b, …) of every process, as many in each -> all of them (world b, …), in order of rank.
+
+    The gradient is that of the sum of all processes' losses. (torch's own differentiable gathers
+    are deprecated, each version another.)
+    """
+    return _Gather.apply(x)
+
+
+# -------------------------------------------------------------------- files
+
+
+def image_config(encoder: nn.Module) -> dict[str, Any]:
+    """How an image tower wants its pictures: see `VimEncoder.data_config`."""
+    if isinstance(encoder, VimEncoder):
+        return encoder.data_config
+    from timm.data import resolve_model_data_config
+
+    config = resolve_model_data_config(encoder)
+    size = getattr(getattr(encoder, "patch_embed", None), "img_size", None)
+    if size is not None:  # built for another than the weights were trained at
+        config["input_size"] = (config["input_size"][0], *size)
+    return config
+
+
+def save_clip(
+    clip: Clip,
+    folder: str | Path,
+    *,
+    image: dict[str, Any] | None = None,
+    ema: VimEncoder | None = None,
+    record: dict[str, Any] | None = None,
+) -> None:
+    """Write what `load_clip` reads: encoder.safetensors and .json as `save_encoder` does, the rest
+    as clip.safetensors, clip_config.json and tokenizer.json.
+
+    Args:
+        image: of an image tower that is no `VimEncoder`: the arguments of `timm.create_model`. Its
+            weights are then in clip.safetensors.
+        ema, record: see `save_encoder`; the average stays beside and is not what `load_clip` takes.
+    Raises: ValueError for an image tower that nothing says how to build again, or a model without
+        tokenizer; OSError where the disk does not take it.
+    """
+    from safetensors.torch import save
+
+    ours = isinstance(clip.encoder, VimEncoder)
+    if not ours and image is None:
+        raise ValueError("the image tower is no VimEncoder; give image=, what timm made it of.")
+    if clip.tokenizer is None:
+        raise ValueError("a model without tokenizer cannot be loaded again; set clip.tokenizer.")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {
+        key: value.detach().cpu().contiguous()
+        for key, value in clip.state_dict().items()
+        if not (ours and key.startswith("encoder."))
+    }
+    description = {
+        "format": "vim_ssl.objectives.clip", "embed_dim": clip.embed_dim, "loss": clip.loss,
+        "image": None if ours else image, "text": clip.text.config, "made_by": record,
+    }  # fmt: skip
+    clip.tokenizer.save(folder)
+    write_whole(folder / "clip.safetensors", save(state))
+    write_whole(folder / "clip_config.json", (json.dumps(description, indent=2) + "\n").encode())
+    if isinstance(clip.encoder, VimEncoder):
+        save_encoder(clip.encoder, folder, ema=ema, record=record)
+
+
+def load_clip(run: str | Path, *, device: str | torch.device | None = None) -> Clip:
+    """The model that a run of clip_pretrain left, in eval mode: ``encode_image``, ``encode_text``,
+    ``tokenizer``, ``transform``.
+
+    Raises: FileNotFoundError for a folder without such a model; ImportError if its tokenizer or
+        text tower needs a package that is not installed.
+    """
+    from safetensors.torch import load_file
+
+    folder = Path(run)
+    if not (folder / "clip_config.json").is_file():
+        raise FileNotFoundError(
+            f"{run} holds no clip_config.json; give the directory of a clip_pretrain run. "
+            "(load_encoder takes those of all recipes.)"
+        )
+    stored = json.loads((folder / "clip_config.json").read_text())
+    if stored["image"] is None:
+        encoder: nn.Module = load_encoder(folder, ema=False)
+    else:
+        import timm
+
+        encoder = timm.create_model(**stored["image"])
+    clip = Clip(
+        encoder, build_text(stored["text"]), embed_dim=stored["embed_dim"], loss=stored["loss"],
+        tokenizer=load_tokenizer(folder),
+    )  # fmt: skip
+    state = load_file(folder / "clip.safetensors")
+    if stored["image"] is None:
+        state |= {f"encoder.{key}": value for key, value in encoder.state_dict().items()}
+    clip.load_state_dict(state)
+    return clip.to(device).eval()

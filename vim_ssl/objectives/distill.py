@@ -1,0 +1,155 @@
+"""Feature distillation: predict what a teacher makes of the whole picture from a part of it.
+
+The student reads all patches, hidden ones replaced by its mask token. The teacher is a frozen
+network, or the student's own exponential moving average. Its targets are features, averaged over
+the last blocks, each normalised over its channels first.
+References: data2vec, arXiv:2202.03555, sections 3.2 to 3.4; UMT, arXiv:2303.16058.
+"""
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vim_ssl.models.encoder import VimEncoder
+from vim_ssl.objectives.base import StepOutput
+from vim_ssl.objectives.mae import refuse_head
+from vim_ssl.objectives.masking import checked_mask
+
+LOSSES = ("cosine", "smooth_l1")
+WHERE = ("masked", "all")
+
+
+class Distill(nn.Module):
+    """Masked feature distillation.
+
+    Args:
+        encoder: the student, built with ``use_mask_token=True`` and ``num_classes=0``.
+        teacher: a frozen network of timm's protocol (`forward_intermediates`), or None for the
+            moving average of the student. It sees the student's pictures, normalised its own way
+            and resized so that its patches are as many; one channel is shown as three. It is not
+            part of the state dict: a resumed run loads it again.
+        loss: "cosine" (1 - cosine) or "smooth_l1".
+        where: patches that count, "masked" or "all".
+        layers: the teacher's last blocks whose features are averaged; all, if it has fewer.
+        momentum: of the moving average; lower in the first steps.
+    Batches hold ``image`` (b, c, h, w), normalised, and ``mask`` (b, m) bool, True = masked.
+    Raises: ValueError for a student without a mask token or with a head, an unknown loss or where;
+        when called, for a teacher whose patches cannot be as many as the student's, or that sees
+        other channels.
+    """
+
+    def __init__(
+        self,
+        encoder: VimEncoder,
+        teacher: nn.Module | None = None,
+        *,
+        loss: str = "smooth_l1",
+        where: str = "masked",
+        layers: int = 4,
+        momentum: float = 0.998,
+    ):
+        super().__init__()
+        if encoder.mask_token is None:
+            raise ValueError("distill needs an encoder with a mask token: use_mask_token=True.")
+        refuse_head(encoder)
+        if loss not in LOSSES or where not in WHERE:
+            raise ValueError(
+                f"loss {loss!r} and where {where!r}: expected one of {', '.join(LOSSES)} and one "
+                f"of {', '.join(WHERE)}."
+            )
+        if layers < 1 or not 0 <= momentum < 1:
+            raise ValueError(f"layers {layers} must be 1 or more, momentum {momentum} in [0, 1).")
+        self.encoder = encoder
+        self.loss, self.where, self.layers, self.momentum = loss, where, layers, momentum
+        self.average = None
+        if teacher is None:
+            self.average = copy.deepcopy(encoder).requires_grad_(False).eval()
+            self.updates: Tensor
+            self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+        self._frozen = [] if teacher is None else [teacher.requires_grad_(False).eval()]
+        seen: Any = encoder if teacher is None else teacher
+        self.head = nn.Linear(encoder.embed_dim, getattr(seen, "embed_dim", seen.num_features))
+
+    def train(self, mode: bool = True) -> "Distill":
+        super().train(mode)
+        if self.average is not None:
+            self.average.eval()  # a teacher does not drop paths
+        return self
+
+    @torch.no_grad()
+    def targets(self, images: Tensor) -> Tensor:
+        """(b, c, h, w), normalised for the student -> (b, m, teacher's width) float32."""
+        grid = self.encoder.grid(*images.shape[-2:])
+        if self.average is not None:
+            teacher: Any = self.average
+        else:
+            teacher = self._frozen[0] = self._frozen[0].to(images.device)
+            images = _as_shown_to(teacher, images, self.encoder.data_config, grid)
+        maps = teacher.forward_intermediates(
+            images,
+            min(self.layers, len(teacher.feature_info)),
+            output_fmt="NLC",
+            intermediates_only=True,
+        )
+        if maps[0].shape[1] != grid[0] * grid[1]:
+            raise ValueError(
+                f"the teacher makes {maps[0].shape[1]} patches of a picture, the student "
+                f"{grid[0]} x {grid[1]}; choose a teacher that takes pictures of any size."
+            )
+        return torch.stack([F.layer_norm(m.float(), m.shape[-1:]) for m in maps]).mean(0)
+
+    def forward(self, batch: dict[str, Tensor]) -> StepOutput:
+        images = batch["image"]
+        grid = self.encoder.grid(*images.shape[-2:])
+        mask = checked_mask(batch["mask"], len(images), grid)
+        tokens = self.encoder.embed(images)
+        read = self.encoder.forward_tokens(tokens, mask=mask, grid=grid)
+        prediction = self.head(self.encoder.split_tokens(read)[0]).float()
+        target = self.targets(images)
+        if self.loss == "cosine":
+            per_patch = 1 - F.cosine_similarity(prediction, target, dim=-1)
+        else:
+            per_patch = F.smooth_l1_loss(prediction, target, reduction="none").mean(-1)
+        counted = mask if self.where == "masked" else torch.ones_like(mask)
+        loss = (per_patch * counted).sum(1) / counted.sum(1)
+        # How much the targets differ between pictures and patches: falls to 0 on a collapse.
+        spread = target.flatten(0, 1).std(0).mean() * len(images)
+        return StepOutput(loss.sum(), len(images), {"target_std": spread})
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Move the average towards the student, faster in the beginning."""
+        if self.average is None:
+            return
+        self.updates += 1
+        n = int(self.updates)
+        weight = 1 - min(self.momentum, n / (n + 9))
+        for mine, theirs in zip(self.average.parameters(), self.encoder.parameters(), strict=True):
+            mine.lerp_(theirs.to(mine.dtype), weight)
+
+
+def _as_shown_to(teacher, images: Tensor, shown: dict, grid: tuple[int, int]) -> Tensor:
+    """The student's pictures as the teacher expects them: values, channels, size."""
+    from timm.data import resolve_model_data_config
+
+    def column(values) -> Tensor:
+        return torch.tensor(values, device=images.device)[:, None, None]
+
+    images = images.float() * column(shown["std"]) + column(shown["mean"])
+    wanted = getattr(teacher, "data_config", None) or resolve_model_data_config(teacher)
+    if images.shape[1] not in (1, wanted["input_size"][0]):
+        raise ValueError(
+            f"the teacher sees {wanted['input_size'][0]} channels, the student {images.shape[1]}; "
+            "choose a teacher of as many, or the student's own average."
+        )
+    if images.shape[1] == 1 and wanted["input_size"][0] == 3:
+        images = images.expand(-1, 3, -1, -1)
+    images = (images - column(wanted["mean"])) / column(wanted["std"])
+    stride = teacher.feature_info[-1]["reduction"]
+    size = [side * stride for side in grid]
+    if list(images.shape[-2:]) != size:
+        images = F.interpolate(images, size=size, mode="bicubic", antialias=True)
+    return images

@@ -1,0 +1,272 @@
+"""Semantic segmentation: an encoder with a head that gives every pixel a class, and its loss.
+
+    images -> encoder's maps, tapped after some blocks -> neck -> head -> logits
+
+The maps are the residual stream after the final norm, class tokens taken out. (Upstream's Vim-Ti
+taps the mixers' outputs without a norm.)
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.transforms.v2.functional import to_pil_image
+
+from vim_ssl.data.images import BadImage, clean_image
+from vim_ssl.data.sources.geotiff import write_labels
+from vim_ssl.data.sources.masks import IGNORE
+from vim_ssl.data.transforms.dense import DensePixels
+from vim_ssl.data.transforms.image import as_seen
+from vim_ssl.metrics.segmentation import DRAWN, MaskScores, draw
+from vim_ssl.metrics.volumes import VolumeScores
+from vim_ssl.models.encoder import VimEncoder
+from vim_ssl.models.heads import NORMS, FCNHead, FeatureUpsampling, LinearHead, UPerNet
+from vim_ssl.models.sliding_window import label_pixels
+from vim_ssl.objectives.base import StepOutput
+from vim_ssl.tasks.dense import load_task, save_task
+from vim_ssl.utils.config import did_you_mean
+from vim_ssl.utils.drawing import class_colours
+
+HEADS = ("upernet", "linear")
+FILE = "segmentation.safetensors"
+AUXILIARY_LEVEL = 2  # the map at stride 16, as in the paper's configuration
+
+
+class Segmentation(nn.Module):
+    """An encoder and a segmentation head; as an objective, their loss.
+
+    Args:
+        encoder: any; blocks above the last tap and a classification head are dropped.
+        classes: their names, 2 to 255.
+        head: "upernet" (with upsampled maps at strides 4 to 32) or "linear".
+        taps: blocks whose maps are read, four for upernet; by default spread evenly, the last
+            block last, which gives 5, 11, 17, 23 of 24; of "linear" the last block alone.
+        channels: inside UPerNet; 0: the encoder's width, as in the paper.
+        norm: in the head, of `vim_ssl.models.heads.NORMS`.
+        auxiliary: weight of the auxiliary head's loss; upernet alone has one.
+        dice: weight of the Dice loss, a mean over the classes that a picture shows.
+        short_side, window, slide: how `predict` reads a picture: resized to this short side (0: as
+            it is), by windows of so many pixels, each so far from the next (0: two thirds).
+    Batches hold ``image`` (b, c, h, w), normalised, and ``mask`` (b, h, w) int64 with 255 for
+    pixels that do not count.
+    Raises: ValueError for an unknown head or norm, taps that do not fit, no such number of classes.
+    """
+
+    def __init__(
+        self,
+        encoder: VimEncoder,
+        classes: Sequence[str],
+        *,
+        head: str = "upernet",
+        taps: Sequence[int] = (),
+        channels: int = 0,
+        norm: str = "batch",
+        auxiliary: float = 0.4,
+        dice: float = 0.0,
+        short_side: int = 0,
+        window: int = 512,
+        slide: int = 0,
+    ):
+        super().__init__()
+        for name, value, known in (("head", head, HEADS), ("norm", norm, NORMS)):
+            if value not in known:
+                raise ValueError(f"{name} {value!r} is unknown. {did_you_mean(value, known)}")
+        if not 2 <= len(classes) <= IGNORE:
+            raise ValueError(
+                f"There are {len(classes)} classes, such as {list(classes[:3])}; 2 to {IGNORE} are "
+                "needed."
+            )
+        if not 0 <= slide <= window:
+            raise ValueError(f"slide {slide} leaves gaps between windows of {window} pixels.")
+        encoder.grid(window, window)  # raises for a window that patches do not fill
+        depth = len(encoder.feature_info)
+        if not taps:
+            taps = [max(round(depth * k / 4) - 1, 0) for k in (1, 2, 3, 4)]
+            taps = taps if head == "upernet" else taps[-1:]
+        if head == "upernet" and len(taps) != 4:
+            raise ValueError(f"taps are {list(taps)}; upernet reads four blocks.")
+        self.taps = encoder.prune_intermediate_layers(list(taps))
+        self.encoder, self.classes, self.dice = encoder, list(classes), dice
+        dim, stride = encoder.embed_dim, cast(int, encoder.feature_info[0]["reduction"])
+        self.auxiliary_weight = auxiliary if head == "upernet" else 0.0
+        self.auxiliary: FCNHead | None = None
+        self.neck: nn.Module = nn.Identity()
+        self.head: nn.Module
+        if head == "upernet":
+            make = NORMS[norm]
+            self.neck = FeatureUpsampling(dim, stride, make)
+            self.head = UPerNet([dim] * 4, len(classes), channels or dim, norm=make)
+            if auxiliary:
+                self.auxiliary = FCNHead(dim, len(classes), norm=make)
+        else:
+            self.head = LinearHead([dim] * len(taps), len(classes))
+        self.window, self.slide = window, slide or round(2 * window / 3)
+        self.pixels = DensePixels(encoder.data_config, short_side)
+        self.config: dict[str, Any] = {
+            "classes": self.classes, "head": head, "taps": self.taps, "channels": channels,
+            "norm": norm, "auxiliary": auxiliary, "dice": dice, "short_side": short_side,
+            "window": window, "slide": slide,
+        }  # fmt: skip
+
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """(b, c, h, w) -> what the head reads: maps (b, d, ·, ·), finest first."""
+        asked = sorted(set(self.taps))
+        found = self.encoder.forward_intermediates(
+            images, asked, norm=True, intermediates_only=True
+        )
+        by_block = dict(zip(asked, found, strict=True))
+        return self.neck([by_block[tap] for tap in self.taps])
+
+    def logits(self, images: Tensor) -> Tensor:
+        """(b, c, h, w) -> (b, classes, ·, ·), float32, at the head's own size."""
+        return self.head(self.maps(images)).float()
+
+    def forward(self, batch: dict[str, Tensor]) -> StepOutput:
+        """The loss, averaged over labelled pixels: a picture weighs what it has of them."""
+        truth = batch["mask"]
+        maps = self.maps(batch["image"])
+        logits = _at_size_of(truth, self.head(maps))
+        loss = self._loss(logits, truth)
+        if self.training and self.auxiliary is not None:
+            extra = _at_size_of(truth, self.auxiliary(maps[AUXILIARY_LEVEL]))
+            loss = loss + self.auxiliary_weight * self._loss(extra, truth)
+        guess, labelled = logits.argmax(1), truth != IGNORE
+        pixels = truth[0].numel()  # so that the weight counts pictures, nearly
+        hits = (guess == truth).sum() / pixels
+        return StepOutput(
+            loss, labelled.sum().item() / pixels, {"pixel_accuracy": 100 * hits},
+            lambda: self._draw(batch["image"], truth, guess),
+        )  # fmt: skip
+
+    def predict(self, image: Image.Image | np.ndarray) -> np.ndarray:
+        """A picture of any size, or bands (h, w, bands) -> the number of each pixel's class, uint8
+        (h, w), of the picture upright as its EXIF orientation says.
+
+        Memory does not grow with the picture beyond its own; see `label_pixels`.
+        Raises: BadImage for what `clean_image` refuses.
+        """
+        device = next(self.parameters()).device
+        if isinstance(image, np.ndarray):
+            size = image.shape[:2]
+        else:
+            image = clean_image(image)  # upright, before it is asked for its size
+            size = image.height, image.width
+        found = label_pixels(
+            self.logits, self.pixels(image).to(device), size,
+            classes=len(self.classes), window=self.window, stride=self.slide,
+        )  # fmt: skip
+        return found.to("cpu", torch.uint8).numpy()
+
+    def shown(self, image: Image.Image | np.ndarray) -> Image.Image:
+        """A picture upright, as `predict` labels it; of bands what of them can be seen."""
+        if isinstance(image, Image.Image):
+            return clean_image(image)
+        return to_pil_image(as_seen(self.pixels(image)[None], self.encoder.data_config)[0])
+
+    def _loss(self, logits: Tensor, truth: Tensor) -> Tensor:
+        """Summed over labelled pixels, in units of one picture's pixels."""
+        loss = F.cross_entropy(logits, truth, ignore_index=IGNORE, reduction="sum")
+        if self.dice:
+            labelled = (truth != IGNORE).flatten(1).sum(1)  # (b,)
+            loss = loss + self.dice * (dice_loss(logits, truth) * labelled).sum()
+        return loss / truth[0].numel()
+
+    def _draw(self, images: Tensor, truth: Tensor, guess: Tensor) -> Tensor:
+        """(b, 3, h, 3w) in [0, 1]: picture, truth, prediction."""
+        colours = class_colours(len(self.classes)).to(images.device)
+        shown = as_seen(images, self.encoder.data_config).expand(-1, 3, -1, -1)
+        index = truth.clamp(max=len(self.classes))  # the last colour is nobody's
+        painted = [colours[x].permute(0, 3, 1, 2) / 255 for x in (index, guess)]
+        return torch.cat([shown, *painted], 3)
+
+    def save(self, folder: str | os.PathLike, record: dict[str, Any] | None = None) -> None:
+        """Write the encoder as `save_encoder` does, and the rest beside it; see
+        `load_segmentation`."""
+        save_task(self, folder, FILE, record)
+
+
+def load_segmentation(folder: str | os.PathLike) -> Segmentation:
+    """The encoder and head that a segmentation run has written, in eval mode.
+
+    Raises: FileNotFoundError for a folder without a segmentation head; ValueError for one that
+        does not fit the encoder beside it.
+    """
+    return load_task(Segmentation, folder, FILE, "segmentation")
+
+
+def evaluate(model: Segmentation, data, folder: Path) -> tuple[dict[str, Any], MaskScores]:
+    """Figures of a model on pictures with masks, at the masks' own size.
+
+    ``classes.csv``, ``predictions.csv`` and ``predictions.png`` (picture, truth, prediction) go to
+    ``folder``; of planes of volumes ``volumes.csv``; of rasters their predictions, each where the
+    raster lies, below ``predictions/``.
+
+    Returns: the figures of `MaskScores.figures` with the number of pictures and those passed over,
+        and of planes those of `VolumeScores.figures`.
+    Raises: ValueError if none can be read, or none has a label.
+    """
+    training = model.training
+    model.eval()
+    scores, skipped, rows = MaskScores(model.classes), [], []
+    volumes: VolumeScores | None = None
+    shown = {i * len(data) // DRAWN for i in range(DRAWN)}
+    for i in range(len(data)):
+        try:
+            item = data[i]
+        except BadImage as bad:
+            skipped.append(str(bad))
+            continue
+        guess = model.predict(item["image"])
+        scores.add(item["id"], item["mask"], guess, item.get("group"))
+        place = item.get("meta", {})
+        if "volume" in place:
+            volumes = volumes or VolumeScores(model.classes)
+            volumes.add(place, item["mask"], guess, item.get("group"))
+        if "raster" in place:
+            path = folder / "predictions" / place["name"]
+            write_labels(path, place["raster"], place["box"], guess)
+        if i in shown:
+            rows.append((model.shown(item["image"]), item["mask"], guess))
+    model.train(training)
+    if len(skipped) == len(data):
+        raise ValueError(f"none of the {len(data)} pictures could be read: {skipped[:3]}")
+    figures = {
+        "test": len(data) - len(skipped), **scores.figures(), "skipped": skipped,
+        "miou_ci_is": "middle 95 % of 1,000 bootstrap resamples of the pictures, or their groups",
+    }  # fmt: skip
+    scores.write(folder)
+    if volumes:
+        figures |= volumes.figures()
+        volumes.write(folder)
+    draw(rows, model.classes, class_colours(len(model.classes)).numpy()).save(
+        folder / "predictions.png"
+    )
+    return figures, scores
+
+
+def dice_loss(logits: Tensor, truth: Tensor) -> Tensor:
+    """(b,): 1 - soft Dice, averaged over the classes that a picture shows; 0 where it shows none.
+
+    Args:
+        logits: (b, classes, h, w) float32.
+        truth: (b, h, w) int64; 255 does not count.
+    """
+    classes = logits.shape[1]
+    labelled = truth != IGNORE
+    wanted = F.one_hot(truth.where(labelled, 0), classes).permute(0, 3, 1, 2) * labelled[:, None]
+    found = logits.softmax(1) * labelled[:, None]
+    overlap = (found * wanted).sum((2, 3))
+    sizes = found.sum((2, 3)), wanted.sum((2, 3))  # (b, classes)
+    shown = sizes[1] > 0
+    losses = (1 - 2 * overlap / (sizes[0] + sizes[1]).clamp(min=1e-6)) * shown
+    return losses.sum(1) / shown.sum(1).clamp(min=1)
+
+
+def _at_size_of(mask: Tensor, logits: Tensor) -> Tensor:
+    return F.interpolate(logits.float(), mask.shape[-2:], mode="bilinear", align_corners=False)

@@ -1,0 +1,42 @@
+"""Settings of training augmentation by timm, shared by the recipes and tasks that take it."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from vim_ssl.data.transforms.image import Transform, create_transform
+from vim_ssl.training.loop import TrainConfig
+from vim_ssl.utils.config import check_between, opt
+
+
+@dataclass
+class AugmentationConfig(TrainConfig):
+    """The loop, and what is done to a picture before it is trained on."""
+
+    crop_scale: tuple[float, float] = opt((0.08, 1.0), "share of the picture's area", group="data")
+    hflip: float = opt(0.5, "probability of mirroring", group="data")
+    color_jitter: float = opt(0.0, "strength; not beside auto_augment", group="data")
+    auto_augment: str = opt("", "by timm's names: rand-m9-mstd0.5-inc1 …", group="data")
+    erasing: float = opt(0.0, "probability of erasing a rectangle", group="data")
+
+    def __post_init__(self):
+        super().__post_init__()
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"crop_scale is {low:g} {high:g}; expected 0 < low <= high <= 1.")
+        check_between(self, 0, 1, "hflip", "erasing")
+        check_between(self, 0, math.inf, "color_jitter")
+
+
+def training_transform(
+    encoder_or_config: nn.Module | Mapping[str, Any], config: AugmentationConfig
+) -> Transform:
+    """timm's training augmentation as the configuration asks for it; see `create_transform`."""
+    return create_transform(
+        encoder_or_config, is_training=True, scale=config.crop_scale, hflip=config.hflip,
+        color_jitter=config.color_jitter or None, auto_augment=config.auto_augment or None,
+        re_prob=config.erasing, re_mode="pixel",
+    )  # fmt: skip
