@@ -29,11 +29,9 @@ from rows import ORIGIN, RESULTS, append_rows, mean_and_spread, origin, read_row
 from vim_ssl.data import boxed_parts, masked_parts
 from vim_ssl.data.sources.masks import ADE20K_CLASSES
 from vim_ssl.downstream import detection, segmentation
-from vim_ssl.metrics.detection import sheet_of_objects
-from vim_ssl.metrics.segmentation import draw
 from vim_ssl.tasks.detection import SHOWN, load_detection
 from vim_ssl.tasks.segmentation import load_segmentation
-from vim_ssl.utils.drawing import class_colours
+from vim_ssl.utils.drawing import class_colours, draw, sheet_of_objects
 
 ENCODER = "vim_mini_patch8_96.offline_rgb"
 TABLE = "dense_transfer.csv"

@@ -46,13 +46,13 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from vim_ssl import save_encoder
 from vim_ssl.data import ImageData, open_data
+from vim_ssl.data.config import IMAGENET_DATA
 from vim_ssl.downstream.zero_shot import class_names, text_classifier
 from vim_ssl.evaluation.retrieval import embed_pairs
 from vim_ssl.metrics.bootstrap import Figure
-from vim_ssl.models.encoder import IMAGENET_DATA
 from vim_ssl.objectives.clip import Clip
 from vim_ssl.recipes import clip_pretrain, mim_pretrain
-from vim_ssl.training.loop import make_accelerator
+from vim_ssl.training.accelerator import make_accelerator
 
 TABLE, COSTS = "emoji_clip.csv", "emoji_clip_costs.csv"
 COLUMNS = (*ORIGIN, "arm", "seed", "concepts", "question", "asked", "answers", "r1", "r5", "r10",

@@ -17,8 +17,9 @@ from rows import ORIGIN, append_rows, origin, results_parser
 from vim_ssl import load_encoder
 from vim_ssl.objectives.ar import AutoRegressive
 from vim_ssl.objectives.distill import Distill
-from vim_ssl.objectives.mae import MAE, SimMIM
+from vim_ssl.objectives.mae import MAE
 from vim_ssl.objectives.masking import RandomMask, visible_ids
+from vim_ssl.objectives.simmim import SimMIM
 
 COLUMNS = (*ORIGIN, "device", "threads", "encoder", "batch", "what", "seconds", "of_simmim")
 SIZE = 224

@@ -6,8 +6,8 @@ import statistics
 import time
 from pathlib import Path
 
-from benchmarks.kernels.timing import append_rows, commit
-from vim_ssl.training.run import environment
+from vim_ssl.utils.environment import commit, environment
+from vim_ssl.utils.files import append_rows
 
 __all__ = [
     "ORIGIN",

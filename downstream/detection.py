@@ -28,7 +28,7 @@ from vim_ssl.data.sources.coco import mask_tools
 from vim_ssl.data.transforms.dense import LargeScaleJitter
 from vim_ssl.tasks.dense import DenseConfig, DenseTask, fresh_encoder
 from vim_ssl.tasks.detection import HEADS, Detection, evaluate, load_detection
-from vim_ssl.training.loop import make_accelerator
+from vim_ssl.training.accelerator import make_accelerator
 from vim_ssl.training.run import newest_run, stored_or, trained_on
 from vim_ssl.utils.config import check_between, opt, parse
 

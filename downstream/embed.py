@@ -25,11 +25,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.kernels.timing import commit
 from vim_ssl import VimEncoder, create_transform, load_encoder
 from vim_ssl.cli import guarded
 from vim_ssl.data import ImageData, ImageStream, open_data
-from vim_ssl.data.transforms.image import check_bands
+from vim_ssl.data.bands import check_bands
 from vim_ssl.evaluation.embeddings import (
     FORMATS,
     Embedded,
@@ -41,12 +40,13 @@ from vim_ssl.evaluation.embeddings import (
     share_of,
     write_shard,
 )
+from vim_ssl.evaluation.extract import READOUTS, encode_views, read_all, readout_columns
 from vim_ssl.evaluation.features import weights_hash
-from vim_ssl.evaluation.probes import READOUTS, encode_views, read_all, readout_columns
 from vim_ssl.models.video import VideoEncoder, reading
-from vim_ssl.training.run import environment, newest_run, task_folder, trained_on
+from vim_ssl.training.run import newest_run, task_folder, trained_on
 from vim_ssl.utils.config import opt, parse
 from vim_ssl.utils.distributed import join_processes, pick_device
+from vim_ssl.utils.environment import commit, environment
 
 POOLED = "pooled"
 

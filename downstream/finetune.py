@@ -29,9 +29,10 @@ from vim_ssl.checkpoints.loading import made_by
 from vim_ssl.checkpoints.released import RELEASED_FILES
 from vim_ssl.cli import guarded
 from vim_ssl.data import ImageData, ImageStream, labelled_parts, parse_spec
-from vim_ssl.data.open import labelled_only, open_part
+from vim_ssl.data.bands import check_bands
+from vim_ssl.data.open import open_part
 from vim_ssl.data.split import few_of_each
-from vim_ssl.data.transforms.image import check_bands
+from vim_ssl.data.train_test import labelled_only
 from vim_ssl.metrics.classification import outputs, summary
 from vim_ssl.tasks.classification import (
     ClassificationConfig,
@@ -40,9 +41,10 @@ from vim_ssl.tasks.classification import (
     load_classifier,
     train_classifier,
 )
-from vim_ssl.training.loop import make_accelerator
-from vim_ssl.training.run import environment, evaluation_folder, newest_run, stored_or, trained_on
+from vim_ssl.training.accelerator import make_accelerator
+from vim_ssl.training.run import evaluation_folder, newest_run, stored_or, trained_on
 from vim_ssl.utils.config import opt, parse, to_dict
+from vim_ssl.utils.environment import environment
 
 
 @dataclass

@@ -19,7 +19,8 @@ from typing import Any
 
 from vim_ssl.cli import guarded
 from vim_ssl.evaluation.comparison import FIGURES, Comparison, ComparisonConfig
-from vim_ssl.evaluation.probes import Features, knn_votes, nearest
+from vim_ssl.evaluation.extract import Features
+from vim_ssl.evaluation.knn import knn_votes, nearest
 from vim_ssl.metrics.bootstrap import judge
 from vim_ssl.utils.config import opt, parse
 

@@ -28,19 +28,14 @@ import torch
 from vim_ssl import VimEncoder, create_transform
 from vim_ssl.cli import guarded
 from vim_ssl.data import stratified_split
-from vim_ssl.data.sources.video import ClipTransform
 from vim_ssl.data.split import few_of_each
+from vim_ssl.data.transforms.clip import ClipTransform
 from vim_ssl.data.transforms.image import Transform
 from vim_ssl.evaluation.comparison import FIGURES, Comparison, ComparisonConfig
+from vim_ssl.evaluation.extract import Features, extract_features
+from vim_ssl.evaluation.knn import knn_votes, nearest
 from vim_ssl.evaluation.linear_heads import LinearHead, fit_lars, fit_logistic, lars_reach
-from vim_ssl.evaluation.probes import (
-    C_GRID,
-    Features,
-    choose_readout,
-    extract_features,
-    knn_votes,
-    nearest,
-)
+from vim_ssl.evaluation.probes import C_GRID, choose_readout
 from vim_ssl.metrics.bootstrap import Figure, judge, share_right
 from vim_ssl.metrics.medmnist import medmnist_figures
 from vim_ssl.models.video import VideoEncoder

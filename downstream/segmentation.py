@@ -25,12 +25,12 @@ import torch
 
 from vim_ssl.cli import guarded
 from vim_ssl.data import masked_parts
+from vim_ssl.data.bands import band_arguments
 from vim_ssl.data.transforms.dense import DenseCrop
-from vim_ssl.data.transforms.image import band_arguments
 from vim_ssl.models.heads import NORMS
 from vim_ssl.tasks.dense import DenseConfig, DenseTask, fresh_encoder
 from vim_ssl.tasks.segmentation import HEADS, Segmentation, evaluate, load_segmentation
-from vim_ssl.training.loop import make_accelerator
+from vim_ssl.training.accelerator import make_accelerator
 from vim_ssl.training.run import newest_run, stored_or, trained_on
 from vim_ssl.utils.config import check_between, opt, parse
 

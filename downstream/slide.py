@@ -31,9 +31,12 @@ from vim_ssl.evaluation.linear_heads import fit_logistic
 from vim_ssl.metrics.classification import judge
 from vim_ssl.report import write_report
 from vim_ssl.tasks.slides import AttentionPool, BagObjective, Bags, DrawTiles, bags_of
-from vim_ssl.training.loop import TrainConfig, fit, make_accelerator
-from vim_ssl.training.run import Run, environment, stored_or
+from vim_ssl.training.accelerator import make_accelerator
+from vim_ssl.training.config import TrainConfig
+from vim_ssl.training.loop import fit
+from vim_ssl.training.run import Run, stored_or
 from vim_ssl.utils.config import opt, parse, to_dict
+from vim_ssl.utils.environment import environment
 
 MEAN_C = 1.0  # of the logistic regression; slides are too few to choose it by
 

@@ -22,10 +22,10 @@ import torch
 
 from vim_ssl.cli import guarded
 from vim_ssl.data import labelled_parts
-from vim_ssl.data.sources.video import VideoData
+from vim_ssl.data.clips import VideoData
 from vim_ssl.models.video import INFLATIONS, VideoEncoder, reading
 from vim_ssl.tasks.classification import ClassificationConfig, load_classifier, train_classifier
-from vim_ssl.training.loop import make_accelerator
+from vim_ssl.training.accelerator import make_accelerator
 from vim_ssl.training.run import newest_run, stored_or
 from vim_ssl.utils.config import opt, parse
 

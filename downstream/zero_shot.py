@@ -28,16 +28,17 @@ from torch import Tensor
 from vim_ssl.cli import guarded
 from vim_ssl.data import ImageData
 from vim_ssl.data.open import open_part, sets_of
-from vim_ssl.data.sources.tables import read_text
 from vim_ssl.data.spec import canonical_split
 from vim_ssl.data.split import is_known
-from vim_ssl.evaluation.probes import Features, extract_features, features_of
+from vim_ssl.evaluation.extract import Features, extract_features, features_of
 from vim_ssl.evaluation.retrieval import PairFeatures, embed_pairs, found_in, nearest
 from vim_ssl.metrics.bootstrap import share_right
 from vim_ssl.objectives.clip import Clip, load_clip
 from vim_ssl.report import write_report
-from vim_ssl.training.run import environment, newest_run, task_folder, trained_on
+from vim_ssl.training.run import newest_run, task_folder, trained_on
 from vim_ssl.utils.config import opt, parse, to_dict
+from vim_ssl.utils.environment import environment
+from vim_ssl.utils.files import read_text
 
 # The seven that CLIP's authors found to do nearly what their eighty do on ImageNet.
 TEMPLATES = (

@@ -33,22 +33,23 @@ from vim_ssl.data.loading.indexed import SeededSamples
 from vim_ssl.data.loading.streamed import StreamSamples
 from vim_ssl.data.open import open_part
 from vim_ssl.evaluation.retrieval import embed_pairs, recall
-from vim_ssl.models.text import (
+from vim_ssl.models.text import HubText, TextEncoder, load_hub_text
+from vim_ssl.models.tokenizers import (
     BytePairs,
-    HubText,
-    TextEncoder,
     Tokenizer,
-    load_hub_text,
     load_tokenizer,
     named_tokenizer,
     train_bpe,
 )
 from vim_ssl.objectives.clip import LOSSES, Clip, image_config, save_clip
 from vim_ssl.report import write_report
+from vim_ssl.training.accelerator import make_accelerator, make_average
 from vim_ssl.training.augmentation import AugmentationConfig, training_transform
-from vim_ssl.training.loop import fit, make_accelerator, make_average
-from vim_ssl.training.run import Run, environment, stored_or
-from vim_ssl.utils.config import did_you_mean, opt, parse
+from vim_ssl.training.loop import fit
+from vim_ssl.training.run import Run, stored_or
+from vim_ssl.utils.config import opt, parse
+from vim_ssl.utils.environment import environment
+from vim_ssl.utils.names import did_you_mean
 
 
 @dataclass

@@ -23,20 +23,26 @@ import torch
 from vim_ssl import VimEncoder, load_encoder, save_encoder
 from vim_ssl.cli import guarded
 from vim_ssl.data import ImageData, ImageStream, band_arguments, open_data
+from vim_ssl.data.clips import VideoData
 from vim_ssl.data.loading.indexed import SeededSamples
 from vim_ssl.data.loading.streamed import StreamSamples
-from vim_ssl.data.sources.video import ClipTransform, VideoData
+from vim_ssl.data.transforms.clip import ClipTransform
 from vim_ssl.data.transforms.image import pretrain_transform
-from vim_ssl.evaluation.probes import online_probe
+from vim_ssl.evaluation.online import online_probe
 from vim_ssl.models.video import VideoEncoder, reading
 from vim_ssl.objectives.ar import AutoRegressive
 from vim_ssl.objectives.distill import LOSSES, WHERE, Distill
-from vim_ssl.objectives.mae import MAE, SimMIM
+from vim_ssl.objectives.mae import MAE
 from vim_ssl.objectives.masking import MASKS, RandomMask
+from vim_ssl.objectives.simmim import SimMIM
 from vim_ssl.report import write_report
-from vim_ssl.training.loop import TrainConfig, fit, make_accelerator, make_average
-from vim_ssl.training.run import Run, environment, stored_or
-from vim_ssl.utils.config import did_you_mean, opt, parse
+from vim_ssl.training.accelerator import make_accelerator, make_average
+from vim_ssl.training.config import TrainConfig
+from vim_ssl.training.loop import fit
+from vim_ssl.training.run import Run, stored_or
+from vim_ssl.utils.config import opt, parse
+from vim_ssl.utils.environment import environment
+from vim_ssl.utils.names import did_you_mean
 
 OBJECTIVES = {"mae": MAE, "simmim": SimMIM, "ar": AutoRegressive, "distill": Distill}
 

@@ -19,7 +19,7 @@ import torch
 from vim_ssl.cli import guarded
 from vim_ssl.data import labelled_parts
 from vim_ssl.tasks.classification import ClassificationConfig, load_classifier, train_classifier
-from vim_ssl.training.loop import make_accelerator
+from vim_ssl.training.accelerator import make_accelerator
 from vim_ssl.training.run import stored_or
 from vim_ssl.utils.config import opt, parse
 

@@ -27,7 +27,7 @@ import torch  # noqa: E402
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from vim_ssl.data.samples.fetch import cache_dir  # noqa: E402
+from vim_ssl.utils.files import cache_dir  # noqa: E402
 
 # Our own cache too; sample sets that are on this machine are used.
 os.environ.setdefault("VIM_SSL_SAMPLES", str(cache_dir()))

@@ -5,7 +5,7 @@ import torch
 
 from vim_ssl import VimEncoder, load_encoder, save_encoder
 from vim_ssl.objectives.ar import AutoRegressive
-from vim_ssl.objectives.mae import patchify, unpatchify
+from vim_ssl.objectives.pixels import patchify, unpatchify
 
 ARGS = {"img_size": (16, 24), "patch_size": 2, "embed_dim": 16, "depth": 4, "num_classes": 0}
 

@@ -15,19 +15,14 @@ from sklearn.metrics import average_precision_score
 from vim_ssl import VimEncoder, create_transform, load_encoder, save_encoder
 from vim_ssl.data import ImageData, open_data
 from vim_ssl.data.loading.indexed import EpochBatches, SeededSamples
-from vim_ssl.data.sources.geotiff import EUROSAT_CLASSES
+from vim_ssl.data.sources.eurosat import EUROSAT_CLASSES
 from vim_ssl.downstream import finetune
+from vim_ssl.evaluation.validation import BEST, Validation
 from vim_ssl.metrics.classification import judge, outputs, predicted, write_tables
 from vim_ssl.metrics.medmnist import medmnist_accuracy, medmnist_auc
+from vim_ssl.objectives.classification import Classification, balanced_weights
 from vim_ssl.recipes import supervised_pretrain
-from vim_ssl.tasks.classification import (
-    BEST,
-    Classification,
-    ClassificationConfig,
-    Validation,
-    balanced_weights,
-    check_labels,
-)
+from vim_ssl.tasks.classification import ClassificationConfig, check_labels
 from vim_ssl.training.run import read_metrics
 
 SMALL = {"img_size": 28, "patch_size": 7, "in_chans": 1, "embed_dim": 16, "depth": 2}

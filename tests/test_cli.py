@@ -79,7 +79,7 @@ def test_a_file_becomes_a_command(monkeypatch, tmp_path):
 
 def test_version(capsys):
     assert cli.main(["--version"]) == 0
-    assert capsys.readouterr().out == f"vim-ssl {vim_ssl.__version__}\n"
+    assert capsys.readouterr().out == f"vim-ssl {vim_ssl.utils.environment.__version__}\n"
 
 
 def test_an_unknown_command_gets_the_near_one(capsys):

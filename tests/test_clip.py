@@ -15,7 +15,8 @@ from PIL import Image
 
 import vim_ssl
 from vim_ssl import load_encoder
-from vim_ssl.models.text import TextEncoder, train_bpe
+from vim_ssl.models.text import TextEncoder
+from vim_ssl.models.tokenizers import train_bpe
 from vim_ssl.objectives.clip import Clip, Embedded, load_clip, save_clip
 from vim_ssl.training.loop import _forward_backward
 from vim_ssl.training.optim import param_groups

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 import pytest
 
-from vim_ssl.utils.config import did_you_mean, from_dict, opt, parse, read, save, to_dict
+from vim_ssl.utils.config import from_dict, opt, parse, read, save, to_dict
+from vim_ssl.utils.names import did_you_mean
 
 
 @dataclass

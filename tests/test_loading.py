@@ -21,9 +21,10 @@ import vim_ssl
 from vim_ssl import VimEncoder, load_encoder, save_encoder
 from vim_ssl.checkpoints import files as checkpoint_files
 from vim_ssl.checkpoints.adapt import adapt_patch_embed
-from vim_ssl.checkpoints.loading import TAGS, verify, verify_main
+from vim_ssl.checkpoints.loading import TAGS
+from vim_ssl.checkpoints.verify import verify, verify_main
 from vim_ssl.kernels.selective_scan import available_backends
-from vim_ssl.models.encoder import join_pos_embed, split_pos_embed
+from vim_ssl.models.tokens import join_pos_embed, split_pos_embed
 
 STRIDE8 = NAME.replace("patch16", "patch16_stride8")
 TINY = {"img_size": 64, "embed_dim": 32, "depth": 2, "patch_size": 16, "num_classes": 5}

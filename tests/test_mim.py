@@ -5,8 +5,10 @@ import torch
 from timm.layers import build_sincos2d_pos_embed
 
 from vim_ssl import VimEncoder
-from vim_ssl.objectives.mae import MAE, SimMIM, patchify, unpatchify
+from vim_ssl.objectives.mae import MAE
 from vim_ssl.objectives.masking import RandomMask, visible_ids
+from vim_ssl.objectives.pixels import patchify, unpatchify
+from vim_ssl.objectives.simmim import SimMIM
 
 
 def make_encoder(**args) -> VimEncoder:

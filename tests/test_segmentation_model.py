@@ -8,7 +8,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from vim_ssl import VimEncoder, load_encoder
-from vim_ssl.data.sources.masks import IGNORE
+from vim_ssl.data.labels import IGNORE
 from vim_ssl.tasks.segmentation import Segmentation, dice_loss, load_segmentation
 
 CLASSES = ["ground", "tree", "house"]

@@ -8,14 +8,11 @@ import sys
 import pytest
 import torch
 
-from vim_ssl.models.text import (
+from vim_ssl.models.text import TextEncoder, build_text, first_end, load_hub_text
+from vim_ssl.models.tokenizers import (
     BytePairs,
     ClipBPE,
-    TextEncoder,
-    build_text,
     clean,
-    first_end,
-    load_hub_text,
     load_tokenizer,
     named_tokenizer,
     train_bpe,

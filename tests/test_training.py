@@ -25,7 +25,10 @@ from vim_ssl.data.loading.indexed import EpochBatches, SeededSamples, stable_has
 from vim_ssl.downstream import detection, finetune, segmentation, slide, video
 from vim_ssl.objectives.base import StepOutput
 from vim_ssl.recipes import clip_pretrain, mim_pretrain, supervised_pretrain
-from vim_ssl.training.loop import TrainConfig, bottleneck, fit, make_accelerator, make_average
+from vim_ssl.training.accelerator import make_accelerator, make_average
+from vim_ssl.training.config import TrainConfig
+from vim_ssl.training.loop import fit
+from vim_ssl.training.monitor import bottleneck
 from vim_ssl.training.run import Run, read_metrics
 from vim_ssl.utils.config import save
 

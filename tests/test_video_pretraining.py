@@ -9,8 +9,10 @@ from PIL import Image
 
 from vim_ssl import load_encoder
 from vim_ssl.models.video import VideoEncoder
-from vim_ssl.objectives.mae import MAE, SimMIM, as_sheet, patchify
+from vim_ssl.objectives.mae import MAE
 from vim_ssl.objectives.masking import RandomMask, RowMask, TubeMask
+from vim_ssl.objectives.pixels import as_sheet, patchify
+from vim_ssl.objectives.simmim import SimMIM
 from vim_ssl.recipes import mim_pretrain
 from vim_ssl.training.run import read_metrics
 

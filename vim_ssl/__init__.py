@@ -10,8 +10,6 @@ from importlib.machinery import ModuleSpec
 from importlib.util import module_from_spec
 from pathlib import Path
 
-__version__ = "0.1.0"
-
 
 def _register_sibling_folders() -> None:
     """Make the checkout's kernels/, recipes/ and downstream/ importable as vim_ssl.<name>.
@@ -38,6 +36,7 @@ from vim_ssl.checkpoints.loading import load_encoder, save_encoder  # noqa: E402
 from vim_ssl.data.transforms.image import create_transform  # noqa: E402
 from vim_ssl.models.encoder import VimEncoder  # noqa: E402
 from vim_ssl.objectives.clip import load_clip  # noqa: E402
+from vim_ssl.utils.environment import __version__
 
 __all__ = [
     "VimEncoder",

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vim_ssl.utils.config import did_you_mean
+from vim_ssl.utils.names import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(overview())
         return 0 if argv else 2
     if argv[0] in ("-V", "--version"):
-        from vim_ssl import __version__
+        from vim_ssl.utils.environment import __version__
 
         print(f"vim-ssl {__version__}")
         return 0

@@ -12,16 +12,13 @@ which git tracks. In a checkout the peers of benchmarks/peers/ take part.
 """
 
 import argparse
-import csv
 import ctypes
 import gc
 import importlib.util
-import os
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -43,8 +40,9 @@ from vim_ssl.kernels.selective_scan.accuracy import (
     two_way_inputs,
     typed,
 )
+from vim_ssl.utils.environment import CHECKOUT, commit
+from vim_ssl.utils.files import append_rows
 
-CHECKOUT = Path(__file__).parents[2]
 COLUMNS = (
     "provider", "direction", "dtype", "shape", "timing", "p20_ms", "p50_ms", "p80_ms", "peak_mb",
     "compile_s", "floor_ms", "x_floor", "device", "torch", "triton", "commit", "date",
@@ -515,31 +513,6 @@ def origin(device: str) -> dict[str, str]:
         triton = ""
     return {"device": name, "torch": torch.__version__, "triton": triton, "commit": commit(),
             "date": time.strftime("%Y-%m-%d")}  # fmt: skip
-
-
-def commit() -> str:
-    """Of the checkout, marked where files differ from it; COMMIT names it where git cannot."""
-    if name := os.environ.get("COMMIT"):
-        return name
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True)
-    except OSError:
-        return "unknown"
-    return done.stdout.strip() or "unknown"
-
-
-def append_rows(path: Path, columns: Sequence[str], rows: Iterable[dict]) -> None:
-    """Append to a CSV file, each row at once, so that what was measured survives a cut."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        if new:
-            writer.writeheader()
-        for row in rows:
-            writer.writerow(row)
-            file.flush()
 
 
 def format_row(row: dict) -> str:

@@ -24,7 +24,7 @@ from vit import ViTEncoder, counterpart
 
 from vim_ssl.recipes.mim_pretrain import Config, build_data, build_model, build_objective
 from vim_ssl.recipes.mim_pretrain import offline_rgb as preset
-from vim_ssl.training.loop import make_accelerator
+from vim_ssl.training.accelerator import make_accelerator
 
 DATA, FOLDER, WEIGHTS = "offline_rgb", Path("runs/offline_vit"), "vit.safetensors"
 VIM, VIT = "mae", "mae on ViT"

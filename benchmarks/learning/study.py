@@ -30,8 +30,8 @@ from vit import counterpart
 from vim_ssl import create_transform
 from vim_ssl.data import labelled_parts
 from vim_ssl.downstream import linear_probe
+from vim_ssl.evaluation.extract import extract_features
 from vim_ssl.evaluation.features import encode_parts, readouts_of
-from vim_ssl.evaluation.probes import extract_features
 from vim_ssl.recipes.mim_pretrain import (
     Config,
     build_data,
@@ -39,7 +39,7 @@ from vim_ssl.recipes.mim_pretrain import (
     build_objective,
     mae_minute,
 )
-from vim_ssl.training.loop import make_accelerator
+from vim_ssl.training.accelerator import make_accelerator
 
 TABLE, COSTS = "learning.csv", "learning_costs.csv"
 COLUMNS = (*ORIGIN, "data", "arm", "budget", "seed", "epochs", "pictures", "cpu_seconds",

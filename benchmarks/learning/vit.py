@@ -6,8 +6,8 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from vim_ssl.models.encoder import VimEncoder
-from vim_ssl.objectives.mae import PixelObjective
 from vim_ssl.objectives.masking import visible_ids
+from vim_ssl.objectives.pixels import PixelObjective
 from vim_ssl.recipes.mim_pretrain import Config
 
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
+from vim_ssl.data.labels import IGNORE
 from vim_ssl.data.loading.indexed import SeededSamples
-from vim_ssl.data.sources.masks import IGNORE
 from vim_ssl.data.transforms.dense import DenseCrop, DensePixels
 
 RGB = {"input_size": (3, 32, 32), "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}

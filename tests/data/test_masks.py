@@ -11,7 +11,7 @@ from PIL import Image
 
 from vim_ssl.data import BadImage, masked_parts, open_data
 from vim_ssl.data.check import check
-from vim_ssl.data.open import masks
+from vim_ssl.data.sources import masks
 
 VALUES = np.array([[0, 1, 2], [2, 1, 255]], np.uint8)
 

@@ -14,7 +14,8 @@ from vim_ssl import create_transform, load_encoder
 from vim_ssl.data import band_arguments, open_data
 from vim_ssl.data.check import check
 from vim_ssl.data.samples.fetch import list_samples
-from vim_ssl.data.sources.geotiff import BIGEARTHNET_BANDS, EUROSAT_CLASSES
+from vim_ssl.data.sources.bigearthnet import BIGEARTHNET_BANDS
+from vim_ssl.data.sources.eurosat import EUROSAT_CLASSES
 
 CLASSES = ("n01440764", "n01443537", "n01484850", "n01491361")  # synsets, for ImageNet's sake
 SIDE = 32

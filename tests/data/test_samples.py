@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from vim_ssl.data import open_data
+from vim_ssl.data.samples import fetch as samples
 from vim_ssl.data.samples.fetch import (
     Package,
     Sample,
@@ -25,7 +26,6 @@ from vim_ssl.data.samples.fetch import (
     list_samples,
     main,
 )
-from vim_ssl.data.samples.fetch import fetch as samples
 
 HERE = list_samples()
 # Starts this Python even from a path with spaces: sh reads the second line, Python a string.

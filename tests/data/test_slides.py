@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from vim_ssl.data import open_data
-from vim_ssl.data.open import slides
+from vim_ssl.data.sources import slides
 from vim_ssl.data.sources.slides import tile_place, tissue
 
 tifffile = pytest.importorskip("tifffile")

@@ -17,7 +17,7 @@ from vim_ssl.data import BadImage, labelled_parts, open_data
 from vim_ssl.data.loading import streamed as stream_module
 from vim_ssl.data.loading.indexed import training_loader
 from vim_ssl.data.loading.streamed import SlotReader, StreamSamples, buffered_order, share_out
-from vim_ssl.data.open import webdataset as tars_module
+from vim_ssl.data.sources import webdataset as tars_module
 
 
 @pytest.fixture(autouse=True)
@@ -283,7 +283,7 @@ def test_limit_takes_from_every_shard(tmp_path):
 
 
 def test_counts_are_cached_until_a_shard_changes(tmp_path, monkeypatch, private_cache):
-    from vim_ssl.data.open import webdataset as tars
+    from vim_ssl.data.sources import webdataset as tars
 
     spec = write_shards(tmp_path, 3, 4)
     before = open_stream(spec)

@@ -14,8 +14,8 @@ from PIL import Image
 from vim_ssl import VimEncoder
 from vim_ssl.data import BadImage, create_transform, open_data
 from vim_ssl.data.check import check
-from vim_ssl.data.open import video as video_module
-from vim_ssl.data.sources.video import Sampling, Video
+from vim_ssl.data.clips import Sampling, Video
+from vim_ssl.data.sources import video as video_module
 from vim_ssl.models.video import inflate
 
 av = pytest.importorskip("av")

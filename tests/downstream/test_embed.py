@@ -19,8 +19,8 @@ from vim_ssl import VimEncoder, cli, create_transform, load_encoder, save_encode
 from vim_ssl.data import ImageData, open_data
 from vim_ssl.downstream import embed
 from vim_ssl.evaluation.embeddings import read_embeddings
+from vim_ssl.evaluation.extract import read_all
 from vim_ssl.evaluation.features import readouts_of
-from vim_ssl.evaluation.probes import read_all
 
 SMALL = {"img_size": 16, "patch_size": 8, "in_chans": 1, "embed_dim": 8, "depth": 1,
          "num_classes": 0}  # fmt: skip

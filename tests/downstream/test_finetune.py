@@ -16,7 +16,8 @@ from PIL import Image
 from timm.data import create_transform as timm_transform
 
 from vim_ssl import VimEncoder, cli, load_encoder, save_encoder
-from vim_ssl.checkpoints.loading import made_by, verify
+from vim_ssl.checkpoints.loading import made_by
+from vim_ssl.checkpoints.verify import verify
 from vim_ssl.data import ImageData
 from vim_ssl.downstream import finetune, video
 from vim_ssl.tasks import classification

@@ -12,7 +12,7 @@ from vim_ssl import VimEncoder, cli, save_encoder
 from vim_ssl.data import ImageData
 from vim_ssl.downstream import knn
 from vim_ssl.evaluation import comparison
-from vim_ssl.evaluation.probes import Features
+from vim_ssl.evaluation.extract import Features
 
 SMALL = {"img_size": 28, "patch_size": 7, "in_chans": 1, "embed_dim": 16, "depth": 2,
          "num_classes": 0}  # fmt: skip

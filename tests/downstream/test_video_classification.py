@@ -11,7 +11,7 @@ from PIL import Image
 
 from vim_ssl import VimEncoder, cli, load_encoder, save_encoder
 from vim_ssl.downstream import embed, linear_probe, video
-from vim_ssl.evaluation.probes import encode_views
+from vim_ssl.evaluation.extract import encode_views
 from vim_ssl.models.video import VideoEncoder, inflate
 
 SMALL = {"img_size": 16, "patch_size": 4, "in_chans": 1, "embed_dim": 24, "depth": 2,

@@ -14,9 +14,10 @@ from vim_ssl import load_encoder
 from vim_ssl.data import open_data
 from vim_ssl.data.open import open_part
 from vim_ssl.downstream import zero_shot
-from vim_ssl.evaluation.probes import Features
+from vim_ssl.evaluation.extract import Features
 from vim_ssl.evaluation.retrieval import PairFeatures
-from vim_ssl.models.text import TextEncoder, train_bpe
+from vim_ssl.models.text import TextEncoder
+from vim_ssl.models.tokenizers import train_bpe
 from vim_ssl.objectives.clip import Clip, save_clip
 from vim_ssl.training.run import newest_run
 

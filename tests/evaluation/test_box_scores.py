@@ -10,8 +10,8 @@ from PIL import Image
 
 from vim_ssl.data import ImageData
 from vim_ssl.data.sources.coco import CocoObjects, ground_truth, mask_tools, read_table
-from vim_ssl.metrics.detection import BoxScores, draw_objects, judge, sheet_of_objects
-from vim_ssl.utils.drawing import class_colours
+from vim_ssl.metrics.detection import BoxScores, judge
+from vim_ssl.utils.drawing import class_colours, draw_objects, sheet_of_objects
 
 WIDTH, HEIGHT = 160, 120
 CLASSES = [(3, "ape"), (7, "cat"), (90, "dog")]

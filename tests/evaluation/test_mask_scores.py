@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vim_ssl.data.sources.masks import IGNORE
-from vim_ssl.metrics.segmentation import MaskScores, draw
-from vim_ssl.utils.drawing import class_colours
+from vim_ssl.data.labels import IGNORE
+from vim_ssl.metrics.segmentation import MaskScores
+from vim_ssl.utils.drawing import class_colours, draw
 
 NAMES = ["ground", "tree", "house", "never"]
 

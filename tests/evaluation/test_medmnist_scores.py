@@ -3,10 +3,8 @@
 import numpy as np
 import pytest
 
+from vim_ssl.data.sources.medmnist import BINARY, MULTI_CLASS, MULTI_LABEL
 from vim_ssl.metrics.medmnist import (
-    BINARY,
-    MULTI_CLASS,
-    MULTI_LABEL,
     ORDINAL,
     TASKS,
     medmnist_accuracy,

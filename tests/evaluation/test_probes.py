@@ -10,21 +10,11 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from vim_ssl import VimEncoder, load_encoder
 from vim_ssl.data import open_data
+from vim_ssl.evaluation.extract import READOUTS, extract_features, read_all, readout_columns
+from vim_ssl.evaluation.knn import knn_predict, knn_votes, nearest
 from vim_ssl.evaluation.linear_heads import fit_logistic
-from vim_ssl.evaluation.probes import (
-    C_GRID,
-    READOUTS,
-    choose_C,
-    choose_readout,
-    effective_rank,
-    extract_features,
-    knn_predict,
-    knn_votes,
-    nearest,
-    online_probe,
-    read_all,
-    readout_columns,
-)
+from vim_ssl.evaluation.online import effective_rank, online_probe
+from vim_ssl.evaluation.probes import C_GRID, choose_C, choose_readout
 from vim_ssl.metrics.bootstrap import accuracy, wilson_interval
 
 
@@ -135,8 +125,8 @@ def test_what_all_pictures_share_does_not_blur_the_neighbours():
 def test_neighbours_do_not_depend_on_how_the_work_is_cut(sizes, monkeypatch):
     (x, _), (queries, _) = blobs(300), blobs(40, seed=1)
     similarity, places = nearest(x, queries, k=20)
-    monkeypatch.setattr("vim_ssl.evaluation.probes.QUERIES", sizes[0])
-    monkeypatch.setattr("vim_ssl.evaluation.probes.BANK", sizes[1])
+    monkeypatch.setattr("vim_ssl.evaluation.knn.QUERIES", sizes[0])
+    monkeypatch.setattr("vim_ssl.evaluation.knn.BANK", sizes[1])
     cut_similarity, cut_places = nearest(x, queries, k=20)
     torch.testing.assert_close(cut_similarity, similarity)
     assert (cut_places == places).float().mean() > 0.99  # ties of rounding
@@ -155,8 +145,8 @@ def test_no_more_than_a_part_of_the_similarities_is_ever_held(monkeypatch):
         return topk(self, *args, **kwargs)
 
     monkeypatch.setattr(torch.Tensor, "topk", watched)
-    monkeypatch.setattr("vim_ssl.evaluation.probes.QUERIES", 16)
-    monkeypatch.setattr("vim_ssl.evaluation.probes.BANK", 64)
+    monkeypatch.setattr("vim_ssl.evaluation.knn.QUERIES", 16)
+    monkeypatch.setattr("vim_ssl.evaluation.knn.BANK", 64)
     nearest(torch.randn(1000, 4), torch.randn(200, 4), k=10)
     assert largest == 16 * 64
 

@@ -11,7 +11,9 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from vim_ssl.models.encoder import VimEncoder, join_pos_embed, split_pos_embed
+from vim_ssl.data.config import _bands, band_places
+from vim_ssl.models.encoder import VimEncoder
+from vim_ssl.models.tokens import join_pos_embed, split_pos_embed
 
 log = logging.getLogger(__name__)
 
@@ -117,28 +119,6 @@ def adapt_patch_embed(
     return weight[:, turn] * (chans / in_chans)
 
 
-_COLOURS = {
-    "R": "R", "RED": "R", "B04": "R", "G": "G", "GREEN": "G", "B03": "G", "B": "B", "BLUE": "B",
-    "B02": "B",
-}  # fmt: skip
-
-
-def band_places(known: Sequence[str], wanted: Sequence[str]) -> list[int | None] | None:
-    """Where each wanted band stands among the known ones; None for one that is not there, and as
-    the whole when none is."""
-    names, asked = (
-        [_COLOURS.get(name.upper(), name.upper()) for name in bands] for bands in (known, wanted)
-    )
-    places = [names.index(name) if name in names else None for name in asked]
-    return places if any(place is not None for place in places) else None
-
-
-def _bands(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The names of an encoder's bands; of three channels without names, colours."""
-    given = (config.get("data_config") or {}).get("bands")
-    return tuple(given or {1: ("L",), 3: ("R", "G", "B")}.get(config["in_chans"], ()))
-
-
 def _adapt_positions(
     path: Path, table: Tensor, config: Mapping[str, Any], encoder: VimEncoder
 ) -> Tensor:
@@ -178,28 +158,6 @@ def _is_backward(key: str) -> bool:
 
 def _twin(key: str) -> str:
     return key.removesuffix(_mixer_part(key)) + _TWINS[_mixer_part(key)]
-
-
-def adapt_data(
-    data: Mapping[str, Any], chans: int, bands: Sequence[str] | None = None
-) -> dict[str, Any]:
-    """Statistics for other channels, in step with `adapt_patch_embed`."""
-    adapted = dict(data)
-    places = band_places(data.get("bands", ()), bands or ())
-    for key in ("mean", "std"):
-        if key in data:
-            known = data[key]
-            one = sum(known) / len(known)
-            if places:
-                adapted[key] = tuple(one if place is None else known[place] for place in places)
-            elif chans == 1:
-                adapted[key] = (one,)
-            else:
-                adapted[key] = tuple(known[i % len(known)] for i in range(chans))
-    adapted["bands"] = tuple(bands or ()) or {1: ("L",), 3: ("R", "G", "B")}.get(
-        chans, tuple(f"band{i}" for i in range(chans))
-    )
-    return adapted
 
 
 def copy_weights(encoder: VimEncoder, model: nn.Module) -> None:

@@ -4,15 +4,13 @@ source -> checkpoint_files.find, read -> released_config, or the file's own conf
        -> the encoder asked for -> weights adapted to it -> every key accounted for
 """
 
-import argparse
 import difflib
 import inspect
 import json
 import math
 import os
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -21,10 +19,12 @@ import torch
 from torch import Tensor
 
 from vim_ssl.checkpoints import files as checkpoint_files
-from vim_ssl.checkpoints.adapt import adapt_data, adapt_state
+from vim_ssl.checkpoints.adapt import adapt_state
 from vim_ssl.checkpoints.files import FORMAT, WEIGHT_SUFFIXES, Stored
-from vim_ssl.checkpoints.released import RELEASED_FILES, released_config
-from vim_ssl.models.encoder import IMAGENET_DATA, PRESETS, VimEncoder
+from vim_ssl.checkpoints.released import released_config
+from vim_ssl.data.config import IMAGENET_DATA, adapt_data
+from vim_ssl.models.encoder import PRESETS, VimEncoder
+from vim_ssl.utils.files import write_whole
 
 # Weights that come with the package: "preset.tag" -> folder.
 TAGS = {path.name: path for path in (Path(__file__).parent / "weights").glob("*.*")}
@@ -115,7 +115,7 @@ def load_for_bands(source: str, bands: Mapping[str, Any], **args: Any) -> VimEnc
     """The encoder that ``source`` names, for pictures of these bands.
 
     Args:
-        bands: of `vim_ssl.data.transforms.image.band_arguments`. An encoder of the same ones keeps its
+        bands: of `vim_ssl.data.bands.band_arguments`. An encoder of the same ones keeps its
             own statistics.
         args: of `load_encoder`.
     """
@@ -149,7 +149,7 @@ def save_encoder(
     """
     from safetensors.torch import save
 
-    from vim_ssl import __version__
+    from vim_ssl.utils.environment import __version__
 
     if not isinstance(encoder, VimEncoder):
         raise TypeError(
@@ -185,19 +185,6 @@ def save_encoder(
 
 def _plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key: value.detach().cpu().contiguous() for key, value in state.items()}
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """A reader, or a crash, sees the old file or the new one, never a part."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 # -------------------------------------------------------------------- the arguments
@@ -380,142 +367,3 @@ def _some(items: list[str], most: int = 5) -> str:
 
 
 # -------------------------------------------------------------------- vim-ssl verify
-
-
-@dataclass
-class Report:
-    """What a checkpoint is, and whether it loads whole; ``str(report)`` is for people."""
-
-    source: str
-    facts: dict[str, str] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def loads(self) -> bool:
-        """Every key has its place, every value is finite, and a forward pass works."""
-        return not self.problems
-
-    def __str__(self) -> str:
-        width = max(map(len, self.facts), default=0)
-        lines = [self.source, *(f"  {name:<{width}}  {fact}" for name, fact in self.facts.items())]
-        lines += [f"  note: {note}" for note in self.notes]
-        lines += [f"  PROBLEM: {problem}" for problem in self.problems]
-        return "\n".join([*lines, "loads whole" if self.loads else "does NOT load whole"])
-
-
-def verify(source: str | os.PathLike, **layout: Any) -> Report:
-    """Look a checkpoint over: what it is, every key, every value, one forward pass.
-
-    Args:
-        source: a path or a Hub id, as in `load_encoder`; the weights and their EMA copy are both
-            looked at.
-        layout: ``img_size`` and ``stride`` for a file that does not say its own.
-    Returns: a report; what is wrong with the file stands in it and is not raised.
-    """
-    report = Report(str(source))
-    try:
-        folder, name = _find(source)
-        stored = checkpoint_files.read(folder, name, ema=False)
-        copies = {"weights": stored}
-        if stored.has_ema:
-            copies["EMA copy"] = checkpoint_files.read(folder, name, ema=True)
-        config, report.notes = _config_of(stored, layout)
-    except (OSError, ValueError) as error:
-        report.problems.append(str(error))
-        return report
-    _describe(report, stored, config)
-    for which, copy in copies.items():
-        _check_copy(report, which, copy, config)
-    return report
-
-
-def _describe(report: Report, stored: Stored, config: Mapping[str, Any]) -> None:
-    ours = stored.config is not None
-    size = config["img_size"]
-    size = (size, size) if isinstance(size, int) else size
-    stride = config["stride"] or config["patch_size"]
-    rows, columns = ((side - config["patch_size"]) // stride + 1 for side in size)
-    averaged = config["divide_out"] or config["norm_after_scan"]
-    guessed = any("divide_out" in note for note in report.notes)
-    report.facts |= {
-        "kind": "file of vim_ssl" if ours else "Vim checkpoint of the original code's form",
-        "model name": stored.model_name or ("given by its config" if ours else "none stored"),
-        "architecture": f"{_preset_of(config) or 'no preset'}: embed_dim {config['embed_dim']}, "
-        f"depth {config['depth']}, d_state {config['d_state']}, patch {config['patch_size']}, "
-        f"stride {stride}, channels {config['in_chans']}, directions {config['directions']}",
-        "parameters": f"{sum(tensor.numel() for tensor in stored.state.values()):,}",
-        "classes": str(config["num_classes"] or "none: features only"),
-        "directions' sum": ("divided by 2" if averaged else "not divided")
-        + (", ASSUMED" if guessed else ", as its name or config says"),
-        "positions": f"{rows}x{columns} patches of {size[0]}x{size[1]} px, class token "
-        f"{config['cls_position']}"
-        if config["use_pos_embed"]
-        else f"no table; class token {config['cls_position']}",
-        "EMA copy": "yes: load_encoder(…, ema=True)" if stored.has_ema else "none",
-    }
-    if stored.made_by:
-        made = {key: value for key, value in stored.made_by.items() if key != "classes"}
-        report.facts["made by"] = json.dumps(made)
-    if stored.path.name in RELEASED_FILES:
-        model, top1 = RELEASED_FILES[stored.path.name]
-        report.facts["released as"] = f"{model}, top-1 {top1} % on ImageNet-1k as published"
-
-
-def _check_copy(report: Report, which: str, stored: Stored, config: dict[str, Any]) -> None:
-    try:
-        encoder = encoder_class(config)(**(config | {"scan_backend": "auto"}))
-        state = adapt_state(stored.path, stored.state, config, encoder)
-    except ValueError as error:
-        report.problems.append(f"{which}: {error}")
-        return
-    found = zip(("missing", "unexpected", "wrong shape"), compare_keys(encoder, state), strict=True)
-    wrong = [f"{which}: {kind}: {key}" for kind, keys in found for key in keys]
-    wrong += [
-        f"{which}: values that are not finite: {key}"
-        for key, tensor in state.items()
-        if not torch.isfinite(tensor).all()
-    ]
-    if not wrong:
-        encoder.load_state_dict(state)
-        images = torch.randn(1, *encoder.data_config["input_size"])
-        with torch.inference_mode():
-            out = encoder.eval()(images)
-        if not torch.isfinite(out).all():
-            wrong = [f"{which}: the output on a random image is not finite"]
-        else:
-            report.facts[f"{which} tried"] = (
-                f"{tuple(out.shape)} from {tuple(images.shape)}, finite"
-            )
-    report.problems += wrong
-
-
-def _preset_of(config: Mapping[str, Any]) -> str | None:
-    """The preset with these shapes, whatever its head."""
-    names = ("embed_dim", "depth", "patch_size", "in_chans", "d_state", "d_conv", "expand")
-    for preset, args in PRESETS.items():
-        full = _DEFAULTS | args
-        strides = (c["stride"] or c["patch_size"] for c in (full, config))
-        if len({*strides}) == 1 and all(full[name] == config[name] for name in names):
-            return preset
-    return None
-
-
-def verify_main(argv: Sequence[str] | None = None) -> int:
-    """``vim-ssl verify FILE``: print the report; 0 if it loads whole, else 1."""
-    parser = argparse.ArgumentParser(
-        prog="vim-ssl verify", description="Tell what a checkpoint is and whether it loads whole."
-    )
-    parser.add_argument("file", help="a checkpoint, a run directory or a Hub id")
-    parser.add_argument(
-        "--img-size", type=int, nargs="+", metavar="PX",
-        help="side, or height and width, that the position table was made for, if not stored",
-    )  # fmt: skip
-    parser.add_argument("--stride", type=int, help="patch stride in pixels, if not stored")
-    args = parser.parse_args(argv)
-    if args.img_size and len(args.img_size) > 2:
-        parser.error("--img-size takes one number, or height and width")
-    size = args.img_size and (args.img_size[0], args.img_size[-1])
-    report = verify(args.file, img_size=size, stride=args.stride)
-    print(report)
-    return 0 if report.loads else 1

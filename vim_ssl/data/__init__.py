@@ -5,18 +5,15 @@
 >>> data[0]["image"], data.labels, data.classes
 """
 
+from vim_ssl.data.bands import band_arguments, band_statistics
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import BadImage, clean_image, decode_image
 from vim_ssl.data.loading.streamed import ImageStream
-from vim_ssl.data.open import boxed_parts, labelled_parts, masked_parts, open_data
+from vim_ssl.data.open import open_data
 from vim_ssl.data.spec import DataSpec, parse_spec
 from vim_ssl.data.split import stratified_split
-from vim_ssl.data.transforms.image import (
-    band_arguments,
-    band_statistics,
-    create_transform,
-    pretrain_transform,
-)
+from vim_ssl.data.train_test import boxed_parts, labelled_parts, masked_parts
+from vim_ssl.data.transforms.image import create_transform, pretrain_transform
 
 __all__ = [
     "BadImage",

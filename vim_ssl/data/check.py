@@ -14,12 +14,12 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from vim_ssl.data.clips import still
 from vim_ssl.data.dataset import ImageData, captions_of
 from vim_ssl.data.images import BadImage
+from vim_ssl.data.labels import IGNORE
 from vim_ssl.data.loading.streamed import ImageStream
 from vim_ssl.data.open import open_data, sets_of
-from vim_ssl.data.sources.masks import IGNORE
-from vim_ssl.data.sources.video import still
 from vim_ssl.data.spec import SPLIT_NAMES, canonical_split
 
 NAMED = 3  # examples of one fault

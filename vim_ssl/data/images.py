@@ -209,3 +209,9 @@ def _integer_range(image: Image.Image) -> tuple[float, float]:
     if image.mode == "I" and image.format is None:  # made in memory: a true 32-bit image
         return -(2**31), 2**31 - 1
     return 0, 2**16 - 1  # PNG and PGM, also where older Pillow opens them as "I"
+
+
+EXTENSIONS = (
+    ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png",
+    ".pnm", ".ppm", ".tif", ".tiff", ".webp",
+)  # fmt: skip

@@ -14,12 +14,13 @@ import torch
 
 from vim_ssl.checkpoints.loading import load_encoder
 from vim_ssl.data import labelled_parts
+from vim_ssl.evaluation.extract import READOUTS, Features
 from vim_ssl.evaluation.features import encode_parts, readouts_of
-from vim_ssl.evaluation.probes import READOUTS, Features
 from vim_ssl.models.video import reading
-from vim_ssl.training.run import environment, newest_run, task_folder, trained_on
+from vim_ssl.training.run import newest_run, task_folder, trained_on
 from vim_ssl.utils.config import opt, to_dict
 from vim_ssl.utils.distributed import join_processes, pick_device
+from vim_ssl.utils.environment import environment
 
 
 @dataclass

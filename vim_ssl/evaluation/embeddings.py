@@ -23,7 +23,7 @@ from vim_ssl.data.images import BadImage
 from vim_ssl.data.loading.streamed import ImageStream
 from vim_ssl.data.split import as_key, is_known
 from vim_ssl.data.transforms.image import Transform
-from vim_ssl.evaluation.probes import Features, Readable, encode_views
+from vim_ssl.evaluation.extract import Features, Readable, encode_views
 
 FORMATS = ("parquet", "npy")
 KNOWN = ("ids", "labels", "groups")  # of every row

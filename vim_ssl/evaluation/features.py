@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from vim_ssl.data.samples.fetch import user_cache
-from vim_ssl.data.transforms.image import check_bands, create_transform
-from vim_ssl.evaluation.probes import (
+from vim_ssl.data.bands import check_bands
+from vim_ssl.data.transforms.image import create_transform
+from vim_ssl.evaluation.extract import (
     READOUTS,
     Features,
     extract_rows,
@@ -29,6 +29,7 @@ from vim_ssl.evaluation.probes import (
 )
 from vim_ssl.models.encoder import VimEncoder
 from vim_ssl.utils.distributed import Processes
+from vim_ssl.utils.files import user_cache
 
 FORMAT = 1  # raised when `read_all` or the file changes its meaning
 

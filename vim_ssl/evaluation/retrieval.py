@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from vim_ssl.data.images import BadImage
-from vim_ssl.evaluation.probes import Readable
+from vim_ssl.evaluation.extract import Readable
 from vim_ssl.objectives.clip import Clip
 
 CHUNK = 4096  # queries, and a sixteenth of the keys, compared at once: a gigabyte

@@ -3,20 +3,14 @@
 import csv
 import io
 import json
-from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
-from torchvision.transforms.v2 import functional as F
 
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.sources.coco import ground_truth, mask_tools
-from vim_ssl.utils.drawing import class_colours, sheet, shown_size
 
 KINDS = {"box": "bbox", "mask": "segm"}  # our names, pycocotools' names
 # Of pycocotools' twelve figures: "" is the mean over IoU 0.5 to 0.95.
@@ -150,65 +144,6 @@ def judge(truth: dict[str, Any], results: list[dict[str, Any]], kind: str) -> An
         judged.accumulate()
         judged.summarize()
     return judged
-
-
-def draw_objects(
-    picture: Tensor,
-    boxes: Tensor,
-    labels: Tensor,
-    classes: Sequence[str],
-    masks: Tensor | None = None,
-) -> Tensor:
-    """Boxes, and masks if given, in their classes' colours.
-
-    Args:
-        picture: uint8 (c, h, w); of other than three channels the first is shown, grey.
-        boxes: (n, 4), left, top, right, bottom in pixels. labels: (n,), class numbers.
-        masks: bool (n, h, w).
-    Returns: uint8 (3, h, w).
-    """
-    from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
-
-    picture = picture if len(picture) == 3 else picture[:1].expand(3, -1, -1)
-    if not len(boxes):
-        return picture
-    palette = class_colours(len(classes) + 1)[1:].tolist()  # no background here
-    colours = [tuple(palette[label]) for label in labels.tolist()]
-    if masks is not None:
-        picture = draw_segmentation_masks(picture, masks, 0.5, colours)
-    names = [classes[label] for label in labels.tolist()]
-    return draw_bounding_boxes(picture, boxes, names if len(classes) > 1 else None, colours)
-
-
-def sheet_of_objects(
-    rows: Sequence[tuple[Image.Image, dict[str, Any], dict[str, Any]]], classes: Sequence[str]
-) -> Image.Image:
-    """Truth | prediction, a row a picture, and the classes' colours below.
-
-    Args:
-        rows: (picture, item of the data, found); see `ImageData` and `Detection.predict`.
-        classes: names.
-    """
-    drawn, used = [], set()
-    for picture, item, found in rows:
-        width, height = shown_size(picture.size)
-        shown = F.pil_to_tensor(picture.convert("RGB").resize((width, height)))
-        factors = torch.tensor([width / picture.width, height / picture.height] * 2)
-        line = []
-        for part, labels in ((item, item["box_labels"]), (found, found["labels"])):
-            masks = part.get("masks")
-            if masks is not None and len(masks):
-                masks = F.resize(torch.from_numpy(masks.astype(np.uint8)), [height, width]) > 0
-            boxes = torch.from_numpy(part["boxes"]) * factors
-            panel = draw_objects(
-                shown, boxes, torch.from_numpy(labels), classes,
-                masks if masks is not None and len(masks) else None,
-            )  # fmt: skip
-            line.append(F.to_pil_image(panel))
-            used |= set(labels.tolist())
-        drawn.append(line)
-    palette = class_colours(len(classes) + 1)[1:].tolist()  # no background here
-    return sheet(drawn, ("truth", "prediction"), [(palette[i], classes[i]) for i in sorted(used)])
 
 
 def _mean(precision: np.ndarray) -> float:

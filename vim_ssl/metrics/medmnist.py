@@ -9,8 +9,8 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
-BINARY, MULTI_CLASS = "binary-class", "multi-class"
-MULTI_LABEL, ORDINAL = "multi-label, binary-class", "ordinal-regression"
+from vim_ssl.data.sources.medmnist import BINARY, MULTI_CLASS, MULTI_LABEL, ORDINAL
+
 TASKS = (BINARY, MULTI_CLASS, MULTI_LABEL, ORDINAL)
 
 

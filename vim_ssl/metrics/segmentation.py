@@ -11,13 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from vim_ssl.data.sources.masks import IGNORE
-from vim_ssl.utils.drawing import sheet, shown_size
+from vim_ssl.data.labels import IGNORE
 
 RESAMPLES = 1000
-DRAWN = 8  # pictures
 
 
 class MaskScores:
@@ -148,34 +145,6 @@ def mean_iou(counts: np.ndarray) -> float:
     union = truth + found - hits
     present = union > 0
     return float((hits[present] / union[present]).mean()) if present.any() else math.nan
-
-
-def draw(
-    rows: Sequence[tuple[Image.Image, np.ndarray, np.ndarray]],
-    classes: Sequence[str],
-    colours: np.ndarray,
-) -> Image.Image:
-    """One sheet: picture | truth | prediction, a row a picture, and the classes' colours below.
-
-    Args:
-        rows: (picture, truth, prediction), masks (h, w) of the picture's size.
-        classes: names.
-        colours: uint8 (classes + 1, 3), the last for pixels without a class.
-    """
-    drawn = []
-    for picture, truth, guess in rows:
-        size = shown_size(picture.size)
-        painted = [
-            Image.fromarray(colours[np.minimum(mask, len(classes))]).resize(
-                size, Image.Resampling.NEAREST
-            )
-            for mask in (truth, guess)
-        ]
-        drawn.append([picture.convert("RGB").resize(size), *painted])
-    used = sorted({int(i) for _, *masks in rows for mask in masks for i in np.unique(mask)})
-    names = [(min(i, len(classes)), classes[i] if i < len(classes) else "no class") for i in used]
-    legend = [(colours[number].tolist(), name) for number, name in names]
-    return sheet(drawn, ("picture", "truth", "prediction"), legend)
 
 
 def _share(part: float, whole: float) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from vim_ssl.data.sources.masks import IGNORE
+from vim_ssl.data.labels import IGNORE
 
 RESAMPLES = 1000
 

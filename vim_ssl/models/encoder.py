@@ -15,26 +15,18 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vim_ssl.data.config import MNIST_DATA, _data_config
 from vim_ssl.models.block import DIRECTIONS, MixerState, RMSNorm, VimBlock
+from vim_ssl.models.tokens import (
+    CLS_TOKENS,
+    _cls_slots,
+    _insert,
+    _register_slots,
+    _take_out,
+    split_pos_embed,
+)
 
-IMAGENET_DATA: dict[str, Any] = {
-    "input_size": (3, 224, 224),
-    "mean": (0.485, 0.456, 0.406),
-    "std": (0.229, 0.224, 0.225),
-    "interpolation": "bicubic",
-    "crop_pct": 0.875,
-    "crop_mode": "center",
-    "bands": ("R", "G", "B"),
-}
-MNIST_DATA: dict[str, Any] = {"mean": (0.1307,), "std": (0.3081,), "crop_pct": 1.0}
 POOLS = ("token", "avg", "token+avg", "")
-# The names of the class tokens, in scan order; their number follows.
-CLS_TOKENS = {
-    "middle": ("cls_token",),
-    "first": ("cls_token",),
-    "double": ("cls_token_head", "cls_token_tail"),
-    "none": (),
-}
 
 
 class PatchEmbed(nn.Module):
@@ -542,50 +534,6 @@ class VimEncoder(nn.Module):
 # -------------------------------------------------------------------- token order
 
 
-def _cls_slots(m: int, cls_position: str) -> list[int]:
-    """Where the class tokens stand among m patches (indices into the joined sequence)."""
-    return {"middle": [m // 2], "first": [0], "double": [0, m + 1], "none": []}[cls_position]
-
-
-def _register_slots(length: int, count: int) -> list[int]:
-    """Where ``count`` registers stand, evenly spread through a sequence of this length."""
-    return [(i + 1) * length // (count + 1) + i for i in range(count)]
-
-
-def _insert(sequence: Tensor, extra: Tensor, slots: list[int]) -> Tensor:
-    """Put extra (b, c, d) into sequence (b, l, d) so that they stand at the (ascending) slots."""
-    pieces, start = [], 0
-    for i, slot in enumerate(slots):
-        pieces += [sequence[:, start : slot - i], extra[:, i : i + 1]]
-        start = slot - i
-    return torch.cat([*pieces, sequence[:, start:]], dim=1)
-
-
-def _take_out(sequence: Tensor, slots: list[int]) -> tuple[Tensor, Tensor]:
-    """The inverse of `_insert`: (what stands elsewhere, what stands at the slots)."""
-    if not slots:
-        return sequence, sequence[:, :0]
-    ends = [*slots, sequence.shape[1]]
-    rest = [sequence[:, a + 1 : b] for a, b in zip([-1, *slots], ends, strict=True)]
-    taken = [sequence[:, slot : slot + 1] for slot in slots]
-    return torch.cat(rest, dim=1), torch.cat(taken, dim=1)
-
-
-def split_pos_embed(table: Tensor, cls_position: str) -> tuple[Tensor, Tensor]:
-    """Split a position table (1, m + c, d) into the grid's rows and the class tokens' own.
-
-    The class token of the middle has row m // 2; treating it as a prefix, as upstream's dense-task
-    code does, shifts half of the grid by one patch.
-    """
-    m = table.shape[1] - len(CLS_TOKENS[cls_position])
-    return _take_out(table, _cls_slots(m, cls_position))
-
-
-def join_pos_embed(patches: Tensor, cls: Tensor, cls_position: str) -> Tensor:
-    """The inverse of `split_pos_embed`, for a grid of any size."""
-    return _insert(patches, cls, _cls_slots(patches.shape[1], cls_position))
-
-
 def _resolve_indices(indices, depth: int, int_means_last: bool = False) -> list[int]:
     if indices is None:
         return list(range(depth)) if int_means_last else []
@@ -606,24 +554,6 @@ def _token(dim: int, count: int = 1) -> nn.Parameter:
 def _check_choice(name: str, value, choices) -> None:
     if value not in choices:
         raise ValueError(f"{name} {value!r} is not one of {', '.join(map(repr, choices))}.")
-
-
-def _data_config(given: dict | None, in_chans: int, img_size: tuple[int, int]) -> dict:
-    """Complete the caller's data description; statistics must fit the channels."""
-    config = dict(IMAGENET_DATA, input_size=(in_chans, *img_size))
-    if in_chans != 3:
-        config["mean"] = (sum(IMAGENET_DATA["mean"]) / 3,) * in_chans
-        config["std"] = (sum(IMAGENET_DATA["std"]) / 3,) * in_chans
-        config["bands"] = ("L",) if in_chans == 1 else tuple(f"band{i}" for i in range(in_chans))
-    for key, value in (given or {}).items():
-        if key not in config:
-            raise ValueError(f"data_config has no {key!r}; it has {', '.join(config)}.")
-        config[key] = tuple(value) if isinstance(value, list | tuple) else value
-    for key in ("mean", "std", "bands"):
-        if len(config[key]) != in_chans:
-            raise ValueError(f"data_config[{key!r}] has {len(config[key])} entries; "
-                             f"in_chans is {in_chans}.")  # fmt: skip
-    return config
 
 
 # -------------------------------------------------------------------- presets

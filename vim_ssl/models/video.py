@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vim_ssl.data.sources.video import VideoData
+from vim_ssl.data.clips import VideoData
 from vim_ssl.models.encoder import PatchEmbed, VimEncoder
 
 INFLATIONS = ("centre", "mean")

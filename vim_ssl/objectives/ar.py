@@ -11,7 +11,7 @@ from timm.layers import Mlp, build_sincos2d_pos_embed, trunc_normal_
 from torch import Tensor, nn
 
 from vim_ssl.models.encoder import VimEncoder
-from vim_ssl.objectives.mae import PixelObjective
+from vim_ssl.objectives.pixels import PixelObjective
 
 
 class AutoRegressive(PixelObjective):

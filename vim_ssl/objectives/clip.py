@@ -22,12 +22,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vim_ssl.checkpoints.loading import load_encoder, save_encoder, write_whole
+from vim_ssl.checkpoints.loading import load_encoder, save_encoder
 from vim_ssl.data.transforms.image import Transform, create_transform
 from vim_ssl.models.encoder import VimEncoder
-from vim_ssl.models.text import HubText, TextEncoder, Tokenizer, build_text, load_tokenizer
+from vim_ssl.models.text import HubText, TextEncoder, build_text
+from vim_ssl.models.tokenizers import Tokenizer, load_tokenizer
 from vim_ssl.objectives.base import StepOutput
-from vim_ssl.objectives.mae import refuse_head
+from vim_ssl.objectives.pixels import refuse_head
+from vim_ssl.utils.files import write_whole
 
 LOSSES = ("clip", "siglip")
 MAX_SCALE = 100.0

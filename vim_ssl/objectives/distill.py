@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from vim_ssl.models.encoder import VimEncoder
 from vim_ssl.objectives.base import StepOutput
-from vim_ssl.objectives.mae import refuse_head
 from vim_ssl.objectives.masking import checked_mask
+from vim_ssl.objectives.pixels import refuse_head
 
 LOSSES = ("cosine", "smooth_l1")
 WHERE = ("masked", "all")

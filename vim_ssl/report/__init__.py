@@ -21,10 +21,11 @@ from typing import Any, TypeGuard
 import numpy as np
 from PIL import Image
 
-from vim_ssl.report.curve import draw_curve, number
+from vim_ssl.report.curve import draw_curve
 from vim_ssl.report.page import PAGE, SCRIPT, STYLE, USE
 from vim_ssl.report.record import EVALUATED, Record
 from vim_ssl.training.run import newest_run
+from vim_ssl.utils.names import number
 
 # What is trained, in words; another recipe goes by its own name.
 RECIPES = {

@@ -9,6 +9,8 @@ from html import escape
 
 import numpy as np
 
+from vim_ssl.utils.names import number
+
 MAX_POINTS = 240  # of a curve; each stands for a stretch of steps
 WIDTH, HEIGHT = 420, 200  # in SVG units, as are the margins
 LEFT, RIGHT, TOP, BOTTOM = 58, WIDTH - 10, 8, HEIGHT - 24
@@ -96,16 +98,6 @@ def draw_curve(
         f'<g class="band">{band}</g><g class="line">{lines}{dots}</g>'
         '<circle class="cursor" r="4" hidden /></svg></figure>'
     )
-
-
-def number(value: float, digits: int = 4) -> str:
-    """A figure for reading: 0.4312, 12,345, 1.5e-4."""
-    if min(10**digits, 10_000) - 0.5 <= abs(value) < 1e7:
-        return f"{value:,.0f}"
-    if 0 < abs(value) < 1e-3 or abs(value) >= 1e7:
-        mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
-        return f"{float(mantissa):g}e{int(exponent)}"
-    return f"{value:.{digits}g}"
 
 
 def _points(x: np.ndarray, y: np.ndarray) -> str:

@@ -8,7 +8,6 @@ ordinal      (b,) int64, ordered       classes - 1 binary questions: is it more 
 
 import contextlib
 import json
-import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,37 +16,34 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from timm.data import Mixup
-from torch import Tensor, nn
 
 from vim_ssl.checkpoints.loading import load_for_bands, save_encoder
+from vim_ssl.data.bands import band_arguments
 from vim_ssl.data.loading.indexed import SeededSamples
 from vim_ssl.data.loading.streamed import ImageStream
 from vim_ssl.data.split import stratified_split
-from vim_ssl.data.transforms.image import band_arguments, create_transform
+from vim_ssl.data.transforms.image import create_transform
 from vim_ssl.evaluation.embeddings import stream_features
-from vim_ssl.evaluation.probes import extract_features
+from vim_ssl.evaluation.extract import extract_features
+from vim_ssl.evaluation.validation import Validation
 from vim_ssl.metrics.classification import (
-    MAIN_FIGURE,
     TARGETS,
-    figures,
     judge,
     outputs,
-    predicted,
     probabilities,
     summary,
-    values,
     write_tables,
 )
 from vim_ssl.metrics.medmnist import medmnist_figures
 from vim_ssl.models.encoder import VimEncoder
-from vim_ssl.objectives.base import StepOutput
+from vim_ssl.objectives.classification import Classification, LabelledTransform, balanced_weights
 from vim_ssl.report import write_report
+from vim_ssl.training.accelerator import make_average
 from vim_ssl.training.augmentation import AugmentationConfig, training_transform
-from vim_ssl.training.loop import fit, make_average
-from vim_ssl.training.run import Run, environment, read_metrics
+from vim_ssl.training.loop import fit
+from vim_ssl.training.run import Run
 from vim_ssl.utils.config import opt, to_dict
+from vim_ssl.utils.environment import environment
 
 
 @dataclass
@@ -102,97 +98,6 @@ class ClassificationConfig(AugmentationConfig):
                 f"{self.eval_every:g} epochs, do not fit into {self.epochs:g} epochs; lower "
                 "patience or eval_every."
             )
-
-
-class LabelledTransform:
-    """An item to ``image`` (c, h, w) and ``label``."""
-
-    def __init__(self, image_transform):
-        self.image_transform = image_transform
-
-    def __call__(self, item: dict) -> dict:
-        label = torch.as_tensor(item["label"])
-        return {"image": self.image_transform(item["image"]), "label": label}
-
-
-class Classification(nn.Module):
-    """The loss of ``encoder(image)`` against the labels.
-
-    Args:
-        encoder: with a head of ``num_classes`` outputs; ordinal targets have one class more.
-        targets: one of `TARGETS`.
-        label_smoothing: share of the target spread over all classes.
-        mixup, cutmix: alpha of each while training; timm's, drawn once a batch.
-        class_weights: (classes,) float, factor on each class's loss; of classes alone.
-    Batches hold ``image`` (b, c, h, w), normalised, and ``label``.
-    Raises: ValueError for an encoder without a head, unknown targets, weights that do not fit.
-    """
-
-    def __init__(
-        self,
-        encoder: VimEncoder,
-        *,
-        targets: str = "class",
-        label_smoothing: float = 0.0,
-        mixup: float = 0.0,
-        cutmix: float = 0.0,
-        class_weights: Tensor | None = None,
-    ):
-        super().__init__()
-        if not encoder.num_classes:
-            raise ValueError("The encoder has no head; load it with num_classes=….")
-        if targets not in TARGETS:
-            raise ValueError(f"targets {targets!r} is not one of {', '.join(TARGETS)}.")
-        self.encoder, self.targets, self.label_smoothing = encoder, targets, label_smoothing
-        self.mix: Any = None
-        if mixup or cutmix:
-            self.mix = Mixup(
-                mixup, cutmix, label_smoothing=label_smoothing, num_classes=encoder.num_classes
-            )
-        if class_weights is not None and (
-            targets != "class" or class_weights.shape != (encoder.num_classes,)
-        ):
-            raise ValueError(
-                f"class_weights of shape {tuple(class_weights.shape)} with targets {targets!r}: "
-                f"expected ({encoder.num_classes},) and 'class'."
-            )
-        self.class_weights: Tensor | None
-        self.register_buffer("class_weights", class_weights, persistent=False)
-
-    def forward(self, batch: dict[str, Tensor]) -> StepOutput:
-        """The loss summed over the samples; ``top1`` beside it, of pictures that are not mixed."""
-        images, labels = batch["image"], batch["label"]
-        if self.targets == "class" and self.mix is not None and self.training:
-            # timm draws from numpy's generator, which the trainer does not seed for a step.
-            np.random.seed(int(torch.randint(2**31, ())))  # noqa: NPY002
-            images, soft = self.mix(images.clone(), labels)
-            return StepOutput(self._cross_entropy(self.encoder(images).float(), soft), len(images))
-        logits = self.encoder(images).float()
-        if self.targets == "class":
-            loss = self._cross_entropy(logits, labels)
-        else:
-            asked = _more_than(labels, logits.shape[1]) if self.targets == "ordinal" else labels
-            loss = F.binary_cross_entropy_with_logits(logits, asked.float(), reduction="none")
-            loss = loss.mean(1).sum()
-        hits = (predicted(logits, self.targets) == labels).float()
-        hits = hits.mean(1) if hits.dim() > 1 else hits
-        return StepOutput(loss, len(logits), {"top1": 100.0 * hits.sum()})
-
-    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        smoothing = self.label_smoothing if labels.dim() == 1 else 0.0  # mixed ones are smooth
-        return F.cross_entropy(
-            logits, labels, self.class_weights, reduction="sum", label_smoothing=smoothing
-        )
-
-
-def _more_than(labels: Tensor, questions: int) -> Tensor:
-    return labels[:, None] > torch.arange(questions, device=labels.device)
-
-
-def balanced_weights(labels: list[int], classes: int) -> Tensor:
-    """(classes,) float32: inverse to a class's share, their mean over the samples 1."""
-    counts = torch.bincount(torch.tensor(labels), minlength=classes).clamp(min=1)
-    return (len(labels) / (classes * counts)).float()
 
 
 # ---------------------------------------------------------------- a run
@@ -347,70 +252,6 @@ def _warn_of_unseen(train, test, classes: Sequence[str]) -> None:
 
 
 # ---------------------------------------------------------------- evaluation
-
-BEST = "best.safetensors"
-
-
-class Validation:
-    """For `fit`: figures of the validation part while training, the best weights so far in the
-    run's folder, and whether it is time to stop.
-
-    Args:
-        encoder: the one that will be used, which is the average where there is one.
-        data: labelled, map-style.
-        folder: the run's.
-        targets: one of `TARGETS`.
-        keep_best: whether `take_best` will be asked for.
-        patience: evaluations without a better one after which it is enough; 0: never.
-        batch_size: samples at once.
-        workers: data loading processes.
-    """
-
-    def __init__(
-        self, encoder: VimEncoder, data, folder: Path, targets: str, *, keep_best: bool,
-        patience: int, batch_size: int = 128, workers: int = 0,
-    ):  # fmt: skip
-        self.encoder, self.data, self.folder = encoder, data, Path(folder)
-        self.targets, self.keep_best, self.patience = targets, keep_best, patience
-        self.figure = f"val_{MAIN_FIGURE[targets]}"
-        self.loading = {"batch_size": batch_size, "workers": workers}
-
-    def __call__(self) -> dict[str, float]:
-        from safetensors.torch import save_file
-
-        training = self.encoder.training
-        device = next(self.encoder.parameters()).device
-        found = extract_features(
-            self.encoder.eval(), self.data, create_transform(self.encoder), device=device,
-            **self.loading,
-        )  # fmt: skip
-        self.encoder.train(training)
-        judged = values(figures(found.x, found.y, self.targets))
-        logged = {f"val_{name}": value for name, value in judged.items()}
-        if self.keep_best and logged[self.figure] > max(self._logged(), default=-math.inf):
-            state = {k: v.cpu().contiguous() for k, v in self.encoder.state_dict().items()}
-            partial = self.folder / f".{BEST}.partial"
-            save_file(state, partial)
-            partial.replace(self.folder / BEST)
-        return logged
-
-    def enough(self) -> bool:
-        logged = self._logged()
-        return bool(self.patience and logged) and (
-            len(logged) - 1 - logged.index(max(logged)) >= self.patience
-        )
-
-    def take_best(self) -> None:
-        """Put the best weights into the encoder."""
-        from safetensors.torch import load_file
-
-        self.encoder.load_state_dict(load_file(self.folder / BEST))
-
-    def _logged(self) -> list[float]:
-        # What the log says is what a resumed run knows too: it is cut back to the checkpoint.
-        if not (self.folder / "metrics.jsonl").exists():
-            return []
-        return [row[self.figure] for row in read_metrics(self.folder) if self.figure in row]
 
 
 def evaluate(

@@ -5,24 +5,23 @@ A model has ``encoder``, ``classes``, ``config`` (all that builds it again) and 
 
 import contextlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import nn
 
-from vim_ssl.checkpoints.loading import load_encoder, load_for_bands, save_encoder, write_whole
+from vim_ssl.checkpoints.loading import load_for_bands
 from vim_ssl.data.loading.indexed import SeededSamples
 from vim_ssl.models.encoder import VimEncoder
 from vim_ssl.report import write_report
-from vim_ssl.training.loop import TrainConfig, fit, make_average
-from vim_ssl.training.run import Run, environment, evaluation_folder
+from vim_ssl.training.accelerator import make_average
+from vim_ssl.training.config import TrainConfig
+from vim_ssl.training.loop import fit
+from vim_ssl.training.run import Run, evaluation_folder
 from vim_ssl.utils.config import check_between, opt, to_dict
-
-Model = TypeVar("Model", bound=nn.Module)
+from vim_ssl.utils.environment import environment
 
 
 @dataclass
@@ -147,51 +146,3 @@ class DenseTask:
         print(scores.table())
         print(f"{self.summary(metrics)} on {metrics['test']:,} test pictures · {folder}")
         return metrics
-
-
-def save_task(
-    model: Any, folder: str | os.PathLike, file: str, record: dict[str, Any] | None = None
-) -> None:
-    """Write ``model.encoder`` as `save_encoder` does, and the rest, with ``model.config``, to
-    ``file`` beside it."""
-    from safetensors.torch import save
-
-    save_encoder(model.encoder, folder, record=record)
-    state = {
-        key: value.detach().cpu().contiguous()
-        for key, value in model.state_dict().items()
-        if not key.startswith("encoder.")
-    }
-    write_whole(Path(folder) / file, save(state, {"config": json.dumps(model.config)}))
-
-
-def load_task(make: Callable[..., Model], folder: str | os.PathLike, file: str, task: str) -> Model:
-    """The model that `save_task` has written, in eval mode.
-
-    Args:
-        make: encoder, classes and the other settings of ``config`` -> model.
-        file: the name it has in ``folder``.
-        task: of the script that writes such files.
-    Raises: FileNotFoundError for a folder without the file; ValueError for one that does not fit
-        the encoder beside it.
-    """
-    from safetensors import safe_open
-    from safetensors.torch import load_file
-
-    path = Path(folder) / file
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{folder} holds no {file}, the head that {task} has trained; name a run of "
-            f"downstream/{task}.py."
-        )
-    with safe_open(path, "pt") as opened:
-        stored = opened.metadata() or {}
-    if "config" not in stored:
-        raise ValueError(f"{path} is no head that downstream/{task}.py has written.")
-    config = json.loads(stored["config"])
-    model = make(load_encoder(folder), config.pop("classes"), **config)
-    found = model.load_state_dict(load_file(path), strict=False)
-    wrong = [key for key in found.missing_keys if not key.startswith("encoder.")]
-    if wrong or found.unexpected_keys:
-        raise ValueError(f"{path} does not fit its encoder: {(wrong + found.unexpected_keys)[:5]}.")
-    return model.eval()

@@ -17,16 +17,16 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
+from vim_ssl.checkpoints.task_models import load_task, save_task
 from vim_ssl.data.images import BadImage, clean_image
 from vim_ssl.data.transforms.dense import DensePixels, on_canvas
-from vim_ssl.metrics.detection import BoxScores, draw_objects, sheet_of_objects
-from vim_ssl.metrics.segmentation import DRAWN
+from vim_ssl.metrics.detection import BoxScores
 from vim_ssl.models.encoder import VimEncoder
 from vim_ssl.models.heads import RCNN, SimpleFeaturePyramid
 from vim_ssl.models.heads.rcnn import COARSEST
 from vim_ssl.objectives.base import StepOutput
-from vim_ssl.tasks.dense import load_task, save_task
-from vim_ssl.utils.config import did_you_mean
+from vim_ssl.utils.drawing import DRAWN, draw_objects, sheet_of_objects
+from vim_ssl.utils.names import did_you_mean
 
 HEADS = ("cascade", "rcnn")
 FILE = "detection.safetensors"

@@ -18,20 +18,20 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import to_pil_image
 
+from vim_ssl.checkpoints.task_models import load_task, save_task
 from vim_ssl.data.images import BadImage, clean_image
+from vim_ssl.data.labels import IGNORE
 from vim_ssl.data.sources.geotiff import write_labels
-from vim_ssl.data.sources.masks import IGNORE
 from vim_ssl.data.transforms.dense import DensePixels
 from vim_ssl.data.transforms.image import as_seen
-from vim_ssl.metrics.segmentation import DRAWN, MaskScores, draw
+from vim_ssl.metrics.segmentation import MaskScores
 from vim_ssl.metrics.volumes import VolumeScores
 from vim_ssl.models.encoder import VimEncoder
 from vim_ssl.models.heads import NORMS, FCNHead, FeatureUpsampling, LinearHead, UPerNet
 from vim_ssl.models.sliding_window import label_pixels
 from vim_ssl.objectives.base import StepOutput
-from vim_ssl.tasks.dense import load_task, save_task
-from vim_ssl.utils.config import did_you_mean
-from vim_ssl.utils.drawing import class_colours
+from vim_ssl.utils.drawing import DRAWN, class_colours, draw
+from vim_ssl.utils.names import did_you_mean
 
 HEADS = ("upernet", "linear")
 FILE = "segmentation.safetensors"

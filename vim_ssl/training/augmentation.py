@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from vim_ssl.data.transforms.image import Transform, create_transform
-from vim_ssl.training.loop import TrainConfig
+from vim_ssl.training.config import TrainConfig
 from vim_ssl.utils.config import check_between, opt
 
 

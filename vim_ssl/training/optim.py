@@ -22,7 +22,7 @@ from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler, PolyLRSchedu
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
-from vim_ssl.utils.config import did_you_mean
+from vim_ssl.utils.names import did_you_mean
 
 # Never decayed, wherever in a model they stand: A_log and D define the dynamics of a scan (zero is
 # no neutral value for them), the others are offsets. timm adds biases, norms and all else that is

@@ -19,6 +19,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from vim_ssl.utils.files import _sync, _write
+
 RUNS = Path("runs")
 LOCK = ".lock"
 # What may differ when a run is taken up again: it changes no step (compile: its rounding), or only
@@ -291,7 +293,7 @@ def _check_trackers(names: tuple[str, ...]) -> list[str]:
     installed."""
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
-    from vim_ssl.utils.config import did_you_mean
+    from vim_ssl.utils.names import did_you_mean
 
     installed = [str(getattr(name, "value", name)) for name in get_available_trackers()]
     if names in (("auto",), ("none",)):
@@ -402,26 +404,6 @@ def read_metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
 
 
-def environment() -> dict[str, str]:
-    """What figures depend on: hardware and versions, for the records that go with them."""
-    import platform
-
-    import timm
-    import torch
-
-    from vim_ssl import __version__
-
-    processor = platform.processor() or platform.machine()
-    if (info := Path("/proc/cpuinfo")).exists():
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        processor = names[0].partition(":")[2].strip() if names else processor
-    hardware = f"{processor}, {os.cpu_count()} cores"
-    if torch.cuda.is_available():
-        hardware += f"; {torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    versions = f"vim_ssl {__version__}, torch {torch.__version__}, timm {timm.__version__}"
-    return {"hardware": hardware, "versions": f"{versions}, Python {platform.python_version()}"}
-
-
 def _step(line: str) -> int:
     try:
         return json.loads(line)["step"]
@@ -448,26 +430,3 @@ def _plain(config) -> dict:
     from vim_ssl.utils.config import to_dict
 
     return to_dict(config)
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text)
-        _sync(partial)
-        os.replace(partial, path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-def _sync(path: Path) -> None:
-    """Make the disk hold what was written (directories too, where the system allows it)."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except PermissionError:
-        return
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -34,6 +34,8 @@ from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin,
 
 import yaml
 
+from vim_ssl.utils.names import did_you_mean
+
 C = TypeVar("C")
 Presets = Mapping[str, Callable[[], C]]
 RESERVED = ("help", "preset", "config")
@@ -179,16 +181,6 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}; expected lines 'key: value'.")
     return values
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown name: the near match, or all that is known."""
-    known = list(known)
-    if near := difflib.get_close_matches(name, known, n=1, cutoff=0.6):
-        return f"Did you mean {near[0]!r}?"
-    if len(known) > 50:
-        return f"{len(known):,} others are known."
-    return f"Known: {', '.join(known)}." if known else "None is known."
 
 
 def checked(

@@ -1,10 +1,13 @@
 """Drawings of truth and prediction side by side, with the classes' colours below."""
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torchvision.transforms.v2 import functional as F
 
 SIDE = 320  # pixels of a drawn picture's longer side
 GAP = 6
@@ -68,3 +71,93 @@ def class_colours(classes: int) -> Tensor:
     shifts = torch.arange(8)
     bits = numbers[:, None, None] >> (3 * shifts + torch.arange(3)[:, None]) & 1  # (n, 3, 8)
     return (bits << (7 - shifts)).sum(2).to(torch.uint8)
+
+
+DRAWN = 8  # pictures
+
+
+def draw(
+    rows: Sequence[tuple[Image.Image, np.ndarray, np.ndarray]],
+    classes: Sequence[str],
+    colours: np.ndarray,
+) -> Image.Image:
+    """One sheet: picture | truth | prediction, a row a picture, and the classes' colours below.
+
+    Args:
+        rows: (picture, truth, prediction), masks (h, w) of the picture's size.
+        classes: names.
+        colours: uint8 (classes + 1, 3), the last for pixels without a class.
+    """
+    drawn = []
+    for picture, truth, guess in rows:
+        size = shown_size(picture.size)
+        painted = [
+            Image.fromarray(colours[np.minimum(mask, len(classes))]).resize(
+                size, Image.Resampling.NEAREST
+            )
+            for mask in (truth, guess)
+        ]
+        drawn.append([picture.convert("RGB").resize(size), *painted])
+    used = sorted({int(i) for _, *masks in rows for mask in masks for i in np.unique(mask)})
+    names = [(min(i, len(classes)), classes[i] if i < len(classes) else "no class") for i in used]
+    legend = [(colours[number].tolist(), name) for number, name in names]
+    return sheet(drawn, ("picture", "truth", "prediction"), legend)
+
+
+def draw_objects(
+    picture: Tensor,
+    boxes: Tensor,
+    labels: Tensor,
+    classes: Sequence[str],
+    masks: Tensor | None = None,
+) -> Tensor:
+    """Boxes, and masks if given, in their classes' colours.
+
+    Args:
+        picture: uint8 (c, h, w); of other than three channels the first is shown, grey.
+        boxes: (n, 4), left, top, right, bottom in pixels. labels: (n,), class numbers.
+        masks: bool (n, h, w).
+    Returns: uint8 (3, h, w).
+    """
+    from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+
+    picture = picture if len(picture) == 3 else picture[:1].expand(3, -1, -1)
+    if not len(boxes):
+        return picture
+    palette = class_colours(len(classes) + 1)[1:].tolist()  # no background here
+    colours = [tuple(palette[label]) for label in labels.tolist()]
+    if masks is not None:
+        picture = draw_segmentation_masks(picture, masks, 0.5, colours)
+    names = [classes[label] for label in labels.tolist()]
+    return draw_bounding_boxes(picture, boxes, names if len(classes) > 1 else None, colours)
+
+
+def sheet_of_objects(
+    rows: Sequence[tuple[Image.Image, dict[str, Any], dict[str, Any]]], classes: Sequence[str]
+) -> Image.Image:
+    """Truth | prediction, a row a picture, and the classes' colours below.
+
+    Args:
+        rows: (picture, item of the data, found); see `ImageData` and `Detection.predict`.
+        classes: names.
+    """
+    drawn, used = [], set()
+    for picture, item, found in rows:
+        width, height = shown_size(picture.size)
+        shown = F.pil_to_tensor(picture.convert("RGB").resize((width, height)))
+        factors = torch.tensor([width / picture.width, height / picture.height] * 2)
+        line = []
+        for part, labels in ((item, item["box_labels"]), (found, found["labels"])):
+            masks = part.get("masks")
+            if masks is not None and len(masks):
+                masks = F.resize(torch.from_numpy(masks.astype(np.uint8)), [height, width]) > 0
+            boxes = torch.from_numpy(part["boxes"]) * factors
+            panel = draw_objects(
+                shown, boxes, torch.from_numpy(labels), classes,
+                masks if masks is not None and len(masks) else None,
+            )  # fmt: skip
+            line.append(F.to_pil_image(panel))
+            used |= set(labels.tolist())
+        drawn.append(line)
+    palette = class_colours(len(classes) + 1)[1:].tolist()  # no background here
+    return sheet(drawn, ("truth", "prediction"), [(palette[i], classes[i]) for i in sorted(used)])

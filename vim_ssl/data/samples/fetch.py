@@ -22,6 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 
 from vim_ssl.data.spec import near
+from vim_ssl.utils.files import cache_dir
 
 TIMEOUT_S = 1800  # 75 MB over a slow line
 LICENCES = ("LICENSE*", "copyright", "METADATA")  # names of the files that state a package's own
@@ -249,24 +250,6 @@ SAMPLES: dict[str, Sample] = {
 
 class SampleMissing(FileNotFoundError):
     """A sample set that is not on this machine; the message says how to get it."""
-
-
-def cache_dir() -> Path:
-    """Where sample sets are kept: VIM_SSL_SAMPLES, else a folder in the user's cache."""
-    if given := os.environ.get("VIM_SSL_SAMPLES"):
-        return Path(given).expanduser()
-    return user_cache() / "samples"
-
-
-def user_cache() -> Path:
-    """This project's folder in the user's cache; VIM_SSL_CACHE puts it elsewhere."""
-    if given := os.environ.get("VIM_SSL_CACHE"):
-        return Path(given).expanduser()
-    if os.name == "nt":
-        base = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "vim_ssl"
 
 
 def list_samples() -> dict[str, str]:

@@ -9,12 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from vim_ssl.data.dataset import ImageData
+from vim_ssl.data.images import EXTENSIONS
 from vim_ssl.data.spec import SPLIT_NAMES, DataSpec, near, pick_split
 
-EXTENSIONS = (
-    ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png",
-    ".pnm", ".ppm", ".tif", ".tiff", ".webp",
-)  # fmt: skip
 _SPLIT_FOLDERS = frozenset(name for names in SPLIT_NAMES.values() for name in names)
 
 

@@ -1,10 +1,7 @@
 """Remote sensing: ``geotiff:``, ``eurosat:``, ``bigearthnet:``, with named bands, by rasterio."""
 
-import csv
 import glob
-import json
 import os
-import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,60 +13,12 @@ import numpy as np
 
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import BadImage, most_pixels
-from vim_ssl.data.sources.folder import EXTENSIONS, FilePictures, OnDisk, read_layout
-from vim_ssl.data.sources.masks import IGNORE, checked, mask_folders, named_classes, paired
+from vim_ssl.data.labels import IGNORE, checked, mask_folders, named_classes, paired
+from vim_ssl.data.sources.folder import OnDisk, read_layout
 from vim_ssl.data.spec import DataSpec, near, pick_split
 
 TIFFS = (".tif", ".tiff")
 BLOCK = 128  # pixels; side of the blocks of what is written
-# EuroSAT's files have the narrow infrared band last.
-EUROSAT_BANDS = (
-    "B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B09", "B10", "B11", "B12", "B8A",
-)  # fmt: skip
-EUROSAT_CLASSES = (
-    "AnnualCrop", "Forest", "HerbaceousVegetation", "Highway", "Industrial", "Pasture",
-    "PermanentCrop", "Residential", "River", "SeaLake",
-)  # fmt: skip
-# Where the archives put the class folders.
-EUROSAT_FOLDERS = (
-    "", "EuroSAT_RGB", "2750", "EuroSAT", "EuroSAT_MS", "EuroSATallBands",
-    "ds/images/remote_sensing/otherDatasets/sentinel_2/tif",
-)  # fmt: skip
-BIGEARTHNET_BANDS = (
-    "B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B11", "B12",
-)  # fmt: skip
-BIGEARTHNET_SIDE = 120  # pixels of 10 m
-# The 19 classes, and which of the 43 of the first version each takes in; the others are left out.
-BIGEARTHNET_CLASSES: dict[str, tuple[str, ...]] = {
-    "Urban fabric": ("Continuous urban fabric", "Discontinuous urban fabric"),
-    "Industrial or commercial units": ("Industrial or commercial units",),
-    "Arable land": ("Non-irrigated arable land", "Permanently irrigated land", "Rice fields"),
-    "Permanent crops": (
-        "Vineyards", "Fruit trees and berry plantations", "Olive groves",
-        "Annual crops associated with permanent crops",
-    ),
-    "Pastures": ("Pastures",),
-    "Complex cultivation patterns": ("Complex cultivation patterns",),
-    "Land principally occupied by agriculture, with significant areas of natural vegetation": (
-        "Land principally occupied by agriculture, with significant areas of natural vegetation",
-    ),
-    "Agro-forestry areas": ("Agro-forestry areas",),
-    "Broad-leaved forest": ("Broad-leaved forest",),
-    "Coniferous forest": ("Coniferous forest",),
-    "Mixed forest": ("Mixed forest",),
-    "Natural grassland and sparsely vegetated areas": (
-        "Natural grassland", "Sparsely vegetated areas",
-    ),
-    "Moors, heathland and sclerophyllous vegetation": (
-        "Moors and heathland", "Sclerophyllous vegetation",
-    ),
-    "Transitional woodland, shrub": ("Transitional woodland/shrub",),
-    "Beaches, dunes, sands": ("Beaches, dunes, sands",),
-    "Inland wetlands": ("Inland marshes", "Peatbogs"),
-    "Coastal wetlands": ("Salt marshes", "Salines"),
-    "Inland waters": ("Water courses", "Water bodies"),
-    "Marine waters": ("Coastal lagoons", "Estuaries", "Sea and ocean"),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -335,128 +284,6 @@ def open_geotiff(spec: DataSpec) -> ImageData:
     )  # fmt: skip
 
 
-def open_eurosat(spec: DataSpec) -> ImageData:
-    """Open ``eurosat:root``: the ten class folders, in root or where the archives put them, of the
-    RGB pictures (.jpg) or of the 13-band rasters (.tif, 64 px, uint16).
-
-    Where root has both, ``bands=`` (all, or B04,B03,B02 …) takes the rasters. Lists of a split are
-    used where they lie in root or beside the folders: ``eurosat-train.txt`` with -val and -test,
-    or ``train.csv``, ``validation.csv`` and ``test.csv``; EuroSAT itself has none. The ids are
-    ``class/file``.
-
-    Raises: FileNotFoundError and ValueError with all that is missing.
-    """
-    spec.takes("label", "bands")
-    root = Path(spec.location).expanduser()
-    source = f"eurosat:{spec.location}"
-    if not root.is_dir():
-        raise FileNotFoundError(f"{source}: there is no such folder.")
-    names: list[str] = []
-    for place in EUROSAT_FOLDERS:
-        folder = root / place
-        names = [
-            f"{kind}/{file}"
-            for kind in EUROSAT_CLASSES
-            if (folder / kind).is_dir()
-            for file in sorted(os.listdir(folder / kind))
-            if file.lower().endswith(TIFFS if spec.bands else EXTENSIONS)
-        ]
-        if names:
-            break
-    if not names:
-        raise FileNotFoundError(
-            f"{source} has no class folder ({', '.join(EUROSAT_CLASSES[:3])} …) with "
-            f"{'.tif files' if spec.bands else 'pictures'}, neither itself nor in "
-            f"{', '.join(EUROSAT_FOLDERS[1:])}."
-        )
-    present = {name.split("/")[0] for name in names}
-    if missing := [kind for kind in EUROSAT_CLASSES if kind not in present]:
-        raise ValueError(f"{source}: {folder} has no pictures of {', '.join(missing)}.")
-    endings = {Path(name).suffix.lower() for name in names}
-    rasters = endings <= set(TIFFS)
-    if not rasters and endings & set(TIFFS):
-        raise ValueError(f"{source}: {folder} mixes pictures and rasters ({', '.join(endings)}).")
-
-    pictures: Any = FilePictures(str(folder), names)
-    bands: Sequence[str] = ("R", "G", "B")
-    if rasters:
-        import_rasterio()
-        numbers = _choose(None if spec.bands == "all" else spec.bands, EUROSAT_BANDS, source)
-        bands = [EUROSAT_BANDS[number - 1] for number in numbers]
-        tiles = [Tile(tuple((name, number) for number in numbers)) for name in names]
-        pictures = RasterPictures(str(folder), tiles)
-    labelled = spec.label != "none"
-    part_of = _eurosat_splits((root, folder, folder.parent))
-    data = ImageData(
-        pictures, names, name=str(spec),
-        labels=[EUROSAT_CLASSES.index(name.split("/")[0]) for name in names] if labelled else None,
-        classes=EUROSAT_CLASSES if labelled else None, bands=bands,
-        splits=list(dict.fromkeys(part_of.values())),
-    )  # fmt: skip
-    return _take_split(data, spec, [part_of.get(Path(name).stem, "") for name in names])
-
-
-def open_bigearthnet(spec: DataSpec) -> ImageData:
-    """Open ``bigearthnet:root``: Sentinel-2 patches of 120 px (10 m), with labels of 19 classes as
-    rows of 0 and 1.
-
-    - Version 2: ``metadata.parquet`` with patch_id, labels and split, beside a folder
-      ``BigEarthNet-S2`` with a folder a patch (or with tiles that hold those).
-    - Version 1: a folder a patch with ``…_labels_metadata.json``; its 43 classes become the 19.
-      It has no splits; the group is the Sentinel-2 tile.
-
-    ``bands=B04,B03,B02`` chooses some of the 12; those of 20 and 60 m are resampled to 10 m. The
-    ids are the patches' names.
-
-    Raises: ImportError without rasterio; FileNotFoundError; ValueError for a class that is none of
-        BigEarthNet's.
-    """
-    spec.takes("label", "bands")
-    import_rasterio()
-    root = Path(spec.location).expanduser()
-    source = f"bigearthnet:{spec.location}"
-    if not root.is_dir():
-        raise FileNotFoundError(f"{source}: there is no such folder.")
-    numbers = _choose(spec.bands, BIGEARTHNET_BANDS, source)
-    bands = [BIGEARTHNET_BANDS[number - 1] for number in numbers]
-    table = root / "metadata.parquet"
-    known, part_of = _metadata(table, source) if table.is_file() else ({}, {})
-    folders = _patches(root / "BigEarthNet-S2" if (root / "BigEarthNet-S2").is_dir() else root)
-    if not table.is_file():
-        for name, folder in folders.items():
-            file = folder / f"{name}_labels_metadata.json"
-            if file.is_file():
-                known[name] = json.loads(file.read_text(encoding="utf-8"))["labels"]
-    names = [name for name in sorted(folders) if name in known]
-    if not names:
-        raise FileNotFoundError(
-            f"{source}: {len(folders)} patch folders and {len(known)} labelled patches, and none "
-            "is both; expected metadata.parquet and BigEarthNet-S2/, or patch folders with a "
-            "…_labels_metadata.json each."
-        )
-    faults = []
-    if absent := len(known) - len(names):
-        faults.append(f"{absent:,} of {len(known):,} labelled patches have no folder")
-    place = {name: folders[name].relative_to(root).as_posix() for name in names}
-    tiles = [
-        Tile(
-            tuple((f"{place[name]}/{name}_{band}.tif", 1) for band in bands),
-            side=BIGEARTHNET_SIDE,
-        )
-        for name in names
-    ]
-    labelled = spec.label != "none"
-    order = [part for part in ("train", "validation", "test") if part in part_of.values()]
-    data = ImageData(
-        RasterPictures(str(root), tiles), names, name=str(spec),
-        labels=[_row(known[name], f"{source}: {name}") for name in names] if labelled else None,
-        classes=list(BIGEARTHNET_CLASSES) if labelled else None, bands=bands,
-        groups=None if order else [re.sub(r"_\d+_\d+$", "", name) for name in names],
-        splits=order, faults=faults,
-    )  # fmt: skip
-    return _take_split(data, spec, [part_of.get(name, "") for name in names])
-
-
 def import_rasterio() -> Any:
     """The library. Raises: ImportError that says what to install."""
     try:
@@ -536,71 +363,3 @@ def _take_split(data: ImageData, spec: DataSpec, parts: Sequence[str]) -> ImageD
         data = data.subset(i for i, part in enumerate(parts) if part == split)
     data.split = split
     return data
-
-
-def _eurosat_splits(folders: Sequence[Path]) -> dict[str, str]:
-    """A picture's name without its ending → its split, by the first complete lists found."""
-    for folder in folders:
-        for pattern, parts in (("eurosat-{}.txt", ("train", "val", "test")),
-                               ("{}.csv", ("train", "validation", "test"))):  # fmt: skip
-            files = {part: folder / pattern.format(part) for part in parts}
-            if not all(file.is_file() for file in files.values()):
-                continue
-            part_of: dict[str, str] = {}
-            for part, file in files.items():
-                with open(file, encoding="utf-8", newline="") as lines:
-                    if file.suffix == ".txt":
-                        listed = [line.strip() for line in lines]
-                    else:
-                        listed = [row["Filename"] for row in csv.DictReader(lines)]
-                part_of |= {Path(name).stem: part for name in listed if name}
-            return part_of
-    return {}
-
-
-def _metadata(table: Path, source: str) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """Labels and split of every patch of version 2."""
-    from pyarrow import parquet
-
-    wanted = ["patch_id", "labels", "split"]
-    columns = parquet.read_schema(table).names
-    if missing := [name for name in wanted if name not in columns]:
-        raise ValueError(
-            f"{source}: {table.name} has no column {', '.join(missing)}, but {', '.join(columns)}."
-        )
-    rows = parquet.read_table(table, columns=wanted).to_pydict()
-    return (
-        dict(zip(rows["patch_id"], rows["labels"], strict=True)),
-        dict(zip(rows["patch_id"], rows["split"], strict=True)),
-    )
-
-
-def _patches(top: Path) -> dict[str, Path]:
-    """Patch → its folder: in ``top``, or in a tile's folder there."""
-    found = {}
-    for folder, below, files in os.walk(top):
-        name = os.path.basename(folder)
-        if any(file.startswith(name) and file.endswith(".tif") for file in files):
-            found[name] = Path(folder)
-            below.clear()
-    return found
-
-
-def _row(labels: Sequence[str], where: str) -> list[int]:
-    """A row of 0 and 1 over the 19 classes, of the names of either version."""
-    row = [0] * len(BIGEARTHNET_CLASSES)
-    for label in labels:
-        places = [i for i, (name, old) in enumerate(BIGEARTHNET_CLASSES.items())
-                  if label == name or label in old]  # fmt: skip
-        if places:
-            row[places[0]] = 1
-        elif label not in _LEFT_OUT:
-            raise ValueError(f"{where}: {label!r} is no class of BigEarthNet.")
-    return row
-
-
-_LEFT_OUT = frozenset({
-    "Road and rail networks and associated land", "Port areas", "Airports",
-    "Mineral extraction sites", "Dump sites", "Construction sites", "Green urban areas",
-    "Sport and leisure facilities", "Bare rock", "Burnt areas", "Intertidal flats",
-})  # fmt: skip

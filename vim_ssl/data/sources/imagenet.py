@@ -8,7 +8,8 @@ from pathlib import Path
 from timm.data import ImageNetInfo
 
 from vim_ssl.data.dataset import ImageData
-from vim_ssl.data.sources.folder import EXTENSIONS, FilePictures
+from vim_ssl.data.images import EXTENSIONS
+from vim_ssl.data.sources.folder import FilePictures
 from vim_ssl.data.spec import DataSpec, pick_split
 
 COUNTS = {"train": 1_281_167, "val": 50_000}

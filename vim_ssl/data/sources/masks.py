@@ -1,8 +1,7 @@
 """Pictures with a mask each, which says what every pixel shows: a plain folder, and ADE20K."""
 
 import os
-from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,10 @@ from PIL import Image
 
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import BadImage
+from vim_ssl.data.labels import IGNORE, checked, named_classes, paired
 from vim_ssl.data.sources.folder import FilePictures, by_split, find_pictures
-from vim_ssl.data.sources.tables import read_text
 from vim_ssl.data.spec import DataSpec, pick_split
 
-IGNORE = 255  # the number of a pixel that nobody has labelled
 # Not GIF: writers put its palette in another order, and a number is a place in the palette.
 LOSSLESS = (".bmp", ".png", ".tif", ".tiff")
 FEW_BITS = {"L;2": 85, "L;4": 17}  # by what Pillow stretches grey of two and four bits to 0 to 255
@@ -49,31 +47,6 @@ class MaskFiles(FilePictures):
 
     def place(self, row: int) -> dict[str, Any]:
         return {}
-
-
-def checked(
-    values: np.ndarray, size: tuple[int, int], name: str, classes: int, first: int = 0
-) -> np.ndarray:
-    """A mask that fits its picture of ``size`` (width, height).
-
-    Args:
-        name: of its file, for messages.
-        classes: how many there are, the numbers from ``first`` on.
-    Raises: BadImage for another size, or a number that is no class.
-    """
-    if values.shape != (size[1], size[0]):
-        height, width = values.shape
-        raise BadImage(
-            name, f"the mask has {width}×{height} pixels, its picture {size[0]}×{size[1]}"
-        )
-    wrong = (values != IGNORE) & (values >= classes + first)
-    if wrong.any():
-        raise BadImage(
-            name,
-            f"the mask holds the number {values[wrong][0]}; there are {classes} classes, "
-            f"{first} to {classes - 1 + first}, and {IGNORE} for pixels without one",
-        )
-    return values
 
 
 def read_mask(path: str | Path) -> np.ndarray:
@@ -193,104 +166,3 @@ def _masks_of(names: Sequence[str], root: Path, folder: str) -> list[str]:
                 f"save masks as PNG (known are {' '.join(LOSSLESS)})."
             )
     return paired(names, masks, root / "images", root / folder)
-
-
-def paired(
-    names: Sequence[str],
-    masks: Sequence[str],
-    images_folder: Path,
-    masks_folder: Path,
-    endings: Sequence[str] = (),
-) -> list[str]:
-    """Each picture's mask: the file of its name but for the ending (of those, or the last).
-
-    Raises: FileNotFoundError naming the pictures without any; ValueError for two of one name.
-    """
-
-    def stem(name: str) -> str:
-        ending = next((e for e in endings if name.lower().endswith(e)), os.path.splitext(name)[1])
-        return name.removesuffix(name[len(name) - len(ending) :])
-
-    found: dict[str, str] = {}
-    for name in masks:
-        if (other := found.setdefault(stem(name), name)) != name:
-            raise ValueError(f"{masks_folder} has two masks {other} and {name}; keep one.")
-    # Of several channels nnU-Net calls the first _0000.
-    wanted = [
-        next((s for s in (stem(n), stem(n).removesuffix("_0000")) if s in found), "") for n in names
-    ]
-    missing = [name for name, of in zip(names, wanted, strict=True) if not of]
-    if missing:
-        some = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
-        raise FileNotFoundError(
-            f"{len(missing)} of {len(names)} pictures in {images_folder} have no mask of their "
-            f"name in {masks_folder}: {some}"
-        )
-    return [found[of] for of in wanted]
-
-
-def mask_folders(root: str) -> tuple[Path, Path] | None:
-    """The folders of the pictures and of their masks, where there are both."""
-    top = Path(root).expanduser()
-    for pair in (("images", "masks"), ("images", "labels"), ("imagesTr", "labelsTr")):
-        images, masks = (top / name for name in pair)
-        if images.is_dir() and masks.is_dir():
-            return images, masks
-    return None
-
-
-def named_classes(
-    root: Path, folder: Path, names: Iterable[str], numbers: Callable[[Path], np.ndarray]
-) -> list[str]:
-    """The lines of ``classes.txt`` in ``root``; without it the numbers in use in ``folder``.
-
-    Args:
-        names: of the masks in ``folder``. numbers: those that a mask holds, a function of a module;
-            may raise BadImage.
-    Raises: ValueError for fewer than 2 classes or more than 255.
-    """
-    file = root / "classes.txt"
-    if file.exists():
-        lines = (line.strip() for line in read_text(file).splitlines())
-        classes = [line for line in lines if line]
-    else:
-        classes = _classes_in_use(folder, names, numbers)
-    if not 2 <= len(classes) <= IGNORE:
-        raise ValueError(f"{root} has {len(classes)} classes; expected 2 to {IGNORE}.")
-    return classes
-
-
-def _classes_in_use(
-    folder: Path, names: Iterable[str], numbers: Callable[[Path], np.ndarray]
-) -> list[str]:
-    """The numbers from 0 to the largest in these masks, as names; files that are broken are left
-    for later."""
-    used: set[int] = set()
-    for name in names:
-        path = folder / name
-        try:
-            found = path.stat()
-            used |= _remembered(numbers, path, found.st_size, found.st_mtime_ns)
-        except (BadImage, OSError):
-            continue
-    if used - {IGNORE} in (set(), {0}):
-        seen = ", ".join(map(str, sorted(used))) or "no number"
-        white = " A white object on black is 1 on 0, not 255 on 0." if IGNORE in used else ""
-        raise ValueError(
-            f"The masks in {folder} hold {seen} and so no two classes; classes are 0, 1, 2 …, and "
-            f"{IGNORE} means that a pixel has none.{white}"
-        )
-    if (most := max(used - {IGNORE})) >= IGNORE:
-        raise ValueError(
-            f"The masks in {folder} hold the number {most}; classes are 0 to {IGNORE - 1}, and "
-            f"{IGNORE} means that a pixel has none."
-        )
-    return [str(i) for i in range(most + 1)]
-
-
-@lru_cache(maxsize=2**17)  # a set is opened for each of its parts, and reading all masks is slow
-def _remembered(
-    read: Callable[[Path], np.ndarray], path: Path, size: int, changed: int
-) -> frozenset[int]:
-    """The numbers in a mask file, as long as it stays as it is."""
-    return frozenset(read(path).tolist())

@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from vim_ssl.data.dataset import ImageData
-from vim_ssl.data.samples.fetch import user_cache
 from vim_ssl.data.spec import DataSpec, pick_split
-from vim_ssl.metrics.medmnist import BINARY, MULTI_CLASS, MULTI_LABEL
+from vim_ssl.utils.files import user_cache
 
+BINARY, MULTI_CLASS = "binary-class", "multi-class"
+MULTI_LABEL, ORDINAL = "multi-label, binary-class", "ordinal-regression"
 SPLITS = ("train", "val", "test")
 
 

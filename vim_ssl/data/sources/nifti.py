@@ -15,11 +15,11 @@ import numpy as np
 
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import BadImage
-from vim_ssl.data.samples.fetch import user_cache
+from vim_ssl.data.labels import IGNORE, checked, mask_folders, named_classes, paired
 from vim_ssl.data.sources.folder import OnDisk, read_layout
-from vim_ssl.data.sources.masks import IGNORE, checked, mask_folders, named_classes, paired
 from vim_ssl.data.spec import DataSpec
 from vim_ssl.data.window import Window, to_8bit
+from vim_ssl.utils.files import user_cache
 
 ENDINGS = (".nii", ".nii.gz")
 DEFAULT_WINDOW = Window(0.5, 99.5, percent=True)

@@ -19,8 +19,8 @@ import numpy as np
 from PIL import Image
 
 from vim_ssl.data.dataset import ImageData
-from vim_ssl.data.images import BadImage, decode_image, most_pixels
-from vim_ssl.data.sources.folder import EXTENSIONS, FilePictures, OnDisk, find_files, read_layout
+from vim_ssl.data.images import EXTENSIONS, BadImage, decode_image, most_pixels
+from vim_ssl.data.sources.folder import FilePictures, OnDisk, find_files, read_layout
 from vim_ssl.data.spec import DataSpec
 
 TIFFS = (".tif", ".tiff", ".svs", ".ndpi", ".scn", ".bif")

@@ -11,6 +11,7 @@ from vim_ssl.data.sources.folder import FilePictures, sort_classes
 from vim_ssl.data.sources.hub import import_datasets, open_tables
 from vim_ssl.data.sources.webdataset import expand
 from vim_ssl.data.spec import DataSpec, canonical_split, near, pick_split
+from vim_ssl.utils.files import read_text
 
 PATH_NAMES = (
     "image", "path", "file_name", "filename", "file", "filepath", "image_path", "video",
@@ -34,16 +35,6 @@ def open_csv(spec: DataSpec) -> ImageData:
     """
     spec.takes("image", "label", "caption", "group")
     return read_table(spec, ImageData, FilePictures)
-
-
-def read_text(file: Path) -> str:
-    """The content of a text file. Raises: ValueError, with the line, if it is not UTF-8."""
-    content = file.read_bytes()
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{file} is not UTF-8 (line {line}); save it as UTF-8.") from None
 
 
 def read_table(

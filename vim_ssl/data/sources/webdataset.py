@@ -21,7 +21,7 @@ from hashlib import blake2b
 from itertools import product
 from typing import Any
 
-from vim_ssl.data.images import BadImage
+from vim_ssl.data.images import EXTENSIONS, BadImage
 from vim_ssl.data.loading.streamed import (
     RETRIES,
     ImageStream,
@@ -30,9 +30,8 @@ from vim_ssl.data.loading.streamed import (
     is_remote,
     open_file,
 )
-from vim_ssl.data.samples.fetch import user_cache
-from vim_ssl.data.sources.folder import EXTENSIONS
 from vim_ssl.data.spec import DataSpec
+from vim_ssl.utils.files import user_cache
 
 PICTURES = tuple(extension[1:] for extension in EXTENSIONS)
 KINDS = {"wds": "*.tar", "parquet": "*.parquet"}  # what is read of a folder, by scheme

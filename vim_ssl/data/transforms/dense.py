@@ -15,7 +15,7 @@ from torchvision.ops import masks_to_boxes
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from vim_ssl.data.sources.masks import IGNORE
+from vim_ssl.data.labels import IGNORE
 from vim_ssl.data.transforms.image import ToChannels
 
 LONGEST = 4  # a long side is at most so many times the short side asked for

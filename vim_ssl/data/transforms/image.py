@@ -12,10 +12,9 @@ from timm.data.transforms import MaybeToTensor, str_to_interp_mode
 from torch import Tensor, nn
 from torchvision import transforms
 
-from vim_ssl.checkpoints.adapt import band_places
-from vim_ssl.data.dataset import ImageData
-from vim_ssl.data.images import BadImage, clean_image
-from vim_ssl.data.sources.video import ClipTransform
+from vim_ssl.data.config import _config, band_places
+from vim_ssl.data.images import clean_image
+from vim_ssl.data.transforms.clip import ClipTransform
 
 Transform = Callable[[Any], Tensor]  # of a PIL image, an array (h, w, bands) or a Video
 
@@ -189,86 +188,6 @@ def as_seen(images: Tensor, config: Mapping[str, Any]) -> Tensor:
     if len(places) < 3:
         places = [0, 1, 2] if len(mean) >= 3 else [0]
     return (images[:, places] / 4 + 0.5).clamp(0, 1)
-
-
-def band_statistics(data: ImageData, sample: int = 1000) -> dict[str, Any]:
-    """Mean and standard deviation of every band, over all values that were measured.
-
-    Args:
-        data: pictures of one number of bands; the training part, for training.
-        sample: of how many pictures, spread evenly.
-    Returns: ``bands``, ``mean`` and ``std``, as an encoder's ``data_config`` has them: they are
-        stored with the encoder when it is given them.
-    Raises: ValueError when no picture can be read, or their bands differ.
-    """
-    few = min(sample, len(data))
-    count = total = squares = torch.zeros(())
-    for i in range(few):
-        try:
-            image = data[i * len(data) // few]["image"]
-        except BadImage:
-            continue
-        values = np.asarray(image)
-        x = as_tensor(values.reshape(*values.shape[:2], -1)).flatten(1).double()
-        if count.ndim and len(count) != len(x):
-            raise ValueError(f"{data.name} has pictures of {len(count)} and of {len(x)} bands.")
-        known = x.isfinite()
-        x = x.where(known, 0)
-        count, total, squares = count + known.sum(1), total + x.sum(1), squares + x.square().sum(1)
-    if not count.ndim or (count == 0).any():
-        raise ValueError(f"{data.name}: of {few} pictures none has values in every band.")
-    mean = total / count
-    std = (squares / count - mean.square()).clamp(min=0).sqrt()
-    names = data.bands or {1: ("L",), 3: ("R", "G", "B")}.get(len(mean))
-    return {
-        "bands": tuple(names or (f"band{i}" for i in range(len(mean)))),
-        "mean": tuple(mean.tolist()),
-        "std": tuple(std.clamp(min=1e-6).tolist()),
-    }
-
-
-def band_arguments(data: ImageData) -> dict[str, Any]:
-    """The arguments of an encoder for the bands of these pictures, for `load_encoder`: ``in_chans``
-    and a ``data_config`` with their names and statistics; none for pictures in grey or colour."""
-    if data.bands is None or not isinstance(_first(data), np.ndarray):
-        return {}
-    return {"in_chans": len(data.bands), "data_config": band_statistics(data)}
-
-
-def check_bands(encoder: nn.Module, data: Any) -> None:
-    """Raises: ValueError for values in units of their own in other bands than the encoder's, whose
-    mean and deviation are of something else; what has 8 bits fits any of as many channels."""
-    own, bands = tuple(_config(encoder).get("bands", ())), getattr(data, "bands", None)
-    if bands is None or tuple(bands) == own or not isinstance(first := _first(data), np.ndarray):
-        return
-    if first.dtype != np.uint8 and np.nanmax(first) > 1:
-        raise ValueError(
-            f"{data.name} has the bands {', '.join(bands)}, the encoder {', '.join(own)}, and the "
-            f"values ({first.dtype}, up to {np.nanmax(first):g}) have a unit of their own; load "
-            "and train an encoder with data_config=vim_ssl.data.band_statistics(data)."
-        )
-
-
-def _first(data: ImageData) -> Image.Image | np.ndarray | None:
-    """The first picture that can be read."""
-    for i in range(len(data)):
-        try:
-            return data[i]["image"]
-        except BadImage:
-            continue
-    return None
-
-
-def _config(encoder_or_config: nn.Module | Mapping[str, Any]) -> Mapping[str, Any]:
-    config = getattr(encoder_or_config, "data_config", encoder_or_config)
-    if not isinstance(config, Mapping):
-        raise TypeError(
-            f"Expected an encoder with a data_config, or such a mapping, not "
-            f"{type(encoder_or_config).__name__}."
-        )
-    if missing := {"input_size", "mean", "std"} - set(config):
-        raise ValueError(f"data_config has no {', '.join(sorted(missing))}.")
-    return config
 
 
 def _keep_a_bit(step: Any) -> Any:

@@ -1,0 +1,62 @@
+"""Save and load a task's model: encoder, heads and what they were trained for."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import nn
+
+from vim_ssl.checkpoints.loading import load_encoder, save_encoder
+from vim_ssl.utils.files import write_whole
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def save_task(
+    model: Any, folder: str | os.PathLike, file: str, record: dict[str, Any] | None = None
+) -> None:
+    """Write ``model.encoder`` as `save_encoder` does, and the rest, with ``model.config``, to
+    ``file`` beside it."""
+    from safetensors.torch import save
+
+    save_encoder(model.encoder, folder, record=record)
+    state = {
+        key: value.detach().cpu().contiguous()
+        for key, value in model.state_dict().items()
+        if not key.startswith("encoder.")
+    }
+    write_whole(Path(folder) / file, save(state, {"config": json.dumps(model.config)}))
+
+
+def load_task(make: Callable[..., Model], folder: str | os.PathLike, file: str, task: str) -> Model:
+    """The model that `save_task` has written, in eval mode.
+
+    Args:
+        make: encoder, classes and the other settings of ``config`` -> model.
+        file: the name it has in ``folder``.
+        task: of the script that writes such files.
+    Raises: FileNotFoundError for a folder without the file; ValueError for one that does not fit
+        the encoder beside it.
+    """
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    path = Path(folder) / file
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no {file}, the head that {task} has trained; name a run of "
+            f"downstream/{task}.py."
+        )
+    with safe_open(path, "pt") as opened:
+        stored = opened.metadata() or {}
+    if "config" not in stored:
+        raise ValueError(f"{path} is no head that downstream/{task}.py has written.")
+    config = json.loads(stored["config"])
+    model = make(load_encoder(folder), config.pop("classes"), **config)
+    found = model.load_state_dict(load_file(path), strict=False)
+    wrong = [key for key in found.missing_keys if not key.startswith("encoder.")]
+    if wrong or found.unexpected_keys:
+        raise ValueError(f"{path} does not fit its encoder: {(wrong + found.unexpected_keys)[:5]}.")
+    return model.eval()

@@ -1,0 +1,91 @@
+"""The data configuration of an encoder: size, mean, std, crop and bands."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+IMAGENET_DATA: dict[str, Any] = {
+    "input_size": (3, 224, 224),
+    "mean": (0.485, 0.456, 0.406),
+    "std": (0.229, 0.224, 0.225),
+    "interpolation": "bicubic",
+    "crop_pct": 0.875,
+    "crop_mode": "center",
+    "bands": ("R", "G", "B"),
+}
+MNIST_DATA: dict[str, Any] = {"mean": (0.1307,), "std": (0.3081,), "crop_pct": 1.0}
+
+
+def _data_config(given: dict | None, in_chans: int, img_size: tuple[int, int]) -> dict:
+    """Complete the caller's data description; statistics must fit the channels."""
+    config = dict(IMAGENET_DATA, input_size=(in_chans, *img_size))
+    if in_chans != 3:
+        config["mean"] = (sum(IMAGENET_DATA["mean"]) / 3,) * in_chans
+        config["std"] = (sum(IMAGENET_DATA["std"]) / 3,) * in_chans
+        config["bands"] = ("L",) if in_chans == 1 else tuple(f"band{i}" for i in range(in_chans))
+    for key, value in (given or {}).items():
+        if key not in config:
+            raise ValueError(f"data_config has no {key!r}; it has {', '.join(config)}.")
+        config[key] = tuple(value) if isinstance(value, list | tuple) else value
+    for key in ("mean", "std", "bands"):
+        if len(config[key]) != in_chans:
+            raise ValueError(f"data_config[{key!r}] has {len(config[key])} entries; "
+                             f"in_chans is {in_chans}.")  # fmt: skip
+    return config
+
+
+_COLOURS = {
+    "R": "R", "RED": "R", "B04": "R", "G": "G", "GREEN": "G", "B03": "G", "B": "B", "BLUE": "B",
+    "B02": "B",
+}  # fmt: skip
+
+
+def band_places(known: Sequence[str], wanted: Sequence[str]) -> list[int | None] | None:
+    """Where each wanted band stands among the known ones; None for one that is not there, and as
+    the whole when none is."""
+    names, asked = (
+        [_COLOURS.get(name.upper(), name.upper()) for name in bands] for bands in (known, wanted)
+    )
+    places = [names.index(name) if name in names else None for name in asked]
+    return places if any(place is not None for place in places) else None
+
+
+def _bands(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of an encoder's bands; of three channels without names, colours."""
+    given = (config.get("data_config") or {}).get("bands")
+    return tuple(given or {1: ("L",), 3: ("R", "G", "B")}.get(config["in_chans"], ()))
+
+
+def adapt_data(
+    data: Mapping[str, Any], chans: int, bands: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """Statistics for other channels, in step with `adapt_patch_embed`."""
+    adapted = dict(data)
+    places = band_places(data.get("bands", ()), bands or ())
+    for key in ("mean", "std"):
+        if key in data:
+            known = data[key]
+            one = sum(known) / len(known)
+            if places:
+                adapted[key] = tuple(one if place is None else known[place] for place in places)
+            elif chans == 1:
+                adapted[key] = (one,)
+            else:
+                adapted[key] = tuple(known[i % len(known)] for i in range(chans))
+    adapted["bands"] = tuple(bands or ()) or {1: ("L",), 3: ("R", "G", "B")}.get(
+        chans, tuple(f"band{i}" for i in range(chans))
+    )
+    return adapted
+
+
+def _config(encoder_or_config: nn.Module | Mapping[str, Any]) -> Mapping[str, Any]:
+    config = getattr(encoder_or_config, "data_config", encoder_or_config)
+    if not isinstance(config, Mapping):
+        raise TypeError(
+            f"Expected an encoder with a data_config, or such a mapping, not "
+            f"{type(encoder_or_config).__name__}."
+        )
+    if missing := {"input_size", "mean", "std"} - set(config):
+        raise ValueError(f"data_config has no {', '.join(sorted(missing))}.")
+    return config

@@ -1,0 +1,156 @@
+"""`bigearthnet:`: BigEarthNet v2's official layout."""
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from vim_ssl.data.dataset import ImageData
+from vim_ssl.data.sources.geotiff import RasterPictures, Tile, _choose, _take_split, import_rasterio
+from vim_ssl.data.spec import DataSpec
+
+BIGEARTHNET_BANDS = (
+    "B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B11", "B12",
+)  # fmt: skip
+BIGEARTHNET_SIDE = 120  # pixels of 10 m
+# The 19 classes, and which of the 43 of the first version each takes in; the others are left out.
+BIGEARTHNET_CLASSES: dict[str, tuple[str, ...]] = {
+    "Urban fabric": ("Continuous urban fabric", "Discontinuous urban fabric"),
+    "Industrial or commercial units": ("Industrial or commercial units",),
+    "Arable land": ("Non-irrigated arable land", "Permanently irrigated land", "Rice fields"),
+    "Permanent crops": (
+        "Vineyards", "Fruit trees and berry plantations", "Olive groves",
+        "Annual crops associated with permanent crops",
+    ),
+    "Pastures": ("Pastures",),
+    "Complex cultivation patterns": ("Complex cultivation patterns",),
+    "Land principally occupied by agriculture, with significant areas of natural vegetation": (
+        "Land principally occupied by agriculture, with significant areas of natural vegetation",
+    ),
+    "Agro-forestry areas": ("Agro-forestry areas",),
+    "Broad-leaved forest": ("Broad-leaved forest",),
+    "Coniferous forest": ("Coniferous forest",),
+    "Mixed forest": ("Mixed forest",),
+    "Natural grassland and sparsely vegetated areas": (
+        "Natural grassland", "Sparsely vegetated areas",
+    ),
+    "Moors, heathland and sclerophyllous vegetation": (
+        "Moors and heathland", "Sclerophyllous vegetation",
+    ),
+    "Transitional woodland, shrub": ("Transitional woodland/shrub",),
+    "Beaches, dunes, sands": ("Beaches, dunes, sands",),
+    "Inland wetlands": ("Inland marshes", "Peatbogs"),
+    "Coastal wetlands": ("Salt marshes", "Salines"),
+    "Inland waters": ("Water courses", "Water bodies"),
+    "Marine waters": ("Coastal lagoons", "Estuaries", "Sea and ocean"),
+}  # fmt: skip
+
+
+def open_bigearthnet(spec: DataSpec) -> ImageData:
+    """Open ``bigearthnet:root``: Sentinel-2 patches of 120 px (10 m), with labels of 19 classes as
+    rows of 0 and 1.
+
+    - Version 2: ``metadata.parquet`` with patch_id, labels and split, beside a folder
+      ``BigEarthNet-S2`` with a folder a patch (or with tiles that hold those).
+    - Version 1: a folder a patch with ``…_labels_metadata.json``; its 43 classes become the 19.
+      It has no splits; the group is the Sentinel-2 tile.
+
+    ``bands=B04,B03,B02`` chooses some of the 12; those of 20 and 60 m are resampled to 10 m. The
+    ids are the patches' names.
+
+    Raises: ImportError without rasterio; FileNotFoundError; ValueError for a class that is none of
+        BigEarthNet's.
+    """
+    spec.takes("label", "bands")
+    import_rasterio()
+    root = Path(spec.location).expanduser()
+    source = f"bigearthnet:{spec.location}"
+    if not root.is_dir():
+        raise FileNotFoundError(f"{source}: there is no such folder.")
+    numbers = _choose(spec.bands, BIGEARTHNET_BANDS, source)
+    bands = [BIGEARTHNET_BANDS[number - 1] for number in numbers]
+    table = root / "metadata.parquet"
+    known, part_of = _metadata(table, source) if table.is_file() else ({}, {})
+    folders = _patches(root / "BigEarthNet-S2" if (root / "BigEarthNet-S2").is_dir() else root)
+    if not table.is_file():
+        for name, folder in folders.items():
+            file = folder / f"{name}_labels_metadata.json"
+            if file.is_file():
+                known[name] = json.loads(file.read_text(encoding="utf-8"))["labels"]
+    names = [name for name in sorted(folders) if name in known]
+    if not names:
+        raise FileNotFoundError(
+            f"{source}: {len(folders)} patch folders and {len(known)} labelled patches, and none "
+            "is both; expected metadata.parquet and BigEarthNet-S2/, or patch folders with a "
+            "…_labels_metadata.json each."
+        )
+    faults = []
+    if absent := len(known) - len(names):
+        faults.append(f"{absent:,} of {len(known):,} labelled patches have no folder")
+    place = {name: folders[name].relative_to(root).as_posix() for name in names}
+    tiles = [
+        Tile(
+            tuple((f"{place[name]}/{name}_{band}.tif", 1) for band in bands),
+            side=BIGEARTHNET_SIDE,
+        )
+        for name in names
+    ]
+    labelled = spec.label != "none"
+    order = [part for part in ("train", "validation", "test") if part in part_of.values()]
+    data = ImageData(
+        RasterPictures(str(root), tiles), names, name=str(spec),
+        labels=[_row(known[name], f"{source}: {name}") for name in names] if labelled else None,
+        classes=list(BIGEARTHNET_CLASSES) if labelled else None, bands=bands,
+        groups=None if order else [re.sub(r"_\d+_\d+$", "", name) for name in names],
+        splits=order, faults=faults,
+    )  # fmt: skip
+    return _take_split(data, spec, [part_of.get(name, "") for name in names])
+
+
+def _metadata(table: Path, source: str) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """Labels and split of every patch of version 2."""
+    from pyarrow import parquet
+
+    wanted = ["patch_id", "labels", "split"]
+    columns = parquet.read_schema(table).names
+    if missing := [name for name in wanted if name not in columns]:
+        raise ValueError(
+            f"{source}: {table.name} has no column {', '.join(missing)}, but {', '.join(columns)}."
+        )
+    rows = parquet.read_table(table, columns=wanted).to_pydict()
+    return (
+        dict(zip(rows["patch_id"], rows["labels"], strict=True)),
+        dict(zip(rows["patch_id"], rows["split"], strict=True)),
+    )
+
+
+def _patches(top: Path) -> dict[str, Path]:
+    """Patch → its folder: in ``top``, or in a tile's folder there."""
+    found = {}
+    for folder, below, files in os.walk(top):
+        name = os.path.basename(folder)
+        if any(file.startswith(name) and file.endswith(".tif") for file in files):
+            found[name] = Path(folder)
+            below.clear()
+    return found
+
+
+def _row(labels: Sequence[str], where: str) -> list[int]:
+    """A row of 0 and 1 over the 19 classes, of the names of either version."""
+    row = [0] * len(BIGEARTHNET_CLASSES)
+    for label in labels:
+        places = [i for i, (name, old) in enumerate(BIGEARTHNET_CLASSES.items())
+                  if label == name or label in old]  # fmt: skip
+        if places:
+            row[places[0]] = 1
+        elif label not in _LEFT_OUT:
+            raise ValueError(f"{where}: {label!r} is no class of BigEarthNet.")
+    return row
+
+
+_LEFT_OUT = frozenset({
+    "Road and rail networks and associated land", "Port areas", "Airports",
+    "Mineral extraction sites", "Dump sites", "Construction sites", "Green urban areas",
+    "Sport and leisure facilities", "Bare rock", "Burnt areas", "Intertidal flats",
+})  # fmt: skip

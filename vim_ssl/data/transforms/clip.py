@@ -1,0 +1,46 @@
+"""The transform of clips: the same crop of every frame."""
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from vim_ssl.data.clips import Video
+
+
+class ClipTransform:
+    """A `Video` to a clip (c, t, h, w), or where several are judged (clips, c, t, h, w).
+
+    Args:
+        image_transform: a picture -> (c, h, w); what it draws at random is the same for all frames
+            of a clip.
+        training: one clip, drawn at random.
+    """
+
+    def __init__(self, image_transform: Any, training: bool):
+        self.image_transform, self.training = image_transform, training
+
+    def __call__(self, video: Video) -> torch.Tensor:
+        if not isinstance(video, Video):
+            raise TypeError(
+                f"An encoder of clips takes videos (data video:ROOT), not {type(video).__name__}."
+            )
+        state: Any = None
+
+        def prepare(frame: Image.Image) -> torch.Tensor:
+            # Where augmentations draw from; each frame begins where the first did.
+            nonlocal state
+            if state is None:
+                state = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+            random.setstate(state[0])
+            np.random.set_state(state[1])  # noqa: NPY002
+            torch.set_rng_state(state[2])
+            return self.image_transform(frame)
+
+        clips = [torch.stack(frames, dim=1) for frames in video.clips(self.training, prepare)]
+        return clips[0] if len(clips) == 1 else torch.stack(clips)
+
+    def __repr__(self) -> str:
+        return f"ClipTransform({self.image_transform!r}, training={self.training})"

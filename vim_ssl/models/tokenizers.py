@@ -1,0 +1,266 @@
+"""Tokenizers of captions: byte pairs trained here, CLIP's, or one of the Hub."""
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vim_ssl.utils.files import write_whole
+
+CONTEXT_LENGTH = 77  # CLIP's
+SPECIAL = ("<pad>", "<bos>", "<eos>")
+# Of a caption no more characters than this a token are looked at: nobody waits for a whole book.
+LONGEST_TOKEN = 50
+
+
+class Tokenizer:
+    """Captions to rows of token ids. Can be sent to DataLoader workers.
+
+    Attributes:
+        name: "bpe", "clip" or "hf:NAME".
+        vocab_size: ids are below it.
+        bos_id: the start, or None where there is none.
+        eos_id, pad_id: the end and what follows it.
+        context_length: length of every row.
+    """
+
+    name: str
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int
+    pad_id: int
+
+    def __init__(self, context_length: int = CONTEXT_LENGTH):
+        if context_length < 3:
+            raise ValueError(
+                f"context_length {context_length} has no room for a start, a token and an end; "
+                "use 3 or more."
+            )
+        self.context_length = context_length
+
+    def ids(self, text: str) -> list[int]:
+        """The tokens of a text without start and end, as many as it takes."""
+        raise NotImplementedError
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, up to the first end; start and padding leave nothing."""
+        ids = [int(i) for i in ids]
+        ids = ids[: ids.index(self.eos_id)] if self.eos_id in ids else ids
+        return self._text([i for i in ids if i not in (self.bos_id, self.pad_id)]).strip()
+
+    def _text(self, ids: list[int]) -> str:
+        raise NotImplementedError
+
+    def row(self, text: str) -> tuple[list[int], bool]:
+        """One row of ``context_length`` ids, and whether the text had to be cut to fit."""
+        text = clean(text)
+        shown = text[: LONGEST_TOKEN * self.context_length]
+        start = [] if self.bos_id is None else [self.bos_id]
+        room = self.context_length - len(start) - 1
+        ids = self.ids(shown)
+        kept = [*start, *ids[:room], self.eos_id]
+        padding = [self.pad_id] * (self.context_length - len(kept))
+        return kept + padding, len(ids) > room or len(shown) < len(text)
+
+    def __call__(self, texts: str | Sequence[str]) -> Tensor:
+        """One text or n -> (n, context_length) int64. Longer ones are cut, their end is kept."""
+        texts = [texts] if isinstance(texts, str) else texts
+        rows = [self.row(text)[0] for text in texts]
+        return torch.tensor(rows, dtype=torch.int64).view(len(rows), self.context_length)
+
+    def save(self, folder: str | Path) -> None:
+        """Write what `load_tokenizer` needs into ``folder``: tokenizer.json."""
+        record: dict[str, Any] = {"name": self.name, "context_length": self.context_length}
+        text = json.dumps(record | self._stored(), ensure_ascii=False)
+        write_whole(Path(folder) / "tokenizer.json", text.encode())
+
+    def _stored(self) -> dict[str, Any]:
+        return {}
+
+
+class BytePairs(Tokenizer):
+    """Byte-level BPE: every text has tokens, in any script.
+
+    Args:
+        model: of the `tokenizers` package, as JSON.
+    Raises: ImportError without `tokenizers`.
+    """
+
+    name = "bpe"
+    pad_id, bos_id, eos_id = range(3)
+
+    def __init__(self, model: str, context_length: int = CONTEXT_LENGTH):
+        super().__init__(context_length)
+        from tokenizers import Tokenizer as Model
+
+        self.model = model
+        self._model = Model.from_str(model)
+        self._model.encode_special_tokens = True  # "<eos>" in a caption is five characters
+        self.vocab_size = self._model.get_vocab_size()
+
+    def __reduce__(self):
+        return BytePairs, (self.model, self.context_length)
+
+    def ids(self, text: str) -> list[int]:
+        return self._model.encode(text, add_special_tokens=False).ids if text else []
+
+    def _text(self, ids: list[int]) -> str:
+        return self._model.decode(ids)
+
+    def _stored(self) -> dict[str, Any]:
+        return {"model": json.loads(self.model)}
+
+
+class ClipBPE(Tokenizer):
+    """CLIP's own vocabulary of 49,408 tokens, from open-clip-torch.
+
+    Raises: ImportError without it.
+    """
+
+    name = "clip"
+
+    def __init__(self, context_length: int = CONTEXT_LENGTH):
+        super().__init__(context_length)
+        try:
+            from open_clip.tokenizer import SimpleTokenizer
+        except ImportError as error:
+            raise ImportError(
+                "the tokenizer 'clip' comes with open-clip-torch: pip install open-clip-torch; "
+                "'bpe' needs nothing and is trained on your captions."
+            ) from error
+        self._model = SimpleTokenizer()
+        # Without it "<end_of_text>" in a caption is spelled out: it would end what the tower reads.
+        self._model.cache.clear()
+        self.vocab_size = self._model.vocab_size
+        self.bos_id, self.eos_id = self._model.sot_token_id, self._model.eot_token_id
+        self.pad_id = 0
+
+    def __reduce__(self):
+        return ClipBPE, (self.context_length,)
+
+    def ids(self, text: str) -> list[int]:
+        return self._model.encode(text)
+
+    def _text(self, ids: list[int]) -> str:
+        return self._model.decode(ids)
+
+
+class HubTokenizer(Tokenizer):
+    """Any tokenizer of the Hugging Face Hub, or of a local folder, through transformers.
+
+    Raises: ImportError without transformers; OSError as `_from_hub`; ValueError for one that marks
+        no end.
+    """
+
+    def __init__(self, name: str, context_length: int = CONTEXT_LENGTH):
+        super().__init__(context_length)
+        self.name = f"hf:{name}"
+        self._model = _from_hub("AutoTokenizer", name)
+
+        def first(*kinds: str) -> int | None:
+            ids = (getattr(self._model, f"{kind}_token_id") for kind in kinds)
+            return next((i for i in ids if i is not None), None)
+
+        eos, bos, pad = first("eos", "sep"), first("bos", "cls"), first("pad")
+        if eos is None:
+            raise ValueError(f"the tokenizer {self.name} has no token that ends a text.")
+        self.vocab_size = len(self._model)
+        # Where one token is both, as GPT-2's, only the end is set: it is where features are read.
+        self.eos_id, self.bos_id = eos, None if bos == eos else bos
+        self.pad_id = eos if pad is None else pad
+
+    def ids(self, text: str) -> list[int]:
+        return self._model.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+    def _text(self, ids: list[int]) -> str:
+        return self._model.decode(ids)
+
+
+def clean(text: str) -> str:
+    """White space to single spaces; halves of characters, which no encoding takes, to "?"."""
+    return " ".join(text.encode("utf-8", "replace").decode().split())
+
+
+def train_bpe(
+    captions: Iterable[str], *, vocab_size: int = 8192, context_length: int = CONTEXT_LENGTH
+) -> BytePairs:
+    """Byte-level BPE of the captions, brought to Unicode's NFC form and lower case.
+
+    The same captions in the same order give the same tokens.
+
+    Args:
+        vocab_size: at most; with few captions there are fewer.
+    Raises: ImportError without `tokenizers`; ValueError for a vocabulary smaller than the bytes, or
+        captions without a word.
+    """
+    from tokenizers import Tokenizer as Model
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    if vocab_size < len(alphabet) + len(SPECIAL):
+        raise ValueError(
+            f"vocab_size {vocab_size} does not hold the {len(alphabet)} bytes and "
+            f"{len(SPECIAL)} marks; use {2 * len(alphabet)} or more."
+        )
+    model = Model(models.BPE())
+    model.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    model.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=list(SPECIAL), initial_alphabet=alphabet,
+        show_progress=False,
+    )  # fmt: skip
+    model.train_from_iterator(filter(None, map(clean, captions)), trainer)
+    # Its threads are done; said before workers are forked, this spares a warning in each of them.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if model.get_vocab_size() == len(alphabet) + len(SPECIAL):
+        raise ValueError("the captions to train a tokenizer on hold no word.")
+    return BytePairs(model.to_str(), context_length)
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer that `Tokenizer.save` wrote into ``folder``.
+
+    Raises: FileNotFoundError if there is none.
+    """
+    path = Path(folder) / "tokenizer.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no tokenizer.json.")
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    if stored["name"] == "bpe":
+        return BytePairs(json.dumps(stored["model"]), stored["context_length"])
+    return named_tokenizer(stored["name"], stored["context_length"])
+
+
+def named_tokenizer(name: str, context_length: int = CONTEXT_LENGTH) -> Tokenizer:
+    """ "clip" or "hf:NAME": tokenizers that need no captions.
+
+    Raises: ImportError if its package is not installed; ValueError for another name.
+    """
+    if name == "clip":
+        return ClipBPE(context_length)
+    if name.startswith("hf:"):
+        return HubTokenizer(name.removeprefix("hf:"), context_length)
+    raise ValueError(f"Unknown tokenizer {name!r}; there are bpe, clip and hf:NAME.")
+
+
+def _transformers(what: str):
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError(f"{what} comes with transformers: pip install transformers") from error
+    return transformers
+
+
+def _from_hub(kind: str, name: str) -> Any:
+    """What transformers' class ``kind`` makes of NAME. Raises: OSError, in one line, for a name
+    that is not known, or not to be had without a network."""
+    maker = getattr(_transformers(f"hf:{name}"), kind)
+    try:
+        return maker.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise OSError(f"hf:{name} cannot be loaded: {' '.join(str(error).split())}") from error

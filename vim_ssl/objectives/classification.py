@@ -1,0 +1,107 @@
+"""The objective of classification: cross-entropy on labels."""
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from timm.data import Mixup
+from torch import Tensor, nn
+
+from vim_ssl.metrics.classification import (
+    TARGETS,
+    predicted,
+)
+from vim_ssl.models.encoder import VimEncoder
+from vim_ssl.objectives.base import StepOutput
+
+
+class LabelledTransform:
+    """An item to ``image`` (c, h, w) and ``label``."""
+
+    def __init__(self, image_transform):
+        self.image_transform = image_transform
+
+    def __call__(self, item: dict) -> dict:
+        label = torch.as_tensor(item["label"])
+        return {"image": self.image_transform(item["image"]), "label": label}
+
+
+class Classification(nn.Module):
+    """The loss of ``encoder(image)`` against the labels.
+
+    Args:
+        encoder: with a head of ``num_classes`` outputs; ordinal targets have one class more.
+        targets: one of `TARGETS`.
+        label_smoothing: share of the target spread over all classes.
+        mixup, cutmix: alpha of each while training; timm's, drawn once a batch.
+        class_weights: (classes,) float, factor on each class's loss; of classes alone.
+    Batches hold ``image`` (b, c, h, w), normalised, and ``label``.
+    Raises: ValueError for an encoder without a head, unknown targets, weights that do not fit.
+    """
+
+    def __init__(
+        self,
+        encoder: VimEncoder,
+        *,
+        targets: str = "class",
+        label_smoothing: float = 0.0,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        class_weights: Tensor | None = None,
+    ):
+        super().__init__()
+        if not encoder.num_classes:
+            raise ValueError("The encoder has no head; load it with num_classes=….")
+        if targets not in TARGETS:
+            raise ValueError(f"targets {targets!r} is not one of {', '.join(TARGETS)}.")
+        self.encoder, self.targets, self.label_smoothing = encoder, targets, label_smoothing
+        self.mix: Any = None
+        if mixup or cutmix:
+            self.mix = Mixup(
+                mixup, cutmix, label_smoothing=label_smoothing, num_classes=encoder.num_classes
+            )
+        if class_weights is not None and (
+            targets != "class" or class_weights.shape != (encoder.num_classes,)
+        ):
+            raise ValueError(
+                f"class_weights of shape {tuple(class_weights.shape)} with targets {targets!r}: "
+                f"expected ({encoder.num_classes},) and 'class'."
+            )
+        self.class_weights: Tensor | None
+        self.register_buffer("class_weights", class_weights, persistent=False)
+
+    def forward(self, batch: dict[str, Tensor]) -> StepOutput:
+        """The loss summed over the samples; ``top1`` beside it, of pictures that are not mixed."""
+        images, labels = batch["image"], batch["label"]
+        if self.targets == "class" and self.mix is not None and self.training:
+            # timm draws from numpy's generator, which the trainer does not seed for a step.
+            np.random.seed(int(torch.randint(2**31, ())))  # noqa: NPY002
+            images, soft = self.mix(images.clone(), labels)
+            return StepOutput(self._cross_entropy(self.encoder(images).float(), soft), len(images))
+        logits = self.encoder(images).float()
+        if self.targets == "class":
+            loss = self._cross_entropy(logits, labels)
+        else:
+            asked = _more_than(labels, logits.shape[1]) if self.targets == "ordinal" else labels
+            loss = F.binary_cross_entropy_with_logits(logits, asked.float(), reduction="none")
+            loss = loss.mean(1).sum()
+        hits = (predicted(logits, self.targets) == labels).float()
+        hits = hits.mean(1) if hits.dim() > 1 else hits
+        return StepOutput(loss, len(logits), {"top1": 100.0 * hits.sum()})
+
+    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        smoothing = self.label_smoothing if labels.dim() == 1 else 0.0  # mixed ones are smooth
+        return F.cross_entropy(
+            logits, labels, self.class_weights, reduction="sum", label_smoothing=smoothing
+        )
+
+
+def _more_than(labels: Tensor, questions: int) -> Tensor:
+    return labels[:, None] > torch.arange(questions, device=labels.device)
+
+
+def balanced_weights(labels: list[int], classes: int) -> Tensor:
+    """(classes,) float32: inverse to a class's share, their mean over the samples 1."""
+    counts = torch.bincount(torch.tensor(labels), minlength=classes).clamp(min=1)
+    return (len(labels) / (classes * counts)).float()

@@ -1,0 +1,112 @@
+"""What objectives on pixels share: patches, targets and preview images."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vim_ssl.data.transforms.image import as_seen
+from vim_ssl.models.encoder import VimEncoder
+from vim_ssl.objectives.base import StepOutput
+from vim_ssl.objectives.masking import checked_mask
+
+
+class PixelObjective(nn.Module):
+    """What objectives of pixels share: targets, the loss on hidden patches, pictures."""
+
+    def __init__(self, encoder: VimEncoder, norm_pix_loss: bool):
+        super().__init__()
+        patch = encoder.patch_embed
+        if patch.stride != patch.patch_size:
+            raise ValueError(
+                f"patches of {patch.patch_size} px at stride {patch.stride} overlap, so their "
+                "pixels are no partition of the picture; pretrain with stride = patch_size."
+            )
+        refuse_head(encoder)
+        self.encoder = encoder
+        self.norm_pix_loss = norm_pix_loss
+        self.tubelet = getattr(encoder, "tubelet", 1)
+        self.pixels = encoder.in_chans * self.tubelet * patch.patch_size**2
+
+    def hidden(self, batch: dict[str, Tensor], grid: tuple[int, int]) -> Tensor:
+        """(b, m) bool, True = hidden, to be predicted: the batch's own mask."""
+        return checked_mask(batch["mask"], len(batch["image"]), grid)
+
+    def predict(self, images: Tensor, mask: Tensor) -> Tensor:
+        """(b, c, h, w) and (b, m) bool, True = hidden -> (b, m, pixels of a patch)."""
+        raise NotImplementedError
+
+    def patch_loss(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Two (b, m, pixels) float32 -> (b, m): the mean square, as in MAE."""
+        return (prediction - target).square().mean(-1)
+
+    def forward(self, batch: dict[str, Tensor]) -> StepOutput:
+        """One pass: the mean loss of each sample's masked patches, summed over samples."""
+        images = as_sheet(batch["image"], self.tubelet)
+        patch = self.encoder.patch_embed.patch_size
+        mask = self.hidden(batch, (images.shape[-2] // patch, images.shape[-1] // patch))
+        prediction = self.predict(batch["image"], mask).float()
+        pixels = patchify(images.float(), patch)  # float32 targets
+        target = pixels
+        mean: Tensor | float = 0.0
+        std: Tensor | float = 1.0
+        if self.norm_pix_loss:
+            mean = pixels.mean(-1, keepdim=True)
+            std = (pixels.var(-1, keepdim=True) + 1e-6).sqrt()
+            target = (pixels - mean) / std
+        per_patch = self.patch_loss(prediction, target)
+        loss = (per_patch * mask).sum(1) / mask.sum(1)  # (b,)
+        with torch.no_grad():
+            restored = prediction * std + mean  # undo norm_pix with the true patch's own statistics
+            error = ((restored - pixels).square().mean(-1) * mask).sum(1) / mask.sum(1)
+        return StepOutput(
+            loss_sum=loss.sum(),
+            weight=len(images),
+            metrics={"pixel_mse": error.sum()},
+            pictures=lambda: self._pictures(images[:8], mask[:8], restored[:8]),
+        )
+
+    def _pictures(self, images: Tensor, mask: Tensor, restored: Tensor) -> Tensor:
+        """original | masked | reconstruction | reconstruction in the gaps: (n, 1 or 3, h, 4 w); of
+        clips film strips, of each tubelet the first frame."""
+        height, width = images.shape[-2:]
+        patch = self.encoder.patch_embed.patch_size
+        config = self.encoder.data_config
+        gaps = unpatchify(mask[..., None].expand_as(restored), patch, (height, width))[:, :1]
+        first = slice(None, None, self.tubelet)
+        original = as_seen(images[:, first].float(), config)
+        restored = as_seen(unpatchify(restored, patch, (height, width))[:, first], config)
+        hidden = torch.where(gaps, torch.full_like(original, 0.5), original)
+        pasted = torch.where(gaps, restored, original)
+        return torch.cat([original, hidden, restored, pasted], dim=-1).cpu()
+
+
+def refuse_head(encoder: nn.Module) -> None:
+    """Raises: ValueError for an encoder with a head, which pretraining would not train."""
+    if classes := getattr(encoder, "num_classes", 0):
+        raise ValueError(
+            f"the encoder has a head of {classes} classes, which pretraining would "
+            "leave without gradient; build it with num_classes=0."
+        )
+
+
+def as_sheet(images: Tensor, tubelet: int = 1) -> Tensor:
+    """Clips (b, c, t, h, w) as pictures (b, c · tubelet, t / tubelet · h, w), one tubelet below the
+    other, its frames as channels: patches of that are tubelets in the order of the tokens. Pictures
+    (b, c, h, w) stay."""
+    if images.dim() == 4:
+        return images
+    return images.unflatten(2, (-1, tubelet)).transpose(2, 3).flatten(1, 2).flatten(2, 3)
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """(b, c, h, w) -> (b, m, patch_size² c), patches in raster order, pixel by pixel."""
+    return F.pixel_unshuffle(images, patch_size).unflatten(1, (images.shape[1], -1)).flatten(
+        3
+    ).permute(0, 3, 2, 1).flatten(2)  # fmt: skip
+
+
+def unpatchify(patches: Tensor, patch_size: int, size: tuple[int, int]) -> Tensor:
+    """The inverse of `patchify` for pictures of ``size`` (height, width)."""
+    rows, columns = size[0] // patch_size, size[1] // patch_size
+    x = patches.unflatten(2, (patch_size**2, -1)).permute(0, 3, 2, 1)  # (b, c, p², m)
+    return F.pixel_shuffle(x.flatten(1, 2).unflatten(2, (rows, columns)), patch_size)

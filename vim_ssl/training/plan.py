@@ -1,0 +1,150 @@
+"""How samples become steps: batches, epochs, learning rate, progress."""
+
+import math
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from vim_ssl.data.loading.indexed import (
+    SeededSamples,
+    training_loader,
+)
+from vim_ssl.training.config import TrainConfig
+from vim_ssl.utils.distributed import cores
+
+
+@dataclass
+class Progress:
+    """Where a run is, saved with every checkpoint; ``batch`` is the epoch's next micro-batch.
+
+    ``epoch_batches``, ``epoch_steps``, ``data`` (a fingerprint) and ``readers`` (of a stream) say
+    what the counts mean.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    samples: int = 0
+    seconds: float = 0.0
+    bad_steps: int = 0
+    bad_in_a_row: int = 0
+    epoch_batches: int = 0
+    epoch_steps: int = 0
+    data: str = ""
+    readers: str = ""
+
+
+class _Plan:
+    """How the samples become steps: batches, epochs, the learning rate that follows from them."""
+
+    def __init__(self, samples: SeededSamples, config: TrainConfig, accelerator):
+        self.config, world = config, accelerator.num_processes
+        # A handful of pictures trains too: the batch is never larger than the data.
+        self.batch_size = max(min(config.batch_size, len(samples) // world), 1)
+        self.workers = min(config.workers, cores())
+        self.batches = samples.batches(
+            self.batch_size, rank=accelerator.process_index, world=world, workers=self.workers
+        )
+        self.loader = training_loader(
+            samples, self.batches, num_workers=self.workers,
+            pin_memory=accelerator.device.type == "cuda",
+        )  # fmt: skip
+        self.waited = 0.0  # seconds for batches, since the start
+        self.epoch_batches = self.batches.batches_per_epoch
+        self.readers = self.batches.readers
+        self.accumulation = min(config.accumulation, self.epoch_batches)
+        self.epoch_steps = math.ceil(self.epoch_batches / self.accumulation)
+        self.scheduled_steps = self.total_steps = max(round(self.epoch_steps * config.epochs), 1)
+        if config.max_steps:
+            self.total_steps = min(self.total_steps, config.max_steps)
+        self.warmup_steps = round(self.epoch_steps * config.warmup_epochs)
+        self.fingerprint = getattr(samples.data, "fingerprint", "")
+        self.effective_batch = self.batch_size * self.accumulation * world
+        self.lr = config.base_lr * self.effective_batch / config.lr_reference_batch
+        left_out = len(samples) - self.epoch_batches * self.batch_size * world
+        self.summary = (
+            f"{len(samples):,} samples ({left_out:,} left out of each epoch) · batch "
+            f"{self.batch_size} x {self.accumulation} (accumulation) x {world} (processes) = "
+            f"{self.effective_batch} · lr "
+            f"{config.base_lr:g} x {self.effective_batch}/{config.lr_reference_batch} = "
+            f"{self.lr:.3g} · {self.total_steps:,} steps of {self.epoch_steps:,} an epoch, "
+            f"{min(self.warmup_steps, self.total_steps):,} of them warm-up"
+        )
+
+        if self.lr < config.min_lr and accelerator.is_main_process:
+            warnings.warn(
+                f"the learning rate, {self.lr:.3g} for a batch of {self.effective_batch}, is below "
+                f"min_lr {config.min_lr:g} and will rise: raise base_lr or the batch, or set "
+                "--min-lr.",
+                stacklevel=2,
+            )
+
+    def take_up(self, progress: Progress) -> None:
+        """Check that a resumed run's counts mean the same steps here."""
+        if progress.epoch_batches and progress.readers != self.readers:
+            raise ValueError(
+                f"The checkpoint's stream was read by {progress.readers}, here it would be by "
+                f"{self.readers} and come in another order. Resume with the same number of both, "
+                "or start anew in another --output."
+            )
+        names = ("epoch_batches", "epoch_steps")
+        before, now = ([getattr(source, name) for name in names] for source in (progress, self))
+        if progress.epoch_batches and before != now:
+            raise ValueError(
+                f"The checkpoint's epochs have {before[0]} batches in {before[1]} steps, here "
+                f"{now[0]} in {now[1]}. Resume with the same data, accumulation and batch_size x "
+                "processes, or start anew in another --output."
+            )
+        if progress.epoch_batches and progress.data != self.fingerprint:
+            raise ValueError(
+                "The pictures are not those of the checkpoint: their list, sizes or labels differ. "
+                "Resume with the same data, or start anew in another --output."
+            )
+        progress.data, progress.readers = self.fingerprint, self.readers
+        progress.epoch_batches, progress.epoch_steps = self.epoch_batches, self.epoch_steps
+
+    def steps(self, progress: Progress) -> Iterator[list[dict]]:
+        """The micro-batches of each optimiser step, from where ``progress`` stands."""
+        while progress.epoch < self.config.epochs:
+            self.batches.epoch, self.batches.start = progress.epoch, progress.batch
+            group = []
+            for batch in self._loaded():
+                group.append(batch)
+                if len(group) == self.accumulation:
+                    yield group
+                    group = []
+            if group:
+                yield group
+
+    def _loaded(self) -> Iterator[dict]:
+        """The loader's batches; what they are waited for adds up."""
+        began = time.perf_counter()
+        for batch in self.loader:
+            self.waited += time.perf_counter() - began
+            yield batch
+            began = time.perf_counter()
+
+    def advance(self, progress: Progress, batches: int, samples: float, finite: bool) -> None:
+        """Count a step. Raises FloatingPointError when too many in a row were not finite."""
+        progress.step += 1
+        progress.samples += int(samples)
+        progress.batch += batches
+        if progress.batch >= self.epoch_batches:
+            progress.epoch, progress.batch = progress.epoch + 1, 0
+        progress.bad_steps += not finite
+        progress.bad_in_a_row = 0 if finite else progress.bad_in_a_row + 1
+        if progress.bad_in_a_row >= self.config.max_bad_steps:
+            raise FloatingPointError(
+                f"{progress.bad_in_a_row} steps in a row were not finite, the last at step "
+                f"{progress.step}. The newest checkpoint is from before: lower base_lr or "
+                "clip_grad and go on with --resume auto."
+            )
+
+    def epoch_float(self, progress: Progress) -> float:
+        return progress.step / self.epoch_steps
+
+    def crossed(self, progress: Progress, every: float) -> bool:
+        """Whether the last step passed a multiple of ``every`` epochs."""
+        every = max(round(every * self.epoch_steps), 1)
+        return progress.step % every == 0

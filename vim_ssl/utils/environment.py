@@ -1,0 +1,41 @@
+"""The environment that figures depend on: versions, commit, hardware."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import torch
+
+__version__ = "0.1.0"
+
+
+def environment() -> dict[str, str]:
+    """What figures depend on: hardware and versions, for the records that go with them."""
+    import platform
+
+    import timm
+
+    processor = platform.processor() or platform.machine()
+    if (info := Path("/proc/cpuinfo")).exists():
+        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        processor = names[0].partition(":")[2].strip() if names else processor
+    hardware = f"{processor}, {os.cpu_count()} cores"
+    if torch.cuda.is_available():
+        hardware += f"; {torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    versions = f"vim_ssl {__version__}, torch {torch.__version__}, timm {timm.__version__}"
+    return {"hardware": hardware, "versions": f"{versions}, Python {platform.python_version()}"}
+
+
+CHECKOUT = Path(__file__).parents[2]
+
+
+def commit() -> str:
+    """Of the checkout, marked where files differ from it; COMMIT names it where git cannot."""
+    if name := os.environ.get("COMMIT"):
+        return name
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True)
+    except OSError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"
