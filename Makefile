@@ -1,5 +1,5 @@
 # `make demo` and `make test` need Python 3.11 or newer and make, nothing else: they make .venv.
-# `make clip-demo` fetches its pictures by npm.
+# `make clip-demo` fetches its images by npm.
 # Settings: make demo PYTHON=python3.12 · make test PYTEST_ARGS="-k scan" ·
 #   make gpu-check GPU_CHECK_ARGS="--only kernels" · VENV=folder
 
@@ -62,7 +62,7 @@ kernel-report: $(VENV)/.installed-demo ## check every scan backend of this machi
 	$(BIN)/python -m vim_ssl.kernels.selective_scan.accuracy
 
 bench: $(VENV)/.installed-demo ## time the scan and the CPU path; rows go to benchmarks/results/
-	$(BIN)/python -m benchmarks.kernels.timing --device cpu
+	$(BIN)/python benchmarks/kernels/timing.py --device cpu
 	$(call run_if_built,benchmarks/cpu.py,benchmarks/cpu.py)
 
 gpu-check: $(VENV)/.installed-test ## everything that wants a GPU, in nine minutes

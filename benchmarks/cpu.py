@@ -6,7 +6,7 @@
 One thread. What is compared runs in turns in one process and is timed by the thread's CPU clock; a
 turn repeats what is short. Each value is a median, each ratio the median of the turns' ratios.
 Memory is the rise of the resident set's peak over a step, in a process of its own after a step on a
-tiny picture. Rows are appended to results/cpu.csv, which git tracks; --out FOLDER takes another.
+tiny image. Rows are appended to results/cpu.csv, which git tracks; --out FOLDER takes another.
 
 ``--sketch`` adds a scan in C++: a shared library with ``scan_fwd``, ``scan_bwd`` (their arguments
 stand in `sketched`). Compile it by g++ -O3 -march=native -fopenmp -ffast-math -fno-associative-math

@@ -1,4 +1,4 @@
-"""Dense tasks learn four real pictures by heart, and the memory of one picture at the paper's size.
+"""Dense tasks learn four real images by heart, and the memory of one image at the paper's size.
 
     python benchmarks/dense.py                          # all of it: some ten minutes of one core
     python benchmarks/dense.py --only cascade --out FOLDER
@@ -7,7 +7,7 @@
 full, on four aerial tiles of 90 px with outlines of buildings (the sample set `buildings`), without
 augmentation; tested on the same four. Wanted are an AP50 of 90 or more of the cascade, of boxes and
 of masks, and a mIoU of 95 of UPerNet. `memory` is the peak of a process of its own that searches
-one picture of 1024 px with Vim-Ti and the paper's cascade, weights random; 4 GiB are wanted. Rows
+one image of 1024 px with Vim-Ti and the paper's cascade, weights random; 4 GiB are wanted. Rows
 are appended to results/dense.csv; --out FOLDER takes another.
 """
 
@@ -34,7 +34,7 @@ LEARN = {"encoder": ENCODER, "hflip": 0.0, "warmup_epochs": 5, "batch_size": 4, 
 
 def four_tiles(root: Path) -> None:
     """Those with two buildings or more, all of them large, in COCO's layout below ``root``/coco and
-    as pictures with masks below ``root``/masks, the same in every split."""
+    as images with masks below ``root``/masks, the same in every split."""
     from vim_ssl.data import open_data
     from vim_ssl.data.sources.coco import ground_truth, mask_tools
 
@@ -45,11 +45,11 @@ def four_tiles(root: Path) -> None:
     table = ground_truth(data, chosen)
     for image, index in zip(table["images"], chosen, strict=True):
         image["file_name"] = f"{image['id']}.png"
-        picture = data[index]["image"]
+        photo = data[index]["image"]
         outlines = [a["segmentation"] for a in table["annotations"] if a["image_id"] == image["id"]]
         mask = Image.fromarray(mask_tools().decode(outlines).max(2))
         for split in ("train", "val"):
-            for folder, part in ((f"coco/{split}", picture), (f"masks/images/{split}", picture),
+            for folder, part in ((f"coco/{split}", photo), (f"masks/images/{split}", photo),
                                  (f"masks/masks/{split}", mask)):  # fmt: skip
                 (root / folder).mkdir(parents=True, exist_ok=True)
                 part.save(root / folder / image["file_name"])
@@ -84,7 +84,7 @@ def overfit(head: str, steps: int, threads: int, root: Path) -> dict:
 
 
 def memory(threads: int) -> dict:
-    """Search one picture at 1024 px; returns the row."""
+    """Search one image at 1024 px; returns the row."""
     import torch
 
     from vim_ssl import load_encoder
@@ -94,23 +94,23 @@ def memory(threads: int) -> dict:
     torch.manual_seed(0)
     encoder = load_encoder("vim_tiny_patch16_224", num_classes=0, img_size=1024)
     model = Detection(encoder, [str(i) for i in range(80)]).eval()
-    picture = Image.fromarray(
+    photo = Image.fromarray(
         np.random.default_rng(0).integers(0, 256, (1024, 1024, 3), dtype=np.uint8)
     )
     began = time.process_time()
-    model.predict(picture)
+    model.predict(photo)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kB on Linux, bytes on a Mac
     return {
         "cpu_seconds": round(time.process_time() - began, 1),
         "peak_mb": round(peak / 2 ** (20 if sys.platform == "darwin" else 10)),
-        "conditions": "Vim-Ti and the cascade with 80 classes, one picture of 1024 px, float32",
+        "conditions": "Vim-Ti and the cascade with 80 classes, one image of 1024 px, float32",
     }
 
 
 def main() -> int:
     parser = results_parser(__doc__, "dense.csv")
     parser.add_argument("--only", nargs="+", default=PARTS, choices=PARTS, help="parts")
-    parser.add_argument("--steps", type=int, default=150, help="of training, four pictures each")
+    parser.add_argument("--steps", type=int, default=150, help="of training, four images each")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--tell", help=argparse.SUPPRESS)  # of the processes that this one starts
     args = parser.parse_args()

@@ -6,9 +6,9 @@
 
 Four tasks by downstream/detection.py and segmentation.py, in three seeds, once from the encoder's
 weights and once from the same encoder untrained, without layer decay; all else is the same, the
-pictures' order too. Every run trains the whole encoder with fresh heads and is tested once, at its
+images' order too. Every run trains the whole encoder with fresh heads and is tested once, at its
 end. Rows are appended to results/dense_transfer.csv as they come; what is there already is not done
-again. --pictures FOLDER keeps a sheet of truth and prediction of each task's first run from the
+again. --images FOLDER keeps a sheet of truth and prediction of each task's first run from the
 weights. The sets: vim-ssl samples get tree-crowns buildings brain-lobes ct-organs.
 """
 
@@ -71,7 +71,7 @@ class Task:
 
 
 def as_ade20k(spec: str, root: Path) -> str:
-    """Write pictures with masks in ADE20K's layout: 150 classes from 1 on, and 0 for none, which
+    """Write images with masks in ADE20K's layout: 150 classes from 1 on, and 0 for none, which
     255 becomes."""
     for split, part in zip(("training", "validation"), masked_parts(spec, 0.2, 0), strict=True):
         for folder in ("images", "annotations"):
@@ -86,7 +86,7 @@ def as_ade20k(spec: str, root: Path) -> str:
     return f"ade20k:{root}"
 
 
-TASKS = {  # epochs: some five minutes of one core, 330 to 560 steps of 4 pictures
+TASKS = {  # epochs: some five minutes of one core, 330 to 560 steps of 4 images
     "tree crowns": Task(
         detection, "sample:tree-crowns", ("box_ap50", "box AP50"), "248 crowns: another photograph",
         "boxes drawn by people (NEON, DeepForest)", {"size": 128, "head": "rcnn", "epochs": 16},
@@ -112,7 +112,7 @@ TASKS = {  # epochs: some five minutes of one core, 330 to 560 steps of 4 pictur
 }  # fmt: skip
 
 
-def measure(name: str, arm: str, seed: int, max_steps: int, pictures: Path | None) -> dict:
+def measure(name: str, arm: str, seed: int, max_steps: int, images: Path | None) -> dict:
     """Train and test; returns the row."""
     task = TASKS[name]
     with tempfile.TemporaryDirectory() as folder:
@@ -125,10 +125,10 @@ def measure(name: str, arm: str, seed: int, max_steps: int, pictures: Path | Non
         began = time.process_time()
         metrics = task.script.run(config)
         seconds = time.process_time() - began
-        if pictures:
-            pictures.mkdir(parents=True, exist_ok=True)
+        if images:
+            images.mkdir(parents=True, exist_ok=True)
             drawn = sheet(task, data, root / "run").quantize(SHEET_COLOURS)
-            drawn.save(pictures / f"{name.replace(' ', '-')}.png", optimize=True)
+            drawn.save(images / f"{name.replace(' ', '-')}.png", optimize=True)
     return {
         "task": name, "arm": arm, "seed": seed, "figure": task.figure[0],
         "value": float(metrics[task.figure[0]]), "train": metrics["train"], "test": metrics["test"],
@@ -138,7 +138,7 @@ def measure(name: str, arm: str, seed: int, max_steps: int, pictures: Path | Non
 
 
 def sheet(task: Task, data: str, run: Path) -> Image.Image:
-    """Truth beside prediction of a few test pictures: those with most objects, or spread evenly."""
+    """Truth beside prediction of a few test images: those with most objects, or spread evenly."""
     parts = boxed_parts if task.script is detection else masked_parts
     _, test = parts(data, 0.2, 0)
     few = [(2 * i + 1) * len(test) // (2 * SHEET_ROWS) for i in range(SHEET_ROWS)]
@@ -181,13 +181,13 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the runs")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, one thread each")
     parser.add_argument("--steps", type=int, default=0, help="stop runs after so many, to try them")
-    parser.add_argument("--pictures", type=Path, default=None, metavar="FOLDER", help="for sheets")
+    parser.add_argument("--images", type=Path, default=None, metavar="FOLDER", help="for sheets")
     parser.add_argument("--summary", action="store_true", help="only print the table")
     parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        name, arm, seed, steps, pictures = args.one
-        row = measure(name, arm, int(seed), int(steps), Path(pictures) if pictures else None)
+        name, arm, seed, steps, images = args.one
+        row = measure(name, arm, int(seed), int(steps), Path(images) if images else None)
         append_rows(args.out / TABLE, COLUMNS, [origin() | row])
         return 0
     if args.steps and args.out.resolve() == RESULTS.resolve():
@@ -201,7 +201,7 @@ def main() -> int:
             for name in args.tasks:
                 for arm in ARMS:
                     if (name, arm, seed, float(TASKS[name].settings["epochs"])) not in done:
-                        drawn = arm == "offline_rgb" and seed == args.seeds[0] and args.pictures
+                        drawn = arm == "offline_rgb" and seed == args.seeds[0] and args.images
                         jobs.append((name, arm, seed, args.steps, drawn or ""))
         failed = run_jobs(__file__, args.out, jobs, args.jobs)
     print(summary(read_rows(args.out / TABLE)))

@@ -192,7 +192,7 @@ def free_gib() -> float:
 
 
 def gflops(name: str, pixels: int) -> float:
-    """Of one picture's features, counted on tensors without values; plain attention, of which torch
+    """Of one image's features, counted on tensors without values; plain attention, of which torch
     counts all products, since fused attention computes the same."""
     import timm
     import torch
@@ -416,7 +416,7 @@ def main() -> int:
     add("--pixels", nargs="+", type=int, default=PIXELS, help="sides, multiples of 16")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="to measure on")
     add("--threads", type=int, default=1, help="of torch and the scan")
-    add("--batch", type=int, default=1, help="pictures")
+    add("--batch", type=int, default=1, help="images")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of autocast")
     add("--repeats", type=int, default=3, help="passes at least, of less than ten seconds")
     add("--seconds", type=float, default=300.0, help="a point may take, all in all")

@@ -10,7 +10,7 @@ what a name says without gender, hair, direction or the members of a family; ski
 out throughout. The sample sets hold emoji out, and a woman's may be held out where a man's is not:
 of the 372 held out, 59 of whose concept another was trained on are left out here. There remain
 1,480 drawings of 1,337 seen concepts and 313 of as many unseen ones. Four questions, each among all
-answers of its set: the caption of a picture, the picture of a caption, the picture's category and
+answers of its set: the caption of an image, the image of a caption, the image's category and
 subcategory by their names.
 
     vim              the preset, trained for longer than the demonstration
@@ -18,7 +18,7 @@ subcategory by their names.
     vim after mae    vim on an encoder that MAE trained on the same drawings before
 
 Beside them stands what needs no model: the training drawing nearest in pixels, or in its histogram
-of colours, gives its caption and its category (a caption is then answered by the picture nearest to
+of colours, gives its caption and its category (a caption is then answered by the image nearest to
 its drawings). How coarse both are is chosen between the two training vendors. Of unseen captions
 they know nothing, as chance does. The largest class is a category's bar, too.
 
@@ -67,9 +67,9 @@ MAE = replace(
     mim_pretrain.mae_nano_64(), data=CLIP.data, encoder=CLIP.encoder, model_args=CLIP.model_args,
     warmup_epochs=CLIP.warmup_epochs, workers=0, **QUIET,
 )  # fmt: skip
-PICTURES = {k: v for k, v in IMAGENET_DATA.items() if k not in ("input_size", "bands")}
+IMAGES = {k: v for k, v in IMAGENET_DATA.items() if k not in ("input_size", "bands")}
 VIT = {"patch_size": 16, "img_size": 64, "embed_dim": 153, "depth": 2, "num_heads": 3,
-       "pretrained_cfg_overlay": PICTURES}  # fmt: skip
+       "pretrained_cfg_overlay": IMAGES}  # fmt: skip
 TRAINED = ("vim", "vit", "vim after mae")
 BASELINES = ("pixels", "colours", "largest class")
 SETS = {"seen": "train", "unseen": "test"}  # -> the split of the unseen style
@@ -96,10 +96,10 @@ def concept(caption: str) -> str:
 
 @dataclass
 class Asked:
-    """Pictures, in the order of their concepts, and what is right about each.
+    """Images, in the order of their concepts, and what is right about each.
 
     Attributes:
-        data: with captions, one a picture.
+        data: with captions, one an image.
         captions, concepts: (n) texts.
         labels: "category" and "subcategory" -> (n,) int64.
         names: -> what the classes are called.
@@ -113,21 +113,21 @@ class Asked:
 
 
 def ask(spec: str, split: str, concepts: set[str] | None = None, known: bool = True) -> Asked:
-    """Pictures, a name once; of these concepts only, or with ``known=False`` of all others.
+    """Images, a name once; of these concepts only, or with ``known=False`` of all others.
 
     Raises: ValueError if none is left.
     """
     specs = {kind: f"{spec}?split={split}&label={kind}&tones=none" for kind in QUESTIONS[2:]}
     parts = {kind: open_data(spec) for kind, spec in specs.items()}
     data = parts["category"]
-    rows = {}  # a caption's concept, the caption, its picture
+    rows = {}  # a caption's concept, the caption, its image
     for i in range(len(data)):
         (caption,) = data.captions(i)
         what = concept(caption)
         if concepts is None or (what in concepts) == known:
             rows.setdefault(caption, (what, caption, i))
     if not rows:
-        raise ValueError(f"{spec} ({split}) has no picture to ask about.")
+        raise ValueError(f"{spec} ({split}) has no image to ask about.")
     whats, captions, places = zip(*sorted(rows.values()), strict=True)
     return Asked(
         data.subset(places), list(captions), list(whats),
@@ -163,7 +163,7 @@ def model_scores(clip: Clip, part: Asked) -> dict[str, Tensor]:
     """Cosines (questions, answers) for every question."""
     pairs = embed_pairs(clip, part.data)
     if pairs.skipped:
-        raise ValueError(f"pictures of {part.data.name} cannot be read: {pairs.skipped[:3]}")
+        raise ValueError(f"images of {part.data.name} cannot be read: {pairs.skipped[:3]}")
     captions = pairs.images @ pairs.texts.T
     by_name = {kind: pairs.images @ text_classifier(clip, names, ("{}",)).T
                for kind, names in part.names.items()}  # fmt: skip
@@ -176,7 +176,7 @@ def neighbour_scores(
     """What the nearest drawings say: minus the distance to the nearest that has the answer.
 
     Args:
-        asked, bank: features of the pictures of ``part``, and of all of ``trained``.
+        asked, bank: features of the images of ``part``, and of all of ``trained``.
     """
     similarity = -torch.cdist(asked, bank)
 
@@ -201,14 +201,14 @@ def labels_of(parts: list[Asked], kind: str) -> Tensor:
     return torch.cat([part.labels[kind] for part in parts])
 
 
-def pictures(part: Asked) -> Tensor:
+def images_of(part: Asked) -> Tensor:
     """(n, 3, 64, 64) in 0..1."""
     images = (part.data[i]["image"].convert("RGB").resize((64, 64)) for i in range(len(part.data)))
     return torch.stack([pil_to_tensor(image) for image in images]).float() / 255
 
 
 def small(images: Tensor, side: int) -> Tensor:
-    """The pixels of smaller pictures, (n, 3 side side)."""
+    """The pixels of smaller images, (n, 3 side side)."""
     return F.adaptive_avg_pool2d(images, side).flatten(1)
 
 
@@ -233,7 +233,7 @@ def baseline(arm: str, trained: list[Asked], asked: dict[str, Asked]):
         }, ""  # fmt: skip
     one, other = trained
     features, grains = FEATURES[arm]
-    drawn = [pictures(part) for part in trained]
+    drawn = [images_of(part) for part in trained]
 
     def across(grain: int) -> int:
         """Captions of the other vendor's drawings that the first's give right."""
@@ -243,7 +243,7 @@ def baseline(arm: str, trained: list[Asked], asked: dict[str, Asked]):
 
     grain = max(grains, key=across)
     known = features(torch.cat(drawn), grain)
-    found = {name: neighbour_scores(features(pictures(part), grain), known, trained, part)
+    found = {name: neighbour_scores(features(images_of(part), grain), known, trained, part)
              for name, part in asked.items()}  # fmt: skip
     return found, grain
 
@@ -326,7 +326,7 @@ TITLES = {"vim": "Vim", "vit": "ViT, the same CPU time", "vim after mae": "Vim a
           "colours": "nearest training drawing, colours",
           "largest class": "largest class", "chance": "chance"}  # fmt: skip
 CELLS = {"caption": (1, 5, 10), "picture": (1, 5, 10), "category": (1,), "subcategory": (1,)}
-HEADS = {"caption": "caption of a picture", "picture": "picture of a caption",
+HEADS = {"caption": "caption of an image", "picture": "image of a caption",
          "category": "category", "subcategory": "subcategory"}  # fmt: skip
 AGAINST = (("vim", "pixels"), ("vim", "colours"), ("vim", "largest class"), ("vim", "chance"),
            ("vim", "vit"), ("vim after mae", "vim"))  # fmt: skip
@@ -405,7 +405,7 @@ def table(found: Results, concepts: str) -> str:
     number = len(asked["ranks"].split())
     head = [f"{HEADS[q]}, " + ("R@" + " / ".join(map(str, ks)) if len(ks) > 1 else "top-1")
             for q, ks in CELLS.items()]  # fmt: skip
-    lines = [f"| {concepts} concepts ({asked['asked']} pictures of {number}) | "
+    lines = [f"| {concepts} concepts ({asked['asked']} images of {number}) | "
              + " | ".join(head) + " |", "|---" * (1 + len(head)) + "|"]  # fmt: skip
     for arm in TITLES:
         cells = [_cell(found, arm, concepts, question) for question in CELLS]

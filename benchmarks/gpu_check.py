@@ -30,6 +30,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent / "kernels"))  # before ours, `rows` of this folder
 from rows import ORIGIN, append_rows, origin, results_parser
 
 ROOT = Path(__file__).parents[1]
@@ -80,22 +82,22 @@ def say(*words: object) -> None:
 
 def machine(section: Section) -> bool:
     """What it is, its ceilings, and the floors that follow for the scan."""
-    from benchmarks.kernels import ceilings as triton_ceilings
-    from benchmarks.kernels import timing as benchmark
+    import ceilings
+    import timing
 
     for name, value in origin().items():
         say(f"{name}: {value}")
     for command in (["nvidia-smi"], ["nvcc", "--version"]):
         with suppress(OSError):
             say(subprocess.run(command, capture_output=True, text=True).stdout)
-    rates = triton_ceilings.measure(section.device, steps=1 if section.dry else 2000)
+    rates = ceilings.measure(section.device, steps=1 if section.dry else 2000)
     say(f"exp2 {rates.exp2:.3g}/s, FMA {rates.fma:.3g}/s, copy {rates.copied:.3g} bytes/s, "
         f"clock {rates.sm_clock_mhz} MHz")  # fmt: skip
     section.write("ceilings.csv", CEILING_COLUMNS, origin() | {
         "exp2_per_s": f"{rates.exp2:.4g}", "fma_per_s": f"{rates.fma:.4g}",
         "copied_bytes_per_s": f"{rates.copied:.4g}", "sm_clock_mhz": rates.sm_clock_mhz,
     })  # fmt: skip
-    for shape in () if section.dry else benchmark.CUDA_SHAPES:
+    for shape in () if section.dry else timing.CUDA_SHAPES:
         floors = [rates.floor_ms(way, **vars(shape)) for way in ("forward", "backward")]
         say(f"{shape!s:22} floor forward {floors[0]:.4f} ms, backward {floors[1]:.4f} ms")
     return True
@@ -147,23 +149,23 @@ def correctness(section: Section) -> bool:
 
 def kernels(section: Section) -> bool:
     """The scan against every peer that runs here."""
-    from benchmarks.kernels import timing as benchmark
+    import timing
 
-    tiny = [benchmark.Shape(1, 8, 4, 2)]
-    rows = benchmark.measure(
+    tiny = [timing.Shape(1, 8, 4, 2)]
+    rows = timing.measure(
         section.device,
-        shapes=tiny if section.dry else benchmark.CUDA_SHAPES,
+        shapes=tiny if section.dry else timing.CUDA_SHAPES,
         dtypes=["fp32"] if section.dry else ["bf16", "fp32"],
         budget_s=0.01 if section.dry else 0.5,
-        ceilings=None if section.dry else benchmark.measure_ceilings(say),
+        ceilings=None if section.dry else timing.measure_ceilings(say),
         compiled=not section.dry,
         until=section.until - 5,
         say=say,
     )
     try:
         for row in rows:
-            say(benchmark.format_row(row))
-            section.write("kernels.csv", benchmark.COLUMNS, row)
+            say(timing.format_row(row))
+            section.write("kernels.csv", timing.COLUMNS, row)
     except RuntimeError as error:
         say(error)
         return False
@@ -249,7 +251,7 @@ def _measure_model(section: Section, name: str, px: int, batch: int, mode: str, 
 
 
 def _build(name: str, px: int, batch: int, device: str, depth: int | None):
-    """The model and its input. A block takes the tokens of a picture of px by px."""
+    """The model and its input. A block takes the tokens of an image of px by px."""
     import timm
 
     from vim_ssl.models.block import VimBlock
@@ -341,10 +343,10 @@ def _digits(folder: Path, limit: int | None) -> Path:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    for i, (picture, label) in enumerate(zip(digits.images[:limit], digits.target, strict=False)):
+    for i, (image, label) in enumerate(zip(digits.images[:limit], digits.target, strict=False)):
         path = folder / str(label) / f"{i:04}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        grey = Image.fromarray((picture / 16 * 255).astype(np.uint8))
+        grey = Image.fromarray((image / 16 * 255).astype(np.uint8))
         grey.resize((28, 28), Image.Resampling.BICUBIC).save(path)
     return folder
 

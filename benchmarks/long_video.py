@@ -37,7 +37,7 @@ LEARNER = "vim_nano_patch8_64"
 
 
 def encode(part: str, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The whole video, by an encoder of pictures that is inflated; returns the rows."""
+    """The whole video, by an encoder of images that is inflated; returns the rows."""
     import torch
 
     from vim_ssl import create_transform, load_encoder
@@ -45,8 +45,8 @@ def encode(part: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     from vim_ssl.models.video import inflate
 
     kind = {"directions": "forward", "cls_position": "first"} if part == "forward" else {}
-    pictures = load_encoder(args.encoder, img_size=args.img_size, **kind)
-    encoder = inflate(pictures, frames=FRAMES, tubelet=1).eval()
+    images = load_encoder(args.encoder, img_size=args.img_size, **kind)
+    encoder = inflate(images, frames=FRAMES, tubelet=1).eval()
     clip = create_transform(encoder)(open_data(f"sample:pedestrians?frames={FRAMES}")[0]["image"])
     rows: list[dict[str, Any]] = []
 
@@ -118,7 +118,7 @@ def main() -> int:
     parser = results_parser(__doc__, FILE)
     add = parser.add_argument
     add("--only", nargs="+", default=PARTS, choices=PARTS, help="parts")
-    add("--encoder", default="vim_mini_patch8_96.offline_rgb", help="of pictures")
+    add("--encoder", default="vim_mini_patch8_96.offline_rgb", help="of images")
     add("--img-size", type=int, default=32, help="pixels, of a frame")
     add("--piece", type=int, default=15, help="frames of the stream at a time")
     add("--epochs", type=int, default=12, help="of overfit")

@@ -2,7 +2,7 @@
 
     python benchmarks/objectives.py                     # Vim-S, 196 tokens, minutes on a CPU
 
-Forward and backward, without an optimiser, on random pictures; the objectives take turns and the
+Forward and backward, without an optimiser, on random images; the objectives take turns and the
 median of the rounds counts. `mae` and `distill` mask 75 %, `simmim` 60 %; decoders as in the paper
 presets. `distill` teaches itself. Rows are appended to results/objectives.csv, which git tracks;
 --out FOLDER takes another.
@@ -69,7 +69,7 @@ def objectives(name: str, batch: int, device: str) -> dict:
 def main() -> None:
     parser = results_parser(__doc__, "objectives.csv")
     parser.add_argument("--encoder", default="vim_small_patch16_224", help="preset of 224 px")
-    parser.add_argument("--batch", type=int, default=4, help="pictures")
+    parser.add_argument("--batch", type=int, default=4, help="images")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each")
     parser.add_argument("--threads", type=int, default=2, help="of torch")
     parser.add_argument("--only", default="", help="what begins with this, such as encoder")

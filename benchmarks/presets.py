@@ -12,7 +12,7 @@ sound, not that anything is learnt. `distill`'s teacher has its true architectur
 weights: nothing is downloaded. `cpu_seconds_a_step` is the median of the last half of the steps, in
 the process's own CPU time, which on one thread is what a machine without other work takes. The peak
 is the whole process's, with the checkpoint and the evaluation at the end. `full_hours` multiplies
-the seconds up to the pictures of the preset's own data x its epochs; in a batch of two, the
+the seconds up to the images of the preset's own data x its epochs; in a batch of two, the
 optimiser's part weighs more than in the paper's. Rows go to results/presets.csv, or to --out.
 """
 
@@ -48,17 +48,17 @@ def photographs() -> Iterator[tuple[int, Image.Image]]:
     """Nine of 640 px at most, numbered."""
     photos = open_data("sample:photos")
     for i in range(len(photos)):
-        picture = photos[i]["image"].convert("RGB")
-        picture.thumbnail((640, 640))
-        yield i, picture
+        photo = photos[i]["image"].convert("RGB")
+        photo.thumbnail((640, 640))
+        yield i, photo
 
 
 def labelled_pixels(folder: Path) -> str:
     """ADE20K in little: photographs, labelled by their grey with 150 classes' numbers."""
-    for i, picture in photographs():
+    for i, photo in photographs():
         part = "train" if i else "test"
-        grey = picture.convert("L").point(lambda value: value * 149 // 255)
-        for kind, image in (("images", picture), ("masks", grey)):
+        grey = photo.convert("L").point(lambda value: value * 149 // 255)
+        for kind, image in (("images", photo), ("masks", grey)):
             (folder / kind / part).mkdir(parents=True, exist_ok=True)
             image.save(folder / kind / part / f"{i}.png")
     (folder / "classes.txt").write_text("".join(f"grey {i}\n" for i in range(150)))
@@ -72,10 +72,10 @@ def outlined_objects(folder: Path) -> str:
         part: {"images": [], "annotations": [], "categories": categories}
         for part in ("train", "val")
     }
-    for i, picture in photographs():
-        part, (width, height) = "train" if i else "val", picture.size
+    for i, photo in photographs():
+        part, (width, height) = "train" if i else "val", photo.size
         (folder / part).mkdir(parents=True, exist_ok=True)
-        picture.save(folder / part / f"{i}.png")
+        photo.save(folder / part / f"{i}.png")
         tables[part]["images"].append(
             {"id": i, "file_name": f"{i}.png", "width": width, "height": height}
         )
@@ -91,22 +91,22 @@ def outlined_objects(folder: Path) -> str:
     return f"coco:{folder}"
 
 
-def moving_pictures(folder: Path) -> str:
+def moving_images(folder: Path) -> str:
     """Kinetics in little: frames that pan over photographs, in two classes."""
-    for i, picture in photographs():
+    for i, photo in photographs():
         place = folder / ("train" if i > 1 else "test") / f"class {i % 2}" / f"{i}"
         place.mkdir(parents=True)
-        width, height = picture.size
+        width, height = photo.size
         for frame in range(FRAMES):
             left = frame * width // (4 * FRAMES)
-            picture.crop((left, 0, left + 3 * width // 4, height)).save(place / f"{frame}.jpg")
+            photo.crop((left, 0, left + 3 * width // 4, height)).save(place / f"{frame}.jpg")
     return f"video:{folder}?frames={FRAMES}"
 
 
 LITTLE = {
     "photographs, every pixel labelled": labelled_pixels,
     "photographs, an object outlined": outlined_objects,
-    "pans over photographs": moving_pictures,
+    "pans over photographs": moving_images,
 }
 
 
@@ -115,14 +115,14 @@ class Script:
     """A recipe or task: its module, the module that calls `fit`, what its presets are for.
 
     Attributes:
-        pictures: preset -> pictures an epoch of its own data.
+        images: preset -> images an epoch of its own data.
         changes: what is asked of its presets beside what is asked of all.
         data: one of `LITTLE`, where --data will not do.
     """
 
     module: ModuleType
     fits: ModuleType
-    pictures: dict[str, int]
+    images: dict[str, int]
     changes: dict = dataclasses.field(default_factory=dict)
     data: str = ""
 
@@ -147,7 +147,7 @@ SCRIPTS = (
     Script(video, classification, dict.fromkeys(video.PRESETS, KINETICS),
            {"encoder": "vim_small_patch16_224", "batch_size": 1}, CLIPS),
 )  # fmt: skip
-OF = {preset: script for script in SCRIPTS for preset in script.pictures}
+OF = {preset: script for script in SCRIPTS for preset in script.images}
 COLUMNS = (
     *ORIGIN, "threads", "recipe", "preset", "objective", "encoder", "trained_parameters", "teacher",
     "precision", "data", "batch", "steps", "cpu_seconds_a_step", "peak_mb", "first_loss",
@@ -174,7 +174,7 @@ def train(preset: str, folder: Path, changes: dict) -> dict:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
 
         def note(module, _):
-            if module.training:  # not the pictures at the end
+            if module.training:  # not the images at the end
                 moments.append(time.process_time())
 
         model.register_forward_pre_hook(note)
@@ -185,7 +185,7 @@ def train(preset: str, folder: Path, changes: dict) -> dict:
     steps = [after - before for before, after in pairwise(moments)]
     seconds = statistics.median(steps[len(steps) // 2 :])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kB on Linux, bytes on a Mac
-    pictures = script.pictures[preset]
+    images = script.images[preset]
     return {
         "recipe": script.module.__name__.rpartition(".")[2], "preset": preset,
         "objective": objective, "encoder": config.encoder, "trained_parameters": trained,
@@ -193,8 +193,8 @@ def train(preset: str, folder: Path, changes: dict) -> dict:
         "batch": config.batch_size, "threads": config.threads,
         "peak_mb": round(peak / 2 ** (20 if sys.platform == "darwin" else 10)),
         "cpu_seconds_a_step": round(seconds, 3), "epochs": config.epochs,
-        "pictures_an_epoch": pictures,
-        "full_hours": round(seconds / config.batch_size * pictures * config.epochs / 3600),
+        "pictures_an_epoch": images,
+        "full_hours": round(seconds / config.batch_size * images * config.epochs / 3600),
     }  # fmt: skip
 
 
@@ -218,8 +218,8 @@ def main() -> int:
     parser = results_parser(__doc__, TABLE)
     parser.add_argument("--only", nargs="+", default=list(OF), choices=OF, metavar="PRESET",
                         help=f"of {', '.join(OF)}")  # fmt: skip
-    parser.add_argument("--data", default="sample:fluent-emoji?limit=20", help="pictures")
-    parser.add_argument("--batch", type=int, default=2, help="pictures a step; one of COCO, videos")
+    parser.add_argument("--data", default="sample:fluent-emoji?limit=20", help="images")
+    parser.add_argument("--batch", type=int, default=2, help="images a step; one of COCO, videos")
     parser.add_argument("--steps", type=int, default=10, help="optimiser steps")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     for name in ("--tell", "--changes", "--output"):  # of the processes that this one starts

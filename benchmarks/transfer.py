@@ -8,8 +8,8 @@ Three seeds, each with its own choice of C and readout, untrained weights, and, 
 test part, split by group. Beside the encoder stand the same untrained and raw pixels at 32 px, and
 timm's ViT of its size under MAE, trained for the same time. Rows are appended to
 results/transfer.csv as they come; what is there already is not done again, and features are kept
-in the user's cache. No picture of a test part was trained on; DICOM and satellite tiles, no picture
-at all. Of the DICOM files' 13 patients one has 120 of 148 pictures, and of each modality one to
+in the user's cache. No image of a test part was trained on; DICOM and satellite tiles, no image
+at all. Of the DICOM files' 13 patients one has 120 of 148 images, and of each modality one to
 three patients are tested: that row shows that the path works, little more.
 """
 

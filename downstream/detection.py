@@ -32,7 +32,7 @@ from vim_ssl.training.accelerator import make_accelerator
 from vim_ssl.training.run import newest_run, stored_or, trained_on
 from vim_ssl.utils.config import check_between, opt, parse
 
-# Of the 117,266 pictures of train2017 that show an object, in batches of 64.
+# Of the 117,266 images of train2017 that show an object, in batches of 64.
 COCO_STEPS_AN_EPOCH = 1832
 COCO_STEPS = 184_375
 
@@ -42,18 +42,18 @@ class Config(DenseConfig):
     """Train an encoder to find objects."""
 
     data: str = opt("", "coco:ROOT", "data")
-    size: int = opt(128, "side of the square that pictures are laid on, pixels", "data")
+    size: int = opt(128, "side of the square that images are laid on, pixels", "data")
     scale: tuple[float, float] = opt((0.5, 1.5), "range of resizing, of what fits", "data")
-    empty: bool = opt(False, "train on pictures without an object too", "data")
+    empty: bool = opt(False, "train on images without an object too", "data")
     head: str = opt("cascade", "three box heads in a row, or one", "model", choices=HEADS)
     masks: bool = opt(True, "outlines too, where the data have them", "model")
     channels: int = opt(64, "of the pyramid and in the heads", "model")
     convs: int = opt(0, "3x3 convolutions in each box head and the mask head", "model")
     hidden: int = opt(128, "width of a box head's last layer", "model")
     anchor: int = opt(16, "side of the smallest anchors, pixels; each level doubles it", "model")
-    samples: int = opt(64, "proposals a picture on which the heads are trained", "model")
+    samples: int = opt(64, "proposals an image on which the heads are trained", "model")
     score: float = opt(0.05, "the least score of a detection", "model")
-    most: int = opt(100, "detections a picture", "model")
+    most: int = opt(100, "detections an image", "model")
     batch_size: int = opt(4, "samples a process and micro-batch", "optimiser")
     lr_reference_batch: int = opt(4, "samples that base_lr is meant for", "optimiser")
     warmup_epochs: float = opt(1.0, "linear warm-up", "optimiser")
@@ -116,7 +116,7 @@ def run(config: Config) -> dict[str, Any]:
     train, test = boxed_parts(config.data or trained_on(source), config.test, config.seed)
     if not any(test.box_count(i) for i in range(len(test))):
         raise ValueError(
-            f"none of the {len(test):,} test pictures of {test.name} shows an object; there is "
+            f"none of the {len(test):,} test images of {test.name} shows an object; there is "
             "nothing to judge by. Annotate some, or hold out others (--test, --seed)."
         )
     if config.eval_only:
@@ -124,7 +124,7 @@ def run(config: Config) -> dict[str, Any]:
     if not config.empty:
         train = train.subset(i for i in range(len(train)) if train.box_count(i))
     if not len(train):
-        raise ValueError(f"no picture of {train.name} shows an object; there is nothing to learn.")
+        raise ValueError(f"no image of {train.name} shows an object; there is nothing to learn.")
     torch.manual_seed(config.seed)
     model = build_model(config, source, train.classes or [], train.has_outlines)
     transform = LargeScaleJitter(

@@ -1,10 +1,10 @@
-"""Embed pictures: a vector for each, with its id and label, in parquet or npy files.
+"""Embed images: a vector for each, with its id and label, in parquet or npy files.
 
     python downstream/embed.py --encoder RUN_OR_FILE --data photos/ --output vectors
     python downstream/embed.py --encoder … --data 'wds:shards/*.tar' --output vectors --workers 4
     accelerate launch downstream/embed.py --encoder … --data hf:owner/name?split=all --output …
     python downstream/embed.py --encoder … --data scenes/ --img-size 2048 --batch-size 1
-                                                 # large pictures, each in one long scan
+                                                 # large images, each in one long scan
 
 Any data spec goes in, streams too; without ``split`` it means the training part. The output folder
 holds ``shards/`` (``pyarrow.parquet.read_table("vectors/shards")``, or ``numpy.load`` of each) and
@@ -56,14 +56,14 @@ class Config:
     """Embeddings of any data, in files."""
 
     encoder: str = opt("", "run, checkpoint, preset or Hub id; default: the newest run")
-    data: str = opt("", "pictures, labelled or not; default: what the run was trained on")
+    data: str = opt("", "images, labelled or not; default: what the run was trained on")
     readout: str = opt(
         POOLED, "pooled: what encoder(images) gives; or a probe's", choices=(POOLED, *READOUTS)
     )
     img_size: int = opt(0, "pixels; positions are resampled; 0: the encoder's own")
     format: str = opt("parquet", "of the files", choices=FORMATS)
-    shard_rows: int = opt(4096, "pictures a file; what a kill costs at most, a process")
-    batch_size: int = opt(128, "pictures at once")
+    shard_rows: int = opt(4096, "images a file; what a kill costs at most, a process")
+    batch_size: int = opt(128, "images at once")
     workers: int = opt(0, "data loading processes")
     device: str = opt("", "cpu, cuda …; default: cuda if there is one")
     seed: int = opt(0, "of a preset's weights")
@@ -97,7 +97,7 @@ def run(config: Config) -> dict:
         missing = [
             s for s in shards if not (folder / "shards" / f"{s.name}.{config.format}").exists()
         ]
-        print(f"Encoder {source} · {data.name}: {len(data):,} pictures in {len(shards):,} files, "
+        print(f"Encoder {source} · {data.name}: {len(data):,} images in {len(shards):,} files, "
               f"{len(shards) - len(missing):,} of them there already", flush=True)  # fmt: skip
     missing = processes.agree(missing)
     began = time.perf_counter()
@@ -115,7 +115,7 @@ def run(config: Config) -> dict:
     record = finish(folder, shards, config.format, time.perf_counter() - began)
     lock.release()
     if record["skipped"]:
-        print(f"{len(record['skipped']):,} pictures could not be read, such as "
+        print(f"{len(record['skipped']):,} images could not be read, such as "
               f"{record['skipped'][:3]}; all are named in record.json.")  # fmt: skip
     print(f"Written: {record['rows']:,} embeddings of {dim} values in {folder}")
     return record
@@ -187,10 +187,10 @@ def embed(
     """The files' contents, each as soon as the last of its rows is there; see `read_rows`.
 
     Args:
-        total: pictures, to show progress; None shows none.
+        total: images, to show progress; None shows none.
     """
     under_way: dict[str, Embedded] = {}
-    with tqdm(total=total, unit="picture", disable=total is None, mininterval=0.5) as bar:
+    with tqdm(total=total, unit="image", disable=total is None, mininterval=0.5) as bar:
         for shard, batch, last in rows:
             part = under_way.setdefault(shard.name, Embedded(shard.name, torch.empty(0, dim)))
             part.skipped += [row for row in batch if isinstance(row, str)]

@@ -8,9 +8,9 @@
 
 Every block is trained, the lower ones more gently (layer decay). The test part is used once, at the
 end, unless it is what chooses: --validation takes a share of the training part for that. In the run
-lie metrics.json, predictions.csv (one line a picture) and classes.csv (one a class).
+lie metrics.json, predictions.csv (one line an image) and classes.csv (one a class).
 
---eval-only judges all pictures of the split that --data names; without ?split= of the test split,
+--eval-only judges all images of the split that --data names; without ?split= of the test split,
 else of validation, else of all that there is, shards (wds:) too. A run is judged on its own data by
 what it had held out.
 """
@@ -54,7 +54,7 @@ class Config(ClassificationConfig):
     encoder: str = opt("", "run, checkpoint, preset or Hub id; default: the newest run", "data")
     data: str = opt("", "labelled data; default: what the run was trained on", "data")
     labels_per_class: int = opt(0, "train on so many of each class; 0: on all", "data")
-    crop_scale: tuple[float, float] = opt((0.6, 1.0), "share of the picture's area", "data")
+    crop_scale: tuple[float, float] = opt((0.6, 1.0), "share of the image's area", "data")
     hflip: float = opt(0.0, "probability of mirroring", "data")
     global_pool: str = opt("token+avg", "what the head reads", "model")
     img_size: int = opt(0, "pixels; positions are resampled; 0: the encoder's own", "model")
@@ -75,7 +75,7 @@ class Config(ClassificationConfig):
         super().__post_init__()
         if self.labels_per_class and self.targets == "multi-label":
             raise ValueError(
-                "labels_per_class counts pictures of one class each, which multi-label has not; "
+                "labels_per_class counts images of one class each, which multi-label has not; "
                 "leave it out."
             )
 
@@ -168,7 +168,7 @@ def judge_as_it_is(config: Config, source: str, spec: str, device) -> dict[str, 
 def part_to_judge(
     config: Config, spec: str, learnt: str | None
 ) -> tuple[ImageData | ImageStream, str]:
-    """The labelled pictures of the split that ``spec`` names, else of the test split, else of
+    """The labelled images of the split that ``spec`` names, else of the test split, else of
     validation, else all; and the name of that part. Of data without splits that the encoder has
     learnt from, what it had held out.
 

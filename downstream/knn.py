@@ -2,14 +2,14 @@
 
     python downstream/knn.py                                     # newest run, its data
     python downstream/knn.py --encoder RUN_OR_FILE --data FOLDER_WITH_CLASSES
-    accelerate launch downstream/knn.py --data FOLDER            # pictures shared out
+    accelerate launch downstream/knn.py --data FOLDER            # images shared out
 
-The labels of the k training pictures most similar by cosine vote, each with exp(similarity / 0.07)
+The labels of the k training images most similar by cosine vote, each with exp(similarity / 0.07)
 votes (DINO, arXiv:2104.14294). Nothing is chosen: every k and every readout is shown. Features are
 compared as they are; ``--standardise`` first takes the training set's mean and deviation out of
 each, which is not the papers' protocol but helps encoders trained to predict pixels.
 
-Accuracy, or where a picture has several labels the mean average precision of the votes.
+Accuracy, or where an image has several labels the mean average precision of the votes.
 """
 
 import sys
@@ -95,7 +95,7 @@ def _print_table(metrics: dict) -> None:
         print(f"{features:26} {readout:10}{cells}")
     print(f"{FIGURES[metrics['figure']]} on the test part in per cent, 95 % interval in brackets.")
     if metrics["skipped"]:
-        print(f"{len(metrics['skipped'])} pictures could not be read: {metrics['skipped'][:3]} …")
+        print(f"{len(metrics['skipped'])} images could not be read: {metrics['skipped'][:3]} …")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

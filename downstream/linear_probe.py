@@ -3,15 +3,15 @@
     python downstream/linear_probe.py                                    # newest run, its data
     python downstream/linear_probe.py --encoder RUN_OR_FILE --data hf:timm/eurosat-rgb
     python downstream/linear_probe.py --shots 1 2 4 8 16                 # and with few labels
-    accelerate launch downstream/linear_probe.py --data FOLDER           # pictures shared out
+    accelerate launch downstream/linear_probe.py --data FOLDER           # images shared out
 
 Logistic regression on standardised features (L-BFGS), weighted nearest neighbours beside it,
 against the same encoder untrained and against raw pixels. The readout (class token; mean of the
 patches; both; both and the means at a quarter, half and three quarters of the depth) and C are
 chosen on a part of the training set; the test set is used once. Of data without a test split a
-part is held out here; a run pretrained on the same data has seen its pictures, not its labels.
+part is held out here; a run pretrained on the same data has seen its images, not its labels.
 
-Accuracy, or where a picture has several labels the mean average precision over the classes
+Accuracy, or where an image has several labels the mean average precision over the classes
 (macro), and over all pairs (micro); of MedMNIST its own AUC and ACC too. ``--head lars`` is MAE's
 head instead, without augmentation.
 """
@@ -42,8 +42,8 @@ from vim_ssl.models.video import VideoEncoder
 from vim_ssl.report import write_report
 from vim_ssl.utils.config import opt, parse
 
-MAX_PIXELS = 64 * 64 * 3  # values a picture above which regression on raw pixels takes too long
-SHRUNK = 32  # pixels a side that larger pictures have then
+MAX_PIXELS = 64 * 64 * 3  # values an image above which regression on raw pixels takes too long
+SHRUNK = 32  # pixels a side that larger images have then
 FEW_SHOT_C = 1.0  # so few labels leave none to choose it by
 REACH = 5  # how often its own length a weight should be able to move; see `lars_reach`
 
@@ -55,8 +55,8 @@ class Config(ComparisonConfig):
     validation: float = opt(0.2, "share of the training set to choose C and readout on")
     head: str = opt("logistic", "of L-BFGS, or MAE's by LARS", choices=("logistic", "lars"))
     c_grid: tuple[float, ...] = opt(C_GRID, "of logistic: values of C to try, ascending")
-    lars_lr: float = opt(0.1, "learning rate per 256 pictures; MAE's is for a million of them")
-    lars_batch: int = opt(16384, "pictures a step; all, where there are fewer")
+    lars_lr: float = opt(0.1, "learning rate per 256 images; MAE's is for a million of them")
+    lars_batch: int = opt(16384, "images a step; all, where there are fewer")
     lars_epochs: int = opt(90, "passes over the features")
     knn_k: int = opt(20, "neighbours that vote")
     shots: tuple[int, ...] = opt((), "also train on so many of each class, such as 1 2 4 8 16")
@@ -131,7 +131,7 @@ def _lars(x, y, config: Config) -> LinearHead:
 
 
 def _answer(head: LinearHead, x: torch.Tensor) -> torch.Tensor:
-    """Labels (n,), or the scores of every class (n, classes) where a picture has several."""
+    """Labels (n,), or the scores of every class (n, classes) where an image has several."""
     return head.scores(x) if head.classes is None else head.predict(x)
 
 
@@ -170,7 +170,7 @@ def run(config: Config) -> dict:
     comparison = Comparison("linear_probe", config)
     train, test = comparison.train, comparison.test
     if config.shots and train.multi_label:
-        raise ValueError(f"{train.name} has several labels a picture; --shots needs one of each.")
+        raise ValueError(f"{train.name} has several labels an image; --shots needs one of each.")
     if comparison.main:
         _warn_of_lars(len(train), config)
     tables = _Tables(config, getattr(test, "task", None) or "")
@@ -227,7 +227,7 @@ class _Tables:
         self.skipped, self.groups = train.skipped + test.skipped, test.groups
 
     def differences(self) -> list[dict]:
-        """By how much the first features are better than each other, on the same pictures."""
+        """By how much the first features are better than each other, on the same images."""
         (first, figures), *others = self.figures.items()
         rows = []
         for other, theirs in others:
@@ -240,10 +240,10 @@ class _Tables:
         return rows
 
 
-def _warn_of_lars(pictures: int, config: Config) -> None:
-    reach = lars_reach(pictures, config.lars_lr, config.lars_epochs)
+def _warn_of_lars(images: int, config: Config) -> None:
+    reach = lars_reach(images, config.lars_lr, config.lars_epochs)
     if config.head == "lars" and reach < REACH:
-        print(f"Of {pictures:,} pictures MAE's head learns little in {config.lars_epochs} epochs; "
+        print(f"Of {images:,} images MAE's head learns little in {config.lars_epochs} epochs; "
               f"try --lars-lr {config.lars_lr * 2 * REACH / reach:.2g}.", flush=True)  # fmt: skip
 
 
@@ -260,11 +260,11 @@ def _print_table(metrics: dict) -> None:
     for row in metrics["differences"]:
         low, high = row["logistic_ci"]
         print(f"{row['features']} over {row['over']}: {row['logistic']:+.1f} [{low:+.1f}, "
-              f"{high:+.1f}] by the linear head, on the same pictures.")  # fmt: skip
+              f"{high:+.1f}] by the linear head, on the same images.")  # fmt: skip
     if metrics["few_shot"]:
         _print_few_shots(metrics)
     if metrics["skipped"]:
-        print(f"{len(metrics['skipped'])} pictures could not be read: {metrics['skipped'][:3]} …")
+        print(f"{len(metrics['skipped'])} images could not be read: {metrics['skipped'][:3]} …")
 
 
 def _print_few_shots(metrics: dict) -> None:

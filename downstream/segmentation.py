@@ -34,7 +34,7 @@ from vim_ssl.training.accelerator import make_accelerator
 from vim_ssl.training.run import newest_run, stored_or, trained_on
 from vim_ssl.utils.config import check_between, opt, parse
 
-# Of ADE20K's 20,210 pictures in batches of 32, as 4 GPUs x 8 make them.
+# Of ADE20K's 20,210 images in batches of 32, as 4 GPUs x 8 make them.
 ADE20K_STEPS_AN_EPOCH = 631
 
 
@@ -43,7 +43,7 @@ class Config(DenseConfig):
     """Train an encoder to label every pixel."""
 
     data: str = opt("", "masks:FOLDER, ade20k:ROOT, nifti:FOLDER, geotiff:FOLDER", "data")
-    short_side: int = opt(0, "pixels that pictures are resized to first; 0: as they are", "data")
+    short_side: int = opt(0, "pixels that images are resized to first; 0: as they are", "data")
     crop: int = opt(64, "side of training crops and of test windows, pixels", "data")
     slide: int = opt(0, "pixels from a test window to the next; 0: two thirds of it", "data")
     scale: tuple[float, float] = opt((0.5, 2.0), "range of random resizing", "data")

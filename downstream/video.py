@@ -4,10 +4,10 @@
     python downstream/video.py --data 'video:ROOT?frames=8&fps=5&clips=4'      # dense, four clips
     python downstream/video.py --frozen --encoder RUN --data video:ROOT         # a linear probe
 
-An encoder of pictures is inflated: its patches become tubelets, its positions stay, a table of
+An encoder of images is inflated: its patches become tubelets, its positions stay, a table of
 times begins at zero (`vim_ssl/models/video.py`). Training draws one clip of a video and one augmentation a
 clip; judged is the mean of the logits over all ``clips`` of the data spec. In the run lie
-metrics.json, predictions.csv and classes.csv, as of pictures, and the encoder, which reads clips
+metrics.json, predictions.csv and classes.csv, as of images, and the encoder, which reads clips
 from then on. `linear_probe.py`, `knn.py` and `embed.py` take videos too.
 
 After VideoMamba, arXiv:2403.06977: layer decay 0.8, drop path and a tubelet of one frame.
@@ -39,7 +39,7 @@ class Config(ClassificationConfig):
     crop_scale: tuple[float, float] = opt((0.4, 1.0), "share of the frames' area", "data")
     hflip: float = opt(0.5, "probability of mirroring; 0 where left and right matter", "data")
     judge_batch: int = opt(4, "videos at once where they are judged", "data")
-    tubelet: int = opt(1, "frames that make a token, of an encoder of pictures", "model")
+    tubelet: int = opt(1, "frames that make a token, of an encoder of images", "model")
     inflation: str = opt("centre", "what a tubelet sees", "model", choices=INFLATIONS)
     global_pool: str = opt("token+avg", "what the head reads", "model")
     img_size: int = opt(0, "pixels; positions are resampled; 0: the encoder's own", "model")
@@ -58,13 +58,13 @@ class Config(ClassificationConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.mixup or self.cutmix:
-            raise ValueError("mixup and cutmix mix pictures, not clips; leave them out.")
+            raise ValueError("mixup and cutmix mix images, not clips; leave them out.")
         if self.frozen and (self.from_scratch or self.drop_path):
             raise ValueError("frozen trains the head of trained weights, without drop_path.")
 
 
 def kinetics_small() -> Config:
-    """VideoMamba's numbers for 16 frames at 224 px, its S model, pretrained on pictures."""
+    """VideoMamba's numbers for 16 frames at 224 px, its S model, pretrained on images."""
     return Config(
         crop_scale=(0.08, 1.0), auto_augment="rand-m7-mstd0.5-inc1", erasing=0.25, drop_path=0.35,
         label_smoothing=0.1, global_pool="token", epochs=50, warmup_epochs=5, batch_size=16,
@@ -90,8 +90,8 @@ def run(config: Config) -> dict[str, Any]:
 
 def build_encoder(config: Config, source: str, data: VideoData, **asked: Any) -> VideoEncoder:
     """An encoder of clips with a head; nothing else is trained where it is frozen."""
-    pictures = load_classifier(source, data, config, global_pool=config.global_pool, **asked)
-    encoder = reading(pictures, data, tubelet=config.tubelet, how=config.inflation)
+    images = load_classifier(source, data, config, global_pool=config.global_pool, **asked)
+    encoder = reading(images, data, tubelet=config.tubelet, how=config.inflation)
     assert isinstance(encoder, VideoEncoder)
     if config.from_scratch:
         encoder = VideoEncoder(**encoder.config)

@@ -1,4 +1,4 @@
-"""Zero-shot: tell classes by their names alone, and find pictures and captions by each other.
+"""Zero-shot: tell classes by their names alone, and find images and captions by each other.
 
     python downstream/zero_shot.py                                       # newest run, its pairs
     python downstream/zero_shot.py --encoder RUN --data FOLDER_WITH_CLASSES
@@ -6,7 +6,7 @@
 
 RUN is one of clip_pretrain. Data with labels are classified: each class is the mean direction of
 its name in several sentences (CLIP, arXiv:2103.00020, section 3.1.4). Data with captions are
-searched, both ways; a picture is answered by any of its captions. Data with both get both. Of data
+searched, both ways; an image is answered by any of its captions. Data with both get both. Of data
 with splits the test part is used, or else the validation part, unless `?split=` says otherwise.
 Figures and examples go to a folder in the run, one for each data, and onto the run's page.
 """
@@ -46,7 +46,7 @@ TEMPLATES = (
     "a {} in a video game.", "art of the {}.", "a photo of the small {}.",
 )  # fmt: skip
 EXAMPLES = 8
-SIDE = 96  # pixels of their pictures, at most
+SIDE = 96  # pixels of their images, at most
 SHOWN = 80  # letters of a caption
 
 
@@ -58,7 +58,7 @@ class Config:
     data: str = opt("", "with labels or captions; default: what the run was measured on, or data")
     templates: tuple[str, ...] = opt(TEMPLATES, "sentences about a class; {} is its name")
     names: str = opt("", "file of class names, one a line in the classes' order; default: theirs")
-    batch_size: int = opt(128, "pictures at once")
+    batch_size: int = opt(128, "images at once")
     workers: int = opt(0, "data loading processes")
     device: str = opt("", "cpu, cuda …; default: cuda if there is one")
     output: str = opt("", "where metrics.json goes; default: a folder in the run")
@@ -72,7 +72,7 @@ class Config:
 
 
 def was_trained_on(source: str | Path, spec: str, data: ImageData) -> bool:
-    """Whether any of these pictures may have been: of a set that the run has read, in whatever
+    """Whether any of these images may have been: of a set that the run has read, in whatever
     part, all but what is held out."""
     if canonical_split(data.split) in ("test", "validation"):
         return False
@@ -125,7 +125,7 @@ def text_classifier(clip: Clip, names: Sequence[str], templates: Sequence[str]) 
 def classify(features: Features, classifier: Tensor) -> tuple[dict[str, Any], Tensor]:
     """Top-1 and top-5 accuracy in per cent with 95 % intervals, and the classes (n, 5), best first.
 
-    Pictures without a label (-1) are left out.
+    Images without a label (-1) are left out.
     """
     known = features.y >= 0
     groups = features.groups and [features.groups[i] for i in known.nonzero()[:, 0]]
@@ -147,21 +147,21 @@ def _judged(name: str, right: Tensor, groups: Sequence[Hashable] | None) -> dict
 def search(pairs: PairFeatures, data: ImageData) -> dict[str, Any]:
     """R@1, 5 and 10 both ways with 95 % intervals, and what chance would find.
 
-    The intervals draw groups as a whole, and the captions of a picture with it.
+    The intervals draw groups as a whole, and the captions of an image with it.
     """
     group = dict(zip(data.ids, data.groups or data.ids, strict=True))
-    of_pictures = [group[id] for id in pairs.ids]
-    of_texts = [of_pictures[i] for i in pairs.owner.tolist()]
+    of_images = [group[id] for id in pairs.ids]
+    of_texts = [of_images[i] for i in pairs.owner.tolist()]
     figures: dict[str, Any] = {"pictures": len(pairs.images), "captions": len(pairs.texts)}
     for name, right in found_in(pairs).items():
-        figures |= _judged(name, right, of_pictures if name.startswith("image") else of_texts)
+        figures |= _judged(name, right, of_images if name.startswith("image") else of_texts)
     figures["chance_r1"] = round(100 / len(pairs.images), 3)
     return figures
 
 
 def show(pairs: PairFeatures, data: ImageData, folder: Path) -> dict[str, Any]:
-    """A few pairs to look at: each picture, small, in ``folder``, its first caption, the three that
-    are nearest (``right``: its own), and the cosines of all these pictures and first captions."""
+    """A few pairs to look at: each image, small, in ``folder``, its first caption, the three that
+    are nearest (``right``: its own), and the cosines of all these images and first captions."""
     n = len(pairs.images)
     chosen = sorted({i * n // EXAMPLES for i in range(EXAMPLES)})
     first = [int((pairs.owner == i).nonzero()[0]) for i in chosen]
@@ -197,11 +197,11 @@ def run(config: Config) -> dict:
     labelled = bool(data.classes) and not data.multi_label and any(map(is_known, data.labels or ()))
     if not labelled and not data.has_captions:
         raise ValueError(
-            f"{data.name} ({data.split}) has neither labels nor captions; of labels one a picture."
+            f"{data.name} ({data.split}) has neither labels nor captions; of labels one an image."
         )
-    print(f"Model {source} · {data.name}: {len(data):,} pictures", flush=True)
+    print(f"Model {source} · {data.name}: {len(data):,} images", flush=True)
     if seen := was_trained_on(source, spec, data):
-        print("These are pictures that it was trained on: no test.", flush=True)
+        print("These are images that it was trained on: no test.", flush=True)
     loading: dict[str, Any] = {"batch_size": config.batch_size, "workers": config.workers}
     loading["device"] = device
     folder = Path(config.output or task_folder("zero_shot", source, config.data))
@@ -215,7 +215,7 @@ def run(config: Config) -> dict:
     pairs = embed_pairs(clip, data, **loading) if data.has_captions else None
     if labelled:
         names = class_names(data, config.names)
-        if pairs is not None and not pairs.skipped:  # all pictures are embedded already
+        if pairs is not None and not pairs.skipped:  # all images are embedded already
             features = features_of(data, pairs.images, range(len(data)), [])
         else:
             features = extract_features(clip.encode_image, data, clip.transform, **loading)
@@ -251,14 +251,14 @@ def _print_table(metrics: dict) -> None:
     if found := metrics.get("retrieval"):
         print(f"\n{'':26}{'R@1':24}{'R@5':24}{'R@10':24}")
         for way, title in (
-            ("image_to_text", "captions of a picture"), ("text_to_image", "picture of a caption")
+            ("image_to_text", "captions of an image"), ("text_to_image", "image of a caption")
         ):  # fmt: skip
             print(title.ljust(26) + "".join(cell(found, f"{way}_r{k}") for k in (1, 5, 10)))
-        print(f"Among {found['pictures']:,} pictures and {found['captions']:,} captions; chance at "
+        print(f"Among {found['images']:,} images and {found['captions']:,} captions; chance at "
               f"R@1: {found['chance_r1']} %.")  # fmt: skip
     print("95 % interval in brackets.")
     if metrics["skipped"]:
-        print(f"{len(metrics['skipped'])} pictures were left out: {metrics['skipped'][:3]} …")
+        print(f"{len(metrics['skipped'])} images were left out: {metrics['skipped'][:3]} …")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Pretrain a Vim encoder from captions: pictures and texts that belong together meet in one space.
+"""Pretrain a Vim encoder from captions: images and texts that belong together meet in one space.
 
     accelerate launch recipes/clip_pretrain.py                           # emoji, minutes, a CPU
     accelerate launch recipes/clip_pretrain.py --preset emoji_clip --data pairs:FOLDER   # yours
@@ -54,11 +54,11 @@ from vim_ssl.utils.names import did_you_mean
 
 @dataclass
 class Config(AugmentationConfig):
-    """Contrast of pictures and captions on a Vim encoder."""
+    """Contrast of images and captions on a Vim encoder."""
 
-    data: str = opt("", "pictures with captions: pairs:FOLDER, hf:NAME, wds:SHARDS …", group="data")
+    data: str = opt("", "images with captions: pairs:FOLDER, hf:NAME, wds:SHARDS …", group="data")
     val: str = opt("", "others, on which retrieval is measured; default: none", group="data")
-    crop_scale: tuple[float, float] = opt((0.9, 1.0), "share of the picture's area", "data")
+    crop_scale: tuple[float, float] = opt((0.9, 1.0), "share of the image's area", "data")
     hflip: float = opt(0.0, "probability of mirroring; captions know left", "data")
     encoder: str = opt(
         "vim_small_patch16_224", "preset, checkpoint, run or timm:NAME", group="model"
@@ -207,11 +207,11 @@ def build_val(config: Config) -> ImageData | None:
 
 
 def with_captions(data: ImageData) -> ImageData:
-    """The same. Raises: ValueError for pictures without captions."""
+    """The same. Raises: ValueError for images without captions."""
     if not data.has_captions:
         raise ValueError(
             f"{data.name} has no captions; name their column by ?caption=COLUMN, or give "
-            "pairs:FOLDER with a text file beside each picture."
+            "pairs:FOLDER with a text file beside each image."
         )
     return data
 

@@ -1,7 +1,7 @@
 """Pretrain a Vim encoder by masked image modelling.
 
     accelerate launch recipes/mim_pretrain.py                            # digits, minutes, a CPU
-    accelerate launch recipes/mim_pretrain.py --data FOLDER              # your pictures, 224 px
+    accelerate launch recipes/mim_pretrain.py --data FOLDER              # your images, 224 px
     accelerate launch --multi_gpu --num_processes 8 recipes/mim_pretrain.py \\
         --preset mae_small_224 --data imagenet/train --precision bf16
     accelerate launch recipes/mim_pretrain.py --preset mae_small_224 --mask tube \\
@@ -51,8 +51,8 @@ OBJECTIVES = {"mae": MAE, "simmim": SimMIM, "ar": AutoRegressive, "distill": Dis
 class Config(TrainConfig):
     """Masked image modelling on a Vim encoder."""
 
-    data: str = opt("", "pictures: a folder, hf:NAME, wds:SHARDS, sample:NAME …", group="data")
-    crop_scale: tuple[float, float] = opt((0.2, 1.0), "share of the picture's area", group="data")
+    data: str = opt("", "images: a folder, hf:NAME, wds:SHARDS, sample:NAME …", group="data")
+    crop_scale: tuple[float, float] = opt((0.2, 1.0), "share of the image's area", group="data")
     hflip: float = opt(0.5, "probability of mirroring", group="data")
     encoder: str = opt("vim_small_patch16_224", "preset, checkpoint or run", group="model")
     model_args: dict[str, Any] = opt({}, "more arguments of the encoder", group="model")
@@ -114,7 +114,7 @@ def distill_minute() -> Config:
 
 
 def mae_nano_64() -> Config:
-    """MAE at 64 px with a 1 M-parameter encoder: your own pictures on a CPU."""
+    """MAE at 64 px with a 1 M-parameter encoder: your own images on a CPU."""
     return Config(
         encoder="vim_nano_patch8_64", decoder_dim=96, decoder_depth=1, epochs=100,
         warmup_epochs=5, batch_size=64, base_lr=1e-3, lr_reference_batch=64,
@@ -238,7 +238,7 @@ def build_model(config: Config, data: ImageData | ImageStream | None = None) -> 
         raise ValueError(f"model_args: {error}") from error
     encoder = reading(encoder, data, tubelet=config.tubelet)
     if isinstance(encoder, VideoEncoder) and config.objective not in ("mae", "simmim"):
-        raise ValueError(f"{config.objective} reads pictures, not clips; use mae or simmim.")
+        raise ValueError(f"{config.objective} reads images, not clips; use mae or simmim.")
     return encoder
 
 
@@ -283,7 +283,7 @@ def load_teacher(name: str):
         return timm.create_model(name, pretrained=True, num_classes=0, dynamic_img_size=True)
     except TypeError as error:
         raise ValueError(
-            f"the teacher timm:{name} takes no pictures of any size; choose a vision transformer."
+            f"the teacher timm:{name} takes no images of any size; choose a vision transformer."
         ) from error
 
 
@@ -308,7 +308,7 @@ def not_used(config: Config) -> list[str]:
 
 
 def build_data(config: Config, encoder: VimEncoder, data: ImageData | ImageStream | None = None):
-    """The pictures, opened unless they are given, and how they reach the objective."""
+    """The images, opened unless they are given, and how they reach the objective."""
     data = open_data(config.data, streams=True) if data is None else data
     patch = encoder.patch_embed.patch_size
     if config.mask_unit % patch:
@@ -320,7 +320,7 @@ def build_data(config: Config, encoder: VimEncoder, data: ImageData | ImageStrea
     )
     if isinstance(encoder, VideoEncoder):
         if not isinstance(data, VideoData):
-            raise ValueError(f"the encoder reads clips, {data.name} are pictures: use video:ROOT.")
+            raise ValueError(f"the encoder reads clips, {data.name} are images: use video:ROOT.")
         image, times = ClipTransform(image, training=True), data.sampling.frames // encoder.tubelet
         if config.mask == "tube":
             more = {"times": times}

@@ -33,7 +33,7 @@ TOOLS = {
         "verify_main",
         "Tell what a checkpoint is and whether it loads whole.",
     ),
-    "data": Command("vim_ssl.data.check", "main", "Check data: labels, pictures, splits."),
+    "data": Command("vim_ssl.data.check", "main", "Check data: labels, images, splits."),
     "samples": Command("vim_ssl.data.samples.fetch", "main", "List or get small real image sets."),
     "report": Command("vim_ssl.report", "main", "Draw the page of a run again."),
 }
@@ -141,7 +141,7 @@ def _from_worker(error: BaseException) -> bool:
 
 
 def _is_users_mistake(error: BaseException) -> bool:
-    if type(error).__name__ == "BadImage":  # wherever it was raised: a picture is no code
+    if type(error).__name__ == "BadImage":  # wherever it was raised: an image is no code
         return True
     if isinstance(
         error, FileNotFoundError | NotADirectoryError | IsADirectoryError | PermissionError

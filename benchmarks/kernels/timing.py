@@ -1,12 +1,12 @@
 """How fast is every scan that runs here? The right ones, timed side by side in one process.
 
-    python -m benchmarks.kernels.timing                   # this machine's device
-    python -m benchmarks.kernels.timing --device cuda --quick --out FOLDER
+    python benchmarks/kernels/timing.py                   # this machine's device
+    python benchmarks/kernels/timing.py --device cuda --quick --out FOLDER
 
 Correctness first: a provider whose outputs or gradients are wrong gets no figures, and if it is one
 of our own backends nothing is timed and the exit code is 1. Then forward and backward apart, calls
 of all providers interleaved, inputs rotated: p20, median and p80 in milliseconds, and the peak
-memory above the inputs. On a GPU each figure stands beside the floor that `triton_ceilings`
+memory above the inputs. On a GPU each figure stands beside the floor that `ceilings.py`
 measures. Rows are appended to kernels.csv in --out, in a checkout by default benchmarks/results/,
 which git tracks. In a checkout the peers of benchmarks/peers/ take part.
 """
@@ -66,7 +66,7 @@ class Shape:
 
 
 CHECKED = Shape(2, 63, 64)
-# 224 and 512 px in batches, one picture of 1248 px.
+# 224 and 512 px in batches, one image of 1248 px.
 CUDA_SHAPES = [
     Shape(b, l, d) for d in (384, 768, 1536) for b, l in ((128, 197), (64, 1025), (1, 6085))
 ]
@@ -434,7 +434,7 @@ def measure(
 
     Args:
         budget_s: seconds of timing for one shape, dtype and direction.
-        ceilings: a `triton_ceilings.Ceilings`, for the floors.
+        ceilings: a `ceilings.Ceilings`, for the floors.
         compiled: whether what torch.compile makes takes part; it takes its time.
         until: a `time.monotonic()` after which nothing new is begun.
     Raises: RuntimeError if one of our own backends is wrong; nothing is timed then.
@@ -528,16 +528,16 @@ def format_row(row: dict) -> str:
 def measure_ceilings(say: Callable[[str], object] = print):
     """The GPU's, or None where Triton is missing."""
     try:
-        from benchmarks.kernels import ceilings as triton_ceilings
+        import ceilings
     except ImportError as error:
         say(f"no floors: {error}")
         return None
-    ceilings = triton_ceilings.measure()
+    rates = ceilings.measure()
     say(
-        f"ceilings: {ceilings.exp2 / 1e12:.2f}e12 exp2/s, {ceilings.fma / 1e12:.1f}e12 FMA/s, "
-        f"{ceilings.copied / 1e12:.2f} TB/s copied, {ceilings.sm_clock_mhz} MHz"
+        f"ceilings: {rates.exp2 / 1e12:.2f}e12 exp2/s, {rates.fma / 1e12:.1f}e12 FMA/s, "
+        f"{rates.copied / 1e12:.2f} TB/s copied, {rates.sm_clock_mhz} MHz"
     )
-    return ceilings
+    return rates
 
 
 def main(argv: Sequence[str] | None = None) -> int:

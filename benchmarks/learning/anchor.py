@@ -2,7 +2,7 @@
 
     python benchmarks/learning/anchor.py                # an hour of one core; goes on after a cut
 
-Pictures and settings are those of the preset `offline_rgb`, learning rate and mask those that suit
+Images and settings are those of the preset `offline_rgb`, learning rate and mask those that suit
 the ViT best in study.py. What a step of both costs is measured first, in turns, and remembered in
 results/learning_costs.csv; the ViT trains for as many epochs as the preset's CPU time allows. Its
 weights stay in the run, where transfer.py finds them.

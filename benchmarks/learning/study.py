@@ -2,11 +2,11 @@
 
     python benchmarks/learning/study.py                 # four hours on two CPU cores
 
-On digits (28 px, 49 patches) and colour pictures (emoji, 64 px, 64 patches) every objective trains
-the same 0.5 M-parameter Vim, twice: for as many pictures as `mae` sees, and for as long as `mae`
+On digits (28 px, 49 patches) and colour images (emoji, 64 px, 64 patches) every objective trains
+the same 0.5 M-parameter Vim, twice: for as many images as `mae` sees, and for as long as `mae`
 takes. `mae` runs a second time with the visible patches shuffled, and a third on timm's ViT of the
-same size (the outside anchor, equal time and equal pictures). Then the frozen features of the test
-pictures are read by logistic regression and by nearest neighbours; readout and C are chosen on a
+same size (the outside anchor, equal time and equal images). Then the frozen features of the test
+images are read by logistic regression and by nearest neighbours; readout and C are chosen on a
 part of the training set. The untrained encoders and raw pixels stand beside them.
 
 Seconds are one thread's CPU time, data loading included: what a run costs on an idle machine, and
@@ -63,7 +63,7 @@ ARMS = {
     "mae on ViT": {"base_lr": 5e-4, "warmup_epochs": 0.5, "mask_ratio": 0.6},
 }  # fmt: skip
 VIT = {"embed_dim": 96, "depth": 4, "num_heads": 3}  # 0.45 M parameters; the Vim has 0.50 M
-SAME = {"mae", "mae, shuffled"}  # they cost the same; their time and pictures are the budgets
+SAME = {"mae", "mae, shuffled"}  # they cost the same; their time and images are the budgets
 # `ar` reads forward only: its untrained network is another one.
 UNTRAINED = {"untrained": "mae", "untrained, forward only": "ar", "untrained ViT": "mae on ViT"}
 BASELINES = (*UNTRAINED, "pixels")
@@ -111,7 +111,7 @@ def work(out: Path, data: str, arm: str, budget: str, seed: int, epochs: float) 
     """One run and its probe, in a process of its own; appends the row."""
     torch.set_num_threads(1)
     config = settings(data, arm, seed, **({"epochs": epochs} if epochs else {}))
-    seconds, pictures = 0.0, 0
+    seconds, images = 0.0, 0
     if arm in BASELINES:
         like = UNTRAINED.get(arm, "")
         encoder = build(like, settings(data, like, seed))[0] if like else None
@@ -120,9 +120,9 @@ def work(out: Path, data: str, arm: str, budget: str, seed: int, epochs: float) 
             config.output = folder
             encoder, seconds = train(arm, config)
         size, batch = len(labelled_parts(config.data, 0.2, 0)[0]), config.batch_size
-        pictures = batch * round(epochs * (size // batch))
+        images = batch * round(epochs * (size // batch))
     row = {"data": data, "arm": arm, "budget": budget, "seed": seed, "epochs": epochs,
-           "pictures": pictures, "cpu_seconds": round(seconds, 1)}  # fmt: skip
+           "pictures": images, "cpu_seconds": round(seconds, 1)}  # fmt: skip
     found = read(encoder, data, seed)
     row |= {key: found[key] for key in ("logistic", "readout", "knn")}
     append_rows(out / TABLE, COLUMNS, [origin() | row])
@@ -145,7 +145,7 @@ def plan(out: Path, data: str) -> list[tuple[str, str, float]]:
 
 def main() -> int:
     parser = results_parser(__doc__, f"{TABLE} and {COSTS}")
-    parser.add_argument("--data", nargs="+", default=list(DATA), choices=DATA, help="pictures")
+    parser.add_argument("--data", nargs="+", default=list(DATA), choices=DATA, help="images")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="of the runs")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, one thread each")
     parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)

@@ -18,7 +18,7 @@ from rows import read_rows, results_parser
 HERE = Path(__file__).parent
 FIGURES = {"logistic": "linear probe", "knn": "nearest neighbours"}
 VIT = "mae on ViT"
-BUDGETS = {"time": "equal time", "pictures": "equal pictures"}
+BUDGETS = {"time": "equal time", "pictures": "equal images"}
 
 
 def values(rows: list[dict], data: str, arm: str, budget: str, figure: str) -> dict[int, float]:

@@ -29,7 +29,7 @@ class ViTEncoder(VisionTransformer):
         )
         self.data_config, self.in_chans = data_config, in_chans
         self.grid_size = self.patch_embed.grid_size
-        # Whole numbers, as ours has them; timm reads its pair for pictures of other sizes only.
+        # Whole numbers, as ours has them; timm reads its pair for images of other sizes only.
         self.patch_embed.patch_size = self.patch_embed.stride = patch_size
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
@@ -69,7 +69,7 @@ class ViTMAE(PixelObjective):
 
 
 def counterpart(vim: VimEncoder, config: Config, **size: int) -> ViTMAE:
-    """MAE on a ViT of this ``size`` with the pictures, the patches and the settings of a Vim's."""
+    """MAE on a ViT of this ``size`` with the images, the patches and the settings of a Vim's."""
     encoder = ViTEncoder(data_config=vim.data_config, patch_size=vim.patch_embed.patch_size, **size)
     return ViTMAE(
         encoder, decoder_dim=config.decoder_dim, decoder_depth=config.decoder_depth,

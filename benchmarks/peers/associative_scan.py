@@ -8,9 +8,9 @@ backward direction's are flipped beforehand, which is not timed.
 import torch
 import triton
 import triton.language as tl
+from timing import Provider, Shape
 from torch import Tensor
 
-from benchmarks.kernels.timing import Provider, Shape
 from vim_ssl.kernels.triton_math import LOG2E, sigmoid, softplus
 
 TOKENS = 256  # of a tile; with 16 states, 32 values a thread and array

@@ -21,9 +21,8 @@ from functools import cache, partial
 from pathlib import Path
 
 import torch
+from timing import Provider
 from torch import Tensor
-
-from benchmarks.kernels.timing import Provider
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / ".peers" / "mamba_ssm" / "csrc" / "selective_scan"

@@ -1,4 +1,4 @@
-"""Odd pictures are decoded right, or are BadImage; nothing else comes out."""
+"""Odd images are decoded right, or are BadImage; nothing else comes out."""
 
 import io
 import pickle
@@ -15,7 +15,7 @@ from vim_ssl.data.images import DEFAULT_MAX_PIXELS
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
 
-def corner_picture() -> Image.Image:
+def corner_image() -> Image.Image:
     """48 × 32, another colour in every quarter, so that no turn or mirror maps it to itself."""
     image = Image.new("RGB", (48, 32), WHITE)
     for colour, place in ((RED, (0, 0)), (GREEN, (24, 0)), (BLUE, (0, 16))):
@@ -49,7 +49,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 QUARTERS = (RED, GREEN, BLUE, WHITE)
 
 
-# What the stored picture needs so that it looks upright again, as EXIF numbers it.
+# What the stored image needs so that it looks upright again, as EXIF numbers it.
 @pytest.mark.parametrize(
     ("orientation", "stored"),
     [
@@ -64,7 +64,7 @@ QUARTERS = (RED, GREEN, BLUE, WHITE)
     ],
 )
 def test_exif_orientation_is_applied(orientation, stored):
-    image = corner_picture()
+    image = corner_image()
     exif = Image.Exif()
     exif[0x0112] = orientation
     turned = image if stored is None else image.transpose(stored)
@@ -83,30 +83,30 @@ def test_exif_orientation_is_applied(orientation, stored):
 def test_what_was_drawn_on_lies_as_its_size_tells(format, size, orientation, told):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    content = saved(corner_picture().resize(size), format, exif=exif)
+    content = saved(corner_image().resize(size), format, exif=exif)
     shown = decode_image(content)
     if told:
         assert decode_image(content, dense=True) == shown
     else:
-        reason = f"its EXIF orientation is {orientation}, and whether .* save picture and labels"
+        reason = f"its EXIF orientation is {orientation}, and whether .* save image and labels"
         with pytest.raises(BadImage, match=reason):
             decode_image(content, dense=True)
 
 
-def test_a_cut_off_picture_that_was_drawn_on_is_none():
+def test_a_cut_off_image_that_was_drawn_on_is_none():
     with pytest.raises(BadImage):
-        decode_image(saved(corner_picture(), "PNG")[:-40], dense=True)
+        decode_image(saved(corner_image(), "PNG")[:-40], dense=True)
 
 
-def test_damaged_exif_does_not_lose_the_picture():
+def test_damaged_exif_does_not_lose_the_image():
     broken = b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12garbage"
-    decoded = decode_image(saved(corner_picture(), "JPEG", exif=broken, quality=95))
+    decoded = decode_image(saved(corner_image(), "JPEG", exif=broken, quality=95))
     assert decoded.size == (48, 32)
 
 
 @pytest.mark.parametrize("format", ["JPEG", "TIFF"])
 def test_cmyk_has_the_colours_of_its_inks(format):
-    decoded = decode_image(saved(corner_picture().convert("CMYK"), format))
+    decoded = decode_image(saved(corner_image().convert("CMYK"), format))
     assert decoded.mode == "RGB"
     assert_colours(decoded, QUARTERS, tolerance=12)
 
@@ -119,13 +119,13 @@ def test_adobe_inverted_cmyk_is_told_by_its_bytes():
 
 
 def palette_with_transparent_entry() -> Image.Image:
-    image = corner_picture().quantize(8, dither=Image.Dither.NONE)
+    image = corner_image().quantize(8, dither=Image.Dither.NONE)
     image.info["transparency"] = image.getpixel((12, 24))  # what is blue
     return image
 
 
 def with_alpha(mode: str) -> Image.Image:
-    image = corner_picture().convert(mode)
+    image = corner_image().convert(mode)
     alpha = Image.new("L", image.size, 255)
     alpha.paste(0, (0, 16, 24, 32))  # the blue quarter
     alpha.paste(128, (0, 0, 24, 16))  # the red quarter: half
@@ -134,7 +134,7 @@ def with_alpha(mode: str) -> Image.Image:
 
 
 def rgb_with_colour_key() -> bytes:
-    return saved(corner_picture(), "PNG", transparency=BLUE)
+    return saved(corner_image(), "PNG", transparency=BLUE)
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ def test_float_grey(values, expected):
     assert np.asarray(decoded)[0].tolist() == expected
 
 
-def test_float_picture_without_a_finite_value_is_bad():
+def test_float_image_without_a_finite_value_is_bad():
     with pytest.raises(BadImage, match="finite"):
         decode_image(tiff(np.full((2, 2), np.nan, dtype=np.float32)))
 
@@ -252,7 +252,7 @@ def test_animations_give_their_first_frame(format):
 
 def test_content_decides_not_the_name(tmp_path):
     path = tmp_path / "photo.jpg"
-    path.write_bytes(saved(corner_picture(), "PNG"))
+    path.write_bytes(saved(corner_image(), "PNG"))
     assert_colours(decode_image(path), QUARTERS, tolerance=0)
 
 
@@ -260,12 +260,12 @@ def test_content_decides_not_the_name(tmp_path):
     ("data", "reason"),
     [
         pytest.param(b"", "empty", id="empty"),
-        pytest.param(b"this is no picture at all", "Pillow", id="text"),
-        pytest.param(saved(corner_picture(), "JPEG")[:400], "", id="truncated-jpeg"),
-        pytest.param(saved(corner_picture(), "PNG")[:100], "", id="truncated-png"),
-        pytest.param(saved(corner_picture(), "GIF")[:100], "", id="truncated-gif"),
-        pytest.param(saved(corner_picture(), "WEBP")[:60], "", id="truncated-webp"),
-        pytest.param(saved(corner_picture(), "TIFF")[:500], "", id="truncated-tiff"),
+        pytest.param(b"this is no image at all", "Pillow", id="text"),
+        pytest.param(saved(corner_image(), "JPEG")[:400], "", id="truncated-jpeg"),
+        pytest.param(saved(corner_image(), "PNG")[:100], "", id="truncated-png"),
+        pytest.param(saved(corner_image(), "GIF")[:100], "", id="truncated-gif"),
+        pytest.param(saved(corner_image(), "WEBP")[:60], "", id="truncated-webp"),
+        pytest.param(saved(corner_image(), "TIFF")[:500], "", id="truncated-tiff"),
         pytest.param(
             b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "Pillow", id="eps"
         ),
@@ -275,7 +275,7 @@ def test_content_decides_not_the_name(tmp_path):
         ),
     ],
 )  # fmt: skip
-def test_broken_pictures_are_bad_images(tmp_path, data, reason):
+def test_broken_images_are_bad_images(tmp_path, data, reason):
     path = tmp_path / "broken.jpg"
     path.write_bytes(data)
     for source in (path, str(path), data):
@@ -288,8 +288,8 @@ def test_broken_pictures_are_bad_images(tmp_path, data, reason):
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP"])
 def test_damaged_bytes_never_crash(format):
-    """Flip bytes all over real files: every outcome is a picture or BadImage."""
-    data = bytearray(saved(corner_picture(), format))
+    """Flip bytes all over real files: every outcome is an image or BadImage."""
+    data = bytearray(saved(corner_image(), format))
     draw = np.random.default_rng(0)
     outcomes = set()
     for _ in range(60):
@@ -310,7 +310,7 @@ def test_a_missing_file_and_a_folder_are_bad_images(tmp_path):
             decode_image(path)
 
 
-def test_too_large_pictures_say_their_size_and_the_way_out(monkeypatch):
+def test_too_large_images_say_their_size_and_the_way_out(monkeypatch):
     data = saved(Image.new("L", (300, 200)), "PNG")
     with pytest.raises(BadImage, match=r"300×200 pixels; the limit is 59999 .*VIM_SSL_MAX_PIXELS"):
         decode_image(data, max_pixels=59_999)
@@ -343,14 +343,14 @@ def test_the_limit_can_be_raised_above_pillows_own(monkeypatch):
 def test_a_wrong_limit_in_the_environment_is_no_bad_image(monkeypatch):
     monkeypatch.setenv("VIM_SSL_MAX_PIXELS", "2e8")
     with pytest.raises(ValueError, match="whole number") as error:
-        decode_image(saved(corner_picture(), "PNG"))
+        decode_image(saved(corner_image(), "PNG"))
     assert not isinstance(error.value, BadImage)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_mode_converts(mode):
     grey = saved(Image.new("L", (4, 4), 100), "PNG")
-    for data in (grey, saved(corner_picture(), "PNG"), saved(with_alpha("LA"), "PNG")):
+    for data in (grey, saved(corner_image(), "PNG"), saved(with_alpha("LA"), "PNG")):
         assert decode_image(data, mode=mode).mode == mode
 
 
@@ -367,8 +367,8 @@ def test_min_side_shrinks_large_jpegs_only_above_it():
     assert decode_image(saved(Image.new("L", (800, 600)), "PNG"), min_side=10).size == (800, 600)
 
 
-def test_clean_image_leaves_plain_pictures_as_they_are():
-    image = corner_picture()
+def test_clean_image_leaves_plain_images_as_they_are():
+    image = corner_image()
     assert clean_image(image) is image
 
 

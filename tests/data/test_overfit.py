@@ -1,4 +1,4 @@
-"""What every reader gives can be learnt: 32 labelled pictures by heart, from file to logits; and
+"""What every reader gives can be learnt: 32 labelled images by heart, from file to logits; and
 the data doctor finds nothing wrong with it."""
 
 import io
@@ -21,8 +21,8 @@ CLASSES = ("n01440764", "n01443537", "n01484850", "n01491361")  # synsets, for I
 SIDE = 32
 
 
-def picture(i: int, channels: int = 0) -> np.ndarray:
-    """Picture i of class i % 4: waves of one of four directions, under noise. uint8 (h, w[, c])."""
+def image(i: int, channels: int = 0) -> np.ndarray:
+    """Image i of class i % 4: waves of one of four directions, under noise. uint8 (h, w[, c])."""
     y, x = np.mgrid[:SIDE, :SIDE]
     wave = (x, y, x + y, x - y)[i % 4] * (2 * np.pi / 8) + i
     draw = np.random.default_rng(i)
@@ -33,7 +33,7 @@ def picture(i: int, channels: int = 0) -> np.ndarray:
 
 def png(i: int) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(picture(i, 3)).save(buffer, "PNG")
+    Image.fromarray(image(i, 3)).save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -66,8 +66,8 @@ def parquet(root):
 def hf(root):
     datasets = pytest.importorskip("datasets")
     features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=CLASSES))
-    pictures = [{"bytes": png(i), "path": None} for i in range(32)]
-    columns = {"image": pictures, "label": [i % 4 for i in range(32)]}
+    images = [{"bytes": png(i), "path": None} for i in range(32)]
+    columns = {"image": images, "label": [i % 4 for i in range(32)]}
     datasets.Dataset.from_dict(columns, features=features).save_to_disk(root / "saved")
     return f"hf:{root / 'saved'}"
 
@@ -81,7 +81,7 @@ def imagenet(root):
 def medmnist(root):
     arrays = {}
     for number, part in enumerate(("train", "val", "test")):
-        arrays[f"{part}_images"] = np.stack([picture(i + 32 * number) for i in range(32)])
+        arrays[f"{part}_images"] = np.stack([image(i + 32 * number) for i in range(32)])
         arrays[f"{part}_labels"] = np.arange(32)[:, None] % 4
     np.savez_compressed(root / "octmnist.npz", **arrays)
     return f"medmnist:{root / 'octmnist.npz'}"
@@ -99,7 +99,7 @@ def dicom(root):
         ds.Rows = ds.Columns = SIDE
         ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, "MONOCHROME2"
         ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 16, 12, 11, 0
-        ds.PixelData = (picture(i).astype(np.uint16) * 16).tobytes()
+        ds.PixelData = (image(i).astype(np.uint16) * 16).tobytes()
         ds.save_as(root / f"{i}.dcm", enforce_file_format=True)
     return f"dicom:{root}?label=modality"
 
@@ -107,7 +107,7 @@ def dicom(root):
 def nifti(root):
     nibabel = pytest.importorskip("nibabel", reason="needs 'vim-ssl[medical]'")
     for kind in range(4):
-        planes = np.stack([picture(i) for i in range(kind, 32, 4)], -1).astype(np.int16)
+        planes = np.stack([image(i) for i in range(kind, 32, 4)], -1).astype(np.int16)
         (root / CLASSES[kind]).mkdir()
         nibabel.save(nibabel.Nifti1Image(planes, np.eye(4)), root / CLASSES[kind] / "v.nii.gz")
     return f"nifti:{root}?label=folder"
@@ -126,14 +126,14 @@ def raster(path, values):
 
 def geotiff(root):
     for i in range(32):
-        values = picture(i, 5).transpose(2, 0, 1).astype(np.uint16) * 20
+        values = image(i, 5).transpose(2, 0, 1).astype(np.uint16) * 20
         raster(root / CLASSES[i % 4] / f"{i}.tif", values)
     return f"geotiff:{root}?label=folder"
 
 
 def eurosat(root):
     for i in range(32):
-        values = picture(i, 13).transpose(2, 0, 1).astype(np.uint16) * 20
+        values = image(i, 13).transpose(2, 0, 1).astype(np.uint16) * 20
         raster(root / EUROSAT_CLASSES[i % 4] / f"{i}.tif", values)
     for name in EUROSAT_CLASSES[4:]:
         raster(root / name / "x.tif", np.ones((13, SIDE, SIDE), np.uint16))
@@ -145,7 +145,7 @@ def bigearthnet(root):
     for i in range(32):
         patch = root / f"S2A_{i}_{i}"
         for band in BIGEARTHNET_BANDS:
-            raster(patch / f"{patch.name}_{band}.tif", picture(i)[None].astype(np.uint16) * 20)
+            raster(patch / f"{patch.name}_{band}.tif", image(i)[None].astype(np.uint16) * 20)
         labels = json.dumps({"labels": [names[i % 4], "Airports"]})
         put(patch / f"{patch.name}_labels_metadata.json", labels.encode())
     return f"bigearthnet:{root}"
@@ -153,7 +153,7 @@ def bigearthnet(root):
 
 def slide(root):
     for kind in range(4):
-        tiles = [picture(i, 3) for i in range(kind, 32, 4)]
+        tiles = [image(i, 3) for i in range(kind, 32, 4)]
         (root / CLASSES[kind]).mkdir()
         Image.fromarray(np.hstack(tiles)).save(root / CLASSES[kind] / "slide.png")
     return f"slide:{root}?tile={SIDE}&tissue=none"
@@ -179,9 +179,9 @@ def test_the_doctor_is_content_with_what_is_right(reader, tmp_path):
     told = ["train/ has 32"] if reader is imagenet else []  # of 1,281,167
     assert [problem.partition(" of ")[0] for problem in found.problems] == told
     data = open_data(spec, split="all")
-    assert f"Decoded: {len(data):,} pictures, all." in found.facts
+    assert f"Decoded: {len(data):,} images, all." in found.facts
     rows = [line.split() for line in found.facts]
-    assert ["split", "pictures", "labelled", "groups"] in rows
+    assert ["split", "images", "labelled", "groups"] in rows
     counts = {row[0]: row[1:] for row in rows if len(row) == 4}
     for part in data.splits or [data.split]:
         held = open_data(spec, split=part)
@@ -193,11 +193,11 @@ def test_the_doctor_is_content_with_what_is_right(reader, tmp_path):
 def test_the_doctor_is_content_with_a_sample_set():
     found = check("sample:mnist5k", sample=20)
     assert found.problems == []
-    assert "Decoded: 40 pictures, of 5,000." in found.facts
+    assert "Decoded: 40 images, of 5,000." in found.facts
 
 
 @pytest.mark.parametrize("reader", READERS, ids=lambda reader: reader.__name__)
-def test_32_pictures_are_learnt_by_heart(reader, tmp_path):
+def test_32_images_are_learnt_by_heart(reader, tmp_path):
     data = open_data(reader(tmp_path / "data"))
     labels = [tuple(y) if isinstance(y, list) else y for y in data.labels]
     common = sorted(set(labels), key=labels.count)[-4:]

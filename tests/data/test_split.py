@@ -56,8 +56,8 @@ def test_one_huge_group_does_not_swallow_the_second_side():
 
 @pytest.mark.parametrize("seed", range(8))
 def test_few_patients_of_every_class_are_on_both_sides(seed):
-    """Though one has most of the pictures: what is then due would take whole classes."""
-    patients = ((2, 2, 1), (1, 2, 10), (1, 2, 2, 120, 1), (2, 2), (1,))  # pictures, by class
+    """Though one has most of the images: what is then due would take whole classes."""
+    patients = ((2, 2, 1), (1, 2, 10), (1, 2, 2, 120, 1), (2, 2), (1,))  # images, by class
     labels = [label for label, sizes in enumerate(patients) for _ in range(sum(sizes))]
     groups = [f"{label}-{p}" for label, sizes in enumerate(patients)
               for p, size in enumerate(sizes) for _ in range(size)]  # fmt: skip
@@ -90,7 +90,7 @@ def test_of_two_patients_one_is_held_out_whatever_they_have():
 
 
 def test_classes_too_small_for_their_share_take_turns_in_groups_too():
-    labels = [i // 4 for i in range(400)]  # 100 classes of two patients with two pictures
+    labels = [i // 4 for i in range(400)]  # 100 classes of two patients with two images
     second = stratified_split(labels, 0.05, 0, [f"p{i // 2}" for i in range(400)])[1]
     assert 16 <= len(second) <= 24
 
@@ -107,7 +107,7 @@ def test_neither_side_is_empty(fraction):
     [
         ([0, 1], 0, None, "fraction 0 "),
         ([0, 1], 1.0, None, "between 0 and 1"),
-        ([0], 0.5, None, "two pictures"),
+        ([0], 0.5, None, "two images"),
         ([0, 1], 0.5, ["a", "a"], "two groups"),
         ([0, 1], 0.5, ["a"], "1 groups for 2 labels"),
     ],
@@ -127,7 +127,7 @@ def test_hold_out_does_not_depend_on_order():
 
 
 @pytest.mark.parametrize("kind", [list, np.array], ids=["lists", "arrays"])
-def test_pictures_with_several_labels_are_split_by_their_rows(kind):
+def test_images_with_several_labels_are_split_by_their_rows(kind):
     rows = [kind([i % 2, i % 5 == 0, 0]) for i in range(100)]
     first, second = stratified_split(rows, 0.2, seed=0)
     assert sorted(first + second) == list(range(100))

@@ -27,7 +27,7 @@ QUICK = [
 
 
 def draw(seed: int, side: int) -> tuple[np.ndarray, list[np.ndarray]]:
-    """A bright disc and a dark square on noise; the picture and their masks."""
+    """A bright disc and a dark square on noise; the image and their masks."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:side, :side] / side
     cy, cx, top = rng.uniform(0.25, 0.75), rng.uniform(0.2, 0.3), rng.uniform(0.1, 0.5)
@@ -39,7 +39,7 @@ def draw(seed: int, side: int) -> tuple[np.ndarray, list[np.ndarray]]:
 
 
 def shapes(root: Path, count: int = 2, side: int = 64, masks: bool = True) -> Path:
-    """The same pictures to train and to test on, in COCO's layout; ids 10, 20, …, classes 3, 8."""
+    """The same images to train and to test on, in COCO's layout; ids 10, 20, …, classes 3, 8."""
     for split in ("train", "val"):
         images, annotations = [], []
         for i in range(count):
@@ -103,7 +103,7 @@ def train(encoder, data, output, *more: str) -> dict:
 
 
 @pytest.mark.slow
-def test_it_learns_two_pictures_by_heart(tmp_path, encoder, data):
+def test_it_learns_two_images_by_heart(tmp_path, encoder, data):
     """The whole chain, cut down: 64 px, two blocks, both classes, boxes and masks."""
     metrics = train(
         encoder, data, tmp_path / "run", *AS_IT_IS, "--epochs", "50", "--base-lr", "5e-3",
@@ -203,11 +203,11 @@ def test_a_papers_preset_trains(tmp_path, encoder, data, preset):
 
 
 def test_what_cannot_be_used_is_passed_over_and_named(tmp_path, encoder):
-    """A broken picture, one of another size, an outline that is none, in both parts; and pictures
+    """A broken image, one of another size, an outline that is none, in both parts; and images
     without an object, which are tested on and not learned from."""
     data = shapes(tmp_path / "data", count=5)
     for split in ("train", "val"):
-        (data / split / "1.png").write_bytes(b"no picture")
+        (data / split / "1.png").write_bytes(b"no image")
         Image.new("RGB", (9, 9)).save(data / split / "2.png")
         table = read(data, split)
         for annotation in table["annotations"]:
@@ -218,13 +218,13 @@ def test_what_cannot_be_used_is_passed_over_and_named(tmp_path, encoder):
     metrics = train(encoder, data, tmp_path / "run", "--epochs", "2")
     assert (metrics["train"], metrics["test"]) == (4, 2)
     reasons = "\n".join(metrics["skipped"])
-    for text in ("val/1.png: ", "val/2.png: the picture has 9×9 pixels, its annotations are for",
+    for text in ("val/1.png: ", "val/2.png: the image has 9×9 pixels, its annotations are for",
                  "val/3.png: annotation 7: the counts of an RLE are not of 4096"):  # fmt: skip
         assert text in reasons
     assert read_metrics(tmp_path / "run")[-1]["skipped"] == 3
 
 
-def test_pictures_without_any_object_do_no_harm(tmp_path, encoder, data):
+def test_images_without_any_object_do_no_harm(tmp_path, encoder, data):
     table = read(data, "train")
     write(data, "train", table["images"], table["annotations"][:1])
     metrics = train(encoder, data, tmp_path / "run", "--epochs", "2", "--empty")
@@ -266,7 +266,7 @@ def test_nothing_to_learn_is_told(tmp_path, encoder, data):
 @pytest.mark.parametrize("more", [[], ["--eval-only"]], ids=["train", "eval-only"])
 def test_nothing_to_judge_by_is_told_before_the_training(encoder, data, tmp_path, more):
     write(data, "val", read(data, "val")["images"], [])
-    with pytest.raises(ValueError, match=r"none of the 2 test pictures of .* nothing to judge by"):
+    with pytest.raises(ValueError, match=r"none of the 2 test images of .* nothing to judge by"):
         train(encoder, data, tmp_path / "run", *more)
     assert not (tmp_path / "run").exists()
 

@@ -26,7 +26,7 @@ SMALL = {"img_size": 16, "patch_size": 8, "in_chans": 1, "embed_dim": 8, "depth"
          "num_classes": 0}  # fmt: skip
 
 
-def picture(number: int) -> bytes:
+def image(number: int) -> bytes:
     values = np.random.default_rng(number).integers(0, 255, (16, 16), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(values).save(buffer, "PNG")
@@ -34,24 +34,24 @@ def picture(number: int) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
-    """23 pictures of two classes; numbers 4 and 9 are broken."""
+def images(tmp_path_factory) -> Path:
+    """23 images of two classes; numbers 4 and 9 are broken."""
     folder = tmp_path_factory.mktemp("pictures")
     for i in range(23):
         path = folder / "ab"[i % 2] / f"{i:02}.png"
         path.parent.mkdir(exist_ok=True)
-        path.write_bytes(b"no picture" if i in (4, 9) else picture(i))
+        path.write_bytes(b"no image" if i in (4, 9) else image(i))
     return folder
 
 
 @pytest.fixture(scope="module")
 def tars(tmp_path_factory) -> str:
-    """Three tars of 9, 1 and 6 pictures, the first's third broken, the last unlabelled."""
+    """Three tars of 9, 1 and 6 images, the first's third broken, the last unlabelled."""
     folder, number = tmp_path_factory.mktemp("tars"), 0
     for shard, count in enumerate((9, 1, 6)):
         with tarfile.open(folder / f"{shard}.tar", "w") as tar:
             for _ in range(count):
-                files = {"png": b"no picture" if number == 2 else picture(number)}
+                files = {"png": b"no image" if number == 2 else image(number)}
                 files |= {} if shard == 2 else {"cls": str(number % 2).encode()}
                 for extension, content in files.items():
                     member = tarfile.TarInfo(f"{number:02}.{extension}")
@@ -68,7 +68,7 @@ def encoder_file(tmp_path_factory) -> Path:
 
 
 def expected(encoder_file: Path, data, readout: str | None = None) -> dict[str, np.ndarray]:
-    """The embedding of every readable picture by its id, one at a time."""
+    """The embedding of every readable image by its id, one at a time."""
     encoder = load_encoder(encoder_file)
     transform = create_transform(encoder)
     found = {}
@@ -115,18 +115,18 @@ def agree(found: dict[str, list], wanted: dict[str, np.ndarray]) -> None:
 # ------------------------------------------------------------------ what is written
 
 
-def test_pictures_are_embedded_at_the_size_asked_for(pictures, encoder_file, tmp_path):
+def test_images_are_embedded_at_the_size_asked_for(images, encoder_file, tmp_path):
     """Each in one scan: what the encoder gives at that size."""
-    run(encoder_file, pictures, tmp_path / "out", "--img-size", "40")
+    run(encoder_file, images, tmp_path / "out", "--img-size", "40")
     large = save_encoder(load_encoder(encoder_file, img_size=40), tmp_path / "large")
     assert create_transform(load_encoder(large))(Image.new("L", (16, 16))).shape == (1, 40, 40)
-    agree(read_parquet(tmp_path / "out"), expected(large, readable(open_data(str(pictures)))))
+    agree(read_parquet(tmp_path / "out"), expected(large, readable(open_data(str(images)))))
 
 
 @pytest.mark.parametrize("workers", ["0", "2"], ids="workers{}".format)
-def test_a_folder_becomes_parquet_with_ids_and_labels(pictures, encoder_file, tmp_path, workers):
-    record = run(encoder_file, pictures, tmp_path / "out", "--workers", workers)
-    found, data = read_parquet(tmp_path / "out"), open_data(pictures)
+def test_a_folder_becomes_parquet_with_ids_and_labels(images, encoder_file, tmp_path, workers):
+    record = run(encoder_file, images, tmp_path / "out", "--workers", workers)
+    found, data = read_parquet(tmp_path / "out"), open_data(images)
     agree(found, expected(encoder_file, readable(data)))
     assert found["id"] == [name for name in data.ids if name not in ("a/04.png", "b/09.png")]
     assert found["label"] == [int(name.startswith("b")) for name in found["id"]]
@@ -136,19 +136,19 @@ def test_a_folder_becomes_parquet_with_ids_and_labels(pictures, encoder_file, tm
     assert {"commit", "versions", "hardware", "encoder", "made_of"} <= set(record)
 
 
-def test_a_folder_becomes_npy(pictures, encoder_file, tmp_path):
-    record = run(encoder_file, pictures, tmp_path, "--format", "npy")
+def test_a_folder_becomes_npy(images, encoder_file, tmp_path):
+    record = run(encoder_file, images, tmp_path, "--format", "npy")
     x = np.concatenate([np.load(path) for path in sorted(tmp_path.glob("shards/*.npy"))])
     beside = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("shards/*.json"))]
     ids = [name for part in beside for name in part["ids"]]
     assert x.dtype == np.float32
-    agree({"id": ids, "embedding": list(x)}, expected(encoder_file, readable(open_data(pictures))))
+    agree({"id": ids, "embedding": list(x)}, expected(encoder_file, readable(open_data(images))))
     assert len(record["skipped"]) == 2
 
 
-def test_a_probes_readout_can_be_asked_for(pictures, encoder_file, tmp_path):
-    run(encoder_file, pictures, tmp_path, "--readout", "layers")
-    wanted = expected(encoder_file, readable(open_data(pictures)), "layers")
+def test_a_probes_readout_can_be_asked_for(images, encoder_file, tmp_path):
+    run(encoder_file, images, tmp_path, "--readout", "layers")
+    wanted = expected(encoder_file, readable(open_data(images)), "layers")
     agree(read_parquet(tmp_path), wanted)
 
 
@@ -176,7 +176,7 @@ def test_a_stream_of_parquet_gives_what_the_table_gives(encoder_file, tmp_path):
         {"image": datasets.Image(), "label": datasets.ClassLabel(names=["x", "y"])}
     )
     for part in range(2):
-        columns = {"image": [{"bytes": picture(5 * part + i)} for i in range(5)],
+        columns = {"image": [{"bytes": image(5 * part + i)} for i in range(5)],
                    "label": [i % 2 for i in range(5)]}  # fmt: skip
         table = datasets.Dataset.from_dict(columns, features=features)
         table.to_parquet(tmp_path / "table" / f"train-{part}.parquet")
@@ -189,8 +189,8 @@ def test_a_stream_of_parquet_gives_what_the_table_gives(encoder_file, tmp_path):
     np.testing.assert_allclose(table["embedding"], stream["embedding"], atol=1e-5)
 
 
-def test_several_labels_become_a_list(pictures, encoder_file, tmp_path, monkeypatch):
-    names = [str(path) for path in sorted(pictures.glob("a/1*.png"))]
+def test_several_labels_become_a_list(images, encoder_file, tmp_path, monkeypatch):
+    names = [str(path) for path in sorted(images.glob("a/1*.png"))]
     labels = [np.array([1, 0, i % 2]) for i in range(len(names) - 1)] + [[-1, -1, -1]]
     data = ImageData(names, names, name="several", labels=labels)
     monkeypatch.setattr(embed, "open_data", lambda *_, **__: data)
@@ -200,11 +200,11 @@ def test_several_labels_become_a_list(pictures, encoder_file, tmp_path, monkeypa
     ]
 
 
-def test_a_file_whose_pictures_are_all_broken_is_there_and_empty(encoder_file, tmp_path):
+def test_a_file_whose_images_are_all_broken_is_there_and_empty(encoder_file, tmp_path):
     (tmp_path / "pictures").mkdir()
     for i in range(6):
         path = tmp_path / "pictures" / f"{i}.png"
-        path.write_bytes(picture(i) if i > 3 else b"no picture")
+        path.write_bytes(image(i) if i > 3 else b"no image")
     record = run(encoder_file, tmp_path / "pictures", tmp_path / "out")
     assert (record["rows"], record["files"], len(record["skipped"])) == (2, 2, 4)
     assert read_parquet(tmp_path / "out")["id"] == ["4.png", "5.png"]
@@ -234,9 +234,9 @@ def killed_after(files: int, monkeypatch) -> None:
 
 @pytest.mark.parametrize("kind", ["folder", "tars"])
 def test_a_killed_run_goes_on_and_leaves_what_one_run_leaves(
-    kind, pictures, tars, encoder_file, tmp_path, monkeypatch, capsys
+    kind, images, tars, encoder_file, tmp_path, monkeypatch, capsys
 ):
-    spec = pictures if kind == "folder" else tars
+    spec = images if kind == "folder" else tars
     whole = run(encoder_file, spec, tmp_path / "whole")
     with monkeypatch.context() as patch:
         killed_after(2, patch)
@@ -255,28 +255,28 @@ def test_a_killed_run_goes_on_and_leaves_what_one_run_leaves(
     ]
 
 
-def test_a_finished_run_is_left_as_it_is(pictures, encoder_file, tmp_path, capsys):
-    first = run(encoder_file, pictures, tmp_path)
+def test_a_finished_run_is_left_as_it_is(images, encoder_file, tmp_path, capsys):
+    first = run(encoder_file, images, tmp_path)
     before = contents(tmp_path)
-    again = run(encoder_file, pictures, tmp_path)
+    again = run(encoder_file, images, tmp_path)
     assert "6 of them there already" in capsys.readouterr().out
     assert contents(tmp_path) == before
     assert again == first
 
 
-def test_a_kill_before_the_record_is_no_end(pictures, encoder_file, tmp_path):
+def test_a_kill_before_the_record_is_no_end(images, encoder_file, tmp_path):
     (tmp_path / "shards").mkdir()
     (tmp_path / ".record.json.part").write_text("{")
-    assert run(encoder_file, pictures, tmp_path)["rows"] == 21
+    assert run(encoder_file, images, tmp_path)["rows"] == 21
     (tmp_path / "record.json").unlink()
     with pytest.raises(FileExistsError, match="choose another --output"):
-        run(encoder_file, pictures, tmp_path)
+        run(encoder_file, images, tmp_path)
 
 
 @pytest.mark.parametrize("change", ["encoder", "data", "readout", "shard_rows"])
-def test_other_embeddings_are_not_mixed_in(change, pictures, encoder_file, tmp_path):
-    run(encoder_file, pictures, tmp_path / "out")
-    argv, spec = [], str(pictures)
+def test_other_embeddings_are_not_mixed_in(change, images, encoder_file, tmp_path):
+    run(encoder_file, images, tmp_path / "out")
+    argv, spec = [], str(images)
     if change == "encoder":
         torch.manual_seed(1)
         encoder_file = save_encoder(VimEncoder(**SMALL), tmp_path / "other")
@@ -290,19 +290,19 @@ def test_other_embeddings_are_not_mixed_in(change, pictures, encoder_file, tmp_p
         run(encoder_file, spec, tmp_path / "out", *argv)
 
 
-def test_a_folder_of_something_else_is_not_written_into(pictures, encoder_file, tmp_path):
+def test_a_folder_of_something_else_is_not_written_into(images, encoder_file, tmp_path):
     (tmp_path / "letter.txt").write_text("Dear Sir")
     with pytest.raises(FileExistsError, match="choose another --output"):
-        run(encoder_file, pictures, tmp_path)
+        run(encoder_file, images, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
 
 
-def test_a_second_process_is_kept_out(pictures, encoder_file, tmp_path):
+def test_a_second_process_is_kept_out(images, encoder_file, tmp_path):
     from filelock import FileLock
 
-    run(encoder_file, pictures, tmp_path)
+    run(encoder_file, images, tmp_path)
     with FileLock(tmp_path / ".lock"), pytest.raises(BlockingIOError, match="another process"):
-        run(encoder_file, pictures, tmp_path)
+        run(encoder_file, images, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -347,7 +347,7 @@ def start_two(*argv: str) -> list[subprocess.Popen]:
 def test_two_processes_killed_and_started_again_leave_what_one_leaves(encoder_file, tmp_path):
     (tmp_path / "pictures").mkdir()
     for i in range(300):
-        (tmp_path / "pictures" / f"{i:03}.png").write_bytes(picture(i) if i != 7 else b"no")
+        (tmp_path / "pictures" / f"{i:03}.png").write_bytes(image(i) if i != 7 else b"no")
     argv = ["--encoder", str(encoder_file), "--data", str(tmp_path / "pictures"),
             "--shard-rows", "3", "--batch-size", "1"]  # fmt: skip
     assert embed.main([*argv, "--output", str(tmp_path / "one")]) == 0

@@ -1,5 +1,5 @@
 """Fine-tuning: few labels are few, the weights start where they should, the record is whole; and
-judging as it is: which pictures, by which weights."""
+judging as it is: which images, by which weights."""
 
 import contextlib
 import csv
@@ -30,7 +30,7 @@ QUICK = ["--threads", "1", "--warmup-epochs", "0", "--batch-size", "6"]
 
 @pytest.fixture(scope="module")
 def bands(tmp_path_factory) -> Path:
-    """60 pictures of three classes: noise with a bright band at the class's height."""
+    """60 images of three classes: noise with a bright band at the class's height."""
     folder, rng = tmp_path_factory.mktemp("bands"), np.random.default_rng(0)
     for i in range(60):
         values = rng.integers(0, 80, (28, 28), dtype=np.uint8)
@@ -66,7 +66,7 @@ def first_weights(monkeypatch) -> list[dict]:
 
 
 def test_it_learns_and_writes_the_whole_record(run, bands, tmp_path):
-    (bands / "class0" / "broken.png").write_bytes(b"no picture")
+    (bands / "class0" / "broken.png").write_bytes(b"no image")
     argv = ["--encoder", str(run), "--output", str(tmp_path), *QUICK, "--epochs", "12"]
     assert finetune.main([*argv, "--base-lr", "2e-2", "--crop-scale", "1", "1"]) == 0
     (bands / "class0" / "broken.png").unlink()
@@ -146,7 +146,7 @@ def test_patience_ends_a_training_that_gets_no_better(run, tmp_path):
 
 
 @pytest.mark.parametrize("judged", ["trained", "as-it-is"])
-def test_pictures_are_judged_in_batches_by_workers_as_asked(
+def test_images_are_judged_in_batches_by_workers_as_asked(
     judged, run, bands, tmp_path, monkeypatch
 ):
     save_encoder(VimEncoder(**SMALL | {"num_classes": 3}), tmp_path / "head")
@@ -230,12 +230,12 @@ def test_a_released_file_is_judged_on_all_of_imagenets_validation_part(
         (3, 224, 224), interpolation="bicubic", crop_pct=0.875,
         mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),
     )  # fmt: skip
-    pictures = [Image.open(tmp_path / "imagenet" / row["id"]) for row in rows]
+    images = [Image.open(tmp_path / "imagenet" / row["id"]) for row in rows]
     with torch.inference_mode():
-        expected = load_encoder(file, num_classes=None)(torch.stack([*map(transform, pictures)]))
+        expected = load_encoder(file, num_classes=None)(torch.stack([*map(transform, images)]))
     torch.testing.assert_close(kept["logits"], expected, rtol=1e-4, atol=1e-4)
     shown = capsys.readouterr().out
-    assert "on 3 pictures (split: val) (Vim-Ti, published: 76.1 on ImageNet)" in shown
+    assert "on 3 images (split: val) (Vim-Ti, published: 76.1 on ImageNet)" in shown
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,7 @@ def test_a_released_file_is_judged_on_all_of_imagenets_validation_part(
     ],
     ids=["folder", "val", "test", "named", "all"],
 )
-def test_every_picture_of_one_part_is_judged(head, tmp_path, parts, option, split, count):
+def test_every_image_of_one_part_is_judged(head, tmp_path, parts, option, split, count):
     for part in parts or [""]:
         for i in range(6):
             path = tmp_path / "data" / part / f"class{i % 3}" / f"{i}.png"
@@ -259,7 +259,7 @@ def test_every_picture_of_one_part_is_judged(head, tmp_path, parts, option, spli
     assert (metrics["split"], metrics["test"], len(rows)) == (split, count, count)
 
 
-def test_unlabelled_pictures_are_left_out_and_a_part_of_such_passed_over(head, tmp_path):
+def test_unlabelled_images_are_left_out_and_a_part_of_such_passed_over(head, tmp_path):
     for split in ("train", "val", "test"):
         for i in range(4):
             path = tmp_path / f"{split}{i}.png"
@@ -298,7 +298,7 @@ def write_tar(path: Path, files: dict[str, bytes]) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_shards_are_judged_as_the_same_pictures_in_a_folder(head, bands, tmp_path, workers):
+def test_shards_are_judged_as_the_same_images_in_a_folder(head, bands, tmp_path, workers):
     for number in range(2):
         files = {"broken.png": b""}
         for path in sorted(bands.rglob("*.png"))[number::2]:
@@ -320,7 +320,7 @@ def test_shards_are_judged_as_the_same_pictures_in_a_folder(head, bands, tmp_pat
 @pytest.mark.parametrize(
     ("data", "more", "says"),
     [
-        ({"labels": [[0, 1, 1], [1, 0, 0]]}, [], "several labels a picture are --targets multi"),
+        ({"labels": [[0, 1, 1], [1, 0, 0]]}, [], "several labels an image are --targets multi"),
         ({"labels": [0, 2]}, ["--targets", "multi-label"], "no targets 'multi-label'"),
         ({"labels": [0, 7]}, [], "labels from 0 to 7; expected those of the 3 classes"),
         ({"labels": [0, 1], "classes": ["a", "c", "b"]}, [], "has ['a', 'c', 'b'] …"),
@@ -337,8 +337,8 @@ def test_what_does_not_fit_the_head_is_told_in_one_line(
     monkeypatch.delenv("VIM_SSL_TRACEBACK", raising=False)
     encoder = VimEncoder(**SMALL | {"num_classes": 3})
     save_encoder(encoder, tmp_path, record={"classes": ["a", "b", "c"]})
-    pictures = [np.full((28, 28, 1), 1000, np.uint16)] * 2
-    part = ImageData(pictures, ["0", "1"], name="pictures", **data)
+    images = [np.full((28, 28, 1), 1000, np.uint16)] * 2
+    part = ImageData(images, ["0", "1"], name="pictures", **data)
     monkeypatch.setattr(finetune, "open_part", lambda *_, **__: part)
     argv = ["--eval-only", "--encoder", str(tmp_path), "--data", "pictures", *more]
     with contextlib.suppress(SystemExit):  # of a wrong flag

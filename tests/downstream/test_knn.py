@@ -28,7 +28,7 @@ def bands(tmp_path_factory) -> Path:
         path = folder / ("test" if i >= 48 else "train") / f"class{i % 3}" / f"{i:02}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(values).save(path)
-    path.write_bytes(b"no picture")
+    path.write_bytes(b"no image")
     return folder
 
 
@@ -77,7 +77,7 @@ def test_the_votes_are_counted_as_scikit_learn_counts_them():
         assert row["knn"] == pytest.approx(expected, abs=0.01)
 
 
-def test_pictures_with_several_labels_are_judged_by_average_precision(
+def test_images_with_several_labels_are_judged_by_average_precision(
     bands, encoder_file, tmp_path, monkeypatch, capsys
 ):
     names = sorted(map(str, bands.glob("train/*/*.png")))

@@ -70,7 +70,7 @@ def probe(*argv: str) -> dict:
 
 @pytest.fixture(scope="module")
 def metrics(bands, encoder_file, tmp_path_factory) -> dict:
-    (bands / "class1" / "broken.png").write_bytes(b"no picture")
+    (bands / "class1" / "broken.png").write_bytes(b"no image")
     output = tmp_path_factory.mktemp("probe") / "deep" / "out"
     found = probe("--encoder", str(encoder_file), "--data", str(bands), "--output", str(output))
     (bands / "class1" / "broken.png").unlink()
@@ -107,7 +107,7 @@ def test_the_table_shows_what_the_record_holds(bands, encoder_file, tmp_path, ca
     assert ROWS[1] not in shown
 
 
-def test_pixels_of_large_pictures_are_shrunk_first(bands, encoder_file, tmp_path, monkeypatch):
+def test_pixels_of_large_images_are_shrunk_first(bands, encoder_file, tmp_path, monkeypatch):
     monkeypatch.setattr(linear_probe, "MAX_PIXELS", 27 * 28)
     monkeypatch.setattr(linear_probe, "SHRUNK", 7)
     argv = ("--encoder", str(encoder_file), "--data", str(bands), "--output", str(tmp_path))
@@ -162,7 +162,7 @@ def test_the_test_set_has_no_say_in_the_choice(what):
     assert turned["logistic"] < honest["logistic"] - 20
 
 
-def test_mislabelled_test_pictures_change_the_score_and_nothing_else(tmp_path, encoder_file):
+def test_mislabelled_test_images_change_the_score_and_nothing_else(tmp_path, encoder_file):
     """The same through the script, on folders with a test split."""
     rows = []
     for name, shift in (("honest", 0), ("turned", 1)):
@@ -204,7 +204,7 @@ def test_an_encoder_without_class_token_is_read_by_its_patches(bands, tmp_path):
 # ------------------------------------------------------------------ heads, few labels, several
 
 
-def test_encoders_are_compared_on_the_same_pictures(bands, encoder_file, tmp_path, capsys):
+def test_encoders_are_compared_on_the_same_images(bands, encoder_file, tmp_path, capsys):
     torch.manual_seed(1)
     other = save_encoder(VimEncoder(**SMALL), tmp_path / "other")
     argv = ("--encoder", str(encoder_file), "--data", str(bands), "--output", str(tmp_path / "out"))
@@ -273,7 +273,7 @@ def several_labels(folder: Path) -> ImageData:
     return ImageData(names, names, name="bands", labels=labels, classes=["upper", "lower"])
 
 
-def test_pictures_with_several_labels_are_judged_by_average_precision(
+def test_images_with_several_labels_are_judged_by_average_precision(
     encoder_file, tmp_path, monkeypatch, capsys
 ):
     data = several_labels(tmp_path)
@@ -288,7 +288,7 @@ def test_pictures_with_several_labels_are_judged_by_average_precision(
         assert 0 <= low <= pixels[key] <= high <= 100
     assert pixels["logistic"] > 90  # chance is about 40
     assert "Mean average precision" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"several labels a picture; --shots"):
+    with pytest.raises(ValueError, match=r"several labels an image; --shots"):
         probe(*argv, "--shots", "1")
 
 
@@ -300,10 +300,10 @@ def test_medmnist_has_its_own_figures_too(name, labels, encoder_file, tmp_path, 
     truth = (np.arange(count) % labels)[:, None]
     if labels == 14:
         truth = draw.integers(0, 2, (count, labels))
-    pictures = draw.integers(0, 128, (count, 28, 28), dtype=np.uint8)
-    pictures[:, 14:] += (truth[:, :1, None] * 8).astype(np.uint8)  # something to find
+    images = draw.integers(0, 128, (count, 28, 28), dtype=np.uint8)
+    images[:, 14:] += (truth[:, :1, None] * 8).astype(np.uint8)  # something to find
     arrays = {f"{part}_{what}": values for part in ("train", "val", "test")
-              for what, values in (("images", pictures), ("labels", truth))}  # fmt: skip
+              for what, values in (("images", images), ("labels", truth))}  # fmt: skip
     np.savez(tmp_path / f"{name}.npz", **arrays)
     data = f"medmnist:{tmp_path / name}.npz"
     argv = ["--encoder", str(encoder_file), "--data", data, "--output", str(tmp_path / "out")]
@@ -351,7 +351,7 @@ def launch(processes: int, script: str, *argv: str) -> str:
 
 @pytest.mark.slow
 def test_two_processes_give_the_answer_of_one(bands, encoder_file, tmp_path):
-    (bands / "class1" / "broken.png").write_bytes(b"no picture")
+    (bands / "class1" / "broken.png").write_bytes(b"no image")
     argv = ["--encoder", str(encoder_file), "--data", str(bands), "--no-cache", "--batch-size", "7"]
     alone = probe(*argv, "--output", str(tmp_path / "one"))
     shown = launch(2, "linear_probe.py", *argv, "--output", str(tmp_path / "two"))
@@ -381,7 +381,7 @@ def test_without_arguments_the_newest_run_is_probed_on_its_own_data(bands, tmp_p
     ("argv", "message"),
     [
         ([], "No run with an encoder under .*mim_pretrain"),
-        (["--encoder", "bare"], "bare does not say which pictures it was trained on"),
+        (["--encoder", "bare"], "bare does not say which images it was trained on"),
         (["--encoder", "unlabelled"], "no labels of two classes"),
         (["--encoder", "bare", "--data", "flat"], "no labels of two classes"),
         (["--encoder", "bare", "--data", "nowhere"], "There is no folder 'nowhere'"),

@@ -46,7 +46,7 @@ def draw(path: Path, seed: int, width: int, height: int) -> None:
 
 
 def shapes(root: Path, count: int = 4, size=(32, 32)) -> Path:
-    """The same pictures to train and to test on."""
+    """The same images to train and to test on."""
     for split in ("train", "val"):
         for i in range(count):
             draw(root / split / f"{i}", i, *size)
@@ -76,7 +76,7 @@ def train(encoder, data, output, *more: str) -> dict:
 
 
 @pytest.mark.parametrize("head", ["upernet", "linear"])
-def test_it_overfits_four_pictures(tmp_path, encoder, data, head):
+def test_it_overfits_four_images(tmp_path, encoder, data, head):
     """The whole chain, cut down: 32 px, two blocks. A guess, all ground, would be 24 %."""
     metrics = train(
         encoder, data, tmp_path / "run", *AS_IT_IS, "--epochs", "30", "--head", head,
@@ -87,7 +87,7 @@ def test_it_overfits_four_pictures(tmp_path, encoder, data, head):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [(64, 64), (96, 64)], ids=str)
-def test_it_overfits_four_larger_pictures(tmp_path, encoder, size):
+def test_it_overfits_four_larger_images(tmp_path, encoder, size):
     data = shapes(tmp_path / "data", size=size)
     metrics = train(
         encoder, data, tmp_path / "run", *AS_IT_IS, "--crop", "64", "--epochs", "150",
@@ -125,12 +125,12 @@ def test_the_record_is_whole_and_can_be_judged_again(tmp_path, encoder, data, ca
     assert [again[k] for k in ("miou", "aacc", "mdice")] == [
         metrics[k] for k in ("miou", "aacc", "mdice")
     ]
-    picture = Image.open(data / "images/val/0.png")
-    assert load_segmentation(run).predict(picture).shape == (32, 32)
+    image = Image.open(data / "images/val/0.png")
+    assert load_segmentation(run).predict(image).shape == (32, 32)
 
 
 def test_a_run_is_judged_by_what_it_had_held_out(tmp_path, encoder):
-    """Another draw of the same pictures would judge it by some that it has learned from."""
+    """Another draw of the same images would judge it by some that it has learned from."""
     for i in range(6):
         draw(tmp_path / "data/all" / f"{i}", i, 32, 32)
     (tmp_path / "data/classes.txt").write_text("\n".join(NAMES))
@@ -219,7 +219,7 @@ def test_two_processes_train_one_model_and_write_one_record(tmp_path, encoder, d
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     rows = read_metrics(tmp_path / "run")
-    assert [row["step"] for row in rows if "loss" in row] == [1, 2]  # four pictures, all at once
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2]  # four images, all at once
     assert all(np.isfinite(row["loss"]) for row in rows if "loss" in row)
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
     assert (metrics["train"], metrics["test"]) == (4, 4)
@@ -303,17 +303,17 @@ def test_rasters_are_labelled_where_they_lie(tmp_path, encoder):
 # ------------------------------------------------------------------------- hostile data
 
 
-def test_pictures_whose_masks_do_not_fit_are_passed_over_and_named(tmp_path, encoder, data):
+def test_images_whose_masks_do_not_fit_are_passed_over_and_named(tmp_path, encoder, data):
     """Another size, a number that is no class, a broken file, in both parts."""
     for split in ("train", "val"):
         masks = data / "masks" / split
         Image.new("L", (9, 9)).save(masks / "1.png")
         Image.new("L", (32, 32), 7).save(masks / "2.png")
-        (masks / "3.png").write_bytes(b"no picture")
+        (masks / "3.png").write_bytes(b"no image")
     metrics = train(encoder, data, tmp_path / "run", "--epochs", "2")
     assert metrics["test"] == 1
     reasons = "\n".join(metrics["skipped"])
-    for text in ("val/1.png: the mask has 9×9 pixels, its picture 32×32",
+    for text in ("val/1.png: the mask has 9×9 pixels, its image 32×32",
                  "val/2.png: the mask holds the number 7; there are 3 classes",
                  "val/3.png: the mask cannot be read"):  # fmt: skip
         assert text in reasons
@@ -331,7 +331,7 @@ def test_a_mask_without_any_label_does_no_harm(tmp_path, encoder, data):
     assert read_csv(tmp_path / "run/predictions.csv")[0]["labelled_pixels"] == "0"
 
 
-def test_one_class_in_all_pictures_is_a_result(tmp_path, encoder, data):
+def test_one_class_in_all_images_is_a_result(tmp_path, encoder, data):
     for path in (data / "masks").rglob("*.png"):
         Image.new("P", (32, 32), 1).save(path)  # a palette file
     metrics = train(

@@ -1,4 +1,4 @@
-"""Zero-shot: classes by their names, pictures and captions by each other."""
+"""Zero-shot: classes by their names, images and captions by each other."""
 
 import json
 import shutil
@@ -39,7 +39,7 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def classes(tmp_path_factory) -> Path:
-    """Colours in class folders, with captions beside the pictures."""
+    """Colours in class folders, with captions beside the images."""
     folder = tmp_path_factory.mktemp("colours")
     rng = np.random.default_rng(0)
     for name, colour in COLOURS.items():
@@ -47,7 +47,7 @@ def classes(tmp_path_factory) -> Path:
         for i in range(4):
             values = np.clip(np.array(colour) + rng.integers(-20, 20, (32, 32, 3)), 0, 255)
             Image.fromarray(values.astype(np.uint8)).save(folder / name / f"{i}.png")
-            (folder / name / f"{i}.txt").write_text(f"{name} {i}\na {name} picture\n")
+            (folder / name / f"{i}.txt").write_text(f"{name} {i}\na {name} image\n")
     return folder
 
 
@@ -67,7 +67,7 @@ def test_classes_are_told_by_their_names(model, classes, tmp_path, capsys):
     assert "3 classes by name" in capsys.readouterr().out
 
 
-def test_pictures_and_captions_are_found_by_each_other(model, classes, tmp_path, capsys):
+def test_images_and_captions_are_found_by_each_other(model, classes, tmp_path, capsys):
     found = shoot("--encoder", str(model), "--data", f"pairs:{classes}", "--output", str(tmp_path))
     figures = found["retrieval"]
     assert (figures["pictures"], figures["captions"]) == (12, 24)
@@ -83,10 +83,10 @@ def test_pictures_and_captions_are_found_by_each_other(model, classes, tmp_path,
         name = pair["id"].split("/")[0]
         assert pair["own"].startswith(name)
         right = {text for text, own in zip(pair["nearest"], pair["right"], strict=True) if own}
-        assert right <= {pair["own"], f"a {name} picture"}
+        assert right <= {pair["own"], f"a {name} image"}
     assert not found["trained_on"]
     assert figures["chance_r1"] == 8.333
-    assert "Among 12 pictures and 24 captions; chance at R@1: 8.333 %" in capsys.readouterr().out
+    assert "Among 12 images and 24 captions; chance at R@1: 8.333 %" in capsys.readouterr().out
 
 
 def test_without_a_run_of_captions_it_is_told_how_to_make_one(tmp_path, monkeypatch):
@@ -130,8 +130,8 @@ def test_top_k_counts_what_is_among_the_nearest():
 
 
 @pytest.mark.parametrize("grouped", [False, True])
-def test_intervals_draw_a_pictures_captions_and_a_groups_pictures_as_a_whole(classes, grouped):
-    """Two captions a picture, both right or both wrong: no surer than one."""
+def test_intervals_draw_an_images_captions_and_a_groups_images_as_a_whole(classes, grouped):
+    """Two captions an image, both right or both wrong: no surer than one."""
     data = open_data(f"pairs:{classes}")
     if grouped:
         data.groups = [str(i // 2) for i in range(12)]
@@ -174,7 +174,7 @@ def test_names_come_from_a_file_or_imagenet(model, classes, tmp_path):
     assert "boom" in machine
 
 
-def test_the_runs_own_training_pictures_are_told_apart(model, classes, tmp_path, capsys):
+def test_the_runs_own_training_images_are_told_apart(model, classes, tmp_path, capsys):
     run = shutil.copytree(model, tmp_path / "run")
     (run / "config.json").write_text(json.dumps({"data": f"pairs:{classes}"}))
     assert shoot("--encoder", str(run), "--output", str(tmp_path / "out"))["trained_on"]
@@ -211,7 +211,7 @@ def test_mistakes_are_told(model, classes, tmp_path):
     with pytest.raises(ValueError, match="neither labels nor captions"):
         zero_shot.main(["--encoder", str(model), "--data", str(tmp_path)])
     (tmp_path / "unknown.csv").write_text("path,label\nx.png,\n")
-    rows = np.zeros((2, 3), np.uint8)  # several labels a picture
+    rows = np.zeros((2, 3), np.uint8)  # several labels an image
     many = {
         f"{part}_{what}": values
         for part in ("train", "val", "test")

@@ -22,14 +22,14 @@ def make_encoder(seed: int = 0, **args) -> VimEncoder:
 
 
 @pytest.fixture
-def pictures(tmp_path) -> Path:
-    """Seven pictures of two classes and one that is broken."""
+def images(tmp_path) -> Path:
+    """Seven images of two classes and one that is broken."""
     draw = np.random.default_rng(0)
     for i in range(8):
         path = tmp_path / "pictures" / "ab"[i % 2] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(draw.integers(0, 255, (16, 16), dtype=np.uint8)).save(path)
-    path.write_bytes(b"no picture")
+    path.write_bytes(b"no image")
     return tmp_path / "pictures"
 
 
@@ -47,16 +47,16 @@ def repaint(path: Path, content: bytes, later: int):
     os.utime(path, ns=(time, time))
 
 
-def test_features_are_kept_and_found_again(pictures, cache, capsys):
-    data, encoder = open_data(pictures), make_encoder()
+def test_features_are_kept_and_found_again(images, cache, capsys):
+    data, encoder = open_data(images), make_encoder()
     first = encode_data(encoder, data)
     (file,) = cache.rglob("*.safetensors")
     shown = capsys.readouterr().out
     assert str(file) in shown
     assert "--no-cache" in shown
-    for path in pictures.rglob("*.png"):  # no picture is read again
+    for path in images.rglob("*.png"):  # no image is read again
         repaint(path, bytes(path.stat().st_size), later=0)
-    again = encode_data(encoder, open_data(pictures))
+    again = encode_data(encoder, open_data(images))
     assert str(file) in capsys.readouterr().out
     assert torch.equal(first.x, again.x)
     assert torch.equal(first.y, again.y)
@@ -66,7 +66,7 @@ def test_features_are_kept_and_found_again(pictures, cache, capsys):
 
 
 @pytest.mark.parametrize("source", ["folder", "csv", "hf"])
-def test_a_picture_painted_over_in_a_file_of_the_same_size_is_another(tmp_path, cache, source):
+def test_an_image_painted_over_in_a_file_of_the_same_size_is_another(tmp_path, cache, source):
     root, spec = tmp_path / "bitmaps", str(tmp_path / "bitmaps")
     root.mkdir()
     draw = np.random.default_rng(0)
@@ -91,8 +91,8 @@ def test_a_picture_painted_over_in_a_file_of_the_same_size_is_another(tmp_path, 
 
 
 @pytest.mark.parametrize("change", ["weights", "setting", "pictures", "labels", "transform"])
-def test_other_features_are_never_taken_for_these(pictures, cache, change):
-    encoder, other, spec = make_encoder(), make_encoder(), str(pictures)
+def test_other_features_are_never_taken_for_these(images, cache, change):
+    encoder, other, spec = make_encoder(), make_encoder(), str(images)
     encode_data(encoder, open_data(spec))
     if change == "weights":
         other = make_encoder(seed=1)
@@ -124,18 +124,18 @@ def test_another_column_of_the_same_table_is_another_set(cache, tmp_path):
     assert not torch.equal(found[0].x, found[1].x)
 
 
-def test_the_cache_goes_by_the_weights_not_by_their_file(pictures, cache, tmp_path):
+def test_the_cache_goes_by_the_weights_not_by_their_file(images, cache, tmp_path):
     encoder = make_encoder()
-    encode_data(encoder, open_data(pictures))
+    encode_data(encoder, open_data(images))
     for name in ("first", "second"):
         save_encoder(encoder, tmp_path / name)
-        encode_data(load_encoder(tmp_path / name), open_data(pictures))
+        encode_data(load_encoder(tmp_path / name), open_data(images))
     assert len(list(cache.rglob("*.safetensors"))) == 1
     assert weights_hash(encoder) == weights_hash(load_encoder(tmp_path / "first"))
 
 
-def test_without_the_cache_nothing_is_written_or_read(pictures, cache, capsys):
-    data, encoder = open_data(pictures), make_encoder()
+def test_without_the_cache_nothing_is_written_or_read(images, cache, capsys):
+    data, encoder = open_data(images), make_encoder()
     encode_data(encoder, data, cache=False)
     assert not cache.exists()
     kept = encode_data(encoder, data)
@@ -146,9 +146,9 @@ def test_without_the_cache_nothing_is_written_or_read(pictures, cache, capsys):
         encode_data(encoder, data)
 
 
-def test_a_cache_that_cannot_be_written_costs_nothing_but_itself(pictures, cache, capsys):
+def test_a_cache_that_cannot_be_written_costs_nothing_but_itself(images, cache, capsys):
     cache.write_text("a file where the folder should be")
-    assert len(encode_data(make_encoder(), open_data(pictures)).ids) == 7
+    assert len(encode_data(make_encoder(), open_data(images)).ids) == 7
     assert "were not kept" in capsys.readouterr().out
 
 
@@ -171,8 +171,8 @@ class FreeProcesses(Processes):
 
 
 @pytest.mark.parametrize("world", [2, 5])
-def test_several_processes_put_together_what_one_computes(pictures, world, monkeypatch):
-    data, encoder = open_data(pictures), make_encoder()
+def test_several_processes_put_together_what_one_computes(images, world, monkeypatch):
+    data, encoder = open_data(images), make_encoder()
     alone = encode_data(encoder, data, batch_size=2, cache=False)
     sent = []
     monkeypatch.setattr(Processes, "gather", lambda self, part: sent.append(part) or [])

@@ -67,7 +67,7 @@ def test_several_labels_are_as_many_regressions():
     assert head.score(queries, truth) > 0.6
 
 
-def test_a_label_that_no_picture_has_is_predicted_for_none():
+def test_a_label_that_no_image_has_is_predicted_for_none():
     x, y = several(100)
     y[:, 2] = 0
     head = fit_logistic(x, y, 1.0)

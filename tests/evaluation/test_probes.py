@@ -32,12 +32,12 @@ def blobs(n: int, classes: int = 4, d: int = 8, noise: float = 1.0, seed: int = 
 
 @pytest.fixture
 def grey_steps(tmp_path) -> str:
-    """Ten pictures, picture i all of value 20 i, in two classes; number 3 and 7 are broken."""
+    """Ten images, image i all of value 20 i, in two classes; number 3 and 7 are broken."""
     for i in range(10):
         path = tmp_path / "ab"[i % 2] / f"{i}.png"
         path.parent.mkdir(exist_ok=True)
         if i in (3, 7):
-            path.write_bytes(b"no picture")
+            path.write_bytes(b"no image")
         else:
             Image.new("L", (5, 4), 20 * i).save(path)
     return str(tmp_path)
@@ -74,9 +74,9 @@ def test_extraction_leaves_no_graph(grey_steps):
     ).x.requires_grad
 
 
-def test_data_without_a_readable_picture_is_an_error(tmp_path):
-    (tmp_path / "1.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match=r"none of the 1 pictures could be read.*1\.png"):
+def test_data_without_a_readable_image_is_an_error(tmp_path):
+    (tmp_path / "1.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"none of the 1 images could be read.*1\.png"):
         extract_features(lambda x: x, open_data(str(tmp_path)), pil_to_tensor)
 
 
@@ -114,7 +114,7 @@ def test_a_bank_smaller_than_k_votes_as_a_whole():
     assert torch.equal(knn_predict(x, y, x, k=20), y)
 
 
-def test_what_all_pictures_share_does_not_blur_the_neighbours():
+def test_what_all_images_share_does_not_blur_the_neighbours():
     x, y = blobs(200, noise=0.5)
     queries, truth = blobs(200, noise=0.5, seed=1)
     plain = accuracy(knn_predict(x, y, queries), truth)
@@ -151,7 +151,7 @@ def test_no_more_than_a_part_of_the_similarities_is_ever_held(monkeypatch):
     assert largest == 16 * 64
 
 
-def test_neighbours_vote_for_every_label_of_a_picture():
+def test_neighbours_vote_for_every_label_of_an_image():
     bank = torch.tensor([[1.0, 0.0], [0.9, 0.1], [-1.0, 0.0]])
     labels = torch.tensor([[1, 0, 1], [1, 0, 0], [0, 1, 0]])
     found = nearest(bank, torch.tensor([[1.0, 0.05]]), k=2, standardise=False)
@@ -177,7 +177,7 @@ def test_C_is_the_best_of_the_grid_on_the_validation_part(monkeypatch):
     (x, y), (x_val, y_val) = blobs(60, noise=2), blobs(200, noise=2, seed=1)
     C, share = choose_C(x, y, x_val, y_val)
     scores = {c: fit_logistic(x, y, c, 1e-6).score(x_val, y_val) for c in C_GRID}
-    # A warm start may put a picture or two on the other side of the border.
+    # A warm start may put an image or two on the other side of the border.
     assert share == pytest.approx(max(scores.values()), abs=0.011)
     assert scores[C] == pytest.approx(share, abs=0.011)
     assert min(scores.values()) < share - 0.02  # otherwise there was nothing to choose

@@ -1,4 +1,4 @@
-"""The recipe of pictures and captions as a user runs it: pairs in, a model with two towers out."""
+"""The recipe of images and captions as a user runs it: pairs in, a model with two towers out."""
 
 import io
 import json
@@ -39,7 +39,7 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory) -> Path:
-    """Eight colours five times each, two captions a picture; a picture without a text file, one
+    """Eight colours five times each, two captions an image; an image without a text file, one
     with an empty one, one with a text longer than is read."""
     folder = tmp_path_factory.mktemp("pairs")
     rng = np.random.default_rng(0)
@@ -47,9 +47,9 @@ def pairs(tmp_path_factory) -> Path:
         name, colour = list(COLOURS.items())[i % 8]
         values = np.clip(np.array(colour) + rng.integers(-20, 20, (32, 32, 3)), 0, 255)
         Image.fromarray(values.astype(np.uint8)).save(folder / f"{i:02}.png")
-        (folder / f"{i:02}.txt").write_text(f"a {name} picture\n{name}\n", encoding="utf-8")
+        (folder / f"{i:02}.txt").write_text(f"a {name} image\n{name}\n", encoding="utf-8")
     (folder / "07.txt").write_text(" \n")
-    (folder / "08.txt").write_text("a red picture " * 30)
+    (folder / "08.txt").write_text("a red image " * 30)
     (folder / "09.txt").unlink()
     return folder
 
@@ -75,10 +75,10 @@ def trained(pairs, tmp_path_factory) -> Path:
 # ------------------------------------------------------------------ a run
 
 
-def test_it_learns_which_caption_belongs_to_which_picture(trained):
+def test_it_learns_which_caption_belongs_to_which_image(trained):
     rows = read_metrics(trained)
     assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
-    # Five pictures have the same caption: one in five is the best that can be found first.
+    # Five images have the same caption: one in five is the best that can be found first.
     assert rows[-1]["image_to_text_r10"] > 60  # of 78 captions, 10 of the right colour
 
 
@@ -97,7 +97,7 @@ def test_the_model_that_a_run_leaves(trained, pairs):
     assert not clip.training
     features = clip.encode_image(clip.transform(Image.open(pairs / "00.png"))[None])
     assert features.shape == (1, 16)
-    texts = clip.encode_text(["a red picture", "a blue picture", ""])
+    texts = clip.encode_text(["a red image", "a blue image", ""])
     torch.testing.assert_close(texts.norm(dim=1), torch.ones(3))
     assert (features @ texts.T).argmax() == 0
     found = recall(embed_pairs(clip, open_data(f"pairs:{pairs}")))
@@ -206,8 +206,8 @@ def test_a_timm_model_stands_in_for_comparison(tmp_path, pairs):
              "--model-args", "depth=1", "embed_dim=24", "num_heads=2", "img_size=32")  # fmt: skip
     clip = load_clip(tmp_path / "run")
     assert type(clip.encoder).__name__ == "VisionTransformer"
-    picture = clip.transform(Image.open(pairs / "00.png"))
-    assert clip.encode_image(picture[None]).shape == (1, 16)
+    image = clip.transform(Image.open(pairs / "00.png"))
+    assert clip.encode_image(image[None]).shape == (1, 16)
 
 
 def test_a_stream_of_tars_trains(tmp_path, pairs, monkeypatch):
@@ -216,7 +216,7 @@ def test_a_stream_of_tars_trains(tmp_path, pairs, monkeypatch):
     with tarfile.open(tmp_path / "shard.tar", "w") as tar:
         for i in range(20):
             tar.add(pairs / f"{i:02}.png", f"{i:02}.png")
-            texts = {"txt": "a red picture"} if i % 2 else {"json": '{"txt": ["red", "a red one"]}'}
+            texts = {"txt": "a red image"} if i % 2 else {"json": '{"txt": ["red", "a red one"]}'}
             for kind, text in texts.items() if i != 4 else ():
                 info = tarfile.TarInfo(f"{i:02}.{kind}")
                 info.size = len(text)
@@ -329,8 +329,8 @@ def test_the_nearest_are_found_chunk_by_chunk(monkeypatch):
     assert nearest(queries, keys[:2], 5).shape == (10, 2)
 
 
-def test_recall_counts_any_caption_of_a_picture():
-    """Picture 0 is nearest to its second caption; picture 1 to the first of picture 0."""
+def test_recall_counts_any_caption_of_an_image():
+    """Image 0 is nearest to its second caption; image 1 to the first of image 0."""
     texts = torch.tensor([[0.0, 1.0], [1.0, 0.0], [-1.0, 0.0]])
     images = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     pairs = PairFeatures(images, texts, torch.tensor([0, 0, 1]), ["a", "b"], ["x", "y", "z"], [])

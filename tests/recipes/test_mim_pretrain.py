@@ -39,13 +39,13 @@ def photos(tmp_path_factory) -> Path:
     source = Path(pytest.importorskip("skimage").__file__).parent / "data"
     for name in PHOTOS:
         shutil.copy(source / name, folder)
-    (folder / "broken.png").write_bytes(b"no picture")
+    (folder / "broken.png").write_bytes(b"no image")
     return folder
 
 
 @pytest.fixture(scope="module")
 def stripes(tmp_path_factory) -> Path:
-    """24 small grey pictures in two classes: stripes that lie, stripes that stand."""
+    """24 small grey images in two classes: stripes that lie, stripes that stand."""
     folder = tmp_path_factory.mktemp("stripes")
     wave = (np.sin(np.arange(28) / 2) * 100 + 128).astype(np.uint8)
     for i in range(24):
@@ -105,14 +105,14 @@ def test_photographs_of_mixed_sizes_train(trained):
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     own = "target_std" if trained.name == "distill" else "pixel_mse"
     assert all(np.isfinite([row["loss"], row["grad_norm"], row[own]]).all() for row in rows)
-    assert rows[-1]["skipped"] == 1  # the broken picture
+    assert rows[-1]["skipped"] == 1  # the broken image
     assert "knn_top1" not in rows[-1]  # no labels, no neighbours
     assert rows[-1]["effective_rank"] > 0
 
 
-def test_the_pictures_show_eight_or_fewer_rows_of_four_views(trained):
+def test_the_images_show_eight_or_fewer_rows_of_four_views(trained):
     paths = list((trained / "images").glob("pictures-*4.png"))
-    if trained.name == "distill":  # features are no pictures
+    if trained.name == "distill":  # features are no images
         assert paths == []
         return
     (path,) = paths
@@ -122,7 +122,7 @@ def test_the_pictures_show_eight_or_fewer_rows_of_four_views(trained):
         assert np.asarray(image).std() > 20
 
 
-def test_the_trained_encoder_takes_pictures_of_another_size(trained):
+def test_the_trained_encoder_takes_images_of_another_size(trained):
     """Every patch with the position of its own place, none shifted by the class token's slot."""
     encoder = load_encoder(trained)
     x = torch.randn(1, 3, 384, 256)
@@ -194,7 +194,7 @@ def test_a_resumed_run_takes_its_own_settings(trained, tmp_path, capsys):
     assert {k for k in now if now[k] != kept[k]} == {"output", "resume", "epochs"}
 
 
-def test_a_resumed_run_refuses_other_pictures(trained, photos, tmp_path):
+def test_a_resumed_run_refuses_other_images(trained, photos, tmp_path):
     run, other = tmp_path / "again", tmp_path / "photos"
     shutil.copytree(trained, run)
     shutil.copytree(photos, other)
@@ -382,7 +382,7 @@ def test_a_paper_preset_decays_its_matrices_and_nothing_else(preset, monkeypatch
 
 
 class ImageNet:
-    """As many pictures; none is asked for."""
+    """As many images; none is asked for."""
 
     def __len__(self):
         return 1_281_167

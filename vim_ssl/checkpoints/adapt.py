@@ -11,7 +11,7 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from vim_ssl.data.config import _bands, band_places
+from vim_ssl.data.config import band_names, band_places
 from vim_ssl.models.encoder import VimEncoder
 from vim_ssl.models.tokens import join_pos_embed, split_pos_embed
 
@@ -50,7 +50,7 @@ def adapt_state(
             state.pop(key, None)
 
     if "patch_embed.proj.weight" in state:
-        had_bands, has_bands = (_bands(c) for c in (config, wanted))
+        had_bands, has_bands = (band_names(c) for c in (config, wanted))
         if wanted["in_chans"] != config["in_chans"] or had_bands != has_bands:
             state["patch_embed.proj.weight"] = adapt_patch_embed(
                 state["patch_embed.proj.weight"], wanted["in_chans"], had_bands, has_bands
@@ -98,7 +98,7 @@ def adapt_patch_embed(
 
     Where the names of the bands have some in common, each of those takes its own kernel and every
     other one the kernels' mean; "B04", "B03" and "B02" (Sentinel-2) are red, green and blue. Else,
-    to one channel: the sum, so that a grey picture gives what it gave as R = G = B; to n channels:
+    to one channel: the sum, so that a grey image gives what it gave as R = G = B; to n channels:
     the c kernels in turn. To n channels all are then times c / n, so that the response keeps its
     size (timm's rule).
 

@@ -24,11 +24,11 @@ from vim_ssl.checkpoints.files import FORMAT, WEIGHT_SUFFIXES, Stored
 from vim_ssl.checkpoints.released import released_config
 from vim_ssl.data.config import IMAGENET_DATA, adapt_data
 from vim_ssl.models.encoder import PRESETS, VimEncoder
-from vim_ssl.utils.files import write_whole
+from vim_ssl.utils.files import atomic_write
 
 # Weights that come with the package: "preset.tag" -> folder.
 TAGS = {path.name: path for path in (Path(__file__).parent / "weights").glob("*.*")}
-_DEFAULTS = {
+DEFAULTS = {
     name: parameter.default for name, parameter in inspect.signature(VimEncoder).parameters.items()
 }
 _VIDEO = {"frames", "tubelet"}  # which only an encoder of clips has
@@ -96,7 +96,7 @@ def load_encoder(
         config = dict(PRESETS[source], num_classes=num_classes)
         encoder = VimEncoder(**_apply(config, asked))
     else:
-        stored = checkpoint_files.read(*_find(source), ema=ema)
+        stored = checkpoint_files.read(*find_file(source), ema=ema)
         encoder, assumed = _build(stored, asked, num_classes, strict)
         for assumption in assumed:
             warnings.warn(assumption, stacklevel=2)
@@ -108,11 +108,11 @@ def made_by(source: str | os.PathLike) -> dict[str, Any]:
 
     Raises: what `load_encoder` raises.
     """
-    return {} if source in PRESETS else checkpoint_files.read(*_find(source)).made_by or {}
+    return {} if source in PRESETS else checkpoint_files.read(*find_file(source)).made_by or {}
 
 
 def load_for_bands(source: str, bands: Mapping[str, Any], **args: Any) -> VimEncoder:
-    """The encoder that ``source`` names, for pictures of these bands.
+    """The encoder that ``source`` names, for images of these bands.
 
     Args:
         bands: of `vim_ssl.data.bands.band_arguments`. An encoder of the same ones keeps its
@@ -175,9 +175,9 @@ def save_encoder(
     folder.mkdir(parents=True, exist_ok=True)
     weights, averaged = folder / "encoder.safetensors", folder / "encoder_ema.safetensors"
     if ema is not None:
-        write_whole(averaged, save(ema))
-    write_whole(weights, save(state))
-    write_whole(folder / "encoder.json", text.encode())
+        atomic_write(averaged, save(ema))
+    atomic_write(weights, save(state))
+    atomic_write(folder / "encoder.json", text.encode())
     if ema is None:
         averaged.unlink(missing_ok=True)
     return weights
@@ -199,8 +199,8 @@ def _check_arguments(
 ) -> None:
     own = list(inspect.signature(load_encoder).parameters)[1:-1]
     for name in model_args:
-        if name not in _DEFAULTS:
-            near = difflib.get_close_matches(name, [*_DEFAULTS, *own], n=1)
+        if name not in DEFAULTS:
+            near = difflib.get_close_matches(name, [*DEFAULTS, *own], n=1)
             hint = f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(_DEFAULTS)}."
             raise TypeError(f"Unknown argument {name!r}. {hint}")
     whole = isinstance(num_classes, Integral) and not isinstance(num_classes, bool)
@@ -222,7 +222,7 @@ def _check_arguments(
         raise ValueError(f"device is {str(device)!r}, but torch sees no GPU here; use 'cpu'.")
 
 
-def _find(source: str | os.PathLike) -> tuple[checkpoint_files.Folder, str]:
+def find_file(source: str | os.PathLike) -> tuple[checkpoint_files.Folder, str]:
     """`checkpoint_files.find`, after the names that are ours."""
     if source in TAGS:
         return checkpoint_files.find(TAGS[str(source)])
@@ -251,7 +251,7 @@ def _apply(config: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any
     """The arguments of the encoder asked for: the checkpoint's, and the caller's over them."""
     wished = {key: value for key, value in asked.items() if value is not None}
     target = dict(config) | wished
-    chans = config.get("in_chans", _DEFAULTS["in_chans"])
+    chans = config.get("in_chans", DEFAULTS["in_chans"])
     data = dict(config.get("data_config") or {})
     data.pop("input_size", None)  # follows img_size and in_chans
     bands = (asked.get("data_config") or {}).get("bands")
@@ -270,7 +270,7 @@ def _build(
     stored: Stored, asked: Mapping[str, Any], num_classes: int | None, strict: bool
 ) -> tuple[VimEncoder, list[str]]:
     """The encoder asked for, with the stored weights; and what had to be assumed."""
-    config, assumed = _config_of(stored, asked)
+    config, assumed = config_of(stored, asked)
     own_classes = config["num_classes"]
     if num_classes is None and not own_classes:
         raise ValueError(
@@ -301,7 +301,7 @@ def _build(
     return encoder, assumed
 
 
-def _config_of(stored: Stored, asked: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def config_of(stored: Stored, asked: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Every argument of the stored encoder, and what had to be assumed."""
     if stored.config is None:
         try:
@@ -313,14 +313,14 @@ def _config_of(stored: Stored, asked: Mapping[str, Any]) -> tuple[dict[str, Any]
     else:
         config, assumed = stored.config, []
         for name in config:
-            if name not in _DEFAULTS and name not in _VIDEO:
-                near = difflib.get_close_matches(name, _DEFAULTS, n=1)
+            if name not in DEFAULTS and name not in _VIDEO:
+                near = difflib.get_close_matches(name, DEFAULTS, n=1)
                 hint = f"Did you mean {near[0]!r}?" if near else "Was it written by a newer one?"
                 raise ValueError(
                     f"The config of {stored.path} has {name!r}, which this vim_ssl does not know. "
                     f"{hint}"
                 )
-    config = _DEFAULTS | config
+    config = DEFAULTS | config
     if not isinstance(config["img_size"], int):
         config["img_size"] = tuple(config["img_size"])  # JSON has lists
     return config, assumed

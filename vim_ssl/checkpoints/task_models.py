@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from vim_ssl.checkpoints.loading import load_encoder, save_encoder
-from vim_ssl.utils.files import write_whole
+from vim_ssl.utils.files import atomic_write
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -27,7 +27,7 @@ def save_task(
         for key, value in model.state_dict().items()
         if not key.startswith("encoder.")
     }
-    write_whole(Path(folder) / file, save(state, {"config": json.dumps(model.config)}))
+    atomic_write(Path(folder) / file, save(state, {"config": json.dumps(model.config)}))
 
 
 def load_task(make: Callable[..., Model], folder: str | os.PathLike, file: str, task: str) -> Model:

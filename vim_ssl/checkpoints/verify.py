@@ -12,7 +12,7 @@ import torch
 from vim_ssl.checkpoints import files as checkpoint_files
 from vim_ssl.checkpoints.adapt import adapt_state
 from vim_ssl.checkpoints.files import Stored
-from vim_ssl.checkpoints.loading import _DEFAULTS, _config_of, _find, compare_keys, encoder_class
+from vim_ssl.checkpoints.loading import DEFAULTS, compare_keys, config_of, encoder_class, find_file
 from vim_ssl.checkpoints.released import RELEASED_FILES
 from vim_ssl.models.encoder import PRESETS
 
@@ -50,12 +50,12 @@ def verify(source: str | os.PathLike, **layout: Any) -> Report:
     """
     report = Report(str(source))
     try:
-        folder, name = _find(source)
+        folder, name = find_file(source)
         stored = checkpoint_files.read(folder, name, ema=False)
         copies = {"weights": stored}
         if stored.has_ema:
             copies["EMA copy"] = checkpoint_files.read(folder, name, ema=True)
-        config, report.notes = _config_of(stored, layout)
+        config, report.notes = config_of(stored, layout)
     except (OSError, ValueError) as error:
         report.problems.append(str(error))
         return report
@@ -129,7 +129,7 @@ def _preset_of(config: Mapping[str, Any]) -> str | None:
     """The preset with these shapes, whatever its head."""
     names = ("embed_dim", "depth", "patch_size", "in_chans", "d_state", "d_conv", "expand")
     for preset, args in PRESETS.items():
-        full = _DEFAULTS | args
+        full = DEFAULTS | args
         strides = (c["stride"] or c["patch_size"] for c in (full, config))
         if len({*strides}) == 1 and all(full[name] == config[name] for name in names):
             return preset

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from vim_ssl.data.config import _config
+from vim_ssl.data.config import data_config_of
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import BadImage
 from vim_ssl.data.transforms.image import as_tensor
@@ -17,11 +17,11 @@ def band_statistics(data: ImageData, sample: int = 1000) -> dict[str, Any]:
     """Mean and standard deviation of every band, over all values that were measured.
 
     Args:
-        data: pictures of one number of bands; the training part, for training.
-        sample: of how many pictures, spread evenly.
+        data: images of one number of bands; the training part, for training.
+        sample: of how many images, spread evenly.
     Returns: ``bands``, ``mean`` and ``std``, as an encoder's ``data_config`` has them: they are
         stored with the encoder when it is given them.
-    Raises: ValueError when no picture can be read, or their bands differ.
+    Raises: ValueError when no image can be read, or their bands differ.
     """
     few = min(sample, len(data))
     count = total = squares = torch.zeros(())
@@ -33,12 +33,12 @@ def band_statistics(data: ImageData, sample: int = 1000) -> dict[str, Any]:
         values = np.asarray(image)
         x = as_tensor(values.reshape(*values.shape[:2], -1)).flatten(1).double()
         if count.ndim and len(count) != len(x):
-            raise ValueError(f"{data.name} has pictures of {len(count)} and of {len(x)} bands.")
+            raise ValueError(f"{data.name} has images of {len(count)} and of {len(x)} bands.")
         known = x.isfinite()
         x = x.where(known, 0)
         count, total, squares = count + known.sum(1), total + x.sum(1), squares + x.square().sum(1)
     if not count.ndim or (count == 0).any():
-        raise ValueError(f"{data.name}: of {few} pictures none has values in every band.")
+        raise ValueError(f"{data.name}: of {few} images none has values in every band.")
     mean = total / count
     std = (squares / count - mean.square()).clamp(min=0).sqrt()
     names = data.bands or {1: ("L",), 3: ("R", "G", "B")}.get(len(mean))
@@ -50,8 +50,8 @@ def band_statistics(data: ImageData, sample: int = 1000) -> dict[str, Any]:
 
 
 def band_arguments(data: ImageData) -> dict[str, Any]:
-    """The arguments of an encoder for the bands of these pictures, for `load_encoder`: ``in_chans``
-    and a ``data_config`` with their names and statistics; none for pictures in grey or colour."""
+    """The arguments of an encoder for the bands of these images, for `load_encoder`: ``in_chans``
+    and a ``data_config`` with their names and statistics; none for images in grey or colour."""
     if data.bands is None or not isinstance(_first(data), np.ndarray):
         return {}
     return {"in_chans": len(data.bands), "data_config": band_statistics(data)}
@@ -60,7 +60,7 @@ def band_arguments(data: ImageData) -> dict[str, Any]:
 def check_bands(encoder: nn.Module, data: Any) -> None:
     """Raises: ValueError for values in units of their own in other bands than the encoder's, whose
     mean and deviation are of something else; what has 8 bits fits any of as many channels."""
-    own, bands = tuple(_config(encoder).get("bands", ())), getattr(data, "bands", None)
+    own, bands = tuple(data_config_of(encoder).get("bands", ())), getattr(data, "bands", None)
     if bands is None or tuple(bands) == own or not isinstance(first := _first(data), np.ndarray):
         return
     if first.dtype != np.uint8 and np.nanmax(first) > 1:
@@ -72,7 +72,7 @@ def check_bands(encoder: nn.Module, data: Any) -> None:
 
 
 def _first(data: ImageData) -> Image.Image | np.ndarray | None:
-    """The first picture that can be read."""
+    """The first image that can be read."""
     for i in range(len(data)):
         try:
             return data[i]["image"]

@@ -28,7 +28,7 @@ LISTED = 20  # classes whose numbers are written out
 
 @dataclass(frozen=True)
 class Look:
-    """What one decoded picture is like; or its ``fault``.
+    """What one decoded image is like; or its ``fault``.
 
     ``pixels`` is a hash of mode, size and values; ``size`` is (width, height); ``flat`` says that
     all its values are one, ``holes`` that some are not finite. ``shown`` are the numbers of the
@@ -48,9 +48,9 @@ class Look:
 
 @dataclass
 class Part:
-    """One split: its columns as in `ImageData`, and what its pictures are like.
+    """One split: its columns as in `ImageData`, and what its images are like.
 
-    ``masks`` says whether every picture has a mask, ``boxes`` how many each has (None: there are
+    ``masks`` says whether every image has a mask, ``boxes`` how many each has (None: there are
     none in such data).
     """
 
@@ -81,12 +81,12 @@ class Diagnosis:
 
 
 def check(spec: str | Path, *, sample: int = 0, workers: int = 0, quiet: bool = True) -> Diagnosis:
-    """Examine data: counts, labels, every picture, and what the splits have in common.
+    """Examine data: counts, labels, every image, and what the splits have in common.
 
     Args:
         spec: see `open_data`; all splits are examined unless it names one.
-        sample: decode only so many pictures of each split, spread evenly; 0 decodes all. The same
-            picture on two sides of a split is then found only among those.
+        sample: decode only so many images of each split, spread evenly; 0 decodes all. The same
+            image on two sides of a split is then found only among those.
         workers: processes that decode.
         quiet: no progress bar.
     Raises: what `open_data` raises.
@@ -99,7 +99,7 @@ def check(spec: str | Path, *, sample: int = 0, workers: int = 0, quiet: bool = 
     _count(parts, diagnosis)
     _check_labels(parts, data.classes, diagnosis)
     _check_truth(parts, data.classes, diagnosis)
-    _check_pictures(parts, diagnosis)
+    _check_images(parts, diagnosis)
     if getattr(data, "has_captions", False):
         _check_captions(parts, diagnosis)
     _check_sides(parts, diagnosis)
@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     action = actions.add_parser("check", help="examine a data spec and say what is wrong with it")
     action.add_argument("spec", metavar="SPEC", help="a folder, hf:NAME, csv:FILE, wds:SHARDS …")
     action.add_argument(
-        "--sample", type=int, default=0, metavar="N", help="decode N pictures a split, not all"
+        "--sample", type=int, default=0, metavar="N", help="decode N images a split, not all"
     )
     action.add_argument("--workers", type=int, default=0, help="processes that decode")
     args = parser.parse_args(argv)
@@ -149,7 +149,7 @@ def _parts(
         few = min(sample, len(one)) if sample else len(one)
         chosen = one.subset(i * len(one) // few for i in range(few))
         loader = DataLoader(_Looking(chosen), 16, num_workers=workers, collate_fn=list)
-        with tqdm(total=few, desc=name, unit="pictures", disable=quiet) as bar:
+        with tqdm(total=few, desc=name, unit="images", disable=quiet) as bar:
             for looks in loader:
                 part.looks += looks
                 bar.update(len(looks))
@@ -177,7 +177,7 @@ class _Looking(Dataset):
 def _look_along(stream: ImageStream, quiet: bool) -> Part:
     part = Part(stream.split, [], [], None)
     labels: list[Any] = []
-    with tqdm(total=len(stream), unit="pictures", disable=quiet) as bar:
+    with tqdm(total=len(stream), unit="images", disable=quiet) as bar:
         for record in (r for shard in range(len(stream.shards)) for r in stream.records(shard)):
             part.ids.append(record["id"])
             labels.append(record.get("label"))
@@ -194,7 +194,7 @@ def _look_along(stream: ImageStream, quiet: bool) -> Part:
 
 
 def look(id: str, image: Image.Image | np.ndarray) -> Look:
-    """Describe a decoded picture: a PIL image, or an array (h, w, bands)."""
+    """Describe a decoded image: a PIL image, or an array (h, w, bands)."""
     values = np.asarray(image)
     mode = f"{values.shape[2]}×{values.dtype}" if isinstance(image, np.ndarray) else image.mode
     height, width = values.shape[:2]
@@ -219,7 +219,7 @@ def _check_folders(parts: list[Part], diagnosis: Diagnosis) -> None:
     tops = {name.split("/")[0] if "/" in name else "" for part in parts for name in part.ids}
     splits = {top for top in tops if canonical_split(top) in SPLIT_NAMES}
     if len({canonical_split(top) for top in splits}) > 1 and (others := sorted(tops - splits)):
-        beside = _some([top or "pictures outside of any folder" for top in others])
+        beside = _some([top or "images outside of any folder" for top in others])
         diagnosis.problems.append(
             f"{', '.join(sorted(splits))} are no splits, since beside them lie: {beside}. All is "
             "one part; move the others away."
@@ -230,7 +230,7 @@ def _count(parts: list[Part], diagnosis: Diagnosis) -> None:
     where = defaultdict(list)
     for part in parts:
         labelled = sum(not _unknown(label) for label in part.labels or ())
-        columns: dict[str, int | None] = {"pictures": len(part.ids)}
+        columns: dict[str, int | None] = {"images": len(part.ids)}
         if part.masks:
             columns["masks"] = len(part.ids)
         if part.boxes is not None:
@@ -243,10 +243,10 @@ def _count(parts: list[Part], diagnosis: Diagnosis) -> None:
         cells = ("-" if count is None else f"{count:,}" for count in columns.values())
         diagnosis.facts.append(f"{part.name:12}" + "".join(f"{cell:>12}" for cell in cells))
         if not part.ids:
-            diagnosis.problems.append(f"{part.name} has no picture.")
+            diagnosis.problems.append(f"{part.name} has no image.")
         if part.labels is not None and labelled < len(part.ids):
             missing = len(part.ids) - labelled
-            diagnosis.remarks.append(f"{part.name}: {missing:,} pictures have no label.")
+            diagnosis.remarks.append(f"{part.name}: {missing:,} images have no label.")
         for name in part.ids:
             where[name].append(part.name)
     if twice := [name for name, places in where.items() if len(places) > 1]:
@@ -265,17 +265,17 @@ def _check_labels(parts: list[Part], classes: list[str] | None, diagnosis: Diagn
     for name, count in counts.items():
         least, most = min(count, key=count.__getitem__), max(count, key=count.__getitem__)
         if len(count) < 2:
-            diagnosis.problems.append(f"{name} has pictures of one class only, {names[most]}.")
+            diagnosis.problems.append(f"{name} has images of one class only, {names[most]}.")
         elif count[most] > 10 * max(count[least], 1):
             diagnosis.remarks.append(
                 f"{name} is unbalanced: {count[most]:,} of {names[most]}, {count[least]:,} of "
                 f"{names[least]}."
             )
-    _compare_classes(counts, names, "picture", diagnosis)
+    _compare_classes(counts, names, "image", diagnosis)
 
 
 def _check_truth(parts: list[Part], classes: list[str] | None, diagnosis: Diagnosis) -> None:
-    """The classes in masks, by pictures that show them, or of boxes."""
+    """The classes in masks, by images that show them, or of boxes."""
     counts = {
         part.name: Counter(number for look in part.looks for number in look.shown)
         for part in parts
@@ -284,7 +284,7 @@ def _check_truth(parts: list[Part], classes: list[str] | None, diagnosis: Diagno
     if not counts:
         return
     one = "box" if parts[0].boxes is not None else "mask"
-    title = "class, boxes of it" if one == "box" else "class, pictures of it"
+    title = "class, boxes of it" if one == "box" else "class, images of it"
     names = _list_classes(title, counts, classes, diagnosis)
     if all(len(part.looks) == len(part.ids) for part in parts):
         _compare_classes(counts, names, one, diagnosis)
@@ -327,7 +327,7 @@ def _compare_classes(
 
 
 def _class_counts(part: Part, classes: list[str] | None, diagnosis: Diagnosis) -> Counter[int]:
-    """Pictures of each class; of labels as lists of 0 and 1, those that have a 1 there."""
+    """Images of each class; of labels as lists of 0 and 1, those that have a 1 there."""
     count: Counter[int] = Counter()
     wrong = []
     for name, label in zip(part.ids, part.labels or (), strict=True):
@@ -349,12 +349,12 @@ def _class_counts(part: Part, classes: list[str] | None, diagnosis: Diagnosis) -
     return count
 
 
-def _check_pictures(parts: list[Part], diagnosis: Diagnosis) -> None:
+def _check_images(parts: list[Part], diagnosis: Diagnosis) -> None:
     good = [look for part in parts for look in part.looks if not look.fault]
     total = sum(len(part.ids) for part in parts)
     looked = sum(len(part.looks) for part in parts)
     which = "all" if looked == total else f"of {total:,}"
-    diagnosis.facts += ["", f"Decoded: {looked:,} pictures, {which}."]
+    diagnosis.facts += ["", f"Decoded: {looked:,} images, {which}."]
     if good:
         modes = Counter(look.mode for look in good)
         diagnosis.facts.append(
@@ -367,12 +367,12 @@ def _check_pictures(parts: list[Part], diagnosis: Diagnosis) -> None:
         one = f"all {least}" if len(set(by_area)) == 1 else f"{least} to {most}, median {middle}"
         diagnosis.facts.append(f"Sizes (width×height): {one}")
         if captioned := sum(look.captioned for look in good):
-            diagnosis.facts.append(f"With a caption: {captioned:,} of these pictures.")
+            diagnosis.facts.append(f"With a caption: {captioned:,} of these images.")
     for part in parts:
         bad = [f"{look.id} ({look.fault})" for look in part.looks if look.fault]
         if bad:
             diagnosis.problems.append(
-                f"{part.name}: {len(bad):,} pictures cannot be decoded: {_some(bad)}."
+                f"{part.name}: {len(bad):,} images cannot be decoded: {_some(bad)}."
             )
         for what, names in (
             ("are of one single value", [look.id for look in part.looks if look.flat]),
@@ -380,7 +380,7 @@ def _check_pictures(parts: list[Part], diagnosis: Diagnosis) -> None:
         ):
             if names:
                 diagnosis.remarks.append(
-                    f"{part.name}: {len(names):,} pictures {what}: {_some(names)}."
+                    f"{part.name}: {len(names):,} images {what}: {_some(names)}."
                 )
 
 
@@ -388,7 +388,7 @@ def _check_captions(parts: list[Part], diagnosis: Diagnosis) -> None:
     for part in parts:
         if bare := [look.id for look in part.looks if not look.fault and not look.captioned]:
             diagnosis.problems.append(
-                f"{part.name}: {len(bare):,} pictures have no caption: {_some(bare)}."
+                f"{part.name}: {len(bare):,} images have no caption: {_some(bare)}."
             )
 
 
@@ -406,7 +406,7 @@ def _check_sides(parts: list[Part], diagnosis: Diagnosis) -> None:
             labels.update(zip(part.ids, part.labels, strict=True))
     for part in parts:
         for look in part.looks:
-            # Pictures of one value are alike without being the same.
+            # Images of one value are alike without being the same.
             if not look.fault and not look.flat:
                 twins[look.pixels].append((part.name, look.id))
     again = [found for found in twins.values() if len(found) > 1]
@@ -414,16 +414,16 @@ def _check_sides(parts: list[Part], diagnosis: Diagnosis) -> None:
     if across:
         pairs = [" = ".join(f"{name}:{id}" for name, id in found[:4]) for found in across]
         diagnosis.problems.append(
-            f"{len(across):,} pictures are on two sides of a split: {_some(pairs)}."
+            f"{len(across):,} images are on two sides of a split: {_some(pairs)}."
         )
     within = [found for found in again if len(found) > len({name for name, _ in found})]
     if within:
         pairs = [" = ".join(id for _, id in found[:4]) for found in within]
-        diagnosis.remarks.append(f"{len(within):,} pictures are there twice: {_some(pairs)}.")
+        diagnosis.remarks.append(f"{len(within):,} images are there twice: {_some(pairs)}.")
     if unlike := [f for f in again if len({str(labels.get(id)) for _, id in f}) > 1]:
         pairs = [" = ".join(id for _, id in found[:4]) for found in unlike]
         diagnosis.remarks.append(
-            f"{len(unlike):,} pictures are there again with another label: {_some(pairs)}."
+            f"{len(unlike):,} images are there again with another label: {_some(pairs)}."
         )
 
 

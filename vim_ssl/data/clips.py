@@ -61,7 +61,7 @@ class Sampling:
 
 
 class Video:
-    """A video that is not read yet: a file, or a folder of pictures in the order of their names,
+    """A video that is not read yet: a file, or a folder of images in the order of their names,
     numbers in these by their value.
 
     Frames are upright and mirrored (as a phone's display matrix says) and RGB. One that cannot be
@@ -74,13 +74,13 @@ class Video:
     def clips(
         self, training: bool = False, prepare: Callable[[Image.Image], Any] = lambda frame: frame
     ) -> list[list[Any]]:
-        """Decoded clips of ``sampling.frames`` pictures each; one when training.
+        """Decoded clips of ``sampling.frames`` images each; one when training.
 
         Args:
-            prepare: is given a picture as soon as it is decoded, once, however often clips show it;
-                what it returns stands in the picture's place. One that shrinks keeps memory small:
+            prepare: is given an image as soon as it is decoded, once, however often clips show it;
+                what it returns stands in the image's place. One that shrinks keeps memory small:
                 no more than a few frames are there in full size at a time.
-        Raises: BadImage for what is no video, has no picture in it, or none that can be decoded.
+        Raises: BadImage for what is no video, has no image in it, or none that can be decoded.
         """
         source: _File | _Frames = (_Frames if os.path.isdir(self.path) else _File)(self.path)
         at = source.times
@@ -91,7 +91,7 @@ class Video:
             for times in self.sampling.times(duration, training)
         ]
         numbers = sorted({number for clip in wanted for number in clip})
-        kept = {number: prepare(picture) for number, picture in source.read(numbers)}
+        kept = {number: prepare(image) for number, image in source.read(numbers)}
         return [[kept[number] for number in clip] for clip in wanted]
 
     def __repr__(self) -> str:
@@ -99,7 +99,7 @@ class Video:
 
 
 def still(image: Any) -> Any:
-    """A picture itself, or the first frame of a video's clip. Raises: BadImage."""
+    """An image itself, or the first frame of a video's clip. Raises: BadImage."""
     return image.clips()[0][0] if isinstance(image, Video) else image
 
 
@@ -108,9 +108,9 @@ class _Frames:
 
     def __init__(self, path: str):
         self.path = path
-        self.names = _pictures_in(path)
+        self.names = images_in(path)
         if not self.names:
-            raise BadImage(path, "a folder without pictures")
+            raise BadImage(path, "a folder without images")
         self.times = [i / FOLDER_FPS for i in range(len(self.names))]
 
     def read(self, numbers: Sequence[int]) -> Iterator[tuple[int, Image.Image]]:
@@ -167,7 +167,7 @@ class _File:
                     last = following
                 if last is None:
                     raise BadImage(self.path, "none of its frames can be decoded")
-                yield number, _picture(last)
+                yield number, _image(last)
 
 
 @lru_cache(maxsize=64)  # of a two-hour film 7 MB
@@ -230,7 +230,7 @@ def _decoded(container: Any, stream: Any, stamps: Sequence[int] | None = None) -
                 yield frame
 
 
-def _picture(frame: Any) -> Image.Image:
+def _image(frame: Any) -> Image.Image:
     image = frame.to_image().convert("RGB")
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is not None:
@@ -281,11 +281,11 @@ class VideoData(ImageData):
 
     sampling: Sampling
 
-    def _decode(self, picture: Any) -> Video:
-        return Video(picture, self.sampling)
+    def _decode(self, image: Any) -> Video:
+        return Video(image, self.sampling)
 
 
-def _pictures_in(path: str) -> list[str]:
+def images_in(path: str) -> list[str]:
     """Their names; f10 comes after f2."""
     names = (name for name in os.listdir(path)
              if name.lower().endswith(EXTENSIONS) and not name.startswith("."))  # fmt: skip

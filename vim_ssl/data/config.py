@@ -17,7 +17,7 @@ IMAGENET_DATA: dict[str, Any] = {
 MNIST_DATA: dict[str, Any] = {"mean": (0.1307,), "std": (0.3081,), "crop_pct": 1.0}
 
 
-def _data_config(given: dict | None, in_chans: int, img_size: tuple[int, int]) -> dict:
+def complete_data_config(given: dict | None, in_chans: int, img_size: tuple[int, int]) -> dict:
     """Complete the caller's data description; statistics must fit the channels."""
     config = dict(IMAGENET_DATA, input_size=(in_chans, *img_size))
     if in_chans != 3:
@@ -51,7 +51,7 @@ def band_places(known: Sequence[str], wanted: Sequence[str]) -> list[int | None]
     return places if any(place is not None for place in places) else None
 
 
-def _bands(config: Mapping[str, Any]) -> tuple[str, ...]:
+def band_names(config: Mapping[str, Any]) -> tuple[str, ...]:
     """The names of an encoder's bands; of three channels without names, colours."""
     given = (config.get("data_config") or {}).get("bands")
     return tuple(given or {1: ("L",), 3: ("R", "G", "B")}.get(config["in_chans"], ()))
@@ -79,7 +79,7 @@ def adapt_data(
     return adapted
 
 
-def _config(encoder_or_config: nn.Module | Mapping[str, Any]) -> Mapping[str, Any]:
+def data_config_of(encoder_or_config: nn.Module | Mapping[str, Any]) -> Mapping[str, Any]:
     config = getattr(encoder_or_config, "data_config", encoder_or_config)
     if not isinstance(config, Mapping):
         raise TypeError(

@@ -1,4 +1,4 @@
-"""`ImageData`: what every source becomes, pictures by index with what is known of them."""
+"""`ImageData`: what every source becomes, images by index with what is known of them."""
 
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from torch.utils.data import Dataset
 
-from vim_ssl.data.images import BadImage, array_picture, decode_image
+from vim_ssl.data.images import BadImage, array_image, decode_image
 from vim_ssl.data.split import as_key
 
 
@@ -21,13 +21,13 @@ class Captions(Protocol):
     def __getitem__(self, row: int, /) -> Any: ...
 
 
-class Pictures(Protocol):
-    """Where pictures come from: picklable, and cheap until one is asked for."""
+class Images(Protocol):
+    """Where images come from: picklable, and cheap until one is asked for."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, row: int, /) -> str | Path | bytes | np.ndarray:
-        """An undecoded picture: its path, its bytes, or values (h, w) or (h, w, bands)."""
+        """An undecoded image: its path, its bytes, or values (h, w) or (h, w, bands)."""
         ...
 
 
@@ -35,7 +35,7 @@ class Masks(Protocol):
     """Masks by row."""
 
     def read(self, row: int, size: tuple[int, int], /) -> np.ndarray:
-        """uint8 (h, w), of a picture of ``size`` (width, height)."""
+        """uint8 (h, w), of an image of ``size`` (width, height)."""
         ...
 
     def sizes(self, row: int, /) -> int | str:
@@ -74,7 +74,7 @@ class Objects(Protocol):
 
 
 class ImageData(Dataset):
-    """Pictures by index; labels and groups without decoding any.
+    """Images by index; labels and groups without decoding any.
 
     An item is a dict: ``image`` (a decoded PIL image, "RGB" or "L", any size; where a source has
     other bands, an array (h, w, bands), NaN where nothing was measured; of ``video:`` a `Video`),
@@ -87,24 +87,24 @@ class ImageData(Dataset):
     Attributes:
         name: the spec string it was opened with.
         ids: list[str].
-        labels: one a picture, or None. A class (int, -1 stands for "unknown"); where a picture has
+        labels: one an image, or None. A class (int, -1 stands for "unknown"); where an image has
             several, a row of 0 and 1 with a place for every class.
         classes: the names of the labels, or of the masks' or boxes' numbers; list[str] or None.
         has_masks: whether items have a ``mask``.
         has_boxes, has_outlines: whether items have ``boxes``, and ``masks`` of them.
         categories: of boxes, ``id`` (in their file) and ``name`` of each class; else None.
-        groups: list[str] or None; pictures of one group belong on one side of a split.
+        groups: list[str] or None; images of one group belong on one side of a split.
         bands: names of the bands, where the source has them; else None.
         task: of `vim_ssl.metrics.medmnist.TASKS`, where the source says so.
         splits: names of the splits the source has; empty where it has none.
         split: the one opened, or "all".
         faults: what is wrong with the source as a whole, in words.
-        min_side: see `decode_image`; None decodes every picture whole.
+        min_side: see `decode_image`; None decodes every image whole.
     """
 
     def __init__(
         self,
-        pictures: Pictures | Sequence[str],
+        images: Images | Sequence[str],
         ids: Iterable[str],
         *,
         name: str,
@@ -129,32 +129,32 @@ class ImageData(Dataset):
         self.task, self.faults = task, list(faults)
         self.bands = None if bands is None else tuple(bands)
         self.min_side: int | None = None
-        self._pictures, self._captions, self._masks = pictures, captions, masks
+        self._images, self._captions, self._masks = images, captions, masks
         self._objects, self.has_masks = objects, masks is not None
         self.has_boxes = objects is not None
         self.has_outlines = objects is not None and objects.outlines
         self.categories = None if objects is None else objects.categories
         self._rows: Sequence[int] = range(
             len(self.ids)
-        )  # picture, caption, mask and objects of item i are at _rows[i]
+        )  # image, caption, mask and objects of item i are at _rows[i]
         self._source_fingerprint = source_fingerprint
         for what, column in (("labels", self.labels), ("groups", self.groups)):
             if column is not None and len(column) != len(self.ids):
-                raise ValueError(f"{len(column)} {what} for {len(self.ids)} pictures.")
+                raise ValueError(f"{len(column)} {what} for {len(self.ids)} images.")
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Decode picture ``index``.
+        """Decode image ``index``.
 
         Raises: BadImage when it cannot be decoded, when its mask or boxes cannot be its own, and
             when its EXIF orientation leaves open how they lie on it; IndexError outside the data.
         """
         item: dict[str, Any] = {"id": self.ids[index]}
-        picture = self.raw(index)
+        raw = self.raw(index)
         try:
-            item["image"] = self._decode(picture)
+            item["image"] = self._decode(raw)
             if self._captions is not None:
                 item["caption"] = self._captions[self._rows[index]]
             if self._masks is not None:
@@ -169,41 +169,41 @@ class ImageData(Dataset):
             item["label"] = self.labels[index]
         if self.groups is not None:
             item["group"] = self.groups[index]
-        if isinstance(picture, str | Path):
-            item["meta"] = {"path": str(picture)}
+        if isinstance(raw, str | Path):
+            item["meta"] = {"path": str(raw)}
         elif self._masks is not None:
             item["meta"] = self._masks.place(self._rows[index])
         return item
 
-    def _decode(self, picture: str | Path | bytes | np.ndarray) -> Any:
-        if isinstance(picture, np.ndarray):
-            return array_picture(picture)
-        dense = self.has_masks or self.has_boxes  # these are for the picture's own size
-        return decode_image(picture, min_side=None if dense else self.min_side, dense=dense)
+    def _decode(self, raw: str | Path | bytes | np.ndarray) -> Any:
+        if isinstance(raw, np.ndarray):
+            return array_image(raw)
+        dense = self.has_masks or self.has_boxes  # these are for the image's own size
+        return decode_image(raw, min_side=None if dense else self.min_side, dense=dense)
 
     def raw(self, index: int) -> str | Path | bytes | np.ndarray:
-        """The undecoded picture: a path, a file's bytes, or values (h, w[, bands])."""
+        """The undecoded image: a path, a file's bytes, or values (h, w[, bands])."""
         row = self._rows[index]
         try:
-            return self._pictures[row]
+            return self._images[row]
         except BadImage as error:
             raise BadImage(self.ids[index], error.reason) from error
         except Exception as error:  # a damaged table
             raise BadImage(self.ids[index], f"{type(error).__name__}: {error}") from error
 
     def paths(self, index: int) -> list[str]:
-        """The files that picture ``index`` is read from; none where the source has others, such as
-        a table that holds its pictures."""
-        paths = getattr(self._pictures, "paths", None)
+        """The files that image ``index`` is read from; none where the source has others, such as
+        a table that holds its images."""
+        paths = getattr(self._images, "paths", None)
         return paths(self._rows[index]) if paths else []
 
     @property
     def has_captions(self) -> bool:
-        """Whether pictures of this source have captions (a single one may have none)."""
+        """Whether images of this source have captions (a single one may have none)."""
         return self._captions is not None
 
     def captions(self, index: int) -> list[str]:
-        """All captions of picture ``index``, which is not decoded. Raises: BadImage."""
+        """All captions of image ``index``, which is not decoded. Raises: BadImage."""
         if self._captions is None:
             return []
         try:
@@ -212,18 +212,18 @@ class ImageData(Dataset):
             raise BadImage(self.ids[index], error.reason) from error
 
     def box_count(self, index: int) -> int:
-        """How many boxes picture ``index`` has, which is not decoded."""
+        """How many boxes image ``index`` has, which is not decoded."""
         return 0 if self._objects is None else self._objects.count(self._rows[index])
 
     def annotated(self, index: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """Entry and annotations of picture ``index`` as a COCO file has them; of boxes alone."""
+        """Entry and annotations of image ``index`` as a COCO file has them; of boxes alone."""
         if self._objects is None:
             raise ValueError(f"{self.name} has no boxes.")
         row = self._rows[index]
         return self._objects.images[row], self._objects.annotations(row)
 
     def subset(self, indices: Iterable[int]) -> "ImageData":
-        """The pictures at these indices, in this order; classes and splits stay."""
+        """The images at these indices, in this order; classes and splits stay."""
         indices = [int(i) for i in indices]
         part = object.__new__(type(self))
         part.__dict__.update({k: v for k, v in self.__dict__.items() if k != "fingerprint"})
@@ -235,17 +235,17 @@ class ImageData(Dataset):
 
     @property
     def multi_label(self) -> bool:
-        """Whether a picture's label is a row of 0 and 1."""
+        """Whether an image's label is a row of 0 and 1."""
         return self.labels is not None and hasattr(next(iter(self.labels), None), "__len__")
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits that change with the list of pictures, their file sizes or labels.
+        """16 hex digits that change with the list of images, their file sizes or labels.
 
-        Equal on another machine that holds the same data; pictures are not decoded.
+        Equal on another machine that holds the same data; images are not decoded.
         """
         digest = blake2b(self._source_fingerprint.encode(), digest_size=8)
-        sizes = getattr(self._pictures, "sizes", None)
+        sizes = getattr(self._images, "sizes", None)
         for i, row in enumerate(self._rows):
             size = sizes(row) if sizes else ""
             label = "" if self.labels is None else as_key(self.labels[i])
@@ -256,7 +256,7 @@ class ImageData(Dataset):
 
     def __repr__(self) -> str:
         known = f", {len(self.classes)} classes" if self.classes else ""
-        return f"ImageData({self.name!r}, {len(self)} pictures{known}, split={self.split!r})"
+        return f"ImageData({self.name!r}, {len(self)} images{known}, split={self.split!r})"
 
 
 def captions_of(value: Any) -> list[str]:
@@ -267,7 +267,7 @@ def captions_of(value: Any) -> list[str]:
 
 
 class _Joined:
-    """The pictures of several sets, one set after another."""
+    """The images of several sets, one set after another."""
 
     def __init__(self, parts: Sequence[ImageData]):
         self.parts = list(parts)
@@ -293,11 +293,11 @@ class _Joined:
 class _JoinedCaptions:
     """Their captions."""
 
-    def __init__(self, pictures: _Joined):
-        self.pictures = pictures
+    def __init__(self, images: _Joined):
+        self.images = images
 
     def __getitem__(self, row: int) -> list[str]:
-        part, row = self.pictures.place(row)
+        part, row = self.images.place(row)
         return part.captions(row)
 
 
@@ -309,13 +309,13 @@ def join(parts: Sequence[ImageData]) -> ImageData:
     Raises: ValueError for videos.
     """
     if other := next((part for part in parts if type(part) is not ImageData), None):
-        raise ValueError(f"{other.name} are no pictures; they cannot be joined to other data.")
-    pictures, names = _Joined(parts), [part.name for part in parts]
+        raise ValueError(f"{other.name} are no images; they cannot be joined to other data.")
+    images, names = _Joined(parts), [part.name for part in parts]
     return ImageData(
-        pictures,
+        images,
         [f"{number}/{name}" for number, part in enumerate(parts) for name in part.ids],
         name=" + ".join(_times(name, len(list(same))) for name, same in groupby(names)),
-        captions=_JoinedCaptions(pictures) if all(p.has_captions for p in parts) else None,
+        captions=_JoinedCaptions(images) if all(p.has_captions for p in parts) else None,
         bands=parts[0].bands if len({p.bands for p in parts}) == 1 else None,
         source_fingerprint=" ".join(part.fingerprint for part in parts),
         faults=[fault for part in parts for fault in part.faults],

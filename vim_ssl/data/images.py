@@ -1,4 +1,4 @@
-"""Decode a picture file of any common kind into plain 8-bit "RGB" or "L", or say it is bad."""
+"""Decode an image file of any common kind into plain 8-bit "RGB" or "L", or say it is bad."""
 
 import io
 import os
@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-# Where Pillow itself refuses; a picture of this size takes half a gigabyte.
+# Where Pillow itself refuses; an image of this size takes half a gigabyte.
 DEFAULT_MAX_PIXELS = 178_956_970
 MODES = ("RGB", "L")
 _ORIENTATION = 0x0112
@@ -16,10 +16,10 @@ _REFUSED_FORMATS = ("EPS",)
 
 
 class BadImage(ValueError):
-    """A picture that cannot be decoded.
+    """An image that cannot be decoded.
 
     Attributes:
-        id: which picture: its place in the data set, or its path.
+        id: which image: its place in the data set, or its path.
         reason: what is wrong with it, in words.
     """
 
@@ -40,7 +40,7 @@ def decode_image(
     max_pixels: int | None = None,
     dense: bool = False,
 ) -> Image.Image:
-    """Decode one picture into a loaded 8-bit image; the content decides the format, not the name.
+    """Decode one image into a loaded 8-bit image; the content decides the format, not the name.
 
     What is done to the unusual: see `clean_image`. Of an animation the first frame is taken. CMYK
     JPEGs are read as Adobe writes them (inverted), and converted without a colour profile.
@@ -50,9 +50,9 @@ def decode_image(
         mode: "RGB" or "L" converts; None keeps colour as "RGB" and grey as "L".
         min_side: lets a large JPEG be decoded at 1/2, 1/4 or 1/8 of its size, which is several
             times faster, but with neither side below this (pixels). Other formats ignore it.
-        max_pixels: larger pictures are refused; by default the environment's VIM_SSL_MAX_PIXELS,
+        max_pixels: larger images are refused; by default the environment's VIM_SSL_MAX_PIXELS,
             else `DEFAULT_MAX_PIXELS`.
-        dense: whether something was drawn on it, a mask or boxes: then a picture that its EXIF
+        dense: whether something was drawn on it, a mask or boxes: then an image that its EXIF
             orientation turns or mirrors is refused unless its size changes by that, which tells
             (as the size that the drawing is for) whether the drawing was turned too.
     Returns: an image in mode "RGB" or "L".
@@ -82,7 +82,7 @@ def decode_image(
     except Image.DecompressionBombError as error:
         raise BadImage(name, _too_large(str(error), limit)) from error
     except Image.UnidentifiedImageError as error:
-        raise BadImage(name, "no picture that Pillow can read") from error
+        raise BadImage(name, "no image that Pillow can read") from error
     except Exception as error:  # a broken file makes decoders raise nearly anything
         raise BadImage(name, f"{type(error).__name__}: {error}") from error
 
@@ -93,8 +93,8 @@ def clean_image(image: Image.Image, mode: str | None = None) -> Image.Image:
     - The EXIF orientation is applied.
     - Transparency (alpha, or a transparent colour) is laid on white.
     - Integer grey of 12, 16 or 32 bits maps linearly from its type's full range to 0..255, so
-      the same value is the same grey in every picture.
-    - Float grey has no such range: values within 0..1 are taken as such; otherwise the picture's
+      the same value is the same grey in every image.
+    - Float grey has no such range: values within 0..1 are taken as such; otherwise the image's
       own finite minimum and maximum become 0 and 255. NaN becomes 0.
     - Black and white becomes "L"; palette, CMYK, YCbCr and HSV become "RGB".
 
@@ -116,7 +116,7 @@ def clean_image(image: Image.Image, mode: str | None = None) -> Image.Image:
         raise BadImage("image", f"mode {image.mode} has no conversion to {plain}") from error
 
 
-def array_picture(values: np.ndarray) -> Image.Image | np.ndarray:
+def array_image(values: np.ndarray) -> Image.Image | np.ndarray:
     """An undecoded array as what an item's ``image`` is.
 
     Grey of any depth (h, w), and uint8 grey (h, w, 1) or colour (h, w, 3), become PIL images; see
@@ -130,7 +130,7 @@ def array_picture(values: np.ndarray) -> Image.Image | np.ndarray:
     if values.ndim == 2 or (values.dtype == np.uint8 and values.shape[2:] == (3,)):
         return clean_image(Image.fromarray(values))
     if values.ndim != 3 or 0 in values.shape:
-        raise BadImage("image", f"an array of shape {values.shape} is no picture")
+        raise BadImage("image", f"an array of shape {values.shape} is no image")
     if not np.isfinite(values).any():
         raise BadImage("image", "all its values are missing")
     return values
@@ -168,7 +168,7 @@ def _check_drawn_upright(image: Image.Image) -> None:
         raise BadImage(
             "image",
             f"its EXIF orientation is {turn}, and whether what was drawn on it lies so too is not "
-            "known; save picture and labels upright, without the tag",
+            "known; save image and labels upright, without the tag",
         )
 
 
@@ -177,7 +177,7 @@ def _upright(image: Image.Image) -> Image.Image:
         if image.getexif().get(_ORIENTATION, 1) == 1:
             return image
         return ImageOps.exif_transpose(image)
-    except Exception:  # damaged metadata is no reason to lose the picture
+    except Exception:  # damaged metadata is no reason to lose the image
         return image
 
 
@@ -186,7 +186,7 @@ def _deep_grey_to_8bit(image: Image.Image) -> Image.Image:
     if image.mode.startswith("F"):
         finite = values[np.isfinite(values)].astype(np.float64)
         if not finite.size:
-            raise BadImage("image", "a float picture without a finite value")
+            raise BadImage("image", "a float image without a finite value")
         low, high = float(finite.min()), float(finite.max())
         if low >= 0 and high <= 1:
             low, high = 0.0, 1.0

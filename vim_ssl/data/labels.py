@@ -16,7 +16,7 @@ IGNORE = 255  # the number of a pixel that nobody has labelled
 def checked(
     values: np.ndarray, size: tuple[int, int], name: str, classes: int, first: int = 0
 ) -> np.ndarray:
-    """A mask that fits its picture of ``size`` (width, height).
+    """A mask that fits its image of ``size`` (width, height).
 
     Args:
         name: of its file, for messages.
@@ -25,9 +25,7 @@ def checked(
     """
     if values.shape != (size[1], size[0]):
         height, width = values.shape
-        raise BadImage(
-            name, f"the mask has {width}×{height} pixels, its picture {size[0]}×{size[1]}"
-        )
+        raise BadImage(name, f"the mask has {width}×{height} pixels, its image {size[0]}×{size[1]}")
     wrong = (values != IGNORE) & (values >= classes + first)
     if wrong.any():
         raise BadImage(
@@ -45,9 +43,9 @@ def paired(
     masks_folder: Path,
     endings: Sequence[str] = (),
 ) -> list[str]:
-    """Each picture's mask: the file of its name but for the ending (of those, or the last).
+    """Each image's mask: the file of its name but for the ending (of those, or the last).
 
-    Raises: FileNotFoundError naming the pictures without any; ValueError for two of one name.
+    Raises: FileNotFoundError naming the images without any; ValueError for two of one name.
     """
 
     def stem(name: str) -> str:
@@ -66,14 +64,14 @@ def paired(
     if missing:
         some = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
         raise FileNotFoundError(
-            f"{len(missing)} of {len(names)} pictures in {images_folder} have no mask of their "
+            f"{len(missing)} of {len(names)} images in {images_folder} have no mask of their "
             f"name in {masks_folder}: {some}"
         )
     return [found[of] for of in wanted]
 
 
 def mask_folders(root: str) -> tuple[Path, Path] | None:
-    """The folders of the pictures and of their masks, where there are both."""
+    """The folders of the images and of their masks, where there are both."""
     top = Path(root).expanduser()
     for pair in (("images", "masks"), ("images", "labels"), ("imagesTr", "labelsTr")):
         images, masks = (top / name for name in pair)

@@ -1,4 +1,4 @@
-"""`open_data`: from a spec string to pictures."""
+"""`open_data`: from a spec string to images."""
 
 import logging
 import re
@@ -69,7 +69,7 @@ def open_data(
 def open_data(
     spec: str | Path, *, split: str | None = None, streams: bool = False
 ) -> ImageData | ImageStream:
-    """Open pictures: a folder's path, ``hf:owner/name[:config]``, ``csv:file.csv``, ``wds:shards``
+    """Open images: a folder's path, ``hf:owner/name[:config]``, ``csv:file.csv``, ``wds:shards``
     and the other schemes of `vim_ssl.data.spec.BUILT`.
 
     Args:
@@ -78,8 +78,8 @@ def open_data(
             ``A + 20 * B``; see `join`.
         split: opens this split whatever the spec says. Without any the training part is opened,
             of a source that has splits; "all" opens everything.
-        streams: whether pictures that are read in order will do: ``wds:`` and ``streaming=true``.
-    Returns: the pictures, map-style unless the spec names a stream.
+        streams: whether images that are read in order will do: ``wds:`` and ``streaming=true``.
+    Returns: the images, map-style unless the spec names a stream.
     Raises: ValueError for a spec that does not fit the source, FileNotFoundError for missing
         data; each says what to do.
     """
@@ -97,9 +97,9 @@ def open_data(
     data = _OPENERS[parsed.scheme](parsed)
     name = f"{parsed.scheme}:{parsed.location}"
     for fault in data.faults[:TOLD]:
-        _warn(f"{name}: {fault}")
+        warn_once(f"{name}: {fault}")
     if (more := len(data.faults) - TOLD) > 0:
-        _warn(f"{name}: {more:,} more; `vim-ssl data check` names them all.")
+        warn_once(f"{name}: {more:,} more; `vim-ssl data check` names them all.")
     if parsed.limit is not None and parsed.limit < len(data):
         # Spread out, since many sets are sorted by class.
         data = data.subset(i * len(data) // parsed.limit for i in range(parsed.limit))
@@ -149,7 +149,7 @@ def _times(part: str) -> tuple[int, str]:
 
 
 @cache  # once, however often the same data is opened
-def _warn(fault: str) -> None:
+def warn_once(fault: str) -> None:
     log.warning(fault)
 
 
@@ -161,7 +161,7 @@ def _open_stream(spec: DataSpec, wanted: bool) -> ImageStream:
         )
     if not wanted:
         raise ValueError(
-            f"{spec} is a stream, which is read in order and for pretraining only; here pictures "
+            f"{spec} is a stream, which is read in order and for pretraining only; here images "
             "are needed by index: give a folder, hf:NAME without streaming=true, or sample:NAME."
         )
     stream = _STREAMS[spec.scheme](spec)

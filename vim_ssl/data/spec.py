@@ -44,7 +44,7 @@ class DataSpec:
         fps: frames of a clip that make a second; without it they are spread over the whole video.
         clips: of each video, where one is judged.
         tones: of emoji, ``tones=none`` leaves those with a skin tone out.
-        limit: at most this many pictures, spread evenly over the data.
+        limit: at most this many images, spread evenly over the data.
         streaming: read in order without an index, for pretraining from "hf"; "wds" always is.
     """
 

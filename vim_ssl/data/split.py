@@ -13,7 +13,7 @@ def is_known(label: Any) -> bool:
 
 
 def as_key(label: Any) -> Hashable:
-    """A label as what can be counted and sorted: the row of a picture with several as a tuple."""
+    """A label as what can be counted and sorted: the row of an image with several as a tuple."""
     return tuple(int(value) for value in label) if hasattr(label, "__len__") else label
 
 
@@ -33,21 +33,21 @@ def stratified_split(
 ) -> tuple[list[int], list[int]]:
     """Split indices in two, with every class in about the same proportion on both sides.
 
-    The shares are rounded so that their sum comes right: of many classes with two pictures each,
-    one in five gives a picture up at fraction 0.1. A group counts for the class it has most of.
+    The shares are rounded so that their sum comes right: of many classes with two images each,
+    one in five gives an image up at fraction 0.1. A group counts for the class it has most of.
     No library's random numbers are used, so a seed means the same split everywhere.
 
     Args:
-        labels: one a picture; a row of 0 and 1 (several labels) counts as a class of its own.
+        labels: one an image; a row of 0 and 1 (several labels) counts as a class of its own.
         fraction: share of the second side, in (0, 1).
-        seed: chooses the pictures.
-        groups: one a picture; a group comes to one side as a whole, and shares are then kept as
-            well as that allows. A class that makes up two groups or more, and of which half a
-            picture or more is due, is on both sides; one that makes up a single group is on the
+        seed: chooses the images.
+        groups: one an image; a group comes to one side as a whole, and shares are then kept as
+            well as that allows. A class that makes up two groups or more, and of which half an
+            image or more is due, is on both sides; one that makes up a single group is on the
             first, from which it can be learned. (Not so rows of several labels: nearly every
             group would be the only one of its combination.)
     Returns: (first, second), sorted indices, neither empty.
-    Raises: ValueError when there are not two pictures, or groups, to part.
+    Raises: ValueError when there are not two images, or groups, to part.
     """
     if not 0 < fraction < 1:
         raise ValueError(f"fraction {fraction} is not between 0 and 1.")
@@ -57,7 +57,7 @@ def stratified_split(
     for i in range(len(labels)):
         members[i if groups is None else groups[i]].append(i)
     if len(members) < 2:
-        what = "picture" if groups is None else "group"
+        what = "image" if groups is None else "group"
         raise ValueError(f"A split needs two {what}s at least; there is {len(members)}.")
 
     strata: dict[Any, list[list[int]]] = defaultdict(list)
@@ -67,7 +67,7 @@ def stratified_split(
     classes = sorted(strata)
     draw.shuffle(classes)
     held: list[list[int]] = []
-    due = 0.0  # pictures the second side should still get; what rounding leaves goes on
+    due = 0.0  # images the second side should still get; what rounding leaves goes on
     for label in classes:
         draw.shuffle(strata[label])
         due += fraction * sum(map(len, strata[label]))

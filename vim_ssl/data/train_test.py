@@ -4,33 +4,33 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vim_ssl.data.dataset import ImageData
-from vim_ssl.data.open import _warn, open_data
+from vim_ssl.data.open import open_data, warn_once
 from vim_ssl.data.sources.coco import check_same_categories
 from vim_ssl.data.spec import canonical_split
 from vim_ssl.data.split import as_key, is_known, stratified_split
 
 
 def labelled_only(data: ImageData) -> ImageData:
-    """The pictures whose label is known."""
+    """The images whose label is known."""
     return data.subset(i for i, label in enumerate(data.labels or []) if is_known(label))
 
 
 def labelled_parts(
     spec: str | Path, test: float, seed: int, test_spec: str = ""
 ) -> tuple[ImageData, ImageData]:
-    """The training and the test part of labelled pictures.
+    """The training and the test part of labelled images.
 
     The source's own test (or else validation) split is used where there is one, whatever split
     ``spec`` names, with a warning of groups that are on both its sides; otherwise a stratified
-    share is held out, groups kept together. Pictures without a label are left out.
+    share is held out, groups kept together. Images without a label are left out.
 
     Args:
         test: share to hold out, in (0, 1), of a source without splits.
         seed: of that choice.
         test_spec: other data of the same classes, whose test part is taken (all of it, if it has no
-            splits); of ``spec`` the training part still, so that a picture held out in both is
+            splits); of ``spec`` the training part still, so that an image held out in both is
             new.
-    Raises: ValueError for pictures without labels of at least two classes, or of other classes.
+    Raises: ValueError for images without labels of at least two classes, or of other classes.
     """
     train, other = _labelled(spec, test, seed)
     if test_spec:
@@ -68,9 +68,9 @@ def _labelled(spec: str | Path, test: float, seed: int) -> tuple[ImageData, Imag
     first, second = stratified_split(labels, test, seed, known.groups)
     if not known.multi_label and (left := set(labels) - {labels[i] for i in second}):
         name = known.classes[min(left)] if known.classes else min(left)
-        _warn(
+        warn_once(
             f"{spec}: {len(left)} of {len(set(labels))} classes, such as {name}, are not in the "
-            "part that is held out: too few pictures, or a single group. Nothing is said of them."
+            "part that is held out: too few images, or a single group. Nothing is said of them."
         )
     return known.subset(first), known.subset(second)
 
@@ -81,9 +81,9 @@ def _few(classes: Sequence[str] | None) -> str:
 
 
 def masked_parts(spec: str | Path, test: float, seed: int) -> tuple[ImageData, ImageData]:
-    """The training and the test part of pictures with masks; as `labelled_parts`.
+    """The training and the test part of images with masks; as `labelled_parts`.
 
-    Raises: ValueError for pictures without masks.
+    Raises: ValueError for images without masks.
     """
     everything = open_data(spec, split="all")
     if not everything.has_masks:
@@ -99,10 +99,10 @@ def masked_parts(spec: str | Path, test: float, seed: int) -> tuple[ImageData, I
 
 
 def boxed_parts(spec: str | Path, test: float, seed: int) -> tuple[ImageData, ImageData]:
-    """The training and the test part of pictures with boxes; as `labelled_parts`. Of several splits
+    """The training and the test part of images with boxes; as `labelled_parts`. Of several splits
     to test on, the first in which there are boxes.
 
-    Raises: ValueError for pictures without boxes, or parts of different classes.
+    Raises: ValueError for images without boxes, or parts of different classes.
     """
     train = open_data(spec)
     if not train.has_boxes:
@@ -118,11 +118,11 @@ def boxed_parts(spec: str | Path, test: float, seed: int) -> tuple[ImageData, Im
 
 
 def _tell_of_both(spec: str | Path, train: ImageData, other: ImageData) -> None:
-    """Warn of pictures and groups that a source has on both sides of its split."""
-    for what, one, two in (("pictures", train.ids, other.ids),
+    """Warn of images and groups that a source has on both sides of its split."""
+    for what, one, two in (("images", train.ids, other.ids),
                            ("groups", train.groups, other.groups)):  # fmt: skip
         if both := set(one or ()) & set(two or ()) - {""}:  # "" is an empty field of a table
-            _warn(
+            warn_once(
                 f"{spec}: {len(both):,} {what} are in both {train.split} and {other.split}, such "
                 f"as {min(both)}: what is found in them says little about others."
             )

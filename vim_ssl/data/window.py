@@ -1,4 +1,4 @@
-"""Intensity windows: which values become black and white when deep pictures become 8-bit ones."""
+"""Intensity windows: which values become black and white when deep images become 8-bit ones."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Window:
-    """From ``low`` (black) to ``high`` (white): values, or percentiles of a picture or volume."""
+    """From ``low`` (black) to ``high`` (white): values, or percentiles of an image or volume."""
 
     low: float
     high: float

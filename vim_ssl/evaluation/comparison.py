@@ -1,4 +1,4 @@
-"""Frozen encoders side by side on the same labelled pictures: what all their tasks have in common.
+"""Frozen encoders side by side on the same labelled images: what all their tasks have in common.
 
 A task (`downstream/linear_probe.py`, `knn.py`) says what it makes of the features.
 """
@@ -31,10 +31,10 @@ class ComparisonConfig:
     data: str = opt("", "labelled data; default: what the run was trained on")
     test_data: str = opt("", "other data of the same classes to test on: another style, place …")
     test: float = opt(0.2, "share held out for testing if the data has no test split")
-    against: tuple[str, ...] = opt((), "further encoders, on the same pictures")
+    against: tuple[str, ...] = opt((), "further encoders, on the same images")
     baselines: bool = opt(True, "untrained weights too, and in the probe raw pixels")
     readouts: tuple[str, ...] = opt(READOUTS, "ways to read the encoders", choices=READOUTS)
-    batch_size: int = opt(128, "pictures at once")
+    batch_size: int = opt(128, "images at once")
     workers: int = opt(0, "data loading processes")
     cache: bool = opt(True, "keep features on disk, and take them from there")
     device: str = opt("", "cpu, cuda …; default: cuda if there is one")
@@ -45,7 +45,7 @@ class ComparisonConfig:
 
 
 class Comparison:
-    """One run of a task. Several processes share the pictures out; the first has the features.
+    """One run of a task. Several processes share the images out; the first has the features.
 
     Attributes:
         encoder: the first of the encoders, inflated where the data are videos.

@@ -27,14 +27,14 @@ from vim_ssl.evaluation.extract import Features, Readable, encode_views
 
 FORMATS = ("parquet", "npy")
 KNOWN = ("ids", "labels", "groups")  # of every row
-# A picture that could be read (id, label or None, group or None, (c, h, w)), or the error of one
+# An image that could be read (id, label or None, group or None, (c, h, w)), or the error of one
 # that could not.
 Row = tuple[str, Any, str | None, Tensor] | str
 
 
 @dataclass(frozen=True)
 class EmbeddingShard:
-    """A file to be made: ``count`` pictures from place ``first`` on, of the data or, of a stream,
+    """A file to be made: ``count`` images from place ``first`` on, of the data or, of a stream,
     of its shard ``source``."""
 
     name: str
@@ -48,7 +48,7 @@ class EmbeddingShard:
 
 
 def plan_shards(data: ImageData | ImageStream, rows: int) -> list[EmbeddingShard]:
-    """All files, of ``rows`` pictures at most; in a stream none goes over the end of a shard."""
+    """All files, of ``rows`` images at most; in a stream none goes over the end of a shard."""
     if isinstance(data, ImageData):
         sizes, pattern = [len(data)], "{1:05}"
     else:
@@ -81,7 +81,7 @@ def read_rows(
     batch_size: int,
     workers: int = 0,
 ) -> Iterator[tuple[EmbeddingShard, list[Row], bool]]:
-    """The pictures of these files in batches, none over the end of a file.
+    """The images of these files in batches, none over the end of a file.
 
     Yields: the file, its next rows, and whether they are its last. One worker keeps the order of a
         file; of a stream several files may be under way at a time.
@@ -159,7 +159,7 @@ def stream_features(
     workers: int = 0,
     device: str | torch.device = "cpu",
 ) -> Features:
-    """`extract_features` of the labelled pictures of a stream, which is read once.
+    """`extract_features` of the labelled images of a stream, which is read once.
 
     Raises: ValueError when none can be read.
     """
@@ -174,7 +174,7 @@ def stream_features(
             images = torch.stack([row[3] for row in whole]).to(device)
             xs.append(encode_views(encode, images).flatten(1).float().cpu())
     if not known:
-        raise ValueError(f"{data.name} has no picture with a label that can be read: {skipped[:3]}")
+        raise ValueError(f"{data.name} has no image with a label that can be read: {skipped[:3]}")
     ids, labels, groups = map(list, zip(*known, strict=True))
     y = torch.from_numpy(np.asarray(labels, dtype=np.int64))
     return Features(torch.cat(xs), y, ids, skipped, None if None in groups else groups)
@@ -195,7 +195,7 @@ def _known_of(data: ImageData, index: int) -> tuple[str, Any, str | None]:
 @dataclass
 class Embedded:
     """What goes into a file: embeddings ``x`` (n, d), float32 on the CPU, ``ids``, ``labels`` and
-    ``groups`` (None where unknown) of n pictures; ``skipped``, the errors of those that could not
+    ``groups`` (None where unknown) of n images; ``skipped``, the errors of those that could not
     be read; ``made_of``, what `embed.py` recorded, where it is read from a folder."""
 
     name: str
@@ -210,7 +210,7 @@ class Embedded:
 def write_shard(folder: Path, part: Embedded, *, format: str, multi_label: bool = False) -> None:
     """Write one file: a reader, or a kill, sees it whole or not at all.
 
-    ``NAME.parquet`` has the columns id, label (null where unknown; a list where pictures have
+    ``NAME.parquet`` has the columns id, label (null where unknown; a list where images have
     several), group (null where unknown; what belongs together, as a patient's) and embedding;
     ``NAME.npy`` the embeddings, ``NAME.json`` the rest, written before it.
 
@@ -245,7 +245,7 @@ def write_shard(folder: Path, part: Embedded, *, format: str, multi_label: bool 
 
 
 def read_summary(folder: Path, name: str, format: str) -> tuple[int, list[str]]:
-    """Rows of a written file, and the pictures left out of it."""
+    """Rows of a written file, and the images left out of it."""
     if format == "npy":
         found = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
         return len(found["ids"]), found["skipped"]

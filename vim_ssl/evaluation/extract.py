@@ -17,7 +17,7 @@ READOUTS = ("token", "avg", "token+avg", "layers")
 @dataclass
 class Features:
     """Features of a data set: ``x`` (n, d) float32, the labels ``y`` (n,) or (n, classes) of 0 and
-    1, int64, ``ids``, the pictures that could not be read, and the ``groups`` that a split keeps
+    1, int64, ``ids``, the images that could not be read, and the ``groups`` that a split keeps
     whole, where the data have them."""
 
     x: Tensor
@@ -28,7 +28,7 @@ class Features:
 
 
 class Readable(Dataset):
-    """Places and pictures through a transform; the text of its error for one that is broken."""
+    """Places and images through a transform; the text of its error for one that is broken."""
 
     def __init__(self, data, transform):
         self.data, self.transform = data, transform
@@ -57,8 +57,8 @@ def extract_features(
     Args:
         encode: (b, c, h, w) -> (b, ...); flattened to (b, d) float32.
         data: map-style data of `vim_ssl.data.open_data`.
-        transform: picture -> (c, h, w).
-    Raises: ValueError when no picture can be read.
+        transform: image -> (c, h, w).
+    Raises: ValueError when no image can be read.
     """
     found = extract_rows(
         encode, data, transform, range(len(data)),
@@ -104,9 +104,9 @@ def encode_views(encode: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def features_of(data, x: Tensor, rows: Sequence[int], skipped: list[str]) -> Features:
-    """Features with what the data know of the pictures at ``rows``."""
+    """Features with what the data know of the images at ``rows``."""
     if not rows:
-        raise ValueError(f"none of the {len(data)} pictures could be read: {skipped[:3]}")
+        raise ValueError(f"none of the {len(data)} images could be read: {skipped[:3]}")
     labels = [-1] * len(rows) if data.labels is None else [data.labels[i] for i in rows]
     groups = None if data.groups is None else [data.groups[i] for i in rows]
     y = torch.from_numpy(np.asarray(labels, dtype=np.int64))
@@ -114,7 +114,7 @@ def features_of(data, x: Tensor, rows: Sequence[int], skipped: list[str]) -> Fea
 
 
 def read_all(encoder: VimEncoder, x: Tensor) -> Tensor:
-    """Everything that `readout_columns` chooses from, of pictures (b, c, h, w), side by side.
+    """Everything that `readout_columns` chooses from, of images (b, c, h, w), side by side.
 
     Columns of embed_dim each: the class token (if there is one), the patches' mean after the last
     block, then their means after a quarter, half and three quarters of the blocks.

@@ -1,7 +1,7 @@
 """The features of a data set under an encoder, shared out over processes and kept on disk.
 
 They are kept under a name that follows from what they are made of: the encoder's weights and
-settings, the pictures (their spec with all its options, their list, labels, and when their files
+settings, the images (their spec with all its options, their list, labels, and when their files
 were changed), the transform, and how features are read. So they are found again whatever the
 encoder's file is called.
 """
@@ -44,7 +44,7 @@ def encode_data(
     cache: bool = True,
     processes: Processes | None = None,
 ) -> Features | None:
-    """`read_all` of the pictures under the encoder's own transform.
+    """`read_all` of the images under the encoder's own transform.
 
     Whole batches are shared out, so that several processes compute what one computes.
 
@@ -54,7 +54,7 @@ def encode_data(
         cache: keep the features in the user's cache, and take them from there.
         processes: this one's place among all; alone by default.
     Returns: the features on the main process, None on the others.
-    Raises: ValueError when no picture can be read, or the bands are other ones.
+    Raises: ValueError when no image can be read, or the bands are other ones.
     """
     processes = processes or Processes()
     check_bands(encoder, data)
@@ -118,14 +118,14 @@ def weights_hash(encoder: nn.Module) -> str:
 
 def _key(encoder: VimEncoder, data, transform) -> str:
     # The fingerprint is of files, not of what an option such as image=COLUMN reads from them.
-    pictures = [data.name, data.fingerprint, data.min_side, _times(data)]
-    parts = [FORMAT, weights_hash(encoder), *pictures, repr(transform)]
+    images = [data.name, data.fingerprint, data.min_side, _times(data)]
+    parts = [FORMAT, weights_hash(encoder), *images, repr(transform)]
     return blake2b(repr(parts).encode(errors="surrogateescape"), digest_size=12).hexdigest()
 
 
 def _times(data) -> list[int]:
-    """When each file of the pictures was last changed (ns; 0 when it is gone), which another
-    picture of just the same size is known by."""
+    """When each file of the images was last changed (ns; 0 when it is gone), which another
+    image of just the same size is known by."""
     times = dict.fromkeys((path for i in range(len(data)) for path in data.paths(i)), 0)
     for path in times:
         with suppress(OSError):

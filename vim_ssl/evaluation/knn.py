@@ -31,11 +31,11 @@ def nearest(
 ) -> tuple[Tensor, Tensor]:
     """The ``k`` of the bank (n, d) most similar to each of the queries (m, d) by cosine.
 
-    No more than `QUERIES` x `BANK` similarities exist at a time: a million pictures fit.
+    No more than `QUERIES` x `BANK` similarities exist at a time: a million images fit.
 
     Args:
         standardise: first take the bank's mean and deviation out of every feature: what all
-            pictures have in common would otherwise make every cosine nearly 1.
+            images have in common would otherwise make every cosine nearly 1.
     Returns: similarities and places in the bank, (m, min(k, n)), the most similar first.
     """
     if standardise:

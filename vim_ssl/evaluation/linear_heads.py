@@ -14,8 +14,8 @@ from vim_ssl.metrics.bootstrap import judge
 from vim_ssl.training.optim import build_schedule
 
 MANY = int(5e7)  # numbers, from which on one matrix product keeps several threads busy
-LARGE = 100_000  # pictures above which scikit-learn would take hours
-CHUNK = 2**16  # pictures in float32 on the device at once
+LARGE = 100_000  # images above which scikit-learn would take hours
+CHUNK = 2**16  # images in float32 on the device at once
 MAX_STEPS = 1000  # of L-BFGS
 
 
@@ -26,7 +26,7 @@ class LinearHead:
     Attributes:
         mean, std: (d,).  weight: (d, k).  bias: (k,).
         classes: (c,) int64, the labels that were seen, k = c columns, or one for the second of two;
-            None where a picture has several labels: a column for each, independent of the others.
+            None where an image has several labels: a column for each, independent of the others.
     """
 
     mean: Tensor
@@ -74,10 +74,10 @@ def fit_logistic(
     start: LinearHead | None = None,
 ) -> LinearHead:
     """Logistic regression on standardised features, by L-BFGS: multinomial, or for several labels
-    a picture one against the rest.
+    an image one against the rest.
 
-    It minimises  sum of the pictures' losses + ||weight||² / (2 C).  scikit-learn does it; above
-    `LARGE` pictures, and for several labels, torch, on a GPU where there is one. In float32, which
+    It minimises  sum of the images' losses + ||weight||² / (2 C).  scikit-learn does it; above
+    `LARGE` images, and for several labels, torch, on a GPU where there is one. In float32, which
     halves the time; a thousand steps are enough for every C of a sweep to be ranked, if not for
     the largest to converge.
 
@@ -93,7 +93,7 @@ def fit_logistic(
     if y.ndim == 1:
         classes, y = y.unique(return_inverse=True)
         if len(classes) < 2:
-            raise ValueError("all pictures have the same label; a classifier needs two classes.")
+            raise ValueError("all images have the same label; a classifier needs two classes.")
     fit = _by_sklearn if y.ndim == 1 and len(x) <= LARGE else _by_torch
     weight, bias = fit(x, y, mean, std, C, tol, start)
     return LinearHead(mean, std, weight, bias, classes)
@@ -156,7 +156,7 @@ def _by_torch(x, y, mean, std, C, tol, start) -> tuple[Tensor, Tensor]:
 
 
 def loss_sum(logits: Tensor, y: Tensor) -> Tensor:
-    """Cross-entropy summed over pictures: of one label each (n,), or of every column (n, k)."""
+    """Cross-entropy summed over images: of one label each (n,), or of every column (n, k)."""
     if y.ndim == 2:
         return F.binary_cross_entropy_with_logits(logits, y.to(logits), reduction="sum")
     return F.cross_entropy(logits, y, reduction="sum")
@@ -173,18 +173,18 @@ def fit_lars(
 ) -> LinearHead:
     """MAE's linear probe on features that are known already: batch normalisation without scale and
     shift, a linear layer, LARS without weight decay, a cosine after a ninth of warm-up. MAE
-    augments the pictures anew in every epoch, which stored features cannot show.
+    augments the images anew in every epoch, which stored features cannot show.
 
-    Its numbers, which are the defaults, are meant for the million pictures of ImageNet. How far
-    the weights can move goes by pictures x epochs x lr: see `lars_reach`.
+    Its numbers, which are the defaults, are meant for the million images of ImageNet. How far
+    the weights can move goes by images x epochs x lr: see `lars_reach`.
 
     Not through `vim_ssl.training.loop.fit`: the normalisation is over the whole batch, which several
     processes would cut up, and a sample here is one row of a matrix.
 
     Args:
         x: (n, d).  y: (n,) labels, or (n, k) of 0 and 1.
-        base_lr: per 256 pictures.
-        batch: pictures a step; all of them where there are fewer.
+        base_lr: per 256 images.
+        batch: images a step; all of them where there are fewer.
     Reference: Masked Autoencoders, arXiv:2111.06377, appendix A.1.
     """
     from timm.optim import create_optimizer_v2

@@ -26,16 +26,16 @@ def online_probe(
     bank: int = 2000,
     queries: int = 500,
 ) -> Callable[[], dict[str, float]]:
-    """What watches the features while the encoder trains, on a part of its own pictures.
+    """What watches the features while the encoder trains, on a part of its own images.
 
     Args:
-        data: map-style; with labels, one a picture, of two classes or more a part of at most
+        data: map-style; with labels, one an image, of two classes or more a part of at most
             ``queries`` is held out, and at most ``bank`` of the others teach. The encoder trains
             on both.
         seed: of that choice.
 
     Returns: a function without arguments. It gives ``feature_std``, the mean deviation of a
-        feature over pictures, and ``effective_rank``, exp of the entropy of the singular values of
+        feature over images, and ``effective_rank``, exp of the entropy of the singular values of
         the centred patch means (RankMe, arXiv:2210.02885): both fall if the features collapse. And
         with labels ``knn_top1`` and ``linear_top1``, per cent.
     """

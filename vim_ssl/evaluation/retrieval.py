@@ -1,4 +1,4 @@
-"""Finding pictures by captions and captions by pictures, of any number."""
+"""Finding images by captions and captions by images, of any number."""
 
 from dataclasses import dataclass
 
@@ -15,8 +15,8 @@ CHUNK = 4096  # queries, and a sixteenth of the keys, compared at once: a gigaby
 
 @dataclass
 class PairFeatures:
-    """Pictures (n, d) and all their captions (m, d), of length 1; ``owner`` (m,) int64 says which
-    picture each caption belongs to. ``skipped``: pictures that could not be read or have none."""
+    """Images (n, d) and all their captions (m, d), of length 1; ``owner`` (m,) int64 says which
+    image each caption belongs to. ``skipped``: images that could not be read or have none."""
 
     images: Tensor
     texts: Tensor
@@ -27,7 +27,7 @@ class PairFeatures:
 
 
 class _Pairs(Readable):
-    """Pictures with all their captions; what is no pair becomes its error's text."""
+    """Images with all their captions; what is no pair becomes its error's text."""
 
     def __getitem__(self, index: int):
         try:
@@ -48,7 +48,7 @@ def embed_pairs(
     workers: int = 0,
     device: str | torch.device = "cpu",
 ) -> PairFeatures:
-    """The features of a data set's pictures and of all their captions.
+    """The features of a data set's images and of all their captions.
 
     Args:
         clip: with a tokenizer; left in the mode (training or not) it comes in.
@@ -77,7 +77,7 @@ def embed_pairs(
         words += flat
     clip.train(training)
     if not images:
-        raise ValueError(f"{data.name} holds no picture with a caption: {skipped[:3]}")
+        raise ValueError(f"{data.name} holds no image with a caption: {skipped[:3]}")
     return PairFeatures(
         torch.cat(images), torch.cat(texts), torch.tensor(owner), ids, words, skipped
     )
@@ -107,9 +107,9 @@ def nearest(queries: Tensor, keys: Tensor, k: int) -> Tensor:
 def found_in(pairs: PairFeatures, ks: tuple[int, ...] = (1, 5, 10)) -> dict[str, Tensor]:
     """Whether each query's own match is among the k nearest, both ways: (n,) or (m,) bool.
 
-    A picture is answered by any of its captions. Keys ``image_to_text_r1``, ``text_to_image_r1`` …
+    An image is answered by any of its captions. Keys ``image_to_text_r1``, ``text_to_image_r1`` …
     """
-    texts_of = pairs.owner[nearest(pairs.images, pairs.texts, max(ks))]  # (n, k): their pictures
+    texts_of = pairs.owner[nearest(pairs.images, pairs.texts, max(ks))]  # (n, k): their images
     images_of = nearest(pairs.texts, pairs.images, max(ks))  # (m, k)
     own = torch.arange(len(pairs.images))
     ways = {

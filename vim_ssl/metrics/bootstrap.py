@@ -1,6 +1,6 @@
 """How good predictions are, and how sure that is: accuracy, average precision, intervals.
 
-A `Figure` takes the weights of the pictures, so that every interval is a matter of weighing some
+A `Figure` takes the weights of the images, so that every interval is a matter of weighing some
 of them twice and others not at all (the bootstrap), and a difference of two figures is a figure.
 """
 
@@ -15,11 +15,11 @@ RESAMPLES = 1000
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure of merit over ``n`` pictures, in per cent.
+    """A figure of merit over ``n`` images, in per cent.
 
     Args:
         weighted: (n,) weights, float64, not all 0 -> the figure.
-        share: whether it is the share of the pictures for which something holds.
+        share: whether it is the share of the images for which something holds.
     """
 
     weighted: Callable[[np.ndarray], float]
@@ -31,17 +31,17 @@ class Figure:
         return self.weighted(np.ones(self.n))
 
     def __sub__(self, other: "Figure") -> "Figure":
-        """How much better than another on the same pictures."""
+        """How much better than another on the same images."""
         return Figure(lambda weights: self.weighted(weights) - other.weighted(weights), self.n)
 
     def interval(
         self, groups: Sequence[Hashable] | None = None, *, seed: int = 0, resamples: int = RESAMPLES
     ) -> tuple[float, float]:
-        """95 % interval: the bootstrap's percentiles; of a share of independent pictures Wilson's,
+        """95 % interval: the bootstrap's percentiles; of a share of independent images Wilson's,
         which knows of 0 and 100 % too.
 
         Args:
-            groups: one a picture; groups are drawn as a whole. By default every picture is one, and
+            groups: one an image; groups are drawn as a whole. By default every image is one, and
                 also if all are of one group: what another group would give, none can say.
         """
         if groups is not None and len(set(groups)) in (1, self.n):
@@ -77,8 +77,8 @@ def judge(answer, truth) -> dict[str, Figure]:
 
 
 def mean_average_precision(scores, truth) -> dict[str, Figure]:
-    """mAP of several labels a picture: ``macro``, the mean over the classes that have a picture,
-    and ``micro``, of all (picture, class) pairs in one ranking.
+    """mAP of several labels an image: ``macro``, the mean over the classes that have an image,
+    and ``micro``, of all (image, class) pairs in one ranking.
 
     Args:
         scores, truth: (n, classes); higher is surer; 0 or 1.

@@ -111,9 +111,9 @@ def judge(
 
 def summary(metrics: dict[str, Any]) -> str:
     """One line for a person; it tells the ``split`` where there is no training to tell apart."""
-    where = f"on {metrics['test']:,} test pictures"
+    where = f"on {metrics['test']:,} test images"
     if "split" in metrics:
-        where = f"on {metrics['test']:,} pictures (split: {metrics['split']})"
+        where = f"on {metrics['test']:,} images (split: {metrics['split']})"
     if "top1" not in metrics:
         low, high = metrics["map_macro_ci"]
         text = f"mAP {metrics['map_macro']:.1f} % [{low:.1f}, {high:.1f}]"
@@ -132,7 +132,7 @@ def write_tables(
     folder: Path, found: dict, logits: Tensor, labels: Tensor, ids: list[str],
     classes: list[str], targets: str,
 ) -> None:  # fmt: skip
-    """``predictions.csv`` (one line a picture) and, of single labels, ``classes.csv`` (one a class:
+    """``predictions.csv`` (one line an image) and, of single labels, ``classes.csv`` (one a class:
     samples, recall, precision, F1, the class it is most often taken for)."""
     probabilities = logits.softmax(1) if targets == "class" else torch.sigmoid(logits)
     guess = predicted(logits, targets)

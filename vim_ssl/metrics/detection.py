@@ -20,10 +20,10 @@ FIGURES = {
 
 
 class BoxScores:
-    """Results, picture by picture.
+    """Results, image by image.
 
     Args:
-        data: the pictures with their boxes.
+        data: the images with their boxes.
         masks: whether masks are judged too.
     Attributes: ``results``, a list of dicts as pycocotools' ``loadRes`` takes it: the ids are the
         data's own, boxes are left, top, width, height in pixels, masks compressed RLE.
@@ -37,7 +37,7 @@ class BoxScores:
         self._by_class: dict[str, list[float]] = {}
 
     def add(self, index: int, found: dict[str, np.ndarray]) -> None:
-        """Take what was found in picture ``index``; see `Detection.predict`."""
+        """Take what was found in image ``index``; see `Detection.predict`."""
         self._judged.append(index)
         image, _ = self.data.annotated(index)
         for i, (left, top, right, bottom) in enumerate(found["boxes"].tolist()):
@@ -56,16 +56,16 @@ class BoxScores:
     def figures(self) -> dict[str, float | None]:
         """In per cent, rounded to 0.01, of boxes (``box_…``) and masks (``mask_…``): ``ap`` (mean
         over IoU 0.5 to 0.95), ``ap50``, ``ap75``, ``ap_small`` (objects below 32² pixels),
-        ``ap_medium``, ``ap_large`` (from 96² on), and ``ar``, the recall with 100 objects a
-        picture; None where there is no such object.
+        ``ap_medium``, ``ap_large`` (from 96² on), and ``ar``, the recall with 100 objects an
+        image; None where there is no such object.
 
-        Raises: ValueError when no picture has an object; ImportError without pycocotools.
+        Raises: ValueError when no image has an object; ImportError without pycocotools.
         """
         figures: dict[str, float | None] = {}
         for kind in self.kinds:
             truth = ground_truth(self.data, self._judged)
             if not any(not entry["iscrowd"] for entry in truth["annotations"]):
-                raise ValueError("no picture has an object; there is nothing to judge.")
+                raise ValueError("no image has an object; there is nothing to judge.")
             judged = judge(truth, self.results, KINDS[kind])
             for name, place in FIGURES.items():
                 figures[f"{kind}_{name}"] = _percent(judged.stats[place])

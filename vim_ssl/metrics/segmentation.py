@@ -1,7 +1,7 @@
 """How good predicted masks are: figures of a whole data set, tables, drawings.
 
-All figures come from one confusion matrix over the labelled pixels of all pictures; the mean of
-pictures' own IoU would be another number.
+All figures come from one confusion matrix over the labelled pixels of all images; the mean of
+images' own IoU would be another number.
 """
 
 import csv
@@ -18,7 +18,7 @@ RESAMPLES = 1000
 
 
 class MaskScores:
-    """Counts of pixels, picture by picture.
+    """Counts of pixels, image by image.
 
     Args:
         classes: their names.
@@ -30,16 +30,16 @@ class MaskScores:
         n = len(self.classes)
         self.confusion = np.zeros((n, n), np.int64)
         self._rows: list[tuple[str, np.ndarray]] = []  # group, (3, classes): hits, truth, found
-        self._pictures: list[tuple[str, int, float, float]] = []
+        self._images: list[tuple[str, int, float, float]] = []
 
     def add(self, name: str, truth: np.ndarray, guess: np.ndarray, group: str | None = None):
-        """Count a picture.
+        """Count an image.
 
         Args:
             name: its id.
             truth: (h, w), class numbers, and 255 for pixels that do not count.
             guess: (h, w), class numbers.
-            group: pictures of one group are no independent samples.
+            group: images of one group are no independent samples.
         Raises: ValueError for two sizes.
         """
         if truth.shape != guess.shape:
@@ -52,19 +52,19 @@ class MaskScores:
         self._rows.append((name if group is None else group, row))
         pixels = int(counts.sum())
         accuracy = counts.trace() / pixels if pixels else math.nan
-        self._pictures.append((name, pixels, accuracy, float(mean_iou(row))))
+        self._images.append((name, pixels, accuracy, float(mean_iou(row))))
 
     def figures(self, seed: int = 0) -> dict[str, Any]:
         """In per cent, rounded to 0.01: ``miou``, ``aacc`` (pixels), ``macc`` (mean of the classes'
         recalls), ``mdice``; ``miou_ci`` is the middle 95 % of 1,000 bootstrap resamples of the
-        pictures, or of their groups; None below five of them.
+        images, or of their groups; None below five of them.
 
         A class counts for mIoU and mDice if it is in the truth or predicted anywhere, for mAcc if
         it is in the truth.
         """
         hits, truth, found = self._counts()
         if not truth.sum():
-            raise ValueError("no pixel of the pictures is labelled; there is nothing to judge.")
+            raise ValueError("no pixel of the images is labelled; there is nothing to judge.")
         present, seen = truth + found > 0, truth > 0
         figures = {
             "miou": mean_iou(np.stack([hits, truth, found])),
@@ -111,7 +111,7 @@ class MaskScores:
         return rows
 
     def write(self, folder: Path) -> None:
-        """``classes.csv`` (a line a class) and ``predictions.csv`` (a line a picture)."""
+        """``classes.csv`` (a line a class) and ``predictions.csv`` (a line an image)."""
         rows = self.per_class()
         with open(folder / "classes.csv", "w", newline="", encoding="utf-8") as file:
             table = csv.DictWriter(file, list(rows[0]))
@@ -123,7 +123,7 @@ class MaskScores:
         with open(folder / "predictions.csv", "w", newline="", encoding="utf-8") as file:
             lines = csv.writer(file)
             lines.writerow(["id", "labelled_pixels", "accuracy", "miou"])
-            lines.writerows([n, p, f"{a:.4f}", f"{m:.4f}"] for n, p, a, m in self._pictures)
+            lines.writerows([n, p, f"{a:.4f}", f"{m:.4f}"] for n, p, a, m in self._images)
 
     def table(self, most: int = 20) -> str:
         """For a person: the largest classes, one a line."""

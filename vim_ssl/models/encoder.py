@@ -15,14 +15,14 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vim_ssl.data.config import MNIST_DATA, _data_config
+from vim_ssl.data.config import MNIST_DATA, complete_data_config
 from vim_ssl.models.block import DIRECTIONS, MixerState, RMSNorm, VimBlock
 from vim_ssl.models.tokens import (
     CLS_TOKENS,
-    _cls_slots,
-    _insert,
-    _register_slots,
-    _take_out,
+    cls_slots,
+    insert_tokens,
+    register_slots,
+    remove_tokens,
     split_pos_embed,
 )
 
@@ -132,7 +132,7 @@ class VimEncoder(nn.Module):
             raise ValueError(f"rope needs an embed_dim divisible by 4; embed_dim is {embed_dim}.")
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         self.img_size = (height, width)
-        self.data_config = _data_config(data_config, in_chans, self.img_size)
+        self.data_config = complete_data_config(data_config, in_chans, self.img_size)
         args.pop("data_config")
         self._args = args | {"img_size": self.img_size}
         self.in_chans, self.num_classes = in_chans, num_classes
@@ -270,7 +270,7 @@ class VimEncoder(nn.Module):
         if tokens.dim() != 3 or not tokens.shape[1] or tokens.shape[2] != self.embed_dim:
             raise ValueError(
                 f"tokens have shape {tuple(tokens.shape)}; expected (b, k, {self.embed_dim}) with "
-                "k 1 or more: what embed() gives, not pictures."
+                "k 1 or more: what embed() gives, not images."
             )
         if state is not None and {len(m) for pair in state for m in pair} != {len(tokens)}:
             raise ValueError(f"the state is of another number of sequences than {len(tokens)}.")
@@ -318,7 +318,7 @@ class VimEncoder(nn.Module):
 
         wanted = _resolve_indices(indices, len(self.layers))
         layers = self.layers[: max(wanted) + 1] if stop_early and wanted else self.layers
-        registers = _register_slots(k + len(self.cls_names), self.num_registers)
+        registers = register_slots(k + len(self.cls_names), self.num_registers)
         residual, taps = None, {}
         for i, layer in enumerate(layers):
             if self.grad_checkpointing and torch.is_grad_enabled():
@@ -328,9 +328,9 @@ class VimEncoder(nn.Module):
             else:
                 hidden, residual = layer(hidden, residual, directions, rotation)
             if i in wanted:
-                taps[i] = _take_out(residual + hidden, registers)[0]
+                taps[i] = remove_tokens(residual + hidden, registers)[0]
         normed, _ = self.norm_f(self.drop_path(hidden), residual)
-        return _take_out(normed, registers)[0], [taps[i] for i in wanted]
+        return remove_tokens(normed, registers)[0], [taps[i] for i in wanted]
 
     def _hide(self, tokens: Tensor, mask: Tensor, grid: tuple[int, int]) -> Tensor:
         """Replace the content of masked patches; their positions stay."""
@@ -360,11 +360,13 @@ class VimEncoder(nn.Module):
         """
         b, k, _ = patches.shape
         cls = cls.expand(b, len(self.cls_names), -1).to(patches.dtype)
-        sequence = _insert(patches, cls, _cls_slots(k, self.cls_position))
+        sequence = insert_tokens(patches, cls, cls_slots(k, self.cls_position))
         if registers is None or not self.num_registers:
             return sequence
         registers = registers.expand(b, self.num_registers, -1).to(patches.dtype)
-        return _insert(sequence, registers, _register_slots(sequence.shape[1], self.num_registers))
+        return insert_tokens(
+            sequence, registers, register_slots(sequence.shape[1], self.num_registers)
+        )
 
     def _positions(self, grid: tuple[int, int]) -> tuple[Tensor | None, Tensor | None]:
         """The patches' positions on this grid (1, m, d) and the class tokens' own (1, c, d)."""
@@ -419,8 +421,8 @@ class VimEncoder(nn.Module):
 
     def split_tokens(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """(b, k + c, d) -> the k patches and the c class tokens."""
-        slots = _cls_slots(features.shape[1] - len(self.cls_names), self.cls_position)
-        return _take_out(features, slots)
+        slots = cls_slots(features.shape[1] - len(self.cls_names), self.cls_position)
+        return remove_tokens(features, slots)
 
     def forward_intermediates(
         self,
@@ -595,7 +597,7 @@ def _register(name: str, preset: dict) -> None:
 
 def _timm_cfg(preset: dict) -> dict:
     side, chans = preset.get("img_size", 224), preset.get("in_chans", 3)
-    data = _data_config(preset.get("data_config"), chans, (side, side))
+    data = complete_data_config(preset.get("data_config"), chans, (side, side))
     del data["bands"]  # timm has no such field
     return data | {"num_classes": 1000, "first_conv": "patch_embed.proj", "classifier": "head"}
 

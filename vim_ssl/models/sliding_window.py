@@ -1,4 +1,4 @@
-"""Label a picture of any size by a window that slides over it."""
+"""Label an image of any size by a window that slides over it."""
 
 import math
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Sums of logits are kept for so many values at a time (0.5 GB of float32), whatever the picture.
+# Sums of logits are kept for so many values at a time (0.5 GB of float32), whatever the image.
 MAX_VALUES = 2**27
 
 
@@ -26,7 +26,7 @@ def label_pixels(
 ) -> Tensor:
     """The class of every pixel: windows' logits averaged, resized to ``size``, the largest taken.
 
-    Beside the picture, memory depends on ``max_values`` and not on the sizes: a result that would
+    Beside the image, memory depends on ``max_values`` and not on the sizes: a result that would
     need more is made in blocks, for which windows at their borders are computed again. The result
     is the same, up to rounding.
 

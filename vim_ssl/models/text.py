@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from vim_ssl.models.tokenizers import CONTEXT_LENGTH, _from_hub, _transformers
+from vim_ssl.models.tokenizers import CONTEXT_LENGTH, import_transformers, load_from_hub
 
 # -------------------------------------------------------------------- tokenizers
 
@@ -145,14 +145,14 @@ def load_hub_text(name: str, eos_id: int) -> HubText:
 
     Raises: ImportError without transformers; OSError as `_from_hub`.
     """
-    return HubText(_from_hub("AutoModel", name), name, eos_id)
+    return HubText(load_from_hub("AutoModel", name), name, eos_id)
 
 
 def build_text(config: dict[str, Any]) -> TextEncoder | HubText:
     """An untrained tower with this ``config``, to load weights into."""
     if "hf" not in config:
         return TextEncoder(**config)
-    transformers = _transformers(f"hf:{config['hf']}")
+    transformers = import_transformers(f"hf:{config['hf']}")
     settings = transformers.AutoConfig.for_model(**config["model"])
     return HubText(transformers.AutoModel.from_config(settings), config["hf"], config["eos_id"])
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vim_ssl.utils.files import write_whole
+from vim_ssl.utils.files import atomic_write
 
 CONTEXT_LENGTH = 77  # CLIP's
 SPECIAL = ("<pad>", "<bos>", "<eos>")
@@ -76,7 +76,7 @@ class Tokenizer:
         """Write what `load_tokenizer` needs into ``folder``: tokenizer.json."""
         record: dict[str, Any] = {"name": self.name, "context_length": self.context_length}
         text = json.dumps(record | self._stored(), ensure_ascii=False)
-        write_whole(Path(folder) / "tokenizer.json", text.encode())
+        atomic_write(Path(folder) / "tokenizer.json", text.encode())
 
     def _stored(self) -> dict[str, Any]:
         return {}
@@ -159,7 +159,7 @@ class HubTokenizer(Tokenizer):
     def __init__(self, name: str, context_length: int = CONTEXT_LENGTH):
         super().__init__(context_length)
         self.name = f"hf:{name}"
-        self._model = _from_hub("AutoTokenizer", name)
+        self._model = load_from_hub("AutoTokenizer", name)
 
         def first(*kinds: str) -> int | None:
             ids = (getattr(self._model, f"{kind}_token_id") for kind in kinds)
@@ -248,7 +248,7 @@ def named_tokenizer(name: str, context_length: int = CONTEXT_LENGTH) -> Tokenize
     raise ValueError(f"Unknown tokenizer {name!r}; there are bpe, clip and hf:NAME.")
 
 
-def _transformers(what: str):
+def import_transformers(what: str):
     try:
         import transformers
     except ImportError as error:
@@ -256,10 +256,10 @@ def _transformers(what: str):
     return transformers
 
 
-def _from_hub(kind: str, name: str) -> Any:
+def load_from_hub(kind: str, name: str) -> Any:
     """What transformers' class ``kind`` makes of NAME. Raises: OSError, in one line, for a name
     that is not known, or not to be had without a network."""
-    maker = getattr(_transformers(f"hf:{name}"), kind)
+    maker = getattr(import_transformers(f"hf:{name}"), kind)
     try:
         return maker.from_pretrained(name)
     except (OSError, ValueError) as error:

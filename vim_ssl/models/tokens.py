@@ -12,17 +12,17 @@ CLS_TOKENS = {
 }
 
 
-def _cls_slots(m: int, cls_position: str) -> list[int]:
+def cls_slots(m: int, cls_position: str) -> list[int]:
     """Where the class tokens stand among m patches (indices into the joined sequence)."""
     return {"middle": [m // 2], "first": [0], "double": [0, m + 1], "none": []}[cls_position]
 
 
-def _register_slots(length: int, count: int) -> list[int]:
+def register_slots(length: int, count: int) -> list[int]:
     """Where ``count`` registers stand, evenly spread through a sequence of this length."""
     return [(i + 1) * length // (count + 1) + i for i in range(count)]
 
 
-def _insert(sequence: Tensor, extra: Tensor, slots: list[int]) -> Tensor:
+def insert_tokens(sequence: Tensor, extra: Tensor, slots: list[int]) -> Tensor:
     """Put extra (b, c, d) into sequence (b, l, d) so that they stand at the (ascending) slots."""
     pieces, start = [], 0
     for i, slot in enumerate(slots):
@@ -31,7 +31,7 @@ def _insert(sequence: Tensor, extra: Tensor, slots: list[int]) -> Tensor:
     return torch.cat([*pieces, sequence[:, start:]], dim=1)
 
 
-def _take_out(sequence: Tensor, slots: list[int]) -> tuple[Tensor, Tensor]:
+def remove_tokens(sequence: Tensor, slots: list[int]) -> tuple[Tensor, Tensor]:
     """The inverse of `_insert`: (what stands elsewhere, what stands at the slots)."""
     if not slots:
         return sequence, sequence[:, :0]
@@ -48,9 +48,9 @@ def split_pos_embed(table: Tensor, cls_position: str) -> tuple[Tensor, Tensor]:
     code does, shifts half of the grid by one patch.
     """
     m = table.shape[1] - len(CLS_TOKENS[cls_position])
-    return _take_out(table, _cls_slots(m, cls_position))
+    return remove_tokens(table, cls_slots(m, cls_position))
 
 
 def join_pos_embed(patches: Tensor, cls: Tensor, cls_position: str) -> Tensor:
     """The inverse of `split_pos_embed`, for a grid of any size."""
-    return _insert(patches, cls, _cls_slots(patches.shape[1], cls_position))
+    return insert_tokens(patches, cls, cls_slots(patches.shape[1], cls_position))

@@ -4,7 +4,7 @@
                          → tokens in the order frame, row, column ("spatial first"), one scan
     position of a token  = the image encoder's own for its row and column + one for its time
 
-A clip of a single tubelet, inflated, is to the encoder what a picture is; of longer clips the patch
+A clip of a single tubelet, inflated, is to the encoder what an image is; of longer clips the patch
 embeddings still are, but the scan crosses the frames. Reference: VideoMamba, arXiv:2403.06977; the
 class token stands in the middle of all tokens, as it does for images.
 """
@@ -150,7 +150,7 @@ class VideoEncoder(VimEncoder):
 
 
 def reading(encoder: VimEncoder, data, *, tubelet: int = 1, how: str = "centre") -> VimEncoder:
-    """``encoder``, inflated if it is of pictures and ``data`` are videos.
+    """``encoder``, inflated if it is of images and ``data`` are videos.
 
     Args:
         data: of `vim_ssl.data.open_data`; the clips' number of frames comes from it.

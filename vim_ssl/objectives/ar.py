@@ -81,7 +81,7 @@ class AutoRegressive(PixelObjective):
         if rows % side or columns % side or rows * columns < 2 * side**2:
             raise ValueError(
                 f"clusters of {side}x{side} patches do not fill a {rows}x{columns} grid at least "
-                "twice; choose another --cluster or picture size."
+                "twice; choose another --cluster or image size."
             )
         numbers = torch.arange(rows * columns, device=device)
         numbers = numbers.view(rows // side, side, columns // side, side)

@@ -25,10 +25,10 @@ class StepOutput:
         loss_sum: scalar, the loss summed over what ``weight`` counts.
         weight: how many samples (or whatever is averaged) went into ``loss_sum``.
         metrics: scalars summed likewise, logged as their average.
-        pictures: called when pictures are wanted: (n, c, h, w) in [0, 1], one row a sample.
+        images: called when images are wanted: (n, c, h, w) in [0, 1], one row a sample.
     """
 
     loss_sum: Tensor
     weight: float
     metrics: dict[str, Tensor] = field(default_factory=dict)
-    pictures: Callable[[], Tensor] | None = None
+    images: Callable[[], Tensor] | None = None

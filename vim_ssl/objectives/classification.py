@@ -72,7 +72,7 @@ class Classification(nn.Module):
         self.register_buffer("class_weights", class_weights, persistent=False)
 
     def forward(self, batch: dict[str, Tensor]) -> StepOutput:
-        """The loss summed over the samples; ``top1`` beside it, of pictures that are not mixed."""
+        """The loss summed over the samples; ``top1`` beside it, of images that are not mixed."""
         images, labels = batch["image"], batch["label"]
         if self.targets == "class" and self.mix is not None and self.training:
             # timm draws from numpy's generator, which the trainer does not seed for a step.

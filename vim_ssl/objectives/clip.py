@@ -1,13 +1,13 @@
-"""Contrast of pictures and captions: `Clip`, the objective, and the model that it leaves.
+"""Contrast of images and captions: `Clip`, the objective, and the model that it leaves.
 
-    clip     every picture is told from all captions of the step, every caption from all pictures
+    clip     every image is told from all captions of the step, every caption from all images
     siglip   every pair of the step is told to be one or not, on its own
 
 The step is all micro-batches of all processes: `gather` joins the processes, `Clip.accumulate` the
 micro-batches, both with the gradient of the one large batch.
 
 >>> clip = load_clip("runs/my-run")
->>> image = clip.encode_image(clip.transform(picture)[None])
+>>> image = clip.encode_image(clip.transform(image)[None])
 >>> image @ clip.encode_text(["a dog", "a cat"]).T                  # (1, 2) cosines
 """
 
@@ -29,7 +29,7 @@ from vim_ssl.models.text import HubText, TextEncoder, build_text
 from vim_ssl.models.tokenizers import Tokenizer, load_tokenizer
 from vim_ssl.objectives.base import StepOutput
 from vim_ssl.objectives.pixels import refuse_head
-from vim_ssl.utils.files import write_whole
+from vim_ssl.utils.files import atomic_write
 
 LOSSES = ("clip", "siglip")
 MAX_SCALE = 100.0
@@ -114,7 +114,7 @@ class Clip(nn.Module):
         if not isinstance(images, Tensor):
             raise TypeError(
                 f"encode_image takes a tensor (b, c, h, w), not {type(images).__name__}; of a "
-                "picture: clip.encode_image(clip.transform(picture)[None])."
+                "image: clip.encode_image(clip.transform(image)[None])."
             )
         return _unit(self.image_proj(self._run(self.encoder, images)))
 
@@ -145,7 +145,7 @@ class Clip(nn.Module):
     def forward(self, batch: dict[str, Tensor], only_embed: bool = False) -> Any:
         """The `StepOutput` of a batch; what goes into its loss, `Embedded`, if only that is wanted.
 
-        In training, the pictures and captions of all processes are compared.
+        In training, the images and captions of all processes are compared.
         """
         bias = None if self.logit_bias is None else self.logit_bias.clone()
         embedded = Embedded(
@@ -155,7 +155,7 @@ class Clip(nn.Module):
         return embedded if only_embed else _output(embedded, *self.contrast(embedded))
 
     def contrast(self, embedded: Embedded) -> tuple[Tensor, Tensor]:
-        """Each pair's share of the loss (b,), and whether the picture's own caption is the nearest
+        """Each pair's share of the loss (b,), and whether the image's own caption is the nearest
         of all (b,) bool. The mean over all pairs of all processes is the loss.
 
         Always in single precision at least: the scale magnifies what rounding does to cosines.
@@ -266,7 +266,7 @@ def gather(x: Tensor) -> Tensor:
 
 
 def image_config(encoder: nn.Module) -> dict[str, Any]:
-    """How an image tower wants its pictures: see `VimEncoder.data_config`."""
+    """How an image tower wants its images: see `VimEncoder.data_config`."""
     if isinstance(encoder, VimEncoder):
         return encoder.data_config
     from timm.data import resolve_model_data_config
@@ -315,8 +315,8 @@ def save_clip(
         "image": None if ours else image, "text": clip.text.config, "made_by": record,
     }  # fmt: skip
     clip.tokenizer.save(folder)
-    write_whole(folder / "clip.safetensors", save(state))
-    write_whole(folder / "clip_config.json", (json.dumps(description, indent=2) + "\n").encode())
+    atomic_write(folder / "clip.safetensors", save(state))
+    atomic_write(folder / "clip_config.json", (json.dumps(description, indent=2) + "\n").encode())
     if isinstance(clip.encoder, VimEncoder):
         save_encoder(clip.encoder, folder, ema=ema, record=record)
 

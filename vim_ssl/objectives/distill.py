@@ -1,4 +1,4 @@
-"""Feature distillation: predict what a teacher makes of the whole picture from a part of it.
+"""Feature distillation: predict what a teacher makes of the whole image from a part of it.
 
 The student reads all patches, hidden ones replaced by its mask token. The teacher is a frozen
 network, or the student's own exponential moving average. Its targets are features, averaged over
@@ -28,7 +28,7 @@ class Distill(nn.Module):
     Args:
         encoder: the student, built with ``use_mask_token=True`` and ``num_classes=0``.
         teacher: a frozen network of timm's protocol (`forward_intermediates`), or None for the
-            moving average of the student. It sees the student's pictures, normalised its own way
+            moving average of the student. It sees the student's images, normalised its own way
             and resized so that its patches are as many; one channel is shown as three. It is not
             part of the state dict: a resumed run loads it again.
         loss: "cosine" (1 - cosine) or "smooth_l1".
@@ -96,8 +96,8 @@ class Distill(nn.Module):
         )
         if maps[0].shape[1] != grid[0] * grid[1]:
             raise ValueError(
-                f"the teacher makes {maps[0].shape[1]} patches of a picture, the student "
-                f"{grid[0]} x {grid[1]}; choose a teacher that takes pictures of any size."
+                f"the teacher makes {maps[0].shape[1]} patches of an image, the student "
+                f"{grid[0]} x {grid[1]}; choose a teacher that takes images of any size."
             )
         return torch.stack([F.layer_norm(m.float(), m.shape[-1:]) for m in maps]).mean(0)
 
@@ -115,7 +115,7 @@ class Distill(nn.Module):
             per_patch = F.smooth_l1_loss(prediction, target, reduction="none").mean(-1)
         counted = mask if self.where == "masked" else torch.ones_like(mask)
         loss = (per_patch * counted).sum(1) / counted.sum(1)
-        # How much the targets differ between pictures and patches: falls to 0 on a collapse.
+        # How much the targets differ between images and patches: falls to 0 on a collapse.
         spread = target.flatten(0, 1).std(0).mean() * len(images)
         return StepOutput(loss.sum(), len(images), {"target_std": spread})
 
@@ -132,7 +132,7 @@ class Distill(nn.Module):
 
 
 def _as_shown_to(teacher, images: Tensor, shown: dict, grid: tuple[int, int]) -> Tensor:
-    """The student's pictures as the teacher expects them: values, channels, size."""
+    """The student's images as the teacher expects them: values, channels, size."""
     from timm.data import resolve_model_data_config
 
     def column(values) -> Tensor:

@@ -27,7 +27,7 @@ class MAE(PixelObjective):
         encoder: reads the visible patches only, in raster order, its class token in their middle.
         decoder_dim, decoder_depth: width and blocks of the decoder.
         norm_pix_loss: predict each patch normalised by its own mean and deviation.
-        keep_order: read the visible patches in raster order. False shuffles them in every picture,
+        keep_order: read the visible patches in raster order. False shuffles them in every image,
             as a transcription of MAE would: harmless to attention, and here only to measure what
             it costs a scan.
     Raises: ValueError for a decoder without blocks or of a width not divisible by 4, and for an

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class RandomMask:
-    """Hide a fixed share of the patches of every picture, at random.
+    """Hide a fixed share of the patches of every image, at random.
 
     Args:
         grid: rows and columns of patches.
@@ -56,7 +56,7 @@ class TubeMask(RandomMask):
     frame. Reference: VideoMAE, arXiv:2203.12602.
 
     Args:
-        times: tubelets one after another; 1 for pictures.
+        times: tubelets one after another; 1 for images.
     """
 
     def __init__(self, grid: tuple[int, int], ratio: float, unit: int = 1, times: int = 1):

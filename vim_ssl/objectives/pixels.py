@@ -11,7 +11,7 @@ from vim_ssl.objectives.masking import checked_mask
 
 
 class PixelObjective(nn.Module):
-    """What objectives of pixels share: targets, the loss on hidden patches, pictures."""
+    """What objectives of pixels share: targets, the loss on hidden patches, images."""
 
     def __init__(self, encoder: VimEncoder, norm_pix_loss: bool):
         super().__init__()
@@ -19,7 +19,7 @@ class PixelObjective(nn.Module):
         if patch.stride != patch.patch_size:
             raise ValueError(
                 f"patches of {patch.patch_size} px at stride {patch.stride} overlap, so their "
-                "pixels are no partition of the picture; pretrain with stride = patch_size."
+                "pixels are no partition of the image; pretrain with stride = patch_size."
             )
         refuse_head(encoder)
         self.encoder = encoder
@@ -62,10 +62,10 @@ class PixelObjective(nn.Module):
             loss_sum=loss.sum(),
             weight=len(images),
             metrics={"pixel_mse": error.sum()},
-            pictures=lambda: self._pictures(images[:8], mask[:8], restored[:8]),
+            images=lambda: self._images(images[:8], mask[:8], restored[:8]),
         )
 
-    def _pictures(self, images: Tensor, mask: Tensor, restored: Tensor) -> Tensor:
+    def _images(self, images: Tensor, mask: Tensor, restored: Tensor) -> Tensor:
         """original | masked | reconstruction | reconstruction in the gaps: (n, 1 or 3, h, 4 w); of
         clips film strips, of each tubelet the first frame."""
         height, width = images.shape[-2:]
@@ -90,8 +90,8 @@ def refuse_head(encoder: nn.Module) -> None:
 
 
 def as_sheet(images: Tensor, tubelet: int = 1) -> Tensor:
-    """Clips (b, c, t, h, w) as pictures (b, c · tubelet, t / tubelet · h, w), one tubelet below the
-    other, its frames as channels: patches of that are tubelets in the order of the tokens. Pictures
+    """Clips (b, c, t, h, w) as images (b, c · tubelet, t / tubelet · h, w), one tubelet below the
+    other, its frames as channels: patches of that are tubelets in the order of the tokens. Images
     (b, c, h, w) stay."""
     if images.dim() == 4:
         return images
@@ -106,7 +106,7 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
 
 
 def unpatchify(patches: Tensor, patch_size: int, size: tuple[int, int]) -> Tensor:
-    """The inverse of `patchify` for pictures of ``size`` (height, width)."""
+    """The inverse of `patchify` for images of ``size`` (height, width)."""
     rows, columns = size[0] // patch_size, size[1] // patch_size
     x = patches.unflatten(2, (patch_size**2, -1)).permute(0, 3, 2, 1)  # (b, c, p², m)
     return F.pixel_shuffle(x.flatten(1, 2).unflatten(2, (rows, columns)), patch_size)

@@ -30,7 +30,7 @@ from vim_ssl.utils.names import number
 # What is trained, in words; another recipe goes by its own name.
 RECIPES = {
     "mim_pretrain": "masked image modelling",
-    "clip_pretrain": "contrast of pictures and captions",
+    "clip_pretrain": "contrast of images and captions",
     "supervised_pretrain": "classification",
     "finetune": "fine-tuning",
     "video": "classification of videos",
@@ -41,8 +41,8 @@ CURVES = {
     "knn_top1": ("Nearest neighbours, accuracy", " %"),
     "linear_top1": ("Linear probe, accuracy", " %"),
     "pixel_mse": ("Mean squared error of the hidden pixels", ""),
-    "image_to_text_r1": ("Captions of a picture, R@1", " %"),
-    "text_to_image_r1": ("Pictures of a caption, R@1", " %"),
+    "image_to_text_r1": ("Captions of an image, R@1", " %"),
+    "text_to_image_r1": ("Images of a caption, R@1", " %"),
     "batch_top1": ("Own caption the nearest of the step's", " %"),
     "logit_scale": ("Logit scale", ""),
     "lr": ("Learning rate", ""),
@@ -60,8 +60,8 @@ ZERO_SHOT = {
     "retrieval": {
         title: [*((f"R@{k}", f"{way}_r{k}") for k in (1, 5, 10)), ("chance at R@1", "chance_r1")]
         for title, way in (
-            ("Captions of a picture", "image_to_text"),
-            ("Picture of a caption", "text_to_image"),
+            ("Captions of an image", "image_to_text"),
+            ("Image of a caption", "text_to_image"),
         )
     },
 }
@@ -73,7 +73,7 @@ RESULTS = {
     "mean_error": ("Mean error", " classes"),
     "map_macro": ("Mean average precision", " %"),
     "map_micro": ("Average precision of all labels as one", " %"),
-    "exact": ("Pictures with every label right", " %"),
+    "exact": ("Images with every label right", " %"),
     "miou": ("Mean IoU", " %"),
     "aacc": ("Pixels right", " %"),
     "macc": ("Mean recall", " %"),
@@ -91,7 +91,7 @@ RESULTS = {
 SHOWN_CLASSES = 40
 COUNTERS = ("step", "epoch", "seconds", "samples", "bad_steps", "skipped")
 WIDE_RANGE = ("loss", "pixel_mse", "grad_norm")  # on a logarithmic axis where values demand it
-SMALL, ENLARGED = 96, 88  # pictures up to SMALL px wide are drawn ENLARGED px wide
+SMALL, ENLARGED = 96, 88  # images up to SMALL px wide are drawn ENLARGED px wide
 MIM_COLUMNS = ("original", "masked", "reconstructed", "pasted into the gaps")
 
 
@@ -102,7 +102,7 @@ def write_report(folder: str | Path) -> Path:
     Raises: FileNotFoundError if ``folder`` holds neither config.json nor metrics.jsonl.
     """
     run = Record(Path(folder))
-    sections = [_header(run), _result(run), _pictures(run), _probe(run), _zero_shot(run),
+    sections = [_header(run), _result(run), _images(run), _probe(run), _zero_shot(run),
                 _curves(run), _settings(run), _use(run)]  # fmt: skip
     page = PAGE.substitute(title=escape(run.name), style=STYLE, script=SCRIPT,
                            body="\n".join(filter(None, sections)))  # fmt: skip
@@ -232,17 +232,17 @@ def _result(run: Record) -> str:
     return _section("Result on the test part", f"<p class=note>{escape(note)}</p>{parts}")
 
 
-def _pictures(run: Record) -> str:
-    if not run.pictures:
+def _images(run: Record) -> str:
+    if not run.images:
         return ""
     parts = []
-    for found in run.pictures.values():
+    for found in run.images.values():
         ends = [found[0], found[-1]] if len(found) > 1 else found
         names = ("First evaluation", "Newest evaluation") if len(ends) == 2 else ("Evaluation",)
         figures = [_strip(run, f"{n}, step {step:,}", path)
                    for n, (step, path) in zip(names, ends, strict=True)]  # fmt: skip
         parts.append(f"<div class=pair>{''.join(figures)}</div>")
-    note = "Every evaluation shows the same training pictures."
+    note = "Every evaluation shows the same training images."
     if run.config.get("recipe") == "mim_pretrain":
         note += " Hidden patches, whose pixels the encoder never sees, are drawn in grey."
         if run.config.get("norm_pix_loss"):
@@ -250,11 +250,11 @@ def _pictures(run: Record) -> str:
                 " Predictions are normalised patch by patch; they are drawn with the brightness and"
                 " contrast of the true patch."
             )
-    return _section("Pictures", f"<p class=note>{note}</p>" + "".join(parts))
+    return _section("Images", f"<p class=note>{note}</p>" + "".join(parts))
 
 
 def _strip(run: Record, caption: str, path: Path) -> str:
-    """The pictures of one evaluation, a row a sample, cut apart so that the page can space them."""
+    """The images of one evaluation, a row a sample, cut apart so that the page can space them."""
     try:
         with Image.open(path) as file:
             image = file.convert("RGB")
@@ -277,7 +277,7 @@ def _strip(run: Record, caption: str, path: Path) -> str:
 
 
 def _cut(image: Image.Image, columns: int, side: int | list | None) -> list[Image.Image] | None:
-    """The inverse of `Run.save_pictures`, which leaves a pixel around every row; row by row.
+    """The inverse of `Run.save_images`, which leaves a pixel around every row; row by row.
 
     Args:
         side: of a sample, pixels, or (height, width); None: square.
@@ -321,7 +321,7 @@ def _probe(run: Record) -> str:
 
 
 def _zero_shot(run: Record) -> str:
-    """What names and captions alone find, and a few pictures with the captions nearest to them."""
+    """What names and captions alone find, and a few images with the captions nearest to them."""
     parts = ""
     for folder, found in run.zero_shot:
         body = ""
@@ -338,7 +338,7 @@ def _zero_shot(run: Record) -> str:
         if body:
             table = f"<div class=scroll><table class=even><tbody>{body}</tbody></table></div>"
             title = escape(str(found.get("data", "data not recorded")))
-            title += " · trained on these pictures: no test" * (found.get("trained_on") is True)
+            title += " · trained on these images: no test" * (found.get("trained_on") is True)
             parts += f"<h3>{title}</h3>{table}{_similarities(folder, found.get('examples'))}"
     if not parts:
         return ""
@@ -347,7 +347,7 @@ def _zero_shot(run: Record) -> str:
 
 
 def _similarities(folder: Path, examples: Any) -> str:
-    """A few pictures against their captions: cosines, shaded, and the nearest captions of all."""
+    """A few images against their captions: cosines, shaded, and the nearest captions of all."""
     try:
         pairs, cosines = examples["pairs"], np.array(examples["cosines"], dtype=np.float64)
         thumbs = [_png(Image.open(folder / p["picture"])) for p in pairs]
@@ -373,11 +373,11 @@ def _similarities(folder: Path, examples: Any) -> str:
             f"{_marked(f'{x:.2f}', i == j)}</td>"
             for j, (x, s) in enumerate(zip(row, shade, strict=True))
         )
-        picture = f'<img alt="{owns[i]}" width=64 src="{thumb}">'
-        body += f"<tr><th scope=row>{picture}</th>{cells}<td>{found[i]}</td></tr>"
+        image = f'<img alt="{owns[i]}" width=64 src="{thumb}">'
+        body += f"<tr><th scope=row>{image}</th>{cells}<td>{found[i]}</td></tr>"
     note = (
-        "Cosines of pictures (rows) and captions (columns), and the captions nearest of all; a "
-        "picture's own caption in bold."
+        "Cosines of images (rows) and captions (columns), and the captions nearest of all; a "
+        "image's own caption in bold."
     )
     return (
         f'<p class=note>{note}</p><div class=scroll><table class="even cosines"><thead><tr>'
@@ -445,7 +445,7 @@ def _settings(run: Record) -> str:
         training[title] = config.get(key)
     health: dict[str, Any] = {
         "Non-finite steps": _most(run, "bad_steps"),
-        "Pictures skipped": _most(run, "skipped"),
+        "Images skipped": _most(run, "skipped"),
     }
     for key, value in run.made_by.items():
         if key not in ("recipe", "data", "classes", "figures", "config"):
@@ -467,7 +467,7 @@ def _most(run: Record, counter: str) -> str:
 
 
 def _grid(encoder: dict[str, Any]) -> dict[str, str]:
-    """Picture, patches and tokens, defaults filled in as `VimEncoder` has them."""
+    """Image, patches and tokens, defaults filled in as `VimEncoder` has them."""
     size, patch = encoder.get("img_size", 224), encoder.get("patch_size", 16)
     stride, chans = encoder.get("stride") or patch, encoder.get("in_chans", 3)
     try:
@@ -477,7 +477,7 @@ def _grid(encoder: dict[str, Any]) -> dict[str, str]:
         return {}
     overlap = f" every {stride} px" if stride != patch else ""
     return {
-        "Picture": f"{height} × {width} px, {chans} channel" + "s" * (chans != 1),
+        "Image": f"{height} × {width} px, {chans} channel" + "s" * (chans != 1),
         "Patch": f"{patch} × {patch} px{overlap}",
         "Tokens": f"{rows} × {columns} = {rows * columns:,} an image",
     }
@@ -505,7 +505,7 @@ def _schedule(run: Record) -> dict[str, str]:
     step, epoch, samples, seconds = map(run.last, ("step", "epoch", "samples", "seconds"))
     batch, times = config.get("batch_size"), config.get("accumulation", 1)
     if isinstance(batch, int) and isinstance(times, int) and step > 0 and samples > 0:
-        whole = round(samples / step)  # of few pictures less than what was asked for
+        whole = round(samples / step)  # of few images less than what was asked for
         processes, rest = divmod(whole, max(batch * times, 1))
         product = f" = {batch} × {times} (accumulation) × {processes} (processes)"
         facts["Effective batch"] = f"{whole:,}{'' if rest else product}"

@@ -50,7 +50,7 @@ def draw_curve(
         )
     ends = np.array([p[-1] for p in parts])
     seen = np.flatnonzero(np.isfinite(mean))
-    # The whole line fits; of the ranges, rare outliers may leave the picture.
+    # The whole line fits; of the ranges, rare outliers may leave the image.
     bottom = min(float(mean[seen].min()), float(np.percentile(low[seen], 5)))
     top = max(float(mean[seen].max()), float(np.percentile(high[seen], 95)))
     log = allow_log and float(low[seen].min()) > 0 and top > 50 * bottom

@@ -9,7 +9,7 @@ from PIL import Image
 encoder = vim_ssl.load_encoder($run)
 transform = vim_ssl.create_transform(encoder)
 with torch.inference_mode():
-    x = transform(Image.open("picture.png"))[None]
+    x = transform(Image.open("image.png"))[None]
     features = encoder(x)                   # (1, $d)
     tokens = encoder.forward_features(x)    # (1, tokens, $d)
 """)

@@ -37,7 +37,7 @@ class Record:
             )
         self.config = _read_json(folder / "config.json")
         self.log = _read_log(folder / "metrics.jsonl")
-        self.pictures = _find_pictures(folder / "images")
+        self.images = _find_images(folder / "images")
         probes = sorted(folder.glob("linear_probe*/metrics.json"))  # of the run's own data first
         self.probe = _read_json(probes[0]) if probes else {}
         # The run's own data first, others by name.
@@ -131,7 +131,7 @@ def _count_parameters(path: Path) -> int:
     return sum(math.prod(shape) for shape in shapes)
 
 
-def _find_pictures(folder: Path) -> dict[str, list[tuple[int, Path]]]:
+def _find_images(folder: Path) -> dict[str, list[tuple[int, Path]]]:
     """NAME-STEP.png as name -> (step, path), in the order of steps."""
     found: dict[str, list[tuple[int, Path]]] = {}
     for path in folder.glob("*-*.png"):

@@ -50,13 +50,13 @@ from vim_ssl.utils.environment import environment
 class ClassificationConfig(AugmentationConfig):
     """What training from scratch and fine-tuning have in common."""
 
-    data: str = opt("", "labelled pictures", group="data")
+    data: str = opt("", "labelled images", group="data")
     test: float = opt(0.2, "share held out if the data has no test split", group="data")
     validation: float = opt(
         0.0, "share of the training part that chooses the best epoch; 0: the last", group="data"
     )
     patience: int = opt(0, "evaluations without a better one before the end; 0: all", group="run")
-    repeats: int = opt(1, "augmentations of a picture in one batch", group="data")
+    repeats: int = opt(1, "augmentations of an image in one batch", group="data")
     judge_batch: int = opt(128, "samples at once where they are judged", group="data")
     mixup: float = opt(0.0, "alpha of mixup; 0: off", group="data")
     cutmix: float = opt(0.0, "alpha of cutmix, half the batches beside mixup", group="data")
@@ -216,22 +216,22 @@ def check_labels(name: str, labels: Any, targets: str, classes: Sequence[str]) -
     """Raises: ValueError where the labels of ``name`` fit neither the targets nor the classes.
 
     Args:
-        labels: one a picture, at least one; see `vim_ssl.data.ImageData`.
+        labels: one an image, at least one; see `vim_ssl.data.ImageData`.
     """
     labels = torch.as_tensor(np.asarray(labels))
     if (labels.dim() == 2) != (targets == "multi-label"):
         raise ValueError(
             f"{name} has labels of shape {tuple(labels.shape)}, which are no targets {targets!r}; "
-            "several labels a picture are --targets multi-label, one is class."
+            "several labels an image are --targets multi-label, one is class."
         )
     if labels.dim() == 2 and labels.shape[1] != len(classes):
         raise ValueError(
-            f"{name} has {labels.shape[1]} labels a picture; expected one for each of "
+            f"{name} has {labels.shape[1]} labels an image; expected one for each of "
             f"{len(classes)} classes."
         )
     if labels.dim() == 2 and not labels.any():
         raise ValueError(
-            f"no picture of {name} ({len(labels)}) has any of the labels, so that their average "
+            f"no image of {name} ({len(labels)}) has any of the labels, so that their average "
             "precision is not defined; hold out more, or draw by another --seed."
         )
     if labels.dim() == 1 and not 0 <= int(labels.min()) <= int(labels.max()) < len(classes):
@@ -246,7 +246,7 @@ def _warn_of_unseen(train, test, classes: Sequence[str]) -> None:
     if unseen:
         names = ", ".join(classes[i] for i in unseen[:5])
         warnings.warn(
-            f"{len(unseen)} classes of the test part have no training picture: {names}.",
+            f"{len(unseen)} classes of the test part have no training image: {names}.",
             stacklevel=2,
         )
 
@@ -257,7 +257,7 @@ def _warn_of_unseen(train, test, classes: Sequence[str]) -> None:
 def evaluate(
     encoder: VimEncoder, data, folder: Path, targets: str, classes: list[str], **more: Any
 ) -> dict[str, Any]:
-    """Figures of an encoder with a head on labelled pictures, of MedMNIST its own ``auc`` and
+    """Figures of an encoder with a head on labelled images, of MedMNIST its own ``auc`` and
     ``acc`` too; the tables go to ``folder``.
 
     Args:

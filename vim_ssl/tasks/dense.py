@@ -144,5 +144,5 @@ class DenseTask:
         }  # fmt: skip
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
         print(scores.table())
-        print(f"{self.summary(metrics)} on {metrics['test']:,} test pictures · {folder}")
+        print(f"{self.summary(metrics)} on {metrics['test']:,} test images · {folder}")
         return metrics

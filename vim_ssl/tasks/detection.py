@@ -41,8 +41,8 @@ class Detection(nn.Module):
         classes: their names.
         head: "cascade" (Cascade Mask R-CNN, three stages) or "rcnn" (Mask R-CNN).
         masks: whether objects get a mask too; training data need outlines then.
-        size: side of the square canvas that pictures are laid on, pixels, a multiple of 64; the
-            longer side of a picture becomes as long.
+        size: side of the square canvas that images are laid on, pixels, a multiple of 64; the
+            longer side of an image becomes as long.
         channels: of the pyramid and inside the heads.
         convs, hidden, anchor, samples, score, most: see `RCNN`.
     Batches hold ``image`` (b, c, size, size), normalised, and ``objects``, a list of dicts; see
@@ -101,9 +101,9 @@ class Detection(nn.Module):
         return self.detector(images, self.pyramid(last), targets)
 
     def forward(self, batch: dict[str, Any]) -> StepOutput:
-        """In training the losses' sum, an average over proposals, so a picture weighs as another
+        """In training the losses' sum, an average over proposals, so an image weighs as another
         (accumulation and several processes average over micro-batches, as ViTDet's training does);
-        in evaluation no loss, but pictures of what is found.
+        in evaluation no loss, but images of what is found.
         """
         images, targets = batch["image"], batch["objects"]
         count = len(images)
@@ -119,9 +119,9 @@ class Detection(nn.Module):
 
     @torch.no_grad()
     def predict(self, image: Image.Image) -> dict[str, np.ndarray]:
-        """Find the objects of a picture of any size.
+        """Find the objects of an image of any size.
 
-        Returns: ``boxes`` float32 (n, 4), left, top, right, bottom in the pixels of the picture,
+        Returns: ``boxes`` float32 (n, 4), left, top, right, bottom in the pixels of the image,
             upright as its EXIF orientation says; ``labels`` int64 (n,), class numbers from 0;
             ``scores`` float32 (n,), falling; and with masks ``masks`` bool (n, h, w), True =
             object.
@@ -135,7 +135,7 @@ class Detection(nn.Module):
         whole = found["boxes"].float() * factors
         sides = torch.tensor([image.width, image.height] * 2)
         boxes = torch.minimum(whole.clamp(min=0), sides)
-        inside = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(1)  # else it lies beside the picture
+        inside = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(1)  # else it lies beside the image
         answer = {
             "boxes": boxes[inside].numpy(),
             "labels": (found["labels"][inside] - 1).numpy(),
@@ -143,7 +143,7 @@ class Detection(nn.Module):
         }
         if self.masks:
             masks = np.zeros((len(answer["boxes"]), image.height, image.width), bool)
-            # Of the whole boxes: a mask belongs to its box, also where that leaves the picture.
+            # Of the whole boxes: a mask belongs to its box, also where that leaves the image.
             likely, corners = found["masks"][inside].float(), whole[inside]
             for i in range(len(masks)):  # one by one: a float for each pixel is much at once
                 one = slice(i, i + 1)
@@ -162,10 +162,10 @@ class Detection(nn.Module):
         )
         shown = (255 * (images * std + mean).clamp(0, 1)).round().to(torch.uint8).cpu()
         rows = []
-        for picture, truth, one in zip(shown, targets, found, strict=True):
+        for image, truth, one in zip(shown, targets, found, strict=True):
             sure = {k: v[one["scores"] >= SHOWN] for k, v in one.items() if k != "masks"}
             panels = [
-                draw_objects(picture, part["boxes"].cpu(), part["labels"].cpu() - 1, self.classes)
+                draw_objects(image, part["boxes"].cpu(), part["labels"].cpu() - 1, self.classes)
                 for part in (truth, sure)
             ]
             rows.append(torch.cat(panels, 2))
@@ -187,12 +187,12 @@ def load_detection(folder: str | os.PathLike) -> Detection:
 
 
 def evaluate(model: Detection, data, folder: Path) -> tuple[dict[str, Any], BoxScores]:
-    """Average precision of a model on pictures with boxes.
+    """Average precision of a model on images with boxes.
 
     ``results.json`` (what pycocotools' ``loadRes`` takes, with the data's own ids), ``classes.csv``
     and ``predictions.png`` (truth, prediction) go to ``folder``.
 
-    Returns: the figures of `BoxScores.figures` with the number of pictures and those passed over.
+    Returns: the figures of `BoxScores.figures` with the number of images and those passed over.
     Raises: ValueError if none can be read, or none has an object; ImportError without pycocotools.
     """
     training = model.training
@@ -213,7 +213,7 @@ def evaluate(model: Detection, data, folder: Path) -> tuple[dict[str, Any], BoxS
             rows.append((item["image"], item, sure))
     model.train(training)
     if len(skipped) == len(data):
-        raise ValueError(f"none of the {len(data)} pictures could be read: {skipped[:3]}")
+        raise ValueError(f"none of the {len(data)} images could be read: {skipped[:3]}")
     figures = {"test": len(data) - len(skipped), **scores.figures(), "skipped": skipped}
     scores.write(folder)
     sheet_of_objects(rows, model.classes).save(folder / "predictions.png")

@@ -50,8 +50,8 @@ class Segmentation(nn.Module):
         channels: inside UPerNet; 0: the encoder's width, as in the paper.
         norm: in the head, of `vim_ssl.models.heads.NORMS`.
         auxiliary: weight of the auxiliary head's loss; upernet alone has one.
-        dice: weight of the Dice loss, a mean over the classes that a picture shows.
-        short_side, window, slide: how `predict` reads a picture: resized to this short side (0: as
+        dice: weight of the Dice loss, a mean over the classes that an image shows.
+        short_side, window, slide: how `predict` reads an image: resized to this short side (0: as
             it is), by windows of so many pixels, each so far from the next (0: two thirds).
     Batches hold ``image`` (b, c, h, w), normalised, and ``mask`` (b, h, w) int64 with 255 for
     pixels that do not count.
@@ -128,7 +128,7 @@ class Segmentation(nn.Module):
         return self.head(self.maps(images)).float()
 
     def forward(self, batch: dict[str, Tensor]) -> StepOutput:
-        """The loss, averaged over labelled pixels: a picture weighs what it has of them."""
+        """The loss, averaged over labelled pixels: an image weighs what it has of them."""
         truth = batch["mask"]
         maps = self.maps(batch["image"])
         logits = _at_size_of(truth, self.head(maps))
@@ -137,7 +137,7 @@ class Segmentation(nn.Module):
             extra = _at_size_of(truth, self.auxiliary(maps[AUXILIARY_LEVEL]))
             loss = loss + self.auxiliary_weight * self._loss(extra, truth)
         guess, labelled = logits.argmax(1), truth != IGNORE
-        pixels = truth[0].numel()  # so that the weight counts pictures, nearly
+        pixels = truth[0].numel()  # so that the weight counts images, nearly
         hits = (guess == truth).sum() / pixels
         return StepOutput(
             loss, labelled.sum().item() / pixels, {"pixel_accuracy": 100 * hits},
@@ -145,10 +145,10 @@ class Segmentation(nn.Module):
         )  # fmt: skip
 
     def predict(self, image: Image.Image | np.ndarray) -> np.ndarray:
-        """A picture of any size, or bands (h, w, bands) -> the number of each pixel's class, uint8
-        (h, w), of the picture upright as its EXIF orientation says.
+        """An image of any size, or bands (h, w, bands) -> the number of each pixel's class, uint8
+        (h, w), of the image upright as its EXIF orientation says.
 
-        Memory does not grow with the picture beyond its own; see `label_pixels`.
+        Memory does not grow with the image beyond its own; see `label_pixels`.
         Raises: BadImage for what `clean_image` refuses.
         """
         device = next(self.parameters()).device
@@ -164,13 +164,13 @@ class Segmentation(nn.Module):
         return found.to("cpu", torch.uint8).numpy()
 
     def shown(self, image: Image.Image | np.ndarray) -> Image.Image:
-        """A picture upright, as `predict` labels it; of bands what of them can be seen."""
+        """An image upright, as `predict` labels it; of bands what of them can be seen."""
         if isinstance(image, Image.Image):
             return clean_image(image)
         return to_pil_image(as_seen(self.pixels(image)[None], self.encoder.data_config)[0])
 
     def _loss(self, logits: Tensor, truth: Tensor) -> Tensor:
-        """Summed over labelled pixels, in units of one picture's pixels."""
+        """Summed over labelled pixels, in units of one image's pixels."""
         loss = F.cross_entropy(logits, truth, ignore_index=IGNORE, reduction="sum")
         if self.dice:
             labelled = (truth != IGNORE).flatten(1).sum(1)  # (b,)
@@ -178,7 +178,7 @@ class Segmentation(nn.Module):
         return loss / truth[0].numel()
 
     def _draw(self, images: Tensor, truth: Tensor, guess: Tensor) -> Tensor:
-        """(b, 3, h, 3w) in [0, 1]: picture, truth, prediction."""
+        """(b, 3, h, 3w) in [0, 1]: image, truth, prediction."""
         colours = class_colours(len(self.classes)).to(images.device)
         shown = as_seen(images, self.encoder.data_config).expand(-1, 3, -1, -1)
         index = truth.clamp(max=len(self.classes))  # the last colour is nobody's
@@ -201,13 +201,13 @@ def load_segmentation(folder: str | os.PathLike) -> Segmentation:
 
 
 def evaluate(model: Segmentation, data, folder: Path) -> tuple[dict[str, Any], MaskScores]:
-    """Figures of a model on pictures with masks, at the masks' own size.
+    """Figures of a model on images with masks, at the masks' own size.
 
-    ``classes.csv``, ``predictions.csv`` and ``predictions.png`` (picture, truth, prediction) go to
+    ``classes.csv``, ``predictions.csv`` and ``predictions.png`` (image, truth, prediction) go to
     ``folder``; of planes of volumes ``volumes.csv``; of rasters their predictions, each where the
     raster lies, below ``predictions/``.
 
-    Returns: the figures of `MaskScores.figures` with the number of pictures and those passed over,
+    Returns: the figures of `MaskScores.figures` with the number of images and those passed over,
         and of planes those of `VolumeScores.figures`.
     Raises: ValueError if none can be read, or none has a label.
     """
@@ -235,10 +235,10 @@ def evaluate(model: Segmentation, data, folder: Path) -> tuple[dict[str, Any], M
             rows.append((model.shown(item["image"]), item["mask"], guess))
     model.train(training)
     if len(skipped) == len(data):
-        raise ValueError(f"none of the {len(data)} pictures could be read: {skipped[:3]}")
+        raise ValueError(f"none of the {len(data)} images could be read: {skipped[:3]}")
     figures = {
         "test": len(data) - len(skipped), **scores.figures(), "skipped": skipped,
-        "miou_ci_is": "middle 95 % of 1,000 bootstrap resamples of the pictures, or their groups",
+        "miou_ci_is": "middle 95 % of 1,000 bootstrap resamples of the images, or their groups",
     }  # fmt: skip
     scores.write(folder)
     if volumes:
@@ -251,7 +251,7 @@ def evaluate(model: Segmentation, data, folder: Path) -> tuple[dict[str, Any], M
 
 
 def dice_loss(logits: Tensor, truth: Tensor) -> Tensor:
-    """(b,): 1 - soft Dice, averaged over the classes that a picture shows; 0 where it shows none.
+    """(b,): 1 - soft Dice, averaged over the classes that an image shows; 0 where it shows none.
 
     Args:
         logits: (b, classes, h, w) float32.

@@ -64,10 +64,10 @@ def make_average(model: nn.Module, config: TrainConfig) -> ModelEmaV3 | None:
     return average
 
 
-def _to(value: Any, device: torch.device) -> Any:
+def to_device(value: Any, device: torch.device) -> Any:
     """The same with all tensors on the device, those in dicts and lists too."""
     if isinstance(value, dict):
-        return {k: _to(v, device) for k, v in value.items()}
+        return {k: to_device(v, device) for k, v in value.items()}
     if isinstance(value, list):
-        return [_to(v, device) for v in value]
+        return [to_device(v, device) for v in value]
     return value.to(device, non_blocking=True) if torch.is_tensor(value) else value

@@ -14,9 +14,9 @@ from vim_ssl.utils.config import check_between, opt
 
 @dataclass
 class AugmentationConfig(TrainConfig):
-    """The loop, and what is done to a picture before it is trained on."""
+    """The loop, and what is done to an image before it is trained on."""
 
-    crop_scale: tuple[float, float] = opt((0.08, 1.0), "share of the picture's area", group="data")
+    crop_scale: tuple[float, float] = opt((0.08, 1.0), "share of the image's area", group="data")
     hflip: float = opt(0.5, "probability of mirroring", group="data")
     color_jitter: float = opt(0.0, "strength; not beside auto_augment", group="data")
     auto_augment: str = opt("", "by timm's names: rand-m9-mstd0.5-inc1 …", group="data")

@@ -50,7 +50,7 @@ class TrainConfig:
         choices=("never", "auto"),
     )
     log_every: int = opt(10, "optimiser steps between lines of metrics.jsonl", group="run")
-    eval_every: float = opt(20.0, "epochs between evaluations and pictures", group="run")
+    eval_every: float = opt(20.0, "epochs between evaluations and images", group="run")
     save_every: float = opt(15.0, "minutes between checkpoints", group="run")
     save_steps: int = opt(0, "optimiser steps between checkpoints; 0: by save_every", group="run")
     keep_checkpoints: int = opt(2, "older ones are deleted", group="run")

@@ -19,7 +19,7 @@ from vim_ssl.data.loading.indexed import (
     SeededSamples,
     stable_hash,
 )
-from vim_ssl.training.accelerator import _to
+from vim_ssl.training.accelerator import to_device
 from vim_ssl.training.config import TrainConfig
 from vim_ssl.training.monitor import _Watch
 from vim_ssl.training.optim import build_optimizer, build_schedule
@@ -87,7 +87,7 @@ def fit(
             last = watch.agreed(enough) or last
         for batches in () if last else plan.steps(progress):
             schedule.step_update(progress.step)
-            averages = _forward_backward(accelerator, model, objective, batches, config, progress)
+            averages = forward_backward(accelerator, model, objective, batches, config, progress)
             norm = float(
                 accelerator.clip_grad_norm_(model.parameters(), config.clip_grad or math.inf)
             )
@@ -126,7 +126,7 @@ def fit(
     return figures
 
 
-def _forward_backward(accelerator, model, objective, batches, config, progress):
+def forward_backward(accelerator, model, objective, batches, config, progress):
     """Add up the gradient of one step; returns the averages over everything that went into it."""
 
     def forward(i: int, **more):
@@ -134,7 +134,7 @@ def _forward_backward(accelerator, model, objective, batches, config, progress):
         torch.manual_seed(
             stable_hash("step", config.seed, progress.step, i, accelerator.process_index)
         )
-        return model(_to(batches[i], accelerator.device), **more)
+        return model(to_device(batches[i], accelerator.device), **more)
 
     count = len(batches)
     accumulate = getattr(objective, "accumulate", None)

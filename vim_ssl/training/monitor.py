@@ -13,7 +13,7 @@ from vim_ssl.data.loading.indexed import (
     collate,
 )
 from vim_ssl.objectives.base import StepOutput
-from vim_ssl.training.accelerator import _to
+from vim_ssl.training.accelerator import to_device
 from vim_ssl.utils.distributed import cores
 from vim_ssl.utils.names import number
 
@@ -23,12 +23,12 @@ def bottleneck(images: float, seconds: float, waited: float, workers: int) -> st
     share = waited / seconds
     rate = number(images / seconds, 2)
     text = f"{rate} images/s, {100 * share:.0f} % of the time waiting for data: "
-    if share < 0.2:  # what one core loads and trains by turns, small pictures wait for
+    if share < 0.2:  # what one core loads and trains by turns, small images wait for
         return text + "the model sets the pace, the data keep up."
     text += "the data set the pace" if share > 0.5 else "the data hold the model up"
     if workers < cores():
         return f"{text}; more --workers than {workers} may help."
-    return f"{text}, with a worker on every core; smaller pictures may help."
+    return f"{text}, with a worker on every core; smaller images may help."
 
 
 class _Watch:
@@ -87,18 +87,18 @@ class _Watch:
         return {"images_per_second": round(rate, 1), "data_wait": round(waited / seconds, 3)}
 
     def evaluate(self, objective, samples, evaluate) -> dict[str, float]:
-        """Pictures and figures on the main process while the others wait."""
+        """Images and figures on the main process while the others wait."""
         figures = {}
         if self.main:
             # Always the same eight samples, so that progress can be seen.
-            preview = _to(collate(samples.preview(8)), self.accelerator.device)
+            preview = to_device(collate(samples.preview(8)), self.accelerator.device)
             was_training = objective.training
             objective.eval()
             with torch.no_grad(), self.accelerator.autocast():
                 out: StepOutput = objective(preview)
             objective.train(was_training)
-            if out.pictures is not None:
-                self.run.save_pictures("pictures", self.progress.step, out.pictures())
+            if out.images is not None:
+                self.run.save_images("pictures", self.progress.step, out.images())
             if evaluate is not None:
                 figures = evaluate()
                 text = ", ".join(f"{k} {v:.4g}" for k, v in figures.items())

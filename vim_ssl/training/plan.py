@@ -40,7 +40,7 @@ class _Plan:
 
     def __init__(self, samples: SeededSamples, config: TrainConfig, accelerator):
         self.config, world = config, accelerator.num_processes
-        # A handful of pictures trains too: the batch is never larger than the data.
+        # A handful of images trains too: the batch is never larger than the data.
         self.batch_size = max(min(config.batch_size, len(samples) // world), 1)
         self.workers = min(config.workers, cores())
         self.batches = samples.batches(
@@ -98,7 +98,7 @@ class _Plan:
             )
         if progress.epoch_batches and progress.data != self.fingerprint:
             raise ValueError(
-                "The pictures are not those of the checkpoint: their list, sizes or labels differ. "
+                "The images are not those of the checkpoint: their list, sizes or labels differ. "
                 "Resume with the same data, or start anew in another --output."
             )
         progress.data, progress.readers = self.fingerprint, self.readers

@@ -1,4 +1,4 @@
-"""The run directory: configuration, log, pictures, checkpoints, the encoder.
+"""The run directory: configuration, log, images, checkpoints, the encoder.
 
 config.json  metrics.jsonl  checkpoints/step-N/  encoder.safetensors + encoder.json
 images/      report.html    trackers/ (of TensorBoard and the like)
@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from vim_ssl.utils.files import _sync, _write
+from vim_ssl.utils.files import atomic_write, fsync_path
 
 RUNS = Path("runs")
 LOCK = ".lock"
@@ -168,9 +168,9 @@ class Run:
             with self.writing(f"the checkpoint of step {progress.step}", partial):
                 (partial / "progress.json").write_text(json.dumps(vars(progress)))
                 for file in partial.rglob("*"):
-                    _sync(file)
+                    fsync_path(file)
                 os.replace(partial, final)
-                _sync(final.parent)
+                fsync_path(final.parent)
             for old in self.checkpoints()[:-keep]:
                 shutil.rmtree(old)
         accelerator.wait_for_everyone()
@@ -214,7 +214,7 @@ class Run:
         log = self.folder / "metrics.jsonl"
         if self.main and log.exists():
             rows = [line for line in log.read_text().splitlines() if _step(line) <= progress.step]
-            _write(log, "".join(row + "\n" for row in rows))
+            atomic_write(log, "".join(row + "\n" for row in rows))
         if self.main:
             print(f"Going on at step {progress.step:,} from {found[-1]}", flush=True)
 
@@ -222,9 +222,9 @@ class Run:
         """Write config.json; of a resumed run only once its checkpoint is known to fit."""
         if self.main and self._record:
             with self.writing("config.json"):
-                _write(self.folder / "config.json", json.dumps(self._record, indent=2) + "\n")
+                atomic_write(self.folder / "config.json", json.dumps(self._record, indent=2) + "\n")
 
-    # ---------------------------------------------------------------- figures and pictures
+    # ---------------------------------------------------------------- figures and images
 
     def log(self, progress, epoch: float, figures: dict[str, float]) -> None:
         """Append one line to metrics.jsonl, and tell the trackers."""
@@ -237,19 +237,19 @@ class Run:
             file.write(json.dumps(row) + "\n")
         self._track(lambda tracker: tracker.log(figures, step=progress.step))
 
-    def save_pictures(self, name: str, step: int, pictures: Tensor) -> Path:
+    def save_images(self, name: str, step: int, images: Tensor) -> Path:
         """(n, c, h, w) in [0, 1] -> images/NAME-STEP.png, one row a sample."""
         from torchvision.utils import save_image
 
         path = self.folder / "images" / f"{name}-{step:07d}.png"
-        if pictures.shape[1] not in (1, 3):
-            pictures = pictures[:, :1]  # more bands than a PNG holds: show the first
+        if images.shape[1] not in (1, 3):
+            images = images[:, :1]  # more bands than a PNG holds: show the first
         with self.writing(f"images/{path.name}"):
-            save_image(pictures, path, nrow=1, padding=1, pad_value=1.0)
+            save_image(images, path, nrow=1, padding=1, pad_value=1.0)
 
         def show(tracker) -> None:
             if tracker.name == "tensorboard":
-                tracker.writer.add_images(name, pictures, step)
+                tracker.writer.add_images(name, images, step)
             elif hasattr(tracker, "log_images"):
                 tracker.log_images({name: [np.asarray(Image.open(path))]}, step=step)
 
@@ -266,7 +266,7 @@ class Run:
                 print(f"\nThe tracker {tracker.name} failed and is left out: {error}", flush=True)
 
     def count_skipped(self, names: Iterable[str]) -> None:
-        """Remember pictures that could not be read; the first ten are shown."""
+        """Remember images that could not be read; the first ten are shown."""
         for name in names:
             if name not in self.skipped and len(self.skipped) < 10:
                 print(f"\nskipped: {name}", flush=True)
@@ -310,8 +310,8 @@ def _check_trackers(names: tuple[str, ...]) -> list[str]:
 def stored_or(default):
     """For `vim_ssl.utils.config.parse`: a resumed run's own settings, else the default preset.
 
-    With ``eval_only`` of a run: how it held pictures out, since another draw of the same data would
-    judge by pictures that it has learned from.
+    With ``eval_only`` of a run: how it held images out, since another draw of the same data would
+    judge by images that it has learned from.
     """
 
     def choose(given: dict):
@@ -348,7 +348,7 @@ def newest_run(root: Path = RUNS, recipe: str = "pretrain") -> Path:
     """
     model, wanted, script = "encoder", "with an encoder", "mim_pretrain"
     if recipe == "clip_pretrain":  # whose encoder may be timm's, and in the model's file
-        model, wanted, script = "clip", "of clip_pretrain, with pictures and texts,", recipe
+        model, wanted, script = "clip", "of clip_pretrain, with images and texts,", recipe
     found = [
         path
         for path in root.glob(f"*/{model}.safetensors")
@@ -372,7 +372,7 @@ def trained_on(source: str | Path, *keys: str) -> str:
     spec = next(filter(None, map(stored.get, keys or ("data",))), None)
     if not spec:
         raise ValueError(
-            f"{source} does not say which pictures it was trained on; give labelled ones by --data."
+            f"{source} does not say which images it was trained on; give labelled ones by --data."
         )
     return spec
 

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-SIDE = 320  # pixels of a drawn picture's longer side
+SIDE = 320  # pixels of a drawn image's longer side
 GAP = 6
 
 
@@ -55,7 +55,7 @@ def sheet(
 
 
 def shown_size(size: tuple[int, int]) -> tuple[int, int]:
-    """(width, height) of a picture -> of its panel; a small one grows fourfold at most."""
+    """(width, height) of an image -> of its panel; a small one grows fourfold at most."""
     scale = min(SIDE / max(size), 4)
     width, height = (max(round(side * scale), 1) for side in size)
     return width, height
@@ -73,7 +73,7 @@ def class_colours(classes: int) -> Tensor:
     return (bits << (7 - shifts)).sum(2).to(torch.uint8)
 
 
-DRAWN = 8  # pictures
+DRAWN = 8  # images
 
 
 def draw(
@@ -81,31 +81,31 @@ def draw(
     classes: Sequence[str],
     colours: np.ndarray,
 ) -> Image.Image:
-    """One sheet: picture | truth | prediction, a row a picture, and the classes' colours below.
+    """One sheet: image | truth | prediction, a row an image, and the classes' colours below.
 
     Args:
-        rows: (picture, truth, prediction), masks (h, w) of the picture's size.
+        rows: (image, truth, prediction), masks (h, w) of the image's size.
         classes: names.
         colours: uint8 (classes + 1, 3), the last for pixels without a class.
     """
     drawn = []
-    for picture, truth, guess in rows:
-        size = shown_size(picture.size)
+    for image, truth, guess in rows:
+        size = shown_size(image.size)
         painted = [
             Image.fromarray(colours[np.minimum(mask, len(classes))]).resize(
                 size, Image.Resampling.NEAREST
             )
             for mask in (truth, guess)
         ]
-        drawn.append([picture.convert("RGB").resize(size), *painted])
+        drawn.append([image.convert("RGB").resize(size), *painted])
     used = sorted({int(i) for _, *masks in rows for mask in masks for i in np.unique(mask)})
     names = [(min(i, len(classes)), classes[i] if i < len(classes) else "no class") for i in used]
     legend = [(colours[number].tolist(), name) for number, name in names]
-    return sheet(drawn, ("picture", "truth", "prediction"), legend)
+    return sheet(drawn, ("image", "truth", "prediction"), legend)
 
 
 def draw_objects(
-    picture: Tensor,
+    image: Tensor,
     boxes: Tensor,
     labels: Tensor,
     classes: Sequence[str],
@@ -114,38 +114,38 @@ def draw_objects(
     """Boxes, and masks if given, in their classes' colours.
 
     Args:
-        picture: uint8 (c, h, w); of other than three channels the first is shown, grey.
+        image: uint8 (c, h, w); of other than three channels the first is shown, grey.
         boxes: (n, 4), left, top, right, bottom in pixels. labels: (n,), class numbers.
         masks: bool (n, h, w).
     Returns: uint8 (3, h, w).
     """
     from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
-    picture = picture if len(picture) == 3 else picture[:1].expand(3, -1, -1)
+    image = image if len(image) == 3 else image[:1].expand(3, -1, -1)
     if not len(boxes):
-        return picture
+        return image
     palette = class_colours(len(classes) + 1)[1:].tolist()  # no background here
     colours = [tuple(palette[label]) for label in labels.tolist()]
     if masks is not None:
-        picture = draw_segmentation_masks(picture, masks, 0.5, colours)
+        image = draw_segmentation_masks(image, masks, 0.5, colours)
     names = [classes[label] for label in labels.tolist()]
-    return draw_bounding_boxes(picture, boxes, names if len(classes) > 1 else None, colours)
+    return draw_bounding_boxes(image, boxes, names if len(classes) > 1 else None, colours)
 
 
 def sheet_of_objects(
     rows: Sequence[tuple[Image.Image, dict[str, Any], dict[str, Any]]], classes: Sequence[str]
 ) -> Image.Image:
-    """Truth | prediction, a row a picture, and the classes' colours below.
+    """Truth | prediction, a row an image, and the classes' colours below.
 
     Args:
-        rows: (picture, item of the data, found); see `ImageData` and `Detection.predict`.
+        rows: (image, item of the data, found); see `ImageData` and `Detection.predict`.
         classes: names.
     """
     drawn, used = [], set()
-    for picture, item, found in rows:
-        width, height = shown_size(picture.size)
-        shown = F.pil_to_tensor(picture.convert("RGB").resize((width, height)))
-        factors = torch.tensor([width / picture.width, height / picture.height] * 2)
+    for image, item, found in rows:
+        width, height = shown_size(image.size)
+        shown = F.pil_to_tensor(image.convert("RGB").resize((width, height)))
+        factors = torch.tensor([width / image.width, height / image.height] * 2)
         line = []
         for part, labels in ((item, item["box_labels"]), (found, found["labels"])):
             masks = part.get("masks")

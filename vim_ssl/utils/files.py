@@ -6,31 +6,25 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """A reader, or a crash, sees the old file or the new one, never a part."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+def atomic_write(path: Path, content: bytes | str) -> None:
+    """Replace a file as a whole: a reader, or a crash, leaves the old content or the new.
+
+    Args:
+        content: bytes, or text, which is written as UTF-8.
+    Raises: OSError, with the old content kept and nothing left beside it.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with part.open("wb") as file:
-            file.write(content)
+        with partial.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
-        part.replace(path)
+        partial.replace(path)
     finally:
-        part.unlink(missing_ok=True)
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text)
-        _sync(partial)
-        os.replace(partial, path)
-    except OSError:
         partial.unlink(missing_ok=True)
-        raise
 
 
-def _sync(path: Path) -> None:
+def fsync_path(path: Path) -> None:
     """Make the disk hold what was written (directories too, where the system allows it)."""
     try:
         descriptor = os.open(path, os.O_RDONLY)

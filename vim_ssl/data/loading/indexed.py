@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from vim_ssl.data.images import BadImage
 
-ATTEMPTS = 20  # broken pictures in a row after which a data set is given up
+ATTEMPTS = 20  # broken images in a row after which a data set is given up
 
 
 def stable_hash(*parts) -> int:
@@ -91,7 +91,7 @@ class SeededSamples(Dataset):
         seed: of the run.
         repeats: see `EpochBatches`.
 
-    A picture that cannot be decoded is replaced by another one, chosen by hash, and named in the
+    An image that cannot be decoded is replaced by another one, chosen by hash, and named in the
     sample's ``skipped``.
     """
 
@@ -135,16 +135,16 @@ class SeededSamples(Dataset):
                 random.seed(seed)
                 np.random.seed(seed)  # noqa: NPY002 (timm's augmentations draw from it)
                 # The CPU's generator alone: torch.manual_seed formats a stack trace for every
-                # other kind of device, which takes longer than a small picture, and keeps it.
+                # other kind of device, which takes longer than a small image, and keeps it.
                 torch.default_generator.manual_seed(seed)
                 return self.transform(item) | {"index": index % len(self), "skipped": skipped}
             except BadImage as bad:
                 skipped.append(str(bad))
-        raise BadImage("twenty pictures in a row", f"none could be read; the last: {skipped[-1]}")
+        raise BadImage("twenty images in a row", f"none could be read; the last: {skipped[-1]}")
 
 
 def collate(samples: list[dict]) -> dict:
-    """Stack tensors and numbers; join the lists of skipped pictures. Dicts, which hold what has
+    """Stack tensors and numbers; join the lists of skipped images. Dicts, which hold what has
     another shape in every sample, are kept in a list."""
     batch: dict[str, Any] = {}
     for key in samples[0]:

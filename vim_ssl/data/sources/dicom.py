@@ -1,4 +1,4 @@
-"""DICOM: ``dicom:root``, slices as 8-bit pictures; of the patient nothing is handed on."""
+"""DICOM: ``dicom:root``, slices as 8-bit images; of the patient nothing is handed on."""
 
 import logging
 import os
@@ -51,7 +51,7 @@ _PLAIN = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2")
 
 @dataclass(frozen=True)
 class Slice:
-    """One picture of a file, and what orders it. ``patient`` and ``series`` stay in this module."""
+    """One image of a file, and what orders it. ``patient`` and ``series`` stay in this module."""
 
     name: str
     frame: int
@@ -63,10 +63,10 @@ class Slice:
 
 
 def open_dicom(spec: DataSpec) -> ImageData:
-    """Open every picture of the DICOM files below ``dicom:root``, grey or colour, 8-bit.
+    """Open every image of the DICOM files below ``dicom:root``, grey or colour, 8-bit.
 
     Files are known by their content, whatever their names; a file of several frames gives several
-    pictures, one without pixels none. Within a series slices come in the order of their positions,
+    images, one without pixels none. Within a series slices come in the order of their positions,
     else of their instance numbers. Stored values are rescaled (slope and intercept, or a table),
     windowed by the file's own first window, else from its 0.5th to its 99.5th percentile, and
     turned over where the file says MONOCHROME1. ``window=-160,240`` sets another window, in the
@@ -82,7 +82,7 @@ def open_dicom(spec: DataSpec) -> ImageData:
     no others, are splits.
 
     Raises: ImportError without pydicom, or without what decompresses these files;
-        FileNotFoundError; ValueError for a folder without a DICOM picture.
+        FileNotFoundError; ValueError for a folder without a DICOM image.
     """
     spec.takes("label", "window")
     window = Window.parse(spec.window) if spec.window else None
@@ -113,7 +113,7 @@ def open_dicom(spec: DataSpec) -> ImageData:
     if others:
         log.warning("dicom:%s: passed over %s", root, _told(others))
     return ImageData(
-        DicomPictures(str(root), chosen, window), ids, name=str(spec), labels=labels,
+        DicomImages(str(root), chosen, window), ids, name=str(spec), labels=labels,
         classes=classes, groups=[patients[one.patient] for one in chosen], splits=found.splits,
         split=found.split,
     )  # fmt: skip
@@ -128,7 +128,7 @@ def locate(root: str | Path) -> dict[str, str]:
     return {name: one.name for name, one in zip(_ids(slices), slices, strict=True)}
 
 
-class DicomPictures(OnDisk):
+class DicomImages(OnDisk):
     """Slices by row, each as uint8 (h, w) or (h, w, 3)."""
 
     def __init__(self, root: str, slices: Sequence[Slice], window: Window | None):
@@ -250,7 +250,7 @@ def _ordered(root: Path, label: str | None) -> tuple[list[Slice], dict[str, list
                 by_series.setdefault(one.series, []).append(one)
     if not by_series:
         raise ValueError(
-            f"dicom:{root} holds no DICOM picture at any depth; it holds {_told(others)}."
+            f"dicom:{root} holds no DICOM image at any depth; it holds {_told(others)}."
         )
     slices = [
         one

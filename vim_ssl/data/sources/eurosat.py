@@ -8,14 +8,14 @@ from typing import Any
 
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import EXTENSIONS
-from vim_ssl.data.sources.folder import FilePictures
+from vim_ssl.data.sources.folder import FileImages
 from vim_ssl.data.sources.geotiff import (
     TIFFS,
-    RasterPictures,
+    RasterImages,
     Tile,
-    _choose,
-    _take_split,
+    choose_bands,
     import_rasterio,
+    take_split,
 )
 from vim_ssl.data.spec import DataSpec
 
@@ -36,7 +36,7 @@ EUROSAT_FOLDERS = (
 
 def open_eurosat(spec: DataSpec) -> ImageData:
     """Open ``eurosat:root``: the ten class folders, in root or where the archives put them, of the
-    RGB pictures (.jpg) or of the 13-band rasters (.tif, 64 px, uint16).
+    RGB images (.jpg) or of the 13-band rasters (.tif, 64 px, uint16).
 
     Where root has both, ``bands=`` (all, or B04,B03,B02 …) takes the rasters. Lists of a split are
     used where they lie in root or beside the folders: ``eurosat-train.txt`` with -val and -test,
@@ -65,38 +65,38 @@ def open_eurosat(spec: DataSpec) -> ImageData:
     if not names:
         raise FileNotFoundError(
             f"{source} has no class folder ({', '.join(EUROSAT_CLASSES[:3])} …) with "
-            f"{'.tif files' if spec.bands else 'pictures'}, neither itself nor in "
+            f"{'.tif files' if spec.bands else 'images'}, neither itself nor in "
             f"{', '.join(EUROSAT_FOLDERS[1:])}."
         )
     present = {name.split("/")[0] for name in names}
     if missing := [kind for kind in EUROSAT_CLASSES if kind not in present]:
-        raise ValueError(f"{source}: {folder} has no pictures of {', '.join(missing)}.")
+        raise ValueError(f"{source}: {folder} has no images of {', '.join(missing)}.")
     endings = {Path(name).suffix.lower() for name in names}
     rasters = endings <= set(TIFFS)
     if not rasters and endings & set(TIFFS):
-        raise ValueError(f"{source}: {folder} mixes pictures and rasters ({', '.join(endings)}).")
+        raise ValueError(f"{source}: {folder} mixes images and rasters ({', '.join(endings)}).")
 
-    pictures: Any = FilePictures(str(folder), names)
+    images: Any = FileImages(str(folder), names)
     bands: Sequence[str] = ("R", "G", "B")
     if rasters:
         import_rasterio()
-        numbers = _choose(None if spec.bands == "all" else spec.bands, EUROSAT_BANDS, source)
+        numbers = choose_bands(None if spec.bands == "all" else spec.bands, EUROSAT_BANDS, source)
         bands = [EUROSAT_BANDS[number - 1] for number in numbers]
         tiles = [Tile(tuple((name, number) for number in numbers)) for name in names]
-        pictures = RasterPictures(str(folder), tiles)
+        images = RasterImages(str(folder), tiles)
     labelled = spec.label != "none"
     part_of = _eurosat_splits((root, folder, folder.parent))
     data = ImageData(
-        pictures, names, name=str(spec),
+        images, names, name=str(spec),
         labels=[EUROSAT_CLASSES.index(name.split("/")[0]) for name in names] if labelled else None,
         classes=EUROSAT_CLASSES if labelled else None, bands=bands,
         splits=list(dict.fromkeys(part_of.values())),
     )  # fmt: skip
-    return _take_split(data, spec, [part_of.get(Path(name).stem, "") for name in names])
+    return take_split(data, spec, [part_of.get(Path(name).stem, "") for name in names])
 
 
 def _eurosat_splits(folders: Sequence[Path]) -> dict[str, str]:
-    """A picture's name without its ending → its split, by the first complete lists found."""
+    """An image's name without its ending → its split, by the first complete lists found."""
     for folder in folders:
         for pattern, parts in (("eurosat-{}.txt", ("train", "val", "test")),
                                ("{}.csv", ("train", "validation", "test"))):  # fmt: skip

@@ -1,4 +1,4 @@
-"""A folder of pictures: flat, with class folders, or with split folders over either."""
+"""A folder of images: flat, with class folders, or with split folders over either."""
 
 import os
 import re
@@ -30,7 +30,7 @@ class OnDisk:
             return -1
 
 
-class FilePictures(OnDisk):
+class FileImages(OnDisk):
     """Files under one root; a list of short names is all that travels to workers."""
 
     def __init__(self, root: str, names: list[str]):
@@ -47,20 +47,20 @@ class FilePictures(OnDisk):
 
 
 def open_folder(spec: DataSpec) -> ImageData:
-    """Open a folder of pictures.
+    """Open a folder of images.
 
-    Pictures are found by extension at any depth; hidden files and folders are passed over.
+    Images are found by extension at any depth; hidden files and folders are passed over.
 
-    - Folders named train, val (valid, validation) and test, and no other with pictures, are splits.
-    - Class folders: every picture lies exactly one folder deep, in two folders or more. Their
+    - Folders named train, val (valid, validation) and test, and no other with images, are splits.
+    - Class folders: every image lies exactly one folder deep, in two folders or more. Their
       sorted names, numbers by size, over all splits, are the classes. Anything else (a flat folder,
       nested folders by date) has no labels. ``label=none`` leaves them out, ``label=folder`` takes
       the outermost folder as the class whatever lies below.
-    - ``group=folder`` makes the folder that a picture lies in its group.
+    - ``group=folder`` makes the folder that an image lies in its group.
 
     The ids are the paths below the root, with forward slashes.
 
-    Raises: FileNotFoundError, NotADirectoryError; ValueError for a folder without a picture
+    Raises: FileNotFoundError, NotADirectoryError; ValueError for a folder without an image
         (naming what it holds), and for labels that the layout cannot give.
     """
     spec.takes("label", "group")
@@ -72,10 +72,10 @@ def open_folder(spec: DataSpec) -> ImageData:
                 f"{' or '.join(f'{key}={a}' for a in allowed)}."
             )
     root = Path(spec.location).expanduser()
-    found = read_layout(find_pictures(root, spec.location), spec.split, spec.label, str(root))
+    found = read_layout(find_images(root, spec.location), spec.split, spec.label, str(root))
     groups = [name.rpartition("/")[0] for name in found.names] if spec.group else None
     return ImageData(
-        FilePictures(str(root), found.names), found.names, name=str(spec), labels=found.labels,
+        FileImages(str(root), found.names), found.names, name=str(spec), labels=found.labels,
         classes=found.classes, groups=groups, splits=found.splits, split=found.split,
     )  # fmt: skip
 
@@ -114,9 +114,9 @@ def read_layout(names: list[str], split: str | None, label: str | None, root: st
     return Layout(names, splits, split, labels, classes)
 
 
-def find_pictures(root: Path, given: str) -> list[str]:
-    """Sorted names of all pictures below root, with forward slashes."""
-    return find_files(root, given, "picture", EXTENSIONS)
+def find_images(root: Path, given: str) -> list[str]:
+    """Sorted names of all images below root, with forward slashes."""
+    return find_files(root, given, "image", EXTENSIONS)
 
 
 def find_files(root: Path, given: str, what: str, extensions: Sequence[str]) -> list[str]:
@@ -171,7 +171,7 @@ def sort_classes(names: Collection[Any]) -> list[Any]:
 
 
 def by_split(names: list[str]) -> dict[str, list[str]]:
-    """Pictures by split folder, train first; all under "" when the folders are no splits."""
+    """Images by split folder, train first; all under "" when the folders are no splits."""
     tops = {name.split("/")[0] if "/" in name else "" for name in names}
     if not {top.lower() for top in tops} <= _SPLIT_FOLDERS:
         return {"": names}
@@ -191,7 +191,7 @@ def _classes(names: list[str], split: bool, label: str | None, root: str) -> set
     if label == "folder":
         if flat := sum(len(place) == 1 for place in places):
             raise ValueError(
-                f"label=folder, but {flat} pictures lie outside of any class folder in {root}."
+                f"label=folder, but {flat} images lie outside of any class folder in {root}."
             )
         return classes
     return classes if len(classes) > 1 and all(len(place) == 2 for place in places) else None

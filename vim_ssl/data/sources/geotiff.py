@@ -31,7 +31,7 @@ class Tile:
     side: int | None = None
 
 
-class RasterPictures(OnDisk):
+class RasterImages(OnDisk):
     """Tiles as arrays (h, w, bands) in the file's type. One with values that are no data is float32
     with NaN there, and what was uint8 from 0 to 1, as it is read everywhere."""
 
@@ -81,9 +81,9 @@ class RasterMasks(OnDisk):
     """The masks of such tiles, each of one file."""
 
     def __init__(
-        self, root: str, pictures: str, tiles: Sequence[Tile], mask_of: dict[str, str], classes: int
+        self, root: str, images: str, tiles: Sequence[Tile], mask_of: dict[str, str], classes: int
     ):
-        self.root, self.pictures, self.tiles, self.mask_of = root, pictures, tiles, mask_of
+        self.root, self.images, self.tiles, self.mask_of = root, images, tiles, mask_of
         self.classes = classes
 
     def paths(self, row: int) -> list[str]:
@@ -102,7 +102,7 @@ class RasterMasks(OnDisk):
     def place(self, row: int) -> dict[str, Any]:
         """``raster`` (its path), ``name`` (below the root) and ``box``: see `write_labels`."""
         name = self.tiles[row].bands[0][0]
-        path = os.path.join(self.pictures, name)
+        path = os.path.join(self.images, name)
         return {"raster": path, "name": name, "box": self.tiles[row].box}
 
     def _name(self, row: int) -> str:
@@ -199,7 +199,7 @@ def open_geotiff(spec: DataSpec) -> ImageData:
     outermost folder as the class; folders named train, val and test, and no others, are splits.
 
     Where the folder holds ``images/`` and ``masks/`` (or ``labels/``) with rasters of the same
-    names, each picture has a mask, of the first band's class numbers; 255, and what the file marks
+    names, each image has a mask, of the first band's class numbers; 255, and what the file marks
     as no data, is none. ``classes.txt`` names them as for ``masks:``; ``label=none`` leaves them
     out. A raster whose mask has another size or place is left out and named in ``faults``.
 
@@ -238,7 +238,7 @@ def open_geotiff(spec: DataSpec) -> ImageData:
             faults.append(f"{name} cannot be read ({error})")
             continue
         if kind.kind == "c":
-            faults.append(f"{name} has complex values, which are no picture")
+            faults.append(f"{name} has complex values, which are no image")
             continue
         if not spec.tile and width * height > most_pixels():  # it would be read whole
             faults.append(
@@ -247,7 +247,7 @@ def open_geotiff(spec: DataSpec) -> ImageData:
             )
             continue
         if not own:
-            own, numbers = names_here, _choose(spec.bands, names_here, source)
+            own, numbers = names_here, choose_bands(spec.bands, names_here, source)
             first_kind = kind
         elif np.uint8 in (kind, first_kind) and kind != first_kind:
             raise ValueError(
@@ -267,9 +267,7 @@ def open_geotiff(spec: DataSpec) -> ImageData:
             ids.append(name + suffix)
             groups.append(name)
     if not tiles:
-        raise ValueError(
-            f"{source}: of {len(found.names)} files none gives a picture: {faults[0]}."
-        )
+        raise ValueError(f"{source}: of {len(found.names)} files none gives an image: {faults[0]}.")
     classes, masks = found.classes, None
     if folders and mask_of:
         used = [mask_of[name] for name in dict.fromkeys(groups)]
@@ -277,7 +275,7 @@ def open_geotiff(spec: DataSpec) -> ImageData:
         classes = named_classes(top, folders[1], used, _numbers)
         masks = RasterMasks(str(folders[1]), str(root), tiles, mask_of, len(classes))
     return ImageData(
-        RasterPictures(str(root), tiles), ids, name=str(spec), masks=masks,
+        RasterImages(str(root), tiles), ids, name=str(spec), masks=masks,
         labels=[class_of[name] for name in groups] if class_of else None, classes=classes,
         groups=groups, bands=[own[number - 1] for number in numbers], splits=found.splits,
         split=found.split, faults=faults,
@@ -326,7 +324,7 @@ def _find(location: str) -> tuple[Path, list[str]]:
     return root, names
 
 
-def _choose(wanted: str | None, names: Sequence[str], source: str) -> list[int]:
+def choose_bands(wanted: str | None, names: Sequence[str], source: str) -> list[int]:
     """The numbers, from 1, of the bands asked for by name or number; all by default."""
     if not wanted:
         return list(range(1, len(names) + 1))
@@ -357,7 +355,7 @@ def _boxes(
     ]
 
 
-def _take_split(data: ImageData, spec: DataSpec, parts: Sequence[str]) -> ImageData:
+def take_split(data: ImageData, spec: DataSpec, parts: Sequence[str]) -> ImageData:
     split = pick_split(spec.split, data.splits, f"{spec.scheme}:{spec.location}")
     if split != "all":
         data = data.subset(i for i, part in enumerate(parts) if part == split)

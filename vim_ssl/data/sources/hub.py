@@ -19,7 +19,7 @@ from vim_ssl.data.split import is_known
 _LABEL_NAMES = ("label", "labels", "fine_label")
 _LABEL_TYPES = ("int", "uint", "bool", "string", "large_string")
 _CAPTION_NAMES = ("caption", "captions", "text")
-_NO_PICTURE = "the table has no picture in this row"
+_NO_IMAGE = "the table has no image in this row"
 
 
 class TableColumn:
@@ -41,8 +41,8 @@ class TableColumn:
         return self.table[:][self.name]
 
 
-class TablePictures(TableColumn):
-    """The image column, undecoded: our own decoding turns a broken picture into BadImage. Relative
+class TableImages(TableColumn):
+    """The image column, undecoded: our own decoding turns a broken image into BadImage. Relative
     paths are meant from ``root`` on."""
 
     def __init__(self, table: Any, name: str, root: str):
@@ -50,8 +50,8 @@ class TablePictures(TableColumn):
         self.root, self.named = root, _is_text(table.features[name])
 
     def __getitem__(self, row: int) -> str | bytes:
-        picture = _picture(super().__getitem__(row), row)
-        return os.path.join(self.root, picture) if isinstance(picture, str) else picture
+        image = _image(super().__getitem__(row), row)
+        return os.path.join(self.root, image) if isinstance(image, str) else image
 
     def paths(self, row: int) -> list[str]:
         """The file that a row of a column of paths names."""
@@ -69,7 +69,7 @@ class TableArrays(TableColumn):
     def __getitem__(self, row: int) -> np.ndarray:
         values = super().__getitem__(row)
         if np.isnan(values).all():  # also of whole numbers
-            raise BadImage(f"row {row}", _NO_PICTURE)
+            raise BadImage(f"row {row}", _NO_IMAGE)
         return np.atleast_3d(values.astype(self.dtype))
 
 
@@ -77,7 +77,7 @@ def open_hub(spec: DataSpec) -> ImageData:
     """Open ``hf:owner/name[:config]`` or ``hf:/local/path`` (saved with ``save_to_disk``, or a
     folder of tables).
 
-    The picture column is the one of type Image, or else of type Array2D (h, w) or Array3D (h, w,
+    The image column is the one of type Image, or else of type Array2D (h, w) or Array3D (h, w,
     bands); labels come from the column of type ClassLabel (with several, the one named "label"), or
     of lists of it: rows of 0 and 1. Captions come from one named "caption", "captions" or "text"
     that holds texts or lists of them. ``image= label= caption= group=`` name others; any column of
@@ -93,10 +93,10 @@ def open_hub(spec: DataSpec) -> ImageData:
 
 
 def open_tables(spec: DataSpec, tables: Mapping[str, Any], root: str = "") -> ImageData:
-    """The pictures of `datasets` tables by split, as `open_hub` describes them.
+    """The images of `datasets` tables by split, as `open_hub` describes them.
 
     Args:
-        root: the folder that relative paths in the picture column start from.
+        root: the folder that relative paths in the image column start from.
     """
     source = f"{spec.scheme}:{spec.location}"
     split = pick_split(spec.split, list(tables), source)
@@ -124,7 +124,7 @@ def open_tables(spec: DataSpec, tables: Mapping[str, Any], root: str = "") -> Im
     if label:
         labels, classes = _labels(label, [tables[n] for n in chosen], tables.values())
     return ImageData(
-        TableArrays(table, image) if arrays else TablePictures(table, image, root),
+        TableArrays(table, image) if arrays else TableImages(table, image, root),
         [f"{name}/{row}" for name in chosen for row in range(len(tables[name]))],
         name=str(spec),
         labels=labels,
@@ -134,7 +134,7 @@ def open_tables(spec: DataSpec, tables: Mapping[str, Any], root: str = "") -> Im
         bands=_bands(kind) if arrays else None,
         splits=list(tables),
         split=split,
-        # Picture sizes would need a read of the whole table; its own fingerprint stands for them.
+        # Image sizes would need a read of the whole table; its own fingerprint stands for them.
         source_fingerprint=" ".join(tables[name]._fingerprint for name in chosen),
     )
 
@@ -160,7 +160,7 @@ class ParquetReader:
             for values in (values for batch in batches for values in batch.to_pylist()):
                 record: dict[str, Any] = {"id": f"{split}/{row}"}
                 try:
-                    record["image"] = _picture(values[self.image], row)
+                    record["image"] = _image(values[self.image], row)
                 except BadImage as bad:
                     record["image"] = bad
                 if self.label:
@@ -306,18 +306,18 @@ def _column(name: str | None, features: Any, source: str, option: str) -> str | 
     return name
 
 
-def _picture(value: Any, row: int) -> str | bytes:
+def _image(value: Any, row: int) -> str | bytes:
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if not value:
-        raise BadImage(f"row {row}", _NO_PICTURE)
+        raise BadImage(f"row {row}", _NO_IMAGE)
     return value
 
 
 def _check_arrays(kind: Any, column: str) -> bool:
-    """Whether a picture column of this type holds arrays.
+    """Whether an image column of this type holds arrays.
 
-    Raises: ValueError for a type that is none of pictures, or the channels first.
+    Raises: ValueError for a type that is none of images, or the channels first.
     """
     import datasets
 
@@ -331,14 +331,14 @@ def _check_arrays(kind: Any, column: str) -> bool:
     first, *last = kind.shape
     if len(last) == 2 and last[0] == last[1] != first:
         raise ValueError(
-            f"{column} holds arrays {kind.shape}, which are no pictures (h, w, bands); if the "
+            f"{column} holds arrays {kind.shape}, which are no images (h, w, bands); if the "
             "bands come first, save the table with them last."
         )
     return True
 
 
 def _bands(kind: Any) -> list[str] | None:
-    """Names of the bands of arrays of this type; none of those that are grey or colour pictures."""
+    """Names of the bands of arrays of this type; none of those that are grey or colour images."""
     count = (*kind.shape, 1)[2]
     plain = kind.dtype == "uint8" and count in (1, 3)
     return None if plain else [f"band{i}" for i in range(1, count + 1)]
@@ -366,9 +366,9 @@ def _image_column(name: str | None, features: Any, source: str) -> str:
     found: list[str] = next(filter(None, columns), [])
     if "image" in found or len(found) == 1:
         return "image" if "image" in found else found[0]
-    if not found and "image" in features:  # a table that knows no picture type: bytes or paths
+    if not found and "image" in features:  # a table that knows no image type: bytes or paths
         return "image"
-    what = f"several picture columns ({', '.join(found)})" if found else "no picture column"
+    what = f"several image columns ({', '.join(found)})" if found else "no image column"
     raise ValueError(f"{source} has {what}; name one with image=. Columns: {', '.join(features)}.")
 
 

@@ -9,7 +9,7 @@ from timm.data import ImageNetInfo
 
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import EXTENSIONS
-from vim_ssl.data.sources.folder import FilePictures
+from vim_ssl.data.sources.folder import FileImages
 from vim_ssl.data.spec import DataSpec, pick_split
 
 COUNTS = {"train": 1_281_167, "val": 50_000}
@@ -53,7 +53,7 @@ def open_imagenet(spec: DataSpec) -> ImageData:
     labels: list[int] = []
     faults: list[str] = []
     for part in [s for s in splits if split in ("all", s)]:
-        found = list(_pictures(top, part))
+        found = list(_images(top, part))
         flat = [name for name in found if name.count("/") == 1]
         folders = {name.split("/")[1] for name in found} - {name.split("/")[1] for name in flat}
         if unknown := sorted(folders - set(synsets)):
@@ -70,22 +70,22 @@ def open_imagenet(spec: DataSpec) -> ImageData:
         if len(found) < COUNTS[part]:
             there = len({*folders, *truth.values()})
             faults.append(
-                f"{part}/ has {len(found):,} of {COUNTS[part]:,} pictures, of {there:,} of 1,000 "
+                f"{part}/ has {len(found):,} of {COUNTS[part]:,} images, of {there:,} of 1,000 "
                 "classes"
             )
     if not names:
-        raise ValueError(f"imagenet:{top}: {split} holds no picture.")
+        raise ValueError(f"imagenet:{top}: {split} holds no image.")
     labelled = spec.label != "none"
     return ImageData(
-        FilePictures(str(top), names), names, name=str(spec),
+        FileImages(str(top), names), names, name=str(spec),
         labels=labels if labelled else None,
         classes=[info.index_to_description(i) for i in range(1000)] if labelled else None,
         splits=splits, split=split, faults=faults,
     )  # fmt: skip
 
 
-def _pictures(top: Path, part: str) -> Iterator[str]:
-    """Sorted names below ``top``: part/picture or part/folder/picture."""
+def _images(top: Path, part: str) -> Iterator[str]:
+    """Sorted names below ``top``: part/image or part/folder/image."""
     for entry in sorted(os.scandir(top / part), key=lambda entry: entry.name):
         if entry.is_dir():
             for name in sorted(os.listdir(entry.path)):
@@ -96,11 +96,11 @@ def _pictures(top: Path, part: str) -> Iterator[str]:
 
 
 def _flat_labels(root: Path, names: list[str]) -> dict[str, str]:
-    """The synset of every picture that lies in no folder of its class."""
+    """The synset of every image that lies in no folder of its class."""
     stems = {name: Path(name).stem for name in names}
     if names[0].startswith("train/"):
         raise ValueError(
-            f"imagenet:{root}: {len(names)} pictures lie in train/ itself, such as {names[0]}; "
+            f"imagenet:{root}: {len(names)} images lie in train/ itself, such as {names[0]}; "
             "unpack the archive of every synset into a folder of its name."
         )
     if (root / SOLUTION).is_file():
@@ -111,14 +111,14 @@ def _flat_labels(root: Path, names: list[str]) -> dict[str, str]:
         synset = _devkit(root)
     if missing := [stem for stem in stems.values() if stem not in synset]:
         raise ValueError(
-            f"imagenet:{root}: {len(missing)} of {len(names)} pictures in val/ have no label, such "
+            f"imagenet:{root}: {len(missing)} of {len(names)} images in val/ have no label, such "
             f"as {missing[0]}."
         )
     return {name: synset[stem] for name, stem in stems.items()}
 
 
 def _devkit(root: Path) -> dict[str, str]:
-    """Picture → synset, by the development kit; its numbers are not the order of the synsets."""
+    """Image → synset, by the development kit; its numbers are not the order of the synsets."""
     folder = root / DEVKIT
     if missing := [name for name in (TRUTH, META) if not (folder / name).is_file()]:
         raise FileNotFoundError(

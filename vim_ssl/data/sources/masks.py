@@ -1,4 +1,4 @@
-"""Pictures with a mask each, which says what every pixel shows: a plain folder, and ADE20K."""
+"""Images with a mask each, which says what every pixel shows: a plain folder, and ADE20K."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ from PIL import Image
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import BadImage
 from vim_ssl.data.labels import IGNORE, checked, named_classes, paired
-from vim_ssl.data.sources.folder import FilePictures, by_split, find_pictures
+from vim_ssl.data.sources.folder import FileImages, by_split, find_images
 from vim_ssl.data.spec import DataSpec, pick_split
 
 # Not GIF: writers put its palette in another order, and a number is a place in the palette.
@@ -20,11 +20,11 @@ FEW_BITS = {"L;2": 85, "L;4": 17}  # by what Pillow stretches grey of two and fo
 ADE20K_CLASSES = 150
 
 
-class MaskFiles(FilePictures):
+class MaskFiles(FileImages):
     """Mask files under one root, read as class numbers.
 
     Args:
-        root, names: as `FilePictures`.
+        root, names: as `FileImages`.
         classes: how many there are.
         zero_is_none: 0 stands for "not labelled" and 1 for the first class.
     """
@@ -34,7 +34,7 @@ class MaskFiles(FilePictures):
         self.classes, self.zero_is_none = classes, zero_is_none
 
     def read(self, row: int, size: tuple[int, int]) -> np.ndarray:
-        """The mask of a picture of ``size`` (width, height): uint8 (h, w), 0 to classes - 1, or
+        """The mask of an image of ``size`` (width, height): uint8 (h, w), 0 to classes - 1, or
         `IGNORE`.
 
         Raises: BadImage for a file that is none, another size, or a number that is no class.
@@ -126,7 +126,7 @@ def _open(
         raise ValueError(f"group={spec.group} is nothing a folder has; it takes group=folder.")
     root = Path(spec.location).expanduser()
     _check_folders(root, masks_folder)
-    names = find_pictures(root / "images", str(root / "images"))
+    names = find_images(root / "images", str(root / "images"))
     masks = _masks_of(names, root, masks_folder)
     classes = find_classes(root, masks)
     parts = by_split(names)
@@ -138,7 +138,7 @@ def _open(
         str(root / masks_folder), [mask_of[name] for name in chosen], len(classes), zero_is_none
     )
     return ImageData(
-        FilePictures(str(root / "images"), chosen), chosen, name=str(spec), masks=files,
+        FileImages(str(root / "images"), chosen), chosen, name=str(spec), masks=files,
         classes=classes, splits=splits, split=split,
         groups=[name.rpartition("/")[0] for name in chosen] if spec.group else None,
     )  # fmt: skip
@@ -156,8 +156,8 @@ def _check_folders(root: Path, masks_folder: str) -> None:
 
 
 def _masks_of(names: Sequence[str], root: Path, folder: str) -> list[str]:
-    """Each picture's mask file. Raises: FileNotFoundError naming the pictures without any."""
-    masks = find_pictures(root / folder, str(root / folder))
+    """Each image's mask file. Raises: FileNotFoundError naming the images without any."""
+    masks = find_images(root / folder, str(root / folder))
     for name in masks:
         extension = os.path.splitext(name)[1]
         if extension.lower() not in LOSSLESS:

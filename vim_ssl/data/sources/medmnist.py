@@ -1,4 +1,4 @@
-"""MedMNIST: ``medmnist:file.npz``, pictures of 28 to 224 px and volumes of 28 or 64."""
+"""MedMNIST: ``medmnist:file.npz``, images of 28 to 224 px and volumes of 28 or 64."""
 
 import hashlib
 import json
@@ -34,7 +34,7 @@ def open_medmnist(spec: DataSpec) -> ImageData:
     needs it. Labels are classes, in a multi-label set rows of 0 and 1. Task and class names come
     from the file's name; of an unknown one the task follows from the labels' shape and values.
 
-    A volume gives one picture: its three middle planes as red, green and blue. ``axis=0`` (1, 2)
+    A volume gives one image: its three middle planes as red, green and blue. ``axis=0`` (1, 2)
     gives every plane across that axis instead, the volume being its group. The ids are
     ``split/row`` and ``split/row/plane``.
 
@@ -68,11 +68,11 @@ def open_medmnist(spec: DataSpec) -> ImageData:
     shape = arrays[f"{chosen[0]}_images"].shape
     is_volume = len(shape) == 4 and shape[-1] != 3
     if spec.axis and not is_volume:
-        raise ValueError(f"{source} holds pictures, not volumes; leave axis={spec.axis} out.")
+        raise ValueError(f"{source} holds images, not volumes; leave axis={spec.axis} out.")
     axis = _axis(spec.axis, source)
     if is_volume and axis is None and len(set(shape[1:])) > 1:
         raise ValueError(
-            f"{source} holds volumes of {shape[1:]}, whose middle planes are no one picture; say "
+            f"{source} holds volumes of {shape[1:]}, whose middle planes are no one image; say "
             "axis=0, 1 or 2."
         )
     planes = range(1 if axis is None else shape[1 + axis])
@@ -80,7 +80,7 @@ def open_medmnist(spec: DataSpec) -> ImageData:
     each = [(name, label, plane) for name, label in zip(ids, flat, strict=True) for plane in planes]
     labelled = spec.label != "none"
     return ImageData(
-        PackedPictures([str(folder / f"{part}_images.npy") for part in chosen], is_volume, axis),
+        PackedImages([str(folder / f"{part}_images.npy") for part in chosen], is_volume, axis),
         ids if axis is None else [f"{name}/{plane:03d}" for name, _, plane in each],
         name=str(spec),
         labels=[label for _, label, _ in each] if labelled else None,
@@ -93,8 +93,8 @@ def open_medmnist(spec: DataSpec) -> ImageData:
     )
 
 
-class PackedPictures:
-    """Pictures of several .npy files (n, h, w[, 3]), or planes of volumes (n, d, h, w)."""
+class PackedImages:
+    """Images of several .npy files (n, h, w[, 3]), or planes of volumes (n, d, h, w)."""
 
     def __init__(self, files: list[str], is_volume: bool, axis: int | None):
         self.files, self.is_volume, self.axis = files, is_volume, axis

@@ -1,4 +1,4 @@
-"""NIfTI: ``nifti:root``, the planes of volumes as 8-bit pictures."""
+"""NIfTI: ``nifti:root``, the planes of volumes as 8-bit images."""
 
 import glob
 import json
@@ -95,7 +95,7 @@ def open_nifti(spec: DataSpec) -> ImageData:
         parts = {name: Part(mask_of[name], planes[name], spacing[name]) for name in found.names}
         masks_of_rows = PlaneMasks(str(folders[1]), rows, parts, axis, len(classes))
     return ImageData(
-        PlanePictures(str(root), rows, axis, window),
+        PlaneImages(str(root), rows, axis, window),
         [f"{name}/{plane:04d}" for name, plane in rows],
         name=str(spec), labels=[class_of[name] for name, _ in rows] if class_of else None,
         classes=classes or found.classes, masks=masks_of_rows, splits=found.splits,
@@ -104,7 +104,7 @@ def open_nifti(spec: DataSpec) -> ImageData:
     )  # fmt: skip
 
 
-class PlanePictures(OnDisk):
+class PlaneImages(OnDisk):
     """Planes across an axis of volumes, each as uint8 (h, w)."""
 
     def __init__(self, root: str, planes: Sequence[tuple[str, int]], axis: int, window: Window):

@@ -1,4 +1,4 @@
-"""Pictures with captions: files side by side in a folder, or the rows of a table."""
+"""Images with captions: files side by side in a folder, or the rows of a table."""
 
 import csv
 import os
@@ -8,23 +8,23 @@ from pathlib import Path
 
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import BadImage
-from vim_ssl.data.sources.folder import FilePictures, by_split, find_pictures
+from vim_ssl.data.sources.folder import FileImages, by_split, find_images
 from vim_ssl.data.spec import DataSpec, near, pick_split
 
 TABLES = (".csv", ".tsv")
 IMAGE_COLUMNS = ("image", "path", "filepath", "file_name", "filename", "file", "image_path")
 CAPTION_COLUMNS = ("caption", "text", "title")
-LOOKED_FOR = 20  # first pictures of a table, of which one must exist
+LOOKED_FOR = 20  # first images of a table, of which one must exist
 
 
 class CaptionFiles:
-    """The lines of the text file beside each picture."""
+    """The lines of the text file beside each image."""
 
-    def __init__(self, pictures: FilePictures):
-        self.pictures = pictures
+    def __init__(self, images: FileImages):
+        self.images = images
 
     def __getitem__(self, row: int) -> list[str]:
-        path = caption_file(self.pictures[row])
+        path = caption_file(self.images[row])
         try:
             text = Path(path).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
@@ -33,8 +33,8 @@ class CaptionFiles:
         return text.splitlines()
 
 
-class CaptionedPictures(FilePictures):
-    """Picture files with a caption file each, whose size counts as theirs does."""
+class CaptionedImages(FileImages):
+    """Image files with a caption file each, whose size counts as theirs does."""
 
     def sizes(self, row: int) -> str:
         try:
@@ -43,21 +43,21 @@ class CaptionedPictures(FilePictures):
             return "-1"
 
 
-def caption_file(picture: str) -> str:
+def caption_file(file: str) -> str:
     """a/b.jpg → a/b.txt"""
-    return os.path.splitext(picture)[0] + ".txt"
+    return os.path.splitext(file)[0] + ".txt"
 
 
 def open_pairs(spec: DataSpec) -> ImageData:
     """Open ``pairs:FOLDER`` or ``pairs:TABLE.csv``.
 
-    - A folder: pictures at any depth with a text file of the same name, whose lines are captions
+    - A folder: images at any depth with a text file of the same name, whose lines are captions
       (a.jpg, a.txt). Folders named train, val and test are splits, as in any folder.
-    - A table with a header (.csv, or .tsv): a picture's path, from the table's folder on, and a
+    - A table with a header (.csv, or .tsv): an image's path, from the table's folder on, and a
       caption in each row; ``image=`` and ``caption=`` name their columns. Rows with the same path
-      are captions of one picture.
+      are captions of one image.
 
-    What is left out (pictures without a text file; rows too long or short, without a path or
+    What is left out (images without a text file; rows too long or short, without a path or
     caption, or not UTF-8) is named in ``faults``; a text file without a word is found when read.
 
     Raises: FileNotFoundError; ValueError for a folder or table without a pair.
@@ -66,20 +66,20 @@ def open_pairs(spec: DataSpec) -> ImageData:
         return _open_table(spec)
     spec.takes()
     root = Path(spec.location).expanduser()
-    found = find_pictures(root, spec.location)
+    found = find_images(root, spec.location)
     names = [name for name in found if os.path.isfile(root / caption_file(name))]
     if not names:
         raise ValueError(
-            f"None of the {len(found)} pictures in {spec.location!r} has a caption: {found[0]} "
+            f"None of the {len(found)} images in {spec.location!r} has a caption: {found[0]} "
             f"would have one in {caption_file(found[0])}."
         )
     splits = [split for split in by_split(names) if split]
     split = pick_split(spec.split, splits, f"The folder {root}")
     if split != "all":
         found, names = ([n for n in part if n.startswith(f"{split}/")] for part in (found, names))
-    pictures = CaptionedPictures(str(root), names)
+    images = CaptionedImages(str(root), names)
     return ImageData(
-        pictures, names, name=str(spec), captions=CaptionFiles(pictures), splits=splits,
+        images, names, name=str(spec), captions=CaptionFiles(images), splits=splits,
         split=split,
         faults=[f"{name}: there is no {caption_file(name)}"
                 for name in sorted(set(found) - set(names))],
@@ -98,23 +98,23 @@ def _open_table(spec: DataSpec) -> ImageData:
     captions: dict[str, list[str]] = {}
     faults = []
     digest = blake2b(digest_size=8)
-    for line, picture, caption, fault in _rows(path, spec):
+    for line, file, caption, fault in _rows(path, spec):
         if fault:
             faults.append(f"{path.name}, line {line}: {fault}")
             continue
-        captions.setdefault(picture, []).append(caption)
-        digest.update(f"{picture}\0{caption}\n".encode(errors="surrogateescape"))
+        captions.setdefault(file, []).append(caption)
+        digest.update(f"{file}\0{caption}\n".encode(errors="surrogateescape"))
     if not captions:
         raise ValueError(f"pairs:{spec.location} holds no pair. {' '.join(faults[:3])}".strip())
     names = list(captions)
-    pictures = FilePictures(str(path.parent), names)
-    if not any(os.path.exists(pictures[row]) for row in range(min(LOOKED_FOR, len(names)))):
+    images = FileImages(str(path.parent), names)
+    if not any(os.path.exists(images[row]) for row in range(min(LOOKED_FOR, len(names)))):
         raise FileNotFoundError(
-            f"pairs:{spec.location}: none of the first pictures is there, such as {pictures[0]}; "
+            f"pairs:{spec.location}: none of the first images is there, such as {images[0]}; "
             "paths are taken from the table's folder on."
         )
     return ImageData(
-        pictures, names, name=str(spec), captions=list(captions.values()),
+        images, names, name=str(spec), captions=list(captions.values()),
         source_fingerprint=digest.hexdigest(), faults=faults,
     )  # fmt: skip
 
@@ -151,9 +151,9 @@ def _rows(path: Path, spec: DataSpec) -> Iterator[tuple[int, str, str, str]]:
                 yield line, "", "", f"{len(row)} fields where the header has {len(columns)}"
                 continue
             values = [row[image], row[caption]]
-            picture, text = (_unquoted(v) if tabs else v.strip() for v in values)
-            fault = "no path" if not picture else "no caption" if not text else ""
-            yield line, picture, text, fault or ("" if _is_utf8(text) else "it is not UTF-8")
+            file, text = (_unquoted(v) if tabs else v.strip() for v in values)
+            fault = "no path" if not file else "no caption" if not text else ""
+            yield line, file, text, fault or ("" if _is_utf8(text) else "it is not UTF-8")
 
 
 def _is_utf8(text: str) -> bool:

@@ -1,6 +1,6 @@
-"""``slide:`` — whole slides, and other pictures too large to be read at once, as tiles with tissue.
+"""``slide:`` — whole slides, and other images too large to be read at once, as tiles with tissue.
 
-Tiled TIFFs, pyramids or not, are read by tiffslide, tile by tile; a plain picture (PNG, JPEG) is
+Tiled TIFFs, pyramids or not, are read by tiffslide, tile by tile; a plain image (PNG, JPEG) is
 decoded whole and cut. Which tiles have tissue is seen a row of tiles at a time, at a level of the
 pyramid where a tile has sixteen pixels or more. Where no level is small enough, what is read is
 shrunk piece by piece, so that memory is bounded whatever a tile spans.
@@ -20,7 +20,7 @@ from PIL import Image
 
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import EXTENSIONS, BadImage, decode_image, most_pixels
-from vim_ssl.data.sources.folder import FilePictures, OnDisk, find_files, read_layout
+from vim_ssl.data.sources.folder import FileImages, OnDisk, find_files, read_layout
 from vim_ssl.data.spec import DataSpec
 
 TIFFS = (".tif", ".tiff", ".svs", ".ndpi", ".scn", ".bif")
@@ -66,7 +66,7 @@ class SlideTiles(OnDisk):
 
     def __getitem__(self, row: int) -> np.ndarray:
         tile = self.tiles[row]
-        slide = open_picture(os.path.join(self.root, tile.name))
+        slide = open_image(os.path.join(self.root, tile.name))
         level = slide.level(tile.side / self.pixels)
         taken = tile.side**2 / self.pixels / slide.downsamples[level] ** 2  # by a row
         parts = []
@@ -78,8 +78,8 @@ class SlideTiles(OnDisk):
             if (width, height) != size:
                 scale = height / (bottom - top)
                 box = (0, (above - top) * scale, width, min((below - top) * scale, height))
-                picture = Image.fromarray(values)
-                values = np.asarray(picture.resize(size, Image.Resampling.BOX, box))
+                image = Image.fromarray(values)
+                values = np.asarray(image.resize(size, Image.Resampling.BOX, box))
             parts.append(values)
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
@@ -88,7 +88,7 @@ class SlideTiles(OnDisk):
 
 
 class _Plain:
-    """A picture that is decoded whole."""
+    """An image that is decoded whole."""
 
     mpp: float | None = None
     downsamples: Sequence[float] = (1.0,)
@@ -147,7 +147,7 @@ class _Tiled:
         return values[..., :3] if values.shape[2] >= 3 else np.repeat(values[..., :1], 3, axis=2)
 
 
-def open_picture(path: str) -> Any:
+def open_image(path: str) -> Any:
     """What reads windows of a slide; the last few stay open, in each process its own.
 
     Raises: BadImage for what cannot be read; ImportError without tiffslide.
@@ -177,7 +177,7 @@ def tissue(path: str, side: int) -> np.ndarray:
         side: of a tile, pixels at full resolution.
     Raises: BadImage.
     """
-    slide = open_picture(path)
+    slide = open_image(path)
     rows, columns = slide.height // side, slide.width // side
     shares = np.zeros((rows, columns), np.float32)
     if not columns:
@@ -200,7 +200,7 @@ def _places(
     path: str, changed: int, pixels: int, mpp: float | None, shrink: float, least: float | None
 ) -> Any:
     """(side at full resolution, the places (left, top) of the tiles that are kept)."""
-    slide = open_picture(path)
+    slide = open_image(path)
     side = max(round(pixels * shrink), 1)
     if mpp is not None:
         if slide.mpp is None:
@@ -232,7 +232,7 @@ def open_slide(spec: DataSpec) -> ImageData:
     ``group=`` says. Class folders and splits are those of `open_folder`, a table's columns those of
     ``csv:``; a tile has its slide's label.
 
-    Raises: ImportError without tiffslide, unless there are only plain pictures; FileNotFoundError;
+    Raises: ImportError without tiffslide, unless there are only plain images; FileNotFoundError;
         ValueError for options that are none, and where no slide gives a tile.
     """
     if spec.mpp is not None and spec.shrink is not None:
@@ -271,7 +271,7 @@ def _slides(spec: DataSpec) -> tuple[str, ImageData]:
         from vim_ssl.data.sources.tables import read_table  # which opens tables of everything
 
         spec.takes("tile", "mpp", "shrink", "tissue", "image", "label", "group")
-        return str(path.parent), read_table(spec, ImageData, FilePictures)
+        return str(path.parent), read_table(spec, ImageData, FileImages)
     spec.takes("tile", "mpp", "shrink", "tissue", "label")
     if path.is_file():
         root, names = path.parent, [path.name]
@@ -279,7 +279,7 @@ def _slides(spec: DataSpec) -> tuple[str, ImageData]:
         root, names = path, find_files(path, spec.location, "slide", SLIDE_EXTENSIONS)
     found = read_layout(names, spec.split, spec.label, str(root))
     return str(root), ImageData(
-        FilePictures(str(root), found.names), found.names, name=str(spec), labels=found.labels,
+        FileImages(str(root), found.names), found.names, name=str(spec), labels=found.labels,
         classes=found.classes, splits=found.splits, split=found.split,
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Local tables: ``csv:`` files name pictures, ``parquet:`` files hold or name them."""
+"""Local tables: ``csv:`` files name images, ``parquet:`` files hold or name them."""
 
 import csv
 import io
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vim_ssl.data.dataset import ImageData
-from vim_ssl.data.sources.folder import FilePictures, sort_classes
+from vim_ssl.data.sources.folder import FileImages, sort_classes
 from vim_ssl.data.sources.hub import import_datasets, open_tables
 from vim_ssl.data.sources.webdataset import expand
 from vim_ssl.data.spec import DataSpec, canonical_split, near, pick_split
@@ -22,7 +22,7 @@ SPLIT_COLUMN = "split"
 
 
 def open_csv(spec: DataSpec) -> ImageData:
-    """Open ``csv:FILE.csv`` (or .tsv): a header, then one picture a line.
+    """Open ``csv:FILE.csv`` (or .tsv): a header, then one image a line.
 
     Paths are relative to the file's own folder. Columns, or else the ones that ``image= label=
     caption= group=`` name: the path ("image", "path", "file_name", "filename" …), a label
@@ -34,7 +34,7 @@ def open_csv(spec: DataSpec) -> ImageData:
         of another length than the header, or a table without a line.
     """
     spec.takes("image", "label", "caption", "group")
-    return read_table(spec, ImageData, FilePictures)
+    return read_table(spec, ImageData, FileImages)
 
 
 def read_table(
@@ -83,7 +83,7 @@ def read_table(
         )
     if len(set(paths)) < len(paths):
         twice = next(path for i, path in enumerate(paths) if path in paths[:i])
-        raise ValueError(f"{source} names {twice!r} twice; every picture has one line.")
+        raise ValueError(f"{source} names {twice!r} twice; every image has one line.")
     labels = classes = None
     if written := column("label", LABEL_NAMES):
         classes = sort_classes(set(written) - {""})
@@ -106,7 +106,7 @@ def read_table(
 def open_parquet(spec: DataSpec) -> ImageData:
     """Open ``parquet:FILES``: a file, a folder of them, a glob or a brace range.
 
-    The picture column holds bytes, Hugging Face's ``{bytes, path}`` or paths relative to the first
+    The image column holds bytes, Hugging Face's ``{bytes, path}`` or paths relative to the first
     file's folder. Files called ``train…``, ``val…`` and ``test…`` (and no others) are splits.
     Columns and ids are as for ``hf:``.
 

@@ -8,10 +8,10 @@ rate is seen as it is played.
 import os
 from pathlib import Path
 
-from vim_ssl.data.clips import Sampling, VideoData, _pictures_in, import_av
+from vim_ssl.data.clips import Sampling, VideoData, images_in, import_av
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import EXTENSIONS
-from vim_ssl.data.sources.folder import FilePictures, find_files, read_layout
+from vim_ssl.data.sources.folder import FileImages, find_files, read_layout
 from vim_ssl.data.spec import DataSpec
 
 VIDEO_EXTENSIONS = (
@@ -26,14 +26,14 @@ VIDEO_EXTENSIONS = (
 # ---------------------------------------------------------------- data
 
 
-class VideoFiles(FilePictures):
+class VideoFiles(FileImages):
     """Paths of video files and of folders of frames."""
 
     def sizes(self, row: int) -> int | str:
         path = self[row]
         if not os.path.isdir(path):
             return super().sizes(row)
-        names = _pictures_in(path)
+        names = images_in(path)
         sizes = (os.path.getsize(os.path.join(path, name)) for name in names)
         return f"{len(names)} {sum(sizes)}"
 
@@ -42,8 +42,8 @@ def open_video(spec: DataSpec) -> ImageData:
     """Open ``video:ROOT``: a folder with video files or folders of frames at any depth, one file,
     or a table of paths.
 
-    - In a folder, splits and classes are found as those of pictures (see `open_folder`); a folder
-      of pictures is one video, of which the frames follow one another as their names do. Pictures
+    - In a folder, splits and classes are found as those of images (see `open_folder`); a folder
+      of images is one video, of which the frames follow one another as their names do. Images
       beside video files are passed over. ``label=folder`` and ``label=none`` are as there.
     - ``video:TABLE.csv`` has a line a video: its path, and where known label and split, as `csv:`.
 
@@ -85,7 +85,7 @@ def _open_folder(spec: DataSpec, root: Path) -> VideoData:
         names += {name.rpartition("/")[0] for name in found} - beside - {""}
         if not names:
             raise ValueError(
-                f"video:{spec.location} holds {len(found)} pictures and no video; for one folder "
+                f"video:{spec.location} holds {len(found)} images and no video; for one folder "
                 "of frames name the folder that holds it."
             )
     layout = read_layout(sorted(names), spec.split, spec.label, str(root))

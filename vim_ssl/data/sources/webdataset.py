@@ -2,7 +2,7 @@
 
     a/0001.jpg  a/0001.cls  a/0001.txt  a/0001.json      the sample a/0001
 
-They are read with Python's `tarfile`, and nothing in them is ever executed: a picture, ``cls`` (a
+They are read with Python's `tarfile`, and nothing in them is ever executed: an image, ``cls`` (a
 whole number), ``txt`` (the caption) and ``json`` are looked at, all other files are passed over.
 """
 
@@ -33,10 +33,10 @@ from vim_ssl.data.loading.streamed import (
 from vim_ssl.data.spec import DataSpec
 from vim_ssl.utils.files import user_cache
 
-PICTURES = tuple(extension[1:] for extension in EXTENSIONS)
+IMAGES = tuple(extension[1:] for extension in EXTENSIONS)
 KINDS = {"wds": "*.tar", "parquet": "*.parquet"}  # what is read of a folder, by scheme
 END_MARK = bytes(tarfile.BLOCKSIZE)
-MAX_FILE = 2**28  # bytes of a picture, caption or json; the largest that are read
+MAX_FILE = 2**28  # bytes of an image, caption or json; the largest that are read
 THREADS = 16  # shards looked at together; most of the time is waiting
 
 
@@ -57,7 +57,7 @@ class TarReader:
     def samples(
         self, tar: tarfile.TarFile, read: bool = True, others: Counter | None = None
     ) -> Iterator[tuple[str, dict[str, bytes]]]:
-        """Names and files (empty unless to be read) of the samples that have a picture.
+        """Names and files (empty unless to be read) of the samples that have an image.
 
         ``others`` counts the extensions passed over. Of a damaged tar the samples before the damage
         come, then tarfile's error.
@@ -72,7 +72,7 @@ class TarReader:
                     continue
                 key, extension = folder + slash + stem, extension.lower()
                 if key != now or extension in files:
-                    if self._picture(files):
+                    if self._image(files):
                         yield now, files
                     now, files = key, {}
                 if not member.isreg():
@@ -82,22 +82,22 @@ class TarReader:
                 elif others is not None:
                     others[extension or "without extension"] += 1
         except CutOffError:  # between two files: what was read is whole
-            if self._picture(files):
+            if self._image(files):
                 yield now, files
             raise
-        if self._picture(files):
+        if self._image(files):
             yield now, files
 
     def _wanted(self) -> tuple[str | None, ...]:
-        return (*PICTURES, "cls", "txt", "json", self.image, self.label, self.caption)
+        return (*IMAGES, "cls", "txt", "json", self.image, self.label, self.caption)
 
-    def _picture(self, files: dict[str, bytes]) -> str | None:
+    def _image(self, files: dict[str, bytes]) -> str | None:
         if self.image:
             return self.image if self.image in files else None
-        return next((extension for extension in files if extension in PICTURES), None)
+        return next((extension for extension in files if extension in IMAGES), None)
 
     def _record(self, name: str, files: dict[str, bytes]) -> dict[str, Any]:
-        record: dict[str, Any] = {"id": name, "image": files[self._picture(files) or ""]}
+        record: dict[str, Any] = {"id": name, "image": files[self._image(files) or ""]}
         try:
             meta = json.loads(files["json"]) if "json" in files else None
             if isinstance(meta, dict):
@@ -119,7 +119,7 @@ class TarReader:
 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    """A file of a tar; nothing (so a broken picture) where it would fill the memory: a header can
+    """A file of a tar; nothing (so a broken image) where it would fill the memory: a header can
     promise any size, and a sparse file holds it in a few bytes."""
     if member.size > MAX_FILE or member.issparse():
         return b""
@@ -136,7 +136,7 @@ def stream_tars(spec: DataSpec) -> ImageStream:
     is cut off or damaged gives the samples before the damage.
 
     Raises: FileNotFoundError for a pattern that matches nothing; ConnectionError when a shard's
-        host is not reached; ValueError when the shards hold no picture.
+        host is not reached; ValueError when the shards hold no image.
     """
     spec.takes("image", "label", "caption", "streaming")
     if spec.split not in (None, "all"):
@@ -150,7 +150,7 @@ def stream_tars(spec: DataSpec) -> ImageStream:
         held = ", ".join(f"{count} × {extension}" for extension, count in others.most_common(5))
         wanted = spec.image or "jpg, png, webp …"
         raise ValueError(
-            f"The {len(names)} shard(s) of wds:{spec.location} hold no picture ({wanted}); they "
+            f"The {len(names)} shard(s) of wds:{spec.location} hold no image ({wanted}); they "
             f"hold {held or 'nothing else'}. {' '.join(faults[:3])}".strip()
         )
     return ImageStream(shards, reader, name=str(spec), faults=faults)

@@ -14,7 +14,7 @@ class ClipTransform:
     """A `Video` to a clip (c, t, h, w), or where several are judged (clips, c, t, h, w).
 
     Args:
-        image_transform: a picture -> (c, h, w); what it draws at random is the same for all frames
+        image_transform: an image -> (c, h, w); what it draws at random is the same for all frames
             of a clip.
         training: one clip, drawn at random.
     """

@@ -1,4 +1,4 @@
-"""Transforms of a picture with its mask, or with its boxes and their masks.
+"""Transforms of an image with its mask, or with its boxes and their masks.
 
 All randomness is drawn from torch's global generator, which `SeededSamples` seeds for each sample.
 """
@@ -23,11 +23,11 @@ ATTEMPTS = 10  # crops drawn until one has more than one class
 
 
 class DensePixels:
-    """A picture as the encoder reads it, at a size of its own: no crop.
+    """An image as the encoder reads it, at a size of its own: no crop.
 
     Args:
         config: an encoder's ``data_config``: mean, std and input_size (c, h, w).
-        short_side: pixels; 0 leaves the picture its size. The long side becomes at most four times
+        short_side: pixels; 0 leaves the image its size. The long side becomes at most four times
             as long, so that a strip of few pixels does not explode.
     """
 
@@ -37,8 +37,8 @@ class DensePixels:
         self.short_side = short_side
 
     def read(self, image: Image.Image | np.ndarray) -> Tensor:
-        """A picture, or bands (h, w, bands), in the encoder's channels: (c, h, w), uint8 of a
-        picture, float32 of bands."""
+        """An image, or bands (h, w, bands), in the encoder's channels: (c, h, w), uint8 of an
+        image, float32 of bands."""
         found = self.to_channels(image)
         return found if isinstance(found, Tensor) else F.pil_to_tensor(found)
 
@@ -53,21 +53,21 @@ class DensePixels:
         return F.normalize(F.to_dtype(image, torch.float32, scale=True), self.mean, self.std)
 
     def __call__(self, image: Image.Image | np.ndarray) -> Tensor:
-        """A picture, or bands (h, w, bands) -> float32 (c, h, w), normalised."""
+        """An image, or bands (h, w, bands) -> float32 (c, h, w), normalised."""
         pixels = self.read(image)
         size = self.resized((pixels.shape[1], pixels.shape[2]))
         return self.normalise(F.resize(pixels, size, antialias=True))
 
 
 class DenseCrop:
-    """An item with a picture and its mask -> a random crop of both, augmented.
+    """An item with an image and its mask -> a random crop of both, augmented.
 
     Resized, cropped (where smaller: padded with the mean, and `IGNORE`), mirrored, recoloured.
 
     Args:
         config, short_side: see `DensePixels`.
         crop: side of the crop, pixels.
-        scale: range of the factor by which the picture is resized, after ``short_side``.
+        scale: range of the factor by which the image is resized, after ``short_side``.
         max_share: a crop is drawn again, ten times at most, while one class fills more than this
             of its labelled pixels.
         hflip: probability of mirroring left and right.
@@ -116,21 +116,21 @@ class DenseCrop:
         size = self.pixels.resized(tuple(mask.shape), factor)
         image, mask = F.resize(image, size, antialias=True), F.resize(mask, size)
         for _ in range(ATTEMPTS):
-            picture, truth = self.crops[image.dtype](image, mask)
+            crop, truth = self.crops[image.dtype](image, mask)
             if _largest_share(truth) <= self.max_share:
                 break
-        picture, truth = self.flip(picture, truth)
-        if picture.dtype == torch.uint8:
-            picture = self.recolour(picture)
-        picture = self.pixels.normalise(picture)
-        return {"image": picture.as_subclass(Tensor), "mask": truth.as_subclass(Tensor).long()}
+        crop, truth = self.flip(crop, truth)
+        if crop.dtype == torch.uint8:
+            crop = self.recolour(crop)
+        crop = self.pixels.normalise(crop)
+        return {"image": crop.as_subclass(Tensor), "mask": truth.as_subclass(Tensor).long()}
 
 
 class LargeScaleJitter:
-    """An item with a picture and its boxes -> a square canvas with both, augmented.
+    """An item with an image and its boxes -> a square canvas with both, augmented.
 
     Mirrored, resized to ``scale`` times what fits the canvas, cropped where it is larger, and
-    otherwise laid into the upper left corner, the rest being the mean, as a picture is tested. With
+    otherwise laid into the upper left corner, the rest being the mean, as an image is tested. With
     masks an object's box is that of what is left of its mask. Objects of which less than a pixel is
     left are gone.
 
@@ -204,10 +204,10 @@ def fitted(size: Sequence[int], side: int, scale: float = 1.0) -> list[int]:
 
 
 def on_canvas(pixels: DensePixels, image: Image.Image, side: int) -> tuple[Tensor, list[int]]:
-    """A picture as a detector reads it: the longer side ``side``, in the upper left corner.
+    """An image as a detector reads it: the longer side ``side``, in the upper left corner.
 
     Returns: float32 (c, side, side), normalised, the rest being the mean; and the (height, width)
-        that the picture has in it.
+        that the image has in it.
     """
     size = fitted((image.height, image.width), side)
     resized = F.resize(pixels.read(image), size, antialias=True)

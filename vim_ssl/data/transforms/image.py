@@ -12,7 +12,7 @@ from timm.data.transforms import MaybeToTensor, str_to_interp_mode
 from torch import Tensor, nn
 from torchvision import transforms
 
-from vim_ssl.data.config import _config, band_places
+from vim_ssl.data.config import band_places, data_config_of
 from vim_ssl.data.images import clean_image
 from vim_ssl.data.transforms.clip import ClipTransform
 
@@ -22,10 +22,10 @@ Transform = Callable[[Any], Tensor]  # of a PIL image, an array (h, w, bands) or
 def create_transform(
     encoder_or_config: nn.Module | Mapping[str, Any], is_training: bool = False, **augment: Any
 ) -> Transform:
-    """The transform an encoder expects: a picture → float tensor (c, h, w), normalised.
+    """The transform an encoder expects: an image → float tensor (c, h, w), normalised.
 
     Any PIL image goes in: it is put upright, laid on white and converted to the encoder's grey or
-    colour first. So does an array of the encoder's bands; see `as_tensor`. Smaller pictures are
+    colour first. So does an array of the encoder's bands; see `as_tensor`. Smaller images are
     enlarged. Of an encoder of clips: a `Video` → (c, t, h, w), or several clips; see
     `ClipTransform`.
 
@@ -38,13 +38,13 @@ def create_transform(
             ``auto_augment="rand-m9-mstd0.5-inc1"`` or ``hflip=0``.
     Raises: ValueError for color_jitter of other than 1 or 3 channels.
     """
-    config = _config(encoder_or_config)
+    config = data_config_of(encoder_or_config)
     size = tuple(config["input_size"])
     if size[0] not in (1, 3):
         augment.setdefault("color_jitter", None)  # timm knows colours only
         if augment["color_jitter"]:
             raise ValueError(
-                f"color_jitter changes grey and colour pictures, not such of {size[0]} channels; "
+                f"color_jitter changes grey and colour images, not such of {size[0]} channels; "
                 "set it to 0."
             )
     keys = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
@@ -66,13 +66,13 @@ def pretrain_transform(
     hflip: float = 0.5,
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> Transform:
-    """MAE's augmentation: random resized crop and flip. A picture → float tensor (c, h, w).
+    """MAE's augmentation: random resized crop and flip. An image → float tensor (c, h, w).
 
     All randomness is drawn from torch's global generator, so seeding that fixes the sample.
 
     Args:
         encoder_or_config: see `create_transform`; crop_pct and crop_mode are not used.
-        crop_scale: range of the crop's share of the picture's area; (1, 1) means no random crop
+        crop_scale: range of the crop's share of the image's area; (1, 1) means no random crop
             but the shorter side resized and the centre taken.
         hflip: probability of mirroring left and right; 0 for digits and text.
         ratio: range of the crop's width / height.
@@ -83,7 +83,7 @@ def pretrain_transform(
         raise ValueError(f"crop_scale {crop_scale} is no range within 0 < low <= high <= 1.")
     if not 0 < ratio[0] <= ratio[1]:
         raise ValueError(f"ratio {ratio} is no range of positive numbers.")
-    config = _config(encoder_or_config)
+    config = data_config_of(encoder_or_config)
     flip = [transforms.RandomHorizontalFlip(hflip)] if hflip else []
     if crop_scale == (1, 1):
         whole = {**config, "crop_pct": 1, "crop_mode": "center"}
@@ -107,14 +107,14 @@ def pretrain_transform(
 
 
 def as_tensor(values: np.ndarray) -> Tensor:
-    """Bands (h, w, bands) → float32 (bands, h, w): uint8 as 0..1, as pictures are; every other
+    """Bands (h, w, bands) → float32 (bands, h, w): uint8 as 0..1, as images are; every other
     type in its own unit, which mean and std then are in, too. NaN stays."""
     scale = 255 if values.dtype == np.uint8 else 1
     return torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1), np.float32)) / scale
 
 
 class ToChannels:
-    """The first step: a picture in the encoder's channels.
+    """The first step: an image in the encoder's channels.
 
     A PIL image becomes 8-bit "RGB" or "L" (see `clean_image`); an array of bands a tensor in which
     what was not measured has the band's mean, and so is 0 once normalised.
@@ -144,7 +144,7 @@ class ToChannels:
 
     def _unlike(self, came: str) -> str:
         return (
-            f"The encoder takes {self.channels} channels ({', '.join(self.bands)}), the picture is "
+            f"The encoder takes {self.channels} channels ({', '.join(self.bands)}), the image is "
             f"{came}; choose bands with ?bands=, or load the encoder with in_chans= and "
             "data_config=vim_ssl.data.band_statistics(data)."
         )
@@ -154,7 +154,7 @@ class ToChannels:
 
 
 class TrimLongSide:
-    """Cut what a centre crop discards anyway off very long pictures, before they are enlarged.
+    """Cut what a centre crop discards anyway off very long images, before they are enlarged.
 
     A strip of 2 × 20,000 pixels resized to 224 on its shorter side would take 1.5 GB.
     """
@@ -174,7 +174,7 @@ class TrimLongSide:
 
 
 def as_seen(images: Tensor, config: Mapping[str, Any]) -> Tensor:
-    """Normalised pictures (b, c, h, w) as grey or colour within 0..1, to look at.
+    """Normalised images (b, c, h, w) as grey or colour within 0..1, to look at.
 
     Grey and colour as they came. Of other bands red, green and blue where the names say which they
     are, else the first three (of two the first), two deviations below the mean black and two above

@@ -40,9 +40,9 @@ class RCNN(nn.Module):
         convs: 3x3 convolutions in each box head and in the mask head.
         hidden: width of a box head's last layer.
         anchor: side of the finest level's anchors, pixels; each coarser level doubles it.
-        samples: proposals a picture on which the box heads are trained.
+        samples: proposals an image on which the box heads are trained.
         score: the least score of a detection.
-        most: detections a picture.
+        most: detections an image.
     References: Mask R-CNN, arXiv:1703.06870; Cascade R-CNN, arXiv:1712.00726. The sizes and norms
         are ViTDet's, arXiv:2203.16527. The proposals' boxes have torchvision's smooth L1 loss
         (beta 1/9) where ViTDet's have L1.
@@ -115,17 +115,17 @@ class RCNN(nn.Module):
         Args:
             images: (b, c, h, w), of which the size alone matters; sides are multiples of 64.
             maps: of `SimpleFeaturePyramid`.
-            targets: in training, one a picture: ``boxes`` (n, 4) float32, left, top, right, bottom
+            targets: in training, one an image: ``boxes`` (n, 4) float32, left, top, right, bottom
                 in pixels with a width and a height; ``labels`` (n,) int64 from 1 on; with a mask
                 head ``masks`` (n, h, w) uint8, 1 = object. n may be 0.
-        Returns: in evaluation one a picture: ``boxes``, ``labels``, ``scores`` (n,), falling, and
+        Returns: in evaluation one an image: ``boxes``, ``labels``, ``scores`` (n,), falling, and
             with a mask head ``masks`` (n, 1, 28, 28), how likely each place of the box is object;
             in training scalars by name, each an average.
         """
         # Boxes take the maps' type, and bfloat16 knows no pixel from its neighbour beyond 256.
         maps = OrderedDict((name, x.float()) for name, x in maps.items())
-        # All pictures have one size, padding included: torchvision guesses the levels' strides from
-        # the sizes of the first pictures that it sees.
+        # All images have one size, padding included: torchvision guesses the levels' strides from
+        # the sizes of the first images that it sees.
         shapes = [(images.shape[-2], images.shape[-1])] * len(images)
         boxes, losses = self.proposals(ImageList(images, shapes), maps, targets)
         found, more = self.regions(maps, boxes, shapes, targets)

@@ -12,7 +12,7 @@ from torchvision.ops import Conv2dNormActivation
 from vim_ssl.models.heads.pyramid import Norm
 
 # "batch" is the paper's, and learns fastest: it takes out what all pixels have in common. "layer"
-# knows no other picture and no other pixel, so a batch of one will do, and accumulation and several
+# knows no other image and no other pixel, so a batch of one will do, and accumulation and several
 # processes give what one large batch gives.
 NORMS: dict[str, Norm] = {"batch": nn.BatchNorm2d, "layer": LayerNorm2d}
 

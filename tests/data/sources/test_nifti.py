@@ -1,0 +1,230 @@
+"""NIfTI volumes as planes: turned upright, windowed, one volume on one side."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+
+nibabel = pytest.importorskip("nibabel", reason="needs pip install 'vim-ssl[medical]'")
+
+from vim_ssl.data import BadImage, labelled_parts, masked_parts, open_data  # noqa: E402
+
+VOLUME = np.arange(3 * 4 * 5, dtype=np.int16).reshape(3, 4, 5)  # right, anterior, superior
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    for name in ("XDG_CACHE_HOME", "LOCALAPPDATA", "VIM_SSL_CACHE"):
+        monkeypatch.setenv(name, str(tmp_path_factory.mktemp("cache")))
+
+
+def write(path, values=VOLUME, affine=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nibabel.save(nibabel.Nifti1Image(values, np.eye(4) if affine is None else affine), path)
+    return path
+
+
+def images(spec):
+    return [np.asarray(item["image"]) for item in open_data(spec)]
+
+
+@pytest.mark.parametrize("ending", ["nii", "nii.gz"])
+def test_planes(tmp_path, ending):
+    write(tmp_path / f"a.{ending}")
+    data = open_data(f"nifti:{tmp_path}?window=0,255")
+    assert len(data) == 5
+    assert data.ids[1] == f"a.{ending}/0001"
+    assert set(data.groups) == {f"a.{ending}"}
+    axial = np.asarray(data[1]["image"])
+    assert (axial.shape, data[1]["image"].mode) == ((4, 3), "L")
+    np.testing.assert_array_equal(axial, VOLUME[:, ::-1, 1].T)  # anterior is up
+    coronal = images(f"nifti:{tmp_path}?window=0,255&axis=1")
+    assert len(coronal) == 4
+    np.testing.assert_array_equal(coronal[2], VOLUME[:, 2, ::-1].T)  # superior is up
+    sagittal = images(f"nifti:{tmp_path}?window=0,255&axis=0")
+    np.testing.assert_array_equal(sagittal[2], VOLUME[2, :, ::-1].T)
+    again = pickle.loads(pickle.dumps(data))
+    np.testing.assert_array_equal(np.asarray(again[1]["image"]), axial)
+
+
+def test_stored_in_other_axes(tmp_path):
+    """Left, inferior, anterior in the file: the images are those of the canonical volume."""
+    affine = np.array([[-1, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0], [0, 0, 0, 1]], float)
+    write(tmp_path / "plain" / "a.nii")
+    write(tmp_path / "turned" / "a.nii", VOLUME[::-1, :, ::-1].transpose(0, 2, 1), affine)
+    for axis in "012":
+        one, other = (
+            images(f"nifti:{tmp_path / name}?window=0,255&axis={axis}")
+            for name in ("plain", "turned")
+        )
+        np.testing.assert_array_equal(one, other)
+
+
+def test_windows(tmp_path):
+    values = np.linspace(-1000, 1000, 1000).reshape(10, 10, 10).astype(np.float32)
+    values[0, 0, 0] = np.nan
+    write(tmp_path / "a.nii.gz", values)
+    default = np.stack(images(f"nifti:{tmp_path}"))
+    assert (default.min(), default.max()) == (0, 255)
+    narrow = np.stack(images(f"nifti:{tmp_path}?window=0,100"))
+    assert 0.4 < (narrow == 0).mean() < 0.55
+    share = np.stack(images(f"nifti:{tmp_path}?window=10%,90%"))
+    assert 0.09 < (share == 255).mean() < 0.12
+
+
+def test_a_series_in_time_gives_its_first_volume(tmp_path):
+    write(tmp_path / "a.nii", np.stack([VOLUME, VOLUME + 100], -1))
+    np.testing.assert_array_equal(images(f"nifti:{tmp_path}?window=0,255")[0], VOLUME[:, ::-1, 0].T)
+
+
+def test_labels_splits_and_globs(tmp_path):
+    for name in ("train/brain/a.nii", "train/liver/b.nii", "test/brain/c.nii", "test/liver/d.nii"):
+        write(tmp_path / name)
+    train, test = labelled_parts(f"nifti:{tmp_path}?label=folder", 0.5, 0)
+    assert (train.classes, train.labels, test.labels) == (
+        ["brain", "liver"], [0] * 5 + [1] * 5, [0] * 5 + [1] * 5,
+    )  # fmt: skip
+    assert not set(train.groups) & set(test.groups)
+    assert len(open_data(f"nifti:{tmp_path}/*/brain/*.nii", split="all")) == 10
+    assert len(open_data(f"nifti:{tmp_path}/test/brain/c.nii")) == 5
+
+
+def test_broken_files(tmp_path):
+    write(tmp_path / "good.nii")
+    (tmp_path / "bad.nii").write_bytes(b"no volume")
+    write(tmp_path / "cut.nii", np.zeros((4, 4, 4), np.int16))
+    content = (tmp_path / "cut.nii").read_bytes()
+    (tmp_path / "cut.nii").write_bytes(content[:-20])
+    data = open_data(f"nifti:{tmp_path}")
+    assert data.faults[0].startswith("bad.nii cannot be read")
+    assert len(data) == 9
+    with pytest.raises(BadImage, match=r"cut\.nii/0000: the volume cannot be read"):
+        data[0]
+    assert data[5]["image"].size == (3, 4)
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        ("?axis=3", "none of 0, 1 and 2"),
+        ("?label=organ", "label=folder"),
+        ("?label=folder", "1 images lie outside of any class folder"),
+    ],
+)
+def test_errors(tmp_path, query, message):
+    write(tmp_path / "a.nii")
+    with pytest.raises(ValueError, match=message):
+        open_data(f"nifti:{tmp_path}{query}")
+    with pytest.raises(FileNotFoundError, match="give a file, a folder or a glob"):
+        open_data(f"nifti:{tmp_path}/*.nrrd")
+
+
+# ------------------------------------------------------------------------- masks
+
+TURNED = np.array([[-2, 0, 0, 9], [0, 0, 3, 0], [0, -4, 0, 5], [0, 0, 0, 1]], float)
+ORGAN = (VOLUME % 3).astype(np.uint8)
+
+
+def pair(root, name="a", values=ORGAN, folders=("images", "masks"), affines=(TURNED, TURNED)):
+    """A volume and its mask; of both the values are given in the file's own axes."""
+    write(root / folders[0] / f"{name}.nii.gz", VOLUME, affines[0])
+    write(root / folders[1] / f"{name}.nii", values, affines[1])
+    return f"nifti:{root}"
+
+
+@pytest.mark.parametrize("folders", [("images", "labels"), ("imagesTr", "labelsTr")], ids=str)
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_mask_lies_on_its_plane(tmp_path, axis, folders):
+    """Bright is class 1 in the file, and so in every plane, whatever axes they are stored in."""
+    spec = pair(tmp_path, values=(VOLUME > 30).astype(np.float32), folders=folders)
+    data = pickle.loads(pickle.dumps(open_data(f"{spec}?window=30,31&axis={axis}")))
+    assert (data.classes, data.has_masks, data.labels) == (["0", "1"], True, None)
+    for item in data:
+        assert np.array_equal(np.asarray(item["image"]) == 255, item["mask"] == 1)
+    # The file's axes are left, inferior, anterior, of 2, 4 and 3 mm.
+    planes, *sides = {0: (3, 4.0, 3.0), 1: (5, 4.0, 2.0), 2: (4, 3.0, 2.0)}[axis]
+    across = {0: 2.0, 1: 3.0, 2: 4.0}[axis]
+    place = {"volume": "a.nii.gz", "plane": 1, "planes": planes, "spacing": (across, *sides)}
+    assert data[1]["meta"] == place
+    assert len(data) == planes
+    assert "mask" not in open_data(f"{spec}?label=none&axis={axis}")[0]
+
+
+def test_names_groups_and_class_names(tmp_path):
+    for patient in ("p1", "p2", "p3"):
+        for scan in ("early", "late"):
+            spec = pair(tmp_path, f"{patient}/{scan}")
+    pair(tmp_path, "p3/first_0000")
+    (tmp_path / "masks/p3/first_0000.nii").rename(tmp_path / "masks/p3/first.nii")
+    (tmp_path / "classes.txt").write_text("none\nliver\ntumour\nvessel\n")
+    train, test = masked_parts(f"{spec}?group=folder", 0.3, 0)
+    assert train.classes == ["none", "liver", "tumour", "vessel"]
+    assert not set(train.groups) & set(test.groups)
+    assert set(train.groups) | set(test.groups) == {"p1", "p2", "p3"}
+    train, test = masked_parts(spec, 0.3, 0)
+    assert not set(train.groups) & set(test.groups)
+    assert set(train.groups) | set(test.groups) >= {"p1/early.nii.gz", "p3/first_0000.nii.gz"}
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [{"2": "cancer", "0": "background", "1": "liver"}, {"background": 0, "liver": 1, "cancer": 2}],
+    ids=["Decathlon", "nnU-Net"],
+)
+def test_a_dataset_json_names_the_classes(tmp_path, labels):
+    spec = pair(tmp_path, folders=("imagesTr", "labelsTr"))
+    (tmp_path / "dataset.json").write_text(json.dumps({"name": "Liver", "labels": labels}))
+    assert open_data(spec).classes == ["background", "liver", "cancer"]
+    (tmp_path / "classes.txt").write_text("a\nb\nc\n")
+    assert open_data(spec).classes == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"labels": {"0": "a", "2": "b"}}', '{"labels": {"a": 0, "b": [1, 2]}}', '{"labels": 3}',
+        '{"labels": {"a": 0, "b": 1.5}}', '{"labels": {"a": 0, "b": true}}',
+        '{"labels": {"0": "a", "1": null}}', "{",
+    ],
+)  # fmt: skip
+def test_a_dataset_json_that_names_no_classes_is_told(tmp_path, content):
+    spec = pair(tmp_path)
+    (tmp_path / "dataset.json").write_text(content)
+    with pytest.raises(ValueError, match=r"or name them in a classes\.txt beside it"):
+        open_data(spec)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ({"background": 0, "liver": 1, "ignore": 2}, r"number 2 is \"ignore\".*are 255 here"),
+        ({"0": "background"}, "names 1 classes; expected 2 to 255"),
+        ({}, "names 0 classes"),
+        ({str(i): f"part {i}" for i in range(256)}, "names 256 classes"),
+    ],
+    ids=["ignore", "one", "none", "256"],
+)
+def test_classes_of_a_dataset_json_that_masks_cannot_have_are_told(tmp_path, labels, message):
+    spec = pair(tmp_path)
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": labels}))
+    with pytest.raises(ValueError, match=message):
+        open_data(spec)
+
+
+def test_masks_that_do_not_fit_are_named(tmp_path):
+    spec = pair(tmp_path, "good")
+    moved = TURNED + np.array([[0, 0, 0, 2], *[[0] * 4] * 3])
+    pair(tmp_path, "moved", affines=(TURNED, moved))
+    pair(tmp_path, "small", ORGAN[:, :2])
+    pair(tmp_path, "half", ORGAN + np.float32(0.5))
+    data = open_data(spec)
+    assert set(data.groups) == {"good.nii.gz", "half.nii.gz"}
+    told = " ".join(data.faults)
+    assert "moved.nii.gz cannot be read (ValueError: its mask lies elsewhere" in told
+    assert "small.nii.gz cannot be read (ValueError: its mask has (3, 5, 2) voxels" in told
+    with pytest.raises(BadImage, match=r"half.*it holds 1\.5; a mask's"):
+        data[data.groups.index("half.nii.gz")]
+    (tmp_path / "masks/good.nii").unlink()
+    with pytest.raises(FileNotFoundError, match=r"1 of 4 images .* have no mask .*: good\.nii\.gz"):
+        open_data(spec)

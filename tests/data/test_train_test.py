@@ -1,0 +1,151 @@
+"""A training and a test part of labelled images, whatever splits the source has."""
+
+import pytest
+from PIL import Image
+
+from vim_ssl.data import ImageData, labelled_parts, masked_parts, open_data
+from vim_ssl.data import open as sources
+
+
+def fill(root, *names) -> str:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (4, 4)).save(root / name)
+    return str(root)
+
+
+def classes(split: str) -> list[str]:
+    return [f"{split}{name}/{i}.png" for name in "ab" for i in range(5)]
+
+
+def test_a_share_is_held_out_of_a_source_without_splits(tmp_path):
+    train, test = labelled_parts(fill(tmp_path, *classes("")), test=0.2, seed=0)
+    assert (len(train), sorted(test.labels)) == (8, [0, 1])
+    assert not set(train.ids) & set(test.ids)
+
+
+@pytest.mark.parametrize("name", ["test", "val", "validation"])
+def test_the_sources_own_split_is_used(tmp_path, name):
+    spec = fill(tmp_path, *classes("train/"), *classes(f"{name}/"))
+    train, test = labelled_parts(spec, test=0.2, seed=0)
+    assert {i.split("/")[0] for i in train.ids} == {"train"}
+    assert {i.split("/")[0] for i in test.ids} == {name}
+
+
+def test_a_test_split_without_labels_is_passed_over(tmp_path):
+    spec = fill(tmp_path, *classes("train/"), *classes("val/"), "test/1.png", "test/2.png")
+    assert labelled_parts(spec, test=0.2, seed=0)[1].split == "val"
+
+
+def test_groups_stay_whole(tmp_path):
+    names = [f"{name}/p{i}/{k}.png" for name in "ab" for i in range(5) for k in range(3)]
+    spec = fill(tmp_path, *names) + "?label=folder&group=folder"
+    train, test = labelled_parts(spec, test=0.2, seed=0)
+    assert len(test) == 6
+    assert not set(train.groups) & set(test.groups)
+
+
+@pytest.mark.parametrize("group", ["patient", "room"])
+def test_a_group_on_both_sides_of_the_sources_own_split_is_told(tmp_path, caplog, group):
+    rows = [
+        ("train", "a", "p1", ""), ("train", "b", "p2", "r1"), ("test", "a", "p2", "r2"),
+        ("test", "b", "p3", ""),
+    ]  # fmt: skip
+    fill(tmp_path, *(f"{i}.png" for i in range(4)))
+    lines = [f"{i}.png,{','.join(row)}" for i, row in enumerate(rows)]
+    (tmp_path / "t.csv").write_text("\n".join(["path,split,label,patient,room", *lines]))
+    labelled_parts(f"csv:{tmp_path / 't.csv'}", test=0.2, seed=0)
+    assert not caplog.text
+    labelled_parts(f"csv:{tmp_path / 't.csv'}?group={group}", test=0.2, seed=0)
+    told = "1 groups are in both train and test, such as p2: what is found in them says little"
+    assert (told in caplog.text) == (group == "patient")
+
+
+def test_a_group_on_both_sides_is_told_of_images_with_masks(monkeypatch, caplog):
+    ids, groups = ["1", "2", "3"], {"train": ["p1", "p2", "p2"], "test": ["p2", "p3", "p1"]}
+
+    def opener(spec):
+        split = spec.split if spec.split in groups else "train"
+        names = [f"{split}/{name}" for name in ids]
+        return ImageData(
+            names, names, name="m", masks=object(), groups=groups[split], splits=["train", "test"],
+            split=split,
+        )  # fmt: skip
+
+    monkeypatch.setitem(sources._OPENERS, "masks", opener)
+    train, test = masked_parts("masks:m", test=0.2, seed=0)
+    assert (train.split, test.split) == ("train", "test")
+    assert "masks:m: 2 groups are in both train and test, such as p1" in caplog.text
+
+
+def test_a_class_that_is_never_tested_is_told(tmp_path, caplog):
+    names = [f"{name}/{name}{i}/{k}.png" for name in "ab" for i in range(5) for k in range(3)]
+    spec = fill(tmp_path, *names) + "?label=folder&group=folder"
+    labelled_parts(spec, test=0.2, seed=0)
+    assert not caplog.text
+    fill(tmp_path, "c/only/1.png", "c/only/2.png")
+    labelled_parts(spec, test=0.2, seed=0)
+    assert "1 of 3 classes, such as c, are not in the part that is held out" in caplog.text
+
+
+def test_images_without_labels_are_an_error(tmp_path):
+    with pytest.raises(ValueError, match="no labels of two classes"):
+        labelled_parts(fill(tmp_path, "1.png", "2.png"), test=0.2, seed=0)
+
+
+def test_images_with_several_labels_are_parted_too(monkeypatch):
+    rows = [[i % 2, int(i % 3 == 0)] for i in range(30)] + [[-1, -1]]
+    names = [str(i) for i in range(31)]
+    data = ImageData(names, names, name="rows", labels=rows)
+    monkeypatch.setitem(sources._OPENERS, "folder", lambda spec: data)
+    train, test = labelled_parts("anything", test=0.2, seed=0)
+    assert (len(train), len(test)) == (24, 6)
+    assert "30" not in train.ids + test.ids  # its labels are not known
+    assert train.multi_label
+    assert [rows[int(name)] for name in test.ids] == test.labels
+    data.labels[0] = [0, 0]
+    assert (
+        data.subset(range(31)).fingerprint
+        != ImageData(names, names, name="rows", labels=[[1, 1], *rows[1:]]).fingerprint
+    )
+
+
+# ------------------------------------------------------------------ several sources as one
+
+
+def test_specs_joined_by_a_plus_are_one_set_after_another(tmp_path):
+    for name, value in (("a", 10), ("b", 200)):
+        for i in range(3):
+            folder = tmp_path / name
+            folder.mkdir(exist_ok=True)
+            Image.new("RGB", (4, 4), (value + i,) * 3).save(folder / f"{i}.png")
+    both = open_data(f"{tmp_path}/a?limit=2 + {tmp_path}/b")
+    assert len(both) == 5
+    assert [both[i]["image"].getpixel((0, 0))[0] for i in range(5)] == [10, 11, 200, 201, 202]
+    assert len(set(both.ids)) == 5
+    assert "label" not in both[0]
+    assert open_data(f"{tmp_path}/a + {tmp_path}/a").fingerprint != both.fingerprint
+    weighted = open_data(f"{tmp_path}/a?limit=1 + 2 * {tmp_path}/b")
+    grey = [weighted[i]["image"].getpixel((0, 0))[0] for i in range(len(weighted))]
+    assert grey == [10, *(200, 201, 202) * 2]
+    assert len(set(weighted.ids)) == 7
+    assert weighted.name == f"folder:{tmp_path}/a?limit=1 + 2 * folder:{tmp_path}/b"
+
+
+def test_a_folder_with_a_plus_in_its_name_is_a_folder(tmp_path):
+    fill(tmp_path / "a + b", "0.png")
+    assert len(open_data(f"{tmp_path}/a + b")) == 1
+
+
+def test_one_source_is_trained_on_and_another_tested_on(tmp_path):
+    names = [f"{split}/{c}/{i}.png" for split in ("train", "test") for c in "ab" for i in range(3)]
+    here, there = fill(tmp_path / "here", *names), fill(tmp_path / "there", *names)
+    train, test = labelled_parts(here, 0.2, 0, there)
+    assert (train.split, test.split) == ("train", "test")
+    assert "here" in train.name
+    assert "there" in test.name
+    whole = fill(tmp_path / "whole", *(f"{c}/{i}.png" for c in "ab" for i in range(4)))
+    assert len(labelled_parts(here, 0.2, 0, whole)[1]) == 8
+    others = fill(tmp_path / "others", *(f"{c}/{i}.png" for c in "ac" for i in range(3)))
+    with pytest.raises(ValueError, match=r"classes a, b, .* a, c; test on data of the same"):
+        labelled_parts(here, 0.2, 0, others)

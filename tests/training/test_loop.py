@@ -1,0 +1,893 @@
+"""The trainer's promises: exact gradients, exact resume, whole checkpoints, a guard against NaN."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch._dynamo.utils import counters
+
+from vim_ssl import load_encoder
+from vim_ssl.data.images import BadImage
+from vim_ssl.data.loading.indexed import EpochBatches, SeededSamples, stable_hash, training_loader
+from vim_ssl.downstream import detection, finetune, segmentation, slide, video
+from vim_ssl.objectives.base import StepOutput
+from vim_ssl.recipes import clip_pretrain, mim_pretrain, supervised_pretrain
+from vim_ssl.training.accelerator import make_accelerator, make_average
+from vim_ssl.training.config import TrainConfig
+from vim_ssl.training.loop import fit
+from vim_ssl.training.monitor import bottleneck
+from vim_ssl.training.run import Run, read_metrics
+from vim_ssl.utils.config import save
+
+ROOT = Path(__file__).parents[2]
+SMALL = [
+    "--preset", "demo", "--epochs", "3", "--batch-size", "8", "--accumulation", "2",
+    "--warmup-epochs", "1", "--threads", "1", "--log-every", "1", "--eval-every", "100",
+    "--decoder-dim", "16",
+    "--model-args", "depth=2", "embed_dim=16", "drop_path_rate=0.3",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    """40 small images in two classes."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        values = rng.integers(0, 100, (28, 28), dtype=np.uint8)
+        values[:, : 14 if i % 2 else 28] += 100
+        path = folder / f"class{i % 2}" / f"{i:02}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(values).save(path)
+    return folder
+
+
+def losses(folder: Path) -> list[tuple[int, str]]:
+    return [(row["step"], repr(row["loss"])) for row in read_metrics(folder)]
+
+
+class Linear(torch.nn.Module):
+    """Least squares on the sample's own number; fails at a step of the test's choice."""
+
+    def __init__(self, fail_at: tuple[int, ...] = ()):
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 1)
+        self.fail_at, self.calls = fail_at, 0
+
+    def forward(self, batch):
+        error = (self.linear(batch["x"])[:, 0] - batch["y"]).square()
+        self.calls += 1
+        if self.calls in self.fail_at:
+            error = error * float("nan")
+        return StepOutput(error.sum(), len(error), {"mae": error.sqrt().sum()})
+
+
+class Numbers(torch.utils.data.Dataset):
+    def __init__(self, size: int, broken: tuple[int, ...] = ()):
+        self.size, self.broken = size, broken
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, index):
+        if index in self.broken:
+            raise BadImage(f"image {index}", "is broken")
+        return {"i": index}
+
+
+def noisy(item):
+    return {"x": torch.randn(4), "y": torch.tensor(float(item["i"]))}
+
+
+def train(tmp_path, objective, size=32, broken=(), transform=noisy, **settings):
+    settings = {
+        "epochs": 2, "batch_size": 4, "workers": 0, "threads": 1, "log_every": 1, "base_lr": 0.1,
+        "warmup_epochs": 0.0, "output": str(tmp_path), **settings,
+    }  # fmt: skip
+    config = TrainConfig(**settings)
+    accelerator = make_accelerator(config)
+    run = Run.open("test", config, accelerator)
+    samples = SeededSamples(Numbers(size, broken), transform, config.seed)
+    with contextlib.closing(run):
+        return fit(objective, samples, config, run, accelerator), run
+
+
+# ------------------------------------------------------------------ order and randomness
+
+
+def test_the_order_of_an_epoch_covers_the_data_once_and_differs_between_epochs():
+    batches = EpochBatches(20, 5, seed=3)
+    first = [i for batch in batches for _, i in batch]
+    batches.epoch = 1
+    second = [i for batch in batches for _, i in batch]
+    assert sorted(first) == sorted(second) == list(range(20))
+    assert first != second
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_processes_together_see_what_one_process_sees(world):
+    whole = [key for batch in EpochBatches(32, 8, seed=1) for key in batch]
+    parts = [list(EpochBatches(32, 8 // world, rank=r, world=world, seed=1)) for r in range(world)]
+    joined = [key for step in zip(*parts, strict=True) for part in step for key in part]
+    assert joined == whole
+
+
+@pytest.mark.parametrize("start", [0, 2, 4])
+def test_an_epoch_started_in_the_middle_is_the_rest_of_the_whole(start):
+    batches = EpochBatches(20, 4, seed=5)
+    whole = list(batches)
+    batches.start = start
+    assert list(batches) == whole[start:]
+    assert len(batches) == len(whole) - start
+
+
+def test_a_sample_does_not_depend_on_the_number_of_workers():
+    def all_samples(workers):
+        samples = SeededSamples(Numbers(12), noisy, seed=1)
+        loader = training_loader(samples, EpochBatches(12, 4), num_workers=workers)
+        return torch.cat([batch["x"] for batch in loader])
+
+    assert torch.equal(all_samples(0), all_samples(2))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_workers_go_on_after_a_signal_to_all_processes(number):
+    """The trainer has had it too, and is about to save."""
+    samples = SeededSamples(Numbers(40), noisy, seed=1)
+    batches = iter(training_loader(samples, EpochBatches(40, 4), num_workers=1))
+    next(batches)
+    (worker,) = psutil.Process().children()
+    worker.send_signal(number)
+    time.sleep(0.2)
+    assert len(list(batches)) == 9
+
+
+def test_a_process_that_fails_while_its_workers_wait_ends_with_its_error_alone():
+    script = f"""
+from {__name__} import *
+samples = SeededSamples(Numbers(40), noisy)
+batches = iter(training_loader(samples, EpochBatches(40, 4), num_workers=1))
+next(batches)
+raise KeyError("the only one")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("Traceback") == 1
+    assert done.stderr.endswith("'the only one'\n")
+
+
+def test_a_batch_larger_than_the_data_is_refused_with_a_size_that_fits():
+    with pytest.raises(ValueError, match="at most 5"):
+        EpochBatches(10, 8, world=2)
+
+
+def test_the_hash_is_the_same_on_every_machine():
+    assert stable_hash("order", 0, 1) == 1706904728
+
+
+# ------------------------------------------------------------------ the loop
+
+
+def test_accumulation_gives_the_large_batch_gradient(tmp_path):
+    torch.manual_seed(0)
+    large, small = Linear(), Linear()
+    small.load_state_dict(large.state_dict())
+    train(tmp_path / "a", large, batch_size=8, accumulation=1, max_steps=3)
+    train(tmp_path / "b", small, batch_size=2, accumulation=4, max_steps=3)
+    torch.testing.assert_close(large.linear.weight, small.linear.weight)
+
+
+def test_the_last_short_accumulation_of_an_epoch_is_weighted_by_its_own_size(tmp_path):
+    """12 samples as 3 micro-batches, 2 a step: the second step averages over 4 samples, not 8."""
+    objective = Linear()
+    train(tmp_path, objective, size=12, batch_size=4, accumulation=2, epochs=1, clip_grad=None)
+    rows = read_metrics(tmp_path)
+    assert [row["samples"] for row in rows] == [8, 12]
+    # with a halved gradient the norm of the second step would lie far below
+    assert rows[1]["grad_norm"] > 0.6 * rows[0]["grad_norm"]
+
+
+class Residual(torch.nn.Module):
+    """Least squares with an encoder that can recompute itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = load_encoder("vim_nano_patch4_28", depth=1, embed_dim=16)
+        self.head = torch.nn.Linear(16, 1)
+
+    def forward(self, batch):
+        error = (self.head(self.encoder(batch["image"]))[:, 0] - batch["y"]).square()
+        return StepOutput(error.sum(), len(error))
+
+
+def drawn(item):
+    return {"image": torch.randn(1, 28, 28), "y": torch.tensor(item["i"] / 32)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["compile", "grad_checkpointing"])
+def test_compiled_or_recomputed_a_run_is_the_same_and_its_checkpoint_fits_any(tmp_path, way):
+    before = counters["frames"]["ok"]
+    for name, parts in (
+        ("plain", [{}]),
+        ("way", [{way: True, "max_steps": 3}, {way: True, "resume": "auto"}]),
+    ):
+        for settings in parts:
+            torch.manual_seed(0)
+            objective = Residual()
+            train(tmp_path / name, objective, transform=drawn, epochs=1, **settings)
+    assert objective.encoder.grad_checkpointing == (way == "grad_checkpointing")
+    assert (counters["frames"]["ok"] > before) == (way == "compile")
+    plain, other = ([row["loss"] for row in read_metrics(tmp_path / n)] for n in ("plain", "way"))
+    assert len(other) == 8
+    np.testing.assert_allclose(other, plain, rtol=1e-4)
+    train(tmp_path / "way", Residual(), transform=drawn, epochs=2, resume="auto")  # without it
+    assert read_metrics(tmp_path / "way")[-1]["step"] == 16
+
+
+def test_an_average_is_refused_where_the_encoder_is_in_shards(monkeypatch):
+    from accelerate import Accelerator
+
+    monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: "FSDP"))
+    with pytest.raises(ValueError, match="--ema 0, or DDP"):
+        make_accelerator(TrainConfig(ema=0.99))
+
+
+def test_processes_wait_for_a_long_evaluation():
+    handler = make_accelerator(TrainConfig()).init_handler
+    assert handler.timeout.total_seconds() >= 3600
+
+
+def test_a_rate_that_would_rise_to_its_end_is_told(tmp_path):
+    with pytest.warns(
+        UserWarning, match=r"the learning rate, 1e-05 for a batch of 4, is below min"
+    ):
+        train(tmp_path, Linear(), epochs=1, base_lr=1e-5, lr_reference_batch=4, min_lr=1e-4)
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(0.5, 4), (1.26, 10), (2, 16), (0.001, 1)])
+def test_a_run_may_end_within_an_epoch_with_its_schedule(tmp_path, epochs, steps):
+    train(tmp_path, Linear(), epochs=epochs)
+    rows = read_metrics(tmp_path)
+    assert rows[-1]["step"] == steps
+    assert rows[-1]["lr"] <= rows[0]["lr"] * (np.pi / steps) ** 2  # the cosine's foot
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path):
+    objective = Linear(fail_at=(3,))
+    before = None
+
+    def remember(module, args):
+        nonlocal before
+        if module.calls in (2, 3):  # weights as the failing step and the one after it see them
+            now = module.linear.weight.detach().clone()
+            if module.calls == 3:
+                assert torch.equal(now, before)
+            before = now
+
+    objective.register_forward_pre_hook(remember)
+    train(tmp_path, objective)
+    assert [row["bad_steps"] for row in read_metrics(tmp_path)][:4] == [0, 0, 1, 1]
+    assert torch.isfinite(objective.linear.weight).all()
+
+
+def test_a_step_in_which_nothing_counts_is_no_bad_step(tmp_path):
+    """As when no pixel of a batch is labelled."""
+
+    class Empty(Linear):
+        def forward(self, batch):
+            out = super().forward(batch)
+            return StepOutput(out.loss_sum * 0, 0.0) if self.calls == 2 else out
+
+    objective = Empty()
+    figures, run = train(tmp_path, objective, size=16)
+    rows = read_metrics(run.folder)
+    assert rows[1]["loss"] == rows[1]["grad_norm"] == rows[-1]["bad_steps"] == 0
+    assert figures["loss"] > 0
+    assert torch.isfinite(objective.linear.weight).all()
+
+
+def test_too_many_bad_steps_in_a_row_end_the_run_and_keep_the_checkpoint(tmp_path):
+    objective = Linear(fail_at=(5, 6, 7))
+    with pytest.raises(FloatingPointError, match=r"3 steps in a row.*resume auto"):
+        train(tmp_path, objective, max_bad_steps=3, save_steps=4)
+    assert [p.name for p in Run(tmp_path).checkpoints()] == ["step-4"]
+
+
+def test_broken_images_are_replaced_named_and_counted(tmp_path, capsys):
+    _, run = train(tmp_path, Linear(), broken=(3, 7))
+    assert run.skipped == {"image 3: is broken", "image 7: is broken"}
+    assert "image 3" in capsys.readouterr().out
+    assert read_metrics(tmp_path)[-1]["skipped"] == 2
+
+
+def test_old_checkpoints_go_and_leftovers_of_a_kill_are_not_taken_for_whole(tmp_path):
+    train(tmp_path, Linear(), save_steps=2, keep_checkpoints=2)
+    run = Run(tmp_path)
+    assert [p.name for p in run.checkpoints()] == ["step-14", "step-16"]
+    (tmp_path / "checkpoints" / "partial-99").mkdir()
+    assert run.checkpoints()[-1].name == "step-16"
+
+
+def test_a_run_is_not_overwritten(tmp_path):
+    train(tmp_path, Linear())
+    with pytest.raises(FileExistsError, match="--resume auto"):
+        train(tmp_path, Linear())
+
+
+@pytest.mark.parametrize("resume", ["never", "auto"])
+def test_a_second_process_is_kept_out_of_a_folder_while_a_run_trains_there(tmp_path, resume):
+    """Tried from the middle of a step; what the first run then writes is what it writes alone."""
+    second = """
+import sys
+from vim_ssl.training.run import Run
+from vim_ssl.training.loop import TrainConfig, make_accelerator
+config = TrainConfig(epochs=2, batch_size=4, warmup_epochs=0.0, base_lr=0.1, output=sys.argv[1],
+                     resume=sys.argv[2], workers=0, threads=1, log_every=1)
+Run.open("test", config, make_accelerator(config))
+"""
+    objective, refused = Linear(), []
+
+    def meanwhile(module, args):
+        if module.calls == 6:
+            command = [sys.executable, "-c", second, str(tmp_path / "run"), resume]
+            refused.append(subprocess.run(command, capture_output=True, text=True))
+
+    torch.manual_seed(0)
+    train(tmp_path / "alone", Linear(), save_steps=8)
+    torch.manual_seed(0)
+    objective.load_state_dict(Linear().state_dict())
+    objective.register_forward_pre_hook(meanwhile)
+    train(tmp_path / "run", objective, save_steps=8)
+    (done,) = refused
+    assert "another process is training in" in done.stderr
+    assert losses(tmp_path / "run") == losses(tmp_path / "alone")
+    train(tmp_path / "run", Linear(), resume="auto")  # free again
+
+
+def test_a_folder_of_another_program_is_left_alone(tmp_path):
+    (tmp_path / "config.json").write_text('{"architectures": ["BertModel"]}')
+    with pytest.raises(FileExistsError, match="no run"):
+        train(tmp_path, Linear())
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_run_that_is_refused_lets_go_of_its_folder(tmp_path):
+    train(tmp_path, Linear(), max_steps=4)
+    try:
+        train(tmp_path, Linear(), size=40, resume="auto")
+    except ValueError as error:
+        kept = error  # as a notebook keeps it
+    train(tmp_path, Linear(), resume="auto")
+    assert "epochs have" in str(kept)
+
+
+def test_a_tracker_that_fails_is_left_out_and_training_goes_on(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("tensorboard")
+    from accelerate.tracking import TensorBoardTracker
+
+    def fail(*args, **more):
+        raise ConnectionError("out of reach")
+
+    monkeypatch.setattr(TensorBoardTracker, "log", fail)
+    train(tmp_path, Linear())
+    assert capsys.readouterr().out.count("tensorboard failed and is left out: out of reach") == 1
+    assert read_metrics(tmp_path)[-1]["step"] == 16
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"workers": -1}, {"max_steps": -1}, {"clip_grad": -1.0}, {"base_lr": float("nan")},
+     {"weight_decay": -0.1}, {"betas": (1.5, 0.9)}, {"layer_decay": 0.0}, {"epochs": 0}],
+    ids=str,
+)  # fmt: skip
+def test_values_out_of_range_are_refused_by_name(setting):
+    with pytest.raises(ValueError, match=next(iter(setting))):
+        TrainConfig(**setting)
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path):
+    train(tmp_path, Linear())
+    before = losses(tmp_path)
+    train(tmp_path, Linear(), resume="auto")
+    assert losses(tmp_path) == before
+
+
+def test_launcher_processes_that_do_not_see_each_other_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
+    with pytest.raises((RuntimeError, ValueError)):
+        make_accelerator(TrainConfig())
+
+
+def test_the_learning_rate_follows_from_the_effective_batch(tmp_path, capsys):
+    train(tmp_path, Linear(), batch_size=4, accumulation=2, base_lr=0.256)
+    assert "= 8 · lr 0.256 x 8/256 = 0.008" in capsys.readouterr().out
+    assert max(row["lr"] for row in read_metrics(tmp_path)) == pytest.approx(0.008)
+
+
+# ------------------------------------------------------------------ exact resume, real recipe
+
+
+def pretrain(folder: Path, images: Path, *more: str) -> None:
+    mim_pretrain.main([*SMALL, "--data", str(images), "--output", str(folder), *more])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stop", "objective"),
+    [(1, "mae"), (3, "simmim"), (4, "distill")],
+    ids=lambda v: f"stop-at-{v}" if isinstance(v, int) else v,
+)
+def test_resume_is_bit_identical(tmp_path, images, stop, objective):
+    """40 samples, 5 micro-batches, 3 steps an epoch: the stops fall inside and between epochs.
+    The average that teaches in `distill` is a part of the state."""
+    what = ("--objective", objective)
+    pretrain(tmp_path / "whole", images, *what, "--workers", "0")
+    pretrain(tmp_path / "parts", images, *what, "--workers", "2", "--max-steps", str(stop))
+    pretrain(tmp_path / "parts", images, *what, "--workers", "1", "--resume", "auto")
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert len(losses(tmp_path / "whole")) == 9
+
+
+@pytest.mark.slow
+def test_the_average_lags_behind_the_weights_and_goes_on_after_a_stop(tmp_path, images):
+    for name, *parts in (("whole", ()), ("parts", ("--max-steps", "4"), ("--resume", "auto"))):
+        for part in parts:
+            pretrain(tmp_path / name, images, "--ema", "0.99", "--workers", "0", *part)
+    whole, parts = (load_file(tmp_path / n / "encoder_ema.safetensors") for n in ("whole", "parts"))
+    weights = load_file(tmp_path / "whole" / "encoder.safetensors")
+    for key, value in whole.items():
+        assert torch.equal(value, parts[key]), key
+    assert not torch.equal(whole["norm_f.weight"], weights["norm_f.weight"])
+    loaded = load_encoder(tmp_path / "whole").state_dict()
+    assert torch.equal(loaded["norm_f.weight"], whole["norm_f.weight"])  # what is loaded by default
+
+
+def test_the_average_is_the_mean_that_its_decay_asks_for(tmp_path):
+    """Its decay at step s is 1 - s^(-2/3), at most the one given; a step that was not finite is
+    none."""
+    objective, seen = Linear(fail_at=(4,)), []
+    objective.encoder = objective.linear
+    config = TrainConfig(
+        epochs=1, batch_size=4, workers=0, threads=1, warmup_epochs=0.0, base_lr=1.0,
+        output=str(tmp_path), ema=0.5,
+    )  # fmt: skip
+    average = make_average(objective.encoder, config)
+    start = objective.linear.weight.detach().clone()
+
+    def remember(module, args):
+        seen.append(module.linear.weight.detach().clone())
+
+    objective.register_forward_pre_hook(remember)
+    accelerator = make_accelerator(config)
+    samples = SeededSamples(Numbers(32), noisy, 0)
+    fit(objective, samples, config, Run.open("test", config, accelerator), accelerator,
+        average=average)  # fmt: skip
+    expected = start
+    for step, weight in enumerate([*seen[1:8], objective.linear.weight.detach()], start=1):
+        if step == 4:
+            continue
+        decay = min(0.5, 1 - step ** (-2 / 3)) if step > 1 else 0.0
+        expected = decay * expected + (1 - decay) * weight
+    torch.testing.assert_close(average.module.weight, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "says"),
+    [("tensorbord", ValueError, "Did you mean 'tensorboard'"), ("clearml", ImportError, "clearml")],
+)
+def test_a_tracker_that_cannot_run_is_refused_before_training(tmp_path, name, error, says):
+    with pytest.raises(error, match=says):
+        train(tmp_path / "run", Linear(), trackers=(name,))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("names", "wanted"), [(("auto",), True), (("none",), False)])
+def test_figures_go_to_tensorboard_where_it_is_installed(tmp_path, names, wanted):
+    pytest.importorskip("tensorboard")
+    _, run = train(tmp_path, Linear(), trackers=names)
+    run.close()
+    assert bool(list(tmp_path.glob("trackers/events*"))) == wanted
+
+
+def launch(processes: int, folder: Path, images: Path, *more: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch",
+               "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no",
+               "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
+    if processes > 1:
+        command.append("--multi_gpu")
+    command += [str(ROOT / "recipes" / "mim_pretrain.py"), *SMALL, "--data", str(images),
+                "--output", str(folder), *more]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
+    for _ in range(1200):
+        log = folder / "metrics.jsonl"
+        if log.exists() and len(log.read_text().splitlines()) >= step:
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    raise AssertionError("the run did not get going")
+
+
+def finish(process: subprocess.Popen) -> None:
+    output, _ = process.communicate(timeout=180)
+    assert process.returncode == 0, output
+
+
+LONG = ("--epochs", "30", "--save-steps", "5", "--workers", "1")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, images) -> list[tuple[int, str]]:
+    """The losses of 90 steps in one go, launched as the runs that are compared with them."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    finish(launch(1, folder, images, *LONG))
+    return losses(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM], ids=["kill-9", "sigterm"])
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path, images, whole, kill):
+    process = launch(1, tmp_path / "killed", images, *LONG)
+    wait_for_step(tmp_path / "killed", 12, process)
+    child = int(subprocess.check_output(["pgrep", "-P", str(process.pid)], text=True).split()[0])
+    os.kill(child, kill)
+    output, _ = process.communicate(timeout=60)
+    if kill == signal.SIGTERM:
+        assert process.returncode == 0, output
+        assert "go on with --resume auto" in output
+        assert "of the time waiting for data" in output
+    else:
+        assert process.returncode != 0
+    finish(launch(1, tmp_path / "killed", images, *LONG, "--resume", "auto"))
+    resumed = losses(tmp_path / "killed")
+    if resumed != whole:  # is that the resuming, or does no run repeat another here?
+        finish(launch(1, tmp_path / "again", images, *LONG))
+        if losses(tmp_path / "again") != whole:
+            loss, expected = ([float(value) for _, value in rows] for rows in (resumed, whole))
+            np.testing.assert_allclose(loss, expected, rtol=1e-5)
+            pytest.skip("two whole runs differ in the last bit on this machine: nothing to compare")
+    assert resumed == whole
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_and_a_sigterm_to_one_of_them_loses_nothing(tmp_path, images):
+    """Both stop at the same step and save; the rest is what it would have been."""
+    shared = ("--epochs", "8", "--workers", "0", "--model-args", "depth=2", "embed_dim=16")
+    one, two = (*shared, "--batch-size", "8"), (*shared, "--batch-size", "4")
+    pretrain(tmp_path / "one", images, *one)
+    finish(launch(2, tmp_path / "two", images, *two))
+    a, b = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
+    assert [r["step"] for r in a] == [r["step"] for r in b] == list(range(1, 25))
+    # Rounding grows from step to step.
+    np.testing.assert_allclose([r["loss"] for r in a[:9]], [r["loss"] for r in b[:9]], rtol=1e-5)
+
+    process = launch(2, tmp_path / "parts", images, *two)
+    while len(ranks := psutil.Process(process.pid).children()) < 2:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    wait_for_step(tmp_path / "parts", 2, process)
+    ranks[1].send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert "go on with --resume auto" in output
+    stopped = len(losses(tmp_path / "parts"))
+    assert [p.name for p in Run(tmp_path / "parts").checkpoints()] == [f"step-{stopped}"]
+    assert 2 <= stopped < 24
+    finish(launch(2, tmp_path / "parts", images, *two, "--resume", "auto"))
+    assert losses(tmp_path / "parts") == losses(tmp_path / "two")
+
+
+def test_the_run_directory_holds_what_it_promises(tmp_path, images):
+    pretrain(tmp_path / "run", images, "--warmup-epochs", "0", "--epochs", "1", "--workers", "0")
+    names = {p.name for p in (tmp_path / "run").iterdir()}
+    assert {"config.json", "metrics.jsonl", "checkpoints", "images", "report.html",
+            "encoder.safetensors", "encoder.json"} <= names  # fmt: skip
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    fields = {f.name for f in dataclasses.fields(mim_pretrain.Config)}
+    assert fields <= set(config)
+
+
+# ------------------------------------------------------------------ streams
+
+
+@pytest.fixture
+def shards(tmp_path, images, monkeypatch) -> str:
+    """The images in four tars, one of them cut off, one image broken."""
+    monkeypatch.setenv("VIM_SSL_CACHE", str(tmp_path / "cache"))
+    files = sorted(images.glob("*/*.png"), key=lambda path: path.name)
+    for number in range(4):
+        with tarfile.open(tmp_path / f"shard-{number}.tar", "w") as tar:
+            for path in files[10 * number : 10 * number + 10]:
+                tar.add(path, path.name)
+            if number == 1:
+                (tmp_path / "broken.png").write_bytes(b"broken")
+                tar.add(tmp_path / "broken.png", "broken.png")
+    cut = tmp_path / "shard-2.tar"
+    cut.write_bytes(cut.read_bytes()[:-10_000])
+    return f"wds:{tmp_path}/shard-{{0..3}}.tar"
+
+
+def stream_run(folder: Path, shards: str, *more: str) -> None:
+    pretrain(folder, shards, "--batch-size", "3", *more)
+
+
+def test_a_stream_is_trained_on_and_resumed_bit_for_bit(tmp_path, shards, capsys):
+    """Two slots of 20 images or so: 12 micro-batches, 6 steps an epoch."""
+    stream_run(tmp_path / "whole", shards, "--workers", "2", "--epochs", "2")
+    output = capsys.readouterr().out
+    rows = read_metrics(tmp_path / "whole")
+    assert "left out of each epoch" in output
+    assert "shard-2.tar is damaged after" in output
+    assert rows[-1]["skipped"] == 2  # the tar and, sooner or later, the broken image
+    parts = tmp_path / "parts"
+    stream_run(parts, shards, "--workers", "2", "--epochs", "2", "--max-steps", "4")
+    with pytest.raises(ValueError, match=r"read by 1 process\(es\) x 2 worker\(s\)"):
+        stream_run(parts, shards, "--workers", "1", "--epochs", "2", "--resume", "auto")
+    stream_run(parts, shards, "--workers", "2", "--epochs", "2", "--resume", "auto")
+    assert losses(parts) == losses(tmp_path / "whole")
+    assert len(rows) == 12
+
+
+def test_more_readers_than_shards_are_refused_before_the_first_step(tmp_path, shards):
+    one = shards.replace("{0..3}", "3")
+    with pytest.raises(ValueError, match=r"1 shard\(s\) cannot feed 2 readers"):
+        stream_run(tmp_path / "run", one, "--workers", "2")
+
+
+@pytest.mark.slow
+def test_two_processes_stream_and_resume_exactly(tmp_path, shards):
+    two = ("--batch-size", "2", "--workers", "2")
+    finish(launch(2, tmp_path / "whole", shards, *two))
+    finish(launch(2, tmp_path / "parts", shards, *two, "--max-steps", "5"))
+    finish(launch(2, tmp_path / "parts", shards, *two, "--resume", "auto"))
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+# ------------------------------------------------------------------ warm-up
+
+TRAINING = [mim_pretrain, clip_pretrain, supervised_pretrain, detection, finetune, segmentation,
+            slide, video]  # fmt: skip
+
+
+@pytest.fixture
+def settings(monkeypatch):
+    """A script and its arguments -> the configuration that it would run."""
+
+    def parsed(script, *argv: str):
+        seen: list = []
+        monkeypatch.setattr(script, "run", seen.append)
+        script.main(argv)
+        return seen[0]
+
+    return parsed
+
+
+@pytest.mark.parametrize("script", TRAINING, ids=lambda script: script.__name__.rpartition(".")[2])
+def test_a_run_made_shorter_keeps_its_share_of_warm_up(settings, script, capsys):
+    usual = settings(script)
+    short = settings(script, "--epochs", str(usual.epochs / 100))
+    assert short.warmup_epochs == pytest.approx(usual.warmup_epochs / 100)
+    assert 0 < short.warmup_epochs < short.epochs
+    longer = settings(script, "--epochs", str(2 * usual.epochs))
+    assert longer.warmup_epochs == usual.warmup_epochs
+    own = settings(script, "--epochs", "1", "--warmup-epochs", "0.9")
+    assert own.warmup_epochs == 0.9
+    with pytest.raises(SystemExit) as left:
+        settings(script, "--epochs", "1", "--warmup-epochs", "2")
+    assert left.value.code == 2
+    said = capsys.readouterr().err
+    assert "warmup_epochs 2 does not fit into 1 epochs; try --warmup-epochs 0.05." in said
+    assert said.count("\n") == 1
+
+
+def test_a_run_taken_up_keeps_the_warm_up_it_was_started_with(settings, tmp_path):
+    started = settings(mim_pretrain, "--output", str(tmp_path), "--epochs", "1")
+    save(started, tmp_path / "config.json")
+    for epochs in ("0.5", "1", "9"):
+        again = settings(
+            mim_pretrain, "--output", str(tmp_path), "--resume", "auto", "--epochs", epochs
+        )
+        assert again.warmup_epochs == started.warmup_epochs == 0.25
+
+
+# ------------------------------------------------------------------ what a run says
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_a_run_of_one_step_tells_its_steps_and_makes_no_noise(tmp_path, capsys, caplog, schedule):
+    train(tmp_path, Linear(), size=4, epochs=1, schedule=schedule)
+    assert "1 steps of 1 an epoch, 0 of them warm-up" in capsys.readouterr().out
+    assert not caplog.records
+
+
+def test_the_first_step_tells_no_pace(tmp_path, capsys):
+    train(tmp_path, Linear(), size=4, epochs=1)
+    output, bar = capsys.readouterr()
+    assert "images/s" not in output
+    assert "loss" in bar
+    assert "img/s" not in bar
+
+
+def test_a_run_says_at_its_end_whether_the_data_set_the_pace(tmp_path, capsys):
+    train(tmp_path, Linear())
+    output = capsys.readouterr().out
+    assert "images/s" in output
+    assert "of the time waiting for data" in output
+    assert all(0 <= row["data_wait"] <= 1 for row in read_metrics(tmp_path))
+
+
+def test_the_advice_follows_from_the_time_spent_waiting():
+    assert "50 images/s, 60 %" in bottleneck(500, 10, 6, workers=0)
+    assert bottleneck(2, 10, 6, workers=0).startswith("0.2 images/s")
+    assert "the data set the pace; more --workers than 0" in bottleneck(500, 10, 6, workers=0)
+    assert "the data hold the model up; more" in bottleneck(500, 10, 2, workers=0)
+    assert "a worker on every core" in bottleneck(500, 10, 6, workers=10_000)
+    assert "the model sets the pace" in bottleneck(500, 10, 0.5, workers=0)
+
+
+# ------------------------------------------------------------------ disks that take no more
+
+
+@pytest.mark.parametrize("place", ["a-file", "below-a-file", "read-only"])
+def test_a_place_that_cannot_be_written_is_told_before_training(tmp_path, place):
+    objective = Linear()
+    (tmp_path / "file").touch()
+    output = {"a-file": "file", "below-a-file": "file/run", "read-only": "closed/run"}[place]
+    (tmp_path / "closed").mkdir(mode=0o555)
+    if place == "read-only" and os.access(tmp_path / "closed", os.W_OK):
+        pytest.skip("this user may write everywhere")
+    with pytest.raises(OSError, match=r"cannot be written: .* Choose another --output") as caught:
+        train(tmp_path / output, objective)
+    assert "\n" not in str(caught.value)
+    assert objective.calls == 0
+
+
+def test_a_run_whose_folder_of_checkpoints_is_closed_is_told_before_training(tmp_path):
+    train(tmp_path, Linear(), max_steps=4)
+    (tmp_path / "checkpoints").chmod(0o555)
+    try:
+        if os.access(tmp_path / "checkpoints", os.W_OK):
+            pytest.skip("this user may write everywhere")
+        with pytest.raises(OSError, match=r"checkpoints.* cannot be written"):
+            train(tmp_path, Linear(), resume="auto")
+    finally:
+        (tmp_path / "checkpoints").chmod(0o755)
+
+
+def test_a_folder_in_which_a_run_did_not_get_to_its_settings_is_free(tmp_path):
+    """As where the disk was full at the start."""
+    for name in ("checkpoints", "images"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".lock").touch()
+    train(tmp_path, Linear(), max_steps=1)
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1]
+
+
+# A process whose files may not grow beyond the size given once the first checkpoint is whole: the
+# system refuses what it writes, as a full disk would.
+FULL = """
+import resource, sys
+from pathlib import Path
+from vim_ssl.cli import guarded
+from vim_ssl.recipes import mim_pretrain
+from vim_ssl.training.run import Run
+
+save, file = Run.save, sys.argv.pop(1)
+
+def until_full(run, *args, **more):
+    if found := run.checkpoints():
+        limit = (found[-1] / file).stat().st_size - 1000
+        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    save(run, *args, **more)
+
+Run.save = until_full
+sys.exit(guarded(mim_pretrain.main))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of Unix")
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.bin"])
+def test_a_checkpoint_that_the_disk_does_not_take_leaves_the_one_before(tmp_path, images, file):
+    run, more = tmp_path / "run", ("--workers", "0", "--save-steps", "2")
+    command = [*SMALL, "--data", str(images), "--output", str(run), *more]
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, file, *command], capture_output=True, text=True
+    )
+    assert done.returncode == 2, done.stderr
+    *_, said = done.stderr.splitlines()  # the progress bar comes before
+    assert "the checkpoint of step 4 cannot be written in" in said
+    assert "Traceback" not in done.stderr
+    assert said.endswith(f"go on from step-2: --output {run} --resume auto.")
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-2"]
+    assert mim_pretrain.main(["--output", str(run), "--resume", "auto"]) == 0
+    pretrain(tmp_path / "whole", images, *more)
+    resumed, whole = read_metrics(run), read_metrics(tmp_path / "whole")
+    assert [row["step"] for row in resumed] == list(range(1, 10))
+    # Bit for bit is another test's matter: the first steps were taken by another process.
+    for key in ("loss", "lr"):
+        ours, theirs = ([row[key] for row in rows] for rows in (resumed, whole))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_images_that_are_all_broken_are_told_in_one_line(tmp_path, workers):
+    for i in range(30):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / f"{i:02}.png").write_bytes(b"broken")
+    command = [
+        sys.executable, str(ROOT / "recipes" / "mim_pretrain.py"), *SMALL, "--workers", workers,
+        "--data", str(tmp_path / "data"), "--output", str(tmp_path / "run"),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "none could be read" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+LOADED = """
+import multiprocessing, os, sys
+import torch
+from vim_ssl.data.loading.indexed import SeededSamples, training_loader
+
+def one(item):
+    return item
+
+def start():
+    samples = SeededSamples([{"image": torch.zeros(1)}] * 64, one)
+    batches = samples.batches(1, rank=0, world=1, workers=1)
+    return iter(training_loader(samples, batches, num_workers=1))
+
+def fail():
+    loaded = start()
+    next(loaded)
+    raise RuntimeError("boom")
+
+child = multiprocessing.get_context("fork").Process(target=fail)
+child.start()
+child.join(60)
+if child.is_alive():
+    with open(f"/proc/{child.pid}/task/{child.pid}/children") as file:
+        [os.kill(int(pid), 9) for pid in file.read().split()]
+    sys.exit("the child hangs")
+loaded = start()
+if (pid := os.fork()) == 0:
+    sys.exit()
+os.waitpid(pid, 0)
+print(len(list(loaded)), "batches")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for a hung process's workers in /proc")
+def test_workers_end_with_the_process_that_started_them_and_no_other():
+    done = subprocess.run([sys.executable, "-c", LOADED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "boom" in done.stderr
+    assert done.stdout == "64 batches\n"
