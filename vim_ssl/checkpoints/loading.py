@@ -201,7 +201,7 @@ def _check_arguments(
     for name in model_args:
         if name not in DEFAULTS:
             near = difflib.get_close_matches(name, [*DEFAULTS, *own], n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(_DEFAULTS)}."
+            hint = f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(DEFAULTS)}."
             raise TypeError(f"Unknown argument {name!r}. {hint}")
     whole = isinstance(num_classes, Integral) and not isinstance(num_classes, bool)
     if num_classes is not None and not (whole and num_classes >= 0):
