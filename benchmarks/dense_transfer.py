@@ -26,7 +26,7 @@ from campaign import run_jobs
 from PIL import Image
 from rows import ORIGIN, RESULTS, append_rows, mean_and_spread, origin, read_rows, results_parser
 
-from vim_ssl.data import boxed_parts, masked_parts
+from vim_ssl.data import boxed_splits, masked_splits
 from vim_ssl.data.sources.masks import ADE20K_CLASSES
 from vim_ssl.downstream import detection, segmentation
 from vim_ssl.tasks.detection import SHOWN, load_detection
@@ -73,7 +73,7 @@ class Task:
 def as_ade20k(spec: str, root: Path) -> str:
     """Write images with masks in ADE20K's layout: 150 classes from 1 on, and 0 for none, which
     255 becomes."""
-    for split, part in zip(("training", "validation"), masked_parts(spec, 0.2, 0), strict=True):
+    for split, part in zip(("training", "validation"), masked_splits(spec, 0.2, 0), strict=True):
         for folder in ("images", "annotations"):
             (root / folder / split).mkdir(parents=True)
         for i in range(len(part)):
@@ -139,7 +139,7 @@ def measure(name: str, arm: str, seed: int, max_steps: int, images: Path | None)
 
 def sheet(task: Task, data: str, run: Path) -> Image.Image:
     """Truth beside prediction of a few test images: those with most objects, or spread evenly."""
-    parts = boxed_parts if task.script is detection else masked_parts
+    parts = boxed_splits if task.script is detection else masked_splits
     _, test = parts(data, 0.2, 0)
     few = [(2 * i + 1) * len(test) // (2 * SHEET_ROWS) for i in range(SHEET_ROWS)]
     if test.has_boxes:

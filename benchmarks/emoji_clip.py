@@ -49,7 +49,7 @@ from vim_ssl.data import ImageData, open_data
 from vim_ssl.data.config import IMAGENET_DATA
 from vim_ssl.downstream.zero_shot import class_names, text_classifier
 from vim_ssl.evaluation.retrieval import embed_pairs
-from vim_ssl.metrics.bootstrap import Figure
+from vim_ssl.metrics.bootstrap import Metric
 from vim_ssl.objectives.clip import Clip
 from vim_ssl.recipes import clip_pretrain, mim_pretrain
 from vim_ssl.training.accelerator import make_accelerator
@@ -348,7 +348,7 @@ class Results:
 
     def figure(
         self, arm: str, concepts: str, question: str, k: int, seeds: set[int] | None = None
-    ) -> Figure | None:
+    ) -> Metric | None:
         """The share of questions whose answer is among the first k, the mean of these seeds."""
         rows = [row for row in self.of(arm, concepts, question)
                 if seeds is None or int(row["seed"]) in seeds]  # fmt: skip
@@ -358,7 +358,7 @@ class Results:
         if arm == "chance":
             hits = np.full_like(hits, 100 * min(k / int(rows[0]["answers"]), 1))
         mean = hits.mean(0)
-        return Figure(lambda weights: float(weights @ mean / weights.sum()), len(mean))
+        return Metric(lambda weights: float(weights @ mean / weights.sum()), len(mean))
 
     def groups(self, concepts: str, question: str) -> list[int]:
         """Which concept each question is about."""

@@ -24,7 +24,7 @@ import anchor
 import torch
 from rows import ORIGIN, append_rows, mean_and_spread, origin, read_rows, results_parser
 
-from vim_ssl.data import labelled_parts
+from vim_ssl.data import labelled_splits
 from vim_ssl.downstream import linear_probe
 from vim_ssl.evaluation.features import encode_parts, readouts_of
 
@@ -69,7 +69,7 @@ def measure(task: str, encoder: str, seed: int) -> list[dict]:
 
 def probe_vit(config: linear_probe.Config) -> dict:
     """What of `linear_probe.run`'s result is used here."""
-    parts = labelled_parts(config.data, config.test, config.seed, config.test_data)
+    parts = labelled_splits(config.data, config.test, config.seed, config.test_data)
     encoder = anchor.load()
     train, test = encode_parts(encoder, parts)
     readouts = readouts_of(encoder, config.readouts)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from vim_ssl.cli import guarded
-from vim_ssl.data import boxed_parts
+from vim_ssl.data import boxed_splits
 from vim_ssl.data.sources.coco import mask_tools
 from vim_ssl.data.transforms.dense import LargeScaleJitter
 from vim_ssl.tasks.dense import DenseConfig, DenseTask, fresh_encoder
@@ -113,14 +113,14 @@ def run(config: Config) -> dict[str, Any]:
     accelerator = make_accelerator(config)
     mask_tools()  # without which the end of a long run would have no figures
     source = config.encoder or str(newest_run())
-    train, test = boxed_parts(config.data or trained_on(source), config.test, config.seed)
+    train, test = boxed_splits(config.data or trained_on(source), config.test, config.seed)
     if not any(test.box_count(i) for i in range(len(test))):
         raise ValueError(
             f"none of the {len(test):,} test images of {test.name} shows an object; there is "
             "nothing to judge by. Annotate some, or hold out others (--test, --seed)."
         )
     if config.eval_only:
-        return TASK.judge_as_it_is(config, source, test, accelerator.device)
+        return TASK.evaluate_only(config, source, test, accelerator.device)
     if not config.empty:
         train = train.subset(i for i in range(len(train)) if train.box_count(i))
     if not len(train):

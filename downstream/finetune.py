@@ -28,9 +28,9 @@ from vim_ssl import load_encoder
 from vim_ssl.checkpoints.loading import made_by
 from vim_ssl.checkpoints.released import RELEASED_FILES
 from vim_ssl.cli import guarded
-from vim_ssl.data import ImageData, ImageStream, labelled_parts, parse_spec
+from vim_ssl.data import ImageData, ImageStream, labelled_splits, parse_spec
 from vim_ssl.data.bands import check_bands
-from vim_ssl.data.open import open_part
+from vim_ssl.data.open import open_split
 from vim_ssl.data.split import few_of_each
 from vim_ssl.data.train_test import labelled_only
 from vim_ssl.metrics.classification import outputs, summary
@@ -109,8 +109,8 @@ def run(config: Config) -> dict[str, Any]:
     source = config.encoder or str(newest_run())
     spec = config.data or trained_on(source)
     if config.eval_only:
-        return judge_as_it_is(config, source, spec, accelerator.device)
-    train, test = labelled_parts(spec, config.test, config.seed)
+        return evaluate_only(config, source, spec, accelerator.device)
+    train, test = labelled_splits(spec, config.test, config.seed)
     if config.labels_per_class:
         train = train.subset(few_of_each(train.labels or [], config.labels_per_class, config.seed))
     torch.manual_seed(config.seed)
@@ -122,7 +122,7 @@ def run(config: Config) -> dict[str, Any]:
     return train_classifier("finetune", config, encoder, source, train, test, accelerator)
 
 
-def judge_as_it_is(config: Config, source: str, spec: str, device) -> dict[str, Any]:
+def evaluate_only(config: Config, source: str, spec: str, device) -> dict[str, Any]:
     """Evaluate an encoder with its own head; beside the top-1 published, of a released file.
 
     Args:
@@ -178,11 +178,11 @@ def part_to_judge(
     """
     named = parse_spec(spec).split is not None
     for wanted in (("test", "validation"), ("validation", "test")):
-        data = open_part(spec, wanted, streams=True)
+        data = open_split(spec, wanted, streams=True)
         if isinstance(data, ImageStream):  # whose labels are not known yet
             return data, data.split
         if not (named or data.splits) and _same(spec, learnt):
-            return labelled_parts(spec, config.test, config.seed)[1], "held out"
+            return labelled_splits(spec, config.test, config.seed)[1], "held out"
         if len(known := labelled_only(data)):
             return known, known.split
     raise ValueError(f"{data.name} ({data.split}) has no labels; it needs them.")

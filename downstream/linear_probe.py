@@ -36,7 +36,7 @@ from vim_ssl.evaluation.extract import Features, extract_features
 from vim_ssl.evaluation.knn import knn_votes, nearest
 from vim_ssl.evaluation.linear_heads import LinearHead, fit_lars, fit_logistic, lars_reach
 from vim_ssl.evaluation.probes import C_GRID, choose_readout
-from vim_ssl.metrics.bootstrap import Figure, judge, share_right
+from vim_ssl.metrics.bootstrap import Metric, judge, share_right
 from vim_ssl.metrics.medmnist import medmnist_figures
 from vim_ssl.models.video import VideoEncoder
 from vim_ssl.report import write_report
@@ -76,7 +76,7 @@ def probe(
     readouts: dict[str, slice],
     config: Config,
     task: str = "",
-) -> tuple[dict[str, Any], dict[str, Figure]]:
+) -> tuple[dict[str, Any], dict[str, Metric]]:
     """Choose on a part of ``train``, fit on all of it, test once: readout and C of the head,
     readout and standardisation of the nearest neighbours.
 
@@ -218,7 +218,7 @@ class _Tables:
         self.rows: list[dict] = []
         self.few_shot: list[dict] = []
         self.skipped: list[str] = []
-        self.figures: dict[str, dict[str, Figure]] = {}
+        self.figures: dict[str, dict[str, Metric]] = {}
 
     def add(self, name: str, train: Features, test: Features, readouts: dict[str, slice]) -> None:
         row, self.figures[name] = probe(name, train, test, readouts, self.config, self.task)

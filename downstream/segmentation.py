@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from vim_ssl.cli import guarded
-from vim_ssl.data import masked_parts
+from vim_ssl.data import masked_splits
 from vim_ssl.data.bands import band_arguments
 from vim_ssl.data.transforms.dense import DenseCrop
 from vim_ssl.models.heads import NORMS
@@ -107,9 +107,9 @@ def build_model(
 def run(config: Config) -> dict[str, Any]:
     accelerator = make_accelerator(config)
     source = config.encoder or str(newest_run())
-    train, test = masked_parts(config.data or trained_on(source), config.test, config.seed)
+    train, test = masked_splits(config.data or trained_on(source), config.test, config.seed)
     if config.eval_only:
-        return TASK.judge_as_it_is(config, source, test, accelerator.device)
+        return TASK.evaluate_only(config, source, test, accelerator.device)
     together = min(config.batch_size, len(train) // accelerator.num_processes)
     if config.norm == "batch" and config.head == "upernet" and together < 2:
         raise ValueError(

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from vim_ssl.cli import guarded
-from vim_ssl.data import labelled_parts
+from vim_ssl.data import labelled_splits
 from vim_ssl.data.clips import VideoData
 from vim_ssl.models.video import INFLATIONS, VideoEncoder, reading
 from vim_ssl.tasks.classification import ClassificationConfig, load_classifier, train_classifier
@@ -79,7 +79,7 @@ PRESETS = {f.__name__: f for f in (kinetics_small,)}
 def run(config: Config) -> dict[str, Any]:
     accelerator = make_accelerator(config)
     source = config.encoder or str(newest_run())
-    train, test = labelled_parts(config.data, config.test, config.seed)
+    train, test = labelled_splits(config.data, config.test, config.seed)
     if not isinstance(train, VideoData):
         raise ValueError(f"{config.data} are no videos; name a folder of them as video:FOLDER.")
     torch.manual_seed(config.seed)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from vim_ssl.cli import guarded
 from vim_ssl.data import ImageData
-from vim_ssl.data.open import open_part, sets_of
+from vim_ssl.data.open import open_split, sets_of
 from vim_ssl.data.spec import canonical_split
 from vim_ssl.data.split import is_known
 from vim_ssl.evaluation.extract import Features, extract_features, features_of
@@ -193,7 +193,7 @@ def run(config: Config) -> dict:
     source = config.encoder or newest_run(recipe="clip_pretrain")
     clip = load_clip(source, device=device)
     spec = config.data or trained_on(source, "val", "data")
-    data = open_part(spec)
+    data = open_split(spec)
     labelled = bool(data.classes) and not data.multi_label and any(map(is_known, data.labels or ()))
     if not labelled and not data.has_captions:
         raise ValueError(

@@ -31,7 +31,7 @@ from vim_ssl.data import BadImage, ImageData, ImageStream, open_data
 from vim_ssl.data.dataset import captions_of
 from vim_ssl.data.loading.indexed import SeededSamples
 from vim_ssl.data.loading.streamed import StreamSamples
-from vim_ssl.data.open import open_part
+from vim_ssl.data.open import open_split
 from vim_ssl.evaluation.retrieval import embed_pairs, recall
 from vim_ssl.models.text import HubText, TextEncoder, load_hub_text
 from vim_ssl.models.tokenizers import (
@@ -84,9 +84,9 @@ class Config(AugmentationConfig):
     context_length: int = opt(77, "tokens of a caption that are read", group="text")
 
     @classmethod
-    def follow(cls, defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    def derive_defaults(cls, defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
         """Beside what `TrainConfig` says: other data are not measured on a preset's pairs."""
-        defaults = super().follow(defaults, given)
+        defaults = super().derive_defaults(defaults, given)
         return defaults | {"val": ""} if "data" in given else defaults
 
     def __post_init__(self):
@@ -203,7 +203,7 @@ def build_val(config: Config) -> ImageData | None:
     """Of data with splits the validation part, else the test part, unless a part is named."""
     if not config.val:
         return None
-    return with_captions(open_part(config.val, ("validation", "test")))
+    return with_captions(open_split(config.val, ("validation", "test")))
 
 
 def with_captions(data: ImageData) -> ImageData:

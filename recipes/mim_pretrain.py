@@ -324,7 +324,7 @@ def build_data(config: Config, encoder: VimEncoder, data: ImageData | ImageStrea
         image, times = ClipTransform(image, training=True), data.sampling.frames // encoder.tubelet
         if config.mask == "tube":
             more = {"times": times}
-        else:  # one below the other, as `as_sheet` has them
+        else:  # one below the other, as `fold_time` has them
             grid = (times * grid[0], grid[1])
     if config.objective != "ar":
         draws = MASKS[config.mask](grid, config.mask_ratio, unit, **more)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from vim_ssl.cli import guarded
-from vim_ssl.data import labelled_parts
+from vim_ssl.data import labelled_splits
 from vim_ssl.tasks.classification import ClassificationConfig, load_classifier, train_classifier
 from vim_ssl.training.accelerator import make_accelerator
 from vim_ssl.training.run import stored_or
@@ -77,7 +77,7 @@ def default_preset(given: dict[str, Any]) -> str:
 
 def run(config: Config) -> dict[str, Any]:
     accelerator = make_accelerator(config)
-    train, test = labelled_parts(config.data, config.test, config.seed)
+    train, test = labelled_splits(config.data, config.test, config.seed)
     torch.manual_seed(config.seed)  # of the initial weights
     encoder = load_classifier(config.encoder, train, config, **config.model_args)
     return train_classifier(

@@ -28,7 +28,7 @@ from rows import ORIGIN, append_rows, origin, read_rows, results_parser
 from vit import counterpart
 
 from vim_ssl import create_transform
-from vim_ssl.data import labelled_parts
+from vim_ssl.data import labelled_splits
 from vim_ssl.downstream import linear_probe
 from vim_ssl.evaluation.extract import extract_features
 from vim_ssl.evaluation.features import encode_parts, readouts_of
@@ -94,7 +94,7 @@ def train(arm: str, config: Config):
 
 def read(encoder, data: str, seed: int) -> dict:
     """What the frozen features are worth."""
-    train_part, test_part = labelled_parts(DATA[data].data, 0.2, seed)
+    train_part, test_part = labelled_splits(DATA[data].data, 0.2, seed)
     config = linear_probe.Config(seed=seed, readouts=("avg", "layers"))
     if encoder is None:
         shown = build_model(DATA[data]).data_config
@@ -119,7 +119,7 @@ def work(out: Path, data: str, arm: str, budget: str, seed: int, epochs: float) 
         with tempfile.TemporaryDirectory() as folder:
             config.output = folder
             encoder, seconds = train(arm, config)
-        size, batch = len(labelled_parts(config.data, 0.2, 0)[0]), config.batch_size
+        size, batch = len(labelled_splits(config.data, 0.2, 0)[0]), config.batch_size
         images = batch * round(epochs * (size // batch))
     row = {"data": data, "arm": arm, "budget": budget, "seed": seed, "epochs": epochs,
            "pictures": images, "cpu_seconds": round(seconds, 1)}  # fmt: skip

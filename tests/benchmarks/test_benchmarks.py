@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vim_ssl.data import boxed_parts, labelled_parts, masked_parts
+from vim_ssl.data import boxed_splits, labelled_splits, masked_splits
 from vim_ssl.downstream import detection, finetune, segmentation, video
 from vim_ssl.recipes import clip_pretrain, mim_pretrain, supervised_pretrain
 from vim_ssl.training import loop as training
@@ -70,9 +70,9 @@ def test_made_up_data_of_the_presets_can_be_read(monkeypatch, tmp_path):
     presets = importlib.import_module("presets")
     parts = {}
     for name, make, opened in (
-        ("pixels", presets.labelled_pixels, masked_parts),
-        ("objects", presets.outlined_objects, boxed_parts),
-        ("clips", presets.moving_images, labelled_parts),
+        ("pixels", presets.labelled_pixels, masked_splits),
+        ("objects", presets.outlined_objects, boxed_splits),
+        ("clips", presets.moving_images, labelled_splits),
     ):
         parts[name] = opened(make(tmp_path / name), 0.2, 0)
     sizes = {name: (len(train), len(test)) for name, (train, test) in parts.items()}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vim_ssl.data import masked_parts
+from vim_ssl.data import masked_splits
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,7 +33,7 @@ def test_images_in_ade20ks_layout_are_the_same(dense_transfer, tmp_path):
     (tmp_path / "plain" / "classes.txt").write_text("ground\ntree\nhouse\n")
     spec = f"masks:{tmp_path / 'plain'}"
     written = dense_transfer.as_ade20k(spec, tmp_path / "ade20k")
-    for before, after in zip(masked_parts(spec, 0.2, 0), masked_parts(written, 0.2, 0),
+    for before, after in zip(masked_splits(spec, 0.2, 0), masked_splits(written, 0.2, 0),
                              strict=True):  # fmt: skip
         assert (len(before), after.classes[:3]) == (len(after), before.classes)
         assert len(after.classes) == 150

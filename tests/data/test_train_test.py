@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from vim_ssl.data import ImageData, labelled_parts, masked_parts, open_data
+from vim_ssl.data import ImageData, labelled_splits, masked_splits, open_data
 from vim_ssl.data import open as sources
 
 
@@ -19,7 +19,7 @@ def classes(split: str) -> list[str]:
 
 
 def test_a_share_is_held_out_of_a_source_without_splits(tmp_path):
-    train, test = labelled_parts(fill(tmp_path, *classes("")), test=0.2, seed=0)
+    train, test = labelled_splits(fill(tmp_path, *classes("")), test=0.2, seed=0)
     assert (len(train), sorted(test.labels)) == (8, [0, 1])
     assert not set(train.ids) & set(test.ids)
 
@@ -27,20 +27,20 @@ def test_a_share_is_held_out_of_a_source_without_splits(tmp_path):
 @pytest.mark.parametrize("name", ["test", "val", "validation"])
 def test_the_sources_own_split_is_used(tmp_path, name):
     spec = fill(tmp_path, *classes("train/"), *classes(f"{name}/"))
-    train, test = labelled_parts(spec, test=0.2, seed=0)
+    train, test = labelled_splits(spec, test=0.2, seed=0)
     assert {i.split("/")[0] for i in train.ids} == {"train"}
     assert {i.split("/")[0] for i in test.ids} == {name}
 
 
 def test_a_test_split_without_labels_is_passed_over(tmp_path):
     spec = fill(tmp_path, *classes("train/"), *classes("val/"), "test/1.png", "test/2.png")
-    assert labelled_parts(spec, test=0.2, seed=0)[1].split == "val"
+    assert labelled_splits(spec, test=0.2, seed=0)[1].split == "val"
 
 
 def test_groups_stay_whole(tmp_path):
     names = [f"{name}/p{i}/{k}.png" for name in "ab" for i in range(5) for k in range(3)]
     spec = fill(tmp_path, *names) + "?label=folder&group=folder"
-    train, test = labelled_parts(spec, test=0.2, seed=0)
+    train, test = labelled_splits(spec, test=0.2, seed=0)
     assert len(test) == 6
     assert not set(train.groups) & set(test.groups)
 
@@ -54,9 +54,9 @@ def test_a_group_on_both_sides_of_the_sources_own_split_is_told(tmp_path, caplog
     fill(tmp_path, *(f"{i}.png" for i in range(4)))
     lines = [f"{i}.png,{','.join(row)}" for i, row in enumerate(rows)]
     (tmp_path / "t.csv").write_text("\n".join(["path,split,label,patient,room", *lines]))
-    labelled_parts(f"csv:{tmp_path / 't.csv'}", test=0.2, seed=0)
+    labelled_splits(f"csv:{tmp_path / 't.csv'}", test=0.2, seed=0)
     assert not caplog.text
-    labelled_parts(f"csv:{tmp_path / 't.csv'}?group={group}", test=0.2, seed=0)
+    labelled_splits(f"csv:{tmp_path / 't.csv'}?group={group}", test=0.2, seed=0)
     told = "1 groups are in both train and test, such as p2: what is found in them says little"
     assert (told in caplog.text) == (group == "patient")
 
@@ -73,7 +73,7 @@ def test_a_group_on_both_sides_is_told_of_images_with_masks(monkeypatch, caplog)
         )  # fmt: skip
 
     monkeypatch.setitem(sources._OPENERS, "masks", opener)
-    train, test = masked_parts("masks:m", test=0.2, seed=0)
+    train, test = masked_splits("masks:m", test=0.2, seed=0)
     assert (train.split, test.split) == ("train", "test")
     assert "masks:m: 2 groups are in both train and test, such as p1" in caplog.text
 
@@ -81,16 +81,16 @@ def test_a_group_on_both_sides_is_told_of_images_with_masks(monkeypatch, caplog)
 def test_a_class_that_is_never_tested_is_told(tmp_path, caplog):
     names = [f"{name}/{name}{i}/{k}.png" for name in "ab" for i in range(5) for k in range(3)]
     spec = fill(tmp_path, *names) + "?label=folder&group=folder"
-    labelled_parts(spec, test=0.2, seed=0)
+    labelled_splits(spec, test=0.2, seed=0)
     assert not caplog.text
     fill(tmp_path, "c/only/1.png", "c/only/2.png")
-    labelled_parts(spec, test=0.2, seed=0)
+    labelled_splits(spec, test=0.2, seed=0)
     assert "1 of 3 classes, such as c, are not in the part that is held out" in caplog.text
 
 
 def test_images_without_labels_are_an_error(tmp_path):
     with pytest.raises(ValueError, match="no labels of two classes"):
-        labelled_parts(fill(tmp_path, "1.png", "2.png"), test=0.2, seed=0)
+        labelled_splits(fill(tmp_path, "1.png", "2.png"), test=0.2, seed=0)
 
 
 def test_images_with_several_labels_are_parted_too(monkeypatch):
@@ -98,7 +98,7 @@ def test_images_with_several_labels_are_parted_too(monkeypatch):
     names = [str(i) for i in range(31)]
     data = ImageData(names, names, name="rows", labels=rows)
     monkeypatch.setitem(sources._OPENERS, "folder", lambda spec: data)
-    train, test = labelled_parts("anything", test=0.2, seed=0)
+    train, test = labelled_splits("anything", test=0.2, seed=0)
     assert (len(train), len(test)) == (24, 6)
     assert "30" not in train.ids + test.ids  # its labels are not known
     assert train.multi_label
@@ -140,12 +140,12 @@ def test_a_folder_with_a_plus_in_its_name_is_a_folder(tmp_path):
 def test_one_source_is_trained_on_and_another_tested_on(tmp_path):
     names = [f"{split}/{c}/{i}.png" for split in ("train", "test") for c in "ab" for i in range(3)]
     here, there = fill(tmp_path / "here", *names), fill(tmp_path / "there", *names)
-    train, test = labelled_parts(here, 0.2, 0, there)
+    train, test = labelled_splits(here, 0.2, 0, there)
     assert (train.split, test.split) == ("train", "test")
     assert "here" in train.name
     assert "there" in test.name
     whole = fill(tmp_path / "whole", *(f"{c}/{i}.png" for c in "ab" for i in range(4)))
-    assert len(labelled_parts(here, 0.2, 0, whole)[1]) == 8
+    assert len(labelled_splits(here, 0.2, 0, whole)[1]) == 8
     others = fill(tmp_path / "others", *(f"{c}/{i}.png" for c in "ac" for i in range(3)))
     with pytest.raises(ValueError, match=r"classes a, b, .* a, c; test on data of the same"):
-        labelled_parts(here, 0.2, 0, others)
+        labelled_splits(here, 0.2, 0, others)

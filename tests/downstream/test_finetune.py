@@ -339,7 +339,7 @@ def test_what_does_not_fit_the_head_is_told_in_one_line(
     save_encoder(encoder, tmp_path, record={"classes": ["a", "b", "c"]})
     images = [np.full((28, 28, 1), 1000, np.uint16)] * 2
     part = ImageData(images, ["0", "1"], name="pictures", **data)
-    monkeypatch.setattr(finetune, "open_part", lambda *_, **__: part)
+    monkeypatch.setattr(finetune, "open_split", lambda *_, **__: part)
     argv = ["--eval-only", "--encoder", str(tmp_path), "--data", "pictures", *more]
     with contextlib.suppress(SystemExit):  # of a wrong flag
         assert cli.main(["finetune", *argv, "--output", str(tmp_path / "out")]) == 2

@@ -84,7 +84,7 @@ def test_images_with_several_labels_are_judged_by_average_precision(
     labels = [[int("class0" in name), int("class2" not in name)] for name in names]
     data = ImageData(names, names, name="bands", labels=labels)
     halves = data.subset(range(0, 48, 2)), data.subset(range(1, 48, 2))
-    monkeypatch.setattr(comparison, "labelled_parts", lambda *_: halves)
+    monkeypatch.setattr(comparison, "labelled_splits", lambda *_: halves)
     knn.main(["--encoder", str(encoder_file), "--data", "bands", "--output", str(tmp_path),
               "--k", "5", "--no-baselines"])  # fmt: skip
     found = json.loads((tmp_path / "metrics.json").read_text())

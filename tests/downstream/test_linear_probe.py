@@ -278,7 +278,7 @@ def test_images_with_several_labels_are_judged_by_average_precision(
 ):
     data = several_labels(tmp_path)
     halves = data.subset(range(0, 60)), data.subset(range(60, 80))
-    monkeypatch.setattr(comparison, "labelled_parts", lambda *_: halves)
+    monkeypatch.setattr(comparison, "labelled_splits", lambda *_: halves)
     argv = ("--encoder", str(encoder_file), "--data", "bands", "--output", str(tmp_path / "out"))
     found = probe(*argv)
     assert found["figure"] == "mAP"

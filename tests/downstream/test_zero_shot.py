@@ -12,7 +12,7 @@ from PIL import Image
 
 from vim_ssl import load_encoder
 from vim_ssl.data import open_data
-from vim_ssl.data.open import open_part
+from vim_ssl.data.open import open_split
 from vim_ssl.downstream import zero_shot
 from vim_ssl.evaluation.extract import Features
 from vim_ssl.evaluation.retrieval import PairFeatures
@@ -156,7 +156,7 @@ def test_a_class_is_the_mean_direction_of_its_sentences(model):
 
 
 def test_names_come_from_a_file_or_imagenet(model, classes, tmp_path):
-    data = open_part(str(classes))
+    data = open_split(str(classes))
     (tmp_path / "names.txt").write_text("\ufeffazure\nemerald\ncrimson\n", encoding="utf-8")
     assert zero_shot.class_names(data, str(tmp_path / "names.txt")) == [
         "azure", "emerald", "crimson"
@@ -187,7 +187,7 @@ def test_the_runs_own_training_images_are_told_apart(model, classes, tmp_path, c
     (run / "config.json").write_text(json.dumps({"data": f"pairs:{tmp_path}"}))
     assert not shoot(*argv, some)["trained_on"]
     both = f"{classes}?limit=3 + {classes}"
-    assert len(open_part(both)) == 15
+    assert len(open_split(both)) == 15
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_the_part_that_is_tested_on(folders, spec, split, tmp_path):
     for name in folders:
         (tmp_path / name).mkdir()
         Image.new("RGB", (8, 8)).save(tmp_path / name / "x.png")
-    assert open_part(f"{tmp_path}{spec}").split == split
+    assert open_split(f"{tmp_path}{spec}").split == split
 
 
 def test_mistakes_are_told(model, classes, tmp_path):

@@ -11,7 +11,7 @@ from vim_ssl import load_encoder
 from vim_ssl.models.video import VideoEncoder
 from vim_ssl.objectives.mae import MAE
 from vim_ssl.objectives.masking import RandomMask, RowMask, TubeMask
-from vim_ssl.objectives.pixels import as_sheet, patchify
+from vim_ssl.objectives.pixels import fold_time, patchify
 from vim_ssl.objectives.simmim import SimMIM
 from vim_ssl.recipes import mim_pretrain
 from vim_ssl.training.run import read_metrics
@@ -31,7 +31,7 @@ def test_pixels_and_tokens_are_in_the_same_places(t, y, x):
     other[0, 1, t, y, x] += 1
     net = encoder()
     tokens = (net.embed(clip) != net.embed(other)).any(-1)
-    patches = (patchify(as_sheet(clip, 2), 4) != patchify(as_sheet(other, 2), 4)).any(-1)
+    patches = (patchify(fold_time(clip, 2), 4) != patchify(fold_time(other, 2), 4)).any(-1)
     assert torch.equal(tokens, patches)
     assert tokens[0].nonzero().tolist() == [[(t // 2 * ROWS + y // 4) * COLUMNS + x // 4]]
 

@@ -256,7 +256,7 @@ def test_a_validation_part_without_any_label_is_told_before_training(tmp_path, m
     labels = [[1, 0], [0, 1]] + 30 * [[0, 0]]
     data = ImageData([np.zeros((28, 28), np.uint8)] * 32, map(str, range(32)), name="x",
                      labels=labels)  # fmt: skip
-    monkeypatch.setattr(supervised_pretrain, "labelled_parts", lambda *_: (data, data))
+    monkeypatch.setattr(supervised_pretrain, "labelled_splits", lambda *_: (data, data))
     argv = [*QUICK, "--preset", "demo", "--targets", "multi-label", "--validation", "0.1"]
     with pytest.raises(ValueError, match=r"no image of the validation part of x .* has any"):
         supervised_pretrain.main([*argv, "--data", "x", "--output", str(tmp_path / "run")])

@@ -126,7 +126,7 @@ def test_default_preset_by_name_and_by_what_is_given(tmp_path):
 def test_a_default_may_follow_what_is_given_and_a_stored_value_does_not():
     class Following(Config):
         @classmethod
-        def follow(cls, defaults: dict, given: dict) -> dict:
+        def derive_defaults(cls, defaults: dict, given: dict) -> dict:
             return {"lr": defaults["batch_size"] / 1000} | {"workers": len(given)}
 
     stored = {"lr": 0.5, "workers": 8}

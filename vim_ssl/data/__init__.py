@@ -12,7 +12,7 @@ from vim_ssl.data.loading.streamed import ImageStream
 from vim_ssl.data.open import open_data
 from vim_ssl.data.spec import DataSpec, parse_spec
 from vim_ssl.data.split import stratified_split
-from vim_ssl.data.train_test import boxed_parts, labelled_parts, masked_parts
+from vim_ssl.data.train_test import boxed_splits, labelled_splits, masked_splits
 from vim_ssl.data.transforms.image import create_transform, pretrain_transform
 
 __all__ = [
@@ -22,12 +22,12 @@ __all__ = [
     "ImageStream",
     "band_arguments",
     "band_statistics",
-    "boxed_parts",
+    "boxed_splits",
     "clean_image",
     "create_transform",
     "decode_image",
-    "labelled_parts",
-    "masked_parts",
+    "labelled_splits",
+    "masked_splits",
     "open_data",
     "parse_spec",
     "pretrain_transform",

@@ -107,16 +107,16 @@ def open_data(
 
 
 @overload
-def open_part(spec: str, wanted: Sequence[str] = ...) -> ImageData: ...
+def open_split(spec: str, wanted: Sequence[str] = ...) -> ImageData: ...
 
 
 @overload
-def open_part(
+def open_split(
     spec: str, wanted: Sequence[str] = ..., *, streams: bool
 ) -> ImageData | ImageStream: ...
 
 
-def open_part(
+def open_split(
     spec: str, wanted: Sequence[str] = ("test", "validation"), *, streams: bool = False
 ) -> ImageData | ImageStream:
     """The part that the spec names, else the first of those wanted, or all there is.

@@ -15,7 +15,7 @@ def labelled_only(data: ImageData) -> ImageData:
     return data.subset(i for i, label in enumerate(data.labels or []) if is_known(label))
 
 
-def labelled_parts(
+def labelled_splits(
     spec: str | Path, test: float, seed: int, test_spec: str = ""
 ) -> tuple[ImageData, ImageData]:
     """The training and the test part of labelled images.
@@ -80,8 +80,8 @@ def _few(classes: Sequence[str] | None) -> str:
     return ", ".join(names[:5]) + (f" … ({len(names)})" if len(names) > 5 else "")
 
 
-def masked_parts(spec: str | Path, test: float, seed: int) -> tuple[ImageData, ImageData]:
-    """The training and the test part of images with masks; as `labelled_parts`.
+def masked_splits(spec: str | Path, test: float, seed: int) -> tuple[ImageData, ImageData]:
+    """The training and the test part of images with masks; as `labelled_splits`.
 
     Raises: ValueError for images without masks.
     """
@@ -98,8 +98,8 @@ def masked_parts(spec: str | Path, test: float, seed: int) -> tuple[ImageData, I
     return _cut(everything, test, seed)
 
 
-def boxed_parts(spec: str | Path, test: float, seed: int) -> tuple[ImageData, ImageData]:
-    """The training and the test part of images with boxes; as `labelled_parts`. Of several splits
+def boxed_splits(spec: str | Path, test: float, seed: int) -> tuple[ImageData, ImageData]:
+    """The training and the test part of images with boxes; as `labelled_splits`. Of several splits
     to test on, the first in which there are boxes.
 
     Raises: ValueError for images without boxes, or parts of different classes.

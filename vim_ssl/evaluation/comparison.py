@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from vim_ssl.checkpoints.loading import load_encoder
-from vim_ssl.data import labelled_parts
+from vim_ssl.data import labelled_splits
 from vim_ssl.evaluation.extract import READOUTS, Features
 from vim_ssl.evaluation.features import encode_parts, readouts_of
 from vim_ssl.models.video import reading
@@ -51,7 +51,7 @@ class Comparison:
         encoder: the first of the encoders, inflated where the data are videos.
         train, test: labelled parts of the data.
         main: whether this is the process that goes on with the features.
-    Raises: what `load_encoder` and `labelled_parts` raise.
+    Raises: what `load_encoder` and `labelled_splits` raise.
     """
 
     def __init__(self, task: str, config: ComparisonConfig):
@@ -62,7 +62,7 @@ class Comparison:
         self.source = config.encoder or str(newest_run())
         torch.manual_seed(config.seed)  # of a preset's weights
         self.encoder = load_encoder(self.source, device=self.device)
-        self.train, self.test = labelled_parts(
+        self.train, self.test = labelled_splits(
             config.data or trained_on(self.source), config.test, config.seed, config.test_data
         )
         self.encoder = reading(self.encoder, self.train)

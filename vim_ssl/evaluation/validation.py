@@ -59,7 +59,7 @@ class Validation:
             partial.replace(self.folder / BEST)
         return logged
 
-    def enough(self) -> bool:
+    def should_stop(self) -> bool:
         logged = self._logged()
         return bool(self.patience and logged) and (
             len(logged) - 1 - logged.index(max(logged)) >= self.patience

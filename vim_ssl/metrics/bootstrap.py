@@ -1,6 +1,6 @@
 """How good predictions are, and how sure that is: accuracy, average precision, intervals.
 
-A `Figure` takes the weights of the images, so that every interval is a matter of weighing some
+A `Metric` takes the weights of the images, so that every interval is a matter of weighing some
 of them twice and others not at all (the bootstrap), and a difference of two figures is a figure.
 """
 
@@ -14,7 +14,7 @@ RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
-class Figure:
+class Metric:
     """A figure of merit over ``n`` images, in per cent.
 
     Args:
@@ -30,9 +30,9 @@ class Figure:
     def value(self) -> float:
         return self.weighted(np.ones(self.n))
 
-    def __sub__(self, other: "Figure") -> "Figure":
+    def __sub__(self, other: "Metric") -> "Metric":
         """How much better than another on the same images."""
-        return Figure(lambda weights: self.weighted(weights) - other.weighted(weights), self.n)
+        return Metric(lambda weights: self.weighted(weights) - other.weighted(weights), self.n)
 
     def interval(
         self, groups: Sequence[Hashable] | None = None, *, seed: int = 0, resamples: int = RESAMPLES
@@ -61,13 +61,13 @@ class Figure:
         return round(float(low), 2), round(float(high), 2)
 
 
-def share_right(predicted, truth) -> Figure:
+def share_right(predicted, truth) -> Metric:
     """Accuracy: both (n,)."""
     right = 100.0 * (np.asarray(predicted) == np.asarray(truth))
-    return Figure(lambda weights: float(weights @ right / weights.sum()), len(right), True)
+    return Metric(lambda weights: float(weights @ right / weights.sum()), len(right), True)
 
 
-def judge(answer, truth) -> dict[str, Figure]:
+def judge(answer, truth) -> dict[str, Metric]:
     """What classification is judged by: ``main``, the accuracy of labels (n,); or of the scores of
     every class (n, classes) the macro mAP, with ``micro`` beside it."""
     if np.ndim(truth) == 1:
@@ -76,7 +76,7 @@ def judge(answer, truth) -> dict[str, Figure]:
     return {"main": found["macro"], "micro": found["micro"]}
 
 
-def mean_average_precision(scores, truth) -> dict[str, Figure]:
+def mean_average_precision(scores, truth) -> dict[str, Metric]:
     """mAP of several labels an image: ``macro``, the mean over the classes that have an image,
     and ``micro``, of all (image, class) pairs in one ranking.
 
@@ -96,7 +96,7 @@ def mean_average_precision(scores, truth) -> dict[str, Figure]:
     def micro(weights: np.ndarray) -> float:
         return 100.0 * pairs(np.repeat(weights, classes))
 
-    return {"macro": Figure(macro, n), "micro": Figure(micro, n)}
+    return {"macro": Metric(macro, n), "micro": Metric(micro, n)}
 
 
 def _average_precision(scores: np.ndarray, truth: np.ndarray) -> Callable[[np.ndarray], float]:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vim_ssl.metrics.bootstrap import Figure, mean_average_precision, share_right
+from vim_ssl.metrics.bootstrap import Metric, mean_average_precision, share_right
 
 TARGETS = ("class", "multi-label", "ordinal")
 MAIN_FIGURE = {"class": "top1", "multi-label": "map_macro", "ordinal": "top1"}
@@ -47,7 +47,7 @@ def probabilities(logits: Tensor, targets: str) -> Tensor:
     return F.pad(answers, (1, 0), value=1.0) - F.pad(answers, (0, 1), value=0.0)
 
 
-def figures(logits: Tensor, labels: Tensor, targets: str) -> dict[str, Figure]:
+def figures(logits: Tensor, labels: Tensor, targets: str) -> dict[str, Metric]:
     """What answers are judged by, in per cent.
 
     Args:
@@ -68,11 +68,11 @@ def figures(logits: Tensor, labels: Tensor, targets: str) -> dict[str, Figure]:
         found["top5"] = share_right(five.any(1), True)
     if targets == "ordinal":
         error = (guess - labels).abs().double().numpy()
-        found["mean_error"] = Figure(lambda w: float(w @ error / w.sum()), len(error))
+        found["mean_error"] = Metric(lambda w: float(w @ error / w.sum()), len(error))
     return found | {"balanced_accuracy": _balanced(guess.numpy(), labels.numpy())}
 
 
-def _balanced(guess: np.ndarray, truth: np.ndarray) -> Figure:
+def _balanced(guess: np.ndarray, truth: np.ndarray) -> Metric:
     right, classes = guess == truth, int(truth.max()) + 1
 
     def weighted(weights: np.ndarray) -> float:
@@ -80,10 +80,10 @@ def _balanced(guess: np.ndarray, truth: np.ndarray) -> Figure:
         hits = np.bincount(truth, weights * right, classes)
         return 100.0 * float((hits[samples > 0] / samples[samples > 0]).mean())
 
-    return Figure(weighted, len(truth))
+    return Metric(weighted, len(truth))
 
 
-def values(found: dict[str, Figure]) -> dict[str, float]:
+def values(found: dict[str, Metric]) -> dict[str, float]:
     """Per cent rounded to 0.01, a ``mean_error`` to 0.0001."""
     return {k: round(f.value, 4 if k == "mean_error" else 2) for k, f in found.items()}
 

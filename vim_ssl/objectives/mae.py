@@ -7,7 +7,7 @@
 
 Batches hold ``image`` (b, c, h, w), normalised, and ``mask`` (b, m) bool, True = masked, with the
 same number of masked patches in every sample. Of an encoder of clips ``image`` is (b, c, t, h, w),
-and patches are tubelets, frame by frame, row by row; see `as_sheet`.
+and patches are tubelets, frame by frame, row by row; see `fold_time`.
 """
 
 import torch

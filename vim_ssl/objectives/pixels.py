@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vim_ssl.data.transforms.image import as_seen
+from vim_ssl.data.transforms.image import denormalize
 from vim_ssl.models.encoder import VimEncoder
 from vim_ssl.objectives.base import StepOutput
 from vim_ssl.objectives.masking import checked_mask
@@ -41,7 +41,7 @@ class PixelObjective(nn.Module):
 
     def forward(self, batch: dict[str, Tensor]) -> StepOutput:
         """One pass: the mean loss of each sample's masked patches, summed over samples."""
-        images = as_sheet(batch["image"], self.tubelet)
+        images = fold_time(batch["image"], self.tubelet)
         patch = self.encoder.patch_embed.patch_size
         mask = self.hidden(batch, (images.shape[-2] // patch, images.shape[-1] // patch))
         prediction = self.predict(batch["image"], mask).float()
@@ -73,8 +73,8 @@ class PixelObjective(nn.Module):
         config = self.encoder.data_config
         gaps = unpatchify(mask[..., None].expand_as(restored), patch, (height, width))[:, :1]
         first = slice(None, None, self.tubelet)
-        original = as_seen(images[:, first].float(), config)
-        restored = as_seen(unpatchify(restored, patch, (height, width))[:, first], config)
+        original = denormalize(images[:, first].float(), config)
+        restored = denormalize(unpatchify(restored, patch, (height, width))[:, first], config)
         hidden = torch.where(gaps, torch.full_like(original, 0.5), original)
         pasted = torch.where(gaps, restored, original)
         return torch.cat([original, hidden, restored, pasted], dim=-1).cpu()
@@ -89,7 +89,7 @@ def refuse_head(encoder: nn.Module) -> None:
         )
 
 
-def as_sheet(images: Tensor, tubelet: int = 1) -> Tensor:
+def fold_time(images: Tensor, tubelet: int = 1) -> Tensor:
     """Clips (b, c, t, h, w) as images (b, c · tubelet, t / tubelet · h, w), one tubelet below the
     other, its frames as channels: patches of that are tubelets in the order of the tokens. Images
     (b, c, h, w) stay."""

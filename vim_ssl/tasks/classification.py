@@ -66,10 +66,10 @@ class ClassificationConfig(AugmentationConfig):
     drop_path: float = opt(0.0, "stochastic depth", group="model")
 
     @classmethod
-    def follow(cls, defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    def derive_defaults(cls, defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
         """Beside what `TrainConfig` says: a validation part is looked at after every epoch, where
         by default nothing would be before the end."""
-        defaults = super().follow(defaults, given)
+        defaults = super().derive_defaults(defaults, given)
         asked = defaults | given
         if asked["validation"] and asked["eval_every"] > asked["epochs"]:
             return defaults | {"eval_every": 1.0}
@@ -191,7 +191,7 @@ def train_classifier(
     with contextlib.closing(folder):
         fit(
             objective.train(), samples, config, folder, accelerator, average=average,
-            evaluate=validation if watching else None, enough=validation.enough,
+            evaluate=validation if watching else None, should_stop=validation.should_stop,
             on_save=write_encoder,
         )  # fmt: skip
         if accelerator.is_main_process:

@@ -119,7 +119,7 @@ class DenseTask:
         accelerator.end_training()
         return metrics
 
-    def judge_as_it_is(
+    def evaluate_only(
         self, config: DenseConfig, source: str, test, device: torch.device
     ) -> dict[str, Any]:
         """Evaluate a run with the heads and sizes that it was trained with.

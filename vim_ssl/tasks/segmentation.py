@@ -23,7 +23,7 @@ from vim_ssl.data.images import BadImage, clean_image
 from vim_ssl.data.labels import IGNORE
 from vim_ssl.data.sources.geotiff import write_labels
 from vim_ssl.data.transforms.dense import DensePixels
-from vim_ssl.data.transforms.image import as_seen
+from vim_ssl.data.transforms.image import denormalize
 from vim_ssl.metrics.segmentation import MaskScores
 from vim_ssl.metrics.volumes import VolumeScores
 from vim_ssl.models.encoder import VimEncoder
@@ -167,7 +167,7 @@ class Segmentation(nn.Module):
         """An image upright, as `predict` labels it; of bands what of them can be seen."""
         if isinstance(image, Image.Image):
             return clean_image(image)
-        return to_pil_image(as_seen(self.pixels(image)[None], self.encoder.data_config)[0])
+        return to_pil_image(denormalize(self.pixels(image)[None], self.encoder.data_config)[0])
 
     def _loss(self, logits: Tensor, truth: Tensor) -> Tensor:
         """Summed over labelled pixels, in units of one image's pixels."""
@@ -180,7 +180,7 @@ class Segmentation(nn.Module):
     def _draw(self, images: Tensor, truth: Tensor, guess: Tensor) -> Tensor:
         """(b, 3, h, 3w) in [0, 1]: image, truth, prediction."""
         colours = class_colours(len(self.classes)).to(images.device)
-        shown = as_seen(images, self.encoder.data_config).expand(-1, 3, -1, -1)
+        shown = denormalize(images, self.encoder.data_config).expand(-1, 3, -1, -1)
         index = truth.clamp(max=len(self.classes))  # the last colour is nobody's
         painted = [colours[x].permute(0, 3, 1, 2) / 255 for x in (index, guess)]
         return torch.cat([shown, *painted], 3)

@@ -61,7 +61,7 @@ class TrainConfig:
     )
 
     @classmethod
-    def follow(cls, defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    def derive_defaults(cls, defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
         """For `vim_ssl.utils.config.parse`: a run made shorter keeps its share of warm-up."""
         share = given.get("epochs", math.inf) / defaults["epochs"]
         if "warmup_epochs" in given or not 0 < share < 1:

@@ -21,9 +21,9 @@ from vim_ssl.data.loading.indexed import (
 )
 from vim_ssl.training.accelerator import to_device
 from vim_ssl.training.config import TrainConfig
-from vim_ssl.training.monitor import _Watch
+from vim_ssl.training.monitor import Monitor
 from vim_ssl.training.optim import build_optimizer, build_schedule
-from vim_ssl.training.plan import Progress, _Plan
+from vim_ssl.training.plan import Progress, Schedule
 from vim_ssl.training.run import Run
 
 
@@ -36,7 +36,7 @@ def fit(
     *,
     average: ModelEmaV3 | None = None,
     evaluate: Callable[[], dict[str, float]] | None = None,
-    enough: Callable[[], bool] | None = None,
+    should_stop: Callable[[], bool] | None = None,
     on_save: Callable[[], object] | None = None,
 ) -> dict[str, float]:
     """Train ``objective`` on ``samples``; returns the last figures logged.
@@ -56,7 +56,7 @@ def fit(
         FloatingPointError after ``max_bad_steps`` non-finite steps in a row;
         SystemExit(0) after SIGTERM or SIGINT, once the state is saved.
     """
-    plan = _Plan(samples, config, accelerator)
+    plan = Schedule(samples, config, accelerator)
     if config.grad_checkpointing:
         encoder: Any = objective.encoder
         encoder.set_grad_checkpointing()
@@ -79,12 +79,12 @@ def fit(
     progress = Progress()
     figures: dict[str, float] = {}
     run.resume(accelerator, progress)
-    plan.take_up(progress)
+    plan.check_resume(progress)
     run.write_config()
     last = progress.step >= plan.total_steps
-    with _Watch(plan, config, run, accelerator, progress) as watch:
-        if progress.step and enough is not None:
-            last = watch.agreed(enough) or last
+    with Monitor(plan, config, run, accelerator, progress) as monitor:
+        if progress.step and should_stop is not None:
+            last = monitor.broadcast_decision(should_stop) or last
         for batches in () if last else plan.steps(progress):
             schedule.step_update(progress.step)
             averages = forward_backward(accelerator, model, objective, batches, config, progress)
@@ -103,26 +103,26 @@ def fit(
             plan.advance(progress, len(batches), samples_seen, finite)
             run.count_skipped(name for batch in batches for name in batch["skipped"])
             row = averages | {"lr": optimizer.param_groups[0]["lr"], "grad_norm": norm}
-            row |= watch.step(averages["loss"], samples_seen)
+            row |= monitor.step(averages["loss"], samples_seen)
             last = progress.step >= plan.total_steps
             evaluated = last or plan.crossed(progress, config.eval_every)
             if evaluated:
-                row |= watch.evaluate(objective, samples, evaluate)
+                row |= monitor.evaluate(objective, samples, evaluate)
             if evaluated or progress.step % config.log_every == 0:
                 run.log(progress, plan.epoch_float(progress), row)
-            if evaluated and enough is not None:
-                last = watch.agreed(enough) or last
+            if evaluated and should_stop is not None:
+                last = monitor.broadcast_decision(should_stop) or last
             figures |= row
-            if watch.time_to_save() or last:
+            if monitor.checkpoint_due() or last:
                 # The encoder first: a run killed in between takes these steps again. With its last
                 # checkpoint it has ended and would leave no encoder, or an older one.
                 if on_save is not None and accelerator.is_main_process:
                     on_save()
                 run.save(accelerator, progress, keep=config.keep_checkpoints)
-            if last or watch.asked_to_stop():
+            if last or monitor.stop_requested():
                 break
         if not last:
-            watch.leave()
+            monitor.exit_after_save()
     return figures
 
 

@@ -31,7 +31,7 @@ def bottleneck(images: float, seconds: float, waited: float, workers: int) -> st
     return f"{text}, with a worker on every core; smaller images may help."
 
 
-class _Watch:
+class Monitor:
     """What goes on beside the arithmetic: progress bar, clock, signals, evaluations."""
 
     def __init__(self, plan, config, run, accelerator, progress):
@@ -107,13 +107,13 @@ class _Watch:
         self.since_step = time.perf_counter()
         return figures
 
-    def agreed(self, question: Callable[[], bool]) -> bool:
+    def broadcast_decision(self, question: Callable[[], bool]) -> bool:
         """The main process's answer, on every process."""
         answer = float(self.main and question())
         flag = torch.tensor(answer, device=self.accelerator.device)
         return self.accelerator.reduce(flag).item() > 0
 
-    def time_to_save(self) -> bool:
+    def checkpoint_due(self) -> bool:
         """Whether to save now; the same answer on every process."""
         due = self.stop or (
             self.progress.step % self.config.save_steps == 0
@@ -128,10 +128,10 @@ class _Watch:
             self.since_save = time.perf_counter()
         return due
 
-    def asked_to_stop(self) -> bool:
+    def stop_requested(self) -> bool:
         return self.stop
 
-    def leave(self) -> None:
+    def exit_after_save(self) -> None:
         if self.main:
             self.bar.write(f"Stopped at step {self.progress.step}; go on with --resume auto.")
         sys.exit(0)

@@ -35,7 +35,7 @@ class Progress:
     readers: str = ""
 
 
-class _Plan:
+class Schedule:
     """How the samples become steps: batches, epochs, the learning rate that follows from them."""
 
     def __init__(self, samples: SeededSamples, config: TrainConfig, accelerator):
@@ -80,7 +80,7 @@ class _Plan:
                 stacklevel=2,
             )
 
-    def take_up(self, progress: Progress) -> None:
+    def check_resume(self, progress: Progress) -> None:
         """Check that a resumed run's counts mean the same steps here."""
         if progress.epoch_batches and progress.readers != self.readers:
             raise ValueError(

@@ -111,8 +111,8 @@ def parse(
         if isinstance(preset, dict):
             stored, preset = checked(config_cls, preset), None
         base = _defaults(config_cls) if preset is None else _preset_values(presets, preset)
-        if follow := getattr(config_cls, "follow", None):
-            base = follow(base, stored | values)
+        if derive_defaults := getattr(config_cls, "derive_defaults", None):
+            base = derive_defaults(base, stored | values)
         base |= stored
         if wants_help:
             _print_help(parser, config_cls, presets, preset, base, description)

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
-from vim_ssl.data import BadImage, labelled_parts, open_data
+from vim_ssl.data import BadImage, labelled_splits, open_data
 from vim_ssl.data.loading import streamed as stream_module
 from vim_ssl.data.loading.indexed import training_loader
 from vim_ssl.data.loading.streamed import SlotReader, StreamSamples, buffered_order, share_out
@@ -406,7 +406,7 @@ def test_a_stream_is_refused_where_images_are_needed_by_index(tmp_path):
     with pytest.raises(ValueError, match=r"is a stream.*by index: give a folder"):
         open_data(spec)
     with pytest.raises(ValueError, match="is a stream"):
-        labelled_parts(spec, test=0.2, seed=0)
+        labelled_splits(spec, test=0.2, seed=0)
     for other in (str(tmp_path), "sample:mnist5k"):
         with pytest.raises(ValueError, match="leave streaming=true out"):
             open_stream(f"{other}?streaming=true")

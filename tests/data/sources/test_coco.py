@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vim_ssl.data import BadImage, boxed_parts, open_data
+from vim_ssl.data import BadImage, boxed_splits, open_data
 from vim_ssl.data.check import check
 from vim_ssl.data.sources.coco import ground_truth, mask_tools, to_rle
 
@@ -103,7 +103,7 @@ def test_the_official_layout(tmp_path, split):
     assert (data.splits, data.split) == (["train", "val"], split)
     assert data.ids == [f"{split}2017/{1 if split == 'train' else 2:012d}.jpg"]
     assert data[0]["masks"].sum() == 16
-    assert [part.split for part in boxed_parts(f"coco:{tmp_path}", 0.5, 0)] == ["train", "val"]
+    assert [part.split for part in boxed_splits(f"coco:{tmp_path}", 0.5, 0)] == ["train", "val"]
 
 
 @pytest.mark.parametrize("folder", ["images/train", "images", "."])
@@ -114,7 +114,7 @@ def test_images_are_found_where_they_usually_lie(tmp_path, folder):
 
 def test_without_a_test_file_a_share_is_held_out(tmp_path):
     spec = put(tmp_path, content([image_entry(i) for i in range(10)], [thing(1, 3)]))
-    train, test = boxed_parts(spec, 0.2, 0)
+    train, test = boxed_splits(spec, 0.2, 0)
     assert (len(train), len(test)) == (8, 2)
     assert not set(train.ids) & set(test.ids)
 
@@ -412,7 +412,7 @@ def test_what_is_missing_is_told_at_the_start(tmp_path, change, error, message):
 def test_images_in_both_parts_are_told(tmp_path, caplog):
     for split in ("train", "val"):
         spec = put(tmp_path, content([image_entry(5)], [thing(1, 5)]), split, folder="images")
-    boxed_parts(spec, 0.5, 0)
+    boxed_splits(spec, 0.5, 0)
     assert "1 images are in both train and val, such as images/5.png" in caplog.text
 
 
@@ -420,7 +420,7 @@ def test_parts_of_different_classes_are_refused(tmp_path):
     put(tmp_path, content([image_entry(1)], [], [(1, "cat")]))
     spec = put(tmp_path, content([image_entry(2)], [], [(1, "cat"), (2, "dog")]), "val")
     with pytest.raises(ValueError, match=r"different categories: dog \(id 2\)"):
-        boxed_parts(spec, 0.2, 0)
+        boxed_splits(spec, 0.2, 0)
 
 
 def test_one_id_in_two_parts_cannot_be_judged_at_once(tmp_path):
@@ -434,7 +434,7 @@ def test_one_id_in_two_parts_cannot_be_judged_at_once(tmp_path):
 def test_images_without_boxes_are_refused(tmp_path):
     Image.new("L", (4, 4)).save(tmp_path / "a.png")
     with pytest.raises(ValueError, match="has no boxes; name a folder in COCO's layout"):
-        boxed_parts(str(tmp_path), 0.2, 0)
+        boxed_splits(str(tmp_path), 0.2, 0)
 
 
 def test_without_pycocotools_boxes_alone_can_be_read(spec, monkeypatch):

@@ -18,7 +18,7 @@ from pydicom.uid import (  # noqa: E402
     RLELossless,
 )
 
-from vim_ssl.data import BadImage, labelled_parts, open_data  # noqa: E402
+from vim_ssl.data import BadImage, labelled_splits, open_data  # noqa: E402
 from vim_ssl.data.check import check  # noqa: E402
 from vim_ssl.data.sources.dicom import locate  # noqa: E402
 
@@ -168,7 +168,7 @@ def test_a_patient_is_on_one_side_only_and_stays_unnamed(tmp_path):
     data = open_data(f"dicom:{tmp_path}?label=modality")
     assert (data.classes, len(set(data.groups))) == (["ct", "mr"], 6)
     assert len(open_data(f"dicom:{tmp_path}?label=folder").classes) == 6
-    train, test = labelled_parts(f"dicom:{tmp_path}?label=modality", 0.4, 0)
+    train, test = labelled_splits(f"dicom:{tmp_path}?label=modality", 0.4, 0)
     assert not set(train.groups) & set(test.groups)
     handed_on = json.dumps([{k: str(v) for k, v in item.items()} for item in data])
     handed_on += repr(data) + json.dumps([data.groups, data.ids, data.classes])

@@ -13,7 +13,7 @@ from PIL import Image
 rasterio = pytest.importorskip("rasterio", reason="needs pip install 'vim-ssl[remote-sensing]'")
 
 from vim_ssl import VimEncoder, create_transform, load_encoder, save_encoder  # noqa: E402
-from vim_ssl.data import BadImage, band_statistics, labelled_parts, open_data  # noqa: E402
+from vim_ssl.data import BadImage, band_statistics, labelled_splits, open_data  # noqa: E402
 from vim_ssl.data.check import check  # noqa: E402
 from vim_ssl.data.sources import geotiff as rasters  # noqa: E402
 from vim_ssl.data.sources.bigearthnet import BIGEARTHNET_BANDS, BIGEARTHNET_CLASSES  # noqa: E402
@@ -182,7 +182,7 @@ def test_folders_broken_and_unlike_files(tmp_path):
         write(tmp_path / name, scene(seed=len(name) + ord(name[-5])), NAMES)
     (tmp_path / "train/wood/x.tif").write_bytes(b"no raster")
     spec = f"geotiff:{tmp_path}?label=folder"
-    train, test = labelled_parts(spec, 0.5, 0)
+    train, test = labelled_splits(spec, 0.5, 0)
     assert (train.classes, train.labels, test.labels) == (["town", "wood"], [0, 1], [0, 1])
     assert train.faults[0].startswith("train/wood/x.tif cannot be read")
     write(tmp_path / "train/wood/z.tif", scene(3), NAMES[:3])
@@ -260,7 +260,7 @@ def test_eurosat_splits(tmp_path, lists):
         else:
             rows = [f"{n},{name.split('_')[0]}/{name},{n}" for n, name in enumerate(names)]
             (tmp_path / f"{part}.csv").write_text("\n".join([",Filename,Label", *rows]))
-    train, test = labelled_parts(f"eurosat:{tmp_path}", 0.5, 0)
+    train, test = labelled_splits(f"eurosat:{tmp_path}", 0.5, 0)
     assert (len(train), len(test)) == (10, 10)
     assert test.ids[0] == "AnnualCrop/AnnualCrop_3.jpg"
     assert check(f"eurosat:{tmp_path}").problems == []

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vim_ssl.data import labelled_parts, open_data
+from vim_ssl.data import labelled_splits, open_data
 
 SYNSETS = ("n01440764", "n01443537", "n15075141")  # classes 0, 1 and 999
 
@@ -40,7 +40,7 @@ def test_flat_validation_by_the_solution(tmp_path, top):
     lines += [f"ILSVRC2012_val_{i:08d},{s} 1 2 3 4 {s} 5 6 7 8" for i, s in
               ((3, SYNSETS[0]), (1, SYNSETS[2]), (2, SYNSETS[1]))]  # fmt: skip
     (tmp_path / "LOC_val_solution.csv").write_text("\n".join(lines))
-    train, val = labelled_parts(f"imagenet:{tmp_path}", 0.5, 0)
+    train, val = labelled_splits(f"imagenet:{tmp_path}", 0.5, 0)
     assert train.labels == [0, 0, 1, 1, 999, 999]
     assert (val.split, val.labels) == ("val", [999, 1, 0])
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vim_ssl.data import BadImage, masked_parts, open_data
+from vim_ssl.data import BadImage, masked_splits, open_data
 from vim_ssl.data.check import check
 from vim_ssl.data.sources import masks
 
@@ -87,7 +87,7 @@ def test_each_mask_is_read_once_to_see_how_many_classes_there_are(tmp_path, monk
     plain_read = masks.read_mask
     monkeypatch.setattr(masks, "read_mask", lambda path: read.append(path.name) or plain_read(path))
     spec = plain(tmp_path, "train/a", "train/b", "val/c")
-    assert masked_parts(spec, 0.5, 0)[0].classes == ["0", "1", "2"]
+    assert masked_splits(spec, 0.5, 0)[0].classes == ["0", "1", "2"]
     assert sorted(read) == ["a.png", "b.png", "c.png"]
     plain(tmp_path, "val/c", values=np.full((2, 3), 10, np.uint8))  # a file of another size
     assert len(open_data(spec).classes) == 11
@@ -96,7 +96,7 @@ def test_each_mask_is_read_once_to_see_how_many_classes_there_are(tmp_path, monk
 
 def test_split_folders_are_the_parts(tmp_path):
     spec = plain(tmp_path, "train/a", "train/b", "val/a")
-    train, test = masked_parts(spec, 0.5, 0)
+    train, test = masked_splits(spec, 0.5, 0)
     assert (train.ids, test.ids) == (["train/a.jpg", "train/b.jpg"], ["val/a.jpg"])
     assert train[0]["meta"]["path"].endswith("images/train/a.jpg")
 
@@ -104,7 +104,7 @@ def test_split_folders_are_the_parts(tmp_path):
 def test_without_splits_a_share_is_held_out_with_its_mask(tmp_path):
     for i in range(8):
         spec = plain(tmp_path, f"scene{i // 2}/{i}", values=VALUES * 0 + i)
-    for part in masked_parts(f"{spec}?group=folder", 0.25, 0):
+    for part in masked_splits(f"{spec}?group=folder", 0.25, 0):
         for item in (part[i] for i in range(len(part))):
             assert item["mask"][0, 0] == int(item["id"].split("/")[1][0])
     assert len({name.split("/")[0] for name in part.ids}) == 1 < len(part)
@@ -113,7 +113,7 @@ def test_without_splits_a_share_is_held_out_with_its_mask(tmp_path):
 def test_ade20k_has_no_class_zero(tmp_path):
     values = np.array([[0, 1, 150], [2, 2, 0]], np.uint8)
     plain(tmp_path, "training/ADE_1", "validation/ADE_2", values=values, folder="annotations")
-    train, test = masked_parts(f"ade20k:{tmp_path}", 0.2, 0)
+    train, test = masked_splits(f"ade20k:{tmp_path}", 0.2, 0)
     assert (train.split, test.split, len(train.classes)) == ("training", "validation", 150)
     assert train[0]["mask"].tolist() == [[255, 0, 149], [1, 1, 255]]
     rows = [f"{i}\t0.1\t5\t6\tname{i}, other" for i in range(1, 151)]
@@ -236,4 +236,4 @@ def test_a_number_beyond_all_classes_is_refused_at_once(tmp_path):
 def test_no_masks_no_segmentation(tmp_path):
     plain(tmp_path, "a")
     with pytest.raises(ValueError, match=r"has no masks; .* masks:FOLDER"):
-        masked_parts(tmp_path, 0.2, 0)
+        masked_splits(tmp_path, 0.2, 0)

@@ -8,7 +8,7 @@ import pytest
 
 nibabel = pytest.importorskip("nibabel", reason="needs pip install 'vim-ssl[medical]'")
 
-from vim_ssl.data import BadImage, labelled_parts, masked_parts, open_data  # noqa: E402
+from vim_ssl.data import BadImage, labelled_splits, masked_splits, open_data  # noqa: E402
 
 VOLUME = np.arange(3 * 4 * 5, dtype=np.int16).reshape(3, 4, 5)  # right, anterior, superior
 
@@ -81,7 +81,7 @@ def test_a_series_in_time_gives_its_first_volume(tmp_path):
 def test_labels_splits_and_globs(tmp_path):
     for name in ("train/brain/a.nii", "train/liver/b.nii", "test/brain/c.nii", "test/liver/d.nii"):
         write(tmp_path / name)
-    train, test = labelled_parts(f"nifti:{tmp_path}?label=folder", 0.5, 0)
+    train, test = labelled_splits(f"nifti:{tmp_path}?label=folder", 0.5, 0)
     assert (train.classes, train.labels, test.labels) == (
         ["brain", "liver"], [0] * 5 + [1] * 5, [0] * 5 + [1] * 5,
     )  # fmt: skip
@@ -158,11 +158,11 @@ def test_names_groups_and_class_names(tmp_path):
     pair(tmp_path, "p3/first_0000")
     (tmp_path / "masks/p3/first_0000.nii").rename(tmp_path / "masks/p3/first.nii")
     (tmp_path / "classes.txt").write_text("none\nliver\ntumour\nvessel\n")
-    train, test = masked_parts(f"{spec}?group=folder", 0.3, 0)
+    train, test = masked_splits(f"{spec}?group=folder", 0.3, 0)
     assert train.classes == ["none", "liver", "tumour", "vessel"]
     assert not set(train.groups) & set(test.groups)
     assert set(train.groups) | set(test.groups) == {"p1", "p2", "p3"}
-    train, test = masked_parts(spec, 0.3, 0)
+    train, test = masked_splits(spec, 0.3, 0)
     assert not set(train.groups) & set(test.groups)
     assert set(train.groups) | set(test.groups) >= {"p1/early.nii.gz", "p3/first_0000.nii.gz"}
 

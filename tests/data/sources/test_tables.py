@@ -5,7 +5,7 @@ import io
 import pytest
 from PIL import Image
 
-from vim_ssl.data import BadImage, labelled_parts, open_data
+from vim_ssl.data import BadImage, labelled_splits, open_data
 
 
 def png(red: int) -> bytes:
@@ -44,7 +44,7 @@ def test_csv_with_splits(tmp_path):
         "pics/2.png\tdog\ttrain", "pics/3.png\tcat\ttest", name="t.tsv",
     )  # fmt: skip
     assert open_data(spec).splits == ["train", "test"]
-    train, test = labelled_parts(spec, 0.5, 0)
+    train, test = labelled_splits(spec, 0.5, 0)
     assert (train.ids, test.ids) == (["pics/0.png", "pics/2.png"], ["pics/1.png", "pics/3.png"])
     assert test.labels == [1, 0]
     assert len(open_data(f"{spec}?split=all")) == 4

@@ -9,7 +9,7 @@ from PIL import Image
 
 from vim_ssl import VimEncoder, create_transform
 from vim_ssl.data import BadImage, ImageData, band_statistics, pretrain_transform
-from vim_ssl.data.transforms.image import as_seen
+from vim_ssl.data.transforms.image import denormalize
 
 RGB = {
     "input_size": (3, 32, 32), "mean": (0.5, 0.25, 0.0), "std": (0.5, 0.25, 1.0),
@@ -247,12 +247,12 @@ def test_statistics_of_bands_leave_out_what_is_missing():
 def test_bands_as_seen_are_red_green_and_blue_around_their_mean():
     x = torch.zeros(1, 5, 4, 4)
     x[:, 2], x[:, 3] = 2.0, -9.0  # red is two deviations up; infrared is not shown
-    seen = as_seen(x, FIVE)
+    seen = denormalize(x, FIVE)
     torch.testing.assert_close(seen[0, :, 0, 0], torch.tensor([1.0, 0.5, 0.5]))
-    assert as_seen(x, FIVE | {"bands": tuple("abcde")})[0, 2, 0, 0] == 1.0  # the first three
+    assert denormalize(x, FIVE | {"bands": tuple("abcde")})[0, 2, 0, 0] == 1.0  # the first three
     image = create_transform(RGB)(Image.new("RGB", (32, 32), (255, 0, 51)))
     expected = torch.tensor([1.0, 0.0, 0.2])
-    torch.testing.assert_close(as_seen(image[None], RGB)[0, :, 3, 3], expected)
+    torch.testing.assert_close(denormalize(image[None], RGB)[0, :, 3, 3], expected)
 
 
 def test_colours_of_four_channels_are_not_changed():

@@ -173,7 +173,7 @@ class TrimLongSide:
         return f"TrimLongSide(max_aspect={self.max_aspect:g})"
 
 
-def as_seen(images: Tensor, config: Mapping[str, Any]) -> Tensor:
+def denormalize(images: Tensor, config: Mapping[str, Any]) -> Tensor:
     """Normalised images (b, c, h, w) as grey or colour within 0..1, to look at.
 
     Grey and colour as they came. Of other bands red, green and blue where the names say which they
