@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from vim_ssl.data import BadImage, ImageData, open_data
-from vim_ssl.data.doctor import check
+from vim_ssl.data.check import check
 from vim_ssl.evaluation.mask_scores import MaskScores
 
 
