@@ -3,8 +3,7 @@
 import pytest
 from PIL import Image
 
-from vim_ssl.data import ImageData, labelled_splits, masked_splits, open_data
-from vim_ssl.data import open as sources
+from vim_ssl.data import ImageData, labelled_splits, masked_splits, open_data, registry
 
 
 def fill(root, *names) -> str:
@@ -72,7 +71,7 @@ def test_a_group_on_both_sides_is_told_of_images_with_masks(monkeypatch, caplog)
             split=split,
         )  # fmt: skip
 
-    monkeypatch.setitem(sources._OPENERS, "masks", opener)
+    monkeypatch.setitem(registry._openers, ("masks", False), registry.Opener(opener))
     train, test = masked_splits("masks:m", test=0.2, seed=0)
     assert (train.split, test.split) == ("train", "test")
     assert "masks:m: 2 groups are in both train and test, such as p1" in caplog.text
@@ -97,7 +96,7 @@ def test_images_with_several_labels_are_parted_too(monkeypatch):
     rows = [[i % 2, int(i % 3 == 0)] for i in range(30)] + [[-1, -1]]
     names = [str(i) for i in range(31)]
     data = ImageData(names, names, name="rows", labels=rows)
-    monkeypatch.setitem(sources._OPENERS, "folder", lambda spec: data)
+    monkeypatch.setitem(registry._openers, ("folder", False), registry.Opener(lambda spec: data))
     train, test = labelled_splits("anything", test=0.2, seed=0)
     assert (len(train), len(test)) == (24, 6)
     assert "30" not in train.ids + test.ids  # its labels are not known

@@ -20,6 +20,7 @@ from vim_ssl.data.images import BadImage
 from vim_ssl.data.labels import IGNORE
 from vim_ssl.data.loading.streamed import ImageStream
 from vim_ssl.data.open import open_data, sets_of
+from vim_ssl.data.registry import SOURCES
 from vim_ssl.data.spec import SPLIT_NAMES, canonical_split
 
 NAMED = 3  # examples of one fault
@@ -111,7 +112,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="vim-ssl data", description=__doc__)
     actions = parser.add_subparsers(dest="action", required=True)
     action = actions.add_parser("check", help="examine a data spec and say what is wrong with it")
-    action.add_argument("spec", metavar="SPEC", help="a folder, hf:NAME, csv:FILE, wds:SHARDS …")
+    action.add_argument(
+        "spec", metavar="SPEC", help=f"a folder, or SCHEME:LOCATION; schemes: {', '.join(SOURCES)}"
+    )
     action.add_argument(
         "--sample", type=int, default=0, metavar="N", help="decode N images a split, not all"
     )

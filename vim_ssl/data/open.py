@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -10,50 +10,13 @@ from typing import overload
 
 from vim_ssl.data.dataset import ImageData, join
 from vim_ssl.data.loading.streamed import ImageStream
-from vim_ssl.data.samples.sets import open_sample
-from vim_ssl.data.sources.bigearthnet import open_bigearthnet
-from vim_ssl.data.sources.coco import open_coco
-from vim_ssl.data.sources.dicom import open_dicom
-from vim_ssl.data.sources.eurosat import open_eurosat
-from vim_ssl.data.sources.folder import open_folder
-from vim_ssl.data.sources.geotiff import open_geotiff
-from vim_ssl.data.sources.hub import open_hub, stream_hub
-from vim_ssl.data.sources.imagenet import open_imagenet
-from vim_ssl.data.sources.masks import open_ade20k, open_masks
-from vim_ssl.data.sources.medmnist import open_medmnist
-from vim_ssl.data.sources.nifti import open_nifti
-from vim_ssl.data.sources.pairs import open_pairs
-from vim_ssl.data.sources.slides import open_slide
-from vim_ssl.data.sources.tables import open_csv, open_parquet
-from vim_ssl.data.sources.video import open_video
-from vim_ssl.data.sources.webdataset import stream_tars
+from vim_ssl.data.registry import find_opener, stream_schemes
 from vim_ssl.data.spec import DataSpec, canonical_split, parse_spec
 
 log = logging.getLogger(__name__)
 
-_OPENERS: dict[str, Callable[[DataSpec], ImageData]] = {
-    "folder": open_folder,
-    "hf": open_hub,
-    "pairs": open_pairs,
-    "csv": open_csv,
-    "parquet": open_parquet,
-    "imagenet": open_imagenet,
-    "medmnist": open_medmnist,
-    "dicom": open_dicom,
-    "nifti": open_nifti,
-    "geotiff": open_geotiff,
-    "eurosat": open_eurosat,
-    "bigearthnet": open_bigearthnet,
-    "sample": open_sample,
-    "ade20k": open_ade20k,
-    "masks": open_masks,
-    "coco": open_coco,
-    "video": open_video,
-    "slide": open_slide,
-}
 TOLD = 5  # faults that opening tells of, one by one
 AND = " + "  # between specs that are read as one
-_STREAMS: dict[str, Callable[[DataSpec], ImageStream]] = {"hf": stream_hub, "wds": stream_tars}
 
 
 @overload
@@ -70,7 +33,7 @@ def open_data(
     spec: str | Path, *, split: str | None = None, streams: bool = False
 ) -> ImageData | ImageStream:
     """Open images: a folder's path, ``hf:owner/name[:config]``, ``csv:file.csv``, ``wds:shards``
-    and the other schemes of `vim_ssl.data.spec.BUILT`.
+    and the other schemes of `vim_ssl.data.registry.SOURCES`.
 
     Args:
         spec: ``SCHEME:LOCATION?key=value&...``; see `DataSpec` for the keys. Several joined by
@@ -85,16 +48,17 @@ def open_data(
     """
     if isinstance(spec, str) and len(joined := sets_of(spec)) > 1:
         counts, parts = zip(*joined, strict=True)
-        if stream := next((p for p in parts if p.streaming or p.scheme not in _OPENERS), None):
+        if stream := next((part for part in parts if _is_stream(part)), None):
             raise ValueError(f"{spec!r}: {stream} is a stream, which cannot be joined to others.")
         opened = [open_data(str(part), split=split) for part in parts]
         return join([data for data, n in zip(opened, counts, strict=True) for _ in range(n)])
     parsed = parse_spec(spec)
     if split is not None:
         parsed = replace(parsed, split=split)
-    if parsed.streaming or parsed.scheme not in _OPENERS:
+    opener = find_opener(parsed.scheme)
+    if parsed.streaming or opener is None:
         return _open_stream(parsed, streams)
-    data = _OPENERS[parsed.scheme](parsed)
+    data = opener(parsed)
     name = f"{parsed.scheme}:{parsed.location}"
     for fault in data.faults[:TOLD]:
         warn_once(f"{name}: {fault}")
@@ -153,16 +117,21 @@ def warn_once(fault: str) -> None:
     log.warning(fault)
 
 
+def _is_stream(spec: DataSpec) -> bool:
+    return spec.streaming or find_opener(spec.scheme) is None
+
+
 def _open_stream(spec: DataSpec, wanted: bool) -> ImageStream:
-    if spec.scheme not in _STREAMS:
+    opener = find_opener(spec.scheme, stream=True)
+    if opener is None:
         raise ValueError(
             f"{spec}: a {spec.scheme} is read by index, nothing of it is loaded beforehand; leave "
-            f"streaming=true out. Streams are {', '.join(f'{s}:' for s in _STREAMS)}."
+            f"streaming=true out. Streams are {', '.join(f'{s}:' for s in stream_schemes())}."
         )
     if not wanted:
         raise ValueError(
             f"{spec} is a stream, which is read in order and for pretraining only; here images "
             "are needed by index: give a folder, hf:NAME without streaming=true, or sample:NAME."
         )
-    stream = _STREAMS[spec.scheme](spec)
+    stream = opener(spec)
     return stream if spec.limit is None else stream.limited(spec.limit)

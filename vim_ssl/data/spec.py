@@ -2,18 +2,15 @@
 
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
-BUILT = (
-    "folder", "hf", "csv", "parquet", "imagenet", "medmnist", "dicom", "nifti", "geotiff",
-    "eurosat", "bigearthnet", "pairs", "sample", "wds",
-    "ade20k", "masks", "coco", "video", "slide",
-)  # fmt: skip
+from vim_ssl.data.registry import OPTIONS, SOURCES, find_opener, is_known
+
 # What one split is called in different places; the first is the name used here.
 SPLIT_NAMES = {
     "train": ("train", "training"),
@@ -27,7 +24,7 @@ class DataSpec:
     """A parsed spec.
 
     Attributes:
-        scheme: one of `BUILT`.
+        scheme: one of `vim_ssl.data.registry.SOURCES`.
         location: a path or name, as the scheme takes it.
         split: the split to open; "all" for everything; None for the training part.
         image, label, caption, group: columns (of "wds": extensions) to take these from.
@@ -46,6 +43,7 @@ class DataSpec:
         tones: of emoji, ``tones=none`` leaves those with a skin tone out.
         limit: at most this many images, spread evenly over the data.
         streaming: read in order without an index, for pretraining from "hf"; "wds" always is.
+        more: options that a source declares beside these.
     """
 
     scheme: str
@@ -68,27 +66,29 @@ class DataSpec:
     tones: str | None = None
     limit: int | None = None
     streaming: bool = False
+    more: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __str__(self) -> str:
         """The spec string; `parse_spec` of it gives an equal spec."""
-        given = {key: getattr(self, key) for key in OPTIONS}
-        texts = {k: "true" if v is True else str(v) for k, v in given.items() if v}
+        texts = {k: "true" if v is True else str(v) for k, v in self.options().items()}
         query = "&".join(f"{k}={quote(v, safe='/:[]%,')}" for k, v in texts.items())
         mark = "?" if query or "?" in self.location else ""
         return f"{self.scheme}:{self.location}{mark}{query}"
 
+    def options(self) -> dict[str, Any]:
+        """The options that are given, by name."""
+        values = {key: getattr(self, key, None) or self.more.get(key) for key in OPTIONS}
+        return {key: value for key, value in values.items() if value}
+
     def takes(self, *keys: str) -> None:
-        """Raise ValueError when a key was given that this source does not take."""
+        """Raise ValueError when an option was given that this source does not take."""
         takes = ("split", "limit", *keys)
-        for key in OPTIONS:
-            if getattr(self, key) and key not in takes:
+        for key in self.options():
+            if key not in takes:
                 raise ValueError(
                     f"{self.scheme}:{self.location} takes no option {key!r}; it takes "
                     f"{', '.join(takes)}."
                 )
-
-
-OPTIONS = tuple(f.name for f in fields(DataSpec) if f.name not in ("scheme", "location"))
 
 
 def parse_spec(spec: str | Path) -> DataSpec:
@@ -105,19 +105,20 @@ def parse_spec(spec: str | Path) -> DataSpec:
     if isinstance(spec, Path) or os.path.exists(os.path.expanduser(text)):
         return DataSpec("folder", text)
     head, mark, query = text.rpartition("?")
-    body, options = (head, _options(query, text)) if mark else (text, {})
+    body = head if mark else text
     match = re.match(r"([A-Za-z][A-Za-z0-9+_.-]+):(.*)", body, re.DOTALL)
-    if not match:
-        return replace(DataSpec("folder", body), **options)
-    scheme, location = match[1].lower(), match[2]
-    if scheme not in BUILT:
+    scheme, location = (match[1].lower(), match[2]) if match else ("folder", body)
+    if not is_known(scheme):
         raise ValueError(
-            f"{text!r}: unknown scheme {scheme!r}.{near(scheme, BUILT)} Known are a "
-            f"folder's path, {', '.join(f'{s}:' for s in BUILT)}."
+            f"{text!r}: unknown scheme {scheme!r}.{near(scheme, list(SOURCES))} Known are a "
+            f"folder's path, {', '.join(f'{s}:' for s in SOURCES)}."
         )
-    if not location:
+    if match and not location:
         raise ValueError(f"{text!r} names no location; expected {scheme}:LOCATION.")
-    return replace(DataSpec(scheme, location), **options)
+    given = _options(query, scheme, text) if mark else {}
+    fields = {key: value for key, value in given.items() if key in DataSpec.__dataclass_fields__}
+    more = {key: value for key, value in given.items() if key not in fields}
+    return DataSpec(scheme, location, **fields, more=more)
 
 
 def pick_split(wanted: str | None, splits: Sequence[str], source: str) -> str:
@@ -166,34 +167,48 @@ def near(word: str, known: Sequence[str]) -> str:
     return f" Did you mean {match[0]!r}?" if match else ""
 
 
-def _options(query: str, text: str) -> dict[str, Any]:
+def _options(query: str, scheme: str, text: str) -> dict[str, Any]:
     options: dict[str, Any] = {}
     for part in query.split("&") if query else ():
         key, equals, value = part.partition("=")
         value = unquote(value)
         if key not in OPTIONS:
+            find_opener(scheme)  # whose module may declare it
+        if key not in OPTIONS:
             raise ValueError(
-                f"{text!r}: unknown option {key!r}.{near(key, OPTIONS)} Options are "
+                f"{text!r}: unknown option {key!r}.{near(key, list(OPTIONS))} Options are "
                 f"{', '.join(OPTIONS)}."
             )
         if not equals or not value:
             raise ValueError(f"{text!r}: option {key!r} has no value; write {key}=VALUE.")
         if key in options:
             raise ValueError(f"{text!r}: option {key!r} is given twice.")
-        options[key] = value
-        if key in ("limit", "tile", "frames", "clips"):
-            if not value.isdigit() or int(value) < 1:
-                raise ValueError(f"{text!r}: {key}={value} is not a whole number above 0.")
-            options[key] = int(value)
-        if key in ("fps", "mpp", "shrink"):
-            try:
-                options[key] = float(value)
-            except ValueError:
-                options[key] = 0.0
-            if not 0 < options[key] < 1e6:
-                raise ValueError(f"{text!r}: {key}={value} is not a number above 0.")
-        if key == "streaming":
-            if value.lower() not in ("true", "false"):
-                raise ValueError(f"{text!r}: streaming={value} is neither true nor false.")
-            options[key] = value.lower() == "true"
+        options[key] = _READ[OPTIONS[key]](key, value, text)
     return options
+
+
+def _count(key: str, value: str, text: str) -> int:
+    if not value.isdigit() or int(value) < 1:
+        raise ValueError(f"{text!r}: {key}={value} is not a whole number above 0.")
+    return int(value)
+
+
+def _number(key: str, value: str, text: str) -> float:
+    try:
+        number = float(value)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < 1e6:
+        raise ValueError(f"{text!r}: {key}={value} is not a number above 0.")
+    return number
+
+
+def _flag(key: str, value: str, text: str) -> bool:
+    if value.lower() not in ("true", "false"):
+        raise ValueError(f"{text!r}: {key}={value} is neither true nor false.")
+    return value.lower() == "true"
+
+
+_READ: dict[type, Callable[[str, str, str], Any]] = {
+    str: lambda key, value, text: value, int: _count, float: _number, bool: _flag,
+}  # fmt: skip

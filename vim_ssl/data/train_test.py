@@ -5,7 +5,6 @@ from pathlib import Path
 
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.open import open_data, warn_once
-from vim_ssl.data.sources.coco import check_same_categories
 from vim_ssl.data.spec import canonical_split
 from vim_ssl.data.split import as_key, is_known, stratified_split
 
@@ -104,6 +103,8 @@ def boxed_splits(spec: str | Path, test: float, seed: int) -> tuple[ImageData, I
 
     Raises: ValueError for images without boxes, or parts of different classes.
     """
+    from vim_ssl.data.sources.coco import check_same_categories  # of boxes alone
+
     train = open_data(spec)
     if not train.has_boxes:
         raise ValueError(f"{spec} has no boxes; name a folder in COCO's layout as coco:ROOT.")

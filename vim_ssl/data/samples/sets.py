@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import decode_image
+from vim_ssl.data.registry import source
 from vim_ssl.data.samples.fetch import find_sample
 from vim_ssl.data.sources.coco import CocoObjects, read_table
 from vim_ssl.data.sources.dicom import open_dicom
@@ -62,6 +63,7 @@ PHOTOS = (
 )  # fmt: skip
 
 
+@source("sample", options=("label", "tones", *VIDEO_OPTIONS))
 def open_sample(spec: DataSpec) -> ImageData:
     """Open ``sample:NAME``.
 

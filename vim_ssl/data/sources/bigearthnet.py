@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vim_ssl.data.dataset import ImageData
+from vim_ssl.data.registry import source
 from vim_ssl.data.sources.geotiff import (
     RasterImages,
     Tile,
@@ -53,6 +54,7 @@ BIGEARTHNET_CLASSES: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
+@source("bigearthnet", extra="remote-sensing", options=("label", "bands"))
 def open_bigearthnet(spec: DataSpec) -> ImageData:
     """Open ``bigearthnet:root``: Sentinel-2 patches of 120 px (10 m), with labels of 19 classes as
     rows of 0 and 1.
@@ -68,7 +70,6 @@ def open_bigearthnet(spec: DataSpec) -> ImageData:
     Raises: ImportError without rasterio; FileNotFoundError; ValueError for a class that is none of
         BigEarthNet's.
     """
-    spec.takes("label", "bands")
     import_rasterio()
     root = Path(spec.location).expanduser()
     source = f"bigearthnet:{spec.location}"

@@ -16,6 +16,7 @@ import numpy as np
 
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import BadImage
+from vim_ssl.data.registry import source
 from vim_ssl.data.sources.folder import FileImages
 from vim_ssl.data.spec import SPLIT_NAMES, DataSpec, canonical_split, pick_split
 
@@ -112,6 +113,7 @@ class CocoObjects:
         return blake2b(self._annotations[row], digest_size=8).hexdigest()
 
 
+@source("coco", extra="detection", options=("label",))
 def open_coco(spec: DataSpec) -> ImageData:
     """Open ``coco:ROOT``: COCO as it is unpacked (``annotations/instances_val2017.json`` with
     ``val2017/``), or ``annotations/val.json`` with ``val/`` or ``images/``.
@@ -125,7 +127,6 @@ def open_coco(spec: DataSpec) -> ImageData:
     Raises: FileNotFoundError with what is missing; ValueError for a file that is no COCO, for ids
         given twice or of two types, and for categories that are not listed.
     """
-    spec.takes("label")
     if spec.label not in (None, "boxes", "none"):
         raise ValueError(
             f"{spec}: label={spec.label} is nothing COCO has; it takes label=boxes, label=none."

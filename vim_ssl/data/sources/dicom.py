@@ -16,6 +16,7 @@ import numpy as np
 
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import BadImage
+from vim_ssl.data.registry import source
 from vim_ssl.data.sources.folder import OnDisk, read_layout
 from vim_ssl.data.spec import DataSpec, near
 from vim_ssl.data.window import Window, to_8bit
@@ -62,6 +63,7 @@ class Slice:
     label: str
 
 
+@source("dicom", extra="medical", options=("label", "window"))
 def open_dicom(spec: DataSpec) -> ImageData:
     """Open every image of the DICOM files below ``dicom:root``, grey or colour, 8-bit.
 
@@ -84,7 +86,6 @@ def open_dicom(spec: DataSpec) -> ImageData:
     Raises: ImportError without pydicom, or without what decompresses these files;
         FileNotFoundError; ValueError for a folder without a DICOM image.
     """
-    spec.takes("label", "window")
     window = Window.parse(spec.window) if spec.window else None
     kind = None if spec.label == "none" else spec.label
     if kind and kind not in LABELS:

@@ -8,6 +8,7 @@ from typing import Any
 
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import EXTENSIONS
+from vim_ssl.data.registry import source
 from vim_ssl.data.sources.folder import FileImages
 from vim_ssl.data.sources.geotiff import (
     TIFFS,
@@ -34,6 +35,7 @@ EUROSAT_FOLDERS = (
 )  # fmt: skip
 
 
+@source("eurosat", extra="remote-sensing", options=("label", "bands"))
 def open_eurosat(spec: DataSpec) -> ImageData:
     """Open ``eurosat:root``: the ten class folders, in root or where the archives put them, of the
     RGB images (.jpg) or of the 13-band rasters (.tif, 64 px, uint16).
@@ -45,7 +47,6 @@ def open_eurosat(spec: DataSpec) -> ImageData:
 
     Raises: FileNotFoundError and ValueError with all that is missing.
     """
-    spec.takes("label", "bands")
     root = Path(spec.location).expanduser()
     source = f"eurosat:{spec.location}"
     if not root.is_dir():

@@ -10,6 +10,7 @@ from typing import Any
 
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import EXTENSIONS
+from vim_ssl.data.registry import source
 from vim_ssl.data.spec import SPLIT_NAMES, DataSpec, near, pick_split
 
 _SPLIT_FOLDERS = frozenset(name for names in SPLIT_NAMES.values() for name in names)
@@ -46,6 +47,7 @@ class FileImages(OnDisk):
         return [self[row]]
 
 
+@source("folder", options=("label", "group"))
 def open_folder(spec: DataSpec) -> ImageData:
     """Open a folder of images.
 
@@ -63,7 +65,6 @@ def open_folder(spec: DataSpec) -> ImageData:
     Raises: FileNotFoundError, NotADirectoryError; ValueError for a folder without an image
         (naming what it holds), and for labels that the layout cannot give.
     """
-    spec.takes("label", "group")
     for key, allowed in (("label", ("folder", "none")), ("group", ("folder",))):
         value = getattr(spec, key)
         if value and value not in allowed:

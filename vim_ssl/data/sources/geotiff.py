@@ -14,6 +14,7 @@ import numpy as np
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import BadImage, most_pixels
 from vim_ssl.data.labels import IGNORE, checked, mask_folders, named_classes, paired
+from vim_ssl.data.registry import source
 from vim_ssl.data.sources.folder import OnDisk, read_layout
 from vim_ssl.data.spec import DataSpec, near, pick_split
 
@@ -187,6 +188,7 @@ def write_labels(
             file.write(labels, 1, window=Window(*box) if box else None)
 
 
+@source("geotiff", extra="remote-sensing", options=("label", "bands", "tile"))
 def open_geotiff(spec: DataSpec) -> ImageData:
     """Open ``geotiff:PATTERN``: a file, a folder (at any depth) or a glob, of rasters that have
     the same bands.
@@ -206,7 +208,6 @@ def open_geotiff(spec: DataSpec) -> ImageData:
     Raises: ImportError without rasterio; FileNotFoundError; ValueError for a band or tile that
         the files do not have, and for files of other bands or another unit than the first.
     """
-    spec.takes("label", "bands", "tile")
     source = f"geotiff:{spec.location}"
     rasterio = import_rasterio()
     if spec.label not in (None, "none", "folder"):

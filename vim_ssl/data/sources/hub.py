@@ -12,6 +12,7 @@ import numpy as np
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import BadImage
 from vim_ssl.data.loading.streamed import ImageStream, Shard
+from vim_ssl.data.registry import source
 from vim_ssl.data.sources.folder import sort_classes
 from vim_ssl.data.spec import DataSpec, near, pick_split
 from vim_ssl.data.split import is_known
@@ -73,6 +74,7 @@ class TableArrays(TableColumn):
         return np.atleast_3d(values.astype(self.dtype))
 
 
+@source("hf", options=("image", "label", "caption", "group"))
 def open_hub(spec: DataSpec) -> ImageData:
     """Open ``hf:owner/name[:config]`` or ``hf:/local/path`` (saved with ``save_to_disk``, or a
     folder of tables).
@@ -88,7 +90,6 @@ def open_hub(spec: DataSpec) -> ImageData:
         ConnectionError when the Hub is not reached; ValueError for an unknown or gated name,
         and for columns that do not fit.
     """
-    spec.takes("image", "label", "caption", "group")
     return open_tables(spec, _load(spec.location))
 
 
@@ -172,6 +173,7 @@ class ParquetReader:
                 row += 1
 
 
+@source("hf", stream=True, options=("image", "label", "caption", "streaming"))
 def stream_hub(spec: DataSpec) -> ImageStream:
     """Open ``hf:NAME?streaming=true``, of parquet files (on the Hub or in a local folder).
 
@@ -180,7 +182,6 @@ def stream_hub(spec: DataSpec) -> ImageStream:
 
     Raises: see `open_hub`; ValueError also for files that are not parquet.
     """
-    spec.takes("image", "label", "caption", "streaming")
     source = f"hf:{spec.location}"
     builder = _located(spec.location, "load_dataset_builder")
     if isinstance(builder, Path):

@@ -9,6 +9,7 @@ from timm.data import ImageNetInfo
 
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import EXTENSIONS
+from vim_ssl.data.registry import source
 from vim_ssl.data.sources.folder import FileImages
 from vim_ssl.data.spec import DataSpec, pick_split
 
@@ -19,6 +20,7 @@ DEVKIT = "ILSVRC2012_devkit_t12/data"
 TRUTH, META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
 
 
+@source("imagenet", options=("label",))
 def open_imagenet(spec: DataSpec) -> ImageData:
     """Open ``imagenet:root`` with the splits train and val, whichever is there.
 
@@ -33,7 +35,6 @@ def open_imagenet(spec: DataSpec) -> ImageData:
 
     Raises: FileNotFoundError and ValueError with one list of all that is missing or wrong.
     """
-    spec.takes("label")
     root = Path(spec.location).expanduser()
     if not root.is_dir():
         raise FileNotFoundError(f"imagenet:{spec.location}: there is no such folder.")

@@ -11,6 +11,7 @@ from PIL import Image
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import BadImage
 from vim_ssl.data.labels import IGNORE, checked, named_classes, paired
+from vim_ssl.data.registry import source
 from vim_ssl.data.sources.folder import FileImages, by_split, find_images
 from vim_ssl.data.spec import DataSpec, pick_split
 
@@ -74,6 +75,7 @@ def read_mask(path: str | Path) -> np.ndarray:
     return values.astype(np.uint8 if values.dtype == bool else np.uint32)
 
 
+@source("masks", options=("group",))
 def open_masks(spec: DataSpec) -> ImageData:
     """Open ``images/`` and ``masks/``, files of the same names; split folders in both if any.
 
@@ -90,6 +92,7 @@ def open_masks(spec: DataSpec) -> ImageData:
     return _open(spec, "masks", classes)
 
 
+@source("ade20k", options=("group",))
 def open_ade20k(spec: DataSpec) -> ImageData:
     """Open ADEChallengeData2016: ``images/`` and ``annotations/``, ``training`` and ``validation``
     in both. 150 classes, named by ``objectInfo150.txt`` where it is there; 0 is no class.
@@ -121,7 +124,6 @@ def _open(
     find_classes: Callable[[Path, list[str]], list[str]],
     zero_is_none: bool = False,
 ) -> ImageData:
-    spec.takes("group")
     if spec.group not in (None, "folder"):
         raise ValueError(f"group={spec.group} is nothing a folder has; it takes group=folder.")
     root = Path(spec.location).expanduser()

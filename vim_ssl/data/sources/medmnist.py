@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from vim_ssl.data.dataset import ImageData
+from vim_ssl.data.registry import source
 from vim_ssl.data.spec import DataSpec, pick_split
 from vim_ssl.utils.files import user_cache
 
@@ -27,6 +28,7 @@ def known_sets() -> dict[str, tuple[str, tuple[str, ...]]]:
     return {flag: (task, tuple(classes)) for flag, (task, classes) in json.loads(text).items()}
 
 
+@source("medmnist", options=("label", "axis"))
 def open_medmnist(spec: DataSpec) -> ImageData:
     """Open ``medmnist:FLAG.npz`` or ``medmnist:FLAG_SIZE.npz``, as MedMNIST hands them out.
 
@@ -43,7 +45,6 @@ def open_medmnist(spec: DataSpec) -> ImageData:
 
     Raises: FileNotFoundError; ValueError for a file of another form.
     """
-    spec.takes("label", "axis")
     file = Path(spec.location).expanduser()
     if not file.is_file():
         raise FileNotFoundError(

@@ -16,6 +16,7 @@ import numpy as np
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import BadImage
 from vim_ssl.data.labels import IGNORE, checked, mask_folders, named_classes, paired
+from vim_ssl.data.registry import source
 from vim_ssl.data.sources.folder import OnDisk, read_layout
 from vim_ssl.data.spec import DataSpec
 from vim_ssl.data.window import Window, to_8bit
@@ -25,6 +26,7 @@ ENDINGS = (".nii", ".nii.gz")
 DEFAULT_WINDOW = Window(0.5, 99.5, percent=True)
 
 
+@source("nifti", extra="medical", options=("label", "axis", "window", "group"))
 def open_nifti(spec: DataSpec) -> ImageData:
     """Open every plane of the volumes below a folder, or of one file, or of those of a glob.
 
@@ -47,7 +49,6 @@ def open_nifti(spec: DataSpec) -> ImageData:
 
     Raises: ImportError without nibabel; FileNotFoundError; ValueError when there is no volume.
     """
-    spec.takes("label", "axis", "window", "group")
     nibabel = import_nibabel()
     source = f"nifti:{spec.location}"
     axis = int(spec.axis) if spec.axis in ("0", "1", "2") else 2

@@ -20,6 +20,7 @@ from PIL import Image
 
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import EXTENSIONS, BadImage, decode_image, most_pixels
+from vim_ssl.data.registry import source
 from vim_ssl.data.sources.folder import FileImages, OnDisk, find_files, read_layout
 from vim_ssl.data.spec import DataSpec
 
@@ -219,6 +220,9 @@ def _places(
     return side, [(int(x) * side, int(y) * side) for y, x in np.argwhere(kept)]
 
 
+@source(
+    "slide", extra="slides", options=("tile", "mpp", "shrink", "tissue", "image", "label", "group")
+)
 def open_slide(spec: DataSpec) -> ImageData:
     """Open ``slide:FILES``: a slide, a folder of them at any depth, or a table of paths, as tiles
     without overlap.

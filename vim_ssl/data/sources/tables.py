@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vim_ssl.data.dataset import ImageData
+from vim_ssl.data.registry import source
 from vim_ssl.data.sources.folder import FileImages, sort_classes
 from vim_ssl.data.sources.hub import import_datasets, open_tables
 from vim_ssl.data.sources.webdataset import expand
@@ -21,6 +22,7 @@ CAPTION_NAMES = ("caption", "text")
 SPLIT_COLUMN = "split"
 
 
+@source("csv", options=("image", "label", "caption", "group"))
 def open_csv(spec: DataSpec) -> ImageData:
     """Open ``csv:FILE.csv`` (or .tsv): a header, then one image a line.
 
@@ -33,7 +35,6 @@ def open_csv(spec: DataSpec) -> ImageData:
     Raises: FileNotFoundError; ValueError for columns that do not fit, a path given twice, a line
         of another length than the header, or a table without a line.
     """
-    spec.takes("image", "label", "caption", "group")
     return read_table(spec, ImageData, FileImages)
 
 
@@ -103,6 +104,7 @@ def read_table(
     return data
 
 
+@source("parquet", options=("image", "label", "caption", "group"))
 def open_parquet(spec: DataSpec) -> ImageData:
     """Open ``parquet:FILES``: a file, a folder of them, a glob or a brace range.
 
@@ -112,7 +114,6 @@ def open_parquet(spec: DataSpec) -> ImageData:
 
     Raises: see `open_hub`.
     """
-    spec.takes("image", "label", "caption", "group")
     names = expand(spec.location, "parquet")
     starts = {name: canonical_split(Path(name).stem.replace("_", "-").split("-")[0])
               for name in names}  # fmt: skip

@@ -30,6 +30,7 @@ from vim_ssl.data.loading.streamed import (
     is_remote,
     open_file,
 )
+from vim_ssl.data.registry import source
 from vim_ssl.data.spec import DataSpec
 from vim_ssl.utils.files import user_cache
 
@@ -127,6 +128,7 @@ def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     return content.read() if content else b""
 
 
+@source("wds", stream=True, options=("image", "label", "caption", "streaming"))
 def stream_tars(spec: DataSpec) -> ImageStream:
     """Open ``wds:PATTERN``: a tar, a folder of tars, a glob, a brace range such as
     ``shard-{000..099}.tar``, or such a range of URLs (http, or hf://, s3:// … through fsspec).
@@ -138,7 +140,6 @@ def stream_tars(spec: DataSpec) -> ImageStream:
     Raises: FileNotFoundError for a pattern that matches nothing; ConnectionError when a shard's
         host is not reached; ValueError when the shards hold no image.
     """
-    spec.takes("image", "label", "caption", "streaming")
     if spec.split not in (None, "all"):
         raise ValueError(
             f"wds:{spec.location} has no splits; name the shards of {spec.split!r} by the pattern."
