@@ -101,11 +101,11 @@ def run(config: Config) -> dict:
               f"{len(shards) - len(missing):,} of them there already", flush=True)  # fmt: skip
     missing = processes.agree(missing)
     began = time.perf_counter()
-    mine = share_of(missing, isinstance(data, ImageStream), processes.rank, processes.world)
+    mine = share_of(missing, data.is_stream, processes.rank, processes.world)
     rows = read_rows(data, mine, create_transform(encoder), batch_size=config.batch_size,
                      workers=config.workers)  # fmt: skip
     total = sum(shard.count for shard in mine) if processes.main else None
-    multi_label = isinstance(data, ImageData) and data.multi_label
+    multi_label = not data.is_stream and data.multi_label
     for part in embed(encode, rows, dim, device, total):
         write_shard(folder / "shards", part, format=config.format, multi_label=multi_label)
     processes.gather(None)  # the others' files are there

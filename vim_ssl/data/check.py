@@ -141,7 +141,7 @@ def _opened(spec: str | Path) -> ImageData | ImageStream:
 def _parts(
     spec: str | Path, data: ImageData | ImageStream, sample: int, workers: int, quiet: bool
 ) -> Iterator[Part]:
-    if isinstance(data, ImageStream):
+    if data.is_stream:
         yield _look_along(data.limited(sample) if sample else data, quiet)
         return
     splits = data.splits if data.split == "all" and data.splits else [data.split]
@@ -211,7 +211,7 @@ def look(id: str, image: Image.Image | np.ndarray) -> Look:
 
 
 def _layout(data: ImageData | ImageStream, parts: list[Part]) -> str:
-    what = "read in order, shard by shard" if isinstance(data, ImageStream) else "read by index"
+    what = "read in order, shard by shard" if data.is_stream else "read by index"
     names = ", ".join(part.name for part in parts) if data.splits else "no splits"
     classes = f"{len(data.classes)} classes" if data.classes else "no named classes"
     return f"{what}; {names}; {classes}"

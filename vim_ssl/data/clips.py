@@ -279,6 +279,7 @@ class VideoData(ImageData):
         sampling: of all of them.
     """
 
+    kind = "video"
     sampling: Sampling
 
     def _decode(self, image: Any) -> Video:

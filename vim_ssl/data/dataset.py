@@ -1,17 +1,18 @@
 """`ImageData`: what every source becomes, images by index with what is known of them."""
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from hashlib import blake2b
 from itertools import accumulate, groupby
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from vim_ssl.data.images import BadImage, array_image, decode_image
+from vim_ssl.data.loading.indexed import SeededSamples
 from vim_ssl.data.split import as_key
 
 
@@ -100,7 +101,14 @@ class ImageData(Dataset):
         split: the one opened, or "all".
         faults: what is wrong with the source as a whole, in words.
         min_side: see `decode_image`; None decodes every image whole.
+        is_stream: whether images are read in order, as an `ImageStream`, not by index.
+        kind: of an item's ``image``: "image", or "video".
+        sampling: of videos, which frames make a clip; else None.
     """
+
+    is_stream: ClassVar[Literal[False]] = False
+    kind: ClassVar[str] = "image"
+    sampling: Any = None
 
     def __init__(
         self,
@@ -221,6 +229,12 @@ class ImageData(Dataset):
             raise ValueError(f"{self.name} has no boxes.")
         row = self._rows[index]
         return self._objects.images[row], self._objects.annotations(row)
+
+    def samples(
+        self, transform: Callable[[dict], dict], seed: int = 0, *, repeats: int = 1
+    ) -> SeededSamples:
+        """These images through a random transform, to train on; see `SeededSamples`."""
+        return SeededSamples(self, transform, seed, repeats=repeats)
 
     def subset(self, indices: Iterable[int]) -> "ImageData":
         """The images at these indices, in this order; classes and splits stay."""

@@ -49,10 +49,10 @@ class EmbeddingShard:
 
 def plan_shards(data: ImageData | ImageStream, rows: int) -> list[EmbeddingShard]:
     """All files, of ``rows`` images at most; in a stream none goes over the end of a shard."""
-    if isinstance(data, ImageData):
-        sizes, pattern = [len(data)], "{1:05}"
-    else:
+    if data.is_stream:
         sizes, pattern = [shard.count for shard in data.shards], "{0:05}-{1:03}"
+    else:
+        sizes, pattern = [len(data)], "{1:05}"
     return [
         EmbeddingShard(
             pattern.format(source, first // rows), source, first, min(rows, size - first)
@@ -86,7 +86,7 @@ def read_rows(
     Yields: the file, its next rows, and whether they are its last. One worker keeps the order of a
         file; of a stream several files may be under way at a time.
     """
-    if isinstance(data, ImageStream):
+    if data.is_stream:
         stream = StreamRows(data, shards, transform, batch_size)
         yield from DataLoader(stream, batch_size=None, num_workers=workers)
         return

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from hashlib import blake2b
 from itertools import accumulate, islice, pairwise
-from typing import IO, Any
+from typing import IO, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -54,7 +54,13 @@ class ImageStream:
             Can be sent to worker processes.
         name, classes, splits, split: see `ImageData`.
         faults: what is wrong with which shards, in words.
+    Attributes: these, and as those of `ImageData` ``is_stream``, ``kind``, ``sampling``, ``bands``.
     """
+
+    is_stream: ClassVar[Literal[True]] = True
+    kind: ClassVar[str] = "image"
+    sampling: Any = None
+    bands: None = None
 
     def __init__(
         self,
@@ -87,6 +93,12 @@ class ImageStream:
         for shard in self.shards:
             digest.update(f"{file_name(shard.name)}\0{shard.version}\0{shard.count}\n".encode())
         return digest.hexdigest()
+
+    def samples(
+        self, transform: Callable[[dict], dict], seed: int = 0, *, buffer: int = BUFFER
+    ) -> "StreamSamples":
+        """These images through a random transform, to train on; see `StreamSamples`."""
+        return StreamSamples(self, transform, seed, buffer)
 
     def limited(self, limit: int) -> "ImageStream":
         """At most ``limit`` samples: the first ones of every shard, in proportion."""
