@@ -197,7 +197,7 @@ class Progress:
     readers: str = ""
 
 
-def fit(
+def fit(  # noqa: C901 -- one loop, read from top to bottom, is clearer than its parts
     objective: nn.Module,
     samples: SeededSamples,
     config: TrainConfig,
