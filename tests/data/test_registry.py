@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 def as_before(monkeypatch):
     """Forget what a test registers."""
     monkeypatch.setattr(plugins, "_loaded", set())
+    registry.stream_schemes()  # a module registers its sources only when it is first imported
     tables = [(table, dict(table)) for table in (SOURCES, OPTIONS, registry._openers)]
     yield
     for table, before in tables:

@@ -56,7 +56,7 @@ def test_a_group_on_both_sides_of_the_sources_own_split_is_told(tmp_path, caplog
     labelled_splits(f"csv:{tmp_path / 't.csv'}", test=0.2, seed=0)
     assert not caplog.text
     labelled_splits(f"csv:{tmp_path / 't.csv'}?group={group}", test=0.2, seed=0)
-    told = "1 groups are in both train and test, such as p2: what is found in them says little"
+    told = "1 groups are in both train and test, such as p2: results on them say little"
     assert (told in caplog.text) == (group == "patient")
 
 
@@ -84,7 +84,7 @@ def test_a_class_that_is_never_tested_is_told(tmp_path, caplog):
     assert not caplog.text
     fill(tmp_path, "c/only/1.png", "c/only/2.png")
     labelled_splits(spec, test=0.2, seed=0)
-    assert "1 of 3 classes, such as c, are not in the part that is held out" in caplog.text
+    assert "1 of 3 classes, such as c, are not among the images held out" in caplog.text
 
 
 def test_images_without_labels_are_an_error(tmp_path):

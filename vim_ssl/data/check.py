@@ -19,7 +19,7 @@ from vim_ssl.data.dataset import ImageData, captions_of
 from vim_ssl.data.images import BadImage
 from vim_ssl.data.labels import IGNORE
 from vim_ssl.data.loading.streamed import ImageStream
-from vim_ssl.data.open import open_data, sets_of
+from vim_ssl.data.open import Source, open_source, sets_of
 from vim_ssl.data.registry import SOURCES
 from vim_ssl.data.spec import SPLIT_NAMES, canonical_split
 
@@ -92,8 +92,8 @@ def check(spec: str | Path, *, sample: int = 0, workers: int = 0, quiet: bool = 
         quiet: no progress bar.
     Raises: what `open_data` raises.
     """
-    data = _opened(spec)
-    parts = list(_parts(spec, data, sample, workers, quiet))
+    source, data = _opened(spec)
+    parts = list(_parts(source, data, sample, workers, quiet))
     diagnosis = Diagnosis([f"{spec}: {_layout(data, parts)}", ""], list(data.faults), [])
     if not data.splits:
         _check_folders(parts, diagnosis)
@@ -132,21 +132,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 # ---------------------------------------------------------------- looking
 
 
-def _opened(spec: str | Path) -> ImageData | ImageStream:
+def _opened(spec: str | Path) -> tuple[Source, ImageData | ImageStream]:
+    """The source, and the split that its spec names, or all of it."""
+    source = open_source(spec, streams=True)
     joined = sets_of(str(spec))
     named = len(joined) > 1 or joined[0][1].split
-    return open_data(spec, split=None if named else "all", streams=True)
+    return source, source.open(None if named else "all")
 
 
 def _parts(
-    spec: str | Path, data: ImageData | ImageStream, sample: int, workers: int, quiet: bool
+    source: Source, data: ImageData | ImageStream, sample: int, workers: int, quiet: bool
 ) -> Iterator[Part]:
     if data.is_stream:
         yield _look_along(data.limited(sample) if sample else data, quiet)
         return
     splits = data.splits if data.split == "all" and data.splits else [data.split]
     for name in splits:
-        one = data if name == data.split else open_data(spec, split=name)
+        one = data if name == data.split else source.open(name)
         boxes = [one.box_count(i) for i in range(len(one))] if one.has_boxes else None
         part = Part(name, one.ids, one.labels, one.groups, one.has_masks, boxes)
         few = min(sample, len(one)) if sample else len(one)

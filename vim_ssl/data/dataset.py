@@ -96,6 +96,7 @@ class ImageData(Dataset):
         categories: of boxes, ``id`` (in their file) and ``name`` of each class; else None.
         groups: list[str] or None; images of one group belong on one side of a split.
         bands: names of the bands, where the source has them; else None.
+        dtype: of images with bands, the type of their values; None where only reading them tells.
         task: of `vim_ssl.metrics.medmnist.TASKS`, where the source says so.
         splits: names of the splits the source has; empty where it has none.
         split: the one opened, or "all".
@@ -125,6 +126,7 @@ class ImageData(Dataset):
         splits: Sequence[str] = (),
         split: str = "all",
         bands: Sequence[str] | None = None,
+        dtype: Any = None,
         task: str | None = None,
         source_fingerprint: str = "",
         faults: Iterable[str] = (),
@@ -136,6 +138,7 @@ class ImageData(Dataset):
         self.groups = None if groups is None else list(groups)
         self.task, self.faults = task, list(faults)
         self.bands = None if bands is None else tuple(bands)
+        self.dtype = None if dtype is None else np.dtype(dtype)
         self.min_side: int | None = None
         self._images, self._captions, self._masks = images, captions, masks
         self._objects, self.has_masks = objects, masks is not None
@@ -330,7 +333,8 @@ def join(parts: Sequence[ImageData]) -> ImageData:
         [f"{number}/{name}" for number, part in enumerate(parts) for name in part.ids],
         name=" + ".join(_times(name, len(list(same))) for name, same in groupby(names)),
         captions=_JoinedCaptions(images) if all(p.has_captions for p in parts) else None,
-        bands=parts[0].bands if len({p.bands for p in parts}) == 1 else None,
+        bands=parts[0].bands if len({part.bands for part in parts}) == 1 else None,
+        dtype=parts[0].dtype if len({part.dtype for part in parts}) == 1 else None,
         source_fingerprint=" ".join(part.fingerprint for part in parts),
         faults=[fault for part in parts for fault in part.faults],
     )

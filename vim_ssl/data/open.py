@@ -2,20 +2,20 @@
 
 import logging
 import re
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 from vim_ssl.data.dataset import ImageData, join
 from vim_ssl.data.loading.streamed import ImageStream
-from vim_ssl.data.registry import find_opener, stream_schemes
+from vim_ssl.data.registry import Splits, find_opener, stream_schemes
 from vim_ssl.data.spec import DataSpec, canonical_split, parse_spec
 
 log = logging.getLogger(__name__)
 
-TOLD = 5  # faults that opening tells of, one by one
+WARNED = 5  # faults that opening warns of one by one
 AND = " + "  # between specs that are read as one
 
 
@@ -58,45 +58,92 @@ def open_data(
     opener = find_opener(parsed.scheme)
     if parsed.streaming or opener is None:
         return _open_stream(parsed, streams)
-    data = opener(parsed)
-    name = f"{parsed.scheme}:{parsed.location}"
-    for fault in data.faults[:TOLD]:
+    return _finished(opener(parsed), parsed)
+
+
+@dataclass(frozen=True)
+class Source:
+    """An open source.
+
+    Attributes:
+        splits: their names; none where it has no splits.
+        open: opens a split of these, "all", or for None what the spec names; see `open_data`.
+    """
+
+    splits: Sequence[str]
+    open: Callable[[str | None], Any]
+
+
+def open_source(spec: str | Path, *, streams: bool = False) -> Source:
+    """Open a source once, to read several of its splits.
+
+    Args:
+        spec, streams: see `open_data`.
+    Raises: as `open_data`.
+    """
+    sets = sets_of(spec) if isinstance(spec, str) else [(1, parse_spec(spec))]
+    parsed = sets[0][1]
+    opener = None if len(sets) > 1 or parsed.streaming else find_opener(parsed.scheme)
+    opened = opener(replace(parsed, split="all")) if opener else None
+    if isinstance(opened, Splits):
+
+        def choose(split: str | None) -> ImageData:
+            return _finished(opened, replace(parsed, split=split or parsed.split))
+
+        return Source(opened.names, choose)
+    everything = (
+        open_data(spec, split="all", streams=streams)
+        if opened is None  # several sets, or a stream
+        else _finished(opened, parsed)
+    )
+
+    def reopen(split: str | None) -> ImageData | ImageStream:
+        return everything if split == "all" else open_data(spec, split=split, streams=streams)
+
+    return Source(everything.splits, reopen)
+
+
+def _finished(opened: ImageData | Splits, spec: DataSpec) -> ImageData:
+    """The images that a spec names, with warnings of the source's faults, at most ``limit``."""
+    data = opened.open(spec) if isinstance(opened, Splits) else opened
+    name = f"{spec.scheme}:{spec.location}"
+    for fault in data.faults[:WARNED]:
         warn_once(f"{name}: {fault}")
-    if (more := len(data.faults) - TOLD) > 0:
+    if (more := len(data.faults) - WARNED) > 0:
         warn_once(f"{name}: {more:,} more; `vim-ssl data check` names them all.")
-    if parsed.limit is not None and parsed.limit < len(data):
+    if spec.limit is not None and spec.limit < len(data):
         # Spread out, since many sets are sorted by class.
-        data = data.subset(i * len(data) // parsed.limit for i in range(parsed.limit))
+        data = data.subset(i * len(data) // spec.limit for i in range(spec.limit))
     return data
 
 
 @overload
-def open_split(spec: str, wanted: Sequence[str] = ...) -> ImageData: ...
+def open_split(spec: str, requested: Sequence[str] = ...) -> ImageData: ...
 
 
 @overload
 def open_split(
-    spec: str, wanted: Sequence[str] = ..., *, streams: bool
+    spec: str, requested: Sequence[str] = ..., *, streams: bool
 ) -> ImageData | ImageStream: ...
 
 
 def open_split(
-    spec: str, wanted: Sequence[str] = ("test", "validation"), *, streams: bool = False
+    spec: str, requested: Sequence[str] = ("test", "validation"), *, streams: bool = False
 ) -> ImageData | ImageStream:
-    """The part that the spec names, else the first of those wanted, or all there is.
+    """Open the split that the spec names, else the first of those requested, or all there is.
 
     Args:
-        wanted: canonical names of splits.
+        requested: canonical names of splits.
         streams: see `open_data`.
     """
-    everything = open_data(spec, split="all", streams=streams)
-    # Sets joined by " + " have no splits of their own to choose from.
-    if not everything.splits or parse_spec(spec).split is not None:
-        return open_data(spec, streams=streams)
-    for split in wanted:
-        if any(canonical_split(name) == split for name in everything.splits):
-            return open_data(spec, split=split, streams=streams)
-    return everything
+    source = open_source(spec, streams=streams)
+    # Sets joined by " + " have no splits to choose from.
+    if not source.splits or parse_spec(spec).split is not None:
+        return source.open(None)
+    for split in requested:
+        if any(canonical_split(name) == split for name in source.splits):
+            return source.open(split)
+    return source.open("all")
 
 
 def sets_of(spec: str) -> list[tuple[int, DataSpec]]:

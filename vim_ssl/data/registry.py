@@ -69,6 +69,19 @@ class Opener:
             ) from error
 
 
+@dataclass(frozen=True)
+class Splits:
+    """A source whose files are listed: what an opener returns to be called once for all splits.
+
+    Attributes:
+        names: of its splits; none where it has no splits.
+        open: a DataSpec → the images of its ``split``, which `pick_split` understands.
+    """
+
+    names: Sequence[str]
+    open: Callable[[Any], Any]
+
+
 _openers: dict[tuple[str, bool], Opener] = {}  # by scheme and whether it gives a stream
 
 
@@ -80,7 +93,7 @@ def source(
     extra: str = "",
     stream: bool = False,
 ) -> Callable[[F], F]:
-    """Register the decorated function, DataSpec → ImageData, as what opens a scheme.
+    """Register the decorated function as what opens a scheme: DataSpec → ImageData, or `Splits`.
 
     Args:
         options: that it takes beside ``split`` and ``limit``.

@@ -379,7 +379,8 @@ def _satellite_tiles(spec: DataSpec, package: Path, **columns: Any) -> ImageData
     names = [entry["file_name"] for entry in _building_table(package)["images"]]
     east = [int(name.split("_")[2]) for name in names]  # sample_geotiff_EAST_NORTH.tif, metres
     folder = package / "solaris/data/rastertile_test_expected"
-    tiles = open_geotiff(DataSpec("geotiff", str(folder)))
+    rasters = DataSpec("geotiff", str(folder))
+    tiles = open_geotiff(rasters).open(rasters)
     place = {name: i for i, name in enumerate(tiles.ids)}
     values = np.stack([tiles[place[name]]["image"][..., 0] for name in names])
     low, high = np.percentile(values, (2, 98))
@@ -398,7 +399,8 @@ def _satellite_tiles(spec: DataSpec, package: Path, **columns: Any) -> ImageData
 def _multispectral(spec: DataSpec, package: Path) -> ImageData:
     _label(spec)
     pattern = str(package / "solaris/data/preproc_tutorial/ms?.tif")
-    return _renamed(open_geotiff(DataSpec("geotiff", pattern, split=spec.split, tile=50)), spec)
+    rasters = DataSpec("geotiff", pattern, split=spec.split, tile=50)
+    return _renamed(open_geotiff(rasters).open(rasters), spec)
 
 
 # -------------------------------------------------------------------- medical

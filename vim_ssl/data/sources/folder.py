@@ -10,7 +10,7 @@ from typing import Any
 
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import EXTENSIONS
-from vim_ssl.data.registry import source
+from vim_ssl.data.registry import Splits, source
 from vim_ssl.data.spec import SPLIT_NAMES, DataSpec, near, pick_split
 
 _SPLIT_FOLDERS = frozenset(name for names in SPLIT_NAMES.values() for name in names)
@@ -48,7 +48,7 @@ class FileImages(OnDisk):
 
 
 @source("folder", options=("label", "group"))
-def open_folder(spec: DataSpec) -> ImageData:
+def open_folder(spec: DataSpec) -> Splits:
     """Open a folder of images.
 
     Images are found by extension at any depth; hidden files and folders are passed over.
@@ -73,12 +73,33 @@ def open_folder(spec: DataSpec) -> ImageData:
                 f"{' or '.join(f'{key}={a}' for a in allowed)}."
             )
     root = Path(spec.location).expanduser()
-    found = read_layout(find_images(root, spec.location), spec.split, spec.label, str(root))
-    groups = [name.rpartition("/")[0] for name in found.names] if spec.group else None
-    return ImageData(
-        FileImages(str(root), found.names), found.names, name=str(spec), labels=found.labels,
-        classes=found.classes, groups=groups, splits=found.splits, split=found.split,
-    )  # fmt: skip
+    names = find_images(root, spec.location)
+
+    def choose(spec: DataSpec) -> ImageData:
+        found = read_layout(names, spec.split, spec.label, str(root))
+        groups = [name.rpartition("/")[0] for name in found.names] if spec.group else None
+        return ImageData(
+            FileImages(str(root), found.names), found.names, name=str(spec), labels=found.labels,
+            classes=found.classes, groups=groups, splits=found.splits, split=found.split,
+        )  # fmt: skip
+
+    return Splits([split for split in by_split(names) if split], choose)
+
+
+def split_views(data: ImageData, split_of: Sequence[str]) -> Splits:
+    """The splits of data that were opened whole.
+
+    Args:
+        split_of: the split of every image; of data without splits of any length.
+    """
+
+    def choose(spec: DataSpec) -> ImageData:
+        split = pick_split(spec.split, data.splits, f"{spec.scheme}:{spec.location}")
+        view = data.subset(i for i in range(len(data)) if split == "all" or split_of[i] == split)
+        view.name, view.split = str(spec), split
+        return view
+
+    return Splits(data.splits, choose)
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ import numpy as np
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import BadImage, most_pixels
 from vim_ssl.data.labels import IGNORE, checked, mask_folders, named_classes, paired
-from vim_ssl.data.registry import source
-from vim_ssl.data.sources.folder import OnDisk, read_layout
+from vim_ssl.data.registry import Splits, source
+from vim_ssl.data.sources.folder import OnDisk, by_split, read_layout
 from vim_ssl.data.spec import DataSpec, near, pick_split
 
 TIFFS = (".tif", ".tiff")
@@ -189,7 +189,7 @@ def write_labels(
 
 
 @source("geotiff", extra="remote-sensing", options=("label", "bands", "tile"))
-def open_geotiff(spec: DataSpec) -> ImageData:
+def open_geotiff(spec: DataSpec) -> Splits:
     """Open ``geotiff:PATTERN``: a file, a folder (at any depth) or a glob, of rasters that have
     the same bands.
 
@@ -209,7 +209,7 @@ def open_geotiff(spec: DataSpec) -> ImageData:
         the files do not have, and for files of other bands or another unit than the first.
     """
     source = f"geotiff:{spec.location}"
-    rasterio = import_rasterio()
+    import_rasterio()
     if spec.label not in (None, "none", "folder"):
         raise ValueError(f"{source}: label={spec.label} is nothing it has; it takes label=folder.")
     folders = mask_folders(spec.location) if spec.label != "folder" else None
@@ -218,6 +218,22 @@ def open_geotiff(spec: DataSpec) -> ImageData:
     if folders and spec.label is None:
         mask_names = _find(str(folders[1]))[1]
         mask_of = dict(zip(names, paired(names, mask_names, *folders), strict=True))
+    splits = [split for split in by_split(names) if split]
+    return Splits(splits, lambda spec: _rasters_of(spec, root, names, folders, mask_of))
+
+
+def _rasters_of(
+    spec: DataSpec,
+    root: Path,
+    names: list[str],
+    folders: tuple[Path, Path] | None,
+    mask_of: dict[str, str],
+) -> ImageData:
+    """The rasters of a split, with the masks that `open_geotiff` has paired with them."""
+    source = f"geotiff:{spec.location}"
+    rasterio = import_rasterio()
+    from rasterio.enums import MaskFlags
+
     found = read_layout(names, spec.split, spec.label or "none", str(root))
     class_of = dict(zip(found.names, found.labels or (), strict=False))
     numbers: list[int] = []
@@ -227,12 +243,14 @@ def open_geotiff(spec: DataSpec) -> ImageData:
     ids: list[str] = []
     groups: list[str] = []
     faults: list[str] = []
+    whole = True  # no raster marks values as no data
     for name in found.names:
         try:
             with _opened(root / name) as file:
                 names_here = [text or f"band{i}" for i, text in enumerate(file.descriptions, 1)]
                 width, height = file.width, file.height
                 kind = np.result_type(*file.dtypes)
+                whole &= all(MaskFlags.all_valid in flags for flags in file.mask_flag_enums)
                 if folders and mask_of:
                     _check_same_place(file, folders[1] / mask_of[name])
         except (rasterio.errors.RasterioError, BadImage) as error:
@@ -280,6 +298,8 @@ def open_geotiff(spec: DataSpec) -> ImageData:
         labels=[class_of[name] for name in groups] if class_of else None, classes=classes,
         groups=groups, bands=[own[number - 1] for number in numbers], splits=found.splits,
         split=found.split, faults=faults,
+        # A tile of 8-bit grey or colour is an array only if values of it are no data.
+        dtype=first_kind if whole or first_kind != np.uint8 or len(numbers) not in (1, 3) else None,
     )  # fmt: skip
 
 

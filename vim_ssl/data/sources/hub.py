@@ -12,7 +12,7 @@ import numpy as np
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import BadImage
 from vim_ssl.data.loading.streamed import ImageStream, Shard
-from vim_ssl.data.registry import source
+from vim_ssl.data.registry import Splits, source
 from vim_ssl.data.sources.folder import sort_classes
 from vim_ssl.data.spec import DataSpec, near, pick_split
 from vim_ssl.data.split import is_known
@@ -75,7 +75,7 @@ class TableArrays(TableColumn):
 
 
 @source("hf", options=("image", "label", "caption", "group"))
-def open_hub(spec: DataSpec) -> ImageData:
+def open_hub(spec: DataSpec) -> Splits:
     """Open ``hf:owner/name[:config]`` or ``hf:/local/path`` (saved with ``save_to_disk``, or a
     folder of tables).
 
@@ -90,15 +90,19 @@ def open_hub(spec: DataSpec) -> ImageData:
         ConnectionError when the Hub is not reached; ValueError for an unknown or gated name,
         and for columns that do not fit.
     """
-    return open_tables(spec, _load(spec.location))
+    return open_tables(_load(spec.location))
 
 
-def open_tables(spec: DataSpec, tables: Mapping[str, Any], root: str = "") -> ImageData:
+def open_tables(tables: Mapping[str, Any], root: str = "") -> Splits:
     """The images of `datasets` tables by split, as `open_hub` describes them.
 
     Args:
         root: the folder that relative paths in the image column start from.
     """
+    return Splits(list(tables), lambda spec: _images_of(spec, tables, root))
+
+
+def _images_of(spec: DataSpec, tables: Mapping[str, Any], root: str) -> ImageData:
     source = f"{spec.scheme}:{spec.location}"
     split = pick_split(spec.split, list(tables), source)
     chosen = list(tables) if split == "all" else [split]
@@ -133,6 +137,7 @@ def open_tables(spec: DataSpec, tables: Mapping[str, Any], root: str = "") -> Im
         groups=[str(g) for g in TableColumn(table, group).all()] if group else None,
         captions=TableColumn(table, caption) if caption else None,
         bands=_bands(kind) if arrays else None,
+        dtype=kind.dtype if arrays else None,
         splits=list(tables),
         split=split,
         # Image sizes would need a read of the whole table; its own fingerprint stands for them.

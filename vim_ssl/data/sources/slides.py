@@ -275,7 +275,7 @@ def _slides(spec: DataSpec) -> tuple[str, ImageData]:
         from vim_ssl.data.sources.tables import read_table  # which opens tables of everything
 
         spec.takes("tile", "mpp", "shrink", "tissue", "image", "label", "group")
-        return str(path.parent), read_table(spec, ImageData, FileImages)
+        return str(path.parent), read_table(spec, ImageData, FileImages).open(spec)
     spec.takes("tile", "mpp", "shrink", "tissue", "label")
     if path.is_file():
         root, names = path.parent, [path.name]

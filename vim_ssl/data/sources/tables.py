@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from vim_ssl.data.dataset import ImageData
-from vim_ssl.data.registry import source
-from vim_ssl.data.sources.folder import FileImages, sort_classes
+from vim_ssl.data.registry import Splits, source
+from vim_ssl.data.sources.folder import FileImages, sort_classes, split_views
 from vim_ssl.data.sources.hub import import_datasets, open_tables
 from vim_ssl.data.sources.webdataset import expand
-from vim_ssl.data.spec import DataSpec, canonical_split, near, pick_split
+from vim_ssl.data.spec import DataSpec, canonical_split, near
 from vim_ssl.utils.files import read_text
 
 PATH_NAMES = (
@@ -23,7 +23,7 @@ SPLIT_COLUMN = "split"
 
 
 @source("csv", options=("image", "label", "caption", "group"))
-def open_csv(spec: DataSpec) -> ImageData:
+def open_csv(spec: DataSpec) -> Splits:
     """Open ``csv:FILE.csv`` (or .tsv): a header, then one image a line.
 
     Paths are relative to the file's own folder. Columns, or else the ones that ``image= label=
@@ -40,7 +40,7 @@ def open_csv(spec: DataSpec) -> ImageData:
 
 def read_table(
     spec: DataSpec, data_class: Callable[..., ImageData], files: Callable[[str, list[str]], Any]
-) -> ImageData:
+) -> Splits:
     """`open_csv` for data of any class.
 
     Args:
@@ -97,15 +97,11 @@ def read_table(
         files(str(file.parent), list(paths)), paths, name=str(spec), labels=labels,
         classes=classes, groups=groups, captions=captions, splits=splits,
     )  # fmt: skip
-    split = pick_split(spec.split, splits, source)
-    if split != "all":
-        data = data.subset(i for i, name in enumerate(parts or ()) if name == split)
-        data.split = split
-    return data
+    return split_views(data, parts or ())
 
 
 @source("parquet", options=("image", "label", "caption", "group"))
-def open_parquet(spec: DataSpec) -> ImageData:
+def open_parquet(spec: DataSpec) -> Splits:
     """Open ``parquet:FILES``: a file, a folder of them, a glob or a brace range.
 
     The image column holds bytes, Hugging Face's ``{bytes, path}`` or paths relative to the first
@@ -122,7 +118,7 @@ def open_parquet(spec: DataSpec) -> ImageData:
     files = {split: [name for name in names if starts[name] == split]
              for split in sorted(set(starts.values()), key=_split_order)}  # fmt: skip
     tables = import_datasets("parquet:").load_dataset("parquet", data_files=files)
-    return open_tables(spec, tables, root=str(Path(names[0]).parent))
+    return open_tables(tables, root=str(Path(names[0]).parent))
 
 
 def _split_order(name: str) -> tuple[int, str]:

@@ -63,7 +63,7 @@ def open_video(spec: DataSpec) -> ImageData:
         from vim_ssl.data.sources.tables import read_table  # which opens tables of everything
 
         spec.takes("frames", "fps", "clips", "image", "label", "caption", "group")
-        data = read_table(spec, VideoData, VideoFiles)
+        data = read_table(spec, VideoData, VideoFiles).open(spec)
     else:
         spec.takes("frames", "fps", "clips", "label")
         data = _open_folder(spec, location)
