@@ -11,7 +11,7 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from vim_ssl.data.config import band_names, band_places
+from vim_ssl.data.config import band_names, band_positions
 from vim_ssl.models.encoder import VimEncoder
 from vim_ssl.models.tokens import join_pos_embed, split_pos_embed
 
@@ -105,7 +105,7 @@ def adapt_patch_embed(
     Args:
         known, wanted: names of the bands, before and after; none where they are not known.
     """
-    places = band_places(known, wanted)
+    places = band_positions(known, wanted)
     if places and len(known) == weight.shape[1]:
         mean = weight.float().mean(1).to(weight.dtype)
         kernels = [mean if place is None else weight[:, place] for place in places]

@@ -15,6 +15,7 @@ from PIL import Image
 
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import EXTENSIONS, BadImage, decode_image
+from vim_ssl.utils.optional import require
 
 ROUNDING = 1e-6  # seconds; a time that is a frame's own means that frame
 FOLDER_FPS = 30.0  # a folder of frames does not say how fast they follow one another
@@ -260,12 +261,8 @@ def _video_stream(container: Any, path: str) -> Any:
 
 
 def import_av() -> Any:
-    """The library PyAV. Raises: ImportError that says what to install."""
-    try:
-        import av
-    except ImportError as error:
-        raise ImportError("Videos (video:) need PyAV: pip install 'vim-ssl[video]'") from error
-    return av
+    """Return the module av (PyAV). Raises: ImportError that says what to install."""
+    return require("av", "video", "Videos (video:)")
 
 
 def _errors() -> tuple[type[BaseException], ...]:

@@ -39,10 +39,10 @@ def open_data(
         spec: ``SCHEME:LOCATION?key=value&...``; see `DataSpec` for the keys. Several joined by
             " + " are read as one set without labels, one of which may stand in it many times:
             ``A + 20 * B``; see `join`.
-        split: opens this split whatever the spec says. Without any the training part is opened,
-            of a source that has splits; "all" opens everything.
-        streams: whether images that are read in order will do: ``wds:`` and ``streaming=true``.
-    Returns: the images, map-style unless the spec names a stream.
+        split: open this split, whatever the spec says; "all" opens all images. By default the
+            training split is opened, if the source has splits.
+        streams: accept images that are read in order: ``wds:`` and ``streaming=true``.
+    Returns: the images, by index unless the spec names a stream.
     Raises: ValueError for a spec that does not fit the source, FileNotFoundError for missing
         data; each says what to do.
     """
@@ -168,14 +168,14 @@ def _is_stream(spec: DataSpec) -> bool:
     return spec.streaming or find_opener(spec.scheme) is None
 
 
-def _open_stream(spec: DataSpec, wanted: bool) -> ImageStream:
+def _open_stream(spec: DataSpec, accepted: bool) -> ImageStream:
     opener = find_opener(spec.scheme, stream=True)
     if opener is None:
         raise ValueError(
             f"{spec}: a {spec.scheme} is read by index, nothing of it is loaded beforehand; leave "
             f"streaming=true out. Streams are {', '.join(f'{s}:' for s in stream_schemes())}."
         )
-    if not wanted:
+    if not accepted:
         raise ValueError(
             f"{spec} is a stream, which is read in order and for pretraining only; here images "
             "are needed by index: give a folder, hf:NAME without streaming=true, or sample:NAME."

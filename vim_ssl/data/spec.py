@@ -11,7 +11,7 @@ from urllib.parse import quote, unquote
 
 from vim_ssl.data.registry import OPTIONS, SOURCES, find_opener, is_known
 
-# What one split is called in different places; the first is the name used here.
+# Names of the splits in use elsewhere; the key is the canonical name.
 SPLIT_NAMES = {
     "train": ("train", "training"),
     "validation": ("validation", "val", "valid"),
@@ -25,25 +25,25 @@ class DataSpec:
 
     Attributes:
         scheme: one of `vim_ssl.data.registry.SOURCES`.
-        location: a path or name, as the scheme takes it.
-        split: the split to open; "all" for everything; None for the training part.
-        image, label, caption, group: columns (of "wds": extensions) to take these from.
-            ``label=none`` leaves labels out.
-        axis: of volumes, the axis (0, 1, 2) across which planes are taken.
-        window: of deep grey, the values that become black and white: ``LOW,HIGH`` or percentiles,
+        location: a path or name, in the form of the scheme.
+        split: the split to open; "all" for all images; None for the training split.
+        image, label, caption, group: columns ("wds": extensions) that hold these. ``label=none``
+            skips labels.
+        axis: volumes: the axis (0, 1, 2) across which planes are taken.
+        window: deep grey: the values that become black and white, ``LOW,HIGH`` or percentiles,
             ``0.5%,99.5%``.
-        bands: of rasters, which and in what order: names or numbers, ``B04,B03,B02``.
-        tile: cuts rasters and slides into squares of so many pixels.
-        mpp: of slides, micrometres a pixel of a tile.
-        shrink: of slides, in its place: how many of the slide's pixels make one of a tile's.
-        tissue: of slides, the share of a tile that must be coloured; "none" keeps all tiles.
-        frames: of a clip of a video.
-        fps: frames of a clip that make a second; without it they are spread over the whole video.
-        clips: of each video, where one is judged.
-        tones: of emoji, ``tones=none`` leaves those with a skin tone out.
+        bands: rasters: names or numbers of the bands, in order, ``B04,B03,B02``.
+        tile: rasters and slides: side of the squares that they are cut into, pixels.
+        mpp: slides: micrometres per pixel of a tile.
+        shrink: slides: alternatively, the slide's pixels per pixel of a tile.
+        tissue: slides: the least coloured share of a tile; "none" keeps all tiles.
+        frames: videos: frames per clip.
+        fps: videos: frames per second in a clip; None spreads them over the whole video.
+        clips: videos: clips per video in evaluation.
+        tones: emoji: ``tones=none`` skips those with a skin tone.
         limit: at most this many images, spread evenly over the data.
-        streaming: read in order without an index, for pretraining from "hf"; "wds" always is.
-        more: options that a source declares beside these.
+        streaming: read in order without an index, to pretrain on "hf"; "wds" always is.
+        more: further options, which its source declares.
     """
 
     scheme: str
@@ -76,12 +76,12 @@ class DataSpec:
         return f"{self.scheme}:{self.location}{mark}{query}"
 
     def options(self) -> dict[str, Any]:
-        """The options that are given, by name."""
+        """The given options, by name."""
         values = {key: getattr(self, key, None) or self.more.get(key) for key in OPTIONS}
         return {key: value for key, value in values.items() if value}
 
     def takes(self, *keys: str) -> None:
-        """Raise ValueError when an option was given that this source does not take."""
+        """Raise ValueError for a given option that the source does not take."""
         takes = ("split", "limit", *keys)
         for key in self.options():
             if key not in takes:
@@ -92,12 +92,12 @@ class DataSpec:
 
 
 def parse_spec(spec: str | Path) -> DataSpec:
-    """Read a spec string; a `Path`, and any string that names an existing path, is a folder.
+    """Parse a spec string; a `Path`, and any string that names an existing path, is a folder.
 
-    The scheme is what stands before the first colon, two letters or more (so ``C:\\photos`` is a
-    path); the options are what stands after the last question mark. Values may be %-encoded.
+    The scheme stands before the first colon and has two letters or more (``C:\\photos`` is a path);
+    the options stand after the last question mark. Values may be %-encoded.
 
-    Raises: ValueError for an unknown scheme, option or value, naming the near match.
+    Raises: ValueError for an unknown scheme, option or value, with the near match.
     """
     text = str(spec)
     if not text.strip():
@@ -121,40 +121,36 @@ def parse_spec(spec: str | Path) -> DataSpec:
     return DataSpec(scheme, location, **fields, more=more)
 
 
-def pick_split(wanted: str | None, splits: Sequence[str], source: str) -> str:
-    """Which split to open: the source's own name of it, or "all".
+def pick_split(requested: str | None, splits: Sequence[str], source: str) -> str:
+    """The split to open: its name in the source, or "all".
 
-    Without a wish it is the training part, so that nothing sees a test part by accident; a source
+    By default the training split, so that nothing is trained on a test split by accident; a source
     with one split, or none, opens whole. "val" and "validation" mean the same.
 
     Raises: ValueError listing the splits.
     """
-    if wanted == "all" or (wanted is None and not splits):
+    if requested == "all" or (requested is None and not splits):
         return "all"
+    if requested is None and len(splits) == 1:
+        return splits[0]
+    if requested in splits:
+        return requested
+    for name in splits:
+        if canonical_split(name) == canonical_split(requested or "train"):
+            return name
     listed = ", ".join(splits) or "none"
-    if wanted is None:
-        if len(splits) == 1:
-            return splits[0]
-        for name in splits:
-            if canonical_split(name) == "train":
-                return name
+    if requested is None:
         raise ValueError(
             f"{source} has the splits {listed}, none for training; add ?split=NAME, or ?split=all."
         )
-    for name in splits:
-        if name == wanted:
-            return name
-    for name in splits:
-        if canonical_split(name) == canonical_split(wanted):
-            return name
     raise ValueError(
-        f"{source} has no split {wanted!r}.{near(wanted, splits)} It has: {listed}; 'all' opens "
-        "everything."
+        f"{source} has no split {requested!r}.{near(requested, splits)} It has: {listed}; 'all' "
+        "opens everything."
     )
 
 
 def canonical_split(name: str) -> str:
-    """The common name of a split: "val" → "validation"; unknown names stay."""
+    """The canonical name of a split: "val" → "validation"; unknown names stay."""
     for canonical, names in SPLIT_NAMES.items():
         if name.lower() in names:
             return canonical

@@ -12,7 +12,7 @@ from timm.data.transforms import MaybeToTensor, str_to_interp_mode
 from torch import Tensor, nn
 from torchvision import transforms
 
-from vim_ssl.data.config import band_places, data_config_of
+from vim_ssl.data.config import band_positions, data_config_of
 from vim_ssl.data.images import clean_image
 from vim_ssl.data.transforms.clip import ClipTransform
 
@@ -183,7 +183,7 @@ def denormalize(images: Tensor, config: Mapping[str, Any]) -> Tensor:
     mean, std = (torch.tensor(config[key], device=images.device) for key in ("mean", "std"))
     if len(mean) in (1, 3) and float(mean.abs().max()) <= 1:
         return (images * std[:, None, None] + mean[:, None, None]).clamp(0, 1)
-    colours = band_places(config.get("bands", ()), ("R", "G", "B")) or [None]
+    colours = band_positions(config.get("bands", ()), ("R", "G", "B")) or [None]
     places = [place for place in colours if place is not None]
     if len(places) < 3:
         places = [0, 1, 2] if len(mean) >= 3 else [0]
