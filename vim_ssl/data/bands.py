@@ -1,4 +1,4 @@
-"""Bands of rasters: their statistics, and what an encoder takes over from them."""
+"""Bands of rasters: their statistics, and an encoder's arguments for them."""
 
 from typing import Any
 
@@ -14,13 +14,13 @@ from vim_ssl.data.transforms.image import as_tensor
 
 
 def band_statistics(data: ImageData, sample: int = 1000) -> dict[str, Any]:
-    """Mean and standard deviation of every band, over all values that were measured.
+    """Mean and standard deviation of every band, over all finite values.
 
     Args:
-        data: images of one number of bands; the training part, for training.
-        sample: of how many images, spread evenly.
-    Returns: ``bands``, ``mean`` and ``std``, as an encoder's ``data_config`` has them: they are
-        stored with the encoder when it is given them.
+        data: images of one number of bands; for training, the training split.
+        sample: number of images, spread evenly.
+    Returns: ``bands``, ``mean`` and ``std`` for an encoder's ``data_config``, which is stored with
+        the encoder.
     Raises: ValueError when no image can be read, or their bands differ.
     """
     few = min(sample, len(data))

@@ -229,11 +229,11 @@ def _layout(data: ImageData | ImageStream, splits: list[Split]) -> str:
 def _check_folders(splits: list[Split], report: Report) -> None:
     """Report a file or folder beside train/ and test/ that keeps them from being splits."""
     tops = {name.split("/")[0] if "/" in name else "" for split in splits for name in split.ids}
-    splits = {top for top in tops if canonical_split(top) in SPLIT_NAMES}
-    if len({canonical_split(top) for top in splits}) > 1 and (others := sorted(tops - splits)):
+    named = {top for top in tops if canonical_split(top) in SPLIT_NAMES}
+    if len({canonical_split(top) for top in named}) > 1 and (others := sorted(tops - named)):
         beside = _some([top or "images outside of any folder" for top in others])
         report.problems.append(
-            f"{', '.join(sorted(splits))} are no splits, since beside them lie: {beside}. All "
+            f"{', '.join(sorted(named))} are no splits, since beside them lie: {beside}. All "
             "images are one split; move the others away."
         )
 

@@ -202,7 +202,7 @@ class ImageData(Dataset):
             raise BadImage(self.ids[index], f"{type(error).__name__}: {error}") from error
 
     def paths(self, index: int) -> list[str]:
-        """The files that image ``index`` is read from; none for sources such as tables of images."""
+        """The files that image ``index`` is read from; none for e.g. tables of images."""
         paths = getattr(self._images, "paths", None)
         return paths(self._rows[index]) if paths else []
 
@@ -234,7 +234,7 @@ class ImageData(Dataset):
     def samples(
         self, transform: Callable[[dict], dict], seed: int = 0, *, repeats: int = 1
     ) -> SeededSamples:
-        """Return training samples: images through a random transform; see `SeededSamples`."""
+        """Return training samples, through a random transform; see `SeededSamples`."""
         return SeededSamples(self, transform, seed, repeats=repeats)
 
     def subset(self, indices: Iterable[int]) -> "ImageData":

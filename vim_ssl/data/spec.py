@@ -133,7 +133,7 @@ def pick_split(requested: str | None, splits: Sequence[str], source: str) -> str
         return "all"
     if requested is None and len(splits) == 1:
         return splits[0]
-    if requested in splits:
+    if requested is not None and requested in splits:
         return requested
     for name in splits:
         if canonical_split(name) == canonical_split(requested or "train"):

@@ -36,7 +36,7 @@ RETRIES = 3  # of a remote shard that breaks off, with pauses of 2, 4 and 8 seco
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of a stream, with ``count`` samples; ``version`` (its size, or its host's tag) enters
+    """One file of a stream, with ``count`` samples; ``version`` (its size, or its host's tag) is in
     the stream's fingerprint."""
 
     name: str
@@ -95,7 +95,7 @@ class ImageStream:
     def samples(
         self, transform: Callable[[dict], dict], seed: int = 0, *, buffer: int = BUFFER
     ) -> "StreamSamples":
-        """Return training samples: images through a random transform; see `StreamSamples`."""
+        """Return training samples, through a random transform; see `StreamSamples`."""
         return StreamSamples(self, transform, seed, buffer)
 
     def limited(self, limit: int) -> "ImageStream":
@@ -109,7 +109,7 @@ class ImageStream:
         )  # fmt: skip
 
     def records(self, number: int) -> Iterator[dict[str, Any]]:
-        """The undecoded samples of a shard, always ``count``: one that cannot be read is a BadImage.
+        """The undecoded samples of a shard, ``count`` in all; an unreadable one is a BadImage.
         A remote shard is read again from where the connection broke."""
         shard, done = self.shards[number], 0
         fault = "the shard ends before this sample"

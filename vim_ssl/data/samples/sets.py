@@ -91,7 +91,7 @@ def open_sample(spec: DataSpec) -> ImageData | Splits:
 
     Raises: ValueError for an unknown name or option; SampleMissing when it has to be fetched.
     """
-    openers = {
+    openers: dict[str, Callable[..., ImageData | Splits]] = {
         "mnist5k": _mnist5k, "aerial": _aerial, "tree-crowns": _tree_crowns, "photos": _photos,
         "satellite": _satellite, "buildings": _buildings, "multispectral": _multispectral,
         "dicom": _dicom, "ct-series": _ct_series, "ct-volume": _ct_volume,
