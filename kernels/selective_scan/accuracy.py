@@ -29,11 +29,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from vim_ssl.kernels.backends import BACKENDS as REGISTERED
+from vim_ssl.kernels.backends import resolve
 from vim_ssl.kernels.selective_scan import bi_selective_scan, selective_scan
-from vim_ssl.kernels.selective_scan.dispatch import choose_backend
 
 Tensors = dict[str, Tensor]
-BACKENDS = ("reference", "torch", "numba", "triton")
+BACKENDS = tuple(REGISTERED["selective_scan"])
 GRADIENTS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
 QUANTITIES = ("y", "last", *(f"d_{name}" for name in GRADIENTS))
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -301,7 +302,7 @@ def runnable(device: str) -> tuple[list[str], list[str]]:
     names, left_out = [], []
     for name in BACKENDS:
         try:
-            choose_backend(name, device)
+            resolve("selective_scan", name, device)
             names.append(name)
         except (ValueError, ImportError) as error:
             left_out.append(f"left out: {name}. {error}")

@@ -22,16 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vim_ssl.kernels.selective_scan.dispatch import available_backends, choose_backend
+from vim_ssl.kernels.backends import BACKENDS, available_backends, resolve
 
 FORWARD, BACKWARD = 7, 19
-# Names in torch.ops.vim_ssl. The first and third argument of a forward pass, and result of a
-# backward pass, are (s, b, l, d) and (s, d, n) in all of them.
-OPERATORS = {
-    "numba": ("scan_forward", "scan_backward"),
-    "torch": ("torch_scan_forward", "torch_scan_backward"),
-    "triton": ("triton_scan_forward", "triton_scan_backward"),
-}
 
 
 @dataclass(frozen=True)
@@ -74,10 +67,11 @@ def flop_counter(device: str | torch.device = "cpu", **options: Any) -> Any:
     from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_flop_formula
 
     for name in available_backends(device):
-        if name not in OPERATORS:
-            continue
-        choose_backend(name, torch.device(device).type)  # makes its operators
-        for operator, formula in zip(OPERATORS[name], (_forward, _backward), strict=True):
+        resolve("selective_scan", name, torch.device(device).type)
+        # Names in torch.ops.vim_ssl. In both the first and third argument, or result of a backward
+        # pass, are (s, b, l, d) and (s, d, n).
+        operators = getattr(BACKENDS["selective_scan"][name].loaded, "OPERATORS", ())
+        for operator, formula in zip(operators, (_forward, _backward), strict=False):
             packet = getattr(torch.ops.vim_ssl, operator)
             if packet not in flop_registry:
                 register_flop_formula(packet, get_raw=True)(formula)

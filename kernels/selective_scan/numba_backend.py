@@ -21,6 +21,7 @@ from vim_ssl.kernels.selective_scan.fused import (
     register_gradient,
 )
 
+OPERATORS = ("scan_forward", "scan_backward")  # for `flops.py`
 NANOSECONDS = (0.25, 1.0)  # forward, backward, for one token, channel and state
 
 

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+OPERATORS = ("torch_scan_forward", "torch_scan_backward")  # for `flops.py`
 CHUNK = 16  # tokens between saved states: memory / CHUNK, at the price of a second forward
 
 

@@ -29,6 +29,7 @@ from vim_ssl.kernels.selective_scan.fused import (
     register_gradient,
 )
 
+OPERATORS = ("triton_scan_forward", "triton_scan_backward")  # for `flops.py`
 LANES = 32
 EVERY = int(os.environ.get("VIM_SSL_SCAN_STATES", 8))  # tokens between saved states
 if EVERY < 4 or EVERY % 4:

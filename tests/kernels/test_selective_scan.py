@@ -23,6 +23,7 @@ from scan_helpers import (
     two_way_inputs,
 )
 
+from vim_ssl.kernels import backends
 from vim_ssl.kernels.selective_scan import available_backends, bi_selective_scan, dispatch
 from vim_ssl.kernels.selective_scan import selective_scan as scan
 
@@ -471,12 +472,12 @@ def test_auto_on_a_cpu_prefers_numba_then_torch():
 
 
 def test_auto_says_once_what_it_chose(caplog):
-    dispatch._auto.cache_clear()
+    backends._auto.cache_clear()
     m = two_way_inputs(1, 2, 2, 2)
-    with caplog.at_level(logging.INFO, logger=dispatch.log.name):
+    with caplog.at_level(logging.INFO, logger=backends.log.name):
         bi_selective_scan(**m)
         bi_selective_scan(**m)
-    (record,) = [record for record in caplog.records if record.name == dispatch.log.name]
+    (record,) = [record for record in caplog.records if record.name == backends.log.name]
     assert available_backends("cpu")[0] in record.getMessage()
 
 
@@ -507,8 +508,8 @@ def test_a_backend_by_name_runs_or_raises(backend, message, monkeypatch):
 
 
 def test_a_missing_package_is_named(monkeypatch):
-    found = dispatch.find_spec
-    monkeypatch.setattr(dispatch, "find_spec", lambda s: None if s == "numba" else found(s))
+    find_spec = backends.find_spec
+    monkeypatch.setattr(backends, "find_spec", lambda s: None if s == "numba" else find_spec(s))
     assert available_backends("cpu") == ["torch", "reference"]
     with pytest.raises(ValueError, match="pip install numba"):
         bi_selective_scan(**two_way_inputs(1, 2, 2, 2), backend="numba")
