@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vim_ssl.kernels.autograd import channels_contiguous, contiguous, operator, register_gradient
 from vim_ssl.kernels.triton_math import sigmoid, silu_gradient
 
 FORWARD_TOKENS = 16  # of a program
@@ -228,10 +229,10 @@ def add_parameter_gradients(totals, ds, rows, I: tl.constexpr, COUNT: tl.constex
 # --- operators ---------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("vim_ssl::triton_conv_forward", mutates_args=())
+@operator("triton_conv_forward", fake=lambda x, w, *_: x.new_empty(w.shape[0], *x.shape))
 def conv_forward(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
     """`conv_silu` with the weight as (s, k, d)."""
-    x, weight, bias = _rows_of(x), weight.contiguous(), bias.contiguous()
+    x, weight, bias = channels_contiguous(x), contiguous(weight), contiguous(bias)
     (b, l, d), (s, k, _) = x.shape, weight.shape
     out = x.new_empty(s, b, l, d)
     grid = (triton.cdiv(d, FORWARD_CHANNELS) * b * triton.cdiv(l, FORWARD_TOKENS),)
@@ -244,17 +245,18 @@ def conv_forward(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tens
     return out
 
 
-@conv_forward.register_fake
-def _(x, weight, bias, reverse):
-    return x.new_empty(weight.shape[0], *x.shape)
+def _empty_gradients(dout, x, weight, bias, reverse):
+    s, k, d = weight.shape
+    return x.new_empty(x.shape), x.new_empty(s, k + 1, d, dtype=torch.float32)
 
 
-@torch.library.custom_op("vim_ssl::triton_conv_backward", mutates_args=())
+@operator("triton_conv_backward", fake=_empty_gradients)
 def conv_backward(
     dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor, reverse: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x, and of the weight and, as one more tap, the bias: (s, k + 1, d), float32."""
-    dout, x, weight, bias = dout.contiguous(), _rows_of(x), weight.contiguous(), bias.contiguous()
+    dout, weight, bias = map(contiguous, (dout, weight, bias))
+    x = channels_contiguous(x)
     (b, l, d), (s, k, _) = x.shape, weight.shape
     channel_blocks = max(1, triton.cdiv(d, BACKWARD_CHANNELS))
     spans, span, programs = _shares(b, l, k, max(1, WARPS // channel_blocks))
@@ -269,32 +271,12 @@ def conv_backward(
     return dx, sums.sum(0)
 
 
-@conv_backward.register_fake
-def _(dout, x, weight, bias, reverse):
-    s, k, d = weight.shape
-    return x.new_empty(x.shape), x.new_empty(s, k + 1, d, dtype=torch.float32)
+def _gradients(ctx, dout):
+    dx, sums = conv_backward(dout, *ctx.saved_tensors, *ctx.options)
+    return dx, sums[:, :-1], sums[:, -1]
 
 
-def _keep(ctx, inputs, output):
-    *tensors, ctx.reverse = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _differentiate(ctx, dout):
-    x, weight, bias = ctx.saved_tensors
-    dx, sums = torch.ops.vim_ssl.triton_conv_backward(dout, x, weight, bias, ctx.reverse)
-    return dx, sums[:, :-1].to(weight.dtype), sums[:, -1].to(bias.dtype), None
-
-
-def _refuse(ctx, *grads):
-    raise RuntimeError(
-        "The Triton convolution cannot be differentiated twice (double backward); "
-        "set VIM_SSL_BACKEND=torch for second derivatives."
-    )
-
-
-conv_forward.register_autograd(_differentiate, setup_context=_keep)
-conv_backward.register_autograd(_refuse)
+register_gradient(conv_forward, conv_backward, "Triton convolution", gradients=_gradients)
 
 
 @cache
@@ -312,8 +294,3 @@ def _shares(b: int, l: int, k: int, most: int) -> tuple[int, int, int]:
 
     spans = min(range(1, max(1, l // SHORTEST_SPAN) + 1), key=time)
     return spans, tokens(spans), min(b * spans, most)
-
-
-def _rows_of(x: Tensor) -> Tensor:
-    """x as it comes if its channels lie together, as in one half of a projection's output."""
-    return x if x.stride(-1) == 1 else x.contiguous()

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vim_ssl.kernels.autograd import contiguous, operator, register_gradient
+
 TILE = 1024  # numbers of a tile at least: as many short rows as fit
 NUMBERS_PER_WARP = 256  # 8 a lane, 16 bytes in half precision
 WARPS = 32 * 132  # of backward that run at once on the 132 processors of an H100
@@ -86,15 +88,22 @@ def rms_norm_backward_kernel(
 # --- operators ---------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("vim_ssl::triton_rms_norm_forward", mutates_args=())
+def _empty_results(hidden, *_):
+    return (
+        hidden.new_empty(hidden.shape),
+        hidden.new_empty(hidden.shape, dtype=torch.float32),
+        hidden.new_empty(hidden.shape[:-1], dtype=torch.float32),
+    )
+
+
+@operator("triton_rms_norm_forward", fake=_empty_results)
 def rms_norm_forward(
     hidden: Tensor, residual: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """hidden, residual (…, d), weight (d,) -> normed in hidden's dtype, and in float32 the new
     residual and, for the backward pass, each row's 1 / rms (…)."""
-    hidden, weight = hidden.contiguous(), weight.contiguous()
-    residual = None if residual is None else residual.contiguous()
-    normed, total, rstd = _outputs(hidden)
+    hidden, residual, weight = map(contiguous, (hidden, residual, weight))
+    normed, total, rstd = _empty_results(hidden)
     rows, d = rstd.numel(), weight.numel()
     tile = _tile(d)
     with torch.cuda.device_of(hidden):
@@ -104,28 +113,22 @@ def rms_norm_forward(
     return normed, total, rstd
 
 
-@rms_norm_forward.register_fake
-def _(hidden, residual, weight, eps):
-    return _outputs(hidden)
-
-
-def _outputs(hidden):
+def _empty_gradients(dnormed, dtotal, total, rstd, weight, twice):
     return (
-        hidden.new_empty(hidden.shape),
-        hidden.new_empty(hidden.shape, dtype=torch.float32),
-        hidden.new_empty(hidden.shape[:-1], dtype=torch.float32),
+        dnormed.new_empty(dnormed.shape),
+        dnormed.new_empty(dnormed.shape if twice else 0, dtype=torch.float32),
+        weight.new_empty(weight.shape, dtype=torch.float32),
     )
 
 
-@torch.library.custom_op("vim_ssl::triton_rms_norm_backward", mutates_args=())
+@operator("triton_rms_norm_backward", fake=_empty_gradients)
 def rms_norm_backward(
     dnormed: Tensor, dtotal: Tensor | None, total: Tensor, rstd: Tensor, weight: Tensor, twice: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient of hidden + residual in dnormed's dtype, in float32 (empty unless `twice`),
     and that of the weight in float32."""
-    dnormed, weight = dnormed.contiguous(), weight.contiguous()
-    dtotal = None if dtotal is None else dtotal.contiguous()
-    dhidden, dresidual, _ = _gradients(dnormed, weight, twice)
+    dnormed, dtotal, weight = map(contiguous, (dnormed, dtotal, weight))
+    dhidden, dresidual, _ = _empty_gradients(dnormed, dtotal, total, rstd, weight, twice)
     rows, d = rstd.numel(), weight.numel()
     tile = _tile(d)
     programs = min(triton.cdiv(rows, tile["ROWS"]), WARPS // tile["num_warps"])
@@ -138,57 +141,20 @@ def rms_norm_backward(
     return dhidden, dresidual, sums.sum(0)
 
 
-@rms_norm_backward.register_fake
-def _(dnormed, dtotal, total, rstd, weight, twice):
-    return _gradients(dnormed, weight, twice)
-
-
-def _gradients(dnormed, weight, twice):
-    return (
-        dnormed.new_empty(dnormed.shape),
-        dnormed.new_empty(dnormed.shape if twice else 0, dtype=torch.float32),
-        weight.new_empty(weight.shape, dtype=torch.float32),
-    )
-
-
-def _keep(ctx, inputs, output):
-    hidden, residual, weight, _ = inputs
-    _, total, rstd = output
-    ctx.save_for_backward(total, rstd, weight)
-    ctx.hidden_dtype = hidden.dtype
-    ctx.residual_dtype = None if residual is None else residual.dtype
-    ctx.set_materialize_grads(False)
-
-
 def _differentiate(ctx, dnormed, dtotal, _):
-    total, rstd, weight = ctx.saved_tensors
-    if dnormed is None:  # then the sum went on alone
-        dhidden = dresidual = dtotal
-        dweight = None
-    else:
-        twice = ctx.residual_dtype is not None and ctx.hidden_dtype != torch.float32
-        dhidden, dresidual, dweight = torch.ops.vim_ssl.triton_rms_norm_backward(
-            dnormed, dtotal, total, rstd, weight, twice
-        )
-        dresidual = dresidual if twice else dhidden
-        dweight = dweight.to(weight.dtype)
-    return (_as(dhidden, ctx.hidden_dtype), _as(dresidual, ctx.residual_dtype), dweight, None)
+    weight, total, rstd = ctx.saved_tensors
+    if dnormed is None:  # only the residual was used
+        return dtotal, dtotal, None
+    hidden_dtype, residual_dtype, _ = ctx.dtypes
+    twice = residual_dtype is not None and hidden_dtype != torch.float32
+    dhidden, dresidual, dweight = rms_norm_backward(dnormed, dtotal, total, rstd, weight, twice)
+    return dhidden, dresidual if twice else dhidden, dweight
 
 
-def _refuse(ctx, *grads):
-    raise RuntimeError(
-        "The Triton RMSNorm cannot be differentiated twice (double backward); "
-        "set VIM_SSL_BACKEND=torch for second derivatives."
-    )
-
-
-rms_norm_forward.register_autograd(_differentiate, setup_context=_keep)
-rms_norm_backward.register_autograd(_refuse)
-
-
-def _as(gradient: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
-    """The gradient in its input's dtype, or None where there was no input."""
-    return None if gradient is None or dtype is None else gradient.to(dtype)
+register_gradient(
+    rms_norm_forward, rms_norm_backward, "Triton RMSNorm",
+    saved=slice(2, 3), kept=1, gradients=_differentiate,
+)  # fmt: skip
 
 
 def _tile(d: int) -> dict[str, int]:

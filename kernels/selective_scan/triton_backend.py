@@ -20,14 +20,9 @@ import torch
 import triton
 from torch import Tensor
 
-from vim_ssl.kernels.selective_scan import triton_kernels
-from vim_ssl.kernels.selective_scan.fused import (
-    channels_together,
-    contiguous,
-    gradient_wanted,
-    public_scans,
-    register_gradient,
-)
+from vim_ssl.kernels.autograd import channels_contiguous, contiguous, gradient_required, operator
+from vim_ssl.kernels.selective_scan import torch_backend, triton_kernels
+from vim_ssl.kernels.selective_scan.fused import public_scans, register_scan_gradient
 
 OPERATORS = ("triton_scan_forward", "triton_scan_backward")  # for `flops.py`
 LANES = 32
@@ -42,7 +37,7 @@ def _scan(u, delta, A, B, C, D, z, bias, h0, softplus, reverse, scale) -> tuple[
     A, D, bias, h0 = (None if m is None else m.float() for m in (A, D, bias, h0))
     u, delta, B, C, z = map(_narrow, (u, delta, B, C, z))
     tensors = (u, delta, A, B, C, D, z, bias, h0)
-    out, last, *_ = scan_forward(*tensors, softplus, reverse, scale, gradient_wanted(tensors))
+    out, last, *_ = scan_forward(*tensors, softplus, reverse, scale, gradient_required(tensors))
     return out, last
 
 
@@ -51,7 +46,7 @@ def _narrow(m: Tensor | None) -> Tensor | None:
     return m.float() if m is not None and m.dtype == torch.float64 else m
 
 
-selective_scan, bi_selective_scan = public_scans(_scan)
+selective_scan, bi_selective_scan = public_scans(_scan, float64=torch_backend.scan)
 
 
 # --- launch choices --------------------------------------------------------------------------
@@ -86,7 +81,21 @@ def segment_length(warps: int, length: int, device: torch.device) -> int:
 # --- forward ---------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("vim_ssl::triton_scan_forward", mutates_args=())
+def _empty_results(u, A, z, save):
+    s, b, l, d = u.shape
+    n = A.shape[-1]
+    return (
+        u.new_empty(b, l, d),
+        A.new_empty(s, b, d, n),
+        A.new_empty((b, l, d) if save and z is not None else 0),
+        A.new_empty(s * b * -(-l // EVERY) * n * d if save else 0),
+    )
+
+
+@operator(
+    "triton_scan_forward",
+    fake=lambda u, delta, A, B, C, D, z, *rest: _empty_results(u, A, z, save=rest[-1]),
+)
 def scan_forward(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
     bias: Tensor | None, h0: Tensor | None, softplus: bool, reverse: bool, scale: float, save: bool,
@@ -95,10 +104,10 @@ def scan_forward(
     (s, b, checkpoints, n, d) before every `EVERY`-th token, flat."""
     s, b, l, d = u.shape
     n = A.shape[-1]
-    out, last, y_sum, states = _outputs(u, A, z, save)
+    out, last, y_sum, states = _empty_results(u, A, z, save)
     if out.numel() == 0:  # nothing to launch
         return out, last.zero_() if h0 is None else last.copy_(h0), y_sum, states
-    u, delta, B, C, z = map(channels_together, (u, delta, B, C, z))
+    u, delta, B, C, z = map(channels_contiguous, (u, delta, B, C, z))
     A, D, bias = contiguous(A), contiguous(D), contiguous(bias)
     warps = s * b * -(-d // LANES)
     segment = segment_length(warps, l, u.device)
@@ -130,22 +139,6 @@ def scan_forward(
     return out, last, y_sum, states
 
 
-@scan_forward.register_fake
-def _(u, delta, A, B, C, D, z, bias, h0, softplus, reverse, scale, save):
-    return _outputs(u, A, z, save)
-
-
-def _outputs(u, A, z, save):
-    s, b, l, d = u.shape
-    n = A.shape[-1]
-    return (
-        u.new_empty(b, l, d),
-        A.new_empty(s, b, d, n),
-        A.new_empty((b, l, d) if save and z is not None else 0),
-        A.new_empty(s * b * -(-l // EVERY) * n * d if save else 0),
-    )
-
-
 def _carried(w, delta, A, V, z, bias, start, softplus, reverse, scale, segment, *, adjoint):
     """The states that segments begin from (s, b, segments, n, d), or None for zero everywhere."""
     s, b, l, d = delta.shape
@@ -171,7 +164,17 @@ def _carried(w, delta, A, V, z, bias, start, softplus, reverse, scale, segment, 
 # --- backward --------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("vim_ssl::triton_scan_backward", mutates_args=())
+def _empty_gradients(
+    dout, dlast, u, delta, A, B, C, D, z, bias, y_sum, states, softplus, reverse, scale
+):
+    s, b, _, d = u.shape
+    dz = u.new_empty(0) if z is None else z.new_empty(z.shape)
+    return (u.new_empty(u.shape), delta.new_empty(delta.shape), A.new_empty(A.shape),
+            B.new_empty(B.shape), C.new_empty(C.shape), A.new_empty(s, d), dz, A.new_empty(s, d),
+            A.new_empty(s, b, d, A.shape[-1]))  # fmt: skip
+
+
+@operator("triton_scan_backward", fake=_empty_gradients)
 def scan_backward(
     dout: Tensor, dlast: Tensor | None, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
     D: Tensor | None, z: Tensor | None, bias: Tensor | None, y_sum: Tensor, states: Tensor,
@@ -187,7 +190,7 @@ def scan_backward(
         dA, dB, dC, dD, dbias = zeros
         dh0 = A.new_zeros(s, b, d, n) if dlast is None else dlast.clone()
         return du, ddelta, dA, dB.to(B.dtype), dC.to(C.dtype), dD, dz, dbias, dh0
-    u, delta, B, C, z = map(channels_together, (u, delta, B, C, z))
+    u, delta, B, C, z = map(channels_contiguous, (u, delta, B, C, z))
     dout, A, D, bias = (contiguous(m) for m in (dout, A, D, bias))
     blocks = -(-d // LANES)
     segment = segment_length(s * b * blocks, l, u.device)
@@ -219,16 +222,7 @@ def scan_backward(
     )  # fmt: skip
 
 
-@scan_backward.register_fake
-def _(dout, dlast, u, delta, A, B, C, D, z, bias, y_sum, states, softplus, reverse, scale):
-    s, b, _, d = u.shape
-    dz = u.new_empty(0) if z is None else z.new_empty(z.shape)
-    return (u.new_empty(u.shape), delta.new_empty(delta.shape), A.new_empty(A.shape),
-            B.new_empty(B.shape), C.new_empty(C.shape), A.new_empty(s, d), dz, A.new_empty(s, d),
-            A.new_empty(s, b, d, A.shape[-1]))  # fmt: skip
-
-
-register_gradient(scan_forward, scan_backward, "Triton")
+register_scan_gradient(scan_forward, scan_backward, "Triton")
 
 
 # --- tensors for the kernels -----------------------------------------------------------------
