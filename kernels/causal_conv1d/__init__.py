@@ -1,4 +1,4 @@
-"""The short depthwise convolution before the scan, in each direction's own causal sense."""
+"""The short depthwise convolution before the scan, causal in the direction of each scan."""
 
 from torch import Tensor
 
@@ -16,7 +16,7 @@ def causal_conv1d(
         backend: "auto", "torch", "numba" (CPU) or "triton" (CUDA); see `kernels/backends.py`.
     Returns: (b, l, d) in x's dtype.
     Raises: ValueError for shapes that do not fit, a weight without taps, and integers.
-    Reference: Mamba, arXiv:2312.00752, figure 3; Vim runs the second one on the flipped sequence.
+    Reference: Mamba, arXiv:2312.00752, figure 3. Vim flips the sequence for the second one.
     """
     return _conv_silu(x, weight[None], bias[None], reverse, backend)[0]
 
@@ -39,7 +39,7 @@ def _conv_silu(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool, backend: 
             f"x has shape {tuple(x.shape)}, weight {tuple(weight.shape)} and bias "
             f"{tuple(bias.shape)}; expected (b, l, d), (directions, d, k) and (directions, d)."
         )
-    if weight.shape[0] not in (1, 2) or weight.shape[2] < 1:  # the kernels do not look again
+    if weight.shape[0] not in (1, 2) or weight.shape[2] < 1:  # the kernels do not check
         raise ValueError(
             f"weight has shape {tuple(weight.shape)}; expected 1 or 2 directions and 1 tap or more."
         )

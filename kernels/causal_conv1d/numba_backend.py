@@ -1,7 +1,7 @@
-"""The short convolution on a CPU: both directions from one reading of x, compiled by numba.
+"""The short convolution on a CPU: both directions read x once; compiled by numba.
 
 Two float32 operators, `vim_ssl::conv_forward` and `vim_ssl::conv_backward`, around the kernels of
-`kernels/numba_kernels.py`. Imported only when chosen.
+`kernels/numba_kernels.py`.
 """
 
 import torch
@@ -12,7 +12,7 @@ from vim_ssl.kernels.autograd import channels_contiguous, contiguous, operator, 
 from vim_ssl.kernels.numba_kernels import LANES
 from vim_ssl.kernels.numba_threads import run_tasks
 
-NANOSECONDS = (0.5, 1.5)  # forward, backward, for one token and channel of one direction
+NANOSECONDS = (0.5, 1.5)  # forward, backward; per token, channel and direction
 
 
 def conv_silu(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool = False) -> Tensor:

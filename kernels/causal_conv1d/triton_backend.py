@@ -1,22 +1,21 @@
-"""The short convolution on a GPU: both directions from one reading of x, in Triton.
+"""The short convolution on a GPU: both directions read x once; in Triton.
 
 Two operators, `vim_ssl::triton_conv_forward` and `vim_ssl::triton_conv_backward`, take x, the
-outputs and their gradients in float32, bfloat16 or float16 and compute in float32. Imported only
-when chosen.
+outputs and their gradients in float32, bfloat16 or float16 and compute in float32.
 
 A program is one warp and works on a block of channels. It loads each row of x once, keeps it in
-registers as a one-dimensional tile, and unrolls the loops over tokens and taps; tuples of tiles
-stand for the rows. Forward takes a block of neighbouring tokens; backward walks along the tokens
-and carries the last rows and gradients with it. Directions share the rows and the code: one that
-looks ahead has its taps turned round and its tokens k - 1 rows earlier.
+registers as a one-dimensional tile, and unrolls the loops over tokens and taps; a tuple of tiles
+holds the rows. Forward processes a block of neighbouring tokens; backward iterates over the tokens
+and carries the last rows and gradients along. Directions share the rows and the code: one that
+looks ahead has its taps reversed and its tokens k - 1 rows earlier.
 
-Memory traffic for one token and channel, both directions, where e is the bytes of an element:
-forward 3 e (x in, two outputs), backward 4 e (x and two gradients in, dx out). Rows beside a
-program's own tokens come from the cache. No atomics: a backward program writes its own row of sums
-for the parameters, torch adds the rows up, and two runs agree bit for bit.
+Memory traffic per token and channel, both directions, where e is the bytes of an element:
+forward 3 e (x in, two outputs), backward 4 e (x and two gradients in, dx out). Rows outside a
+program's block come from the cache. No atomics: each backward program writes one row of partial
+sums for the parameters and torch adds the rows, so results are bitwise reproducible.
 """
 
-# Triton adds tuples, but does not unpack them, nor does it mind that they grow.
+# Triton concatenates tuples but does not unpack them, and their lengths may change.
 # mypy: disable-error-code="assignment"
 
 from functools import cache
@@ -31,10 +30,10 @@ from vim_ssl.kernels.triton_math import sigmoid, silu_gradient
 
 FORWARD_TOKENS = 16  # of a program
 FORWARD_CHANNELS = 128  # of a program, which is one warp: 4 a lane
-BACKWARD_TOKENS = 6  # between two reads of memory; with 8, registers spill
+BACKWARD_TOKENS = 6  # per iteration; with 8, registers spill
 BACKWARD_CHANNELS = 64  # 2 a lane: backward keeps more in registers
-SHORTEST_SPAN = 32  # tokens; at either end of a span k - 1 gradients are computed anew
-WARPS = 12 * 132  # of backward that run at once on the 132 processors of an H100
+SHORTEST_SPAN = 32  # tokens; at either end of a span k - 1 gradients are recomputed
+WARPS = 12 * 132  # of backward that run at once on the 132 multiprocessors of an H100
 
 
 def conv_silu(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool = False) -> Tensor:
@@ -63,7 +62,7 @@ def load_rows(start, t0, stride, l, inside, COUNT: tl.constexpr):
 
 @triton.jit
 def load_taps(weight, channel, inside, d, S: tl.constexpr, K: tl.constexpr, AHEAD: tl.constexpr):
-    """Direction S's taps in float32, in the order of the tokens they meet."""
+    """Direction S's taps in float32, in the order of the tokens that they multiply."""
     taps = ()
     for j in tl.static_range(K):
         row = S * K + (K - 1 - j if AHEAD else j)
@@ -86,7 +85,7 @@ def convolve(rows, taps, shift, I: tl.constexpr):
     return y
 
 
-@triton.jit(do_not_specialize=["b", "l"])  # another size is no reason to compile anew
+@triton.jit(do_not_specialize=["b", "l"])  # another size does not recompile
 def conv_forward_kernel(
     x, weight, bias, out, b, l, d, stride_b, stride_l,
     DIRECTIONS: tl.constexpr, K: tl.constexpr, REVERSE: tl.constexpr,
@@ -118,9 +117,9 @@ def conv_backward_kernel(
 ):  # fmt: skip
     """Grid: (blocks of channels, programs).
 
-    An image's tokens are cut into `spans` of `span` tokens, a multiple of TOKENS. A program walks
-    along every programs-th span and writes sums (programs, directions, k + 1, d): the gradients of
-    the taps and, last, of the bias.
+    An image's tokens are cut into `spans` of `span` tokens, a multiple of TOKENS. A program
+    processes every programs-th span and writes sums (programs, directions, k + 1, d): the gradients
+    of the taps and, last, of the bias.
     """
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     inside = channel < d
@@ -167,7 +166,7 @@ def conv_backward_kernel(
     start = sums + tl.program_id(1).to(tl.int64) * (DIRECTIONS * (K + 1) * d) + channel
     for s in tl.static_range(DIRECTIONS):
         for j in tl.static_range(K + 1):
-            # Taps that look ahead were turned round when they were loaded.
+            # Taps that look ahead were reversed when they were loaded.
             row = s * (K + 1) + (K - 1 - j if (REVERSE or s == 1) and j < K else j)
             tl.store(start + row * d, totals[s][j], mask=inside)
 
@@ -204,7 +203,7 @@ def pre_activation_gradients(
 
 @triton.jit
 def add_input_gradients(dx_rows, taps, ds):
-    """dx_rows, each with what the k tokens that see it add: ds from the same index on."""
+    """dx_rows plus the contributions of the k tokens that see each: ds from the same index on."""
     new = ()
     for i in tl.static_range(len(dx_rows)):
         row = dx_rows[i]
@@ -216,7 +215,7 @@ def add_input_gradients(dx_rows, taps, ds):
 
 @triton.jit
 def add_parameter_gradients(totals, ds, rows, I: tl.constexpr, COUNT: tl.constexpr):
-    """totals, k for the taps and one for the bias, with what COUNT tokens add: ds from I on."""
+    """totals (k taps, then the bias) plus the contributions of COUNT tokens: ds from I on."""
     new = ()
     for j in tl.static_range(len(totals)):
         total = totals[j]
@@ -281,9 +280,9 @@ register_gradient(conv_forward, conv_backward, "Triton convolution", gradients=_
 
 @cache
 def _shares(b: int, l: int, k: int, most: int) -> tuple[int, int, int]:
-    """How backward cuts its work: (spans of an image, tokens of a span, programs).
+    """The partition of the backward pass: (spans of an image, tokens of a span, programs).
 
-    The cut whose slowest program has the fewest tokens to walk over, with at most `most` programs.
+    It minimises the tokens of the slowest program, with at most `most` programs.
     """
 
     def tokens(spans: int) -> int:

@@ -1,4 +1,4 @@
-"""Residual addition and RMSNorm, which every block begins with."""
+"""Residual addition and RMSNorm, the first step of every block."""
 
 from torch import Tensor
 

@@ -1,14 +1,14 @@
 """Residual addition and RMSNorm on a GPU: one pass forward, one pass backward, in Triton.
 
 Two operators, `vim_ssl::triton_rms_norm_forward` and `vim_ssl::triton_rms_norm_backward`, take
-float32, bfloat16 and float16 and compute in float32. Imported only when chosen.
+float32, bfloat16 and float16 and compute in float32.
 
-A row (one token's d numbers) is one tile, or one line of a tile where rows are short. Memory
-traffic for one number, where e is the bytes of hidden's dtype: forward 2 e + 8 (hidden and residual
+A row (the d values of one token) is one tile, or one row of a tile if rows are short. Memory
+traffic per value, where e is the bytes of hidden's dtype: forward 2 e + 8 (hidden and residual
 in, normed and the new residual out), backward 2 e + 12 (the gradients of both outputs and the new
-residual in, the gradients of both inputs out). The weight's gradient takes no atomics: a program
-walks over every programs-th row and writes its own sum, torch adds the sums up, and two runs agree
-bit for bit.
+residual in, the gradients of both inputs out). The weight's gradient needs no atomics: a
+program processes every programs-th block of rows and writes a partial sum, and torch adds these, so
+results are bitwise reproducible.
 """
 
 import torch
@@ -18,9 +18,9 @@ from torch import Tensor
 
 from vim_ssl.kernels.autograd import contiguous, operator, register_gradient
 
-TILE = 1024  # numbers of a tile at least: as many short rows as fit
-NUMBERS_PER_WARP = 256  # 8 a lane, 16 bytes in half precision
-WARPS = 32 * 132  # of backward that run at once on the 132 processors of an H100
+TILE = 1024  # values of a tile at least: as many short rows as fit
+VALUES_PER_WARP = 256  # 8 per lane, 16 bytes in half precision
+WARPS = 32 * 132  # of backward that run at once on the 132 multiprocessors of an H100
 
 
 def add_rms_norm(
@@ -33,7 +33,7 @@ def add_rms_norm(
 # --- kernels -----------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["rows"])  # another size is no reason to compile anew
+@triton.jit(do_not_specialize=["rows"])  # another size does not recompile
 def rms_norm_forward_kernel(
     hidden, residual, weight, normed, total, rstd, rows, d, eps,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -58,7 +58,7 @@ def rms_norm_backward_kernel(
     dnormed, dtotal, total, rstd, weight, dhidden, dresidual, sums, rows, d,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (programs); each takes every programs-th block of ROWS rows.
+    """Grid: (programs); each processes every programs-th block of ROWS rows.
 
     dtotal and dresidual may be None.  sums: (programs, d), the gradient of the weight.
     """
@@ -158,8 +158,8 @@ register_gradient(
 
 
 def _tile(d: int) -> dict[str, int]:
-    """Rows and columns of a tile and the warps that share it, for rows of d numbers."""
+    """Rows and columns of a tile and the warps that share it, for rows of d values."""
     columns = triton.next_power_of_2(max(1, d))
     rows = max(1, TILE // columns)
-    warps = min(16, max(1, rows * columns // NUMBERS_PER_WARP))
+    warps = min(16, max(1, rows * columns // VALUES_PER_WARP))
     return {"ROWS": rows, "COLUMNS": columns, "num_warps": warps}

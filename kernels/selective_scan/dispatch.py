@@ -28,7 +28,8 @@ def selective_scan(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Scan one direction: h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t, y_t = C_t h_t + D u_t.
 
-    dt is ``delta + delta_bias``, through softplus if asked; the output is ``y * silu(z)``.
+    dt is ``delta + delta_bias``, or its softplus if ``delta_softplus``; the output is
+    ``y * silu(z)``.
 
     Dims: b batch, l tokens, d channels (d_inner), n = d_state, g groups of channels.
 
@@ -40,11 +41,11 @@ def selective_scan(
         initial_state: (b, d, n), the state before the first token read; zeros by default.
         return_last_state: also return the state after the last token read, (b, d, n), float32
             (float64 for float64 inputs).
-        reverse: read the tokens from last to first; outputs stay in their places.
-        backend: "auto", "reference", "torch", "numba" (CPU) or "triton" (CUDA). Asked for by name
-            a backend runs or raises. ``VIM_SSL_BACKEND`` overrides "auto".
+        reverse: read the tokens from last to first; the output keeps the order of the tokens.
+        backend: "auto", "reference", "torch", "numba" (CPU) or "triton" (CUDA). A backend
+            requested by name runs or raises. ``VIM_SSL_BACKEND`` overrides "auto".
 
-    Returns: y (b, d, l) in u's dtype; with the last state if asked.
+    Returns: y (b, d, l) in u's dtype; with the last state if ``return_last_state``.
     Raises: ValueError for wrong shapes, dtypes, devices or an unknown backend, naming the argument.
     Reference: Mamba, arXiv:2312.00752, section 3; signature of state-spaces/mamba.
     """
@@ -93,7 +94,7 @@ def bi_selective_scan(
 ) -> Tensor:
     """Scan both directions in one call: scale (y_forward + y_backward) silu(z), channel-last.
 
-    Index 0 of the leading axis reads first to last, index 1 last to first; each has its own
+    Index 0 of the leading axis reads first to last, index 1 last to first; each has separate
     parameters, and neither input nor output is flipped. The gate is shared.
 
     Dims: b batch, l tokens, d channels (d_inner), n = d_state.
@@ -149,7 +150,7 @@ def _check_tensors(*, u: Tensor, A: Tensor, **others: Tensor | None) -> None:
             raise ValueError(f"{name} is on {m.device} but u is on {u.device}; move it there.")
         if not m.is_floating_point():
             raise ValueError(f"{name} has dtype {m.dtype}; expected a floating-point dtype.")
-    # A compiled graph cannot stop to look at values.
+    # A compiled graph cannot branch on values.
     if os.environ.get("VIM_SSL_CHECK") == "1" and not torch.compiler.is_compiling():
         if not bool((A < 0).all()):
             raise ValueError("A has values that are not negative: the state would grow (A < 0).")

@@ -1,19 +1,19 @@
-"""What a scan costs: operations, which torch's counter is told, and bytes.
+"""The cost of a scan: operations, also for torch's counter, and bytes.
 
     with flop_counter(display=False) as counter:
         encoder(images).sum().backward()
     counter.get_total_flops()
 
-As torch counts matrix products and no element-wise operations, so the recurrence is counted and not
-what stands around it (softplus, D, the gate). A multiplication, an addition and an exponential are
-one each, a token, channel, state and direction:
+torch counts matrix products and no element-wise operations; accordingly the recurrence is counted,
+and the operations around it (softplus, D, the gate) are not. A multiplication, an addition and an
+exponential count as one each, per token, channel, state and direction:
 
     forward    dt A, exp, a h, x B, their sum, h C, its sum                           7
-    backward   a and h again                                                          5
+    backward   a and h recomputed                                                     5
                g + C dy, h dy + …, g x + …, <g, B>, <q, A>, dt q + …        2 each   12
                q = g a h, g a                                               1 each    2
 
-The reference is a plain loop of torch operations, of which torch counts what it knows.
+The reference is a plain loop of torch operations, of which torch counts those it knows.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ FORWARD, BACKWARD = 7, 19
 
 @dataclass(frozen=True)
 class Cost:
-    """Operations, and the bytes that any implementation moves at least."""
+    """Operations, and a lower bound of the bytes that any implementation moves."""
 
     flops: int
     bytes: int
@@ -44,8 +44,8 @@ def scan_cost(
         s, b, l, d, n: directions, batch, tokens, channels, states.
         backward: the cost of all gradients instead.
         itemsize: bytes of an element of u, delta, B, C, z and the output; parameters have four.
-    Returns: every input read and every output written once; what a backend keeps from the forward
-        pass for the backward pass comes on top.
+    Returns: every input read and every output written once; what a backend saves for the
+        backward pass is not included.
     """
     tokens = 2 * s * b * l * (d + n)  # u, delta, B, C
     gate = b * l * d
@@ -59,7 +59,7 @@ def scan_cost(
 
 
 def flop_counter(device: str | torch.device = "cpu", **options: Any) -> Any:
-    """A new `torch.utils.flop_counter.FlopCounterMode` that knows the scans of this kind of device.
+    """A new `torch.utils.flop_counter.FlopCounterMode` that counts the scans on this device.
 
     Args:
         options: of `FlopCounterMode`, such as ``display=False``.

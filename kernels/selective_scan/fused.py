@@ -32,7 +32,7 @@ Scan = Callable[..., tuple[Tensor, Tensor]]
 
 
 def public_scans(scan: Scan, float64: Scan | None = None) -> tuple[Callable, Callable]:
-    """`selective_scan` and `bi_selective_scan` made of ``scan``; ``float64`` takes its place for
+    """`selective_scan` and `bi_selective_scan` made of ``scan``; ``float64`` replaces it for
     float64 inputs."""
 
     def scan_for(u: Tensor) -> Scan:

@@ -1,10 +1,10 @@
 """The selective scan on a CPU, compiled by numba: everything in one pass, in float32.
 
 Two torch operators, `vim_ssl::scan_forward` and `vim_ssl::scan_backward`, wrap the kernels of
-`kernels/numba_kernels.py`; `fused.py` says what those take. Here they are float32, and other dtypes
-are brought to that and back by torch operations that autograd knows.
+`kernels/numba_kernels.py`; `fused.py` describes their arguments, which are float32 here. Other
+dtypes are cast by torch operations that autograd differentiates.
 
-Imported only when chosen; the first call in a new installation compiles for a few seconds.
+The first call in a new installation compiles the kernels, which takes some 20 seconds.
 """
 
 import torch
@@ -18,7 +18,7 @@ from vim_ssl.kernels.selective_scan import torch_backend
 from vim_ssl.kernels.selective_scan.fused import public_scans, register_scan_gradient
 
 OPERATORS = ("scan_forward", "scan_backward")  # for `flops.py`
-NANOSECONDS = (0.25, 1.0)  # forward, backward, for one token, channel and state
+NANOSECONDS = (0.25, 1.0)  # forward, backward; per token, channel and state
 
 
 def _scan(u, delta, A, B, C, D, z, bias, h0, softplus, reverse, scale) -> tuple[Tensor, Tensor]:
@@ -53,8 +53,8 @@ def scan_forward(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
     bias: Tensor | None, h0: Tensor | None, softplus: bool, reverse: bool, scale: float, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """See `fused.py`; kept are the states (s, b, blocks, chunks, n, LANES) that chunks begin from,
-    flat, empty unless `save`."""
+    """See `fused.py`; the kept result is the states (s, b, blocks, chunks, n, LANES) that chunks
+    start from, flat, empty unless `save`."""
     s, b, l, d = u.shape
     u, delta, A, B, C, D, bias, h0 = map(contiguous, (u, delta, A, B, C, D, bias, h0))
     z = channels_contiguous(z)
@@ -126,5 +126,5 @@ def _strides(z: Tensor | None) -> tuple[int, int]:
 
 
 def _address(m: Tensor | None) -> int:
-    """0 tells the kernel that there is no such tensor; that of an empty one is 0 as well."""
+    """The address for a kernel: 0 for None, as for an empty tensor."""
     return 0 if m is None else m.data_ptr()

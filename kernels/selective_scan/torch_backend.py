@@ -1,7 +1,7 @@
-"""The selective scan in plain torch: one in-place step a token, any device, little memory.
+"""The selective scan in plain torch: one in-place step per token, any device, little memory.
 
-Only the recurrence needs care, so only it has a hand-written backward. softplus, D and the gate are
-ordinary torch operations around it, differentiated by autograd.
+Only the recurrence has a hand-written backward pass. softplus, D and the gate are ordinary torch
+operations around it, differentiated by autograd.
 
                a_t = exp(dt_t A)          x_t = dt_t u_t
     forward    h_t = a_t h_{t-1} + x_t B_t,   y_t = <h_t, C_t>
@@ -9,8 +9,8 @@ ordinary torch operations around it, differentiated by autograd.
                dC_t = sum_d h_t dy_t      dB_t = sum_d g_t x_t        dx_t = <g_t, B_t>
                q_t = g_t a_t h_{t-1}      ddt_t = <q_t, A>            dA = sum_t dt_t q_t
 
-The states are not kept: every `CHUNK` tokens one is saved, and the backward pass rebuilds the ones
-between. All tensors carry a leading direction axis s (1 or 2), so both directions step together.
+One state in `CHUNK` tokens is saved, and the backward pass recomputes the others. All tensors have
+a leading direction axis s (1 or 2), so both directions step together.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from vim_ssl.kernels.autograd import operator, register_gradient
 from vim_ssl.kernels.selective_scan.fused import public_scans
 
 OPERATORS = ("torch_scan_forward", "torch_scan_backward")  # for `flops.py`
-CHUNK = 16  # tokens between saved states: memory / CHUNK, at the price of a second forward
+CHUNK = 16  # tokens between saved states: 1 / CHUNK of the memory for a second forward pass
 
 
 def scan(u, delta, A, B, C, D, z, bias, h0, softplus, reverse, scale):
@@ -50,13 +50,13 @@ def scan(u, delta, A, B, C, D, z, bias, h0, softplus, reverse, scale):
 selective_scan, bi_selective_scan = public_scans(scan)
 
 
-# Operators, so that torch.compile takes a loop over tokens for one call instead of unrolling it.
-# Their products write to `out` or in place: those autocast leaves in float32, as the state must be.
+# As operators, loops over tokens are one node for torch.compile, which would unroll them. Products
+# write to `out` or in place, because autocast does not cast those: the state must stay float32.
 
 
 def _new_states(h0, l):
-    # Flat: with a dynamic l torch.export must know whether a size is 1, and of the number of chunks
-    # it could not.
+    # Flat: with a dynamic l, torch.export must know whether a size is 1, and it cannot know that of
+    # the number of chunks.
     return h0.new_empty(-(-l // CHUNK) * h0.numel())
 
 
@@ -100,7 +100,7 @@ def scan_backward(
     for k in reversed(range(chunks)):
         chunk = range(k * CHUNK, min((k + 1) * CHUNK, len(x_)))
         h, decays, decayed, after = states[k], [], [], []
-        for t in chunk:  # rebuild a_t, a_t h_{t-1} and h_t of this chunk
+        for t in chunk:  # recompute a_t, a_t h_{t-1} and h_t of this chunk
             decays.append(_decay(dt_[t], A))
             decayed.append(decays[-1] * h)
             h = torch.addcmul(decayed[-1], x_[t][..., None], B_[t][:, :, None])
