@@ -29,7 +29,7 @@ class Command:
 
 TOOLS = {
     "verify": Command(
-        "vim_ssl.checkpoints.loading",
+        "vim_ssl.checkpoints.verify",
         "verify_main",
         "Tell what a checkpoint is and whether it loads whole.",
     ),
