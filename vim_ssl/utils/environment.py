@@ -4,8 +4,6 @@ import os
 import subprocess
 from pathlib import Path
 
-import torch
-
 __version__ = "0.1.0"
 
 
@@ -14,6 +12,7 @@ def environment() -> dict[str, str]:
     import platform
 
     import timm
+    import torch
 
     processor = platform.processor() or platform.machine()
     if (info := Path("/proc/cpuinfo")).exists():
