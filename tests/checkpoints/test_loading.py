@@ -654,7 +654,7 @@ def test_directions_are_seeded_dropped_and_never_invented(tmp_path, had, other):
         torch.testing.assert_close(head, one(random_images()))
     save_encoder(both, tmp_path / "both")
     same(one, load_encoder(tmp_path / "both", directions=had, num_classes=None))
-    with pytest.raises(ValueError, match=f"directions='{other}' was asked.*directions='both'"):
+    with pytest.raises(ValueError, match=f"directions='{other}' was requested.*directions='both'"):
         load_encoder(tmp_path / "one", directions=other)
 
 
@@ -665,7 +665,7 @@ def test_new_tokens_start_fresh_and_old_ones_can_go(trained, tmp_path):
     save_encoder(rich, tmp_path / "rich")
     plain = load_encoder(tmp_path / "rich", use_mask_token=False, num_registers=0, num_classes=None)
     same(load_encoder(trained, num_classes=None), plain)
-    with pytest.raises(ValueError, match=r"num_registers=3 was asked for.*num_registers=2"):
+    with pytest.raises(ValueError, match=r"num_registers=3 was requested.*num_registers=2"):
         load_encoder(tmp_path / "rich", num_registers=3)
 
 
@@ -677,7 +677,7 @@ def test_new_tokens_start_fresh_and_old_ones_can_go(trained, tmp_path):
 )  # fmt: skip
 def test_argument_that_contradicts_the_weights(trained, args):
     name = next(iter(args))
-    with pytest.raises(ValueError, match=f"{name}=.* was asked for, but .* has {name}="):
+    with pytest.raises(ValueError, match=f"{name}=.* was requested, but .* has {name}="):
         load_encoder(trained, **args)
 
 
