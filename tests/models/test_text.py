@@ -238,5 +238,5 @@ def test_shapes_that_do_not_fit_are_refused():
     for shape in ({"depth": 0}, {"dropout": 1.5}, {"width": 0}):
         with pytest.raises(ValueError, match=r"must be 1 or more|not divisible"):
             tower(**shape)
-    with pytest.raises(ValueError, match="9 tokens a caption came, at most 8"):
+    with pytest.raises(ValueError, match="captions have 9 tokens; expected at most 8"):
         tower()(torch.ones(1, 9, dtype=torch.int64))
