@@ -64,14 +64,14 @@ def fsync_path(path: Path) -> None:
 
 
 def cache_dir() -> Path:
-    """Where sample sets are kept: VIM_SSL_SAMPLES, else a folder in the user's cache."""
+    """The folder of sample sets: VIM_SSL_SAMPLES, else one in the user's cache."""
     if given := os.environ.get("VIM_SSL_SAMPLES"):
         return Path(given).expanduser()
     return user_cache() / "samples"
 
 
 def user_cache() -> Path:
-    """This project's folder in the user's cache; VIM_SSL_CACHE puts it elsewhere."""
+    """This project's folder in the user's cache; VIM_SSL_CACHE overrides it."""
     if given := os.environ.get("VIM_SSL_CACHE"):
         return Path(given).expanduser()
     if os.name == "nt":
@@ -82,7 +82,7 @@ def user_cache() -> Path:
 
 
 def read_text(file: Path) -> str:
-    """The content of a text file. Raises: ValueError, with the line, if it is not UTF-8."""
+    """The content of a text file. Raises: ValueError naming the line that is not UTF-8."""
     content = file.read_bytes()
     try:
         return content.decode("utf-8-sig")
@@ -92,7 +92,7 @@ def read_text(file: Path) -> str:
 
 
 def append_rows(path: Path, columns: Sequence[str], rows: Iterable[dict]) -> None:
-    """Append to a CSV file, each row at once, so that what was measured survives a cut."""
+    """Append rows to a CSV file, flushing each, so that an interrupted benchmark keeps its rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
     with open(path, "a", newline="") as file:
