@@ -115,14 +115,19 @@ def adapt_patch_embed(
     return weight[:, torch.arange(in_chans) % chans] * (chans / in_chans)
 
 
+def grid_of(config: Mapping[str, Any]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(height, width) in pixels, and rows and columns of patches, of an encoder's arguments."""
+    size, patch = config["img_size"], config["patch_size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    rows, columns = ((s - patch) // (config["stride"] or patch) + 1 for s in (height, width))
+    return (height, width), (rows, columns)
+
+
 def _adapt_positions(
     path: Path, table: Tensor, config: Mapping[str, Any], encoder: VimEncoder
 ) -> Tensor:
     """The position table resampled on the new grid, without the rows of the class tokens."""
-    size = config["img_size"]
-    size = (size, size) if isinstance(size, int) else size
-    stride = config["stride"] or config["patch_size"]
-    rows, columns = ((side - config["patch_size"]) // stride + 1 for side in size)
+    size, (rows, columns) = grid_of(config)
     patches, cls = split_pos_embed(table, config["cls_position"])
     if patches.shape[1] != rows * columns:
         raise ValueError(

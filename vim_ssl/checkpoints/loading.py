@@ -24,10 +24,13 @@ from vim_ssl.checkpoints.files import FORMAT, WEIGHT_SUFFIXES, Stored
 from vim_ssl.checkpoints.released import released_config
 from vim_ssl.data.config import IMAGENET_DATA, adapt_data
 from vim_ssl.models.encoder import PRESETS, VimEncoder
+from vim_ssl.models.video import VideoEncoder
+from vim_ssl.utils.environment import __version__
 from vim_ssl.utils.files import atomic_write
+from vim_ssl.utils.names import did_you_mean
 
 # Weights that come with the package: "preset.tag" -> folder.
-TAGS = {path.name: path for path in (Path(__file__).parent / "weights").glob("*.*")}
+TAGS = {path.name: path for path in (Path(__file__).parents[1] / "weights").glob("*.*")}
 DEFAULTS = {
     name: parameter.default for name, parameter in inspect.signature(VimEncoder).parameters.items()
 }
@@ -149,8 +152,6 @@ def save_encoder(
     """
     from safetensors.torch import save
 
-    from vim_ssl.utils.environment import __version__
-
     if not isinstance(encoder, VimEncoder):
         raise TypeError(
             f"save_encoder takes a VimEncoder, not a {type(encoder).__name__}; unwrap it first "
@@ -200,8 +201,7 @@ def _check_arguments(
     arguments = list(inspect.signature(load_encoder).parameters)[1:-1]
     for name in model_args:
         if name not in DEFAULTS:
-            near = difflib.get_close_matches(name, [*DEFAULTS, *arguments], n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(DEFAULTS)}."
+            hint = did_you_mean(name, [*DEFAULTS, *arguments])
             raise TypeError(f"Unknown argument {name!r}. {hint}")
     whole = isinstance(num_classes, Integral) and not isinstance(num_classes, bool)
     if num_classes is not None and not (whole and num_classes >= 0):
@@ -232,19 +232,14 @@ def find_file(source: str | os.PathLike) -> tuple[checkpoint_files.Folder, str]:
             tags = ", ".join(t for t in TAGS if t.startswith(f"{name}.")) or "none yet"
             raise ValueError(f"Preset {name!r} has no weights {tag!r}; weights there are: {tags}.")
         if "/" not in source and os.sep not in source and not source.endswith(WEIGHT_SUFFIXES):
-            near = difflib.get_close_matches(source, PRESETS, n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else f"Presets: {', '.join(PRESETS)}."
+            hint = did_you_mean(source, PRESETS)
             raise ValueError(f"Unknown preset {source!r}, and no file or folder here. {hint}")
     return checkpoint_files.find(source)
 
 
 def encoder_class(config: Mapping[str, Any]) -> type[VimEncoder]:
     """The class that a config describes: an encoder of images or of clips."""
-    if not _VIDEO & config.keys():
-        return VimEncoder
-    from vim_ssl.models.video import VideoEncoder
-
-    return VideoEncoder
+    return VideoEncoder if _VIDEO & config.keys() else VimEncoder
 
 
 def _apply(config: Mapping[str, Any], requested: Mapping[str, Any]) -> dict[str, Any]:

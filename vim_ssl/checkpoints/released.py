@@ -110,8 +110,8 @@ def _refuse_others(state: Mapping[str, Tensor], name: str, args: Mapping[str, An
     if any(key.startswith("rope.") for key in state) or "_rope" in name:
         raise ValueError(
             "These weights were trained with Vim's rope (rope.freqs_cos), which rotates by wrong "
-            "positions when the class token is in the middle. vim_ssl defines rope differently, "
-            "so the weights would give other features here."
+            "positions when the class token is in the middle. vim_ssl's rope has another "
+            "definition, so the weights would give other features here."
         )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from vim_ssl.checkpoints import files as checkpoint_files
-from vim_ssl.checkpoints.adapt import adapt_state
+from vim_ssl.checkpoints.adapt import adapt_state, grid_of
 from vim_ssl.checkpoints.files import Stored
 from vim_ssl.checkpoints.loading import DEFAULTS, compare_keys, config_of, encoder_class, find_file
 from vim_ssl.checkpoints.released import RELEASED_FILES
@@ -68,10 +68,7 @@ def verify(source: str | os.PathLike, **layout: Any) -> Report:
 
 def _describe(report: Report, stored: Stored, config: Mapping[str, Any]) -> None:
     ours = stored.config is not None
-    size = config["img_size"]
-    size = (size, size) if isinstance(size, int) else size
-    stride = config["stride"] or config["patch_size"]
-    rows, columns = ((side - config["patch_size"]) // stride + 1 for side in size)
+    size, (rows, columns) = grid_of(config)
     averaged = config["divide_out"] or config["norm_after_scan"]
     guessed = any("divide_out" in note for note in report.notes)
     report.facts |= {
@@ -79,7 +76,8 @@ def _describe(report: Report, stored: Stored, config: Mapping[str, Any]) -> None
         "model name": stored.model_name or ("given by its config" if ours else "none stored"),
         "architecture": f"{_preset_of(config) or 'no preset'}: embed_dim {config['embed_dim']}, "
         f"depth {config['depth']}, d_state {config['d_state']}, patch {config['patch_size']}, "
-        f"stride {stride}, channels {config['in_chans']}, directions {config['directions']}",
+        f"stride {config['stride'] or config['patch_size']}, channels {config['in_chans']}, "
+        f"directions {config['directions']}",
         "parameters": f"{sum(tensor.numel() for tensor in stored.state.values()):,}",
         "classes": str(config["num_classes"] or "none: features only"),
         "directions' sum": ("divided by 2" if averaged else "not divided")
