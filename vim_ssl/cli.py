@@ -88,7 +88,8 @@ def guarded(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | N
         if os.environ.get("VIM_SSL_TRACEBACK") == "1" or not _is_users_mistake(error):
             raise
         # The message of an error in a worker process begins with that process's traceback.
-        message = str(error).strip().splitlines()[-1] if _from_worker(error) else error
+        in_worker = "in DataLoader worker process" in str(error)
+        message = str(error).strip().splitlines()[-1] if in_worker else error
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
         return 2
 
@@ -133,10 +134,6 @@ def _summary(path: Path) -> str:
     except (OSError, SyntaxError):
         return ""
     return (doc or "").partition("\n")[0]
-
-
-def _from_worker(error: BaseException) -> bool:
-    return "in DataLoader worker process" in str(error)
 
 
 def _is_users_mistake(error: BaseException) -> bool:

@@ -32,6 +32,7 @@ class Tokenizer:
     bos_id: int | None
     eos_id: int
     pad_id: int
+    _model: Any  # its ``decode`` maps ids to text
 
     def __init__(self, context_length: int = CONTEXT_LENGTH):
         if context_length < 3:
@@ -49,10 +50,7 @@ class Tokenizer:
         """The text of token ids up to the first end, without start and padding."""
         ids = [int(i) for i in ids]
         ids = ids[: ids.index(self.eos_id)] if self.eos_id in ids else ids
-        return self._text([i for i in ids if i not in (self.bos_id, self.pad_id)]).strip()
-
-    def _text(self, ids: list[int]) -> str:
-        raise NotImplementedError
+        return self._model.decode([i for i in ids if i not in (self.bos_id, self.pad_id)]).strip()
 
     def row(self, text: str) -> tuple[list[int], bool]:
         """One row of ``context_length`` ids, and whether the text was cut to fit."""
@@ -107,9 +105,6 @@ class BytePairs(Tokenizer):
     def ids(self, text: str) -> list[int]:
         return self._model.encode(text, add_special_tokens=False).ids if text else []
 
-    def _text(self, ids: list[int]) -> str:
-        return self._model.decode(ids)
-
     def _stored(self) -> dict[str, Any]:
         return {"model": json.loads(self.model)}
 
@@ -144,9 +139,6 @@ class ClipBPE(Tokenizer):
     def ids(self, text: str) -> list[int]:
         return self._model.encode(text)
 
-    def _text(self, ids: list[int]) -> str:
-        return self._model.decode(ids)
-
 
 class HubTokenizer(Tokenizer):
     """Any tokenizer of the Hugging Face Hub, or of a local folder, through transformers.
@@ -174,9 +166,6 @@ class HubTokenizer(Tokenizer):
 
     def ids(self, text: str) -> list[int]:
         return self._model.encode(text, add_special_tokens=False, split_special_tokens=True)
-
-    def _text(self, ids: list[int]) -> str:
-        return self._model.decode(ids)
 
 
 def clean(text: str) -> str:
