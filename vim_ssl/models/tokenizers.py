@@ -127,7 +127,7 @@ class ClipBPE(Tokenizer):
                 "'bpe' needs nothing and is trained on your captions."
             ) from error
         self._model = SimpleTokenizer()
-        # So that "<end_of_text>" in a caption is spelled out and ends nothing.
+        # Without it "<end_of_text>" in a caption is spelled out: it would end what the tower reads.
         self._model.cache.clear()
         self.vocab_size = self._model.vocab_size
         self.bos_id, self.eos_id = self._model.sot_token_id, self._model.eot_token_id
