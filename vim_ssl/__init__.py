@@ -42,17 +42,19 @@ _DEFINED_IN = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    """Import a public name, or a subpackage such as ``vim_ssl.models``, on first use (PEP 562)."""
-    if name in _DEFINED_IN:
-        return getattr(import_module(_DEFINED_IN[name]), name)
-    if not name.startswith("_"):
-        try:
-            return import_module(f"{__name__}.{name}")
-        except ModuleNotFoundError as error:
-            if error.name != f"{__name__}.{name}":
-                raise
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # which would take every name for one of the package
+
+    def __getattr__(name: str) -> Any:
+        """Import a public name, or a subpackage such as vim_ssl.models, on first use (PEP 562)."""
+        if name in _DEFINED_IN:
+            return getattr(import_module(_DEFINED_IN[name]), name)
+        if not name.startswith("_"):
+            try:
+                return import_module(f"{__name__}.{name}")
+            except ModuleNotFoundError as error:
+                if error.name != f"{__name__}.{name}":
+                    raise
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

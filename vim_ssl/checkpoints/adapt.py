@@ -1,6 +1,7 @@
 """Adapt stored weights to another encoder: image size, channels, directions, tokens or head."""
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from vim_ssl.models.encoder import VimEncoder
 from vim_ssl.models.tokens import join_pos_embed, split_pos_embed
 
 log = logging.getLogger(__name__)
+# Parameters of one direction; those of the backward one are called A_b_log, D_b, conv1d_b.weight …
+_DIRECTED = re.compile(r"(.*\.mixer\.(?:A|D|conv1d|x_proj|dt_proj))(_b)?(_log|\..+|)")
 
 
 def adapt_state(
@@ -32,11 +35,12 @@ def adapt_state(
     target, fresh = encoder.config, encoder.state_dict()
 
     if config["directions"] != target["directions"]:  # one of them is "both"
-        for key in [key for key in state if _mixer_part(key) in _TWINS]:
+        for match in filter(None, map(_DIRECTED.fullmatch, list(state))):
+            prefix, backward, ending = match.groups()
             if target["directions"] == "both":
-                state[_twin(key)] = state[key].clone()
-            elif _is_backward(key) == (target["directions"] == "forward"):
-                del state[key]
+                state[f"{prefix}{'' if backward else '_b'}{ending}"] = state[match[0]].clone()
+            elif bool(backward) == (target["directions"] == "forward"):
+                del state[match[0]]
     for key, had, has in (
         ("mask_token", config["use_mask_token"], target["use_mask_token"]),
         ("register_tokens", config["num_registers"], target["num_registers"]),
@@ -139,26 +143,6 @@ def _adapt_positions(
             patches, list(encoder.grid_size), [rows, columns], num_prefix_tokens=0
         )
     return join_pos_embed(patches, cls, encoder.cls_position)
-
-
-_TWINS = {
-    "A_log": "A_b_log", "D": "D_b", "conv1d.weight": "conv1d_b.weight",
-    "conv1d.bias": "conv1d_b.bias", "x_proj.weight": "x_proj_b.weight",
-    "dt_proj.weight": "dt_proj_b.weight", "dt_proj.bias": "dt_proj_b.bias",
-}  # fmt: skip
-_TWINS |= {backward: forward for forward, backward in _TWINS.items()}
-
-
-def _mixer_part(key: str) -> str:
-    return key.partition(".mixer.")[2]
-
-
-def _is_backward(key: str) -> bool:
-    return "_b" in _mixer_part(key)
-
-
-def _twin(key: str) -> str:
-    return key.removesuffix(_mixer_part(key)) + _TWINS[_mixer_part(key)]
 
 
 def copy_weights(encoder: VimEncoder, model: nn.Module) -> None:

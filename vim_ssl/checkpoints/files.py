@@ -156,11 +156,11 @@ def _hub(repo: str, revision: str | None, named: str) -> Folder:
     except errors.HFValidationError as error:
         raise FileNotFoundError(f"{named!r} is neither a path here nor a Hub id.") from error
     except Exception as error:  # each HTTP client and the offline mode raise different classes
-        cached = _cached(repo, revision)
-        if cached is None:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        try:
+            cached = Path(hub.snapshot_download(repo, revision=revision, local_files_only=True))
+        except Exception:
             raise ConnectionError(
-                f"{named!r} is no path here, and the Hub cannot be asked for it ({reason}). Check "
+                f"{named!r} is no path here, and the Hub cannot be reached ({_brief(error)}). Check "
                 "the connection and HF_HUB_OFFLINE, or download the file and give its path."
             ) from error
         files = (p for p in cached.rglob("*") if p.is_file())
@@ -174,15 +174,6 @@ def _hub(repo: str, revision: str | None, named: str) -> Folder:
             raise ConnectionError(f"Downloading {name} of {where} failed: {error}") from error
 
     return Folder(where, sorted(names), get)
-
-
-def _cached(repo: str, revision: str | None) -> Path | None:
-    import huggingface_hub as hub
-
-    try:
-        return Path(hub.snapshot_download(repo, revision=revision, local_files_only=True))
-    except Exception:
-        return None
 
 
 def _within(seconds: float, call: Callable[[], Any]) -> Any:
