@@ -99,7 +99,7 @@ def run(config: Config) -> dict:
         ]
         print(f"Encoder {source} · {data.name}: {len(data):,} images in {len(shards):,} files, "
               f"{len(shards) - len(missing):,} of them there already", flush=True)  # fmt: skip
-    missing = processes.agree(missing)
+    missing = processes.broadcast(missing)
     began = time.perf_counter()
     mine = share_of(missing, isinstance(data, ImageStream), processes.rank, processes.world)
     rows = read_rows(data, mine, create_transform(encoder), batch_size=config.batch_size,

@@ -160,8 +160,8 @@ def _hub(repo: str, revision: str | None, named: str) -> Folder:
             cached = Path(hub.snapshot_download(repo, revision=revision, local_files_only=True))
         except Exception:
             raise ConnectionError(
-                f"{named!r} is no path here, and the Hub cannot be reached ({_brief(error)}). Check "
-                "the connection and HF_HUB_OFFLINE, or download the file and give its path."
+                f"{named!r} is no path here, and the Hub cannot be reached ({_brief(error)}). "
+                "Check the connection and HF_HUB_OFFLINE, or download the file and give its path."
             ) from error
         files = (p for p in cached.rglob("*") if p.is_file())
         return Folder(where, sorted(p.relative_to(cached).as_posix() for p in files),

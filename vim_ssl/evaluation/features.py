@@ -60,7 +60,7 @@ def encode_data(
     check_bands(encoder, data)
     transform = create_transform(encoder)
     file = user_cache() / "features" / f"{_key(encoder, data, transform)}.safetensors"
-    if processes.agree(cache and file.exists()):
+    if processes.broadcast(cache and file.exists()):
         return _load(file, data) if processes.main else None
     part = extract_rows(
         lambda x: read_all(encoder, x), data, transform, share(len(data), batch_size, processes),

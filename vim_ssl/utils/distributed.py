@@ -36,7 +36,7 @@ class Processes:
         dist.gather_object(part, parts)
         return parts or []
 
-    def agree(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """The main process's value on all ranks, which wait for it."""
         values = [value]
         if self.world > 1:
