@@ -19,13 +19,18 @@ def test_a_file_is_replaced(tmp_path, content, expected):
 def test_an_error_keeps_the_old_content_and_leaves_nothing(tmp_path, shared, kind):
     path = tmp_path / "file.txt"
     path.write_text("old")
-    with pytest.raises(OSError, match="full"), atomic_path(path, shared=shared) as partial:
-        if kind == "folder":
-            partial.mkdir()
-            (partial / "part").write_text("new")
-        elif kind == "file":
-            partial.write_text("new")
-        raise OSError("the disk is full")
+
+    def write() -> None:
+        with atomic_path(path, shared=shared) as partial:
+            if kind == "folder":
+                partial.mkdir()
+                (partial / "part").write_text("new")
+            elif kind == "file":
+                partial.write_text("new")
+            raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="full"):
+        write()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
