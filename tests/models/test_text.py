@@ -76,7 +76,10 @@ def test_it_is_the_same_after_saving_and_in_a_worker(tokenizer, tmp_path):
 
 @pytest.mark.slow
 def test_the_same_captions_give_the_same_tokens_in_every_process(tokenizer):
-    code = f"from vim_ssl.models.text import train_bpe; print(train_bpe({CAPTIONS!r}, vocab_size=400).model)"
+    code = (
+        "from vim_ssl.models.tokenizers import train_bpe\n"
+        f"print(train_bpe({CAPTIONS!r}, vocab_size=400).model)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.rstrip("\n") == tokenizer.model
 
