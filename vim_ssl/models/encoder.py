@@ -534,7 +534,7 @@ def _resolve_indices(indices, depth: int, int_means_last: bool = False) -> list[
         return list(range(depth)) if int_means_last else []
     if isinstance(indices, int):
         if not 0 < indices <= depth:
-            raise ValueError(f"the last {indices} blocks requested of an encoder of {depth}.")
+            raise ValueError(f"the last {indices} requested of an encoder of {depth} blocks.")
         indices = range(depth - indices, depth)
     resolved = [i + depth if i < 0 else i for i in indices]
     if bad := [i for i in resolved if not 0 <= i < depth]:
