@@ -2,7 +2,6 @@
 
 import json
 import os
-import tempfile
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
@@ -24,7 +23,7 @@ from vim_ssl.data.sources.folder import (
 )
 from vim_ssl.data.spec import DataSpec
 from vim_ssl.data.window import Window, to_8bit
-from vim_ssl.utils.files import user_cache
+from vim_ssl.utils.files import atomic_path, user_cache
 from vim_ssl.utils.optional import require
 
 ENDINGS = (".nii", ".nii.gz")
@@ -233,9 +232,8 @@ def _volume(path: str, window: Window | None) -> np.ndarray:
         values = np.asarray(image.dataobj[(..., *[0] * (image.ndim - 3))], dtype=np.float32)
         grey = to_8bit(values, *window.limits(values)) if window else _class_numbers(values)
         cached.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=cached.parent, suffix=".partial", delete=False) as new:
-            np.save(new, grey)
-        os.replace(new.name, cached)
+        with atomic_path(cached) as partial, partial.open("wb") as file:
+            np.save(file, grey)
     return np.load(cached, mmap_mode="r", allow_pickle=False)
 
 
