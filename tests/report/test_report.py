@@ -181,6 +181,14 @@ def test_first_and_newest_images_stand_side_by_side_in_captioned_columns(finishe
         assert page.text.count(f"{caption}") >= 2
 
 
+def test_earlier_and_later_names_of_previews_are_one_series(finished: Path):
+    images = finished / "images"
+    (images / "pictures-0000040.png").rename(images / "preview-0000040.png")
+    page = Page(write_report(finished))
+    assert len(page.all("img")) == 2 * 3 * 4
+    assert page.text.index("First evaluation, step 20") < page.text.index("evaluation, step 40")
+
+
 @pytest.mark.parametrize(
     ("side", "pixelated"), [(28, True), (224, False)], ids=["digits-28", "photos-224"]
 )
@@ -360,7 +368,7 @@ def test_images_stand_beside_the_captions_nearest_to_them(finished: Path):
     assert "0.50" in page.text
     # In bold: the row's own pair, and the own caption where it is among the nearest.
     bold = re.findall(r"<b>([^<]*)</b>", page.source.partition('"even cosines"')[2])
-    assert bold[:4] == ["0.50", html.escape(EVIL), "0.40", "its other one"]
+    assert [html.unescape(text) for text in bold[:4]] == ["0.50", EVIL, "0.40", "its other one"]
     assert "chance at R@1: 0.05 %" in page.text
     (folder / "examples" / "0.png").unlink()
     assert "a dog" not in Page(write_report(finished)).text
@@ -400,16 +408,16 @@ def add_result(folder: Path, classes: int = 2) -> None:
 def test_a_run_on_labels_tells_what_it_is_worth(finished: Path):
     add_result(finished)
     page = Page(write_report(finished))
-    assert "AUC as MedMNIST has it, 0 to 10.988" in page.text  # and not 1.0
+    assert "AUC as MedMNIST defines it, 0 to 10.988" in page.text  # and not 1.0
     for wanted in (
-        "Result on the test part", "Mean IoU61.2 % 58.0 – 64.5", "61.2 %on the test part",
-        "Pixels right88.0 %", "3.2 mm", "90 to train on, 1,200 to test on, 1 unreadable",
+        "Result on the test split", "Mean IoU61.2 % 58.0 – 64.5", "61.2 %on the test split",
+        "Pixel accuracy88.0 %", "3.2 mm", "90 to train on, 1,200 to test on, 1 unreadable",
         "most taken for", EVIL,
     ):  # fmt: skip
         assert wanted in page.text
     assert "Top-1" not in page.text  # there is none
-    (sheet,) = (image for image in page.all("img") if image.get("class") == "sheet")
-    assert decode(sheet).size == (40, 30)
+    (grid,) = (image for image in page.all("img") if image.get("class") == "grid")
+    assert decode(grid).size == (40, 30)
 
 
 def test_of_many_classes_the_page_shows_the_first(finished: Path):
