@@ -21,7 +21,7 @@ from vim_ssl.cli import guarded
 from vim_ssl.evaluation.comparison import FIGURES, Comparison, ComparisonConfig
 from vim_ssl.evaluation.extract import Features
 from vim_ssl.evaluation.knn import knn_votes, nearest
-from vim_ssl.metrics.bootstrap import judge
+from vim_ssl.metrics.classification import answer_metrics
 from vim_ssl.utils.config import opt, parse
 
 
@@ -61,7 +61,7 @@ def vote(
             )
             row: dict[str, Any] = {"features": name, "readout": readout, "k": k}
             answer = votes.argmax(1) if bank.y.ndim == 1 else votes
-            for kind, figure in judge(answer, queries.y).items():
+            for kind, figure in answer_metrics(answer, queries.y).items():
                 key = "knn" if kind == "main" else f"knn_{kind}"
                 row[key] = round(figure.value, 2)
                 row[f"{key}_ci"] = figure.interval(queries.groups, seed=config.seed)

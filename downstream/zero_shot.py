@@ -32,7 +32,7 @@ from vim_ssl.data.spec import canonical_split
 from vim_ssl.data.split import is_known
 from vim_ssl.evaluation.extract import Features, extract_features, features_of
 from vim_ssl.evaluation.retrieval import PairFeatures, embed_pairs, found_in, nearest
-from vim_ssl.metrics.bootstrap import share_right
+from vim_ssl.metrics.classification import accuracy
 from vim_ssl.objectives.clip import Clip, load_clip
 from vim_ssl.report import write_report
 from vim_ssl.training.run import newest_run, task_folder, trained_on
@@ -140,7 +140,7 @@ def classify(features: Features, classifier: Tensor) -> tuple[dict[str, Any], Te
 
 def _judged(name: str, right: Tensor, groups: Sequence[Hashable] | None) -> dict[str, Any]:
     """The share of the questions (n,) that are answered right, and its interval."""
-    share = share_right(right, True)
+    share = accuracy(right, True)
     return {name: round(share.value, 2), f"{name}_ci": share.interval(groups)}
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vim_ssl.data.loading.indexed import EpochBatches
-from vim_ssl.metrics.bootstrap import judge
+from vim_ssl.metrics.classification import answer_metrics
 from vim_ssl.training.optim import build_schedule
 
 MANY = int(5e7)  # numbers, from which on one matrix product keeps several threads busy
@@ -63,7 +63,7 @@ class LinearHead:
     def score(self, x: Tensor | np.ndarray, y: Tensor | np.ndarray) -> float:
         """What a head is chosen by, in [0, 1]: the share of right answers, or the macro mAP."""
         answer = self.scores(x) if self.classes is None else self.predict(x)
-        return judge(answer, y)["main"].value / 100
+        return answer_metrics(answer, y)["main"].value / 100
 
 
 def fit_logistic(

@@ -11,7 +11,7 @@ from vim_ssl.data.transforms.image import create_transform
 from vim_ssl.evaluation.extract import extract_features, read_all, readout_columns
 from vim_ssl.evaluation.knn import knn_predict
 from vim_ssl.evaluation.linear_heads import fit_logistic
-from vim_ssl.metrics.bootstrap import accuracy
+from vim_ssl.metrics.classification import accuracy
 from vim_ssl.models.encoder import VimEncoder
 
 ONLINE_TOL = 1e-3  # of one fit while training
@@ -68,11 +68,11 @@ def online_probe(
         figures["effective_rank"] = effective_rank(kept.x[:, patches])
         for seen in asked:
             voted = knn_predict(kept.x, kept.y, seen.x)
-            figures["knn_top1"] = accuracy(voted, seen.y)
+            figures["knn_top1"] = accuracy(voted, seen.y).value
             if len(kept.y.unique()) > 1:  # of rare classes the bank may hold none
                 linear = fit_logistic(kept.x[:, patches], kept.y, 0.1, ONLINE_TOL)
                 guess = linear.predict(seen.x[:, patches])
-                figures["linear_top1"] = accuracy(guess, seen.y)
+                figures["linear_top1"] = accuracy(guess, seen.y).value
         return figures
 
     return evaluate

@@ -5,11 +5,7 @@ from pathlib import Path
 
 from vim_ssl.data.transforms.image import create_transform
 from vim_ssl.evaluation.extract import extract_features
-from vim_ssl.metrics.classification import (
-    MAIN_FIGURE,
-    figures,
-    values,
-)
+from vim_ssl.metrics.classification import MAIN_METRIC, rounded, target_metrics
 from vim_ssl.models.encoder import VimEncoder
 from vim_ssl.training.run import read_metrics
 
@@ -37,7 +33,7 @@ class Validation:
     ):  # fmt: skip
         self.encoder, self.data, self.folder = encoder, data, Path(folder)
         self.targets, self.keep_best, self.patience = targets, keep_best, patience
-        self.figure = f"val_{MAIN_FIGURE[targets]}"
+        self.figure = f"val_{MAIN_METRIC[targets]}"
         self.loading = {"batch_size": batch_size, "workers": workers}
 
     def __call__(self) -> dict[str, float]:
@@ -50,7 +46,7 @@ class Validation:
             **self.loading,
         )  # fmt: skip
         self.encoder.train(training)
-        judged = values(figures(found.x, found.y, self.targets))
+        judged = rounded(target_metrics(found.x, found.y, self.targets))
         logged = {f"val_{name}": value for name, value in judged.items()}
         if self.keep_best and logged[self.figure] > max(self._logged(), default=-math.inf):
             state = {k: v.cpu().contiguous() for k, v in self.encoder.state_dict().items()}

@@ -158,7 +158,7 @@ class PlaneMasks(OnDisk):
         return checked(upright(volume, plane, self.axis), size, name, self.classes)
 
     def place(self, row: int) -> dict[str, Any]:
-        """As `vim_ssl.metrics.volumes.VolumeScores.add` takes it."""
+        """As `vim_ssl.metrics.volumes.VolumeMetrics.add` takes it."""
         name, plane = self.planes[row]
         part = self.parts[name]
         return {"volume": name, "plane": plane, "planes": part.planes, "spacing": part.spacing}
