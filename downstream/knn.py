@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vim_ssl.cli import guarded
-from vim_ssl.evaluation.comparison import FIGURES, Comparison, ComparisonConfig
+from vim_ssl.evaluation.comparison import METRIC_TITLES, Comparison, ComparisonConfig
 from vim_ssl.evaluation.extract import Features
 from vim_ssl.evaluation.knn import knn_votes, nearest
 from vim_ssl.metrics.classification import answer_metrics
@@ -93,7 +93,8 @@ def _print_table(metrics: dict) -> None:
         lines[place] = lines.get(place, "") + f"{cell:>20}"
     for (features, readout), cells in lines.items():
         print(f"{features:26} {readout:10}{cells}")
-    print(f"{FIGURES[metrics['figure']]} on the test part in per cent, 95 % interval in brackets.")
+    title = METRIC_TITLES[metrics["figure"]]
+    print(f"{title} on the test part in per cent, 95 % interval in brackets.")
     if metrics["skipped"]:
         print(f"{len(metrics['skipped'])} images could not be read: {metrics['skipped'][:3]} …")
 

@@ -31,11 +31,11 @@ from vim_ssl.data import stratified_split
 from vim_ssl.data.split import few_of_each
 from vim_ssl.data.transforms.clip import ClipTransform
 from vim_ssl.data.transforms.image import Transform
-from vim_ssl.evaluation.comparison import FIGURES, Comparison, ComparisonConfig
+from vim_ssl.evaluation.comparison import METRIC_TITLES, Comparison, ComparisonConfig
 from vim_ssl.evaluation.extract import Features, extract_features
 from vim_ssl.evaluation.knn import knn_votes, nearest
 from vim_ssl.evaluation.linear_heads import LinearHead, fit_lars, fit_logistic, lars_reach
-from vim_ssl.evaluation.probes import C_GRID, choose_readout
+from vim_ssl.evaluation.readout import C_GRID, choose_readout
 from vim_ssl.metrics.bootstrap import Metric
 from vim_ssl.metrics.classification import accuracy, answer_metrics
 from vim_ssl.metrics.medmnist import medmnist_metrics
@@ -257,7 +257,7 @@ def _print_table(metrics: dict) -> None:
         if "acc" in row:
             area = "not defined" if row["auc"] is None else f"{row['auc']:.3f}"
             print(f"{'':26} {'':10} MedMNIST's AUC {area}, ACC {row['acc']:.3f}")
-    print(f"{FIGURES[metrics['figure']]} on the test part, 95 % interval in brackets.")
+    print(f"{METRIC_TITLES[metrics['figure']]} on the test part, 95 % interval in brackets.")
     for row in metrics["differences"]:
         low, high = row["logistic_ci"]
         print(f"{row['features']} over {row['over']}: {row['logistic']:+.1f} [{low:+.1f}, "

@@ -11,7 +11,7 @@ from PIL import Image
 from vim_ssl.data import ImageData
 from vim_ssl.data.sources.coco import CocoObjects, ground_truth, mask_tools, read_table
 from vim_ssl.metrics.detection import DetectionMetrics, evaluate_coco
-from vim_ssl.utils.drawing import class_colours, draw_objects, sheet_of_objects
+from vim_ssl.utils.drawing import class_colours, object_grid, overlay_objects
 
 WIDTH, HEIGHT = 160, 120
 CLASSES = [(3, "ape"), (7, "cat"), (90, "dog")]
@@ -197,20 +197,20 @@ def test_boxes_and_masks_are_drawn_in_their_classes_colours(channels):
     image = torch.zeros(channels, 40, 60, dtype=torch.uint8)
     boxes, labels = torch.tensor([[5.0, 5, 30, 30]]), torch.tensor([1])
     colour = class_colours(3)[2]
-    drawn = draw_objects(image, boxes, labels, ["one", "two"])
+    drawn = overlay_objects(image, boxes, labels, ["one", "two"])
     assert (drawn.shape, drawn.dtype) == ((3, 40, 60), torch.uint8)
     assert torch.equal(drawn[:, 5, 29], colour)
     assert not drawn[:, 20, 20].any()
     masks = torch.zeros(1, 40, 60, dtype=torch.bool)
     masks[0, 18:22, 18:22] = True
-    assert draw_objects(image, boxes, labels, ["one", "two"], masks)[:, 20, 20].any()
-    assert not draw_objects(image, boxes[:0], labels[:0], ["one", "two"]).any()
+    assert overlay_objects(image, boxes, labels, ["one", "two"], masks)[:, 20, 20].any()
+    assert not overlay_objects(image, boxes[:0], labels[:0], ["one", "two"]).any()
 
 
 def test_a_sheet_has_a_row_an_image():
     item = {"boxes": np.array([[1, 1, 9, 9]], np.float32), "box_labels": np.array([0])}
     nothing = found()
     rows = [(Image.new("L", (WIDTH, HEIGHT), 200), item, nothing)] * 2
-    one, both = (sheet_of_objects(rows[:n], ["tree"]) for n in (1, 2))
+    one, both = (object_grid(rows[:n], ["tree"]) for n in (1, 2))
     assert both.height > one.height + 200
     assert both.width == one.width

@@ -8,7 +8,7 @@ from PIL import Image
 
 from vim_ssl.data.labels import IGNORE
 from vim_ssl.metrics.segmentation import SegmentationMetrics
-from vim_ssl.utils.drawing import class_colours, draw
+from vim_ssl.utils.drawing import class_colours, mask_grid
 
 NAMES = ["ground", "tree", "house", "never"]
 
@@ -109,8 +109,8 @@ def test_a_drawing_has_a_row_an_image_and_a_legend():
     truth[:, 20:], truth[:5] = 2, IGNORE
     guess = np.where(truth == IGNORE, 1, truth)
     rows = [(Image.new("RGB", (40, 30), "pink"), truth, guess)] * 2
-    sheet = np.asarray(draw(rows, NAMES, colours))
-    one = np.asarray(draw(rows[:1], NAMES, colours))
+    sheet = np.asarray(mask_grid(rows, NAMES, colours))
+    one = np.asarray(mask_grid(rows[:1], NAMES, colours))
     assert sheet.shape[1] == one.shape[1]
     assert sheet.shape[0] > one.shape[0] + 100
     for wanted in (colours[0], colours[1], colours[2], colours[-1], [255, 192, 203]):
@@ -118,7 +118,7 @@ def test_a_drawing_has_a_row_an_image_and_a_legend():
 
 
 def test_nothing_to_draw_is_an_empty_sheet():
-    assert draw([], NAMES, class_colours(4).numpy()).width > 100
+    assert mask_grid([], NAMES, class_colours(4).numpy()).width > 100
 
 
 def test_colours_are_all_different():

@@ -36,7 +36,7 @@ class Metric:
         return Metric(lambda weights: self.weighted(weights) - other.weighted(weights), self.n)
 
     def interval(
-        self, groups: Sequence[Hashable] | None = None, *, seed: int = 0, resamples: int = RESAMPLES
+        self, groups: Sequence[Hashable] | None = None, *, seed: int = 0
     ) -> tuple[float, float]:
         """95 % interval: the percentiles of the bootstrap; Wilson's for a share of independent
         images, which is right at 0 and 100 % too.
@@ -55,7 +55,7 @@ class Metric:
         count = int(units.max()) + 1
         rng = np.random.default_rng(seed)
         values = []
-        for _ in range(resamples):
+        for _ in range(RESAMPLES):
             times = np.bincount(rng.integers(count, size=count), minlength=count)
             values.append(self.weighted(times[units].astype(float)))
         low, high = np.nanpercentile(values, [2.5, 97.5])

@@ -59,13 +59,13 @@ def draw_curve(
     lost = int(np.isnan(values).sum())
     if lost == len(values):
         return Curve(title)
-    parts = np.array_split(np.arange(len(values)), min(len(values), MAX_POINTS))
+    stretches = np.array_split(np.arange(len(values)), min(len(values), MAX_POINTS))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # nothing finite in a stretch: NaN
         mean, low, high = (
-            np.array([f(values[p]) for p in parts]) for f in (np.nanmean, np.nanmin, np.nanmax)
+            np.array([f(values[p]) for p in stretches]) for f in (np.nanmean, np.nanmin, np.nanmax)
         )
-    ends = np.array([p[-1] for p in parts])
+    ends = np.array([p[-1] for p in stretches])
     finite = np.flatnonzero(np.isfinite(mean))
     # The whole line fits; rare outliers of the ranges may leave the plot.
     bottom = min(float(mean[finite].min()), float(np.percentile(low[finite], 5)))
@@ -92,7 +92,7 @@ def draw_curve(
     for _, group in itertools.groupby(enumerate(finite), lambda pair: pair[1] - pair[0]):
         ids = [i for _, i in group]
         curve.lines.append(_points(x[ids], y[ids]))
-        if len(parts) < len(values):
+        if len(stretches) < len(values):
             back = ids[::-1]
             curve.bands.append(f"{_points(x[ids], roof[ids])} {_points(x[back], floor[back])}")
         if marked or len(ids) == 1:
@@ -107,7 +107,7 @@ def _points(x: np.ndarray, y: np.ndarray) -> str:
 def _axis(
     low: float, high: float, start: float, end: float, log: bool = False
 ) -> tuple[Callable, Ticks]:
-    """Value -> SVG coordinate, and the ticks (coordinate, text)."""
+    """A function from values to SVG coordinates, and the ticks."""
     if log:
         exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         digits = (1, 2, 5) if len(exponents) < 4 else (1,)
@@ -123,10 +123,10 @@ def _axis(
         ticks = [i * step for i in range(first, last + 1)]
     scale = np.log10 if log else np.asarray
 
-    def place(value):
+    def coordinate(value):
         return start + (end - start) * (scale(value) - scale(low)) / (scale(high) - scale(low))
 
-    return place, [(float(place(tick)), _short(tick)) for tick in ticks]
+    return coordinate, [(float(coordinate(tick)), _short(tick)) for tick in ticks]
 
 
 def _short(tick: float) -> str:

@@ -25,7 +25,7 @@ from vim_ssl.models.encoder import VimEncoder
 from vim_ssl.models.heads import RCNN, SimpleFeaturePyramid
 from vim_ssl.models.heads.rcnn import COARSEST
 from vim_ssl.objectives.base import StepOutput
-from vim_ssl.utils.drawing import DRAWN, draw_objects, sheet_of_objects
+from vim_ssl.utils.drawing import GRID_ROWS, object_grid, overlay_objects
 from vim_ssl.utils.names import did_you_mean
 
 HEADS = ("cascade", "rcnn")
@@ -165,7 +165,7 @@ class Detection(nn.Module):
         for image, truth, one in zip(shown, targets, found, strict=True):
             sure = {k: v[one["scores"] >= SHOWN] for k, v in one.items() if k != "masks"}
             panels = [
-                draw_objects(image, part["boxes"].cpu(), part["labels"].cpu() - 1, self.classes)
+                overlay_objects(image, part["boxes"].cpu(), part["labels"].cpu() - 1, self.classes)
                 for part in (truth, sure)
             ]
             rows.append(torch.cat(panels, 2))
@@ -199,7 +199,7 @@ def evaluate(model: Detection, data, folder: Path) -> tuple[dict[str, Any], Dete
     model.eval()
     scores = DetectionMetrics(data, masks=model.masks and data.has_outlines)
     skipped, rows = [], []
-    shown = {i * len(data) // DRAWN for i in range(DRAWN)}
+    shown = {i * len(data) // GRID_ROWS for i in range(GRID_ROWS)}
     for i in range(len(data)):
         try:
             item = data[i]
@@ -216,5 +216,5 @@ def evaluate(model: Detection, data, folder: Path) -> tuple[dict[str, Any], Dete
         raise ValueError(f"none of the {len(data)} images could be read: {skipped[:3]}")
     figures = {"test": len(data) - len(skipped), **scores.compute(), "skipped": skipped}
     scores.write(folder)
-    sheet_of_objects(rows, model.classes).save(folder / "predictions.png")
+    object_grid(rows, model.classes).save(folder / "predictions.png")
     return figures, scores

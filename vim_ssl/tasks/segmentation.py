@@ -30,7 +30,7 @@ from vim_ssl.models.encoder import VimEncoder
 from vim_ssl.models.heads import NORMS, FCNHead, FeatureUpsampling, LinearHead, UPerNet
 from vim_ssl.models.sliding_window import label_pixels
 from vim_ssl.objectives.base import StepOutput
-from vim_ssl.utils.drawing import DRAWN, class_colours, draw
+from vim_ssl.utils.drawing import GRID_ROWS, class_colours, mask_grid
 from vim_ssl.utils.names import did_you_mean
 
 HEADS = ("upernet", "linear")
@@ -215,7 +215,7 @@ def evaluate(model: Segmentation, data, folder: Path) -> tuple[dict[str, Any], S
     model.eval()
     scores, skipped, rows = SegmentationMetrics(model.classes), [], []
     volumes: VolumeMetrics | None = None
-    shown = {i * len(data) // DRAWN for i in range(DRAWN)}
+    shown = {i * len(data) // GRID_ROWS for i in range(GRID_ROWS)}
     for i in range(len(data)):
         try:
             item = data[i]
@@ -244,7 +244,7 @@ def evaluate(model: Segmentation, data, folder: Path) -> tuple[dict[str, Any], S
     if volumes:
         figures |= volumes.compute()
         volumes.write(folder)
-    draw(rows, model.classes, class_colours(len(model.classes)).numpy()).save(
+    mask_grid(rows, model.classes, class_colours(len(model.classes)).numpy()).save(
         folder / "predictions.png"
     )
     return figures, scores
