@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,10 +98,11 @@ def run_scan(inputs: Tensors, backend: str, gradients: bool = True, **options) -
     """
     call = bi_selective_scan if inputs["u"].dim() == 4 else selective_scan
     leaves = {name: m.detach().clone().requires_grad_(gradients) for name, m in inputs.items()}
-    out = call(**leaves, backend=backend, **options)
+    arguments: dict[str, Any] = leaves | options | {"backend": backend}
+    out = call(**arguments)
     named = {"y": out[0], "last": out[1]} if isinstance(out, tuple) else {"y": out}
     if gradients:
-        loss = sum((m.double() * _weights(m)).sum() for m in named.values())
+        loss = torch.stack([(m.double() * _weights(m)).sum() for m in named.values()]).sum()
         grads = torch.autograd.grad(loss, list(leaves.values()))
         named |= {f"d_{name}": g for name, g in zip(leaves, grads, strict=True)}
     return {name: m.detach().cpu() for name, m in named.items()}
@@ -280,10 +282,10 @@ def measure_non_finite(backend: str, device: str) -> Row:
             m = typed(two_way_inputs(2, 20, 5, 4), torch.float32)
             m[name].view(-1)[m[name].numel() // 3] = value
             wide = {k: v.double() for k, v in m.items()}
-            expected = bi_selective_scan(**wide, backend="reference").isfinite()
+            expected = run_scan(wide, "reference", gradients=False)["y"].isfinite()
             with poisoned_memory():
                 m = {k: v.to(device) for k, v in m.items()}
-                got = bi_selective_scan(**m, backend=backend).isfinite().cpu()
+                got = run_scan(m, backend, gradients=False)["y"].isfinite()
             same += (equal := torch.equal(got, expected))
             places += [] if equal else [f"{value} in {name}"]
     total = same + len(places)
