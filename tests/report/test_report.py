@@ -181,14 +181,6 @@ def test_first_and_newest_images_stand_side_by_side_in_captioned_columns(finishe
         assert page.text.count(f"{caption}") >= 2
 
 
-def test_earlier_and_later_names_of_previews_are_one_series(finished: Path):
-    images = finished / "images"
-    (images / "pictures-0000040.png").rename(images / "preview-0000040.png")
-    page = Page(write_report(finished))
-    assert len(page.all("img")) == 2 * 3 * 4
-    assert page.text.index("First evaluation, step 20") < page.text.index("evaluation, step 40")
-
-
 @pytest.mark.parametrize(
     ("side", "pixelated"), [(28, True), (224, False)], ids=["digits-28", "photos-224"]
 )

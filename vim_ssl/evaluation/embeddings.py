@@ -6,8 +6,8 @@ The data alone determine the content of a file: any number of processes, killed 
 time, write the same files.
 """
 
-import io
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,10 +24,9 @@ from vim_ssl.data.loading.streamed import ImageStream
 from vim_ssl.data.split import as_key, is_known
 from vim_ssl.data.transforms.image import Transform
 from vim_ssl.evaluation.extract import Features, Readable, encode_batches
-from vim_ssl.utils.files import atomic_write
 
 FORMATS = ("parquet", "npy")
-ROW_FIELDS = ("ids", "labels", "groups")
+KNOWN = ("ids", "labels", "groups")  # of every row
 # (id, label or None, group or None, image (c, h, w)), or the error of an image that is unreadable.
 Row = tuple[str, Any, str | None, Tensor] | str
 
@@ -217,12 +216,15 @@ def write_shard(folder: Path, part: Embedded, *, format: str, multi_label: bool 
     Args:
         format: one of `FORMATS`.
     """
-    buffer = io.BytesIO()
     if format == "npy":
-        text = json.dumps({key: getattr(part, key) for key in ("skipped", *ROW_FIELDS)})
-        atomic_write(folder / f"{part.name}.json", text)
-        np.save(buffer, part.x.numpy())
-        atomic_write(folder / f"{part.name}.npy", buffer.getvalue())
+        text = json.dumps({key: getattr(part, key) for key in ("skipped", *KNOWN)})
+        _replace(folder / f"{part.name}.json", lambda path: path.write_text(text, encoding="utf-8"))
+
+        def save(path: Path) -> None:
+            with path.open("wb") as file:
+                np.save(file, part.x.numpy())
+
+        _replace(folder / f"{part.name}.npy", save)
         return
     import pyarrow as pa
     from pyarrow import parquet
@@ -238,8 +240,7 @@ def write_shard(folder: Path, part: Embedded, *, format: str, multi_label: bool 
     table = pa.table(columns | {"embedding": values}).replace_schema_metadata(
         {"skipped": json.dumps(part.skipped)}
     )
-    parquet.write_table(table, buffer)
-    atomic_write(folder / f"{part.name}.parquet", buffer.getvalue())
+    _replace(folder / f"{part.name}.parquet", lambda path: parquet.write_table(table, path))
 
 
 def read_summary(folder: Path, name: str, format: str) -> tuple[int, list[str]]:
@@ -275,7 +276,7 @@ def read_embeddings(folder: Path) -> Embedded:
     for file in sorted((folder / "shards").glob("*.npy")):
         rest = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
         xs.append(torch.from_numpy(np.load(file)))
-        for key in ("skipped", *ROW_FIELDS):
+        for key in ("skipped", *KNOWN):
             getattr(result, key).extend(rest[key])
     for file in sorted((folder / "shards").glob("*.parquet")):
         from pyarrow import parquet
@@ -284,9 +285,15 @@ def read_embeddings(folder: Path) -> Embedded:
         values, width = table["embedding"].combine_chunks(), table.schema.field("embedding").type
         rows = values.flatten().to_numpy().reshape(len(table), width.list_size)
         xs.append(torch.from_numpy(rows.copy()))
-        for key in ROW_FIELDS:
+        for key in KNOWN:
             getattr(result, key).extend(table[key.removesuffix("s")].to_pylist())
         result.skipped += json.loads(table.schema.metadata[b"skipped"])
     if xs:
         result.x = torch.cat(xs)
     return result
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    partial = path.with_name(f".{path.name}.part")
+    write(partial)
+    os.replace(partial, path)

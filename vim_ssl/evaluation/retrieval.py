@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from vim_ssl.data.images import BadImage
-from vim_ssl.evaluation.extract import Readable
+from vim_ssl.evaluation.extract import Readable, encode_batches
 from vim_ssl.evaluation.knn import search
 from vim_ssl.objectives.clip import Clip
 
@@ -33,7 +33,7 @@ class _Pairs(Readable):
             captions = self.data.captions(index)
             if not captions:
                 return f"{self.data.ids[index]}: it has no caption"
-            return self.transform(self.data[index]["image"]), captions, self.data.ids[index]
+            return captions, self.data.ids[index], self.transform(self.data[index]["image"])
         except BadImage as bad:
             return str(bad)
 
@@ -59,27 +59,16 @@ def embed_pairs(
     loader = DataLoader(
         _Pairs(data, clip.transform), batch_size, num_workers=workers, collate_fn=list
     )
-    images, texts, owner, ids, words, skipped = [], [], [], [], [], []  # type: ignore[var-annotated]
-    for rows in loader:
-        skipped += [row for row in rows if isinstance(row, str)]
-        rows = [row for row in rows if not isinstance(row, str)]
-        if not rows:
-            continue
-        pixels, captions, names = zip(*rows, strict=True)
-        images.append(clip.encode_image(torch.stack(pixels).to(device)).cpu())
-        for row, texts_of_image in enumerate(captions, start=len(ids)):
-            owner += [row] * len(texts_of_image)
-        flat = [caption for texts_of_image in captions for caption in texts_of_image]
-        texts += [clip.encode_text(flat[i : i + batch_size]).cpu()
-                  for i in range(0, len(flat), batch_size)]  # fmt: skip
-        ids += names
-        words += flat
+    images, rows, skipped = encode_batches(clip.encode_image, loader, device)
+    captions = [caption for texts_of_image, _ in rows for caption in texts_of_image]
+    texts = [clip.encode_text(captions[i : i + batch_size]).cpu()
+             for i in range(0, len(captions), batch_size)]  # fmt: skip
     clip.train(training)
-    if not images:
+    if not rows:
         raise ValueError(f"{data.name} holds no image with a caption: {skipped[:3]}")
-    return PairFeatures(
-        torch.cat(images), torch.cat(texts), torch.tensor(owner), ids, words, skipped
-    )
+    owner = [index for index, (texts_of_image, _) in enumerate(rows) for _ in texts_of_image]
+    ids = [id for _, id in rows]
+    return PairFeatures(images, torch.cat(texts), torch.tensor(owner), ids, captions, skipped)
 
 
 def nearest(queries: Tensor, keys: Tensor, k: int) -> Tensor:

@@ -102,26 +102,22 @@ _templates.filters["px"] = "{:.1f}".format
 
 def render(run: Record) -> str:
     """The HTML of a run's page."""
-    config = run.config
     path = run.folder.resolve()
     if path.is_relative_to(Path.cwd()):
         path = path.relative_to(Path.cwd())
     return _templates.get_template("page.html").render(
-        name=run.name,
+        run=run,
         summary=_summary(run),
         state="Finished" if is_finished(run) else "Still going, or stopped before its end",
         drawn_at=time.strftime("%Y-%m-%d %H:%M"),
         tiles=list(filter(None, _tiles(run))),
         result=_result(run),
         previews=_previews(run),
-        recipe=config.get("recipe"),
-        norm_pix_loss=config.get("norm_pix_loss"),
         probe=_probe(run),
         zero_shot=list(filter(None, (_zero_shot(*one) for one in run.zero_shot))),
         curves=list(_curves(run)),
         settings=settings(run),
-        config_json=json.dumps(config, indent=2, ensure_ascii=False) if config else "",
-        saved=run.saved,
+        config_json=json.dumps(run.config, indent=2, ensure_ascii=False) if run.config else "",
         run_literal=json.dumps(path.as_posix(), ensure_ascii=False),
         run_quoted=shlex.quote(path.as_posix()),
         embed_dim=run.encoder.get("embed_dim", "embed_dim"),
