@@ -91,7 +91,7 @@ class Comparison:
                 processes=self.processes,
             )  # fmt: skip
             if splits is not None:
-                yield name, *splits, available_readouts(encoder, config.readouts)
+                yield name, splits[0], splits[1], available_readouts(encoder, config.readouts)
 
     def record(self, **results: Any) -> tuple[dict[str, Any], Path]:
         """Write metrics.json with the ``results``; returns its content and its folder."""
