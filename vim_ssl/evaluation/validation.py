@@ -8,6 +8,7 @@ from vim_ssl.evaluation.extract import extract_features
 from vim_ssl.metrics.classification import MAIN_METRIC, rounded, target_metrics
 from vim_ssl.models.encoder import VimEncoder
 from vim_ssl.training.run import read_metrics
+from vim_ssl.utils.files import atomic_path
 
 BEST = "best.safetensors"
 
@@ -50,9 +51,8 @@ class Validation:
         logged = {f"val_{name}": value for name, value in metrics.items()}
         if self.keep_best and logged[self.metric] > max(self._logged(), default=-math.inf):
             state = {k: v.cpu().contiguous() for k, v in self.encoder.state_dict().items()}
-            partial = self.folder / f".{BEST}.partial"
-            save_file(state, partial)
-            partial.replace(self.folder / BEST)
+            with atomic_path(self.folder / BEST, shared=False) as partial:
+                save_file(state, partial)
         return logged
 
     def should_stop(self) -> bool:
