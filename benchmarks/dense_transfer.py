@@ -31,7 +31,7 @@ from vim_ssl.data.sources.masks import ADE20K_CLASSES
 from vim_ssl.downstream import detection, segmentation
 from vim_ssl.tasks.detection import SHOWN, load_detection
 from vim_ssl.tasks.segmentation import load_segmentation
-from vim_ssl.utils.drawing import class_colours, draw, sheet_of_objects
+from vim_ssl.utils.drawing import class_colours, mask_grid, object_grid
 
 ENCODER = "vim_mini_patch8_96.offline_rgb"
 TABLE = "dense_transfer.csv"
@@ -151,11 +151,11 @@ def sheet(task: Task, data: str, run: Path) -> Image.Image:
             found = detector.predict(item["image"])
             sure = {key: value[found["scores"] >= SHOWN] for key, value in found.items()}
             rows.append((item["image"], item, sure))
-        return sheet_of_objects(rows, detector.classes)
+        return object_grid(rows, detector.classes)
     model = load_segmentation(run)
     rows = [(item["image"], item["mask"], model.predict(item["image"]))
             for item in (test[i] for i in few)]  # fmt: skip
-    return draw(rows, model.classes, class_colours(len(model.classes)).numpy())
+    return mask_grid(rows, model.classes, class_colours(len(model.classes)).numpy())
 
 
 def summary(rows: list[dict[str, str]]) -> str:

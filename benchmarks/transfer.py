@@ -26,7 +26,8 @@ from rows import ORIGIN, append_rows, mean_and_spread, origin, read_rows, result
 
 from vim_ssl.data import labelled_splits
 from vim_ssl.downstream import linear_probe
-from vim_ssl.evaluation.features import encode_parts, readouts_of
+from vim_ssl.evaluation.features import encode_splits
+from vim_ssl.evaluation.readout import available_readouts
 
 ENCODER, VIT = "vim_mini_patch8_96.offline_rgb", "vit"
 TABLE = "transfer.csv"
@@ -71,8 +72,8 @@ def probe_vit(config: linear_probe.Config) -> dict:
     """What of `linear_probe.run`'s result is used here."""
     parts = labelled_splits(config.data, config.test, config.seed, config.test_data)
     encoder = anchor.load()
-    train, test = encode_parts(encoder, parts)
-    readouts = readouts_of(encoder, config.readouts)
+    train, test = encode_splits(encoder, parts)
+    readouts = available_readouts(encoder, config.readouts)
     row, _ = linear_probe.probe("ViT, MAE for the same time", train, test, readouts, config)
     return {"train": len(parts[0]), "test": len(parts[1]), "rows": [row]}
 

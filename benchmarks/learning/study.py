@@ -31,7 +31,8 @@ from vim_ssl import create_transform
 from vim_ssl.data import labelled_splits
 from vim_ssl.downstream import linear_probe
 from vim_ssl.evaluation.extract import extract_features
-from vim_ssl.evaluation.features import encode_parts, readouts_of
+from vim_ssl.evaluation.features import encode_splits
+from vim_ssl.evaluation.readout import available_readouts
 from vim_ssl.recipes.mim_pretrain import (
     Config,
     build_data,
@@ -103,8 +104,8 @@ def read(encoder, data: str, seed: int) -> dict:
         parts = [extract_features(torch.nn.Identity(), part, transform)
                  for part in (train_part, test_part)]  # fmt: skip
         return linear_probe.probe("pixels", *parts, {"pixels": slice(None)}, config)[0]
-    parts = encode_parts(encoder.eval(), (train_part, test_part), cache=False)
-    return linear_probe.probe(data, *parts, readouts_of(encoder, config.readouts), config)[0]
+    parts = encode_splits(encoder.eval(), (train_part, test_part), cache=False)
+    return linear_probe.probe(data, *parts, available_readouts(encoder, config.readouts), config)[0]
 
 
 def work(out: Path, data: str, arm: str, budget: str, seed: int, epochs: float) -> None:
