@@ -1,4 +1,4 @@
-"""Run a measurement in a fresh process, and read how much memory a process takes."""
+"""Run a measurement in a fresh process, launch a recipe, and read the memory of a process."""
 
 import multiprocessing
 import os
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 Result = TypeVar("Result")
+RECIPE = Path(__file__).parents[1] / "recipes" / "mim_pretrain.py"
 
 
 def run_apart(function: Callable[..., Result], *args) -> Result:
@@ -33,6 +34,16 @@ def _print_to(path: str) -> None:
     log = os.open(path, os.O_WRONLY | os.O_APPEND)
     os.dup2(log, 1)  # stdout
     os.dup2(log, 2)  # stderr
+
+
+def launcher(processes: int) -> list[str]:
+    """The command that runs mim_pretrain.py by accelerate on CPU processes."""
+    return [
+        sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch",
+        "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no",
+        "--dynamo_backend", "no", "--main_process_port", "0",
+        *(["--multi_gpu"] if processes > 1 else []), str(RECIPE),
+    ]  # fmt: skip
 
 
 def reset_peak(device: str = "cpu") -> bool:

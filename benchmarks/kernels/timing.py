@@ -140,7 +140,7 @@ def prepare_calls(
     with torch.set_grad_enabled(backward):
         started = time.perf_counter()
         first = provider.scan(**layouts[0])
-        _wait(device)
+        wait(device)
         compile_s = round(time.perf_counter() - started, 1) if provider.compiles else None
         if backward and not first.requires_grad:
             return []
@@ -228,7 +228,12 @@ def _time_on_gpu(call: Callable[[int], object], sets: int, budget_s: float) -> l
     return batch(min(max(repeats, 5), 200))
 
 
-def _wait(device: str) -> None:
+def percentiles(ms: list[float]) -> list[float]:
+    """The 20th, 50th and 80th percentile."""
+    return statistics.quantiles(ms, n=10, method="inclusive")[1:8:3]
+
+
+def wait(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
 
@@ -252,7 +257,7 @@ def _peak_mb(call: Callable[[], object], device: str) -> float | None:
         else proc_mib("self/status", "VmRSS")
     )
     call()
-    _wait(device)
+    wait(device)
     return round((peak_mib(device) - before) * 2**20 / 1e6, 1)
 
 
@@ -329,7 +334,7 @@ def _calls(group, shape, dtype, direction, device, sets, say) -> list[Timed]:
 
 
 def _row(one: Timed, shape: Shape, dtype: str, direction: str, floor: float | None) -> dict:
-    p20, p50, p80 = statistics.quantiles(one.ms, n=10, method="inclusive")[1:8:3]
+    p20, p50, p80 = percentiles(one.ms)
     row = {
         "provider": one.provider, "direction": direction, "dtype": dtype, "shape": str(shape),
         "timing": one.timing, "p20_ms": _digits(p20), "p50_ms": _digits(p50),
