@@ -187,7 +187,7 @@ def main() -> int:
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the runs")
     add("--jobs", type=int, default=2, help="runs at once, one thread each")
     add("--steps", type=int, default=0, help="end each run after this many, as a trial")
-    add("--images", type=Path, default=None, metavar="FOLDER", help="for image grids")
+    add("--images", "--pictures", type=Path, metavar="FOLDER", help="for image grids")
     add("--summary", action="store_true", help="only print the table")
     add("--one", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
