@@ -397,9 +397,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--section", choices=SECTIONS, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if not args.dry_run and not torch.cuda.is_available():
-        print(
-            "gpu_check.py: torch finds no CUDA device here; --dry-run needs none.", file=sys.stderr
-        )
+        print("gpu_check.py: torch finds no CUDA device; --dry-run needs none.", file=sys.stderr)
         return 1
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
