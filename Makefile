@@ -46,7 +46,7 @@ test: $(VENV)/.installed-test ## run the whole suite on the CPU
 check: $(VENV)/.installed-dev ## lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/python .ci/check_types.py
 
 SAMPLES := noto-emoji fluent-emoji twemoji aerial
 OFFLINE_RGB := vim_ssl/weights/vim_mini_patch8_96.offline_rgb

@@ -13,7 +13,6 @@ whole files stay as they are.
 """
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -47,6 +46,7 @@ from vim_ssl.training.run import newest_run, task_folder, trained_on
 from vim_ssl.utils.config import opt, parse
 from vim_ssl.utils.distributed import join_processes, pick_device
 from vim_ssl.utils.environment import commit, environment
+from vim_ssl.utils.files import atomic_path
 
 POOLED = "pooled"
 
@@ -99,13 +99,13 @@ def run(config: Config) -> dict:
         ]
         print(f"Encoder {source} · {data.name}: {len(data):,} images in {len(shards):,} files, "
               f"{len(shards) - len(missing):,} of them there already", flush=True)  # fmt: skip
-    missing = processes.agree(missing)
+    missing = processes.broadcast(missing)
     began = time.perf_counter()
-    mine = share_of(missing, isinstance(data, ImageStream), processes.rank, processes.world)
+    mine = share_of(missing, data.is_stream, processes.rank, processes.world)
     rows = read_rows(data, mine, create_transform(encoder), batch_size=config.batch_size,
                      workers=config.workers)  # fmt: skip
     total = sum(shard.count for shard in mine) if processes.main else None
-    multi_label = isinstance(data, ImageData) and data.multi_label
+    multi_label = not data.is_stream and data.multi_label
     for part in embed(encode, rows, dim, device, total):
         write_shard(folder / "shards", part, format=config.format, multi_label=multi_label)
     processes.gather(None)  # the others' files are there
@@ -225,9 +225,8 @@ def finish(
 
 
 def write_record(file: Path, record: dict[str, Any]) -> None:
-    partial = file.with_name(f".{file.name}.part")
-    partial.write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(partial, file)
+    with atomic_path(file, shared=False) as partial:
+        partial.write_text(json.dumps(record, indent=2) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,10 +7,12 @@ the dependencies, but not the installation that runs these tests.
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import venv
 import zipfile
 from pathlib import Path
 
@@ -223,3 +225,59 @@ def test_every_script_starts(forms, tmp_path, form):
     assert done.returncode == 0, done.stderr
     texts = json.loads(done.stdout)
     assert [name for name in targets if "--config FILE" not in texts[name]] == []
+
+
+# ------------------------------------------------------------------------------- types
+
+USE = """
+import torch, vim_ssl
+from vim_ssl.kernels.selective_scan import bi_selective_scan, selective_scan
+x = torch.ones(2, 1, 3, 4)
+y = bi_selective_scan(x, x, x, x, x, scale=0.5) + vim_ssl.load_encoder("a_run", num_classes=10)(x)
+selective_scan(x, x, x, x, x, backend="torch")
+bi_selective_scan("not a tensor", x, x, x, x)
+selective_scan(x, x, x, x, x, nonsense=4)
+text: str = vim_ssl.load_encoder("a_run", num_classes="ten")
+"""
+ERRORS = {(7, "arg-type"), (8, "call-arg"), (9, "arg-type"), (9, "assignment")}
+
+
+def errors(done: subprocess.CompletedProcess, file: Path) -> set[tuple[int, str]]:
+    """(line, mypy's code) of every error; all must be in ``file``."""
+    assert done.returncode == 1, done.stdout + done.stderr
+    lines = [line for line in done.stdout.splitlines() if ": error: " in line]
+    matches = [re.search(rf"{file.name}:(\d+): error: .*\[(.+)\]$", line) for line in lines]
+    assert None not in matches, done.stdout
+    return {(int(match[1]), match[2]) for match in matches if match}
+
+
+def test_mypy_sees_the_checkout_under_its_import_names(tmp_path):
+    """The packages have no error; wrong calls of the encoder and of the scan are reported."""
+    pytest.importorskip("mypy", reason="mypy comes with the extra dev")
+    file = tmp_path / "beside.py"
+    file.write_text(USE)
+    command = [sys.executable, str(ROOT / ".ci" / "check_types.py"), str(file)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert errors(done, file) == ERRORS
+
+
+def test_a_project_that_installs_the_wheel_gets_types(built, tmp_path):
+    """mypy reads installed packages only where they hold py.typed."""
+    pytest.importorskip("mypy", reason="mypy comes with the extra dev")
+    venv.create(tmp_path / "venv")
+    (site,) = (tmp_path / "venv" / "lib").glob("*/site-packages")
+    with zipfile.ZipFile(built["wheel"]) as archive:
+        archive.extractall(site)
+    (site / "dependencies.pth").write_text("\n".join(SITE))
+    file = tmp_path / "project.py"
+    file.write_text(USE)
+    known = ROOT / ".mypy_cache"  # to read the dependencies anew takes a minute
+    if known.is_dir():
+        shutil.copytree(known, tmp_path / "cache", symlinks=True)
+    command = [
+        *(sys.executable, "-m", "mypy", "--python-executable", tmp_path / "venv/bin/python"),
+        *("--config-file", ROOT / "pyproject.toml", "--cache-dir", tmp_path / "cache", file),
+    ]
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert errors(done, file) == ERRORS

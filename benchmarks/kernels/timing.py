@@ -224,7 +224,7 @@ def associative_scan(u, delta, A, B, C, D, z, delta_bias, combine_mode):
 def inputs(shape: Shape, dtype: str, device: str, seed: int = 0) -> Tensors:
     """Arguments of `bi_selective_scan` as a trained model has them; z is a view, as there."""
     if shape == CHECKED:
-        m = two_way_inputs(*vars(shape).values(), seed=seed)
+        m = two_way_inputs(shape.b, shape.l, shape.d, shape.n, seed=seed)
         return {k: v.to(device) for k, v in typed(m, DTYPES[dtype]).items()}
     g = torch.Generator(device).manual_seed(seed)
     normal = partial(torch.randn, generator=g, device=device)

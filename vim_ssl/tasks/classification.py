@@ -20,7 +20,6 @@ import torch
 from vim_ssl.checkpoints.loading import load_for_bands, save_encoder
 from vim_ssl.data.bands import band_arguments
 from vim_ssl.data.loading.indexed import SeededSamples
-from vim_ssl.data.loading.streamed import ImageStream
 from vim_ssl.data.split import stratified_split
 from vim_ssl.data.transforms.image import create_transform
 from vim_ssl.evaluation.embeddings import stream_features
@@ -264,7 +263,7 @@ def evaluate(
         data: map-style, or a stream.
         more: arguments of `extract_features`.
     """
-    extract = stream_features if isinstance(data, ImageStream) else extract_features
+    extract = stream_features if data.is_stream else extract_features
     device = next(encoder.parameters()).device
     found = extract(encoder.eval(), data, create_transform(encoder), device=device, **more)
     check_labels(data.name, found.y, targets, classes)  # those of a stream are known only now

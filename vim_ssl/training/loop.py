@@ -27,7 +27,7 @@ from vim_ssl.training.plan import Progress, Schedule
 from vim_ssl.training.run import Run
 
 
-def fit(
+def fit(  # noqa: C901 -- the loop stands on one screen
     objective: nn.Module,
     samples: SeededSamples,
     config: TrainConfig,

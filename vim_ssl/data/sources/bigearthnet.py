@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vim_ssl.data.dataset import ImageData
-from vim_ssl.data.sources.folder import take_split
+from vim_ssl.data.registry import Splits, source
+from vim_ssl.data.sources.folder import split_views
 from vim_ssl.data.sources.geotiff import RasterImages, Tile, choose_bands, import_rasterio
 from vim_ssl.data.spec import SPLIT_NAMES, DataSpec
 
@@ -48,7 +49,8 @@ BIGEARTHNET_CLASSES: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
-def open_bigearthnet(spec: DataSpec) -> ImageData:
+@source("bigearthnet", extra="remote-sensing", options=("label", "bands"))
+def open_bigearthnet(spec: DataSpec) -> Splits:
     """Open ``bigearthnet:root``: Sentinel-2 patches of 120 px (10 m), with labels of 19 classes as
     rows of 0 and 1.
 
@@ -62,7 +64,6 @@ def open_bigearthnet(spec: DataSpec) -> ImageData:
 
     Raises: ImportError without rasterio; FileNotFoundError; ValueError for an unknown class.
     """
-    spec.takes("label", "bands")
     import_rasterio()
     root = Path(spec.location).expanduser()
     source = f"bigearthnet:{spec.location}"
@@ -98,11 +99,11 @@ def open_bigearthnet(spec: DataSpec) -> ImageData:
     data = ImageData(
         RasterImages(str(root), tiles), names, name=str(spec),
         labels=[_row(known[name], f"{source}: {name}") for name in names] if labelled else None,
-        classes=list(BIGEARTHNET_CLASSES) if labelled else None, bands=bands,
+        classes=list(BIGEARTHNET_CLASSES) if labelled else None, bands=bands, dtype="uint16",
         groups=None if splits else [re.sub(r"_\d+_\d+$", "", name) for name in names],
         splits=splits, faults=faults,
     )  # fmt: skip
-    return take_split(data, spec, [split_of.get(name, "") for name in names])
+    return split_views(data, [split_of.get(name, "") for name in names])
 
 
 def _metadata(table: Path, source: str) -> tuple[dict[str, list[str]], dict[str, str]]:

@@ -16,6 +16,7 @@ import numpy as np
 
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import BadImage
+from vim_ssl.data.registry import Splits, source
 from vim_ssl.data.sources.folder import FileImages, check_option, contents
 from vim_ssl.data.spec import SPLIT_NAMES, DataSpec, canonical_split, pick_split
 from vim_ssl.utils.optional import require
@@ -111,7 +112,8 @@ class CocoObjects:
         return blake2b(self._annotations[row], digest_size=8).hexdigest()
 
 
-def open_coco(spec: DataSpec) -> ImageData:
+@source("coco", extra="detection", options=("label",))
+def open_coco(spec: DataSpec) -> Splits:
     """Open ``coco:ROOT``: COCO as it is unpacked (``annotations/instances_val2017.json`` with
     ``val2017/``), or ``annotations/val.json`` with ``val/`` or ``images/``.
 
@@ -124,42 +126,46 @@ def open_coco(spec: DataSpec) -> ImageData:
     Raises: FileNotFoundError with what is missing; ValueError for a file that is not COCO, for ids
         given twice or of two types, and for categories that are not listed.
     """
-    spec.takes("label")
     check_option(spec, "label", ("boxes", "none"))
     root = Path(spec.location).expanduser()
     files = _annotation_files(root)
-    split = pick_split(spec.split, list(files), f"coco:{root}")
-    chosen = {name: path for name, path in files.items() if split in ("all", name)}
-    tables = [_read(str(path), path.stat().st_mtime_ns) for path in chosen.values()]
-    check_same_categories(tables[0].categories, [table.categories for table in tables])
-    names, faults = [], [fault for table in tables for fault in table.faults]
-    missing: set[str] = set()
-    for (name, path), table in zip(chosen.items(), tables, strict=True):
-        listed = [image["file_name"] for image in table.images]
-        folder = _image_folder(root, path.stem.removeprefix(INSTANCES), name, listed)
-        below = folder.relative_to(root).as_posix()
-        if absent := _missing(folder, listed):
+
+    def choose(spec: DataSpec) -> ImageData:
+        split = pick_split(spec.split, list(files), f"coco:{root}")
+        chosen = {name: path for name, path in files.items() if split in ("all", name)}
+        tables = [_read(str(path), path.stat().st_mtime_ns) for path in chosen.values()]
+        check_same_categories(tables[0].categories, [table.categories for table in tables])
+        names, faults = [], [fault for table in tables for fault in table.faults]
+        missing: set[str] = set()
+        for (name, path), table in zip(chosen.items(), tables, strict=True):
+            listed = [image["file_name"] for image in table.images]
+            folder = _image_folder(root, path.stem.removeprefix(INSTANCES), name, listed)
+            below = folder.relative_to(root).as_posix()
+            if absent := _missing(folder, listed):
+                faults.append(
+                    f"{len(absent):,} images are not in {below}/ and are skipped: {_some(absent)}."
+                )
+            names += [f"{below}/{name}" for name in listed]
+            missing |= {f"{below}/{name}" for name in absent}
+        outlines = spec.label is None and any(any(table.outlines) for table in tables)
+        bare = sum(sum(table.boxes) - sum(table.outlines) for table in tables)
+        if outlines and bare:
             faults.append(
-                f"{len(absent):,} images are not in {below}/ and are skipped: {_some(absent)}."
+                f"{bare:,} objects have a box and no outline, and are skipped; label=boxes takes "
+                "all, without outlines."
             )
-        names += [f"{below}/{name}" for name in listed]
-        missing |= {f"{below}/{name}" for name in absent}
-    outlines = spec.label is None and any(any(table.outlines) for table in tables)
-    bare = sum(sum(table.boxes) - sum(table.outlines) for table in tables)
-    if outlines and bare:
-        faults.append(
-            f"{bare:,} objects have a box and no outline, and are skipped; label=boxes takes all, "
-            "without outlines."
-        )
-    images = FileImages(str(root), names)
-    common: dict[str, Any] = {"name": str(spec), "splits": list(files), "split": split}
-    if spec.label == "none":
-        data = ImageData(images, names, faults=faults, **common)
-    else:
-        classes = [category["name"] for category in tables[0].categories]
-        objects = CocoObjects(tables, outlines)
-        data = ImageData(images, names, objects=objects, classes=classes, faults=faults, **common)
-    return data.subset(i for i, name in enumerate(names) if name not in missing)
+        images = FileImages(str(root), names)
+        objects = classes = None
+        if spec.label != "none":
+            objects = CocoObjects(tables, outlines)
+            classes = [category["name"] for category in objects.categories]
+        data = ImageData(
+            images, names, name=str(spec), objects=objects, classes=classes,
+            splits=list(files), split=split, faults=faults,
+        )  # fmt: skip
+        return data.subset(i for i, name in enumerate(names) if name not in missing)
+
+    return Splits(list(files), choose)
 
 
 def read_table(content: Any, name: str) -> Table:

@@ -16,7 +16,8 @@ import numpy as np
 
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import BadImage
-from vim_ssl.data.sources.folder import OnDisk, read_layout, walk_files
+from vim_ssl.data.registry import Splits, source
+from vim_ssl.data.sources.folder import OnDisk, read_layout, split_folders, walk_files
 from vim_ssl.data.spec import DataSpec, near
 from vim_ssl.data.window import Window, to_8bit
 from vim_ssl.utils.optional import require
@@ -62,7 +63,8 @@ class Slice:
     label: str
 
 
-def open_dicom(spec: DataSpec) -> ImageData:
+@source("dicom", extra="medical", options=("label", "window"))
+def open_dicom(spec: DataSpec) -> Splits:
     """Open every image of the DICOM files below ``dicom:root``, grey or colour, 8-bit.
 
     Files are recognised by content, not by name; a file of several frames gives several images,
@@ -83,7 +85,6 @@ def open_dicom(spec: DataSpec) -> ImageData:
     Raises: ImportError without pydicom, or without a decoder of these files; FileNotFoundError;
         ValueError for a folder without a DICOM image.
     """
-    spec.takes("label", "window")
     window = Window.parse(spec.window) if spec.window else None
     kind = None if spec.label == "none" else spec.label
     if kind and kind not in LABELS:
@@ -94,28 +95,32 @@ def open_dicom(spec: DataSpec) -> ImageData:
     root = Path(spec.location).expanduser()
     slices, others = _ordered(root, LABELS.get(kind or ""))
     _check_syntaxes({one.syntax for one in slices})
-    names = sorted({one.name for one in slices})
-    layout = read_layout(names, spec.split, "folder" if kind == "folder" else "none", str(root))
-    inside = set(layout.names)
-    patients = {name: f"patient-{i:05d}"
-                for i, name in enumerate(dict.fromkeys(one.patient for one in slices))}  # fmt: skip
-    chosen = [one for one in slices if one.name in inside]
-    ids = [name for name, one in zip(_ids(slices), slices, strict=True) if one.name in inside]
-
-    labels, classes = None, layout.classes
-    if label_of := layout.label_of:
-        labels = [label_of[one.name] for one in chosen]
-    elif kind:
-        classes = sorted({one.label for one in slices} - {""})
-        labels = [classes.index(one.label) if one.label else -1 for one in chosen]
     if others:
         log.warning("dicom:%s: skipped %s", root, _listed(others))
-    rows = [(one.name, one.frame) for one in chosen]
-    return ImageData(
-        DicomImages(str(root), rows, window), ids, name=str(spec), labels=labels, classes=classes,
-        groups=[patients[one.patient] for one in chosen], splits=layout.splits,
-        split=layout.split,
-    )  # fmt: skip
+    names = sorted({one.name for one in slices})
+    patients = {name: f"patient-{i:05d}"
+                for i, name in enumerate(dict.fromkeys(one.patient for one in slices))}  # fmt: skip
+
+    def choose(spec: DataSpec) -> ImageData:
+        layout = read_layout(names, spec.split, "folder" if kind == "folder" else "none", str(root))
+        inside = set(layout.names)
+        chosen = [one for one in slices if one.name in inside]
+        ids = [name for name, one in zip(_ids(slices), slices, strict=True) if one.name in inside]
+
+        labels, classes = None, layout.classes
+        if label_of := layout.label_of:
+            labels = [label_of[one.name] for one in chosen]
+        elif kind:
+            classes = sorted({one.label for one in slices} - {""})
+            labels = [classes.index(one.label) if one.label else -1 for one in chosen]
+        rows = [(one.name, one.frame) for one in chosen]
+        return ImageData(
+            DicomImages(str(root), rows, window), ids, name=str(spec), labels=labels,
+            classes=classes, groups=[patients[one.patient] for one in chosen],
+            splits=layout.splits, split=layout.split,
+        )  # fmt: skip
+
+    return Splits(split_folders(names), choose)
 
 
 def locate(root: str | Path) -> dict[str, str]:

@@ -7,7 +7,8 @@ from typing import Any
 
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import EXTENSIONS
-from vim_ssl.data.sources.folder import FileImages, take_split
+from vim_ssl.data.registry import Splits, source
+from vim_ssl.data.sources.folder import FileImages, split_views
 from vim_ssl.data.sources.geotiff import (
     TIFFS,
     RasterImages,
@@ -33,7 +34,8 @@ EUROSAT_FOLDERS = (
 )  # fmt: skip
 
 
-def open_eurosat(spec: DataSpec) -> ImageData:
+@source("eurosat", extra="remote-sensing", options=("label", "bands"))
+def open_eurosat(spec: DataSpec) -> Splits:
     """Open ``eurosat:root``: the ten class folders, in root or where the archives put them, of the
     RGB images (.jpg) or of the 13-band rasters (.tif, 64 px, uint16).
 
@@ -44,7 +46,6 @@ def open_eurosat(spec: DataSpec) -> ImageData:
 
     Raises: FileNotFoundError and ValueError with all that is missing.
     """
-    spec.takes("label", "bands")
     root = Path(spec.location).expanduser()
     source = f"eurosat:{spec.location}"
     if not root.is_dir():
@@ -56,21 +57,22 @@ def open_eurosat(spec: DataSpec) -> ImageData:
 
     images: Any = FileImages(str(folder), names)
     bands: Sequence[str] = ("R", "G", "B")
+    dtype = "uint8"
     if endings <= set(TIFFS):
         import_rasterio()
         numbers = choose_bands(None if spec.bands == "all" else spec.bands, EUROSAT_BANDS, source)
         bands = [EUROSAT_BANDS[number - 1] for number in numbers]
         tiles = [Tile(tuple((name, number) for number in numbers)) for name in names]
-        images = RasterImages(str(folder), tiles)
+        images, dtype = RasterImages(str(folder), tiles), "uint16"
     labelled = spec.label != "none"
     split_of = _listed_splits((root, folder, folder.parent))
     data = ImageData(
         images, names, name=str(spec),
         labels=[EUROSAT_CLASSES.index(name.split("/")[0]) for name in names] if labelled else None,
-        classes=EUROSAT_CLASSES if labelled else None, bands=bands,
+        classes=EUROSAT_CLASSES if labelled else None, bands=bands, dtype=dtype,
         splits=list(dict.fromkeys(split_of.values())),
     )  # fmt: skip
-    return take_split(data, spec, [split_of.get(Path(name).stem, "") for name in names])
+    return split_views(data, [split_of.get(Path(name).stem, "") for name in names])
 
 
 def _class_files(root: Path, endings: Sequence[str], source: str) -> tuple[Path, list[str]]:

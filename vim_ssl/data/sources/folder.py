@@ -13,6 +13,7 @@ from typing import Any
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import EXTENSIONS
 from vim_ssl.data.labels import mask_folders, paired
+from vim_ssl.data.registry import Splits, source
 from vim_ssl.data.samples.fetch import SAMPLES
 from vim_ssl.data.spec import SPLIT_NAMES, DataSpec, near, pick_split
 
@@ -60,7 +61,8 @@ class FileImages(OnDisk):
         return [self.rows[row]]
 
 
-def open_folder(spec: DataSpec) -> ImageData:
+@source("folder", options=("label", "group"))
+def open_folder(spec: DataSpec) -> Splits:
     """Open a folder of images.
 
     Images are found by extension at any depth; hidden files and folders are skipped.
@@ -77,13 +79,17 @@ def open_folder(spec: DataSpec) -> ImageData:
     Raises: FileNotFoundError, NotADirectoryError; ValueError for a folder without an image
         (naming what it holds), and for labels that the layout does not give.
     """
-    spec.takes("label", "group")
     check_option(spec, "label", ("folder", "none"))
     check_option(spec, "group", ("folder",))
     root = Path(spec.location).expanduser()
-    layout = read_layout(find_images(root, spec.location), spec.split, spec.label, str(root))
-    groups = [name.rpartition("/")[0] for name in layout.names] if spec.group else None
-    return layout.open(FileImages(str(root), layout.names), str(spec), groups=groups)
+    names = find_images(root, spec.location)
+
+    def choose(spec: DataSpec) -> ImageData:
+        layout = read_layout(names, spec.split, spec.label, str(root))
+        groups = [name.rpartition("/")[0] for name in layout.names] if spec.group else None
+        return layout.open(FileImages(str(root), layout.names), str(spec), groups=groups)
+
+    return Splits(split_folders(names), choose)
 
 
 @dataclass(frozen=True)
@@ -125,8 +131,8 @@ def read_layout(names: list[str], split: str | None, label: str | None, root: st
     Raises: ValueError for a split or labels that the folders do not give.
     """
     names_of = by_split(names)
+    splits = split_folders(names)
     classes_of = {s: _classes(held, bool(s), label, root) for s, held in names_of.items()}
-    splits = [name for name in names_of if name]
     split = pick_split(split, splits, f"The folder {root}")
     chosen = [name for name in names_of if split in ("all", name)]
     labels = classes = None
@@ -138,17 +144,20 @@ def read_layout(names: list[str], split: str | None, label: str | None, root: st
     return Layout(names, splits, split, labels, classes)
 
 
-def take_split(data: ImageData, spec: DataSpec, split_of: Sequence[str]) -> ImageData:
-    """Return the images of the split that the spec requests; see `pick_split`.
+def split_views(data: ImageData, split_of: Sequence[str]) -> Splits:
+    """Return the splits of data that were opened whole.
 
     Args:
         split_of: the split of every image of ``data``; empty if it has none.
     """
-    split = pick_split(spec.split, data.splits, f"{spec.scheme}:{spec.location}")
-    if split != "all":
-        data = data.subset(i for i, name in enumerate(split_of) if name == split)
-    data.split = split
-    return data
+
+    def choose(spec: DataSpec) -> ImageData:
+        split = pick_split(spec.split, data.splits, f"{spec.scheme}:{spec.location}")
+        view = data.subset(i for i in range(len(data)) if split == "all" or split_of[i] == split)
+        view.name, view.split = str(spec), split
+        return view
+
+    return Splits(data.splits, choose)
 
 
 def check_option(spec: DataSpec, option: str, values: Sequence[str]) -> None:
@@ -285,6 +294,11 @@ def by_split(names: list[str]) -> dict[str, list[str]]:
         top: [name for name in names if name.startswith(f"{top}/")]
         for top in sorted(tops, key=lambda top: order.index(top.lower()))
     }
+
+
+def split_folders(names: list[str]) -> list[str]:
+    """Return the folders that are splits, train first; none if they are not."""
+    return [name for name in by_split(names) if name]
 
 
 def _classes(names: list[str], split: bool, label: str | None, root: str) -> set[str] | None:

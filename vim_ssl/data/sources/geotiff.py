@@ -14,7 +14,14 @@ import numpy as np
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import BadImage, most_pixels
 from vim_ssl.data.labels import IGNORE, checked, named_classes
-from vim_ssl.data.sources.folder import OnDisk, check_option, match_masks, read_layout
+from vim_ssl.data.registry import Splits, source
+from vim_ssl.data.sources.folder import (
+    OnDisk,
+    check_option,
+    match_masks,
+    read_layout,
+    split_folders,
+)
 from vim_ssl.data.spec import DataSpec, near
 from vim_ssl.utils.optional import require
 
@@ -195,7 +202,8 @@ def write_labels(
             file.write(labels, 1, window=Window(*box) if box else None)
 
 
-def open_geotiff(spec: DataSpec) -> ImageData:
+@source("geotiff", extra="remote-sensing", options=("label", "bands", "tile"))
+def open_geotiff(spec: DataSpec) -> Splits:
     """Open ``geotiff:PATTERN``: a file, a folder (at any depth) or a glob of rasters with the same
     bands.
 
@@ -214,59 +222,65 @@ def open_geotiff(spec: DataSpec) -> ImageData:
     Raises: ImportError without rasterio; FileNotFoundError; ValueError for a band or tile that
         the files do not have, and for files of other bands or another unit than the first.
     """
-    spec.takes("label", "bands", "tile")
     source = f"geotiff:{spec.location}"
     rasterio = import_rasterio()
     check_option(spec, "label", ("folder", "none"))
     root, names, masks_root, mask_of = match_masks(spec, "raster", TIFFS)
-    layout = read_layout(names, spec.split, spec.label or "none", str(root))
-    rasters: dict[str, Raster] = {}
-    faults: list[str] = []
-    for name in layout.names:
-        try:
-            raster = _read_header(root / name, masks_root and masks_root / mask_of[name])
-        except (rasterio.errors.RasterioError, BadImage) as error:
-            faults.append(f"{name} cannot be read ({error})")
-            continue
-        if fault := raster.fault(spec.tile):
-            faults.append(f"{name} {fault}")
-        else:
-            rasters[name] = raster
-    numbers, bands = _common_bands(rasters, spec.bands, source) if rasters else ([], [])
-    tiles: list[Tile] = []
-    ids: list[str] = []
-    groups: list[str] = []
-    for name, raster in rasters.items():
-        boxes = _boxes(raster.width, raster.height, spec.tile)
-        if not boxes:
-            faults.append(f"{name} ({raster.width}x{raster.height}) is smaller than a tile")
-        tiles += [Tile(tuple((name, number) for number in numbers), box) for _, box in boxes]
-        ids += [name + suffix for suffix, _ in boxes]
-        groups += [name] * len(boxes)
-    if not tiles:
-        count = len(layout.names)
-        raise ValueError(f"{source}: of {count} files none gives an image: {faults[0]}.")
-    classes, masks = layout.classes, None
-    if masks_root:
-        used = [mask_of[name] for name in dict.fromkeys(groups)]
-        classes = named_classes(Path(spec.location).expanduser(), masks_root, used, _numbers)
-        masks = RasterMasks(str(masks_root), tiles, str(root), mask_of, len(classes))
-    label_of = layout.label_of
-    return ImageData(
-        RasterImages(str(root), tiles), ids, name=str(spec), masks=masks,
-        labels=[label_of[name] for name in groups] if label_of else None, classes=classes,
-        groups=groups, bands=bands, splits=layout.splits, split=layout.split, faults=faults,
-    )  # fmt: skip
+
+    def choose(spec: DataSpec) -> ImageData:
+        layout = read_layout(names, spec.split, spec.label or "none", str(root))
+        rasters: dict[str, Raster] = {}
+        faults: list[str] = []
+        for name in layout.names:
+            try:
+                raster = _read_header(root / name, masks_root and masks_root / mask_of[name])
+            except (rasterio.errors.RasterioError, BadImage) as error:
+                faults.append(f"{name} cannot be read ({error})")
+                continue
+            if fault := raster.fault(spec.tile):
+                faults.append(f"{name} {fault}")
+            else:
+                rasters[name] = raster
+        numbers, bands = _common_bands(rasters, spec.bands, source) if rasters else ([], [])
+        tiles: list[Tile] = []
+        ids: list[str] = []
+        groups: list[str] = []
+        for name, raster in rasters.items():
+            boxes = _boxes(raster.width, raster.height, spec.tile)
+            if not boxes:
+                faults.append(f"{name} ({raster.width}x{raster.height}) is smaller than a tile")
+            tiles += [Tile(tuple((name, number) for number in numbers), box) for _, box in boxes]
+            ids += [name + suffix for suffix, _ in boxes]
+            groups += [name] * len(boxes)
+        if not tiles:
+            count = len(layout.names)
+            raise ValueError(f"{source}: of {count} files none gives an image: {faults[0]}.")
+        classes, masks = layout.classes, None
+        if masks_root:
+            used = [mask_of[name] for name in dict.fromkeys(groups)]
+            classes = named_classes(Path(spec.location).expanduser(), masks_root, used, _numbers)
+            masks = RasterMasks(str(masks_root), tiles, str(root), mask_of, len(classes))
+        label_of = layout.label_of
+        return ImageData(
+            RasterImages(str(root), tiles), ids, name=str(spec), masks=masks,
+            dtype=_common_dtype(list(rasters.values()), len(numbers)),
+            labels=[label_of[name] for name in groups] if label_of else None, classes=classes,
+            groups=groups, bands=bands, splits=layout.splits, split=layout.split, faults=faults,
+        )  # fmt: skip
+
+    return Splits(split_folders(names), choose)
 
 
 @dataclass(frozen=True)
 class Raster:
-    """The header of a raster: its size, the names of its bands, and their common type."""
+    """The header of a raster: its size, the names of its bands, and their common type; whether it
+    marks values as no data."""
 
     width: int
     height: int
     bands: list[str]
     dtype: np.dtype
+    has_no_data: bool
 
     def fault(self, tile: int | None) -> str:
         """Say why this raster is no image, or is too large to be read whole; "" if it is fine."""
@@ -282,11 +296,26 @@ class Raster:
 
 def _read_header(path: Path, mask: Path | None) -> Raster:
     """Read a raster's header. Raises: RasterioError; BadImage for a mask that does not fit it."""
+    import_rasterio()
+    from rasterio.enums import MaskFlags
+
     with _opened(path) as file:
         if mask:
             _check_same_place(file, mask)
         bands = [text or f"band{i}" for i, text in enumerate(file.descriptions, 1)]
-        return Raster(file.width, file.height, bands, np.result_type(*file.dtypes))
+        has_no_data = not all(MaskFlags.all_valid in flags for flags in file.mask_flag_enums)
+        dtype = np.result_type(*file.dtypes)
+        return Raster(file.width, file.height, bands, dtype, has_no_data)
+
+
+def _common_dtype(rasters: list[Raster], bands: int) -> np.dtype | None:
+    """Return the type of all images; None if only reading them tells.
+
+    8-bit grey and colour become images, but arrays where a tile has no-data values.
+    """
+    dtype = rasters[0].dtype
+    plain = dtype == np.uint8 and bands in (1, 3)
+    return None if plain and any(raster.has_no_data for raster in rasters) else dtype
 
 
 def _common_bands(

@@ -12,6 +12,7 @@ import numpy as np
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import BadImage
 from vim_ssl.data.loading.streamed import ImageStream, Shard
+from vim_ssl.data.registry import Splits, source
 from vim_ssl.data.sources.folder import sort_classes
 from vim_ssl.data.spec import DataSpec, pick_split
 from vim_ssl.data.split import is_known
@@ -74,7 +75,8 @@ class TableArrays(TableColumn):
         return np.atleast_3d(values.astype(self.dtype))
 
 
-def open_hub(spec: DataSpec) -> ImageData:
+@source("hf", options=("image", "label", "caption", "group"))
+def open_hub(spec: DataSpec) -> Splits:
     """Open ``hf:owner/name[:config]`` or ``hf:/local/path`` (saved with ``save_to_disk``, or a
     folder of tables).
 
@@ -89,16 +91,19 @@ def open_hub(spec: DataSpec) -> ImageData:
         ConnectionError when the Hub is not reached; ValueError for an unknown or gated name,
         and for columns that do not fit.
     """
-    spec.takes("image", "label", "caption", "group")
-    return open_tables(spec, _load(spec.location))
+    return open_tables(_load(spec.location))
 
 
-def open_tables(spec: DataSpec, tables: Mapping[str, Any], root: str = "") -> ImageData:
+def open_tables(tables: Mapping[str, Any], root: str = "") -> Splits:
     """Open `datasets` tables by split, as `open_hub` describes.
 
     Args:
         root: of relative paths in the image column.
     """
+    return Splits(list(tables), lambda spec: _images_of(spec, tables, root))
+
+
+def _images_of(spec: DataSpec, tables: Mapping[str, Any], root: str) -> ImageData:
     source = f"{spec.scheme}:{spec.location}"
     split = pick_split(spec.split, list(tables), source)
     chosen = list(tables) if split == "all" else [split]
@@ -130,7 +135,8 @@ def open_tables(spec: DataSpec, tables: Mapping[str, Any], root: str = "") -> Im
         name=str(spec), labels=labels, classes=classes,
         groups=[str(g) for g in TableColumn(table, group).all()] if group else None,
         captions=TableColumn(table, caption) if caption else None,
-        bands=_bands(kind) if arrays else None, splits=list(tables), split=split,
+        bands=_bands(kind) if arrays else None,
+        dtype=kind.dtype if arrays else None, splits=list(tables), split=split,
         # Image sizes would need the whole table; its fingerprint stands for them.
         source_fingerprint=" ".join(tables[name]._fingerprint for name in chosen),
     )  # fmt: skip
@@ -169,6 +175,7 @@ class ParquetReader:
                 row += 1
 
 
+@source("hf", stream=True, options=("image", "label", "caption", "streaming"))
 def stream_hub(spec: DataSpec) -> ImageStream:
     """Open ``hf:NAME?streaming=true``, of parquet files (on the Hub or in a local folder).
 
@@ -177,7 +184,6 @@ def stream_hub(spec: DataSpec) -> ImageStream:
 
     Raises: see `open_hub`; ValueError also for files that are not parquet.
     """
-    spec.takes("image", "label", "caption", "streaming")
     source = f"hf:{spec.location}"
     builder = _located(spec.location, "load_dataset_builder")
     if isinstance(builder, Path):

@@ -8,6 +8,7 @@ from timm.data import ImageNetInfo
 
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import EXTENSIONS
+from vim_ssl.data.registry import Splits, source
 from vim_ssl.data.sources.folder import FileImages, contents
 from vim_ssl.data.spec import DataSpec, pick_split
 from vim_ssl.data.tables import read_columns
@@ -19,7 +20,8 @@ DEVKIT = "ILSVRC2012_devkit_t12/data"
 TRUTH, META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
 
 
-def open_imagenet(spec: DataSpec) -> ImageData:
+@source("imagenet", options=("label",))
+def open_imagenet(spec: DataSpec) -> Splits:
     """Open ``imagenet:root`` with the splits train and val, or one of them.
 
     - ``root/train/SYNSET/*.JPEG``, ``root/val/SYNSET/*.JPEG``; both may lie in Kaggle's
@@ -33,7 +35,6 @@ def open_imagenet(spec: DataSpec) -> ImageData:
 
     Raises: FileNotFoundError and ValueError with one list of all that is missing or wrong.
     """
-    spec.takes("label")
     root = Path(spec.location).expanduser()
     if not root.is_dir():
         raise FileNotFoundError(f"imagenet:{spec.location}: there is no such folder.")
@@ -44,31 +45,35 @@ def open_imagenet(spec: DataSpec) -> ImageData:
             f"imagenet:{root} has neither train/ nor val/, nor {KAGGLE}/ with them. It "
             f"{contents(root)}."
         )
-    split = pick_split(spec.split, splits, f"imagenet:{root}")
-    info = ImageNetInfo()
-    synsets = info.label_names()
-    number = {name: i for i, name in enumerate(synsets)}
 
-    synset_of: dict[str, str] = {}
-    faults: list[str] = []
-    for name in splits:
-        if split in ("all", name):
-            of_split = _synsets(root, top, name, set(synsets))
-            synset_of |= of_split
-            if len(of_split) < COUNTS[name]:
-                faults.append(
-                    f"{name}/ has {len(of_split):,} of {COUNTS[name]:,} images, of "
-                    f"{len(set(of_split.values())):,} of 1,000 classes"
-                )
-    if not synset_of:
-        raise ValueError(f"imagenet:{top}: {split} holds no image.")
-    labelled = spec.label != "none"
-    return ImageData(
-        FileImages(str(top), list(synset_of)), synset_of, name=str(spec),
-        labels=[number[synset] for synset in synset_of.values()] if labelled else None,
-        classes=[info.index_to_description(i) for i in range(1000)] if labelled else None,
-        splits=splits, split=split, faults=faults,
-    )  # fmt: skip
+    def choose(spec: DataSpec) -> ImageData:
+        split = pick_split(spec.split, splits, f"imagenet:{root}")
+        info = ImageNetInfo()
+        synsets = info.label_names()
+        number = {name: i for i, name in enumerate(synsets)}
+
+        synset_of: dict[str, str] = {}
+        faults: list[str] = []
+        for name in splits:
+            if split in ("all", name):
+                of_split = _synsets(root, top, name, set(synsets))
+                synset_of |= of_split
+                if len(of_split) < COUNTS[name]:
+                    faults.append(
+                        f"{name}/ has {len(of_split):,} of {COUNTS[name]:,} images, of "
+                        f"{len(set(of_split.values())):,} of 1,000 classes"
+                    )
+        if not synset_of:
+            raise ValueError(f"imagenet:{top}: {split} holds no image.")
+        labelled = spec.label != "none"
+        return ImageData(
+            FileImages(str(top), list(synset_of)), synset_of, name=str(spec),
+            labels=[number[synset] for synset in synset_of.values()] if labelled else None,
+            classes=[info.index_to_description(i) for i in range(1000)] if labelled else None,
+            splits=splits, split=split, faults=faults,
+        )  # fmt: skip
+
+    return Splits(splits, choose)
 
 
 def _synsets(root: Path, top: Path, split: str, known: set[str]) -> dict[str, str]:

@@ -12,7 +12,15 @@ from PIL import Image
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import BadImage
 from vim_ssl.data.labels import IGNORE, checked, named_classes, paired
-from vim_ssl.data.sources.folder import FileImages, by_split, check_option, contents, find_images
+from vim_ssl.data.registry import Splits, source
+from vim_ssl.data.sources.folder import (
+    FileImages,
+    by_split,
+    check_option,
+    contents,
+    find_images,
+    split_folders,
+)
 from vim_ssl.data.spec import DataSpec, pick_split
 
 # Not GIF: writers reorder its palette, and a class number is an index into the palette.
@@ -74,7 +82,8 @@ def read_mask(path: str | Path) -> np.ndarray:
     return values.astype(np.uint8 if values.dtype == bool else np.uint32)
 
 
-def open_masks(spec: DataSpec) -> ImageData:
+@source("masks", options=("group",))
+def open_masks(spec: DataSpec) -> Splits:
     """Open ``images/`` and ``masks/``, files of the same names; both may have split folders.
 
     A mask is a lossless grey or palette file (PNG, TIFF, BMP) of class numbers from 0; `IGNORE`
@@ -90,7 +99,8 @@ def open_masks(spec: DataSpec) -> ImageData:
     return _open(spec, "masks", classes)
 
 
-def open_ade20k(spec: DataSpec) -> ImageData:
+@source("ade20k", options=("group",))
+def open_ade20k(spec: DataSpec) -> Splits:
     """Open ADEChallengeData2016: ``images/`` and ``annotations/``, ``training`` and ``validation``
     in both. 150 classes, named by ``objectInfo150.txt`` where it is there; 0 is no class.
 
@@ -120,8 +130,7 @@ def _open(
     masks_folder: str,
     find_classes: Callable[[Path, list[str]], list[str]],
     zero_is_none: bool = False,
-) -> ImageData:
-    spec.takes("group")
+) -> Splits:
     check_option(spec, "group", ("folder",))
     root = Path(spec.location).expanduser()
     _check_folders(root, masks_folder)
@@ -129,18 +138,22 @@ def _open(
     masks = _masks_of(names, root, masks_folder)
     classes = find_classes(root, masks)
     names_of = by_split(names)
-    splits = [split for split in names_of if split]
-    split = pick_split(spec.split, splits, f"The folder {root}")
-    chosen = [name for s in names_of if split in ("all", s) for name in names_of[s]]
+    splits = split_folders(names)
     mask_of = dict(zip(names, masks, strict=True))
-    files = MaskFiles(
-        str(root / masks_folder), [mask_of[name] for name in chosen], len(classes), zero_is_none
-    )
-    return ImageData(
-        FileImages(str(root / "images"), chosen), chosen, name=str(spec), masks=files,
-        classes=classes, splits=splits, split=split,
-        groups=[name.rpartition("/")[0] for name in chosen] if spec.group else None,
-    )  # fmt: skip
+
+    def choose(spec: DataSpec) -> ImageData:
+        split = pick_split(spec.split, splits, f"The folder {root}")
+        chosen = [name for s in names_of if split in ("all", s) for name in names_of[s]]
+        files = MaskFiles(
+            str(root / masks_folder), [mask_of[name] for name in chosen], len(classes), zero_is_none
+        )
+        return ImageData(
+            FileImages(str(root / "images"), chosen), chosen, name=str(spec), masks=files,
+            classes=classes, splits=splits, split=split,
+            groups=[name.rpartition("/")[0] for name in chosen] if spec.group else None,
+        )  # fmt: skip
+
+    return Splits(splits, choose)
 
 
 def _check_folders(root: Path, masks_folder: str) -> None:

@@ -2,9 +2,7 @@
 
 import hashlib
 import json
-import os
 import shutil
-import tempfile
 import zipfile
 from functools import lru_cache
 from pathlib import Path
@@ -12,9 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from vim_ssl.data.dataset import ImageData
+from vim_ssl.data.registry import Splits, source
 from vim_ssl.data.sources.folder import check_option
 from vim_ssl.data.spec import DataSpec, pick_split
-from vim_ssl.utils.files import user_cache
+from vim_ssl.utils.files import atomic_path, user_cache
 
 BINARY, MULTI_CLASS = "binary-class", "multi-class"
 MULTI_LABEL, ORDINAL = "multi-label, binary-class", "ordinal-regression"
@@ -29,7 +28,8 @@ def known_sets() -> dict[str, tuple[str, tuple[str, ...]]]:
     return {flag: (task, tuple(classes)) for flag, (task, classes) in json.loads(text).items()}
 
 
-def open_medmnist(spec: DataSpec) -> ImageData:
+@source("medmnist", options=("label", "axis"))
+def open_medmnist(spec: DataSpec) -> Splits:
     """Open ``medmnist:FLAG.npz`` or ``medmnist:FLAG_SIZE.npz``, as MedMNIST publishes them.
 
     The splits are train, val and test, in the file's order, which the official Evaluator needs.
@@ -45,43 +45,50 @@ def open_medmnist(spec: DataSpec) -> ImageData:
 
     Raises: FileNotFoundError; ValueError for a file of another form.
     """
-    spec.takes("label", "axis")
     check_option(spec, "axis", ("0", "1", "2"))
     file = Path(spec.location).expanduser()
     source = f"medmnist:{spec.location}"
     if not file.is_file():
         raise FileNotFoundError(f"{source}: there is no such file; the sets are at medmnist.com.")
-    split = pick_split(spec.split, SPLITS, source)
     folder, arrays = _arrays(file, source)
-    chosen = [name for name in SPLITS if split in ("all", name)]
-    shape = arrays[f"{chosen[0]}_images"].shape
-    is_volume = len(shape) == 4 and shape[-1] != 3
-    axis = None if spec.axis is None else int(spec.axis)
-    if axis is not None and not is_volume:
-        raise ValueError(f"{source} holds images, not volumes; leave axis={axis} out.")
-    if is_volume and axis is None and len(set(shape[1:])) > 1:
-        raise ValueError(
-            f"{source} holds volumes of {shape[1:]}, whose middle planes are no one image; say "
-            "axis=0, 1 or 2."
-        )
 
-    task, classes = known_sets().get(file.stem.split("_")[0].lower()) or _guess(arrays)
-    rows = np.concatenate([arrays[f"{name}_labels"] for name in chosen])
-    labels = rows.tolist() if task == MULTI_LABEL else rows[:, 0].tolist()
-    ids = [f"{name}/{row:06d}" for name in chosen for row in range(len(arrays[f"{name}_images"]))]
-    groups = None
-    if axis is not None:
-        planes = range(shape[1 + axis])
-        groups = [name for name in ids for _ in planes]
-        labels = [label for label in labels for _ in planes]
-        ids = [f"{name}/{plane:03d}" for name in ids for plane in planes]
-    images = PackedImages([str(folder / f"{name}_images.npy") for name in chosen], is_volume, axis)
-    labelled = spec.label != "none"
-    return ImageData(
-        images, ids, name=str(spec), labels=labels if labelled else None,
-        classes=classes if labelled else None, groups=groups, splits=SPLITS, split=split,
-        task=task if labelled else None, source_fingerprint=folder.name,
-    )  # fmt: skip
+    def choose(spec: DataSpec) -> ImageData:
+        split = pick_split(spec.split, SPLITS, source)
+        chosen = [name for name in SPLITS if split in ("all", name)]
+        shape = arrays[f"{chosen[0]}_images"].shape
+        is_volume = len(shape) == 4 and shape[-1] != 3
+        axis = None if spec.axis is None else int(spec.axis)
+        if axis is not None and not is_volume:
+            raise ValueError(f"{source} holds images, not volumes; leave axis={axis} out.")
+        if is_volume and axis is None and len(set(shape[1:])) > 1:
+            raise ValueError(
+                f"{source} holds volumes of {shape[1:]}, whose middle planes are no one image; say "
+                "axis=0, 1 or 2."
+            )
+
+        task, classes = known_sets().get(file.stem.split("_")[0].lower()) or _guess(arrays)
+        rows = np.concatenate([arrays[f"{name}_labels"] for name in chosen])
+        labels = rows.tolist() if task == MULTI_LABEL else rows[:, 0].tolist()
+        ids = [
+            f"{name}/{row:06d}" for name in chosen for row in range(len(arrays[f"{name}_images"]))
+        ]
+        groups = None
+        if axis is not None:
+            planes = range(shape[1 + axis])
+            groups = [name for name in ids for _ in planes]
+            labels = [label for label in labels for _ in planes]
+            ids = [f"{name}/{plane:03d}" for name in ids for plane in planes]
+        images = PackedImages(
+            [str(folder / f"{name}_images.npy") for name in chosen], is_volume, axis
+        )
+        labelled = spec.label != "none"
+        return ImageData(
+            images, ids, name=str(spec), labels=labels if labelled else None,
+            classes=classes if labelled else None, groups=groups, splits=SPLITS, split=split,
+            task=task if labelled else None, source_fingerprint=folder.name,
+        )  # fmt: skip
+
+    return Splits(SPLITS, choose)
 
 
 class PackedImages:
@@ -123,11 +130,7 @@ def _unpacked(file: Path) -> Path:
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        zipfile.ZipFile(file) as packed,
-        tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unpack-") as temporary,
-    ):
-        new = Path(temporary) / "arrays"
+    with zipfile.ZipFile(file) as packed, atomic_path(folder) as new:
         new.mkdir()
         names = [f"{name}.npy" for name in ARRAYS]
         if missing := [name for name in names if name not in packed.namelist()]:
@@ -135,11 +138,6 @@ def _unpacked(file: Path) -> Path:
         for name in names:
             with packed.open(name) as content, open(new / name, "wb") as target:
                 shutil.copyfileobj(content, target, 1 << 20)
-        try:
-            os.replace(new, folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was faster, with the same arrays
-                raise
     return folder
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import tempfile
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
@@ -14,10 +13,17 @@ import numpy as np
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import BadImage
 from vim_ssl.data.labels import IGNORE, checked, named_classes
-from vim_ssl.data.sources.folder import OnDisk, check_option, match_masks, read_layout
+from vim_ssl.data.registry import Splits, source
+from vim_ssl.data.sources.folder import (
+    OnDisk,
+    check_option,
+    match_masks,
+    read_layout,
+    split_folders,
+)
 from vim_ssl.data.spec import DataSpec
 from vim_ssl.data.window import Window, to_8bit
-from vim_ssl.utils.files import user_cache
+from vim_ssl.utils.files import atomic_path, user_cache
 from vim_ssl.utils.optional import require
 
 ENDINGS = (".nii", ".nii.gz")
@@ -25,7 +31,8 @@ AXES = ("0", "1", "2")
 DEFAULT_WINDOW = Window(0.5, 99.5, percent=True)
 
 
-def open_nifti(spec: DataSpec) -> ImageData:
+@source("nifti", extra="medical", options=("label", "axis", "window", "group"))
+def open_nifti(spec: DataSpec) -> Splits:
     """Open ``nifti:PATTERN``: every plane of one volume, or of those of a folder or a glob.
 
     Volumes are turned to canonical axes (right, anterior, superior). ``axis=2``, the default, gives
@@ -47,7 +54,6 @@ def open_nifti(spec: DataSpec) -> ImageData:
 
     Raises: ImportError without nibabel; FileNotFoundError; ValueError when there is no volume.
     """
-    spec.takes("label", "axis", "window", "group")
     import_nibabel()
     for option, values in (("axis", AXES), ("label", ("folder", "none")), ("group", ("folder",))):
         check_option(spec, option, values)
@@ -66,22 +72,25 @@ def open_nifti(spec: DataSpec) -> ImageData:
             f"nifti:{spec.location}: none of {len(names)} volumes can be read: {faults[0]}"
         )
 
-    layout = read_layout(list(volumes), spec.split, spec.label or "none", str(root))
-    planes = [(name, plane) for name in layout.names for plane in range(volumes[name].planes)]
-    classes, masks = layout.classes, None
-    if masks_root:
-        top = Path(spec.location).expanduser()
-        classes = _classes(top, masks_root, [mask_of[name] for name in volumes])
-        masks = PlaneMasks(str(masks_root), planes, volumes, axis, len(classes))
-    label_of = layout.label_of
-    return ImageData(
-        PlaneImages(str(root), planes, axis, window),
-        [f"{name}/{plane:04d}" for name, plane in planes],
-        name=str(spec), labels=[label_of[name] for name, _ in planes] if label_of else None,
-        classes=classes, masks=masks, splits=layout.splits,
-        groups=[name.rpartition("/")[0] if spec.group else name for name, _ in planes],
-        split=layout.split, faults=faults,
-    )  # fmt: skip
+    def choose(spec: DataSpec) -> ImageData:
+        layout = read_layout(list(volumes), spec.split, spec.label or "none", str(root))
+        planes = [(name, plane) for name in layout.names for plane in range(volumes[name].planes)]
+        classes, masks = layout.classes, None
+        if masks_root:
+            top = Path(spec.location).expanduser()
+            classes = _classes(top, masks_root, [mask_of[name] for name in volumes])
+            masks = PlaneMasks(str(masks_root), planes, volumes, axis, len(classes))
+        label_of = layout.label_of
+        return ImageData(
+            PlaneImages(str(root), planes, axis, window),
+            [f"{name}/{plane:04d}" for name, plane in planes],
+            name=str(spec), labels=[label_of[name] for name, _ in planes] if label_of else None,
+            classes=classes, masks=masks, splits=layout.splits,
+            groups=[name.rpartition("/")[0] if spec.group else name for name, _ in planes],
+            split=layout.split, faults=faults,
+        )  # fmt: skip
+
+    return Splits(split_folders(list(volumes)), choose)
 
 
 @dataclass(frozen=True)
@@ -223,9 +232,8 @@ def _volume(path: str, window: Window | None) -> np.ndarray:
         values = np.asarray(image.dataobj[(..., *[0] * (image.ndim - 3))], dtype=np.float32)
         grey = to_8bit(values, *window.limits(values)) if window else _class_numbers(values)
         cached.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=cached.parent, suffix=".partial", delete=False) as new:
-            np.save(new, grey)
-        os.replace(new.name, cached)
+        with atomic_path(cached) as partial, partial.open("wb") as file:
+            np.save(file, grey)
     return np.load(cached, mmap_mode="r", allow_pickle=False)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import BadImage
+from vim_ssl.data.registry import source
 from vim_ssl.data.sources.folder import FileImages, by_split, find_images
 from vim_ssl.data.spec import DataSpec, pick_split
 from vim_ssl.data.tables import TABLES, find_column, read_rows
@@ -48,6 +49,7 @@ def caption_file(file: str) -> str:
     return os.path.splitext(file)[0] + ".txt"
 
 
+@source("pairs", options=("image", "caption"))
 def open_pairs(spec: DataSpec) -> ImageData:
     """Open ``pairs:FOLDER`` or ``pairs:TABLE.csv``.
 

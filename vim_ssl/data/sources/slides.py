@@ -20,6 +20,7 @@ from PIL import Image
 
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import EXTENSIONS, BadImage, decode_image, most_pixels
+from vim_ssl.data.registry import source
 from vim_ssl.data.sources.folder import FileImages, OnDisk, find_files, read_layout
 from vim_ssl.data.sources.tables import read_table
 from vim_ssl.data.spec import DataSpec
@@ -219,6 +220,9 @@ def _positions(
     return side, [(int(x) * side, int(y) * side) for y, x in np.argwhere(kept)]
 
 
+@source(
+    "slide", extra="slides", options=("tile", "mpp", "shrink", "tissue", "image", "label", "group")
+)
 def open_slide(spec: DataSpec) -> ImageData:
     """Open ``slide:FILES``: a slide, a folder of them at any depth, or a table of paths, as tiles
     without overlap.
@@ -269,7 +273,7 @@ def _slides(spec: DataSpec) -> tuple[str, ImageData]:
     path = Path(spec.location).expanduser()
     if path.suffix.lower() in TABLES:
         spec.takes("tile", "mpp", "shrink", "tissue", "image", "label", "group")
-        return str(path.parent), read_table(spec, ImageData, FileImages)
+        return str(path.parent), read_table(spec, ImageData, FileImages).open(spec)
     spec.takes("tile", "mpp", "shrink", "tissue", "label")
     if path.is_file():
         root, names = path.parent, [path.name]

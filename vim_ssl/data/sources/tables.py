@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from vim_ssl.data.dataset import ImageData
-from vim_ssl.data.sources.folder import FileImages, sort_classes, take_split
+from vim_ssl.data.registry import Splits, source
+from vim_ssl.data.sources.folder import FileImages, sort_classes, split_views
 from vim_ssl.data.sources.hub import open_tables
 from vim_ssl.data.sources.webdataset import expand
 from vim_ssl.data.spec import SPLIT_NAMES, DataSpec, canonical_split
@@ -20,7 +21,8 @@ CAPTION_NAMES = ("caption", "text")
 SPLIT_COLUMN = "split"
 
 
-def open_csv(spec: DataSpec) -> ImageData:
+@source("csv", options=("image", "label", "caption", "group"))
+def open_csv(spec: DataSpec) -> Splits:
     """Open ``csv:FILE.csv`` (or .tsv): a header, then one image a row.
 
     Paths are relative to the table's folder. Columns are found by name, or named by ``image=
@@ -32,13 +34,12 @@ def open_csv(spec: DataSpec) -> ImageData:
     Raises: FileNotFoundError; ValueError for columns that do not fit, a path given twice, a row
         of another length than the header, or a table without rows.
     """
-    spec.takes("image", "label", "caption", "group")
     return read_table(spec, ImageData, FileImages)
 
 
 def read_table(
     spec: DataSpec, data_class: Callable[..., ImageData], files: Callable[[str, list[str]], Any]
-) -> ImageData:
+) -> Splits:
     """Read a table as `open_csv` does, into data of any class.
 
     Args:
@@ -77,10 +78,11 @@ def read_table(
         classes=classes, groups=column("group"), captions=column("caption", CAPTION_NAMES),
         splits=sorted(set(split_of), key=_split_order),
     )  # fmt: skip
-    return take_split(data, spec, split_of)
+    return split_views(data, split_of)
 
 
-def open_parquet(spec: DataSpec) -> ImageData:
+@source("parquet", options=("image", "label", "caption", "group"))
+def open_parquet(spec: DataSpec) -> Splits:
     """Open ``parquet:FILES``: a file, a folder of them, a glob or a brace range.
 
     The image column holds bytes, Hugging Face's ``{bytes, path}``, or paths relative to the first
@@ -89,7 +91,6 @@ def open_parquet(spec: DataSpec) -> ImageData:
 
     Raises: see `open_hub`.
     """
-    spec.takes("image", "label", "caption", "group")
     names = expand(spec.location, "parquet")
     split_of = [canonical_split(Path(name).stem.replace("_", "-").split("-")[0]) for name in names]
     if not set(split_of) <= set(SPLIT_NAMES):
@@ -100,7 +101,7 @@ def open_parquet(spec: DataSpec) -> ImageData:
     import datasets
 
     tables = datasets.load_dataset("parquet", data_files=files)
-    return open_tables(spec, tables, root=str(Path(names[0]).parent))
+    return open_tables(tables, root=str(Path(names[0]).parent))
 
 
 def _split_order(name: str) -> tuple[int, str]:

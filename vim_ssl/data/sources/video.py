@@ -11,6 +11,7 @@ from pathlib import Path
 from vim_ssl.data.clips import Sampling, VideoData, images_in, import_av
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import EXTENSIONS
+from vim_ssl.data.registry import source
 from vim_ssl.data.sources.folder import FileImages, check_option, find_files, read_layout
 from vim_ssl.data.sources.tables import read_table
 from vim_ssl.data.spec import DataSpec
@@ -34,6 +35,9 @@ class VideoFiles(FileImages):
         return f"{len(names)} {sum(sizes)}"
 
 
+@source(
+    "video", extra="video", options=("frames", "fps", "clips", "image", "label", "caption", "group")
+)
 def open_video(spec: DataSpec) -> ImageData:
     """Open ``video:ROOT``: a folder with video files or folders of frames at any depth, one file,
     or a table of paths.
@@ -52,7 +56,7 @@ def open_video(spec: DataSpec) -> ImageData:
     sampling = Sampling(spec.frames or Sampling.frames, spec.fps, spec.clips or Sampling.clips)
     if location.suffix.lower() in TABLES:
         spec.takes("frames", "fps", "clips", "image", "label", "caption", "group")
-        data = read_table(spec, VideoData, VideoFiles)
+        data = read_table(spec, VideoData, VideoFiles).open(spec)
     else:
         spec.takes("frames", "fps", "clips", "label")
         data = _open_folder(spec, location)

@@ -30,6 +30,7 @@ from vim_ssl.data.loading.streamed import (
     is_remote,
     open_file,
 )
+from vim_ssl.data.registry import source
 from vim_ssl.data.spec import DataSpec
 from vim_ssl.utils.files import atomic_write, user_cache
 
@@ -133,6 +134,7 @@ def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     return content.read() if content else b""
 
 
+@source("wds", stream=True, options=("image", "label", "caption", "streaming"))
 def stream_tars(spec: DataSpec) -> ImageStream:
     """Open ``wds:PATTERN``: a tar, a folder of tars, a glob, a brace range such as
     ``shard-{000..099}.tar``, or such a range of URLs (http, or hf://, s3:// … through fsspec).
@@ -144,7 +146,6 @@ def stream_tars(spec: DataSpec) -> ImageStream:
     Raises: FileNotFoundError for a pattern that matches nothing; ConnectionError for a host that
         is not reached; ValueError for shards without an image.
     """
-    spec.takes("image", "label", "caption", "streaming")
     if spec.split not in (None, "all"):
         raise ValueError(
             f"wds:{spec.location} has no splits; name the shards of {spec.split!r} by the pattern."
