@@ -123,3 +123,18 @@ def test_eight_bits_fit_an_encoder_of_other_bands_unless_they_have_to_be_read(co
     unknown = ImageData(images, ["0"], name="x", bands=("R", "G", "B"))
     assert band_arguments(unknown) == {}
     assert counts == {"decoded": 1}
+
+
+def test_slides_and_captioned_images_are_opened_once(tmp_path, counts):
+    for split in ("train", "test"):
+        for name in "ab":
+            save(tmp_path / split / name / "0.png")
+            (tmp_path / split / name / "0.txt").write_text("a square")
+    for spec, ids in ((f"slide:{tmp_path}?tile=8&tissue=none", 8), (f"pairs:{tmp_path}", 2)):
+        counts.clear()
+        source = open_source(spec)
+        assert list(source.splits) == ["train", "test"]
+        splits = [source.open(split) for split in source.splits]
+        assert [len(data) for data in splits] == [ids, ids]
+        assert counts == {"opened": 1}
+        assert splits[1].fingerprint == open_data(spec, split="test").fingerprint

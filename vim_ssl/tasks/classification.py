@@ -27,13 +27,13 @@ from vim_ssl.evaluation.extract import extract_features
 from vim_ssl.evaluation.validation import Validation
 from vim_ssl.metrics.classification import (
     TARGETS,
-    judge,
+    classification_metrics,
     outputs,
     probabilities,
     summary,
     write_tables,
 )
-from vim_ssl.metrics.medmnist import medmnist_figures
+from vim_ssl.metrics.medmnist import medmnist_metrics
 from vim_ssl.models.encoder import VimEncoder
 from vim_ssl.objectives.classification import Classification, LabelledTransform, balanced_weights
 from vim_ssl.report import write_report
@@ -267,9 +267,9 @@ def evaluate(
     device = next(encoder.parameters()).device
     found = extract(encoder.eval(), data, create_transform(encoder), device=device, **more)
     check_labels(data.name, found.y, targets, classes)  # those of a stream are known only now
-    judged = judge(found.x, found.y, targets, found.groups)
+    judged = classification_metrics(found.x, found.y, targets, found.groups)
     write_tables(folder, judged, found.x, found.y, found.ids, classes, targets)
     if task := getattr(data, "task", None):
         scores = probabilities(found.x, targets).numpy()
-        judged |= medmnist_figures(found.y.numpy(), scores, task, found.groups)
+        judged |= medmnist_metrics(found.y.numpy(), scores, task, found.groups)
     return {"test": len(found.y), **judged, "skipped": found.skipped}

@@ -327,7 +327,7 @@ def _carphone(spec: DataSpec, package: Path) -> ImageData:
 
 def _videos(spec: DataSpec, path: Path) -> ImageData:
     given = {key: getattr(spec, key) for key in ("split", *VIDEO_OPTIONS)}
-    return _renamed(open_video(DataSpec("video", str(path), **given)), spec)
+    return _renamed(_open(open_video, DataSpec("video", str(path), **given)), spec)
 
 
 # -------------------------------------------------------------------- satellites

@@ -5,7 +5,7 @@ import glob
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,12 +82,27 @@ def open_folder(spec: DataSpec) -> Splits:
     check_option(spec, "label", ("folder", "none"))
     check_option(spec, "group", ("folder",))
     root = Path(spec.location).expanduser()
-    names = find_images(root, spec.location)
+    return folder_splits(root, find_images(root, spec.location))
+
+
+def folder_splits(
+    root: Path,
+    names: list[str],
+    files: Callable[[str, list[str]], Any] = FileImages,
+    data_class: type[ImageData] = ImageData,
+) -> Splits:
+    """Return the splits of files by their folders, as `open_folder` describes them.
+
+    Args:
+        names: sorted paths below ``root``, with forward slashes.
+        files: called with the root and names below it; returns the first argument of `data_class`.
+    """
 
     def choose(spec: DataSpec) -> ImageData:
         layout = read_layout(names, spec.split, spec.label, str(root))
         groups = [name.rpartition("/")[0] for name in layout.names] if spec.group else None
-        return layout.open(FileImages(str(root), layout.names), str(spec), groups=groups)
+        images = files(str(root), layout.names)
+        return layout.open(images, str(spec), data_class, groups=groups)
 
     return Splits(split_folders(names), choose)
 

@@ -158,7 +158,7 @@ class PlaneMasks(OnDisk):
         return checked(upright(volume, plane, self.axis), size, name, self.classes)
 
     def place(self, row: int) -> dict[str, Any]:
-        """Return the arguments of `vim_ssl.metrics.volumes.VolumeScores.add`."""
+        """Return the arguments of `vim_ssl.metrics.volumes.VolumeMetrics.add`."""
         name, plane = self.rows[row]
         volume = self.volumes[name]
         return {"volume": name, "plane": plane, "planes": volume.planes, "spacing": volume.spacing}

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import BadImage
-from vim_ssl.data.registry import source
-from vim_ssl.data.sources.folder import FileImages, by_split, find_images
+from vim_ssl.data.registry import Splits, source
+from vim_ssl.data.sources.folder import FileImages, find_images, split_folders
 from vim_ssl.data.spec import DataSpec, pick_split
 from vim_ssl.data.tables import TABLES, find_column, read_rows
 
@@ -50,7 +50,7 @@ def caption_file(file: str) -> str:
 
 
 @source("pairs", options=("image", "caption"))
-def open_pairs(spec: DataSpec) -> ImageData:
+def open_pairs(spec: DataSpec) -> ImageData | Splits:
     """Open ``pairs:FOLDER`` or ``pairs:TABLE.csv``.
 
     - A folder: images at any depth, each with a text file of the same name (a.jpg, a.txt) that
@@ -75,17 +75,23 @@ def open_pairs(spec: DataSpec) -> ImageData:
             f"None of the {len(every)} images in {spec.location!r} has a caption: {every[0]} "
             f"would have one in {caption_file(every[0])}."
         )
-    splits = [split for split in by_split(names) if split]
-    split = pick_split(spec.split, splits, f"The folder {root}")
-    if split != "all":
-        every, names = ([n for n in of if n.startswith(f"{split}/")] for of in (every, names))
-    images = CaptionedImages(str(root), names)
-    return ImageData(
-        images, names, name=str(spec), captions=CaptionFiles(images), splits=splits,
-        split=split,
-        faults=[f"{name}: there is no {caption_file(name)}"
-                for name in sorted(set(every) - set(names))],
-    )  # fmt: skip
+    splits = split_folders(names)
+
+    def choose(spec: DataSpec) -> ImageData:
+        split = pick_split(spec.split, splits, f"The folder {root}")
+        files, chosen = (
+            [name for name in of if split == "all" or name.startswith(f"{split}/")]
+            for of in (every, names)
+        )
+        images = CaptionedImages(str(root), chosen)
+        return ImageData(
+            images, chosen, name=str(spec), captions=CaptionFiles(images), splits=splits,
+            split=split,
+            faults=[f"{name}: there is no {caption_file(name)}"
+                    for name in sorted(set(files) - set(chosen))],
+        )  # fmt: skip
+
+    return Splits(splits, choose)
 
 
 def _open_table(spec: DataSpec) -> ImageData:

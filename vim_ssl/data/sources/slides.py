@@ -20,8 +20,8 @@ from PIL import Image
 
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import EXTENSIONS, BadImage, decode_image, most_pixels
-from vim_ssl.data.registry import source
-from vim_ssl.data.sources.folder import FileImages, OnDisk, find_files, read_layout
+from vim_ssl.data.registry import Splits, source
+from vim_ssl.data.sources.folder import FileImages, OnDisk, find_files, folder_splits
 from vim_ssl.data.sources.tables import read_table
 from vim_ssl.data.spec import DataSpec
 from vim_ssl.data.tables import TABLES
@@ -223,7 +223,7 @@ def _positions(
 @source(
     "slide", extra="slides", options=("tile", "mpp", "shrink", "tissue", "image", "label", "group")
 )
-def open_slide(spec: DataSpec) -> ImageData:
+def open_slide(spec: DataSpec) -> Splits:
     """Open ``slide:FILES``: a slide, a folder of them at any depth, or a table of paths, as tiles
     without overlap.
 
@@ -242,45 +242,49 @@ def open_slide(spec: DataSpec) -> ImageData:
     if spec.mpp is not None and spec.shrink is not None:
         raise ValueError(f"{spec}: mpp= and shrink= both say how small a tile is; give one.")
     pixels, least = spec.tile or TILE, _least(spec)
-    root, slides = _slides(spec)
-    tiles: list[SlideTile] = []
-    slide_of: list[int] = []
-    faults: list[str] = []
-    for number, name in enumerate(slides.ids):
-        path = os.path.join(root, name)
-        try:
-            changed = os.stat(path).st_mtime_ns if os.path.exists(path) else 0
-            side, corners = _positions(path, changed, pixels, spec.mpp, spec.shrink or 1, least)
-        except BadImage as bad:
-            faults.append(f"{name} cannot be read ({bad.reason})")
-            continue
-        if not corners:
-            faults.append(f"{name} has no tile of {side} pixels with tissue")
-        tiles += [SlideTile(name, left, top, side) for left, top in corners]
-        slide_of += [number] * len(corners)
-    if not tiles:
-        raise ValueError(f"{spec}: of {len(slides)} slides none gives a tile: {faults[0]}.")
-    return ImageData(
-        SlideTiles(root, tiles, pixels), map(str, tiles), name=str(spec),
-        labels=None if slides.labels is None else [slides.labels[i] for i in slide_of],
-        classes=slides.classes, groups=[(slides.groups or slides.ids)[i] for i in slide_of],
-        splits=slides.splits, split=slides.split, faults=faults,
-    )  # fmt: skip
+    root, listed = _slides(spec)
+
+    def choose(spec: DataSpec) -> ImageData:
+        slides = listed.open(spec)
+        tiles: list[SlideTile] = []
+        slide_of: list[int] = []
+        faults: list[str] = []
+        for number, name in enumerate(slides.ids):
+            path = os.path.join(root, name)
+            try:
+                changed = os.stat(path).st_mtime_ns if os.path.exists(path) else 0
+                side, corners = _positions(path, changed, pixels, spec.mpp, spec.shrink or 1, least)
+            except BadImage as bad:
+                faults.append(f"{name} cannot be read ({bad.reason})")
+                continue
+            if not corners:
+                faults.append(f"{name} has no tile of {side} pixels with tissue")
+            tiles += [SlideTile(name, left, top, side) for left, top in corners]
+            slide_of += [number] * len(corners)
+        if not tiles:
+            raise ValueError(f"{spec}: of {len(slides)} slides none gives a tile: {faults[0]}.")
+        return ImageData(
+            SlideTiles(root, tiles, pixels), map(str, tiles), name=str(spec),
+            labels=None if slides.labels is None else [slides.labels[i] for i in slide_of],
+            classes=slides.classes, groups=[(slides.groups or slides.ids)[i] for i in slide_of],
+            splits=slides.splits, split=slides.split, faults=faults,
+        )  # fmt: skip
+
+    return Splits(listed.names, choose)
 
 
-def _slides(spec: DataSpec) -> tuple[str, ImageData]:
+def _slides(spec: DataSpec) -> tuple[str, Splits]:
     """Return the root of the names, and the slides with labels and splits."""
     path = Path(spec.location).expanduser()
     if path.suffix.lower() in TABLES:
         spec.takes("tile", "mpp", "shrink", "tissue", "image", "label", "group")
-        return str(path.parent), read_table(spec, ImageData, FileImages).open(spec)
+        return str(path.parent), read_table(spec, ImageData, FileImages)
     spec.takes("tile", "mpp", "shrink", "tissue", "label")
     if path.is_file():
         root, names = path.parent, [path.name]
     else:
         root, names = path, find_files(path, spec.location, "slide", SLIDE_EXTENSIONS)
-    layout = read_layout(names, spec.split, spec.label, str(root))
-    return str(root), layout.open(FileImages(str(root), layout.names), str(spec))
+    return str(root), folder_splits(root, names)
 
 
 def _least(spec: DataSpec) -> float | None:

@@ -11,8 +11,8 @@ from pathlib import Path
 from vim_ssl.data.clips import Sampling, VideoData, images_in, import_av
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import EXTENSIONS
-from vim_ssl.data.registry import source
-from vim_ssl.data.sources.folder import FileImages, check_option, find_files, read_layout
+from vim_ssl.data.registry import Splits, source
+from vim_ssl.data.sources.folder import FileImages, check_option, find_files, folder_splits
 from vim_ssl.data.sources.tables import read_table
 from vim_ssl.data.spec import DataSpec
 from vim_ssl.data.tables import TABLES
@@ -38,7 +38,7 @@ class VideoFiles(FileImages):
 @source(
     "video", extra="video", options=("frames", "fps", "clips", "image", "label", "caption", "group")
 )
-def open_video(spec: DataSpec) -> ImageData:
+def open_video(spec: DataSpec) -> Splits:
     """Open ``video:ROOT``: a folder with video files or folders of frames at any depth, one file,
     or a table of paths.
 
@@ -56,18 +56,22 @@ def open_video(spec: DataSpec) -> ImageData:
     sampling = Sampling(spec.frames or Sampling.frames, spec.fps, spec.clips or Sampling.clips)
     if location.suffix.lower() in TABLES:
         spec.takes("frames", "fps", "clips", "image", "label", "caption", "group")
-        data = read_table(spec, VideoData, VideoFiles).open(spec)
+        videos = read_table(spec, VideoData, VideoFiles)
     else:
         spec.takes("frames", "fps", "clips", "label")
-        data = _open_folder(spec, location)
-    assert isinstance(data, VideoData)
-    data.sampling = sampling
-    if len(data) and not os.path.isdir(str(data.raw(0))):
-        import_av()
-    return data
+        videos = _open_folder(spec, location)
+
+    def choose(spec: DataSpec) -> ImageData:
+        data = videos.open(spec)
+        data.sampling = sampling
+        if len(data) and not os.path.isdir(str(data.raw(0))):
+            import_av()
+        return data
+
+    return Splits(videos.names, choose)
 
 
-def _open_folder(spec: DataSpec, root: Path) -> VideoData:
+def _open_folder(spec: DataSpec, root: Path) -> Splits:
     check_option(spec, "label", ("folder", "none"))
     if root.is_file():
         root, names = root.parent, [root.name]
@@ -81,5 +85,4 @@ def _open_folder(spec: DataSpec, root: Path) -> VideoData:
                 f"video:{spec.location} holds {len(files)} images and no video; to read one folder "
                 "of frames, give the folder that holds it."
             )
-    layout = read_layout(sorted(names), spec.split, spec.label, str(root))
-    return layout.open(VideoFiles(str(root), layout.names), str(spec), VideoData)
+    return folder_splits(root, sorted(names), VideoFiles, VideoData)
