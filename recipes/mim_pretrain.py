@@ -30,7 +30,6 @@ from vim_ssl.data.loading.streamed import StreamSamples
 from vim_ssl.data.transforms.clip import ClipTransform
 from vim_ssl.data.transforms.image import pretrain_transform
 from vim_ssl.evaluation.online import online_probe
-from vim_ssl.models.video import VideoEncoder, reading
 from vim_ssl.objectives.base import (
     MASK_SETTINGS,
     OBJECTIVES,
@@ -248,8 +247,8 @@ def build_model(config: Config, data: ImageData | ImageStream | None = None) -> 
         encoder = load_encoder(config.encoder, **args | config.model_args)
     except TypeError as error:  # an unknown name
         raise ValueError(f"model_args: {error}") from error
-    encoder = reading(encoder, data, tubelet=config.tubelet)
-    if isinstance(encoder, VideoEncoder) and not objective.reads_clips:
+    encoder = encoder.for_data(data, tubelet=config.tubelet)
+    if encoder.reads_clips and not objective.reads_clips:
         names = [name for name in OBJECTIVES if get_objective(name).reads_clips]
         raise ValueError(f"{config.objective} reads images, not clips; use {' or '.join(names)}.")
     return encoder
@@ -295,7 +294,7 @@ def build_data(config: Config, encoder: VimEncoder, data: ImageData | ImageStrea
     image: Any = pretrain_transform(
         encoder.data_config, crop_scale=config.crop_scale, hflip=config.hflip
     )
-    if isinstance(encoder, VideoEncoder):
+    if encoder.reads_clips:
         if not isinstance(data, VideoData):
             raise ValueError(f"the encoder reads clips, {data.name} are images: use video:ROOT.")
         image, times = ClipTransform(image, training=True), data.sampling.frames // encoder.tubelet
