@@ -99,7 +99,7 @@ class Monitor:
                 out: StepOutput = objective(preview)
             objective.train(was_training)
             if out.images is not None:
-                self.run.save_images("pictures", self.progress.step, out.images())
+                self.run.save_images("preview", self.progress.step, out.images())
             if evaluate is not None:
                 metrics = evaluate()
                 text = ", ".join(f"{k} {v:.4g}" for k, v in metrics.items())
