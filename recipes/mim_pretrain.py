@@ -30,12 +30,7 @@ from vim_ssl.data.loading.streamed import StreamSamples
 from vim_ssl.data.transforms.clip import ClipTransform
 from vim_ssl.data.transforms.image import pretrain_transform
 from vim_ssl.evaluation.online import online_probe
-from vim_ssl.objectives.base import (
-    MASK_SETTINGS,
-    OBJECTIVES,
-    PretrainObjective,
-    get_objective,
-)
+from vim_ssl.objectives.base import MASK_SETTINGS, OBJECTIVES, PretrainObjective, get_objective
 from vim_ssl.objectives.distill import LOSSES, WHERE
 from vim_ssl.objectives.masking import MASKS, RandomMask, TubeMask
 from vim_ssl.report import write_report
@@ -51,39 +46,35 @@ from vim_ssl.utils.environment import environment
 class Config(TrainConfig):
     """Pretraining of a Vim encoder without labels."""
 
-    data: str = opt("", "images: a folder, hf:NAME, wds:SHARDS, sample:NAME …", group="data")
-    crop_scale: tuple[float, float] = opt((0.2, 1.0), "share of the image's area", group="data")
-    hflip: float = opt(0.5, "probability of mirroring", group="data")
-    encoder: str = opt("vim_small_patch16_224", "preset, checkpoint or run", group="model")
-    model_args: dict[str, Any] = opt({}, "more arguments of the encoder", group="model")
-    tubelet: int = opt(2, "frames per token, if the data are videos", group="model")
-    objective: str = opt("mae", f"{', '.join(OBJECTIVES)}, or a plugin's", group="objective")
-    objective_args: dict[str, Any] = opt({}, "more arguments of the objective", group="objective")
-    decoder_dim: int = opt(512, "mae, ar: width of the decoder", group="objective")
-    decoder_depth: int = opt(
-        2, "mae: Vim blocks of the decoder; ar: attention blocks", group="objective"
-    )
-    norm_pix_loss: bool = opt(
-        True, "mae, simmim, ar: normalise targets per patch", group="objective"
-    )
+    data: str = opt("", "images: a folder, hf:NAME, wds:SHARDS, sample:NAME …", "data")
+    crop_scale: tuple[float, float] = opt((0.2, 1.0), "share of the image's area", "data")
+    hflip: float = opt(0.5, "probability of mirroring", "data")
+    encoder: str = opt("vim_small_patch16_224", "preset, checkpoint or run", "model")
+    model_args: dict[str, Any] = opt({}, "more arguments of the encoder", "model")
+    tubelet: int = opt(2, "frames per token, if the data are videos", "model")
+    objective: str = opt("mae", f"{', '.join(OBJECTIVES)}, or a plugin's", "objective")
+    objective_args: dict[str, Any] = opt({}, "more arguments of the objective", "objective")
+    decoder_dim: int = opt(512, "mae, ar: width of the decoder", "objective")
+    decoder_depth: int = opt(2, "mae: Vim blocks of the decoder; ar: attention blocks", "objective")
+    norm_pix_loss: bool = opt(True, "mae, simmim, ar: normalise targets per patch", "objective")
     keep_order: bool = opt(
-        True, "mae: read visible patches in scan order; false: shuffled", group="objective"
+        True, "mae: read visible patches in scan order; false: shuffled", "objective"
     )
-    cluster: int = opt(4, "ar: side of a predicted cluster, in patches", group="objective")
+    cluster: int = opt(4, "ar: side of a predicted cluster, in patches", "objective")
     teacher: str = opt(
-        "ema", "distill: ema (the encoder's average), timm:NAME, run or preset", group="objective"
+        "ema", "distill: ema (the encoder's average), timm:NAME, run or preset", "objective"
     )
     teacher_layers: int = opt(
-        4, "distill: last blocks of the teacher that are averaged", group="objective"
+        4, "distill: last blocks of the teacher that are averaged", "objective"
     )
-    teacher_momentum: float = opt(0.998, "distill: of the ema teacher", group="objective")
-    distill_loss: str = opt("smooth_l1", "distill: the loss", group="objective", choices=LOSSES)
+    teacher_momentum: float = opt(0.998, "distill: of the ema teacher", "objective")
+    distill_loss: str = opt("smooth_l1", "distill: the loss", "objective", choices=LOSSES)
     distill_where: str = opt(
-        "masked", "distill: patches that the loss counts", group="objective", choices=WHERE
+        "masked", "distill: patches that the loss counts", "objective", choices=WHERE
     )
-    mask: str = opt("random", "shape of the mask", group="masking", choices=tuple(MASKS))
-    mask_ratio: float = opt(0.75, "share of masked patches", group="masking")
-    mask_unit: int = opt(0, "side of a masked square, in pixels; 0: a patch", group="masking")
+    mask: str = opt("random", "shape of the mask", "masking", choices=tuple(MASKS))
+    mask_ratio: float = opt(0.75, "share of masked patches", "masking")
+    mask_unit: int = opt(0, "side of a masked square, in pixels; 0: a patch", "masking")
 
     def __post_init__(self):
         super().__post_init__()
@@ -162,16 +153,14 @@ def mae_tiny_224() -> Config:
 
 def mae_small_224() -> Config:
     """MAE with FastVim's numbers on Vim-S."""
-    config = mae_tiny_224()
-    config.encoder = "vim_small_patch16_224"
-    return config
+    return replace(mae_tiny_224(), encoder="vim_small_patch16_224")
 
 
 def mae_base_224() -> Config:
     """MAE with FastVim's numbers on Vim-B, LayerNorm after the scan."""
-    config = mae_tiny_224()
-    config.encoder, config.model_args = "vim_base_patch16_224", {"norm_after_scan": True}
-    return config
+    return replace(
+        mae_tiny_224(), encoder="vim_base_patch16_224", model_args={"norm_after_scan": True}
+    )
 
 
 def simmim_small_224() -> Config:
@@ -322,11 +311,11 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def train(config: Config, encoder, objective, data, samples, folder: Run, accelerator) -> dict:
-    """Train in an open run; returns the last figures."""
+    """Train in an open run; returns the last metrics."""
     average = make_average(encoder, config)
     averaged: Any = None if average is None else average.module
     evaluate = None
-    if not isinstance(data, ImageStream):  # of a stream no part can be set aside
+    if not isinstance(data, ImageStream):  # a stream has no held-out images
         evaluate = online_probe(averaged or encoder, data, accelerator.device, config.seed)
     if accelerator.is_main_process:
         folder.count_skipped(data.faults)

@@ -340,7 +340,8 @@ def test_a_second_process_is_kept_out_of_a_folder_while_a_run_trains_there(tmp_p
     second = """
 import sys
 from vim_ssl.training.run import Run
-from vim_ssl.training.loop import TrainConfig, make_accelerator
+from vim_ssl.training.accelerator import make_accelerator
+from vim_ssl.training.config import TrainConfig
 config = TrainConfig(epochs=2, batch_size=4, warmup_epochs=0.0, base_lr=0.1, output=sys.argv[1],
                      resume=sys.argv[2], workers=0, threads=1, log_every=1)
 Run.open("test", config, make_accelerator(config))

@@ -99,6 +99,7 @@ class VimEncoder(nn.Module):
     """
 
     reads_clips: ClassVar[bool] = False  # (b, c, t, h, w), as `VideoEncoder`
+    tubelet: int  # frames per token, of an encoder of clips only
 
     def __init__(
         self,
@@ -364,7 +365,7 @@ class VimEncoder(nn.Module):
                 "True = masked."
             )
         blank = tokens.new_zeros(1, 1, d) if self.mask_token is None else self.mask_token
-        pos, _ = self._positions(grid)
+        pos = self._patch_positions(m, grid)
         blank = blank if pos is None else blank + pos
         return torch.where(mask[..., None], blank.to(tokens.dtype), tokens)
 
@@ -398,6 +399,10 @@ class VimEncoder(nn.Module):
         patches, cls = split_pos_embed(self.pos_embed, self.cls_position)
         table = patches.unflatten(1, self.grid_size)  # (1, rows, columns, d)
         return resample_abs_pos_embed_nhwc(table, list(grid)).flatten(1, 2), cls
+
+    def _patch_positions(self, m: int, grid: tuple[int, int]) -> Tensor | None:
+        """The positions of m patches on this grid, (1, m, d)."""
+        return self._positions(grid)[0]
 
     def _rotation(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """sin and cos of every patch on this grid, (1, m, embed_dim) each."""

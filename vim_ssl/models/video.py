@@ -105,16 +105,8 @@ class VideoEncoder(VimEncoder):
             time = F.interpolate(time.mT, size=times, mode="linear", align_corners=False).mT
         return (time[:, piece, None] + space[:, None]).flatten(1, 2)
 
-    def _hide(self, tokens: Tensor, mask: Tensor, grid: tuple[int, int]) -> Tensor:
-        b, m, d = tokens.shape
-        if mask.shape != (b, m) or mask.dtype != torch.bool:
-            raise ValueError(
-                f"mask is {mask.dtype} {tuple(mask.shape)}; expected torch.bool ({b}, {m}), "
-                "True = masked."
-            )
-        blank = tokens.new_zeros(1, 1, d) if self.mask_token is None else self.mask_token
-        blank = blank + self._space_time(m // (grid[0] * grid[1]), grid)
-        return torch.where(mask[..., None], blank.to(tokens.dtype), tokens)
+    def _patch_positions(self, m: int, grid: tuple[int, int]) -> Tensor:
+        return self._space_time(m // (grid[0] * grid[1]), grid)
 
     def _grid_of(self, m: int, grid: tuple[int, int] | None) -> tuple[int, int]:
         rows, columns = grid or self.grid_size
