@@ -13,7 +13,6 @@ whole files stay as they are.
 """
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -46,6 +45,7 @@ from vim_ssl.training.run import newest_run, task_folder, trained_on
 from vim_ssl.utils.config import opt, parse
 from vim_ssl.utils.distributed import join_processes, pick_device
 from vim_ssl.utils.environment import commit, environment
+from vim_ssl.utils.files import atomic_path
 
 POOLED = "pooled"
 
@@ -96,7 +96,7 @@ def run(config: Config) -> dict:
         ]
         print(f"Encoder {source} · {data.name}: {len(data):,} images in {len(shards):,} files, "
               f"{len(shards) - len(missing):,} of them there already", flush=True)  # fmt: skip
-    missing = processes.agree(missing)
+    missing = processes.broadcast(missing)
     began = time.perf_counter()
     mine = share_of(missing, isinstance(data, ImageStream), processes.rank, processes.world)
     rows = read_rows(data, mine, create_transform(encoder), batch_size=config.batch_size,
@@ -222,9 +222,8 @@ def finish(
 
 
 def write_record(file: Path, record: dict[str, Any]) -> None:
-    partial = file.with_name(f".{file.name}.part")
-    partial.write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(partial, file)
+    with atomic_path(file, shared=False) as partial:
+        partial.write_text(json.dumps(record, indent=2) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
