@@ -229,7 +229,7 @@ class MimTransform:
 def build_model(config: Config, data: ImageData | ImageStream | None = None) -> VimEncoder:
     objective = get_objective(config.objective)
     # A mask token that would never be trained is dropped.
-    args = {"use_mask_token": False} | objective.encoder_args
+    args: dict[str, Any] = {"use_mask_token": False} | objective.encoder_args
     if isinstance(data, ImageData):  # rasters: the encoder keeps their bands and statistics
         args |= band_arguments(data)
     try:
