@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from vim_ssl.cli import guarded
-from vim_ssl.evaluation.comparison import FIGURES, Comparison, ComparisonConfig
+from vim_ssl.evaluation.comparison import METRIC_TITLES, Comparison, ComparisonConfig
 from vim_ssl.evaluation.extract import Features
 from vim_ssl.evaluation.knn import knn_votes, nearest
-from vim_ssl.metrics.bootstrap import judge
+from vim_ssl.metrics.classification import answer_metrics
 from vim_ssl.utils.config import opt, parse
 
 
@@ -61,7 +61,7 @@ def vote(
             )
             row: dict[str, Any] = {"features": name, "readout": readout, "k": k}
             answer = votes.argmax(1) if bank.y.ndim == 1 else votes
-            for kind, figure in judge(answer, queries.y).items():
+            for kind, figure in answer_metrics(answer, queries.y).items():
                 key = "knn" if kind == "main" else f"knn_{kind}"
                 row[key] = round(figure.value, 2)
                 row[f"{key}_ci"] = figure.interval(queries.groups, seed=config.seed)
@@ -93,7 +93,8 @@ def _print_table(metrics: dict) -> None:
         lines[place] = lines.get(place, "") + f"{cell:>20}"
     for (features, readout), cells in lines.items():
         print(f"{features:26} {readout:10}{cells}")
-    print(f"{FIGURES[metrics['figure']]} on the test part in per cent, 95 % interval in brackets.")
+    title = METRIC_TITLES[metrics["figure"]]
+    print(f"{title} on the test part in per cent, 95 % interval in brackets.")
     if metrics["skipped"]:
         print(f"{len(metrics['skipped'])} images could not be read: {metrics['skipped'][:3]} …")
 

@@ -28,7 +28,7 @@ from vim_ssl.data import stratified_split
 from vim_ssl.data.loading.indexed import SeededSamples
 from vim_ssl.evaluation.embeddings import read_embeddings
 from vim_ssl.evaluation.linear_heads import fit_logistic
-from vim_ssl.metrics.classification import judge
+from vim_ssl.metrics.classification import classification_metrics
 from vim_ssl.report import write_report
 from vim_ssl.tasks.slides import AttentionPool, BagObjective, Bags, DrawTiles, bags_of
 from vim_ssl.training.accelerator import make_accelerator
@@ -127,11 +127,11 @@ def run(config: Config) -> dict[str, Any]:
     with contextlib.closing(folder):
         fit(BagObjective(pool).train(), samples, config, folder, accelerator)
         if accelerator.is_main_process:
-            metrics["mean"] = judge(
+            metrics["mean"] = classification_metrics(
                 by_mean(train, test, classes), truth(test), "class", test.groups
             )
             logits, weights = by_attention(pool, test)
-            metrics["attention"] = judge(logits, truth(test), "class", test.groups)
+            metrics["attention"] = classification_metrics(logits, truth(test), "class", test.groups)
             metrics |= {"protocol": to_dict(config), **environment()}
             with folder.writing("metrics.json"):
                 write(folder.folder, test, logits, weights)

@@ -24,9 +24,6 @@ import torch
 from vim_ssl import VimEncoder, load_encoder, save_encoder
 from vim_ssl.cli import guarded
 from vim_ssl.data import ImageData, ImageStream, band_arguments, open_data
-from vim_ssl.data.clips import VideoData
-from vim_ssl.data.loading.indexed import SeededSamples
-from vim_ssl.data.loading.streamed import StreamSamples
 from vim_ssl.data.transforms.clip import ClipTransform
 from vim_ssl.data.transforms.image import pretrain_transform
 from vim_ssl.evaluation.online import online_probe
@@ -230,13 +227,16 @@ def build_model(config: Config, data: ImageData | ImageStream | None = None) -> 
     objective = get_objective(config.objective)
     # A mask token that would never be trained is dropped.
     args: dict[str, Any] = {"use_mask_token": False} | objective.encoder_args
-    if isinstance(data, ImageData):  # rasters: the encoder keeps their bands and statistics
+    if (
+        data is not None and not data.is_stream
+    ):  # rasters: the encoder keeps their bands and statistics
         args |= band_arguments(data)
     try:
         encoder = load_encoder(config.encoder, **args | config.model_args)
     except TypeError as error:  # an unknown name
         raise ValueError(f"model_args: {error}") from error
-    encoder = encoder.for_data(data, tubelet=config.tubelet)
+    if data is not None:
+        encoder = encoder.for_data(data, tubelet=config.tubelet)
     if encoder.reads_clips and not objective.reads_clips:
         names = [name for name in OBJECTIVES if get_objective(name).reads_clips]
         raise ValueError(f"{config.objective} reads images, not clips; use {' or '.join(names)}.")
@@ -284,14 +284,12 @@ def build_data(config: Config, encoder: VimEncoder, data: ImageData | ImageStrea
         encoder.data_config, crop_scale=config.crop_scale, hflip=config.hflip
     )
     if encoder.reads_clips:
-        if not isinstance(data, VideoData):
+        if data.kind != "video":
             raise ValueError(f"the encoder reads clips, {data.name} are images: use video:ROOT.")
         image, times = ClipTransform(image, training=True), data.sampling.frames // encoder.tubelet
     mask = build_mask(config, encoder, times) if views == "mask" else None
     transform = MimTransform(image, views, mask)
-    if isinstance(data, ImageStream):
-        return data, StreamSamples(data, transform, config.seed)
-    return data, SeededSamples(data, transform, config.seed)
+    return data, data.samples(transform, config.seed)
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -315,7 +313,7 @@ def train(config: Config, encoder, objective, data, samples, folder: Run, accele
     average = make_average(encoder, config)
     averaged: Any = None if average is None else average.module
     evaluate = None
-    if not isinstance(data, ImageStream):  # a stream has no held-out images
+    if not data.is_stream:  # a stream has no held-out images
         evaluate = online_probe(averaged or encoder, data, accelerator.device, config.seed)
     if accelerator.is_main_process:
         folder.count_skipped(data.faults)

@@ -15,7 +15,6 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vim_ssl.data.clips import VideoData
 from vim_ssl.data.config import MNIST_DATA, complete_data_config
 from vim_ssl.models.block import DIRECTIONS, MixerState, RMSNorm, VimBlock
 from vim_ssl.models.tokens import (
@@ -190,7 +189,7 @@ class VimEncoder(nn.Module):
             tubelet, inflation: of the new encoder; see `vim_ssl.models.video.inflate`.
         Raises: ValueError for a number of frames that tubelets do not divide.
         """
-        if not isinstance(data, VideoData):
+        if data.kind != "video":
             return self
         from vim_ssl.models.video import inflate  # which is built on this module
 

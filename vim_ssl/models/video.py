@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vim_ssl.data.clips import VideoData
 from vim_ssl.models.encoder import PatchEmbed, VimEncoder
 
 INFLATIONS = ("centre", "mean")
@@ -59,7 +58,7 @@ class VideoEncoder(VimEncoder):
 
     def for_data(self, data, *, tubelet: int = 1, inflation: str = "centre") -> VimEncoder:
         """This encoder. Raises: ValueError for clips that its tubelets do not divide."""
-        if isinstance(data, VideoData) and data.sampling.frames % self.tubelet:
+        if data.kind == "video" and data.sampling.frames % self.tubelet:
             raise ValueError(
                 f"{data.name} gives clips of {data.sampling.frames} frames, which tubelets of "
                 f"{self.tubelet} do not divide; choose another number with ?frames=."

@@ -20,7 +20,6 @@ import torch
 from vim_ssl.checkpoints.loading import load_for_bands, save_encoder
 from vim_ssl.data.bands import band_arguments
 from vim_ssl.data.loading.indexed import SeededSamples
-from vim_ssl.data.loading.streamed import ImageStream
 from vim_ssl.data.split import stratified_split
 from vim_ssl.data.transforms.image import create_transform
 from vim_ssl.evaluation.embeddings import stream_features
@@ -28,13 +27,13 @@ from vim_ssl.evaluation.extract import extract_features
 from vim_ssl.evaluation.validation import Validation
 from vim_ssl.metrics.classification import (
     TARGETS,
-    judge,
+    classification_metrics,
     outputs,
     probabilities,
     summary,
     write_tables,
 )
-from vim_ssl.metrics.medmnist import medmnist_figures
+from vim_ssl.metrics.medmnist import medmnist_metrics
 from vim_ssl.models.encoder import VimEncoder
 from vim_ssl.objectives.classification import Classification, LabelledTransform, balanced_weights
 from vim_ssl.report import write_report
@@ -264,13 +263,13 @@ def evaluate(
         data: map-style, or a stream.
         more: arguments of `extract_features`.
     """
-    extract = stream_features if isinstance(data, ImageStream) else extract_features
+    extract = stream_features if data.is_stream else extract_features
     device = next(encoder.parameters()).device
     found = extract(encoder.eval(), data, create_transform(encoder), device=device, **more)
     check_labels(data.name, found.y, targets, classes)  # those of a stream are known only now
-    judged = judge(found.x, found.y, targets, found.groups)
+    judged = classification_metrics(found.x, found.y, targets, found.groups)
     write_tables(folder, judged, found.x, found.y, found.ids, classes, targets)
     if task := getattr(data, "task", None):
         scores = probabilities(found.x, targets).numpy()
-        judged |= medmnist_figures(found.y.numpy(), scores, task, found.groups)
+        judged |= medmnist_metrics(found.y.numpy(), scores, task, found.groups)
     return {"test": len(found.y), **judged, "skipped": found.skipped}

@@ -20,12 +20,12 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 from vim_ssl.checkpoints.task_models import load_task, save_task
 from vim_ssl.data.images import BadImage, clean_image
 from vim_ssl.data.transforms.dense import DensePixels, on_canvas
-from vim_ssl.metrics.detection import BoxScores
+from vim_ssl.metrics.detection import DetectionMetrics
 from vim_ssl.models.encoder import VimEncoder
 from vim_ssl.models.heads import RCNN, SimpleFeaturePyramid
 from vim_ssl.models.heads.rcnn import COARSEST
 from vim_ssl.objectives.base import StepOutput
-from vim_ssl.utils.drawing import DRAWN, draw_objects, sheet_of_objects
+from vim_ssl.utils.drawing import GRID_ROWS, object_grid, overlay_objects
 from vim_ssl.utils.names import did_you_mean
 
 HEADS = ("cascade", "rcnn")
@@ -165,7 +165,7 @@ class Detection(nn.Module):
         for image, truth, one in zip(shown, targets, found, strict=True):
             sure = {k: v[one["scores"] >= SHOWN] for k, v in one.items() if k != "masks"}
             panels = [
-                draw_objects(image, part["boxes"].cpu(), part["labels"].cpu() - 1, self.classes)
+                overlay_objects(image, part["boxes"].cpu(), part["labels"].cpu() - 1, self.classes)
                 for part in (truth, sure)
             ]
             rows.append(torch.cat(panels, 2))
@@ -186,20 +186,20 @@ def load_detection(folder: str | os.PathLike) -> Detection:
     return load_task(Detection, folder, FILE, "detection")
 
 
-def evaluate(model: Detection, data, folder: Path) -> tuple[dict[str, Any], BoxScores]:
+def evaluate(model: Detection, data, folder: Path) -> tuple[dict[str, Any], DetectionMetrics]:
     """Average precision of a model on images with boxes.
 
     ``results.json`` (what pycocotools' ``loadRes`` takes, with the data's own ids), ``classes.csv``
     and ``predictions.png`` (truth, prediction) go to ``folder``.
 
-    Returns: the figures of `BoxScores.figures` with the number of images and those passed over.
+    Returns: `DetectionMetrics.compute` with the number of images and those passed over.
     Raises: ValueError if none can be read, or none has an object; ImportError without pycocotools.
     """
     training = model.training
     model.eval()
-    scores = BoxScores(data, masks=model.masks and data.has_outlines)
+    scores = DetectionMetrics(data, masks=model.masks and data.has_outlines)
     skipped, rows = [], []
-    shown = {i * len(data) // DRAWN for i in range(DRAWN)}
+    shown = {i * len(data) // GRID_ROWS for i in range(GRID_ROWS)}
     for i in range(len(data)):
         try:
             item = data[i]
@@ -214,7 +214,7 @@ def evaluate(model: Detection, data, folder: Path) -> tuple[dict[str, Any], BoxS
     model.train(training)
     if len(skipped) == len(data):
         raise ValueError(f"none of the {len(data)} images could be read: {skipped[:3]}")
-    figures = {"test": len(data) - len(skipped), **scores.figures(), "skipped": skipped}
+    figures = {"test": len(data) - len(skipped), **scores.compute(), "skipped": skipped}
     scores.write(folder)
-    sheet_of_objects(rows, model.classes).save(folder / "predictions.png")
+    object_grid(rows, model.classes).save(folder / "predictions.png")
     return figures, scores

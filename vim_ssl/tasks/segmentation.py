@@ -24,13 +24,13 @@ from vim_ssl.data.labels import IGNORE
 from vim_ssl.data.sources.geotiff import write_labels
 from vim_ssl.data.transforms.dense import DensePixels
 from vim_ssl.data.transforms.image import denormalize
-from vim_ssl.metrics.segmentation import MaskScores
-from vim_ssl.metrics.volumes import VolumeScores
+from vim_ssl.metrics.segmentation import SegmentationMetrics
+from vim_ssl.metrics.volumes import VolumeMetrics
 from vim_ssl.models.encoder import VimEncoder
 from vim_ssl.models.heads import NORMS, FCNHead, FeatureUpsampling, LinearHead, UPerNet
 from vim_ssl.models.sliding_window import label_pixels
 from vim_ssl.objectives.base import StepOutput
-from vim_ssl.utils.drawing import DRAWN, class_colours, draw
+from vim_ssl.utils.drawing import GRID_ROWS, class_colours, mask_grid
 from vim_ssl.utils.names import did_you_mean
 
 HEADS = ("upernet", "linear")
@@ -200,22 +200,22 @@ def load_segmentation(folder: str | os.PathLike) -> Segmentation:
     return load_task(Segmentation, folder, FILE, "segmentation")
 
 
-def evaluate(model: Segmentation, data, folder: Path) -> tuple[dict[str, Any], MaskScores]:
+def evaluate(model: Segmentation, data, folder: Path) -> tuple[dict[str, Any], SegmentationMetrics]:
     """Figures of a model on images with masks, at the masks' own size.
 
     ``classes.csv``, ``predictions.csv`` and ``predictions.png`` (image, truth, prediction) go to
     ``folder``; of planes of volumes ``volumes.csv``; of rasters their predictions, each where the
     raster lies, below ``predictions/``.
 
-    Returns: the figures of `MaskScores.figures` with the number of images and those passed over,
-        and of planes those of `VolumeScores.figures`.
+    Returns: `SegmentationMetrics.compute` with the number of images and those passed over, and of
+        planes `VolumeMetrics.compute`.
     Raises: ValueError if none can be read, or none has a label.
     """
     training = model.training
     model.eval()
-    scores, skipped, rows = MaskScores(model.classes), [], []
-    volumes: VolumeScores | None = None
-    shown = {i * len(data) // DRAWN for i in range(DRAWN)}
+    scores, skipped, rows = SegmentationMetrics(model.classes), [], []
+    volumes: VolumeMetrics | None = None
+    shown = {i * len(data) // GRID_ROWS for i in range(GRID_ROWS)}
     for i in range(len(data)):
         try:
             item = data[i]
@@ -226,7 +226,7 @@ def evaluate(model: Segmentation, data, folder: Path) -> tuple[dict[str, Any], M
         scores.add(item["id"], item["mask"], guess, item.get("group"))
         place = item.get("meta", {})
         if "volume" in place:
-            volumes = volumes or VolumeScores(model.classes)
+            volumes = volumes or VolumeMetrics(model.classes)
             volumes.add(place, item["mask"], guess, item.get("group"))
         if "raster" in place:
             path = folder / "predictions" / place["name"]
@@ -237,14 +237,14 @@ def evaluate(model: Segmentation, data, folder: Path) -> tuple[dict[str, Any], M
     if len(skipped) == len(data):
         raise ValueError(f"none of the {len(data)} images could be read: {skipped[:3]}")
     figures = {
-        "test": len(data) - len(skipped), **scores.figures(), "skipped": skipped,
+        "test": len(data) - len(skipped), **scores.compute(), "skipped": skipped,
         "miou_ci_is": "middle 95 % of 1,000 bootstrap resamples of the images, or their groups",
     }  # fmt: skip
     scores.write(folder)
     if volumes:
-        figures |= volumes.figures()
+        figures |= volumes.compute()
         volumes.write(folder)
-    draw(rows, model.classes, class_colours(len(model.classes)).numpy()).save(
+    mask_grid(rows, model.classes, class_colours(len(model.classes)).numpy()).save(
         folder / "predictions.png"
     )
     return figures, scores
