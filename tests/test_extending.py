@@ -26,15 +26,14 @@ def extras(tmp_path, monkeypatch) -> Path:
     from vim_ssl.tasks import registry as task_registry
     from vim_ssl.utils import plugins as library_plugins
 
-    for name, code in re.findall(r"```python\n# (vim_extras/\S+)\n(.*?)```", PAGE.read_text(), re.S):
+    page = PAGE.read_text(encoding="utf-8")
+    for name, code in re.findall(r"```python\n# (vim_extras/\S+)\n(.*?)```", page, re.S):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(code)
-    (points,) = re.findall(r"```toml\n.*?\n\[project\.entry-points\.\"(.*?)\"\]\n(.*?)```",
-                           PAGE.read_text(), re.S)  # fmt: skip
+    ((group, lines),) = re.findall(r'entry-points\."(.*?)"\]\n(.*?)```', page, re.S)
     info = tmp_path / "vim_extras-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vim-extras\nVersion: 1.0\n")
-    group, lines = points
     (info / "entry_points.txt").write_text(f"[{group}]\n{lines.replace(chr(34), '')}")
 
     monkeypatch.syspath_prepend(tmp_path)
