@@ -39,7 +39,6 @@ from vim_ssl.evaluation.readout import C_GRID, choose_readout
 from vim_ssl.metrics.bootstrap import Metric
 from vim_ssl.metrics.classification import accuracy, answer_metrics
 from vim_ssl.metrics.medmnist import medmnist_metrics
-from vim_ssl.models.video import VideoEncoder
 from vim_ssl.report import write_report
 from vim_ssl.utils.config import opt, parse
 
@@ -200,13 +199,11 @@ def run(config: Config) -> dict:
 def _raw_pixels(encoder: VimEncoder) -> tuple[str, Transform]:
     """What the encoder is shown; shrunk where that is too much to fit a regression to."""
     config = dict(encoder.data_config)
-    channels, *sides = config["input_size"]
-    frames = encoder.frames if isinstance(encoder, VideoEncoder) else 1
-    if frames * channels * math.prod(sides) <= MAX_PIXELS:
+    if math.prod(encoder.input_shape) <= MAX_PIXELS:
         return "raw pixels", create_transform(encoder)
-    config["input_size"] = (channels, SHRUNK, SHRUNK)
+    config["input_size"] = (encoder.in_chans, SHRUNK, SHRUNK)
     transform = create_transform(config)
-    if isinstance(encoder, VideoEncoder):
+    if encoder.reads_clips:
         transform = ClipTransform(transform, training=False)
     return f"raw pixels, {SHRUNK}x{SHRUNK}", transform
 

@@ -114,7 +114,8 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.slow
 def test_numba_is_imported_only_when_it_computes():
-    assert python("import sys; from vim_ssl import *; print('numba' in sys.modules)").stdout == "False\n"
+    code = "import sys; from vim_ssl import *; print('numba' in sys.modules)"
+    assert python(code).stdout == "False\n"
 
 
 SCAN_ONCE = """

@@ -19,7 +19,7 @@ def read_rows(
 
     Args:
         lines: with their line ends.
-        suffix: of the file. The delimiter is the one of the header: tab, ";" or ",".
+        suffix: of the file. The delimiter is the first of tab, "," and ";" that the header has.
         source: of the rows, for messages.
         strict: report a lone quote instead of reading on to the next quote. Tables with tabs are
             seldom quoted: there a quote is plain text unless two of them enclose the whole field.
@@ -29,13 +29,12 @@ def read_rows(
     """
     lines = iter(lines)
     first = next(lines, "")
-    semicolons = ";" in first and "," not in first
-    tabs = "\t" in first or (suffix.lower() == ".tsv" and "," not in first and not semicolons)
-    plain = strict and tabs
-    reader = csv.reader(
-        chain([first], lines), delimiter="\t" if tabs else ";" if semicolons else ",",
-        quoting=csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL, strict=strict,
-    )  # fmt: skip
+    delimiter = next(
+        (sign for sign in "\t,;" if sign in first), "\t" if suffix.lower() == ".tsv" else ","
+    )
+    plain = strict and delimiter == "\t"
+    quoting = csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL
+    reader = csv.reader(chain([first], lines), delimiter=delimiter, quoting=quoting, strict=strict)
 
     def rows() -> Iterator[tuple[int, list[str], str]]:
         while True:

@@ -155,15 +155,14 @@ def open_coco(spec: DataSpec) -> Splits:
                 "all, without outlines."
             )
         images = FileImages(str(root), names)
-        common: dict[str, Any] = {"name": str(spec), "splits": list(files), "split": split}
-        if spec.label == "none":
-            data = ImageData(images, names, faults=faults, **common)
-        else:
-            classes = [category["name"] for category in tables[0].categories]
+        objects = classes = None
+        if spec.label != "none":
             objects = CocoObjects(tables, outlines)
-            data = ImageData(
-                images, names, objects=objects, classes=classes, faults=faults, **common
-            )
+            classes = [category["name"] for category in objects.categories]
+        data = ImageData(
+            images, names, name=str(spec), objects=objects, classes=classes,
+            splits=list(files), split=split, faults=faults,
+        )  # fmt: skip
         return data.subset(i for i, name in enumerate(names) if name not in missing)
 
     return Splits(list(files), choose)

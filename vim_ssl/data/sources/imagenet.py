@@ -56,12 +56,12 @@ def open_imagenet(spec: DataSpec) -> Splits:
         faults: list[str] = []
         for name in splits:
             if split in ("all", name):
-                found = _synsets(root, top, name, set(synsets))
-                synset_of |= found
-                if len(found) < COUNTS[name]:
+                of_split = _synsets(root, top, name, set(synsets))
+                synset_of |= of_split
+                if len(of_split) < COUNTS[name]:
                     faults.append(
-                        f"{name}/ has {len(found):,} of {COUNTS[name]:,} images, of "
-                        f"{len(set(found.values())):,} of 1,000 classes"
+                        f"{name}/ has {len(of_split):,} of {COUNTS[name]:,} images, of "
+                        f"{len(set(of_split.values())):,} of 1,000 classes"
                     )
         if not synset_of:
             raise ValueError(f"imagenet:{top}: {split} holds no image.")

@@ -75,7 +75,7 @@ class TarReader:
             for member in tar:
                 folder, slash, file = member.name.rpartition("/")
                 stem, _, extension = file.partition(".")
-                if not stem:  # hidden files, as macOS adds them between a sample's own
+                if not stem:  # hidden files, as macOS adds them among those of a sample
                     continue
                 key, extension = folder + slash + stem, extension.lower()
                 if key != now or extension in files:
@@ -88,7 +88,7 @@ class TarReader:
                     files[extension] = _content(tar, member) if read else b""
                 elif others is not None:
                     others[extension or "without extension"] += 1
-        except CutOffError:  # between two files: what was read is whole
+        except CutOffError:  # between two files: this sample is complete
             if self._image(files):
                 yield now, files
             raise
