@@ -227,10 +227,8 @@ def build_model(config: Config, data: ImageData | ImageStream | None = None) -> 
     objective = get_objective(config.objective)
     # A mask token that would never be trained is dropped.
     args: dict[str, Any] = {"use_mask_token": False} | objective.encoder_args
-    if (
-        data is not None and not data.is_stream
-    ):  # rasters: the encoder keeps their bands and statistics
-        args |= band_arguments(data)
+    if data is not None and not data.is_stream:
+        args |= band_arguments(data)  # the encoder keeps the bands and statistics of rasters
     try:
         encoder = load_encoder(config.encoder, **args | config.model_args)
     except TypeError as error:  # an unknown name
