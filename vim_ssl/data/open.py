@@ -155,8 +155,8 @@ def sets_of(spec: str) -> list[tuple[int, DataSpec]]:
 
 def _times(part: str) -> tuple[int, str]:
     """ "20 * SPEC" -> (20, "SPEC")"""
-    found = re.match(r"\s*([1-9]\d*) \* (.*)", part)
-    return (int(found[1]), found[2].strip()) if found else (1, part.strip())
+    match = re.match(r"\s*([1-9]\d*) \* (.*)", part)
+    return (int(match[1]), match[2].strip()) if match else (1, part.strip())
 
 
 @cache  # once, however often the same data is opened

@@ -114,7 +114,7 @@ class RasterMasks(OnDisk):
             values = _class_numbers(file, Window(*box) if box else None)
         return checked(values, size, name, self.classes).astype(np.uint8)
 
-    def place(self, row: int) -> dict[str, Any]:
+    def location(self, row: int) -> dict[str, Any]:
         """Return ``raster`` (its path), ``name`` (below the root), ``box``: see `write_labels`."""
         name = self.rows[row].bands[0][0]
         path = os.path.join(self.images, name)

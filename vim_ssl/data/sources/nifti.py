@@ -157,7 +157,7 @@ class PlaneMasks(OnDisk):
             raise BadImage(name, f"the mask cannot be read ({error})") from error
         return checked(upright(volume, plane, self.axis), size, name, self.classes)
 
-    def place(self, row: int) -> dict[str, Any]:
+    def location(self, row: int) -> dict[str, Any]:
         """Return the arguments of `vim_ssl.metrics.volumes.VolumeMetrics.add`."""
         name, plane = self.rows[row]
         volume = self.volumes[name]

@@ -31,7 +31,7 @@ TIFFS = (".tif", ".tiff", ".svs", ".ndpi", ".scn", ".bif")
 SLIDE_EXTENSIONS = tuple(dict.fromkeys(TIFFS + EXTENSIONS))
 COLOURED = 20  # of 255: range of a tissue pixel's channels; glass and unscanned areas are grey
 COLOURS = ("MINISBLACK", "RGB", "YCBCR")  # tiffslide returns others, such as palettes, as grey
-GLANCE = 16  # pixels across a tile, enough to detect tissue
+OVERVIEW = 16  # pixels across a tile, enough to detect tissue
 TILE, TISSUE = 256, 0.1
 PIECE = 2**26  # pixels read at once at most, 0.2 GB
 ENLARGED = 4  # times at most: a larger factor means that the file's pixel size is wrong
@@ -183,7 +183,7 @@ def tissue(path: str, side: int) -> np.ndarray:
     shares = np.zeros((rows, columns), np.float32)
     if not columns:
         return shares
-    level = slide.level(side / GLANCE)
+    level = slide.level(side / OVERVIEW)
     width = columns * side
     for row in range(rows):
         for piece in _pieces(side, width / slide.downsamples[level] ** 2):
