@@ -1,7 +1,6 @@
 """`open_data`: from a spec string to images."""
 
 import logging
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
@@ -27,7 +26,7 @@ from vim_ssl.data.sources.slides import open_slide
 from vim_ssl.data.sources.tables import open_csv, open_parquet
 from vim_ssl.data.sources.video import open_video
 from vim_ssl.data.sources.webdataset import stream_tars
-from vim_ssl.data.spec import DataSpec, canonical_split, parse_spec
+from vim_ssl.data.spec import DataSpec, canonical_split, parse_spec, sets_of
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +51,6 @@ _OPENERS: dict[str, Callable[[DataSpec], ImageData]] = {
     "slide": open_slide,
 }
 TOLD = 5  # faults that opening tells of, one by one
-AND = " + "  # between specs that are read as one
 _STREAMS: dict[str, Callable[[DataSpec], ImageStream]] = {"hf": stream_hub, "wds": stream_tars}
 
 
@@ -133,19 +131,6 @@ def open_split(
         if any(canonical_split(name) == split for name in everything.splits):
             return open_data(spec, split=split, streams=streams)
     return everything
-
-
-def sets_of(spec: str) -> list[tuple[int, DataSpec]]:
-    """What a spec reads as one: "A + 20 * B" -> [(1, A), (20, B)]; of a single set that set."""
-    if AND not in spec or Path(spec).expanduser().exists():
-        return [(1, parse_spec(spec))]
-    return [(times, parse_spec(name)) for times, name in map(_times, spec.split(AND))]
-
-
-def _times(part: str) -> tuple[int, str]:
-    """ "20 * SPEC" -> (20, "SPEC")"""
-    found = re.match(r"\s*([1-9]\d*) \* (.*)", part)
-    return (int(found[1]), found[2].strip()) if found else (1, part.strip())
 
 
 @cache  # once, however often the same data is opened
