@@ -3,7 +3,6 @@
 A task (`downstream/linear_probe.py`, `knn.py`) says what it makes of the features.
 """
 
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -89,21 +88,27 @@ class Comparison:
             if parts is not None:
                 yield name, parts[0], parts[1], readouts_of(encoder, config.readouts)
 
-    def record(self, **found: Any) -> tuple[dict[str, Any], Path]:
-        """Write metrics.json with what was ``found``; returns it and its folder."""
+    def record(self, **results: Any) -> tuple[dict[str, Any], Path]:
+        """The content of metrics.json, with these results, and the folder it goes to."""
         config = self.config
         metrics: dict[str, Any] = {
             "task": self.task, "data": self.train.name, "test_data": self.test.name,
             "encoder": self.source, "figure": "mAP" if self.train.multi_label else "accuracy",
-            "protocol": to_dict(config), "train": len(self.train), "test": len(self.test), **found,
-            "seconds": round(time.perf_counter() - self.began, 1), **environment(),
+            "protocol": to_dict(config), "train": len(self.train), "test": len(self.test),
+            **results, "seconds": round(time.perf_counter() - self.began, 1), **environment(),
         }  # fmt: skip
         named = "-".join(spec for spec in (config.data, config.test_data) if spec)
-        folder = Path(config.output or task_folder(self.task, self.source, named))
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-        return metrics, folder
+        return metrics, Path(config.output or task_folder(self.task, self.source, named))
 
 
 # What a figure is called in words.
 FIGURES = {"accuracy": "Accuracy", "mAP": "Mean average precision over the classes"}
+
+
+def pivot(rows: list[dict[str, Any]], cells: list[str], width: int) -> list[str]:
+    """Lines of a table: the cells of rows with the same features and readout beside each other."""
+    lines: dict[str, str] = {}
+    for row, cell in zip(rows, cells, strict=True):
+        title = f"{row['features']:26} {row['readout']:10}"
+        lines[title] = lines.get(title, title) + f"{cell:>{width}}"
+    return list(lines.values())
