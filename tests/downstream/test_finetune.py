@@ -288,6 +288,10 @@ def test_a_run_is_judged_on_its_own_data_by_what_it_had_held_out(run, bands, tmp
     assert made_by(tmp_path / "run")["classes"] == ["class0", "class1", "class2"]
     assert "class0" not in str(verify(tmp_path / "run"))  # there may be thousands
     assert metrics["split"] == "held out"
+    some, rows = judge(tmp_path / "run", f"{bands}?limit=20", tmp_path / "some")
+    assert some["split"] == "held out"  # of those the spec selects
+    assert 0 < some["test"] < 20
+    assert {row["id"] for row in rows} <= set(held_out)
     assert judge(tmp_path / "run", f"{bands}?split=all", tmp_path / "all")[0]["test"] == 60
 
 
