@@ -41,7 +41,6 @@ from vim_ssl.evaluation.embeddings import (
 )
 from vim_ssl.evaluation.extract import READOUTS, encode_views, read_all, readout_columns
 from vim_ssl.evaluation.features import weights_hash
-from vim_ssl.models.video import VideoEncoder, reading
 from vim_ssl.training.run import newest_run, task_folder, trained_on
 from vim_ssl.utils.config import opt, parse
 from vim_ssl.utils.distributed import join_processes, pick_device
@@ -81,13 +80,11 @@ def run(config: Config) -> dict:
     torch.manual_seed(config.seed)
     encoder = load_encoder(source, device=device, img_size=config.img_size or None)
     data = open_data(config.data or trained_on(source), streams=True)
-    encoder = reading(encoder, data)
+    encoder = encoder.for_data(data)
     check_bands(encoder, data)
     folder = Path(config.output or task_folder("embed", source, config.data))
     encode = build_readout(encoder, config.readout)
-    example = torch.zeros(1, *encoder.data_config["input_size"], device=device)
-    if isinstance(encoder, VideoEncoder):
-        example = example[:, :, None].repeat(1, 1, encoder.tubelet, 1, 1)
+    example = torch.zeros(1, *encoder.input_shape, device=device)
     with torch.no_grad():
         dim = encode(example).shape[1]
     shards = plan_shards(data, config.shard_rows)

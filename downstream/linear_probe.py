@@ -38,7 +38,6 @@ from vim_ssl.evaluation.linear_heads import LinearHead, fit_lars, fit_logistic, 
 from vim_ssl.evaluation.probes import C_GRID, choose_readout
 from vim_ssl.metrics.bootstrap import Metric, judge, share_right
 from vim_ssl.metrics.medmnist import medmnist_figures
-from vim_ssl.models.video import VideoEncoder
 from vim_ssl.tasks.runner import finish_run
 from vim_ssl.utils.config import opt, parse
 
@@ -197,13 +196,11 @@ def run(config: Config) -> dict:
 def _raw_pixels(encoder: VimEncoder) -> tuple[str, Transform]:
     """Name and transform of the encoder's input, resized if it is too large for a regression."""
     config = dict(encoder.data_config)
-    channels, *sides = config["input_size"]
-    frames = encoder.frames if isinstance(encoder, VideoEncoder) else 1
-    if frames * channels * math.prod(sides) <= MAX_PIXELS:
+    if math.prod(encoder.input_shape) <= MAX_PIXELS:
         return "raw pixels", create_transform(encoder)
-    config["input_size"] = (channels, SHRUNK, SHRUNK)
+    config["input_size"] = (encoder.in_chans, SHRUNK, SHRUNK)
     transform = create_transform(config)
-    if isinstance(encoder, VideoEncoder):
+    if encoder.reads_clips:
         transform = ClipTransform(transform, training=False)
     return f"raw pixels, {SHRUNK}x{SHRUNK}", transform
 

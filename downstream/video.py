@@ -23,7 +23,8 @@ import torch
 from vim_ssl.cli import guarded
 from vim_ssl.data import labelled_splits
 from vim_ssl.data.clips import VideoData
-from vim_ssl.models.video import INFLATIONS, VideoEncoder, reading
+from vim_ssl.models.encoder import VimEncoder
+from vim_ssl.models.video import INFLATIONS
 from vim_ssl.tasks.classification import ClassificationConfig, load_classifier, train_classifier
 from vim_ssl.tasks.config import TransferConfig
 from vim_ssl.training.accelerator import make_accelerator
@@ -82,14 +83,13 @@ def run(config: Config) -> dict[str, Any]:
     return train_classifier("video", config, encoder, source, train, test, accelerator)
 
 
-def build_encoder(config: Config, source: str, data: VideoData) -> VideoEncoder:
+def build_encoder(config: Config, source: str, data: VideoData) -> VimEncoder:
     """An encoder of clips with a head; with ``frozen`` only the head has gradients."""
     size = {"img_size": config.img_size} if config.img_size else {}
     images = load_classifier(source, data, config, global_pool=config.global_pool, **size)
-    encoder = reading(images, data, tubelet=config.tubelet, how=config.inflation)
-    assert isinstance(encoder, VideoEncoder)
+    encoder = images.for_data(data, tubelet=config.tubelet, inflation=config.inflation)
     if config.from_scratch:
-        encoder = VideoEncoder(**encoder.config)
+        encoder = type(encoder)(**encoder.config)
     if config.frozen:
         for name, parameter in encoder.named_parameters():
             parameter.requires_grad_(name.startswith("head."))

@@ -1,4 +1,4 @@
-"""Pretrain a Vim encoder from captions: images and texts that belong together meet in one space.
+"""Pretrain a Vim encoder on images and captions by contrastive learning.
 
     accelerate launch recipes/clip_pretrain.py                           # emoji, minutes, a CPU
     accelerate launch recipes/clip_pretrain.py --preset emoji_clip --data pairs:FOLDER   # yours
@@ -6,17 +6,17 @@
     accelerate launch --multi_gpu --num_processes 8 recipes/clip_pretrain.py \\
         --preset cc12m_small_224 --data 'wds:cc12m/{0000..2175}.tar' --accumulation 1
 
-`clip` (arXiv:2103.00020) or `siglip` (arXiv:2303.15343); `--lock-image` on a trained encoder is LiT
-(arXiv:2111.07991). `--encoder RUN` starts from any other run. The batch that is contrasted is the
-effective one: processes and accumulation change memory and time, not the gradient.
-`vim_ssl.load_clip(RUN)` gives the model. The large presets' results: not yet measured.
+Losses: `clip` (arXiv:2103.00020), `siglip` (arXiv:2303.15343). `--lock-image` on a trained encoder
+is LiT (arXiv:2111.07991); `--encoder RUN` starts from any run. The loss compares the pairs of the
+whole effective batch: processes and accumulation change memory and time, not the gradient.
+`vim_ssl.load_clip(RUN)` loads the model. The large presets' results: not yet measured.
 """
 
 import contextlib
 import random
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -54,38 +54,34 @@ from vim_ssl.utils.names import did_you_mean
 
 @dataclass
 class Config(AugmentationConfig):
-    """Contrast of images and captions on a Vim encoder."""
+    """Contrastive pretraining of a Vim encoder on images and captions."""
 
-    data: str = opt("", "images with captions: pairs:FOLDER, hf:NAME, wds:SHARDS …", group="data")
-    val: str = opt("", "others, on which retrieval is measured; default: none", group="data")
+    data: str = opt("", "images with captions: pairs:FOLDER, hf:NAME, wds:SHARDS …", "data")
+    val: str = opt("", "pairs to evaluate retrieval on; default: none", "data")
     crop_scale: tuple[float, float] = opt((0.9, 1.0), "share of the image's area", "data")
-    hflip: float = opt(0.0, "probability of mirroring; captions know left", "data")
-    encoder: str = opt(
-        "vim_small_patch16_224", "preset, checkpoint, run or timm:NAME", group="model"
-    )
-    model_args: dict[str, Any] = opt({}, "more arguments of the encoder", group="model")
-    text: str = opt("transformer", "text tower: transformer, or hf:NAME, pretrained", group="model")
-    text_width: int = opt(512, "of the transformer", group="model")
-    text_depth: int = opt(12, "its blocks", group="model")
-    text_heads: int = opt(8, "its attention heads", group="model")
-    text_dropout: float = opt(0.0, "in its blocks", group="model")
-    embed_dim: int = opt(512, "of the common space", group="model")
-    loss: str = opt(
-        "clip", "a pair against the others, or each alone", group="model", choices=LOSSES
-    )
-    lock_image: bool = opt(False, "keep the encoder as it is", group="model")
-    lock_text: bool = opt(False, "keep the text tower as it is", group="model")
+    hflip: float = opt(0.0, "probability of mirroring; captions may name sides", "data")
+    encoder: str = opt("vim_small_patch16_224", "preset, checkpoint, run or timm:NAME", "model")
+    model_args: dict[str, Any] = opt({}, "more arguments of the encoder", "model")
+    text: str = opt("transformer", "text tower: transformer, or hf:NAME, pretrained", "model")
+    text_width: int = opt(512, "width of the text transformer", "model")
+    text_depth: int = opt(12, "blocks of the text transformer", "model")
+    text_heads: int = opt(8, "attention heads of the text transformer", "model")
+    text_dropout: float = opt(0.0, "dropout of the text transformer", "model")
+    embed_dim: int = opt(512, "dimension of the common space", "model")
+    loss: str = opt("clip", "contrastive loss", "model", choices=LOSSES)
+    lock_image: bool = opt(False, "freeze the encoder", "model")
+    lock_text: bool = opt(False, "freeze the text tower", "model")
     tokenizer: str = opt(
-        "", "bpe (made of the captions), clip or hf:NAME; default: that of an hf: text tower, else "
-        "bpe", group="text",
+        "", "bpe (trained on the captions), clip or hf:NAME; default: that of an hf: text tower, "
+        "else bpe", "text",
     )  # fmt: skip
-    vocab_size: int = opt(49408, "tokens of bpe, at most", group="text")
-    tokenizer_captions: int = opt(1_000_000, "that bpe is made of, at most", group="text")
-    context_length: int = opt(77, "tokens of a caption that are read", group="text")
+    vocab_size: int = opt(49408, "maximum vocabulary of bpe", "text")
+    tokenizer_captions: int = opt(1_000_000, "captions that bpe is trained on, at most", "text")
+    context_length: int = opt(77, "tokens read of a caption", "text")
 
     @classmethod
     def derive_defaults(cls, defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-        """Beside what `TrainConfig` says: other data are not measured on a preset's pairs."""
+        """As `TrainConfig`; other data are not evaluated on the preset's pairs."""
         defaults = super().derive_defaults(defaults, given)
         return defaults | {"val": ""} if "data" in given else defaults
 
@@ -100,8 +96,8 @@ class Config(AugmentationConfig):
 def emoji_clip() -> Config:
     """Emoji of two vendors and their names, 64 px, a 0.7 M-parameter encoder: minutes on two cores.
 
-    Retrieval is watched on one vendor's drawings of held-out emoji; a third vendor's drawings are
-    for the end.
+    Retrieval is evaluated on one vendor's drawings of held-out emoji; a third vendor's are for the
+    final test.
     """
     return Config(
         data="sample:noto-emoji?split=train&tones=none + sample:twemoji?split=train&tones=none",
@@ -115,7 +111,7 @@ def emoji_clip() -> Config:
 
 
 def cc3m_small_224() -> Config:
-    """CLIP's optimiser on Vim-S and 3 M pairs, 1024 at once; 40 epochs, as SLIP trains there."""
+    """CLIP's optimiser on Vim-S and 3 M pairs, batch 1024; 40 epochs, as SLIP on this data."""
     return Config(
         epochs=40, warmup_epochs=1, batch_size=256, accumulation=4, base_lr=5e-4,
         lr_reference_batch=1024, weight_decay=0.2, betas=(0.9, 0.98), eps=1e-6, precision="bf16",
@@ -124,24 +120,19 @@ def cc3m_small_224() -> Config:
 
 
 def cc12m_small_224() -> Config:
-    """CLIP's optimiser on Vim-S and 12 M pairs, 4096 at once; 35 epochs, as SLIP trains there."""
-    return Config(
-        epochs=35, warmup_epochs=1, batch_size=512, accumulation=8, base_lr=1e-3,
-        lr_reference_batch=4096, weight_decay=0.2, betas=(0.9, 0.98), eps=1e-6, precision="bf16",
-        tokenizer="clip", workers=8,
+    """CLIP's optimiser on Vim-S and 12 M pairs, batch 4096; 35 epochs, as SLIP on this data."""
+    return replace(
+        cc3m_small_224(), epochs=35, batch_size=512, accumulation=8, base_lr=1e-3,
+        lr_reference_batch=4096, tokenizer="clip",
     )  # fmt: skip
 
 
 def datacomp_small_224() -> Config:
-    """DataComp's small scale on Vim-S: 12.8 M samples seen, 4096 at once, 500 steps of warm-up.
+    """DataComp's small scale on Vim-S: 12.8 M samples seen, batch 4096, 500 steps of warm-up.
 
-    For the whole pool; of a filtered part take as many more epochs.
+    One epoch of the whole pool; a filtered subset needs more epochs for as many samples.
     """
-    return Config(
-        epochs=1, warmup_epochs=0.16, batch_size=512, accumulation=8, base_lr=5e-4,
-        lr_reference_batch=4096, weight_decay=0.2, betas=(0.9, 0.98), eps=1e-6, precision="bf16",
-        tokenizer="clip", workers=8,
-    )  # fmt: skip
+    return replace(cc12m_small_224(), epochs=1, warmup_epochs=0.16, base_lr=5e-4)
 
 
 PRESETS = {f.__name__: f for f in (emoji_clip, cc3m_small_224, cc12m_small_224, datacomp_small_224)}
@@ -152,8 +143,8 @@ def default_preset(given: dict[str, Any]) -> str:
 
 
 class PairTransform:
-    """An item to ``image`` (c, h, w), normalised, ``tokens`` (l,) int64 of one of its captions, and
-    ``cut``: whether that was too long. Raises: BadImage for an item without a caption."""
+    """From an item to ``image`` (c, h, w), normalised, ``tokens`` (l,) int64 of a random caption,
+    and ``cut``, True if it was too long. Raises: BadImage for an item without a caption."""
 
     def __init__(self, image_transform, tokenizer: Tokenizer):
         self.image_transform, self.tokenizer = image_transform, tokenizer
@@ -167,7 +158,7 @@ class PairTransform:
 
 
 def timm_args(config: Config) -> dict[str, Any] | None:
-    """What `timm.create_model` takes if the image tower is timm's, else None."""
+    """Arguments of `timm.create_model` for an image tower of timm, else None."""
     if not config.encoder.startswith("timm:"):
         return None
     name = config.encoder.removeprefix("timm:")
@@ -179,11 +170,11 @@ def build_model(config: Config) -> nn.Module:
         if (args := timm_args(config)) is None:
             return load_encoder(config.encoder, **{"use_mask_token": False, **config.model_args})
         if config.ema:
-            raise ValueError("ema is kept beside a Vim encoder only; use --ema 0.")
+            raise ValueError("ema needs a Vim encoder; use --ema 0.")
         import timm
 
         name = args["model_name"]
-        if not (":" in name or timm.is_model(name)):  # hf-hub:OWNER/NAME is told by timm
+        if not (":" in name or timm.is_model(name)):  # timm checks hf-hub:OWNER/NAME
             raise ValueError(
                 f"timm has no model {name!r}. {did_you_mean(name, timm.list_models())}"
             )
@@ -195,19 +186,19 @@ def build_model(config: Config) -> nn.Module:
 def build_data(config: Config) -> ImageData | ImageStream:
     data = open_data(config.data, streams=True)
     if len(data) < 2:
-        raise ValueError(f"{data.name} is a single pair, which has no other to be told from.")
+        raise ValueError(f"{data.name} is a single pair; a contrast needs two or more.")
     return with_captions(data) if isinstance(data, ImageData) else data
 
 
 def build_val(config: Config) -> ImageData | None:
-    """Of data with splits the validation part, else the test part, unless a part is named."""
+    """The pairs of ``config.val``: without ``?split=`` the validation split, else the test one."""
     if not config.val:
         return None
     return with_captions(open_split(config.val, ("validation", "test")))
 
 
 def with_captions(data: ImageData) -> ImageData:
-    """The same. Raises: ValueError for images without captions."""
+    """Return the data. Raises: ValueError for images without captions."""
     if not data.has_captions:
         raise ValueError(
             f"{data.name} has no captions; name their column by ?caption=COLUMN, or give "
@@ -217,7 +208,7 @@ def with_captions(data: ImageData) -> ImageData:
 
 
 def read_captions(data: ImageData | ImageStream) -> Iterator[str]:
-    """All captions, of a stream from its first shard on, else from all over the data."""
+    """All captions: of a stream in order of its shards, else in random order."""
     if isinstance(data, ImageStream):
         for shard in range(len(data.shards)):
             for record in data.records(shard):
@@ -229,7 +220,7 @@ def read_captions(data: ImageData | ImageStream) -> Iterator[str]:
 
 
 def build_tokenizer(config: Config, data: ImageData | ImageStream, accelerator) -> Tokenizer:
-    """The run's own when it goes on; a new one is made on the main process for all."""
+    """The tokenizer of a resumed run, or a new one, trained on the main process for all."""
     from accelerate.utils import broadcast_object_list
 
     if config.resume == "auto" and config.output and Run(Path(config.output)).checkpoints():
@@ -239,11 +230,12 @@ def build_tokenizer(config: Config, data: ImageData | ImageStream, accelerator) 
         return named_tokenizer(name, config.context_length)
     models = [""]
     if accelerator.is_main_process:
-        captions = islice(read_captions(data), config.tokenizer_captions)
-        made = train_bpe(
-            captions, vocab_size=config.vocab_size, context_length=config.context_length
-        )
-        models = [made.model]
+        models = [
+            train_bpe(
+                islice(read_captions(data), config.tokenizer_captions),
+                vocab_size=config.vocab_size, context_length=config.context_length,
+            ).model
+        ]  # fmt: skip
     broadcast_object_list(models)
     return BytePairs(models[0], config.context_length)
 
@@ -282,7 +274,7 @@ def run(config: Config) -> dict[str, Any]:
     accelerator = make_accelerator(config)
     if config.batch_size * config.accumulation * accelerator.num_processes < 2:
         raise ValueError(
-            "a step of a single pair has nothing to tell it from; use a batch_size above 1."
+            "a step of a single pair has nothing to contrast; use a batch_size above 1."
         )
     torch.manual_seed(config.seed)  # of the initial weights
     encoder = build_model(config)
@@ -301,7 +293,7 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def train(config: Config, objective: Clip, data, val, samples, folder: Run, accelerator) -> dict:
-    """Train in an open run; returns the last figures."""
+    """Train in an open run; returns the last metrics."""
     encoder = objective.encoder
     average = make_average(encoder, config)
     averaged: Any = None if average is None else average.module

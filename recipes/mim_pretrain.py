@@ -1,4 +1,4 @@
-"""Pretrain a Vim encoder by masked image modelling.
+"""Pretrain a Vim encoder on images without labels.
 
     accelerate launch recipes/mim_pretrain.py                            # digits, minutes, a CPU
     accelerate launch recipes/mim_pretrain.py --data FOLDER              # your images, 224 px
@@ -7,9 +7,10 @@
     accelerate launch recipes/mim_pretrain.py --preset mae_small_224 --mask tube \\
         --mask-ratio 0.9 --data 'video:ROOT?frames=16'                   # clips (mae, simmim)
 
-`mae` (arXiv:2111.06377, visible patches in scan order, Vim decoder as in arXiv:2502.00594),
-`simmim` (arXiv:2111.09886), `ar` (clusters one after another, arXiv:2406.07537) and `distill` (a
-teacher's features, arXiv:2202.03555). The paper presets' results on ImageNet: not yet measured.
+Objectives: `mae` (arXiv:2111.06377, visible patches in scan order, Vim decoder as in
+arXiv:2502.00594), `simmim` (arXiv:2111.09886), `ar` (clusters in sequence, arXiv:2406.07537),
+`distill` (a teacher's features, arXiv:2202.03555). The paper presets' results on ImageNet: not yet
+measured.
 """
 
 import contextlib
@@ -29,12 +30,9 @@ from vim_ssl.data.loading.streamed import StreamSamples
 from vim_ssl.data.transforms.clip import ClipTransform
 from vim_ssl.data.transforms.image import pretrain_transform
 from vim_ssl.evaluation.online import online_probe
-from vim_ssl.models.video import VideoEncoder, reading
-from vim_ssl.objectives.ar import AutoRegressive
-from vim_ssl.objectives.distill import LOSSES, WHERE, Distill
-from vim_ssl.objectives.mae import MAE
-from vim_ssl.objectives.masking import MASKS, RandomMask
-from vim_ssl.objectives.simmim import SimMIM
+from vim_ssl.objectives.base import MASK_SETTINGS, OBJECTIVES, PretrainObjective, get_objective
+from vim_ssl.objectives.distill import LOSSES, WHERE
+from vim_ssl.objectives.masking import MASKS, RandomMask, TubeMask
 from vim_ssl.report import write_report
 from vim_ssl.training.accelerator import make_accelerator, make_average
 from vim_ssl.training.config import TrainConfig
@@ -42,39 +40,45 @@ from vim_ssl.training.loop import fit
 from vim_ssl.training.run import Run, stored_or
 from vim_ssl.utils.config import opt, parse
 from vim_ssl.utils.environment import environment
-from vim_ssl.utils.names import did_you_mean
-
-OBJECTIVES = {"mae": MAE, "simmim": SimMIM, "ar": AutoRegressive, "distill": Distill}
 
 
 @dataclass
 class Config(TrainConfig):
-    """Masked image modelling on a Vim encoder."""
+    """Pretraining of a Vim encoder without labels."""
 
-    data: str = opt("", "images: a folder, hf:NAME, wds:SHARDS, sample:NAME …", group="data")
-    crop_scale: tuple[float, float] = opt((0.2, 1.0), "share of the image's area", group="data")
-    hflip: float = opt(0.5, "probability of mirroring", group="data")
-    encoder: str = opt("vim_small_patch16_224", "preset, checkpoint or run", group="model")
-    model_args: dict[str, Any] = opt({}, "more arguments of the encoder", group="model")
-    tubelet: int = opt(2, "frames that make a token, where the data are videos", group="model")
-    objective: str = opt("mae", "what to learn from", group="model", choices=tuple(OBJECTIVES))
-    decoder_dim: int = opt(512, "width of the decoder of mae and ar", group="model")
-    decoder_depth: int = opt(2, "its blocks: Vim for mae, attention for ar", group="model")
-    norm_pix_loss: bool = opt(True, "targets normalised per patch", group="model")
+    data: str = opt("", "images: a folder, hf:NAME, wds:SHARDS, sample:NAME …", "data")
+    crop_scale: tuple[float, float] = opt((0.2, 1.0), "share of the image's area", "data")
+    hflip: float = opt(0.5, "probability of mirroring", "data")
+    encoder: str = opt("vim_small_patch16_224", "preset, checkpoint or run", "model")
+    model_args: dict[str, Any] = opt({}, "more arguments of the encoder", "model")
+    tubelet: int = opt(2, "frames per token, if the data are videos", "model")
+    objective: str = opt("mae", f"{', '.join(OBJECTIVES)}, or a plugin's", "objective")
+    objective_args: dict[str, Any] = opt({}, "more arguments of the objective", "objective")
+    decoder_dim: int = opt(512, "mae, ar: width of the decoder", "objective")
+    decoder_depth: int = opt(2, "mae: Vim blocks of the decoder; ar: attention blocks", "objective")
+    norm_pix_loss: bool = opt(True, "mae, simmim, ar: normalise targets per patch", "objective")
     keep_order: bool = opt(
-        True, "mae reads visible patches in scan order; false: shuffled", group="model"
+        True, "mae: read visible patches in scan order; false: shuffled", "objective"
     )
-    cluster: int = opt(4, "side of what ar predicts at once, patches", group="model")
+    cluster: int = opt(4, "ar: side of a predicted cluster, in patches", "objective")
     teacher: str = opt(
-        "ema", "of distill: ema (the encoder's average), timm:NAME, run or preset", group="model"
+        "ema", "distill: ema (the encoder's average), timm:NAME, run or preset", "objective"
     )
-    teacher_layers: int = opt(4, "its last blocks, averaged into targets", group="model")
-    teacher_momentum: float = opt(0.998, "of the moving average", group="model")
-    distill_loss: str = opt("smooth_l1", "of distill", group="model", choices=LOSSES)
-    distill_where: str = opt("masked", "patches that distill counts", group="model", choices=WHERE)
-    mask: str = opt("random", "which patches go together", group="masking", choices=tuple(MASKS))
-    mask_ratio: float = opt(0.75, "share of the patches that is hidden", group="masking")
-    mask_unit: int = opt(0, "side of what is masked as one, pixels; 0: a patch", group="masking")
+    teacher_layers: int = opt(
+        4, "distill: last blocks of the teacher that are averaged", "objective"
+    )
+    teacher_momentum: float = opt(0.998, "distill: of the ema teacher", "objective")
+    distill_loss: str = opt("smooth_l1", "distill: the loss", "objective", choices=LOSSES)
+    distill_where: str = opt(
+        "masked", "distill: patches that the loss counts", "objective", choices=WHERE
+    )
+    mask: str = opt("random", "shape of the mask", "masking", choices=tuple(MASKS))
+    mask_ratio: float = opt(0.75, "share of masked patches", "masking")
+    mask_unit: int = opt(0, "side of a masked square, in pixels; 0: a patch", "masking")
+
+    def __post_init__(self):
+        super().__post_init__()
+        get_objective(self.objective)  # raises for an unknown name
 
 
 def demo() -> Config:
@@ -99,17 +103,17 @@ def mae_minute() -> Config:
 
 
 def simmim_minute() -> Config:
-    """SimMIM in the same minute."""
+    """SimMIM in about a minute."""
     return replace(mae_minute(), objective="simmim", mask_ratio=0.6, epochs=2)
 
 
 def ar_minute() -> Config:
-    """Autoregression, patch by patch, in the same minute."""
+    """Autoregression, patch by patch, in about a minute."""
     return replace(mae_minute(), objective="ar", cluster=1, epochs=2)
 
 
 def distill_minute() -> Config:
-    """Distillation from the encoder's own average in the same minute."""
+    """Distillation from the encoder's moving average in about a minute."""
     return replace(mae_minute(), objective="distill", teacher_layers=2, epochs=1.5)
 
 
@@ -122,11 +126,11 @@ def mae_nano_64() -> Config:
 
 
 def offline_rgb() -> Config:
-    """The suite's own encoder, 2.2 M parameters: MAE at 96 px on what registry packages hold.
+    """MAE at 96 px with a 2.2 M-parameter encoder, on data from registry packages.
 
-    Emoji of three vendors, aerial tiles and photographs, without the parts that downstream tests
-    use; about an hour of one CPU core. `make offline-rgb` keeps its weights, which
-    load_encoder("vim_mini_patch8_96.offline_rgb") gives.
+    Emoji of three vendors, aerial tiles and photographs, without the splits that downstream tests
+    use; about an hour on one CPU core. `make offline-rgb` keeps the weights, which
+    load_encoder("vim_mini_patch8_96.offline_rgb") loads.
     """
     emoji = " + ".join(f"sample:{name}-emoji?split=train" for name in ("noto", "fluent"))
     return Config(
@@ -149,22 +153,20 @@ def mae_tiny_224() -> Config:
 
 def mae_small_224() -> Config:
     """MAE with FastVim's numbers on Vim-S."""
-    config = mae_tiny_224()
-    config.encoder = "vim_small_patch16_224"
-    return config
+    return replace(mae_tiny_224(), encoder="vim_small_patch16_224")
 
 
 def mae_base_224() -> Config:
-    """MAE with FastVim's numbers on Vim-B, LayerNorm after the scan as there."""
-    config = mae_tiny_224()
-    config.encoder, config.model_args = "vim_base_patch16_224", {"norm_after_scan": True}
-    return config
+    """MAE with FastVim's numbers on Vim-B, LayerNorm after the scan."""
+    return replace(
+        mae_tiny_224(), encoder="vim_base_patch16_224", model_args={"norm_after_scan": True}
+    )
 
 
 def simmim_small_224() -> Config:
-    """SimMIM's own numbers on Vim-S: 32-px units, 60 % masked, L1.
+    """SimMIM's numbers on Vim-S: 32-px units, 60 % masked, L1.
 
-    A cosine to min_lr where SimMIM divides the learning rate by ten at epoch 700.
+    The learning rate falls by a cosine; SimMIM divides it by ten at epoch 700.
     """
     return Config(
         objective="simmim", encoder="vim_small_patch16_224", norm_pix_loss=False,
@@ -184,9 +186,9 @@ def ar_small_192() -> Config:
 
 
 def distill_small_224() -> Config:
-    """After UMT, on Vim-S: a CLIP ViT-B/16 by timm teaches, 80 % masked, cosine.
+    """UMT's numbers on Vim-S: timm's CLIP ViT-B/16 as the teacher, 80 % masked, cosine.
 
-    UMT's student reads the visible patches only, ours mask tokens too; the batch is our choice.
+    UMT's student reads the visible patches alone, ours mask tokens too; the batch is our choice.
     """
     return Config(
         objective="distill", encoder="vim_small_patch16_224", model_args={"drop_path_rate": 0.4},
@@ -211,124 +213,82 @@ def default_preset(given: dict[str, Any]) -> str:
 
 
 class MimTransform:
-    """An item to ``image`` (c, h, w), normalised, and ``mask`` (m,) bool, True = masked.
+    """An item to what `PretrainObjective.views` names; ``mask`` draws the masks, if any."""
 
-    Without a mask to draw, for `ar`, to the image alone.
-    """
-
-    def __init__(self, image_transform, mask: RandomMask | None):
-        self.image_transform, self.mask = image_transform, mask
+    def __init__(self, image_transform, views: str, mask: RandomMask | None = None):
+        self.image_transform, self.views, self.mask = image_transform, views, mask
 
     def __call__(self, item: dict) -> dict:
+        if self.views == "crops":
+            crops = [self.image_transform(item["image"]) for _ in range(2)]
+            return {"image": torch.stack(crops)}
         image = {"image": self.image_transform(item["image"])}
         return image if self.mask is None else image | {"mask": self.mask()}
 
 
 def build_model(config: Config, data: ImageData | ImageStream | None = None) -> VimEncoder:
-    # Rasters have bands of their own, and the encoder keeps their names and statistics.
-    args = band_arguments(data) if isinstance(data, ImageData) else {}
-    args |= config.model_args
-    # Fresh where a checkpoint has none; dropped for objectives that would never train it.
-    args.setdefault("use_mask_token", config.objective in ("simmim", "distill"))
-    if config.objective == "ar":
-        args.setdefault("directions", "forward")
+    objective = get_objective(config.objective)
+    # A mask token that would never be trained is dropped.
+    args = {"use_mask_token": False} | objective.encoder_args
+    if isinstance(data, ImageData):  # rasters: the encoder keeps their bands and statistics
+        args |= band_arguments(data)
     try:
-        encoder = load_encoder(config.encoder, **args)
+        encoder = load_encoder(config.encoder, **args | config.model_args)
     except TypeError as error:  # an unknown name
         raise ValueError(f"model_args: {error}") from error
-    encoder = reading(encoder, data, tubelet=config.tubelet)
-    if isinstance(encoder, VideoEncoder) and config.objective not in ("mae", "simmim"):
-        raise ValueError(f"{config.objective} reads images, not clips; use mae or simmim.")
+    encoder = encoder.for_data(data, tubelet=config.tubelet)
+    if encoder.reads_clips and not objective.reads_clips:
+        names = [name for name in OBJECTIVES if get_objective(name).reads_clips]
+        raise ValueError(f"{config.objective} reads images, not clips; use {' or '.join(names)}.")
     return encoder
 
 
-def build_objective(config: Config, encoder: VimEncoder):
-    args: dict[str, Any] = {}
-    if config.objective == "distill":
-        args |= {"teacher": load_teacher(config.teacher), "layers": config.teacher_layers,
-                 "momentum": config.teacher_momentum, "loss": config.distill_loss,
-                 "where": config.distill_where}  # fmt: skip
-    else:
-        args["norm_pix_loss"] = config.norm_pix_loss
-    if config.objective in ("mae", "ar"):
-        args |= {"decoder_dim": config.decoder_dim, "decoder_depth": config.decoder_depth}
-    if config.objective == "mae":
-        args["keep_order"] = config.keep_order
-    if config.objective == "ar":
-        args["cluster"] = config.cluster
-    objective = OBJECTIVES[config.objective](encoder, **args)
-    # These tell before training what does not fit.
-    if config.objective == "ar":
-        objective.order(encoder.grid_size)
-    if config.objective == "distill":
-        objective.targets(torch.zeros(1, *encoder.data_config["input_size"]))
-    return objective
-
-
-def load_teacher(name: str):
-    """The frozen network that ``name`` means, or None for the encoder's own average.
-
-    Raises: ValueError for a name that timm does not know, or a network without patches.
-    """
-    if name == "ema":
-        return None
-    if not name.startswith("timm:"):
-        return load_encoder(name)
-    import timm
-
-    name = name.removeprefix("timm:")
-    if not timm.is_model(name):
-        raise ValueError(f"timm has no model {name!r}. {did_you_mean(name, timm.list_models())}")
+def build_objective(config: Config, encoder: VimEncoder) -> PretrainObjective:
     try:
-        return timm.create_model(name, pretrained=True, num_classes=0, dynamic_img_size=True)
+        return get_objective(config.objective).from_config(encoder, config)
     except TypeError as error:
-        raise ValueError(
-            f"the teacher timm:{name} takes no images of any size; choose a vision transformer."
-        ) from error
-
-
-# What only some objectives use.
-USED_BY = {
-    "mae": ("decoder_dim", "decoder_depth", "norm_pix_loss", "keep_order"),
-    "simmim": ("norm_pix_loss",),
-    "ar": ("decoder_dim", "decoder_depth", "norm_pix_loss", "cluster"),
-    "distill": ("teacher", "teacher_layers", "teacher_momentum", "distill_loss", "distill_where"),
-}
-MASKING = ("mask", "mask_ratio", "mask_unit")
+        if not config.objective_args:
+            raise
+        raise ValueError(f"objective_args: {error}") from error  # an unknown name
 
 
 def not_used(config: Config) -> list[str]:
-    """Settings that differ from the defaults, and that the objective will not look at."""
-    used = {*USED_BY[config.objective], *(() if config.objective == "ar" else MASKING)}
-    if config.teacher != "ema":
-        used -= {"teacher_momentum"}
+    """Settings that differ from the defaults, but that the objective does not use."""
+    used = get_objective(config.objective).used_settings(config)
+    settings = {name for known in OBJECTIVES for name in get_objective(known).settings}
     default = Config()
-    names = sorted({name for names in USED_BY.values() for name in names} | set(MASKING))
-    return [n for n in names if n not in used and getattr(config, n) != getattr(default, n)]
+    return [
+        name
+        for name in sorted(settings.union(MASK_SETTINGS) - used)
+        if getattr(config, name) != getattr(default, name)
+    ]
 
 
-def build_data(config: Config, encoder: VimEncoder, data: ImageData | ImageStream | None = None):
-    """The images, opened unless they are given, and how they reach the objective."""
-    data = open_data(config.data, streams=True) if data is None else data
-    patch = encoder.patch_embed.patch_size
+def build_mask(config: Config, encoder: VimEncoder, times: int) -> RandomMask:
+    """What draws the masks of images, or of clips of ``times`` tubelets."""
+    patch, (rows, columns) = encoder.patch_embed.patch_size, encoder.grid_size
     if config.mask_unit % patch:
         raise ValueError(f"mask_unit {config.mask_unit} px is no multiple of the {patch}-px patch.")
     unit = max(config.mask_unit // patch, 1)
-    grid, more, draws = encoder.grid_size, {}, None
+    if config.mask == "tube":
+        return TubeMask((rows, columns), config.mask_ratio, unit, times=times)
+    # Tubelets are stacked vertically, as by `fold_time`.
+    return MASKS[config.mask]((times * rows, columns), config.mask_ratio, unit)
+
+
+def build_data(config: Config, encoder: VimEncoder, data: ImageData | ImageStream | None = None):
+    """The images, opened unless they are given, and the training samples made of them."""
+    data = open_data(config.data, streams=True) if data is None else data
+    views, times = get_objective(config.objective).views, 1
     image: Any = pretrain_transform(
         encoder.data_config, crop_scale=config.crop_scale, hflip=config.hflip
     )
-    if isinstance(encoder, VideoEncoder):
+    if encoder.reads_clips:
         if not isinstance(data, VideoData):
             raise ValueError(f"the encoder reads clips, {data.name} are images: use video:ROOT.")
         image, times = ClipTransform(image, training=True), data.sampling.frames // encoder.tubelet
-        if config.mask == "tube":
-            more = {"times": times}
-        else:  # one below the other, as `fold_time` has them
-            grid = (times * grid[0], grid[1])
-    if config.objective != "ar":
-        draws = MASKS[config.mask](grid, config.mask_ratio, unit, **more)
-    transform = MimTransform(image, draws)
+    mask = build_mask(config, encoder, times) if views == "mask" else None
+    transform = MimTransform(image, views, mask)
     if isinstance(data, ImageStream):
         return data, StreamSamples(data, transform, config.seed)
     return data, SeededSamples(data, transform, config.seed)
@@ -351,11 +311,11 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def train(config: Config, encoder, objective, data, samples, folder: Run, accelerator) -> dict:
-    """Train in an open run; returns the last figures."""
+    """Train in an open run; returns the last metrics."""
     average = make_average(encoder, config)
     averaged: Any = None if average is None else average.module
     evaluate = None
-    if not isinstance(data, ImageStream):  # of a stream no part can be set aside
+    if not isinstance(data, ImageStream):  # a stream has no held-out images
         evaluate = online_probe(averaged or encoder, data, accelerator.device, config.seed)
     if accelerator.is_main_process:
         folder.count_skipped(data.faults)

@@ -4,9 +4,9 @@
         --preset vim_tiny_224 --data imagenet:ROOT --precision bf16
     python recipes/supervised_pretrain.py                            # digits, minutes, a CPU
 
-The numbers are those of Vim's own scripts (arXiv:2401.09417; Vim-B: FastVim's, arXiv:2502.00594),
-with their mistakes mended: the learning rate counts accumulation, and A_log is not decayed. With
-another number of GPUs, keep batch_size x accumulation x processes. Results: not yet measured.
+Settings: those of Vim's scripts (arXiv:2401.09417; Vim-B: FastVim's, arXiv:2502.00594), but the
+learning rate counts accumulation, and A_log is not decayed. With another number of GPUs, keep
+batch_size x accumulation x processes. Results: not yet measured.
 """
 
 import sys
@@ -28,8 +28,8 @@ from vim_ssl.utils.config import opt, parse
 class Config(ClassificationConfig):
     """Supervised training from scratch."""
 
-    encoder: str = opt("vim_small_patch16_224", "preset, checkpoint or run", group="model")
-    model_args: dict[str, Any] = opt({}, "more arguments of the encoder", group="model")
+    encoder: str = opt("vim_small_patch16_224", "preset, checkpoint or run", "model")
+    model_args: dict[str, Any] = opt({}, "more arguments of the encoder", "model")
 
 
 def demo() -> Config:
@@ -42,7 +42,7 @@ def demo() -> Config:
 
 
 def vim_tiny_224() -> Config:
-    """Vim-Ti, 300 epochs: batch 1024 in all, lr 1e-3."""
+    """Vim-Ti, 300 epochs, effective batch 1024, lr 1e-3."""
     return Config(
         encoder="vim_tiny_patch16_224", epochs=300, warmup_epochs=5, batch_size=128, base_lr=5e-4,
         lr_reference_batch=512, min_lr=1e-5, warmup_lr=1e-6, weight_decay=0.1, betas=(0.9, 0.999),
@@ -53,7 +53,7 @@ def vim_tiny_224() -> Config:
 
 
 def vim_small_224() -> Config:
-    """Vim-S, 300 epochs: batch 512 in all, lr 1e-3."""
+    """Vim-S, 300 epochs, effective batch 512, lr 1e-3."""
     return replace(
         vim_tiny_224(), encoder="vim_small_patch16_224", batch_size=64, base_lr=1e-3,
         weight_decay=0.05, drop_path=0.05,
@@ -61,7 +61,7 @@ def vim_small_224() -> Config:
 
 
 def vim_base_224() -> Config:
-    """Vim-B after FastVim, LayerNorm after the scan: batch 1024 in all, lr 2e-3."""
+    """Vim-B after FastVim, LayerNorm after the scan, effective batch 1024, lr 2e-3."""
     return replace(
         vim_tiny_224(), encoder="vim_base_patch16_224", model_args={"norm_after_scan": True},
         base_lr=1e-3, weight_decay=0.05, drop_path=0.4, ema=0.9999,

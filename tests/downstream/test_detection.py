@@ -133,7 +133,7 @@ def test_the_record_is_whole_and_can_be_judged_again(tmp_path, encoder, data, ca
     assert {result["image_id"] for result in results} <= {10, 20}
     assert {result["category_id"] for result in results} <= {3, 8}
     assert Image.open(run / "predictions.png").width > 300
-    assert list((run / "images").glob("pictures-*.png"))
+    assert list((run / "images").glob("preview-*.png"))
     assert "test_box_ap" in read_metrics(run)[-1]
     assert "box AP" in capsys.readouterr().out
 

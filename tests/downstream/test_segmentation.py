@@ -114,7 +114,7 @@ def test_the_record_is_whole_and_can_be_judged_again(tmp_path, encoder, data, ca
     assert [row["class"] for row in read_csv(run / "classes.csv")] == NAMES
     assert len(read_csv(run / "predictions.csv")) == 4
     assert Image.open(run / "predictions.png").width > 300
-    assert list((run / "images").glob("pictures-*.png"))
+    assert list((run / "images").glob("preview-*.png"))
     rows = read_metrics(run)
     assert "test_miou" in rows[-1]
     assert "IoU" in capsys.readouterr().out
@@ -297,7 +297,7 @@ def test_rasters_are_labelled_where_they_lie(tmp_path, encoder):
     model = load_segmentation(run)
     assert model.encoder.data_config["bands"] == tuple(f"band{i}" for i in range(1, 6))
     assert max(model.encoder.data_config["mean"]) > 1000
-    assert list((run / "images").glob("pictures-*.png"))
+    assert list((run / "images").glob("preview-*.png"))
 
 
 # ------------------------------------------------------------------------- hostile data

@@ -241,8 +241,8 @@ def test_a_stream_of_tars_trains(tmp_path, pairs, monkeypatch):
          ValueError, "use --ema 0"),
         (["--encoder", "timm:vit_tinny_patch16_224"], ValueError, "timm has no model .* Did you"),
         (["--val", "PLAIN"], ValueError, "has no captions"),
-        (["--batch-size", "1"], ValueError, "single pair has nothing to tell it from"),
-        (["--data", "pairs:PLAIN?limit=1"], ValueError, "no other to be told from"),
+        (["--batch-size", "1"], ValueError, "single pair has nothing to contrast"),
+        (["--data", "pairs:PLAIN?limit=1"], ValueError, "a contrast needs two or more"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )  # fmt: skip

@@ -111,7 +111,7 @@ def test_photographs_of_mixed_sizes_train(trained):
 
 
 def test_the_images_show_eight_or_fewer_rows_of_four_views(trained):
-    paths = list((trained / "images").glob("pictures-*4.png"))
+    paths = list((trained / "images").glob("preview-*4.png"))
     if trained.name == "distill":  # features are no images
         assert paths == []
         return

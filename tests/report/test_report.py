@@ -202,6 +202,15 @@ def test_images_of_another_form_are_shown_whole(tmp_path: Path, recipe: str):
     assert [decode(a).size for a in page.all("img")] == [(37, 21)]
 
 
+def test_previews_of_a_run_that_an_earlier_version_began_are_one_series(tmp_path: Path):
+    folder = make_run(tmp_path, [line(1), line(2)])
+    add_images(folder, 1)  # as pictures-0000001.png
+    Run(folder).save_images("preview", 2, torch.zeros(3, 1, 28, 112))
+    text = write_report(folder).read_text()
+    assert "First evaluation, step 1" in text
+    assert "Newest evaluation, step 2" in text
+
+
 def test_an_image_that_is_still_being_written_is_left_out(finished: Path):
     newest = finished / "images" / "pictures-0000040.png"
     newest.write_bytes(newest.read_bytes()[:60])

@@ -340,7 +340,8 @@ def test_a_second_process_is_kept_out_of_a_folder_while_a_run_trains_there(tmp_p
     second = """
 import sys
 from vim_ssl.training.run import Run
-from vim_ssl.training.loop import TrainConfig, make_accelerator
+from vim_ssl.training.accelerator import make_accelerator
+from vim_ssl.training.config import TrainConfig
 config = TrainConfig(epochs=2, batch_size=4, warmup_epochs=0.0, base_lr=0.1, output=sys.argv[1],
                      resume=sys.argv[2], workers=0, threads=1, log_every=1)
 Run.open("test", config, make_accelerator(config))
@@ -390,7 +391,7 @@ def test_a_tracker_that_fails_is_left_out_and_training_goes_on(tmp_path, monkeyp
 
     monkeypatch.setattr(TensorBoardTracker, "log", fail)
     train(tmp_path, Linear())
-    assert capsys.readouterr().out.count("tensorboard failed and is left out: out of reach") == 1
+    assert capsys.readouterr().out.count("tensorboard failed and is dropped: out of reach") == 1
     assert read_metrics(tmp_path)[-1]["step"] == 16
 
 
@@ -642,7 +643,7 @@ def test_a_stream_is_trained_on_and_resumed_bit_for_bit(tmp_path, shards, capsys
     stream_run(tmp_path / "whole", shards, "--workers", "2", "--epochs", "2")
     output = capsys.readouterr().out
     rows = read_metrics(tmp_path / "whole")
-    assert "left out of each epoch" in output
+    assert "dropped from each epoch" in output
     assert "shard-2.tar is damaged after" in output
     assert rows[-1]["skipped"] == 2  # the tar and, sooner or later, the broken image
     parts = tmp_path / "parts"
@@ -722,7 +723,7 @@ def test_a_run_taken_up_keeps_the_warm_up_it_was_started_with(settings, tmp_path
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
 def test_a_run_of_one_step_tells_its_steps_and_makes_no_noise(tmp_path, capsys, caplog, schedule):
     train(tmp_path, Linear(), size=4, epochs=1, schedule=schedule)
-    assert "1 steps of 1 an epoch, 0 of them warm-up" in capsys.readouterr().out
+    assert "1 steps (1 per epoch, 0 of warm-up)" in capsys.readouterr().out
     assert not caplog.records
 
 

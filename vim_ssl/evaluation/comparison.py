@@ -15,7 +15,6 @@ from vim_ssl.checkpoints.loading import load_encoder
 from vim_ssl.data import labelled_splits
 from vim_ssl.evaluation.extract import READOUTS, Features
 from vim_ssl.evaluation.features import encode_parts, readouts_of
-from vim_ssl.models.video import reading
 from vim_ssl.training.run import newest_run, task_folder, trained_on
 from vim_ssl.utils.config import opt, to_dict
 from vim_ssl.utils.distributed import join_processes, pick_device
@@ -64,7 +63,7 @@ class Comparison:
         self.train, self.test = labelled_splits(
             config.data or trained_on(self.source), config.test, config.seed, config.test_data
         )
-        self.encoder = reading(self.encoder, self.train)
+        self.encoder = self.encoder.for_data(self.train)
         if self.main:
             tested = f" of {self.test.name}" if config.test_data else ""
             print(f"Encoder {self.source} · {self.train.name}: {len(self.train):,} train, "
@@ -75,7 +74,7 @@ class Comparison:
         config = self.config
         encoders = {"pretrained encoder": self.encoder}
         for other in config.against:
-            encoders[other] = reading(load_encoder(other, device=self.device), self.train)
+            encoders[other] = load_encoder(other, device=self.device).for_data(self.train)
         if config.baselines:
             torch.manual_seed(config.seed)
             encoders["same encoder, untrained"] = type(self.encoder)(**self.encoder.config)

@@ -7,7 +7,7 @@ Reference: Vision Mamba, arXiv:2401.09417. State-dict keys are those of the rele
 """
 
 from collections.abc import Sequence
-from typing import Any, cast, overload
+from typing import Any, ClassVar, cast, overload
 
 import torch
 from timm.layers import DropPath, build_rotary_pos_embed, resample_abs_pos_embed_nhwc, trunc_normal_
@@ -15,6 +15,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vim_ssl.data.clips import VideoData
 from vim_ssl.data.config import MNIST_DATA, complete_data_config
 from vim_ssl.models.block import DIRECTIONS, MixerState, RMSNorm, VimBlock
 from vim_ssl.models.tokens import (
@@ -97,6 +98,9 @@ class VimEncoder(nn.Module):
     Raises: ValueError for values that do not fit together.
     """
 
+    reads_clips: ClassVar[bool] = False  # (b, c, t, h, w), as `VideoEncoder`
+    tubelet: int  # frames per token, of an encoder of clips only
+
     def __init__(
         self,
         *,
@@ -171,6 +175,26 @@ class VimEncoder(nn.Module):
             for i in range(depth)
         ]
         self.reset_classifier(num_classes, self._default_pool(global_pool))
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """(c, h, w) of an image, or (c, t, h, w) of a clip, as `data_config` sizes them."""
+        return tuple(self.data_config["input_size"])
+
+    def for_data(self, data, *, tubelet: int = 1, inflation: str = "centre") -> "VimEncoder":
+        """This encoder, or an encoder of clips with its weights if the data are videos.
+
+        Args:
+            data: of `vim_ssl.data.open_data`; videos give the number of frames.
+            tubelet, inflation: of the new encoder; see `vim_ssl.models.video.inflate`.
+        Raises: ValueError for a number of frames that tubelets do not divide.
+        """
+        if not isinstance(data, VideoData):
+            return self
+        from vim_ssl.models.video import inflate  # which is built on this module
+
+        frames = data.sampling.frames
+        return inflate(self, frames=frames, tubelet=tubelet, how=inflation)
 
     # ---------------------------------------------------------------- tokens: the core
 
@@ -341,7 +365,7 @@ class VimEncoder(nn.Module):
                 "True = masked."
             )
         blank = tokens.new_zeros(1, 1, d) if self.mask_token is None else self.mask_token
-        pos, _ = self._positions(grid)
+        pos = self._patch_positions(m, grid)
         blank = blank if pos is None else blank + pos
         return torch.where(mask[..., None], blank.to(tokens.dtype), tokens)
 
@@ -375,6 +399,10 @@ class VimEncoder(nn.Module):
         patches, cls = split_pos_embed(self.pos_embed, self.cls_position)
         table = patches.unflatten(1, self.grid_size)  # (1, rows, columns, d)
         return resample_abs_pos_embed_nhwc(table, list(grid)).flatten(1, 2), cls
+
+    def _patch_positions(self, m: int, grid: tuple[int, int]) -> Tensor | None:
+        """The positions of m patches on this grid, (1, m, d)."""
+        return self._positions(grid)[0]
 
     def _rotation(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """sin and cos of every patch on this grid, (1, m, embed_dim) each."""

@@ -1,12 +1,12 @@
-"""A Vim that reads clips: an image encoder whose patches have become tubelets of some frames.
+"""Vim for clips: an image encoder whose patches are tubelets of several frames.
 
     clip (b, c, t, h, w) → tubelets of `tubelet` frames x patch x patch pixels
                          → tokens in the order frame, row, column ("spatial first"), one scan
-    position of a token  = the image encoder's own for its row and column + one for its time
+    position of a token  = the image encoder's for its row and column + one for its time
 
-A clip of a single tubelet, inflated, is to the encoder what an image is; of longer clips the patch
-embeddings still are, but the scan crosses the frames. Reference: VideoMamba, arXiv:2403.06977; the
-class token stands in the middle of all tokens, as it does for images.
+A still clip of one tubelet gives what the image encoder gives for its frame. In a longer clip each
+frame has the image's patch embeddings, but the scan crosses the frames. The class token stands in
+the middle of all tokens. Reference: VideoMamba, arXiv:2403.06977.
 """
 
 from collections.abc import Sequence
@@ -26,11 +26,13 @@ class VideoEncoder(VimEncoder):
     """Vision Mamba over clips.
 
     Args:
-        frames: of the clips that the table of times is made for; others go in too, it is resampled.
-        tubelet: frames that make one token together; divides the number of frames.
-        args: of `VimEncoder`; ``rope`` knows no time and is refused.
+        frames: length of the clips that the time table is made for; for others it is resampled.
+        tubelet: frames per token; divides the number of frames.
+        args: of `VimEncoder`; ``rope`` has no time axis and is refused.
     Raises: ValueError for values that do not fit together.
     """
+
+    reads_clips = True
 
     def __init__(self, *, frames: int = 16, tubelet: int = 2, **args: Any):
         super().__init__(**args)
@@ -50,17 +52,30 @@ class VideoEncoder(VimEncoder):
             patch.proj.bias.zero_()
         self.time_embed = nn.Parameter(torch.zeros(1, frames // tubelet, self.embed_dim))
 
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        channels, *sides = super().input_shape
+        return (channels, self.frames, *sides)
+
+    def for_data(self, data, *, tubelet: int = 1, inflation: str = "centre") -> VimEncoder:
+        """This encoder. Raises: ValueError for clips that its tubelets do not divide."""
+        if isinstance(data, VideoData) and data.sampling.frames % self.tubelet:
+            raise ValueError(
+                f"{data.name} gives clips of {data.sampling.frames} frames, which tubelets of "
+                f"{self.tubelet} do not divide; choose another number with ?frames=."
+            )
+        return self
+
     def embed(self, x: Tensor, *, first: int = 0, frames: int | None = None) -> Tensor:
-        """Clips, or pieces of a longer clip for `forward_stream`, to tokens that carry their place
-        and time.
+        """Embed clips, or pieces of a longer clip for `forward_stream`, with positions and times.
 
         Args:
             x: (b, in_chans, t, h, w), t a multiple of ``tubelet``.
             first: frames of the clip before this piece, a multiple of ``tubelet``.
-            frames: of the whole clip, over which the table of times is spread; by default those
-                that are known by now, first + t.
+            frames: length of the whole clip, to which the time table is resampled; by default
+                first + t, the frames read so far.
         Returns: (b, t / tubelet · rows · columns, embed_dim), frame by frame, row by row.
-        Raises: ValueError naming what came and what would fit.
+        Raises: ValueError for a shape or piece that does not fit.
         """
         fits = x.dim() == 5 and x.shape[1] == self.in_chans and x.shape[2] > 0
         if not fits or x.shape[2] % self.tubelet:
@@ -78,41 +93,33 @@ class VideoEncoder(VimEncoder):
         grid = self.grid(*x.shape[-2:])
         tokens = self.patch_embed(x)
         piece = slice(first // self.tubelet, end // self.tubelet)
-        return tokens + self._places(whole // self.tubelet, grid, piece).to(tokens.dtype)
+        return tokens + self._space_time(whole // self.tubelet, grid, piece).to(tokens.dtype)
 
-    def _places(self, times: int, grid: tuple[int, int], piece: slice = slice(None)) -> Tensor:
-        """(1, times · rows · columns, embed_dim), or of a piece of the times."""
-        place, _ = self._positions(grid)
-        if place is None:
-            place = self.time_embed.new_zeros(1, grid[0] * grid[1], self.embed_dim)
-        when: Tensor = self.time_embed
-        if when.shape[1] != times:
-            when = F.interpolate(when.mT, size=times, mode="linear", align_corners=False).mT
-        return (when[:, piece, None] + place[:, None]).flatten(1, 2)
+    def _space_time(self, times: int, grid: tuple[int, int], piece: slice = slice(None)) -> Tensor:
+        """Positions of all tokens, (1, times · rows · columns, embed_dim), or of some times."""
+        space, _ = self._positions(grid)
+        if space is None:
+            space = self.time_embed.new_zeros(1, grid[0] * grid[1], self.embed_dim)
+        time: Tensor = self.time_embed
+        if time.shape[1] != times:
+            time = F.interpolate(time.mT, size=times, mode="linear", align_corners=False).mT
+        return (time[:, piece, None] + space[:, None]).flatten(1, 2)
 
-    def _hide(self, tokens: Tensor, mask: Tensor, grid: tuple[int, int]) -> Tensor:
-        b, m, d = tokens.shape
-        if mask.shape != (b, m) or mask.dtype != torch.bool:
-            raise ValueError(
-                f"mask is {mask.dtype} {tuple(mask.shape)}; expected torch.bool ({b}, {m}), "
-                "True = masked."
-            )
-        blank = tokens.new_zeros(1, 1, d) if self.mask_token is None else self.mask_token
-        blank = blank + self._places(m // (grid[0] * grid[1]), grid)
-        return torch.where(mask[..., None], blank.to(tokens.dtype), tokens)
+    def _patch_positions(self, m: int, grid: tuple[int, int]) -> Tensor:
+        return self._space_time(m // (grid[0] * grid[1]), grid)
 
     def _grid_of(self, m: int, grid: tuple[int, int] | None) -> tuple[int, int]:
         rows, columns = grid or self.grid_size
         if m % (rows * columns):
-            raise ValueError(f"{m} tokens are no frames of a {rows}x{columns} grid; pass grid=.")
+            raise ValueError(f"{m} tokens do not fill {rows}x{columns} grids; pass grid=.")
         return rows, columns
 
     def no_weight_decay(self) -> set[str]:
-        """As of images, and the table of times."""
+        """As for images, and the time table."""
         return super().no_weight_decay() | {"time_embed"}
 
     def group_matcher(self, coarse: bool = False) -> dict:
-        """As of images; the table of times goes with the other positions."""
+        """As for images; the time table is grouped with the other positions."""
         groups = super().group_matcher(coarse)
         return groups | {"stem": f"{groups['stem']}|^time_embed"}
 
@@ -126,55 +133,29 @@ class VideoEncoder(VimEncoder):
         output_fmt: str = "NCTHW",
         intermediates_only: bool = False,
     ):
-        """As of images; maps are (b, embed_dim, times, rows, columns), or "NLC"."""
+        """As for images; maps are (b, embed_dim, times, rows, columns), or "NLC"."""
         if output_fmt not in ("NCTHW", "NLC"):
             raise ValueError(f"output_fmt {output_fmt!r} is not one of NCTHW, NLC.")
-        found = super().forward_intermediates(
-            x, indices, return_prefix_tokens, norm, stop_early, "NLC", intermediates_only
+        final, maps = super().forward_intermediates(
+            x, indices, return_prefix_tokens, norm, stop_early, "NLC"
         )
-        if output_fmt == "NLC":
-            return found
-        rows, columns = self.grid(*x.shape[-2:])
+        if output_fmt == "NCTHW":
+            rows, columns = self.grid(*x.shape[-2:])
 
-        def to_map(tap):
-            if return_prefix_tokens:
-                return to_plain(tap[0]), tap[1]
-            return to_plain(tap)
+            def to_map(patches: Tensor) -> Tensor:
+                return patches.mT.unflatten(2, (-1, rows, columns)).contiguous()
 
-        def to_plain(patches: Tensor) -> Tensor:
-            return patches.mT.unflatten(2, (-1, rows, columns)).contiguous()
-
-        if intermediates_only:
-            return [to_map(tap) for tap in found]
-        return found[0], [to_map(tap) for tap in found[1]]
-
-
-def reading(encoder: VimEncoder, data, *, tubelet: int = 1, how: str = "centre") -> VimEncoder:
-    """``encoder``, inflated if it is of images and ``data`` are videos.
-
-    Args:
-        data: of `vim_ssl.data.open_data`; the clips' number of frames comes from it.
-        tubelet, how: see `inflate`.
-    Raises: ValueError for a number of frames that the encoder's tubelets do not divide.
-    """
-    if not isinstance(data, VideoData):
-        return encoder
-    frames = data.sampling.frames
-    if not isinstance(encoder, VideoEncoder):
-        encoder = inflate(encoder, frames=frames, tubelet=tubelet, how=how)
-    if frames % encoder.tubelet:
-        raise ValueError(
-            f"{data.name} gives clips of {frames} frames, which tubelets of {encoder.tubelet} do "
-            f"not divide; ask for another number with ?frames=."
-        )
-    return encoder
+            maps = [
+                (to_map(tap[0]), tap[1]) if return_prefix_tokens else to_map(tap) for tap in maps
+            ]
+        return maps if intermediates_only else (final, maps)
 
 
 def inflate_kernel(weight: Tensor, tubelet: int, how: str) -> Tensor:
-    """A patch embedding (d, c, p, p) over ``tubelet`` frames, (d, c, tubelet, p, p).
+    """Extend a patch embedding (d, c, p, p) to ``tubelet`` frames, (d, c, tubelet, p, p).
 
-    "centre" looks at the middle frame alone, "mean" at all frames alike: of a clip that stands
-    still both give what the image's embedding gives.
+    "centre" reads the middle frame alone, "mean" the mean of all: for a still clip both give the
+    embedding of the image.
     """
     if how not in INFLATIONS:
         raise ValueError(f"how {how!r} is not one of {', '.join(INFLATIONS)}.")
@@ -188,15 +169,15 @@ def inflate_kernel(weight: Tensor, tubelet: int, how: str) -> Tensor:
 def inflate(
     encoder: VimEncoder, *, frames: int = 16, tubelet: int = 2, how: str = "centre"
 ) -> VideoEncoder:
-    """A video encoder with the weights of an image encoder; its table of times begins at zero.
+    """A video encoder with the weights of an image encoder; its time table starts at zero.
 
     Args:
         encoder: of images.
         frames, tubelet: see `VideoEncoder`.
         how: see `inflate_kernel`.
-    Raises: ValueError for an encoder that reads clips already.
+    Raises: ValueError for an encoder of clips.
     """
-    if isinstance(encoder, VideoEncoder) or not isinstance(encoder.patch_embed, PatchEmbed):
+    if encoder.reads_clips or not isinstance(encoder.patch_embed, PatchEmbed):
         raise ValueError("the encoder reads clips already; inflate one of images.")
     video = VideoEncoder(frames=frames, tubelet=tubelet, **encoder.config)
     state = encoder.state_dict()

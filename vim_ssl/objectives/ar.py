@@ -1,10 +1,12 @@
-"""Autoregressive pretraining: read clusters of patches one after another, predict the next one.
+"""Autoregressive pretraining (ARM, arXiv:2406.07537, section 3): read clusters of patches in
+sequence and predict the next one.
 
-A cluster is a square of neighbouring patches; clusters are read in raster order, the patches of one
-in raster order within it. The encoder reads forward only, so what it knows at a patch comes from
-what was read before; every prediction then looks at whole clusters that precede its own.
-Reference: ARM, arXiv:2406.07537, section 3.
+A cluster is a square of neighbouring patches. Clusters are read in raster order, and so are the
+patches within one. The encoder reads forward only, so its features at a patch depend on earlier
+patches alone; a prediction uses the features of whole clusters before its target.
 """
+
+from typing import Any, ClassVar, Self
 
 import torch
 from timm.layers import Mlp, build_sincos2d_pos_embed, trunc_normal_
@@ -17,20 +19,24 @@ from vim_ssl.objectives.pixels import PixelObjective
 class AutoRegressive(PixelObjective):
     """Predict the pixels of every cluster but the first from the clusters before it.
 
-    What the encoder holds after a quarter, half, three quarters and all of its blocks is normalised
-    and joined; each decoder block attends to a projection of that. Masks in a batch are not read.
+    The features after a quarter, half, three quarters and all of the encoder's blocks are
+    normalised and concatenated; each decoder block attends to a projection of them.
 
     Args:
-        encoder: of ``directions="forward"``, without a mask token. Loaded with
-            ``directions="both"`` afterwards, the other direction begins as a copy of this one.
+        encoder: of ``directions="forward"``, without a mask token. ``load_encoder`` with
+            ``directions="both"`` starts the other direction as a copy of this one.
         cluster: side of a cluster, in patches; divides the grid's rows and columns.
-        decoder_dim, decoder_depth: width and cross-attention blocks of the decoder; 64 channels a
-            head.
-        norm_pix_loss: predict each patch normalised by its own mean and deviation.
+        decoder_dim, decoder_depth: width and cross-attention blocks of the decoder; heads have 64
+            channels.
+        norm_pix_loss: predict each patch normalised by its mean and deviation.
     Raises: ValueError for an encoder that reads backward, has a head, a mask token or overlapping
-        patches, for a decoder that does not fit, and, when called, for a grid of less than two
-        clusters or one that they do not fill.
+        patches, for a decoder that does not fit, and, when called, for a grid that clusters do not
+        fill at least twice.
     """
+
+    settings = ("decoder_dim", "decoder_depth", "norm_pix_loss", "cluster")
+    encoder_args: ClassVar = {"directions": "forward"}
+    views = "image"
 
     def __init__(
         self,
@@ -44,12 +50,12 @@ class AutoRegressive(PixelObjective):
         super().__init__(encoder, norm_pix_loss)
         if encoder.directions != "forward":
             raise ValueError(
-                f"ar predicts what comes next, which an encoder of directions="
+                f"ar predicts later patches, which an encoder of directions="
                 f"{encoder.directions!r} has seen; build it with directions='forward'. "
-                "load_encoder(RUN, directions='both') seeds the other direction afterwards."
+                "load_encoder(RUN, directions='both') adds the other direction afterwards."
             )
         if encoder.mask_token is not None:
-            raise ValueError("ar reads no mask token; load the encoder with use_mask_token=False.")
+            raise ValueError("ar uses no mask token; load the encoder with use_mask_token=False.")
         if cluster < 1 or decoder_depth < 1:
             raise ValueError(
                 f"cluster {cluster} and decoder_depth {decoder_depth} must be 1 or more."
@@ -57,8 +63,8 @@ class AutoRegressive(PixelObjective):
         heads = max(decoder_dim // 64, 1)
         if decoder_dim < 4 or decoder_dim % 4 or decoder_dim % heads:
             raise ValueError(
-                f"decoder_dim {decoder_dim} does not split into {heads} heads and 2-D sine and "
-                "cosine positions; use a multiple of 64, or of 4 below that."
+                f"decoder_dim {decoder_dim} does not split into {heads} heads and 2-D sine-cosine "
+                "positions; use a multiple of 64, or of 4 below that."
             )
         self.cluster = cluster
         depth = len(encoder.feature_info)
@@ -72,8 +78,14 @@ class AutoRegressive(PixelObjective):
         self.decoder_norm = nn.LayerNorm(decoder_dim)
         self.decoder_pred = nn.Linear(decoder_dim, self.pixels)
 
+    @classmethod
+    def from_config(cls, encoder: VimEncoder, config: Any) -> Self:
+        objective = super().from_config(encoder, config)
+        objective.order(encoder.grid_size)  # clusters that do not fit fail before training
+        return objective
+
     def order(self, grid: tuple[int, int], device=None) -> Tensor:
-        """The patches in the order they are read, (m,) int64: cluster after cluster.
+        """Patch indices in reading order, (m,) int64: cluster after cluster.
 
         Raises: ValueError for a grid that clusters do not fill, or of one cluster only.
         """
@@ -83,12 +95,12 @@ class AutoRegressive(PixelObjective):
                 f"clusters of {side}x{side} patches do not fill a {rows}x{columns} grid at least "
                 "twice; choose another --cluster or image size."
             )
-        numbers = torch.arange(rows * columns, device=device)
-        numbers = numbers.view(rows // side, side, columns // side, side)
-        return numbers.transpose(1, 2).flatten()
+        indices = torch.arange(rows * columns, device=device)
+        indices = indices.view(rows // side, side, columns // side, side)
+        return indices.transpose(1, 2).flatten()
 
     def hidden(self, batch: dict[str, Tensor], grid: tuple[int, int]) -> Tensor:
-        """(b, m) bool: True for what is predicted, all clusters but the first."""
+        """(b, m) bool, True = predicted: all clusters but the first."""
         images = batch["image"]
         mask = torch.ones(len(images), grid[0] * grid[1], dtype=torch.bool, device=images.device)
         mask[:, self.order(grid, images.device)[: self.cluster**2]] = False
@@ -98,10 +110,10 @@ class AutoRegressive(PixelObjective):
         """(b, c, h, w) -> (b, m, pixels of a patch), zeros for the first cluster."""
         grid, size = self.encoder.grid(*images.shape[-2:]), self.cluster**2
         order = self.order(grid, images.device)
-        read, asked = order[:-size], order[size:]
+        context, target = order[:-size], order[size:]
         b, m = mask.shape
         last, taps = self.encoder.forward_tokens(
-            self.encoder.embed(images), ids_keep=read.expand(b, -1), directions="forward",
+            self.encoder.embed(images), ids_keep=context.expand(b, -1), directions="forward",
             indices=sorted(set(self.taps)), grid=grid,
         )  # fmt: skip
         levels = dict(zip(sorted(set(self.taps)), taps, strict=True))
@@ -115,18 +127,18 @@ class AutoRegressive(PixelObjective):
         positions = build_sincos2d_pos_embed(
             list(grid), dim=self.query.shape[-1], device=images.device, dtype=streams[0].dtype
         )
-        hidden = (self.query.to(streams[0].dtype) + positions[asked]).expand(b, -1, -1)
-        cluster = torch.arange(m, device=images.device) // size  # by place in the order
-        blocked = cluster[None, :-size] >= cluster[size:, None]  # (asked, read), True = not seen
+        hidden = (self.query.to(streams[0].dtype) + positions[target]).expand(b, -1, -1)
+        cluster = torch.arange(m, device=images.device) // size  # of each patch in reading order
+        blocked = cluster[None, :-size] >= cluster[size:, None]  # (target, context), True = unseen
         for layer, stream in zip(self.decoder_layers, streams, strict=True):
             hidden = layer(hidden, stream, blocked)
         predicted = self.decoder_pred(self.decoder_norm(hidden))
         out = predicted.new_zeros(b, m, self.pixels)
-        return out.scatter(1, asked[None, :, None].expand(b, -1, self.pixels), predicted)
+        return out.scatter(1, target[None, :, None].expand(b, -1, self.pixels), predicted)
 
 
 class _CrossAttention(nn.Module):
-    """Queries look at what was read; the queries do not look at one another."""
+    """Queries attend to the context, not to one another."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -134,7 +146,8 @@ class _CrossAttention(nn.Module):
         self.attention = nn.MultiheadAttention(dim, heads, batch_first=True)
         self.mlp = Mlp(dim, 4 * dim)
 
-    def forward(self, x: Tensor, read: Tensor, blocked: Tensor) -> Tensor:
-        """x (b, q, d), read (b, k, d), blocked (q, k) bool, True = not seen -> (b, q, d)."""
-        x = x + self.attention(self.norm1(x), read, read, attn_mask=blocked, need_weights=False)[0]
+    def forward(self, x: Tensor, context: Tensor, blocked: Tensor) -> Tensor:
+        """x (b, q, d), context (b, k, d), blocked (q, k) bool, True = unseen -> (b, q, d)."""
+        query = self.norm1(x)
+        x = x + self.attention(query, context, context, attn_mask=blocked, need_weights=False)[0]
         return x + self.mlp(self.norm2(x))

@@ -8,16 +8,13 @@ import torch.nn.functional as F
 from timm.data import Mixup
 from torch import Tensor, nn
 
-from vim_ssl.metrics.classification import (
-    TARGETS,
-    predicted,
-)
+from vim_ssl.metrics.classification import TARGETS, predicted
 from vim_ssl.models.encoder import VimEncoder
 from vim_ssl.objectives.base import StepOutput
 
 
 class LabelledTransform:
-    """An item to ``image`` (c, h, w) and ``label``."""
+    """From an item to ``image`` (c, h, w) and ``label``."""
 
     def __init__(self, image_transform):
         self.image_transform = image_transform
@@ -28,14 +25,14 @@ class LabelledTransform:
 
 
 class Classification(nn.Module):
-    """The loss of ``encoder(image)`` against the labels.
+    """Cross-entropy of ``encoder(image)`` against the labels.
 
     Args:
         encoder: with a head of ``num_classes`` outputs; ordinal targets have one class more.
         targets: one of `TARGETS`.
         label_smoothing: share of the target spread over all classes.
-        mixup, cutmix: alpha of each while training; timm's, drawn once a batch.
-        class_weights: (classes,) float, factor on each class's loss; of classes alone.
+        mixup, cutmix: alphas of timm's Mixup in training, drawn once per batch.
+        class_weights: (classes,) float, factors on the loss; for targets "class" alone.
     Batches hold ``image`` (b, c, h, w), normalised, and ``label``.
     Raises: ValueError for an encoder without a head, unknown targets, weights that do not fit.
     """
@@ -72,10 +69,10 @@ class Classification(nn.Module):
         self.register_buffer("class_weights", class_weights, persistent=False)
 
     def forward(self, batch: dict[str, Tensor]) -> StepOutput:
-        """The loss summed over the samples; ``top1`` beside it, of images that are not mixed."""
+        """The loss summed over the samples, and ``top1`` of images that are not mixed."""
         images, labels = batch["image"], batch["label"]
         if self.targets == "class" and self.mix is not None and self.training:
-            # timm draws from numpy's generator, which the trainer does not seed for a step.
+            # timm draws from numpy's generator, which the trainer does not seed per step.
             np.random.seed(int(torch.randint(2**31, ())))  # noqa: NPY002
             images, soft = self.mix(images.clone(), labels)
             return StepOutput(self._cross_entropy(self.encoder(images).float(), soft), len(images))
@@ -83,25 +80,23 @@ class Classification(nn.Module):
         if self.targets == "class":
             loss = self._cross_entropy(logits, labels)
         else:
-            asked = _more_than(labels, logits.shape[1]) if self.targets == "ordinal" else labels
-            loss = F.binary_cross_entropy_with_logits(logits, asked.float(), reduction="none")
+            target = labels
+            if self.targets == "ordinal":  # output k: is the class above k?
+                target = labels[:, None] > torch.arange(logits.shape[1], device=labels.device)
+            loss = F.binary_cross_entropy_with_logits(logits, target.float(), reduction="none")
             loss = loss.mean(1).sum()
         hits = (predicted(logits, self.targets) == labels).float()
         hits = hits.mean(1) if hits.dim() > 1 else hits
         return StepOutput(loss, len(logits), {"top1": 100.0 * hits.sum()})
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        smoothing = self.label_smoothing if labels.dim() == 1 else 0.0  # mixed ones are smooth
+        smoothing = self.label_smoothing if labels.dim() == 1 else 0.0  # Mixup smooths its own
         return F.cross_entropy(
             logits, labels, self.class_weights, reduction="sum", label_smoothing=smoothing
         )
 
 
-def _more_than(labels: Tensor, questions: int) -> Tensor:
-    return labels[:, None] > torch.arange(questions, device=labels.device)
-
-
 def balanced_weights(labels: list[int], classes: int) -> Tensor:
-    """(classes,) float32: inverse to a class's share, their mean over the samples 1."""
+    """(classes,) float32, inverse to the class frequencies; their mean over the samples is 1."""
     counts = torch.bincount(torch.tensor(labels), minlength=classes).clamp(min=1)
     return (len(labels) / (classes * counts)).float()

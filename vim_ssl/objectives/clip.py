@@ -1,9 +1,9 @@
-"""Contrast of images and captions: `Clip`, the objective, and the model that it leaves.
+"""Contrastive pretraining on images and captions: `Clip`, the objective and the trained model.
 
-    clip     every image is told from all captions of the step, every caption from all images
-    siglip   every pair of the step is told to be one or not, on its own
+    clip     softmax over all captions of the step for each image, and over images for each caption
+    siglip   a binary classification of every image-caption pair of the step
 
-The step is all micro-batches of all processes: `gather` joins the processes, `Clip.accumulate` the
+A step is all micro-batches of all processes: `gather` joins the processes, `Clip.accumulate` the
 micro-batches, both with the gradient of the one large batch.
 
 >>> clip = load_clip("runs/my-run")
@@ -36,9 +36,9 @@ MAX_SCALE = 100.0
 
 
 class Embedded(NamedTuple):
-    """A batch as the loss sees it: ``image`` and ``text`` (b, d), of length 1; ``scale`` (1,), by
-    which cosines are multiplied, and siglip's ``bias`` (1,); ``cut`` (b,) bool, True = the caption
-    was longer than the text tower reads."""
+    """The inputs of the loss: ``image`` and ``text`` (b, d), of length 1; ``scale`` (1,), the
+    factor on cosines; siglip's ``bias`` (1,); ``cut`` (b,) bool, True = the caption was longer than
+    the text tower's context."""
 
     image: Tensor
     text: Tensor
@@ -48,20 +48,19 @@ class Embedded(NamedTuple):
 
 
 class Clip(nn.Module):
-    """An image and a text tower that meet in one space.
+    """An image and a text tower with a common embedding space.
 
     Batches hold ``image`` (b, c, h, w), normalised; ``tokens`` (b, l) int64; ``cut`` (b,) bool.
 
     Args:
-        encoder: the image tower: a `VimEncoder`, or a timm model for comparison; without a head.
-        text: `TextEncoder` or `HubText`.
+        encoder: the image tower, without a head: a `VimEncoder`, or a timm model for comparison.
         embed_dim: of the common space.
         loss: "clip" or "siglip".
-        lock_image, lock_text: keep a tower as it is: no gradient, no dropout; its projection
-            learns. A locked image tower is LiT.
+        lock_image, lock_text: freeze a tower, without dropout; its projection is trained. A locked
+            image tower is LiT.
         tokenizer: for `encode_text` of strings.
-    Raises: ValueError for an unknown loss, a space without dimensions, two locked towers, or an
-        image tower with a head or mask token, which would never learn.
+    Raises: ValueError for an unknown loss, an ``embed_dim`` below 1, two locked towers, or an image
+        tower with a head or mask token, which would not be trained.
     Reference: CLIP, arXiv:2103.00020; SigLIP, arXiv:2303.15343; LiT, arXiv:2111.07991.
     """
 
@@ -82,7 +81,9 @@ class Clip(nn.Module):
         if embed_dim < 1:
             raise ValueError(f"embed_dim {embed_dim} must be 1 or more.")
         if lock_image and lock_text:
-            raise ValueError("both towers are locked; unlock one: projections alone learn little.")
+            raise ValueError(
+                "both towers are locked, which trains the projections alone; unlock one."
+            )
         refuse_head(encoder)
         if getattr(encoder, "mask_token", None) is not None:
             raise ValueError("nothing is masked here; load the encoder with use_mask_token=False.")
@@ -93,7 +94,7 @@ class Clip(nn.Module):
             tower.requires_grad_(False).eval()
         self.image_proj = _projection(encoder, embed_dim)
         self.text_proj = _projection(text, embed_dim)
-        # One number each, not none: FSDP shards no scalars.
+        # Tensors of one element, since FSDP shards no scalars.
         start = 1 / 0.07 if loss == "clip" else 10.0
         self.logit_scale = nn.Parameter(torch.tensor([math.log(start)]))
         self.logit_bias = nn.Parameter(torch.tensor([-10.0])) if loss == "siglip" else None
@@ -107,21 +108,21 @@ class Clip(nn.Module):
     # ---------------------------------------------------------------- features
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """(b, c, h, w), normalised as `transform` does -> (b, embed_dim) of length 1.
+        """Embed images (b, c, h, w), normalised as by `transform`, as (b, embed_dim) of length 1.
 
-        Raises: TypeError for what is no tensor.
+        Raises: TypeError for anything but a tensor.
         """
         if not isinstance(images, Tensor):
             raise TypeError(
-                f"encode_image takes a tensor (b, c, h, w), not {type(images).__name__}; of a "
+                f"encode_image takes a tensor (b, c, h, w), not {type(images).__name__}; of an "
                 "image: clip.encode_image(clip.transform(image)[None])."
             )
         return _unit(self.image_proj(self._run(self.encoder, images)))
 
     def encode_text(self, texts: Tensor | str | Sequence[str]) -> Tensor:
-        """(b, l) tokens, or captions -> (b, embed_dim) of length 1.
+        """Embed captions, or their tokens (b, l), as (b, embed_dim) of length 1.
 
-        Raises: ValueError for captions where no tokenizer is known.
+        Raises: ValueError for captions without a tokenizer.
         """
         if not isinstance(texts, Tensor):
             if self.tokenizer is None:
@@ -137,13 +138,13 @@ class Clip(nn.Module):
 
     @property
     def transform(self) -> Transform:
-        """A PIL image to what `encode_image` takes, one of a batch."""
+        """From a PIL image to one element of the batch of `encode_image`."""
         return create_transform(image_config(self.encoder))
 
     # ---------------------------------------------------------------- the objective
 
     def forward(self, batch: dict[str, Tensor], only_embed: bool = False) -> Any:
-        """The `StepOutput` of a batch; what goes into its loss, `Embedded`, if only that is wanted.
+        """The `StepOutput` of a batch, or with ``only_embed`` the `Embedded` inputs of its loss.
 
         In training, the images and captions of all processes are compared.
         """
@@ -155,33 +156,33 @@ class Clip(nn.Module):
         return embedded if only_embed else _output(embedded, *self.contrast(embedded))
 
     def contrast(self, embedded: Embedded) -> tuple[Tensor, Tensor]:
-        """Each pair's share of the loss (b,), and whether the image's own caption is the nearest
-        of all (b,) bool. The mean over all pairs of all processes is the loss.
+        """The loss of each pair (b,), and whether the image's caption is its nearest (b,) bool.
 
-        Always in single precision at least: the scale magnifies what rounding does to cosines.
+        The loss of the step is the mean over the pairs of all processes. Computed in single
+        precision or better, since the scale amplifies rounding errors of cosines.
         """
         image, text, scale, bias, _ = embedded
         alone = not (self.training and dist.is_available() and dist.is_initialized())
         first = 0 if alone else dist.get_rank() * len(image)
-        own = torch.arange(first, first + len(image), device=image.device)
+        match = torch.arange(first, first + len(image), device=image.device)
         with torch.autocast(image.device.type, enabled=False):
             texts = text if alone else gather(text)
             logits = scale * image @ texts.T  # (b, pairs of all processes)
-            found = logits.argmax(1) == own
+            hits = logits.argmax(1) == match
             if bias is not None:
-                sign = torch.full_like(logits, -1.0).scatter(1, own[:, None], 1.0)
-                return -F.logsigmoid(sign * (logits + bias)).sum(1), found
+                sign = torch.full_like(logits, -1.0).scatter(1, match[:, None], 1.0)
+                return -F.logsigmoid(sign * (logits + bias)).sum(1), hits
             images = image if alone else gather(image)
-            losses = F.cross_entropy(logits, own, reduction="none")
-            losses = losses + F.cross_entropy(scale * text @ images.T, own, reduction="none")
-        return losses / 2, found
+            losses = F.cross_entropy(logits, match, reduction="none")
+            losses = losses + F.cross_entropy(scale * text @ images.T, match, reduction="none")
+        return losses / 2, hits
 
     def accumulate(self, forward: Callable[..., Any], count: int) -> Iterator[StepOutput]:
         """The micro-batches of a step as one batch, in the memory of one of them.
 
-        First all are embedded without a graph, and the loss of the whole gives each feature its
-        gradient; then each micro-batch is embedded again, with the same random draws, and what is
-        given out has the features' gradient where the loss would. See `vim_ssl.objectives.base`.
+        First all are embedded without a graph, and the loss of the whole batch gives the gradient
+        of each feature. Then each micro-batch is embedded again with the same random draws, and its
+        output carries these gradients. See `vim_ssl.objectives.base`.
         Reference: GradCache, arXiv:2101.06983.
         """
         if count == 1:
@@ -193,23 +194,22 @@ class Clip(nn.Module):
         leaves += [x for x in parts[0][2:4] if x is not None]
         image, text, scale, *bias = leaves = [x.requires_grad_() for x in leaves]
         whole = Embedded(image, text, scale, bias[0] if bias else None, parts[0].cut)
-        losses, found = self.contrast(whole)
+        losses, hits = self.contrast(whole)
         d_image, d_text, *d_shared = torch.autograd.grad(losses.sum(), leaves)
         sizes = [len(part.image) for part in parts]
-        rows = zip(
-            *(x.split(sizes) for x in (d_image, d_text, losses.detach(), found)), strict=True
-        )
-        for i, (to_image, to_text, part_losses, part_found) in enumerate(rows):
+        d_shared = [d / count for d in d_shared]
+        rows = (x.split(sizes) for x in (d_image, d_text, losses.detach(), hits))
+        for i, (d_images, d_texts, *values) in enumerate(zip(*rows, strict=True)):
             live = forward(i, only_embed=True)
-            pulls = (to_image, to_text, *(d / count for d in d_shared))
-            pull = sum((x * d).sum() for x, d in zip(live[:4], pulls, strict=False))
-            out = _output(live, part_losses, part_found)
-            out.loss_sum = out.loss_sum + (pull - pull.detach())  # the loss, by value
+            grads = (d_images, d_texts, *d_shared)
+            pull = sum((x * d).sum() for x, d in zip(live[:4], grads, strict=False))
+            out = _output(live, *values)
+            out.loss_sum = out.loss_sum + (pull - pull.detach())  # adds the gradient, not the value
             yield out
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Keep the scale from leaving [1, 100], as CLIP does."""
+        """Clamp the scale to [1, 100], as CLIP does."""
         self.logit_scale.clamp_(0, math.log(MAX_SCALE))
 
 
@@ -221,21 +221,17 @@ def _projection(tower: Any, embed_dim: int) -> nn.Linear:
 
 
 def _unit(x: Tensor) -> Tensor:
-    """Length 1, at least in single precision."""
+    """``x`` scaled to length 1, in single precision or better."""
     return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)
 
 
-def _output(embedded: Embedded, losses: Tensor, found: Tensor) -> StepOutput:
-    n = len(losses)
-    return StepOutput(
-        losses.sum(),
-        n,
-        {
-            "batch_top1": 100.0 * found.sum(),
-            "logit_scale": embedded.scale.detach().sum() * n,
-            "captions_cut": 100.0 * embedded.cut.sum(),
-        },
-    )
+def _output(embedded: Embedded, losses: Tensor, hits: Tensor) -> StepOutput:
+    metrics = {
+        "batch_top1": 100.0 * hits.sum(),
+        "logit_scale": embedded.scale.detach().sum() * len(losses),
+        "captions_cut": 100.0 * embedded.cut.sum(),
+    }
+    return StepOutput(losses.sum(), len(losses), metrics)
 
 
 class _Gather(torch.autograd.Function):
@@ -254,10 +250,10 @@ class _Gather(torch.autograd.Function):
 
 
 def gather(x: Tensor) -> Tensor:
-    """(b, …) of every process, as many in each -> all of them (world b, …), in order of rank.
+    """Concatenate (b, …) of every process, of the same b, to (world b, …) in order of rank.
 
-    The gradient is that of the sum of all processes' losses. (torch's own differentiable gathers
-    are deprecated, each version another.)
+    The gradient is that of the sum of all processes' losses. (torch's differentiable gathers are
+    deprecated.)
     """
     return _Gather.apply(x)
 
@@ -266,14 +262,14 @@ def gather(x: Tensor) -> Tensor:
 
 
 def image_config(encoder: nn.Module) -> dict[str, Any]:
-    """How an image tower wants its images: see `VimEncoder.data_config`."""
+    """The data config of an image tower; see `VimEncoder`."""
     if isinstance(encoder, VimEncoder):
         return encoder.data_config
     from timm.data import resolve_model_data_config
 
     config = resolve_model_data_config(encoder)
     size = getattr(getattr(encoder, "patch_embed", None), "img_size", None)
-    if size is not None:  # built for another than the weights were trained at
+    if size is not None:  # may differ from the size of the pretrained weights
         config["input_size"] = (config["input_size"][0], *size)
     return config
 
@@ -286,21 +282,21 @@ def save_clip(
     ema: VimEncoder | None = None,
     record: dict[str, Any] | None = None,
 ) -> None:
-    """Write what `load_clip` reads: encoder.safetensors and .json as `save_encoder` does, the rest
-    as clip.safetensors, clip_config.json and tokenizer.json.
+    """Write what `load_clip` reads: encoder.safetensors and .json by `save_encoder`, the rest as
+    clip.safetensors, clip_config.json and tokenizer.json.
 
     Args:
-        image: of an image tower that is no `VimEncoder`: the arguments of `timm.create_model`. Its
-            weights are then in clip.safetensors.
-        ema, record: see `save_encoder`; the average stays beside and is not what `load_clip` takes.
-    Raises: ValueError for an image tower that nothing says how to build again, or a model without
-        tokenizer; OSError where the disk does not take it.
+        image: arguments of `timm.create_model`, for an image tower that is no `VimEncoder`; its
+            weights go to clip.safetensors.
+        ema, record: see `save_encoder`. `load_clip` does not read the average.
+    Raises: ValueError for a timm tower without ``image``, or a model without tokenizer; OSError if
+        the disk is full.
     """
     from safetensors.torch import save
 
     ours = isinstance(clip.encoder, VimEncoder)
     if not ours and image is None:
-        raise ValueError("the image tower is no VimEncoder; give image=, what timm made it of.")
+        raise ValueError("the image tower is no VimEncoder; give image=, timm's arguments.")
     if clip.tokenizer is None:
         raise ValueError("a model without tokenizer cannot be loaded again; set clip.tokenizer.")
     folder = Path(folder)
@@ -316,17 +312,17 @@ def save_clip(
     }  # fmt: skip
     clip.tokenizer.save(folder)
     atomic_write(folder / "clip.safetensors", save(state))
-    atomic_write(folder / "clip_config.json", (json.dumps(description, indent=2) + "\n").encode())
+    atomic_write(folder / "clip_config.json", json.dumps(description, indent=2) + "\n")
     if isinstance(clip.encoder, VimEncoder):
         save_encoder(clip.encoder, folder, ema=ema, record=record)
 
 
 def load_clip(run: str | Path, *, device: str | torch.device | None = None) -> Clip:
-    """The model that a run of clip_pretrain left, in eval mode: ``encode_image``, ``encode_text``,
+    """The model of a clip_pretrain run in eval mode: ``encode_image``, ``encode_text``,
     ``tokenizer``, ``transform``.
 
-    Raises: FileNotFoundError for a folder without such a model; ImportError if its tokenizer or
-        text tower needs a package that is not installed.
+    Raises: FileNotFoundError for a folder without one; ImportError if its tokenizer or text tower
+        needs a package that is not installed.
     """
     from safetensors.torch import load_file
 

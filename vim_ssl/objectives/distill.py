@@ -1,45 +1,48 @@
-"""Feature distillation: predict what a teacher makes of the whole image from a part of it.
+"""Masked feature distillation: predict a teacher's features of the whole image from a part of it.
 
-The student reads all patches, hidden ones replaced by its mask token. The teacher is a frozen
-network, or the student's own exponential moving average. Its targets are features, averaged over
-the last blocks, each normalised over its channels first.
+The student reads all patches, masked ones as its mask token. The teacher is a frozen network, or
+the student's exponential moving average. Targets are the features of its last blocks, each
+normalised over channels, then averaged.
 References: data2vec, arXiv:2202.03555, sections 3.2 to 3.4; UMT, arXiv:2303.16058.
 """
 
 import copy
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vim_ssl.checkpoints.loading import load_encoder
 from vim_ssl.models.encoder import VimEncoder
-from vim_ssl.objectives.base import StepOutput
+from vim_ssl.objectives.base import PretrainObjective, StepOutput
 from vim_ssl.objectives.masking import checked_mask
 from vim_ssl.objectives.pixels import refuse_head
+from vim_ssl.utils.names import did_you_mean
 
 LOSSES = ("cosine", "smooth_l1")
 WHERE = ("masked", "all")
 
 
-class Distill(nn.Module):
+class Distill(PretrainObjective):
     """Masked feature distillation.
 
     Args:
         encoder: the student, built with ``use_mask_token=True`` and ``num_classes=0``.
         teacher: a frozen network of timm's protocol (`forward_intermediates`), or None for the
-            moving average of the student. It sees the student's images, normalised its own way
-            and resized so that its patches are as many; one channel is shown as three. It is not
-            part of the state dict: a resumed run loads it again.
+            moving average of the student. It reads the student's images in its own normalisation,
+            resized to the same grid of patches; one channel is repeated as three. It is not part
+            of the state dict: a resumed run loads it again.
         loss: "cosine" (1 - cosine) or "smooth_l1".
-        where: patches that count, "masked" or "all".
-        layers: the teacher's last blocks whose features are averaged; all, if it has fewer.
+        where: patches that the loss counts, "masked" or "all".
+        layers: number of last blocks of the teacher whose features are averaged; all, if fewer.
         momentum: of the moving average; lower in the first steps.
-    Batches hold ``image`` (b, c, h, w), normalised, and ``mask`` (b, m) bool, True = masked.
     Raises: ValueError for a student without a mask token or with a head, an unknown loss or where;
-        when called, for a teacher whose patches cannot be as many as the student's, or that sees
-        other channels.
+        when called, for a teacher with another grid of patches or other channels.
     """
+
+    settings = ("teacher", "teacher_layers", "teacher_momentum", "distill_loss", "distill_where")
+    encoder_args: ClassVar = {"use_mask_token": True}
 
     def __init__(
         self,
@@ -70,8 +73,24 @@ class Distill(nn.Module):
             self.updates: Tensor
             self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
         self._frozen = [] if teacher is None else [teacher.requires_grad_(False).eval()]
-        seen: Any = encoder if teacher is None else teacher
-        self.head = nn.Linear(encoder.embed_dim, getattr(seen, "embed_dim", seen.num_features))
+        target: Any = encoder if teacher is None else teacher
+        self.head = nn.Linear(encoder.embed_dim, getattr(target, "embed_dim", target.num_features))
+
+    @classmethod
+    def from_config(cls, encoder: VimEncoder, config: Any) -> Self:
+        objective = cls(
+            encoder, load_teacher(config.teacher), loss=config.distill_loss,
+            where=config.distill_where, layers=config.teacher_layers,
+            momentum=config.teacher_momentum, **config.objective_args,
+        )  # fmt: skip
+        # A teacher that does not fit fails before training.
+        objective.targets(torch.zeros(1, *encoder.data_config["input_size"]))
+        return objective
+
+    @classmethod
+    def used_settings(cls, config: Any) -> set[str]:
+        unused = {"teacher_momentum"} if config.teacher != "ema" else set()
+        return super().used_settings(config) - unused
 
     def train(self, mode: bool = True) -> "Distill":
         super().train(mode)
@@ -87,12 +106,10 @@ class Distill(nn.Module):
             teacher: Any = self.average
         else:
             teacher = self._frozen[0] = self._frozen[0].to(images.device)
-            images = _as_shown_to(teacher, images, self.encoder.data_config, grid)
+            images = _inputs_for(teacher, images, self.encoder.data_config, grid)
+        layers = min(self.layers, len(teacher.feature_info))
         maps = teacher.forward_intermediates(
-            images,
-            min(self.layers, len(teacher.feature_info)),
-            output_fmt="NLC",
-            intermediates_only=True,
+            images, layers, output_fmt="NLC", intermediates_only=True
         )
         if maps[0].shape[1] != grid[0] * grid[1]:
             raise ValueError(
@@ -106,8 +123,8 @@ class Distill(nn.Module):
         grid = self.encoder.grid(*images.shape[-2:])
         mask = checked_mask(batch["mask"], len(images), grid)
         tokens = self.encoder.embed(images)
-        read = self.encoder.forward_tokens(tokens, mask=mask, grid=grid)
-        prediction = self.head(self.encoder.split_tokens(read)[0]).float()
+        tokens = self.encoder.forward_tokens(tokens, mask=mask, grid=grid)
+        prediction = self.head(self.encoder.split_tokens(tokens)[0]).float()
         target = self.targets(images)
         if self.loss == "cosine":
             per_patch = 1 - F.cosine_similarity(prediction, target, dim=-1)
@@ -115,7 +132,7 @@ class Distill(nn.Module):
             per_patch = F.smooth_l1_loss(prediction, target, reduction="none").mean(-1)
         counted = mask if self.where == "masked" else torch.ones_like(mask)
         loss = (per_patch * counted).sum(1) / counted.sum(1)
-        # How much the targets differ between images and patches: falls to 0 on a collapse.
+        # Deviation of the targets over images and patches: falls to 0 on a collapse.
         spread = target.flatten(0, 1).std(0).mean() * len(images)
         return StepOutput(loss.sum(), len(images), {"target_std": spread})
 
@@ -127,27 +144,50 @@ class Distill(nn.Module):
         self.updates += 1
         n = int(self.updates)
         weight = 1 - min(self.momentum, n / (n + 9))
-        for mine, theirs in zip(self.average.parameters(), self.encoder.parameters(), strict=True):
-            mine.lerp_(theirs.to(mine.dtype), weight)
+        for mean, live in zip(self.average.parameters(), self.encoder.parameters(), strict=True):
+            mean.lerp_(live.to(mean.dtype), weight)
 
 
-def _as_shown_to(teacher, images: Tensor, shown: dict, grid: tuple[int, int]) -> Tensor:
+def load_teacher(name: str) -> Any:
+    """The frozen network of this name, or None for "ema", the encoder's average.
+
+    Raises: ValueError for a name that timm does not know, or a network without patches.
+    """
+    if name == "ema":
+        return None
+    if not name.startswith("timm:"):
+        return load_encoder(name)
+    import timm
+
+    name = name.removeprefix("timm:")
+    if not timm.is_model(name):
+        raise ValueError(f"timm has no model {name!r}. {did_you_mean(name, timm.list_models())}")
+    try:
+        return timm.create_model(name, pretrained=True, num_classes=0, dynamic_img_size=True)
+    except TypeError as error:
+        raise ValueError(
+            f"the teacher timm:{name} takes no images of any size; choose a vision transformer."
+        ) from error
+
+
+def _inputs_for(teacher, images: Tensor, data_config: dict, grid: tuple[int, int]) -> Tensor:
     """The student's images as the teacher expects them: values, channels, size."""
     from timm.data import resolve_model_data_config
 
     def column(values) -> Tensor:
         return torch.tensor(values, device=images.device)[:, None, None]
 
-    images = images.float() * column(shown["std"]) + column(shown["mean"])
-    wanted = getattr(teacher, "data_config", None) or resolve_model_data_config(teacher)
-    if images.shape[1] not in (1, wanted["input_size"][0]):
+    images = images.float() * column(data_config["std"]) + column(data_config["mean"])
+    target = getattr(teacher, "data_config", None) or resolve_model_data_config(teacher)
+    channels = target["input_size"][0]
+    if images.shape[1] not in (1, channels):
         raise ValueError(
-            f"the teacher sees {wanted['input_size'][0]} channels, the student {images.shape[1]}; "
-            "choose a teacher of as many, or the student's own average."
+            f"the teacher sees {channels} channels, the student {images.shape[1]}; choose a "
+            "teacher of as many, or --teacher ema."
         )
-    if images.shape[1] == 1 and wanted["input_size"][0] == 3:
+    if images.shape[1] == 1 and channels == 3:
         images = images.expand(-1, 3, -1, -1)
-    images = (images - column(wanted["mean"])) / column(wanted["std"])
+    images = (images - column(target["mean"])) / column(target["std"])
     stride = teacher.feature_info[-1]["reduction"]
     size = [side * stride for side in grid]
     if list(images.shape[-2:]) != size:

@@ -1,14 +1,7 @@
-"""Masked image modelling on a Vim encoder: MAE and SimMIM.
+"""MAE (arXiv:2111.06377): the encoder reads the visible patches alone, in scan order; a light Vim
+decoder puts mask tokens in the gaps and predicts the pixels of the masked patches."""
 
-    mae      the encoder reads only the visible patches, in scan order; a light Vim decoder puts
-             mask tokens in the gaps and predicts the pixels of the hidden patches
-    simmim   the encoder reads all patches, hidden ones replaced by a mask token; a linear layer
-             predicts their pixels
-
-Batches hold ``image`` (b, c, h, w), normalised, and ``mask`` (b, m) bool, True = masked, with the
-same number of masked patches in every sample. Of an encoder of clips ``image`` is (b, c, t, h, w),
-and patches are tubelets, frame by frame, row by row; see `fold_time`.
-"""
+from typing import Any
 
 import torch
 from timm.layers import build_sincos2d_pos_embed, trunc_normal_
@@ -24,16 +17,18 @@ class MAE(PixelObjective):
     """Masked autoencoder with a Vim decoder.
 
     Args:
-        encoder: reads the visible patches only, in raster order, its class token in their middle.
+        encoder: reads the visible patches in raster order, its class token in their middle.
         decoder_dim, decoder_depth: width and blocks of the decoder.
-        norm_pix_loss: predict each patch normalised by its own mean and deviation.
-        keep_order: read the visible patches in raster order. False shuffles them in every image,
-            as a transcription of MAE would: harmless to attention, and here only to measure what
-            it costs a scan.
+        norm_pix_loss: predict each patch normalised by its mean and deviation.
+        keep_order: read the visible patches in raster order. False shuffles them, as MAE itself
+            does; attention does not see the order, a scan does, and this measures what it costs.
     Raises: ValueError for a decoder without blocks or of a width not divisible by 4, and for an
         encoder with a head or a mask token (neither would learn), or with overlapping patches.
-    Reference: MAE, arXiv:2111.06377; a Vim decoder as in FastVim, arXiv:2502.00594.
+    Reference: MAE, arXiv:2111.06377; Vim decoder: FastVim, arXiv:2502.00594.
     """
+
+    settings = ("decoder_dim", "decoder_depth", "norm_pix_loss", "keep_order")
+    reads_clips = True
 
     def __init__(
         self,
@@ -47,15 +42,15 @@ class MAE(PixelObjective):
         super().__init__(encoder, norm_pix_loss)
         self.keep_order = keep_order
         if encoder.mask_token is not None:
-            raise ValueError("mae reads no mask token; load the encoder with use_mask_token=False.")
+            raise ValueError("mae uses no mask token; load the encoder with use_mask_token=False.")
         if decoder_depth < 1:
             raise ValueError(
-                f"decoder_depth {decoder_depth} lets the hidden patches see nothing; use 1 or more."
+                f"decoder_depth {decoder_depth} shows masked patches nothing; use 1 or more."
             )
         if decoder_dim < 4 or decoder_dim % 4:
             raise ValueError(
-                f"decoder_dim {decoder_dim} is not divisible by 4, as its 2-D sine and cosine "
-                f"positions need; use {max(decoder_dim // 4 * 4, 4)}."
+                f"decoder_dim {decoder_dim} is not divisible by 4, which 2-D sine-cosine positions "
+                f"need; use {max(decoder_dim // 4 * 4, 4)}."
             )
         self.decoder_embed = nn.Linear(encoder.embed_dim, decoder_dim)
         self.mask_token = nn.Parameter(trunc_normal_(torch.zeros(1, 1, decoder_dim), std=0.02))
@@ -71,21 +66,17 @@ class MAE(PixelObjective):
         keep = visible_ids(mask)
         if not self.keep_order:
             keep = keep.gather(1, torch.rand(keep.shape, device=keep.device).argsort(1))
-        seen = self.encoder.forward_tokens(self.encoder.embed(images), ids_keep=keep, grid=grid)
-        patches, _ = self.encoder.split_tokens(seen)
+        tokens = self.encoder.forward_tokens(self.encoder.embed(images), ids_keep=keep, grid=grid)
+        patches, _ = self.encoder.split_tokens(tokens)
         patches = self.decoder_embed(patches)  # (b, k, decoder_dim)
         b, _, d = patches.shape
         hidden = self.mask_token.to(patches.dtype).expand(b, mask.shape[1], -1)
         hidden = hidden.scatter(1, keep[..., None].expand(-1, -1, d), patches)
-        places = build_sincos2d_pos_embed(
-            list(grid), dim=d, device=hidden.device, dtype=hidden.dtype
-        )
-        if (times := mask.shape[1] // len(places)) > 1:  # of clips
-            when = build_sincos2d_pos_embed(
-                [times, 1], dim=d, device=hidden.device, dtype=hidden.dtype
-            )
-            places = (when[:, None] + places).flatten(0, 1)
-        hidden, residual = hidden + places, None
+        like: dict[str, Any] = {"dim": d, "device": hidden.device, "dtype": hidden.dtype}
+        positions = build_sincos2d_pos_embed(list(grid), **like)
+        if (times := mask.shape[1] // len(positions)) > 1:  # clips
+            positions = build_sincos2d_pos_embed([times, 1], **like)[:, None] + positions
+        hidden, residual = hidden + positions.flatten(0, -2), None
         for layer in self.decoder_layers:
             hidden, residual = layer(hidden, residual)
         return self.decoder_pred(self.decoder_norm(hidden, residual)[0])

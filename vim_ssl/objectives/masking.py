@@ -1,4 +1,4 @@
-"""Which patches to hide. A mask is bool, True = masked, one entry a patch in raster order."""
+"""Masks: bool, True = masked, one entry per patch in raster order."""
 
 import math
 
@@ -7,13 +7,13 @@ from torch import Tensor
 
 
 class RandomMask:
-    """Hide a fixed share of the patches of every image, at random.
+    """Mask a fixed share of the patches of every image, at random.
 
     Args:
         grid: rows and columns of patches.
-        ratio: share of masked units, between 0 and 1; the count is rounded up, as MAE and SimMIM
-            do, but one unit at least stays visible.
-        unit: side of the square that is masked as one, in patches (SimMIM: 32 px).
+        ratio: share of masked units, between 0 and 1; their number is rounded up, as in MAE and
+            SimMIM, but at least one stays visible.
+        unit: side of a unit, a square that is masked as a whole, in patches (SimMIM: 32 px).
     Draws from torch's global generator, which the data loader seeds for every sample.
     Raises: ValueError for a ratio or unit that does not fit the grid.
     """
@@ -30,13 +30,13 @@ class RandomMask:
         total = self.choices()
         if total < 2:
             raise ValueError(
-                f"a {grid[0]}x{grid[1]} grid is a single piece to hide: nothing stays visible."
+                f"a {grid[0]}x{grid[1]} grid is a single unit to mask: nothing stays visible."
             )
-        # 0.07 * 100 is 7.000000000000001, and 7 are meant
+        # minus 1e-9, since 0.07 * 100 is 7.000000000000001
         self.masked = min(max(math.ceil(total * ratio - 1e-9), 1), total - 1)
 
     def choices(self) -> int:
-        """How many pieces there are to choose among."""
+        """The number of pieces to choose from: units, or rows of units."""
         return self.units[0] * self.units[1]
 
     def draw(self) -> Tensor:
@@ -52,12 +52,8 @@ class RandomMask:
 
 
 class TubeMask(RandomMask):
-    """Hide the same patches at all times of a clip: what stands still cannot be copied from another
-    frame. Reference: VideoMAE, arXiv:2203.12602.
-
-    Args:
-        times: tubelets one after another; 1 for images.
-    """
+    """Mask the same patches in all ``times`` tubelets of a clip, so that still content cannot be
+    copied from another frame. Reference: VideoMAE, arXiv:2203.12602."""
 
     def __init__(self, grid: tuple[int, int], ratio: float, unit: int = 1, times: int = 1):
         super().__init__(grid, ratio, unit)
@@ -68,7 +64,7 @@ class TubeMask(RandomMask):
 
 
 class RowMask(RandomMask):
-    """Hide whole rows of units: what stays visible is contiguous along the scan."""
+    """Mask whole rows of units: visible patches are contiguous along the scan."""
 
     def choices(self) -> int:
         return self.units[0]
@@ -80,10 +76,10 @@ class RowMask(RandomMask):
 
 
 class BlockMask(RandomMask):
-    """Hide rectangles, until the share is reached exactly: the last one is cut short.
+    """Mask rectangles until the share is reached exactly: the last one is cut short.
 
-    Each has `SMALLEST` units or more, as long as so many are missing, and sides in a ratio between
-    0.3 and 1 / 0.3.
+    Each has at least `SMALLEST` units, or as many as are missing, and an aspect ratio between 0.3
+    and 1 / 0.3.
     Reference: block-wise masking of BEiT, arXiv:2106.08254, algorithm 1.
     """
 
@@ -122,13 +118,12 @@ def checked_mask(mask: Tensor, b: int, grid: tuple[int, int]) -> Tensor:
 
 
 def visible_ids(mask: Tensor) -> Tensor:
-    """The visible patches in raster order: (b, m) bool, True = masked -> (b, k) int64.
+    """Indices of the visible patches: (b, m) bool, True = masked -> (b, k) int64, ascending.
 
-    The order matters: attention does not see it, a scan reads along it. (MAE's own argsort of
-    noise leaves the visible patches shuffled.)
-    Raises: ValueError if the samples do not all show the same number of patches.
+    The order matters to a scan, not to attention. (MAE's argsort of noise shuffles them.)
+    Raises: ValueError if the samples have different numbers of visible patches.
     """
     counts = (~mask).sum(1)
     if not bool((counts == counts[0]).all()):
-        raise ValueError(f"samples show different numbers of patches: {counts.tolist()}.")
+        raise ValueError(f"the masks leave different numbers of patches: {counts.tolist()}.")
     return (~mask).nonzero()[:, 1].view(len(mask), -1)

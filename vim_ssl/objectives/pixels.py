@@ -1,4 +1,4 @@
-"""What objectives on pixels share: patches, targets and preview images."""
+"""What objectives on pixels share: patches, targets, the loss and preview images."""
 
 import torch
 import torch.nn.functional as F
@@ -6,20 +6,25 @@ from torch import Tensor, nn
 
 from vim_ssl.data.transforms.image import denormalize
 from vim_ssl.models.encoder import VimEncoder
-from vim_ssl.objectives.base import StepOutput
+from vim_ssl.objectives.base import PretrainObjective, StepOutput
 from vim_ssl.objectives.masking import checked_mask
 
 
-class PixelObjective(nn.Module):
-    """What objectives of pixels share: targets, the loss on hidden patches, images."""
+class PixelObjective(PretrainObjective):
+    """Predict the pixels of hidden patches.
+
+    Batches hold ``image`` (b, c, h, w), normalised, and ``mask`` (b, m) bool, True = masked, the
+    same number in every sample. For an encoder of clips ``image`` is (b, c, t, h, w), and patches
+    are tubelets, frame by frame, row by row; see `fold_time`.
+    """
 
     def __init__(self, encoder: VimEncoder, norm_pix_loss: bool):
         super().__init__()
         patch = encoder.patch_embed
         if patch.stride != patch.patch_size:
             raise ValueError(
-                f"patches of {patch.patch_size} px at stride {patch.stride} overlap, so their "
-                "pixels are no partition of the image; pretrain with stride = patch_size."
+                f"patches of {patch.patch_size} px at stride {patch.stride} overlap, so a hidden "
+                "pixel may be visible in another patch; pretrain with stride = patch_size."
             )
         refuse_head(encoder)
         self.encoder = encoder
@@ -28,7 +33,7 @@ class PixelObjective(nn.Module):
         self.pixels = encoder.in_chans * self.tubelet * patch.patch_size**2
 
     def hidden(self, batch: dict[str, Tensor], grid: tuple[int, int]) -> Tensor:
-        """(b, m) bool, True = hidden, to be predicted: the batch's own mask."""
+        """(b, m) bool, True = hidden and predicted: the mask of the batch."""
         return checked_mask(batch["mask"], len(batch["image"]), grid)
 
     def predict(self, images: Tensor, mask: Tensor) -> Tensor:
@@ -36,11 +41,11 @@ class PixelObjective(nn.Module):
         raise NotImplementedError
 
     def patch_loss(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Two (b, m, pixels) float32 -> (b, m): the mean square, as in MAE."""
+        """Two (b, m, pixels) float32 -> (b, m): the mean squared error, as in MAE."""
         return (prediction - target).square().mean(-1)
 
     def forward(self, batch: dict[str, Tensor]) -> StepOutput:
-        """One pass: the mean loss of each sample's masked patches, summed over samples."""
+        """The mean loss of each sample's hidden patches, summed over samples."""
         images = fold_time(batch["image"], self.tubelet)
         patch = self.encoder.patch_embed.patch_size
         mask = self.hidden(batch, (images.shape[-2] // patch, images.shape[-1] // patch))
@@ -56,7 +61,7 @@ class PixelObjective(nn.Module):
         per_patch = self.patch_loss(prediction, target)
         loss = (per_patch * mask).sum(1) / mask.sum(1)  # (b,)
         with torch.no_grad():
-            restored = prediction * std + mean  # undo norm_pix with the true patch's own statistics
+            restored = prediction * std + mean  # undo norm_pix with the true patch's statistics
             error = ((restored - pixels).square().mean(-1) * mask).sum(1) / mask.sum(1)
         return StepOutput(
             loss_sum=loss.sum(),
@@ -66,8 +71,8 @@ class PixelObjective(nn.Module):
         )
 
     def _images(self, images: Tensor, mask: Tensor, restored: Tensor) -> Tensor:
-        """original | masked | reconstruction | reconstruction in the gaps: (n, 1 or 3, h, 4 w); of
-        clips film strips, of each tubelet the first frame."""
+        """original | masked | reconstruction | reconstruction in the gaps: (n, 1 or 3, h, 4 w). A
+        clip is shown as a column of frames, the first of each tubelet."""
         height, width = images.shape[-2:]
         patch = self.encoder.patch_embed.patch_size
         config = self.encoder.data_config
@@ -81,7 +86,7 @@ class PixelObjective(nn.Module):
 
 
 def refuse_head(encoder: nn.Module) -> None:
-    """Raises: ValueError for an encoder with a head, which pretraining would not train."""
+    """Raise ValueError for an encoder with a head, which pretraining would not train."""
     if classes := getattr(encoder, "num_classes", 0):
         raise ValueError(
             f"the encoder has a head of {classes} classes, which pretraining would "
@@ -90,9 +95,9 @@ def refuse_head(encoder: nn.Module) -> None:
 
 
 def fold_time(images: Tensor, tubelet: int = 1) -> Tensor:
-    """Clips (b, c, t, h, w) as images (b, c · tubelet, t / tubelet · h, w), one tubelet below the
-    other, its frames as channels: patches of that are tubelets in the order of the tokens. Images
-    (b, c, h, w) stay."""
+    """Fold clips (b, c, t, h, w) into images (b, c · tubelet, t / tubelet · h, w): tubelets stacked
+    vertically, frames of one as channels, so that patches are tubelets in the order of the tokens.
+    Images (b, c, h, w) are returned as they are."""
     if images.dim() == 4:
         return images
     return images.unflatten(2, (-1, tubelet)).transpose(2, 3).flatten(1, 2).flatten(2, 3)

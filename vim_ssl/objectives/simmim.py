@@ -1,4 +1,7 @@
-"""SimMIM (arXiv:2111.09886): mask tokens in, pixels out."""
+"""SimMIM (arXiv:2111.09886): the encoder reads all patches, masked ones as a mask token; a linear
+layer predicts their pixels."""
+
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -8,14 +11,17 @@ from vim_ssl.objectives.pixels import PixelObjective
 
 
 class SimMIM(PixelObjective):
-    """SimMIM: mask tokens through the whole encoder, one linear layer, L1 on hidden pixels.
+    """SimMIM: L1 on the pixels of masked patches.
 
     Args:
         encoder: built with ``use_mask_token=True``.
     Raises: ValueError for an encoder without a mask token, with a head, or with overlapping
         patches.
-    Reference: SimMIM, arXiv:2111.09886.
     """
+
+    settings = ("norm_pix_loss",)
+    encoder_args: ClassVar = {"use_mask_token": True}
+    reads_clips = True
 
     def __init__(self, encoder: VimEncoder, *, norm_pix_loss: bool = False):
         super().__init__(encoder, norm_pix_loss)

@@ -136,6 +136,7 @@ def _find_images(folder: Path) -> dict[str, list[tuple[int, Path]]]:
     found: dict[str, list[tuple[int, Path]]] = {}
     for path in folder.glob("*-*.png"):
         name, _, step = path.stem.rpartition("-")
+        name = "preview" if name == "pictures" else name  # the name in earlier runs
         if step.isdecimal():
             found.setdefault(name, []).append((int(step), path))
     return {name: sorted(found[name]) for name in sorted(found)}

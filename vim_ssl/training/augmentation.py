@@ -1,4 +1,4 @@
-"""Settings of training augmentation by timm, shared by the recipes and tasks that take it."""
+"""timm's training augmentation and its settings."""
 
 import math
 from collections.abc import Mapping
@@ -14,13 +14,13 @@ from vim_ssl.utils.config import check_between, opt
 
 @dataclass
 class AugmentationConfig(TrainConfig):
-    """The loop, and what is done to an image before it is trained on."""
+    """Settings of the loop and of training augmentation."""
 
-    crop_scale: tuple[float, float] = opt((0.08, 1.0), "share of the image's area", group="data")
-    hflip: float = opt(0.5, "probability of mirroring", group="data")
-    color_jitter: float = opt(0.0, "strength; not beside auto_augment", group="data")
-    auto_augment: str = opt("", "by timm's names: rand-m9-mstd0.5-inc1 …", group="data")
-    erasing: float = opt(0.0, "probability of erasing a rectangle", group="data")
+    crop_scale: tuple[float, float] = opt((0.08, 1.0), "share of the image's area", "data")
+    hflip: float = opt(0.5, "probability of mirroring", "data")
+    color_jitter: float = opt(0.0, "strength; unused with auto_augment", "data")
+    auto_augment: str = opt("", "timm's name of a policy, such as rand-m9-mstd0.5-inc1", "data")
+    erasing: float = opt(0.0, "probability of erasing a rectangle", "data")
 
     def __post_init__(self):
         super().__post_init__()
@@ -34,7 +34,7 @@ class AugmentationConfig(TrainConfig):
 def training_transform(
     encoder_or_config: nn.Module | Mapping[str, Any], config: AugmentationConfig
 ) -> Transform:
-    """timm's training augmentation as the configuration asks for it; see `create_transform`."""
+    """timm's training augmentation with these settings; see `create_transform`."""
     return create_transform(
         encoder_or_config, is_training=True, scale=config.crop_scale, hflip=config.hflip,
         color_jitter=config.color_jitter or None, auto_augment=config.auto_augment or None,

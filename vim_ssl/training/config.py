@@ -5,74 +5,67 @@ from dataclasses import dataclass
 from typing import Any
 
 from vim_ssl.training.optim import SCHEDULES, check_optimizer
-from vim_ssl.utils.config import opt
+from vim_ssl.utils.config import check_between, opt
 
 
 @dataclass
 class TrainConfig:
-    """Settings of the loop; every recipe's configuration extends these."""
+    """Settings of the loop; the configuration of every recipe extends these."""
 
-    epochs: float = opt(300, "passes over the data; 0.5: half of one", group="optimiser")
-    batch_size: int = opt(64, "samples a process and micro-batch", group="optimiser")
-    accumulation: int = opt(1, "micro-batches an optimiser step", group="optimiser")
-    optimizer: str = opt("adamw", "by timm's name: adamw, lamb, lars …", group="optimiser")
-    base_lr: float = opt(1.5e-4, "learning rate per lr_reference_batch samples", group="optimiser")
-    lr_reference_batch: int = opt(256, "samples that base_lr is meant for", group="optimiser")
-    min_lr: float = opt(0.0, "learning rate at the end, not scaled", group="optimiser")
-    schedule: str = opt(
-        "cosine", "how the rate falls to min_lr", group="optimiser", choices=SCHEDULES
-    )
-    warmup_epochs: float = opt(40.0, "linear warm-up", group="optimiser")
-    warmup_lr: float = opt(0.0, "learning rate it starts from, not scaled", group="optimiser")
-    weight_decay: float = opt(0.05, "not on A_log, D, biases, norms, tokens", group="optimiser")
-    betas: tuple[float, float] = opt((0.9, 0.95), "of AdamW", group="optimiser")
-    eps: float | None = opt(None, "of AdamW; none: its own, 1e-8", group="optimiser")
-    clip_grad: float | None = opt(1.0, "largest gradient norm; none: off", group="optimiser")
+    epochs: float = opt(300, "passes over the data; may be fractional", "optimiser")
+    batch_size: int = opt(64, "samples per process and micro-batch", "optimiser")
+    accumulation: int = opt(1, "micro-batches per optimiser step", "optimiser")
+    optimizer: str = opt("adamw", "timm's name: adamw, lamb, lars …", "optimiser")
+    base_lr: float = opt(1.5e-4, "learning rate per lr_reference_batch samples", "optimiser")
+    lr_reference_batch: int = opt(256, "effective batch that base_lr refers to", "optimiser")
+    min_lr: float = opt(0.0, "final learning rate, not scaled by the batch", "optimiser")
+    schedule: str = opt("cosine", "decay of the rate to min_lr", "optimiser", choices=SCHEDULES)
+    warmup_epochs: float = opt(40.0, "epochs of linear warm-up", "optimiser")
+    warmup_lr: float = opt(0.0, "initial learning rate, not scaled by the batch", "optimiser")
+    weight_decay: float = opt(0.05, "except on A_log, D, biases, norms, tokens", "optimiser")
+    betas: tuple[float, float] = opt((0.9, 0.95), "betas of AdamW", "optimiser")
+    eps: float | None = opt(None, "epsilon of AdamW; none: its default, 1e-8", "optimiser")
+    clip_grad: float | None = opt(1.0, "maximum gradient norm; none: no clipping", "optimiser")
     layer_decay: float | None = opt(
-        None, "lr factor from a block to the one below", group="optimiser"
+        None, "lr factor from a block to the one below; none: off", "optimiser"
     )
     ema: float = opt(
-        0.0, "decay of the encoder's moving average, kept beside it; 0: none", group="optimiser"
+        0.0, "decay of a moving average of the encoder, saved beside it; 0: off", "optimiser"
     )
-    precision: str = opt("no", "autocast", group="run", choices=("no", "bf16", "fp16"))
-    compile: bool = opt(False, "torch.compile the model", group="run")
+    precision: str = opt("no", "dtype of autocast", "run", choices=("no", "bf16", "fp16"))
+    compile: bool = opt(False, "torch.compile the model", "run")
     grad_checkpointing: bool = opt(
-        False, "recompute the blocks in backward: a third slower, less memory", group="run"
+        False, "recompute blocks in backward: less memory, a third slower", "run"
     )
-    workers: int = opt(2, "data loading processes a rank", group="run")
-    threads: int = opt(0, "CPU threads a process; 0: the cores, shared out", group="run")
-    seed: int = opt(0, "of everything random", group="run")
-    output: str = opt("", "run directory; default: a new one under runs/", group="run")
+    workers: int = opt(2, "data loading processes per rank", "run")
+    threads: int = opt(0, "CPU threads per process; 0: cores / processes", "run")
+    seed: int = opt(0, "of all random numbers", "run")
+    output: str = opt("", "run directory; default: a new one under runs/", "run")
     resume: str = opt(
-        "never",
-        "auto: go on from the newest whole checkpoint in output",
-        group="run",
-        choices=("never", "auto"),
+        "never", "auto: resume from the newest checkpoint in output", "run", ("never", "auto")
     )
-    log_every: int = opt(10, "optimiser steps between lines of metrics.jsonl", group="run")
-    eval_every: float = opt(20.0, "epochs between evaluations and images", group="run")
-    save_every: float = opt(15.0, "minutes between checkpoints", group="run")
-    save_steps: int = opt(0, "optimiser steps between checkpoints; 0: by save_every", group="run")
-    keep_checkpoints: int = opt(2, "older ones are deleted", group="run")
-    max_steps: int = opt(0, "stop after so many optimiser steps; 0: never", group="run")
-    max_bad_steps: int = opt(20, "give up after so many non-finite steps in a row", group="run")
+    log_every: int = opt(10, "optimiser steps between lines of metrics.jsonl", "run")
+    eval_every: float = opt(20.0, "epochs between evaluations and images", "run")
+    save_every: float = opt(15.0, "minutes between checkpoints", "run")
+    save_steps: int = opt(0, "optimiser steps between checkpoints; 0: by save_every", "run")
+    keep_checkpoints: int = opt(2, "number of checkpoints kept", "run")
+    max_steps: int = opt(0, "stop after this optimiser step; 0: off", "run")
+    max_bad_steps: int = opt(20, "stop after this many non-finite steps in a row", "run")
     trackers: tuple[str, ...] = opt(
-        ("auto",), "by accelerate's names; auto: tensorboard where installed; none", group="run"
+        ("auto",), "accelerate's names; auto: tensorboard if installed; none", "run"
     )
 
     @classmethod
     def derive_defaults(cls, defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-        """For `vim_ssl.utils.config.parse`: a run made shorter keeps its share of warm-up."""
+        """For `vim_ssl.utils.config.parse`: a shorter run keeps the preset's share of warm-up."""
         share = given.get("epochs", math.inf) / defaults["epochs"]
         if "warmup_epochs" in given or not 0 < share < 1:
             return defaults
         return defaults | {"warmup_epochs": share * defaults["warmup_epochs"]}
 
     def __post_init__(self):
-        for name in ("batch_size", "accumulation", "log_every", "keep_checkpoints",
-                     "max_bad_steps", "lr_reference_batch"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
+        check_between(self, 1, math.inf, "batch_size", "accumulation", "log_every",
+                      "keep_checkpoints", "max_bad_steps", "lr_reference_batch")  # fmt: skip
         for name in ("workers", "threads", "max_steps", "save_steps", "weight_decay", "min_lr",
                      "warmup_lr", "base_lr", "clip_grad"):  # fmt: skip
             if not 0 <= (getattr(self, name) or 0) < math.inf:

@@ -1,8 +1,8 @@
 """The one training loop. Recipes and downstream scripts build data, model and objective, and call
-`fit`; everything that a long run must be able to rely on happens here.
+`fit`, whose promises are
 
     exact      the gradient is that of sum(loss_sum) / sum(weight) over micro-batches and processes
-    resumable  a run stopped anywhere goes on bit for bit (see `vim_ssl.data.loading.indexed`)
+    resumable  a run stopped anywhere resumes bit for bit (see `vim_ssl.data.loading.indexed`)
     safe       checkpoints are whole or absent; SIGTERM saves; a non-finite step is skipped
 """
 
@@ -12,81 +12,71 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from timm.utils import ModelEmaV3
 from torch import nn
 
-from vim_ssl.data.loading.indexed import (
-    SeededSamples,
-    stable_hash,
-)
-from vim_ssl.training.accelerator import to_device
+from vim_ssl.data.loading.indexed import SeededSamples, stable_hash
+from vim_ssl.training.accelerator import Average
 from vim_ssl.training.config import TrainConfig
 from vim_ssl.training.monitor import Monitor
 from vim_ssl.training.optim import build_optimizer, build_schedule
-from vim_ssl.training.plan import Progress, Schedule
 from vim_ssl.training.run import Run
+from vim_ssl.training.schedule import Progress, Schedule
 
 
-def fit(  # noqa: C901 -- the loop stands on one screen
+def fit(
     objective: nn.Module,
     samples: SeededSamples,
     config: TrainConfig,
     run: Run,
     accelerator,
     *,
-    average: ModelEmaV3 | None = None,
+    average: Average | None = None,
     evaluate: Callable[[], dict[str, float]] | None = None,
     should_stop: Callable[[], bool] | None = None,
     on_save: Callable[[], object] | None = None,
 ) -> dict[str, float]:
-    """Train ``objective`` on ``samples``; returns the last figures logged.
+    """Train ``objective`` on ``samples``; returns the last metrics logged.
 
     Args:
-        objective: ``forward(batch) -> StepOutput``, and what else `vim_ssl.objectives.base` tells of.
+        objective: ``forward(batch) -> StepOutput``, and the options of `vim_ssl.objectives.base`.
         samples: the training data with its transform.
-        run: the run directory; if it holds a checkpoint, training goes on from the newest.
+        run: the run directory; if it holds checkpoints, training resumes from the newest.
         accelerator: from `make_accelerator`.
-        average: from `make_average`, of ``objective`` or of its encoder; a part of every
-            checkpoint.
-        evaluate: called every ``eval_every`` epochs on the main process; its figures are logged.
-        enough: asked on the main process after each evaluation, and when a run is taken up; True
-            ends the training.
-        on_save: called with every checkpoint on the main process, to write the encoder.
+        average: from `make_average`; saved with every checkpoint.
+        evaluate: called every ``eval_every`` epochs on the main process; returns metrics to log.
+        should_stop: called on the main process after each evaluation, and when a run is resumed;
+            True ends the training.
+        on_save: called before every checkpoint on the main process, to write the encoder.
     Raises: ValueError if the checkpoint was made with other data, batches or model;
         FloatingPointError after ``max_bad_steps`` non-finite steps in a row;
         SystemExit(0) after SIGTERM or SIGINT, once the state is saved.
     """
-    plan = Schedule(samples, config, accelerator)
+    schedule = Schedule(samples, config, accelerator)
     if config.grad_checkpointing:
         encoder: Any = objective.encoder
         encoder.set_grad_checkpointing()
     optimizer = build_optimizer(
-        objective, opt=config.optimizer, lr=plan.lr, weight_decay=config.weight_decay,
+        objective, opt=config.optimizer, lr=schedule.lr, weight_decay=config.weight_decay,
         betas=config.betas, eps=config.eps, layer_decay=config.layer_decay,
     )  # fmt: skip
-    schedule = build_schedule(
-        optimizer, total_steps=plan.scheduled_steps, min_lr=config.min_lr,
-        warmup_steps=plan.warmup_steps, warmup_lr=config.warmup_lr,
-        schedule=config.schedule,
+    lr_schedule = build_schedule(
+        optimizer, total_steps=schedule.scheduled_steps, min_lr=config.min_lr,
+        warmup_steps=schedule.warmup_steps, warmup_lr=config.warmup_lr, schedule=config.schedule,
     )  # fmt: skip
     model, optimizer = accelerator.prepare(objective, optimizer)
-    averaged: Any = objective
-    if average is not None:
-        if type(average.module) is not type(objective):
-            averaged = objective.encoder
-        # As a second model, so that checkpoints hold it, as safetensors.
+    if average is not None:  # as a second model, so that checkpoints hold it as safetensors
         accelerator.prepare_model(average.module, evaluation_mode=True)
     progress = Progress()
-    figures: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     run.resume(accelerator, progress)
-    plan.check_resume(progress)
+    schedule.check_resume(progress)
     run.write_config()
-    last = progress.step >= plan.total_steps
-    with Monitor(plan, config, run, accelerator, progress) as monitor:
+    last = progress.step >= schedule.total_steps
+    with Monitor(schedule, config, run, accelerator, progress) as monitor:
         if progress.step and should_stop is not None:
             last = monitor.broadcast_decision(should_stop) or last
-        for batches in () if last else plan.steps(progress):
-            schedule.step_update(progress.step)
+        for batches in () if last else schedule.steps(progress):
+            lr_schedule.step_update(progress.step)
             averages = forward_backward(accelerator, model, objective, batches, config, progress)
             norm = float(
                 accelerator.clip_grad_norm_(model.parameters(), config.clip_grad or math.inf)
@@ -98,24 +88,24 @@ def fit(  # noqa: C901 -- the loop stands on one screen
             if finite and (after_step := getattr(objective, "after_step", None)):
                 after_step()
             if finite and average is not None:
-                average.update(averaged, progress.step + 1)
+                average.update(progress.step + 1)
             samples_seen = averages.pop("samples")
-            plan.advance(progress, len(batches), samples_seen, finite)
+            schedule.advance(progress, len(batches), samples_seen, finite)
             run.count_skipped(name for batch in batches for name in batch["skipped"])
             row = averages | {"lr": optimizer.param_groups[0]["lr"], "grad_norm": norm}
             row |= monitor.step(averages["loss"], samples_seen)
-            last = progress.step >= plan.total_steps
-            evaluated = last or plan.crossed(progress, config.eval_every)
+            last = progress.step >= schedule.total_steps
+            evaluated = last or schedule.crossed(progress, config.eval_every)
             if evaluated:
                 row |= monitor.evaluate(objective, samples, evaluate)
             if evaluated or progress.step % config.log_every == 0:
-                run.log(progress, plan.epoch_float(progress), row)
+                run.log(progress, schedule.epoch_float(progress), row)
             if evaluated and should_stop is not None:
                 last = monitor.broadcast_decision(should_stop) or last
-            figures |= row
+            metrics |= row
             if monitor.checkpoint_due() or last:
-                # The encoder first: a run killed in between takes these steps again. With its last
-                # checkpoint it has ended and would leave no encoder, or an older one.
+                # The encoder first: a run killed in between repeats these steps. A run with its
+                # last checkpoint is finished, and would never write its encoder.
                 if on_save is not None and accelerator.is_main_process:
                     on_save()
                 run.save(accelerator, progress, keep=config.keep_checkpoints)
@@ -123,23 +113,25 @@ def fit(  # noqa: C901 -- the loop stands on one screen
                 break
         if not last:
             monitor.exit_after_save()
-    return figures
+    return metrics
 
 
 def forward_backward(accelerator, model, objective, batches, config, progress):
-    """Add up the gradient of one step; returns the averages over everything that went into it."""
+    """Accumulate the gradient of one step; returns the averages over its samples and processes."""
+    from accelerate.utils import send_to_device
 
     def forward(i: int, **more):
-        # Seeding here leaves drop path and dropout no history that a checkpoint would have to hold.
+        # Seeded here, drop path and dropout have no state that a checkpoint would have to hold.
         torch.manual_seed(
             stable_hash("step", config.seed, progress.step, i, accelerator.process_index)
         )
-        return model(to_device(batches[i], accelerator.device), **more)
+        batch = send_to_device(batches[i], accelerator.device, non_blocking=True)
+        return model(batch, **more)
 
     count = len(batches)
     accumulate = getattr(objective, "accumulate", None)
     outputs = accumulate(forward, count) if accumulate else map(forward, range(count))
-    unit = sum(len(batch["index"]) for batch in batches)  # what the weight usually is
+    unit = sum(len(batch["index"]) for batch in batches)  # usually the weight
     sums = torch.zeros(0)
     for i, batch in enumerate(batches):
         with contextlib.nullcontext() if i + 1 == count else accelerator.no_sync(model):
@@ -147,13 +139,13 @@ def forward_backward(accelerator, model, objective, batches, config, progress):
             accelerator.backward(out.loss_sum / unit)
         values = [out.loss_sum, *out.metrics.values(), out.weight, len(batch["index"])]
         values = [torch.as_tensor(v, device=out.loss_sum.device).detach().float() for v in values]
-        values = torch.stack(values).cpu().double()  # one wait for the device, not one a figure
+        values = torch.stack(values).cpu().double()  # one wait for the device, not one per value
         sums = values if i == 0 else sums + values
     if accelerator.num_processes > 1:
         sums = accelerator.reduce(sums.to(accelerator.device)).cpu()
     *totals, weight, samples = sums.tolist()
-    weight = weight or 1.0  # nothing in the step counted, so every sum is zero
-    factor = unit * accelerator.num_processes / weight  # DDP has averaged over the processes
+    weight = weight or 1.0  # without any weight every sum is zero
+    factor = unit * accelerator.num_processes / weight  # DDP averages over the processes
     if factor != 1.0:
         for p in model.parameters():
             if p.grad is not None:

@@ -1,9 +1,9 @@
-"""The optimiser, its parameter groups and its schedule: timm's, told what a state-space model is.
+"""timm's optimisers and schedules, with parameter groups for state-space models.
 
 >>> optimizer = build_optimizer(objective, lr=1e-3, weight_decay=0.05, layer_decay=0.75)
 >>> schedule = build_schedule(optimizer, total_steps=1000, warmup_steps=50)
 >>> for step in range(1000):
-...     schedule.step_update(step)  # before the step: it sets this step's learning rate
+...     schedule.step_update(step)  # before the step, whose learning rate it sets
 ...     ...
 """
 
@@ -24,9 +24,9 @@ from torch import nn
 
 from vim_ssl.utils.names import did_you_mean
 
-# Never decayed, wherever in a model they stand: A_log and D define the dynamics of a scan (zero is
-# no neutral value for them), the others are offsets. timm adds biases, norms and all else that is
-# one-dimensional.
+# Parameters without weight decay, by the last part of their names: A_log and D define the dynamics
+# of a scan, for which zero is no neutral value; the others are offsets. timm adds everything
+# one-dimensional, such as biases and norms.
 NO_DECAY = {
     "A_log", "A_b_log", "D", "D_b",
     "pos_embed", "cls_token", "cls_token_head", "cls_token_tail", "mask_token", "register_tokens",
@@ -35,21 +35,18 @@ NO_DECAY = {
 
 
 def _in_steps(optimizer: torch.optim.Optimizer, *, t_initial: int, lr_min: float, **settings):
-    """To a tenth at 8/9 of all steps and to a hundredth at 26/27, as ViTDet (arXiv:2203.16527) and
-    Vim's detection have it.
-
-    Raises: ValueError for an ``lr_min``.
-    """
-    warmup = settings["warmup_t"]
-    # timm's milestones are counted from the warm-up's end, and one step too early.
-    falls = [round(part * (t_initial + warmup)) - warmup + 1 for part in (8 / 9, 26 / 27)]
+    """A tenth of the rate at 8/9 of all steps, a hundredth at 26/27, as in ViTDet
+    (arXiv:2203.16527) and Vim's detection. Raises: ValueError for an ``lr_min``."""
     if lr_min:
         raise ValueError(f"schedule 'steps' falls by tenths, not to min_lr {lr_min:g}; use 0.")
+    warmup = settings["warmup_t"]
+    # timm counts milestones from the end of the warm-up, and one step too early.
+    falls = [round(share * (t_initial + warmup)) - warmup + 1 for share in (8 / 9, 26 / 27)]
     return MultiStepLRScheduler(optimizer, decay_t=falls, decay_rate=0.1, **settings)
 
 
-# How the learning rate falls after the warm-up. (Ours is timm's first cycle, which cycle_decay does
-# not reach: told of one, timm does not warn of a run of one step.)
+# How the learning rate falls after the warm-up. (cycle_decay has no effect within one cycle, but
+# silences timm's warning about a run of one step.)
 SCHEDULES: dict[str, Callable] = {
     "cosine": partial(CosineLRScheduler, cycle_decay=0.5),
     "steps": _in_steps,
@@ -60,26 +57,24 @@ SCHEDULES: dict[str, Callable] = {
 def param_groups(
     model: nn.Module, weight_decay: float, layer_decay: float | None = None
 ) -> list[dict]:
-    """Group the trainable parameters by weight decay and, if asked, by depth.
+    """Group the trainable parameters by weight decay and, with ``layer_decay``, by depth.
 
     Args:
         model: an encoder, or a module that holds one as ``encoder`` (an objective, a task model).
-        weight_decay: for all but `NO_DECAY`, what is one-dimensional, and what any module inside
-            names in its ``no_weight_decay()``.
-        layer_decay: factor on the learning rate from each block to the one below it, so that the
-            patch embedding has the lowest; whatever stands outside the encoder, and its head, has
-            1. The groups' ``lr_scale`` is applied by timm's schedulers alone; see
-            `build_schedule`.
-
+        weight_decay: for all but `NO_DECAY`, one-dimensional parameters, and those that a module
+            lists in its ``no_weight_decay()``.
+        layer_decay: factor on the learning rate from each block to the one below, so that the patch
+            embedding has the lowest; the encoder's head and everything outside it have 1. Only
+            timm's schedulers apply the groups' ``lr_scale``; see `build_schedule`.
     Returns: groups for a torch optimiser, every trainable parameter in exactly one.
-    Raises: ValueError if ``layer_decay`` is asked for and no encoder is found.
+    Raises: ValueError for ``layer_decay`` without an encoder.
     """
     excluded = _no_weight_decay(model)
     if layer_decay is None:
         return param_groups_weight_decay(model, weight_decay, no_weight_decay_list=excluded)
     view = _LayerView(model)
     return param_groups_layer_decay(
-        cast(nn.Module, view),  # timm asks it for no more than it has
+        cast(nn.Module, view),  # it has all that timm uses
         weight_decay,
         no_weight_decay_list={view.rename(name) for name in excluded},
         layer_decay=layer_decay,
@@ -100,24 +95,21 @@ def build_optimizer(
 
     Args:
         model, weight_decay, layer_decay: see `param_groups`.
-        lr: of a group with ``lr_scale`` 1, at the schedule's peak.
-        betas, eps: the optimiser's own by default; left out where it has none.
+        lr: peak learning rate of a group with ``lr_scale`` 1.
+        betas, eps: timm's defaults if None.
     Raises: ValueError for a name that timm does not know.
     """
     check_optimizer(opt)
     given: dict[str, Any] = {"betas": betas, "eps": eps}
     return create_optimizer_v2(
-        model,
-        opt,
-        lr=lr,
-        weight_decay=weight_decay,
+        model, opt, lr=lr, weight_decay=weight_decay,
         param_group_fn=lambda m: param_groups(m, weight_decay, layer_decay),
         **{name: value for name, value in given.items() if value is not None},
-    )
+    )  # fmt: skip
 
 
 def check_optimizer(opt: str) -> None:
-    """Raises: ValueError for a name that timm does not know."""
+    """Raise ValueError for a name that timm does not know."""
     known = cast(list[str], list_optimizers())
     if opt.lower().removeprefix("lookahead_") not in known:
         raise ValueError(f"timm has no optimizer {opt!r}. {did_you_mean(opt.lower(), known)}")
@@ -135,13 +127,13 @@ def build_schedule(
     """Linear warm-up from ``warmup_lr`` to the optimiser's lr, then down to ``min_lr``.
 
     Call ``step_update(step)`` before optimiser step ``step`` = 0, 1, …: the learning rate is a
-    function of that number alone, so there is no state to save. ``lr_scale`` multiplies it, which
-    torch's own schedulers would not do.
+    function of that number alone, so there is no state to save. A group's ``lr_scale`` multiplies
+    it, which torch's schedulers would ignore.
 
     Args:
         total_steps: optimiser steps of the run; step ``total_steps`` would have ``min_lr``.
-        warmup_steps: of these; step ``warmup_steps`` has the full lr.
-        schedule: how it falls, by the names in `SCHEDULES`.
+        warmup_steps: how many of these; step ``warmup_steps`` has the full lr.
+        schedule: a name of `SCHEDULES`.
     Raises: ValueError if the warm-up leaves no step, or for an unknown schedule.
     """
     if not 0 <= warmup_steps < total_steps:
@@ -157,24 +149,24 @@ def build_schedule(
         lr_min=min_lr,
         warmup_t=warmup_steps,
         warmup_lr_init=warmup_lr,
-        warmup_prefix=True,  # the fall starts at its top, where the warm-up ends
+        warmup_prefix=True,  # the rate falls from its peak at the end of the warm-up
         t_in_epochs=False,
     )
 
 
 def _no_weight_decay(model: nn.Module) -> set[str]:
-    """Full names of the parameters that must not be decayed, beyond what their shapes tell."""
+    """Full names of the parameters without weight decay, except one-dimensional ones."""
     names = {name for name, _ in model.named_parameters() if name.rsplit(".", 1)[-1] in NO_DECAY}
     for path, module in model.named_modules():
-        own = getattr(module, "no_weight_decay", None)
-        if callable(own):
-            names |= {f"{path}.{name}" if path else name for name in own()}
+        declared = getattr(module, "no_weight_decay", None)
+        if callable(declared):
+            names |= {f"{path}.{name}" if path else name for name in declared()}
     return names
 
 
 class _LayerView:
-    """A model as timm's layer decay should see it: the encoder's parameters by the names that its
-    ``group_matcher`` knows, all others by names that it does not, which puts them with the head."""
+    """A view of a model for timm's layer decay: the encoder's parameters by the names that its
+    ``group_matcher`` knows, all others by unknown names, which are grouped with the head."""
 
     def __init__(self, model: nn.Module):
         bare = hasattr(model, "group_matcher")

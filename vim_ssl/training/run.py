@@ -1,10 +1,11 @@
-"""The run directory: configuration, log, images, checkpoints, the encoder.
+"""The run directory.
 
 config.json  metrics.jsonl  checkpoints/step-N/  encoder.safetensors + encoder.json
-images/      report.html    trackers/ (of TensorBoard and the like)
+images/      report.html    trackers/ (of TensorBoard and others)
 """
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -19,12 +20,14 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from vim_ssl.utils.config import to_dict
 from vim_ssl.utils.files import atomic_write, fsync_path
+from vim_ssl.utils.names import did_you_mean
 
 RUNS = Path("runs")
 LOCK = ".lock"
-# What may differ when a run is taken up again: it changes no step (compile: its rounding), or only
-# how long the run goes on.
+# Settings that may differ when a run is resumed: they change no step (compile: its rounding), or
+# only the length of the run.
 FREE_TO_CHANGE = {
     "recipe", "output", "resume", "epochs", "workers", "threads", "log_every", "eval_every",
     "save_every", "save_steps", "keep_checkpoints", "max_steps", "max_bad_steps", "trackers",
@@ -33,11 +36,11 @@ FREE_TO_CHANGE = {
 
 
 class Run:
-    """A run directory that one training writes. Only the main process writes shared files.
+    """A directory that one training writes. Only the main process writes shared files.
 
     Args:
         folder: the directory.
-        main: whether this is the main process.
+        main: True on the main process.
     """
 
     def __init__(self, folder: Path, main: bool = True):
@@ -49,12 +52,12 @@ class Run:
 
     @classmethod
     def open(cls, recipe: str, config, accelerator) -> "Run":
-        """Make or take up the directory that ``config.output`` and ``config.resume`` name.
+        """Create the directory ``config.output``, or open the run there with ``config.resume``.
 
-        Raises: FileExistsError for a directory that holds something else, or a run when
-            ``resume`` is "never"; ValueError for settings that differ from the run's own, and
-            an unknown tracker; ImportError for one that is not installed; BlockingIOError while
-            another process trains there; OSError where nothing can be written.
+        Raises: FileExistsError for a directory with other content, or with a run when ``resume`` is
+            "never"; ValueError for settings that differ from those of the run, and an unknown
+            tracker; ImportError for one that is not installed; BlockingIOError while another
+            process trains there; OSError if nothing can be written.
         """
         from accelerate.utils import broadcast_object_list
 
@@ -62,7 +65,7 @@ class Run:
         name = config.output or str(RUNS / f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
         (name,) = broadcast_object_list([name])
         run = cls(Path(name), accelerator.is_main_process)
-        run._record = {"recipe": recipe, **_plain(config)}
+        run._record = {"recipe": recipe, **to_dict(config)}
         if run.checkpoints() and config.resume != "auto":
             raise FileExistsError(
                 f"{run.folder} already holds a run; go on with --resume auto, or choose another "
@@ -73,7 +76,7 @@ class Run:
         accelerator.wait_for_everyone()
         if run.main:
             try:
-                run._make(name)
+                run._create_folders(name)
             except BlockingIOError:
                 raise
             except OSError as error:
@@ -90,37 +93,28 @@ class Run:
         accelerator.wait_for_everyone()
         return run
 
-    def _make(self, name: str) -> None:
-        """Make the folders, see that files can be made in them, and keep other processes out."""
-        parts = [self.folder, self.folder / "checkpoints", self.folder / "images"]
-        for part in parts:
-            part.mkdir(parents=True, exist_ok=True)
-        self._take(name)
-        for part in parts:
-            with tempfile.TemporaryFile(dir=part) as probe:
-                probe.write(b"1")
-        for partial in (self.folder / "checkpoints").glob("partial-*"):  # of a killed save
-            shutil.rmtree(partial)
-
-    def _take(self, name: str) -> None:
-        """Keep other processes out until `release`; the system does it for one that is killed."""
+    def _create_folders(self, name: str) -> None:
+        """Create the folders, lock them until `close`, and check that they can be written."""
         from filelock import FileLock, Timeout
 
-        self._lock = FileLock(self.folder / LOCK)
+        folders = [self.folder, self.folder / "checkpoints", self.folder / "images"]
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(self.folder / LOCK)  # released by the system after a kill
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
             raise BlockingIOError(
                 f"another process is training in {name}; wait for it, or choose another --output."
             ) from None
-
-    def release(self) -> None:
-        """Let other processes have the folder; whoever opened the run closes it."""
-        if self._lock:
-            self._lock.release()
+        for folder in folders:
+            with tempfile.TemporaryFile(dir=folder) as probe:
+                probe.write(b"1")
+        for partial in (self.folder / "checkpoints").glob("partial-*"):  # of a killed save
+            shutil.rmtree(partial)
 
     def _is_new(self) -> bool:
-        """Whether there is no more than `_make` makes, as where a disk was full at the start."""
+        """True if nothing but empty folders was created, as on a disk that was full."""
         made = {"checkpoints", "images"}
         return all(
             path.name == LOCK or (path.name in made and path.is_dir() and not any(path.iterdir()))
@@ -128,32 +122,31 @@ class Run:
         )
 
     def _check_same(self, name: str) -> None:
-        """Refuse a folder of something else, and settings that would make it another run."""
+        """Refuse a folder with other content, and settings that would change the run's steps."""
         stored = _stored_config(self.folder)
         if stored is None or "recipe" not in stored:  # other programs write config.json too
-            raise FileExistsError(
-                f"{name} holds something that is no run; choose another --output."
-            )
+            raise FileExistsError(f"{name} holds files, but no run; choose another --output.")
         if not self.checkpoints():
             return
         for key in stored.keys() & self._record.keys() - FREE_TO_CHANGE:
             if stored[key] != self._record[key]:
                 raise ValueError(
                     f"{name} was trained with {key} = {stored[key]!r}, not {self._record[key]!r}; "
-                    "leave that flag and --preset out to go on, or start anew in another --output."
+                    "resume without that flag and --preset, or start anew in another --output."
                 )
 
     # ---------------------------------------------------------------- checkpoints
 
     def checkpoints(self) -> list[Path]:
-        """Whole checkpoints, oldest first. (A broken one never gets its final name.)"""
-        found = (self.folder / "checkpoints").glob("step-*")
-        return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+        """Whole checkpoints, oldest first. (A partial one never gets its final name.)"""
+        paths = (self.folder / "checkpoints").glob("step-*")
+        return sorted(paths, key=lambda path: int(path.name.removeprefix("step-")))
 
     def save(self, accelerator, progress, keep: int) -> None:
-        """Save everything that the next step depends on; whole, or not at all.
+        """Save everything that the next step depends on, whole or not at all, and delete all but
+        the newest ``keep`` checkpoints.
 
-        Raises: OSError where the disk does not take it; the checkpoints before stay as they are.
+        Raises: OSError if the disk is full; earlier checkpoints are kept.
         """
         final = self.folder / "checkpoints" / f"step-{progress.step}"
         partial = final.with_name(f"partial-{progress.step}")
@@ -177,10 +170,8 @@ class Run:
 
     @contextlib.contextmanager
     def writing(self, what: str, partial: Path | None = None) -> Iterator[None]:
-        """Let a write that fails say how to go on, and leave no ``partial`` to fill the disk.
-
-        Raises: OSError in place of what the libraries that write raise.
-        """
+        """Turn a failed write of ``what`` into an OSError that says how to resume, and delete
+        ``partial``."""
         from safetensors import SafetensorError
 
         try:
@@ -190,83 +181,85 @@ class Run:
             if partial is not None:
                 shutil.rmtree(partial, ignore_errors=True)
             then = "start again; there is no checkpoint yet."
-            if found := self.checkpoints():
-                then = f"go on from {found[-1].name}: --output {self.folder} --resume auto."
+            if checkpoints := self.checkpoints():
+                then = f"go on from {checkpoints[-1].name}: --output {self.folder} --resume auto."
             raise OSError(
-                f"{what} cannot be written in {self.folder}: {reason}. Put that right, then {then}"
+                f"{what} cannot be written in {self.folder}: {reason}. Fix that, then {then}"
             ) from error
 
     def resume(self, accelerator, progress) -> None:
-        """Take up the newest checkpoint, if there is one, and cut the log back to its step.
+        """Load the newest checkpoint, if there is one, and cut the log back to its step.
 
         Raises: ValueError for a checkpoint of another model.
         """
-        if not (found := self.checkpoints()):
+        if not (checkpoints := self.checkpoints()):
             return
+        newest = checkpoints[-1]
         try:
-            accelerator.load_state(str(found[-1]))
+            accelerator.load_state(str(newest))
         except RuntimeError as error:
             raise ValueError(
-                f"{found[-1]} does not fit: was it made with other settings? "
-                f"{self.folder / 'config.json'} holds them. {' '.join(str(error).split())[:200]} …"
+                f"{newest} does not fit this model; was it saved with other settings than those of "
+                f"{self.folder / 'config.json'}? {' '.join(str(error).split())[:200]} …"
             ) from error
-        vars(progress).update(json.loads((found[-1] / "progress.json").read_text()))
+        vars(progress).update(json.loads((newest / "progress.json").read_text()))
         log = self.folder / "metrics.jsonl"
         if self.main and log.exists():
             rows = [line for line in log.read_text().splitlines() if _step(line) <= progress.step]
             atomic_write(log, "".join(row + "\n" for row in rows))
         if self.main:
-            print(f"Going on at step {progress.step:,} from {found[-1]}", flush=True)
+            print(f"Resumed at step {progress.step:,} from {newest}", flush=True)
 
     def write_config(self) -> None:
-        """Write config.json; of a resumed run only once its checkpoint is known to fit."""
+        """Write config.json; when resuming, after `resume` has checked that the model fits."""
         if self.main and self._record:
             with self.writing("config.json"):
                 atomic_write(self.folder / "config.json", json.dumps(self._record, indent=2) + "\n")
 
-    # ---------------------------------------------------------------- figures and images
+    # ---------------------------------------------------------------- metrics and images
 
-    def log(self, progress, epoch: float, figures: dict[str, float]) -> None:
-        """Append one line to metrics.jsonl, and tell the trackers."""
+    def log(self, progress, epoch: float, metrics: dict[str, float]) -> None:
+        """Append one line to metrics.jsonl, and log it to the trackers."""
         if not self.main:
             return
-        row = {"step": progress.step, "epoch": round(epoch, 4), **figures}
+        row = {"step": progress.step, "epoch": round(epoch, 4), **metrics}
         row |= {"seconds": round(progress.seconds, 2), "samples": progress.samples}
         row |= {"bad_steps": progress.bad_steps, "skipped": len(self.skipped)}
         with self.writing("metrics.jsonl"), open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
-        self._track(lambda tracker: tracker.log(figures, step=progress.step))
+        self._track(lambda tracker: tracker.log(metrics, step=progress.step))
 
     def save_images(self, name: str, step: int, images: Tensor) -> Path:
-        """(n, c, h, w) in [0, 1] -> images/NAME-STEP.png, one row a sample."""
+        """Write images (n, c, h, w) in [0, 1] as images/NAME-STEP.png, one row per sample."""
         from torchvision.utils import save_image
 
-        path = self.folder / "images" / f"{name}-{step:07d}.png"
+        path, png = self.folder / "images" / f"{name}-{step:07d}.png", io.BytesIO()
         if images.shape[1] not in (1, 3):
-            images = images[:, :1]  # more bands than a PNG holds: show the first
+            images = images[:, :1]  # a PNG holds no other number of bands: save the first
+        save_image(images, png, "png", nrow=1, padding=1, pad_value=1.0)
         with self.writing(f"images/{path.name}"):
-            save_image(images, path, nrow=1, padding=1, pad_value=1.0)
+            atomic_write(path, png.getvalue())
 
-        def show(tracker) -> None:
+        def log_images(tracker) -> None:
             if tracker.name == "tensorboard":
                 tracker.writer.add_images(name, images, step)
             elif hasattr(tracker, "log_images"):
                 tracker.log_images({name: [np.asarray(Image.open(path))]}, step=step)
 
-        self._track(show)
+        self._track(log_images)
         return path
 
-    def _track(self, tell: Callable[[Any], None]) -> None:
-        """Tell the trackers. One that fails, as a server out of reach, is left out from then on."""
+    def _track(self, log: Callable[[Any], None]) -> None:
+        """Call ``log`` for each tracker; one that fails, as without a network, is dropped."""
         for tracker in list(self._trackers):
             try:
-                tell(tracker)
+                log(tracker)
             except Exception as error:  # anything that a tracker's client may raise
                 self._trackers.remove(tracker)
-                print(f"\nThe tracker {tracker.name} failed and is left out: {error}", flush=True)
+                print(f"\nThe tracker {tracker.name} failed and is dropped: {error}", flush=True)
 
     def count_skipped(self, names: Iterable[str]) -> None:
-        """Remember images that could not be read; the first ten are shown."""
+        """Count images that could not be read, by name; the first ten are printed."""
         for name in names:
             if name not in self.skipped and len(self.skipped) < 10:
                 print(f"\nskipped: {name}", flush=True)
@@ -276,24 +269,24 @@ class Run:
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
         for name in _check_trackers(names):
-            kind = LOGGER_TYPE_TO_CLASS[name]
-            where = [str(self.folder)] if kind.requires_logging_directory else []
-            tracker = kind("trackers" if where else "vim_ssl", *where)
+            tracker_class = LOGGER_TYPE_TO_CLASS[name]
+            folder = [str(self.folder)] if tracker_class.requires_logging_directory else []
+            tracker = tracker_class("trackers" if folder else "vim_ssl", *folder)
             tracker.start()
             self._trackers.append(tracker)
 
     def close(self) -> None:
-        self.release()
+        """Unlock the directory and finish the trackers."""
+        if self._lock:
+            self._lock.release()
         for tracker in self._trackers:
             tracker.finish()
 
 
 def _check_trackers(names: tuple[str, ...]) -> list[str]:
-    """Those to start. Raises: ValueError for an unknown name; ImportError for one that is not
+    """The trackers to start. Raises: ValueError for an unknown one; ImportError for one that is not
     installed."""
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-
-    from vim_ssl.utils.names import did_you_mean
 
     installed = [str(getattr(name, "value", name)) for name in get_available_trackers()]
     if names in (("auto",), ("none",)):
@@ -308,23 +301,23 @@ def _check_trackers(names: tuple[str, ...]) -> list[str]:
 
 
 def stored_or(default):
-    """For `vim_ssl.utils.config.parse`: a resumed run's own settings, else the default preset.
+    """For `vim_ssl.utils.config.parse`: the settings of the run to resume, else ``default``.
 
-    With ``eval_only`` of a run: how it held images out, since another draw of the same data would
-    judge by images that it has learned from.
+    With ``eval_only``, those by which the run held images out: another draw would test on images
+    that it was trained on.
     """
 
     def choose(given: dict):
         if given.get("resume") == "auto":
             if not given.get("output"):
-                raise ValueError("--resume auto needs --output RUN: which run is to go on?")
+                raise ValueError("--resume auto needs --output RUN, the run to resume.")
             if (stored := _stored_config(Path(given["output"]))) is not None:
                 once = {"recipe", "output", "resume", "max_steps"}
                 return {key: value for key, value in stored.items() if key not in once}
         if given.get("eval_only") and given.get("encoder"):
             stored = _stored_config(Path(given["encoder"])) or {}
-            if drawn := {key: stored[key] for key in ("test", "seed") if key in stored}:
-                return drawn
+            if held_out := {key: stored[key] for key in ("test", "seed") if key in stored}:
+                return held_out
         return default(given) if callable(default) else default
 
     return choose
@@ -341,32 +334,31 @@ def _stored_config(folder: Path) -> dict | None:
 
 
 def newest_run(root: Path = RUNS, recipe: str = "pretrain") -> Path:
-    """The run under ``root`` whose model was written last, of recipes that end in ``recipe``: an
-    encoder, or the model of clip_pretrain where that is asked for.
+    """The run under ``root`` whose encoder was written last, of recipes that end in ``recipe``;
+    for "clip_pretrain" the run whose image-text model was.
 
     Raises: FileNotFoundError if there is none.
     """
-    model, wanted, script = "encoder", "with an encoder", "mim_pretrain"
-    if recipe == "clip_pretrain":  # whose encoder may be timm's, and in the model's file
-        model, wanted, script = "clip", "of clip_pretrain, with images and texts,", recipe
-    found = [
+    model, what, script = "encoder", "with an encoder", "mim_pretrain"
+    if recipe == "clip_pretrain":  # its encoder may be timm's, without a file of its own
+        model, what, script = "clip", "of clip_pretrain", recipe
+    paths = [
         path
         for path in root.glob(f"*/{model}.safetensors")
         if (_stored_config(path.parent) or {}).get("recipe", "").endswith(recipe)
     ]
-    found.sort(key=lambda path: path.stat().st_mtime)
-    if not found:
+    if not paths:
         raise FileNotFoundError(
-            f"No run {wanted} under {root.resolve()}; train one with "
+            f"No run {what} under {root.resolve()}; train one with "
             f"`accelerate launch recipes/{script}.py`, or name one."
         )
-    return found[-1].parent
+    return max(paths, key=lambda path: path.stat().st_mtime).parent
 
 
 def trained_on(source: str | Path, *keys: str) -> str:
-    """The data spec a run was trained on; with ``keys``, the first of these settings it has.
+    """The data spec of a run, or the first of its settings ``keys`` that is not empty.
 
-    Raises: ValueError if ``source`` is no run directory, or its run does not say.
+    Raises: ValueError if ``source`` is no run directory, or has no such setting.
     """
     stored = _stored_config(Path(source)) or {}
     spec = next(filter(None, map(stored.get, keys or ("data",))), None)
@@ -378,8 +370,8 @@ def trained_on(source: str | Path, *keys: str) -> str:
 
 
 def task_folder(task: str, source: str | Path, data: str) -> Path:
-    """Where a task on an encoder writes by default: in its run; on other data than the run's own
-    beside that, by name; for a preset or Hub id under ``runs/``."""
+    """The default output of a task on an encoder: a folder in its run, named after the data if
+    these are not the run's; under ``runs/`` for a preset or Hub id."""
     slug = "-" + re.sub(r"\W+", "-", data).strip("-") if data else ""
     folder = Path(source)
     if folder.is_file():
@@ -390,10 +382,8 @@ def task_folder(task: str, source: str | Path, data: str) -> Path:
 
 
 def evaluation_folder(output: str = "") -> Path:
-    """Where a model is judged as it is: ``output``, or a folder under ``runs/`` named by the time.
-
-    It is made if it is not there.
-    """
+    """The folder for an evaluation without training: ``output``, or one under ``runs/`` named by
+    the time. It is created if needed."""
     folder = Path(output) if output else RUNS / f"evaluation-{time.strftime('%Y%m%d-%H%M%S')}"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -412,21 +402,15 @@ def _step(line: str) -> int:
 
 
 def _reason(error: BaseException, folder: Path) -> str:
-    """The system's words for why a write in ``folder`` failed."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError) and seen.strerror:
-            return seen.strerror
-        seen = seen.__cause__ or seen.__context__
-    try:  # torch has dropped them: ask for them again
+    """The system's message for a failed write in ``folder``."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
+    try:  # torch drops the message: provoke it again
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(bytes(2**20))
     except OSError as again:
         return again.strerror or str(again)
     return " ".join(str(error).split())[:200]
-
-
-def _plain(config) -> dict:
-    from vim_ssl.utils.config import to_dict
-
-    return to_dict(config)

@@ -1,4 +1,4 @@
-"""How samples become steps: batches, epochs, learning rate, progress."""
+"""How samples become optimiser steps: batches, epochs, learning rate, progress."""
 
 import math
 import time
@@ -6,20 +6,17 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from vim_ssl.data.loading.indexed import (
-    SeededSamples,
-    training_loader,
-)
+from vim_ssl.data.loading.indexed import SeededSamples, training_loader
 from vim_ssl.training.config import TrainConfig
 from vim_ssl.utils.distributed import cores
 
 
 @dataclass
 class Progress:
-    """Where a run is, saved with every checkpoint; ``batch`` is the epoch's next micro-batch.
+    """How far a run is, saved with every checkpoint; ``batch`` is the epoch's next micro-batch.
 
-    ``epoch_batches``, ``epoch_steps``, ``data`` (a fingerprint) and ``readers`` (of a stream) say
-    what the counts mean.
+    The counts mean the same steps only with the same ``epoch_batches``, ``epoch_steps``, ``data``
+    (a fingerprint) and ``readers`` (of a stream).
     """
 
     epoch: int = 0
@@ -36,11 +33,11 @@ class Progress:
 
 
 class Schedule:
-    """How the samples become steps: batches, epochs, the learning rate that follows from them."""
+    """Batches, epochs and steps of a run, and the peak learning rate of its effective batch."""
 
     def __init__(self, samples: SeededSamples, config: TrainConfig, accelerator):
         self.config, world = config, accelerator.num_processes
-        # A handful of images trains too: the batch is never larger than the data.
+        # The batch is never larger than the data, so that a handful of images trains too.
         self.batch_size = max(min(config.batch_size, len(samples) // world), 1)
         self.workers = min(config.workers, cores())
         self.batches = samples.batches(
@@ -50,7 +47,7 @@ class Schedule:
             samples, self.batches, num_workers=self.workers,
             pin_memory=accelerator.device.type == "cuda",
         )  # fmt: skip
-        self.waited = 0.0  # seconds for batches, since the start
+        self.waited = 0.0  # seconds spent waiting for batches
         self.epoch_batches = self.batches.batches_per_epoch
         self.readers = self.batches.readers
         self.accumulation = min(config.accumulation, self.epoch_batches)
@@ -62,16 +59,15 @@ class Schedule:
         self.fingerprint = getattr(samples.data, "fingerprint", "")
         self.effective_batch = self.batch_size * self.accumulation * world
         self.lr = config.base_lr * self.effective_batch / config.lr_reference_batch
-        left_out = len(samples) - self.epoch_batches * self.batch_size * world
+        dropped = len(samples) - self.epoch_batches * self.batch_size * world
         self.summary = (
-            f"{len(samples):,} samples ({left_out:,} left out of each epoch) · batch "
+            f"{len(samples):,} samples ({dropped:,} dropped from each epoch) · batch "
             f"{self.batch_size} x {self.accumulation} (accumulation) x {world} (processes) = "
             f"{self.effective_batch} · lr "
             f"{config.base_lr:g} x {self.effective_batch}/{config.lr_reference_batch} = "
-            f"{self.lr:.3g} · {self.total_steps:,} steps of {self.epoch_steps:,} an epoch, "
-            f"{min(self.warmup_steps, self.total_steps):,} of them warm-up"
+            f"{self.lr:.3g} · {self.total_steps:,} steps ({self.epoch_steps:,} per epoch, "
+            f"{min(self.warmup_steps, self.total_steps):,} of warm-up)"
         )
-
         if self.lr < config.min_lr and accelerator.is_main_process:
             warnings.warn(
                 f"the learning rate, {self.lr:.3g} for a batch of {self.effective_batch}, is below "
@@ -81,31 +77,34 @@ class Schedule:
             )
 
     def check_resume(self, progress: Progress) -> None:
-        """Check that a resumed run's counts mean the same steps here."""
+        """Check that a checkpoint's counts mean the same steps here, and record what they mean.
+
+        Raises: ValueError for other data, batches or readers.
+        """
         if progress.epoch_batches and progress.readers != self.readers:
             raise ValueError(
-                f"The checkpoint's stream was read by {progress.readers}, here it would be by "
-                f"{self.readers} and come in another order. Resume with the same number of both, "
-                "or start anew in another --output."
+                f"The checkpoint's stream was read by {progress.readers}; {self.readers} would "
+                "read it in another order. Resume with the same number of both, or start anew in "
+                "another --output."
             )
         names = ("epoch_batches", "epoch_steps")
         before, now = ([getattr(source, name) for name in names] for source in (progress, self))
         if progress.epoch_batches and before != now:
             raise ValueError(
-                f"The checkpoint's epochs have {before[0]} batches in {before[1]} steps, here "
+                f"The checkpoint's epochs have {before[0]} batches in {before[1]} steps, these "
                 f"{now[0]} in {now[1]}. Resume with the same data, accumulation and batch_size x "
                 "processes, or start anew in another --output."
             )
         if progress.epoch_batches and progress.data != self.fingerprint:
             raise ValueError(
-                "The images are not those of the checkpoint: their list, sizes or labels differ. "
+                "The images are not those of the checkpoint: their names, sizes or labels differ. "
                 "Resume with the same data, or start anew in another --output."
             )
         progress.data, progress.readers = self.fingerprint, self.readers
         progress.epoch_batches, progress.epoch_steps = self.epoch_batches, self.epoch_steps
 
     def steps(self, progress: Progress) -> Iterator[list[dict]]:
-        """The micro-batches of each optimiser step, from where ``progress`` stands."""
+        """Yield the micro-batches of each optimiser step that ``progress`` has not counted."""
         while progress.epoch < self.config.epochs:
             self.batches.epoch, self.batches.start = progress.epoch, progress.batch
             group = []
@@ -118,7 +117,7 @@ class Schedule:
                 yield group
 
     def _loaded(self) -> Iterator[dict]:
-        """The loader's batches; what they are waited for adds up."""
+        """The loader's batches; adds the time spent waiting for them to ``waited``."""
         began = time.perf_counter()
         for batch in self.loader:
             self.waited += time.perf_counter() - began
@@ -126,7 +125,7 @@ class Schedule:
             began = time.perf_counter()
 
     def advance(self, progress: Progress, batches: int, samples: float, finite: bool) -> None:
-        """Count a step. Raises FloatingPointError when too many in a row were not finite."""
+        """Count a step. Raises: FloatingPointError after too many non-finite ones in a row."""
         progress.step += 1
         progress.samples += int(samples)
         progress.batch += batches
@@ -137,14 +136,14 @@ class Schedule:
         if progress.bad_in_a_row >= self.config.max_bad_steps:
             raise FloatingPointError(
                 f"{progress.bad_in_a_row} steps in a row were not finite, the last at step "
-                f"{progress.step}. The newest checkpoint is from before: lower base_lr or "
-                "clip_grad and go on with --resume auto."
+                f"{progress.step}. The newest checkpoint is older: lower base_lr or clip_grad and "
+                "go on with --resume auto."
             )
 
     def epoch_float(self, progress: Progress) -> float:
         return progress.step / self.epoch_steps
 
     def crossed(self, progress: Progress, every: float) -> bool:
-        """Whether the last step passed a multiple of ``every`` epochs."""
+        """True when the last step completed a multiple of ``every`` epochs."""
         every = max(round(every * self.epoch_steps), 1)
         return progress.step % every == 0
