@@ -45,7 +45,7 @@ from vim_ssl.training.run import newest_run, task_folder, trained_on
 from vim_ssl.utils.config import opt, parse
 from vim_ssl.utils.distributed import join_processes, pick_device
 from vim_ssl.utils.environment import commit, environment
-from vim_ssl.utils.files import atomic_write
+from vim_ssl.utils.files import atomic_path
 
 POOLED = "pooled"
 
@@ -96,7 +96,7 @@ def run(config: Config) -> dict:
         ]
         print(f"Encoder {source} · {data.name}: {len(data):,} images in {len(shards):,} files, "
               f"{len(shards) - len(missing):,} of them done", flush=True)  # fmt: skip
-    missing = processes.agree(missing)
+    missing = processes.broadcast(missing)
     began = time.perf_counter()
     mine = share_of(missing, isinstance(data, ImageStream), processes.rank, processes.world)
     rows = read_rows(data, mine, create_transform(encoder), batch_size=config.batch_size,
@@ -154,10 +154,9 @@ def lock_folder(folder: Path, made_of: dict[str, Any], source: str):
                 "its record.json to go on, or choose another --output."
             )
     elif folder.exists():
-        # A kill before the record is written may leave these, and a part of the record.
-        names = {path.name for path in folder.iterdir()} - {".lock", "shards"}
-        names = {name for name in names if not name.startswith(f".{file.name}.")}
-        if names or any((folder / "shards").glob("*")):
+        leftovers = {".lock", "shards", f".{file.name}.part"}  # of a kill before the record
+        names = {path.name for path in folder.iterdir()}
+        if names - leftovers or any((folder / "shards").glob("*")):
             raise FileExistsError(
                 f"{folder} holds something that is no embeddings; choose another --output."
             )
@@ -171,8 +170,7 @@ def lock_folder(folder: Path, made_of: dict[str, Any], source: str):
         ) from None
     if not file.exists():
         origin = {"task": "embed", "encoder": source, "commit": commit(), **environment()}
-        record = origin | {"made_of": made_of, "finished": False}
-        atomic_write(file, json.dumps(record, indent=2) + "\n")
+        write_record(file, origin | {"made_of": made_of, "finished": False})
     return lock
 
 
@@ -220,8 +218,13 @@ def finish(
         "skipped": [name for _, skipped in summaries for name in skipped],
         "seconds": round(record.get("seconds", 0) + seconds, 1),
     }
-    atomic_write(file, json.dumps(record, indent=2) + "\n")
+    write_record(file, record)
     return record
+
+
+def write_record(file: Path, record: dict[str, Any]) -> None:
+    with atomic_path(file, shared=False) as partial:
+        partial.write_text(json.dumps(record, indent=2) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

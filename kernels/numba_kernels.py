@@ -1,23 +1,22 @@
 """The CPU kernels, compiled by numba: the scan and the convolution, forward and backward.
 
-All in one file because numba's disk cache notices a change only in the file where a kernel stands.
+All are in one file because numba's disk cache detects changes only in the file of the kernel.
 
-A task is one image and one block of `LANES` channels; it walks the tokens of each direction in
-turn, so nothing is flipped and no two tasks write the same place. Channels are innermost
-everywhere, also in the state (n, LANES), which makes every inner loop a vector loop of fixed
-length. A last block with fewer channels is worked on in padded rows. The mathematics of the scan
-stands in `selective_scan/torch_backend.py`; here A carries a factor log2(e), since 2^x is what is
-cheap.
+A task is one image and one block of `LANES` channels; it iterates over the tokens of one direction
+after the other, so nothing is flipped and no two tasks write the same memory. Channels are
+innermost everywhere, also in the state (n, LANES), so every inner loop is a vector loop of fixed
+length. A last block with fewer channels is processed in padded rows. The mathematics of the scan is
+in `selective_scan/torch_backend.py`; in this file A carries a factor log2(e), since 2^x is cheap.
 
-Everything is float32. The kernels get their tensors as addresses (``tensor.data_ptr()``): handing
-over a NumPy array costs a microsecond each, and every slice of one a reference count. 0 is "no such
-tensor". So a kernel has one signature of integers and floats, is compiled once, and later processes
-load it from numba's cache on disk (beside this file, or under the user's cache folder where that is
-read-only; ``NUMBA_CACHE_DIR`` moves it).
+Everything is float32. Kernels take tensors as addresses (``tensor.data_ptr()``), 0 for an absent
+one: passing a NumPy array costs a microsecond, and slicing one a reference count. So a kernel has
+one signature of integers and floats and is compiled once; later processes load it from numba's disk
+cache (beside this file, or in the user's cache folder if that is read-only; ``NUMBA_CACHE_DIR``
+moves it).
 
-numba from PyPI brings no vector library, so exp2 and log1p are written out here as short
-polynomials, which LLVM turns into vector code. Flags that assume finite numbers are left out: an
-infinity or NaN that comes in must come out.
+numba from PyPI includes no vector library, so exp2 and log1p are short polynomials in this file,
+which LLVM vectorises. Flags that assume finite numbers are not set, so that infinities and NaN
+propagate.
 """
 
 import logging
@@ -34,19 +33,19 @@ log = logging.getLogger(__name__)
 f32 = np.float32
 ZERO, ONE, TWO = f32(0), f32(1), f32(2)
 LOG2E, LN2 = f32(1.4426950408889634), f32(0.6931471805599453)
-LANES = 64  # channels a kernel works on together; a multiple of every vector width
+LANES = 64  # channels of a block; a multiple of every vector width
 FLOAT = 4  # bytes
 ROW = LANES * FLOAT
 
 CHUNK = 32  # tokens between saved states; one chunk's states and decays stay in the L2 cache
-THRESHOLD = f32(20)  # from here on softplus(v) is v, as in torch
+THRESHOLD = f32(20)  # above it softplus(v) is v, as in torch
 
 # No 'reassoc': it would fold the rounding trick (x + ROUND) - ROUND into x.
 SAFE = {"contract", "nsz", "arcp"}
 
 
 class _NoAlias(Compiler):
-    """Tells LLVM that memory behind a function's pointers does not overlap (`noalias`)."""
+    """Tell LLVM that memory behind a function's pointers does not overlap (`noalias`)."""
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -54,46 +53,46 @@ class _NoAlias(Compiler):
 
 
 def jit(*, sums: bool = False, **options):
-    """`numba.njit` for the parts of kernels. What is written through one of the function's pointers
-    must not be reached through another.
+    """`numba.njit` for functions that kernels call. Memory written through one of a function's
+    pointers must not be accessed through another.
 
     Args:
-        sums: the function may reorder sums, which vectorising a reduction needs.
+        sums: allow reordering of sums, which a vectorised reduction needs.
     """
     flags = SAFE | {"reassoc"} if sums else SAFE
     return njit(fastmath=flags, error_model="numpy", pipeline_class=_NoAlias, **options)
 
 
 def kernel(function):
-    """`numba.njit` for what Python calls: runs without the GIL, compiled at its first call.
+    """`numba.njit` for functions that Python calls: releases the GIL, compiled at the first call.
 
     The arguments are always integers, booleans and floats, so there is one compilation, which later
-    processes load from the disk.
+    processes load from disk.
     """
     options = {"fastmath": SAFE, "error_model": "numpy", "nogil": True}
     try:
         return njit(**options, cache=True)(function)
-    except RuntimeError:  # no writable folder to cache in: compile anew in every process
+    except RuntimeError:  # no writable folder for the cache: compile in every process
         return njit(**options)(function)
 
 
-class _SayOnce(event.Listener):
-    """Tells that kernels of this file are being compiled, which otherwise looks like a hang."""
+class _CompileNotice(event.Listener):
+    """Log once that kernels of this file are being compiled, which takes seconds."""
 
-    said = False
+    logged = False
 
-    def on_start(self, event):  # not where a kernel is loaded from the disk
+    def on_start(self, event):  # not called for a kernel loaded from disk
         compiled = event.data["dispatcher"]
         ours = isinstance(compiled, Dispatcher) and compiled.py_func.__module__ == __name__
-        if ours and not self.said:
-            self.said = True
+        if ours and not self.logged:
+            self.logged = True
             log.warning("compiling the CPU kernels: some 20 seconds, once; later runs load them")
 
     def on_end(self, event):
         pass
 
 
-event.register("numba:compile", _SayOnce())
+event.register("numba:compile", _CompileNotice())
 
 
 # --- elementary functions --------------------------------------------------------------------
@@ -115,21 +114,20 @@ def _as_bits(typingctx, number):
     return types.int32(types.float32), codegen
 
 
-# 1.5 * 2^23 rounds what it is added to, to an integer that lies in the low bits; 127 more is the
-# exponent's bias.
+# Adding 1.5 * 2^23 rounds a number to an integer in the low bits; 127 is the exponent's bias.
 ROUND = f32(12582912.0 + 127.0)
 MANTISSA_BITS = np.int32(23)
 SQRT_HALF_BITS = np.int32(0x3F3504F3)
 LOWEST, HIGHEST = f32(-126.5), f32(128.0)  # beyond them 2^x is 0 and infinity
-# Minimax on [-1/2, 1/2] with the first two terms held exact: decays near 1 multiply up thousands of
-# times, so 2^0 has to be 1 and small arguments must not be scaled.
+# Minimax on [-1/2, 1/2] with the first two terms exact: products of thousands of decays near 1 need
+# 2^0 = 1 and an exact slope at 0.
 E1, E2, E3, E4, E5 = LN2, f32(0.24022282), f32(0.0555056), f32(0.00966971), f32(0.00133003)
 
 
 @jit(forceinline=True)
 def exp2(x):
     """2^x to 2e-7 relative: the integer part becomes the exponent, a polynomial does the rest."""
-    clipped = HIGHEST if x > HIGHEST else x  # comparisons are written so that NaN passes
+    clipped = HIGHEST if x > HIGHEST else x  # comparisons are written so that NaN propagates
     rounded = clipped + ROUND
     power = _as_float(np.int32(_as_bits(rounded) << MANTISSA_BITS))
     f = clipped - (rounded - ROUND)  # in [-1/2, 1/2]
@@ -143,7 +141,7 @@ def exp2(x):
 
 @jit(forceinline=True)
 def log1p(x):
-    """log(1 + x) for x >= 0 with full relative accuracy near 0: what 1 + x rounds off is added."""
+    """log(1 + x) for x >= 0 with full relative accuracy near 0: it adds what 1 + x rounds off."""
     v = ONE + x
     lost = x - (v - ONE)
     bits = _as_bits(v)
@@ -181,7 +179,7 @@ def at(typingctx, addresses):
 
 @jit(forceinline=True)
 def row(pointer):
-    """The `LANES` floats there, as an array that owns nothing."""
+    """`LANES` floats at the pointer, as an array that does not own them."""
     return carray(pointer, (LANES,))
 
 
@@ -201,7 +199,7 @@ def floats(pointer, n):
 
 @jit()
 def _read(source, width, pad):
-    """Where a row can be read: in place, or in `pad` if it is shorter than LANES."""
+    """The address of a full row: the source, or a copy in `pad` if it is shorter than LANES."""
     if width == LANES:
         return source
     a, b = at((source, pad))
@@ -213,7 +211,7 @@ def _read(source, width, pad):
 
 @jit()
 def _write(source, width, target):
-    """Bring a row to its place, unless it was written there."""
+    """Copy a row to the target, unless it was written there directly."""
     if source != target:
         a, b = at((source, target))
         full, short = row(a), floats(b, width)
@@ -223,7 +221,7 @@ def _write(source, width, target):
 
 @jit()
 def _load(source, width, target):
-    """Copy a row of `width` floats, or nothing where there is no source; zeros in the rest."""
+    """Copy a row of `width` floats, or none without a source; zeros in the rest."""
     a, b = at((source, target))
     full = row(b)
     for e in range(LANES):
@@ -271,7 +269,7 @@ def _copy(source, n, target):
 
 
 @jit()
-def _begin(softplus, u, delta, D, bias, dt, x, y):
+def _step_size(softplus, u, delta, D, bias, dt, x, y):
     """dt = softplus(delta + bias), x = dt u, y = D u."""
     u, delta, D, bias, dt, x, y = row(u), row(delta), row(D), row(bias), row(dt), row(x), row(y)
     if softplus:
@@ -288,7 +286,7 @@ def _begin(softplus, u, delta, D, bias, dt, x, y):
 
 
 @jit()
-def _advance(n, dt, x, B, C, A2, h, y):
+def _step(n, dt, x, B, C, A2, h, y):
     """h = a h + x B and y += C h, for one token."""
     dt, x, y = row(dt), row(x), row(y)
     B, C, A2, h = floats(B, n), floats(C, n), rows(A2, n), rows(h, n)
@@ -322,7 +320,7 @@ def _gate(scale, y, z, out):
 
 
 def scan_forward_rows(n: int) -> int:
-    """Scratch that one call of `scan_forward` works in."""
+    """Rows of scratch memory that `scan_forward` needs."""
     return 9 + 2 * n
 
 
@@ -360,30 +358,30 @@ def scan_forward(
             _load(bias + sd * FLOAT if bias else 0, width, bias_row)
             for i in range(length):
                 if states and i % CHUNK == 0:
-                    place = ((sb * blocks + block) * chunks + i // CHUNK) * n
-                    _copy(h, n, states + place * ROW)
+                    checkpoint = ((sb * blocks + block) * chunks + i // CHUNK) * n
+                    _copy(h, n, states + checkpoint * ROW)
                 t = length - 1 - i if s == 1 or reversed_first else i
                 token = sb * length + t
-                here = (token * d + e0) * FLOAT
-                u_row = _read(u + here, width, pads)
-                delta_row = _read(delta + here, width, pads + ROW)
-                _begin(softplus, *at((u_row, delta_row, D_row, bias_row, dt, x, y)))
+                offset = (token * d + e0) * FLOAT
+                u_row = _read(u + offset, width, pads)
+                delta_row = _read(delta + offset, width, pads + ROW)
+                _step_size(softplus, *at((u_row, delta_row, D_row, bias_row, dt, x, y)))
                 bc = token * n * FLOAT
-                _advance(n, *at((dt, x, B + bc, C + bc, A2, h, y)))
+                _step(n, *at((dt, x, B + bc, C + bc, A2, h, y)))
 
-                here = ((b * length + t) * d + e0) * FLOAT
+                offset = ((b * length + t) * d + e0) * FLOAT
                 if s > 0:
-                    _add(*at((y, _read(out + here, width, pads))))
+                    _add(*at((y, _read(out + offset, width, pads))))
                 if not final:  # out holds direction 0 until direction 1 is added
-                    _write(y, width, out + here)
+                    _write(y, width, out + offset)
                 else:
-                    target = out + here if width == LANES else pads + 2 * ROW
+                    target = out + offset if width == LANES else pads + 2 * ROW
                     if z:
                         z_here = z + (b * z_b + t * z_l + e0) * FLOAT
                         _gate(scale, *at((y, _read(z_here, width, pads), target)))
                     else:
                         _scale(scale, *at((y, target)))
-                    _write(target, width, out + here)
+                    _write(target, width, out + offset)
             if last:
                 _store_state(h, width, n, last + (sb * d + e0) * n * FLOAT)
 
@@ -400,7 +398,7 @@ def _skip(D, u, y):
 
 
 @jit()
-def _begin_again(softplus, u, delta, bias, dt, slope, x):
+def _step_size_with_slope(softplus, u, delta, bias, dt, slope, x):
     """dt, its derivative by delta (a sigmoid where dt is a softplus), and x = dt u."""
     u, delta, bias, dt, slope, x = row(u), row(delta), row(bias), row(dt), row(slope), row(x)
     if softplus:
@@ -419,8 +417,8 @@ def _begin_again(softplus, u, delta, bias, dt, slope, x):
 
 
 @jit()
-def _rebuild(n, dt, x, B, A2, h, decay, decayed):
-    """One token of the recurrence again, keeping a_t and a_t h_{t-1}."""
+def _recompute(n, dt, x, B, A2, h, decay, decayed):
+    """Recompute one token of the recurrence, keeping a_t and a_t h_{t-1}."""
     dt, x, B, A2 = row(dt), row(x), floats(B, n), rows(A2, n)
     h, decay, decayed = rows(h, n), rows(decay, n), rows(decayed, n)
     for k in range(n):
@@ -449,10 +447,10 @@ def _z_gradient(scale, dout, z, y, dz):
 
 
 @jit(sums=True)
-def _retreat(n, dt, x, dy, B, C, A2, decay, decayed, g, A_sum, y, gB, qA, dB, dC):
+def _adjoint_step(n, dt, x, dy, B, C, A2, decay, decayed, g, A_sum, y, gB, qA, dB, dC):
     """One token of the adjoint: g becomes a_t g_t; dB, dC over the channels, gB, qA over n.
 
-    On the way C h is added to y again, which dz needs: it is cheaper than memory to keep it in.
+    C h is added to y too, which dz needs: recomputing it is cheaper than saving it.
     """
     dt, x, dy, y, gB, qA = row(dt), row(x), row(dy), row(y), row(gB), row(qA)
     B, C, dB, dC = floats(B, n), floats(C, n), floats(dB, n), floats(dC, n)
@@ -495,7 +493,7 @@ def _finish(u, dt, slope, dy, D, gB, qA, du, ddelta, D_sum, bias_sum):
 
 
 def scan_backward_rows(n: int) -> int:
-    """Scratch that one call of `scan_backward` works in."""
+    """Rows of scratch memory that `scan_backward` needs."""
     return 14 + 4 * n + CHUNK * (3 + 2 * n)
 
 
@@ -508,9 +506,9 @@ def scan_backward(
 ):  # fmt: skip
     """Tasks [first, end) of batch * blocks; the arguments of `scan_forward`, and
 
-    dout (b, l, d), dlast (s, b, d, n). Written are du, ddelta, dz, dh0 as their namesakes, and what
-    each task contributes to the sums: dA (s, b, d, n), dD, dbias (s, b, d) to be added over b,
-    dB, dC (s, b, l, blocks, n) over the blocks.
+    dout (b, l, d), dlast (s, b, d, n). Outputs are du, ddelta, dz, dh0 in the shapes of u, delta, z
+    and h0, and the contributions of each task to sums: dA (s, b, d, n), dD, dbias (s, b, d), to be
+    summed over b, and dB, dC (s, b, l, blocks, n), over the blocks.
     """
     scale = f32(scale)
     blocks, chunks = (d + LANES - 1) // LANES, (length + CHUNK - 1) // CHUNK
@@ -544,18 +542,18 @@ def scan_backward(
                 for i in range(start, stop):
                     j = (i - start) * ROW
                     token = sb * length + (length - 1 - i if s == 1 or reversed_first else i)
-                    here = (token * d + e0) * FLOAT
-                    u_row = _read(u + here, width, pads)
-                    delta_row = _read(delta + here, width, pads + ROW)
+                    offset = (token * d + e0) * FLOAT
+                    u_row = _read(u + offset, width, pads)
+                    delta_row = _read(delta + offset, width, pads + ROW)
                     dt, slope, x = dts + j, slopes + j, xs + j
                     decay, decayed = decays + j * n, decayeds + j * n
-                    _begin_again(softplus, *at((u_row, delta_row, bias_row, dt, slope, x)))
-                    _rebuild(n, *at((dt, x, B + token * n * FLOAT, A2, h, decay, decayed)))
+                    _step_size_with_slope(softplus, *at((u_row, delta_row, bias_row, dt, slope, x)))
+                    _recompute(n, *at((dt, x, B + token * n * FLOAT, A2, h, decay, decayed)))
                 for i in range(stop - 1, start - 1, -1):
                     j = (i - start) * ROW
                     t = length - 1 - i if s == 1 or reversed_first else i
-                    here = ((b * length + t) * d + e0) * FLOAT
-                    dout_row = _read(dout + here, width, pads)
+                    offset = ((b * length + t) * d + e0) * FLOAT
+                    dout_row = _read(dout + offset, width, pads)
                     if z:
                         z_here = z + (b * z_b + t * z_l + e0) * FLOAT
                         z_row = _read(z_here, width, pads + ROW)
@@ -569,24 +567,24 @@ def scan_backward(
                     bc, part = token * n * FLOAT, (token * blocks + block) * n * FLOAT
                     dt, slope, x = dts + j, slopes + j, xs + j
                     decay, decayed = decays + j * n, decayeds + j * n
-                    _retreat(n, *at((dt, x, dy, B + bc, C + bc, A2, decay, decayed, g, A_sum,
+                    _adjoint_step(n, *at((dt, x, dy, B + bc, C + bc, A2, decay, decayed, g, A_sum,
                                     y, gB, qA, dB + part, dC + part)))  # fmt: skip
                     if z:
                         if s > 0:  # dz holds direction 0's y until direction 1's is added
-                            _add(*at((y, _read(dz + here, width, pads + 3 * ROW))))
+                            _add(*at((y, _read(dz + offset, width, pads + 3 * ROW))))
                         if s == directions - 1:
-                            target = dz + here if width == LANES else pads + 3 * ROW
+                            target = dz + offset if width == LANES else pads + 3 * ROW
                             _z_gradient(scale, *at((dout_row, z_row, y, target)))
-                            _write(target, width, dz + here)
+                            _write(target, width, dz + offset)
                         else:
-                            _write(y, width, dz + here)
-                    here = (token * d + e0) * FLOAT
-                    du_row = du + here if width == LANES else pads + 4 * ROW
-                    ddelta_row = ddelta + here if width == LANES else pads + 5 * ROW
+                            _write(y, width, dz + offset)
+                    offset = (token * d + e0) * FLOAT
+                    du_row = du + offset if width == LANES else pads + 4 * ROW
+                    ddelta_row = ddelta + offset if width == LANES else pads + 5 * ROW
                     _finish(*at((u_row, dt, slope, dy, D_row, gB, qA, du_row, ddelta_row,
                                 D_sum, bias_sum)))  # fmt: skip
-                    _write(du_row, width, du + here)
-                    _write(ddelta_row, width, ddelta + here)
+                    _write(du_row, width, du + offset)
+                    _write(ddelta_row, width, ddelta + offset)
             _store_state(A_sum, width, n, dA + state)
             _store_state(g, width, n, dh0 + state)
             _write(D_sum, width, dD + (sb * d + e0) * FLOAT)
@@ -596,7 +594,7 @@ def scan_backward(
 # --- convolution -----------------------------------------------------------------------------
 #
 # A task's tokens are first copied into rows of scratch with k - 1 rows of zeros at either end, so
-# that no tap has to ask where the sequence stops. Row i of x's copy is token i - (k - 1); tap j of
+# that no tap needs a boundary check. Row i of x's copy is token i - (k - 1); tap j of
 # token t is then row t + j looking back, and row t + 2 (k - 1) - j looking ahead.
 
 
@@ -625,7 +623,7 @@ def _convolve(length, k, ahead, x, w, bias, y):
     x, w, bias, y = rows(x, length + 2 * (k - 1)), rows(w, k), row(bias), rows(y, length)
     for t in range(length):
         y_t, w_0, x_0 = y[t], w[0], x[t + (2 * (k - 1) if ahead else 0)]
-        for e in range(LANES):  # a loop that only copies the bias would be turned into scalar moves
+        for e in range(LANES):  # LLVM turns a loop that only copies the bias into scalar moves
             y_t[e] = bias[e] + w_0[e] * x_0[e]
         for j in range(1, k):
             w_j, x_j = w[j], x[t + (2 * (k - 1) - j if ahead else j)]
@@ -645,8 +643,8 @@ def _silu_out(length, d, width, y, out):
 
 
 @jit()
-def _silu_back(length, y, dout):
-    """y becomes the gradient of what went into the silu."""
+def _silu_gradient(length, y, dout):
+    """Replace the pre-activation y by its gradient."""
     y, dout = rows(y, length), rows(dout, length)
     for t in range(length):
         y_t, dout_t = y[t], dout[t]
@@ -670,7 +668,7 @@ def _correlate(length, k, ahead, x, dy, dw, dbias):
 
 
 @jit()
-def _convolve_back(length, k, ahead, dy, w, dx):
+def _convolve_transposed(length, k, ahead, dy, w, dx):
     """dx_t += sum_j w_j dy of the token whose tap j is t; dy has k - 1 zero rows at either end."""
     dy, w, dx = rows(dy, length + 2 * (k - 1)), rows(w, k), rows(dx, length)
     for t in range(length):
@@ -733,7 +731,7 @@ def conv_backward(
     dout, x, weight, bias, dx, dweight, dbias,
     directions, batch, length, d, k, x_b, x_l, reverse, scratch, first, end,
 ):  # fmt: skip
-    """Written are dx (b, l, d) and each task's part of the sums over b: dweight (s, b, d, k),
+    """Outputs are dx (b, l, d) and each task's contribution to sums over b: dweight (s, b, d, k),
     dbias (s, b, d)."""
     blocks = (d + LANES - 1) // LANES
     padded = length + 2 * (k - 1)
@@ -755,11 +753,11 @@ def conv_backward(
             _gather_taps(d, 1, width, *at((bias + sd * FLOAT, bias_row)))
             _gather(length, d, width, *at((dout + (sb * length * d + e0) * FLOAT, douts)))
             _convolve(length, k, ahead, *at((xs, taps, bias_row, inner)))
-            _silu_back(length, *at((inner, douts)))
+            _silu_gradient(length, *at((inner, douts)))
             _clear(k, *at((dtaps,)))
             _clear(1, *at((dbias_row,)))
             _correlate(length, k, ahead, *at((xs, inner, dtaps, dbias_row)))
-            _convolve_back(length, k, ahead, *at((dys, taps, dxs)))
+            _convolve_transposed(length, k, ahead, *at((dys, taps, dxs)))
             part = sb * d + e0
             _scatter_taps(k, width, *at((dtaps, dweight + part * k * FLOAT)))
             _scatter_taps(1, width, *at((dbias_row, dbias + part * FLOAT)))

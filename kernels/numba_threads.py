@@ -1,4 +1,4 @@
-"""A small thread pool for the compiled CPU kernels, which run without the GIL."""
+"""A thread pool for the compiled CPU kernels, which release the GIL."""
 
 import ctypes
 import itertools
@@ -12,11 +12,11 @@ from vim_ssl.kernels.numba_kernels import LANES
 
 _pool: ThreadPoolExecutor | None = None
 _pool_size = 0
-PIECES_PER_THREAD = 4  # so that a thread that was held up leaves its share to the others
+PIECES_PER_THREAD = 4  # so that other threads take over the share of a delayed one
 
 
 def _forget_pool() -> None:
-    """A forked child has the pool's object but none of its threads."""
+    """Reset the pool in a forked child, which inherits the object but not its threads."""
     global _pool, _pool_size
     _pool, _pool_size = None, 0
 
@@ -26,7 +26,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def _zero_rows(n: int) -> torch.Tensor:
-    """Aligned zeros, without torch.zeros: that may start OpenMP, which a forked child must not."""
+    """Aligned zeros without torch.zeros, which may start OpenMP; a forked child must not."""
     rows = torch.empty(n, LANES, dtype=torch.float32)
     ctypes.memset(rows.data_ptr(), 0, rows.nbytes)
     return rows
@@ -37,12 +37,12 @@ def run_tasks(
 ) -> None:
     """``kernel(*args, scratch, first, end)`` over range(tasks), on `torch.get_num_threads()`.
 
-    Every task writes places of its own, so the split never shows in the results.
+    No two tasks write the same memory, so results do not depend on the number of threads.
 
     Args:
         kernel: a `numba_kernels.kernel`.
-        work_per_task: nanoseconds, roughly; little work stays on the calling thread.
-        scratch_rows: rows of zeros for each thread to work in; it gets their address.
+        work_per_task: approximate nanoseconds; small calls stay on the calling thread.
+        scratch_rows: rows of zeros that each thread gets as working memory, by address.
     """
     global _pool, _pool_size
     threads = min(torch.get_num_threads(), tasks, max(1, int(tasks * work_per_task / 50_000)))

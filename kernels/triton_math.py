@@ -1,8 +1,8 @@
 """Elementary functions that the Triton kernels share, on float32 tiles.
 
-Comparisons are written so that a NaN that comes in comes out. ``tl.exp2`` is one instruction of the
+Comparisons are written so that NaN propagates. ``tl.exp2`` is one instruction of the
 special-function unit (2 ulp, denormals flushed to zero); ``tl.log2`` too, with an absolute error of
-1e-7 near 1, which is why `softplus` takes a polynomial there.
+1e-7 near 1, where `softplus` uses a polynomial instead.
 """
 
 import triton
@@ -10,7 +10,7 @@ import triton.language as tl
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
-THRESHOLD: tl.constexpr = tl.constexpr(20.0)  # from here on softplus(v) is v, as in torch
+THRESHOLD: tl.constexpr = tl.constexpr(20.0)  # above it softplus(v) is v, as in torch
 
 
 @triton.jit
@@ -27,7 +27,7 @@ def silu_gradient(x):
 
 @triton.jit
 def softplus(v):
-    """log(1 + e^v) to a few 1e-7 relative, down to e^v itself; `softplus_with_slope` less it."""
+    """log(1 + e^v) to a few 1e-7 relative, also where it is close to e^v."""
     return softplus_with_slope(v)[0]
 
 
@@ -35,7 +35,7 @@ def softplus(v):
 def softplus_with_slope(v):
     """softplus(v) and its derivative, sigmoid(v)."""
     w = tl.exp2(tl.where(v > THRESHOLD, THRESHOLD, v) * LOG2E)
-    # log(1 + w) / w on [0, 1/2], minimax in relative error: below, 1 + w rounds w's digits away.
+    # log(1 + w) / w on [0, 1/2], minimax in relative error; 1 + w would round w's digits away.
     p = w * 0.03934227675199509 - 0.11477913707494736
     p = p * w + 0.18517714738845825
     p = p * w - 0.24771980941295624

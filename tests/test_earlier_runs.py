@@ -128,7 +128,7 @@ def test_a_saved_encoder_keeps_its_configuration(tmp_path):
     assert all(np.array_equal(before[key], after[key]) for key in before)
 
 
-@pytest.mark.parametrize("name", sorted(set(RUNS) - {"video"}))  # verify takes no encoder of clips
+@pytest.mark.parametrize("name", RUNS)
 def test_a_run_is_verified(name, capsys):
     assert cli.main(["verify", f"runs/{name}"]) == 0
     assert "loads whole" in capsys.readouterr().out

@@ -3,12 +3,62 @@
 >>> import vim_ssl
 >>> encoder = vim_ssl.load_encoder("vim_tiny_patch16_224")
 >>> features = encoder(images)                      # (b, embed_dim)
+
+Public names are imported on first use, so that importing the package, and with it the help of the
+command, needs no torch.
 """
 
 import sys
+from importlib import import_module
 from importlib.machinery import ModuleSpec
 from importlib.util import module_from_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vim_ssl.utils.environment import __version__
+from vim_ssl.utils.registration import import_after
+
+if TYPE_CHECKING:
+    from vim_ssl.checkpoints.loading import load_encoder, save_encoder
+    from vim_ssl.data.transforms.image import create_transform
+    from vim_ssl.models.encoder import VimEncoder
+    from vim_ssl.objectives.clip import load_clip
+
+__all__ = [
+    "VimEncoder",
+    "__version__",
+    "create_transform",
+    "load_clip",
+    "load_encoder",
+    "save_encoder",
+]
+# Public name -> the module that defines it.
+_DEFINED_IN = {
+    "VimEncoder": "vim_ssl.models.encoder",
+    "create_transform": "vim_ssl.data.transforms.image",
+    "load_clip": "vim_ssl.objectives.clip",
+    "load_encoder": "vim_ssl.checkpoints.loading",
+    "save_encoder": "vim_ssl.checkpoints.loading",
+}
+
+
+if not TYPE_CHECKING:  # which would take every name for one of the package
+
+    def __getattr__(name: str) -> Any:
+        """Import a public name, or a subpackage such as vim_ssl.models, on first use (PEP 562)."""
+        if name in _DEFINED_IN:
+            return getattr(import_module(_DEFINED_IN[name]), name)
+        if not name.startswith("_"):
+            try:
+                return import_module(f"{__name__}.{name}")
+            except ModuleNotFoundError as error:
+                if error.name != f"{__name__}.{name}":
+                    raise
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def _register_sibling_folders() -> None:
@@ -31,18 +81,4 @@ def _register_sibling_folders() -> None:
 
 
 _register_sibling_folders()
-
-from vim_ssl.checkpoints.loading import load_encoder, save_encoder  # noqa: E402
-from vim_ssl.data.transforms.image import create_transform  # noqa: E402
-from vim_ssl.models.encoder import VimEncoder  # noqa: E402
-from vim_ssl.objectives.clip import load_clip  # noqa: E402
-from vim_ssl.utils.environment import __version__
-
-__all__ = [
-    "VimEncoder",
-    "__version__",
-    "create_transform",
-    "load_clip",
-    "load_encoder",
-    "save_encoder",
-]
+import_after("timm", "vim_ssl.models.encoder")  # puts the presets into timm's registry

@@ -1,7 +1,7 @@
 """The command `vim-ssl COMMAND [...]`: every recipe and downstream script, and a few tools.
 
-Scripts are found by file name, so a new one is a command as soon as it lies in its folder. Nothing
-is imported before it is chosen.
+Each script in recipes/ and downstream/ is a command by its file name; only the chosen one is
+imported. The list of commands reads the scripts' docstrings without running them.
 """
 
 import ast
@@ -20,7 +20,7 @@ from vim_ssl.utils.names import did_you_mean
 
 @dataclass(frozen=True)
 class Command:
-    """What a word stands for: ``module.function(argv) -> exit code``, and a line about it."""
+    """A command: ``module.function(argv) -> exit code``, and its line in the overview."""
 
     module: str
     function: str
@@ -29,13 +29,13 @@ class Command:
 
 TOOLS = {
     "verify": Command(
-        "vim_ssl.checkpoints.loading",
+        "vim_ssl.checkpoints.verify",
         "verify_main",
-        "Tell what a checkpoint is and whether it loads whole.",
+        "Describe a checkpoint and check that it loads.",
     ),
     "data": Command("vim_ssl.data.check", "main", "Check data: labels, images, splits."),
     "samples": Command("vim_ssl.data.samples.fetch", "main", "List or get small real image sets."),
-    "report": Command("vim_ssl.report", "main", "Draw the page of a run again."),
+    "report": Command("vim_ssl.report", "main", "Write the report page of a run again."),
 }
 SCRIPTS = {"recipes": "pretraining", "downstream": "tasks"}
 
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Args:
         argv: the command's name and its arguments; ``sys.argv[1:]`` by default.
-    Returns: the exit code: what the command gives; 2 for a user's mistake, told in one line (with
+    Returns: the command's exit code; 2 for a user's mistake, printed in one line (with
         ``VIM_SSL_TRACEBACK=1``: the whole traceback); 130 after Ctrl-C.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def call(rest: Sequence[str] | None) -> int:
         return getattr(importlib.import_module(command.module), command.function)(rest)
 
-    before, sys.argv = sys.argv, [f"vim-ssl {name}", *argv[1:]]  # parsers call themselves so
+    before, sys.argv = sys.argv, [f"vim-ssl {name}", *argv[1:]]  # parsers take their name from it
     try:
         return guarded(call, argv[1:])
     finally:
@@ -78,10 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def guarded(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
     """Call a script's ``main`` and turn a user's mistake into one line and exit code 2.
 
-    A mistake is what our own code refuses (`ValueError`, `ImportError`, `OSError`, and
-    `FloatingPointError` of a training that has run away), or a path that is not there or not
-    readable. The same errors from deep inside another library are defects, and keep their
-    traceback.
+    Mistakes are errors that vim_ssl raises (`ValueError`, `ImportError`, `OSError`, and
+    `FloatingPointError` of a diverged training), and missing or unreadable paths. The same errors
+    from inside another library are defects and keep their traceback.
     """
     try:
         return main(argv)
@@ -90,9 +89,10 @@ def guarded(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | N
     except (ValueError, ImportError, OSError, FloatingPointError) as error:
         if os.environ.get("VIM_SSL_TRACEBACK") == "1" or not _is_users_mistake(error):
             raise
-        # Out of a worker process an error comes with that process's traceback before it.
-        said = str(error).strip().splitlines()[-1] if _from_worker(error) else error
-        print(f"{Path(sys.argv[0]).name}: error: {said}", file=sys.stderr)
+        # The message of an error in a worker process begins with that process's traceback.
+        in_worker = "in DataLoader worker process" in str(error)
+        message = str(error).strip().splitlines()[-1] if in_worker else error
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
         return 2
 
 
@@ -115,14 +115,14 @@ def scripts(folder: str) -> dict[str, Command]:
     """The scripts of `recipes` or `downstream`: linear_probe.py is the command linear-probe."""
     spec = importlib.util.find_spec(f"vim_ssl.{folder}")
     locations = list(spec.submodule_search_locations or ()) if spec else []
-    found = {}
+    commands = {}
     for module in pkgutil.iter_modules(locations):
         if not module.name.startswith("_"):
             path = Path(module.module_finder.path, f"{module.name}.py")  # type: ignore[union-attr]
-            found[module.name.replace("_", "-")] = Command(
+            commands[module.name.replace("_", "-")] = Command(
                 f"vim_ssl.{folder}.{module.name}", "main", _summary(path)
             )
-    return found
+    return commands
 
 
 def overview() -> str:
@@ -140,7 +140,7 @@ def overview() -> str:
 
 
 def _summary(path: Path) -> str:
-    """The first line of a script's docstring, without running the script."""
+    """The first line of a script's docstring, read without importing the script."""
     try:
         doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
     except (OSError, SyntaxError):
@@ -148,12 +148,8 @@ def _summary(path: Path) -> str:
     return (doc or "").partition("\n")[0]
 
 
-def _from_worker(error: BaseException) -> bool:
-    return "in DataLoader worker process" in str(error)
-
-
 def _is_users_mistake(error: BaseException) -> bool:
-    if type(error).__name__ == "BadImage":  # wherever it was raised: an image is no code
+    if type(error).__name__ == "BadImage":  # a defect of the data, wherever it was raised
         return True
     if isinstance(
         error, FileNotFoundError | NotADirectoryError | IsADirectoryError | PermissionError

@@ -1,17 +1,18 @@
-"""The short convolution on a CPU: both directions from one reading of x, compiled by numba.
+"""The short convolution on a CPU: both directions read x once; compiled by numba.
 
 Two float32 operators, `vim_ssl::conv_forward` and `vim_ssl::conv_backward`, around the kernels of
-`kernels/numba_kernels.py`. Imported only when chosen.
+`kernels/numba_kernels.py`.
 """
 
 import torch
 from torch import Tensor
 
 from vim_ssl.kernels import numba_kernels
+from vim_ssl.kernels.autograd import channels_contiguous, contiguous, operator, register_gradient
 from vim_ssl.kernels.numba_kernels import LANES
 from vim_ssl.kernels.numba_threads import run_tasks
 
-NANOSECONDS = (0.5, 1.5)  # forward, backward, for one token and channel of one direction
+NANOSECONDS = (0.5, 1.5)  # forward, backward; per token, channel and direction
 
 
 def conv_silu(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool = False) -> Tensor:
@@ -23,10 +24,12 @@ def conv_silu(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool = False) ->
     return out.to(x.dtype)
 
 
-@torch.library.custom_op("vim_ssl::conv_forward", mutates_args=(), device_types="cpu")
+@operator(
+    "conv_forward", fake=lambda x, w, *_: x.new_empty(w.shape[0], *x.shape), device_types="cpu"
+)
 def conv_forward(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
     """float32 `conv_silu`."""
-    x, weight, bias = _rows_of(x), weight.contiguous(), bias.contiguous()
+    x, weight, bias = channels_contiguous(x), contiguous(weight), contiguous(bias)
     (b, l, d), (s, _, k) = x.shape, weight.shape
     out = x.new_empty(s, b, l, d)
     addresses = (m.data_ptr() for m in (x, weight, bias, out))
@@ -40,17 +43,17 @@ def conv_forward(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tens
     return out
 
 
-@conv_forward.register_fake
-def _(x, weight, bias, reverse):
-    return x.new_empty(weight.shape[0], *x.shape)
-
-
-@torch.library.custom_op("vim_ssl::conv_backward", mutates_args=(), device_types="cpu")
+@operator(
+    "conv_backward",
+    fake=lambda dout, *tensors: tuple(m.new_empty(m.shape) for m in tensors[:3]),
+    device_types="cpu",
+)
 def conv_backward(
     dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor, reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias."""
-    dout, x, weight, bias = dout.contiguous(), _rows_of(x), weight.contiguous(), bias.contiguous()
+    dout, weight, bias = map(contiguous, (dout, weight, bias))
+    x = channels_contiguous(x)
     (b, l, d), (s, _, k) = x.shape, weight.shape
     dx, dweight, dbias = x.new_empty(b, l, d), x.new_empty(s, b, d, k), x.new_empty(s, b, d)
     addresses = (m.data_ptr() for m in (dout, x, weight, bias, dx, dweight, dbias))
@@ -64,31 +67,4 @@ def conv_backward(
     return dx, dweight.sum(1), dbias.sum(1)
 
 
-@conv_backward.register_fake
-def _(dout, x, weight, bias, reverse):
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
-
-
-def _keep(ctx, inputs, output):
-    *tensors, ctx.reverse = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _differentiate(ctx, dout):
-    return (*torch.ops.vim_ssl.conv_backward(dout, *ctx.saved_tensors, ctx.reverse), None)
-
-
-def _refuse(ctx, *grads):
-    raise RuntimeError(
-        "The numba convolution cannot be differentiated twice (double backward); "
-        "set VIM_SSL_BACKEND=reference for second derivatives."
-    )
-
-
-conv_forward.register_autograd(_differentiate, setup_context=_keep)
-conv_backward.register_autograd(_refuse)
-
-
-def _rows_of(x: Tensor) -> Tensor:
-    """x as it comes if its channels lie together, as in one half of a projection's output."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+register_gradient(conv_forward, conv_backward, "numba convolution")

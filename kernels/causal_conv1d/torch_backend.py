@@ -1,4 +1,4 @@
-"""The short convolution by torch's own: any device, any dtype."""
+"""The short convolution by `torch.nn.functional.conv1d`: any device, any dtype."""
 
 import torch
 import torch.nn.functional as F
@@ -11,14 +11,14 @@ def conv_silu(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool = False) ->
     Direction 0 looks back, or ahead with `reverse`; direction 1 looks ahead.
     """
     weight, bias = weight.to(x.dtype), bias.to(x.dtype)
-    if x.numel() == 0:  # torch's convolution refuses it; this is empty too, with gradients of zero
+    if x.numel() == 0:  # conv1d refuses it; this is empty too, with gradients of zero
         return x * weight[:, None, None, :, 0] + bias[:, None, None]
     looks_ahead = (reverse, True)
     pairs = zip(weight, bias, looks_ahead[: len(weight)], strict=True)
-    return torch.stack([_one_way(x, w, b, ahead) for w, b, ahead in pairs]).to(x.dtype)
+    return torch.stack([_one_direction(x, w, b, ahead) for w, b, ahead in pairs]).to(x.dtype)
 
 
-def _one_way(x: Tensor, weight: Tensor, bias: Tensor, ahead: bool) -> Tensor:
+def _one_direction(x: Tensor, weight: Tensor, bias: Tensor, ahead: bool) -> Tensor:
     k = weight.shape[-1]
     if ahead:
         weight = weight.flip(-1)

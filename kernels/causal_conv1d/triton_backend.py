@@ -1,22 +1,21 @@
-"""The short convolution on a GPU: both directions from one reading of x, in Triton.
+"""The short convolution on a GPU: both directions read x once; in Triton.
 
 Two operators, `vim_ssl::triton_conv_forward` and `vim_ssl::triton_conv_backward`, take x, the
-outputs and their gradients in float32, bfloat16 or float16 and compute in float32. Imported only
-when chosen.
+outputs and their gradients in float32, bfloat16 or float16 and compute in float32.
 
 A program is one warp and works on a block of channels. It loads each row of x once, keeps it in
-registers as a one-dimensional tile, and unrolls the loops over tokens and taps; tuples of tiles
-stand for the rows. Forward takes a block of neighbouring tokens; backward walks along the tokens
-and carries the last rows and gradients with it. Directions share the rows and the code: one that
-looks ahead has its taps turned round and its tokens k - 1 rows earlier.
+registers as a one-dimensional tile, and unrolls the loops over tokens and taps; a tuple of tiles
+holds the rows. Forward processes a block of neighbouring tokens; backward iterates over the tokens
+and carries the last rows and gradients along. Directions share the rows and the code: one that
+looks ahead has its taps reversed and its tokens k - 1 rows earlier.
 
-Memory traffic for one token and channel, both directions, where e is the bytes of an element:
-forward 3 e (x in, two outputs), backward 4 e (x and two gradients in, dx out). Rows beside a
-program's own tokens come from the cache. No atomics: a backward program writes its own row of sums
-for the parameters, torch adds the rows up, and two runs agree bit for bit.
+Memory traffic per token and channel, both directions, where e is the bytes of an element:
+forward 3 e (x in, two outputs), backward 4 e (x and two gradients in, dx out). Rows outside a
+program's block come from the cache. No atomics: each backward program writes one row of partial
+sums for the parameters and torch adds the rows, so results are bitwise reproducible.
 """
 
-# Triton adds tuples, but does not unpack them, nor does it mind that they grow.
+# Triton concatenates tuples but does not unpack them, and their lengths may change.
 # mypy: disable-error-code="assignment"
 
 from functools import cache
@@ -26,14 +25,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vim_ssl.kernels.autograd import channels_contiguous, contiguous, operator, register_gradient
 from vim_ssl.kernels.triton_math import sigmoid, silu_gradient
 
 FORWARD_TOKENS = 16  # of a program
 FORWARD_CHANNELS = 128  # of a program, which is one warp: 4 a lane
-BACKWARD_TOKENS = 6  # between two reads of memory; with 8, registers spill
+BACKWARD_TOKENS = 6  # per iteration; with 8, registers spill
 BACKWARD_CHANNELS = 64  # 2 a lane: backward keeps more in registers
-SHORTEST_SPAN = 32  # tokens; at either end of a span k - 1 gradients are computed anew
-WARPS = 12 * 132  # of backward that run at once on the 132 processors of an H100
+SHORTEST_SPAN = 32  # tokens; at either end of a span k - 1 gradients are recomputed
+WARPS = 12 * 132  # of backward that run at once on the 132 multiprocessors of an H100
 
 
 def conv_silu(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool = False) -> Tensor:
@@ -62,7 +62,7 @@ def load_rows(start, t0, stride, l, inside, COUNT: tl.constexpr):
 
 @triton.jit
 def load_taps(weight, channel, inside, d, S: tl.constexpr, K: tl.constexpr, AHEAD: tl.constexpr):
-    """Direction S's taps in float32, in the order of the tokens they meet."""
+    """Direction S's taps in float32, in the order of the tokens that they multiply."""
     taps = ()
     for j in tl.static_range(K):
         row = S * K + (K - 1 - j if AHEAD else j)
@@ -85,7 +85,7 @@ def convolve(rows, taps, shift, I: tl.constexpr):
     return y
 
 
-@triton.jit(do_not_specialize=["b", "l"])  # another size is no reason to compile anew
+@triton.jit(do_not_specialize=["b", "l"])  # another size does not recompile
 def conv_forward_kernel(
     x, weight, bias, out, b, l, d, stride_b, stride_l,
     DIRECTIONS: tl.constexpr, K: tl.constexpr, REVERSE: tl.constexpr,
@@ -117,9 +117,9 @@ def conv_backward_kernel(
 ):  # fmt: skip
     """Grid: (blocks of channels, programs).
 
-    An image's tokens are cut into `spans` of `span` tokens, a multiple of TOKENS. A program walks
-    along every programs-th span and writes sums (programs, directions, k + 1, d): the gradients of
-    the taps and, last, of the bias.
+    An image's tokens are cut into `spans` of `span` tokens, a multiple of TOKENS. A program
+    processes every programs-th span and writes sums (programs, directions, k + 1, d): the gradients
+    of the taps and, last, of the bias.
     """
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     inside = channel < d
@@ -166,7 +166,7 @@ def conv_backward_kernel(
     start = sums + tl.program_id(1).to(tl.int64) * (DIRECTIONS * (K + 1) * d) + channel
     for s in tl.static_range(DIRECTIONS):
         for j in tl.static_range(K + 1):
-            # Taps that look ahead were turned round when they were loaded.
+            # Taps that look ahead were reversed when they were loaded.
             row = s * (K + 1) + (K - 1 - j if (REVERSE or s == 1) and j < K else j)
             tl.store(start + row * d, totals[s][j], mask=inside)
 
@@ -203,7 +203,7 @@ def pre_activation_gradients(
 
 @triton.jit
 def add_input_gradients(dx_rows, taps, ds):
-    """dx_rows, each with what the k tokens that see it add: ds from the same index on."""
+    """dx_rows plus the contributions of the k tokens that see each: ds from the same index on."""
     new = ()
     for i in tl.static_range(len(dx_rows)):
         row = dx_rows[i]
@@ -215,7 +215,7 @@ def add_input_gradients(dx_rows, taps, ds):
 
 @triton.jit
 def add_parameter_gradients(totals, ds, rows, I: tl.constexpr, COUNT: tl.constexpr):
-    """totals, k for the taps and one for the bias, with what COUNT tokens add: ds from I on."""
+    """totals (k taps, then the bias) plus the contributions of COUNT tokens: ds from I on."""
     new = ()
     for j in tl.static_range(len(totals)):
         total = totals[j]
@@ -228,10 +228,10 @@ def add_parameter_gradients(totals, ds, rows, I: tl.constexpr, COUNT: tl.constex
 # --- operators ---------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("vim_ssl::triton_conv_forward", mutates_args=())
+@operator("triton_conv_forward", fake=lambda x, w, *_: x.new_empty(w.shape[0], *x.shape))
 def conv_forward(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
     """`conv_silu` with the weight as (s, k, d)."""
-    x, weight, bias = _rows_of(x), weight.contiguous(), bias.contiguous()
+    x, weight, bias = channels_contiguous(x), contiguous(weight), contiguous(bias)
     (b, l, d), (s, k, _) = x.shape, weight.shape
     out = x.new_empty(s, b, l, d)
     grid = (triton.cdiv(d, FORWARD_CHANNELS) * b * triton.cdiv(l, FORWARD_TOKENS),)
@@ -244,17 +244,18 @@ def conv_forward(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tens
     return out
 
 
-@conv_forward.register_fake
-def _(x, weight, bias, reverse):
-    return x.new_empty(weight.shape[0], *x.shape)
+def _empty_gradients(dout, x, weight, bias, reverse):
+    s, k, d = weight.shape
+    return x.new_empty(x.shape), x.new_empty(s, k + 1, d, dtype=torch.float32)
 
 
-@torch.library.custom_op("vim_ssl::triton_conv_backward", mutates_args=())
+@operator("triton_conv_backward", fake=_empty_gradients)
 def conv_backward(
     dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor, reverse: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x, and of the weight and, as one more tap, the bias: (s, k + 1, d), float32."""
-    dout, x, weight, bias = dout.contiguous(), _rows_of(x), weight.contiguous(), bias.contiguous()
+    dout, weight, bias = map(contiguous, (dout, weight, bias))
+    x = channels_contiguous(x)
     (b, l, d), (s, k, _) = x.shape, weight.shape
     channel_blocks = max(1, triton.cdiv(d, BACKWARD_CHANNELS))
     spans, span, programs = _shares(b, l, k, max(1, WARPS // channel_blocks))
@@ -269,39 +270,19 @@ def conv_backward(
     return dx, sums.sum(0)
 
 
-@conv_backward.register_fake
-def _(dout, x, weight, bias, reverse):
-    s, k, d = weight.shape
-    return x.new_empty(x.shape), x.new_empty(s, k + 1, d, dtype=torch.float32)
+def _gradients(ctx, dout):
+    dx, sums = conv_backward(dout, *ctx.saved_tensors, *ctx.options)
+    return dx, sums[:, :-1], sums[:, -1]
 
 
-def _keep(ctx, inputs, output):
-    *tensors, ctx.reverse = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _differentiate(ctx, dout):
-    x, weight, bias = ctx.saved_tensors
-    dx, sums = torch.ops.vim_ssl.triton_conv_backward(dout, x, weight, bias, ctx.reverse)
-    return dx, sums[:, :-1].to(weight.dtype), sums[:, -1].to(bias.dtype), None
-
-
-def _refuse(ctx, *grads):
-    raise RuntimeError(
-        "The Triton convolution cannot be differentiated twice (double backward); "
-        "set VIM_SSL_BACKEND=torch for second derivatives."
-    )
-
-
-conv_forward.register_autograd(_differentiate, setup_context=_keep)
-conv_backward.register_autograd(_refuse)
+register_gradient(conv_forward, conv_backward, "Triton convolution", gradients=_gradients)
 
 
 @cache
 def _shares(b: int, l: int, k: int, most: int) -> tuple[int, int, int]:
-    """How backward cuts its work: (spans of an image, tokens of a span, programs).
+    """The partition of the backward pass: (spans of an image, tokens of a span, programs).
 
-    The cut whose slowest program has the fewest tokens to walk over, with at most `most` programs.
+    It minimises the tokens of the slowest program, with at most `most` programs.
     """
 
     def tokens(spans: int) -> int:
@@ -312,8 +293,3 @@ def _shares(b: int, l: int, k: int, most: int) -> tuple[int, int, int]:
 
     spans = min(range(1, max(1, l // SHORTEST_SPAN) + 1), key=time)
     return spans, tokens(spans), min(b * spans, most)
-
-
-def _rows_of(x: Tensor) -> Tensor:
-    """x as it comes if its channels lie together, as in one half of a projection's output."""
-    return x if x.stride(-1) == 1 else x.contiguous()

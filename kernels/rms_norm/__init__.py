@@ -1,19 +1,23 @@
-"""Residual addition and RMSNorm, which every block begins with."""
+"""Residual addition and RMSNorm, the first step of every block."""
 
 from torch import Tensor
 
-from vim_ssl.kernels.implementations import Implementations
-
-_implementations = Implementations(__name__, "triton")
+from vim_ssl.kernels.backends import select
 
 
 def add_rms_norm(
-    hidden: Tensor, residual: Tensor | None, weight: Tensor, eps: float = 1e-5
+    hidden: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float = 1e-5,
+    *,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """residual + hidden in float32 (or wider), and its RMSNorm.
 
     Args:
         hidden: (b, l, d).  residual: same shape, or None at the first block.  weight: (d,).
+        backend: "auto", "torch" or "triton" (CUDA); see `kernels/backends.py`.
     Returns: (normed in hidden's dtype, the new residual in float32 or wider).
     Raises: ValueError for shapes that do not fit.
     Reference: RMSNorm, arXiv:1910.07467.
@@ -24,5 +28,5 @@ def add_rms_norm(
         )
     if weight.shape != hidden.shape[-1:]:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; expected ({hidden.shape[-1]},).")
-    module = _implementations.of(hidden, residual, weight)
+    module = select("rms_norm", backend, hidden, residual, weight)
     return module.add_rms_norm(hidden, residual, weight, eps)

@@ -1,14 +1,14 @@
 """Residual addition and RMSNorm on a GPU: one pass forward, one pass backward, in Triton.
 
 Two operators, `vim_ssl::triton_rms_norm_forward` and `vim_ssl::triton_rms_norm_backward`, take
-float32, bfloat16 and float16 and compute in float32. Imported only when chosen.
+float32, bfloat16 and float16 and compute in float32.
 
-A row (one token's d numbers) is one tile, or one line of a tile where rows are short. Memory
-traffic for one number, where e is the bytes of hidden's dtype: forward 2 e + 8 (hidden and residual
+A row (the d values of one token) is one tile, or one row of a tile if rows are short. Memory
+traffic per value, where e is the bytes of hidden's dtype: forward 2 e + 8 (hidden and residual
 in, normed and the new residual out), backward 2 e + 12 (the gradients of both outputs and the new
-residual in, the gradients of both inputs out). The weight's gradient takes no atomics: a program
-walks over every programs-th row and writes its own sum, torch adds the sums up, and two runs agree
-bit for bit.
+residual in, the gradients of both inputs out). The weight's gradient needs no atomics: a
+program processes every programs-th block of rows and writes a partial sum, and torch adds these, so
+results are bitwise reproducible.
 """
 
 import torch
@@ -16,9 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE = 1024  # numbers of a tile at least: as many short rows as fit
-NUMBERS_PER_WARP = 256  # 8 a lane, 16 bytes in half precision
-WARPS = 32 * 132  # of backward that run at once on the 132 processors of an H100
+from vim_ssl.kernels.autograd import contiguous, operator, register_gradient
+
+TILE = 1024  # values of a tile at least: as many short rows as fit
+VALUES_PER_WARP = 256  # 8 per lane, 16 bytes in half precision
+WARPS = 32 * 132  # of backward that run at once on the 132 multiprocessors of an H100
 
 
 def add_rms_norm(
@@ -31,7 +33,7 @@ def add_rms_norm(
 # --- kernels -----------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["rows"])  # another size is no reason to compile anew
+@triton.jit(do_not_specialize=["rows"])  # another size does not recompile
 def rms_norm_forward_kernel(
     hidden, residual, weight, normed, total, rstd, rows, d, eps,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -56,7 +58,7 @@ def rms_norm_backward_kernel(
     dnormed, dtotal, total, rstd, weight, dhidden, dresidual, sums, rows, d,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (programs); each takes every programs-th block of ROWS rows.
+    """Grid: (programs); each processes every programs-th block of ROWS rows.
 
     dtotal and dresidual may be None.  sums: (programs, d), the gradient of the weight.
     """
@@ -86,15 +88,22 @@ def rms_norm_backward_kernel(
 # --- operators ---------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("vim_ssl::triton_rms_norm_forward", mutates_args=())
+def _empty_results(hidden, *_):
+    return (
+        hidden.new_empty(hidden.shape),
+        hidden.new_empty(hidden.shape, dtype=torch.float32),
+        hidden.new_empty(hidden.shape[:-1], dtype=torch.float32),
+    )
+
+
+@operator("triton_rms_norm_forward", fake=_empty_results)
 def rms_norm_forward(
     hidden: Tensor, residual: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """hidden, residual (…, d), weight (d,) -> normed in hidden's dtype, and in float32 the new
     residual and, for the backward pass, each row's 1 / rms (…)."""
-    hidden, weight = hidden.contiguous(), weight.contiguous()
-    residual = None if residual is None else residual.contiguous()
-    normed, total, rstd = _outputs(hidden)
+    hidden, residual, weight = map(contiguous, (hidden, residual, weight))
+    normed, total, rstd = _empty_results(hidden)
     rows, d = rstd.numel(), weight.numel()
     tile = _tile(d)
     with torch.cuda.device_of(hidden):
@@ -104,28 +113,22 @@ def rms_norm_forward(
     return normed, total, rstd
 
 
-@rms_norm_forward.register_fake
-def _(hidden, residual, weight, eps):
-    return _outputs(hidden)
-
-
-def _outputs(hidden):
+def _empty_gradients(dnormed, dtotal, total, rstd, weight, twice):
     return (
-        hidden.new_empty(hidden.shape),
-        hidden.new_empty(hidden.shape, dtype=torch.float32),
-        hidden.new_empty(hidden.shape[:-1], dtype=torch.float32),
+        dnormed.new_empty(dnormed.shape),
+        dnormed.new_empty(dnormed.shape if twice else 0, dtype=torch.float32),
+        weight.new_empty(weight.shape, dtype=torch.float32),
     )
 
 
-@torch.library.custom_op("vim_ssl::triton_rms_norm_backward", mutates_args=())
+@operator("triton_rms_norm_backward", fake=_empty_gradients)
 def rms_norm_backward(
     dnormed: Tensor, dtotal: Tensor | None, total: Tensor, rstd: Tensor, weight: Tensor, twice: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient of hidden + residual in dnormed's dtype, in float32 (empty unless `twice`),
     and that of the weight in float32."""
-    dnormed, weight = dnormed.contiguous(), weight.contiguous()
-    dtotal = None if dtotal is None else dtotal.contiguous()
-    dhidden, dresidual, _ = _gradients(dnormed, weight, twice)
+    dnormed, dtotal, weight = map(contiguous, (dnormed, dtotal, weight))
+    dhidden, dresidual, _ = _empty_gradients(dnormed, dtotal, total, rstd, weight, twice)
     rows, d = rstd.numel(), weight.numel()
     tile = _tile(d)
     programs = min(triton.cdiv(rows, tile["ROWS"]), WARPS // tile["num_warps"])
@@ -138,62 +141,25 @@ def rms_norm_backward(
     return dhidden, dresidual, sums.sum(0)
 
 
-@rms_norm_backward.register_fake
-def _(dnormed, dtotal, total, rstd, weight, twice):
-    return _gradients(dnormed, weight, twice)
-
-
-def _gradients(dnormed, weight, twice):
-    return (
-        dnormed.new_empty(dnormed.shape),
-        dnormed.new_empty(dnormed.shape if twice else 0, dtype=torch.float32),
-        weight.new_empty(weight.shape, dtype=torch.float32),
-    )
-
-
-def _keep(ctx, inputs, output):
-    hidden, residual, weight, _ = inputs
-    _, total, rstd = output
-    ctx.save_for_backward(total, rstd, weight)
-    ctx.hidden_dtype = hidden.dtype
-    ctx.residual_dtype = None if residual is None else residual.dtype
-    ctx.set_materialize_grads(False)
-
-
 def _differentiate(ctx, dnormed, dtotal, _):
-    total, rstd, weight = ctx.saved_tensors
-    if dnormed is None:  # then the sum went on alone
-        dhidden = dresidual = dtotal
-        dweight = None
-    else:
-        twice = ctx.residual_dtype is not None and ctx.hidden_dtype != torch.float32
-        dhidden, dresidual, dweight = torch.ops.vim_ssl.triton_rms_norm_backward(
-            dnormed, dtotal, total, rstd, weight, twice
-        )
-        dresidual = dresidual if twice else dhidden
-        dweight = dweight.to(weight.dtype)
-    return (_as(dhidden, ctx.hidden_dtype), _as(dresidual, ctx.residual_dtype), dweight, None)
+    weight, total, rstd = ctx.saved_tensors
+    if dnormed is None:  # only the residual was used
+        return dtotal, dtotal, None
+    hidden_dtype, residual_dtype, _ = ctx.dtypes
+    twice = residual_dtype is not None and hidden_dtype != torch.float32
+    dhidden, dresidual, dweight = rms_norm_backward(dnormed, dtotal, total, rstd, weight, twice)
+    return dhidden, dresidual if twice else dhidden, dweight
 
 
-def _refuse(ctx, *grads):
-    raise RuntimeError(
-        "The Triton RMSNorm cannot be differentiated twice (double backward); "
-        "set VIM_SSL_BACKEND=torch for second derivatives."
-    )
-
-
-rms_norm_forward.register_autograd(_differentiate, setup_context=_keep)
-rms_norm_backward.register_autograd(_refuse)
-
-
-def _as(gradient: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
-    """The gradient in its input's dtype, or None where there was no input."""
-    return None if gradient is None or dtype is None else gradient.to(dtype)
+register_gradient(
+    rms_norm_forward, rms_norm_backward, "Triton RMSNorm",
+    saved=slice(2, 3), kept=1, gradients=_differentiate,
+)  # fmt: skip
 
 
 def _tile(d: int) -> dict[str, int]:
-    """Rows and columns of a tile and the warps that share it, for rows of d numbers."""
+    """Rows and columns of a tile and the warps that share it, for rows of d values."""
     columns = triton.next_power_of_2(max(1, d))
     rows = max(1, TILE // columns)
-    warps = min(16, max(1, rows * columns // NUMBERS_PER_WARP))
+    warps = min(16, max(1, rows * columns // VALUES_PER_WARP))
     return {"ROWS": rows, "COLUMNS": columns, "num_warps": warps}

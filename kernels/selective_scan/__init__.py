@@ -3,10 +3,7 @@
 Start with `reference.py`: it is the whole idea as a plain loop.
 """
 
-from vim_ssl.kernels.selective_scan.dispatch import (
-    available_backends,
-    bi_selective_scan,
-    selective_scan,
-)
+from vim_ssl.kernels.backends import available_backends
+from vim_ssl.kernels.selective_scan.dispatch import bi_selective_scan, selective_scan
 
 __all__ = ["available_backends", "bi_selective_scan", "selective_scan"]

@@ -1,15 +1,15 @@
-"""How exact is every backend that runs here? All of them against the float64 loop.
+"""Accuracy of every backend that runs on this machine, against the float64 loop.
 
     python -m vim_ssl.kernels.selective_scan.accuracy                    # or: make kernel-report
     python -m vim_ssl.kernels.selective_scan.accuracy --device cuda --markdown
 
-Relative errors |got - exact| / |exact| of the output, the last state and every gradient, with
-uninitialised memory filled with NaN and every backend run twice. Exit code 1 if a bound is broken:
+Relative errors |result - exact| / |exact| of the output, the last state and every gradient, with
+uninitialised memory filled with NaN. Every backend runs twice. Exit code 1 if a bound is violated:
 
     ordinary inputs, float32      1e-5 forward, 1e-4 gradients
     eleven decades of step sizes  2 x the plain float32 loop's error + 2e-5
     bfloat16, float16             2 x the plain path's error in that dtype + 1e-5
-    always                        two runs equal bit for bit; zeros give zeros; inf and NaN show in
+    always                        two runs bitwise equal; zeros give zeros; inf and NaN appear in
                                   the same outputs as in float64
 
 With TRITON_INTERPRET=1 the Triton backend is measured on a CPU too, on the small cases.
@@ -30,11 +30,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vim_ssl.kernels.backends import BACKENDS as REGISTERED
+from vim_ssl.kernels.backends import resolve
 from vim_ssl.kernels.selective_scan import bi_selective_scan, selective_scan
-from vim_ssl.kernels.selective_scan.dispatch import choose_backend
 
 Tensors = dict[str, Tensor]
-BACKENDS = ("reference", "torch", "numba", "triton")
+BACKENDS = tuple(REGISTERED["selective_scan"])
 GRADIENTS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
 QUANTITIES = ("y", "last", *(f"d_{name}" for name in GRADIENTS))
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -43,34 +44,31 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # --- inputs ----------------------------------------------------------------------------------
 
 
-def one_way_inputs(b: int, l: int, d: int, n: int, seed: int = 0) -> Tensors:
+def one_way_inputs(b: int, l: int, d: int, n: int, seed: int = 0, groups: int = 0) -> Tensors:
     """Random arguments of `selective_scan` in float64."""
-    g = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=g, dtype=torch.float64)
-
-    return {
-        "u": normal(b, d, l), "delta": normal(b, d, l) - 1,
-        "A": -torch.rand(d, n, generator=g, dtype=torch.float64) * n - 0.1,
-        "B": normal(b, n, l), "C": normal(b, n, l), "D": normal(d), "z": normal(b, d, l),
-        "delta_bias": normal(d), "initial_state": normal(b, d, n),
-    }  # fmt: skip
+    B = (b, groups, n, l) if groups else (b, n, l)
+    return _random_inputs(seed, u=(b, d, l), A=(d, n), B=B, z=(b, d, l), h0=(b, d, n))
 
 
 def two_way_inputs(b: int, l: int, d: int, n: int, seed: int = 0) -> Tensors:
     """Random arguments of `bi_selective_scan` in float64."""
+    return _random_inputs(seed, u=(2, b, l, d), A=(2, d, n), B=(2, b, l, n), z=(b, l, d))
+
+
+def _random_inputs(seed: int, *, u, A, B, z, h0=None) -> Tensors:
+    """By the shapes of u, A, B, z and the initial state."""
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g, dtype=torch.float64)
 
-    return {
-        "u": normal(2, b, l, d), "delta": normal(2, b, l, d) - 1,
-        "A": -torch.rand(2, d, n, generator=g, dtype=torch.float64) * n - 0.1,
-        "B": normal(2, b, l, n), "C": normal(2, b, l, n), "D": normal(2, d), "z": normal(b, l, d),
-        "delta_bias": normal(2, d),
+    m = {
+        "u": normal(*u), "delta": normal(*u) - 1,
+        "A": -torch.rand(*A, generator=g, dtype=torch.float64) * A[-1] - 0.1,
+        "B": normal(*B), "C": normal(*B), "D": normal(*A[:-1]), "z": normal(*z),
+        "delta_bias": normal(*A[:-1]),
     }  # fmt: skip
+    return m if h0 is None else m | {"initial_state": normal(*h0)}
 
 
 def typed(inputs: Tensors, dtype: torch.dtype) -> Tensors:
@@ -94,7 +92,7 @@ def decades(inputs: Tensors) -> Tensors:
 def run_scan(inputs: Tensors, backend: str, gradients: bool = True, **options) -> Tensors:
     """Outputs and the gradient of every input: ``y``, ``last``, ``d_<argument>``, on the CPU.
 
-    The loss weighs every output element differently, and the last state too where it is returned.
+    The loss weights every element of the output, and of the last state if returned, differently.
     """
     call = bi_selective_scan if inputs["u"].dim() == 4 else selective_scan
     leaves = {name: m.detach().clone().requires_grad_(gradients) for name, m in inputs.items()}
@@ -102,13 +100,13 @@ def run_scan(inputs: Tensors, backend: str, gradients: bool = True, **options) -
     out = call(**arguments)
     named = {"y": out[0], "last": out[1]} if isinstance(out, tuple) else {"y": out}
     if gradients:
-        loss = torch.stack([(m.double() * _weights(m)).sum() for m in named.values()]).sum()
+        loss = torch.stack([(m.double() * loss_weights(m)).sum() for m in named.values()]).sum()
         grads = torch.autograd.grad(loss, list(leaves.values()))
         named |= {f"d_{name}": g for name, g in zip(leaves, grads, strict=True)}
     return {name: m.detach().cpu() for name, m in named.items()}
 
 
-def _weights(m: Tensor) -> Tensor:
+def loss_weights(m: Tensor) -> Tensor:
     """Fixed pseudo-random weights in m's shape, the same on every device."""
     g = torch.Generator().manual_seed(m.numel())
     return torch.randn(m.shape, generator=g, dtype=torch.float64).to(m.device)
@@ -116,17 +114,17 @@ def _weights(m: Tensor) -> Tensor:
 
 def relative_error(got: Tensor, exact: Tensor) -> float:
     """Norm of the difference over norm of the exact tensor, both in float64."""
-    got, exact = got.double(), exact.double()
+    got, exact = got.detach().double(), exact.detach().double()
     return float((got - exact).norm() / exact.norm().clamp(min=1e-30))
 
 
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Inside, torch fills what `torch.empty` returns with NaN: what a kernel forgets shows."""
+    """Fill the tensors of `torch.empty` with NaN, which reveals elements that no kernel writes."""
     before = torch.are_deterministic_algorithms_enabled()
     mode = torch.is_deterministic_algorithms_warn_only_enabled()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of cuBLAS, about a setting for several streams
+        warnings.simplefilter("ignore")  # of cuBLAS, on determinism with several streams
         torch.use_deterministic_algorithms(True, warn_only=True)
         try:
             yield
@@ -134,12 +132,12 @@ def poisoned_memory() -> Iterator[None]:
             torch.use_deterministic_algorithms(before, warn_only=mode)
 
 
-# --- what is measured ------------------------------------------------------------------------
+# --- cases and results ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Case:
-    """Inputs, and how they are run.
+    """Inputs and options of one measurement.
 
     Attributes:
         two_way: `bi_selective_scan`, else `selective_scan` with a first and a last state.
@@ -167,9 +165,9 @@ class Case:
 
     @property
     def long(self) -> bool:
-        """The loop's own gradient takes minutes: autograd pads every token's to the whole. The
-        torch backend, which is tested against the loop, gives the exact ones in float64; neither
-        of the two is measured, only what is faster."""
+        """The loop's gradient takes minutes, because autograd pads each token's gradient to the
+        whole sequence. The torch backend in float64, tested against the loop, replaces it, and only
+        faster backends are measured."""
         return self.l > 5000
 
     @property
@@ -205,7 +203,7 @@ def exact(case: Case) -> Tensors:
 
 @cache
 def plain(case: Case) -> Tensors:
-    """The loop in the case's own dtype (float32 inside): what anybody would have written."""
+    """The loop in the case's dtype, float32 inside: the plain path."""
     return _loop(case, case.inputs())
 
 
@@ -218,14 +216,14 @@ def _loop(case: Case, m: Tensors) -> Tensors:
 
 @dataclass
 class Row:
-    """One line of the report: errors by quantity, and what is wrong with it."""
+    """One line of the report: errors by quantity, and violated bounds."""
 
     case: str
     dtype: str
     backend: str
     errors: dict[str, float] = field(default_factory=dict)
     note: str = ""
-    broken: dict[str, str] = field(default_factory=dict)  # quantity or "note" -> what was expected
+    broken: dict[str, str] = field(default_factory=dict)  # quantity or "note" -> expectation
 
 
 def limits(case: Case, quantities: Sequence[str]) -> dict[str, float]:
@@ -239,19 +237,19 @@ def limits(case: Case, quantities: Sequence[str]) -> dict[str, float]:
 
 
 def measure(case: Case, backend: str, device: str) -> Row:
-    """Errors of one backend on one case; never raises for what the backend does wrong."""
+    """Errors of one backend on one case; an exception of the backend is recorded."""
     row = Row(str(case), case.dtype, backend)
     m = {name: v.to(device) for name, v in case.inputs().items()}
     try:
         with poisoned_memory():
-            got, again = (run_scan(m, backend, **case.options) for _ in "12")
+            got, repeated = (run_scan(m, backend, **case.options) for _ in "12")
     except Exception as error:
         message = str(error).splitlines() or [""]
         return Row(row.case, row.dtype, backend, note=f"{type(error).__name__}: {message[0]}",
                    broken={"note": "a result"})  # fmt: skip
     for name, limit in limits(case, list(got)).items():
         row.errors[name] = relative_error(got[name], exact(case)[name])
-        if not row.errors[name] <= limit:  # NaN is broken too
+        if not row.errors[name] <= limit:  # NaN violates too
             row.broken[name] = f"at most {limit:.1e}"
     if case.dtype != "fp32" and backend != "reference":
         ratios = (
@@ -259,7 +257,7 @@ def measure(case: Case, backend: str, device: str) -> Row:
             for name, error in row.errors.items()
         )
         row.note = f"at most {max(ratios):.2f} x plain"
-    if any(not torch.equal(got[name], again[name]) for name in got):
+    if any(not torch.equal(got[name], repeated[name]) for name in got):
         row.broken["note"] = "two runs equal bit for bit"
         row.note = "two runs differ"
     return row
@@ -275,8 +273,8 @@ def measure_zeros(backend: str, device: str) -> Row:
 
 
 def measure_non_finite(backend: str, device: str) -> Row:
-    """inf, -inf and NaN put into each argument: are the same outputs not finite?"""
-    same, places = 0, []
+    """inf, -inf and NaN put into each argument: compare which outputs are not finite."""
+    same, mismatches = 0, []
     for name in [name for name in GRADIENTS if name != "initial_state"]:
         for value in (math.inf, -math.inf, math.nan):
             m = typed(two_way_inputs(2, 20, 5, 4), torch.float32)
@@ -287,11 +285,11 @@ def measure_non_finite(backend: str, device: str) -> Row:
                 m = {k: v.to(device) for k, v in m.items()}
                 got = run_scan(m, backend, gradients=False)["y"].isfinite()
             same += (equal := torch.equal(got, expected))
-            places += [] if equal else [f"{value} in {name}"]
-    total = same + len(places)
+            mismatches += [] if equal else [f"{value} in {name}"]
+    total = same + len(mismatches)
     row = Row("inf, -inf, NaN in each argument", "fp32", backend, note=f"{same} of {total} equal")
-    if places:
-        row.broken["note"] = "the float64 loop's mask also for " + ", ".join(places)
+    if mismatches:
+        row.broken["note"] = "the float64 loop's mask also for " + ", ".join(mismatches)
     return row
 
 
@@ -303,7 +301,7 @@ def runnable(device: str) -> tuple[list[str], list[str]]:
     names, left_out = [], []
     for name in BACKENDS:
         try:
-            choose_backend(name, device)
+            resolve("selective_scan", name, device)
             names.append(name)
         except (ValueError, ImportError) as error:
             left_out.append(f"left out: {name}. {error}")
@@ -311,12 +309,12 @@ def runnable(device: str) -> tuple[list[str], list[str]]:
 
 
 def rows(device: str, backends: Sequence[str], cases: Sequence[Case] = CASES) -> Iterator[Row]:
-    """Measure; a row comes as soon as it is known."""
+    """Measure, and yield each row at once."""
 
     def fit(case: Case, backend: str) -> bool:
         if backend == "triton" and device == "cpu":  # interpreted
             return case.small
-        if backend == "reference" and device == "cuda":  # the CPU's loop again, slower
+        if backend == "reference" and device == "cuda":  # the same loop as on the CPU, slower
             return False
         return not (case.long and backend in ("reference", "torch"))
 
@@ -331,7 +329,7 @@ def rows(device: str, backends: Sequence[str], cases: Sequence[Case] = CASES) ->
 
 
 def format_row(row: Row, markdown: bool = False) -> str:
-    """Errors in columns; a broken one is marked with !."""
+    """Errors in columns; ! marks one above its bound."""
     cells = []
     for name in QUANTITIES:
         text = f"{row.errors[name]:.0e}" if name in row.errors else ""
@@ -354,7 +352,7 @@ def _line(columns: Sequence[str], markdown: bool) -> str:
 
 
 def machine(device: str) -> str:
-    """The processor that runs it, and the versions that matter."""
+    """The processor and the versions of torch and Python."""
     name = torch.cuda.get_device_name() if device == "cuda" else processor()
     return f"{name}, torch {torch.__version__}, Python {platform.python_version()}"
 
@@ -373,7 +371,7 @@ def report(
     cases: Sequence[Case] = CASES,
     say: Callable[[str], object] = print,
 ) -> list[Row]:
-    """Measure and print everything; returns the rows, the broken ones among them."""
+    """Measure and print everything; returns all rows."""
     backends, left_out = runnable(device)
     say(f"The scan against the float64 loop, relative errors, on {device}: {machine(device)}\n")
     say(header(markdown))

@@ -1,27 +1,12 @@
-"""The two public scans: check the arguments, choose a backend, call it."""
+"""The two public scans: check the arguments, select a backend, call it."""
 
-import logging
 import os
-from functools import cache
-from importlib import import_module
-from importlib.util import find_spec
-from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
 
-log = logging.getLogger(__name__)
+from vim_ssl.kernels.backends import select
 
-# Each module offers selective_scan and bi_selective_scan with the signatures below, less `backend`.
-_MODULES = {
-    "reference": "vim_ssl.kernels.selective_scan.reference",
-    "torch": "vim_ssl.kernels.selective_scan.torch_backend",
-    "numba": "vim_ssl.kernels.selective_scan.numba_backend",
-    "triton": "vim_ssl.kernels.selective_scan.triton_backend",
-}
-# What `auto` prefers on a device, best first; `torch` runs everywhere.
-_PREFERRED = {"cpu": ("numba", "torch"), "cuda": ("triton", "torch")}
 MAX_D_STATE = 64
 
 
@@ -43,7 +28,8 @@ def selective_scan(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Scan one direction: h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t, y_t = C_t h_t + D u_t.
 
-    dt is ``delta + delta_bias``, through softplus if asked; the output is ``y * silu(z)``.
+    dt is ``delta + delta_bias``, or its softplus if ``delta_softplus``; the output is
+    ``y * silu(z)``.
 
     Dims: b batch, l tokens, d channels (d_inner), n = d_state, g groups of channels.
 
@@ -55,11 +41,11 @@ def selective_scan(
         initial_state: (b, d, n), the state before the first token read; zeros by default.
         return_last_state: also return the state after the last token read, (b, d, n), float32
             (float64 for float64 inputs).
-        reverse: read the tokens from last to first; outputs stay in their places.
-        backend: "auto", "reference", "torch", "numba" (CPU) or "triton" (CUDA). Asked for by name
-            a backend runs or raises. ``VIM_SSL_BACKEND`` overrides "auto".
+        reverse: read the tokens from last to first; the output keeps the order of the tokens.
+        backend: "auto", "reference", "torch", "numba" (CPU) or "triton" (CUDA). A backend
+            requested by name runs or raises. ``VIM_SSL_BACKEND`` overrides "auto".
 
-    Returns: y (b, d, l) in u's dtype; with the last state if asked.
+    Returns: y (b, d, l) in u's dtype; with the last state if ``return_last_state``.
     Raises: ValueError for wrong shapes, dtypes, devices or an unknown backend, naming the argument.
     Reference: Mamba, arXiv:2312.00752, section 3; signature of state-spaces/mamba.
     """
@@ -86,7 +72,7 @@ def selective_scan(
     _check_tensors(u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias,
                    initial_state=initial_state)  # fmt: skip
     given = (u, delta, A, B, C, D, z, delta_bias, initial_state)
-    return _backend(backend, u.device.type, *given).selective_scan(
+    return select("selective_scan", backend, *given).selective_scan(
         *given[:-1], delta_softplus,
         initial_state=initial_state, return_last_state=return_last_state, reverse=reverse,
     )  # fmt: skip
@@ -108,7 +94,7 @@ def bi_selective_scan(
 ) -> Tensor:
     """Scan both directions in one call: scale (y_forward + y_backward) silu(z), channel-last.
 
-    Index 0 of the leading axis reads first to last, index 1 last to first; each has its own
+    Index 0 of the leading axis reads first to last, index 1 last to first; each has separate
     parameters, and neither input nor output is flipped. The gate is shared.
 
     Dims: b batch, l tokens, d channels (d_inner), n = d_state.
@@ -136,77 +122,9 @@ def bi_selective_scan(
     _check_shape("delta_bias", delta_bias, (2, d))
     _check_tensors(u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias)
     given = (u, delta, A, B, C, D, z, delta_bias)
-    return _backend(backend, u.device.type, *given).bi_selective_scan(
+    return select("selective_scan", backend, *given).bi_selective_scan(
         *given, delta_softplus, scale=scale
     )
-
-
-def available_backends(device: str | torch.device = "cpu") -> list[str]:
-    """Names of the backends that can run on this kind of device, ``auto``'s choice first."""
-    kind = torch.device(device).type
-    names = [*_PREFERRED.get(kind, ("torch",)), "reference"]
-    return [name for name in names if _why_not(name, kind) is None]
-
-
-_loaded: dict[str, ModuleType] = {}  # backend name -> its module, imported at its first use
-
-
-def _backend(name: str, device: str, *tensors: Tensor | None) -> ModuleType:
-    name = choose_backend(name, device)
-    if name != "reference":
-        refuse_forward_mode(*tensors)
-    return _loaded[name]
-
-
-def refuse_forward_mode(*tensors: Tensor | None) -> None:
-    """Raises: RuntimeError for tangents: an operator of ours would drop them without a word."""
-    if not torch.compiler.is_compiling() and any(
-        m is not None and unpack_dual(m).tangent is not None for m in tensors
-    ):
-        raise RuntimeError(
-            "forward-mode differentiation (a dual tensor) is not built into the compiled kernels; "
-            "set VIM_SSL_BACKEND=reference for it."
-        )
-
-
-@torch.compiler.assume_constant_result  # torch.compile cannot trace an import; it asks once
-def choose_backend(name: str, device: str) -> str:
-    """The name that stands for "auto" on this kind of device, or the name itself if it can run.
-
-    Raises: ValueError for an unknown backend, or one that cannot run there.
-    """
-    if name == "auto":
-        name = os.environ.get("VIM_SSL_BACKEND") or "auto"
-    if name == "auto":
-        name = _auto(device)
-    elif reason := _why_not(name, device):
-        raise ValueError(reason)
-    if name not in _loaded:
-        _loaded[name] = import_module(_MODULES[name])
-    return name
-
-
-@cache  # so the choice is made, and logged, once for each kind of device
-def _auto(device: str) -> str:
-    name = available_backends(device)[0]
-    log.info("selective scan on %s: backend %r", device, name)
-    return name
-
-
-def _why_not(name: str, device: str) -> str | None:
-    """Why this backend cannot run on this kind of device, or None if it can."""
-    if name not in _MODULES:
-        return f"Unknown backend {name!r}; choose one of auto, {', '.join(_MODULES)}."
-    if name in ("numba", "triton"):
-        home = {"numba": "cpu", "triton": "cuda"}[name]
-        interpreted = name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-        if device != home and not (interpreted and device == "cpu"):
-            return f"Backend {name!r} runs on {home} tensors; these are on {device}."
-        if find_spec(_MODULES[name]) is None:
-            return f"Backend {name!r} is not built into this version yet; use 'torch'."
-        if find_spec(name) is None:
-            return f"Backend {name!r} needs the package {name}: pip install {name}."
-    return None
 
 
 def _check_A(A: Tensor, lead: tuple[int, ...]) -> int:
@@ -232,7 +150,7 @@ def _check_tensors(*, u: Tensor, A: Tensor, **others: Tensor | None) -> None:
             raise ValueError(f"{name} is on {m.device} but u is on {u.device}; move it there.")
         if not m.is_floating_point():
             raise ValueError(f"{name} has dtype {m.dtype}; expected a floating-point dtype.")
-    # A compiled graph cannot stop to look at values.
+    # A compiled graph cannot branch on values.
     if os.environ.get("VIM_SSL_CHECK") == "1" and not torch.compiler.is_compiling():
         if not bool((A < 0).all()):
             raise ValueError("A has values that are not negative: the state would grow (A < 0).")

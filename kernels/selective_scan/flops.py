@@ -1,19 +1,19 @@
-"""What a scan costs: operations, which torch's counter is told, and bytes.
+"""The cost of a scan: operations, also for torch's counter, and bytes.
 
     with flop_counter(display=False) as counter:
         encoder(images).sum().backward()
     counter.get_total_flops()
 
-As torch counts matrix products and no element-wise operations, so the recurrence is counted and not
-what stands around it (softplus, D, the gate). A multiplication, an addition and an exponential are
-one each, a token, channel, state and direction:
+torch counts matrix products and no element-wise operations; accordingly the recurrence is counted,
+and the operations around it (softplus, D, the gate) are not. A multiplication, an addition and an
+exponential count as one each, per token, channel, state and direction:
 
     forward    dt A, exp, a h, x B, their sum, h C, its sum                           7
-    backward   a and h again                                                          5
+    backward   a and h recomputed                                                     5
                g + C dy, h dy + …, g x + …, <g, B>, <q, A>, dt q + …        2 each   12
                q = g a h, g a                                               1 each    2
 
-The reference is a plain loop of torch operations, of which torch counts what it knows.
+The reference is a plain loop of torch operations, of which torch counts those it knows.
 """
 
 from dataclasses import dataclass
@@ -22,21 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vim_ssl.kernels.selective_scan.dispatch import available_backends, choose_backend
+from vim_ssl.kernels.backends import BACKENDS, available_backends, resolve
 
 FORWARD, BACKWARD = 7, 19
-# Names in torch.ops.vim_ssl. The first and third argument of a forward pass, and result of a
-# backward pass, are (s, b, l, d) and (s, d, n) in all of them.
-OPERATORS = {
-    "numba": ("scan_forward", "scan_backward"),
-    "torch": ("torch_scan_forward", "torch_scan_backward"),
-    "triton": ("triton_scan_forward", "triton_scan_backward"),
-}
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Operations, and the bytes that any implementation moves at least."""
+    """Operations, and a lower bound of the bytes that any implementation moves."""
 
     flops: int
     bytes: int
@@ -51,8 +44,8 @@ def scan_cost(
         s, b, l, d, n: directions, batch, tokens, channels, states.
         backward: the cost of all gradients instead.
         itemsize: bytes of an element of u, delta, B, C, z and the output; parameters have four.
-    Returns: every input read and every output written once; what a backend keeps from the forward
-        pass for the backward pass comes on top.
+    Returns: every input read and every output written once; what a backend saves for the
+        backward pass is not included.
     """
     tokens = 2 * s * b * l * (d + n)  # u, delta, B, C
     gate = b * l * d
@@ -66,7 +59,7 @@ def scan_cost(
 
 
 def flop_counter(device: str | torch.device = "cpu", **options: Any) -> Any:
-    """A new `torch.utils.flop_counter.FlopCounterMode` that knows the scans of this kind of device.
+    """A new `torch.utils.flop_counter.FlopCounterMode` that counts the scans on this device.
 
     Args:
         options: of `FlopCounterMode`, such as ``display=False``.
@@ -74,10 +67,11 @@ def flop_counter(device: str | torch.device = "cpu", **options: Any) -> Any:
     from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_flop_formula
 
     for name in available_backends(device):
-        if name not in OPERATORS:
-            continue
-        choose_backend(name, torch.device(device).type)  # makes its operators
-        for operator, formula in zip(OPERATORS[name], (_forward, _backward), strict=True):
+        resolve("selective_scan", name, torch.device(device).type)
+        # Names in torch.ops.vim_ssl. In both the first and third argument, or result of a backward
+        # pass, are (s, b, l, d) and (s, d, n).
+        operators = getattr(BACKENDS["selective_scan"][name].loaded, "OPERATORS", ())
+        for operator, formula in zip(operators, (_forward, _backward), strict=False):
             packet = getattr(torch.ops.vim_ssl, operator)
             if packet not in flop_registry:
                 register_flop_formula(packet, get_raw=True)(formula)

@@ -1,19 +1,23 @@
-"""What the fused backends share: public layouts around one scan, and its gradient.
+"""What the torch, numba and Triton backends share: public layouts around one scan, its gradient.
 
-A fused backend is a pair of torch operators on channel-last tensors with a leading direction axis
-(s = 1 or 2):
+A backend has a function on channel-last tensors with a leading direction axis (s = 1 or 2):
+
+    scan(u, delta, A, B, C, D, z, bias, h0, softplus, reverse, scale) -> out, last
+
+    u, delta (s, b, l, d), A (s, d, n), B, C (s, b, l, n), D, bias (s, d), z (b, l, d), h0
+    (s, b, d, n); out (b, l, d) = scale sum_s(y_s) silu(z), last states (s, b, d, n)
+
+Direction 0 reads first to last, or last to first with ``reverse``; direction 1 last to first.
+
+In a fused backend, numba or Triton, that is one of a pair of torch operators:
 
     forward(u, delta, A, B, C, D, z, bias, h0, softplus, reverse, scale, save)
         -> out, last, *kept
     backward(dout, dlast, u, delta, A, B, C, D, z, bias, *kept, softplus, reverse, scale)
         -> gradients of u, delta, A, B, C, D, z (empty without z), bias, h0
 
-    u, delta (s, b, l, d), A (s, d, n), B, C (s, b, l, n), D, bias (s, d), z (b, l, d), h0
-    (s, b, d, n); out (b, l, d) = scale sum_s(y_s) silu(z), last states (s, b, d, n), and what the
-    backward pass wants kept, empty unless ``save``. States are flat, for torch.export: see
-    `torch_backend.py`.
-
-Direction 0 reads first to last, or last to first with ``reverse``; direction 1 last to first.
+kept is what the backward pass needs, empty unless ``save``. States are flat, for torch.export: see
+`torch_backend.py`.
 """
 
 from collections.abc import Callable
@@ -22,45 +26,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vim_ssl.kernels.selective_scan import torch_backend
+from vim_ssl.kernels.autograd import register_gradient
 
 Scan = Callable[..., tuple[Tensor, Tensor]]
 
 
-def public_scans(scan: Scan) -> tuple[Callable, Callable]:
-    """`selective_scan` and `bi_selective_scan` made of ``scan(u, ..., h0, softplus, reverse,
-    scale) -> (out, last)``; float64 inputs go to the torch backend, which computes in float64."""
+def public_scans(scan: Scan, float64: Scan | None = None) -> tuple[Callable, Callable]:
+    """`selective_scan` and `bi_selective_scan` made of ``scan``; ``float64`` replaces it for
+    float64 inputs."""
+
+    def scan_for(u: Tensor) -> Scan:
+        return float64 if float64 is not None and u.dtype == torch.float64 else scan
 
     def selective_scan(
         u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, *,
         initial_state=None, return_last_state=False, reverse=False,
     ):  # fmt: skip
-        if u.dtype == torch.float64:
-            return torch_backend.selective_scan(
-                u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state=initial_state,
-                return_last_state=return_last_state, reverse=reverse,
+        def one_group(u, delta, A, B, C, D, z, bias, h0):
+            y, last = scan_for(u)(
+                u.mT[None], delta.mT[None], A[None], B.mT[None], C.mT[None], _lead(D),
+                None if z is None else z.mT, _lead(bias), _lead(h0), delta_softplus, reverse, 1.0,
             )  # fmt: skip
+            return y.mT.to(u.dtype), last[0]
+
+        tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state)
         if B.dim() == 4 or C.dim() == 4:
-            return torch_backend.scan_groups(
-                selective_scan, u, delta, A, B, C, D, z, delta_bias, delta_softplus,
-                initial_state, return_last_state, reverse,
-            )  # fmt: skip
-        y, last = scan(
-            u.mT[None], delta.mT[None], A[None], B.mT[None], C.mT[None], _lead(D),
-            None if z is None else z.mT, _lead(delta_bias), _lead(initial_state),
-            delta_softplus, reverse, 1.0,
-        )  # fmt: skip
-        y = y.mT.to(u.dtype)
-        return (y, last[0]) if return_last_state else y
+            parts = [one_group(*group) for group in _groups(*tensors)]
+            y, last = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+        else:
+            y, last = one_group(*tensors)
+        return (y, last) if return_last_state else y
 
     def bi_selective_scan(
         u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=True, *, scale=1.0
     ):
-        if u.dtype == torch.float64:
-            return torch_backend.bi_selective_scan(
-                u, delta, A, B, C, D, z, delta_bias, delta_softplus, scale=scale
-            )
-        y, _ = scan(u, delta, A, B, C, D, z, delta_bias, None, delta_softplus, False, scale)
+        y, _ = scan_for(u)(u, delta, A, B, C, D, z, delta_bias, None, delta_softplus, False, scale)
         return y.to(u.dtype)
 
     return selective_scan, bi_selective_scan
@@ -70,44 +70,31 @@ def _lead(m: Tensor | None) -> Tensor | None:
     return None if m is None else m[None]
 
 
-def gradient_wanted(tensors) -> bool:
-    return torch.is_grad_enabled() and any(m is not None and m.requires_grad for m in tensors)
+def _groups(u, delta, A, B, C, D, z, bias, h0):
+    """The arguments of each group of channels, which has its own B, C or both."""
+    count = (B if B.dim() == 4 else C).shape[1]
+
+    def split(m, dim):
+        return [None] * count if m is None else m.tensor_split(count, dim)
+
+    B, C = (m.unbind(1) if m.dim() == 4 else [m] * count for m in (B, C))
+    return zip(
+        split(u, 1), split(delta, 1), split(A, 0), B, C, split(D, 0), split(z, 1), split(bias, 0),
+        split(h0, 1), strict=True,
+    )  # fmt: skip
 
 
-def register_gradient(forward: Any, backward: Any, name: str) -> None:
-    """Make `backward` the derivative of `forward`, both custom operators, and let nobody
-    differentiate it again."""
+def register_scan_gradient(forward: Any, backward: Any, name: str) -> None:
+    """`register_gradient` for the pair of operators of a fused backend."""
 
-    def keep(ctx, inputs, output):
-        *tensors, h0, ctx.softplus, ctx.reverse, ctx.scale, saved = inputs
-        if not saved:
+    def gradients(ctx, dout, dlast, *_):
+        tensors, (*options, save) = ctx.saved_tensors, ctx.options
+        if not save:
             raise RuntimeError(f"The {name} scan was called with save=False: it has no gradient.")
-        ctx.save_for_backward(*tensors, *output[2:])
-        ctx.present = [m is not None for m in (*tensors, h0)]
-        ctx.set_materialize_grads(False)
-
-    def differentiate(ctx, dout, dlast, *_):
-        tensors = ctx.saved_tensors
         if dout is None:
             dout = tensors[0].new_zeros(tensors[0].shape[1:])
-        grads = backward(dout, dlast, *tensors, ctx.softplus, ctx.reverse, ctx.scale)
-        kept = (g if here else None for g, here in zip(grads, ctx.present, strict=True))
-        return (*kept, None, None, None, None)
+        return backward(dout, dlast, *tensors, *options)
 
-    def refuse(ctx, *grads):
-        raise RuntimeError(
-            f"The {name} scan cannot be differentiated twice (double backward); "
-            "use backend='reference' for second derivatives."
-        )
-
-    forward.register_autograd(differentiate, setup_context=keep)
-    backward.register_autograd(refuse)
-
-
-def channels_together(m: Any) -> Any:
-    """m as it comes if its last axis has stride 1, as in one half of a projection's output."""
-    return m if m is None or m.stride(-1) == 1 else m.contiguous()
-
-
-def contiguous(m: Any) -> Any:
-    return None if m is None else m.contiguous()
+    register_gradient(
+        forward, backward, f"{name} scan", saved=slice(8), kept=2, gradients=gradients
+    )

@@ -1,53 +1,64 @@
 """The selective scan on a CPU, compiled by numba: everything in one pass, in float32.
 
 Two torch operators, `vim_ssl::scan_forward` and `vim_ssl::scan_backward`, wrap the kernels of
-`kernels/numba_kernels.py`; `fused.py` says what those take. Here they are float32, and other dtypes
-are brought to that and back by torch operations that autograd knows.
+`kernels/numba_kernels.py`; `fused.py` describes their arguments, which are float32 here. Other
+dtypes are cast by torch operations that autograd differentiates.
 
-Imported only when chosen; the first call in a new installation compiles for a few seconds.
+The first call in a new installation compiles the kernels, which takes some 20 seconds.
 """
 
 import torch
 from torch import Tensor
 
 from vim_ssl.kernels import numba_kernels
+from vim_ssl.kernels.autograd import channels_contiguous, contiguous, gradient_required, operator
 from vim_ssl.kernels.numba_kernels import CHUNK, LANES
 from vim_ssl.kernels.numba_threads import run_tasks
-from vim_ssl.kernels.selective_scan.fused import (
-    channels_together,
-    contiguous,
-    gradient_wanted,
-    public_scans,
-    register_gradient,
-)
+from vim_ssl.kernels.selective_scan import torch_backend
+from vim_ssl.kernels.selective_scan.fused import public_scans, register_scan_gradient
 
-NANOSECONDS = (0.25, 1.0)  # forward, backward, for one token, channel and state
+OPERATORS = ("scan_forward", "scan_backward")  # for `flops.py`
+NANOSECONDS = (0.25, 1.0)  # forward, backward; per token, channel and state
 
 
 def _scan(u, delta, A, B, C, D, z, bias, h0, softplus, reverse, scale) -> tuple[Tensor, Tensor]:
     tensors = [None if m is None else m.float() for m in (u, delta, A, B, C, D, z, bias, h0)]
-    save = gradient_wanted(tensors)
+    save = gradient_required(tensors)
     out, last, _ = torch.ops.vim_ssl.scan_forward(*tensors, softplus, reverse, scale, save)
     return out, last
 
 
-selective_scan, bi_selective_scan = public_scans(_scan)
+selective_scan, bi_selective_scan = public_scans(_scan, float64=torch_backend.scan)
 
 
 # --- forward ---------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("vim_ssl::scan_forward", mutates_args=(), device_types="cpu")
+def _empty_results(u, A, save):
+    s, b, l, d = u.shape
+    n, blocks, chunks = A.shape[-1], -(-d // LANES), -(-l // CHUNK)
+    return (
+        u.new_empty(b, l, d),
+        u.new_empty(s, b, d, n),
+        u.new_empty(s * b * blocks * chunks * n * LANES if save else 0),
+    )
+
+
+@operator(
+    "scan_forward",
+    fake=lambda u, delta, A, *rest: _empty_results(u, A, save=rest[-1]),
+    device_types="cpu",
+)
 def scan_forward(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
     bias: Tensor | None, h0: Tensor | None, softplus: bool, reverse: bool, scale: float, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """See `fused.py`; kept are the states (s, b, blocks, chunks, n, LANES) that chunks begin from,
-    flat, empty unless `save`."""
+    """See `fused.py`; the kept result is the states (s, b, blocks, chunks, n, LANES) that chunks
+    start from, flat, empty unless `save`."""
     s, b, l, d = u.shape
     u, delta, A, B, C, D, bias, h0 = map(contiguous, (u, delta, A, B, C, D, bias, h0))
-    z = channels_together(z)
-    out, last, states = _outputs(u, A, save)
+    z = channels_contiguous(z)
+    out, last, states = _empty_results(u, A, save)
     addresses = map(_address, (u, delta, A, B, C, D, z, bias, h0, out, last, states))
     blocks, n = -(-d // LANES), A.shape[-1]
     run_tasks(
@@ -60,25 +71,18 @@ def scan_forward(
     return out, last, states
 
 
-@scan_forward.register_fake
-def _(u, delta, A, B, C, D, z, bias, h0, softplus, reverse, scale, save):
-    return _outputs(u, A, save)
-
-
-def _outputs(u, A, save):
-    s, b, l, d = u.shape
-    n, blocks, chunks = A.shape[-1], -(-d // LANES), -(-l // CHUNK)
-    return (
-        u.new_empty(b, l, d),
-        u.new_empty(s, b, d, n),
-        u.new_empty(s * b * blocks * chunks * n * LANES if save else 0),
-    )
-
-
 # --- backward --------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("vim_ssl::scan_backward", mutates_args=(), device_types="cpu")
+def _empty_gradients(dout, dlast, u, delta, A, B, C, D, z, bias, states, softplus, reverse, scale):
+    s, b, _, d = u.shape
+    n, new = A.shape[-1], u.new_empty
+    dz = new(0 if z is None else z.shape)
+    return (new(u.shape), new(u.shape), new(A.shape), new(B.shape), new(C.shape),
+            new(s, d), dz, new(s, d), new(s, b, d, n))  # fmt: skip
+
+
+@operator("scan_backward", fake=_empty_gradients, device_types="cpu")
 def scan_backward(
     dout: Tensor, dlast: Tensor | None, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
     D: Tensor | None, z: Tensor | None, bias: Tensor | None, states: Tensor, softplus: bool,
@@ -89,7 +93,7 @@ def scan_backward(
     dout, dlast, u, delta, A, B, C, D, bias = map(
         contiguous, (dout, dlast, u, delta, A, B, C, D, bias)
     )
-    z = channels_together(z)
+    z = channels_contiguous(z)
     blocks, n = -(-d // LANES), A.shape[-1]
     du, ddelta, dz = (
         torch.empty_like(u),
@@ -111,16 +115,7 @@ def scan_backward(
     return du, ddelta, dA.sum(1), dB.sum(3), dC.sum(3), dD.sum(1), dz, dbias.sum(1), dh0
 
 
-@scan_backward.register_fake
-def _(dout, dlast, u, delta, A, B, C, D, z, bias, states, softplus, reverse, scale):
-    s, b, _, d = u.shape
-    n, new = A.shape[-1], u.new_empty
-    dz = new(0 if z is None else z.shape)
-    return (new(u.shape), new(u.shape), new(A.shape), new(B.shape), new(C.shape),
-            new(s, d), dz, new(s, d), new(s, b, d, n))  # fmt: skip
-
-
-register_gradient(scan_forward, scan_backward, "numba")
+register_scan_gradient(scan_forward, scan_backward, "numba")
 
 
 # --- tensors for the kernels -----------------------------------------------------------------
@@ -131,5 +126,5 @@ def _strides(z: Tensor | None) -> tuple[int, int]:
 
 
 def _address(m: Tensor | None) -> int:
-    """0 tells the kernel that there is no such tensor; that of an empty one is 0 as well."""
+    """The address for a kernel: 0 for None, as for an empty tensor."""
     return 0 if m is None else m.data_ptr()

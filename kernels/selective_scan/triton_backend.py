@@ -1,16 +1,16 @@
 """The selective scan on a GPU, by Triton: both directions in one launch, forward and backward.
 
-The kernels, and how they work, stand in `triton_kernels.py`; here are the operators around them,
-`vim_ssl::triton_scan_forward` and `vim_ssl::triton_scan_backward` (`fused.py` says what those
-take). u, delta, z, B and C are float32, bfloat16 or float16 and are read as they come, in any
-strides that keep channels together; everything else is float32, and so is every state.
+`triton_kernels.py` defines and explains the kernels; this file wraps them in two operators,
+`vim_ssl::triton_scan_forward` and `vim_ssl::triton_scan_backward`, whose arguments `fused.py`
+describes. u, delta, z, B and C are float32, bfloat16 or float16 and are read without a copy in any
+strides with contiguous channels; everything else is float32, and so is every state.
 
-For the backward pass the states before every 8th token are kept, in float32: 16 bytes a token and
+For the backward pass the states before every 8th token are saved in float32: 16 bytes per token and
 channel, both directions together, at d_state 16. ``VIM_SSL_SCAN_STATES=16`` (tokens, a multiple of
 4) halves that, for about a fifth more work in the backward pass.
 
-Imported only when chosen. With ``TRITON_INTERPRET=1`` set before triton is imported, the same code
-runs on CPU tensors, slowly: that is how it is tested without a GPU.
+With ``TRITON_INTERPRET=1`` set before triton is imported, the kernels
+run on CPU tensors, slowly: this is how they are tested without a GPU.
 """
 
 import os
@@ -20,20 +20,16 @@ import torch
 import triton
 from torch import Tensor
 
-from vim_ssl.kernels.selective_scan import triton_kernels
-from vim_ssl.kernels.selective_scan.fused import (
-    channels_together,
-    contiguous,
-    gradient_wanted,
-    public_scans,
-    register_gradient,
-)
+from vim_ssl.kernels.autograd import channels_contiguous, contiguous, gradient_required, operator
+from vim_ssl.kernels.selective_scan import torch_backend, triton_kernels
+from vim_ssl.kernels.selective_scan.fused import public_scans, register_scan_gradient
 
+OPERATORS = ("triton_scan_forward", "triton_scan_backward")  # for `flops.py`
 LANES = 32
 EVERY = int(os.environ.get("VIM_SSL_SCAN_STATES", 8))  # tokens between saved states
 if EVERY < 4 or EVERY % 4:
     raise ValueError(f"VIM_SSL_SCAN_STATES is {EVERY}; expected a multiple of 4.")
-WARPS = 11  # a multiprocessor should have to work on; with fewer, tokens are cut into segments
+WARPS = 11  # per multiprocessor, to occupy it; with fewer, tokens are cut into segments
 SHORTEST = 64  # tokens of a segment, at least
 
 
@@ -41,16 +37,16 @@ def _scan(u, delta, A, B, C, D, z, bias, h0, softplus, reverse, scale) -> tuple[
     A, D, bias, h0 = (None if m is None else m.float() for m in (A, D, bias, h0))
     u, delta, B, C, z = map(_narrow, (u, delta, B, C, z))
     tensors = (u, delta, A, B, C, D, z, bias, h0)
-    out, last, *_ = scan_forward(*tensors, softplus, reverse, scale, gradient_wanted(tensors))
+    out, last, *_ = scan_forward(*tensors, softplus, reverse, scale, gradient_required(tensors))
     return out, last
 
 
 def _narrow(m: Tensor | None) -> Tensor | None:
-    """float64 beside narrower inputs: the state is float32 all the same."""
+    """float64 becomes float32, as the state is; float64 u does not come here."""
     return m.float() if m is not None and m.dtype == torch.float64 else m
 
 
-selective_scan, bi_selective_scan = public_scans(_scan)
+selective_scan, bi_selective_scan = public_scans(_scan, float64=torch_backend.scan)
 
 
 # --- launch choices --------------------------------------------------------------------------
@@ -64,7 +60,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def channels_per_lane(warps: int, n: int, device: torch.device) -> int:
-    """Two share each load of B and C; one makes twice the warps, and fits larger states."""
+    """Two share each load of B and C; one gives twice as many warps and allows larger states."""
     return 2 if n <= 16 and warps >= 2 * WARPS * _multiprocessors(device) else 1
 
 
@@ -74,10 +70,10 @@ def group_length(tile: int) -> int:
 
 
 def segment_length(warps: int, length: int, device: torch.device) -> int:
-    """Tokens of a segment, a multiple of `EVERY`, given how many warps one segment makes."""
-    wanted = -(-WARPS * _multiprocessors(device) // max(warps, 1))
-    segments = min(wanted, length // SHORTEST)
-    if segments <= 2:  # carrying states costs nearly as much again as the scan
+    """Tokens of a segment, a multiple of `EVERY`, given the number of warps of one segment."""
+    target = -(-WARPS * _multiprocessors(device) // max(warps, 1))
+    segments = min(target, length // SHORTEST)
+    if segments <= 2:  # carrying states costs nearly as much as the scan itself
         return max(-(-length // EVERY), 1) * EVERY
     return -(-length // (segments * EVERY)) * EVERY
 
@@ -85,19 +81,33 @@ def segment_length(warps: int, length: int, device: torch.device) -> int:
 # --- forward ---------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("vim_ssl::triton_scan_forward", mutates_args=())
+def _empty_results(u, A, z, save):
+    s, b, l, d = u.shape
+    n = A.shape[-1]
+    return (
+        u.new_empty(b, l, d),
+        A.new_empty(s, b, d, n),
+        A.new_empty((b, l, d) if save and z is not None else 0),
+        A.new_empty(s * b * -(-l // EVERY) * n * d if save else 0),
+    )
+
+
+@operator(
+    "triton_scan_forward",
+    fake=lambda u, delta, A, B, C, D, z, *rest: _empty_results(u, A, z, save=rest[-1]),
+)
 def scan_forward(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
     bias: Tensor | None, h0: Tensor | None, softplus: bool, reverse: bool, scale: float, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """See `fused.py`; kept are y_sum = sum_s(y_s) (b, l, d), float32, with z, and the states
-    (s, b, checkpoints, n, d) before every `EVERY`-th token, flat."""
+    """See `fused.py`; the kept results are, in float32, y_sum = sum_s(y_s) (b, l, d) if there is
+    z, and the states (s, b, checkpoints, n, d) before every `EVERY`-th token, flat."""
     s, b, l, d = u.shape
     n = A.shape[-1]
-    out, last, y_sum, states = _outputs(u, A, z, save)
+    out, last, y_sum, states = _empty_results(u, A, z, save)
     if out.numel() == 0:  # nothing to launch
         return out, last.zero_() if h0 is None else last.copy_(h0), y_sum, states
-    u, delta, B, C, z = map(channels_together, (u, delta, B, C, z))
+    u, delta, B, C, z = map(channels_contiguous, (u, delta, B, C, z))
     A, D, bias = contiguous(A), contiguous(D), contiguous(bias)
     warps = s * b * -(-d // LANES)
     segment = segment_length(warps, l, u.device)
@@ -112,14 +122,14 @@ def scan_forward(
             N=n, BLOCK=1024,
         )  # fmt: skip
         keep_sum = y_sum.numel() > 0
-        # In float32, also where nothing is kept: in half the digits a sum that cancels keeps none,
-        # and in float16 it overflows.
-        meet = y_sum if keep_sum else out
-        if s == 2 and meet.dtype != torch.float32:
-            meet = A.new_empty(b, l, d)
+        # The directions are added in float32 even if nothing is kept: a sum that cancels would lose
+        # all digits in half precision, or overflow in float16.
+        y_float32 = y_sum if keep_sum else out
+        if s == 2 and y_float32.dtype != torch.float32:
+            y_float32 = A.new_empty(b, l, d)
         triton_kernels.forward_kernel[(b * -(-d // (LANES * per_lane)), -(-l // segment))](
-            u, delta, A, pairs, *_given(u, D, z, bias, start),
-            out, meet, last, states,
+            u, delta, A, pairs, *_filled(u, D, z, bias, start),
+            out, y_float32, last, states,
             b, l, d, segment, scale, int(reverse),
             *_strides(u), *_strides(delta), *_strides(z)[1:],
             S=s, N=n, C=per_lane, EVERY=EVERY, SOFTPLUS=softplus,
@@ -129,24 +139,8 @@ def scan_forward(
     return out, last, y_sum, states
 
 
-@scan_forward.register_fake
-def _(u, delta, A, B, C, D, z, bias, h0, softplus, reverse, scale, save):
-    return _outputs(u, A, z, save)
-
-
-def _outputs(u, A, z, save):
-    s, b, l, d = u.shape
-    n = A.shape[-1]
-    return (
-        u.new_empty(b, l, d),
-        A.new_empty(s, b, d, n),
-        A.new_empty((b, l, d) if save and z is not None else 0),
-        A.new_empty(s * b * -(-l // EVERY) * n * d if save else 0),
-    )
-
-
 def _carried(w, delta, A, V, z, bias, start, softplus, reverse, scale, segment, *, adjoint):
-    """The states that segments begin from (s, b, segments, n, d), or None for zero everywhere."""
+    """The states that segments start from (s, b, segments, n, d), or None if all are zero."""
     s, b, l, d = delta.shape
     n, parts = A.shape[-1], -(-l // segment)
     start = None if start is None else start.mT.contiguous()  # (s, b, n, d)
@@ -155,13 +149,13 @@ def _carried(w, delta, A, V, z, bias, start, softplus, reverse, scale, segment, 
     ends = A.new_empty(s, b, parts, n, d)
     sums = A.new_empty(s, b, parts, d)
     triton_kernels.carry_kernel[(b * -(-d // LANES), parts)](
-        w, delta, A, V, *_given(w, z, bias), ends, sums, b, l, d, segment, scale, int(reverse),
+        w, delta, A, V, *_filled(w, z, bias), ends, sums, b, l, d, segment, scale, int(reverse),
         *_strides(w), *_strides(delta), *_strides(V), *_strides(z)[1:],
         S=s, N=n, C=1, SOFTPLUS=softplus, HAS_Z=z is not None, HAS_BIAS=bias is not None,
         ADJOINT=adjoint, num_warps=s,
     )  # fmt: skip
     triton_kernels.join_kernel[(-(-d // LANES), b, s)](
-        ends, sums, A, *_given(A, start), b, d, parts, int(reverse),
+        ends, sums, A, *_filled(A, start), b, d, parts, int(reverse),
         N=n, HAS_START=start is not None, ADJOINT=adjoint, num_warps=1,
     )  # fmt: skip
     return ends
@@ -170,7 +164,17 @@ def _carried(w, delta, A, V, z, bias, start, softplus, reverse, scale, segment, 
 # --- backward --------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("vim_ssl::triton_scan_backward", mutates_args=())
+def _empty_gradients(
+    dout, dlast, u, delta, A, B, C, D, z, bias, y_sum, states, softplus, reverse, scale
+):
+    s, b, _, d = u.shape
+    dz = u.new_empty(0) if z is None else z.new_empty(z.shape)
+    return (u.new_empty(u.shape), delta.new_empty(delta.shape), A.new_empty(A.shape),
+            B.new_empty(B.shape), C.new_empty(C.shape), A.new_empty(s, d), dz, A.new_empty(s, d),
+            A.new_empty(s, b, d, A.shape[-1]))  # fmt: skip
+
+
+@operator("triton_scan_backward", fake=_empty_gradients)
 def scan_backward(
     dout: Tensor, dlast: Tensor | None, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
     D: Tensor | None, z: Tensor | None, bias: Tensor | None, y_sum: Tensor, states: Tensor,
@@ -186,7 +190,7 @@ def scan_backward(
         dA, dB, dC, dD, dbias = zeros
         dh0 = A.new_zeros(s, b, d, n) if dlast is None else dlast.clone()
         return du, ddelta, dA, dB.to(B.dtype), dC.to(C.dtype), dD, dz, dbias, dh0
-    u, delta, B, C, z = map(channels_together, (u, delta, B, C, z))
+    u, delta, B, C, z = map(channels_contiguous, (u, delta, B, C, z))
     dout, A, D, bias = (contiguous(m) for m in (dout, A, D, bias))
     blocks = -(-d // LANES)
     segment = segment_length(s * b * blocks, l, u.device)
@@ -202,8 +206,8 @@ def scan_backward(
     dB, dC = A.new_empty(s, b, l, blocks, n), A.new_empty(s, b, l, blocks, n)
     with torch.cuda.device_of(u):
         triton_kernels.backward_kernel[(b * blocks, parts, s)](
-            dout, u, delta, A.mT.contiguous(), B, C, *_given(u, D, z, bias), y_sum, states,
-            *_given(u, carry), du, ddelta, dA, dB, dC, dD, dz, dbias, dstart,
+            dout, u, delta, A.mT.contiguous(), B, C, *_filled(u, D, z, bias), y_sum, states,
+            *_filled(u, carry), du, ddelta, dA, dB, dC, dD, dz, dbias, dstart,
             b, l, d, segment, scale, 0.0, int(reverse),
             *_strides(u), *_strides(delta), *_strides(B), *_strides(C), *_strides(z)[1:],
             N=n, TILE=tile, K=group_length(tile), EVERY=EVERY, SOFTPLUS=softplus,
@@ -218,28 +222,19 @@ def scan_backward(
     )  # fmt: skip
 
 
-@scan_backward.register_fake
-def _(dout, dlast, u, delta, A, B, C, D, z, bias, y_sum, states, softplus, reverse, scale):
-    s, b, _, d = u.shape
-    dz = u.new_empty(0) if z is None else z.new_empty(z.shape)
-    return (u.new_empty(u.shape), delta.new_empty(delta.shape), A.new_empty(A.shape),
-            B.new_empty(B.shape), C.new_empty(C.shape), A.new_empty(s, d), dz, A.new_empty(s, d),
-            A.new_empty(s, b, d, A.shape[-1]))  # fmt: skip
-
-
-register_gradient(scan_forward, scan_backward, "Triton")
+register_scan_gradient(scan_forward, scan_backward, "Triton")
 
 
 # --- tensors for the kernels -----------------------------------------------------------------
 
 
-def _given(stand_in: Tensor, *tensors: Tensor | None) -> list[Tensor]:
-    """`stand_in` for each that is missing: its address is computed with, and never read."""
+def _filled(stand_in: Tensor, *tensors: Tensor | None) -> list[Tensor]:
+    """Replace each None by `stand_in`, whose address enters arithmetic but is never read."""
     return [stand_in if m is None else m for m in tensors]
 
 
 def _strides(m: Tensor | None) -> tuple[int, int, int]:
-    """Of directions, images and tokens; z has no directions."""
+    """Strides of directions, images and tokens; z has no directions."""
     if m is None:
         return 0, 0, 0
     s, b, l = (0, *m.stride()[:2]) if m.dim() == 3 else m.stride()[:3]

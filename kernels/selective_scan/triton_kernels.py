@@ -1,28 +1,29 @@
-"""The scan's Triton kernels. `triton_backend.py` launches them; this is what runs on the GPU.
+"""The Triton kernels of the scan; `triton_backend.py` launches them.
 
 Forward. A program owns `32 C` channels of one image and walks its tokens in both directions at
-once: one warp a direction, one lane `C` channels, so tiles are (32 S,) with one element a thread,
-and the state of a lane is a tuple of `C N` tiles: registers. The two warps meet in the middle. Up
-to there each leaves its sums in memory; beyond, each finds the other's sum at every token, adds,
-gates, and writes the output. So nothing is flipped, the gate is computed once, and one barrier is
-all they exchange. B and C come packed as pairs of float32, one 8-byte load a state, the same
-address for all lanes.
+once: one warp per direction, `C` channels per lane, so tiles are (32 S,) with one element per
+thread, and the state of a lane is a tuple of `C N` tiles: registers. The two warps meet in the
+middle of the sequence. Before it each writes its sums to memory; after it each loads the other's
+sum at every token, adds, gates, and writes the output. So nothing is flipped, the gate is computed
+once, and the warps synchronise once. B and C are packed as pairs of float32: one 8-byte load per
+state, at the same address for all lanes.
 
 Backward. A program owns 32 channels of one image in one direction; tiles are (N, 32), one warp. It
-goes from the last token to the first in groups of `K`. For each it runs from the last saved state
-(one every `EVERY` tokens) to the group, through it with its states in registers, and back by the
-adjoint recurrence. dB and dC are sums over channels: every program writes its own part, which
-torch adds up in a fixed order. No atomics anywhere, so results repeat bit for bit.
+processes the tokens from last to first in groups of `K`. For each group it recomputes the states
+from the last saved one (one every `EVERY` tokens) up to the group, then through the group, where it
+keeps them in registers, and then runs the adjoint recurrence backwards. dB and dC are sums over
+channels: every program writes a partial sum, and torch adds these in a fixed order. There are no
+atomics, so results are bitwise reproducible.
 
-Segments. With few images the tokens are cut into segments that run side by side. `carry_kernel`
-finds each segment's end state from a zero start and the sum of its steps; `join_kernel` walks the
-segments, h_end = exp(A sum dt) h_start + that; the main kernels then begin from the true states.
-The adjoint is carried the same way, from the other end.
+Segments. With few images the tokens are cut into segments that run in parallel. `carry_kernel`
+computes each segment's end state from a zero start, e, and the sum of its step sizes; `join_kernel`
+combines the segments in order, h_end = exp(A sum dt) h_start + e; the main kernels then start from
+the true states. The adjoint is carried the same way in the opposite order.
 
 Legend: s direction, b image, l token, d channel, n state; `A2` carries a factor log2(e), since 2^x
-is what the special-function unit computes. Everything is float32 inside, whatever comes and goes.
-Offsets that depend on the image or direction are int64. Kernels are not specialised to the number
-of images or tokens: another one is no reason to compile anew.
+is what the special-function unit computes. All arithmetic is float32, whatever the dtypes of inputs
+and outputs. Offsets that depend on the image or direction are int64. Kernels are not specialised to
+the number of images or tokens: another number does not recompile them.
 """
 
 import triton
@@ -203,7 +204,7 @@ def forward_kernel(
     delta_at = delta_ptr + s64 * delta_s + b * delta_b + token * delta_l + channel
     bc_at = bc_ptr + ((s64 * batch + b) * length + token) * N
     z_at = z_ptr + b * z_b + token * z_l + channel
-    place = (b * length + token) * d + channel
+    position = (b * length + token) * d + channel
     A2 = _load_A2(A_ptr, s, d, channel, C, N)
     D = _vector(D_ptr, s, d, channel, C, HAS_D)
     bias = _vector(bias_ptr, s, d, channel, C, HAS_BIAS)
@@ -223,29 +224,28 @@ def forward_kernel(
     half = 0
     if S == 2:
         half = (count + 1) // 2
-    for i in tl.range(0, half):  # leave the sums for the other direction
+    for i in tl.range(0, half):  # store the sums for the other direction
         u_at += step * u_l
         delta_at += step * delta_l
         more = 0 * channel + i + 1 < count
-        u_next = _load(u_at, channel, d, C, more)  # while this token is worked on
+        u_next = _load(u_at, channel, d, C, more)  # prefetch
         v_next = _load(delta_at, channel, d, C, more)
         if SAVE:
             if i % EVERY == 0:
                 _store_state(states_at, h, d, channel, C, N)
                 states_at += N * d
         h, y = _advance(h, A2, u, v, D, bias, bc_at, C, N, SOFTPLUS)
-        own = (0 * s + 2 * i + 1 != count) | (
-            s == 1
-        )  # of the token in the middle row 0 keeps its sum
-        _store(sum_ptr + place, y, channel, d, C, own)
+        # Direction 0 keeps its sum of the middle token in registers.
+        stored = (0 * s + 2 * i + 1 != count) | (s == 1)
+        _store(sum_ptr + position, y, channel, d, C, stored)
         u, v = u_next, v_next
         bc_at += step * N
         z_at += step * z_l
-        place += step * d
+        position += step * d
     if S == 2:
         tl.debug_barrier()
         if count % 2 == 1:
-            z_mid, at = z_at - step * z_l, place - step * d
+            z_mid, at = z_at - step * z_l, position - step * d
             others = _load(sum_ptr + at, channel, d, C, s == 0)
             total = ()
             for c in tl.static_range(C):
@@ -253,14 +253,14 @@ def forward_kernel(
             if KEEP_SUM:
                 _store(sum_ptr + at, total, channel, d, C, s == 0)
             _finish(total, out_ptr + at, z_mid, channel, d, scale, C, HAS_Z, s == 0)
-    for i in tl.range(half, count):  # meet the sums of the other direction
+    for i in tl.range(half, count):  # add the sums of the other direction
         u_at += step * u_l
         delta_at += step * delta_l
         more = 0 * channel + i + 1 < count
         u_next = _load(u_at, channel, d, C, more)
         v_next = _load(delta_at, channel, d, C, more)
         if S == 2:
-            others = _load(sum_ptr + place, channel, d, C, channel >= 0)
+            others = _load(sum_ptr + position, channel, d, C, channel >= 0)
         if SAVE:
             if i % EVERY == 0:
                 _store_state(states_at, h, d, channel, C, N)
@@ -272,12 +272,12 @@ def forward_kernel(
                 total = total + (y[c] + others[c],)
             y = total
         if KEEP_SUM:
-            _store(sum_ptr + place, y, channel, d, C, channel >= 0)
-        _finish(y, out_ptr + place, z_at, channel, d, scale, C, HAS_Z, channel >= 0)
+            _store(sum_ptr + position, y, channel, d, C, channel >= 0)
+        _finish(y, out_ptr + position, z_at, channel, d, scale, C, HAS_Z, channel >= 0)
         u, v = u_next, v_next
         bc_at += step * N
         z_at += step * z_l
-        place += step * d
+        position += step * d
     ends = tl.where(ahead, parts - 1, 0) == part
     for n in tl.static_range(N):
         for c in tl.static_range(C):
@@ -296,7 +296,7 @@ def carry_kernel(
     S: tl.constexpr, N: tl.constexpr, C: tl.constexpr,
     SOFTPLUS: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, ADJOINT: tl.constexpr,
 ):  # fmt: skip
-    """What every segment adds to the state carried through it. Grid and tiles of `forward_kernel`.
+    """Each segment's contribution to the carried state. Grid and tiles as in `forward_kernel`.
 
     Forward, w = u and V = B: h = a h + dt u B from zero, in scan order.
     Adjoint, w = dout, the gradient of the output, and V = C: g = a (g + dy C) from zero, against
@@ -368,8 +368,8 @@ def join_kernel(
     ends_ptr, sums_ptr, A_ptr, start_ptr, batch, d, parts, reverse,
     N: tl.constexpr, HAS_START: tl.constexpr, ADJOINT: tl.constexpr,
 ):  # fmt: skip
-    """Grid (blocks of 32 channels, batch, s): replace each segment's own end by the state that the
-    segment begins from; ``start`` (s, b, n, d) is what the first one begins from."""
+    """Grid (blocks of 32 channels, batch, s): replace each segment's end state by the state
+    that the segment starts from; ``start`` (s, b, n, d) is that of the first one."""
     b, s = tl.program_id(1).to(tl.int64), tl.program_id(2)
     row = s.to(tl.int64) * batch + b
     channel = tl.program_id(0) * LANES + tl.arange(0, LANES)
@@ -401,7 +401,7 @@ def join_kernel(
 
 @triton.jit
 def _step_size(v, exists, SOFTPLUS: tl.constexpr):
-    """dt and its derivative by delta, both 0 where there is no token: such a step does nothing."""
+    """dt and its derivative by delta; 0 where there is no token, so that the step is void."""
     if SOFTPLUS:
         dt, slope = softplus_with_slope(v)
     else:
@@ -410,12 +410,12 @@ def _step_size(v, exists, SOFTPLUS: tl.constexpr):
 
 
 @triton.jit
-def _load_n(pointer, real, WHOLE: tl.constexpr):
-    """B or C of a token, as float32; a mask would keep the compiler from loading 4 at once."""
+def _load_n(pointer, state_mask, WHOLE: tl.constexpr):
+    """B or C of a token, as float32; a mask would prevent vector loads of 4."""
     if WHOLE:
         return tl.load(pointer).to(tl.float32)
     else:
-        return tl.load(pointer, mask=real, other=0.0).to(tl.float32)
+        return tl.load(pointer, mask=state_mask, other=0.0).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["batch", "length", "segment"])
@@ -432,11 +432,11 @@ def backward_kernel(
 
     Tensors, beside those of `forward_kernel`:
         dout (b, l, d).  A (s, n, d).  B, C (s, b, l, n).  carry (s, b, segments, n, d): the adjoint
-            state that comes into each segment from its end; zero without.
+            state that enters each segment at its end; zero without.
         du, ddelta (s, b, l, d), dz (b, l, d).  Parts of sums: dA (s, b, segments, n, d), dD, dbias
         (s, b, segments, d), dB, dC (s, b, l, blocks, n).  dstart (s, b, segments, n, d): the
         adjoint state that leaves each segment; the gradient of the initial state is the first's.
-    zero: 0.0, which the compiler must not know.
+    zero: 0.0 as a run-time value, so that the compiler cannot merge two exponentials.
     """
     blocks = tl.cdiv(d, LANES)
     block, b = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
@@ -444,17 +444,17 @@ def backward_kernel(
     s, s64 = tl.program_id(2), tl.program_id(2).to(tl.int64)
     channel = block * LANES + tl.arange(0, LANES)
     state = tl.arange(0, TILE)
-    here, real = channel < d, state < N
+    channel_mask, state_mask = channel < d, state < N
     tile = state[:, None] * d + channel[None, :]  # of a (n, d) matrix
-    tile_mask = real[:, None] & here[None, :]
+    tile_mask = state_mask[:, None] & channel_mask[None, :]
 
     first_token = part * segment
     count = tl.minimum(segment, length - first_token)
     ahead = s + reverse == 0
     step = tl.where(ahead, 1, -1)
     checkpoints = tl.cdiv(count, EVERY)
-    # The last group of K tokens in scan order; pointers stand at its first token, then go back.
-    left = count - (checkpoints * EVERY - K)  # its tokens that exist: 1 to K, or fewer than 1
+    # The last group of K tokens in scan order; pointers start at its first token and move back.
+    existing = count - (checkpoints * EVERY - K)  # its tokens that exist: 1 to K, or fewer than 1
     start = tl.where(ahead, first_token, first_token + count - 1)
     token = (start + step * (checkpoints * EVERY - K)).to(tl.int64)
     row = s64 * batch + b
@@ -481,14 +481,14 @@ def backward_kernel(
     states_at = states_ptr + (before_first + checkpoints - 1) * N * d + tile
 
     A2 = tl.load(A_ptr + s * N * d + tile, mask=tile_mask, other=0.0) * LOG2E
-    # Where there is no token dt is 0, and 0 times -inf would be NaN; a NaN that comes in stays.
+    # Where there is no token dt is 0, and 0 times -inf would be NaN; a NaN of the input stays.
     A2 = tl.where(A2 < -3e38, -3e38, A2)
     bias = tl.zeros((LANES,), tl.float32)
     if HAS_BIAS:
-        bias = tl.load(bias_ptr + s * d + channel, mask=here, other=0.0)
+        bias = tl.load(bias_ptr + s * d + channel, mask=channel_mask, other=0.0)
     D = tl.zeros((LANES,), tl.float32)
     if HAS_D:
-        D = tl.load(D_ptr + s * d + channel, mask=here, other=0.0)
+        D = tl.load(D_ptr + s * d + channel, mask=channel_mask, other=0.0)
     g = tl.zeros((TILE, LANES), tl.float32)
     if HAS_CARRY:
         g = tl.load(carry_ptr + (row * parts + part) * N * d + tile, mask=tile_mask, other=0.0)
@@ -500,55 +500,55 @@ def backward_kernel(
         group = EVERY // K - 1 - j % (EVERY // K)  # between two checkpoints
         h = tl.load(states_at, mask=tile_mask, other=0.0)
         for i in tl.range(-group * K, 0):  # from the checkpoint to the group
-            exists, i = i < left, tl.minimum(i, left - 1)
-            u = tl.load(u_at + i * to_u, mask=here, other=0.0).to(tl.float32)
-            v = tl.load(delta_at + i * to_delta, mask=here, other=0.0).to(tl.float32)
-            B = _load_n(B_at + i * to_B, real, N == TILE)
+            exists, i = i < existing, tl.minimum(i, existing - 1)
+            u = tl.load(u_at + i * to_u, mask=channel_mask, other=0.0).to(tl.float32)
+            v = tl.load(delta_at + i * to_delta, mask=channel_mask, other=0.0).to(tl.float32)
+            B = _load_n(B_at + i * to_B, state_mask, N == TILE)
             dt, _ = _step_size(v + bias, exists, SOFTPLUS)
             h = tl.exp2(dt[None, :] * A2) * h + (dt * u)[None, :] * B[:, None]
         befores, us, dts, slopes, Bs = (), (), (), (), ()
         for k in tl.static_range(K):  # through the group
-            exists, i = k < left, tl.minimum(k, left - 1)
-            u = tl.load(u_at + i * to_u, mask=here, other=0.0).to(tl.float32)
-            v = tl.load(delta_at + i * to_delta, mask=here, other=0.0).to(tl.float32)
-            B = _load_n(B_at + i * to_B, real, N == TILE)
+            exists, i = k < existing, tl.minimum(k, existing - 1)
+            u = tl.load(u_at + i * to_u, mask=channel_mask, other=0.0).to(tl.float32)
+            v = tl.load(delta_at + i * to_delta, mask=channel_mask, other=0.0).to(tl.float32)
+            B = _load_n(B_at + i * to_B, state_mask, N == TILE)
             dt, slope = _step_size(v + bias, exists, SOFTPLUS)
             before = tl.exp2(dt[None, :] * A2) * h  # a_t h_(t-1)
             h = before + (dt * u)[None, :] * B[:, None]
             befores, us, dts = befores + (before,), us + (u,), dts + (dt,)
             slopes, Bs = slopes + (slope,), Bs + (B,)
-        for k in tl.static_range(K - 1, -1, -1):  # and back
-            exists, i = k < left, tl.minimum(k, left - 1)
+        for k in tl.static_range(K - 1, -1, -1):  # and backwards
+            exists, i = k < existing, tl.minimum(k, existing - 1)
             before, u, dt, B = befores[k], us[k], dts[k], Bs[k]
-            C = _load_n(C_at + i * to_C, real, N == TILE)
-            dy = tl.load(dout_at + i * to_next, mask=here, other=0.0).to(tl.float32) * scale
+            C = _load_n(C_at + i * to_C, state_mask, N == TILE)
+            dy = tl.load(dout_at + i * to_next, mask=channel_mask, other=0.0).to(tl.float32) * scale
             if HAS_Z:
-                z = tl.load(z_at + i * to_z, mask=here, other=0.0).to(tl.float32)
+                z = tl.load(z_at + i * to_z, mask=channel_mask, other=0.0).to(tl.float32)
                 if s == 0:
-                    y = tl.load(sum_at + i * to_next, mask=here, other=0.0).to(tl.float32)
+                    y = tl.load(sum_at + i * to_next, mask=channel_mask, other=0.0).to(tl.float32)
                     dz = (dy * y * silu_gradient(z)).to(dz_ptr.dtype.element_ty)
-                    tl.store(dz_at + k * to_next, dz, mask=here & exists)
+                    tl.store(dz_at + k * to_next, dz, mask=channel_mask & exists)
                 dy = dy * (z * sigmoid(z))
             dy = tl.where(exists, dy, 0.0)
             x = dt * u
             now = before + x[None, :] * B[:, None]
             full = g + dy[None, :] * C[:, None]
-            tl.store(dC_at + k * to_sums, tl.sum(now * dy[None, :], 1), mask=real & exists)
-            tl.store(dB_at + k * to_sums, tl.sum(full * x[None, :], 1), mask=real & exists)
+            tl.store(dC_at + k * to_sums, tl.sum(now * dy[None, :], 1), mask=state_mask & exists)
+            tl.store(dB_at + k * to_sums, tl.sum(full * x[None, :], 1), mask=state_mask & exists)
             along_B = tl.sum(full * B[:, None], 0)
             q = full * before
             along_A = tl.sum(q * A2, 0)
             dA += q * dt[None, :]
-            # The decay once more: kept from above it would take 16 K registers that are not there.
+            # Recompute the decay: keeping it from above would take 16 K more registers.
             g = full * tl.exp2((dt + zero)[None, :] * A2)
             du = dy * D + along_B * dt
             ddelta = (along_B * u + along_A * LN2) * slopes[k]
             dD += dy * u
             dbias += ddelta
             du, ddelta = du.to(du_ptr.dtype.element_ty), ddelta.to(ddelta_ptr.dtype.element_ty)
-            tl.store(du_at + k * to_next, du, mask=here & exists)
-            tl.store(ddelta_at + k * to_next, ddelta, mask=here & exists)
-        left += K
+            tl.store(du_at + k * to_next, du, mask=channel_mask & exists)
+            tl.store(ddelta_at + k * to_next, ddelta, mask=channel_mask & exists)
+        existing += K
         if group == 0:
             states_at -= N * d
         u_at -= K * to_u
@@ -567,5 +567,5 @@ def backward_kernel(
     tl.store(dA_ptr + at, dA, mask=tile_mask)
     tl.store(dstart_ptr + at, g, mask=tile_mask)
     at = (row * parts + part) * d + channel
-    tl.store(dD_ptr + at, dD, mask=here)
-    tl.store(dbias_ptr + at, dbias, mask=here)
+    tl.store(dD_ptr + at, dD, mask=channel_mask)
+    tl.store(dbias_ptr + at, dbias, mask=channel_mask)

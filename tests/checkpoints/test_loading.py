@@ -99,7 +99,7 @@ def test_preset_takes_size_channels_head_and_variants():
     ("source", "error", "says"),
     [
         ("vim_tinny_patch16_224", ValueError, "Did you mean 'vim_tiny_patch16_224'"),
-        ("resnet50", ValueError, "Presets: vim_tiny_patch16_224"),
+        ("resnet50", ValueError, "Known: vim_tiny_patch16_224"),
         ("vim_tiny_patch16_224.in1k", ValueError, "no weights 'in1k'.*none yet"),
         ("gone.pth", FileNotFoundError, "no file or folder 'gone.pth'"),
         ("/gone/encoder.safetensors", FileNotFoundError, "no file or folder"),
@@ -352,7 +352,7 @@ def test_without_a_name_the_assumption_is_said(tmp_path):
         loaded = load_encoder(path, num_classes=None)
     said = " ".join(str(warning.message) for warning in caught)
     assert "assumed divide_out=True" in said
-    assert "class token stands: assumed in the middle" in said
+    assert "class token's position: assumed in the middle" in said
     assert all(warning.filename == __file__ for warning in caught)
     same(encoder, loaded)
     assert "ASSUMED" in str(verify(path))
@@ -381,7 +381,7 @@ def test_name_of_a_preset_says_nothing_of_division(tmp_path):
 def test_table_of_730_rows_fits_two_layouts(tmp_path, asked, img_size, stride):
     encoder = small(img_size=224, stride=8, depth=1)
     nameless = write_released(tmp_path / "a.pth", encoder, name=None)
-    with pytest.raises(ValueError, match=r"stride 8 at 224 px and stride 16 at 432 px.*Say"):
+    with pytest.raises(ValueError, match=r"stride 8 at 224 px and stride 16 at 432 px.*Pass"):
         load_encoder(nameless, divide_out=True)
     loaded = load_encoder(nameless, divide_out=True, cls_position="middle", **asked)
     assert loaded.img_size == img_size
@@ -654,7 +654,7 @@ def test_directions_are_seeded_dropped_and_never_invented(tmp_path, had, other):
         torch.testing.assert_close(head, one(random_images()))
     save_encoder(both, tmp_path / "both")
     same(one, load_encoder(tmp_path / "both", directions=had, num_classes=None))
-    with pytest.raises(ValueError, match=f"directions='{other}' was asked.*directions='both'"):
+    with pytest.raises(ValueError, match=f"directions='{other}' was requested.*directions='both'"):
         load_encoder(tmp_path / "one", directions=other)
 
 
@@ -665,7 +665,7 @@ def test_new_tokens_start_fresh_and_old_ones_can_go(trained, tmp_path):
     save_encoder(rich, tmp_path / "rich")
     plain = load_encoder(tmp_path / "rich", use_mask_token=False, num_registers=0, num_classes=None)
     same(load_encoder(trained, num_classes=None), plain)
-    with pytest.raises(ValueError, match=r"num_registers=3 was asked for.*num_registers=2"):
+    with pytest.raises(ValueError, match=r"num_registers=3 was requested.*num_registers=2"):
         load_encoder(tmp_path / "rich", num_registers=3)
 
 
@@ -677,7 +677,7 @@ def test_new_tokens_start_fresh_and_old_ones_can_go(trained, tmp_path):
 )  # fmt: skip
 def test_argument_that_contradicts_the_weights(trained, args):
     name = next(iter(args))
-    with pytest.raises(ValueError, match=f"{name}=.* was asked for, but .* has {name}="):
+    with pytest.raises(ValueError, match=f"{name}=.* was requested, but .* has {name}="):
         load_encoder(trained, **args)
 
 
@@ -842,7 +842,7 @@ def test_verify_takes_the_layout_of_a_nameless_file(tmp_path, capsys):
     encoder = small(img_size=48, stride=8)
     path = write_released(tmp_path / "vim.pth", encoder, name=None)
     assert verify_main([str(path)]) == 1
-    assert "Say stride=8 or stride=16" in capsys.readouterr().out
+    assert "Pass stride=8 or stride=16" in capsys.readouterr().out
     assert verify_main([str(path), "--stride", "8"]) == 0
     assert verify_main([str(path), "--img-size", "48"]) == 0
     assert "5x5 patches of 48x48 px" in capsys.readouterr().out

@@ -166,7 +166,7 @@ def test_whole_batches_are_shared_out(world, size):
 class FreeProcesses(Processes):
     """Places without a connection."""
 
-    def agree(self, value):
+    def broadcast(self, value):
         return value
 
 

@@ -3,7 +3,13 @@
 import torch
 from torch import Tensor
 
-from vim_ssl.kernels.selective_scan import available_backends, bi_selective_scan, selective_scan
+from vim_ssl.kernels.selective_scan import (
+    accuracy,
+    available_backends,
+    bi_selective_scan,
+    selective_scan,
+)
+from vim_ssl.kernels.selective_scan.accuracy import loss_weights, relative_error, typed
 
 BACKENDS = available_backends("cpu")
 FAST_BACKENDS = [name for name in BACKENDS if name != "reference"]
@@ -19,22 +25,10 @@ def one_way_inputs(
     dtype: torch.dtype = torch.float32,
     groups: int = 0,
     without: tuple[str, ...] = (),
-    seed: int = 0,
 ) -> dict[str, Tensor]:
     """Random arguments of `selective_scan`, parameters in float32 (float64 for float64 inputs)."""
-    g = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=g, dtype=torch.float64)
-
-    bc = (b, groups, n, l) if groups else (b, n, l)
-    inputs = {
-        "u": normal(b, d, l), "delta": normal(b, d, l) - 1,
-        "A": -torch.rand(d, n, generator=g, dtype=torch.float64) * n - 0.1,
-        "B": normal(*bc), "C": normal(*bc), "D": normal(d), "z": normal(b, d, l),
-        "delta_bias": normal(d), "initial_state": normal(b, d, n),
-    }  # fmt: skip
-    return _typed(inputs, dtype, without)
+    inputs = typed(accuracy.one_way_inputs(b, l, d, n, groups=groups), dtype)
+    return {name: m for name, m in inputs.items() if name not in without}
 
 
 def two_way_inputs(
@@ -45,27 +39,10 @@ def two_way_inputs(
     *,
     dtype: torch.dtype = torch.float32,
     without: tuple[str, ...] = (),
-    seed: int = 0,
 ) -> dict[str, Tensor]:
     """Random arguments of `bi_selective_scan`, parameters in float32 (float64 for float64)."""
-    g = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=g, dtype=torch.float64)
-
-    inputs = {
-        "u": normal(2, b, l, d), "delta": normal(2, b, l, d) - 1,
-        "A": -torch.rand(2, d, n, generator=g, dtype=torch.float64) * n - 0.1,
-        "B": normal(2, b, l, n), "C": normal(2, b, l, n), "D": normal(2, d), "z": normal(b, l, d),
-        "delta_bias": normal(2, d),
-    }  # fmt: skip
-    return _typed(inputs, dtype, without)
-
-
-def _typed(inputs, dtype, without):
-    wide = torch.promote_types(dtype, torch.float32)
-    kinds = {name: wide if name in ("A", "D", "delta_bias") else dtype for name in inputs}
-    return {k: v.to(kinds[k]) for k, v in inputs.items() if k not in without}
+    inputs = typed(accuracy.two_way_inputs(b, l, d, n), dtype)
+    return {name: m for name, m in inputs.items() if name not in without}
 
 
 def as_double(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -86,7 +63,7 @@ def run_on_leaves(leaves, inputs, backend, **options) -> dict[str, Tensor]:
     two_way = inputs["u"].dim() == 4
     out = (bi_selective_scan if two_way else selective_scan)(**inputs, backend=backend, **options)
     named = {"y": out[0], "last": out[1]} if isinstance(out, tuple) else {"y": out}
-    loss = sum((m.double() * _weights(m)).sum() for m in named.values())
+    loss = sum((m.double() * loss_weights(m)).sum() for m in named.values())
     grads = torch.autograd.grad(loss, list(leaves.values()))
     named |= {f"d_{name}": g for name, g in zip(leaves, grads, strict=True)}
     return {name: m.detach() for name, m in named.items()}
@@ -96,15 +73,9 @@ def last_state_gradients(inputs: dict[str, Tensor], backend: str) -> dict[str, T
     """Gradients of a loss that the outputs of `selective_scan` have no part in."""
     leaves = {name: m.detach().clone().requires_grad_() for name, m in inputs.items()}
     _, last = selective_scan(**leaves, delta_softplus=True, return_last_state=True, backend=backend)
-    loss = (last.double() * _weights(last)).sum()
+    loss = (last.double() * loss_weights(last)).sum()
     grads = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
     return {f"d_{name}": g for name, g in zip(leaves, grads, strict=True)}
-
-
-def _weights(m: Tensor) -> Tensor:
-    """Fixed pseudo-random weights in m's shape, the same whatever its memory layout."""
-    g = torch.Generator().manual_seed(m.numel())
-    return torch.randn(m.shape, generator=g, dtype=torch.float64).to(m.device)
 
 
 def assert_exports_for_lengths(lengths, backend: str, device: str = "cpu") -> None:
@@ -125,12 +96,6 @@ def assert_exports_for_lengths(lengths, backend: str, device: str = "cpu") -> No
     for length in lengths:
         m = inputs(length)
         torch.testing.assert_close(exported(*m), Scan()(*m))
-
-
-def relative_error(got: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over norm of the expected tensor, both in float64."""
-    got, expected = got.detach().double(), expected.detach().double()
-    return float((got - expected).norm() / expected.norm().clamp(min=1e-30))
 
 
 def assert_close(got: dict[str, Tensor], expected: dict[str, Tensor], forward=1e-5, gradient=1e-4):

@@ -28,7 +28,7 @@ def broken(monkeypatch):
     return replace
 
 
-def test_every_backend_of_a_cpu_holds_its_bounds(capsys):
+def test_every_cpu_backend_is_within_its_bounds(capsys):
     assert accuracy.main(["--device", "cpu", "--quick"]) == 0
     printed = capsys.readouterr().out
     for name in ("reference", "torch", "numba"):
@@ -60,7 +60,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize(("change", "expected"), MISTAKES.values(), ids=MISTAKES)
-def test_a_row_says_what_is_broken(broken, change, expected):
+def test_a_row_names_the_violated_bound(broken, change, expected):
     broken(change)
     assert expected in accuracy.measure(ORDINARY, "torch", "cpu").broken.values()
 
@@ -72,13 +72,13 @@ def test_half_precision_is_held_against_the_plain_path(broken):
     assert "y" in accuracy.measure(case, "torch", "cpu").broken
 
 
-def test_infinities_that_get_lost_are_told(broken):
+def test_lost_infinities_are_reported(broken):
     broken(lambda y: y.nan_to_num())
     row = accuracy.measure_non_finite("torch", "cpu")
     assert "nan in u" in row.broken["note"]
 
 
-def test_a_backend_that_cannot_run_is_left_out_with_words(monkeypatch):
+def test_a_backend_that_cannot_run_is_left_out_with_a_reason(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     names, left_out = accuracy.runnable("cpu")
     assert names == ["reference", "torch", "numba"]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
-from implementations import (
+from backend_helpers import (
     TRITON_DEVICE,
     poison_new_tensors,
     use,
@@ -128,7 +128,7 @@ def test_takes_channels_first_memory(device):
     assert_same(bi_causal_conv1d, both_by_definition, [x.mT.contiguous().mT, weight, bias])
 
 
-def test_a_token_sees_only_its_own_side(device):
+def test_a_token_sees_one_side_only(device):
     x, weight, bias = inputs(1, 9, 3, 4, device=device)
     changed = x.clone()
     changed[:, 4] += 1
@@ -163,7 +163,7 @@ def test_huge_negative_inputs_stay_finite(device):
 
 @pytest.mark.parametrize("backend", FAST)
 def test_what_is_not_finite_goes_where_it_goes_in_plain_torch(backend, monkeypatch):
-    """Each in a channel of its own, also at the ends, beyond which a kernel may read."""
+    """Each in a separate channel, also at the ends, beyond which a kernel may read."""
     finite = []
     for name in ("torch", backend):
         device = use(name, monkeypatch)
@@ -220,7 +220,7 @@ def test_triton_operators_pass_opcheck(monkeypatch):
 
 
 @pytest.mark.parametrize("backend", FAST)
-def test_double_backward_is_refused_with_words(backend, monkeypatch):
+def test_double_backward_is_refused_with_a_reason(backend, monkeypatch):
     device = use(backend, monkeypatch)
     m = [v.requires_grad_() for v in inputs(1, 3, 2, 4, device=device)]
     (grad,) = torch.autograd.grad(bi_causal_conv1d(*m).square().sum(), m[0], create_graph=True)
@@ -258,7 +258,7 @@ def test_triton_beyond_32_bit_offsets():
 
 @pytest.mark.parametrize(("directions", "taps"), [(1, 0), (2, 0), (3, 2)])
 def test_a_weight_without_taps_or_of_three_directions_is_refused(device, directions, taps):
-    """Before a kernel that trusts its sizes writes where it must not."""
+    """Before a kernel, which does not check its sizes, writes out of bounds."""
     x = torch.randn(1, 4, 3, device=device)
     weight = torch.randn(directions, 3, taps, device=device)
     with pytest.raises(ValueError, match="1 or 2 directions and 1 tap"):
@@ -272,7 +272,7 @@ def test_integers_are_refused(device):
 
 
 @pytest.mark.parametrize("name", FAST)
-def test_forward_mode_is_refused_with_words(name, monkeypatch):
+def test_forward_mode_is_refused_with_a_reason(name, monkeypatch):
     device = use(name, monkeypatch)
     m = inputs(1, 4, 3, 2, device=device)
     with fwAD.dual_level(), pytest.raises(RuntimeError, match="VIM_SSL_BACKEND=reference"):

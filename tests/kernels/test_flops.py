@@ -1,4 +1,4 @@
-"""What a scan costs, against a loop that counts its own steps and against its tensors."""
+"""The cost of a scan, against a loop that counts its own steps and against its tensors."""
 
 import math
 from pathlib import Path
@@ -33,8 +33,8 @@ class Counted(float):
 
 
 def by_hand(backward: bool) -> int:
-    """The recurrence of one channel and state for all tokens, as the README writes it, times how
-    often there is such a one."""
+    """The recurrence of one channel and state for all tokens, as the README writes it, times their
+    number."""
     Counted.steps, x = 0, Counted(0.5)
     dt, A, u, b, c, dy = x, x, x, x, x, x
     h = y = g = dA = x

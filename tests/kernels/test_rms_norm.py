@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from implementations import poison_new_tensors, use
+from backend_helpers import poison_new_tensors, use
 from scan_helpers import relative_error
 
 from vim_ssl.kernels.rms_norm import add_rms_norm
@@ -175,7 +175,7 @@ def test_triton_operators_pass_opcheck(with_residual, monkeypatch):
     )
 
 
-def test_triton_refuses_double_backward_with_words(monkeypatch):
+def test_triton_refuses_double_backward_with_a_reason(monkeypatch):
     device = use("triton", monkeypatch)
     m = [v.requires_grad_() for v in inputs(device=device)]
     (grad,) = torch.autograd.grad(add_rms_norm(*m)[0].square().sum(), m[0], create_graph=True)

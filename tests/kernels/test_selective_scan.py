@@ -23,6 +23,7 @@ from scan_helpers import (
     two_way_inputs,
 )
 
+from vim_ssl.kernels import backends
 from vim_ssl.kernels.selective_scan import available_backends, bi_selective_scan, dispatch
 from vim_ssl.kernels.selective_scan import selective_scan as scan
 
@@ -33,7 +34,7 @@ each_fast_backend = pytest.mark.parametrize("backend", FAST_BACKENDS)
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """Tiny tensors: more threads would only fight over the cores."""
+    """More threads would compete for the cores on tensors this small."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -196,12 +197,12 @@ def test_torch_backend_passes_gradcheck_two_way():
 
 
 @each_backend
-@pytest.mark.parametrize("wanted", ["u", "delta", "A", "B", "C", "D", "z", "delta_bias"])
-def test_a_gradient_wanted_alone_is_the_same(backend, wanted):
+@pytest.mark.parametrize("name", ["u", "delta", "A", "B", "C", "D", "z", "delta_bias"])
+def test_one_gradient_alone_equals_that_of_a_full_backward_pass(backend, name):
     m = two_way_inputs(1, 5, 3, 4)
-    whole = run_scan(m, backend)[f"d_{wanted}"]
-    leaf = m[wanted].clone().requires_grad_()
-    alone = run_on_leaves({wanted: leaf}, m | {wanted: leaf}, backend)[f"d_{wanted}"]
+    whole = run_scan(m, backend)[f"d_{name}"]
+    leaf = m[name].clone().requires_grad_()
+    alone = run_on_leaves({name: leaf}, m | {name: leaf}, backend)[f"d_{name}"]
     torch.testing.assert_close(alone, whole)
 
 
@@ -213,7 +214,7 @@ def test_a_loss_of_the_last_state_alone(backend):
 
 
 @each_fast_backend
-def test_the_initial_state_alone_wants_a_gradient(backend):
+def test_the_initial_state_alone_requires_a_gradient(backend):
     m = one_way_inputs(2, 19, 3, 4)
     leaf = {"initial_state": m["initial_state"].clone().requires_grad_()}
     options = {"delta_softplus": True, **LAST}
@@ -221,7 +222,7 @@ def test_the_initial_state_alone_wants_a_gradient(backend):
     assert_close(got, {name: whole[name] for name in ("y", "last", "d_initial_state")})
 
 
-# --- what a user may rely on -----------------------------------------------------------------
+# --- guarantees -----------------------------------------------------------------
 
 
 @each_backend
@@ -331,7 +332,7 @@ def test_no_grad_and_grad_give_the_same_values(backend, make):
 
 @each_fast_backend
 @pytest.mark.parametrize("make", [one_way_inputs, two_way_inputs], ids=["one-way", "two-way"])
-def test_double_backward_is_refused_with_words(backend, make):
+def test_double_backward_is_refused_with_a_reason(backend, make):
     m = {name: v.requires_grad_() for name, v in make(1, 4, 2, 2).items()}
     out = (bi_selective_scan if m["u"].dim() == 4 else scan)(**m, backend=backend)
     (grad,) = torch.autograd.grad(out.square().sum(), m["u"], create_graph=True)
@@ -398,7 +399,7 @@ def test_exports_for_any_number_of_tokens(backend, lengths):
 # --- hard numbers ----------------------------------------------------------------------------
 
 
-@cache  # the loops take seconds; every backend is held against the same
+@cache  # the loops take seconds; every backend is compared with the same
 def eight_decades(length):
     """dt from 1e-8 to 1e3, A from -1e-4 to -1e4: inputs, float64 results, the plain loop's."""
     m = two_way_inputs(1, length, 6, 4, without=("delta_bias",))
@@ -412,7 +413,7 @@ def eight_decades(length):
 @each_fast_backend
 @pytest.mark.parametrize("length", [50, 4000], ids=["l50", "l4000"])
 def test_steps_and_decays_over_eight_decades(backend, length):
-    """Rounding of decays near one adds up along the tokens in float32, whoever computes it."""
+    """Rounding of decays near one adds up along the tokens in float32, in every implementation."""
     m, exact, plain = eight_decades(length)
     got = run_scan(m, backend, delta_softplus=False)
     for name in exact:
@@ -470,13 +471,13 @@ def test_auto_on_a_cpu_prefers_numba_then_torch():
     assert available_backends("cpu") == ["numba", "torch", "reference"]
 
 
-def test_auto_says_once_what_it_chose(caplog):
-    dispatch._auto.cache_clear()
+def test_auto_logs_its_choice_once(caplog):
+    backends._auto.cache_clear()
     m = two_way_inputs(1, 2, 2, 2)
-    with caplog.at_level(logging.INFO, logger=dispatch.log.name):
+    with caplog.at_level(logging.INFO, logger=backends.log.name):
         bi_selective_scan(**m)
         bi_selective_scan(**m)
-    (record,) = [record for record in caplog.records if record.name == dispatch.log.name]
+    (record,) = [record for record in caplog.records if record.name == backends.log.name]
     assert available_backends("cpu")[0] in record.getMessage()
 
 
@@ -507,8 +508,8 @@ def test_a_backend_by_name_runs_or_raises(backend, message, monkeypatch):
 
 
 def test_a_missing_package_is_named(monkeypatch):
-    found = dispatch.find_spec
-    monkeypatch.setattr(dispatch, "find_spec", lambda s: None if s == "numba" else found(s))
+    find_spec = backends.find_spec
+    monkeypatch.setattr(backends, "find_spec", lambda s: None if s == "numba" else find_spec(s))
     assert available_backends("cpu") == ["torch", "reference"]
     with pytest.raises(ValueError, match="pip install numba"):
         bi_selective_scan(**two_way_inputs(1, 2, 2, 2), backend="numba")
@@ -557,7 +558,7 @@ def test_two_way_errors_name_the_argument(change, message):
         bi_selective_scan(**two_way_inputs() | change)
 
 
-def test_values_are_checked_only_when_asked(monkeypatch):
+def test_values_are_checked_only_on_request(monkeypatch):
     growing = two_way_inputs(1, 3, 2, 2)
     growing["A"][0, 0, 0] = 0.1
     broken = two_way_inputs(1, 3, 2, 2)
@@ -612,7 +613,7 @@ def test_no_tokens_give_no_output(backend):
 
 @pytest.mark.parametrize("name", ["u", "A", "D"])
 @each_fast_backend
-def test_forward_mode_is_refused_with_words(backend, name):
+def test_forward_mode_is_refused_with_a_reason(backend, name):
     """It would lose the tangent, or a part of it."""
     m = two_way_inputs(1, 3, 2, 2)
     with fwAD.dual_level():

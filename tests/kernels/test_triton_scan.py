@@ -6,8 +6,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from implementations import TRITON_DEVICE as DEVICE
-from implementations import poison_new_tensors
+from backend_helpers import TRITON_DEVICE as DEVICE
+from backend_helpers import poison_new_tensors
 from scan_helpers import (
     as_double,
     assert_close,
@@ -80,7 +80,7 @@ def test_a_loss_of_the_last_state_alone():
     assert_close(got, last_state_gradients(as_double(m), "reference"))
 
 
-def test_the_initial_state_alone_wants_a_gradient():
+def test_the_initial_state_alone_requires_a_gradient():
     m = here(one_way_inputs(1, 3, 2, 2))
     leaf = {"initial_state": m["initial_state"].clone().requires_grad_()}
     got = run_on_leaves(leaf, m | leaf, "triton", **ONE_WAY)
@@ -168,9 +168,9 @@ def test_float64_inputs_keep_float64_accuracy():
     assert_close(run(m), run_scan(m, "reference"), 1e-12, 1e-12)
 
 
-def test_strides_are_taken_as_they_come():
-    """As the block hands them in: z is half of a projection, B and C slices of another; and
-    channels-first memory."""
+def test_strided_inputs_need_no_copy():
+    """As in the block: z is half of a projection, B and C are slices of another; and channels-first
+    memory."""
     m = two_way_inputs(2, 7, 4, 3)
     expected = run(m)
     z = torch.cat([m["z"], m["z"]], -1).to(DEVICE)[..., 4:]
@@ -186,7 +186,7 @@ def test_strides_are_taken_as_they_come():
 
 @pytest.mark.usefixtures("segments")
 def test_every_output_is_written(monkeypatch):
-    """What is allocated starts as NaN, so a place that no kernel writes shows."""
+    """What is allocated starts as NaN, which reveals elements that no kernel writes."""
     poison_new_tensors(monkeypatch)
     for inputs in (two_way_inputs(1, 10, 2, 3), one_way_inputs(1, 10, 2, 3)):
         got = run(inputs, delta_softplus=True)
@@ -287,7 +287,7 @@ def test_exports_for_any_number_of_tokens():
     assert_exports_for_lengths((3, 9), "triton", DEVICE)
 
 
-def test_double_backward_is_refused_with_words():
+def test_double_backward_is_refused_with_a_reason():
     m = {name: v.requires_grad_() for name, v in here(two_way_inputs(1, 2, 2, 2)).items()}
     out = bi_selective_scan(**m, backend="triton")
     (grad,) = torch.autograd.grad(out.square().sum(), m["u"], create_graph=True)

@@ -56,7 +56,7 @@ def test_the_state_does_not_grow():
     ("change", "says"),
     [
         (lambda state: state[:2], "of 2 blocks, this encoder has 3"),
-        (lambda state: [tuple(m[:1] for m in pair) for pair in state], "another number of seq"),
+        (lambda state: [tuple(m[:1] for m in pair) for pair in state], "not of a batch of"),
         (lambda state: [(tail[..., :8], start) for tail, start in state], "another size"),
         (lambda state: [(tail, start[..., :8]) for tail, start in state], "another size"),
     ],
@@ -91,10 +91,10 @@ def test_gradients_flow_through_the_state():
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        ({"directions": "both"}, "depends on all tokens after it"),
-        ({"cls_position": "middle"}, "depends on its length"),
-        ({"num_registers": 2}, "depends on its length"),
-        ({"rope": True}, "depends on its length"),
+        ({"directions": "both"}, "depends on all later tokens"),
+        ({"cls_position": "middle"}, "depend on the length"),
+        ({"num_registers": 2}, "depend on the length"),
+        ({"rope": True}, "depend on the length"),
     ],
 )
 def test_encoders_that_cannot_stream_say_why(more, says):

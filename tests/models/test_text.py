@@ -76,7 +76,10 @@ def test_it_is_the_same_after_saving_and_in_a_worker(tokenizer, tmp_path):
 
 @pytest.mark.slow
 def test_the_same_captions_give_the_same_tokens_in_every_process(tokenizer):
-    code = f"from vim_ssl.models.text import train_bpe; print(train_bpe({CAPTIONS!r}, vocab_size=400).model)"
+    code = (
+        "from vim_ssl.models.tokenizers import train_bpe\n"
+        f"print(train_bpe({CAPTIONS!r}, vocab_size=400).model)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.rstrip("\n") == tokenizer.model
 
@@ -238,5 +241,5 @@ def test_shapes_that_do_not_fit_are_refused():
     for shape in ({"depth": 0}, {"dropout": 1.5}, {"width": 0}):
         with pytest.raises(ValueError, match=r"must be 1 or more|not divisible"):
             tower(**shape)
-    with pytest.raises(ValueError, match="9 tokens a caption came, at most 8"):
+    with pytest.raises(ValueError, match="captions have 9 tokens; expected at most 8"):
         tower()(torch.ones(1, 9, dtype=torch.int64))

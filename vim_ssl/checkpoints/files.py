@@ -1,10 +1,7 @@
-"""Where weights lie and what their file holds, whatever the architecture.
+"""Locate and read weight files of any architecture.
 
-    find(source)             a path, a run directory or a Hub id -> a folder and a file name in it
-    read(folder, name, ema)  safetensors with json, or a pickle -> Stored: tensors, and what the
-                             file says about them
-
-Nothing here knows the architecture; see `released.py` and `loading.py`.
+find(source)             a path, a run directory or a Hub id -> a folder and a file name in it
+read(folder, name, ema)  safetensors with json, or a pickle -> Stored: tensors and metadata
 """
 
 import argparse
@@ -16,6 +13,7 @@ import re
 import threading
 import zipfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,12 +28,12 @@ HUB_TIMEOUT_S = 10.0  # for the listing of a repository; a download may take as 
 
 @dataclass
 class Stored:
-    """What a file holds: one set of weights, and everything the file says about them."""
+    """The content of a file: one set of weights and its metadata."""
 
     path: Path
     state: dict[str, Tensor]
-    config: dict[str, Any] | None = None  # a file of ours: the encoder's arguments
-    model_name: str | None = None  # a released file: its model's name in the training code
+    config: dict[str, Any] | None = None  # the encoder's arguments, in files of `save_encoder`
+    model_name: str | None = None  # in released files: the model's name in the training code
     training_args: dict[str, Any] = field(default_factory=dict)
     is_ema: bool = False
     has_ema: bool = False
@@ -44,21 +42,21 @@ class Stored:
 
 @dataclass
 class Folder:
-    """A place with files: a local folder, or a repository on the Hub."""
+    """A local folder with files, or a repository on the Hub."""
 
     where: str
     names: list[str]
     get: Callable[[str], Path]
 
 
-# -------------------------------------------------------------------- where
+# -------------------------------------------------------------------- locating
 
 
 def find(source: str | os.PathLike) -> tuple[Folder, str]:
-    """The folder and the file name that ``source`` means: an existing path, else a Hub id.
+    """The folder and file name of ``source``, an existing path or else a Hub id.
 
-    Raises: FileNotFoundError when there is nothing, ValueError when there are several files to
-        choose from, ConnectionError when the Hub does not answer.
+    Raises: FileNotFoundError when there is nothing; ValueError when several files would fit;
+        ConnectionError when the Hub does not answer.
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -67,7 +65,7 @@ def find(source: str | os.PathLike) -> tuple[Folder, str]:
         return _local(path.parent), path.name
     hub_id = parse_hub_id(source) if isinstance(source, str) else None
     if hub_id and not str(source).startswith("hf://") and Path(path.parts[0]).is_dir():
-        hub_id = None  # runs/nope is a slip in a path; the Hub need not hear of it
+        hub_id = None  # a typo in a path such as runs/nope, which the Hub need not see
     if hub_id is None:
         raise FileNotFoundError(f"There is no file or folder {str(source)!r} (in {Path.cwd()}).")
     repo, revision, name = hub_id
@@ -80,8 +78,8 @@ def find(source: str | os.PathLike) -> tuple[Folder, str]:
     if inside:
         return folder, _choose(inside, f"{folder.where}/{name}")
     weights = _weights(folder.names)
-    there = f"its weights: {', '.join(weights)}" if weights else "it holds no weights at all"
-    raise FileNotFoundError(f"{folder.where} has no file {name!r}; {there}.")
+    known = f"its weights: {', '.join(weights)}" if weights else "it holds no weights at all"
+    raise FileNotFoundError(f"{folder.where} has no file {name!r}; {known}.")
 
 
 def parse_hub_id(source: str) -> tuple[str, str | None, str | None] | None:
@@ -112,7 +110,7 @@ def _weights(names: list[str]) -> list[str]:
 
 
 def _choose(names: list[str], where: str) -> str:
-    """The one file that a bare folder means; ours first, and never a guess between several."""
+    """The only weight file, or the only one of `save_encoder`; several are an error."""
     weights = _weights(names)
     if not weights:
         listing = ", ".join(names[:8]) or "nothing"
@@ -137,7 +135,7 @@ def _beside(name: str, ending: str) -> str:
 
 
 def _hub(repo: str, revision: str | None, named: str) -> Folder:
-    """A repository's files, listed by the Hub, or from the cache when it does not answer."""
+    """A repository's files as the Hub lists them, or the cached ones when it does not answer."""
     import huggingface_hub as hub
     from huggingface_hub import errors
 
@@ -157,13 +155,13 @@ def _hub(repo: str, revision: str | None, named: str) -> Folder:
         ) from error
     except errors.HFValidationError as error:
         raise FileNotFoundError(f"{named!r} is neither a path here nor a Hub id.") from error
-    except Exception as error:  # every HTTP client and the offline mode raise classes of their own
-        cached = _cached(repo, revision)
-        if cached is None:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except Exception as error:  # each HTTP client and the offline mode raise different classes
+        try:
+            cached = Path(hub.snapshot_download(repo, revision=revision, local_files_only=True))
+        except Exception:
             raise ConnectionError(
-                f"{named!r} is no path here, and the Hub cannot be asked for it ({reason}). Check "
-                "the connection and HF_HUB_OFFLINE, or download the file and give its path."
+                f"{named!r} is no path here, and the Hub cannot be reached ({_brief(error)}). "
+                "Check the connection and HF_HUB_OFFLINE, or download the file and give its path."
             ) from error
         files = (p for p in cached.rglob("*") if p.is_file())
         return Folder(where, sorted(p.relative_to(cached).as_posix() for p in files),
@@ -178,18 +176,9 @@ def _hub(repo: str, revision: str | None, named: str) -> Folder:
     return Folder(where, sorted(names), get)
 
 
-def _cached(repo: str, revision: str | None) -> Path | None:
-    import huggingface_hub as hub
-
-    try:
-        return Path(hub.snapshot_download(repo, revision=revision, local_files_only=True))
-    except Exception:
-        return None
-
-
 def _within(seconds: float, call: Callable[[], Any]) -> Any:
-    """The result of ``call``, or TimeoutError: the Hub's client retries a dead line for long, and
-    has no public switch for that. A thread left behind dies with the process."""
+    """The result of ``call``, or TimeoutError: the Hub's client has no public limit on its
+    retries. A thread left behind ends with the process."""
     outcome: list[tuple[Any, BaseException | None]] = []
 
     def run() -> None:
@@ -209,7 +198,7 @@ def _within(seconds: float, call: Callable[[], Any]) -> Any:
     return value
 
 
-# -------------------------------------------------------------------- what
+# -------------------------------------------------------------------- reading
 
 
 def read(folder: Folder, name: str, ema: bool | None = None) -> Stored:
@@ -217,9 +206,9 @@ def read(folder: Folder, name: str, ema: bool | None = None) -> Stored:
 
     Args:
         ema: True for the exponential moving average, False for the weights themselves, None for
-            what the file says (a file of ours), else the weights themselves.
-    Raises: ValueError for a file that is empty, truncated, not what its name says, or a pickle
-        that asks for more than tensors; also for ``ema=True`` where there is none.
+            the file's default (the weights themselves if it names none).
+    Raises: ValueError for a file that is empty, truncated, of another format than its name says,
+        or a pickle that needs more than tensors; also for ``ema=True`` where there is none.
     """
     if name.endswith(".safetensors"):
         return _read_ours(folder, name, ema)
@@ -229,7 +218,7 @@ def read(folder: Folder, name: str, ema: bool | None = None) -> Stored:
 
 def _read_ours(folder: Folder, name: str, ema: bool | None) -> Stored:
     if _beside(name, ".json") not in folder.names and name.endswith("_ema.safetensors"):
-        name, ema = name.replace("_ema.safetensors", ".safetensors"), True  # asked for by name
+        name, ema = name.replace("_ema.safetensors", ".safetensors"), True  # requested by name
     json_name, ema_name = _beside(name, ".json"), _beside(name, "_ema.safetensors")
     if json_name not in folder.names:
         raise FileNotFoundError(
@@ -250,7 +239,7 @@ def _read_ours(folder: Folder, name: str, ema: bool | None) -> Stored:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """encoder.json, checked and complete."""
+    """The content of encoder.json, checked, with None for missing keys."""
     _refuse_empty(path)
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -287,8 +276,8 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _load_pickle(path: Path) -> Any:
-    """A file of torch.save, tensors and an argparse.Namespace only: a pickle can name any function
-    to call, so every other name in it is refused."""
+    """The content of a torch.save file: tensors, plain values and argparse.Namespace. A pickle can
+    name any function to call, so every other name in it is refused, and nothing is called."""
     _refuse_empty(path)
     is_zip = zipfile.is_zipfile(path)
     with path.open("rb") as file:
@@ -301,9 +290,9 @@ def _load_pickle(path: Path) -> Any:
             # mmap leaves the optimiser and the other copies of the weights on the disk
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
-        if asked := _asked_for(path, str(error)):
+        if names := _unsafe_globals(path, str(error)):
             raise ValueError(
-                f"{path} is refused: it asks for {asked}, and calling what a file names could run "
+                f"{path} is refused: it asks for {names}, and calling what a file names could run "
                 "any code. A checkpoint may hold tensors, plain values and argparse.Namespace; ask "
                 "its author for the state dict alone."
             ) from error
@@ -314,30 +303,32 @@ def _load_pickle(path: Path) -> Any:
         ) from error
 
 
-def _asked_for(path: Path, message: str) -> str | None:
-    """The class or function that a refused pickle wanted, as module.name."""
+def _unsafe_globals(path: Path, message: str) -> str:
+    """The classes and functions that a refused pickle names, as module.name; "" for a damaged one.
+
+    The pickle is disassembled, not run. torch does so for zip files, and its ``message`` names the
+    global of a legacy file; it stops at protocol 4, whose instructions are read here.
+    """
+    if zipfile.is_zipfile(path):
+        with suppress(Exception), torch.serialization.safe_globals([argparse.Namespace]):
+            return ", ".join(sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path)))
+        return ""
     if match := re.search(r"GLOBAL (\S+)", message):
         return match[1]
-    if zipfile.is_zipfile(path):
-        return None
-    # Protocol 4 pickles, which torch's own reader stops at: look at their instructions.
     strings: list[str] = []
-    try:
-        with path.open("rb") as file:
-            for opcode, value, _ in pickletools.genops(file):
-                if opcode.name == "GLOBAL":
-                    return str(value).replace(" ", ".")
-                if opcode.name == "STACK_GLOBAL":
-                    return ".".join(strings[-2:])
-                if isinstance(value, str):
-                    strings.append(value)
-    except ValueError:
-        pass
-    return None
+    with suppress(ValueError), path.open("rb") as file:
+        for opcode, value, _ in pickletools.genops(file):
+            if opcode.name == "GLOBAL":
+                return str(value).replace(" ", ".")
+            if opcode.name == "STACK_GLOBAL":
+                return ".".join(strings[-2:])
+            if isinstance(value, str):
+                strings.append(value)
+    return ""
 
 
 def _unwrap(content: Any, path: Path, ema: bool | None) -> Stored:
-    """Find the weights in a training container: {"model"}, {"state_dict"} or the bare dict."""
+    """Extract the weights from a training checkpoint: {"model"}, {"state_dict"} or a bare dict."""
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a dict of weights.")
     averaged = content.get("model_ema") or content.get("state_dict_ema")

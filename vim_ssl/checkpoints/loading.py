@@ -1,7 +1,7 @@
-"""Loading and saving encoders: `load_encoder`, `save_encoder`, `verify`.
+"""Load and save encoders.
 
-source -> checkpoint_files.find, read -> released_config, or the file's own config
-       -> the encoder asked for -> weights adapted to it -> every key accounted for
+source -> files.find, files.read -> released_config, or the config in the file
+       -> the requested encoder -> weights adapted to it -> every key accounted for
 """
 
 import difflib
@@ -24,15 +24,18 @@ from vim_ssl.checkpoints.files import FORMAT, WEIGHT_SUFFIXES, Stored
 from vim_ssl.checkpoints.released import released_config
 from vim_ssl.data.config import IMAGENET_DATA, adapt_data
 from vim_ssl.models.encoder import PRESETS, VimEncoder
+from vim_ssl.models.video import VideoEncoder
+from vim_ssl.utils.environment import __version__
 from vim_ssl.utils.files import atomic_write
+from vim_ssl.utils.names import did_you_mean
 
 # Weights that come with the package: "preset.tag" -> folder.
-TAGS = {path.name: path for path in (Path(__file__).parent / "weights").glob("*.*")}
+TAGS = {path.name: path for path in (Path(__file__).parents[1] / "weights").glob("*.*")}
 DEFAULTS = {
     name: parameter.default for name, parameter in inspect.signature(VimEncoder).parameters.items()
 }
-_VIDEO = {"frames", "tubelet"}  # which only an encoder of clips has
-# What the tensors decide: another value is a mistake, not a wish.
+_VIDEO = {"frames", "tubelet"}  # arguments of `VideoEncoder` alone
+# Decided by the tensors: another requested value is an error.
 _FIXED = (
     "embed_dim", "depth", "d_state", "d_conv", "expand", "dt_rank", "patch_size",
     "norm_after_scan", "use_pos_embed",
@@ -55,26 +58,26 @@ def load_encoder(
     """A Vision Mamba encoder in eval mode.
 
     Args:
-        source: the first that fits of
+        source: the first match of
             - a preset (``vim_tiny_patch16_224``): fresh weights;
             - an existing path: a released Vim checkpoint (``.pth``), a file of `save_encoder`
               (``.safetensors`` with its ``.json``), or a run directory;
             - a Hub id: ``owner/name``, ``owner/name/file``, ``hf://owner/name/file``, each with
               ``@revision`` after the name or at the end.
         num_classes: 0 for features only; n for a head of that size, the checkpoint's when it
-            fits, else fresh; None for the checkpoint's own head.
-        img_size: pixels, or (height, width): the position table is resampled for good. Without it
-            other sizes go in too, resampled at every call.
+            fits, else fresh; None for the checkpoint's head.
+        img_size: pixels, or (height, width): the position table is resampled once. Without it
+            other sizes are accepted too, and the table is resampled at every call.
         in_chans: channels; a checkpoint's patch embedding is summed to 1 channel, or repeated in
             turn and rescaled to n, mean and std in ``data_config`` likewise. Bands that
-            ``data_config["bands"]`` names take the weights of their own name, such as red; others
+            ``data_config["bands"]`` names take the weights of the same name, such as red; others
             start from the mean.
         global_pool: "token", "avg" or "token+avg"; another width makes a fresh head.
-        ema: take the EMA copy (True) or the weights themselves (False); by default what a file of
-            ours says, and the weights themselves of a released file.
-        strict: missing or unexpected keys are errors. False fills what is missing with fresh
-            weights and leaves out what is unexpected, with a warning; shapes must fit always.
-        device, dtype: where the encoder goes, and its floating-point type.
+        ema: take the EMA copy (True) or the weights themselves (False); by default what
+            `save_encoder` noted, and the weights themselves of a released file.
+        strict: missing or unexpected keys are errors. False fills missing ones with fresh weights
+            and skips unexpected ones, with a warning; shapes must always fit.
+        device, dtype: of the encoder; a floating-point type.
         model_args: any other argument of `VimEncoder`. ``directions="both"`` on a checkpoint of
             one direction starts the other as its copy; one direction of a checkpoint of both drops
             the other; ``use_mask_token`` and ``num_registers`` start fresh where it has none.
@@ -88,23 +91,23 @@ def load_encoder(
     _check_arguments(model_args, num_classes, img_size, device, dtype)
     if num_classes is not None:
         num_classes = int(num_classes)  # numpy's integers are no JSON
-    asked = dict(model_args, img_size=img_size, in_chans=in_chans, global_pool=global_pool)
+    requested = dict(model_args, img_size=img_size, in_chans=in_chans, global_pool=global_pool)
     if source in PRESETS:
         if num_classes is None or ema:
             what = "num_classes=None" if num_classes is None else "ema=True"
             raise ValueError(f"{what} asks for a checkpoint's; preset {source!r} is untrained.")
         config = dict(PRESETS[source], num_classes=num_classes)
-        encoder = VimEncoder(**_apply(config, asked))
+        encoder = VimEncoder(**_apply(config, requested))
     else:
         stored = checkpoint_files.read(*find_file(source), ema=ema)
-        encoder, assumed = _build(stored, asked, num_classes, strict)
+        encoder, assumed = _build(stored, requested, num_classes, strict)
         for assumption in assumed:
             warnings.warn(assumption, stacklevel=2)
     return encoder.to(device=device, dtype=dtype).eval()
 
 
 def made_by(source: str | os.PathLike) -> dict[str, Any]:
-    """What `save_encoder` was told of the training of ``source``; nothing of any other file.
+    """The ``record`` that `save_encoder` kept with ``source``; empty for any other file.
 
     Raises: what `load_encoder` raises.
     """
@@ -115,8 +118,8 @@ def load_for_bands(source: str, bands: Mapping[str, Any], **args: Any) -> VimEnc
     """The encoder that ``source`` names, for images of these bands.
 
     Args:
-        bands: of `vim_ssl.data.bands.band_arguments`. An encoder of the same ones keeps its
-            own statistics.
+        bands: of `vim_ssl.data.bands.band_arguments`. An encoder of the same bands keeps its
+            statistics.
         args: of `load_encoder`.
     """
     encoder = load_encoder(source, **args)
@@ -141,15 +144,13 @@ def save_encoder(
     Args:
         ema: the exponential moving average of the weights, kept beside as
             ``encoder_ema.safetensors``.
-        ema_default: `load_encoder` takes the EMA copy unless told otherwise.
+        ema_default: `load_encoder` takes the EMA copy by default.
         record: JSON-able notes on the training, kept as ``made_by``.
     Returns: the path of encoder.safetensors.
-    Raises: TypeError for something that is not a `VimEncoder` or not JSON; ValueError for an EMA
-        copy with other keys.
+    Raises: TypeError for a model that is no `VimEncoder` or a record that is not JSON; ValueError
+        for an EMA copy with other keys.
     """
     from safetensors.torch import save
-
-    from vim_ssl.utils.environment import __version__
 
     if not isinstance(encoder, VimEncoder):
         raise TypeError(
@@ -197,11 +198,10 @@ def _check_arguments(
     device: str | torch.device | None,
     dtype: torch.dtype | None,
 ) -> None:
-    own = list(inspect.signature(load_encoder).parameters)[1:-1]
+    arguments = list(inspect.signature(load_encoder).parameters)[1:-1]
     for name in model_args:
         if name not in DEFAULTS:
-            near = difflib.get_close_matches(name, [*DEFAULTS, *own], n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(DEFAULTS)}."
+            hint = did_you_mean(name, [*DEFAULTS, *arguments])
             raise TypeError(f"Unknown argument {name!r}. {hint}")
     whole = isinstance(num_classes, Integral) and not isinstance(num_classes, bool)
     if num_classes is not None and not (whole and num_classes >= 0):
@@ -223,7 +223,7 @@ def _check_arguments(
 
 
 def find_file(source: str | os.PathLike) -> tuple[checkpoint_files.Folder, str]:
-    """`checkpoint_files.find`, after the names that are ours."""
+    """`checkpoint_files.find`, after a look at presets and their packaged weights."""
     if source in TAGS:
         return checkpoint_files.find(TAGS[str(source)])
     if isinstance(source, str) and not Path(source).expanduser().exists():
@@ -232,34 +232,28 @@ def find_file(source: str | os.PathLike) -> tuple[checkpoint_files.Folder, str]:
             tags = ", ".join(t for t in TAGS if t.startswith(f"{name}.")) or "none yet"
             raise ValueError(f"Preset {name!r} has no weights {tag!r}; weights there are: {tags}.")
         if "/" not in source and os.sep not in source and not source.endswith(WEIGHT_SUFFIXES):
-            near = difflib.get_close_matches(source, PRESETS, n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else f"Presets: {', '.join(PRESETS)}."
+            hint = did_you_mean(source, PRESETS)
             raise ValueError(f"Unknown preset {source!r}, and no file or folder here. {hint}")
     return checkpoint_files.find(source)
 
 
 def encoder_class(config: Mapping[str, Any]) -> type[VimEncoder]:
-    """What a config describes: an encoder of images or of clips."""
-    if not _VIDEO & config.keys():
-        return VimEncoder
-    from vim_ssl.models.video import VideoEncoder
-
-    return VideoEncoder
+    """The class that a config describes: an encoder of images or of clips."""
+    return VideoEncoder if _VIDEO & config.keys() else VimEncoder
 
 
-def _apply(config: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of the encoder asked for: the checkpoint's, and the caller's over them."""
-    wished = {key: value for key, value in asked.items() if value is not None}
-    target = dict(config) | wished
+def _apply(config: Mapping[str, Any], requested: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of the requested encoder: the checkpoint's, with the caller's over them."""
+    target = dict(config) | {key: value for key, value in requested.items() if value is not None}
     chans = config.get("in_chans", DEFAULTS["in_chans"])
     data = dict(config.get("data_config") or {})
     data.pop("input_size", None)  # follows img_size and in_chans
-    bands = (asked.get("data_config") or {}).get("bands")
+    bands = (requested.get("data_config") or {}).get("bands")
     if target.get("in_chans", chans) != chans or bands:
         known = IMAGENET_DATA | data if chans == 3 else data
         data = adapt_data(known, target.get("in_chans", chans), bands)
         data.pop("input_size", None)
-    target["data_config"] = data | (asked.get("data_config") or {})
+    target["data_config"] = data | (requested.get("data_config") or {})
     return target
 
 
@@ -267,19 +261,18 @@ def _apply(config: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any
 
 
 def _build(
-    stored: Stored, asked: Mapping[str, Any], num_classes: int | None, strict: bool
+    stored: Stored, requested: Mapping[str, Any], num_classes: int | None, strict: bool
 ) -> tuple[VimEncoder, list[str]]:
-    """The encoder asked for, with the stored weights; and what had to be assumed."""
-    config, assumed = config_of(stored, asked)
-    own_classes = config["num_classes"]
-    if num_classes is None and not own_classes:
+    """The requested encoder with the stored weights, and the assumptions made."""
+    config, assumed = config_of(stored, requested)
+    if num_classes is None and not config["num_classes"]:
         raise ValueError(
             f"num_classes=None asks for the head of {stored.path}, which has none; say 0 for "
             "features or the number of classes for a fresh head."
         )
-    _check_contradictions(stored.path, config, asked)
-    target = _apply(config, asked)
-    target["num_classes"] = own_classes if num_classes is None else num_classes
+    _check_contradictions(stored.path, config, requested)
+    target = _apply(config, requested)
+    target["num_classes"] = config["num_classes"] if num_classes is None else num_classes
     encoder = encoder_class(target)(**target)
     state = adapt_state(stored.path, stored.state, config, encoder)
     missing, unexpected, misshapen = compare_keys(encoder, state)
@@ -301,12 +294,12 @@ def _build(
     return encoder, assumed
 
 
-def config_of(stored: Stored, asked: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Every argument of the stored encoder, and what had to be assumed."""
+def config_of(stored: Stored, requested: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Every argument of the stored encoder, and the assumptions made."""
     if stored.config is None:
         try:
             config, assumed = released_config(
-                stored.state, stored.model_name, stored.training_args, asked
+                stored.state, stored.model_name, stored.training_args, requested
             )
         except ValueError as error:
             raise ValueError(f"{stored.path}: {error}") from error
@@ -326,22 +319,26 @@ def config_of(stored: Stored, asked: Mapping[str, Any]) -> tuple[dict[str, Any],
     return config, assumed
 
 
-def _check_contradictions(path: Path, config: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+def _check_contradictions(
+    path: Path, config: Mapping[str, Any], requested: Mapping[str, Any]
+) -> None:
     def refuse(name: str, why: str = "the weights decide it") -> None:
         raise ValueError(
-            f"{name}={asked[name]!r} was asked for, but {path} has {name}={config[name]!r}; {why}."
+            f"{name}={requested[name]!r} was requested, but {path} has {name}={config[name]!r}; "
+            f"{why}."
         )
 
     config = dict(config, dt_rank=config["dt_rank"] or math.ceil(config["embed_dim"] / 16))
     for name in _FIXED:
-        if asked.get(name) is not None and asked[name] != config[name]:
+        if requested.get(name) is not None and requested[name] != config[name]:
             refuse(name)
-    if asked.get("num_registers") and config["num_registers"] not in (0, asked["num_registers"]):
+    registers = requested.get("num_registers")
+    if registers and config["num_registers"] not in (0, registers):
         refuse("num_registers", "give that number, or 0 to drop them")
-    places = asked.get("cls_position") or config["cls_position"], config["cls_position"]
-    if places[0] != places[1] and not {*places} <= {"middle", "first"}:
+    positions = requested.get("cls_position") or config["cls_position"], config["cls_position"]
+    if positions[0] != positions[1] and not {*positions} <= {"middle", "first"}:
         refuse("cls_position")
-    ways = asked.get("directions") or config["directions"], config["directions"]
+    ways = requested.get("directions") or config["directions"], config["directions"]
     if ways[0] != ways[1] and "both" not in ways:
         refuse("directions", "directions='both' starts the other direction as its copy")
 
@@ -349,14 +346,14 @@ def _check_contradictions(path: Path, config: Mapping[str, Any], asked: Mapping[
 def compare_keys(
     encoder: VimEncoder, state: Mapping[str, Tensor]
 ) -> tuple[list[str], list[str], list[str]]:
-    """Keys that the encoder has and ``state`` lacks; the reverse; and keys of another shape."""
-    own = encoder.state_dict()
-    missing = [key for key in own if key not in state]
-    unexpected = [key for key in state if key not in own]
+    """Keys that ``state`` lacks, keys that the encoder lacks, and keys of another shape."""
+    expected = encoder.state_dict()
+    missing = [key for key in expected if key not in state]
+    unexpected = [key for key in state if key not in expected]
     misshapen = [
-        f"{key} is {tuple(state[key].shape)}, expected {tuple(own[key].shape)}"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
+        f"{key} is {tuple(state[key].shape)}, expected {tuple(tensor.shape)}"
+        for key, tensor in expected.items()
+        if key in state and state[key].shape != tensor.shape
     ]
     return missing, unexpected, misshapen
 
@@ -364,6 +361,3 @@ def compare_keys(
 def _some(items: list[str], most: int = 5) -> str:
     more = f" and {len(items) - most} more" if len(items) > most else ""
     return ", ".join(items[:most]) + more
-
-
-# -------------------------------------------------------------------- vim-ssl verify

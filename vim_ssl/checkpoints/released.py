@@ -1,5 +1,6 @@
-"""What a released Vim checkpoint is: from its tensors' shapes, and from its model's name where
-shapes cannot tell (stride, image size, place of the class token, division of the directions' sum).
+"""Infer a released Vim checkpoint's arguments from its tensors' shapes, and from its model's name
+where shapes are ambiguous (stride, image size, class-token position, division of the directions'
+sum).
 
 Names read like ``vim_tiny_patch16_stride8_224_bimambav2_final_pool_mean_abs_pos_embed_with_
 midclstok_div2``. The weights were published with arXiv:2401.09417.
@@ -22,7 +23,7 @@ RELEASED_FILES = {
     "vim_b_midclstok_81p9acc.pth": ("Vim-B", 81.9),
 }
 _FIRST = "layers.0.mixer."
-# Marks in foreign state dicts, for a helpful refusal.
+# Keys of other architectures, for a helpful error.
 _FOREIGN = {
     r"blocks\.\d+\.attn\.": "a vision transformer (ViT, DeiT)",
     r"layer1\.0\.(conv|bn)": "a ResNet",
@@ -35,15 +36,15 @@ def released_config(
     state: Mapping[str, Tensor],
     model_name: str | None,
     training_args: Mapping[str, Any],
-    asked: Mapping[str, Any],
+    requested: Mapping[str, Any],
 ) -> tuple[dict[str, Any], list[str]]:
-    """The encoder's arguments for these weights, and what had to be assumed.
+    """The encoder's arguments for these weights, and the assumptions made.
 
     Args:
-        asked: the caller's arguments; img_size, stride, divide_out and cls_position settle what
+        requested: the caller's arguments; img_size, stride, divide_out and cls_position decide what
             the file leaves open, and nothing else.
-    Raises: ValueError for another architecture, for variants that are not supported, and for a
-        position table that fits two layouts.
+    Raises: ValueError for another architecture, an unsupported variant, or a position table that
+        fits two layouts.
     """
     name = model_name if model_name and re.match(r"vim_.*patch\d+", model_name) else None
     _refuse_others(state, model_name or "", training_args)
@@ -52,8 +53,8 @@ def released_config(
 
     def shape(key: str, ndim: int) -> torch.Size:
         if key not in state or state[key].ndim != ndim:
-            is_now = f"of shape {tuple(state[key].shape)}" if key in state else "missing"
-            raise ValueError(f"This Vim checkpoint is not whole: {key} is {is_now}.")
+            state_of = f"of shape {tuple(state[key].shape)}" if key in state else "missing"
+            raise ValueError(f"This Vim checkpoint is not whole: {key} is {state_of}.")
         return state[key].shape
 
     two_inner, width = shape(f"{_FIRST}in_proj.weight", 2)
@@ -75,9 +76,9 @@ def released_config(
         "num_classes": state["head.weight"].shape[0] if "head.weight" in state else 0,
     }
     assumed: list[str] = []
-    config["cls_position"] = _cls_position(state, name, asked, assumed)
-    config["divide_out"] = _divide_out(name, config, asked, assumed)
-    config |= _layout(state, config, name, asked)
+    config["cls_position"] = _cls_position(state, name, requested, assumed)
+    config["divide_out"] = _divide_out(name, config, requested, assumed)
+    config |= _layout(state, config, name, requested)
     pooled = "token" if config["cls_position"] != "none" else "avg"
     joined = "head.weight" in state and state["head.weight"].shape[1] == 2 * width
     config["global_pool"] = "token+avg" if joined else pooled
@@ -109,8 +110,8 @@ def _refuse_others(state: Mapping[str, Tensor], name: str, args: Mapping[str, An
     if any(key.startswith("rope.") for key in state) or "_rope" in name:
         raise ValueError(
             "These weights were trained with Vim's rope (rope.freqs_cos), which rotates by wrong "
-            "places when the class token is in the middle. vim_ssl's rope is another definition, "
-            "so the weights would not give their own features here."
+            "positions when the class token is in the middle. vim_ssl's rope has another "
+            "definition, so the weights would give other features here."
         )
 
 
@@ -122,7 +123,7 @@ def _directions(state: Mapping[str, Tensor], name: str | None) -> str:
 
 
 def _cls_position(
-    state: Mapping[str, Tensor], name: str | None, asked: Mapping[str, Any], assumed: list[str]
+    state: Mapping[str, Tensor], name: str | None, requested: Mapping[str, Any], assumed: list[str]
 ) -> str:
     if "cls_token_head" in state:
         return "double"
@@ -130,39 +131,40 @@ def _cls_position(
         return "none"
     if name and re.search(r"mid(dle)?_?cls", name):
         return "middle"
-    if asked.get("cls_position") in ("middle", "first"):
-        return asked["cls_position"]
+    if requested.get("cls_position") in ("middle", "first"):
+        return requested["cls_position"]
     if name and "cls" in name:
         return "first"
     assumed.append(
-        "The checkpoint does not say where its class token stands: assumed in the middle, as in "
-        "all released weights (cls_position='first' says otherwise)."
+        "The checkpoint does not name the class token's position: assumed in the middle, as in "
+        "all released weights (else pass cls_position='first')."
     )
     return "middle"
 
 
 def _divide_out(
-    name: str | None, config: Mapping[str, Any], asked: Mapping[str, Any], assumed: list[str]
+    name: str | None, config: Mapping[str, Any], requested: Mapping[str, Any], assumed: list[str]
 ) -> bool:
-    """No shape shows it, and a wrong value gives wrong features without any error."""
+    """Whether the directions are averaged: no shape shows it, and a wrong value gives wrong
+    features without any error."""
     if config["norm_after_scan"] or (name and "bimamba" in name and "div2" in name):
         return True  # the variant with a norm always divides
-    if asked.get("divide_out") is not None:
-        return asked["divide_out"]
+    if requested.get("divide_out") is not None:
+        return requested["divide_out"]
     if name and "bimamba" in name:
         assumed.append(
-            f"The model's name {name!r} has no div2: read as divide_out=False. Some versions of "
-            "its code divided all the same; divide_out=True says so."
+            f"The model's name {name!r} has no div2: assumed divide_out=False. Some versions of "
+            "its code divided nevertheless; then pass divide_out=True."
         )
         return False
     if config["directions"] == "both":
         assumed.append(
             "The checkpoint does not name its model: assumed divide_out=True, as in all released "
-            "weights (divide_out=False says otherwise)."
+            "weights (else pass divide_out=False)."
         )
     elif name is None:
         assumed.append(
-            "The checkpoint has parameters for one direction only: read as one scan a layer. Vim's "
+            "The checkpoint has parameters for one direction: assumed one scan a layer. Vim's "
             "layer-pair variant (if_bidirectional) has the same keys and would give wrong features."
         )
     return True
@@ -172,17 +174,20 @@ def _layout(
     state: Mapping[str, Tensor],
     config: Mapping[str, Any],
     name: str | None,
-    asked: Mapping[str, Any],
+    requested: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """img_size (height, width) and stride that the position table was made for."""
+    """img_size (height, width) and stride of the position table."""
     patch: int = config["patch_size"]
-    said = re.search(r"patch\d+(?:_stride(\d+))?_(\d+)", name or "")
-    named = (int(said[1]) if said[1] else patch) if said else None
-    size = asked.get("img_size")
+    match = re.search(r"patch\d+(?:_stride(\d+))?_(\d+)", name or "")
+    named = (int(match[1]) if match[1] else patch) if match else None
+    size = requested.get("img_size")
     size = (size, size) if isinstance(size, int) else size and tuple(size)
     if not config["use_pos_embed"]:
-        side = int(said[2]) if said else 224
-        return {"img_size": size or (side, side), "stride": named or asked.get("stride") or patch}
+        side = int(match[2]) if match else 224
+        return {
+            "img_size": size or (side, side),
+            "stride": named or requested.get("stride") or patch,
+        }
 
     table = state["pos_embed"]
     if table.ndim != 3:
@@ -193,9 +198,9 @@ def _layout(
     if m > 0 and side * side == m:
         layouts = _square_layouts(side, patch, named)
         if len(layouts) > 1:
-            layouts = _those_asked_for(layouts, rows, side, size, asked.get("stride"))
+            layouts = _choose_layout(layouts, rows, side, size, requested.get("stride"))
     else:
-        known = named or asked.get("stride")
+        known = named or requested.get("stride")
         layouts = {
             stride: size
             for stride in ((known,) if known else (patch, patch // 2))
@@ -205,7 +210,7 @@ def _layout(
             given = f" {size} gives another number of patches." if size else ""
             raise ValueError(
                 f"The position table has {rows} rows, {m} of them patches: no square grid.{given} "
-                "Say img_size=(height, width) of the images it was trained on."
+                "Pass img_size=(height, width) of the training images."
             )
     stride, img_size = next(iter(layouts.items()))
     return {"img_size": img_size, "stride": stride}
@@ -215,20 +220,21 @@ def _square_layouts(side: int, patch: int, named: int | None) -> dict[int, tuple
     """The strides, with their image sizes, that give side x side patches.
 
     Every grid could come from half-overlapping patches too, but only an odd one from an image of a
-    whole number of patches (27x27: stride 8 at 224 px); others are not in use.
+    whole number of patches (27x27: stride 8 at 224 px); others are not used.
     """
     odd = side > 1 and side % 2 == 1 and patch % 2 == 0
     strides = [named] if named else [patch, patch // 2] if odd else [patch]
     return {stride: ((side - 1) * stride + patch,) * 2 for stride in strides}
 
 
-def _those_asked_for(
+def _choose_layout(
     layouts: Mapping[int, tuple[int, int]],
     rows: int,
     side: int,
     size: tuple[int, int] | None,
     stride: int | None,
 ) -> dict[int, tuple[int, int]]:
+    """The layout of the requested stride or size. Raises: ValueError if neither decides."""
     chosen = {
         s: fits for s, fits in layouts.items() if stride == s or (stride is None and size == fits)
     }
@@ -236,6 +242,6 @@ def _those_asked_for(
         both = " and ".join(f"stride {s} at {fits[0]} px" for s, fits in sorted(layouts.items()))
         raise ValueError(
             f"The position table has {rows} rows, a {side}x{side} grid that fits {both}; the file "
-            f"does not say which. Say stride={min(layouts)} or stride={max(layouts)}."
+            f"does not name one. Pass stride={min(layouts)} or stride={max(layouts)}."
         )
     return chosen

@@ -1,4 +1,4 @@
-"""Save and load a task's model: encoder, heads and what they were trained for."""
+"""Save and load a task's model: encoder, heads and their configuration."""
 
 import json
 import os
@@ -17,7 +17,7 @@ Model = TypeVar("Model", bound=nn.Module)
 def save_task(
     model: Any, folder: str | os.PathLike, file: str, record: dict[str, Any] | None = None
 ) -> None:
-    """Write ``model.encoder`` as `save_encoder` does, and the rest, with ``model.config``, to
+    """Write ``model.encoder`` by `save_encoder`, and the other weights, with ``model.config``, to
     ``file`` beside it."""
     from safetensors.torch import save
 
@@ -35,10 +35,10 @@ def load_task(make: Callable[..., Model], folder: str | os.PathLike, file: str, 
 
     Args:
         make: encoder, classes and the other settings of ``config`` -> model.
-        file: the name it has in ``folder``.
-        task: of the script that writes such files.
-    Raises: FileNotFoundError for a folder without the file; ValueError for one that does not fit
-        the encoder beside it.
+        file: its name in ``folder``.
+        task: the script that writes such files.
+    Raises: FileNotFoundError for a folder without the file; ValueError for a file that does not
+        fit the encoder beside it.
     """
     from safetensors import safe_open
     from safetensors.torch import load_file
@@ -55,8 +55,9 @@ def load_task(make: Callable[..., Model], folder: str | os.PathLike, file: str, 
         raise ValueError(f"{path} is no head that downstream/{task}.py has written.")
     config = json.loads(stored["config"])
     model = make(load_encoder(folder), config.pop("classes"), **config)
-    found = model.load_state_dict(load_file(path), strict=False)
-    wrong = [key for key in found.missing_keys if not key.startswith("encoder.")]
-    if wrong or found.unexpected_keys:
-        raise ValueError(f"{path} does not fit its encoder: {(wrong + found.unexpected_keys)[:5]}.")
+    result = model.load_state_dict(load_file(path), strict=False)
+    wrong = [key for key in result.missing_keys if not key.startswith("encoder.")]
+    wrong += result.unexpected_keys
+    if wrong:
+        raise ValueError(f"{path} does not fit its encoder: {wrong[:5]}.")
     return model.eval()

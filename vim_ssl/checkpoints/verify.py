@@ -1,4 +1,4 @@
-"""`vim-ssl verify`: compare an encoder file with a reference, tensor by tensor."""
+"""`vim-ssl verify`: describe a checkpoint and check every key, every value and a forward pass."""
 
 import argparse
 import json
@@ -10,16 +10,17 @@ from typing import Any
 import torch
 
 from vim_ssl.checkpoints import files as checkpoint_files
-from vim_ssl.checkpoints.adapt import adapt_state
+from vim_ssl.checkpoints.adapt import adapt_state, grid_of
 from vim_ssl.checkpoints.files import Stored
 from vim_ssl.checkpoints.loading import DEFAULTS, compare_keys, config_of, encoder_class, find_file
 from vim_ssl.checkpoints.released import RELEASED_FILES
 from vim_ssl.models.encoder import PRESETS
+from vim_ssl.models.video import VideoEncoder
 
 
 @dataclass
 class Report:
-    """What a checkpoint is, and whether it loads whole; ``str(report)`` is for people."""
+    """What a checkpoint is, and whether it loads whole; ``str(report)`` is printed."""
 
     source: str
     facts: dict[str, str] = field(default_factory=dict)
@@ -28,7 +29,7 @@ class Report:
 
     @property
     def loads(self) -> bool:
-        """Every key has its place, every value is finite, and a forward pass works."""
+        """True if every key matches, every value is finite, and a forward pass works."""
         return not self.problems
 
     def __str__(self) -> str:
@@ -40,13 +41,13 @@ class Report:
 
 
 def verify(source: str | os.PathLike, **layout: Any) -> Report:
-    """Look a checkpoint over: what it is, every key, every value, one forward pass.
+    """Describe a checkpoint, and check every key, every value and one forward pass.
 
     Args:
         source: a path or a Hub id, as in `load_encoder`; the weights and their EMA copy are both
-            looked at.
-        layout: ``img_size`` and ``stride`` for a file that does not say its own.
-    Returns: a report; what is wrong with the file stands in it and is not raised.
+            checked.
+        layout: ``img_size`` and ``stride`` of a file that does not store them.
+    Returns: a report, which lists the file's problems; none is raised.
     """
     report = Report(str(source))
     try:
@@ -67,10 +68,7 @@ def verify(source: str | os.PathLike, **layout: Any) -> Report:
 
 def _describe(report: Report, stored: Stored, config: Mapping[str, Any]) -> None:
     ours = stored.config is not None
-    size = config["img_size"]
-    size = (size, size) if isinstance(size, int) else size
-    stride = config["stride"] or config["patch_size"]
-    rows, columns = ((side - config["patch_size"]) // stride + 1 for side in size)
+    size, (rows, columns) = grid_of(config)
     averaged = config["divide_out"] or config["norm_after_scan"]
     guessed = any("divide_out" in note for note in report.notes)
     report.facts |= {
@@ -78,7 +76,8 @@ def _describe(report: Report, stored: Stored, config: Mapping[str, Any]) -> None
         "model name": stored.model_name or ("given by its config" if ours else "none stored"),
         "architecture": f"{_preset_of(config) or 'no preset'}: embed_dim {config['embed_dim']}, "
         f"depth {config['depth']}, d_state {config['d_state']}, patch {config['patch_size']}, "
-        f"stride {stride}, channels {config['in_chans']}, directions {config['directions']}",
+        f"stride {config['stride'] or config['patch_size']}, channels {config['in_chans']}, "
+        f"directions {config['directions']}",
         "parameters": f"{sum(tensor.numel() for tensor in stored.state.values()):,}",
         "classes": str(config["num_classes"] or "none: features only"),
         "directions' sum": ("divided by 2" if averaged else "not divided")
@@ -89,6 +88,8 @@ def _describe(report: Report, stored: Stored, config: Mapping[str, Any]) -> None
         else f"no table; class token {config['cls_position']}",
         "EMA copy": "yes: load_encoder(…, ema=True)" if stored.has_ema else "none",
     }
+    if "frames" in config:
+        report.facts["clips"] = f"{config['frames']} frames, {config['tubelet']} in a tubelet"
     if stored.made_by:
         made = {key: value for key, value in stored.made_by.items() if key != "classes"}
         report.facts["made by"] = json.dumps(made)
@@ -104,8 +105,8 @@ def _check_copy(report: Report, which: str, stored: Stored, config: dict[str, An
     except ValueError as error:
         report.problems.append(f"{which}: {error}")
         return
-    found = zip(("missing", "unexpected", "wrong shape"), compare_keys(encoder, state), strict=True)
-    wrong = [f"{which}: {kind}: {key}" for kind, keys in found for key in keys]
+    kinds = zip(("missing", "unexpected", "wrong shape"), compare_keys(encoder, state), strict=True)
+    wrong = [f"{which}: {kind}: {key}" for kind, keys in kinds for key in keys]
     wrong += [
         f"{which}: values that are not finite: {key}"
         for key, tensor in state.items()
@@ -113,15 +114,15 @@ def _check_copy(report: Report, which: str, stored: Stored, config: dict[str, An
     ]
     if not wrong:
         encoder.load_state_dict(state)
-        images = torch.randn(1, *encoder.data_config["input_size"])
+        shape = list(encoder.data_config["input_size"])
+        if isinstance(encoder, VideoEncoder):
+            shape.insert(1, encoder.frames)
         with torch.inference_mode():
-            out = encoder.eval()(images)
-        if not torch.isfinite(out).all():
-            wrong = [f"{which}: the output on a random image is not finite"]
+            out = encoder.eval()(torch.randn(1, *shape))
+        if torch.isfinite(out).all():
+            report.facts[f"{which} tried"] = f"{tuple(out.shape)} from {(1, *shape)}, finite"
         else:
-            report.facts[f"{which} tried"] = (
-                f"{tuple(out.shape)} from {tuple(images.shape)}, finite"
-            )
+            wrong = [f"{which}: the output on random input is not finite"]
     report.problems += wrong
 
 
@@ -139,12 +140,12 @@ def _preset_of(config: Mapping[str, Any]) -> str | None:
 def verify_main(argv: Sequence[str] | None = None) -> int:
     """``vim-ssl verify FILE``: print the report; 0 if it loads whole, else 1."""
     parser = argparse.ArgumentParser(
-        prog="vim-ssl verify", description="Tell what a checkpoint is and whether it loads whole."
+        prog="vim-ssl verify", description="Describe a checkpoint and check that it loads."
     )
     parser.add_argument("file", help="a checkpoint, a run directory or a Hub id")
     parser.add_argument(
         "--img-size", type=int, nargs="+", metavar="PX",
-        help="side, or height and width, that the position table was made for, if not stored",
+        help="side, or height and width, of the position table's images, if not stored",
     )  # fmt: skip
     parser.add_argument("--stride", type=int, help="patch stride in pixels, if not stored")
     args = parser.parse_args(argv)

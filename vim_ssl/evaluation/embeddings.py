@@ -7,7 +7,6 @@ again at will, leave the same files.
 """
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from vim_ssl.data.loading.streamed import ImageStream
 from vim_ssl.data.split import as_key, is_known
 from vim_ssl.data.transforms.image import Transform
 from vim_ssl.evaluation.extract import Features, Readable, encode_views
+from vim_ssl.utils.files import atomic_path
 
 FORMATS = ("parquet", "npy")
 KNOWN = ("ids", "labels", "groups")  # of every row
@@ -219,13 +219,13 @@ def write_shard(folder: Path, part: Embedded, *, format: str, multi_label: bool 
     """
     if format == "npy":
         text = json.dumps({key: getattr(part, key) for key in ("skipped", *KNOWN)})
-        _replace(folder / f"{part.name}.json", lambda path: path.write_text(text, encoding="utf-8"))
-
-        def save(path: Path) -> None:
-            with path.open("wb") as file:
-                np.save(file, part.x.numpy())
-
-        _replace(folder / f"{part.name}.npy", save)
+        with atomic_path(folder / f"{part.name}.json", shared=False) as path:
+            path.write_text(text, encoding="utf-8")
+        with (
+            atomic_path(folder / f"{part.name}.npy", shared=False) as path,
+            path.open("wb") as file,
+        ):
+            np.save(file, part.x.numpy())
         return
     import pyarrow as pa
     from pyarrow import parquet
@@ -241,7 +241,8 @@ def write_shard(folder: Path, part: Embedded, *, format: str, multi_label: bool 
     table = pa.table(columns | {"embedding": values}).replace_schema_metadata(
         {"skipped": json.dumps(part.skipped)}
     )
-    _replace(folder / f"{part.name}.parquet", lambda path: parquet.write_table(table, path))
+    with atomic_path(folder / f"{part.name}.parquet", shared=False) as path:
+        parquet.write_table(table, path)
 
 
 def read_summary(folder: Path, name: str, format: str) -> tuple[int, list[str]]:
@@ -292,9 +293,3 @@ def read_embeddings(folder: Path) -> Embedded:
     if xs:
         found.x = torch.cat(xs)
     return found
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    partial = path.with_name(f".{path.name}.part")
-    write(partial)
-    os.replace(partial, path)

@@ -29,7 +29,7 @@ from vim_ssl.evaluation.extract import (
 )
 from vim_ssl.models.encoder import VimEncoder
 from vim_ssl.utils.distributed import Processes
-from vim_ssl.utils.files import user_cache
+from vim_ssl.utils.files import atomic_path, user_cache
 
 FORMAT = 1  # raised when `read_all` or the file changes its meaning
 
@@ -60,7 +60,7 @@ def encode_data(
     check_bands(encoder, data)
     transform = create_transform(encoder)
     file = user_cache() / "features" / f"{_key(encoder, data, transform)}.safetensors"
-    if processes.agree(cache and file.exists()):
+    if processes.broadcast(cache and file.exists()):
         return _load(file, data) if processes.main else None
     part = extract_rows(
         lambda x: read_all(encoder, x), data, transform, share(len(data), batch_size, processes),
@@ -151,15 +151,14 @@ def _keep(file: Path, x: torch.Tensor, rows: list[int], skipped: list[str], name
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    partial = file.with_name(f".{file.name}.{os.getpid()}.part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {"x": x.contiguous(), "rows": torch.tensor(rows)},
-            partial,
-            metadata={"skipped": json.dumps(skipped), "data": name},
-        )
-        os.replace(partial, file)
+        with atomic_path(file) as partial:
+            save_file(
+                {"x": x.contiguous(), "rows": torch.tensor(rows)},
+                partial,
+                metadata={"skipped": json.dumps(skipped), "data": name},
+            )
         print(
             f"Features of {name} kept in {file}, {file.stat().st_size / 1e6:,.1f} MB (--no-cache "
             "does not; VIM_SSL_CACHE names another place).",
@@ -167,5 +166,3 @@ def _keep(file: Path, x: torch.Tensor, rows: list[int], skipped: list[str], name
         )
     except (OSError, SafetensorError) as error:
         print(f"Features of {name} were not kept: {error}", flush=True)
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ from vim_ssl.metrics.classification import (
 )
 from vim_ssl.models.encoder import VimEncoder
 from vim_ssl.training.run import read_metrics
+from vim_ssl.utils.files import atomic_path
 
 BEST = "best.safetensors"
 
@@ -54,9 +55,8 @@ class Validation:
         logged = {f"val_{name}": value for name, value in judged.items()}
         if self.keep_best and logged[self.figure] > max(self._logged(), default=-math.inf):
             state = {k: v.cpu().contiguous() for k, v in self.encoder.state_dict().items()}
-            partial = self.folder / f".{BEST}.partial"
-            save_file(state, partial)
-            partial.replace(self.folder / BEST)
+            with atomic_path(self.folder / BEST, shared=False) as partial:
+                save_file(state, partial)
         return logged
 
     def should_stop(self) -> bool:

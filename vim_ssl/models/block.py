@@ -23,8 +23,8 @@ from vim_ssl.kernels.causal_conv1d import bi_causal_conv1d, causal_conv1d
 from vim_ssl.kernels.rms_norm import add_rms_norm
 from vim_ssl.kernels.selective_scan import bi_selective_scan, selective_scan
 
-# What a stream has left behind in a block: the convolution's last inputs (b, d_conv - 1, d_inner)
-# and the scan's state (b, d_inner, d_state), float32 at least.
+# State of a block between the pieces of a stream: the convolution's last inputs
+# (b, d_conv - 1, d_inner) and the scan's state (b, d_inner, d_state), float32 at least.
 MixerState = tuple[Tensor, Tensor]
 DIRECTIONS = {"forward": ("",), "backward": ("_b",), "both": ("", "_b")}  # parameter suffixes
 
@@ -64,10 +64,10 @@ class VimMixer(nn.Module):
         divide_out: average the directions instead of adding them (all released weights do).
         norm_after_scan: LayerNorm between the averaged scans and the gate (FastVim,
             arXiv:2502.00594); it always averages.
-        depth: number of blocks, for the scale of ``out_proj`` at the start.
+        depth: number of blocks, which sets the initial scale of ``out_proj``.
     """
 
-    A_log: nn.Parameter  # (d_inner, d_state); each only where its direction is there
+    A_log: nn.Parameter  # (d_inner, d_state); each exists only with its direction
     A_b_log: nn.Parameter
 
     def __init__(
@@ -98,8 +98,8 @@ class VimMixer(nn.Module):
             self.out_proj.weight /= math.sqrt(depth)
 
     def _add_direction(self, suffix: str, d_conv: int) -> None:
-        """One direction's parameters. Both start alike: upstream's backward ``dt_proj`` bias is
-        zero by accident, so that direction begins with a memory of only a few tokens."""
+        """Add one direction's parameters. Both are initialised alike; upstream's backward
+        ``dt_proj`` bias is zero by accident, so that its direction starts with a short memory."""
         d, n = self.d_inner, self.d_state
         dt_proj = nn.Linear(self.dt_rank, d)
         with torch.no_grad():
@@ -118,7 +118,7 @@ class VimMixer(nn.Module):
         """Mix tokens: (b, l, d_model) -> (b, l, d_model).
 
         Args:
-            directions: a subset of the mixer's own, chosen for this call.
+            directions: a subset of the mixer's directions; all of them by default.
         """
         x, z = self.in_proj(hidden).chunk(2, dim=-1)
         directions = directions or self.directions
@@ -129,8 +129,8 @@ class VimMixer(nn.Module):
         return self._finish(y, z)
 
     def forward_stream(self, hidden: Tensor, state: MixerState | None) -> tuple[Tensor, MixerState]:
-        """Read on, forward: (b, l, d_model) and the state before it -> the same shape and the
-        state after it; None before the first token."""
+        """The next piece of a forward stream: (b, l, d_model) and the state before it (None at the
+        start) -> the same shape and the state after it."""
         x, z = self.in_proj(hidden).chunk(2, dim=-1)
         conv: Any = self.conv1d
         taps = conv.weight.shape[2]
@@ -138,16 +138,16 @@ class VimMixer(nn.Module):
             tail, start = x.new_zeros(len(x), taps - 1, self.d_inner), None
         else:
             tail, start = state
-            came = tuple(tail.shape[1:]), tuple(start.shape[1:])
-            fits = (taps - 1, self.d_inner), (self.d_inner, self.d_state)
-            if came != fits:
+            shapes = tuple(tail.shape[1:]), tuple(start.shape[1:])
+            expected = (taps - 1, self.d_inner), (self.d_inner, self.d_state)
+            if shapes != expected:
                 raise ValueError(
-                    f"the state is of an encoder of another size: a sequence has {came}, expected "
-                    f"{fits}."
+                    f"the state is of an encoder of another size: it has {shapes} per sequence, "
+                    f"expected {expected}."
                 )
         x = torch.cat([tail, x], dim=1)
         y, last = self._scan_one(x, None if self.layernorm else z, "", taps - 1, start)
-        # A view would keep all that was read alive.
+        # A view would keep the whole piece in memory.
         return self._finish(y, z), (x[:, x.shape[1] - (taps - 1) :].clone(), last)
 
     def _finish(self, y: Tensor, z: Tensor) -> Tensor:
@@ -174,8 +174,8 @@ class VimMixer(nn.Module):
     def _scan_one(
         self, x: Tensor, z: Tensor | None, suffix: str, skip: int = 0, start: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """One direction alone is its own average, so nothing is divided. ``skip`` tokens of x were
-        read before and are for the convolution's eyes only. Returns y and the last state."""
+        """Scan one direction, undivided: it is its average. The first ``skip`` tokens of x are
+        context for the convolution alone. Returns y and the last state."""
         reverse = suffix == "_b"
         conv = getattr(self, f"conv1d{suffix}")
         u = causal_conv1d(x, conv.weight.squeeze(1), conv.bias, reverse)[:, skip:]  # (b, l, d)
@@ -200,13 +200,13 @@ class VimMixer(nn.Module):
 
 
 def rotate(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
-    """Turn each pair of neighbouring channels of x (…, d) by its angle; sin, cos broadcast to x."""
-    turned = torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
-    return (x * cos + turned * sin).to(x.dtype)
+    """Rotate each pair of channels of x (…, d) by its angle; sin, cos broadcast to x."""
+    swapped = torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
+    return (x * cos + swapped * sin).to(x.dtype)
 
 
 def _wide(parameter: Tensor) -> Tensor:
-    """At least float32: in half precision the dynamics of the scan would drift."""
+    """Cast to float32 at least: in half precision the dynamics of the scan would drift."""
     return parameter.to(torch.promote_types(parameter.dtype, torch.float32))
 
 
@@ -239,7 +239,7 @@ class VimBlock(nn.Module):
     def forward_stream(
         self, hidden: Tensor, residual: Tensor | None, state: MixerState | None
     ) -> tuple[Tensor, Tensor, MixerState]:
-        """`forward`, reading on from ``state``; returns the state after it too."""
+        """`forward` from ``state`` on; returns the state after it too."""
         hidden, residual = self.norm(self.drop_path(hidden), residual)
         hidden, state = self.mixer.forward_stream(hidden, state)
         return hidden, residual, state

@@ -59,7 +59,7 @@ class PatchEmbed(nn.Module):
 
 
 class _NoNorm(nn.Module):
-    """In the final norm's place once it is pruned, so that no parameter goes without gradient."""
+    """Replaces a pruned final norm, so that no parameter is left without gradient."""
 
     def forward(self, hidden: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         residual = hidden if residual is None else residual + hidden
@@ -70,8 +70,8 @@ class VimEncoder(nn.Module):
     """Vision Mamba.
 
     Args:
-        img_size: side in pixels, or (height, width), that the position table is made for. Other
-            sizes go in too: the table is resampled on the grid.
+        img_size: side in pixels, or (height, width), of the position table. Other sizes are
+            accepted too: the table is resampled on their grid.
         patch_size, stride: pixels; ``stride`` defaults to ``patch_size``.
         in_chans: channels of the image.
         num_classes: size of the head; 0 for none.
@@ -83,17 +83,17 @@ class VimEncoder(nn.Module):
             each end) or "none".
         directions: "both", "forward" or "backward": the directions that have parameters.
         num_registers: learned tokens spread evenly through the sequence (Mamba-Reg,
-            arXiv:2405.14858); no output shows them.
-        use_mask_token: give the encoder a learned token for masked patches. Without one a masked
-            patch keeps its position alone.
+            arXiv:2405.14858); outputs leave them out.
+        use_mask_token: add a learned token for masked patches. Without one a masked patch is its
+            position alone.
         use_pos_embed: learned table of absolute positions.
-        rope: rotate every patch, in every block, by angles of its own row and column. The rotation
-            is our definition, not upstream's, which forgets the middle class token: axial, base
+        rope: rotate every patch, in every block, by angles of its row and column: axial, base
             10000, coordinates in patches, whatever ``img_size``; other tokens are not rotated.
+            (Upstream's rotation differs: it ignores the class token in the middle.)
         drop_path_rate: stochastic depth, rising linearly over the blocks.
         scan_backend: see `vim_ssl.kernels.selective_scan`.
-        data_config: mean, std, input_size, interpolation, crop_pct, crop_mode, bands of the images
-            it expects; ImageNet's by default.
+        data_config: mean, std, input_size, interpolation, crop_pct, crop_mode, bands of the
+            expected images; ImageNet's by default.
 
     Raises: ValueError for values that do not fit together.
     """
@@ -157,7 +157,7 @@ class VimEncoder(nn.Module):
         self.register_tokens = _token(embed_dim, num_registers) if num_registers else None
         self.mask_token = _token(embed_dim) if use_mask_token else None
 
-        # Python numbers, since a model made on the meta device has no values to read.
+        # Python numbers: tensors on the meta device have no values.
         rates = [0.0, *(drop_path_rate * i / max(depth - 1, 1) for i in range(depth))]
         self.layers = nn.ModuleList(
             VimBlock(
@@ -174,7 +174,8 @@ class VimEncoder(nn.Module):
             {"module": f"layers.{i}", "num_chs": embed_dim, "reduction": reduction}
             for i in range(depth)
         ]
-        self.reset_classifier(num_classes, self._default_pool(global_pool))
+        default_pool = "token" if self.cls_names else "avg"
+        self.reset_classifier(num_classes, default_pool if global_pool is None else global_pool)
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -199,10 +200,10 @@ class VimEncoder(nn.Module):
     # ---------------------------------------------------------------- tokens: the core
 
     def embed(self, x: Tensor) -> Tensor:
-        """Images to patch tokens that carry their positions.
+        """Images to patch tokens with their positions added.
 
         Args:
-            x: (b, in_chans, h, w), any size and aspect the patching allows.
+            x: (b, in_chans, h, w), of any size that the patches fill.
         Returns: (b, m, embed_dim) in raster order; the grid is `grid` of (h, w).
         Raises: ValueError naming the sizes that would fit.
         """
@@ -241,18 +242,18 @@ class VimEncoder(nn.Module):
         indices: Sequence[int] | None = None,
         grid: tuple[int, int] | None = None,
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
-        """Run the blocks over patch tokens, class tokens placed among them.
+        """Run the blocks over patch tokens, with the class tokens inserted.
 
         Args:
             tokens: (b, m, embed_dim) from `embed`.
-            ids_keep: (b, k) integers: the patches to read, in this order; all by default. The
-                class token goes to the middle of what is read, with its own position.
-            mask: (b, m) bool, True = masked: the content of these patches is replaced by the mask
-                token, their positions stay.
-            directions: "both", "forward" or "backward", a subset of the encoder's own.
+            ids_keep: (b, k) integers: indices of the visible patches, in this order; all by
+                default. The middle class token then stands in the middle of these k patches.
+            mask: (b, m) bool, True = masked: the mask token replaces the content of these patches;
+                their positions stay.
+            directions: "both", "forward" or "backward", a subset of the encoder's.
             indices: blocks after which to tap the residual stream.
-            grid: rows and columns of the m patches; needed with ``mask`` or ``rope`` when it is
-                not the encoder's own and not square.
+            grid: rows and columns of the m patches; needed with ``mask`` or ``rope`` for a grid
+                that is neither the encoder's nor square.
 
         Returns: (b, k + class tokens, embed_dim) after the final norm; with ``indices`` also the
             list of taps, same shape, before any norm.
@@ -264,61 +265,60 @@ class VimEncoder(nn.Module):
     def forward_stream(
         self, tokens: Tensor, state: list[MixerState] | None = None
     ) -> tuple[Tensor, list[MixerState]]:
-        """Read a sequence piece by piece: what comes out is what one pass over it would give.
+        """Encode a sequence piece by piece, with the outputs of one pass over the whole.
 
-        Memory does not grow if pieces are embedded and read under `torch.no_grad`; else the state
-        carries the graph of all that was read, so that gradients flow through it.
+        Memory does not grow if pieces are embedded and encoded under `torch.no_grad`; else the
+        state holds the graph of all pieces before, so that gradients flow through it.
 
         Args:
             tokens: (b, k, embed_dim), the next tokens, with their positions; k is 1 or more.
-            state: what the call before returned; None at the beginning.
+            state: returned by the previous call; None for the first piece.
 
-        Returns: (b, k, embed_dim) after the final norm, at the beginning with the class token
-            before them if there is one; and the state, whose size does not depend on how much was
-            read.
-        Raises: ValueError for an encoder that reads backward too: its output at a token depends on
-            all that is to come; for one whose class token, registers or rotation depend on the
-            length of the whole; and for the state of another encoder or batch.
+        Returns: (b, k, embed_dim) after the final norm, in the first call after the class token if
+            there is one; and the state, of constant size.
+        Raises: ValueError for an encoder with a backward direction, whose outputs depend on all
+            later tokens; for one whose class token, registers or rotation depend on the length of
+            the sequence; and for the state of another encoder or batch.
         """
         if self.directions != "forward":
             raise ValueError(
-                f"a stream needs directions='forward'; this encoder reads {self.directions!r}, so "
-                "what it gives for a token depends on all tokens after it."
+                f"a stream needs directions='forward'; this encoder scans {self.directions!r}, so "
+                "its output for a token depends on all later tokens."
             )
         if self.cls_position not in ("none", "first") or self.num_registers or self.rope:
             raise ValueError(
                 f"cls_position {self.cls_position!r}, num_registers {self.num_registers} and rope "
-                f"{self.rope}: where these stand in the sequence depends on its length; a stream "
+                f"{self.rope}: their positions depend on the length of the sequence; a stream "
                 "needs cls_position 'none' or 'first', no registers and no rope."
             )
         if tokens.dim() != 3 or not tokens.shape[1] or tokens.shape[2] != self.embed_dim:
             raise ValueError(
                 f"tokens have shape {tuple(tokens.shape)}; expected (b, k, {self.embed_dim}) with "
-                "k 1 or more: what embed() gives, not images."
+                "k 1 or more: the output of embed(), not images."
             )
         if state is not None and {len(m) for pair in state for m in pair} != {len(tokens)}:
-            raise ValueError(f"the state is of another number of sequences than {len(tokens)}.")
+            raise ValueError(f"the state is not of a batch of {len(tokens)} sequences.")
         if state is not None and len(state) != len(self.layers):
             raise ValueError(
                 f"the state is of {len(state)} blocks, this encoder has {len(self.layers)}."
             )
-        hidden = tokens if state is not None else self._place_extra_tokens(tokens)
+        hidden = tokens if state is not None else self._insert_extra_tokens(tokens)
         residual, after = None, []
         for i, layer in enumerate(self.layers):
             block: Any = layer
             before = None if state is None else state[i]
-            hidden, residual, left = block.forward_stream(hidden, residual, before)
-            after.append(left)
+            hidden, residual, new = block.forward_stream(hidden, residual, before)
+            after.append(new)
         return self.norm_f(self.drop_path(hidden), residual)[0], after
 
     def _run(self, tokens, ids_keep, mask, directions, indices, grid, stop_early=False):
-        """`forward_tokens` that always returns taps and may leave out the last blocks."""
+        """`forward_tokens` that always returns taps and may skip the last blocks."""
         b, m, d = tokens.shape
         if directions is not None:
             _check_choice("directions", directions, DIRECTIONS)
             if self.directions not in ("both", directions):
                 raise ValueError(
-                    f"directions {directions!r} asked of an encoder that has only "
+                    f"directions {directions!r} requested, but the encoder has only "
                     f"{self.directions!r}; load it with directions='both' to seed the other."
                 )
         if mask is not None:
@@ -331,17 +331,16 @@ class VimEncoder(nn.Module):
             if rotation is not None:
                 rotation = tuple(table[0, ids_keep] for table in rotation)  # (b, k, d)
         k = tokens.shape[1]
-        hidden = self._place_extra_tokens(tokens)
-        if rotation is not None:  # class tokens and registers turn by nothing: sin 0, cos 1
+        hidden = self._insert_extra_tokens(tokens)
+        if rotation is not None:  # class tokens and registers are not rotated: sin 0, cos 1
+            fill = (tokens.new_full((1, 1, d), value) for value in (0.0, 1.0))
             rotation = tuple(
-                self._place(
-                    table, table.new_full((1, 1, d), still), table.new_full((1, 1, d), still)
-                )
-                for table, still in zip(rotation, (0.0, 1.0), strict=True)
+                self._insert_extra(table, value, value)
+                for table, value in zip(rotation, fill, strict=True)
             )
 
-        wanted = _resolve_indices(indices, len(self.layers))
-        layers = self.layers[: max(wanted) + 1] if stop_early and wanted else self.layers
+        taken = _resolve_indices(indices, len(self.layers))
+        layers = self.layers[: max(taken) + 1] if stop_early and taken else self.layers
         registers = register_slots(k + len(self.cls_names), self.num_registers)
         residual, taps = None, {}
         for i, layer in enumerate(layers):
@@ -351,10 +350,10 @@ class VimEncoder(nn.Module):
                 )
             else:
                 hidden, residual = layer(hidden, residual, directions, rotation)
-            if i in wanted:
+            if i in taken:
                 taps[i] = remove_tokens(residual + hidden, registers)[0]
         normed, _ = self.norm_f(self.drop_path(hidden), residual)
-        return remove_tokens(normed, registers)[0], [taps[i] for i in wanted]
+        return remove_tokens(normed, registers)[0], [taps[i] for i in taken]
 
     def _hide(self, tokens: Tensor, mask: Tensor, grid: tuple[int, int]) -> Tensor:
         """Replace the content of masked patches; their positions stay."""
@@ -369,15 +368,15 @@ class VimEncoder(nn.Module):
         blank = blank if pos is None else blank + pos
         return torch.where(mask[..., None], blank.to(tokens.dtype), tokens)
 
-    def _place_extra_tokens(self, tokens: Tensor) -> Tensor:
-        """Insert the class tokens, with their own positions, and the registers."""
+    def _insert_extra_tokens(self, tokens: Tensor) -> Tensor:
+        """Insert the class tokens, with their positions added, and the registers."""
         _, cls_pos = self._positions(self.grid_size)
-        own: list[Tensor] = [self.get_parameter(name) for name in self.cls_names]
-        cls = torch.cat(own, dim=1) if own else tokens.new_zeros(1, 0, self.embed_dim)
-        cls = cls if cls_pos is None else cls + cls_pos
-        return self._place(tokens, cls, self.register_tokens)
+        cls = [tokens.new_zeros(1, 0, self.embed_dim), *map(self.get_parameter, self.cls_names)]
+        joined = torch.cat(cls, dim=1)
+        joined = joined if cls_pos is None else joined + cls_pos
+        return self._insert_extra(tokens, joined, self.register_tokens)
 
-    def _place(self, patches: Tensor, cls: Tensor, registers: Tensor | None) -> Tensor:
+    def _insert_extra(self, patches: Tensor, cls: Tensor, registers: Tensor | None) -> Tensor:
         """(b, k, d) -> (b, k + class tokens + registers, d), each in its slot of the scan order.
 
         ``cls`` and ``registers`` are (1, count, d), or (1, 1, d) for the same value everywhere.
@@ -393,7 +392,7 @@ class VimEncoder(nn.Module):
         )
 
     def _positions(self, grid: tuple[int, int]) -> tuple[Tensor | None, Tensor | None]:
-        """The patches' positions on this grid (1, m, d) and the class tokens' own (1, c, d)."""
+        """Position embeddings: of the patches on this grid (1, m, d), of class tokens (1, c, d)."""
         if self.pos_embed is None:
             return None, None
         patches, cls = split_pos_embed(self.pos_embed, self.cls_position)
@@ -415,8 +414,8 @@ class VimEncoder(nn.Module):
     def _grid_of(self, m: int, grid: tuple[int, int] | None) -> tuple[int, int]:
         side = round(m**0.5)
         if grid is None:
-            own = self.grid_size[0] * self.grid_size[1] == m
-            grid = self.grid_size if own else (side, side)
+            is_default = self.grid_size[0] * self.grid_size[1] == m
+            grid = self.grid_size if is_default else (side, side)
         if grid[0] * grid[1] != m:
             raise ValueError(f"{m} tokens do not fill a {grid[0]}x{grid[1]} grid; pass grid=.")
         return grid
@@ -424,8 +423,8 @@ class VimEncoder(nn.Module):
     # ---------------------------------------------------------------- timm's protocol
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(b, in_chans, h, w) -> (b, tokens, embed_dim) after the final norm, in raster order,
-        the class token(s) in their place."""
+        """(b, in_chans, h, w) -> (b, tokens, embed_dim) after the final norm, in raster order, the
+        class tokens at their positions."""
         return self.forward_tokens(self.embed(x), grid=self.grid(*x.shape[-2:]))
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
@@ -438,7 +437,7 @@ class VimEncoder(nn.Module):
         return self.forward_head(self.forward_features(x))
 
     def pool(self, features: Tensor, global_pool: str) -> Tensor:
-        """Read (b, tokens, embed_dim) out: (b, embed_dim), or (b, 2 embed_dim) for token+avg."""
+        """Pool (b, tokens, embed_dim) to (b, embed_dim), or (b, 2 embed_dim) for token+avg."""
         if global_pool == "":
             return features
         patches, cls = self.split_tokens(features)
@@ -462,23 +461,23 @@ class VimEncoder(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ):
-        """timm's form: the residual stream after some blocks, as maps without class tokens.
+        """The residual stream after some blocks, as maps without class tokens (timm's protocol).
 
         Args:
             x: (b, in_chans, h, w).
             indices: block numbers (negative from the end), the last n for an int, all for None.
             return_prefix_tokens: give (map, class tokens (b, c, d)) pairs.
             norm: apply the final norm to each map, as dense heads want.
-            stop_early: do not run the blocks after the last index.
+            stop_early: skip the blocks after the last index.
             output_fmt: "NCHW" or "NLC".
-            intermediates_only: leave out the final features.
+            intermediates_only: do not return the final features.
         Returns: list of maps (b, embed_dim, rows, columns), or (final tokens, list).
         """
         _check_choice("output_fmt", output_fmt, ("NCHW", "NLC"))
         rows, columns = self.grid(*x.shape[-2:])
-        wanted = _resolve_indices(indices, len(self.layers), int_means_last=True)
+        taken = _resolve_indices(indices, len(self.layers), int_means_last=True)
         final, taps = self._run(
-            self.embed(x), None, None, None, wanted, (rows, columns), stop_early=stop_early
+            self.embed(x), None, None, None, taken, (rows, columns), stop_early=stop_early
         )
         maps = []
         for tap in taps:
@@ -492,21 +491,21 @@ class VimEncoder(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop the blocks after the last index, and if asked the final norm and the head; returns
-        the indices resolved."""
-        wanted = _resolve_indices(indices, len(self.layers), int_means_last=True)
-        self.layers = self.layers[: max(wanted) + 1]
+        """Drop the blocks after the last index, and optionally the final norm and the head; return
+        the resolved indices."""
+        kept = _resolve_indices(indices, len(self.layers), int_means_last=True)
+        self.layers = self.layers[: max(kept) + 1]
         if prune_norm:
             self.norm_f = _NoNorm()
         if prune_head:
             self.reset_classifier(0)
-        return wanted
+        return kept
 
     def get_classifier(self) -> nn.Module:
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A fresh head of this size (0: none), and another pooling if given."""
+        """Make a fresh head of this size (0: none), and change the pooling if given."""
         if global_pool is not None:
             _check_choice("global_pool", global_pool, POOLS)
             if global_pool.startswith("token") and not self.cls_names:
@@ -523,8 +522,8 @@ class VimEncoder(nn.Module):
             self.head.to(weight.device, weight.dtype)
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters that weight decay must not touch, by name: A_log and D define the dynamics;
-        biases, norms, tokens and positions are offsets. (Upstream decays A_log by accident.)"""
+        """Names of parameters without weight decay: A_log and D define the dynamics; biases, norms,
+        tokens and positions are offsets. (Upstream decays A_log by accident.)"""
         tokens = ("pos_embed", "register_tokens", "mask_token", *self.cls_names)
         return {
             name
@@ -549,7 +548,7 @@ class VimEncoder(nn.Module):
 
     @property
     def config(self) -> dict:
-        """Everything needed to build this encoder again: the constructor's arguments."""
+        """The constructor's arguments that build this encoder again."""
         return self._args | {
             "num_classes": self.num_classes,
             "global_pool": self.global_pool,
@@ -557,19 +556,13 @@ class VimEncoder(nn.Module):
             "data_config": dict(self.data_config),
         }
 
-    def _default_pool(self, global_pool: str | None) -> str:
-        return global_pool if global_pool is not None else ("token" if self.cls_names else "avg")
-
-
-# -------------------------------------------------------------------- token order
-
 
 def _resolve_indices(indices, depth: int, int_means_last: bool = False) -> list[int]:
     if indices is None:
         return list(range(depth)) if int_means_last else []
     if isinstance(indices, int):
         if not 0 < indices <= depth:
-            raise ValueError(f"the last {indices} blocks asked of an encoder of {depth} blocks.")
+            raise ValueError(f"the last {indices} requested of an encoder of {depth} blocks.")
         indices = range(depth - indices, depth)
     resolved = [i + depth if i < 0 else i for i in indices]
     if bad := [i for i in resolved if not 0 <= i < depth]:
@@ -591,7 +584,7 @@ def _check_choice(name: str, value, choices) -> None:
 _TINY = {"embed_dim": 192, "depth": 24}
 _SMALL = {"embed_dim": 384, "depth": 24}
 _BASE = {"embed_dim": 768, "depth": 24}
-# For CPUs: wide rather than deep, since every block is a scan; trained in minutes.
+# For CPUs, trained in minutes: wide rather than deep, since every block is a sequential scan.
 _NANO = {"embed_dim": 192, "depth": 4, "d_state": 8}
 # A name says what changes tensor shapes; everything else is an argument.
 PRESETS: dict[str, dict] = {
@@ -612,7 +605,7 @@ def _register(name: str, preset: dict) -> None:
     """Put a preset into timm's registry."""
 
     def build(pretrained: bool = False, **kwargs) -> VimEncoder:
-        # timm hands the statistics of its own configuration on; ours travel in data_config.
+        # timm passes the statistics of its configuration on; the preset's are in data_config.
         return build_model_with_cfg(
             VimEncoder, name, pretrained, feature_cfg={"feature_cls": "getter"},
             **(preset | kwargs),

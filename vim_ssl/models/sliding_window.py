@@ -1,4 +1,4 @@
-"""Label an image of any size by a window that slides over it."""
+"""Segment an image of any size by a sliding window."""
 
 import math
 from collections.abc import Callable
@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Sums of logits are kept for so many values at a time (0.5 GB of float32), whatever the image.
-MAX_VALUES = 2**27
+MAX_VALUES = 2**27  # logits held at a time (0.5 GB of float32), whatever the image's size
 
 
 @torch.inference_mode()
@@ -24,15 +23,15 @@ def label_pixels(
     batch_size: int = 4,
     max_values: int = MAX_VALUES,
 ) -> Tensor:
-    """The class of every pixel: windows' logits averaged, resized to ``size``, the largest taken.
+    """The class of every pixel: argmax of the windows' mean logits, resized to ``size``.
 
-    Beside the image, memory depends on ``max_values`` and not on the sizes: a result that would
-    need more is made in blocks, for which windows at their borders are computed again. The result
-    is the same, up to rounding.
+    Memory besides the image depends on ``max_values`` and not on the sizes: larger results are
+    computed in blocks, with the windows at their borders computed again. Blocks change the result
+    by rounding alone.
 
     Args:
         logits_of: (b, c, window, window) -> (b, classes, ·, ·), resized to the window here.
-        image: (c, h, w), normalised; padded with zeros where it is smaller than the window.
+        image: (c, h, w), normalised; padded with zeros to at least the window.
         size: (height, width) of the result, such as the labels'.
         window, stride: pixels of ``image``; the last window of a row ends at its border.
         batch_size: windows at a time.
@@ -53,15 +52,15 @@ def label_pixels(
             )  # fmt: skip
             step = max(max_values // (8 * classes * len(column)), 1)  # rows resized at a time
             for first in range(row.start, row.stop, step):
-                part = _Samples(range(first, min(first + step, row.stop)), size[0], h)
-                resized = left.take(part.take(sums, 1, top.first), 2, left.first)
-                place = slice(first, first + len(part.below)), slice(column.start, column.stop)
-                result[place] = resized.argmax(0)
+                rows_now = range(first, min(first + step, row.stop))
+                part = _Samples(rows_now, size[0], h).take(sums, 1, top.first)
+                labels = left.take(part, 2, left.first).argmax(0)
+                result[first : rows_now.stop, column.start : column.stop] = labels
     return result
 
 
 def starts(side: int, window: int, stride: int) -> list[int]:
-    """Where the windows begin that cover ``side`` pixels."""
+    """First pixels of the windows that cover ``side`` pixels."""
     last = max(side - window, 0)
     return sorted({min(start, last) for start in range(0, last + stride, stride)})
 
@@ -101,21 +100,21 @@ class _Samples:
     """Linear interpolation along one side, as `torch.nn.functional.interpolate` does it.
 
     Args:
-        wanted: which of the result's ``size`` places.
-        size, source: the side's length in the result and in what is interpolated.
-    Attributes ``first`` and ``stop`` say what of the source is needed.
+        pixels: of the result, among its ``size``.
+        size, source: length of the side in the result and in the source.
+    Attributes ``first`` and ``stop``: the range of source pixels that it needs.
     """
 
-    def __init__(self, wanted: range, size: int, source: int):
-        places = torch.arange(wanted.start, wanted.stop, dtype=torch.float64)
-        at = ((places + 0.5) * (source / size) - 0.5).clamp(0, source - 1)
+    def __init__(self, pixels: range, size: int, source: int):
+        centres = torch.arange(pixels.start, pixels.stop, dtype=torch.float64) + 0.5
+        at = (centres * (source / size) - 0.5).clamp(0, source - 1)
         self.below = at.floor().long()
         self.above = (self.below + 1).clamp(max=source - 1)
         self.share = (at - self.below).float()
         self.first, self.stop = int(self.below[0]), int(self.above[-1]) + 1
 
     def take(self, x: Tensor, dim: int, first: int) -> Tensor:
-        """``x``, which begins at the source's place ``first``, interpolated along ``dim``."""
+        """Interpolate ``x``, whose first pixel is ``first`` of the source, along ``dim``."""
         shape = [-1 if d == dim else 1 for d in range(x.dim())]
         below, above = (
             x.index_select(dim, (i - first).to(x.device)) for i in (self.below, self.above)
@@ -126,7 +125,8 @@ class _Samples:
 def _blocks(
     source: tuple[int, int], size: tuple[int, int], max_pixels: int
 ) -> tuple[list[range], list[range]]:
-    """Rows and columns of the result, in as few parts as keep a part's source small enough."""
+    """Ranges of rows and columns of the result: the fewest blocks with at most ``max_pixels`` of
+    the source each."""
     parts = [1, 1]
 
     def sides() -> list[int]:
@@ -136,7 +136,7 @@ def _blocks(
         longer = sides().index(max(sides()))
         parts[longer] += 1
         if parts[longer] > size[longer]:
-            raise ValueError(f"max_values allows {max_pixels} pixels at a time: too few.")
+            raise ValueError(f"max_values allows {max_pixels} pixels at a time, which is too few.")
     cut = []
     for side, n in zip(size, parts, strict=True):
         edges = [i * side // n for i in range(n + 1)]

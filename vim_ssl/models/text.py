@@ -1,11 +1,11 @@
-"""The text side of pretraining from captions: tokenizers, and the tower that reads their tokens.
+"""Text encoders for pretraining from captions; see `tokenizers` for their inputs.
 
 >>> tokenizer = train_bpe(captions, vocab_size=8192)
 >>> tokens = tokenizer(["a dog", "two cats on a mat"])                          # (2, 77)
 >>> TextEncoder(tokenizer.vocab_size, eos_id=tokenizer.eos_id)(tokens)          # (2, 512)
 
-A caption becomes ``start, its tokens, end, padding``. Everything after the first end is padding to
-the towers, whatever id the padding has.
+A caption becomes ``start, its tokens, end, padding``. The encoders ignore everything after the
+first end, whatever id the padding has.
 """
 
 from typing import Any
@@ -17,23 +17,18 @@ from torch import Tensor, nn
 
 from vim_ssl.models.tokenizers import CONTEXT_LENGTH, import_transformers, load_from_hub
 
-# -------------------------------------------------------------------- tokenizers
-
-
-# -------------------------------------------------------------------- towers
-
 
 class TextEncoder(nn.Module):
-    """A causal transformer that gives what it holds at the first end-of-text.
+    """A causal transformer whose output is its state at the first end-of-text token.
 
     Args:
         vocab_size, eos_id, context_length: the tokenizer's.
         width, depth, heads: of the blocks; by default those of CLIP's ViT-B.
-        dropout: on attention weights and on what blocks add; CLIP has none.
-    Raises: ValueError for a width that the heads do not divide, for no block (the end alone would
-        be read, whatever the caption), and for a dropout outside [0, 1).
-    Reference: CLIP, arXiv:2103.00020, section 2.4. (There the end is the largest id and found by
-    argmax, which no other vocabulary promises.)
+        dropout: on attention weights and residual branches; CLIP has none.
+    Raises: ValueError for a width that the heads do not divide, for no block (the output would not
+        depend on the caption), and for a dropout outside [0, 1).
+    Reference: CLIP, arXiv:2103.00020, section 2.4. (CLIP finds the end by argmax, as the largest
+        id, which other vocabularies do not guarantee.)
     """
 
     def __init__(
@@ -71,12 +66,12 @@ class TextEncoder(nn.Module):
         """
         if tokens.shape[1] > self.context_length:
             raise ValueError(
-                f"{tokens.shape[1]} tokens a caption came, at most {self.context_length} go in; "
-                "use the tokenizer that the tower was trained with."
+                f"captions have {tokens.shape[1]} tokens; expected at most {self.context_length}. "
+                "Use the tokenizer that the text encoder was trained with."
             )
         ends = first_end(tokens, self.eos_id)  # (b,)
-        # Nothing looks ahead: what follows the last end is not computed. (A GPU would have to be
-        # waited for to know where that is.)
+        # Attention is causal, so tokens after the last end are not needed. (On a GPU, finding that
+        # index would cost a synchronisation.)
         if tokens.device.type == "cpu" and len(tokens):
             tokens = tokens[:, : int(ends.max()) + 1]
         x = self.token_embed(tokens) + self.pos_embed[:, : tokens.shape[1]]
@@ -87,7 +82,7 @@ class TextEncoder(nn.Module):
 
 
 class _Block(nn.Module):
-    """Pre-norm attention to what came before, then an MLP."""
+    """Pre-norm causal attention, then an MLP."""
 
     def __init__(self, width: int, heads: int, depth: int, dropout: float):
         super().__init__()
@@ -95,12 +90,12 @@ class _Block(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = Mlp(width, 4 * width)
-        # CLIP's: what a block adds to the stream is smaller the more of them there are.
-        added = width**-0.5 * (2 * depth) ** -0.5
+        # CLIP's initialisation: residual branches shrink with the number of blocks.
+        branch = width**-0.5 * (2 * depth) ** -0.5
         nn.init.normal_(self.qkv.weight, std=width**-0.5)
-        nn.init.normal_(self.proj.weight, std=added)
+        nn.init.normal_(self.proj.weight, std=branch)
         nn.init.normal_(self.mlp.fc1.weight, std=(2 * width) ** -0.5)
-        nn.init.normal_(self.mlp.fc2.weight, std=added)
+        nn.init.normal_(self.mlp.fc2.weight, std=branch)
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
@@ -108,17 +103,17 @@ class _Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         p = self.dropout if self.training else 0.0
         q, k, v = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        seen = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)  # (b, h, l, d)
-        x = x + F.dropout(self.proj(seen.transpose(1, 2).flatten(2)), p)
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)  # (b, h, l, d)
+        x = x + F.dropout(self.proj(y.transpose(1, 2).flatten(2)), p)
         return x + F.dropout(self.mlp(self.norm2(x)), p)
 
 
 class HubText(nn.Module):
-    """A text model of transformers: the mean of its last states over start, text and end.
+    """A text model of transformers, pooled as the mean of its last states up to the first end.
 
     Args:
-        model: as `AutoModel` gives it.
-        name: where it came from.
+        model: from `AutoModel`.
+        name: its Hub id or folder.
         eos_id: the tokenizer's.
     """
 
@@ -129,27 +124,27 @@ class HubText(nn.Module):
         self.num_features = settings.hidden_size
         self.config = {"hf": name, "eos_id": eos_id, "model": settings.to_dict()}
         if (pooler := getattr(model, "pooler", None)) is not None:
-            pooler.requires_grad_(False)  # not read: it would wait for a gradient for ever
+            pooler.requires_grad_(False)  # unused, so it gets no gradient
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(b, l) int64 -> (b, hidden_size)."""
-        places = torch.arange(tokens.shape[1], device=tokens.device)
-        read = (places <= first_end(tokens, self.eos_id)[:, None]).long()
-        states = self.model(input_ids=tokens, attention_mask=read).last_hidden_state
-        weight = read.to(states.dtype)[..., None]
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        keep = (positions <= first_end(tokens, self.eos_id)[:, None]).long()  # 1 = attended
+        states = self.model(input_ids=tokens, attention_mask=keep).last_hidden_state
+        weight = keep.to(states.dtype)[..., None]
         return (states * weight).sum(1) / weight.sum(1)
 
 
 def load_hub_text(name: str, eos_id: int) -> HubText:
     """The pretrained model NAME of the Hub, or of a local folder.
 
-    Raises: ImportError without transformers; OSError as `_from_hub`.
+    Raises: ImportError without transformers; OSError as `load_from_hub`.
     """
     return HubText(load_from_hub("AutoModel", name), name, eos_id)
 
 
 def build_text(config: dict[str, Any]) -> TextEncoder | HubText:
-    """An untrained tower with this ``config``, to load weights into."""
+    """An untrained text encoder with this ``config``, to load weights into."""
     if "hf" not in config:
         return TextEncoder(**config)
     transformers = import_transformers(f"hf:{config['hf']}")
@@ -158,7 +153,7 @@ def build_text(config: dict[str, Any]) -> TextEncoder | HubText:
 
 
 def first_end(tokens: Tensor, eos_id: int) -> Tensor:
-    """(b, l) -> (b,) int64: the place of each row's first end, or its last place without one."""
+    """(b, l) -> (b,) int64: the index of each row's first end, or of its last token without one."""
     ends = tokens == eos_id
     ends[:, -1] = True
     return ends.int().argmax(1)

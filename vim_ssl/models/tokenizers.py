@@ -1,4 +1,4 @@
-"""Tokenizers of captions: byte pairs trained here, CLIP's, or one of the Hub."""
+"""Tokenizers of captions: byte-level BPE trained on them, CLIP's, or one of the Hub."""
 
 import json
 import os
@@ -13,18 +13,17 @@ from vim_ssl.utils.files import atomic_write
 
 CONTEXT_LENGTH = 77  # CLIP's
 SPECIAL = ("<pad>", "<bos>", "<eos>")
-# Of a caption no more characters than this a token are looked at: nobody waits for a whole book.
-LONGEST_TOKEN = 50
+LONGEST_TOKEN = 50  # characters; a caption is cut to so many for each token of the context
 
 
 class Tokenizer:
-    """Captions to rows of token ids. Can be sent to DataLoader workers.
+    """Maps captions to rows of token ids. Picklable, for DataLoader workers.
 
     Attributes:
         name: "bpe", "clip" or "hf:NAME".
         vocab_size: ids are below it.
-        bos_id: the start, or None where there is none.
-        eos_id, pad_id: the end and what follows it.
+        bos_id: the start token, or None.
+        eos_id, pad_id: the end token and the padding after it.
         context_length: length of every row.
     """
 
@@ -33,6 +32,7 @@ class Tokenizer:
     bos_id: int | None
     eos_id: int
     pad_id: int
+    _model: Any  # its ``decode`` maps ids to text
 
     def __init__(self, context_length: int = CONTEXT_LENGTH):
         if context_length < 3:
@@ -43,37 +43,34 @@ class Tokenizer:
         self.context_length = context_length
 
     def ids(self, text: str) -> list[int]:
-        """The tokens of a text without start and end, as many as it takes."""
+        """All tokens of a text, without start and end."""
         raise NotImplementedError
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, up to the first end; start and padding leave nothing."""
+        """The text of token ids up to the first end, without start and padding."""
         ids = [int(i) for i in ids]
         ids = ids[: ids.index(self.eos_id)] if self.eos_id in ids else ids
-        return self._text([i for i in ids if i not in (self.bos_id, self.pad_id)]).strip()
-
-    def _text(self, ids: list[int]) -> str:
-        raise NotImplementedError
+        return self._model.decode([i for i in ids if i not in (self.bos_id, self.pad_id)]).strip()
 
     def row(self, text: str) -> tuple[list[int], bool]:
-        """One row of ``context_length`` ids, and whether the text had to be cut to fit."""
+        """One row of ``context_length`` ids, and whether the text was cut to fit."""
         text = clean(text)
-        shown = text[: LONGEST_TOKEN * self.context_length]
+        read = text[: LONGEST_TOKEN * self.context_length]
         start = [] if self.bos_id is None else [self.bos_id]
         room = self.context_length - len(start) - 1
-        ids = self.ids(shown)
+        ids = self.ids(read)
         kept = [*start, *ids[:room], self.eos_id]
         padding = [self.pad_id] * (self.context_length - len(kept))
-        return kept + padding, len(ids) > room or len(shown) < len(text)
+        return kept + padding, len(ids) > room or len(read) < len(text)
 
     def __call__(self, texts: str | Sequence[str]) -> Tensor:
-        """One text or n -> (n, context_length) int64. Longer ones are cut, their end is kept."""
+        """One text or n -> (n, context_length) int64. Longer texts are cut; the end stays."""
         texts = [texts] if isinstance(texts, str) else texts
         rows = [self.row(text)[0] for text in texts]
         return torch.tensor(rows, dtype=torch.int64).view(len(rows), self.context_length)
 
     def save(self, folder: str | Path) -> None:
-        """Write what `load_tokenizer` needs into ``folder``: tokenizer.json."""
+        """Write tokenizer.json, which `load_tokenizer` reads, into ``folder``."""
         record: dict[str, Any] = {"name": self.name, "context_length": self.context_length}
         text = json.dumps(record | self._stored(), ensure_ascii=False)
         atomic_write(Path(folder) / "tokenizer.json", text.encode())
@@ -83,7 +80,7 @@ class Tokenizer:
 
 
 class BytePairs(Tokenizer):
-    """Byte-level BPE: every text has tokens, in any script.
+    """Byte-level BPE, which encodes any text in any script.
 
     Args:
         model: of the `tokenizers` package, as JSON.
@@ -107,9 +104,6 @@ class BytePairs(Tokenizer):
 
     def ids(self, text: str) -> list[int]:
         return self._model.encode(text, add_special_tokens=False).ids if text else []
-
-    def _text(self, ids: list[int]) -> str:
-        return self._model.decode(ids)
 
     def _stored(self) -> dict[str, Any]:
         return {"model": json.loads(self.model)}
@@ -145,15 +139,12 @@ class ClipBPE(Tokenizer):
     def ids(self, text: str) -> list[int]:
         return self._model.encode(text)
 
-    def _text(self, ids: list[int]) -> str:
-        return self._model.decode(ids)
-
 
 class HubTokenizer(Tokenizer):
     """Any tokenizer of the Hugging Face Hub, or of a local folder, through transformers.
 
-    Raises: ImportError without transformers; OSError as `_from_hub`; ValueError for one that marks
-        no end.
+    Raises: ImportError without transformers; OSError as `load_from_hub`; ValueError for a tokenizer
+        without an end token.
     """
 
     def __init__(self, name: str, context_length: int = CONTEXT_LENGTH):
@@ -169,31 +160,26 @@ class HubTokenizer(Tokenizer):
         if eos is None:
             raise ValueError(f"the tokenizer {self.name} has no token that ends a text.")
         self.vocab_size = len(self._model)
-        # Where one token is both, as GPT-2's, only the end is set: it is where features are read.
+        # If one token is both, as in GPT-2, it counts as the end, which features are read at.
         self.eos_id, self.bos_id = eos, None if bos == eos else bos
         self.pad_id = eos if pad is None else pad
 
     def ids(self, text: str) -> list[int]:
         return self._model.encode(text, add_special_tokens=False, split_special_tokens=True)
 
-    def _text(self, ids: list[int]) -> str:
-        return self._model.decode(ids)
-
 
 def clean(text: str) -> str:
-    """White space to single spaces; halves of characters, which no encoding takes, to "?"."""
+    """Replace white space by single spaces, and lone surrogates, which UTF-8 lacks, by "?"."""
     return " ".join(text.encode("utf-8", "replace").decode().split())
 
 
 def train_bpe(
     captions: Iterable[str], *, vocab_size: int = 8192, context_length: int = CONTEXT_LENGTH
 ) -> BytePairs:
-    """Byte-level BPE of the captions, brought to Unicode's NFC form and lower case.
-
-    The same captions in the same order give the same tokens.
+    """Train byte-level BPE on the captions, in Unicode's NFC form and lower case; deterministic.
 
     Args:
-        vocab_size: at most; with few captions there are fewer.
+        vocab_size: at most; few captions give fewer tokens.
     Raises: ImportError without `tokenizers`; ValueError for a vocabulary smaller than the bytes, or
         captions without a word.
     """
@@ -215,7 +201,7 @@ def train_bpe(
         show_progress=False,
     )  # fmt: skip
     model.train_from_iterator(filter(None, map(clean, captions)), trainer)
-    # Its threads are done; said before workers are forked, this spares a warning in each of them.
+    # Training is over: without its threads, forked workers print no warning.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if model.get_vocab_size() == len(alphabet) + len(SPECIAL):
         raise ValueError("the captions to train a tokenizer on hold no word.")

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-# The names of the class tokens, in scan order; their number follows.
+# cls_position -> the names of the class tokens, in scan order.
 CLS_TOKENS = {
     "middle": ("cls_token",),
     "first": ("cls_token",),
@@ -13,17 +13,17 @@ CLS_TOKENS = {
 
 
 def cls_slots(m: int, cls_position: str) -> list[int]:
-    """Where the class tokens stand among m patches (indices into the joined sequence)."""
+    """Positions of the class tokens among m patches, as indices into the joined sequence."""
     return {"middle": [m // 2], "first": [0], "double": [0, m + 1], "none": []}[cls_position]
 
 
 def register_slots(length: int, count: int) -> list[int]:
-    """Where ``count`` registers stand, evenly spread through a sequence of this length."""
+    """Positions of ``count`` registers spread evenly through a sequence of this length."""
     return [(i + 1) * length // (count + 1) + i for i in range(count)]
 
 
 def insert_tokens(sequence: Tensor, extra: Tensor, slots: list[int]) -> Tensor:
-    """Put extra (b, c, d) into sequence (b, l, d) so that they stand at the (ascending) slots."""
+    """Insert extra (b, c, d) into sequence (b, l, d) at the (ascending) indices of the result."""
     pieces, start = [], 0
     for i, slot in enumerate(slots):
         pieces += [sequence[:, start : slot - i], extra[:, i : i + 1]]
@@ -32,7 +32,7 @@ def insert_tokens(sequence: Tensor, extra: Tensor, slots: list[int]) -> Tensor:
 
 
 def remove_tokens(sequence: Tensor, slots: list[int]) -> tuple[Tensor, Tensor]:
-    """The inverse of `_insert`: (what stands elsewhere, what stands at the slots)."""
+    """The inverse of `insert_tokens`: (the other tokens, the tokens at the slots)."""
     if not slots:
         return sequence, sequence[:, :0]
     ends = [*slots, sequence.shape[1]]
@@ -42,10 +42,10 @@ def remove_tokens(sequence: Tensor, slots: list[int]) -> tuple[Tensor, Tensor]:
 
 
 def split_pos_embed(table: Tensor, cls_position: str) -> tuple[Tensor, Tensor]:
-    """Split a position table (1, m + c, d) into the grid's rows and the class tokens' own.
+    """Split a position table (1, m + c, d) into rows of patches and of class tokens.
 
-    The class token of the middle has row m // 2; treating it as a prefix, as upstream's dense-task
-    code does, shifts half of the grid by one patch.
+    The middle class token has row m // 2; as a prefix, as in upstream's dense-task code, it would
+    shift half of the grid by one patch.
     """
     m = table.shape[1] - len(CLS_TOKENS[cls_position])
     return remove_tokens(table, cls_slots(m, cls_position))

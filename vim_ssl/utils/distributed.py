@@ -1,7 +1,9 @@
-"""Several processes that share work out and bring what they found together on the first.
+"""Processes that divide work and gather the results on the main one.
 
-A launcher (`accelerate launch`, `torchrun`) tells each process its place by environment variables.
-Only what lies on the CPU is sent, so gloo carries it, whatever device computes.
+A launcher (`accelerate launch`, `torchrun`) sets each process's rank by environment variables.
+Results are gathered on the CPU by gloo, whatever the device. accelerate's `gather_object` is not
+used: it gives all results to all ranks, which for features of a whole data set costs their memory
+once per rank.
 """
 
 import os
@@ -12,12 +14,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-PATIENCE = timedelta(days=1)  # the others wait while the first one fits
+PATIENCE = timedelta(days=1)  # the other ranks wait while the main one fits a probe
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process, number ``rank`` of ``world``."""
+    """This process: its ``rank`` among ``world`` processes."""
 
     rank: int = 0
     world: int = 1
@@ -27,40 +29,39 @@ class Processes:
         return self.rank == 0
 
     def gather(self, part: Any) -> list[Any]:
-        """Every process's part by rank on the main one, nothing on the others."""
+        """All processes' parts in the order of ranks on the main process; [] on the others."""
         if self.world == 1:
             return [part]
         parts: list[Any] | None = [None] * self.world if self.main else None
         dist.gather_object(part, parts)
         return parts or []
 
-    def agree(self, value: Any) -> Any:
-        """The main process's value, on all; nobody goes on before it has come this far."""
-        if self.world == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box)
-        return box[0]
+    def broadcast(self, value: Any) -> Any:
+        """The main process's value on all ranks, which wait for it."""
+        values = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
 
 
 def join_processes() -> Processes:
-    """Meet the other processes that the launcher started; alone without a launcher."""
+    """Join the processes that the launcher started; without a launcher, this one alone."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
         return Processes()
-    # Launchers leave each process one thread.
+    # Launchers set one thread per process.
     torch.set_num_threads(max(cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1))
     if not dist.is_initialized():
         dist.init_process_group("gloo", timeout=PATIENCE)
     return Processes(dist.get_rank(), world)
 
 
-def pick_device(asked: str = "") -> str:
-    """The device asked for, else this process's GPU, else the CPU."""
-    gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    return asked or gpu
+def pick_device(device: str = "") -> str:
+    """The requested device, else this process's GPU, else the CPU."""
+    default = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    return device or default
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

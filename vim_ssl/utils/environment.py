@@ -1,19 +1,18 @@
-"""The environment that figures depend on: versions, commit, hardware."""
+"""The environment that measurements depend on: versions, commit, hardware."""
 
 import os
 import subprocess
 from pathlib import Path
 
-import torch
-
 __version__ = "0.1.0"
 
 
 def environment() -> dict[str, str]:
-    """What figures depend on: hardware and versions, for the records that go with them."""
+    """Hardware and versions, for the records of measurements."""
     import platform
 
     import timm
+    import torch
 
     processor = platform.processor() or platform.machine()
     if (info := Path("/proc/cpuinfo")).exists():
@@ -30,7 +29,7 @@ CHECKOUT = Path(__file__).parents[2]
 
 
 def commit() -> str:
-    """Of the checkout, marked where files differ from it; COMMIT names it where git cannot."""
+    """The checkout's commit, marked "dirty" if files differ; COMMIT overrides git."""
     if name := os.environ.get("COMMIT"):
         return name
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]

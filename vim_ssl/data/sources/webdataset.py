@@ -31,7 +31,7 @@ from vim_ssl.data.loading.streamed import (
     open_file,
 )
 from vim_ssl.data.spec import DataSpec
-from vim_ssl.utils.files import user_cache
+from vim_ssl.utils.files import atomic_write, user_cache
 
 IMAGES = tuple(extension[1:] for extension in EXTENSIONS)
 KINDS = {"wds": "*.tar", "parquet": "*.parquet"}  # what is read of a folder, by scheme
@@ -215,9 +215,7 @@ def count_shards(
     if found != known:
         with suppress(OSError):  # a cache that cannot be written is no reason to stop
             cache.parent.mkdir(parents=True, exist_ok=True)
-            partial = cache.with_name(f".{key}.{os.getpid()}.partial")
-            partial.write_text(json.dumps(found))
-            os.replace(partial, cache)
+            atomic_write(cache, json.dumps(found))
     others: Counter[str] = Counter()
     for row in found.values():
         others.update(row["others"])

@@ -1,9 +1,9 @@
-"""Dense heads: what turns the encoder's maps, all of one size, into a pyramid and into labels.
+"""Dense heads: pyramids from the encoder's maps, all of one size, and predictions from pyramids.
 
 maps = encoder.forward_intermediates(images, taps, norm=True, intermediates_only=True)
 FeatureUpsampling(d, stride)(maps)        # four maps at strides 4, 8, 16, 32
 SimpleFeaturePyramid(d, stride)(maps[-1]) # five maps at strides 4 to 64, by name
-RCNN(256, classes)(images, pyramid)       # objects
+RCNN(256, classes)(images, pyramid)       # detections
 """
 
 from vim_ssl.models.heads.pyramid import FeatureUpsampling, SimpleFeaturePyramid

@@ -1,4 +1,4 @@
-"""Pyramids from an encoder whose maps all have one stride, for heads that want several."""
+"""Multi-scale pyramids from an encoder whose maps all have one stride."""
 
 import math
 from collections import OrderedDict
@@ -13,7 +13,7 @@ Norm = Callable[[int], nn.Module]
 
 
 def doublings(stride: int, target: int) -> int:
-    """How often a map of ``stride`` is doubled in size to have ``target``; negative: halved.
+    """Number of doublings from ``stride`` to ``target``; negative for halvings.
 
     Raises: ValueError for a stride that is no power of two times ``target``.
     """
@@ -27,16 +27,16 @@ def doublings(stride: int, target: int) -> int:
 
 
 class FeatureUpsampling(nn.Module):
-    """One tapped map a level, brought to strides 4, 8, 16, 32: shallow blocks give the fine ones.
+    """Resize four tapped maps to strides 4, 8, 16, 32, the shallowest block's to the finest.
 
-    Doubled by transposed convolutions, halved by max-pooling (an odd side is rounded up).
+    Transposed convolutions double, max-pooling halves (odd sides are rounded up).
 
     Args:
         dim: channels of every map, in and out.
         stride: of the maps, pixels.
         norm: between two transposed convolutions: channels -> module.
     Raises: ValueError for a stride that is no power of two.
-    Reference: BEiT's segmentation, arXiv:2106.08254, which Vim takes over.
+    Reference: BEiT's segmentation, arXiv:2106.08254, which Vim uses.
     """
 
     strides = (4, 8, 16, 32)
@@ -67,8 +67,8 @@ def _resized(dim: int, times: int, norm: Norm) -> nn.Module:
 class SimpleFeaturePyramid(nn.Module):
     """The last map at strides 4, 8, 16, 32 and 64, for detectors.
 
-    A doubling halves the channels. Each level then has a 1x1 and a 3x3 convolution with LayerNorm
-    over channels; stride 64 is every second pixel of stride 32.
+    Each doubling halves the channels. Each level then has a 1x1 and a 3x3 convolution with
+    LayerNorm over channels; stride 64 is every second pixel of stride 32.
 
     Args:
         dim: channels of the map.

@@ -1,4 +1,4 @@
-"""Heads that find objects: Mask R-CNN and Cascade Mask R-CNN, of torchvision's parts."""
+"""Detection heads: Mask R-CNN and Cascade Mask R-CNN from torchvision's modules."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -17,32 +17,32 @@ from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_inference,
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import MultiScaleRoIAlign, clip_boxes_to_image
 
-LEVELS = ("0", "1", "2", "3")  # what regions are cut from; proposals come from "pool" too
-COARSEST = 64  # pixels from one place of "pool" to the next: images are multiples of it
-# Of the cascade's stages: the IoU from which on a box is an object, and the weights of its offsets.
+LEVELS = ("0", "1", "2", "3")  # regions are pooled from these; proposals come from "pool" too
+COARSEST = 64  # stride of "pool" in pixels; images are multiples of it
+# The cascade's stages: the least IoU of a positive box, and the weights of its offsets.
 STAGES = (
     (0.5, (10.0, 10.0, 5.0, 5.0)),
     (0.6, (20.0, 20.0, 10.0, 10.0)),
     (0.7, (30.0, 30.0, 15.0, 15.0)),
 )
-Found = dict[str, Tensor]
+Objects = dict[str, Tensor]  # of one image: boxes, labels, scores, masks
 
 
 class RCNN(nn.Module):
-    """Proposals from a pyramid, and what each of them shows: class, better box, mask.
+    """Proposals from a pyramid, and the class, refined box and mask of each.
 
     Args:
         channels: of the pyramid's maps, and inside the heads.
-        num_classes: of objects; nothing at all is one more, number 0.
-        cascade: three box heads, one after another, each trained on the boxes of the one before
+        num_classes: of objects; the background is one more, number 0.
+        cascade: three box heads in sequence, each trained on the boxes of the one before
             (`CascadeRoIHeads`); else one (torchvision's `RoIHeads`).
-        masks: whether there is a head for masks.
+        masks: add a mask head.
         convs: 3x3 convolutions in each box head and in the mask head.
         hidden: width of a box head's last layer.
         anchor: side of the finest level's anchors, pixels; each coarser level doubles it.
-        samples: proposals an image on which the box heads are trained.
+        samples: proposals per image for training the box heads.
         score: the least score of a detection.
-        most: detections an image.
+        most: detections per image.
     References: Mask R-CNN, arXiv:1703.06870; Cascade R-CNN, arXiv:1712.00726. The sizes and norms
         are ViTDet's, arXiv:2203.16527. The proposals' boxes have torchvision's smooth L1 loss
         (beta 1/9) where ViTDet's have L1.
@@ -73,7 +73,7 @@ class RCNN(nn.Module):
         )  # fmt: skip
 
         def pool(side: int) -> MultiScaleRoIAlign:
-            # A box of 7 anchors' side is cut from the level of stride 16, as 224 pixels are of 32.
+            # A box of 7 anchors' side is pooled at stride 16, as 224 pixels are with anchors of 32.
             return MultiScaleRoIAlign(list(LEVELS), side, 0, canonical_scale=7 * anchor)
 
         def box_head() -> nn.Module:
@@ -108,32 +108,32 @@ class RCNN(nn.Module):
             )  # fmt: skip
 
     def forward(
-        self, images: Tensor, maps: OrderedDict[str, Tensor], targets: list[Found] | None = None
-    ) -> tuple[list[Found], dict[str, Tensor]]:
-        """What is found, or in training the losses.
+        self, images: Tensor, maps: OrderedDict[str, Tensor], targets: list[Objects] | None = None
+    ) -> tuple[list[Objects], dict[str, Tensor]]:
+        """Detections, or in training the losses.
 
         Args:
-            images: (b, c, h, w), of which the size alone matters; sides are multiples of 64.
+            images: (b, c, h, w), of which only the size is used; sides are multiples of 64.
             maps: of `SimpleFeaturePyramid`.
-            targets: in training, one an image: ``boxes`` (n, 4) float32, left, top, right, bottom
-                in pixels with a width and a height; ``labels`` (n,) int64 from 1 on; with a mask
-                head ``masks`` (n, h, w) uint8, 1 = object. n may be 0.
-        Returns: in evaluation one an image: ``boxes``, ``labels``, ``scores`` (n,), falling, and
-            with a mask head ``masks`` (n, 1, 28, 28), how likely each place of the box is object;
-            in training scalars by name, each an average.
+            targets: in training, one per image: ``boxes`` (n, 4) float32, left, top, right, bottom
+                in pixels, of positive width and height; ``labels`` (n,) int64 from 1 on; with a
+                mask head ``masks`` (n, h, w) uint8, 1 = object. n may be 0.
+        Returns: in evaluation one per image: ``boxes``, ``labels``, ``scores`` (n,), descending,
+            and with a mask head ``masks`` (n, 1, 28, 28), probabilities over the box; in training
+            scalars by name, each an average.
         """
-        # Boxes take the maps' type, and bfloat16 knows no pixel from its neighbour beyond 256.
+        # Boxes take the maps' dtype, and bfloat16 cannot resolve single pixels beyond 256.
         maps = OrderedDict((name, x.float()) for name, x in maps.items())
-        # All images have one size, padding included: torchvision guesses the levels' strides from
-        # the sizes of the first images that it sees.
+        # All images have one size, padding included: torchvision infers the levels' strides from
+        # the first batch.
         shapes = [(images.shape[-2], images.shape[-1])] * len(images)
         boxes, losses = self.proposals(ImageList(images, shapes), maps, targets)
-        found, more = self.regions(maps, boxes, shapes, targets)
-        return found, losses | more
+        detections, more = self.regions(maps, boxes, shapes, targets)
+        return detections, losses | more
 
 
 class ProposalHead(RPNHead):
-    """Says of every anchor whether it is an object, and by how much it misses; in float32."""
+    """Objectness and box offsets of every anchor, in float32."""
 
     def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         logits, offsets = super().forward(x)
@@ -145,9 +145,9 @@ class BoxPredictor(nn.Module):
     float32.
 
     Args:
-        dim: width of what comes in.
-        classes: with number 0, nothing.
-        boxes: one for all classes, or one for each.
+        dim: width of the input.
+        classes: with the background, number 0.
+        boxes: 1 for all classes together, or one per class.
     """
 
     def __init__(self, dim: int, classes: int, boxes: int):
@@ -162,15 +162,15 @@ class BoxPredictor(nn.Module):
 
 
 class CascadeRoIHeads(RoIHeads):
-    """Box heads one after another: each is trained, at a higher IoU, on the boxes that the one
-    before has moved; at test the classes' probabilities are their average.
+    """Box heads in sequence, each trained, at a higher IoU, on the boxes refined by the one before;
+    in evaluation the classes' probabilities are their mean.
 
-    The stages' losses count alike; each sends a third of its gradient (of three) into the features
-    that all read. Offsets know no class. Masks are trained on the first stage's samples.
+    The stages' losses have equal weights; each of three passes a third of its gradient to the
+    shared features. Offsets are class-agnostic. Masks are trained on the first stage's samples.
 
     Args:
-        heads, predictors: one a stage.
-        stages: of each, the IoU from which on a box is an object, and the weights of its offsets.
+        heads, predictors: one per stage.
+        stages: per stage, the least IoU of a positive box, and the weights of its offsets.
         common: the rest of torchvision's `RoIHeads`.
     Reference: Cascade R-CNN, arXiv:1712.00726, in ViTDet's configuration.
     """
@@ -195,8 +195,8 @@ class CascadeRoIHeads(RoIHeads):
         self.coders = [BoxCoder(weights) for _, weights in stages]
 
     def forward(self, features, proposals, image_shapes, targets=None):
-        """As torchvision's; the losses are ``loss_classifier_k`` and ``loss_box_reg_k`` of each
-        stage k, and ``loss_mask``."""
+        """torchvision's signature; the losses are ``loss_classifier_k`` and ``loss_box_reg_k`` of
+        each stage k, and ``loss_mask``."""
         losses = {}
         scores, samples, labels, offsets = [], None, None, None
         count = len(self.coders)
@@ -233,32 +233,32 @@ class CascadeRoIHeads(RoIHeads):
             if self.has_mask():
                 losses["loss_mask"] = self._mask_loss(features, image_shapes, targets, *samples)
             return [], losses
-        # torchvision wants logits, and a box for every class.
+        # torchvision expects logits, and a box for every class.
         mean = torch.stack(scores).mean(0)
         every = moves.repeat(1, mean.shape[1])
         columns = self.postprocess_detections(mean.log(), every, proposals, image_shapes)
-        found = [
+        detections = [
             dict(zip(("boxes", "scores", "labels"), of_one, strict=True))
             for of_one in zip(*columns, strict=True)
         ]
         if self.has_mask():
-            logits = self._mask_logits(features, [one["boxes"] for one in found], image_shapes)
-            likely = maskrcnn_inference(logits, [one["labels"] for one in found])
-            for one, masks in zip(found, likely, strict=True):
-                one["masks"] = masks
-        return found, {}
+            logits = self._mask_logits(features, [one["boxes"] for one in detections], image_shapes)
+            masks = maskrcnn_inference(logits, [one["labels"] for one in detections])
+            for one, of_one in zip(detections, masks, strict=True):
+                one["masks"] = of_one
+        return detections, {}
 
-    def _match(self, proposals: list[Tensor], targets: list[Found]):
-        """The later stages' labels and offsets: every box is kept, none is drawn."""
+    def _match(self, proposals: list[Tensor], targets: list[Objects]):
+        """Labels and offsets of the later stages, which use all boxes without sampling."""
         truth = [target["boxes"].to(proposals[0].dtype) for target in targets]
         matched, labels = self.assign_targets_to_proposals(
             proposals, truth, [target["labels"] for target in targets]
         )
-        wanted = []
+        matches = []
         for boxes, known, of, label in zip(proposals, truth, matched, labels, strict=True):
-            label[((boxes[:, 2:] - boxes[:, :2]) <= 0).any(1)] = -1  # clipped away: not counted
-            wanted.append((known if len(known) else known.new_zeros(1, 4))[of])
-        return labels, self.box_coder.encode(wanted, proposals)
+            label[((boxes[:, 2:] - boxes[:, :2]) <= 0).any(1)] = -1  # clipped to nothing: ignored
+            matches.append((known if len(known) else known.new_zeros(1, 4))[of])
+        return labels, self.box_coder.encode(matches, proposals)
 
     def _mask_logits(self, features, boxes, image_shapes) -> Tensor:
         pooled = self.mask_roi_pool(features, boxes, image_shapes)
@@ -275,11 +275,11 @@ class CascadeRoIHeads(RoIHeads):
 
 
 def box_losses(logits: Tensor, moves: Tensor, labels: Tensor, offsets: Tensor) -> dict[str, Tensor]:
-    """Cross-entropy over all boxes, and L1 of the objects' offsets, over the number of all.
+    """Cross-entropy of all boxes, and L1 of the positive boxes' offsets; both divided by all boxes.
 
     Args:
-        logits: (n, classes). moves: (n, 4), predicted.
-        labels: (n,), 0 for nothing, -1 for what does not count. offsets: (n, 4), wanted.
+        logits: (n, classes). moves: (n, 4), predicted offsets.
+        labels: (n,), 0 for background, -1 for ignored boxes. offsets: (n, 4), targets.
     """
     counted = (labels >= 0).sum().clamp(min=1)
     objects = torch.where(labels > 0)[0]
@@ -289,6 +289,6 @@ def box_losses(logits: Tensor, moves: Tensor, labels: Tensor, offsets: Tensor) -
 
 
 def _less_gradient(x: Tensor, share: float) -> Tensor:
-    """``x`` itself, which passes this share of its gradient on."""
-    still = x.detach()
-    return still + share * (x - still)
+    """``x`` with its gradient scaled by ``share``."""
+    constant = x.detach()
+    return constant + share * (x - constant)

@@ -1,4 +1,4 @@
-"""Heads that label every pixel: UPerNet, its auxiliary head, and a linear layer."""
+"""Segmentation heads: UPerNet, its auxiliary head, and a linear layer."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -11,9 +11,8 @@ from torchvision.ops import Conv2dNormActivation
 
 from vim_ssl.models.heads.pyramid import Norm
 
-# "batch" is the paper's, and learns fastest: it takes out what all pixels have in common. "layer"
-# knows no other image and no other pixel, so a batch of one will do, and accumulation and several
-# processes give what one large batch gives.
+# "batch" is the paper's and learns fastest. "layer" normalises each pixel by itself, so batches of
+# one work, and micro-batches and several processes give the result of one large batch.
 NORMS: dict[str, Norm] = {"batch": nn.BatchNorm2d, "layer": LayerNorm2d}
 
 
@@ -33,13 +32,13 @@ def _classifier(channels: int, num_classes: int, dropout: float) -> nn.Sequentia
 
 
 class UPerNet(nn.Module):
-    """Pyramid pooling on the coarsest map, a feature pyramid over all, one prediction from both.
+    """Pyramid pooling on the coarsest map and a feature pyramid over all maps.
 
     Args:
         in_channels: of each map, finest first.
         num_classes: of the prediction.
         channels: inside the head.
-        pool_scales: the pooled grids' sides.
+        pool_scales: sides of the pooled grids.
         dropout: of whole channels before the last layer.
         norm: channels -> module; see `NORMS`.
     Reference: arXiv:1807.10221; sizes as in Vim's segmentation.
@@ -83,7 +82,7 @@ class UPerNet(nn.Module):
 
 
 class FCNHead(nn.Module):
-    """One 3x3 convolution and a classifier; beside UPerNet it helps training along.
+    """One 3x3 convolution and a classifier: the auxiliary head beside UPerNet.
 
     Args:
         in_channels: of the map.
@@ -109,10 +108,10 @@ class FCNHead(nn.Module):
 
 
 class LinearHead(nn.Module):
-    """A linear layer on every patch's features: what they tell without any other help.
+    """A linear layer on every patch's features: a probe of them.
 
     Args:
-        in_channels: of each map; they are joined.
+        in_channels: of each map; the maps are concatenated.
         num_classes: of the prediction.
     """
 

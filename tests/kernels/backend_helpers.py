@@ -1,4 +1,4 @@
-"""What the tests of the small kernels share: choosing an implementation, and poisoned memory."""
+"""Helpers of the tests of the small kernels: backend selection, and poisoned memory."""
 
 from importlib.util import find_spec
 
@@ -10,7 +10,7 @@ TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there, in the 
 
 
 def use(backend: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Lets ``auto`` choose this backend, and returns the device that it runs on."""
+    """Make ``auto`` select this backend, and return the device that it runs on."""
     if backend != "torch" and find_spec(backend) is None:
         pytest.skip(f"needs the package {backend}")
     torch.compiler.reset()  # a compiled function keeps the choice it was traced with
@@ -19,7 +19,7 @@ def use(backend: str, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def poison_new_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fills what `new_empty` returns with NaN, so that an element nobody writes is seen."""
+    """Fills what `new_empty` returns with NaN, which reveals elements that no kernel writes."""
     new_empty = Tensor.new_empty
 
     def poisoned(*args, **kwargs):

@@ -1,0 +1,98 @@
+"""Custom operators: registration at `torch.library`, fake results, gradients, and strides.
+
+    @operator("double", fake=lambda x: x.new_empty(x.shape))
+    def double(x: Tensor) -> Tensor: ...
+
+makes ``torch.ops.vim_ssl.double``. torch.compile and torch.export take an operator for one node of
+the graph and learn the shapes of its results from the fake.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def operator(name: str, *, fake: Callable, device_types: str | None = None) -> Callable:
+    """A decorator that makes `torch.ops.vim_ssl.<name>` of a function.
+
+    Args:
+        fake: empty results of the right shapes and dtypes, from the same arguments.
+        device_types: the only type of device that it runs on.
+    """
+
+    def decorate(function: Callable) -> Any:
+        registered = torch.library.custom_op(
+            f"vim_ssl::{name}", function, mutates_args=(), device_types=device_types
+        )
+        registered.register_fake(fake)
+        return registered
+
+    return decorate
+
+
+def register_gradient(
+    forward: Any,
+    backward: Any,
+    title: str,
+    *,
+    saved: slice = slice(None),
+    kept: int | None = None,
+    gradients: Callable | None = None,
+) -> None:
+    """Make an operator the derivative of another, which cannot be differentiated again.
+
+    ``forward`` takes tensors, some of which may be None, then options. ``backward`` takes the
+    gradients of the results, the saved tensors and the options, and returns a gradient for each
+    tensor. Gradients of absent tensors are dropped; the others are cast to their tensor's dtype.
+
+    Args:
+        title: what the operator computes, for the message that refuses double backward.
+        saved: which of the tensors ``backward`` needs.
+        kept: results from this index on are saved too; ``backward`` gets them instead of their
+            gradients. None for none.
+        gradients: called instead of ``backward`` as ``gradients(ctx, *gradients of all results)``,
+            where a result without a gradient has None; ``ctx`` has ``saved_tensors``, ``options``
+            and ``dtypes`` (of all tensors; None for an absent one).
+    """
+
+    def setup_context(ctx, inputs, output):
+        tensors = [m for m in inputs if m is None or isinstance(m, Tensor)]
+        ctx.options = inputs[len(tensors) :]
+        ctx.dtypes = [None if m is None else m.dtype for m in tensors]
+        ctx.save_for_backward(*tensors[saved], *(() if kept is None else output[kept:]))
+        ctx.set_materialize_grads(gradients is None)
+
+    def differentiate(ctx, *incoming):
+        if gradients is None:
+            results = backward(*incoming[:kept], *ctx.saved_tensors, *ctx.options)
+        else:
+            results = gradients(ctx, *incoming)
+        cast = (
+            None if gradient is None or dtype is None else gradient.to(dtype)
+            for gradient, dtype in zip(results, ctx.dtypes, strict=True)
+        )
+        return (*cast, *(None for _ in ctx.options))
+
+    def refuse(ctx, *incoming):
+        raise RuntimeError(
+            f"The {title} cannot be differentiated twice (double backward); "
+            "set VIM_SSL_BACKEND=reference, or select backend='reference', for second derivatives."
+        )
+
+    forward.register_autograd(differentiate, setup_context=setup_context)
+    backward.register_autograd(refuse)
+
+
+def gradient_required(tensors) -> bool:
+    return torch.is_grad_enabled() and any(m is not None and m.requires_grad for m in tensors)
+
+
+def contiguous(m: Any) -> Any:
+    return None if m is None else m.contiguous()
+
+
+def channels_contiguous(m: Any) -> Any:
+    """m itself if its last axis has stride 1, as in one half of a projection's output."""
+    return m if m is None or m.stride(-1) == 1 else m.contiguous()

@@ -1,0 +1,60 @@
+"""Files are written whole or not at all."""
+
+import pytest
+
+from vim_ssl.utils.files import atomic_path, atomic_write
+
+
+@pytest.mark.parametrize(("content", "expected"), [("ä", "ä".encode()), (b"\xff", b"\xff")])
+def test_a_file_is_replaced(tmp_path, content, expected):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    atomic_write(path, content)
+    assert path.read_bytes() == expected
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("kind", ["file", "folder", "nothing"])
+def test_an_error_keeps_the_old_content_and_leaves_nothing(tmp_path, shared, kind):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+
+    def write() -> None:
+        with atomic_path(path, shared=shared) as partial:
+            if kind == "folder":
+                partial.mkdir()
+                (partial / "part").write_text("new")
+            elif kind == "file":
+                partial.write_text("new")
+            raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="full"):
+        write()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_appears_whole_and_the_first_of_two_is_kept(tmp_path):
+    path = tmp_path / "folder"
+    with atomic_path(path) as slow:
+        slow.mkdir()
+        (slow / "file").write_text("slow")
+        with atomic_path(path) as fast:
+            fast.mkdir()
+            (fast / "file").write_text("fast")
+            assert not path.exists()
+    assert (path / "file").read_text() == "fast"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_process_left_is_overwritten(tmp_path):
+    path = tmp_path / "file.txt"
+    with atomic_path(path, shared=False) as partial:
+        pass_on = partial
+        partial.write_text("half")
+    pass_on.write_text("half a file, left by a kill")
+    with atomic_path(path, shared=False) as partial:
+        partial.write_text("whole")
+    assert path.read_text() == "whole"
+    assert list(tmp_path.iterdir()) == [path]

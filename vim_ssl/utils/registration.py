@@ -1,0 +1,57 @@
+"""Register at another package without importing it: at once if it is loaded, else after its import.
+
+    import_after("timm", "vim_ssl.models.encoder")
+
+imports `vim_ssl.models.encoder`, which puts the presets into timm's registry, as soon as timm is
+there.
+"""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+
+def import_after(package: str, module: str) -> None:
+    """Import ``module`` now if ``package`` is loaded, else right after ``package`` is imported.
+
+    Args:
+        package: a top-level name; it need not be installed.
+        module: a module of this project; importing it registers something at ``package``.
+    """
+    if package in sys.modules:
+        import_module(module)
+    elif not any(isinstance(f, _Finder) and f.package == package for f in sys.meta_path):
+        sys.meta_path.insert(0, _Finder(package, module))
+
+
+class _Finder:
+    """Asks the finders behind it for the package, and extends what its loader does.
+
+    Only the loader's instance is changed, and only until the package has run, so that a spec has
+    the loader that it would have without us.
+    """
+
+    def __init__(self, package: str, module: str):
+        self.package, self.module = package, module
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != self.package:
+            return None
+        others = sys.meta_path[sys.meta_path.index(self) + 1 :]
+        specs = (finder.find_spec(fullname, path, target) for finder in others)
+        spec = next((spec for spec in specs if spec is not None), None)
+        if spec is not None and spec.loader is not None:
+            self._extend(spec.loader)
+        return spec
+
+    def _extend(self, loader) -> None:
+        def exec_module(module: ModuleType) -> None:
+            del loader.exec_module
+            loader.exec_module(module)
+            import_module(self.module)
+
+        loader.exec_module = exec_module
