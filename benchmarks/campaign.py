@@ -1,7 +1,7 @@
-"""What the studies share: a training's CPU time, what a step of every arm costs, runs side by side.
+"""Shared by the studies: CPU time of a training, cost of a step of every arm, runs in parallel.
 
-CPU time is that of one thread, data loading included: what a run costs on an idle machine, and the
-same with other work beside it.
+CPU time is that of one thread, data loading included: the time on an idle machine, which other work
+on the machine does not change.
 """
 
 import os
@@ -22,7 +22,7 @@ COST_COLUMNS = (*ORIGIN, "data", "arm", "seconds_a_step", "steps")
 
 
 def fit_seconds(recipe: str, objective, samples, config, accelerator) -> float:
-    """Train to the end in ``config.output``; the CPU seconds that this process took for it."""
+    """Train to the end in ``config.output``; return the CPU seconds of this process."""
     run = Run.open(recipe, config, accelerator)
     began = time.process_time()
     fit(objective.train(), samples, config, run, accelerator)
@@ -34,11 +34,11 @@ def fit_seconds(recipe: str, objective, samples, config, accelerator) -> float:
 def costs(
     path: Path, data: str, arms: Iterable[str], train: Callable[[str, int], float], steps: int = 20
 ) -> dict[str, float]:
-    """CPU seconds a step of every arm: measured once in turns, then remembered in a CSV file.
+    """CPU seconds a step of every arm, measured once in turns, then read from a CSV file.
 
     Args:
-        data: what the rows are marked with.
-        train: (arm, steps) -> the CPU seconds of so many steps.
+        data: the name of the data in the rows.
+        train: (arm, steps) -> CPU seconds of that many steps.
     """
     known = {row["arm"]: float(row["seconds_a_step"])
              for row in read_rows(path) if row["data"] == data}  # fmt: skip
@@ -58,9 +58,10 @@ def costs(
 
 
 def run_jobs(script: str, out: Path, jobs: Iterable[Sequence], at_once: int) -> int:
-    """``script --out OUT --one JOB…`` for every job, in processes of one thread; how many failed.
+    """Run ``script --out OUT --one JOB…`` for every job, each in a process of one thread.
 
-    Each job is named once it is done, with what it said if it failed; the others go on.
+    Prints every job as it ends, with its errors if it failed; the others continue.
+    Returns: the number of jobs that failed.
     """
 
     def one(job: Sequence) -> int:

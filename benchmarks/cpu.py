@@ -1,24 +1,22 @@
-"""The CPU path in figures: the compiled scan, a whole Vim-Ti beside DeiT-Ti, memory of a step.
+"""Measure the CPU path: the compiled scan, Vim-Ti beside DeiT-Ti, memory of a training step.
 
     python benchmarks/cpu.py                              # a quarter of an hour on one core
     python benchmarks/cpu.py --only scan --sketch SCAN.so
 
-One thread. What is compared runs in turns in one process and is timed by the thread's CPU clock; a
-turn repeats what is short. Each value is a median, each ratio the median of the turns' ratios.
-Memory is the rise of the resident set's peak over a step, in a process of its own after a step on a
-tiny image. Rows are appended to results/cpu.csv, which git tracks; --out FOLDER takes another.
+Everything runs on one thread. Compared calls take turns in one process and are timed by the
+thread's CPU clock; short calls repeat within a turn. Each value is a median, each ratio the median
+of the ratios per turn. Memory is the rise of the resident set's peak during a step, in a fresh
+process after a step on a tiny image. Rows are appended to results/cpu.csv, or to --out.
 
-``--sketch`` adds a scan in C++: a shared library with ``scan_fwd``, ``scan_bwd`` (their arguments
-stand in `sketched`). Compile it by g++ -O3 -march=native -fopenmp -ffast-math -fno-associative-math
--shared -fPIC: associative mathematics would fold the rounding out of its exponential. What it
-computes is checked before it is timed.
+``--sketch`` adds a scan in C++: a shared library with ``scan_fwd`` and ``scan_bwd``, whose
+arguments are those in `sketched`. Compile it by g++ -O3 -march=native -fopenmp -ffast-math
+-fno-associative-math -shared -fPIC: associative mathematics would remove the rounding from its
+exponential. Its results are checked before it is timed.
 """
 
-import argparse
 import ctypes
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -27,6 +25,7 @@ from functools import partial
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
+from process import peak_mib, run_apart
 from rows import ORIGIN, append_rows, origin, results_parser
 from torch import Tensor
 
@@ -35,12 +34,12 @@ from vim_ssl.kernels.selective_scan import selective_scan
 COLUMNS = (*ORIGIN, "what", "value", "unit", "conditions")
 SCAN = (1, 197, 384, 16)  # b, l, d, n: one direction of Vim-Ti at 224 px
 VIM, DEIT = "vim_tiny_patch16_224", "deit_tiny_patch16_224"
-TURN_SECONDS = 0.02  # of one call's share of a turn, unless it takes longer once
+TURN_SECONDS = 0.02  # of a turn for one kind of call, or one call if it takes longer
 Row = dict[str, str | float]
 
 
 def in_turns(calls: dict[str, Callable[[], object]], turns: int) -> dict[str, list[float]]:
-    """CPU seconds of one call of each, in every turn."""
+    """CPU seconds per call of each, in every turn."""
     repeats = {name: max(int(TURN_SECONDS / _seconds(call, 2)), 1) for name, call in calls.items()}
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(turns):
@@ -50,7 +49,7 @@ def in_turns(calls: dict[str, Callable[[], object]], turns: int) -> dict[str, li
 
 
 def _seconds(call: Callable[[], object], repeats: int) -> float:
-    """The mean of `repeats` calls, after one that brings code and data into the caches."""
+    """CPU seconds, the mean of `repeats` calls after one that warms the caches."""
     call()
     started = time.thread_time()
     for _ in range(repeats):
@@ -58,20 +57,20 @@ def _seconds(call: Callable[[], object], repeats: int) -> float:
     return (time.thread_time() - started) / repeats
 
 
+def row(what: str, value: float, unit: str, conditions: str) -> Row:
+    return {"what": what, "value": value, "unit": unit, "conditions": conditions}
+
+
 def rows_of(
     part: str, seconds: dict[str, list[float]], ratios: list[tuple[str, str]], conditions: str
 ) -> list[Row]:
-    """A row for each time, and one for each (slower, faster) ratio."""
-    rows: list[Row] = [
-        {"what": f"{part}, {name}", "value": round(1e3 * statistics.median(s), 3), "unit": "ms",
-         "conditions": conditions}
-        for name, s in seconds.items()
-    ]  # fmt: skip
+    """One row for each time, and one for each (slower, faster) ratio."""
+    rows = [row(f"{part}, {name}", round(1e3 * statistics.median(s), 3), "ms", conditions)
+            for name, s in seconds.items()]  # fmt: skip
     for a, b in ratios:
         if a in seconds and b in seconds:
             ratio = statistics.median(x / y for x, y in zip(seconds[a], seconds[b], strict=True))
-            rows.append({"what": f"{part}, {a} / {b}", "value": round(ratio, 2), "unit": "times",
-                         "conditions": conditions})  # fmt: skip
+            rows.append(row(f"{part}, {a} / {b}", round(ratio, 2), "times", conditions))
     return rows
 
 
@@ -79,7 +78,7 @@ def rows_of(
 
 
 def scan_inputs() -> dict[str, Tensor]:
-    """Channel-last tensors with the dynamics of a Vim at its start."""
+    """Channel-last tensors with the dynamics of a Vim at initialisation."""
     b, l, d, n = SCAN
     g = torch.Generator().manual_seed(0)
     m = {name: torch.randn(b, l, d, generator=g) for name in ("u", "delta", "z")}
@@ -132,9 +131,9 @@ def time_scan(sketch: str | None, turns: int) -> list[Row]:
 
 
 def sketched(path: str, m: dict[str, Tensor], expected: Tensor) -> tuple[Callable, Callable]:
-    """The forward and the backward pass of a scan in C++; see the head of this file.
+    """Forward and backward pass of a scan in C++; see the docstring of this file.
 
-    Raises: ValueError if it computes something else than ``expected``.
+    Raises: ValueError if its output is not ``expected``.
     """
     library = ctypes.CDLL(os.path.abspath(path))
     (b, l, d, n), chunk, lanes = SCAN, 16, 64
@@ -186,13 +185,14 @@ def time_encoder(size: int, turns: int) -> list[Row]:
 # --- memory of a training step ---------------------------------------------------------------
 
 
-def step_memory(batch: int, recompute: bool) -> None:
-    """Print by how many MiB a training step at 224 px raises the peak of the resident set.
+def step_memory(backend: str, batch: int, recompute: bool) -> float:
+    """MiB by which a training step at 224 px raises the peak of the resident set.
 
     ``recompute``: with gradient checkpointing.
     """
     from vim_ssl import load_encoder
 
+    os.environ["VIM_SSL_BACKEND"] = backend
     encoder = load_encoder(VIM).train()
     encoder.set_grad_checkpointing(recompute)
     optimizer = torch.optim.AdamW(encoder.parameters())
@@ -202,40 +202,27 @@ def step_memory(batch: int, recompute: bool) -> None:
         optimizer.step()
         optimizer.zero_grad()
 
-    step(1, 32)  # compiles, and makes the optimiser's state
-    before = _peak()
+    step(1, 32)  # compiles, and allocates the optimiser's state
+    before = peak_mib()
     step(batch, 224)
-    print(_peak() - before)
-
-
-def _peak() -> float:
-    import resource  # not on Windows
-
-    unit = 2**20 if sys.platform == "darwin" else 2**10  # of ru_maxrss: bytes there, else KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    return peak_mib() - before
 
 
 def measure_memory(variants: list[str], batch: int) -> list[Row]:
-    """The first variant beside the others; a variant is a backend, "numba, recomputing" with
-    gradient checkpointing."""
+    """Compare the variants with the last one.
+
+    A variant is a backend, or "numba, recomputing" with gradient checkpointing.
+    """
     part, conditions = f"memory of a step, batch {batch}", "Vim-Ti, 224 px, float32, AdamW"
     mib: dict[str, float] = {}
     for variant in variants:
         backend, _, recompute = variant.partition(", ")
-        command = [sys.executable, __file__, "--step-memory", str(batch)]
-        done = subprocess.run(
-            [*command, "--recompute"] if recompute else command, capture_output=True, text=True,
-            env=os.environ | {"VIM_SSL_BACKEND": backend}, check=True,
-        )  # fmt: skip
-        mib[variant] = float(done.stdout.split()[-1])
-    rows: list[Row] = [
-        {"what": f"{part}, {name}", "value": round(v), "unit": "MiB", "conditions": conditions}
-        for name, v in mib.items()
-    ]
-    last = variants[-1]
-    for name in variants[:-1]:
-        rows.append({"what": f"{part}, {name} / {last}", "value": round(mib[name] / mib[last], 3),
-                     "unit": "times", "conditions": conditions})  # fmt: skip
+        mib[variant] = run_apart(step_memory, backend, batch, bool(recompute))
+    rows = [row(f"{part}, {name}", round(v), "MiB", conditions) for name, v in mib.items()]
+    *others, last = variants
+    for name in others:
+        ratio = round(mib[name] / mib[last], 3)
+        rows.append(row(f"{part}, {name} / {last}", ratio, "times", conditions))
     return rows
 
 
@@ -244,16 +231,12 @@ PARTS = ("scan", "encoder", "memory")
 
 def main() -> int:
     parser = results_parser(__doc__, "cpu.csv")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
-    parser.add_argument("--sketch", help="shared library of a scan in C++ to compare with")
-    parser.add_argument("--turns", type=int, default=30, help="of each comparison")
-    parser.add_argument("--dry-run", action="store_true", help="print the table, write no rows")
-    parser.add_argument("--step-memory", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--recompute", action="store_true", help=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to run")
+    add("--sketch", help="shared library of a scan in C++ to compare with")
+    add("--turns", type=int, default=30, help="of each comparison")
+    add("--dry-run", action="store_true", help="print the table, append no rows")
     args = parser.parse_args()
-    if args.step_memory:
-        step_memory(args.step_memory, args.recompute)
-        return 0
     torch.set_num_threads(1)
     rows: list[Row] = []
     if "scan" in args.only:
@@ -264,11 +247,11 @@ def main() -> int:
     if "memory" in args.only:
         rows += measure_memory(["numba", "numba, recomputing", "torch"], batch=8)
         rows += measure_memory(["numba", "reference"], batch=1)  # the plain loop keeps every state
-    for row in rows:
-        print(f"{row['what']:45} {row['value']:10} {row['unit']:6} {row['conditions']}")
+    for one in rows:
+        print(f"{one['what']:45} {one['value']:10} {one['unit']:6} {one['conditions']}")
     if args.dry_run:
         return 0
-    append_rows(args.out / "cpu.csv", COLUMNS, [origin() | row for row in rows])
+    append_rows(args.out / "cpu.csv", COLUMNS, [origin() | one for one in rows])
     return 0
 
 

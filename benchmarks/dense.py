@@ -1,20 +1,17 @@
-"""Dense tasks learn four real images by heart, and the memory of one image at the paper's size.
+"""Overfit dense tasks on four real images, and measure memory for one image at the paper's size.
 
-    python benchmarks/dense.py                          # all of it: some ten minutes of one core
+    python benchmarks/dense.py                          # every part: some ten minutes of one core
     python benchmarks/dense.py --only cascade --out FOLDER
 
 `cascade`, `rcnn` and `upernet` train downstream/detection.py and segmentation.py from scratch, in
 full, on four aerial tiles of 90 px with outlines of buildings (the sample set `buildings`), without
-augmentation; tested on the same four. Wanted are an AP50 of 90 or more of the cascade, of boxes and
-of masks, and a mIoU of 95 of UPerNet. `memory` is the peak of a process of its own that searches
-one image of 1024 px with Vim-Ti and the paper's cascade, weights random; 4 GiB are wanted. Rows
-are appended to results/dense.csv; --out FOLDER takes another.
+augmentation, and test on the same four. Targets are an AP50 of 90 for the cascade, of boxes and of
+masks, and a mIoU of 95 for UPerNet. `memory` is the peak of a process that detects objects in one
+image of 1024 px with Vim-Ti and the paper's cascade, with random weights; the target is 4 GiB. Rows
+are appended to results/dense.csv, or to --out.
 """
 
-import argparse
 import json
-import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from process import peak_mib, run_apart
 from rows import ORIGIN, append_rows, origin, results_parser
 
 PARTS = ("cascade", "rcnn", "upernet", "memory")
@@ -33,8 +31,11 @@ LEARN = {"encoder": ENCODER, "hflip": 0.0, "warmup_epochs": 5, "batch_size": 4, 
 
 
 def four_tiles(root: Path) -> None:
-    """Those with two buildings or more, all of them large, in COCO's layout below ``root``/coco and
-    as images with masks below ``root``/masks, the same in every split."""
+    """Write four tiles with at least two buildings each, all of them large.
+
+    They are in COCO's layout below ``root``/coco and images with masks below ``root``/masks; every
+    split has the same four.
+    """
     from vim_ssl.data import open_data
     from vim_ssl.data.sources.coco import ground_truth, mask_tools
 
@@ -49,10 +50,10 @@ def four_tiles(root: Path) -> None:
         outlines = [a["segmentation"] for a in table["annotations"] if a["image_id"] == image["id"]]
         mask = Image.fromarray(mask_tools().decode(outlines).max(2))
         for split in ("train", "val"):
-            for folder, part in ((f"coco/{split}", photo), (f"masks/images/{split}", photo),
-                                 (f"masks/masks/{split}", mask)):  # fmt: skip
+            for folder, content in ((f"coco/{split}", photo), (f"masks/images/{split}", photo),
+                                    (f"masks/masks/{split}", mask)):  # fmt: skip
                 (root / folder).mkdir(parents=True, exist_ok=True)
-                part.save(root / folder / image["file_name"])
+                content.save(root / folder / image["file_name"])
     (root / "masks" / "classes.txt").write_text("ground\nbuilding\n")
     (root / "coco" / "annotations").mkdir()
     for split in ("train", "val"):
@@ -60,7 +61,7 @@ def four_tiles(root: Path) -> None:
 
 
 def overfit(head: str, steps: int, threads: int, root: Path) -> dict:
-    """Train and test; returns the row."""
+    """Train and test; return the row."""
     from vim_ssl.downstream import detection, segmentation
 
     four_tiles(root)
@@ -84,7 +85,7 @@ def overfit(head: str, steps: int, threads: int, root: Path) -> dict:
 
 
 def memory(threads: int) -> dict:
-    """Search one image at 1024 px; returns the row."""
+    """Detect objects in one image of 1024 px; return the row."""
     import torch
 
     from vim_ssl import load_encoder
@@ -99,50 +100,39 @@ def memory(threads: int) -> dict:
     )
     began = time.process_time()
     model.predict(photo)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kB on Linux, bytes on a Mac
     return {
         "cpu_seconds": round(time.process_time() - began, 1),
-        "peak_mb": round(peak / 2 ** (20 if sys.platform == "darwin" else 10)),
+        "peak_mb": round(peak_mib()),
         "conditions": "Vim-Ti and the cascade with 80 classes, one image of 1024 px, float32",
     }
 
 
+def reaches_target(part: str, row: dict) -> bool:
+    if part == "cascade":
+        return min(row["box_ap50"], row["mask_ap50"]) >= 90
+    if part == "upernet":
+        return row["miou"] >= 95
+    return part == "rcnn" or row["peak_mb"] <= 4096
+
+
 def main() -> int:
     parser = results_parser(__doc__, "dense.csv")
-    parser.add_argument("--only", nargs="+", default=PARTS, choices=PARTS, help="parts")
+    parser.add_argument("--only", nargs="+", default=PARTS, choices=PARTS, help="parts to run")
     parser.add_argument("--steps", type=int, default=150, help="of training, four images each")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
-    parser.add_argument("--tell", help=argparse.SUPPRESS)  # of the processes that this one starts
     args = parser.parse_args()
-    if args.tell:
-        with tempfile.TemporaryDirectory() as root:
-            (part,) = args.only
-            row = (
-                memory(args.threads)
-                if part == "memory"
-                else overfit(part, args.steps, args.threads, Path(root))
-            )
-        Path(args.tell).write_text(json.dumps(row))
-        return 0
     good = True
     for part in args.only:
-        with tempfile.TemporaryDirectory() as root:
-            told = Path(root) / "row.json"
-            command = [sys.executable, __file__, "--only", part, "--tell", str(told)]
-            command += ["--steps", str(args.steps), "--threads", str(args.threads)]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(f"{part} failed:\n{done.stdout[-2000:]}{done.stderr[-3000:]}")
-            row = json.loads(told.read_text()) | {"what": part, "threads": args.threads}
-        append_rows(args.out / "dense.csv", COLUMNS, [origin() | row])
-        shown = {k: v for k, v in row.items() if k not in ("what", "conditions", "threads")}
-        print(f"{part:8} {row['conditions']}: {shown}", flush=True)
-        if part == "cascade":
-            good &= min(row["box_ap50"], row["mask_ap50"]) >= 90
-        if part == "upernet":
-            good &= row["miou"] >= 95
         if part == "memory":
-            good &= row["peak_mb"] <= 4096
+            row = run_apart(memory, args.threads)
+        else:
+            with tempfile.TemporaryDirectory() as root:
+                row = run_apart(overfit, part, args.steps, args.threads, Path(root))
+        row |= {"what": part, "threads": args.threads}
+        append_rows(args.out / "dense.csv", COLUMNS, [origin() | row])
+        values = {k: v for k, v in row.items() if k not in ("what", "conditions", "threads")}
+        print(f"{part:8} {row['conditions']}: {values}", flush=True)
+        good &= reaches_target(part, row)
     return int(not good)
 
 

@@ -1,15 +1,15 @@
-"""What the suite's own encoder is worth in dense tasks, on real data that it has not seen.
+"""Evaluate the packaged encoder `offline_rgb` in dense tasks on held-out real data.
 
     python benchmarks/dense_transfer.py                 # 24 runs: an hour of two cores
     python benchmarks/dense_transfer.py --summary       # the table of the README, from the rows
-    python benchmarks/dense_transfer.py --steps 3 --out FOLDER           # whether every run runs
+    python benchmarks/dense_transfer.py --steps 3 --out FOLDER           # test that every run works
 
-Four tasks by downstream/detection.py and segmentation.py, in three seeds, once from the encoder's
-weights and once from the same encoder untrained, without layer decay; all else is the same, the
-images' order too. Every run trains the whole encoder with fresh heads and is tested once, at its
-end. Rows are appended to results/dense_transfer.csv as they come; what is there already is not done
-again. --images FOLDER keeps a sheet of truth and prediction of each task's first run from the
-weights. The sets: vim-ssl samples get tree-crowns buildings brain-lobes ct-organs.
+Four tasks by downstream/detection.py and segmentation.py, on three seeds, from the pretrained
+weights and from the same encoder untrained, without layer decay; all else is equal, the order of
+the images too. Every run trains the whole encoder with fresh heads and is tested once, at its end.
+Rows are appended to results/dense_transfer.csv as they come; runs with rows are skipped. --images
+FOLDER saves an image grid of truth and prediction of each task's first pretrained run. Get the sets
+by: vim-ssl samples get tree-crowns buildings brain-lobes ct-organs.
 """
 
 import argparse
@@ -24,46 +24,55 @@ from types import ModuleType
 import numpy as np
 from campaign import run_jobs
 from PIL import Image
-from rows import ORIGIN, RESULTS, append_rows, mean_and_spread, origin, read_rows, results_parser
+from rows import (
+    ORIGIN,
+    RESULTS,
+    append_rows,
+    markdown_table,
+    mean_and_spread,
+    origin,
+    read_rows,
+    results_parser,
+)
 
 from vim_ssl.data import boxed_splits, masked_splits
 from vim_ssl.data.sources.masks import ADE20K_CLASSES
 from vim_ssl.downstream import detection, segmentation
 from vim_ssl.tasks.detection import SHOWN, load_detection
 from vim_ssl.tasks.segmentation import load_segmentation
-from vim_ssl.utils.drawing import class_colours, draw, sheet_of_objects
+from vim_ssl.utils.drawing import class_colours, mask_grid, object_grid
 
 ENCODER = "vim_mini_patch8_96.offline_rgb"
 TABLE = "dense_transfer.csv"
-# Layer decay keeps what lower blocks have learned; without weights there is nothing to keep.
+# Layer decay protects pretrained lower blocks; untrained ones need none.
 ARMS: dict[str, dict] = {
     "offline_rgb": {},
     "untrained": {"from_scratch": True, "layer_decay": None},
 }
 COLUMNS = (*ORIGIN, "task", "arm", "seed", "figure", "value", "train", "test", "epochs",
            "cpu_seconds")  # fmt: skip
-SHEET_ROWS, SHEET_COLOURS = 3, 64  # so that a sheet takes less than 300 kB
+GRID_ROWS, GRID_COLOURS = 3, 64  # so that an image grid takes less than 300 kB
 COMMON = {"threads": 1, "trackers": ("none",), "save_every": 1e9, "batch_size": 4,
           "lr_reference_batch": 4}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Task:
-    """A script, its data, and what the table says of them.
+    """A script, its data and settings, and their description in the table.
 
     Attributes:
         script: of downstream/.
         data: spec.
-        figure: of the script's metrics, and what it is in words.
-        test: what is tested on.
+        metric: key in the script's metrics, and its description.
+        test: description of the test split.
         labels: who made them.
-        settings: other than `COMMON` and the script's own.
-        layout: (data's spec, folder) -> another spec of the same, written below the folder.
+        settings: besides `COMMON` and the script's defaults.
+        layout: (spec, folder) -> spec of the same data, written below the folder.
     """
 
     script: ModuleType
     data: str
-    figure: tuple[str, str]
+    metric: tuple[str, str]
     test: str
     labels: str
     settings: dict
@@ -71,16 +80,15 @@ class Task:
 
 
 def as_ade20k(spec: str, root: Path) -> str:
-    """Write images with masks in ADE20K's layout: 150 classes from 1 on, and 0 for none, which
-    255 becomes."""
-    for split, part in zip(("training", "validation"), masked_splits(spec, 0.2, 0), strict=True):
+    """Write images with masks in ADE20K's layout: 150 classes from 1 on; 255 becomes 0, none."""
+    for split, data in zip(("training", "validation"), masked_splits(spec, 0.2, 0), strict=True):
         for folder in ("images", "annotations"):
             (root / folder / split).mkdir(parents=True)
-        for i in range(len(part)):
+        for i in range(len(data)):
             name = f"{i:03d}.png"
-            part[i]["image"].save(root / "images" / split / name)
-            Image.fromarray(part[i]["mask"] + np.uint8(1)).save(root / "annotations" / split / name)
-    names = [*(part.classes or []), *(["unused"] * ADE20K_CLASSES)][:ADE20K_CLASSES]
+            data[i]["image"].save(root / "images" / split / name)
+            Image.fromarray(data[i]["mask"] + np.uint8(1)).save(root / "annotations" / split / name)
+    names = [*(data.classes or []), *(["unused"] * ADE20K_CLASSES)][:ADE20K_CLASSES]
     lines = [f"{number}\t\t\t\t{name}" for number, name in enumerate(names, 1)]
     (root / "objectInfo150.txt").write_text("\n".join(["Idx\tRatio\tTrain\tVal\tName", *lines]))
     return f"ade20k:{root}"
@@ -113,7 +121,7 @@ TASKS = {  # epochs: some five minutes of one core, 330 to 560 steps of 4 images
 
 
 def measure(name: str, arm: str, seed: int, max_steps: int, images: Path | None) -> dict:
-    """Train and test; returns the row."""
+    """Train and test; return the row."""
     task = TASKS[name]
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -127,63 +135,61 @@ def measure(name: str, arm: str, seed: int, max_steps: int, images: Path | None)
         seconds = time.process_time() - began
         if images:
             images.mkdir(parents=True, exist_ok=True)
-            drawn = sheet(task, data, root / "run").quantize(SHEET_COLOURS)
-            drawn.save(images / f"{name.replace(' ', '-')}.png", optimize=True)
+            grid = image_grid(task, data, root / "run").quantize(GRID_COLOURS)
+            grid.save(images / f"{name.replace(' ', '-')}.png", optimize=True)
     return {
-        "task": name, "arm": arm, "seed": seed, "figure": task.figure[0],
-        "value": float(metrics[task.figure[0]]), "train": metrics["train"], "test": metrics["test"],
-        # A trial's row has no epochs: it is never shown, nor taken for the run that it tries.
+        "task": name, "arm": arm, "seed": seed, "figure": task.metric[0],
+        "value": float(metrics[task.metric[0]]), "train": metrics["train"], "test": metrics["test"],
+        # 0 epochs mark a trial, which the table and later runs must not take for a full run.
         "epochs": 0 if max_steps else config.epochs, "cpu_seconds": round(seconds, 1),
     }  # fmt: skip
 
 
-def sheet(task: Task, data: str, run: Path) -> Image.Image:
-    """Truth beside prediction of a few test images: those with most objects, or spread evenly."""
-    parts = boxed_splits if task.script is detection else masked_splits
-    _, test = parts(data, 0.2, 0)
-    few = [(2 * i + 1) * len(test) // (2 * SHEET_ROWS) for i in range(SHEET_ROWS)]
+def image_grid(task: Task, data: str, run: Path) -> Image.Image:
+    """Truth beside prediction of a few test images: those with most objects, or evenly spread."""
+    _, test = (boxed_splits if task.script is detection else masked_splits)(data, 0.2, 0)
+    few = [(2 * i + 1) * len(test) // (2 * GRID_ROWS) for i in range(GRID_ROWS)]
     if test.has_boxes:
-        few = sorted(range(len(test)), key=test.box_count)[-SHEET_ROWS:]
+        few = sorted(range(len(test)), key=test.box_count)[-GRID_ROWS:]
     rows = []
     if task.script is detection:
         detector = load_detection(run)
         for item in (test[i] for i in few):
-            found = detector.predict(item["image"])
-            sure = {key: value[found["scores"] >= SHOWN] for key, value in found.items()}
+            objects = detector.predict(item["image"])
+            sure = {key: value[objects["scores"] >= SHOWN] for key, value in objects.items()}
             rows.append((item["image"], item, sure))
-        return sheet_of_objects(rows, detector.classes)
+        return object_grid(rows, detector.classes)
     model = load_segmentation(run)
     rows = [(item["image"], item["mask"], model.predict(item["image"]))
             for item in (test[i] for i in few)]  # fmt: skip
-    return draw(rows, model.classes, class_colours(len(model.classes)).numpy())
+    return mask_grid(rows, model.classes, class_colours(len(model.classes)).numpy())
 
 
 def summary(rows: list[dict[str, str]]) -> str:
-    """A line a task: mean and deviation over the seeds."""
-    lines = ["| task | figure, % | tested on | labels | train, test | " + " | ".join(ARMS) + " |",
-             "|---" * (5 + len(ARMS)) + "|"]  # fmt: skip
+    """One line per task: mean and deviation over the seeds."""
+    lines = []
     for name, task in TASKS.items():
-        found = [row for row in rows if row["task"] == name
-                 and float(row["epochs"]) == task.settings["epochs"]]  # fmt: skip
-        if found:
-            sizes = f"{found[0]['train']}, {found[0]['test']}"
-            cells = [mean_and_spread([float(row["value"]) for row in found if row["arm"] == arm])
+        full = [row for row in rows if row["task"] == name
+                and float(row["epochs"]) == task.settings["epochs"]]  # fmt: skip
+        if full:
+            sizes = f"{full[0]['train']}, {full[0]['test']}"
+            means = [mean_and_spread([float(row["value"]) for row in full if row["arm"] == arm])
                      for arm in ARMS]  # fmt: skip
-            texts = (name, task.figure[1], task.test, task.labels, sizes, *cells)
-            lines.append(f"| {' | '.join(texts)} |")
-    return "\n".join(lines)
+            lines.append((name, task.metric[1], task.test, task.labels, sizes, *means))
+    return markdown_table(("task", "metric, %", "tested on", "labels", "train, test", *ARMS), lines)
 
 
 def main() -> int:
     parser = results_parser(__doc__, TABLE)
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS, metavar="TASK",
-                        help=f"of {'; '.join(TASKS)}")  # fmt: skip
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the runs")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at once, one thread each")
-    parser.add_argument("--steps", type=int, default=0, help="stop runs after so many, to try them")
-    parser.add_argument("--images", type=Path, default=None, metavar="FOLDER", help="for sheets")
-    parser.add_argument("--summary", action="store_true", help="only print the table")
-    parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("--tasks", nargs="+", default=list(TASKS), choices=TASKS, metavar="TASK",
+        help=f"of {'; '.join(TASKS)}")  # fmt: skip
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the runs")
+    add("--jobs", type=int, default=2, help="runs at once, one thread each")
+    add("--steps", type=int, default=0, help="end each run after this many, as a trial")
+    add("--images", "--pictures", type=Path, metavar="FOLDER", help="for image grids")
+    add("--summary", action="store_true", help="only print the table")
+    add("--one", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         name, arm, seed, steps, images = args.one
@@ -191,7 +197,9 @@ def main() -> int:
         append_rows(args.out / TABLE, COLUMNS, [origin() | row])
         return 0
     if args.steps and args.out.resolve() == RESULTS.resolve():
-        parser.error("--steps is for trials: give --out FOLDER too, so that the rows are kept out.")
+        parser.error(
+            "--steps is for trials: give --out FOLDER too, to keep their rows out of results/."
+        )
     failed = 0
     if not args.summary:
         done = {(row["task"], row["arm"], int(row["seed"]), float(row["epochs"]))

@@ -1,23 +1,22 @@
-"""What pretraining on 4,000 unlabelled digits is worth, on three seeds.
+"""Evaluate pretraining on 4,000 unlabelled digits, on three seeds.
 
     python benchmarks/digits.py                           # minutes a seed on two CPU cores
 
 For every seed: pretrain, then linear probe, nearest neighbours and fine-tuning on ten labels a
 class, each beside the same encoder untrained and raw pixels. The 1,000 test digits are fixed and
-unseen in pretraining and in every choice. Rows are appended to results/digits.csv, which git
-tracks; --out FOLDER takes another. Further options go to recipes/mim_pretrain.py.
+unseen in pretraining and in every choice. Rows are appended to results/digits.csv, or to --out.
+Further options go to recipes/mim_pretrain.py.
 """
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from rows import ORIGIN, append_rows, origin, results_parser
+from rows import ORIGIN, append_rows, mean_and_spread, origin, results_parser
 
 from vim_ssl.training.run import read_metrics
 
@@ -29,7 +28,7 @@ COLUMNS = (
 
 
 def run_seed(preset: str, seed: int, threads: int, folder: Path, more: list[str]) -> list[dict]:
-    """Pretrain and evaluate one seed in processes of its own; returns the rows."""
+    """Pretrain and evaluate one seed in fresh processes; return the rows."""
     out = folder / f"{preset}-{seed}"
 
     def script(path: str, *args: str) -> None:
@@ -42,7 +41,7 @@ def run_seed(preset: str, seed: int, threads: int, folder: Path, more: list[str]
             raise RuntimeError(f"{path} failed:\n{log.read_text()[-3000:]}")
 
     train = ("--threads", str(threads))
-    if not (out / "report.html").exists():  # a campaign that was cut off goes on
+    if not (out / "report.html").exists():  # an interrupted campaign resumes
         script("recipes/mim_pretrain.py", "--preset", preset, "--output", str(out), *train, *more)
     script("downstream/linear_probe.py", "--encoder", str(out), "--no-cache")
     few = ("--encoder", str(out), "--labels-per-class", "10", *train)
@@ -56,9 +55,9 @@ def run_seed(preset: str, seed: int, threads: int, folder: Path, more: list[str]
               "epochs": last["epoch"]}  # fmt: skip
     rows = []
     for row in _json(out / "linear_probe" / "metrics.json")["rows"]:
-        for figure, readout in (("logistic", row["readout"]), ("knn", row["knn_readout"])):
-            rows.append(common | {"features": row["features"], "figure": figure,
-                                  "value": row[figure], "readout": readout})  # fmt: skip
+        for metric, readout in (("logistic", row["readout"]), ("knn", row["knn_readout"])):
+            rows.append(common | {"features": row["features"], "figure": metric,
+                                  "value": row[metric], "readout": readout})  # fmt: skip
     for name, features in (("tuned", "pretrained encoder"), ("scratch", "same encoder, untrained")):
         value = _json(out / name / "metrics.json")["top1"]
         rows.append(common | {"features": features, "figure": "finetune_10", "value": value})
@@ -71,12 +70,13 @@ def _json(path: Path) -> dict:
 
 def main() -> int:
     parser = results_parser(__doc__, "digits.csv")
+    add = parser.add_argument
     parser.epilog = "Further options go to recipes/mim_pretrain.py."
-    parser.add_argument("--preset", default="demo", help="of recipes/mim_pretrain.py")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="a run each")
-    parser.add_argument("--threads", type=int, default=2, help="of each run")
-    parser.add_argument("--jobs", type=int, default=1, help="seeds at the same time")
-    parser.add_argument("--runs", type=Path, help="keep the runs here, else in a temporary folder")
+    add("--preset", default="demo", help="of recipes/mim_pretrain.py")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="a run each")
+    add("--threads", type=int, default=2, help="of each run")
+    add("--jobs", type=int, default=1, help="seeds at the same time")
+    add("--runs", type=Path, help="keep the runs here, else in a temporary folder")
     args, more = parser.parse_known_args()
     folder = args.runs or Path(tempfile.mkdtemp(prefix="digits-"))
     folder.mkdir(parents=True, exist_ok=True)
@@ -86,15 +86,13 @@ def main() -> int:
         rows = [row for job in jobs for row in job.result()]
     common = origin() | {"threads": args.threads}
     append_rows(args.out / "digits.csv", COLUMNS, (common | row for row in rows))
-    for figure in ("logistic", "knn", "finetune_10"):
+    for metric in ("logistic", "knn", "finetune_10"):
         for features in dict.fromkeys(row["features"] for row in rows):
             values = [
-                r["value"] for r in rows if (r["figure"], r["features"]) == (figure, features)
+                r["value"] for r in rows if (r["figure"], r["features"]) == (metric, features)
             ]
             if values:
-                spread = statistics.stdev(values) if len(values) > 1 else 0.0
-                print(f"{figure:12} {features:26} {statistics.mean(values):6.2f} ± {spread:.2f}"
-                      f"  {values}")  # fmt: skip
+                print(f"{metric:12} {features:26} {mean_and_spread(values)}  {values}")
     return 0
 
 

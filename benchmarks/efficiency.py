@@ -6,21 +6,19 @@
     python benchmarks/efficiency.py --summary                     # table, exponents, claim and plot
 
 A point is a model, an attention, a task (features of a batch, or a training step with AdamW) and a
-size in pixels. Each is measured in a process of its own, the smallest first: a warm-up at 32 px and
-one at full size, then `--repeats` passes or as many as go into two seconds, of which the median is
-kept; a pass of ten seconds or more is its own warm-up and is not repeated. On a CPU seconds are the
-process's own when it has one thread, so that other work on the machine disturbs little, and the
-clock's with more. Memory is the rise of the peak: on a CPU of the resident set over what it was
-after the warm-up at 32 px, on a GPU of what torch holds over weights and input. That of a step has
-gradients and the optimiser's state in it.
+size in pixels. Each is measured in a fresh process, the smallest first: a warm-up at 32 px and one
+at full size, then the median of `--repeats` passes or as many as fit into two seconds; a pass of
+ten seconds or more is neither warmed up nor repeated. On a CPU with one thread seconds are the
+process's CPU time, which other work on the machine hardly disturbs, else wall-clock time. Memory is
+the rise of the peak: on a CPU of the resident set since the warm-up at 32 px, on a GPU of what
+torch allocates beyond weights and input. That of a step includes gradients and optimiser state.
 
-A point that takes longer than `--seconds`, or more than `--memory`, is a row too, and larger sizes
-of its kind are left out. Rows are appended to results/efficiency.csv as they come; the same command
-again goes on where it was. `--summary` reads them and measures nothing.
+A point that takes longer than `--seconds` or more than `--memory` becomes a row too, and larger
+sizes of its kind are skipped. Rows are appended to results/efficiency.csv as they come; the same
+command resumes. `--summary` reads them and measures nothing.
 """
 
 import argparse
-import contextlib
 import json
 import math
 import os
@@ -34,7 +32,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rows import ORIGIN, append_rows, origin, read_rows, results_parser
+from process import peak_mib, proc_mib, reset_peak
+from rows import ORIGIN, append_rows, markdown_table, origin, read_rows, results_parser
 
 FILE = "efficiency.csv"
 COLUMNS = (
@@ -51,12 +50,12 @@ PIXELS = (224, 384, 512, 640, 768, 1024, 1248, 1600, 2048, 4096)
 FITTED = (640, 2048)  # pixels between which exponents are fitted
 CLAIMED_PX, CLAIMED_SPEED, CLAIMED_MEMORY = 1248, 2.8, 86.8  # the paper's abstract; per cent less
 DONE, TOO_LONG, TOO_LARGE = "measured", "too long", "too large"
-SHORT, LONG = 2.0, 10.0  # seconds of passes: in all at least; after which none is repeated
+SHORT, LONG = 2.0, 10.0  # seconds: least sum of the passes; a pass that is not repeated
 
 
 @dataclass(frozen=True)
 class Point:
-    """What is measured in one process."""
+    """A measurement in one process."""
 
     device: str
     threads: int
@@ -73,7 +72,7 @@ class Point:
 
 
 def points(args: argparse.Namespace) -> Iterator[Point]:
-    """All that is asked for, by size, so that what takes long comes last."""
+    """All requested points by size, so that the slow ones come last."""
     for pixels in sorted(args.pixels):
         for task in args.tasks:
             for model in args.models:
@@ -83,11 +82,11 @@ def points(args: argparse.Namespace) -> Iterator[Point]:
                                 args.batch, args.dtype)  # fmt: skip
 
 
-# --- one point, in a process of its own ------------------------------------------------------
+# --- one point, in a fresh process -----------------------------------------------------------
 
 
 def measure(point: Point, repeats: int, memory_gb: float) -> dict[str, Any]:
-    """Its figures. Raises: MemoryError when it does not fit."""
+    """Measure a point in this process. Raises: MemoryError when it does not fit."""
     import timm
     import torch
     from timm.layers import set_fused_attn
@@ -118,15 +117,15 @@ def measure(point: Point, repeats: int, memory_gb: float) -> dict[str, Any]:
             optimizer.zero_grad()
 
     small = timm.create_model(name, **args | {"img_size": 32}).to(point.device).train(training)
-    run(small, torch.randn(1, 3, 32, 32, device=point.device))  # compiles, and loads libraries
+    run(small, torch.randn(1, 3, 32, 32, device=point.device))  # compiles and loads libraries
     del small
     x = torch.randn(point.batch, 3, point.pixels, point.pixels, device=point.device)
     if memory_gb and not cuda:
-        # Private memory alone; the libraries' address space is many times as large.
+        # Private memory only: the libraries' address space is many times as large.
         limit = int(memory_gb * 2**30)
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    reset_peak(cuda)
-    before = peak_mib(cuda)
+    reset_peak(point.device)
+    before = peak_mib(point.device)
     clock = time.process_time if not cuda and point.threads == 1 else time.perf_counter
 
     def timed() -> float:
@@ -146,7 +145,7 @@ def measure(point: Point, repeats: int, memory_gb: float) -> dict[str, Any]:
         if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
             raise MemoryError(str(error)) from error
         raise
-    peak = peak_mib(cuda)
+    peak = peak_mib(point.device)
     median = statistics.median(times)
     return {
         "seconds": round(median, 5), "passes": len(times),
@@ -155,45 +154,16 @@ def measure(point: Point, repeats: int, memory_gb: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def peak_mib(cuda: bool) -> float:
-    """Since `reset_peak`, or where a system cannot reset it since the start: of this process, on a
-    GPU of what torch holds there."""
-    if cuda:
-        import torch
-
-        return torch.cuda.max_memory_allocated() / 2**20
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    if line := next((line for line in lines if line.startswith("VmHWM")), ""):
-        return int(line.split()[1]) / 2**10
-    unit = 2**20 if sys.platform == "darwin" else 2**10  # of ru_maxrss: bytes there, else KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-
-
-def reset_peak(cuda: bool) -> None:
-    """Begin again from what is held now; imports alone leave a peak of hundreds of MiB."""
-    if cuda:
-        import torch
-
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
-
-
 def free_gib() -> float:
-    """Seven tenths of what programs could take now, so that none is ended for the lack of it; 0
-    where the system does not tell."""
-    info = Path("/proc/meminfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    free = next((int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), 0)
-    return round(0.7 * free / 2**20, 1)
+    """Seven tenths of the available memory, so that no process is killed; 0 if unknown."""
+    return round(0.7 * proc_mib("meminfo", "MemAvailable") / 2**10, 1)
 
 
 def gflops(name: str, pixels: int) -> float:
-    """Of one image's features, counted on tensors without values; plain attention, of which torch
-    counts all products, since fused attention computes the same."""
+    """GFLOP of one image's features, counted on meta tensors with plain attention.
+
+    Fused attention computes the same products, but torch does not count them all.
+    """
     import timm
     import torch
     from timm.layers import set_fused_attn
@@ -213,23 +183,21 @@ def gflops(name: str, pixels: int) -> float:
 
 def measure_all(args: argparse.Namespace) -> None:
     file = args.out / FILE
-    here = origin()["hardware"]  # other machines' rows lie there too
+    here = origin()["hardware"]  # the file has rows of other machines too
     known = {key_of(row): row["state"] for row in read_rows(file) if row["hardware"] == here}
-    stopped: dict[tuple, str] = {}  # a kind of point -> why its larger sizes are left out
+    stopped: dict[tuple, str] = {}  # kind of point -> why larger sizes are skipped
     for point in points(args):
         kind = tuple(v for k, v in asdict(point).items() if k != "pixels")
         state = known.get(tuple(map(str, asdict(point).values())))
         if state is None and kind in stopped:
-            print(f"{point}: left out, smaller ones were {stopped[kind]}", flush=True)
+            print(f"{point}: skipped, smaller ones were {stopped[kind]}", flush=True)
             continue
         if state is None:
             row = measured(point, args)
             state = row["state"]
             append_rows(file, COLUMNS, [origin() | asdict(point) | row])
-            figures = (
-                f"{row['seconds']:.3f} s, {row['rise_mib']:,.0f} MiB" if state == DONE else state
-            )
-            print(f"{point}: {figures}", flush=True)
+            cost = f"{row['seconds']:.3f} s, {row['rise_mib']:,.0f} MiB" if state == DONE else state
+            print(f"{point}: {cost}", flush=True)
         if state != DONE:
             stopped[kind] = state
 
@@ -239,9 +207,9 @@ def key_of(row: dict[str, str]) -> tuple[str, ...]:
 
 
 def measured(point: Point, args: argparse.Namespace) -> dict[str, Any]:
-    """Its row, by a process of its own.
+    """Measure a point in a fresh process; return its row.
 
-    Raises: RuntimeError with that process's words when it fails for another reason than time or
+    Raises: RuntimeError with the process's output if it fails for another reason than time or
         memory.
     """
     command = [
@@ -256,7 +224,7 @@ def measured(point: Point, args: argparse.Namespace) -> dict[str, Any]:
         )
     except subprocess.TimeoutExpired:
         return tokens | {"state": TOO_LONG}
-    # A process that the system ended for its memory says nothing.
+    # A process that the system killed for its memory prints nothing.
     if done.returncode == -9 or (done.returncode and "MemoryError" in done.stderr):
         return tokens | {"state": TOO_LARGE}
     if done.returncode:
@@ -264,42 +232,48 @@ def measured(point: Point, args: argparse.Namespace) -> dict[str, Any]:
     return tokens | {"state": DONE} | json.loads(done.stdout.splitlines()[-1])
 
 
-# --- what the rows say -----------------------------------------------------------------------
+# --- summary of the rows ----------------------------------------------------------------------
 
-Series = dict[int, dict[str, float]]  # pixels -> figures
+Series = dict[int, dict[str, float]]  # pixels -> metrics
 
 
 def series(rows: list[dict[str, str]]) -> dict[tuple[str, ...], dict[tuple[str, str], Series]]:
-    """Conditions (hardware, device, threads, batch, dtype, task) -> (model, attention) -> sizes; of
-    several rows for the same the last."""
-    found: dict[tuple[str, ...], dict[tuple[str, str], Series]] = {}
+    """Conditions (hardware, device, threads, batch, dtype, task) -> (model, attention) -> sizes.
+
+    Of several rows for the same point the last counts.
+    """
+    grouped: dict[tuple[str, ...], dict[tuple[str, str], Series]] = {}
     for row in rows:
         if row["state"] == DONE:
             where = tuple(
                 row[k] for k in ("hardware", "device", "threads", "batch", "dtype", "task")
             )
-            sizes = found.setdefault(where, {}).setdefault((row["model"], row["attention"]), {})
+            sizes = grouped.setdefault(where, {}).setdefault((row["model"], row["attention"]), {})
             sizes[int(row["pixels"])] = {
                 k: float(row[k]) for k in ("tokens", "seconds", "rise_mib", "gflops")
             }
-    return found
+    return grouped
 
 
-def exponent(sizes: Series, figure: str) -> float | None:
-    """Slope of log(figure) over log(tokens) between the sizes of `FITTED`, by least squares; None
-    without three points."""
+def exponent(sizes: Series, metric: str) -> float | None:
+    """Least-squares slope of log(metric) over log(tokens) between the sizes of `FITTED`.
+
+    None with fewer than three points.
+    """
     chosen = [s for px, s in sorted(sizes.items()) if FITTED[0] <= px <= FITTED[1]]
-    if len(chosen) < 3 or min(s[figure] for s in chosen) <= 0:
+    if len(chosen) < 3 or min(s[metric] for s in chosen) <= 0:
         return None
-    x, y = ([math.log(s[key]) for s in chosen] for key in ("tokens", figure))
+    x, y = ([math.log(s[key]) for s in chosen] for key in ("tokens", metric))
     return statistics.linear_regression(x, y).slope
 
 
-def crossover(ours: Series, theirs: Series, figure: str) -> float | None:
-    """Pixels from which on ours takes less, between measured sizes by a straight line through the
-    logarithms; 0 if it takes less everywhere, None if not at the largest."""
+def crossover(ours: Series, theirs: Series, metric: str) -> float | None:
+    """Pixels from which on ours takes less, interpolated in logarithms between measured sizes.
+
+    0 if it takes less everywhere, None if not at the largest size.
+    """
     both = sorted(ours.keys() & theirs.keys())
-    gaps = [math.log(ours[px][figure] / theirs[px][figure]) for px in both]
+    gaps = [math.log(ours[px][metric] / theirs[px][metric]) for px in both]
     if not both or gaps[-1] >= 0:
         return None
     worse = [i for i, gap in enumerate(gaps) if gap >= 0]
@@ -312,65 +286,71 @@ def crossover(ours: Series, theirs: Series, figure: str) -> float | None:
 
 
 def summary(rows: list[dict[str, str]]) -> str:
-    """Tables in Markdown: figures, exponents, crossovers and the paper's claim."""
-    parts = []
+    """Measurements, exponents, crossovers and the paper's claim, in Markdown."""
+    text = []
     for where, models in series(rows).items():
         hardware, device, threads, batch, dtype, task = where
         what = "features" if task == "features" else "a training step"
         place = hardware if device == "cuda" else f"{hardware}, {threads} thread(s)"
-        parts.append(f"### {what.capitalize()}: {place}, batch {batch}, {dtype}\n")
+        text.append(f"### {what.capitalize()}: {place}, batch {batch}, {dtype}\n")
         sizes = sorted({px for model in models.values() for px in model})
         head = ["model", *(f"{px} px" for px in sizes), "exponent: time", "memory"]
-        lines = [head, ["---"] * len(head)]
-        for name, found in models.items():
+        lines = []
+        for name, measured_at in models.items():
             cells = [
-                f"{found[px]['seconds']:.2f} s, {found[px]['rise_mib']:,.0f} MiB"
-                if px in found else "-"
+                f"{measured_at[px]['seconds']:.2f} s, {measured_at[px]['rise_mib']:,.0f} MiB"
+                if px in measured_at else "-"
                 for px in sizes
             ]  # fmt: skip
-            slopes = [exponent(found, figure) for figure in ("seconds", "rise_mib")]
+            slopes = [exponent(measured_at, metric) for metric in ("seconds", "rise_mib")]
             lines.append([label(name), *cells, *("-" if s is None else f"{s:.2f}" for s in slopes)])
-        parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n")
-        parts += [f"- {line}" for line in findings(models, task)]
-        parts.append("")
-    return "\n".join(parts)
+        text.append(markdown_table(head, lines) + "\n")
+        text += [f"- {line}" for line in findings(models, task)]
+        text.append("")
+    return "\n".join(text)
 
 
 def findings(models: dict[tuple[str, str], Series], task: str) -> Iterator[str]:
-    """Sentences: exponents against what is wanted, crossovers, the claim."""
+    """Sentences on exponents, crossovers and the claim."""
     for name, ours in models.items():
         if not name[0].startswith("vim"):
             continue
-        for figure, word in (("seconds", "time"), ("rise_mib", "memory")):
-            slope = exponent(ours, figure)
+        for metric, word in (("seconds", "time"), ("rise_mib", "memory")):
+            slope = exponent(ours, metric)
             if slope is not None:
-                verdict = "met" if slope <= 1.1 else "not met"
                 yield (
-                    f"{label(name)}: {word} grows by tokens^{slope:.2f}; 1.1 at most wanted: "
-                    f"{verdict}."
+                    f"{label(name)}: {word} grows by tokens^{slope:.2f} (target at most 1.1: "
+                    f"{_met(slope <= 1.1)})."
                 )
         for other, theirs in models.items():
             if other[0] != name[0].replace("vim", "deit"):
                 continue
             pair = f"{label(name)} against {label(other)}"
-            for figure, word in (("seconds", "faster"), ("rise_mib", "smaller")):
+            for metric, word in (("seconds", "faster"), ("rise_mib", "smaller")):
                 both = ours.keys() & theirs.keys()
-                if both and all(s[px][figure] > 0 for s in (ours, theirs) for px in both):
-                    px = crossover(ours, theirs, figure)
-                    text = "nowhere measured" if px is None else "everywhere" if not px else (
-                        f"from {px:.0f} px on"
-                    )  # fmt: skip
-                    yield f"{pair}: {word} {text}."
+                if both and all(s[px][metric] > 0 for s in (ours, theirs) for px in both):
+                    px = crossover(ours, theirs, metric)
+                    where = (
+                        "everywhere"
+                        if px == 0
+                        else f"from {px:.0f} px on"
+                        if px
+                        else "at no measured size"
+                    )
+                    yield f"{pair}: {word} {where}."
             if task == "features" and CLAIMED_PX in ours.keys() & theirs.keys():
-                mine, other_figures = ours[CLAIMED_PX], theirs[CLAIMED_PX]
-                speed = other_figures["seconds"] / mine["seconds"]
-                less = 100 * (1 - mine["rise_mib"] / max(other_figures["rise_mib"], 1e-9))
+                mine, reference = ours[CLAIMED_PX], theirs[CLAIMED_PX]
+                speed = reference["seconds"] / mine["seconds"]
+                less = 100 * (1 - mine["rise_mib"] / max(reference["rise_mib"], 1e-9))
                 yield (
                     f"{pair} at {CLAIMED_PX} px: {speed:.2f} times as fast (claimed "
-                    f"{CLAIMED_SPEED}: {'met' if speed >= CLAIMED_SPEED else 'not met'}), "
-                    f"{less:.1f} % less memory (claimed {CLAIMED_MEMORY}: "
-                    f"{'met' if less >= CLAIMED_MEMORY else 'not met'})."
+                    f"{CLAIMED_SPEED}: {_met(speed >= CLAIMED_SPEED)}), {less:.1f} % less memory "
+                    f"(claimed {CLAIMED_MEMORY}: {_met(less >= CLAIMED_MEMORY)})."
                 )
+
+
+def _met(holds: bool) -> str:
+    return "met" if holds else "not met"
 
 
 def label(name: tuple[str, str]) -> str:
@@ -379,15 +359,15 @@ def label(name: tuple[str, str]) -> str:
 
 
 def plot(rows: list[dict[str, str]], path: Path) -> None:
-    """Seconds and memory over pixels, a line a model, a column a task and set of conditions."""
+    """Plot seconds and memory over pixels: a line per model, a column per task and conditions."""
     import matplotlib
 
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
 
-    found = series(rows)
-    figure, axes = plt.subplots(2, len(found), figsize=(5.2 * len(found), 7), squeeze=False)
-    for column, (where, models) in enumerate(found.items()):
+    plots = series(rows)
+    figure, axes = plt.subplots(2, len(plots), figsize=(5.2 * len(plots), 7), squeeze=False)
+    for column, (where, models) in enumerate(plots.items()):
         for line, (key, unit) in enumerate((("seconds", "s"), ("rise_mib", "MiB"))):
             axis = axes[line][column]
             for (model, attention), sizes in models.items():
@@ -418,10 +398,10 @@ def main() -> int:
     add("--threads", type=int, default=1, help="of torch and the scan")
     add("--batch", type=int, default=1, help="images")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of autocast")
-    add("--repeats", type=int, default=3, help="passes at least, of less than ten seconds")
-    add("--seconds", type=float, default=300.0, help="a point may take, all in all")
-    add("--memory", type=float, default=free_gib(), help="GiB a CPU point may take; 0: any")
-    add("--summary", action="store_true", help="print what the rows say, draw efficiency.svg")
+    add("--repeats", type=int, default=3, help="least number of passes below ten seconds")
+    add("--seconds", type=float, default=300.0, help="limit of a point, warm-up included")
+    add("--memory", type=float, default=free_gib(), help="limit of a CPU point, GiB; 0: none")
+    add("--summary", action="store_true", help="print the summary, plot efficiency.svg")
     add("--point", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.point:

@@ -1,45 +1,43 @@
-"""CLIP on emoji: are a third vendor's drawings found by their names, and their names by them?
+"""CLIP on emoji: retrieve a third vendor's drawings by their names, and their names by them.
 
-    python benchmarks/emoji_clip.py               # the whole of it, on two CPU cores
-    python benchmarks/emoji_clip.py --summary     # the tables of what is measured so far, Markdown
+    python benchmarks/emoji_clip.py               # every arm, on two CPU cores
+    python benchmarks/emoji_clip.py --summary     # tables of the rows so far, in Markdown
 
-The preset `emoji_clip` trains on two vendors' drawings and their names. Asked about are a third
-vendor's, of which nothing was ever trained on: those of *seen* concepts, which the other two drew
-in the training part, and those of *unseen* ones, which are held out for all three. A concept is
-what a name says without gender, hair, direction or the members of a family; skin tones are left
-out throughout. The sample sets hold emoji out, and a woman's may be held out where a man's is not:
-of the 372 held out, 59 of whose concept another was trained on are left out here. There remain
-1,480 drawings of 1,337 seen concepts and 313 of as many unseen ones. Four questions, each among all
-answers of its set: the caption of an image, the image of a caption, the image's category and
-subcategory by their names.
+The preset `emoji_clip` trains on two vendors' drawings and their names. The test images are those
+of a third vendor, none of which was trained on: drawings of *seen* concepts, which the training
+part of the other two contains, and of *unseen* ones, held out for all three. A concept is a name
+without gender, hair, direction or the members of a family; drawings with skin tones are skipped.
+The sample sets hold out emoji, so a woman may be held out while the man is not: 59 of the 372 held
+out are skipped because their concept was trained on. 1,480 drawings of 1,337 seen concepts and 313
+of as many unseen ones remain. There are four questions, each among all answers of its set: the
+caption of an image, the image of a caption, and the image's category and subcategory by name.
 
     vim              the preset, trained for longer than the demonstration
     vit              the same with timm's ViT of the same size, for the same CPU time
-    vim after mae    vim on an encoder that MAE trained on the same drawings before
+    vim after mae    vim on an encoder pretrained by MAE on the same drawings
 
-Beside them stands what needs no model: the training drawing nearest in pixels, or in its histogram
-of colours, gives its caption and its category (a caption is then answered by the image nearest to
-its drawings). How coarse both are is chosen between the two training vendors. Of unseen captions
-they know nothing, as chance does. The largest class is a category's bar, too.
+Baselines need no model: the training drawing nearest in pixels, or in its colour histogram, gives
+its caption and its category (and for a caption, the image nearest to its drawings). Their
+resolution is chosen between the two training vendors. For unseen captions they know nothing, so
+chance is the baseline, and the largest class is one for categories.
 
-Rows go to results/emoji_clip.csv as they come; what was cut off goes on where it stopped. `ranks`
-has a character a question, the place of the right answer from 1 to 9, x for 10, a dot for worse,
-and a space between concepts, which the intervals draw as a whole.
+Rows are appended to results/emoji_clip.csv as they come; an interrupted campaign resumes. The
+column `ranks` has a character per query, the rank of the right answer from 1 to 9, x for 10, a dot
+for a lower one, and a space between concepts, which the intervals resample as a whole.
 """
 
 import argparse
 import re
-import statistics
 import sys
 import tempfile
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from campaign import costs, fit_seconds, run_jobs
+from emoji_tables import RANKS, SETS, TRAINED, tables
 from rows import ORIGIN, append_rows, origin, read_rows, results_parser
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
@@ -49,7 +47,6 @@ from vim_ssl.data import ImageData, open_data
 from vim_ssl.data.config import IMAGENET_DATA
 from vim_ssl.downstream.zero_shot import class_names, text_classifier
 from vim_ssl.evaluation.retrieval import embed_pairs
-from vim_ssl.metrics.bootstrap import Metric
 from vim_ssl.objectives.clip import Clip
 from vim_ssl.recipes import clip_pretrain, mim_pretrain
 from vim_ssl.training.accelerator import make_accelerator
@@ -61,8 +58,8 @@ COLUMNS = (*ORIGIN, "arm", "seed", "concepts", "question", "asked", "answers", "
 QUIET = {"threads": 1, "eval_every": 1e9, "log_every": 50, "save_every": 1e9, "trackers": ("none",)}
 EPOCHS = 128.0
 CLIP = replace(clip_pretrain.emoji_clip(), val="", **QUIET)
-STYLES = ("sample:noto-emoji", "sample:twemoji")  # CLIP.data
-UNSEEN_STYLE = "sample:fluent-emoji"
+TRAIN_VENDORS = ("sample:noto-emoji", "sample:twemoji")  # CLIP.data
+TEST_VENDOR = "sample:fluent-emoji"
 MAE = replace(
     mim_pretrain.mae_nano_64(), data=CLIP.data, encoder=CLIP.encoder, model_args=CLIP.model_args,
     warmup_epochs=CLIP.warmup_epochs, workers=0, **QUIET,
@@ -70,14 +67,11 @@ MAE = replace(
 IMAGES = {k: v for k, v in IMAGENET_DATA.items() if k not in ("input_size", "bands")}
 VIT = {"patch_size": 16, "img_size": 64, "embed_dim": 153, "depth": 2, "num_heads": 3,
        "pretrained_cfg_overlay": IMAGES}  # fmt: skip
-TRAINED = ("vim", "vit", "vim after mae")
 BASELINES = ("pixels", "colours", "largest class")
-SETS = {"seen": "train", "unseen": "test"}  # -> the split of the unseen style
 QUESTIONS = ("caption", "picture", "category", "subcategory")
-PLACES = "123456789x."  # of the right answer; the dot is every place from 11 on
 
 
-# -------------------------------------------------------------------- what is asked
+# -------------------------------------------------------------------- queries
 
 
 GENDER = re.compile(r"\b(woman and man|(wo)?m[ae]n|person|people|mrs\.|mx|santa)(?!\w)")
@@ -86,7 +80,7 @@ ALIKE = {"boy": "child", "girl": "child", "older": "old", "merman": "mermaid",
 
 
 def concept(caption: str) -> str:
-    """What is drawn, whoever is drawn: "woman running: facing right" -> "running"."""
+    """Reduce a name to what is drawn: "woman running: facing right" -> "running"."""
     head, _, rest = caption.lower().partition(":")
     if head in ("flag", "keycap"):
         return f"{head}:{rest}"
@@ -95,14 +89,14 @@ def concept(caption: str) -> str:
 
 
 @dataclass
-class Asked:
-    """Images, in the order of their concepts, and what is right about each.
+class Queries:
+    """Images in the order of their concepts, and the right answers about each.
 
     Attributes:
-        data: with captions, one an image.
+        data: with captions, one per image.
         captions, concepts: (n) texts.
         labels: "category" and "subcategory" -> (n,) int64.
-        names: -> what the classes are called.
+        names: the same -> names of the classes.
     """
 
     data: ImageData
@@ -112,108 +106,110 @@ class Asked:
     names: dict[str, list[str]]
 
 
-def ask(spec: str, split: str, concepts: set[str] | None = None, known: bool = True) -> Asked:
-    """Images, a name once; of these concepts only, or with ``known=False`` of all others.
+def queries(spec: str, split: str, concepts: set[str] | None = None, known: bool = True) -> Queries:
+    """One image per name, of these concepts only, or with ``known=False`` of all others.
 
     Raises: ValueError if none is left.
     """
     specs = {kind: f"{spec}?split={split}&label={kind}&tones=none" for kind in QUESTIONS[2:]}
-    parts = {kind: open_data(spec) for kind, spec in specs.items()}
-    data = parts["category"]
-    rows = {}  # a caption's concept, the caption, its image
+    sources = {kind: open_data(spec) for kind, spec in specs.items()}
+    data = sources["category"]
+    rows = {}  # caption -> (concept, caption, index)
     for i in range(len(data)):
         (caption,) = data.captions(i)
-        what = concept(caption)
-        if concepts is None or (what in concepts) == known:
-            rows.setdefault(caption, (what, caption, i))
+        drawn = concept(caption)
+        if concepts is None or (drawn in concepts) == known:
+            rows.setdefault(caption, (drawn, caption, i))
     if not rows:
-        raise ValueError(f"{spec} ({split}) has no image to ask about.")
-    whats, captions, places = zip(*sorted(rows.values()), strict=True)
-    return Asked(
-        data.subset(places), list(captions), list(whats),
-        {kind: torch.tensor(part.labels)[list(places)] for kind, part in parts.items()},
-        {kind: class_names(part, "") for kind, part in parts.items()},
+        raise ValueError(f"{spec} ({split}) has no image of the requested concepts.")
+    ordered, captions, indices = zip(*sorted(rows.values()), strict=True)
+    return Queries(
+        data.subset(indices), list(captions), list(ordered),
+        {kind: torch.tensor(source.labels)[list(indices)] for kind, source in sources.items()},
+        {kind: class_names(source, "") for kind, source in sources.items()},
     )  # fmt: skip
 
 
-def trained_on() -> list[Asked]:
-    """The training drawings of either vendor."""
-    return [ask(spec, "train") for spec in STYLES]
+def training_sets() -> list[Queries]:
+    """The training drawings of each vendor."""
+    return [queries(spec, "train") for spec in TRAIN_VENDORS]
 
 
-def asked_about(trained: list[Asked]) -> dict[str, Asked]:
+def test_sets(trained: list[Queries]) -> dict[str, Queries]:
     """The third vendor's drawings of seen and of unseen concepts."""
-    known = {what for part in trained for what in part.concepts}
-    return {name: ask(UNSEEN_STYLE, split, known, name == "seen") for name, split in SETS.items()}
+    known = {name for one in trained for name in one.concepts}
+    return {
+        name: queries(TEST_VENDOR, split, known, name == "seen") for name, split in SETS.items()
+    }
 
 
-# -------------------------------------------------------------------- how it is answered
+# -------------------------------------------------------------------- scores and ranks
 
 
 def ranks(scores: Tensor, truth: Tensor) -> Tensor:
-    """The place, from 1, of each question's right answer: scores (n, m), truth (n,) -> (n,).
+    """Rank, from 1, of each query's right answer: scores (n, m), truth (n,) -> (n,).
 
-    Of equal scores the right one is the last, so that answering everything alike earns nothing.
+    Among equal scores the right answer is the last, so that constant scores earn nothing.
     """
-    own = scores.gather(1, truth[:, None])
-    return scores.shape[1] - (scores < own).sum(1)
+    right = scores.gather(1, truth[:, None])
+    return scores.shape[1] - (scores < right).sum(1)
 
 
-def model_scores(clip: Clip, part: Asked) -> dict[str, Tensor]:
-    """Cosines (questions, answers) for every question."""
-    pairs = embed_pairs(clip, part.data)
+def model_scores(clip: Clip, test: Queries) -> dict[str, Tensor]:
+    """Cosines (queries, answers) for every question."""
+    pairs = embed_pairs(clip, test.data)
     if pairs.skipped:
-        raise ValueError(f"images of {part.data.name} cannot be read: {pairs.skipped[:3]}")
+        raise ValueError(f"images of {test.data.name} cannot be read: {pairs.skipped[:3]}")
     captions = pairs.images @ pairs.texts.T
     by_name = {kind: pairs.images @ text_classifier(clip, names, ("{}",)).T
-               for kind, names in part.names.items()}  # fmt: skip
+               for kind, names in test.names.items()}  # fmt: skip
     return {"caption": captions, "picture": captions.T, **by_name}
 
 
 def neighbour_scores(
-    asked: Tensor, bank: Tensor, trained: list[Asked], part: Asked
+    features: Tensor, bank: Tensor, trained: list[Queries], test: Queries
 ) -> dict[str, Tensor]:
-    """What the nearest drawings say: minus the distance to the nearest that has the answer.
+    """Minus the distance to the nearest training drawing that has the answer.
 
     Args:
-        asked, bank: features of the images of ``part``, and of all of ``trained``.
+        features, bank: of the images of ``test``, and of all of ``trained``.
     """
-    similarity = -torch.cdist(asked, bank)
+    similarity = -torch.cdist(features, bank)
 
     def nearest(answers: Tensor, count: int) -> Tensor:
         known = answers >= 0
-        best = similarity.new_full((len(asked), count), -torch.inf)
+        best = similarity.new_full((len(features), count), -torch.inf)
         return best.scatter_reduce(
-            1, answers[known].expand(len(asked), -1), similarity[:, known], "amax"
+            1, answers[known].expand(len(features), -1), similarity[:, known], "amax"
         )
 
-    place = {caption: i for i, caption in enumerate(part.captions)}
-    drawn = torch.tensor([place.get(caption, -1) for one in trained for caption in one.captions])
-    found = {kind: nearest(labels_of(trained, kind), len(names))
-             for kind, names in part.names.items()}  # fmt: skip
-    if (drawn >= 0).any():  # of unseen concepts there is no drawing
-        captions = nearest(drawn, len(place))
-        found |= {"caption": captions, "picture": captions.T}
-    return found
+    index = {caption: i for i, caption in enumerate(test.captions)}
+    drawn = torch.tensor([index.get(caption, -1) for one in trained for caption in one.captions])
+    scores = {kind: nearest(labels_of(trained, kind), len(names))
+              for kind, names in test.names.items()}  # fmt: skip
+    if (drawn >= 0).any():  # unseen concepts have no training drawing
+        captions = nearest(drawn, len(index))
+        scores |= {"caption": captions, "picture": captions.T}
+    return scores
 
 
-def labels_of(parts: list[Asked], kind: str) -> Tensor:
-    return torch.cat([part.labels[kind] for part in parts])
+def labels_of(sets: list[Queries], kind: str) -> Tensor:
+    return torch.cat([one.labels[kind] for one in sets])
 
 
-def images_of(part: Asked) -> Tensor:
+def images_of(one: Queries) -> Tensor:
     """(n, 3, 64, 64) in 0..1."""
-    images = (part.data[i]["image"].convert("RGB").resize((64, 64)) for i in range(len(part.data)))
+    images = (one.data[i]["image"].convert("RGB").resize((64, 64)) for i in range(len(one.data)))
     return torch.stack([pil_to_tensor(image) for image in images]).float() / 255
 
 
 def small(images: Tensor, side: int) -> Tensor:
-    """The pixels of smaller images, (n, 3 side side)."""
+    """Pixels of smaller images, (n, 3 side side)."""
     return F.adaptive_avg_pool2d(images, side).flatten(1)
 
 
 def colours(images: Tensor, bins: int) -> Tensor:
-    """The square roots of the shares of colours, (n, bins^3): their distance is Hellinger's."""
+    """Square roots of a colour histogram, (n, bins^3); their distance is Hellinger's."""
     level = (images * bins).long().clamp(max=bins - 1)
     cell = ((level[:, 0] * bins + level[:, 1]) * bins + level[:, 2]).flatten(1)
     counts = torch.zeros(len(images), bins**3).scatter_add_(1, cell, torch.ones(cell.shape))
@@ -223,36 +219,35 @@ def colours(images: Tensor, bins: int) -> Tensor:
 FEATURES = {"pixels": (small, (4, 8, 16, 32)), "colours": (colours, (2, 4, 6, 8))}
 
 
-def baseline(arm: str, trained: list[Asked], asked: dict[str, Asked]):
-    """Per set the scores of every question that the arm can answer, and what was chosen."""
+def baseline(arm: str, trained: list[Queries], tests: dict[str, Queries]):
+    """Scores of every set and question that the arm can answer, and the chosen resolution."""
     if arm == "largest class":
         return {
             name: {kind: torch.bincount(labels_of(trained, kind), minlength=len(names))
-                   .expand(len(part.captions), -1) for kind, names in part.names.items()}
-            for name, part in asked.items()
+                   .expand(len(test.captions), -1) for kind, names in test.names.items()}
+            for name, test in tests.items()
         }, ""  # fmt: skip
     one, other = trained
-    features, grains = FEATURES[arm]
-    drawn = [images_of(part) for part in trained]
+    extract, grains = FEATURES[arm]
+    images = [images_of(vendor) for vendor in trained]
 
     def across(grain: int) -> int:
-        """Captions of the other vendor's drawings that the first's give right."""
-        first, second = (features(images, grain) for images in drawn)
-        scores = neighbour_scores(second, first, [one], other)
+        """Right captions of the second vendor's drawings, given the first vendor's."""
+        bank, features = (extract(vendor, grain) for vendor in images)
+        scores = neighbour_scores(features, bank, [one], other)
         return int((ranks(scores["caption"], torch.arange(len(other.captions))) == 1).sum())
 
     grain = max(grains, key=across)
-    known = features(torch.cat(drawn), grain)
-    found = {name: neighbour_scores(features(images_of(part), grain), known, trained, part)
-             for name, part in asked.items()}  # fmt: skip
-    return found, grain
+    bank = extract(torch.cat(images), grain)
+    return {name: neighbour_scores(extract(images_of(test), grain), bank, trained, test)
+            for name, test in tests.items()}, grain  # fmt: skip
 
 
 # -------------------------------------------------------------------- training
 
 
 def train(arm: str, seed: int, epochs: float, folder: Path, max_steps: int = 0):
-    """Train an arm in ``folder``; returns the model and what it took."""
+    """Train an arm in ``folder``; return the model and its cost."""
     config = replace(
         CLIP, seed=seed, epochs=epochs, max_steps=max_steps, output=str(folder / "clip")
     )
@@ -275,7 +270,7 @@ def train(arm: str, seed: int, epochs: float, folder: Path, max_steps: int = 0):
 
 
 def mae(seed: int, epochs: float, folder: Path) -> float:
-    """Leave an encoder in ``folder``/encoder; its CPU seconds."""
+    """Pretrain an encoder into ``folder``/encoder; return the CPU seconds."""
     config = replace(MAE, seed=seed, epochs=epochs, output=str(folder / "mae"))
     accelerator = make_accelerator(config)
     torch.manual_seed(seed)
@@ -288,173 +283,47 @@ def mae(seed: int, epochs: float, folder: Path) -> float:
 
 
 def work(out: Path, arm: str, seed: int, epochs: float) -> None:
-    """One run and its answers, in a process of its own; appends the rows."""
+    """Train and test one arm in this process; append the rows."""
     torch.set_num_threads(1)
-    trained = trained_on()
-    asked = asked_about(trained)
+    trained = training_sets()
+    tests = test_sets(trained)
     if arm in BASELINES:
-        found, grain = baseline(arm, trained, asked)
+        scores, grain = baseline(arm, trained, tests)
         spent: dict = {"grain": grain}
     else:
         with tempfile.TemporaryDirectory() as folder:
             clip, spent = train(arm, seed, epochs, Path(folder))
-        found = {name: model_scores(clip, part) for name, part in asked.items()}
+        scores = {name: model_scores(clip, test) for name, test in tests.items()}
         spent = {k: round(v, 1) if k.endswith("seconds") else v for k, v in spent.items()}
     common = origin() | {"arm": arm, "seed": seed} | spent
     append_rows(out / TABLE, COLUMNS, [
-        common | {"concepts": name, "question": question} | answers(scores, question, asked[name])
-        for name, questions in found.items() for question, scores in questions.items()
+        common | {"concepts": name, "question": question} | answers(values, question, tests[name])
+        for name, questions in scores.items() for question, values in questions.items()
     ])  # fmt: skip
 
 
-def answers(scores: Tensor, question: str, part: Asked) -> dict:
-    """A question's columns of a row."""
-    truth = part.labels.get(question, torch.arange(len(scores)))
-    places = ranks(scores, truth)
-    marks = (PLACES[min(place, 11) - 1] for place in places.tolist())
-    groups = groupby(zip(part.concepts, marks, strict=True), key=lambda pair: pair[0])
-    recalls = {f"r{k}": round(100 * float((places <= k).float().mean()), 2) for k in (1, 5, 10)}
+def answers(scores: Tensor, question: str, test: Queries) -> dict:
+    """The columns of a row that one question fills."""
+    truth = test.labels.get(question, torch.arange(len(scores)))
+    positions = ranks(scores, truth)
+    marks = (RANKS[min(rank, 11) - 1] for rank in positions.tolist())
+    groups = groupby(zip(test.concepts, marks, strict=True), key=lambda pair: pair[0])
+    recalls = {f"r{k}": round(100 * float((positions <= k).float().mean()), 2) for k in (1, 5, 10)}
     words = ("".join(mark for _, mark in pairs) for _, pairs in groups)
     return {"asked": len(scores), "answers": scores.shape[1], **recalls, "ranks": " ".join(words)}
 
 
-# -------------------------------------------------------------------- tables
-
-
-TITLES = {"vim": "Vim", "vit": "ViT, the same CPU time", "vim after mae": "Vim after MAE",
-          "pixels": "nearest training drawing, pixels",
-          "colours": "nearest training drawing, colours",
-          "largest class": "largest class", "chance": "chance"}  # fmt: skip
-CELLS = {"caption": (1, 5, 10), "picture": (1, 5, 10), "category": (1,), "subcategory": (1,)}
-HEADS = {"caption": "caption of an image", "picture": "image of a caption",
-         "category": "category", "subcategory": "subcategory"}  # fmt: skip
-AGAINST = (("vim", "pixels"), ("vim", "colours"), ("vim", "largest class"), ("vim", "chance"),
-           ("vim", "vit"), ("vim after mae", "vim"))  # fmt: skip
-
-
-class Results:
-    """The rows of the CSV file; of rows that came twice, the last."""
-
-    def __init__(self, rows: list[dict[str, str]]):
-        self.rows = {(r["arm"], r["concepts"], r["question"], int(r["seed"])): r for r in rows}
-
-    def of(self, arm: str, concepts: str, question: str) -> list[dict[str, str]]:
-        """A row a seed; chance has any arm's."""
-        return [row for (a, c, q, _), row in self.rows.items()
-                if (c, q) == (concepts, question) and arm in (a, "chance")]  # fmt: skip
-
-    def seeds(self, arm: str) -> set[int]:
-        return {seed for (name, _, _, seed) in self.rows if name == arm}
-
-    def figure(
-        self, arm: str, concepts: str, question: str, k: int, seeds: set[int] | None = None
-    ) -> Metric | None:
-        """The share of questions whose answer is among the first k, the mean of these seeds."""
-        rows = [row for row in self.of(arm, concepts, question)
-                if seeds is None or int(row["seed"]) in seeds]  # fmt: skip
-        if not rows:
-            return None
-        hits = np.stack([_hits(row, k) for row in rows])
-        if arm == "chance":
-            hits = np.full_like(hits, 100 * min(k / int(rows[0]["answers"]), 1))
-        mean = hits.mean(0)
-        return Metric(lambda weights: float(weights @ mean / weights.sum()), len(mean))
-
-    def groups(self, concepts: str, question: str) -> list[int]:
-        """Which concept each question is about."""
-        words = self.of("chance", concepts, question)[0]["ranks"].split()
-        return [i for i, word in enumerate(words) for _ in word]
-
-
-def _hits(row: dict[str, str], k: int) -> np.ndarray:
-    """(n,) float64, 100 where the right answer is among the first k."""
-    places = np.array([PLACES.index(mark) for mark in row["ranks"].replace(" ", "")])
-    return 100.0 * (places < k)
-
-
-def tables(rows: list[dict[str, str]]) -> str:
-    """What every arm took and finds, and differences with their 95 % intervals, in Markdown."""
-    found = Results(rows)
-    parts = [spent(found)]
-    parts += [table(found, name) for name in SETS if found.of("chance", name, "category")]
-    return "\n\n".join(parts)
-
-
-def spent(found: Results) -> str:
-    """What the arms' image towers and trainings are, means over the seeds."""
-    lines = [
-        "| model | parameters of the image tower | seeds | epochs | CPU seconds | of MAE before |",
-        "|---|---|---|---|---|---|",
-    ]
-    for arm in TRAINED:
-        if rows := found.of(arm, "seen", "caption"):
-            size, epochs, seconds, before = (
-                statistics.mean(float(row[column] or 0) for row in rows)
-                for column in ("parameters", "epochs", "cpu_seconds", "mae_seconds")
-            )
-            lines.append(
-                f"| {TITLES[arm]} | {size / 1e6:.2f} M | {len(rows)} | {epochs:.1f} | "
-                f"{seconds:.0f} | {f'{before:.0f}' if before else ''} |"
-            )
-    return "\n".join(lines)
-
-
-def table(found: Results, concepts: str) -> str:
-    """Both tables of a set."""
-    asked = found.of("chance", concepts, "category")[0]
-    number = len(asked["ranks"].split())
-    head = [f"{HEADS[q]}, " + ("R@" + " / ".join(map(str, ks)) if len(ks) > 1 else "top-1")
-            for q, ks in CELLS.items()]  # fmt: skip
-    lines = [f"| {concepts} concepts ({asked['asked']} images of {number}) | "
-             + " | ".join(head) + " |", "|---" * (1 + len(head)) + "|"]  # fmt: skip
-    for arm in TITLES:
-        cells = [_cell(found, arm, concepts, question) for question in CELLS]
-        if any(cells):
-            lines.append(f"| {TITLES[arm]} | " + " | ".join(cells) + " |")
-    pairs = [(q, k) for q, ks in CELLS.items() for k in (ks[0], ks[-1])[: len(ks)]]
-    head = [f"{HEADS[q]}, " + (f"R@{k}" if len(CELLS[q]) > 1 else "top-1") for q, k in pairs]
-    lines += ["", "| difference | " + " | ".join(head) + " |", "|---" * (1 + len(head)) + "|"]
-    for arm, other in AGAINST:
-        cells = [_difference(found, arm, other, concepts, q, k) for q, k in pairs]
-        if any(cells):
-            lines.append(f"| {TITLES[arm]} − {TITLES[other]} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _cell(found: Results, arm: str, concepts: str, question: str) -> str:
-    """Figures of one question; of several seeds the first with its standard deviation."""
-    rows, parts = found.of(arm, concepts, question), []
-    for k in CELLS[question]:
-        if (figure := found.figure(arm, concepts, question, k)) is None:
-            return ""
-        parts.append(f"{figure.value:.1f}")
-    if arm in TRAINED and len(rows) > 1:
-        parts[0] += f" ± {statistics.stdev(float(row['r1']) for row in rows):.1f}"
-    return " / ".join(parts)
-
-
-def _difference(found: Results, arm: str, other: str, concepts: str, question: str, k: int) -> str:
-    # Two trained arms are compared on the seeds that both have.
-    shared = found.seeds(arm) & found.seeds(other) if {arm, other} <= set(TRAINED) else None
-    ours, theirs = (found.figure(name, concepts, question, k, shared) for name in (arm, other))
-    if ours is None or theirs is None:
-        return ""
-    difference = ours - theirs
-    low, high = difference.interval(found.groups(concepts, question))
-    return f"{difference.value:+.1f} [{low:+.1f}, {high:+.1f}]"
+# -------------------------------------------------------------------- campaign
 
 
 def main() -> int:
     parser = results_parser(__doc__, f"{TABLE} and {COSTS}")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the runs")
-    parser.add_argument(
-        "--epochs", type=float, default=EPOCHS, help="of the Vim; the ViT has its CPU time"
-    )
-    parser.add_argument("--jobs", type=int, default=2, help="runs at once, one thread each")
-    parser.add_argument(
-        "--summary", action="store_true", help="print the tables of the rows, measure nothing"
-    )
-    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the runs")
+    add("--epochs", type=float, default=EPOCHS, help="of the Vim; the ViT gets its CPU time")
+    add("--jobs", type=int, default=2, help="runs at once, one thread each")
+    add("--summary", action="store_true", help="print the tables of the rows, do not measure")
+    add("--one", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         arm, seed, epochs = args.one
@@ -473,17 +342,17 @@ def main() -> int:
 
 
 def measure(out: Path, seeds: list[int], epochs: float, at_once: int) -> int:
-    """Run what has no rows yet; how many runs failed.
+    """Run what has no rows yet; return the number of runs that failed.
 
-    Raises: ValueError if the rows are of other epochs.
+    Raises: ValueError if there are rows of other epochs.
     """
     torch.set_num_threads(1)
     rows = read_rows(out / TABLE)
     others = {row["epochs"] for row in rows if row["arm"] == "vim"} - {str(epochs)}
     if others:
         raise ValueError(
-            f"{out / TABLE} has rows of {', '.join(others)} epochs, asked for are {epochs:g}; "
-            "keep to those, or give another --out."
+            f"{out / TABLE} has rows of {', '.join(others)} epochs, but --epochs is {epochs:g}; "
+            "keep those epochs or give another --out."
         )
     # A run's rows are complete once the last of them is there.
     done = {(row["arm"], int(row["seed"])) for row in rows
@@ -494,10 +363,10 @@ def measure(out: Path, seeds: list[int], epochs: float, at_once: int) -> int:
             return train(arm, 1000, epochs, Path(folder), count)[1]["cpu_seconds"]
 
     cost = costs(out / COSTS, "emoji", ("vim", "vit"), steps, 12)
-    lasts = dict.fromkeys(TRAINED, epochs)
-    lasts["vit"] = round(epochs * cost["vim"] / cost["vit"], 2)
+    lengths = dict.fromkeys(TRAINED, epochs)
+    lengths["vit"] = round(epochs * cost["vim"] / cost["vit"], 2)
     jobs: list[tuple] = [(arm, 0, 0) for arm in BASELINES]
-    jobs += [(arm, seed, lasts[arm]) for arm in TRAINED for seed in seeds]
+    jobs += [(arm, seed, lengths[arm]) for arm in TRAINED for seed in seeds]
     return run_jobs(__file__, out, [job for job in jobs if job[:2] not in done], at_once)
 
 

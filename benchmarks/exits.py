@@ -1,10 +1,10 @@
-"""Do runs of two processes end with exit code 0, every time?
+"""Check that runs of two processes always end with exit code 0.
 
     python benchmarks/exits.py --runs 30
 
-Some stacks of launcher, gloo and torch abort at exit, after correct output. Each run trains the
-demo's objective on 64 digits for a few steps on two CPU processes. Rows, one a run, are appended to
-results/exits.csv, which git tracks; --out FOLDER takes another.
+Some combinations of launcher, gloo and torch abort at exit, after correct output. Each run trains
+the demo's objective on 64 digits for a few steps on two CPU processes. One row per run is appended
+to results/exits.csv, or to --out.
 """
 
 import os
@@ -12,27 +12,21 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
+from process import launcher
 from rows import append_rows, origin, results_parser
 
-ROOT = Path(__file__).parents[1]
 COLUMNS = ("date", "hardware", "versions", "run", "exit_code", "seconds")
-SCRIPT = [
-    str(ROOT / "recipes" / "mim_pretrain.py"), "--preset", "demo", "--epochs", "1",
+COMMAND = [
+    *launcher(2), "--preset", "demo", "--epochs", "1",
     "--warmup-epochs", "0", "--data", "sample:mnist5k?split=train&limit=64", "--batch-size", "8",
     "--workers", "1", "--threads", "1", "--model-args", "depth=1", "embed_dim=32",
-]  # fmt: skip
-LAUNCH = [
-    sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu",
-    "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
-    "--dynamo_backend", "no", "--main_process_port", "0",
 ]  # fmt: skip
 
 
 def main() -> int:
     parser = results_parser(__doc__, "exits.csv")
-    parser.add_argument("--runs", type=int, default=30, help="one after the other")
+    parser.add_argument("--runs", type=int, default=30, help="runs, one after the other")
     args = parser.parse_args()
     common = {k: v for k, v in origin().items() if k in COLUMNS}
     rows = []
@@ -40,7 +34,7 @@ def main() -> int:
         for run in range(args.runs):
             started = time.perf_counter()
             done = subprocess.run(
-                [*LAUNCH, *SCRIPT, "--output", f"{folder}/{run}"], capture_output=True, text=True,
+                [*COMMAND, "--output", f"{folder}/{run}"], capture_output=True, text=True,
                 env=os.environ | {"OMP_NUM_THREADS": "1"},
             )  # fmt: skip
             seconds = round(time.perf_counter() - started, 1)

@@ -1,41 +1,41 @@
-"""Everything that wants a GPU, in one go, the most valuable first.
+"""Run every check and measurement that needs a GPU, the most valuable first.
 
     python benchmarks/gpu_check.py                               # or: make gpu-check; 9 minutes
     python benchmarks/gpu_check.py --only kernels models --out FOLDER --budget 300
     python benchmarks/gpu_check.py --dry-run                     # tiny, on a CPU, under a minute
 
-Sections: machine (what it is, what it can do at most), correctness (tests and errors against
-float64), kernels, models (Vim against DeiT) and pretraining (a short run, and resuming it). Each is
-a process of its own that is cut off when its share of the budget is spent, and says so. Rows are
-appended to CSV files in --out (results/, which git tracks) as they come, and every section leaves
-its log beside them.
+Sections: machine (versions and ceilings), correctness (tests and errors against float64), kernels,
+models (Vim against DeiT) and pretraining (a short run, and its resumption). Each runs in a fresh
+process, which is cut off and says so when its share of the budget is spent. Rows are appended to
+CSV files in --out (results/, which git tracks) as they come, with a log for every section.
 
 It runs from a plain checkout (PYTHONPATH=.), without git, network or the `datasets` package.
-Exit code 1 if a section failed or a check did not hold; a section that was cut off is no failure.
+The exit code is 1 if a section or a check failed; a section that was cut off is no failure.
 """
 
 import argparse
 import gc
-import json
 import os
+import shutil
 import signal
-import statistics
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent / "kernels"))  # before ours, `rows` of this folder
+sys.path.insert(0, str(Path(__file__).parent / "kernels"))  # for `ceilings` and `timing`
+
+from process import peak_mib, reset_peak
 from rows import ORIGIN, append_rows, origin, results_parser
 
+from vim_ssl.training.run import read_metrics
+
 ROOT = Path(__file__).parents[1]
-# Section -> share of the time that is left when it begins, relative to those after it.
+# Section -> its share of the remaining time, relative to the sections after it.
 SECTIONS = {"machine": 30, "correctness": 120, "kernels": 170, "models": 150, "pretraining": 70}
 ACCURACY_COLUMNS = (*ORIGIN, "case", "dtype", "backend", "quantity", "error", "holds")
 CEILING_COLUMNS = (*ORIGIN, "exp2_per_s", "fma_per_s", "copied_bytes_per_s", "sm_clock_mhz")
@@ -49,11 +49,11 @@ PRETRAINING_COLUMNS = (
 
 @dataclass
 class Section:
-    """What a section may use.
+    """Settings of a section.
 
     Attributes:
-        out: the folder of its rows.
-        until: the `time.monotonic()` at which it will be cut off.
+        out: folder of its rows.
+        until: `time.monotonic()` at which it will be cut off.
         dry: everything tiny, on a CPU.
     """
 
@@ -66,7 +66,7 @@ class Section:
         return "cpu" if self.dry else "cuda"
 
     def left(self) -> float:
-        """Seconds."""
+        """Seconds until the section is cut off."""
         return self.until - time.monotonic()
 
     def write(self, name: str, columns: tuple[str, ...], row: dict) -> None:
@@ -81,7 +81,7 @@ def say(*words: object) -> None:
 
 
 def machine(section: Section) -> bool:
-    """What it is, its ceilings, and the floors that follow for the scan."""
+    """Versions, ceilings, and the lower bounds that follow for the scan."""
     import ceilings
     import timing
 
@@ -107,7 +107,7 @@ def machine(section: Section) -> bool:
 
 
 def correctness(section: Section) -> bool:
-    """The tests marked gpu, then every scan backend against the float64 loop."""
+    """Run the tests marked gpu, then compare every scan backend with the float64 loop."""
     from vim_ssl.kernels.selective_scan import accuracy
 
     tests = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider",
@@ -120,9 +120,9 @@ def correctness(section: Section) -> bool:
     except subprocess.TimeoutExpired:
         say("cut off: the tests marked gpu")
         code = 1
-    fine = code in (0, 5)  # 5: there are none
-    names, left_out = accuracy.runnable(section.device)
-    for line in left_out:
+    passed = code in (0, 5)  # 5: there are none
+    names, skipped = accuracy.runnable(section.device)
+    for line in skipped:
         say(line)
     # The long ones last: their exact results take longest.
     cases = [case for case in sorted(accuracy.CASES, key=lambda c: c.l)
@@ -131,7 +131,7 @@ def correctness(section: Section) -> bool:
     common = origin()
     for row in accuracy.rows(section.device, names, cases[:1] if section.dry else cases):
         say(accuracy.format_row(row))
-        fine &= not row.broken
+        passed &= not row.broken
         values = row.errors or {"note": row.note}
         for quantity, error in values.items():
             section.write("accuracy.csv", ACCURACY_COLUMNS, common | {
@@ -141,14 +141,14 @@ def correctness(section: Section) -> bool:
             })  # fmt: skip
         for name, expected in row.broken.items():
             say(f"BROKEN: {name} {row.errors.get(name, row.note)}; expected {expected}")
-    return fine
+    return passed
 
 
 # --- kernels ---------------------------------------------------------------------------------
 
 
 def kernels(section: Section) -> bool:
-    """The scan against every peer that runs here."""
+    """Time the scan beside every peer that runs here."""
     import timing
 
     tiny = [timing.Shape(1, 8, 4, 2)]
@@ -178,7 +178,7 @@ BATCHES = {224: 128, 512: 32, 768: 16, 1024: 8, 1248: 4, 2048: 2}  # px -> image
 
 
 def models(section: Section) -> bool:
-    """One block, then Vim against DeiT with fused attention: forward and training step, bf16."""
+    """Time a block, then Vim and DeiT with fused attention: forward and training step, bf16."""
     if section.dry:
         pairs = [("vim_nano_patch8_64", "deit_tiny_patch16_224")]
         plan = [(name, 64, "eager") for pair in pairs for name in pair]
@@ -198,7 +198,7 @@ def models(section: Section) -> bool:
 
 
 def _time_model(section: Section, name: str, px: int, mode: str) -> None:
-    """Time one model's forward pass and training step; a failure is told, and is no row."""
+    """Time one model's forward pass and training step; report failures without a row."""
     batch = 2 if section.dry else BATCHES[px]
     for what in ("forward", "training step"):
         if not section.dry:
@@ -207,7 +207,7 @@ def _time_model(section: Section, name: str, px: int, mode: str) -> None:
         try:
             row = _measure_model(section, name, px, batch, mode, what)
         except Exception as error:
-            say(f"left out: {name}, {px} px, {mode}, {what}. {type(error).__name__}: "
+            say(f"skipped: {name}, {px} px, {mode}, {what}. {type(error).__name__}: "
                 f"{str(error)[:300]}")  # fmt: skip
             continue
         say(f"{name:24} {mode:9} {what:14} {px:5} px  b{batch:<4} {row['p50_ms']:>9} ms  "
@@ -216,6 +216,8 @@ def _time_model(section: Section, name: str, px: int, mode: str) -> None:
 
 
 def _measure_model(section: Section, name: str, px: int, batch: int, mode: str, what: str) -> dict:
+    import timing
+
     torch.manual_seed(0)
     device = section.device
     model, x = _build(name, px, batch, device, depth=1 if section.dry else None)
@@ -234,14 +236,14 @@ def _measure_model(section: Section, name: str, px: int, batch: int, mode: str, 
 
     started = time.perf_counter()
     step()
-    _wait(device)
+    timing.wait(device)
     first = time.perf_counter() - started
     step()
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    ms = list(_times(step, device, seconds=0.02 if section.dry else 1.0))
-    peak = round(torch.cuda.max_memory_allocated() / 1e6, 1) if device == "cuda" else None
-    p20, p50, p80 = statistics.quantiles(ms, n=10, method="inclusive")[1:8:3]
+    reset_peak(device)
+    timed = timing.Timed(name, "calls", lambda _: step())
+    timing.time_calls([timed], sets=1, device=device, budget_s=0.02 if section.dry else 1.0)
+    peak = round(peak_mib("cuda") * 2**20 / 1e6, 1) if device == "cuda" else None
+    p20, p50, p80 = timing.percentiles(timed.ms)
     return origin() | {
         "model": name, "mode": mode, "what": what, "px": px, "batch": batch, "dtype": "bf16",
         "p20_ms": round(p20, 3), "p50_ms": round(p50, 3), "p80_ms": round(p80, 3),
@@ -251,7 +253,7 @@ def _measure_model(section: Section, name: str, px: int, batch: int, mode: str, 
 
 
 def _build(name: str, px: int, batch: int, device: str, depth: int | None):
-    """The model and its input. A block takes the tokens of an image of px by px."""
+    """Build a model and its input; a block takes the tokens of an image of px by px."""
     import timm
 
     from vim_ssl.models.block import VimBlock
@@ -271,38 +273,13 @@ def _build(name: str, px: int, batch: int, device: str, depth: int | None):
     return model, torch.randn(batch, 3, px, px, device=device)
 
 
-def _times(step: Callable[[], None], device: str, seconds: float) -> Iterator[float]:
-    """Milliseconds of single calls, at least five."""
-    started, count = time.perf_counter(), 0
-    while count < 5 or (time.perf_counter() - started < seconds and count < 100):
-        if device == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in "12")
-            begin.record()
-            step()
-            end.record()
-            end.synchronize()
-            yield begin.elapsed_time(end)
-        else:
-            before = time.perf_counter()
-            step()
-            yield 1e3 * (time.perf_counter() - before)
-        count += 1
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 # --- pretraining -----------------------------------------------------------------------------
 
 
 def pretraining(section: Section) -> bool:
-    """A short real run on digits in bf16, its kNN, and the same run stopped and resumed."""
-    import shutil
-
+    """A short run on digits in bf16 with its kNN, and the same run stopped and resumed."""
     work = section.out / "pretraining"
-    shutil.rmtree(work, ignore_errors=True)  # a run directory is not taken up by accident
+    shutil.rmtree(work, ignore_errors=True)  # else the run would resume or be refused
     data = _digits(work / "digits", limit=60 if section.dry else None)
     settings = ["--preset", "demo", "--data", str(data), "--precision", "bf16", "--log-every", "1",
                 "--warmup-epochs", "1", "--eval-every", "100"]  # fmt: skip
@@ -323,7 +300,7 @@ def pretraining(section: Section) -> bool:
     parts = _losses(work / "parts")
     steps = [step for step in whole if step > middle]
     difference = max(abs(whole[s] - parts.get(s, float("inf"))) for s in steps)
-    last = _metrics(work / "whole")[-1]
+    last = read_metrics(work / "whole")[-1]
     row = origin() | {
         "data": "the 1,797 digits of scikit-learn", "precision": "bf16", "steps": last["step"],
         "seconds": round(seconds, 1), "loss": last["loss"], "knn_top1": last.get("knn_top1"),
@@ -337,7 +314,7 @@ def pretraining(section: Section) -> bool:
 
 
 def _digits(folder: Path, limit: int | None) -> Path:
-    """Real handwritten digits that come with scikit-learn, enlarged, as folders of classes."""
+    """Write scikit-learn's handwritten digits, enlarged, as class folders."""
     import numpy as np
     from PIL import Image
     from sklearn.datasets import load_digits
@@ -357,22 +334,18 @@ def _pretrain(settings: list[str], output: Path) -> bool:
     return mim_pretrain.main([*settings, "--output", str(output)]) == 0
 
 
-def _metrics(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 def _losses(run: Path) -> dict[int, float]:
-    return {row["step"]: row["loss"] for row in _metrics(run)}
+    return {row["step"]: row["loss"] for row in read_metrics(run)}
 
 
-# --- all of it -------------------------------------------------------------------------------
+# --- all sections ----------------------------------------------------------------------------
 
 
 def run_sections(names: list[str], out: Path, budget: float, dry: bool) -> bool:
-    """Each section in a process of its own; True if none failed."""
+    """Run each section in a fresh process; True if none failed."""
     end, failed = time.monotonic() + budget, []
     if not dry and "kernels" in names and (ROOT / ".peers" / "mamba_ssm").is_dir():
-        # Ahead, beside the first sections; the kernels section waits for it.
+        # In parallel with the first sections; the kernels section waits for it.
         build = [sys.executable, str(ROOT / "benchmarks" / "peers" / "mamba_ssm.py")]
         with open(out / "gpu_check-build.log", "w") as log:
             subprocess.Popen(build, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -381,65 +354,50 @@ def run_sections(names: list[str], out: Path, budget: float, dry: bool) -> bool:
         share = SECTIONS[name] / sum(SECTIONS[n] for n in names[i:])
         seconds = (end - time.monotonic()) * share
         if seconds < 1:
-            say(f"=== {name}: left out, the time is up")
+            say(f"=== {name}: skipped, the time is up")
             continue
         say(f"=== {name}: up to {seconds:.0f} s")
         started = time.monotonic()
         code = _run_section(name, out, seconds, dry)
-        words = {0: "done", None: "CUT OFF, its rows so far are kept"}.get(code, f"FAILED ({code})")
-        say(f"=== {name}: {words} after {time.monotonic() - started:.0f} s\n")
+        state = {0: "done", None: "CUT OFF, its rows so far are kept"}.get(code, f"FAILED ({code})")
+        say(f"=== {name}: {state} after {time.monotonic() - started:.0f} s\n")
         failed += [name] if code else []
     say(f"Rows and logs: {out}" + (f"; failed: {', '.join(failed)}" if failed else ""))
     return not failed
 
 
 def _run_section(name: str, out: Path, seconds: float, dry: bool) -> int | None:
-    """Its exit code, or None if it was cut off. What it prints is shown and logged."""
+    """Print and log a section's output; return its exit code, or None if it was cut off."""
     command = [sys.executable, "-u", __file__, "--section", name, "--out", str(out),
                "--budget", str(seconds), *["--dry-run"] * dry]  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     if dry:
         environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    cut = threading.Event()
-    with open(out / f"gpu_check-{name}.log", "w") as log:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True, start_new_session=True,  # so that its own children end with it
-        )  # fmt: skip
-
-        def stop() -> None:
-            cut.set()
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-
-        timer = threading.Timer(seconds, stop)
-        timer.start()
-        assert process.stdout is not None
-        for line in process.stdout:
-            sys.stdout.write(line)
-            sys.stdout.flush()
-            log.write(line)
-            log.flush()
-        code = process.wait()
-        timer.cancel()
-    return None if cut.is_set() else code
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        start_new_session=True,  # so that its children are killed with it
+    )  # fmt: skip
+    tee = subprocess.Popen(["tee", str(out / f"gpu_check-{name}.log")], stdin=process.stdout)
+    code: int | None = None
+    with suppress(subprocess.TimeoutExpired):
+        code = process.wait(seconds)
+    if code is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    tee.wait()
+    return code
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = results_parser(__doc__, "a CSV file of each section")
-    parser.add_argument(
-        "--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="sections to run"
-    )
-    parser.add_argument(
-        "--budget", type=float, default=530, metavar="SECONDS", help="for all sections together"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="tiny, on a CPU, in the interpreter")
-    parser.add_argument("--section", choices=SECTIONS, help=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="sections to run")
+    add("--budget", type=float, default=530, metavar="SECONDS", help="for all sections together")
+    add("--dry-run", action="store_true", help="tiny, on a CPU, in the interpreter")
+    add("--section", choices=SECTIONS, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if not args.dry_run and not torch.cuda.is_available():
-        print(
-            "gpu_check.py: torch finds no CUDA device here; --dry-run needs none.", file=sys.stderr
-        )
+        print("gpu_check.py: torch finds no CUDA device; --dry-run needs none.", file=sys.stderr)
         return 1
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)

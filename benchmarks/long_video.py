@@ -1,28 +1,26 @@
-"""A real video of 795 frames in one scan and as a stream, and short real clips learned by heart.
+"""A real video of 795 frames in one scan and as a stream; overfit on short real clips.
 
     python benchmarks/long_video.py                      # some minutes of one core
     python benchmarks/long_video.py --only both --out FOLDER
 
 `both` inflates `--encoder` and encodes all frames of the sample set `pedestrians` in one scan.
-`forward` does so with an encoder that reads forward only, first as a stream in pieces of `--piece`
-frames, then in one pass; the largest difference between the two is wanted below 1e-5 of 1 + the
-value. Memory is the rise of the resident set's peak while tokens are made and read; decoding is
-over by then. `overfit` trains downstream/video.py from scratch on 30 clips of 8 frames, squares cut
-out of the two videos of `carphone`, pristine and distorted, and tests on the same: no larger set of
-labelled clips is in a package registry. Wanted are 99 % or more. Each part has a process of its
-own. Rows are appended to results/long_video.csv.
+`forward` does so with a forward-only encoder, first as a stream in pieces of `--piece` frames, then
+in one pass; the target is a difference below 1e-5 of 1 + the value. Memory is the rise of the
+resident set's peak while tokens are embedded and encoded, after decoding. `overfit` trains
+downstream/video.py from scratch on 30 clips of 8 frames, squares cropped from the two videos of
+`carphone`, pristine and distorted, and tests on the same clips; package registries have no larger
+set of labelled clips. The target is 99 %. Each part runs in a fresh process. Rows are appended to
+results/long_video.csv, or to --out.
 """
 
 import argparse
-import json
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from efficiency import peak_mib, reset_peak
+from process import peak_mib, reset_peak, run_apart
 from rows import ORIGIN, append_rows, origin, results_parser
 
 FILE = "long_video.csv"
@@ -32,12 +30,12 @@ COLUMNS = (
     "cpu_seconds", "rise_mib", "peak_mib", "largest_difference", "clips", "epochs", "top1",
 )  # fmt: skip
 FRAMES = 795
-CLIP, SQUARE = 8, (16, 0, 160, 144)  # of `carphone`, 176 x 144: frames of a clip, pixels of a frame
+CLIP, SQUARE = 8, (16, 0, 160, 144)  # frames of a clip, crop of `carphone` (176 x 144)
 LEARNER = "vim_nano_patch8_64"
 
 
 def encode(part: str, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The whole video, by an encoder of images that is inflated; returns the rows."""
+    """Encode the whole video by an inflated image encoder; return the rows."""
     import torch
 
     from vim_ssl import create_transform, load_encoder
@@ -51,26 +49,26 @@ def encode(part: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
 
     def measured(what: str, run) -> Any:
-        reset_peak(False)
-        before, began = peak_mib(False), time.process_time()
+        reset_peak()
+        before, began = peak_mib(), time.process_time()
         out = run()
         rows.append({
             "what": what, "video": "sample:pedestrians", "encoder": args.encoder,
             "img_size": args.img_size, "frames": FRAMES, "tokens": out.shape[1],
             "cpu_seconds": round(time.process_time() - began, 1),
-            "rise_mib": round(peak_mib(False) - before, 1), "peak_mib": round(peak_mib(False)),
+            "rise_mib": round(peak_mib() - before, 1), "peak_mib": round(peak_mib()),
         })  # fmt: skip
         return out
 
     def stream():
-        state, parts = None, []
+        state, outputs = None, []
         for first in range(0, FRAMES, args.piece):
             piece = clip[None, :, first : first + args.piece]
             out, state = encoder.forward_stream(
                 encoder.embed(piece, first=first, frames=FRAMES), state
             )
-            parts.append(out)
-        return torch.cat(parts, 1)
+            outputs.append(out)
+        return torch.cat(outputs, 1)
 
     with torch.no_grad():
         encoder.forward_tokens(encoder.embed(clip[None, :, :2]))  # compiles
@@ -87,7 +85,7 @@ def encode(part: str, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def overfit(epochs: int, threads: int, root: Path) -> list[dict[str, Any]]:
-    """Train and test on the same clips; returns the row."""
+    """Train and test on the same clips; return the row."""
     from vim_ssl.data import open_data
     from vim_ssl.downstream import video
 
@@ -101,7 +99,7 @@ def overfit(epochs: int, threads: int, root: Path) -> list[dict[str, Any]]:
                 frames[i].crop(SQUARE).save(folder / f"{i:03}.png")
         clips += len(frames) // CLIP
     began = time.process_time()
-    # Crops of about the size at which clips are judged: other sizes would look like other contrast.
+    # Crops of about the size at which clips are tested: other sizes would change the contrast.
     metrics = video.run(video.Config(
         encoder=LEARNER, data=f"video:{root}?frames={CLIP}", crop_scale=(0.7, 0.9), hflip=0.0,
         epochs=epochs, warmup_epochs=2, batch_size=10, base_lr=1e-3, lr_reference_batch=10,
@@ -114,42 +112,31 @@ def overfit(epochs: int, threads: int, root: Path) -> list[dict[str, Any]]:
     }]  # fmt: skip
 
 
+def measure(part: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Run a part in this process; return the rows."""
+    import torch
+
+    torch.set_num_threads(args.threads)
+    if part != "overfit":
+        return encode(part, args)
+    with tempfile.TemporaryDirectory() as root:
+        return overfit(args.epochs, args.threads, Path(root))
+
+
 def main() -> int:
     parser = results_parser(__doc__, FILE)
     add = parser.add_argument
-    add("--only", nargs="+", default=PARTS, choices=PARTS, help="parts")
+    add("--only", nargs="+", default=PARTS, choices=PARTS, help="parts to run")
     add("--encoder", default="vim_mini_patch8_96.offline_rgb", help="of images")
     add("--img-size", type=int, default=32, help="pixels, of a frame")
     add("--piece", type=int, default=15, help="frames of the stream at a time")
     add("--epochs", type=int, default=12, help="of overfit")
     add("--threads", type=int, default=1, help="of torch")
-    add("--tell", help=argparse.SUPPRESS)  # of the processes that this one starts
     args = parser.parse_args()
-    if args.tell:
-        import torch
-
-        torch.set_num_threads(args.threads)
-        (part,) = args.only
-        with tempfile.TemporaryDirectory() as root:
-            rows = (
-                overfit(args.epochs, args.threads, Path(root))
-                if part == "overfit"
-                else encode(part, args)
-            )
-        Path(args.tell).write_text(json.dumps(rows))
-        return 0
     good = True
     for part in args.only:
-        with tempfile.TemporaryDirectory() as root:
-            told = Path(root) / "rows.json"
-            command = [sys.executable, *sys.argv, "--only", part, "--tell", str(told)]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(f"{part} failed:\n{done.stdout[-2000:]}{done.stderr[-3000:]}")
-            rows = json.loads(told.read_text())
-        append_rows(
-            args.out / FILE, COLUMNS, [origin() | r | {"threads": args.threads} for r in rows]
-        )
+        rows = [row | {"threads": args.threads} for row in run_apart(measure, part, args)]
+        append_rows(args.out / FILE, COLUMNS, [origin() | row for row in rows])
         for row in rows:
             print(", ".join(f"{k} {v}" for k, v in row.items()), flush=True)
             good &= float(row.get("largest_difference", 0)) <= 1e-5 and row.get("top1", 100) >= 99

@@ -1,11 +1,10 @@
-"""What a training step of each objective costs on one batch, and the encoder's part of it.
+"""Cost of a training step of each objective on one batch, and the encoder's part of it.
 
     python benchmarks/objectives.py                     # Vim-S, 196 tokens, minutes on a CPU
 
-Forward and backward, without an optimiser, on random images; the objectives take turns and the
-median of the rounds counts. `mae` and `distill` mask 75 %, `simmim` 60 %; decoders as in the paper
-presets. `distill` teaches itself. Rows are appended to results/objectives.csv, which git tracks;
---out FOLDER takes another.
+Forward and backward, without an optimiser, on random images. The objectives take turns; the median
+of the rounds counts. `mae` and `distill` mask 75 %, `simmim` 60 %; decoders are those of the paper
+presets. `distill` is its own teacher. Rows are appended to results/objectives.csv, or to --out.
 """
 
 import statistics
@@ -26,15 +25,15 @@ SIZE = 224
 
 
 def objectives(name: str, batch: int, device: str) -> dict:
-    """What -> a function that runs one forward and backward."""
+    """Name -> a function that runs one forward and backward pass."""
 
     def encoder(**args):
         return load_encoder(name, device=device, **args).train()
 
-    batch_of = {}
+    masks = {}
     for ratio in (0.6, 0.75):
         draw = RandomMask(load_encoder(name).grid_size, ratio)
-        batch_of[ratio] = torch.stack([draw() for _ in range(batch)]).to(device)
+        masks[ratio] = torch.stack([draw() for _ in range(batch)]).to(device)
     images = torch.randn(batch, 3, SIZE, SIZE, device=device)
     models = {
         "mae": (MAE(encoder()), 0.75),
@@ -46,7 +45,7 @@ def objectives(name: str, batch: int, device: str) -> dict:
     def step(model, ratio):
         def run():
             model.zero_grad()
-            model({"image": images, "mask": batch_of[ratio]}).loss_sum.backward()
+            model({"image": images, "mask": masks[ratio]}).loss_sum.backward()
 
         return run
 
@@ -61,18 +60,19 @@ def objectives(name: str, batch: int, device: str) -> dict:
 
         return run
 
-    steps["encoder, visible tokens"] = read(visible_ids(batch_of[0.75]))
+    steps["encoder, visible tokens"] = read(visible_ids(masks[0.75]))
     steps["encoder, all tokens"] = read(None)
     return steps
 
 
 def main() -> None:
     parser = results_parser(__doc__, "objectives.csv")
-    parser.add_argument("--encoder", default="vim_small_patch16_224", help="preset of 224 px")
-    parser.add_argument("--batch", type=int, default=4, help="images")
-    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each")
-    parser.add_argument("--threads", type=int, default=2, help="of torch")
-    parser.add_argument("--only", default="", help="what begins with this, such as encoder")
+    add = parser.add_argument
+    add("--encoder", default="vim_small_patch16_224", help="preset of 224 px")
+    add("--batch", type=int, default=4, help="images")
+    add("--rounds", type=int, default=5, help="timed steps of each")
+    add("--threads", type=int, default=2, help="of torch")
+    add("--only", default="", help="measurements whose name begins with this, such as encoder")
     args = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)

@@ -1,12 +1,12 @@
-"""Kill a training at random moments, resume it every time, and compare it with one that ran alone.
+"""Kill a training at random moments, resume it every time, and compare it with an unbroken run.
 
     python benchmarks/resume.py                         # 20 kills on 1 process, 20 on 2
 
-One kill in five falls into the start, at a random moment before the first new step; the others
-into steps and saves, up to some seconds after it. Every kill is SIGKILL to the launcher and all
-below it; every fifth is SIGTERM to the training processes instead, after which the launcher must
-leave with 0. The losses must equal the whole run's bit for bit. Rows, one a kill, are appended to
-results/resume.csv, which git tracks; --out FOLDER takes another.
+One kill in five falls into the start, at a random moment before the first new step, the others into
+steps and saves, up to some seconds after it. A kill is SIGKILL to the launcher and all its
+descendants; every fifth is SIGTERM to the training processes instead, after which the launcher must
+exit with 0. The losses must equal those of the unbroken run bit for bit. One row per kill is
+appended to results/resume.csv, or to --out.
 """
 
 import os
@@ -19,11 +19,11 @@ import time
 from pathlib import Path
 
 import psutil
+from process import launcher
 from rows import ORIGIN, append_rows, origin, results_parser
 
 from vim_ssl.training.run import Run, read_metrics
 
-ROOT = Path(__file__).parents[1]
 COLUMNS = (
     *ORIGIN, "processes", "kill", "signal", "seconds_after_launch", "logged_step", "resumed_from",
     "steps", "differing_losses",
@@ -37,12 +37,8 @@ SETTINGS = [
 
 
 def launch(processes: int, folder: Path, epochs: int, *more: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch",
-               "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no",
-               "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
-    command += ["--multi_gpu"] if processes > 1 else []
-    command += [str(ROOT / "recipes" / "mim_pretrain.py"), *SETTINGS, "--epochs", str(epochs),
-                "--batch-size", str(8 // processes), "--output", str(folder), *more]  # fmt: skip
+    command = [*launcher(processes), *SETTINGS, "--epochs", str(epochs),
+               "--batch-size", str(8 // processes), "--output", str(folder), *more]  # fmt: skip
     with open(folder.with_suffix(".log"), "a") as log:
         return subprocess.Popen(
             command, stdout=log, stderr=log, start_new_session=True,
@@ -64,7 +60,7 @@ def losses(folder: Path) -> dict[int, float]:
 
 
 def campaign(processes: int, kills: int, epochs: int, span: float, draw: random.Random, root: Path):
-    """One run in one go, one killed ``kills`` times; returns the rows."""
+    """Train once without a break and once with ``kills`` kills; return the rows."""
     whole, killed = root / f"whole-{processes}", root / f"killed-{processes}"
     finish(launch(processes, whole, epochs), whole)
     rows = []
@@ -77,48 +73,49 @@ def campaign(processes: int, kills: int, epochs: int, span: float, draw: random.
         else:
             before = _lines(log)
             while process.poll() is None and _lines(log) <= before:
-                before = min(before, _lines(log))  # a resumed run cuts the log back
+                before = min(before, _lines(log))  # a resumed run truncates the log
                 time.sleep(0.02)
             time.sleep(draw.uniform(0.0, span))
         if process.poll() is not None:
-            print(f"the run ended before kill {kill}: fewer kills, or more --epochs", flush=True)
+            print(
+                f"the run ended before kill {kill}: set fewer --kills or more --epochs", flush=True
+            )
             break
         moment = time.perf_counter() - began
-        launcher = psutil.Process(process.pid)
-        if number == signal.SIGKILL:  # ranks have sessions of their own
-            for victim in [*launcher.children(recursive=True), launcher]:
+        parent = psutil.Process(process.pid)
+        if number == signal.SIGKILL:  # each rank has its own session
+            for victim in [*parent.children(recursive=True), parent]:
                 victim.kill()
         else:
-            for rank in launcher.children():
+            for rank in parent.children():
                 rank.send_signal(number)
         if process.wait() and number == signal.SIGTERM:
-            raise RuntimeError(f"the launcher left with {process.returncode} after SIGTERM")
-        kept = Run(killed).checkpoints()
+            raise RuntimeError(f"the launcher exited with {process.returncode} after SIGTERM")
+        checkpoints = Run(killed).checkpoints()
         rows.append({
             "processes": processes, "kill": kill, "signal": number.name,
             "seconds_after_launch": round(moment, 2),
             "logged_step": _lines(log),
-            "resumed_from": kept[-1].name if kept else "start",
+            "resumed_from": checkpoints[-1].name if checkpoints else "start",
         })  # fmt: skip
         print(*list(rows[-1].values()), flush=True)
     finish(launch(processes, killed, epochs, "--resume", "auto"), killed)
-    expected, found = losses(whole), losses(killed)
-    differing = sum(expected[step] != found.get(step) for step in expected)
-    differing += len(found.keys() - expected.keys())
+    expected, actual = losses(whole), losses(killed)
+    differing = sum(expected[step] != actual.get(step) for step in expected)
+    differing += len(actual.keys() - expected.keys())
     print(f"{processes} processes: {differing} of {len(expected)} losses differ", flush=True)
     return [row | {"steps": len(expected), "differing_losses": differing} for row in rows]
 
 
 def main() -> int:
     parser = results_parser(__doc__, "resume.csv")
-    parser.add_argument("--kills", type=int, default=20, help="kills a campaign")
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2],
-                        help="of a training; a campaign for each")  # fmt: skip
-    parser.add_argument("--epochs", type=int, default=200, help="of the training, 4 steps each")
-    parser.add_argument(
-        "--span", type=float, default=2.0, help="longest wait after a new step, seconds"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the random moments")
+    add = parser.add_argument
+    add("--kills", type=int, default=20, help="kills a campaign")
+    add("--processes", type=int, nargs="+", default=[1, 2],
+        help="of a training; a campaign for each")  # fmt: skip
+    add("--epochs", type=int, default=200, help="of the training, 4 steps each")
+    add("--span", type=float, default=2.0, help="longest wait after a new step, seconds")
+    add("--seed", type=int, default=0, help="of the random moments")
     args = parser.parse_args()
     draw, differing = random.Random(args.seed), 0
     with tempfile.TemporaryDirectory() as folder:

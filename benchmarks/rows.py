@@ -1,34 +1,25 @@
-"""CSV rows with what their figures depend on, for every script of this folder."""
+"""Rows of CSV files with their origin, tables in Markdown, and the options of every script."""
 
 import argparse
 import csv
 import statistics
 import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from vim_ssl.utils.environment import commit, environment
-from vim_ssl.utils.files import append_rows
-
-__all__ = [
-    "ORIGIN",
-    "RESULTS",
-    "append_rows",
-    "mean_and_spread",
-    "origin",
-    "read_rows",
-    "results_parser",
-]
+from vim_ssl.utils.files import append_rows as append_rows  # for the scripts
 
 RESULTS = Path(__file__).parent / "results"
 ORIGIN = ("date", "commit", "hardware", "versions")  # the columns that `origin` fills
 
 
 def results_parser(doc: str, files: str) -> argparse.ArgumentParser:
-    """A script's parser: its help shows defaults, and ``--out`` is where its rows go.
+    """A parser whose help shows defaults, with ``--out``, the folder of the script's rows.
 
     Args:
-        doc: the script's docstring; the first line describes it.
-        files: names of the CSV files it appends to.
+        doc: the script's docstring; its first line is the description.
+        files: names of the CSV files that the script appends to.
     """
     parser = argparse.ArgumentParser(
         description=doc.splitlines()[0],
@@ -47,16 +38,22 @@ def origin() -> dict[str, str]:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file as text; none if there is no such file."""
+    """Rows of a CSV file as text; none if there is no such file."""
     if not path.exists():
         return []
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
 
 
-def mean_and_spread(values: list[float]) -> str:
-    """``93.3 ± 0.4``, the mean and the standard deviation; of one value only that, of none ""."""
+def mean_and_spread(values: Sequence[float]) -> str:
+    """``93.3 ± 0.4``, mean and standard deviation; the value alone if there is one, "" if none."""
     if not values:
         return ""
     spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.1f}{spread}"
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+    lines.insert(1, "|---" * len(head) + "|")
+    return "\n".join(lines)

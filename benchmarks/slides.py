@@ -1,25 +1,22 @@
-"""Slides of 30,000 and 50,000 pixels a side and a photograph, embedded, killed and resumed.
+"""Embed slides of 30,000 and 50,000 pixels a side and a photograph; kill and resume the run.
 
-    python benchmarks/slides.py                              # 2 GB of disk for a while
+    python benchmarks/slides.py                              # needs 2 GB of disk for a while
     python benchmarks/slides.py --sides                      # the photograph alone
     python benchmarks/slides.py --sides 4000 --tiles 32 --out FOLDER
 
-A slide is made here: one tiled JPEG level without a pyramid, the hardest case, an ellipse of
-coloured texture on light grey. In a process of its own it is opened (where is tissue?) and some of
-its tiles, spread over the tissue, are embedded by downstream/embed.py in batches of `--batch`.
-Memory is the rise of the resident set's peak over what it was before each part; the second has the
-encoder in it. The same tiles are then embedded twice by processes of their own, once unbroken and
-once killed (SIGKILL) when half of the files are there, and started again: the files must be the
-same byte for byte; the largest of the three peaks is a column, 4 GiB are wanted. The photograph is
-the largest aerial one of the sample set `aerial`, 2472 x 2299 pixels. Rows are
-appended to results/slides.csv.
+A slide is generated: one tiled JPEG level without a pyramid, the hardest case, with an ellipse of
+coloured texture on light grey. A fresh process opens it (which finds the tissue) and embeds some
+tiles, spread over the tissue, by downstream/embed.py in batches of `--batch`. Memory is the rise of
+the resident set's peak in each of the two steps; the second includes the encoder. Further processes
+embed the same tiles twice, once without a break and once killed (SIGKILL) when half of the files
+exist, and resumed: the files must be equal byte for byte. The largest of the three peaks is a
+column; its target is 4 GiB. The photograph is the largest aerial one of the sample set `aerial`,
+2472 x 2299 pixels. Rows are appended to results/slides.csv, or to --out.
 """
 
 import argparse
 import contextlib
 import io
-import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -27,9 +24,10 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from efficiency import peak_mib, reset_peak
+from process import peak_mib, reset_peak, run_apart, rusage_peak_mib
 from rows import ORIGIN, append_rows, origin, results_parser
 
 FILE = "slides.csv"
@@ -39,11 +37,11 @@ COLUMNS = (
     "files_before_kill", "same_features", "killed_peak_mib",
 )  # fmt: skip
 PHOTO = "2472x2299"  # pixels of the photograph
-TILE = 512  # of the file; the encoder's are --tile
+TILE = 512  # of the file; --tile is the encoder's
 
 
 def write_slide(path: Path, side: int) -> None:
-    """A tiled TIFF, made and written tile by tile."""
+    """Generate a tiled TIFF and write it tile by tile."""
     import tifffile
 
     rng = np.random.default_rng(0)
@@ -59,15 +57,15 @@ def write_slide(path: Path, side: int) -> None:
         for row in range(count):
             for column in range(count):
                 y, x = (2 * (k + 0.5) / count - 1 for k in (row, column))
-                inside = x**2 / 0.5 + y**2 / 0.3 < 1  # three tenths of the whole
+                inside = x**2 / 0.5 + y**2 / 0.3 < 1  # three tenths of the slide
                 yield texture[(row * count + column) % 8] if inside else glass
 
     tifffile.imwrite(path, tiles(), shape=(side, side, 3), dtype=np.uint8, tile=(TILE, TILE),
                      photometric="rgb", compression="jpeg", bigtiff=True)  # fmt: skip
 
 
-def measure(path: Path, args: argparse.Namespace) -> dict[str, float | str]:
-    """Open it and embed some tiles, in this process."""
+def measure(path: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Open a slide and embed some tiles in this process, then kill and resume others."""
     import torch
 
     from vim_ssl.data import open_data
@@ -75,10 +73,10 @@ def measure(path: Path, args: argparse.Namespace) -> dict[str, float | str]:
 
     torch.set_num_threads(args.threads)
     clock = time.process_time if args.threads == 1 else time.perf_counter
-    reset_peak(False)
-    before, started = peak_mib(False), clock()
+    reset_peak()
+    before, started = peak_mib(), clock()
     data = open_data(f"slide:{path}?tile={args.tile}")
-    opened, seconds = peak_mib(False), clock() - started
+    opened, seconds = peak_mib(), clock() - started
     data[0]
     count = min(args.tiles, len(data))
 
@@ -90,20 +88,21 @@ def measure(path: Path, args: argparse.Namespace) -> dict[str, float | str]:
                         "--output", str(path.parent / name)])  # fmt: skip
         return clock() - begun
 
-    reset_peak(False)
-    lower = peak_mib(False)
-    embedded(1, "warm")  # compiles, and opens what is opened once
+    reset_peak()
+    lower = peak_mib()
+    embedded(1, "warm")  # compiles and loads
     one, many = embedded(1, "one"), embedded(count, "many")
-    return {
+    row = {
         "tiles": len(data), "open_seconds": round(seconds, 2),
         "open_rise_mib": round(opened - before), "embedded": count,
         "seconds_a_tile": round((many - one) / max(count - 1, 1), 4),
-        "embed_rise_mib": round(peak_mib(False) - lower), "peak_mib": round(peak_mib(False)),
+        "embed_rise_mib": round(peak_mib() - lower), "peak_mib": round(peak_mib()),
     }  # fmt: skip
+    return row | kill_and_resume(path, count, args)
 
 
 def kill_and_resume(path: Path, tiles: int, args: argparse.Namespace) -> dict[str, int | bool]:
-    """Embed these tiles unbroken, and killed when half of the files are there and started again."""
+    """Embed tiles without a break, and again with a kill at half of the files and a restart."""
 
     def command(folder: Path) -> list[str]:
         return [
@@ -128,16 +127,15 @@ def kill_and_resume(path: Path, tiles: int, args: argparse.Namespace) -> dict[st
     process.wait()
     kept = len(written(broken))
     subprocess.run(command(broken), check=True, capture_output=True)
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # kB on Linux, bytes on a Mac
     return {
         "files": len(expected), "files_before_kill": kept,
         "same_features": written(broken) == expected,
-        "killed_peak_mib": round(peak / 2 ** (20 if sys.platform == "darwin" else 10)),
+        "killed_peak_mib": round(rusage_peak_mib(children=True)),
     }  # fmt: skip
 
 
 def photograph() -> Path:
-    """The largest that a sample set has. Raises: SampleMissing with the command that gets it."""
+    """Path of the largest photograph. Raises: SampleMissing with the command that fetches it."""
     from vim_ssl.data.samples.fetch import find_sample
     from vim_ssl.data.samples.sets import SCENES
 
@@ -148,18 +146,12 @@ def main() -> int:
     parser = results_parser(__doc__, FILE)
     add = parser.add_argument
     add("--sides", nargs="*", type=int, default=(30_000, 50_000), help="pixels")
-    add("--tile", type=int, default=256, help="pixels, of what is embedded")
-    add("--tiles", type=int, default=256, help="embedded of each slide")
+    add("--tile", type=int, default=256, help="pixels, of an embedded tile")
+    add("--tiles", type=int, default=256, help="to embed of each slide")
     add("--batch", type=int, default=16, help="tiles at once")
-    add("--encoder", default="vim_tiny_patch16_224", help="that embeds them")
+    add("--encoder", default="vim_tiny_patch16_224", help="a name, run or file")
     add("--threads", type=int, default=1, help="of torch")
-    add("--slide", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.slide:
-        path = Path(args.slide)
-        row = measure(path, args)
-        print(json.dumps(row | kill_and_resume(path, int(row["embedded"]), args)))
-        return 0
     good = True
     for side in (*args.sides, PHOTO):
         with tempfile.TemporaryDirectory() as folder:
@@ -168,11 +160,7 @@ def main() -> int:
                 shutil.copy(photograph(), path)
             else:
                 write_slide(path, side)
-            command = [sys.executable, *sys.argv, "--slide", str(path)]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(f"{side} pixels failed:\n{done.stderr[-3000:]}")
-            row = json.loads(done.stdout.splitlines()[-1])
+            row: dict[str, Any] = run_apart(measure, path, args)
             row |= {
                 "threads": args.threads, "side": side, "tile": args.tile, "batch": args.batch,
                 "encoder": args.encoder, "file_mb": round(path.stat().st_size / 1e6),

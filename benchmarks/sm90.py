@@ -1,11 +1,11 @@
-"""What the Triton scan costs an H100 or H200, counted without one.
+"""Count the cost of the Triton scan on an H100 or H200 without such a GPU.
 
     python benchmarks/sm90.py            # a table, or --json
 
-Compiles the kernels for sm_90 with the ptxas that Triton brings, and counts the instructions of
-their loops: registers a thread, bytes of spilled registers, and instructions issued for one step of
-one state of 32 channels ("an element": what the floors of benchmarks/README.md are counted in). A
-special-function instruction takes 8 of a scheduler's cycles, any other one. Nothing is run.
+Compiles the kernels for sm_90 with Triton's ptxas and counts registers a thread, bytes of spilled
+registers, and the instructions of the loops for one step of one state of 32 channels ("an element",
+the unit of the lower bounds in benchmarks/README.md). A special-function instruction takes 8 cycles
+of a scheduler, any other takes one. Nothing is run.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported: these must be compiled
+os.environ.pop("TRITON_INTERPRET", None)  # before the import: the kernels must be compiled
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -32,7 +32,7 @@ ALIGNED = re.compile(r"d|\w+_ptr|(u|delta|B|C|z)_[sbl]")  # multiples of 16
 
 
 def compile_kernel(function, constants: dict, num_warps: int) -> dict:
-    """Registers, spilled bytes, and the instructions of each loop, innermost first where nested."""
+    """Registers, spilled bytes, and instructions of each loop, innermost first where nested."""
     signature, attributes = {}, {}
     for i, name in enumerate(function.arg_names):
         if name in constants:
@@ -41,8 +41,8 @@ def compile_kernel(function, constants: dict, num_warps: int) -> dict:
         signature[name] = _type(name)
         if ALIGNED.fullmatch(name):
             attributes[(i,)] = [["tt.divisibility", 16]]
-    places = {(function.arg_names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(fn=function, signature=signature, constexprs=places, attrs=attributes)
+    constexprs = {(function.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(fn=function, signature=signature, constexprs=constexprs, attrs=attributes)
     options = {"num_warps": num_warps}
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -84,7 +84,7 @@ def _loops(listing: str) -> list[int]:
     for end, instruction in enumerate(instructions):
         target = re.search(r"BRA.*?`\((\.L_x_\d+)\)", instruction)
         start = labels.get(target[1], end) if target else end
-        if start < end - 8:  # less is the trap behind the kernel's end
+        if start < end - 8:  # shorter ones are the trap after the kernel's end
             loops.append(end + 1 - start)
     return loops
 
@@ -93,18 +93,18 @@ def forward(channels: int) -> dict:
     """One scan for inference; ``channels`` a lane."""
     constants = FLAGS | {"S": 2, "N": N, "C": channels, "EVERY": EVERY, "HAS_START": False,
                          "SAVE": False, "KEEP_SUM": False}  # fmt: skip
-    found = compile_kernel(triton_kernels.forward_kernel, constants, num_warps=2)
-    until_middle, beyond = found.pop("loops")
-    return found | {"per_element": (until_middle + beyond) / 2 / (N * channels)}
+    counts = compile_kernel(triton_kernels.forward_kernel, constants, num_warps=2)
+    until_middle, beyond = counts.pop("loops")
+    return counts | {"per_element": (until_middle + beyond) / 2 / (N * channels)}
 
 
 def backward() -> dict:
-    """Half of the tokens, on average, are run through once more to get from a saved state."""
+    """On average half of the tokens are computed again, from a saved state."""
     constants = FLAGS | {"N": N, "TILE": N, "K": GROUP, "EVERY": EVERY, "HAS_CARRY": False}
-    found = compile_kernel(triton_kernels.backward_kernel, constants, num_warps=1)
-    to_group, whole = found.pop("loops")
+    counts = compile_kernel(triton_kernels.backward_kernel, constants, num_warps=1)
+    to_group, whole = counts.pop("loops")
     again = sum(range(EVERY // GROUP)) * GROUP / EVERY  # of the tokens
-    return found | {"per_element": (whole - to_group) / (N * GROUP) + again * to_group / N}
+    return counts | {"per_element": (whole - to_group) / (N * GROUP) + again * to_group / N}
 
 
 KERNELS = {
@@ -116,7 +116,7 @@ KERNELS = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="for a program to read")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
     rows = {name: count() for name, count in KERNELS.items()}
     if args.json:

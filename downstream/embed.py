@@ -33,14 +33,15 @@ from vim_ssl.evaluation.embeddings import (
     Embedded,
     EmbeddingShard,
     Row,
+    local_shards,
     plan_shards,
     read_rows,
     read_summary,
-    share_of,
     write_shard,
 )
-from vim_ssl.evaluation.extract import READOUTS, encode_views, read_all, readout_columns
+from vim_ssl.evaluation.extract import encode_views
 from vim_ssl.evaluation.features import weights_hash
+from vim_ssl.evaluation.readout import READOUTS, all_readouts, readout_columns
 from vim_ssl.training.run import newest_run, task_folder, trained_on
 from vim_ssl.utils.config import opt, parse
 from vim_ssl.utils.distributed import join_processes, pick_device
@@ -98,11 +99,11 @@ def run(config: Config) -> dict:
               f"{len(shards) - len(missing):,} of them done", flush=True)  # fmt: skip
     missing = processes.broadcast(missing)
     began = time.perf_counter()
-    mine = share_of(missing, isinstance(data, ImageStream), processes.rank, processes.world)
+    mine = local_shards(missing, data.is_stream, processes.rank, processes.world)
     rows = read_rows(data, mine, create_transform(encoder), batch_size=config.batch_size,
                      workers=config.workers)  # fmt: skip
     total = sum(shard.count for shard in mine) if processes.main else None
-    multi_label = isinstance(data, ImageData) and data.multi_label
+    multi_label = not data.is_stream and data.multi_label
     for shard in embed(encode, rows, dim, device, total):
         write_shard(folder / "shards", shard, format=config.format, multi_label=multi_label)
     processes.gather(None)  # wait for the files of the other processes
@@ -123,7 +124,7 @@ def build_readout(encoder: VimEncoder, readout: str) -> Callable[[Tensor], Tenso
     if readout == POOLED:
         return encoder
     columns = readout_columns(encoder, readout)
-    return lambda images: read_all(encoder, images)[:, columns]
+    return lambda images: all_readouts(encoder, images)[:, columns]
 
 
 def describe(encoder: VimEncoder, data: ImageData | ImageStream, config: Config) -> dict[str, Any]:

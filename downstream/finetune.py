@@ -140,7 +140,7 @@ def evaluate_only(config: Config, source: str, spec: str, device) -> dict[str, A
             f"{source} knows the classes {known[:5]} …, {test.name} has {classes[:5]} …; evaluate "
             "on the classes it was trained on."
         )
-    if isinstance(test, ImageData):
+    if not test.is_stream:
         check_labels(test.name, test.labels, config.targets, classes)
     check_bands(encoder, test)
     folder = evaluation_folder(config.output)
@@ -173,7 +173,7 @@ def split_to_evaluate(
     named = parse_spec(spec).split is not None
     for preferred in (("test", "validation"), ("validation", "test")):
         data = open_split(spec, preferred, streams=True)
-        if isinstance(data, ImageStream):  # whose labels are not known yet
+        if data.is_stream:  # whose labels are not known yet
             return data, data.split
         if not (named or data.splits) and learnt and same_data(spec, learnt):
             held_out = set(labelled_splits(learnt, config.test, config.seed)[1].ids)

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from vim_ssl.cli import guarded
-from vim_ssl.evaluation.comparison import FIGURES, Comparison, ComparisonConfig, pivot
+from vim_ssl.evaluation.comparison import METRIC_TITLES, Comparison, ComparisonConfig, pivot
 from vim_ssl.evaluation.extract import Features
 from vim_ssl.evaluation.knn import knn_votes, nearest
-from vim_ssl.metrics.bootstrap import judge
+from vim_ssl.metrics.classification import answer_metrics
 from vim_ssl.tasks.runner import finish_run
 from vim_ssl.utils.config import opt, parse
 
@@ -63,7 +63,7 @@ def vote(
             )
             row: dict[str, Any] = {"features": name, "readout": readout, "k": k}
             answer = votes.argmax(1) if bank.y.ndim == 1 else votes
-            for kind, metric in judge(answer, queries.y).items():
+            for kind, metric in answer_metrics(answer, queries.y).items():
                 key = "knn" if kind == "main" else f"knn_{kind}"
                 row[key] = round(metric.value, 2)
                 row[f"{key}_ci"] = metric.interval(queries.groups, seed=config.seed)
@@ -88,7 +88,7 @@ def table(metrics: dict[str, Any]) -> str:
     numbers = "".join(f"{f'k = {k}':>20}" for k in metrics["protocol"]["k"])
     cells = [f"{row['knn']:.1f} [{row['knn_ci'][0]:.1f}, {row['knn_ci'][1]:.1f}]"
              for row in metrics["rows"]]  # fmt: skip
-    name = FIGURES[metrics["figure"]]
+    name = METRIC_TITLES[metrics["figure"]]
     lines = [f"\n{'features':26} {'readout':10}{numbers}", *pivot(metrics["rows"], cells, 20),
              f"{name} on the test split in per cent, 95 % interval in brackets."]  # fmt: skip
     if skipped := metrics["skipped"]:

@@ -31,13 +31,14 @@ from vim_ssl.data import stratified_split
 from vim_ssl.data.split import few_of_each
 from vim_ssl.data.transforms.clip import ClipTransform
 from vim_ssl.data.transforms.image import Transform
-from vim_ssl.evaluation.comparison import FIGURES, Comparison, ComparisonConfig, pivot
+from vim_ssl.evaluation.comparison import METRIC_TITLES, Comparison, ComparisonConfig, pivot
 from vim_ssl.evaluation.extract import Features, extract_features
 from vim_ssl.evaluation.knn import knn_votes, nearest
 from vim_ssl.evaluation.linear_heads import LinearHead, fit_lars, fit_logistic, lars_reach
-from vim_ssl.evaluation.probes import C_GRID, choose_readout
-from vim_ssl.metrics.bootstrap import Metric, judge, share_right
-from vim_ssl.metrics.medmnist import medmnist_figures
+from vim_ssl.evaluation.readout import C_GRID, choose_readout
+from vim_ssl.metrics.bootstrap import Metric
+from vim_ssl.metrics.classification import accuracy, answer_metrics
+from vim_ssl.metrics.medmnist import medmnist_metrics
 from vim_ssl.tasks.runner import finish_run
 from vim_ssl.utils.config import opt, parse
 
@@ -101,7 +102,7 @@ def probe(
     for name_knn, columns in readouts.items():
         for standardise in (True, False):
             answer = _neighbours(x[:, columns], y, x_val[:, columns], standardise, config)
-            tried.append((judge(answer, y_val)["main"].value, name_knn, standardise))
+            tried.append((answer_metrics(answer, y_val)["main"].value, name_knn, standardise))
     # max takes the first of equals
     _, knn_readout, standardise = max(tried, key=lambda result: result[0])
     x, x_test = (split.x[:, readouts[readout]] for split in (train, test))
@@ -113,14 +114,14 @@ def probe(
     row["validation"] = round(100 * validation, 2)
     metrics = {}
     for key, answer in (("logistic", _answer(head, x_test)), ("knn", votes)):
-        for kind, metric in judge(answer, test.y).items():
+        for kind, metric in answer_metrics(answer, test.y).items():
             metrics[key if kind == "main" else f"{key}_{kind}"] = metric
     for key, metric in metrics.items():
         row[key] = round(metric.value, 2)
         row[f"{key}_ci"] = metric.interval(test.groups, seed=config.seed)
     if task:
         scores = head.probabilities(x_test, int(train.y.max()) + 1).numpy()
-        row |= medmnist_figures(test.y.numpy(), scores, task, test.groups)
+        row |= medmnist_metrics(test.y.numpy(), scores, task, test.groups)
     return row, metrics
 
 
@@ -155,7 +156,7 @@ def few_shots(
             values = []
             for chosen in draws:
                 head = fit_logistic(train.x[chosen][:, columns], train.y[chosen], FEW_SHOT_C)
-                values.append(share_right(head.predict(test.x[:, columns]), test.y).value)
+                values.append(accuracy(head.predict(test.x[:, columns]), test.y).value)
             rows.append({
                 "features": name, "readout": readout, "shots": count, "C": FEW_SHOT_C,
                 "mean": round(mean(values), 2), "values": [round(v, 2) for v in values],
@@ -252,7 +253,7 @@ def table(metrics: dict[str, Any]) -> str:
         if "acc" in row:
             area = "not defined" if row["auc"] is None else f"{row['auc']:.3f}"
             lines += [f"{'':26} {'':10} MedMNIST's AUC {area}, ACC {row['acc']:.3f}"]
-    lines += [f"{FIGURES[metrics['figure']]} on the test split, 95 % interval in brackets."]
+    lines += [f"{METRIC_TITLES[metrics['figure']]} on the test split, 95 % interval in brackets."]
     for row in metrics["differences"]:
         low, high = row["logistic_ci"]
         lines += [f"{row['features']} over {row['over']}: {row['logistic']:+.1f} [{low:+.1f}, "

@@ -26,7 +26,7 @@ from vim_ssl.data import stratified_split
 from vim_ssl.data.loading.indexed import SeededSamples
 from vim_ssl.evaluation.embeddings import read_embeddings
 from vim_ssl.evaluation.linear_heads import fit_logistic
-from vim_ssl.metrics.classification import judge, write_tables
+from vim_ssl.metrics.classification import classification_metrics, write_tables
 from vim_ssl.tasks.runner import Training, finish_run, train_run
 from vim_ssl.tasks.slides import AttentionPool, DrawTiles, SlideObjective, Slides, group_tiles
 from vim_ssl.training.accelerator import make_accelerator
@@ -119,9 +119,11 @@ def run(config: Config) -> dict[str, Any]:
     samples = SeededSamples(train, DrawTiles(config.tiles), config.seed)
 
     def conclude(training: Training) -> dict[str, Any]:
-        by_mean = judge(predict_by_mean(train, test, classes), truth(test), "class", test.groups)
+        by_mean = classification_metrics(
+            predict_by_mean(train, test, classes), truth(test), "class", test.groups
+        )
         logits, weights = predict_by_attention(pool, test)
-        by_attention = judge(logits, truth(test), "class", test.groups)
+        by_attention = classification_metrics(logits, truth(test), "class", test.groups)
         folder = training.run.folder
         with training.run.writing("predictions.csv and attention.csv"):
             ids, names = [slide.id for slide in test.slides], [str(i) for i in range(classes)]

@@ -76,7 +76,7 @@ def run(config: Config) -> dict[str, Any]:
     accelerator = make_accelerator(config)
     source = config.encoder or str(newest_run())
     train, test = labelled_splits(config.data, config.test, config.seed)
-    if not isinstance(train, VideoData):
+    if train.kind != "video":
         raise ValueError(f"{config.data} are no videos; name a folder of them as video:FOLDER.")
     torch.manual_seed(config.seed)
     encoder = build_encoder(config, source, train)

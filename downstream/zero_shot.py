@@ -30,8 +30,8 @@ from vim_ssl.data.open import open_split
 from vim_ssl.data.spec import canonical_split, same_data
 from vim_ssl.data.split import is_known
 from vim_ssl.evaluation.extract import Features, extract_features, features_of
-from vim_ssl.evaluation.retrieval import PairFeatures, embed_pairs, found_in, nearest
-from vim_ssl.metrics.bootstrap import share_right
+from vim_ssl.evaluation.retrieval import PairFeatures, embed_pairs, hits_at_k, nearest
+from vim_ssl.metrics.classification import accuracy
 from vim_ssl.objectives.clip import Clip, load_clip
 from vim_ssl.tasks.runner import finish_run
 from vim_ssl.training.run import newest_run, task_folder, trained_on
@@ -134,7 +134,7 @@ def classify(features: Features, classifier: Tensor) -> tuple[dict[str, Any], Te
 
 def _with_interval(name: str, right: Tensor, groups: Sequence[Hashable] | None) -> dict[str, Any]:
     """The share of queries (n,) that are right, and its interval."""
-    share = share_right(right, True)
+    share = accuracy(right, True)
     return {name: round(share.value, 2), f"{name}_ci": share.interval(groups)}
 
 
@@ -147,7 +147,7 @@ def search(pairs: PairFeatures, data: ImageData) -> dict[str, Any]:
     of_images = [group[id] for id in pairs.ids]
     of_texts = [of_images[i] for i in pairs.owner.tolist()]
     metrics: dict[str, Any] = {"pictures": len(pairs.images), "captions": len(pairs.texts)}
-    for name, right in found_in(pairs).items():
+    for name, right in hits_at_k(pairs).items():
         metrics |= _with_interval(name, right, of_images if name.startswith("image") else of_texts)
     metrics["chance_r1"] = round(100 / len(pairs.images), 3)
     return metrics

@@ -29,8 +29,6 @@ from vim_ssl import load_encoder
 from vim_ssl.cli import guarded
 from vim_ssl.data import BadImage, ImageData, ImageStream, open_data
 from vim_ssl.data.dataset import captions_of
-from vim_ssl.data.loading.indexed import SeededSamples
-from vim_ssl.data.loading.streamed import StreamSamples
 from vim_ssl.data.open import open_split
 from vim_ssl.evaluation.retrieval import embed_pairs, recall
 from vim_ssl.models.text import HubText, TextEncoder, load_hub_text
@@ -185,7 +183,7 @@ def build_data(config: Config) -> ImageData | ImageStream:
     data = open_data(config.data, streams=True)
     if len(data) < 2:
         raise ValueError(f"{data.name} is a single pair; a contrast needs two or more.")
-    return with_captions(data) if isinstance(data, ImageData) else data
+    return data if data.is_stream else with_captions(data)
 
 
 def build_val(config: Config) -> ImageData | None:
@@ -207,7 +205,7 @@ def with_captions(data: ImageData) -> ImageData:
 
 def read_captions(data: ImageData | ImageStream) -> Iterator[str]:
     """All captions: of a stream in order of its shards, else in random order."""
-    if isinstance(data, ImageStream):
+    if data.is_stream:
         for shard in range(len(data.shards)):
             for record in data.records(shard):
                 yield from captions_of(record.get("caption"))
@@ -259,9 +257,7 @@ def build_objective(config: Config, encoder: nn.Module, tokenizer: Tokenizer) ->
 
 def build_samples(config: Config, data: ImageData | ImageStream, clip: Clip, tokenizer: Tokenizer):
     transform = PairTransform(training_transform(image_config(clip.encoder), config), tokenizer)
-    if isinstance(data, ImageStream):
-        return StreamSamples(data, transform, config.seed)
-    return SeededSamples(data, transform, config.seed)
+    return data.samples(transform, config.seed)
 
 
 def measure_retrieval(clip: Clip, data: ImageData, device) -> dict[str, float]:

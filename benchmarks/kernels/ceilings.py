@@ -1,4 +1,4 @@
-"""What this GPU can do at most: the rates that floors of the scan are made of, measured.
+"""Measure the rates of this GPU that bound the time of the scan from below.
 
 The scan needs one exponential for every token, channel, state and direction, and a GPU has few
 units for them; its backward pass is bound by instructions. Both rates follow the clock under load,
@@ -42,12 +42,12 @@ def _multiply_adds(out_ptr, steps, a, b, BLOCK: tl.constexpr):
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Rates a second, and the clock while they were measured.
+    """Rates per second, and the clock while they were measured.
 
     Attributes:
         exp2, fma: single-precision exponentials; multiply-adds.
         copied: bytes read plus bytes written by a large copy.
-        sm_clock_mhz: under load, or None where nvidia-smi does not tell.
+        sm_clock_mhz: under load, or None where nvidia-smi does not report it.
     """
 
     exp2: float
@@ -56,11 +56,11 @@ class Ceilings:
     sm_clock_mhz: float | None
 
     def floor_ms(self, direction: str, b: int, l: int, d: int, n: int) -> float:
-        """Least time of a bidirectional scan, milliseconds.
+        """Lower bound of the time of a bidirectional scan, in milliseconds.
 
         forward: its exponentials, n for the states of each direction, two for each softplus and
-        two for the gate. backward: twelve instructions a token, channel, state and direction,
-        three to make the states again and nine for the gradients.
+        two for the gate. backward: twelve instructions per token, channel, state and direction,
+        three to recompute the states and nine for the gradients.
         """
         elements = b * l * d
         if direction == "forward":
@@ -72,7 +72,7 @@ def measure(device: str = "cuda", steps: int = 2000) -> Ceilings:
     """Measure this device's ceilings in about two seconds.
 
     Args:
-        device: "cpu" only to try the code in the interpreter.
+        device: "cpu" only to test the code in the interpreter.
     """
     gpu = device == "cuda"
     programs = torch.cuda.get_device_properties(0).multi_processor_count * 16 if gpu else 2
@@ -96,7 +96,7 @@ def measure(device: str = "cuda", steps: int = 2000) -> Ceilings:
 
 
 def _seconds(call: Callable[[], object], gpu: bool, repeats: int = 10) -> float:
-    """The fastest of some calls, after one that compiles: a ceiling is what can be reached."""
+    """Time of the fastest call, after one that compiles: a ceiling is the best that is reached."""
     call()
     if not gpu:
         started = time.perf_counter()
@@ -112,7 +112,7 @@ def _seconds(call: Callable[[], object], gpu: bool, repeats: int = 10) -> float:
 
 
 def _clock_under(call: Callable[[], object]) -> float | None:
-    """The clock of the multiprocessors in MHz while the device is busy."""
+    """Clock of the multiprocessors in MHz while the device is busy."""
     if shutil.which("nvidia-smi") is None:
         return None
     for _ in range(60):

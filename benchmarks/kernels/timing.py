@@ -1,20 +1,17 @@
-"""How fast is every scan that runs here? The right ones, timed side by side in one process.
+"""Time every scan that runs here, side by side in one process, after a check of its results.
 
     python benchmarks/kernels/timing.py                   # this machine's device
     python benchmarks/kernels/timing.py --device cuda --quick --out FOLDER
 
-Correctness first: a provider whose outputs or gradients are wrong gets no figures, and if it is one
-of our own backends nothing is timed and the exit code is 1. Then forward and backward apart, calls
-of all providers interleaved, inputs rotated: p20, median and p80 in milliseconds, and the peak
-memory above the inputs. On a GPU each figure stands beside the floor that `ceilings.py`
-measures. Rows are appended to kernels.csv in --out, in a checkout by default benchmarks/results/,
-which git tracks. In a checkout the peers of benchmarks/peers/ take part.
+A provider with wrong outputs or gradients is not timed; if it is one of our own backends, nothing
+is timed and the exit code is 1. Forward and backward passes are timed apart, calls of all providers
+interleaved, inputs rotated: p20, median and p80 in milliseconds, and the peak memory above the
+inputs. On a GPU each time stands beside the lower bound that follows from `ceilings.py`, and the
+peers of benchmarks/peers/ take part. Rows are appended to results/kernels.csv, or to --out.
 """
 
-import argparse
 import ctypes
 import gc
-import importlib.util
 import statistics
 import sys
 import time
@@ -25,8 +22,12 @@ from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for `process` and `rows`
+
 import torch
-import torch.nn.functional as F
+from process import peak_mib, proc_mib, reset_peak
+from providers import Provider, Shape, providers
+from rows import append_rows, results_parser
 from torch import Tensor
 
 from vim_ssl.kernels.selective_scan import bi_selective_scan
@@ -36,35 +37,17 @@ from vim_ssl.kernels.selective_scan.accuracy import (
     Tensors,
     processor,
     relative_error,
-    runnable,
     two_way_inputs,
     typed,
 )
-from vim_ssl.utils.environment import CHECKOUT, commit
-from vim_ssl.utils.files import append_rows
+from vim_ssl.utils.environment import commit
 
 COLUMNS = (
     "provider", "direction", "dtype", "shape", "timing", "p20_ms", "p50_ms", "p80_ms", "peak_mb",
     "compile_s", "floor_ms", "x_floor", "device", "torch", "triton", "commit", "date",
 )  # fmt: skip
-CHUNK = 16  # tokens of the compiled loop
 # Largest relative error of an output or a gradient, for a provider to be timed.
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The scan inside one block: d = 384, 768, 1536 are those of Vim-Ti, -S and -B."""
-
-    b: int
-    l: int
-    d: int
-    n: int = 16
-
-    def __str__(self) -> str:
-        return f"b{self.b}-l{self.l}-d{self.d}-n{self.n}"
-
-
 CHECKED = Shape(2, 63, 64)
 # 224 and 512 px in batches, one image of 1248 px.
 CUDA_SHAPES = [
@@ -73,156 +56,11 @@ CUDA_SHAPES = [
 CPU_SHAPES = [Shape(1, 197, 384), Shape(8, 197, 384), Shape(1, 6085, 384)]
 
 
-def _same(m):
-    return m
-
-
-def _always(shape: Shape, direction: str) -> str | None:
-    return None
-
-
-@dataclass
-class Provider:
-    """An implementation of `bi_selective_scan`.
-
-    Attributes:
-        scan: called with the tensors that ``prepare`` returns. If its output needs no gradient, it
-            has no backward pass to time.
-        prepare: brings the arguments of `bi_selective_scan` into the provider's own layout. Not
-            timed, since a model would compute them in that layout.
-        output: brings what ``scan`` returns into (b, l, d). Not timed.
-        why_not: a reason not to measure this shape and direction, or None.
-        compiles: the first call with a shape takes seconds, which are reported.
-        capture: also time it replayed from a CUDA graph, free of the host's launches.
-    """
-
-    name: str
-    scan: Callable[..., Tensor]
-    prepare: Callable[[Tensors], Tensors] = _same
-    output: Callable[[Tensor], Tensor] = _same
-    why_not: Callable[[Shape, str], str | None] = _always
-    compiles: bool = False
-    capture: bool = False
-
-
-# --- providers -------------------------------------------------------------------------------
-
-
-def providers(device: str, compiled: bool = True) -> tuple[list[Provider], list[str]]:
-    """Everything that runs on this kind of device, and a line for each that does not."""
-    names, left_out = runnable(device)
-    if device == "cuda":
-        names = [name for name in names if name != "reference"]  # a slower torch loop
-    limits = {"reference": _reference_limits, "torch": _launches if device == "cuda" else _always}
-    found = [
-        Provider(
-            name,
-            partial(bi_selective_scan, backend=name),
-            capture=name == "triton",
-            why_not=limits.get(name, _always),
-        )
-        for name in sorted(names, key=BACKENDS.index, reverse=True)
-    ]
-    torch._functorch.config.donated_buffer = False  # a backward pass is called many times here
-    if compiled:
-        loop = partial(chunked_loop, torch.compile(_chunk, dynamic=False))
-        mode = "pointwise" if device == "cuda" else "generic"
-        scan = torch.compile(partial(associative_scan, combine_mode=mode), dynamic=False)
-        found += [
-            Provider("compiled loop", loop, why_not=_forward_only, compiles=True),
-            Provider("compiled associative_scan", scan, why_not=_small_only, compiles=True),
-        ]
-    folder = CHECKOUT / "benchmarks" / "peers"
-    for path in sorted(folder.glob("*.py")) if device == "cuda" else ():
-        try:
-            found += _module(path).providers()
-        except Exception as error:  # whatever building somebody else's kernel raises
-            left_out.append(f"left out: {path.stem}. {type(error).__name__}: {str(error)[:300]}")
-    return found, left_out
-
-
-def _module(path: Path):
-    spec = importlib.util.spec_from_file_location(f"peer_{path.stem}", path)
-    assert spec is not None and spec.loader is not None  # noqa: PT018
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def _reference_limits(shape: Shape, direction: str) -> str | None:
-    if direction == "backward" and shape.l > 1000:
-        return "autograd pads every token's gradient to the whole"
-    return None
-
-
-def _launches(shape: Shape, direction: str) -> str | None:
-    if shape.d > 384:
-        return "bound by its launches, and slow; the smallest width shows it"
-    return None
-
-
-def _forward_only(shape: Shape, direction: str) -> str | None:
-    if direction == "backward":
-        return "compiled for its forward pass only"
-    return _launches(shape, direction)
-
-
-def _small_only(shape: Shape, direction: str) -> str | None:
-    if direction == "backward":
-        return "its backward pass keeps every state and is not compiled everywhere"
-    if shape.b * shape.l * shape.d > 10_000_000:
-        return "it keeps every state in memory"
-    return None
-
-
-def _two_ways(u, delta, A, B, C, D, z, delta_bias):
-    """float32 inputs in scan order: the second direction flipped; dt after softplus."""
-    u, delta, B, C = (torch.stack([m[0], m[1].flip(1)]).float() for m in (u, delta, B, C))
-    dt = F.softplus(delta + delta_bias[:, None, None])
-    return u, dt, A, B, C, D[:, None, None], F.silu(z.float())
-
-
-def chunked_loop(chunk, u, delta, A, B, C, D, z, delta_bias):
-    """One step a token and nothing kept, in pieces that a compiler unrolls in seconds."""
-    dtype = u.dtype
-    u, dt, A, B, C, D, gate = _two_ways(u, delta, A, B, C, D, z, delta_bias)
-    h, ys = u.new_zeros(*u.shape[:2], *A.shape[1:]), []
-    for pieces in zip(*(m.split(CHUNK, dim=2) for m in (dt, dt * u, B, C)), strict=True):
-        h, y = chunk(h, A, *pieces)
-        ys.append(y)
-    y = torch.cat(ys, dim=2) + D * u
-    return ((y[0] + y[1].flip(1)) * gate).to(dtype)
-
-
-def _chunk(h, A, dt, x, B, C):
-    ys = []
-    for t in range(dt.shape[2]):
-        h = (dt[:, :, t, :, None] * A[:, None]).exp() * h + x[:, :, t, :, None] * B[:, :, t, None]
-        ys.append((h * C[:, :, t, None]).sum(-1))
-    return h, torch.stack(ys, dim=2)
-
-
-def associative_scan(u, delta, A, B, C, D, z, delta_bias, combine_mode):
-    """torch's own scan over pairs (decay, input), all states in memory."""
-    from torch._higher_order_ops.associative_scan import associative_scan
-
-    dtype = u.dtype
-    u, dt, A, B, C, D, gate = _two_ways(u, delta, A, B, C, D, z, delta_bias)
-    decay = (dt[..., None] * A[:, None, None]).exp()  # (2, b, l, d, n)
-    fed = (dt * u)[..., None] * B[:, :, :, None]
-    _, h = associative_scan(
-        lambda one, two: (one[0] * two[0], one[1] * two[0] + two[1]), (decay, fed), dim=2,
-        combine_mode=combine_mode,
-    )  # fmt: skip
-    y = (h * C[:, :, :, None]).sum(-1) + D * u
-    return ((y[0] + y[1].flip(1)) * gate).to(dtype)
-
-
 # --- correctness -----------------------------------------------------------------------------
 
 
 def inputs(shape: Shape, dtype: str, device: str, seed: int = 0) -> Tensors:
-    """Arguments of `bi_selective_scan` as a trained model has them; z is a view, as there."""
+    """Arguments of `bi_selective_scan` as a trained model has them; z is a view, as in a model."""
     if shape == CHECKED:
         m = two_way_inputs(shape.b, shape.l, shape.d, shape.n, seed=seed)
         return {k: v.to(device) for k, v in typed(m, DTYPES[dtype]).items()}
@@ -240,18 +78,18 @@ def inputs(shape: Shape, dtype: str, device: str, seed: int = 0) -> Tensors:
 
 
 def check(provider: Provider, dtype: str, device: str) -> str | None:
-    """What is wrong with a provider's output or gradients on a small shape, or None."""
+    """Describe an error in a provider's output or gradients on a small shape; None if correct."""
     m = inputs(CHECKED, dtype, device)
     try:
-        got = _results(m, provider.scan, provider)
-    except Exception as error:
-        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
+        results = _results(m, provider.scan, provider)
+    except Exception as failure:
+        return f"{type(failure).__name__}: {(str(failure).splitlines() or [''])[0][:300]}"
     loop = partial(bi_selective_scan, backend="reference")
     exact = _results({k: v.double().cpu() for k, v in m.items()}, loop, None)
-    for name, value in got.items():
-        wrong = relative_error(value, exact[name])
-        if not wrong <= TOLERANCE[dtype]:
-            return f"{name} is wrong: relative error {wrong:.1e}, at most {TOLERANCE[dtype]:.0e}"
+    for name, value in results.items():
+        error = relative_error(value, exact[name])
+        if not error <= TOLERANCE[dtype]:
+            return f"{name} is wrong: relative error {error:.1e}, at most {TOLERANCE[dtype]:.0e}"
     return None
 
 
@@ -273,10 +111,10 @@ def _results(m: Tensors, scan: Callable[..., Tensor], provider: Provider | None)
 
 @dataclass
 class Timed:
-    """A call to be timed, and what is known of it."""
+    """A call to be timed, and its measurements."""
 
     provider: str
-    timing: str  # "calls", or "graph": replayed, so that no launch is waited for
+    timing: str  # "calls", or "graph": replayed, without waiting for launches
     call: Callable[[int], object]  # with the number of the input set
     peak_mb: float | None = None
     compile_s: float | None = None
@@ -290,19 +128,19 @@ def prepare_calls(
     device: str,
     say: Callable[[str], object],
 ) -> list[Timed]:
-    """Run a provider once on every set, measure its memory, and make what is timed.
+    """Run a provider once on the first set, measure its memory, and return the calls to time.
 
-    The peak of a backward pass counts what the forward pass saved for it.
+    The peak of a backward pass includes the tensors that the forward pass saved for it.
     """
     backward = direction == "backward"
-    own = [
+    layouts = [
         {k: v.detach().requires_grad_(backward) for k, v in provider.prepare(m).items()}
         for m in sets
     ]
     with torch.set_grad_enabled(backward):
         started = time.perf_counter()
-        first = provider.scan(**own[0])
-        _wait(device)
+        first = provider.scan(**layouts[0])
+        wait(device)
         compile_s = round(time.perf_counter() - started, 1) if provider.compiles else None
         if backward and not first.requires_grad:
             return []
@@ -310,42 +148,49 @@ def prepare_calls(
         del first
 
         def once() -> None:
-            y = provider.scan(**own[0])
+            y = provider.scan(**layouts[0])
             if backward:
-                torch.autograd.grad(y, list(own[0].values()), weights)
+                torch.autograd.grad(y, list(layouts[0].values()), weights)
 
         once()
         peak = _peak_mb(once, device)
-        timed = [Timed(provider.name, "calls", _call(provider, own, weights), peak, compile_s)]
+        timed = [Timed(provider.name, "calls", _call(provider, layouts, weights), peak, compile_s)]
     if provider.capture and device == "cuda":
         try:
-            timed.append(Timed(provider.name, "graph", _replay(provider, own, weights), peak))
-        except Exception as error:  # the figure by calls stays
-            say(f"left out: {provider.name} in a CUDA graph. {type(error).__name__}: {error}")
+            timed.append(Timed(provider.name, "graph", _replay(provider, layouts, weights), peak))
+        except Exception as error:  # the time of its calls stays
+            say(f"skipped: {provider.name} in a CUDA graph. {type(error).__name__}: {error}")
     return timed
 
 
-def _call(provider: Provider, own: Sequence[Tensors], weights: Tensor) -> Callable[[int], object]:
-    """What is timed, of the input set with a number: the forward pass, or where the inputs want
-    gradients the backward pass alone, on a graph that is kept."""
-    if not any(m.requires_grad for m in own[0].values()):
-        return lambda i: provider.scan(**own[i])
-    outs = [provider.scan(**m) for m in own]
-    leaves = [list(m.values()) for m in own]
+def _call(
+    provider: Provider, layouts: Sequence[Tensors], weights: Tensor
+) -> Callable[[int], object]:
+    """Return the call to time, a function of the input set's index.
+
+    It is the forward pass, or where the inputs require gradients the backward pass alone, on a
+    retained graph.
+    """
+    if not any(m.requires_grad for m in layouts[0].values()):
+        return lambda i: provider.scan(**layouts[i])
+    outs = [provider.scan(**m) for m in layouts]
+    leaves = [list(m.values()) for m in layouts]
     return lambda i: torch.autograd.grad(outs[i], leaves[i], weights, retain_graph=True)
 
 
-def _replay(provider: Provider, own: Sequence[Tensors], weights: Tensor) -> Callable[[int], object]:
-    """The same calls out of CUDA graphs, one for each set."""
+def _replay(
+    provider: Provider, layouts: Sequence[Tensors], weights: Tensor
+) -> Callable[[int], object]:
+    """Return the same call replayed from CUDA graphs, one for each set."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # a backward pass runs on the stream of its forward pass
-        call = _call(provider, own, weights)
-        for i in range(len(own)):
+        call = _call(provider, layouts, weights)
+        for i in range(len(layouts)):
             call(i)
     stream.synchronize()
     graphs = []
-    for i in range(len(own)):
+    for i in range(len(layouts)):
         graphs.append(torch.cuda.CUDAGraph())
         with torch.cuda.graph(graphs[-1], stream=stream):
             call(i)
@@ -353,7 +198,7 @@ def _replay(provider: Provider, own: Sequence[Tensors], weights: Tensor) -> Call
 
 
 def time_calls(timed: Sequence[Timed], sets: int, device: str, budget_s: float) -> None:
-    """Fill ``ms``: rounds over all calls, the sets in turn, so that disturbances hit all alike."""
+    """Fill ``ms`` in rounds over all calls, so that disturbances affect all of them alike."""
     started = time.perf_counter()
     if device == "cuda":
         for one in timed:
@@ -383,37 +228,37 @@ def _time_on_gpu(call: Callable[[int], object], sets: int, budget_s: float) -> l
     return batch(min(max(repeats, 5), 200))
 
 
-def _wait(device: str) -> None:
+def percentiles(ms: list[float]) -> list[float]:
+    """The 20th, 50th and 80th percentile."""
+    return statistics.quantiles(ms, n=10, method="inclusive")[1:8:3]
+
+
+def wait(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
 
 
 def _peak_mb(call: Callable[[], object], device: str) -> float | None:
-    """Most memory that a call holds above what was there before, in MB (10^6 bytes).
+    """Peak memory of a call above what was in use before, in MB (10^6 bytes).
 
-    On a CPU it is the process's resident memory, which Linux alone tells; else None.
+    On a CPU that of the resident set; None where the system is not Linux with glibc.
     """
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        torch.cuda.synchronize()
-        return round((torch.cuda.max_memory_allocated() - before) / 1e6, 1)
-    try:
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)  # else memory freed before would be used again, unseen
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    except (OSError, AttributeError):
+    if device == "cpu":
+        try:
+            gc.collect()
+            ctypes.CDLL(None).malloc_trim(0)  # else freed memory would be used again, uncounted
+        except (OSError, AttributeError):
+            return None
+    if not reset_peak(device):
         return None
-    resident = _resident_mb("VmRSS")
+    before = (
+        torch.cuda.memory_allocated() / 2**20
+        if device == "cuda"
+        else proc_mib("self/status", "VmRSS")
+    )
     call()
-    return round(_resident_mb("VmHWM") - resident, 1)
-
-
-def _resident_mb(key: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith(key))
+    wait(device)
+    return round((peak_mib(device) - before) * 2**20 / 1e6, 1)
 
 
 # --- rows ------------------------------------------------------------------------------------
@@ -430,39 +275,38 @@ def measure(
     say: Callable[[str], object] = print,
     until: float = float("inf"),
 ) -> Iterator[dict]:
-    """Check, then time; a row comes as soon as it is known.
+    """Check, then time; yield each row as soon as it is measured.
 
     Args:
         budget_s: seconds of timing for one shape, dtype and direction.
-        ceilings: a `ceilings.Ceilings`, for the floors.
-        compiled: whether what torch.compile makes takes part; it takes its time.
-        until: a `time.monotonic()` after which nothing new is begun.
-    Raises: RuntimeError if one of our own backends is wrong; nothing is timed then.
+        ceilings: a `ceilings.Ceilings`, for the lower bounds.
+        compiled: include the providers by torch.compile, which takes minutes.
+        until: a `time.monotonic()` after which no new case begins.
+    Raises: RuntimeError if one of our own backends is wrong, before anything is timed.
     """
-    found, left_out = providers(device, compiled)
-    for line in left_out:
+    available, skipped = providers(device, compiled)
+    for line in skipped:
         say(line)
-    right: dict[str, list[Provider]] = {}
+    correct: dict[str, list[Provider]] = {dtype: [] for dtype in dtypes}
     for dtype in dtypes:
-        right[dtype] = []
-        for provider in found:
+        for provider in available:
             if problem := check(provider, dtype, device):
                 if provider.name in BACKENDS:
                     raise RuntimeError(f"{provider.name}, {dtype}: {problem}. Nothing is timed.")
-                say(f"left out: {provider.name}, {dtype}. {problem}")
+                say(f"skipped: {provider.name}, {dtype}. {problem}")
             else:
-                right[dtype].append(provider)
+                correct[dtype].append(provider)
     common = origin(device)
     cases = [(d, s, way) for d in dtypes for s in shapes for way in ("forward", "backward")]
     for dtype, shape, direction in cases:
         if time.monotonic() > until:
             say(f"cut off before {shape}, {dtype}, {direction}: the time is up")
             return
-        # More than a cache holds, so that no input is found in it.
+        # More than a cache holds, so that no input stays in it.
         sets = [inputs(shape, dtype, device, seed) for seed in range(3 if device == "cuda" else 2)]
         floor = ceilings and ceilings.floor_ms(direction, **vars(shape))
         # On a GPU one provider after the other: all at once would not fit into its memory.
-        groups = [[p] for p in right[dtype]] if device == "cuda" else [right[dtype]]
+        groups = [[p] for p in correct[dtype]] if device == "cuda" else [correct[dtype]]
         for group in groups:
             timed = _calls(group, shape, dtype, direction, device, sets, say)
             time_calls(timed, len(sets), device, budget_s)
@@ -474,9 +318,9 @@ def measure(
 
 
 def _calls(group, shape, dtype, direction, device, sets, say) -> list[Timed]:
-    """What can be timed; a provider that cannot, or fails, is left out with words."""
+    """Return the calls to time; say why a provider is skipped."""
     timed = []
-    torch._dynamo.reset()  # torch.compile gives a function up after eight shapes
+    torch._dynamo.reset()  # torch.compile gives up on a function after eight shapes
     for provider in group:
         reason = provider.why_not(shape, direction)
         if reason is None:
@@ -485,12 +329,12 @@ def _calls(group, shape, dtype, direction, device, sets, say) -> list[Timed]:
             except Exception as error:
                 reason = f"{type(error).__name__}: {str(error)[:300]}"
         if reason is not None:
-            say(f"left out: {provider.name}, {shape}, {dtype}, {direction}. {reason}")
+            say(f"skipped: {provider.name}, {shape}, {dtype}, {direction}. {reason}")
     return timed
 
 
 def _row(one: Timed, shape: Shape, dtype: str, direction: str, floor: float | None) -> dict:
-    p20, p50, p80 = statistics.quantiles(one.ms, n=10, method="inclusive")[1:8:3]
+    p20, p50, p80 = percentiles(one.ms)
     row = {
         "provider": one.provider, "direction": direction, "dtype": dtype, "shape": str(shape),
         "timing": one.timing, "p20_ms": _digits(p20), "p50_ms": _digits(p50),
@@ -504,7 +348,7 @@ def _digits(value: float) -> float:
 
 
 def origin(device: str) -> dict[str, str]:
-    """What a row's figures depend on."""
+    """Device, versions, commit and date of a row."""
     threads = torch.get_num_threads()
     name = torch.cuda.get_device_name() if device == "cuda" else f"{processor()}, {threads} threads"
     try:
@@ -526,7 +370,7 @@ def format_row(row: dict) -> str:
 
 
 def measure_ceilings(say: Callable[[str], object] = print):
-    """The GPU's, or None where Triton is missing."""
+    """Measure the GPU's ceilings; None where Triton is missing."""
     try:
         import ceilings
     except ImportError as error:
@@ -541,19 +385,12 @@ def measure_ceilings(say: Callable[[str], object] = print):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = results_parser(__doc__, "kernels.csv")
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument(
-        "--device", default=default, choices=("cpu", "cuda"), help="what runs the scan"
+        "--device", default=default, choices=("cpu", "cuda"), help="device that runs the scan"
     )
-    parser.add_argument("--quick", action="store_true", help="the first shape, a short look")
-    results = CHECKOUT / "benchmarks" / "results"
-    parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", default=results if results.is_dir() else None,
-        help="rows are appended to kernels.csv there; git tracks a checkout's default",
-    )  # fmt: skip
+    parser.add_argument("--quick", action="store_true", help="time the first shape only, briefly")
     args = parser.parse_args(argv)
     shapes = CUDA_SHAPES if args.device == "cuda" else CPU_SHAPES
     rows = measure(
@@ -563,18 +400,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         budget_s=0.5 if args.quick else 2.0 if args.device == "cuda" else 10.0,
         ceilings=measure_ceilings() if args.device == "cuda" else None,
     )
-
-    def shown() -> Iterator[dict]:
+    try:
         for row in rows:
             print(format_row(row), flush=True)
-            yield row
-
-    try:
-        if args.out is None:
-            for _ in shown():
-                pass
-        else:
-            append_rows(args.out / "kernels.csv", COLUMNS, shown())
+            append_rows(args.out / "kernels.csv", COLUMNS, [row])
     except RuntimeError as error:
         print(error, file=sys.stderr)
         return 1

@@ -1,17 +1,17 @@
-"""Which objective is worth its time? Equal encoders, equal data, equal budgets, five seeds.
+"""Compare the objectives with equal encoders, equal data and equal budgets, on five seeds.
 
     python benchmarks/learning/study.py                 # four hours on two CPU cores
 
 On digits (28 px, 49 patches) and colour images (emoji, 64 px, 64 patches) every objective trains
-the same 0.5 M-parameter Vim, twice: for as many images as `mae` sees, and for as long as `mae`
-takes. `mae` runs a second time with the visible patches shuffled, and a third on timm's ViT of the
-same size (the outside anchor, equal time and equal images). Then the frozen features of the test
-images are read by logistic regression and by nearest neighbours; readout and C are chosen on a
-part of the training set. The untrained encoders and raw pixels stand beside them.
+the same 0.5 M-parameter Vim twice: for as many images as `mae` sees, and for as long as `mae`
+takes. `mae` runs again with the visible patches shuffled, and on timm's ViT of the same size (the
+external reference, equal time and equal images). The frozen features are then evaluated on test
+images by logistic regression and by nearest neighbours; readout and C are chosen on a validation
+part of the training set. Baselines are the untrained encoders and raw pixels.
 
-Seconds are one thread's CPU time, data loading included: what a run costs on an idle machine, and
-the same with other work beside it. Every arm's cost a step is measured first, in turns. Rows go to
-results/learning.csv as they come; a study that was cut off goes on where it stopped.
+Seconds are one thread's CPU time, data loading included, which other work on the machine does not
+change. The cost of a step of every arm is measured first, in turns. Rows are appended to
+results/learning.csv as they come; an interrupted study resumes.
 """
 
 import argparse
@@ -31,14 +31,10 @@ from vim_ssl import create_transform
 from vim_ssl.data import labelled_splits
 from vim_ssl.downstream import linear_probe
 from vim_ssl.evaluation.extract import extract_features
-from vim_ssl.evaluation.features import encode_parts, readouts_of
-from vim_ssl.recipes.mim_pretrain import (
-    Config,
-    build_data,
-    build_model,
-    build_objective,
-    mae_minute,
-)
+from vim_ssl.evaluation.features import encode_splits
+from vim_ssl.evaluation.readout import available_readouts
+from vim_ssl.recipes.mim_pretrain import Config, build_data, build_model, build_objective
+from vim_ssl.recipes.mim_pretrain import mae_minute as preset
 from vim_ssl.training.accelerator import make_accelerator
 
 TABLE, COSTS = "learning.csv", "learning_costs.csv"
@@ -48,8 +44,8 @@ COLUMNS = (*ORIGIN, "data", "arm", "budget", "seed", "epochs", "pictures", "cpu_
 QUIET = {"epochs": 2, "threads": 1, "eval_every": 1e9, "log_every": 50, "save_every": 1e9,
          "trackers": ("none",)}  # fmt: skip
 DATA = {
-    "digits": replace(mae_minute(), **QUIET),
-    "colour": replace(mae_minute(), data="sample:noto-emoji?split=train", hflip=0.5,
+    "digits": replace(preset(), **QUIET),
+    "colour": replace(preset(), data="sample:noto-emoji?split=train", hflip=0.5,
                       encoder="vim_nano_patch8_64", crop_scale=(0.4, 1.0), **QUIET),
 }  # fmt: skip
 ARMS = {
@@ -57,14 +53,14 @@ ARMS = {
     "mae, shuffled": {"keep_order": False},
     "simmim": {"objective": "simmim", "mask_ratio": 0.6},
     "ar": {"objective": "ar", "cluster": 1},
-    # Tried before, on another seed: all patches counting, of which 60 % hidden, taught less.
+    # On another seed, a loss on all patches with 60 % masked gave less.
     "distill": {"objective": "distill", "teacher_layers": 2, "mask_ratio": 0.75},
-    # Tried before, on another seed: at the others' rate and mask it learns less.
+    # On another seed, the learning rate and mask ratio of the others gave less.
     "mae on ViT": {"base_lr": 5e-4, "warmup_epochs": 0.5, "mask_ratio": 0.6},
 }  # fmt: skip
 VIT = {"embed_dim": 96, "depth": 4, "num_heads": 3}  # 0.45 M parameters; the Vim has 0.50 M
-SAME = {"mae", "mae, shuffled"}  # they cost the same; their time and images are the budgets
-# `ar` reads forward only: its untrained network is another one.
+SAME = {"mae", "mae, shuffled"}  # of equal cost; their time and images are the budgets
+# `ar` reads forward only, so its untrained network differs.
 UNTRAINED = {"untrained": "mae", "untrained, forward only": "ar", "untrained ViT": "mae on ViT"}
 BASELINES = (*UNTRAINED, "pixels")
 
@@ -73,66 +69,65 @@ def settings(data: str, arm: str, seed: int, **more) -> Config:
     return replace(DATA[data], **ARMS.get(arm, {}), seed=seed, **more)
 
 
-def build(arm: str, config: Config):
-    """Encoder, objective and samples of an arm."""
+def build(arm: str, config: Config, vit: dict[str, int]):
+    """Objective and samples of an arm; ``vit`` is the size of a ViT."""
     torch.manual_seed(config.seed)
-    encoder = build_model(config)
-    if "ViT" in arm:
-        objective = counterpart(encoder, config, **VIT)
-    else:
-        objective = build_objective(config, encoder)
-    return objective.encoder, objective, build_data(config, encoder)[1]
+    vim = build_model(config)
+    objective = counterpart(vim, config, **vit) if "ViT" in arm else build_objective(config, vim)
+    return objective, build_data(config, vim)[1]
 
 
-def train(arm: str, config: Config):
-    """Train to the end; returns the encoder and the CPU seconds it took."""
-    config = replace(config, output=config.output or tempfile.mkdtemp())
-    accelerator = make_accelerator(config)
-    encoder, objective, samples = build(arm, config)
-    return encoder, fit_seconds("mim_pretrain", objective, samples, config, accelerator)
+def train(arm: str, config: Config, vit: dict[str, int]):
+    """Train to the end in ``config.output`` or a temporary folder; return encoder, CPU seconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = replace(config, output=config.output or folder)
+        accelerator = make_accelerator(config)
+        objective, samples = build(arm, config, vit)
+        seconds = fit_seconds("mim_pretrain", objective, samples, config, accelerator)
+    return objective.encoder, seconds
 
 
-def read(encoder, data: str, seed: int) -> dict:
-    """What the frozen features are worth."""
-    train_part, test_part = labelled_splits(DATA[data].data, 0.2, seed)
+def evaluate(encoder, data: str, seed: int) -> dict:
+    """Evaluate frozen features; without an encoder, raw pixels."""
+    splits = labelled_splits(DATA[data].data, 0.2, seed)
     config = linear_probe.Config(seed=seed, readouts=("avg", "layers"))
     if encoder is None:
-        shown = build_model(DATA[data]).data_config
-        shown["input_size"] = (shown["input_size"][0], *[min(32, shown["input_size"][1])] * 2)
-        transform = create_transform(shown)
-        parts = [extract_features(torch.nn.Identity(), part, transform)
-                 for part in (train_part, test_part)]  # fmt: skip
-        return linear_probe.probe("pixels", *parts, {"pixels": slice(None)}, config)[0]
-    parts = encode_parts(encoder.eval(), (train_part, test_part), cache=False)
-    return linear_probe.probe(data, *parts, readouts_of(encoder, config.readouts), config)[0]
+        data_config = build_model(DATA[data]).data_config
+        channels, side, _ = data_config["input_size"]
+        transform = create_transform(data_config | {"input_size": (channels, *[min(32, side)] * 2)})
+        features = [extract_features(torch.nn.Identity(), split, transform) for split in splits]
+        return linear_probe.probe("pixels", *features, {"pixels": slice(None)}, config)[0]
+    features = encode_splits(encoder.eval(), splits, cache=False)
+    return linear_probe.probe(
+        data, *features, available_readouts(encoder, config.readouts), config
+    )[0]
 
 
 def work(out: Path, data: str, arm: str, budget: str, seed: int, epochs: float) -> None:
-    """One run and its probe, in a process of its own; appends the row."""
+    """Train and evaluate one arm in this process; append the row."""
     torch.set_num_threads(1)
     config = settings(data, arm, seed, **({"epochs": epochs} if epochs else {}))
     seconds, images = 0.0, 0
     if arm in BASELINES:
-        like = UNTRAINED.get(arm, "")
-        encoder = build(like, settings(data, like, seed))[0] if like else None
+        trained = UNTRAINED.get(arm, "")
+        untrained = settings(data, trained, seed)
+        encoder = build(trained, untrained, VIT)[0].encoder if trained else None
     else:
-        with tempfile.TemporaryDirectory() as folder:
-            config.output = folder
-            encoder, seconds = train(arm, config)
+        encoder, seconds = train(arm, config, VIT)
         size, batch = len(labelled_splits(config.data, 0.2, 0)[0]), config.batch_size
         images = batch * round(epochs * (size // batch))
     row = {"data": data, "arm": arm, "budget": budget, "seed": seed, "epochs": epochs,
            "pictures": images, "cpu_seconds": round(seconds, 1)}  # fmt: skip
-    found = read(encoder, data, seed)
-    row |= {key: found[key] for key in ("logistic", "readout", "knn")}
+    result = evaluate(encoder, data, seed)
+    row |= {key: result[key] for key in ("logistic", "readout", "knn")}
     append_rows(out / TABLE, COLUMNS, [origin() | row])
 
 
 def plan(out: Path, data: str) -> list[tuple[str, str, float]]:
-    """(arm, budget, epochs) of all runs of a seed."""
+    """(arm, budget, epochs) of every run of a seed."""
 
     def steps(arm: str, count: int) -> float:
-        return train(arm, settings(data, arm, 1000, max_steps=count))[1]
+        return train(arm, settings(data, arm, 1000, max_steps=count), VIT)[1]
 
     epochs, cost = DATA[data].epochs, costs(out / COSTS, data, ARMS, steps, 10)
     jobs = [(arm, "none", 0.0) for arm in BASELINES]
@@ -145,10 +140,11 @@ def plan(out: Path, data: str) -> list[tuple[str, str, float]]:
 
 def main() -> int:
     parser = results_parser(__doc__, f"{TABLE} and {COSTS}")
-    parser.add_argument("--data", nargs="+", default=list(DATA), choices=DATA, help="images")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="of the runs")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at once, one thread each")
-    parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("--data", nargs="+", default=list(DATA), choices=DATA, help="images")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="of the runs")
+    add("--jobs", type=int, default=2, help="runs at once, one thread each")
+    add("--one", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         data, arm, budget, seed, epochs = args.one
@@ -160,8 +156,7 @@ def main() -> int:
     jobs = [(data, arm, budget, seed, epochs) for seed in args.seeds for data in args.data
             for arm, budget, epochs in plans[data]
             if (data, arm, budget, seed) not in done]  # fmt: skip
-    jobs.sort(key=lambda job: job[2] == "pictures")  # the dearer half last
-
+    jobs.sort(key=lambda job: job[2] == "pictures")  # the more expensive half last
     return min(run_jobs(__file__, args.out, jobs, args.jobs), 1)
 
 

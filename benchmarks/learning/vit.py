@@ -1,4 +1,4 @@
-"""The outside anchor of the studies: timm's ViT under MAE, through the same trainer and probe."""
+"""The external reference of the studies: timm's ViT by MAE, with the same trainer and probe."""
 
 import torch
 from timm.layers import build_sincos2d_pos_embed, trunc_normal_
@@ -12,7 +12,7 @@ from vim_ssl.recipes.mim_pretrain import Config
 
 
 class ViTEncoder(VisionTransformer):
-    """timm's ViT with what objectives and probes ask of an encoder.
+    """timm's ViT with the attributes that objectives and probes need.
 
     Args:
         data_config: see `VimEncoder`.
@@ -29,7 +29,7 @@ class ViTEncoder(VisionTransformer):
         )
         self.data_config, self.in_chans = data_config, in_chans
         self.grid_size = self.patch_embed.grid_size
-        # Whole numbers, as ours has them; timm reads its pair for images of other sizes only.
+        # Integers, as in `VimEncoder`; timm reads its pair only for images of other sizes.
         self.patch_embed.patch_size = self.patch_embed.stride = patch_size
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
@@ -69,7 +69,7 @@ class ViTMAE(PixelObjective):
 
 
 def counterpart(vim: VimEncoder, config: Config, **size: int) -> ViTMAE:
-    """MAE on a ViT of this ``size`` with the images, the patches and the settings of a Vim's."""
+    """MAE on a ViT of this ``size`` with the images, patches and settings of a Vim."""
     encoder = ViTEncoder(data_config=vim.data_config, patch_size=vim.patch_embed.patch_size, **size)
     return ViTMAE(
         encoder, decoder_dim=config.decoder_dim, decoder_depth=config.decoder_depth,

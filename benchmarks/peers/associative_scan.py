@@ -1,14 +1,19 @@
 """A peer of the scan: the same recurrence by Triton's parallel `tl.associative_scan`, forward only.
 
-A tile of tokens by states for one channel, as a Triton scan is usually written, combined in
-log2(tokens) steps, the last state carried from tile to tile. Its inputs are channel-first, and the
-backward direction's are flipped beforehand, which is not timed.
+A program combines tiles of tokens by states of one channel in log2(tokens) steps and carries the
+last state from tile to tile, as Triton scans usually do. Inputs are channel-first; those of the
+backward direction are flipped beforehand, which is not timed.
 """
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))  # for `providers`
 
 import torch
 import triton
 import triton.language as tl
-from timing import Provider, Shape
+from providers import Provider, Shape
 from torch import Tensor
 
 from vim_ssl.kernels.triton_math import LOG2E, sigmoid, softplus
@@ -26,11 +31,11 @@ def _scan(u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, y_ptr, batch, 
           N: tl.constexpr, T: tl.constexpr):  # fmt: skip
     """One channel of one sequence. u, delta, y (2, b, d, l); A (2, d, n); B, C (2, b, l, n)."""
     channel, sequence = tl.program_id(0), tl.program_id(1)  # sequence: direction and batch
-    own = sequence // batch * d + channel  # the channel's parameters
+    parameters = sequence // batch * d + channel  # index of the channel in A, D and bias
     row = (sequence.to(tl.int64) * d + channel) * l
     n, steps = tl.arange(0, N), tl.arange(0, T)
-    A = tl.load(A_ptr + own * N + n)[None, :] * LOG2E
-    D, bias = tl.load(D_ptr + own), tl.load(bias_ptr + own)
+    A = tl.load(A_ptr + parameters * N + n)[None, :] * LOG2E
+    D, bias = tl.load(D_ptr + parameters), tl.load(bias_ptr + parameters)
     h = tl.zeros((N,), tl.float32)
     for start in range(0, l, T):
         t = start + steps
@@ -83,7 +88,7 @@ def scan(u, delta, A, B, C, D, z, delta_bias) -> Tensor:
 
 def _limits(shape: Shape, direction: str) -> str | None:
     if shape.n & (shape.n - 1):
-        return "it takes a power of two of states"
+        return "the number of states must be a power of two"
     return "it has no backward pass" if direction == "backward" else None
 
 

@@ -1,27 +1,31 @@
 """A peer of the scan: the CUDA kernel of state-spaces/mamba, called twice as Vim calls it.
 
-It is not installed but built here, without its Python side, from its source distribution:
+It is built here from its source distribution, without its Python code:
 
     pip download --no-binary :all: --no-deps --no-build-isolation mamba-ssm==2.3.2.post1
     mkdir -p .peers/mamba_ssm
     tar xzf mamba_ssm-2.3.2.post1.tar.gz -C .peers/mamba_ssm --strip-components 1
 
-    PYTHONPATH=. python benchmarks/peers/mamba_ssm.py        # build it ahead, minutes
+    PYTHONPATH=. python benchmarks/peers/mamba_ssm.py        # build it in advance, minutes
 
-The folder .peers/ is ignored by git. Building needs nvcc, a C++ compiler and ninja: the real
+Git ignores the folder .peers/. The build needs nvcc, a C++ compiler and ninja. It compiles the real
 float32 and bfloat16 kernels, forward and backward, once for each version of torch.
 
-Two providers: one flips what Vim flips (x and z on the way in, the backward direction's output on
-the way out), one calls the two kernels alone. Inputs are channel-first; what a model would compute
-in flipped order anyway (delta, B and C of the backward direction) comes flipped, and is not timed.
+One provider includes the flips that Vim makes (of x and z as inputs, of the backward direction's
+output); the other calls the two kernels alone. Inputs are channel-first. Tensors that a model would
+compute in flipped order (delta, B and C of the backward direction) are flipped beforehand, which is
+not timed.
 """
 
 import os
+import sys
 from functools import cache, partial
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))  # for `providers`
+
 import torch
-from timing import Provider
+from providers import Provider
 from torch import Tensor
 
 ROOT = Path(__file__).parents[2]
@@ -29,7 +33,7 @@ SOURCES = ROOT / ".peers" / "mamba_ssm" / "csrc" / "selective_scan"
 BUILD = ROOT / ".peers" / "build"
 FILES = ("selective_scan_fwd_fp32.cu", "selective_scan_fwd_bf16.cu",
          "selective_scan_bwd_fp32_real.cu", "selective_scan_bwd_bf16_real.cu")  # fmt: skip
-# Where the package calls what is not built (float16 and complex numbers), so that it links.
+# Stand-ins for the kernels that are not built (float16 and complex numbers), for the linker.
 STUBS = """
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
@@ -52,7 +56,7 @@ template void selective_scan_bwd_cuda<at::Half, c64>(SSMParamsBwd &, cudaStream_
 template void selective_scan_bwd_cuda<at::BFloat16, c64>(SSMParamsBwd &, cudaStream_t);
 template void selective_scan_bwd_cuda<float, c64>(SSMParamsBwd &, cudaStream_t);
 """
-# As in the package's own setup.py.
+# As in the setup.py of the package.
 NVCC = ["-O3", "--use_fast_math", "--expt-relaxed-constexpr", "--expt-extended-lambda",
         *(f"-U__CUDA_NO_{what}__" for what in (
             "HALF_OPERATORS", "HALF_CONVERSIONS", "BFLOAT16_OPERATORS", "BFLOAT16_CONVERSIONS",
@@ -61,15 +65,15 @@ NVCC = ["-O3", "--use_fast_math", "--expt-relaxed-constexpr", "--expt-extended-l
 
 @cache
 def extension():
-    """The built module, with ``fwd`` and ``bwd``.
+    """Build and return the module with ``fwd`` and ``bwd``.
 
-    Raises: FileNotFoundError without the sources; whatever the compiler raises.
+    Raises: FileNotFoundError without the sources; any error of the compiler.
     """
     from torch.utils.cpp_extension import load
 
     if not SOURCES.is_dir():
         raise FileNotFoundError(
-            f"no sources in {SOURCES}; {Path(__file__).name} says how to get them"
+            f"no sources in {SOURCES}; the docstring of {Path(__file__).name} has the commands"
         )
     BUILD.mkdir(exist_ok=True)
     stubs = BUILD / "stubs.cpp"
@@ -103,18 +107,18 @@ class OneWay(torch.autograd.Function):
 
 
 def prepare(m: dict[str, Tensor], flips: bool) -> dict[str, Tensor]:
-    """Channel-first; the backward direction's tensors flipped, less what the scan itself flips."""
-    parts = {}
+    """Channel-first tensors; the backward direction's flipped, except those that `scan` flips."""
+    tensors = {}
     for i, name in enumerate(("ahead", "back")):
-        own = {k: m[k][i].mT for k in ("u", "delta", "B", "C")}
-        own |= {"z": m["z"].mT} | {k: m[k][i] for k in ("A", "D", "delta_bias")}
+        one = {k: m[k][i].mT for k in ("u", "delta", "B", "C")}
+        one |= {"z": m["z"].mT} | {k: m[k][i] for k in ("A", "D", "delta_bias")}
         for k in ("u", "delta", "B", "C", "z") if i else ():
             if not (flips and k in ("u", "z")):
-                own[k] = own[k].flip(-1)
-        parts |= {f"{k}_{name}": v.contiguous() for k, v in own.items()}
+                one[k] = one[k].flip(-1)
+        tensors |= {f"{k}_{name}": v.contiguous() for k, v in one.items()}
     if flips:
-        parts["z_back"] = parts["z_ahead"]
-    return parts
+        tensors["z_back"] = tensors["z_ahead"]
+    return tensors
 
 
 def scan(flips: bool, **m: Tensor) -> Tensor:

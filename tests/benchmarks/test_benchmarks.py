@@ -1,4 +1,4 @@
-"""What every script that appends rows to a tracked CSV file tells in its help."""
+"""The help of every script that appends rows to a tracked CSV file, and the paper presets."""
 
 import importlib
 import json
@@ -93,7 +93,7 @@ def test_a_preset_of_every_made_up_set_trains(preset, monkeypatch, tmp_path):
     script = presets.OF[preset]
     monkeypatch.setattr(script.fits, "fit", script.fits.fit)  # `train` puts a watched one there
     changes = {
-        "data": presets.LITTLE[script.data](tmp_path / "data"), "encoder": "vim_nano_patch8_64",
+        "data": presets.SMALL_DATA[script.data](tmp_path / "data"), "encoder": "vim_nano_patch8_64",
         "batch_size": 2, "max_steps": 3, "workers": 0, "log_every": 1, "threads": 1,
         "precision": "no",  # of a process all trainings have the first one's
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""The measuring of CLIP on emoji: what is asked, how answers are ranked, what the tables say."""
+"""CLIP on emoji: the queries, the ranks of their answers, and the tables."""
 
 import csv
 import importlib
@@ -58,7 +58,7 @@ def test_a_concept_is_what_is_drawn_whoever_is_drawn(bench, captions, concept):
 @needs_emoji
 def test_no_concept_is_asked_about_as_unseen_that_was_trained_on(bench):
     """Not even as another gender, which the sample sets let pass."""
-    asked = bench.asked_about(bench.trained_on())
+    asked = bench.test_sets(bench.training_sets())
     data = open_data(bench.CLIP.data)
     trained = {c for i in range(len(data)) for c in data.captions(i)}
     concepts = {bench.concept(caption) for caption in trained}
@@ -87,7 +87,7 @@ def test_a_right_answer_stands_behind_its_equals(bench):
 
 def some(bench, captions: list[str], labels: list[int], classes: int = 2):
     kinds = bench.QUESTIONS[2:]
-    return bench.Asked(
+    return bench.Queries(
         None, captions, captions, {kind: torch.tensor(labels) for kind in kinds},
         {kind: [str(i) for i in range(classes)] for kind in kinds},
     )  # fmt: skip
@@ -141,8 +141,8 @@ def test_a_row_has_the_place_of_every_right_answer(bench):
     assert found["ranks"] == "1x 5 ."
     assert (found["asked"], found["answers"]) == ("4", "20")
     assert (found["r1"], found["r5"], found["r10"]) == ("25.0", "50.0", "75.0")
-    results = bench.Results([found])
-    values = [results.figure("vim", "seen", "caption", k).value for k in (1, 5, 10)]
+    results = importlib.import_module("emoji_tables").Results([found])
+    values = [results.recall("vim", "seen", "caption", k).value for k in (1, 5, 10)]
     assert values == [25.0, 50.0, 75.0]
     assert results.groups("seen", "caption") == [0, 0, 1, 2]
 
@@ -184,7 +184,7 @@ def test_a_campaign_goes_on_where_it_was_cut_off(bench, tmp_path, monkeypatch):
     epochs = {arm: epochs for arm, _, epochs in asked}
     assert epochs["vit"] == pytest.approx(1.5 * epochs["vim"])
     assert epochs["vim after mae"] == epochs["vim"] == 8
-    with pytest.raises(ValueError, match=r"rows of 8.0 epochs, asked for are 24"):
+    with pytest.raises(ValueError, match=r"rows of 8.0 epochs, but --epochs is 24"):
         bench.measure(tmp_path, [0, 1], 24.0, 2)
 
 
@@ -208,7 +208,7 @@ def test_every_arm_trains_and_answers(bench, arm, tmp_path, monkeypatch):
     image = Image.fromarray(values)
     expected = create_transform(load_encoder("vim_nano_patch8_64"))(image)
     torch.testing.assert_close(clip.transform(image), expected)  # every arm sees the same
-    asked = bench.ask("sample:fluent-emoji", "test")
+    asked = bench.queries("sample:fluent-emoji", "test")
     part = replace(asked, data=asked.data.subset(range(12)))
     scores = bench.model_scores(clip, part)
     assert scores["caption"].shape == (12, 12)

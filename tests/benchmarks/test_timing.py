@@ -13,8 +13,9 @@ from vim_ssl.kernels.selective_scan import torch_backend
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks" / "kernels"))
 
+import providers  # noqa: E402
 import timing  # noqa: E402
-from timing import Shape  # noqa: E402
+from providers import Shape  # noqa: E402
 
 TINY = Shape(1, 6, 4, 2)
 
@@ -52,12 +53,12 @@ def test_no_speed_is_printed_for_a_wrong_backend(monkeypatch, capsys, tmp_path):
 
 
 def test_a_peer_that_is_wrong_is_left_out_with_words(monkeypatch):
-    peer = timing.Provider("peer", lambda **m: 2 * timing.bi_selective_scan(**m))
+    peer = providers.Provider("peer", lambda **m: 2 * timing.bi_selective_scan(**m))
     monkeypatch.setattr(timing, "providers", lambda *a: ([peer], []))
     said = []
     rows = timing.measure("cpu", shapes=[TINY], dtypes=["fp32"], say=said.append)
     assert list(rows) == []
-    assert said[0].startswith("left out: peer, fp32. y is wrong")
+    assert said[0].startswith("skipped: peer, fp32. y is wrong")
 
 
 def test_what_is_cut_off_says_so():
@@ -81,9 +82,9 @@ def test_the_associative_scan_peer_is_right():
     """Its Triton kernel in the interpreter, over three tiles, the last one cut."""
     pytest.importorskip("triton")
     code = """
-import timing
-timing.CHECKED = timing.Shape(1, 19, 3, 4)
-peer = timing._module(timing.CHECKOUT / "benchmarks/peers/associative_scan.py")
+import providers, timing
+timing.CHECKED = providers.Shape(1, 19, 3, 4)
+peer = providers.load_peer(providers.PEERS / "associative_scan.py")
 peer.TOKENS = 8
 (provider,) = peer.providers()
 assert [timing.check(provider, dtype, "cpu") for dtype in ("fp32", "bf16")] == [None, None]

@@ -12,6 +12,7 @@ from vim_ssl.cli import main
 from vim_ssl.data import ImageData
 from vim_ssl.data import check as doctor
 from vim_ssl.data.check import check
+from vim_ssl.data.open import Source
 
 
 def write(root, *names, seed=0):
@@ -77,7 +78,7 @@ def test_masks_are_counted_by_the_classes_they_show(tmp_path, capsys):
         ["sky", "1", "1"],
         ["road", "2", "0"],
     ]
-    assert "val has 1 classes that the training part lacks: tree." in text
+    assert "val has 1 classes that the training split lacks: tree." in text
     assert "val has no mask of 2 classes: road, car." in text
     # Of a sample nobody knows what the rest shows.
     assert check(f"masks:{tmp_path}", sample=1).problems == []
@@ -140,13 +141,19 @@ def test_class_folders_that_differ_between_splits(tmp_path):
     classes(tmp_path, "train/")
     write(tmp_path, "test/dog/1.png", "test/cow/1.png", seed=9)
     found = check(tmp_path)
-    assert found.problems == ["test has 1 classes that the training part lacks: cow."]
+    assert found.problems == ["test has 1 classes that the training split lacks: cow."]
     assert found.remarks == ["test has no image of 1 classes: cat."]
 
 
 def data(**columns):
     images = np.random.default_rng(0).integers(0, 256, (4, 5, 5), dtype=np.uint8)
     return ImageData(list(images), list("abcd"), name="made", **columns)
+
+
+def use(monkeypatch, given):
+    """Open this data whatever the spec."""
+    source = Source(given.splits, lambda split: given)
+    monkeypatch.setattr(doctor, "open_source", lambda *args, **kwargs: source)
 
 
 @pytest.mark.parametrize(
@@ -161,13 +168,13 @@ def data(**columns):
     ids=["above", "below", "one-class", "multi-label", "faults"],
 )  # fmt: skip
 def test_labels(monkeypatch, columns, message):
-    monkeypatch.setattr(doctor, "open_data", lambda *args, **kwargs: data(**columns))
+    use(monkeypatch, data(**columns))
     assert any(message in problem for problem in check("made").problems)
 
 
 def test_sound_multi_labels(monkeypatch):
     given = data(labels=[[0, 1], [1, 0], [-1, -1], [1, 1]], classes=["x", "y"])
-    monkeypatch.setattr(doctor, "open_data", lambda *args, **kwargs: given)
+    use(monkeypatch, given)
     found = check("made")
     assert found.problems == []
     assert "all: 1 images have no label." in found.remarks
@@ -220,7 +227,7 @@ def test_images_of_many_bands(monkeypatch):
     arrays = [np.random.default_rng(i).random((5, 6, 4), np.float32) for i in range(3)]
     arrays[1][2, 3] = np.nan
     given = ImageData(arrays, list("abc"), name="made")
-    monkeypatch.setattr(doctor, "open_data", lambda *args, **kwargs: given)
+    use(monkeypatch, given)
     found = check("made")
     assert "Modes: 4×float32 3" in found.facts
     assert found.remarks == ["all: 1 images have values that are no number: b."]

@@ -3,8 +3,7 @@
 import pytest
 from PIL import Image
 
-from vim_ssl.data import ImageData, labelled_splits, masked_splits, open_data
-from vim_ssl.data import open as sources
+from vim_ssl.data import ImageData, labelled_splits, masked_splits, open_data, registry
 
 
 def fill(root, *names) -> str:
@@ -57,7 +56,7 @@ def test_a_group_on_both_sides_of_the_sources_own_split_is_told(tmp_path, caplog
     labelled_splits(f"csv:{tmp_path / 't.csv'}", test=0.2, seed=0)
     assert not caplog.text
     labelled_splits(f"csv:{tmp_path / 't.csv'}?group={group}", test=0.2, seed=0)
-    told = "1 groups are in both train and test, such as p2: what is found in them says little"
+    told = "1 groups are in both train and test, such as p2: results on them say little"
     assert (told in caplog.text) == (group == "patient")
 
 
@@ -72,7 +71,7 @@ def test_a_group_on_both_sides_is_told_of_images_with_masks(monkeypatch, caplog)
             split=split,
         )  # fmt: skip
 
-    monkeypatch.setitem(sources._OPENERS, "masks", opener)
+    monkeypatch.setitem(registry._openers, ("masks", False), registry.Opener(opener))
     train, test = masked_splits("masks:m", test=0.2, seed=0)
     assert (train.split, test.split) == ("train", "test")
     assert "masks:m: 2 groups are in both train and test, such as p1" in caplog.text
@@ -85,7 +84,7 @@ def test_a_class_that_is_never_tested_is_told(tmp_path, caplog):
     assert not caplog.text
     fill(tmp_path, "c/only/1.png", "c/only/2.png")
     labelled_splits(spec, test=0.2, seed=0)
-    assert "1 of 3 classes, such as c, are not in the part that is held out" in caplog.text
+    assert "1 of 3 classes, such as c, are not among the images held out" in caplog.text
 
 
 def test_images_without_labels_are_an_error(tmp_path):
@@ -97,7 +96,7 @@ def test_images_with_several_labels_are_parted_too(monkeypatch):
     rows = [[i % 2, int(i % 3 == 0)] for i in range(30)] + [[-1, -1]]
     names = [str(i) for i in range(31)]
     data = ImageData(names, names, name="rows", labels=rows)
-    monkeypatch.setitem(sources._OPENERS, "folder", lambda spec: data)
+    monkeypatch.setitem(registry._openers, ("folder", False), registry.Opener(lambda spec: data))
     train, test = labelled_splits("anything", test=0.2, seed=0)
     assert (len(train), len(test)) == (24, 6)
     assert "30" not in train.ids + test.ids  # its labels are not known

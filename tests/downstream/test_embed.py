@@ -19,8 +19,7 @@ from vim_ssl import VimEncoder, cli, create_transform, load_encoder, save_encode
 from vim_ssl.data import ImageData, open_data
 from vim_ssl.downstream import embed
 from vim_ssl.evaluation.embeddings import read_embeddings
-from vim_ssl.evaluation.extract import read_all
-from vim_ssl.evaluation.features import readouts_of
+from vim_ssl.evaluation.readout import all_readouts, available_readouts
 
 SMALL = {"img_size": 16, "patch_size": 8, "in_chans": 1, "embed_dim": 8, "depth": 1,
          "num_classes": 0}  # fmt: skip
@@ -75,8 +74,10 @@ def expected(encoder_file: Path, data, readout: str | None = None) -> dict[str, 
     for item in data:
         with torch.no_grad():
             x = transform(item["image"])[None]
-            y = read_all(encoder, x)[:, readouts_of(encoder, [readout])[readout]] if readout \
-                else encoder(x)  # fmt: skip
+            y = encoder(x)
+            if readout:
+                columns = available_readouts(encoder, [readout])[readout]
+                y = all_readouts(encoder, x)[:, columns]
         found[item["id"]] = y[0].numpy()
     return found
 

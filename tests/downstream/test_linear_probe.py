@@ -17,7 +17,7 @@ from vim_ssl.data import ImageData
 from vim_ssl.downstream import linear_probe
 from vim_ssl.evaluation import comparison
 from vim_ssl.evaluation.extract import Features
-from vim_ssl.evaluation.probes import C_GRID
+from vim_ssl.evaluation.readout import C_GRID
 
 SMALL = {"img_size": 28, "patch_size": 7, "in_chans": 1, "embed_dim": 16, "depth": 2,
          "num_classes": 0}  # fmt: skip

@@ -10,7 +10,7 @@ from PIL import Image
 
 from vim_ssl import VimEncoder, load_encoder, save_encoder
 from vim_ssl.data import open_data
-from vim_ssl.evaluation.features import encode_data, share, weights_hash
+from vim_ssl.evaluation.features import encode_data, local_indices, weights_hash
 from vim_ssl.utils.distributed import Processes
 
 
@@ -149,13 +149,13 @@ def test_without_the_cache_nothing_is_written_or_read(images, cache, capsys):
 def test_a_cache_that_cannot_be_written_costs_nothing_but_itself(images, cache, capsys):
     cache.write_text("a file where the folder should be")
     assert len(encode_data(make_encoder(), open_data(images)).ids) == 7
-    assert "were not kept" in capsys.readouterr().out
+    assert "were not cached" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
 @pytest.mark.parametrize("size", [1, 8, 20])
 def test_whole_batches_are_shared_out(world, size):
-    parts = [share(size, 4, Processes(rank, world)) for rank in range(world)]
+    parts = [local_indices(size, 4, Processes(rank, world)) for rank in range(world)]
     assert sorted(i for part in parts for i in part) == list(range(size))
     for part in parts:
         batches = [part[i : i + 4] for i in range(0, len(part), 4)]

@@ -10,12 +10,20 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from vim_ssl import VimEncoder, load_encoder
 from vim_ssl.data import open_data
-from vim_ssl.evaluation.extract import READOUTS, extract_features, read_all, readout_columns
+from vim_ssl.evaluation.extract import extract_features
 from vim_ssl.evaluation.knn import knn_predict, knn_votes, nearest
 from vim_ssl.evaluation.linear_heads import fit_logistic
 from vim_ssl.evaluation.online import effective_rank, online_probe
-from vim_ssl.evaluation.probes import C_GRID, choose_C, choose_readout
-from vim_ssl.metrics.bootstrap import accuracy, wilson_interval
+from vim_ssl.evaluation.readout import (
+    C_GRID,
+    READOUTS,
+    all_readouts,
+    choose_C,
+    choose_readout,
+    readout_columns,
+)
+from vim_ssl.metrics.bootstrap import wilson_interval
+from vim_ssl.metrics.classification import accuracy
 
 
 def blobs(n: int, classes: int = 4, d: int = 8, noise: float = 1.0, seed: int = 0):
@@ -98,7 +106,9 @@ def test_neighbours_agree_with_scikit_learn(k, dtype):
     expected = other.predict(scaler.transform(queries.numpy()))
     predicted = knn_predict(x, y, queries, k=k)
     assert (predicted.numpy() == expected).mean() > 0.999  # ties of rounding
-    assert 60 < accuracy(predicted, truth) < 100  # classes overlap, so that neighbours disagree
+    assert (
+        60 < accuracy(predicted, truth).value < 100
+    )  # classes overlap, so that neighbours disagree
 
 
 def test_near_neighbours_outvote_many_far_ones():
@@ -117,8 +127,9 @@ def test_a_bank_smaller_than_k_votes_as_a_whole():
 def test_what_all_images_share_does_not_blur_the_neighbours():
     x, y = blobs(200, noise=0.5)
     queries, truth = blobs(200, noise=0.5, seed=1)
-    plain = accuracy(knn_predict(x, y, queries), truth)
-    assert accuracy(knn_predict(x + 1000, y, queries + 1000), truth) == pytest.approx(plain, abs=1)
+    plain = accuracy(knn_predict(x, y, queries), truth).value
+    shifted = accuracy(knn_predict(x + 1000, y, queries + 1000), truth).value
+    assert shifted == pytest.approx(plain, abs=1)
 
 
 @pytest.mark.parametrize("sizes", [(7, 13), (64, 300), (1, 1)], ids=str)
@@ -173,7 +184,7 @@ def test_logistic_regression_does_not_care_about_the_scale_of_a_feature():
 
 
 def test_C_is_the_best_of_the_grid_on_the_validation_part(monkeypatch):
-    monkeypatch.setattr("vim_ssl.evaluation.probes.SEARCH_TOL", 1e-6)
+    monkeypatch.setattr("vim_ssl.evaluation.readout.SEARCH_TOL", 1e-6)
     (x, y), (x_val, y_val) = blobs(60, noise=2), blobs(200, noise=2, seed=1)
     C, share = choose_C(x, y, x_val, y_val)
     scores = {c: fit_logistic(x, y, c, 1e-6).score(x_val, y_val) for c in C_GRID}
@@ -200,7 +211,7 @@ def test_readouts_are_searched_side_by_side_and_the_first_of_equals_wins():
 
 
 def test_accuracy_is_told_in_per_cent():
-    assert accuracy([0, 1, 2, 2], torch.tensor([0, 1, 2, 0])) == 75.0
+    assert accuracy([0, 1, 2, 2], torch.tensor([0, 1, 2, 0])).value == 75.0
 
 
 @pytest.mark.parametrize(
@@ -231,7 +242,7 @@ def make_encoder(**args) -> VimEncoder:
 def test_a_readout_is_the_encoders_own_pooling(readout, depth):
     encoder, x = make_encoder(depth=depth), torch.randn(2, 3, 16, 16)
     with torch.no_grad():
-        features = read_all(encoder, x)[:, readout_columns(encoder, readout)]
+        features = all_readouts(encoder, x)[:, readout_columns(encoder, readout)]
         expected = encoder.pool(encoder.forward_features(x), readout)
     torch.testing.assert_close(features, expected)
 
@@ -239,7 +250,7 @@ def test_a_readout_is_the_encoders_own_pooling(readout, depth):
 def test_the_layers_readout_joins_the_pooled_features_and_means_from_within():
     encoder, x = make_encoder(), torch.randn(2, 3, 16, 16)
     with torch.no_grad():
-        features = read_all(encoder, x)[:, readout_columns(encoder, "layers")]
+        features = all_readouts(encoder, x)[:, readout_columns(encoder, "layers")]
         maps = encoder.forward_intermediates(x, [0, 1, 2], norm=True, intermediates_only=True)
         pooled = encoder.pool(encoder.forward_features(x), "token+avg")
     torch.testing.assert_close(features, torch.cat([pooled, *(m.mean((2, 3)) for m in maps)], 1))
@@ -248,7 +259,7 @@ def test_the_layers_readout_joins_the_pooled_features_and_means_from_within():
 def test_without_a_class_token_the_means_are_left():
     encoder, x = make_encoder(cls_position="none"), torch.randn(2, 3, 16, 16)
     with torch.no_grad():
-        everything = read_all(encoder, x)
+        everything = all_readouts(encoder, x)
         expected = encoder.forward_features(x).mean(1)
     torch.testing.assert_close(everything[:, readout_columns(encoder, "avg")], expected)
     assert everything[:, readout_columns(encoder, "layers")].shape == everything.shape == (2, 64)
@@ -272,7 +283,7 @@ def test_a_plateau_at_chance_does_not_end_the_search_for_C(monkeypatch):
         def score(self, x, y):
             return scores[self.C]
 
-    fitted = "vim_ssl.evaluation.probes.fit_logistic"
+    fitted = "vim_ssl.evaluation.readout.fit_logistic"
     monkeypatch.setattr(fitted, lambda x, y, C, tol, start: Fitted(C))
     assert choose_C(None, None, None, None, tuple(scores)) == (1.0, 0.9)
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from vim_ssl.metrics.bootstrap import mean_average_precision, share_right, wilson_interval
+from vim_ssl.metrics.bootstrap import wilson_interval
+from vim_ssl.metrics.classification import accuracy, mean_average_precision
 
 
 def ranking(n: int = 200, classes: int = 4, ties: bool = False):
@@ -39,16 +40,16 @@ def test_a_class_without_an_image_does_not_count():
 
 def test_the_bootstrap_of_a_share_is_about_wilsons():
     right = np.arange(400) % 10 < 7
-    figure = share_right(right, np.ones(400, bool))
+    figure = accuracy(right, np.ones(400, bool))
     assert figure.interval() == wilson_interval(70.0, 400)
     pairs = [str(i // 2) for i in range(400)]  # of which seven in ten are right, as of images
-    both = share_right(np.repeat(right[:200], 2), np.ones(400, bool))
+    both = accuracy(np.repeat(right[:200], 2), np.ones(400, bool))
     assert both.interval(pairs) == pytest.approx(wilson_interval(70.0, 200), abs=1.5)
 
 
 def test_groups_of_one_image_each_are_no_groups():
     """So that of 0 and 100 % something is said, too."""
-    figure = share_right([1] * 20, [1] * 20)
+    figure = accuracy([1] * 20, [1] * 20)
     alone = [str(i) for i in range(20)]
     assert figure.interval(alone) == figure.interval() == wilson_interval(100.0, 20)
 
@@ -56,13 +57,13 @@ def test_groups_of_one_image_each_are_no_groups():
 def test_images_of_one_group_count_as_one():
     """Four hundred images of ten patients, all of a patient's right or all wrong."""
     groups = [str(i // 40) for i in range(400)]
-    figure = share_right([int(group) < 7 for group in groups], [True] * 400)
+    figure = accuracy([int(group) < 7 for group in groups], [True] * 400)
     plain, grouped = figure.interval(), figure.interval(groups)
     assert grouped[1] - grouped[0] > 4 * (plain[1] - plain[0])
 
 
 def test_of_a_single_group_the_images_are_drawn():
-    figure = share_right([i < 7 for i in range(10)], [True] * 10)
+    figure = accuracy([i < 7 for i in range(10)], [True] * 10)
     assert figure.interval(["one"] * 10) == figure.interval() == wilson_interval(70.0, 10)
 
 
@@ -70,7 +71,7 @@ def test_a_difference_on_the_same_images_is_surer_than_two_intervals():
     truth = np.arange(500) % 5
     first = np.where(np.arange(500) % 3 == 0, (truth + 1) % 5, truth)
     second = np.where(np.arange(500) % 50 == 0, (truth + 1) % 5, first)  # a few more mistakes
-    better, worse = share_right(first, truth), share_right(second, truth)
+    better, worse = accuracy(first, truth), accuracy(second, truth)
     low, high = (better - worse).interval()
     assert 0 < low < better.value - worse.value < high
     assert better.interval()[0] < worse.interval()[1]  # which taken alone do not part them

@@ -10,8 +10,8 @@ from PIL import Image
 
 from vim_ssl.data import ImageData
 from vim_ssl.data.sources.coco import CocoObjects, ground_truth, mask_tools, read_table
-from vim_ssl.metrics.detection import BoxScores, judge
-from vim_ssl.utils.drawing import class_colours, draw_objects, sheet_of_objects
+from vim_ssl.metrics.detection import DetectionMetrics, evaluate_coco
+from vim_ssl.utils.drawing import class_colours, object_grid, overlay_objects
 
 WIDTH, HEIGHT = 160, 120
 CLASSES = [(3, "ape"), (7, "cat"), (90, "dog")]
@@ -63,10 +63,10 @@ A, B, C = (10, 10, 40, 40), (60, 20, 50, 30), (5, 60, 20, 20)
 
 
 def figures(data: ImageData, *results, masks: bool = True) -> dict:
-    scores = BoxScores(data, masks)
+    scores = DetectionMetrics(data, masks)
     for i, result in enumerate(results):
         scores.add(i, result)
-    return scores.figures()
+    return scores.compute()
 
 
 def test_all_found_is_a_hundred_though_ids_are_zero():
@@ -128,10 +128,10 @@ def test_another_program_finds_the_same(tmp_path):
     """faster-coco-eval, of the files: the truth, and results.json as `loadRes` takes it."""
     faster = pytest.importorskip("faster_coco_eval")
     data, results = noisy()
-    scores = BoxScores(data, masks=True)
+    scores = DetectionMetrics(data, masks=True)
     for i, result in enumerate(results):
         scores.add(i, result)
-    ours = scores.figures()
+    ours = scores.compute()
     scores.write(tmp_path)
     (tmp_path / "truth.json").write_text(json.dumps(ground_truth(data, range(len(data)))))
     for kind, name in (("box", "bbox"), ("mask", "segm")):
@@ -150,7 +150,7 @@ def test_another_program_finds_the_same(tmp_path):
 
 
 def test_results_are_in_the_files_own_numbers(tmp_path):
-    scores = BoxScores(images([(90, A, {})]), masks=True)
+    scores = DetectionMetrics(images([(90, A, {})]), masks=True)
     scores.add(0, found((2, A, 0.123456)))
     (result,) = scores.results
     assert (result["image_id"], result["category_id"]) == (100, 90)
@@ -159,14 +159,14 @@ def test_results_are_in_the_files_own_numbers(tmp_path):
     mask = mask_tools().decode(result["segmentation"])
     assert (mask.shape, mask.sum()) == ((HEIGHT, WIDTH), 1600)
     before = json.dumps(scores.results)
-    scores.figures()
+    scores.compute()
     assert json.dumps(scores.results) == before
 
 
 def test_the_tables(tmp_path):
-    scores = BoxScores(images([(3, A, {}), (3, B, {}), (7, C, {"iscrowd": 1})]), masks=False)
+    scores = DetectionMetrics(images([(3, A, {}), (3, B, {}), (7, C, {"iscrowd": 1})]), masks=False)
     scores.add(0, found((0, A, 0.9), (2, C, 0.9)))
-    scores.figures()
+    scores.compute()
     scores.write(tmp_path)
     with open(tmp_path / "classes.csv") as file:
         rows = list(csv.DictReader(file))
@@ -185,7 +185,7 @@ def test_nothing_to_find_is_an_error():
 
 
 def test_judging_prints_nothing(capsys):
-    judge(ground_truth(images([(3, A, {})]), [0]), [], "bbox")
+    evaluate_coco(ground_truth(images([(3, A, {})]), [0]), [], "bbox")
     assert capsys.readouterr().out == ""
 
 
@@ -197,20 +197,20 @@ def test_boxes_and_masks_are_drawn_in_their_classes_colours(channels):
     image = torch.zeros(channels, 40, 60, dtype=torch.uint8)
     boxes, labels = torch.tensor([[5.0, 5, 30, 30]]), torch.tensor([1])
     colour = class_colours(3)[2]
-    drawn = draw_objects(image, boxes, labels, ["one", "two"])
+    drawn = overlay_objects(image, boxes, labels, ["one", "two"])
     assert (drawn.shape, drawn.dtype) == ((3, 40, 60), torch.uint8)
     assert torch.equal(drawn[:, 5, 29], colour)
     assert not drawn[:, 20, 20].any()
     masks = torch.zeros(1, 40, 60, dtype=torch.bool)
     masks[0, 18:22, 18:22] = True
-    assert draw_objects(image, boxes, labels, ["one", "two"], masks)[:, 20, 20].any()
-    assert not draw_objects(image, boxes[:0], labels[:0], ["one", "two"]).any()
+    assert overlay_objects(image, boxes, labels, ["one", "two"], masks)[:, 20, 20].any()
+    assert not overlay_objects(image, boxes[:0], labels[:0], ["one", "two"]).any()
 
 
 def test_a_sheet_has_a_row_an_image():
     item = {"boxes": np.array([[1, 1, 9, 9]], np.float32), "box_labels": np.array([0])}
     nothing = found()
     rows = [(Image.new("L", (WIDTH, HEIGHT), 200), item, nothing)] * 2
-    one, both = (sheet_of_objects(rows[:n], ["tree"]) for n in (1, 2))
+    one, both = (object_grid(rows[:n], ["tree"]) for n in (1, 2))
     assert both.height > one.height + 200
     assert both.width == one.width

@@ -9,7 +9,7 @@ from vim_ssl.metrics.medmnist import (
     TASKS,
     medmnist_accuracy,
     medmnist_auc,
-    medmnist_figures,
+    medmnist_metrics,
 )
 
 CASES = {  # task → (truth's shape or number of classes, columns of the scores)
@@ -81,8 +81,8 @@ def test_errors(truth, scores, task, message):
 def test_a_volume_has_the_mean_score_of_its_planes():
     planes = np.array([[0.9, 0.1], [0.2, 0.8], [0.4, 0.6], [0.2, 0.8], [0.9, 0.1]])
     truth, volumes = np.array([0, 1, 0, 1, 1]), ["b", "a", "b", "a", "a"]
-    found = medmnist_figures(truth, planes, BINARY, volumes)
+    found = medmnist_metrics(truth, planes, BINARY, volumes)
     wholes = np.array([[0.65, 0.35], [1.3 / 3, 1.7 / 3]])
-    assert found == medmnist_figures(np.array([0, 1]), wholes, BINARY) == {"auc": 1.0, "acc": 1.0}
-    assert medmnist_figures(truth, planes, BINARY) == {"auc": 0.75, "acc": 0.6}
-    assert medmnist_figures(truth[:1], planes[:1], BINARY) == {"auc": None, "acc": 1.0}
+    assert found == medmnist_metrics(np.array([0, 1]), wholes, BINARY) == {"auc": 1.0, "acc": 1.0}
+    assert medmnist_metrics(truth, planes, BINARY) == {"auc": 0.75, "acc": 0.6}
+    assert medmnist_metrics(truth[:1], planes[:1], BINARY) == {"auc": None, "acc": 1.0}

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from vim_ssl.data.labels import IGNORE
-from vim_ssl.metrics.segmentation import MaskScores
-from vim_ssl.utils.drawing import class_colours, draw
+from vim_ssl.metrics.segmentation import SegmentationMetrics
+from vim_ssl.utils.drawing import class_colours, mask_grid
 
 NAMES = ["ground", "tree", "house", "never"]
 
@@ -25,8 +25,8 @@ def images(count: int = 6) -> list[tuple[np.ndarray, np.ndarray]]:
     return found
 
 
-def scores(pairs, names=NAMES) -> MaskScores:
-    found = MaskScores(names)
+def scores(pairs, names=NAMES) -> SegmentationMetrics:
+    found = SegmentationMetrics(names)
     for i, (truth, guess) in enumerate(pairs):
         found.add(f"{i}.jpg", truth, guess)
     return found
@@ -47,7 +47,7 @@ def test_the_figures_are_a_naive_count_over_the_whole_set():
         ious.append(both / either)
         recalls.append(both / sum(t == k for t, g in pixels))
         dices.append(2 * both / (sum(t == k for t, _ in pixels) + sum(g == k for _, g in pixels)))
-    figures = scores(pairs).figures()
+    figures = scores(pairs).compute()
     assert figures["miou"] == pytest.approx(100 * np.mean(ious), abs=0.006)
     assert figures["macc"] == pytest.approx(100 * np.mean(recalls), abs=0.006)
     assert figures["mdice"] == pytest.approx(100 * np.mean(dices), abs=0.006)
@@ -59,32 +59,32 @@ def test_the_figures_are_a_naive_count_over_the_whole_set():
 
 def test_it_is_not_the_mean_of_the_images():
     one, two = np.zeros((2, 2), np.uint8), np.ones((20, 20), np.uint8)
-    figures = scores([(one, one), (two, two * 0)]).figures()
+    figures = scores([(one, one), (two, two * 0)]).compute()
     assert figures["miou"] == pytest.approx(100 * (4 / 404 + 0) / 2, abs=0.01)
     assert figures["miou_ci"] is None  # two images tell nothing about others
 
 
 def test_images_of_a_group_are_one_sample():
     pairs = images(8)
-    alone, grouped = scores(pairs), MaskScores(NAMES)
+    alone, grouped = scores(pairs), SegmentationMetrics(NAMES)
     for i, (truth, guess) in enumerate(pairs):
         grouped.add(f"{i}.jpg", truth, guess, group=f"scene{i // 4}")
-    assert alone.figures()["miou_ci"] is not None
-    assert grouped.figures()["miou_ci"] is None
-    assert grouped.figures()["miou"] == alone.figures()["miou"]
+    assert alone.compute()["miou_ci"] is not None
+    assert grouped.compute()["miou_ci"] is None
+    assert grouped.compute()["miou"] == alone.compute()["miou"]
 
 
 def test_what_is_not_labelled_does_not_count():
     truth = np.full((4, 4), IGNORE, np.uint8)
-    with pytest.raises(ValueError, match="nothing to judge"):
-        scores([(truth, truth * 0)]).figures()
+    with pytest.raises(ValueError, match="nothing to evaluate"):
+        scores([(truth, truth * 0)]).compute()
     labelled = np.array([[0, 1]], np.uint8)
-    assert scores([(truth, truth * 0), (labelled, labelled)]).figures()["miou"] == 100
+    assert scores([(truth, truth * 0), (labelled, labelled)]).compute()["miou"] == 100
 
 
 def test_sizes_must_agree():
     with pytest.raises(ValueError, match=r"x: the truth is \(2, 3\), the prediction \(3, 2\)"):
-        MaskScores(NAMES).add("x", np.zeros((2, 3), np.uint8), np.zeros((3, 2), np.uint8))
+        SegmentationMetrics(NAMES).add("x", np.zeros((2, 3), np.uint8), np.zeros((3, 2), np.uint8))
 
 
 def test_the_tables(tmp_path):
@@ -96,7 +96,7 @@ def test_the_tables(tmp_path):
     assert rows[3]["pixels"] == "0"
     assert rows[3]["iou"] == "nan"
     ious = [float(row["iou"]) for row in rows[:3]]
-    assert 100 * np.mean(ious) == pytest.approx(found.figures()["miou"], abs=0.01)
+    assert 100 * np.mean(ious) == pytest.approx(found.compute()["miou"], abs=0.01)
     assert len((tmp_path / "predictions.csv").read_text().splitlines()) == 7
     lines = found.table().splitlines()
     assert len(lines) == 4  # a class that is nowhere has no line
@@ -109,8 +109,8 @@ def test_a_drawing_has_a_row_an_image_and_a_legend():
     truth[:, 20:], truth[:5] = 2, IGNORE
     guess = np.where(truth == IGNORE, 1, truth)
     rows = [(Image.new("RGB", (40, 30), "pink"), truth, guess)] * 2
-    sheet = np.asarray(draw(rows, NAMES, colours))
-    one = np.asarray(draw(rows[:1], NAMES, colours))
+    sheet = np.asarray(mask_grid(rows, NAMES, colours))
+    one = np.asarray(mask_grid(rows[:1], NAMES, colours))
     assert sheet.shape[1] == one.shape[1]
     assert sheet.shape[0] > one.shape[0] + 100
     for wanted in (colours[0], colours[1], colours[2], colours[-1], [255, 192, 203]):
@@ -118,7 +118,7 @@ def test_a_drawing_has_a_row_an_image_and_a_legend():
 
 
 def test_nothing_to_draw_is_an_empty_sheet():
-    assert draw([], NAMES, class_colours(4).numpy()).width > 100
+    assert mask_grid([], NAMES, class_colours(4).numpy()).width > 100
 
 
 def test_colours_are_all_different():

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from vim_ssl.metrics.volumes import VolumeScores, dice, hausdorff95
+from vim_ssl.metrics.volumes import VolumeMetrics, dice, hausdorff95
 
 SPACING = (3.0, 1.0, 0.5)
 
@@ -74,14 +74,14 @@ def test_what_is_empty():
         assert hausdorff95(*pair, SPACING) == pytest.approx(diagonal)
 
 
-def volume(scores: VolumeScores, name: str, truth, guess, group=None, planes=None) -> None:
+def volume(scores: VolumeMetrics, name: str, truth, guess, group=None, planes=None) -> None:
     for number, pair in enumerate(zip(truth, guess, strict=True)):
         place = {"volume": name, "plane": number, "planes": planes or len(truth)}
         scores.add(place | {"spacing": SPACING}, *pair, group)
 
 
 def test_the_figures_are_means_over_volumes_and_then_classes(tmp_path):
-    scores = VolumeScores(["none", "organ", "tumour", "never"])
+    scores = VolumeMetrics(["none", "organ", "tumour", "never"])
     shares: dict[int, list] = {1: [], 2: []}
     far: dict[int, list] = {1: [], 2: []}
     for i in range(6):
@@ -94,7 +94,7 @@ def test_the_figures_are_means_over_volumes_and_then_classes(tmp_path):
                 shares[k].append(2 * (pair[0] & pair[1]).sum() / (pair[0].sum() + pair[1].sum()))
                 far[k].append(naive(*pair, SPACING))
         volume(scores, f"{i}.nii", truth, guess)
-    found = scores.figures()
+    found = scores.compute()
     assert (found["volumes"], found["volumes_incomplete"]) == (6, [])
     mean = np.mean([np.mean(values) for values in shares.values()])
     assert found["volume_dice"] == pytest.approx(100 * mean, abs=0.006)
@@ -116,15 +116,15 @@ def test_groups_ignored_voxels_and_lost_planes():
     wrong[0] = 1
     unknown = truth.copy()
     unknown[0] = 255
-    grouped = VolumeScores(["none", "organ"])
+    grouped = VolumeMetrics(["none", "organ"])
     for i in range(6):
         volume(grouped, f"{i}", unknown, wrong, group=f"patient{i // 3}")
     volume(grouped, "cut", truth, guess, planes=7)
     volume(grouped, "last", truth, guess)
-    found = grouped.figures()
+    found = grouped.compute()
     assert (found["volumes"], found["volumes_incomplete"]) == (7, ["cut"])
     assert (found["volume_dice"], found["volume_hd95"], found["volume_dice_ci"]) == (100, 0, None)
-    nothing = VolumeScores(["none", "organ"])
+    nothing = VolumeMetrics(["none", "organ"])
     volume(nothing, "a", truth * 0, truth * 0)
-    assert nothing.figures()["volume_dice"] is nothing.figures()["volume_hd95"] is None
-    assert VolumeScores(["none", "organ"]).figures()["volumes"] == 0
+    assert nothing.compute()["volume_dice"] is nothing.compute()["volume_hd95"] is None
+    assert VolumeMetrics(["none", "organ"]).compute()["volumes"] == 0

@@ -322,7 +322,8 @@ def test_pairs_of_ones_own_are_not_measured_on_the_presets(monkeypatch):
 
 
 def test_the_nearest_are_found_chunk_by_chunk(monkeypatch):
-    monkeypatch.setattr("vim_ssl.evaluation.retrieval.CHUNK", 3)
+    monkeypatch.setattr("vim_ssl.evaluation.knn.QUERIES", 3)
+    monkeypatch.setattr("vim_ssl.evaluation.knn.BANK", 48)
     queries, keys = torch.randn(10, 4), torch.randn(100, 4)
     expected = (queries @ keys.T).topk(5, dim=1).indices
     assert torch.equal(nearest(queries, keys, 5), expected)

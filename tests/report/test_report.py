@@ -369,7 +369,7 @@ def test_images_stand_beside_the_captions_nearest_to_them(finished: Path):
     assert "0.50" in page.text
     # In bold: the row's own pair, and the own caption where it is among the nearest.
     bold = re.findall(r"<b>([^<]*)</b>", page.source.partition('"even cosines"')[2])
-    assert bold[:4] == ["0.50", html.escape(EVIL), "0.40", "its other one"]
+    assert [html.unescape(text) for text in bold[:4]] == ["0.50", EVIL, "0.40", "its other one"]
     assert "chance at R@1: 0.05 %" in page.text
     (folder / "examples" / "0.png").unlink()
     assert "a dog" not in Page(write_report(finished)).text
@@ -409,16 +409,16 @@ def add_result(folder: Path, classes: int = 2) -> None:
 def test_a_run_on_labels_tells_what_it_is_worth(finished: Path):
     add_result(finished)
     page = Page(write_report(finished))
-    assert "AUC as MedMNIST has it, 0 to 10.988" in page.text  # and not 1.0
+    assert "AUC as MedMNIST defines it, 0 to 10.988" in page.text  # and not 1.0
     for wanted in (
-        "Result on the test part", "Mean IoU61.2 % 58.0 – 64.5", "61.2 %on the test part",
-        "Pixels right88.0 %", "3.2 mm", "90 to train on, 1,200 to test on, 1 unreadable",
+        "Result on the test split", "Mean IoU61.2 % 58.0 – 64.5", "61.2 %on the test split",
+        "Pixel accuracy88.0 %", "3.2 mm", "90 to train on, 1,200 to test on, 1 unreadable",
         "most taken for", EVIL,
     ):  # fmt: skip
         assert wanted in page.text
     assert "Top-1" not in page.text  # there is none
-    (sheet,) = (image for image in page.all("img") if image.get("class") == "sheet")
-    assert decode(sheet).size == (40, 30)
+    (grid,) = (image for image in page.all("img") if image.get("class") == "grid")
+    assert decode(grid).size == (40, 30)
 
 
 def test_of_many_classes_the_page_shows_the_first(finished: Path):

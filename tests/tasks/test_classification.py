@@ -18,7 +18,7 @@ from vim_ssl.data.loading.indexed import EpochBatches, SeededSamples
 from vim_ssl.data.sources.eurosat import EUROSAT_CLASSES
 from vim_ssl.downstream import finetune
 from vim_ssl.evaluation.validation import BEST, Validation
-from vim_ssl.metrics.classification import judge, outputs, predicted, write_tables
+from vim_ssl.metrics.classification import classification_metrics, outputs, predicted, write_tables
 from vim_ssl.metrics.medmnist import medmnist_accuracy, medmnist_auc
 from vim_ssl.objectives.classification import Classification, balanced_weights
 from vim_ssl.recipes import supervised_pretrain
@@ -146,18 +146,18 @@ def test_an_image_comes_so_many_times_in_a_row_and_each_time_another_way():
 
 def test_figures_of_classes_are_what_counting_gives():
     logits = torch.tensor([[3.0, 1, 0], [0, 2, 1], [0, 2, 1], [0, 1, 2]])
-    found = judge(logits, torch.tensor([0, 1, 2, 2]), "class")
+    found = classification_metrics(logits, torch.tensor([0, 1, 2, 2]), "class")
     assert found["top1"] == 75
     assert found["confusion"] == [[1, 0, 0], [0, 1, 0], [0, 1, 1]]
     assert found["balanced_accuracy"] == pytest.approx(100 * (1 + 1 + 0.5) / 3, abs=0.01)
     wide = torch.eye(8).repeat(1, 1)
-    assert judge(wide, torch.arange(8), "class")["top5"] == 100
+    assert classification_metrics(wide, torch.arange(8), "class")["top5"] == 100
 
 
 def test_figures_of_ranks_say_how_far_off_they_are():
     logits = torch.tensor([[-1.0, -1, -1], [1, 1, -1], [1, 1, 1]])
     assert predicted(logits, "ordinal").tolist() == [0, 2, 3]
-    found = judge(logits, torch.tensor([0, 1, 3]), "ordinal")
+    found = classification_metrics(logits, torch.tensor([0, 1, 3]), "ordinal")
     assert (found["top1"], found["mean_error"]) == (66.67, 0.3333)
 
 
@@ -169,7 +169,7 @@ def test_the_mean_average_precision_is_scikit_learns(how):
     truth[:, 3] = 0  # a class without samples has no precision
     counted = 3 if how == "macro" else 4  # micro ranks all pairs of image and class
     expected = average_precision_score(truth[:, :counted], logits[:, :counted], average=how)
-    assert judge(logits, truth, "multi-label")[f"map_{how}"] == pytest.approx(
+    assert classification_metrics(logits, truth, "multi-label")[f"map_{how}"] == pytest.approx(
         100 * expected, abs=0.01
     )
 
@@ -184,8 +184,10 @@ def test_every_figure_has_its_interval_and_a_patient_counts_as_one(targets):
     noise = torch.randn(truth.shape, generator=draw)
     logits = (truth.float() - 0.5 + 0.5 * noise)[patients]  # alike of a patient
     labels = (asked if targets == "multi-label" else labels)[patients]
-    plain = judge(logits, labels, targets)
-    grouped = judge(logits, labels, targets, groups=[str(i) for i in patients.tolist()])
+    plain = classification_metrics(logits, labels, targets)
+    grouped = classification_metrics(
+        logits, labels, targets, groups=[str(i) for i in patients.tolist()]
+    )
     names = {name for name in plain if f"{name}_ci" in plain}
     assert names == {name for name in plain if not name.endswith("_ci")} - {"confusion"}
     for name in names:
@@ -194,14 +196,14 @@ def test_every_figure_has_its_interval_and_a_patient_counts_as_one(targets):
         assert low <= plain[name] <= high, name
         assert wide[1] - wide[0] > 1.5 * (high - low) or plain[name] == 100, name
     alone = [str(i) for i in range(240)]
-    assert judge(logits, labels, targets, groups=alone) == plain
+    assert classification_metrics(logits, labels, targets, groups=alone) == plain
 
 
 def test_a_balanced_accuracys_interval_weighs_classes_alike():
     """Of a class with few images less is known, however many the others have."""
     labels = torch.tensor([0] * 990 + [1] * 10)
     logits = F.one_hot(torch.where(torch.arange(1000) % 10 == 0, 1 - labels, labels), 2).float()
-    found = judge(logits, labels, "class")
+    found = classification_metrics(logits, labels, "class")
     low, high = found["top1_ci"]
     assert high - low < 4
     low, high = found["balanced_accuracy_ci"]
@@ -211,7 +213,7 @@ def test_a_balanced_accuracys_interval_weighs_classes_alike():
 def test_the_tables_name_images_and_classes(tmp_path):
     logits = torch.tensor([[3.0, 1], [0, 2], [0, 2]])
     labels = torch.tensor([0, 1, 0])
-    found = judge(logits, labels, "class")
+    found = classification_metrics(logits, labels, "class")
     write_tables(tmp_path, found, logits, labels, ["x", "y", "z"], ["cat", "dog"], "class")
     with open(tmp_path / "predictions.csv") as file:
         lines = list(csv.DictReader(file))

@@ -10,7 +10,7 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from vim_ssl.data.config import band_names, band_places
+from vim_ssl.data.config import band_names, band_positions
 from vim_ssl.models.encoder import VimEncoder
 from vim_ssl.models.tokens import join_pos_embed, split_pos_embed
 
@@ -106,7 +106,7 @@ def adapt_patch_embed(
     Args:
         before, after: names of the bands; empty if unknown.
     """
-    indices = band_places(before, after)
+    indices = band_positions(before, after)
     if indices and len(before) == weight.shape[1]:
         mean = weight.float().mean(1).to(weight.dtype)
         kernels = [mean if i is None else weight[:, i] for i in indices]

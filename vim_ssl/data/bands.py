@@ -1,4 +1,4 @@
-"""Bands of rasters: their statistics, and what an encoder takes over from them."""
+"""Bands of rasters: their statistics, and an encoder's arguments for them."""
 
 from typing import Any
 
@@ -14,13 +14,13 @@ from vim_ssl.data.transforms.image import as_tensor
 
 
 def band_statistics(data: ImageData, sample: int = 1000) -> dict[str, Any]:
-    """Mean and standard deviation of every band, over all values that were measured.
+    """Mean and standard deviation of every band, over all finite values.
 
     Args:
-        data: images of one number of bands; the training part, for training.
-        sample: of how many images, spread evenly.
-    Returns: ``bands``, ``mean`` and ``std``, as an encoder's ``data_config`` has them: they are
-        stored with the encoder when it is given them.
+        data: images of one number of bands; for training, the training split.
+        sample: number of images, spread evenly.
+    Returns: ``bands``, ``mean`` and ``std`` for an encoder's ``data_config``, which is stored with
+        the encoder.
     Raises: ValueError when no image can be read, or their bands differ.
     """
     few = min(sample, len(data))
@@ -49,26 +49,38 @@ def band_statistics(data: ImageData, sample: int = 1000) -> dict[str, Any]:
     }
 
 
-def band_arguments(data: ImageData) -> dict[str, Any]:
+def band_arguments(data: Any) -> dict[str, Any]:
     """The arguments of an encoder for the bands of these images, for `load_encoder`: ``in_chans``
     and a ``data_config`` with their names and statistics; none for images in grey or colour."""
-    if data.bands is None or not isinstance(_first(data), np.ndarray):
+    if not _has_arrays(data):
         return {}
     return {"in_chans": len(data.bands), "data_config": band_statistics(data)}
 
 
 def check_bands(encoder: nn.Module, data: Any) -> None:
-    """Raises: ValueError for values in units of their own in other bands than the encoder's, whose
-    mean and deviation are of something else; what has 8 bits fits any of as many channels."""
-    own, bands = tuple(data_config_of(encoder).get("bands", ())), getattr(data, "bands", None)
-    if bands is None or tuple(bands) == own or not isinstance(first := _first(data), np.ndarray):
+    """Raise ValueError for bands that the encoder's mean and std do not fit: bands of other names,
+    with values that are not scaled to 0..1. Values of 8 bits fit any encoder of as many channels.
+    """
+    known, bands = tuple(data_config_of(encoder).get("bands", ())), getattr(data, "bands", None)
+    if bands is None or tuple(bands) == known or data.dtype == np.uint8 or not _has_arrays(data):
         return
-    if first.dtype != np.uint8 and np.nanmax(first) > 1:
+    first = _first(data)  # a type does not say whether values are scaled
+    if isinstance(first, np.ndarray) and first.dtype != np.uint8 and np.nanmax(first) > 1:
         raise ValueError(
-            f"{data.name} has the bands {', '.join(bands)}, the encoder {', '.join(own)}, and the "
-            f"values ({first.dtype}, up to {np.nanmax(first):g}) have a unit of their own; load "
+            f"{data.name} has the bands {', '.join(bands)}, the encoder {', '.join(known)}, and "
+            f"the values ({first.dtype}, up to {np.nanmax(first):g}) are not scaled to 0..1; load "
             "and train an encoder with data_config=vim_ssl.data.band_statistics(data)."
         )
+
+
+def _has_arrays(data: Any) -> bool:
+    """Whether images are arrays of bands, not 8-bit images in grey or colour. The first image is
+    read only where the source does not declare their type."""
+    if getattr(data, "bands", None) is None:
+        return False
+    if data.dtype is None:
+        return isinstance(_first(data), np.ndarray)
+    return data.dtype != np.uint8 or len(data.bands) not in (1, 3)
 
 
 def _first(data: ImageData) -> Image.Image | np.ndarray | None:

@@ -1,4 +1,4 @@
-"""The data doctor, ``vim-ssl data check SPEC``: is this data what it should be?"""
+"""``vim-ssl data check SPEC``: look for faults in data before training on it."""
 
 import argparse
 import sys
@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +20,24 @@ from vim_ssl.data.dataset import ImageData, captions_of
 from vim_ssl.data.images import BadImage
 from vim_ssl.data.labels import IGNORE
 from vim_ssl.data.loading.streamed import ImageStream
-from vim_ssl.data.open import open_data, sets_of
+from vim_ssl.data.open import Source, open_source, sets_of
+from vim_ssl.data.registry import SOURCES
 from vim_ssl.data.spec import SPLIT_NAMES, canonical_split
 
 NAMED = 3  # examples of one fault
-LISTED = 20  # classes whose numbers are written out
+LISTED = 20  # classes whose counts are listed
 
 
 @dataclass(frozen=True)
-class Look:
-    """What one decoded image is like; or its ``fault``.
+class Decoded:
+    """What is known of a decoded image; or its ``fault``.
 
-    ``pixels`` is a hash of mode, size and values; ``size`` is (width, height); ``flat`` says that
-    all its values are one, ``holes`` that some are not finite. ``shown`` are the numbers of the
-    classes in its mask, each once, or of its boxes; ``captioned`` says that it has a caption.
+    Attributes:
+        pixels: hash of mode, size and values.
+        size: (width, height).
+        flat, holes: whether all values are equal; whether some are not finite.
+        classes: the class numbers in its mask, each once, or of its boxes.
+        captioned: whether it has a caption.
     """
 
     id: str
@@ -42,16 +47,17 @@ class Look:
     mode: str = ""
     flat: bool = False
     holes: bool = False
-    shown: tuple[int, ...] = ()
+    classes: tuple[int, ...] = ()
     captioned: bool = False
 
 
 @dataclass
-class Part:
-    """One split: its columns as in `ImageData`, and what its images are like.
+class Split:
+    """One split: its columns as in `ImageData`, and its decoded images.
 
-    ``masks`` says whether every image has a mask, ``boxes`` how many each has (None: there are
-    none in such data).
+    Attributes:
+        masks: whether the images have masks.
+        boxes: number of boxes of each image; None for data without boxes.
     """
 
     name: str
@@ -60,12 +66,12 @@ class Part:
     groups: list[str] | None
     masks: bool = False
     boxes: list[int] | None = None
-    looks: list[Look] = field(default_factory=list)
+    decoded: list[Decoded] = field(default_factory=list)
 
 
 @dataclass
-class Diagnosis:
-    """The result of `check`: lines about the data, what is wrong with them, and what may be."""
+class Report:
+    """The result of `check`: facts about the data, problems, and remarks on what may be wrong."""
 
     facts: list[str]
     problems: list[str]
@@ -73,127 +79,133 @@ class Diagnosis:
 
     def __str__(self) -> str:
         lines = list(self.facts)
-        for title, sign, found in (("Wrong", "x", self.problems), ("To know", "-", self.remarks)):
-            if found:
-                lines += ["", f"{title}:", *(f"  {sign} {line}" for line in found)]
+        for title, sign, listed in (("Wrong", "x", self.problems), ("To know", "-", self.remarks)):
+            if listed:
+                lines += ["", f"{title}:", *(f"  {sign} {line}" for line in listed)]
         end = f"{len(self.problems)} thing(s) wrong." if self.problems else "Nothing wrong found."
         return "\n".join([*lines, "", end])
 
 
-def check(spec: str | Path, *, sample: int = 0, workers: int = 0, quiet: bool = True) -> Diagnosis:
-    """Examine data: counts, labels, every image, and what the splits have in common.
+def check(spec: str | Path, *, sample: int = 0, workers: int = 0, quiet: bool = True) -> Report:
+    """Check counts, labels, every image, and what the splits have in common.
 
     Args:
-        spec: see `open_data`; all splits are examined unless it names one.
-        sample: decode only so many images of each split, spread evenly; 0 decodes all. The same
-            image on two sides of a split is then found only among those.
+        spec: see `open_data`; all splits are checked unless it names one.
+        sample: decode only so many images of each split, spread evenly; 0 decodes all. Duplicates
+            are then found only among those.
         workers: processes that decode.
         quiet: no progress bar.
     Raises: what `open_data` raises.
     """
-    data = _opened(spec)
-    parts = list(_parts(spec, data, sample, workers, quiet))
-    diagnosis = Diagnosis([f"{spec}: {_layout(data, parts)}", ""], list(data.faults), [])
+    source, data = _opened(spec)
+    splits = list(_splits(source, data, sample, workers, quiet))
+    report = Report([f"{spec}: {_layout(data, splits)}", ""], list(data.faults), [])
     if not data.splits:
-        _check_folders(parts, diagnosis)
-    _count(parts, diagnosis)
-    _check_labels(parts, data.classes, diagnosis)
-    _check_truth(parts, data.classes, diagnosis)
-    _check_images(parts, diagnosis)
+        _check_folders(splits, report)
+    _count(splits, report)
+    _check_labels(splits, data.classes, report)
+    _check_truth(splits, data.classes, report)
+    _check_images(splits, report)
     if getattr(data, "has_captions", False):
-        _check_captions(parts, diagnosis)
-    _check_sides(parts, diagnosis)
-    return diagnosis
+        _check_captions(splits, report)
+    _check_groups(splits, report)
+    _check_duplicates(splits, report)
+    return report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command ``vim-ssl data check SPEC``; 0 when nothing is wrong, else 1."""
     parser = argparse.ArgumentParser(prog="vim-ssl data", description=__doc__)
     actions = parser.add_subparsers(dest="action", required=True)
-    action = actions.add_parser("check", help="examine a data spec and say what is wrong with it")
-    action.add_argument("spec", metavar="SPEC", help="a folder, hf:NAME, csv:FILE, wds:SHARDS …")
+    action = actions.add_parser("check", help="check a data spec and report its faults")
     action.add_argument(
-        "--sample", type=int, default=0, metavar="N", help="decode N images a split, not all"
+        "spec", metavar="SPEC", help=f"a folder, or SCHEME:LOCATION; schemes: {', '.join(SOURCES)}"
+    )
+    action.add_argument(
+        "--sample", type=int, default=0, metavar="N", help="decode N images per split, not all"
     )
     action.add_argument("--workers", type=int, default=0, help="processes that decode")
     args = parser.parse_args(argv)
     try:
-        diagnosis = check(args.spec, sample=args.sample, workers=args.workers, quiet=False)
+        report = check(args.spec, sample=args.sample, workers=args.workers, quiet=False)
     except (ValueError, OSError) as error:
         print(f"{args.spec} cannot be opened:\n  x {error}")
         return 1
-    print(diagnosis)
-    return 1 if diagnosis.problems else 0
+    print(report)
+    return 1 if report.problems else 0
 
 
-# ---------------------------------------------------------------- looking
+# ---------------------------------------------------------------- decoding
 
 
-def _opened(spec: str | Path) -> ImageData | ImageStream:
+def _opened(spec: str | Path) -> tuple[Source, ImageData | ImageStream]:
+    """The source, and the split that its spec names, or all of it."""
+    source = open_source(spec, streams=True)
     joined = sets_of(str(spec))
     named = len(joined) > 1 or joined[0][1].split
-    return open_data(spec, split=None if named else "all", streams=True)
+    return source, source.open(None if named else "all")
 
 
-def _parts(
-    spec: str | Path, data: ImageData | ImageStream, sample: int, workers: int, quiet: bool
-) -> Iterator[Part]:
-    if isinstance(data, ImageStream):
-        yield _look_along(data.limited(sample) if sample else data, quiet)
+def _splits(
+    source: Source, data: ImageData | ImageStream, sample: int, workers: int, quiet: bool
+) -> Iterator[Split]:
+    if data.is_stream:
+        yield _decode_stream(data.limited(sample) if sample else data, quiet)
         return
-    splits = data.splits if data.split == "all" and data.splits else [data.split]
-    for name in splits:
-        one = data if name == data.split else open_data(spec, split=name)
-        boxes = [one.box_count(i) for i in range(len(one))] if one.has_boxes else None
-        part = Part(name, one.ids, one.labels, one.groups, one.has_masks, boxes)
-        few = min(sample, len(one)) if sample else len(one)
-        chosen = one.subset(i * len(one) // few for i in range(few))
-        loader = DataLoader(_Looking(chosen), 16, num_workers=workers, collate_fn=list)
+    for name in data.splits if data.split == "all" and data.splits else [data.split]:
+        images = data if name == data.split else source.open(name)
+        boxes = [images.box_count(i) for i in range(len(images))] if images.has_boxes else None
+        split = Split(name, images.ids, images.labels, images.groups, images.has_masks, boxes)
+        few = min(sample, len(images)) if sample else len(images)
+        chosen = images.subset(i * len(images) // few for i in range(few))
+        loader = DataLoader(_Decoding(chosen), 16, num_workers=workers, collate_fn=list)
         with tqdm(total=few, desc=name, unit="images", disable=quiet) as bar:
-            for looks in loader:
-                part.looks += looks
-                bar.update(len(looks))
-        yield part
+            for decoded in loader:
+                split.decoded += decoded
+                bar.update(len(decoded))
+        yield split
 
 
-class _Looking(Dataset):
+class _Decoding(Dataset):
+    """Images by index as `Decoded`."""
+
     def __init__(self, data: ImageData):
         self.data = data
 
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, index: int) -> Look:
+    def __getitem__(self, index: int) -> Decoded:
         try:
             item = self.data[index]
-            found = look(self.data.ids[index], still(item["image"]))
+            decoded = describe(self.data.ids[index], still(item["image"]))
         except BadImage as bad:
-            return Look(bad.id, bad.reason)
-        shown = item.get("box_labels", np.setdiff1d(item.get("mask", ()), IGNORE))
+            return Decoded(bad.id, bad.reason)
+        classes = item.get("box_labels", np.setdiff1d(item.get("mask", ()), IGNORE))
         captioned = bool(captions_of(item.get("caption")))
-        return replace(found, shown=tuple(map(int, shown)), captioned=captioned)
+        return replace(decoded, classes=tuple(map(int, classes)), captioned=captioned)
 
 
-def _look_along(stream: ImageStream, quiet: bool) -> Part:
-    part = Part(stream.split, [], [], None)
+def _decode_stream(stream: ImageStream, quiet: bool) -> Split:
+    split = Split(stream.split, [], [], None)
     labels: list[Any] = []
     with tqdm(total=len(stream), unit="images", disable=quiet) as bar:
         for record in (r for shard in range(len(stream.shards)) for r in stream.records(shard)):
-            part.ids.append(record["id"])
+            split.ids.append(record["id"])
             labels.append(record.get("label"))
             try:
-                found = look(record["id"], stream.decode(record)["image"])
+                decoded = describe(record["id"], stream.decode(record)["image"])
                 captioned = bool(captions_of(record.get("caption")))
-                part.looks.append(replace(found, captioned=captioned))
+                split.decoded.append(replace(decoded, captioned=captioned))
             except BadImage as bad:
-                part.looks.append(Look(bad.id, bad.reason))
+                split.decoded.append(Decoded(bad.id, bad.reason))
             bar.update()
     known = any(label is not None for label in labels)
-    part.labels = [-1 if label is None else label for label in labels] if known else None
-    return part
+    split.labels = [-1 if label is None else label for label in labels] if known else None
+    return split
 
 
-def look(id: str, image: Image.Image | np.ndarray) -> Look:
+def describe(id: str, image: Image.Image | np.ndarray) -> Decoded:
     """Describe a decoded image: a PIL image, or an array (h, w, bands)."""
     values = np.asarray(image)
     mode = f"{values.shape[2]}×{values.dtype}" if isinstance(image, np.ndarray) else image.mode
@@ -201,229 +213,231 @@ def look(id: str, image: Image.Image | np.ndarray) -> Look:
     content = f"{mode} {width} {height}".encode() + np.ascontiguousarray(values).tobytes()
     flat = bool((values == values.flat[0]).all())
     pixels = blake2b(content, digest_size=16).digest()
-    return Look(id, "", pixels, (width, height), mode, flat, not np.isfinite(values).all())
+    return Decoded(id, "", pixels, (width, height), mode, flat, not np.isfinite(values).all())
 
 
-# ---------------------------------------------------------------- judging
+# ---------------------------------------------------------------- checks
 
 
-def _layout(data: ImageData | ImageStream, parts: list[Part]) -> str:
-    what = "read in order, shard by shard" if isinstance(data, ImageStream) else "read by index"
-    names = ", ".join(part.name for part in parts) if data.splits else "no splits"
+def _layout(data: ImageData | ImageStream, splits: list[Split]) -> str:
+    what = "read in order, shard by shard" if data.is_stream else "read by index"
+    names = ", ".join(split.name for split in splits) if data.splits else "no splits"
     classes = f"{len(data.classes)} classes" if data.classes else "no named classes"
     return f"{what}; {names}; {classes}"
 
 
-def _check_folders(parts: list[Part], diagnosis: Diagnosis) -> None:
-    """Whether something beside folders called train and test made one part of it all."""
-    tops = {name.split("/")[0] if "/" in name else "" for part in parts for name in part.ids}
-    splits = {top for top in tops if canonical_split(top) in SPLIT_NAMES}
-    if len({canonical_split(top) for top in splits}) > 1 and (others := sorted(tops - splits)):
+def _check_folders(splits: list[Split], report: Report) -> None:
+    """Report a file or folder beside train/ and test/ that keeps them from being splits."""
+    tops = {name.split("/")[0] if "/" in name else "" for split in splits for name in split.ids}
+    named = {top for top in tops if canonical_split(top) in SPLIT_NAMES}
+    if len({canonical_split(top) for top in named}) > 1 and (others := sorted(tops - named)):
         beside = _some([top or "images outside of any folder" for top in others])
-        diagnosis.problems.append(
-            f"{', '.join(sorted(splits))} are no splits, since beside them lie: {beside}. All is "
-            "one part; move the others away."
+        report.problems.append(
+            f"{', '.join(sorted(named))} are no splits, since beside them lie: {beside}. All "
+            "images are one split; move the others away."
         )
 
 
-def _count(parts: list[Part], diagnosis: Diagnosis) -> None:
-    where = defaultdict(list)
-    for part in parts:
-        labelled = sum(not _unknown(label) for label in part.labels or ())
-        columns: dict[str, int | None] = {"images": len(part.ids)}
-        if part.masks:
-            columns["masks"] = len(part.ids)
-        if part.boxes is not None:
-            columns |= {"with boxes": sum(map(bool, part.boxes)), "boxes": sum(part.boxes)}
-        if part.labels is not None or len(columns) == 1:
+def _count(splits: list[Split], report: Report) -> None:
+    splits_of = defaultdict(list)
+    for split in splits:
+        labelled = sum(not _unknown(label) for label in split.labels or ())
+        columns: dict[str, int | None] = {"images": len(split.ids)}
+        if split.masks:
+            columns["masks"] = len(split.ids)
+        if split.boxes is not None:
+            columns |= {"with boxes": sum(map(bool, split.boxes)), "boxes": sum(split.boxes)}
+        if split.labels is not None or len(columns) == 1:
             columns["labelled"] = labelled
-        columns["groups"] = None if part.groups is None else len(set(part.groups))
-        if part is parts[0]:
-            diagnosis.facts.append(f"{'split':12}" + "".join(f"{name:>12}" for name in columns))
+        columns["groups"] = None if split.groups is None else len(set(split.groups))
+        if split is splits[0]:
+            report.facts.append(f"{'split':12}" + "".join(f"{name:>12}" for name in columns))
         cells = ("-" if count is None else f"{count:,}" for count in columns.values())
-        diagnosis.facts.append(f"{part.name:12}" + "".join(f"{cell:>12}" for cell in cells))
-        if not part.ids:
-            diagnosis.problems.append(f"{part.name} has no image.")
-        if part.labels is not None and labelled < len(part.ids):
-            missing = len(part.ids) - labelled
-            diagnosis.remarks.append(f"{part.name}: {missing:,} images have no label.")
-        for name in part.ids:
-            where[name].append(part.name)
-    if twice := [name for name, places in where.items() if len(places) > 1]:
-        diagnosis.problems.append(f"{len(twice):,} ids are given twice: {_some(twice)}.")
+        report.facts.append(f"{split.name:12}" + "".join(f"{cell:>12}" for cell in cells))
+        if not split.ids:
+            report.problems.append(f"{split.name} has no image.")
+        if split.labels is not None and labelled < len(split.ids):
+            missing = len(split.ids) - labelled
+            report.remarks.append(f"{split.name}: {missing:,} images have no label.")
+        for name in split.ids:
+            splits_of[name].append(split.name)
+    if twice := [name for name, names in splits_of.items() if len(names) > 1]:
+        report.problems.append(f"{len(twice):,} ids are given twice: {_some(twice)}.")
 
 
-def _check_labels(parts: list[Part], classes: list[str] | None, diagnosis: Diagnosis) -> None:
+def _check_labels(splits: list[Split], classes: list[str] | None, report: Report) -> None:
     counts = {
-        part.name: _class_counts(part, classes, diagnosis)
-        for part in parts
-        if part.labels is not None and not all(map(_unknown, part.labels))
+        split.name: _class_counts(split, classes, report)
+        for split in splits
+        if split.labels is not None and not all(map(_unknown, split.labels))
     }
     if not counts:
         return
-    names = _list_classes("class", counts, classes, diagnosis)
+    names = _list_classes("class", counts, classes, report)
     for name, count in counts.items():
         least, most = min(count, key=count.__getitem__), max(count, key=count.__getitem__)
         if len(count) < 2:
-            diagnosis.problems.append(f"{name} has images of one class only, {names[most]}.")
+            report.problems.append(f"{name} has images of one class only, {names[most]}.")
         elif count[most] > 10 * max(count[least], 1):
-            diagnosis.remarks.append(
+            report.remarks.append(
                 f"{name} is unbalanced: {count[most]:,} of {names[most]}, {count[least]:,} of "
                 f"{names[least]}."
             )
-    _compare_classes(counts, names, "image", diagnosis)
+    _compare_classes(counts, names, "image", report)
 
 
-def _check_truth(parts: list[Part], classes: list[str] | None, diagnosis: Diagnosis) -> None:
-    """The classes in masks, by images that show them, or of boxes."""
+def _check_truth(splits: list[Split], classes: list[str] | None, report: Report) -> None:
+    """Count the classes in masks, by images that contain them, or of boxes."""
     counts = {
-        part.name: Counter(number for look in part.looks for number in look.shown)
-        for part in parts
-        if part.masks or part.boxes is not None
+        split.name: Counter(number for image in split.decoded for number in image.classes)
+        for split in splits
+        if split.masks or split.boxes is not None
     }
     if not counts:
         return
-    one = "box" if parts[0].boxes is not None else "mask"
+    one = "box" if splits[0].boxes is not None else "mask"
     title = "class, boxes of it" if one == "box" else "class, images of it"
-    names = _list_classes(title, counts, classes, diagnosis)
-    if all(len(part.looks) == len(part.ids) for part in parts):
-        _compare_classes(counts, names, one, diagnosis)
+    names = _list_classes(title, counts, classes, report)
+    if all(len(split.decoded) == len(split.ids) for split in splits):
+        _compare_classes(counts, names, one, report)
 
 
 def _list_classes(
-    title: str, counts: dict[str, Counter[int]], classes: list[str] | None, diagnosis: Diagnosis
+    title: str, counts: dict[str, Counter[int]], classes: list[str] | None, report: Report
 ) -> dict[int, str]:
-    """A table of what each part has of each class; returns the classes' names."""
+    """Add a table of the classes' counts in each split; returns the classes' names."""
     known = sorted(set().union(*counts.values()))
     names = {label: _name(label, classes) for label in known}
     width = min(max(map(len, [title, *names.values(), 12 * " "])), 40)
-    diagnosis.facts += ["", f"{title:{width}}" + "".join(f"{name:>12}" for name in counts)]
+    report.facts += ["", f"{title:{width}}" + "".join(f"{name:>12}" for name in counts)]
     for label in known[:LISTED]:
         row = "".join(f"{count[label]:12,}" for count in counts.values())
-        diagnosis.facts.append(f"{names[label][:width]:{width}}{row}")
+        report.facts.append(f"{names[label][:width]:{width}}{row}")
     if len(known) > LISTED:
-        diagnosis.facts.append(f"… and {len(known) - LISTED:,} classes more")
+        report.facts.append(f"… and {len(known) - LISTED:,} classes more")
     return names
 
 
 def _compare_classes(
-    counts: dict[str, Counter[int]], names: dict[int, str], one: str, diagnosis: Diagnosis
+    counts: dict[str, Counter[int]], names: dict[int, str], one: str, report: Report
 ) -> None:
-    """What the training part and the others have not in common; ``one`` is what is counted."""
+    """Report classes that only some splits have; ``one`` names what is counted."""
     train: Counter[int] = Counter()
     for name, count in counts.items():
         if canonical_split(name) == "train":
             train = count
     for name, count in counts.items() if train else ():
-        if strange := [names[label] for label in count if not train.get(label)]:
-            diagnosis.problems.append(
-                f"{name} has {len(strange):,} classes that the training part lacks: "
-                f"{_some(strange)}."
+        if new := [names[label] for label in count if not train.get(label)]:
+            report.problems.append(
+                f"{name} has {len(new):,} classes that the training split lacks: {_some(new)}."
             )
         if absent := [names[label] for label in train if not count.get(label)]:
-            diagnosis.remarks.append(
+            report.remarks.append(
                 f"{name} has no {one} of {len(absent):,} classes: {_some(absent)}."
             )
 
 
-def _class_counts(part: Part, classes: list[str] | None, diagnosis: Diagnosis) -> Counter[int]:
-    """Images of each class; of labels as lists of 0 and 1, those that have a 1 there."""
+def _class_counts(split: Split, classes: list[str] | None, report: Report) -> Counter[int]:
+    """Count the images of each class; of a label as a row of 0 and 1, each class with a 1."""
     count: Counter[int] = Counter()
     wrong = []
-    for name, label in zip(part.ids, part.labels or (), strict=True):
+    for name, label in zip(split.ids, split.labels or (), strict=True):
         if _unknown(label):
             continue
         if isinstance(label, list | tuple):
             if (classes is not None and len(label) != len(classes)) or not set(label) <= {0, 1}:
                 wrong.append(f"{label} ({name})")
-            count.update(place for place, has in enumerate(label) if has == 1)
+            count.update(number for number, has in enumerate(label) if has == 1)
         else:
             if label < 0 or (classes is not None and label >= len(classes)):
                 wrong.append(f"{label} ({name})")
             count[label] += 1
     if wrong:
         allowed = f"0 to {len(classes) - 1}" if classes is not None else "0 and up"
-        diagnosis.problems.append(
-            f"{part.name}: {len(wrong):,} labels are out of range, {allowed}: {_some(wrong)}."
+        report.problems.append(
+            f"{split.name}: {len(wrong):,} labels are out of range, {allowed}: {_some(wrong)}."
         )
     return count
 
 
-def _check_images(parts: list[Part], diagnosis: Diagnosis) -> None:
-    good = [look for part in parts for look in part.looks if not look.fault]
-    total = sum(len(part.ids) for part in parts)
-    looked = sum(len(part.looks) for part in parts)
-    which = "all" if looked == total else f"of {total:,}"
-    diagnosis.facts += ["", f"Decoded: {looked:,} images, {which}."]
+def _check_images(splits: list[Split], report: Report) -> None:
+    good = [image for split in splits for image in split.decoded if not image.fault]
+    total = sum(len(split.ids) for split in splits)
+    decoded = sum(len(split.decoded) for split in splits)
+    which = "all" if decoded == total else f"of {total:,}"
+    report.facts += ["", f"Decoded: {decoded:,} images, {which}."]
     if good:
-        modes = Counter(look.mode for look in good)
-        diagnosis.facts.append(
-            "Modes: " + ", ".join(f"{mode} {count:,}" for mode, count in modes.most_common())
-        )
-        by_area = sorted((look.size for look in good), key=lambda size: size[0] * size[1])
+        modes = Counter(image.mode for image in good).most_common()
+        report.facts.append("Modes: " + ", ".join(f"{mode} {count:,}" for mode, count in modes))
+        by_area = sorted((image.size for image in good), key=lambda size: size[0] * size[1])
         least, middle, most = (
             f"{w}×{h}" for w, h in (by_area[0], by_area[len(by_area) // 2], by_area[-1])
         )
         one = f"all {least}" if len(set(by_area)) == 1 else f"{least} to {most}, median {middle}"
-        diagnosis.facts.append(f"Sizes (width×height): {one}")
-        if captioned := sum(look.captioned for look in good):
-            diagnosis.facts.append(f"With a caption: {captioned:,} of these images.")
-    for part in parts:
-        bad = [f"{look.id} ({look.fault})" for look in part.looks if look.fault]
-        if bad:
-            diagnosis.problems.append(
-                f"{part.name}: {len(bad):,} images cannot be decoded: {_some(bad)}."
-            )
-        for what, names in (
-            ("are of one single value", [look.id for look in part.looks if look.flat]),
-            ("have values that are no number", [look.id for look in part.looks if look.holes]),
-        ):
+        report.facts.append(f"Sizes (width×height): {one}")
+        if captioned := sum(image.captioned for image in good):
+            report.facts.append(f"With a caption: {captioned:,} of these images.")
+    for split in splits:
+        for what, names, lines in (
+            ("cannot be decoded", [f"{image.id} ({image.fault})" for image in split.decoded
+                                   if image.fault], report.problems),
+            ("are of one single value", [image.id for image in split.decoded if image.flat],
+             report.remarks),
+            ("have values that are no number", [image.id for image in split.decoded if image.holes],
+             report.remarks),
+        ):  # fmt: skip
             if names:
-                diagnosis.remarks.append(
-                    f"{part.name}: {len(names):,} images {what}: {_some(names)}."
-                )
+                lines.append(f"{split.name}: {len(names):,} images {what}: {_some(names)}.")
 
 
-def _check_captions(parts: list[Part], diagnosis: Diagnosis) -> None:
-    for part in parts:
-        if bare := [look.id for look in part.looks if not look.fault and not look.captioned]:
-            diagnosis.problems.append(
-                f"{part.name}: {len(bare):,} images have no caption: {_some(bare)}."
+def _check_captions(splits: list[Split], report: Report) -> None:
+    for split in splits:
+        if bare := [im.id for im in split.decoded if not im.fault and not im.captioned]:
+            report.problems.append(
+                f"{split.name}: {len(bare):,} images have no caption: {_some(bare)}."
             )
 
 
-def _check_sides(parts: list[Part], diagnosis: Diagnosis) -> None:
-    """What must not be on two sides of a split; and what is there twice on one."""
-    for one, other in ((a, b) for i, a in enumerate(parts) for b in parts[i + 1 :]):
+def _check_groups(splits: list[Split], report: Report) -> None:
+    """Report groups that are in two splits."""
+    for one, other in combinations(splits, 2):
         if shared := sorted(set(one.groups or ()) & set(other.groups or ())):
-            diagnosis.problems.append(
+            report.problems.append(
                 f"{len(shared):,} groups are in {one.name} and in {other.name}: {_some(shared)}."
             )
-    twins: dict[bytes, list[tuple[str, str]]] = defaultdict(list)
-    labels: dict[str, Any] = {}
-    for part in parts:
-        if part.labels is not None:
-            labels.update(zip(part.ids, part.labels, strict=True))
-    for part in parts:
-        for look in part.looks:
-            # Images of one value are alike without being the same.
-            if not look.fault and not look.flat:
-                twins[look.pixels].append((part.name, look.id))
-    again = [found for found in twins.values() if len(found) > 1]
-    across = [found for found in again if len({name for name, _ in found}) > 1]
+
+
+def _check_duplicates(splits: list[Split], report: Report) -> None:
+    """Report equal images: in two splits, twice in one, or with different labels."""
+    label_of: dict[str, Any] = {}
+    for split in splits:
+        if split.labels is not None:
+            label_of.update(zip(split.ids, split.labels, strict=True))
+    copies: dict[bytes, list[tuple[str, str]]] = defaultdict(list)
+    for split in splits:
+        for image in split.decoded:
+            # Images of a single value are equal without being the same.
+            if not image.fault and not image.flat:
+                copies[image.pixels].append((split.name, image.id))
+    across, within, relabelled = [], [], []
+    for same in (same for same in copies.values() if len(same) > 1):
+        ids = " = ".join(id for _, id in same[:4])
+        in_splits = len({name for name, _ in same})
+        if in_splits > 1:
+            across.append(" = ".join(f"{name}:{id}" for name, id in same[:4]))
+        if len(same) > in_splits:
+            within.append(ids)
+        if len({str(label_of.get(id)) for _, id in same}) > 1:
+            relabelled.append(ids)
     if across:
-        pairs = [" = ".join(f"{name}:{id}" for name, id in found[:4]) for found in across]
-        diagnosis.problems.append(
-            f"{len(across):,} images are on two sides of a split: {_some(pairs)}."
+        report.problems.append(
+            f"{len(across):,} images are on two sides of a split: {_some(across)}."
         )
-    within = [found for found in again if len(found) > len({name for name, _ in found})]
     if within:
-        pairs = [" = ".join(id for _, id in found[:4]) for found in within]
-        diagnosis.remarks.append(f"{len(within):,} images are there twice: {_some(pairs)}.")
-    if unlike := [f for f in again if len({str(labels.get(id)) for _, id in f}) > 1]:
-        pairs = [" = ".join(id for _, id in found[:4]) for found in unlike]
-        diagnosis.remarks.append(
-            f"{len(unlike):,} images are there again with another label: {_some(pairs)}."
+        report.remarks.append(f"{len(within):,} images are there twice: {_some(within)}.")
+    if relabelled:
+        report.remarks.append(
+            f"{len(relabelled):,} images are there again with another label: {_some(relabelled)}."
         )
 
 

@@ -1,4 +1,4 @@
-"""Clips of videos: which frames are read, and how files and frame folders are decoded."""
+"""Clips of videos: the choice of frames, and decoding of files and folders of frames."""
 
 import os
 import re
@@ -15,20 +15,21 @@ from PIL import Image
 
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import EXTENSIONS, BadImage, decode_image
+from vim_ssl.utils.optional import require
 
-ROUNDING = 1e-6  # seconds; a time that is a frame's own means that frame
-FOLDER_FPS = 30.0  # a folder of frames does not say how fast they follow one another
+ROUNDING = 1e-6  # seconds; a time this close before a frame means that frame
+FOLDER_FPS = 30.0  # assumed frame rate of a folder of frames
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Which frames make a clip.
+    """The choice of a clip's frames.
 
     Attributes:
-        frames: of a clip.
-        fps: frames a second within a clip, which begins anywhere ("dense"). Without it a frame is
-            taken of each of as many equal parts of the whole video ("uniform").
-        clips: of a video where it is judged; training takes one.
+        frames: number of frames in a clip.
+        fps: frames per second in a clip, which begins anywhere ("dense"). None takes one frame from
+            each of as many equal segments of the whole video ("uniform").
+        clips: number of clips per video in evaluation; training takes one.
     """
 
     frames: int = 8
@@ -36,36 +37,33 @@ class Sampling:
     clips: int = 1
 
     def times(self, duration: float, training: bool) -> list[list[float]]:
-        """Seconds from the video's beginning, a list a clip.
+        """Seconds from the beginning of the video, a list for each clip.
 
-        Training draws from torch's global generator: uniform where in its part each frame lies,
-        dense where the clip begins. Else uniform clips lie at different places of the same parts,
-        one alone in their middles, and the beginnings of dense ones are spread evenly, one alone
-        in the middle of the video. What a dense clip wants beyond the end is the last frame.
+        Training draws from torch's global generator: uniform, the position of each frame in its
+        segment; dense, the beginning of the clip. Evaluation spreads these positions and beginnings
+        evenly over the clips; a single clip takes the middle. Beyond its end a video repeats its
+        last frame.
         """
         count = 1 if training else self.clips
-        places = [(clip + 0.5) / count for clip in range(count)]
+        shares = [(clip + 0.5) / count for clip in range(count)]
         if self.fps is None:
-            inside = (
+            shifts = (
                 [torch.rand(self.frames).tolist()]
-                if training else [[place] * self.frames for place in places]
+                if training else [[share] * self.frames for share in shares]
             )  # fmt: skip
-            return [
-                [(i + shift) / self.frames * duration for i, shift in enumerate(shifts)]
-                for shifts in inside
-            ]
+            return [[(i + shift) / self.frames * duration for i, shift in enumerate(clip)]
+                    for clip in shifts]  # fmt: skip
         slack = max(duration - self.frames / self.fps, 0.0)
         if training:
-            places = [float(torch.rand(()))]
-        return [[slack * place + i / self.fps for i in range(self.frames)] for place in places]
+            shares = [float(torch.rand(()))]
+        return [[slack * share + i / self.fps for i in range(self.frames)] for share in shares]
 
 
 class Video:
-    """A video that is not read yet: a file, or a folder of images in the order of their names,
-    numbers in these by their value.
+    """An undecoded video: a file, or a folder of frames sorted by name, numbers in names by value.
 
-    Frames are upright and mirrored (as a phone's display matrix says) and RGB. One that cannot be
-    decoded is replaced by the next that can, or at the end by the one before.
+    Frames are RGB, upright and unmirrored (by a phone's display matrix). A frame that cannot be
+    decoded is replaced by the next one that can, at the end by the one before.
     """
 
     def __init__(self, path: str | Path, sampling: Sampling):
@@ -77,22 +75,21 @@ class Video:
         """Decoded clips of ``sampling.frames`` images each; one when training.
 
         Args:
-            prepare: is given an image as soon as it is decoded, once, however often clips show it;
-                what it returns stands in the image's place. One that shrinks keeps memory small:
-                no more than a few frames are there in full size at a time.
-        Raises: BadImage for what is no video, has no image in it, or none that can be decoded.
+            prepare: called once with every decoded frame; clips hold what it returns. If it shrinks
+                frames, only a few are in memory in full size at a time.
+        Raises: BadImage for a file that is no video, or one without a frame that can be decoded.
         """
         source: _File | _Frames = (_Frames if os.path.isdir(self.path) else _File)(self.path)
         at = source.times
-        # The last frame is shown as long as most are; of one alone all times are the same.
+        # The last frame lasts as long as the median one; of a single frame all times are equal.
         duration = at[-1] - at[0] + float(np.median(np.diff(at) if len(at) > 1 else [0.0]))
-        wanted = [
+        clips = [
             [max(bisect_right(at, at[0] + t + ROUNDING) - 1, 0) for t in times]
             for times in self.sampling.times(duration, training)
         ]
-        numbers = sorted({number for clip in wanted for number in clip})
-        kept = {number: prepare(image) for number, image in source.read(numbers)}
-        return [[kept[number] for number in clip] for clip in wanted]
+        numbers = sorted({number for clip in clips for number in clip})
+        frames = {number: prepare(image) for number, image in source.read(numbers)}
+        return [[frames[number] for number in clip] for clip in clips]
 
     def __repr__(self) -> str:
         return f"Video({self.path!r}, {self.sampling})"
@@ -114,7 +111,7 @@ class _Frames:
         self.times = [i / FOLDER_FPS for i in range(len(self.names))]
 
     def read(self, numbers: Sequence[int]) -> Iterator[tuple[int, Image.Image]]:
-        """Frames with their numbers, which ascend."""
+        """Frames with their numbers, which must ascend."""
         last = fault = None
         for number in numbers:
             for name in self.names[number:]:  # the next that can be read
@@ -129,7 +126,7 @@ class _Frames:
 
 
 class _File:
-    """A video file: its frames' times are read from the packets, without decoding."""
+    """A video file; the times of its frames are read from the packets, without decoding."""
 
     def __init__(self, path: str):
         self.path = path
@@ -141,8 +138,7 @@ class _File:
         self.times = [stamp * unit for stamp in self.stamps]
 
     def read(self, numbers: Sequence[int]) -> Iterator[tuple[int, Image.Image]]:
-        """Frames with their numbers, which ascend; the decoder jumps where a key frame lies between
-        two."""
+        """Frames with their numbers, which must ascend; skips to a key frame between two."""
         last: Any = None
         with _opened(self.path) as container:
             stream = _video_stream(container, self.path)
@@ -170,13 +166,13 @@ class _File:
                 yield number, _image(last)
 
 
-@lru_cache(maxsize=64)  # of a two-hour film 7 MB
+@lru_cache(maxsize=64)  # 7 MB for a two-hour film
 def _index(path: str, size: int, changed: int) -> tuple[list[int], list[int], float, bool]:
-    """Sorted time stamps of all frames that are shown and of the key frames, the seconds of their
-    unit, and whether the frames' own stamps are to be ignored; see `_decoded`.
+    """Sorted time stamps of all displayed frames and of the key frames, their unit in seconds, and
+    whether to ignore the stamps of decoded frames; see `_decoded`.
 
     Args:
-        size, changed: of the file, so that another one of the same name is read again.
+        size, changed: of the file, so that a new file of the same name is read again.
     """
     stamps, keys = [], []
     with _opened(path) as container:
@@ -184,16 +180,16 @@ def _index(path: str, size: int, changed: int) -> tuple[list[int], list[int], fl
         try:
             for packet in container.demux(stream):
                 stamp = packet.dts if packet.pts is None else packet.pts
-                # What an edit list cuts away is decoded, but not shown.
+                # What an edit list cuts away is decoded, but not displayed.
                 if stamp is not None and packet.size and not packet.is_discard:
                     stamps.append(stamp)
                     if packet.is_keyframe:
                         keys.append(stamp)
         except _errors():
-            pass  # cut off: what came before it is there
+            pass  # truncated: the packets before are known
         unit = float(stream.time_base)
-        # AVI stores no times. Where frames are stored in another order than shown and FFmpeg does
-        # not see that (H.264), it makes up wrong ones; then the whole is decoded, and counted.
+        # AVI stores no times. For frames that are not stored in display order (H.264) FFmpeg may
+        # make up wrong ones; then the file is decoded from the start and frames are counted.
         in_order = stamps == sorted(stamps)
         counted = container.format.name == "avi" and stream.codec_context.has_b_frames and in_order
     if not stamps:
@@ -203,10 +199,10 @@ def _index(path: str, size: int, changed: int) -> tuple[list[int], list[int], fl
 
 
 def _decoded(container: Any, stream: Any, stamps: Sequence[int] | None = None) -> Iterator[Any]:
-    """Frames with their time, those that cannot be decoded left out.
+    """Frames with their time stamps; those that cannot be decoded are skipped.
 
     Args:
-        stamps: give these to them, one after another, instead of their own.
+        stamps: assign these in order, instead of the stamps in the file.
     """
     packets = container.demux(stream)
     given = iter(stamps or ())
@@ -214,7 +210,7 @@ def _decoded(container: Any, stream: Any, stamps: Sequence[int] | None = None) -
         try:
             packet = next(packets, None)
         except _errors():
-            return  # cut off
+            return  # truncated
         if packet is None:
             return
         try:
@@ -235,9 +231,9 @@ def _image(frame: Any) -> Image.Image:
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is not None:
         a, b, _, c, d, *_ = np.frombuffer(matrix, np.int32).tolist()
-        if a * d < b * c:  # mirrored, which an angle cannot say
+        if a * d < b * c:  # mirrored, which an angle does not express
             image = image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
-    # By quarters of a turn, as phones are held.
+    # In steps of 90 degrees, as phones are held.
     return image.rotate(round(frame.rotation / 90) * 90, expand=True)
 
 
@@ -260,12 +256,8 @@ def _video_stream(container: Any, path: str) -> Any:
 
 
 def import_av() -> Any:
-    """The library PyAV. Raises: ImportError that says what to install."""
-    try:
-        import av
-    except ImportError as error:
-        raise ImportError("Videos (video:) need PyAV: pip install 'vim-ssl[video]'") from error
-    return av
+    """Return the module av (PyAV). Raises: ImportError that says what to install."""
+    return require("av", "video", "Videos (video:)")
 
 
 def _errors() -> tuple[type[BaseException], ...]:
@@ -273,12 +265,9 @@ def _errors() -> tuple[type[BaseException], ...]:
 
 
 class VideoData(ImageData):
-    """Videos by index; an item's ``image`` is a `Video`.
+    """Videos by index; an item's ``image`` is a `Video`."""
 
-    Attributes:
-        sampling: of all of them.
-    """
-
+    kind = "video"
     sampling: Sampling
 
     def _decode(self, image: Any) -> Video:
@@ -286,7 +275,7 @@ class VideoData(ImageData):
 
 
 def images_in(path: str) -> list[str]:
-    """Their names; f10 comes after f2."""
+    """Sorted names of the images in a folder; f10 comes after f2."""
     names = (name for name in os.listdir(path)
              if name.lower().endswith(EXTENSIONS) and not name.startswith("."))  # fmt: skip
     return sorted(names, key=_by_number)

@@ -41,18 +41,18 @@ _COLOURS = {
 }  # fmt: skip
 
 
-def band_places(known: Sequence[str], wanted: Sequence[str]) -> list[int | None] | None:
-    """Where each wanted band stands among the known ones; None for one that is not there, and as
-    the whole when none is."""
-    names, asked = (
-        [_COLOURS.get(name.upper(), name.upper()) for name in bands] for bands in (known, wanted)
+def band_positions(known: Sequence[str], requested: Sequence[str]) -> list[int | None] | None:
+    """The position of each requested band among the known ones, None if it is not there; None
+    instead of the list if no band is."""
+    names, others = (
+        [_COLOURS.get(name.upper(), name.upper()) for name in bands] for bands in (known, requested)
     )
-    places = [names.index(name) if name in names else None for name in asked]
-    return places if any(place is not None for place in places) else None
+    positions = [names.index(name) if name in names else None for name in others]
+    return positions if any(position is not None for position in positions) else None
 
 
 def band_names(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The names of an encoder's bands; of three channels without names, colours."""
+    """The names of an encoder's bands; by default grey or colours."""
     given = (config.get("data_config") or {}).get("bands")
     return tuple(given or {1: ("L",), 3: ("R", "G", "B")}.get(config["in_chans"], ()))
 
@@ -62,13 +62,13 @@ def adapt_data(
 ) -> dict[str, Any]:
     """Statistics for other channels, in step with `adapt_patch_embed`."""
     adapted = dict(data)
-    places = band_places(data.get("bands", ()), bands or ())
+    positions = band_positions(data.get("bands", ()), bands or ())
     for key in ("mean", "std"):
         if key in data:
             known = data[key]
             one = sum(known) / len(known)
-            if places:
-                adapted[key] = tuple(one if place is None else known[place] for place in places)
+            if positions:
+                adapted[key] = tuple(one if i is None else known[i] for i in positions)
             elif chans == 1:
                 adapted[key] = (one,)
             else:

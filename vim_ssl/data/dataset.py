@@ -1,28 +1,29 @@
-"""`ImageData`: what every source becomes, images by index with what is known of them."""
+"""`ImageData`: images by index with their labels, groups, masks, boxes and captions."""
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from hashlib import blake2b
 from itertools import accumulate, groupby
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from vim_ssl.data.images import BadImage, array_image, decode_image
+from vim_ssl.data.loading.indexed import SeededSamples
 from vim_ssl.data.split import as_key
 
 
 class Captions(Protocol):
-    """Captions by row, each one text or several: a list, or what reads them one by one."""
+    """Captions by row, one text or several each: a list, or a lazy reader."""
 
     def __getitem__(self, row: int, /) -> Any: ...
 
 
 class Images(Protocol):
-    """Where images come from: picklable, and cheap until one is asked for."""
+    """Undecoded images by row: picklable, and read only on request."""
 
     def __len__(self) -> int: ...
 
@@ -43,9 +44,9 @@ class Masks(Protocol):
         ...
 
     def place(self, row: int, /) -> dict[str, Any]:
-        """For an item's ``meta``: of a plane its ``volume``, ``plane``, ``planes`` and ``spacing``
-        (see `vim_ssl.metrics.volumes`); of a raster its file, ``raster``, and ``box``
-        there (left, top, width, height in pixels, None for all)."""
+        """An item's ``meta``: of a plane its ``volume``, ``plane``, ``planes`` and ``spacing`` (see
+        `vim_ssl.metrics.volumes`); of a raster its file, ``raster``, and the ``box`` in it (left,
+        top, width, height in pixels; None for all)."""
         ...
 
 
@@ -69,38 +70,46 @@ class Objects(Protocol):
         ...
 
     def sizes(self, row: int, /) -> int | str:
-        """What changes with the annotations."""
+        """A value that changes with the annotations."""
         ...
 
 
 class ImageData(Dataset):
-    """Images by index; labels and groups without decoding any.
+    """Images by index; labels and groups are known without decoding.
 
-    An item is a dict: ``image`` (a decoded PIL image, "RGB" or "L", any size; where a source has
-    other bands, an array (h, w, bands), NaN where nothing was measured; of ``video:`` a `Video`),
-    ``id`` (str, the same in every run), and where known ``label``, ``mask`` (uint8 (h, w), the
+    An item is a dict: ``image`` (a decoded PIL image, "RGB" or "L", any size; of other bands an
+    array (h, w, bands), NaN where nothing was measured; of ``video:`` a `Video`), ``id`` (str, the
+    same in every run), and where known ``label``, ``mask`` (uint8 (h, w), the
     classes' numbers, 255 for none), ``boxes`` (float32 (n, 4): left, top, right, bottom in pixels)
     with ``box_labels`` (int64 (n,), the classes' numbers) and ``masks`` (uint8 (n, h, w), 1 =
     object), ``caption`` (one or several: see `captions_of`), ``group`` (str) and ``meta`` (dict).
-    Can be sent to DataLoader workers, forked or spawned.
+    Picklable, for DataLoader workers.
 
     Attributes:
         name: the spec string it was opened with.
         ids: list[str].
-        labels: one an image, or None. A class (int, -1 stands for "unknown"); where an image has
-            several, a row of 0 and 1 with a place for every class.
-        classes: the names of the labels, or of the masks' or boxes' numbers; list[str] or None.
+        labels: one per image, or None: a class (int; -1 is unknown), or a row with a 0 or 1 for
+            every class.
+        classes: names of the class numbers in labels, masks or boxes; list[str] or None.
         has_masks: whether items have a ``mask``.
         has_boxes, has_outlines: whether items have ``boxes``, and ``masks`` of them.
         categories: of boxes, ``id`` (in their file) and ``name`` of each class; else None.
         groups: list[str] or None; images of one group belong on one side of a split.
-        bands: names of the bands, where the source has them; else None.
-        task: of `vim_ssl.metrics.medmnist.TASKS`, where the source says so.
-        splits: names of the splits the source has; empty where it has none.
-        split: the one opened, or "all".
-        faults: what is wrong with the source as a whole, in words.
+        bands: names of the bands, or None if the source declares none.
+        dtype: type of the values of images with bands; None if only reading them tells.
+        task: one of `vim_ssl.metrics.medmnist.TASKS`, or None.
+        splits: names of the source's splits; empty if it has none.
+        split: the open split, or "all".
+        faults: descriptions of faults of the source as a whole.
         min_side: see `decode_image`; None decodes every image whole.
+        is_stream: False; True for an `ImageStream`, whose images are read in order.
+        kind: "image" or "video".
+        sampling: of videos, the `Sampling` of their clips; else None.
     """
+
+    is_stream: ClassVar[Literal[False]] = False
+    kind: ClassVar[str] = "image"
+    sampling: Any = None
 
     def __init__(
         self,
@@ -117,6 +126,7 @@ class ImageData(Dataset):
         splits: Sequence[str] = (),
         split: str = "all",
         bands: Sequence[str] | None = None,
+        dtype: Any = None,
         task: str | None = None,
         source_fingerprint: str = "",
         faults: Iterable[str] = (),
@@ -128,15 +138,15 @@ class ImageData(Dataset):
         self.groups = None if groups is None else list(groups)
         self.task, self.faults = task, list(faults)
         self.bands = None if bands is None else tuple(bands)
+        self.dtype = None if dtype is None else np.dtype(dtype)
         self.min_side: int | None = None
         self._images, self._captions, self._masks = images, captions, masks
         self._objects, self.has_masks = objects, masks is not None
         self.has_boxes = objects is not None
         self.has_outlines = objects is not None and objects.outlines
         self.categories = None if objects is None else objects.categories
-        self._rows: Sequence[int] = range(
-            len(self.ids)
-        )  # image, caption, mask and objects of item i are at _rows[i]
+        # The image, caption, mask and objects of item i are at _rows[i].
+        self._rows: Sequence[int] = range(len(self.ids))
         self._source_fingerprint = source_fingerprint
         for what, column in (("labels", self.labels), ("groups", self.groups)):
             if column is not None and len(column) != len(self.ids):
@@ -148,8 +158,8 @@ class ImageData(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Decode image ``index``.
 
-        Raises: BadImage when it cannot be decoded, when its mask or boxes cannot be its own, and
-            when its EXIF orientation leaves open how they lie on it; IndexError outside the data.
+        Raises: BadImage if it cannot be decoded, if its mask or boxes do not fit it, and if its
+            EXIF orientation leaves open how they lie on it; IndexError.
         """
         item: dict[str, Any] = {"id": self.ids[index]}
         raw = self.raw(index)
@@ -178,7 +188,7 @@ class ImageData(Dataset):
     def _decode(self, raw: str | Path | bytes | np.ndarray) -> Any:
         if isinstance(raw, np.ndarray):
             return array_image(raw)
-        dense = self.has_masks or self.has_boxes  # these are for the image's own size
+        dense = self.has_masks or self.has_boxes  # which are for the full size
         return decode_image(raw, min_side=None if dense else self.min_side, dense=dense)
 
     def raw(self, index: int) -> str | Path | bytes | np.ndarray:
@@ -192,18 +202,17 @@ class ImageData(Dataset):
             raise BadImage(self.ids[index], f"{type(error).__name__}: {error}") from error
 
     def paths(self, index: int) -> list[str]:
-        """The files that image ``index`` is read from; none where the source has others, such as
-        a table that holds its images."""
+        """The files that image ``index`` is read from; none for e.g. tables of images."""
         paths = getattr(self._images, "paths", None)
         return paths(self._rows[index]) if paths else []
 
     @property
     def has_captions(self) -> bool:
-        """Whether images of this source have captions (a single one may have none)."""
+        """Whether the source has captions; a single image may still have none."""
         return self._captions is not None
 
     def captions(self, index: int) -> list[str]:
-        """All captions of image ``index``, which is not decoded. Raises: BadImage."""
+        """All captions of image ``index``, without decoding it. Raises: BadImage."""
         if self._captions is None:
             return []
         try:
@@ -212,37 +221,43 @@ class ImageData(Dataset):
             raise BadImage(self.ids[index], error.reason) from error
 
     def box_count(self, index: int) -> int:
-        """How many boxes image ``index`` has, which is not decoded."""
+        """The number of boxes of image ``index``, without decoding it."""
         return 0 if self._objects is None else self._objects.count(self._rows[index])
 
     def annotated(self, index: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """Entry and annotations of image ``index`` as a COCO file has them; of boxes alone."""
+        """Entry and annotations of image ``index`` as in a COCO file. Raises: ValueError."""
         if self._objects is None:
             raise ValueError(f"{self.name} has no boxes.")
         row = self._rows[index]
         return self._objects.images[row], self._objects.annotations(row)
 
+    def samples(
+        self, transform: Callable[[dict], dict], seed: int = 0, *, repeats: int = 1
+    ) -> SeededSamples:
+        """Return training samples, through a random transform; see `SeededSamples`."""
+        return SeededSamples(self, transform, seed, repeats=repeats)
+
     def subset(self, indices: Iterable[int]) -> "ImageData":
         """The images at these indices, in this order; classes and splits stay."""
         indices = [int(i) for i in indices]
-        part = object.__new__(type(self))
-        part.__dict__.update({k: v for k, v in self.__dict__.items() if k != "fingerprint"})
-        part._rows = [self._rows[i] for i in indices]
-        part.ids = [self.ids[i] for i in indices]
-        part.labels = None if self.labels is None else [self.labels[i] for i in indices]
-        part.groups = None if self.groups is None else [self.groups[i] for i in indices]
-        return part
+        subset = object.__new__(type(self))
+        subset.__dict__.update({k: v for k, v in self.__dict__.items() if k != "fingerprint"})
+        subset._rows = [self._rows[i] for i in indices]
+        subset.ids = [self.ids[i] for i in indices]
+        subset.labels = None if self.labels is None else [self.labels[i] for i in indices]
+        subset.groups = None if self.groups is None else [self.groups[i] for i in indices]
+        return subset
 
     @property
     def multi_label(self) -> bool:
-        """Whether an image's label is a row of 0 and 1."""
+        """Whether labels are rows of 0 and 1."""
         return self.labels is not None and hasattr(next(iter(self.labels), None), "__len__")
 
     @cached_property
     def fingerprint(self) -> str:
         """16 hex digits that change with the list of images, their file sizes or labels.
 
-        Equal on another machine that holds the same data; images are not decoded.
+        The same on every machine with the same data; images are not decoded.
         """
         digest = blake2b(self._source_fingerprint.encode(), digest_size=8)
         sizes = getattr(self._images, "sizes", None)
@@ -260,8 +275,7 @@ class ImageData(Dataset):
 
 
 def captions_of(value: Any) -> list[str]:
-    """What an item holds as ``caption``, one text, several or something else, as a list of those
-    texts that say something."""
+    """An item's ``caption`` (one text, several or anything else) as a list of non-empty texts."""
     texts = value if isinstance(value, list | tuple) else [value]
     return [text.strip() for text in texts if isinstance(text, str) and text.strip()]
 
@@ -269,56 +283,58 @@ def captions_of(value: Any) -> list[str]:
 class _Joined:
     """The images of several sets, one set after another."""
 
-    def __init__(self, parts: Sequence[ImageData]):
-        self.parts = list(parts)
-        self.ends = list(accumulate(len(part) for part in parts))
+    def __init__(self, sets: Sequence[ImageData]):
+        self.sets = list(sets)
+        self.ends = list(accumulate(map(len, sets)))
 
     def __len__(self) -> int:
         return self.ends[-1]
 
     def __getitem__(self, row: int) -> str | Path | bytes | np.ndarray:
-        part, row = self.place(row)
-        return part.raw(row)
+        data, index = self.locate(row)
+        return data.raw(index)
 
     def paths(self, row: int) -> list[str]:
-        part, row = self.place(row)
-        return part.paths(row)
+        data, index = self.locate(row)
+        return data.paths(index)
 
-    def place(self, row: int) -> tuple[ImageData, int]:
-        """The part that a row belongs to, and its row there."""
+    def locate(self, row: int) -> tuple[ImageData, int]:
+        """The set that a row belongs to, and its index there."""
         number = bisect_right(self.ends, row)
-        return self.parts[number], row - (self.ends[number - 1] if number else 0)
+        return self.sets[number], row - (self.ends[number - 1] if number else 0)
 
 
 class _JoinedCaptions:
-    """Their captions."""
+    """The captions of `_Joined` images."""
 
     def __init__(self, images: _Joined):
         self.images = images
 
     def __getitem__(self, row: int) -> list[str]:
-        part, row = self.images.place(row)
-        return part.captions(row)
+        data, index = self.images.locate(row)
+        return data.captions(index)
 
 
-def join(parts: Sequence[ImageData]) -> ImageData:
-    """Several sets as one, to pretrain on: labels and groups of different sources do not go
-    together and are left out, captions and bands stay where all have them. The ids are ``number
-    of the part/its own id``.
+def join(sets: Sequence[ImageData]) -> ImageData:
+    """Join several sets into one, to pretrain on.
+
+    Labels and groups of different sources do not go together and are dropped; captions and bands
+    stay if all sets have them. The ids are ``number of the set/id in the set``.
 
     Raises: ValueError for videos.
     """
-    if other := next((part for part in parts if type(part) is not ImageData), None):
+    if other := next((data for data in sets if data.kind != "image"), None):
         raise ValueError(f"{other.name} are no images; they cannot be joined to other data.")
-    images, names = _Joined(parts), [part.name for part in parts]
+    images, names, first = _Joined(sets), [data.name for data in sets], sets[0]
     return ImageData(
         images,
-        [f"{number}/{name}" for number, part in enumerate(parts) for name in part.ids],
+        [f"{number}/{id}" for number, data in enumerate(sets) for id in data.ids],
         name=" + ".join(_times(name, len(list(same))) for name, same in groupby(names)),
-        captions=_JoinedCaptions(images) if all(p.has_captions for p in parts) else None,
-        bands=parts[0].bands if len({p.bands for p in parts}) == 1 else None,
-        source_fingerprint=" ".join(part.fingerprint for part in parts),
-        faults=[fault for part in parts for fault in part.faults],
+        captions=_JoinedCaptions(images) if all(data.has_captions for data in sets) else None,
+        bands=first.bands if all(data.bands == first.bands for data in sets) else None,
+        dtype=first.dtype if all(data.dtype == first.dtype for data in sets) else None,
+        source_fingerprint=" ".join(data.fingerprint for data in sets),
+        faults=[fault for data in sets for fault in data.faults],
     )
 
 

@@ -1,4 +1,4 @@
-"""Decode an image file of any common kind into plain 8-bit "RGB" or "L", or say it is bad."""
+"""Decode image files of any common format into 8-bit "RGB" or "L"."""
 
 import io
 import os
@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-# Where Pillow itself refuses; an image of this size takes half a gigabyte.
+# Where Pillow refuses too; an image of this size takes half a gigabyte.
 DEFAULT_MAX_PIXELS = 178_956_970
 MODES = ("RGB", "L")
 _ORIENTATION = 0x0112
@@ -19,8 +19,8 @@ class BadImage(ValueError):
     """An image that cannot be decoded.
 
     Attributes:
-        id: which image: its place in the data set, or its path.
-        reason: what is wrong with it, in words.
+        id: of the image in its data set, or its path.
+        reason: what is wrong with it.
     """
 
     # A DataLoader rebuilds a worker's exception from its text alone, hence the default.
@@ -42,22 +42,21 @@ def decode_image(
 ) -> Image.Image:
     """Decode one image into a loaded 8-bit image; the content decides the format, not the name.
 
-    What is done to the unusual: see `clean_image`. Of an animation the first frame is taken. CMYK
-    JPEGs are read as Adobe writes them (inverted), and converted without a colour profile.
+    See `clean_image` for unusual modes. Of an animation the first frame is taken. CMYK JPEGs are
+    read as Adobe writes them (inverted), and converted without a colour profile.
 
     Args:
         source: a file, or its bytes.
         mode: "RGB" or "L" converts; None keeps colour as "RGB" and grey as "L".
-        min_side: lets a large JPEG be decoded at 1/2, 1/4 or 1/8 of its size, which is several
-            times faster, but with neither side below this (pixels). Other formats ignore it.
-        max_pixels: larger images are refused; by default the environment's VIM_SSL_MAX_PIXELS,
-            else `DEFAULT_MAX_PIXELS`.
-        dense: whether something was drawn on it, a mask or boxes: then an image that its EXIF
-            orientation turns or mirrors is refused unless its size changes by that, which tells
-            (as the size that the drawing is for) whether the drawing was turned too.
+        min_side: decode a large JPEG at 1/2, 1/4 or 1/8 of its size, several times faster, with
+            neither side below this (pixels). Other formats ignore it.
+        max_pixels: refuse larger images; default: the environment's VIM_SSL_MAX_PIXELS, else
+            `DEFAULT_MAX_PIXELS`.
+        dense: the image has a mask or boxes. Then one that its EXIF orientation turns or mirrors is
+            refused, unless that changes its size: the size that the labels are for tells whether
+            they were turned too.
     Returns: an image in mode "RGB" or "L".
-    Raises: BadImage for whatever cannot be decoded, and no other error; ValueError for a wrong
-        mode.
+    Raises: BadImage, and no other error, for what cannot be decoded; ValueError for a wrong mode.
     """
     if mode is not None and mode not in MODES:
         raise ValueError(f"mode {mode!r} is not one of 'RGB', 'L' or None.")
@@ -88,17 +87,17 @@ def decode_image(
 
 
 def clean_image(image: Image.Image, mode: str | None = None) -> Image.Image:
-    """Turn any Pillow image into plain 8-bit "RGB" or "L", upright and opaque.
+    """Convert any Pillow image to 8-bit "RGB" or "L", upright and opaque.
 
     - The EXIF orientation is applied.
     - Transparency (alpha, or a transparent colour) is laid on white.
     - Integer grey of 12, 16 or 32 bits maps linearly from its type's full range to 0..255, so
       the same value is the same grey in every image.
-    - Float grey has no such range: values within 0..1 are taken as such; otherwise the image's
-      own finite minimum and maximum become 0 and 255. NaN becomes 0.
+    - Float grey within 0..1 is scaled by 255; otherwise the image's finite minimum and maximum
+      become 0 and 255. NaN becomes 0.
     - Black and white becomes "L"; palette, CMYK, YCbCr and HSV become "RGB".
 
-    Raises: BadImage for what has no such form.
+    Raises: BadImage for a mode without such a conversion.
     """
     image = _upright(image)
     if image.mode.startswith(("I", "F")):
@@ -110,17 +109,17 @@ def clean_image(image: Image.Image, mode: str | None = None) -> Image.Image:
             opaque = Image.new(plain, image.size, "white")
             opaque.paste(image.convert(plain), mask=image.getchannel("A"))
             image = opaque
-        wanted = mode or plain
-        return image if image.mode == wanted else image.convert(plain).convert(wanted)
+        mode = mode or plain
+        return image if image.mode == mode else image.convert(plain).convert(mode)
     except ValueError as error:
         raise BadImage("image", f"mode {image.mode} has no conversion to {plain}") from error
 
 
 def array_image(values: np.ndarray) -> Image.Image | np.ndarray:
-    """An undecoded array as what an item's ``image`` is.
+    """Convert an array to an item's ``image``.
 
     Grey of any depth (h, w), and uint8 grey (h, w, 1) or colour (h, w, 3), become PIL images; see
-    `clean_image`. Bands (h, w, bands) of any other number or type stay an array: see
+    `clean_image`. Other bands (h, w, bands) stay an array: see
     `vim_ssl.data.transforms.image.as_tensor` for their units.
 
     Raises: BadImage for another number of dimensions, and for bands without one finite value.
@@ -138,7 +137,7 @@ def array_image(values: np.ndarray) -> Image.Image | np.ndarray:
 
 def _open(source: str | Path | bytes, limit: int) -> Image.Image:
     if Image.MAX_IMAGE_PIXELS is not None and limit > DEFAULT_MAX_PIXELS:
-        # Asked for by the user; Pillow refuses at twice its own figure, before ours is looked at.
+        # The user's limit; Pillow refuses at twice its default before ours is checked.
         Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, limit)
     Image.init()
     formats = [name for name in Image.OPEN if name not in _REFUSED_FORMATS]
@@ -146,7 +145,7 @@ def _open(source: str | Path | bytes, limit: int) -> Image.Image:
 
 
 def most_pixels() -> int:
-    """How many pixels are decoded at once at most, as the environment says."""
+    """The largest number of pixels that are decoded at once; see VIM_SSL_MAX_PIXELS."""
     given = os.environ.get("VIM_SSL_MAX_PIXELS", "")
     if given and not given.isdigit():
         raise ValueError(f"VIM_SSL_MAX_PIXELS is {given!r}; expected a whole number of pixels.")
@@ -158,8 +157,8 @@ def _too_large(what: str, limit: int) -> str:
 
 
 def _check_drawn_upright(image: Image.Image) -> None:
-    """Raises: BadImage where nothing tells which way it lay when its labels were drawn: some
-    programs go by EXIF, others, COCO's own tools among them, do not."""
+    """Raise BadImage if it is unknown whether labels were drawn on the turned image: some programs
+    apply the EXIF orientation, others, such as COCO's tools, do not."""
     try:
         turn = image.getexif().get(_ORIENTATION, 1)
     except Exception:  # damaged metadata, by which nothing is turned either
@@ -167,8 +166,8 @@ def _check_drawn_upright(image: Image.Image) -> None:
     if turn in (2, 3, 4) or (turn in (5, 6, 7, 8) and image.width == image.height):
         raise BadImage(
             "image",
-            f"its EXIF orientation is {turn}, and whether what was drawn on it lies so too is not "
-            "known; save image and labels upright, without the tag",
+            f"its EXIF orientation is {turn}, and it is not known whether its labels are turned "
+            "too; save image and labels upright, without the tag",
         )
 
 
@@ -200,7 +199,7 @@ def _deep_grey_to_8bit(image: Image.Image) -> Image.Image:
 
 
 def _integer_range(image: Image.Image) -> tuple[float, float]:
-    """Lowest and highest value of the file's integer type, which Pillow's mode alone hides."""
+    """Lowest and highest value of the file's integer type, which Pillow's mode does not tell."""
     tags = getattr(image, "tag_v2", None)  # TIFF
     if tags is not None:
         bits = tags.get(258, (16,))[0]  # BitsPerSample

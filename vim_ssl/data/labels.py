@@ -1,4 +1,4 @@
-"""Masks beside images: pairs of files, class names, values that are ignored."""
+"""Masks beside images: file pairs, class names, ignored values."""
 
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -10,18 +10,18 @@ import numpy as np
 from vim_ssl.data.images import BadImage
 from vim_ssl.utils.files import read_text
 
-IGNORE = 255  # the number of a pixel that nobody has labelled
+IGNORE = 255  # the value of an unlabelled pixel
 
 
 def checked(
     values: np.ndarray, size: tuple[int, int], name: str, classes: int, first: int = 0
 ) -> np.ndarray:
-    """A mask that fits its image of ``size`` (width, height).
+    """Return the mask if it fits its image of ``size`` (width, height).
 
     Args:
         name: of its file, for messages.
-        classes: how many there are, the numbers from ``first`` on.
-    Raises: BadImage for another size, or a number that is no class.
+        classes: number of classes; their values start at ``first``.
+    Raises: BadImage for another size, or a value that is no class.
     """
     if values.shape != (size[1], size[0]):
         height, width = values.shape
@@ -43,35 +43,34 @@ def paired(
     masks_folder: Path,
     endings: Sequence[str] = (),
 ) -> list[str]:
-    """Each image's mask: the file of its name but for the ending (of those, or the last).
+    """Match each image to the mask with the same name but for the ending (one of ``endings``, else
+    what follows the last dot).
 
-    Raises: FileNotFoundError naming the images without any; ValueError for two of one name.
+    Raises: FileNotFoundError naming images without a mask; ValueError for two masks of one name.
     """
 
     def stem(name: str) -> str:
         ending = next((e for e in endings if name.lower().endswith(e)), os.path.splitext(name)[1])
         return name.removesuffix(name[len(name) - len(ending) :])
 
-    found: dict[str, str] = {}
+    mask_of: dict[str, str] = {}
     for name in masks:
-        if (other := found.setdefault(stem(name), name)) != name:
+        if (other := mask_of.setdefault(stem(name), name)) != name:
             raise ValueError(f"{masks_folder} has two masks {other} and {name}; keep one.")
-    # Of several channels nnU-Net calls the first _0000.
-    wanted = [
-        next((s for s in (stem(n), stem(n).removesuffix("_0000")) if s in found), "") for n in names
-    ]
-    missing = [name for name, of in zip(names, wanted, strict=True) if not of]
+    # nnU-Net names the first of several channels _0000.
+    matches = [mask_of.get(stem(n)) or mask_of.get(stem(n).removesuffix("_0000")) for n in names]
+    missing = [name for name, match in zip(names, matches, strict=True) if not match]
     if missing:
         some = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
         raise FileNotFoundError(
             f"{len(missing)} of {len(names)} images in {images_folder} have no mask of their "
             f"name in {masks_folder}: {some}"
         )
-    return [found[of] for of in wanted]
+    return [match for match in matches if match]
 
 
 def mask_folders(root: str) -> tuple[Path, Path] | None:
-    """The folders of the images and of their masks, where there are both."""
+    """The folders of the images and of their masks, if both exist."""
     top = Path(root).expanduser()
     for pair in (("images", "masks"), ("images", "labels"), ("imagesTr", "labelsTr")):
         images, masks = (top / name for name in pair)
@@ -83,11 +82,11 @@ def mask_folders(root: str) -> tuple[Path, Path] | None:
 def named_classes(
     root: Path, folder: Path, names: Iterable[str], numbers: Callable[[Path], np.ndarray]
 ) -> list[str]:
-    """The lines of ``classes.txt`` in ``root``; without it the numbers in use in ``folder``.
+    """The lines of ``classes.txt`` in ``root``; without it the values in the masks, as names.
 
     Args:
-        names: of the masks in ``folder``. numbers: those that a mask holds, a function of a module;
-            may raise BadImage.
+        names: of the masks in ``folder``.
+        numbers: reads the values in a mask; a function of a module; may raise BadImage.
     Raises: ValueError for fewer than 2 classes or more than 255.
     """
     file = root / "classes.txt"
@@ -104,14 +103,14 @@ def named_classes(
 def _classes_in_use(
     folder: Path, names: Iterable[str], numbers: Callable[[Path], np.ndarray]
 ) -> list[str]:
-    """The numbers from 0 to the largest in these masks, as names; files that are broken are left
-    for later."""
+    """The numbers from 0 to the largest value in these masks, as names; broken files are
+    skipped."""
     used: set[int] = set()
     for name in names:
         path = folder / name
         try:
-            found = path.stat()
-            used |= _remembered(numbers, path, found.st_size, found.st_mtime_ns)
+            file = path.stat()
+            used |= _values_in(numbers, path, file.st_size, file.st_mtime_ns)
         except (BadImage, OSError):
             continue
     if used - {IGNORE} in (set(), {0}):
@@ -129,9 +128,9 @@ def _classes_in_use(
     return [str(i) for i in range(most + 1)]
 
 
-@lru_cache(maxsize=2**17)  # a set is opened for each of its parts, and reading all masks is slow
-def _remembered(
+@lru_cache(maxsize=2**17)  # reading all masks is slow
+def _values_in(
     read: Callable[[Path], np.ndarray], path: Path, size: int, changed: int
 ) -> frozenset[int]:
-    """The numbers in a mask file, as long as it stays as it is."""
+    """The values in a mask file, read again if its size or time changes."""
     return frozenset(read(path).tolist())

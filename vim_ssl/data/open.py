@@ -2,56 +2,19 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 from vim_ssl.data.dataset import ImageData, join
 from vim_ssl.data.loading.streamed import ImageStream
-from vim_ssl.data.samples.sets import open_sample
-from vim_ssl.data.sources.bigearthnet import open_bigearthnet
-from vim_ssl.data.sources.coco import open_coco
-from vim_ssl.data.sources.dicom import open_dicom
-from vim_ssl.data.sources.eurosat import open_eurosat
-from vim_ssl.data.sources.folder import open_folder
-from vim_ssl.data.sources.geotiff import open_geotiff
-from vim_ssl.data.sources.hub import open_hub, stream_hub
-from vim_ssl.data.sources.imagenet import open_imagenet
-from vim_ssl.data.sources.masks import open_ade20k, open_masks
-from vim_ssl.data.sources.medmnist import open_medmnist
-from vim_ssl.data.sources.nifti import open_nifti
-from vim_ssl.data.sources.pairs import open_pairs
-from vim_ssl.data.sources.slides import open_slide
-from vim_ssl.data.sources.tables import open_csv, open_parquet
-from vim_ssl.data.sources.video import open_video
-from vim_ssl.data.sources.webdataset import stream_tars
+from vim_ssl.data.registry import Splits, find_opener, stream_schemes
 from vim_ssl.data.spec import DataSpec, canonical_split, parse_spec, sets_of
 
 log = logging.getLogger(__name__)
 
-_OPENERS: dict[str, Callable[[DataSpec], ImageData]] = {
-    "folder": open_folder,
-    "hf": open_hub,
-    "pairs": open_pairs,
-    "csv": open_csv,
-    "parquet": open_parquet,
-    "imagenet": open_imagenet,
-    "medmnist": open_medmnist,
-    "dicom": open_dicom,
-    "nifti": open_nifti,
-    "geotiff": open_geotiff,
-    "eurosat": open_eurosat,
-    "bigearthnet": open_bigearthnet,
-    "sample": open_sample,
-    "ade20k": open_ade20k,
-    "masks": open_masks,
-    "coco": open_coco,
-    "video": open_video,
-    "slide": open_slide,
-}
-TOLD = 5  # faults that opening tells of, one by one
-_STREAMS: dict[str, Callable[[DataSpec], ImageStream]] = {"hf": stream_hub, "wds": stream_tars}
+WARNED = 5  # faults that opening warns of one by one
 
 
 @overload
@@ -68,69 +31,117 @@ def open_data(
     spec: str | Path, *, split: str | None = None, streams: bool = False
 ) -> ImageData | ImageStream:
     """Open images: a folder's path, ``hf:owner/name[:config]``, ``csv:file.csv``, ``wds:shards``
-    and the other schemes of `vim_ssl.data.spec.BUILT`.
+    and the other schemes of `vim_ssl.data.registry.SOURCES`.
 
     Args:
         spec: ``SCHEME:LOCATION?key=value&...``; see `DataSpec` for the keys. Several joined by
             " + " are read as one set without labels, one of which may stand in it many times:
             ``A + 20 * B``; see `join`.
-        split: opens this split whatever the spec says. Without any the training part is opened,
-            of a source that has splits; "all" opens everything.
-        streams: whether images that are read in order will do: ``wds:`` and ``streaming=true``.
-    Returns: the images, map-style unless the spec names a stream.
+        split: open this split, whatever the spec says; "all" opens all images. By default the
+            training split is opened, if the source has splits.
+        streams: accept images that are read in order: ``wds:`` and ``streaming=true``.
+    Returns: the images, by index unless the spec names a stream.
     Raises: ValueError for a spec that does not fit the source, FileNotFoundError for missing
         data; each says what to do.
     """
     if isinstance(spec, str) and len(joined := sets_of(spec)) > 1:
         counts, parts = zip(*joined, strict=True)
-        if stream := next((p for p in parts if p.streaming or p.scheme not in _OPENERS), None):
+        if stream := next((part for part in parts if _is_stream(part)), None):
             raise ValueError(f"{spec!r}: {stream} is a stream, which cannot be joined to others.")
         opened = [open_data(str(part), split=split) for part in parts]
         return join([data for data, n in zip(opened, counts, strict=True) for _ in range(n)])
     parsed = parse_spec(spec)
     if split is not None:
         parsed = replace(parsed, split=split)
-    if parsed.streaming or parsed.scheme not in _OPENERS:
+    opener = find_opener(parsed.scheme)
+    if parsed.streaming or opener is None:
         return _open_stream(parsed, streams)
-    data = _OPENERS[parsed.scheme](parsed)
-    name = f"{parsed.scheme}:{parsed.location}"
-    for fault in data.faults[:TOLD]:
+    return _finished(opener(parsed), parsed)
+
+
+@dataclass(frozen=True)
+class Source:
+    """An open source.
+
+    Attributes:
+        splits: their names; none where it has no splits.
+        open: opens a split of these, "all", or for None what the spec names; see `open_data`.
+    """
+
+    splits: Sequence[str]
+    open: Callable[[str | None], Any]
+
+
+def open_source(spec: str | Path, *, streams: bool = False) -> Source:
+    """Open a source once, to read several of its splits.
+
+    Args:
+        spec, streams: see `open_data`.
+    Raises: as `open_data`.
+    """
+    sets = sets_of(spec) if isinstance(spec, str) else [(1, parse_spec(spec))]
+    parsed = sets[0][1]
+    opener = None if len(sets) > 1 or parsed.streaming else find_opener(parsed.scheme)
+    opened = opener(replace(parsed, split="all")) if opener else None
+    if isinstance(opened, Splits):
+
+        def choose(split: str | None) -> ImageData:
+            return _finished(opened, replace(parsed, split=split or parsed.split))
+
+        return Source(opened.names, choose)
+    everything = (
+        open_data(spec, split="all", streams=streams)
+        if opened is None  # several sets, or a stream
+        else _finished(opened, parsed)
+    )
+
+    def reopen(split: str | None) -> ImageData | ImageStream:
+        return everything if split == "all" else open_data(spec, split=split, streams=streams)
+
+    return Source(everything.splits, reopen)
+
+
+def _finished(opened: ImageData | Splits, spec: DataSpec) -> ImageData:
+    """The images that a spec names, with warnings of the source's faults, at most ``limit``."""
+    data = opened.open(spec) if isinstance(opened, Splits) else opened
+    name = f"{spec.scheme}:{spec.location}"
+    for fault in data.faults[:WARNED]:
         warn_once(f"{name}: {fault}")
-    if (more := len(data.faults) - TOLD) > 0:
+    if (more := len(data.faults) - WARNED) > 0:
         warn_once(f"{name}: {more:,} more; `vim-ssl data check` names them all.")
-    if parsed.limit is not None and parsed.limit < len(data):
+    if spec.limit is not None and spec.limit < len(data):
         # Spread out, since many sets are sorted by class.
-        data = data.subset(i * len(data) // parsed.limit for i in range(parsed.limit))
+        data = data.subset(i * len(data) // spec.limit for i in range(spec.limit))
     return data
 
 
 @overload
-def open_split(spec: str, wanted: Sequence[str] = ...) -> ImageData: ...
+def open_split(spec: str, requested: Sequence[str] = ...) -> ImageData: ...
 
 
 @overload
 def open_split(
-    spec: str, wanted: Sequence[str] = ..., *, streams: bool
+    spec: str, requested: Sequence[str] = ..., *, streams: bool
 ) -> ImageData | ImageStream: ...
 
 
 def open_split(
-    spec: str, wanted: Sequence[str] = ("test", "validation"), *, streams: bool = False
+    spec: str, requested: Sequence[str] = ("test", "validation"), *, streams: bool = False
 ) -> ImageData | ImageStream:
-    """The part that the spec names, else the first of those wanted, or all there is.
+    """Open the split that the spec names, else the first of those requested, or all there is.
 
     Args:
-        wanted: canonical names of splits.
+        requested: canonical names of splits.
         streams: see `open_data`.
     """
-    everything = open_data(spec, split="all", streams=streams)
-    # Sets joined by " + " have no splits of their own to choose from.
-    if not everything.splits or parse_spec(spec).split is not None:
-        return open_data(spec, streams=streams)
-    for split in wanted:
-        if any(canonical_split(name) == split for name in everything.splits):
-            return open_data(spec, split=split, streams=streams)
-    return everything
+    source = open_source(spec, streams=streams)
+    # Sets joined by " + " have no splits to choose from.
+    if not source.splits or parse_spec(spec).split is not None:
+        return source.open(None)
+    for split in requested:
+        if any(canonical_split(name) == split for name in source.splits):
+            return source.open(split)
+    return source.open("all")
 
 
 @cache  # once, however often the same data is opened
@@ -138,16 +149,21 @@ def warn_once(fault: str) -> None:
     log.warning(fault)
 
 
-def _open_stream(spec: DataSpec, wanted: bool) -> ImageStream:
-    if spec.scheme not in _STREAMS:
+def _is_stream(spec: DataSpec) -> bool:
+    return spec.streaming or find_opener(spec.scheme) is None
+
+
+def _open_stream(spec: DataSpec, accepted: bool) -> ImageStream:
+    opener = find_opener(spec.scheme, stream=True)
+    if opener is None:
         raise ValueError(
             f"{spec}: a {spec.scheme} is read by index, nothing of it is loaded beforehand; leave "
-            f"streaming=true out. Streams are {', '.join(f'{s}:' for s in _STREAMS)}."
+            f"streaming=true out. Streams are {', '.join(f'{s}:' for s in stream_schemes())}."
         )
-    if not wanted:
+    if not accepted:
         raise ValueError(
             f"{spec} is a stream, which is read in order and for pretraining only; here images "
             "are needed by index: give a folder, hf:NAME without streaming=true, or sample:NAME."
         )
-    stream = _STREAMS[spec.scheme](spec)
+    stream = opener(spec)
     return stream if spec.limit is None else stream.limited(spec.limit)

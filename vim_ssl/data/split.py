@@ -1,4 +1,4 @@
-"""Splits: stratified ones by seed, and parts held out for good."""
+"""Splits: stratified by seed, or fixed by a hash."""
 
 import random
 from collections import Counter, defaultdict
@@ -8,12 +8,12 @@ from typing import Any
 
 
 def is_known(label: Any) -> bool:
-    """Whether a label says something: a class from 0 on, or a row of 0 and 1; -1 is unknown."""
+    """Whether a label is known: a class from 0 on, or a row of 0 and 1; -1 is unknown."""
     return bool((min(label) if hasattr(label, "__len__") else label) >= 0)
 
 
 def as_key(label: Any) -> Hashable:
-    """A label as what can be counted and sorted: the row of an image with several as a tuple."""
+    """A label as a hashable key; a row of 0 and 1 as a tuple."""
     return tuple(int(value) for value in label) if hasattr(label, "__len__") else label
 
 
@@ -33,21 +33,20 @@ def stratified_split(
 ) -> tuple[list[int], list[int]]:
     """Split indices in two, with every class in about the same proportion on both sides.
 
-    The shares are rounded so that their sum comes right: of many classes with two images each,
-    one in five gives an image up at fraction 0.1. A group counts for the class it has most of.
-    No library's random numbers are used, so a seed means the same split everywhere.
+    Shares are rounded so that their sum is right: of many classes with two images each, one in five
+    gives up an image at fraction 0.1. A group counts for its most frequent class. A seed means the
+    same split everywhere: no library's random numbers are used.
 
     Args:
-        labels: one an image; a row of 0 and 1 (several labels) counts as a class of its own.
+        labels: one per image; each combination of a row of 0 and 1 counts as a class.
         fraction: share of the second side, in (0, 1).
         seed: chooses the images.
-        groups: one an image; a group comes to one side as a whole, and shares are then kept as
-            well as that allows. A class that makes up two groups or more, and of which half an
-            image or more is due, is on both sides; one that makes up a single group is on the
-            first, from which it can be learned. (Not so rows of several labels: nearly every
-            group would be the only one of its combination.)
+        groups: one per image; a group is never divided, and shares are kept as well as that
+            allows. A class of two groups or more, of which half an image or more is due, is on both
+            sides; a class of a single group is on the first side, to be learned. (Not so rows of
+            several labels: nearly every group would be the only one of its combination.)
     Returns: (first, second), sorted indices, neither empty.
-    Raises: ValueError when there are not two images, or groups, to part.
+    Raises: ValueError for fewer than two images, or groups.
     """
     if not 0 < fraction < 1:
         raise ValueError(f"fraction {fraction} is not between 0 and 1.")
@@ -67,7 +66,7 @@ def stratified_split(
     classes = sorted(strata)
     draw.shuffle(classes)
     held: list[list[int]] = []
-    due = 0.0  # images the second side should still get; what rounding leaves goes on
+    due = 0.0  # images that the second side should still get; the rest of a rounding is carried on
     for label in classes:
         draw.shuffle(strata[label])
         due += fraction * sum(map(len, strata[label]))
@@ -91,10 +90,10 @@ def _with_every_class(
     labels: Sequence[Hashable],
     fraction: float,
 ) -> list[list[int]]:
-    """The groups held out, so that neither side lacks a class which other groups could give it, and
-    the first side none at all, unless nothing were left to hold out.
+    """Exchange held-out groups so that neither side lacks a class that other groups could give it,
+    and the first side lacks none, unless nothing would be left to hold out.
 
-    Groups round coarsely: what one huge group leaves due takes small classes whole.
+    Groups round coarsely: after one huge group, small classes would be held out whole.
     """
     total = Counter(labels)
     second = Counter(labels[i] for group in held for i in group)
@@ -113,9 +112,9 @@ def _with_every_class(
 def hold_out(
     keys: Sequence[str], strata: Sequence[Hashable], fraction: float, salt: str
 ) -> set[str]:
-    """The keys that are held out: in every stratum this share, chosen by a hash of the key.
+    """The held-out keys: this share of every stratum, chosen by a hash of the key.
 
-    Neither the order nor any library's random numbers matter, so a split stays what it is.
+    The split depends neither on the order nor on a library's random numbers.
     """
     members = defaultdict(list)
     for key, stratum in zip(keys, strata, strict=True):

@@ -1,4 +1,4 @@
-"""Intensity windows: which values become black and white when deep images become 8-bit ones."""
+"""Intensity windows: the values that become black and white in an 8-bit image."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Window:
-    """From ``low`` (black) to ``high`` (white): values, or percentiles of an image or volume."""
+    """The values from ``low`` (black) to ``high`` (white), or percentiles of an image or volume."""
 
     low: float
     high: float
@@ -15,7 +15,7 @@ class Window:
 
     @classmethod
     def parse(cls, text: str) -> "Window":
-        """``-160,240``, in the source's unit, or percentiles, ``0.5%,99.5%``.
+        """Parse ``-160,240``, in the source's unit, or percentiles, ``0.5%,99.5%``.
 
         Raises: ValueError for anything else, and for an empty window.
         """
@@ -44,6 +44,6 @@ class Window:
 
 
 def to_8bit(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Values → uint8, ``low`` and less to 0, ``high`` and more to 255; NaN to 0."""
+    """Scale values to uint8: ``low`` and less to 0, ``high`` and more to 255; NaN to 0."""
     share = (values.astype(np.float64) - low) / ((high - low) or 1.0)
     return np.nan_to_num(share * 255, nan=0.0).clip(0, 255).round().astype(np.uint8)

@@ -1,10 +1,14 @@
-"""What an encoder is worth.
+"""Evaluate frozen features.
 
-features.py      of a data set under an encoder, shared out over processes and kept on disk
-probes.py        nearest neighbours, the choice of readout and C; linear_heads.py fits
+extract.py       features of images under an encoder, in order
+features.py      features of a data set, shared out over processes and kept on disk
+readout.py       which parts of the encoder are read, and which readout and C are chosen
+linear_heads.py  logistic regression, and MAE's head trained by LARS
+knn.py           nearest neighbours: search and vote
+online.py        a quick probe while a run trains      validation.py  validation and early stopping
 comparison.py    encoders side by side on the same images
 retrieval.py     images by captions and captions by images
-scores.py        a figure and its interval; class_, medmnist_, mask_, box_scores: each task's own
-embeddings.py    features of any data in files, to be taken elsewhere
-sheets.py        drawings of truth and prediction
+embeddings.py    features of any data in files, for use elsewhere
+
+The metrics stand in `vim_ssl.metrics`, the drawings in `vim_ssl.utils.drawing`.
 """

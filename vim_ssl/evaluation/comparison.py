@@ -1,6 +1,7 @@
-"""Frozen encoders side by side on the same labelled images: what all their tasks have in common.
+"""Compare frozen encoders on the same labelled images.
 
-A task (`downstream/linear_probe.py`, `knn.py`) says what it makes of the features.
+The tasks `downstream/linear_probe.py` and `downstream/knn.py` share the encoders, the splits, the
+features and the record.
 """
 
 import time
@@ -13,8 +14,9 @@ import torch
 
 from vim_ssl.checkpoints.loading import load_encoder
 from vim_ssl.data import labelled_splits
-from vim_ssl.evaluation.extract import READOUTS, Features
-from vim_ssl.evaluation.features import encode_parts, readouts_of
+from vim_ssl.evaluation.extract import Features
+from vim_ssl.evaluation.features import encode_splits
+from vim_ssl.evaluation.readout import READOUTS, available_readouts
 from vim_ssl.training.run import newest_run, task_folder, trained_on
 from vim_ssl.utils.config import opt, to_dict
 from vim_ssl.utils.distributed import join_processes, pick_device
@@ -27,28 +29,30 @@ class ComparisonConfig:
 
     encoder: str = opt("", "run, checkpoint, preset or Hub id; default: the newest run")
     data: str = opt("", "labelled data; default: what the run was trained on")
-    test_data: str = opt("", "other data of the same classes to test on: another style, place …")
+    test_data: str = opt("", "other data of the same classes to test on: another style, site …")
     test: float = opt(0.2, "share held out for testing if the data has no test split")
     against: tuple[str, ...] = opt((), "further encoders, on the same images")
     baselines: bool = opt(True, "untrained weights too, and in the probe raw pixels")
-    readouts: tuple[str, ...] = opt(READOUTS, "ways to read the encoders", choices=READOUTS)
+    readouts: tuple[str, ...] = opt(
+        READOUTS, "parts of the encoder's output to use as features", choices=READOUTS
+    )
     batch_size: int = opt(128, "images at once")
     workers: int = opt(0, "data loading processes")
-    cache: bool = opt(True, "keep features on disk, and take them from there")
+    cache: bool = opt(True, "keep features on disk, and read them from there")
     device: str = opt("", "cpu, cuda …; default: cuda if there is one")
     seed: int = opt(0, "of the splits and of the untrained encoder")
     output: str = opt(
-        "", "where metrics.json goes; default: a folder in the run, named as the task"
+        "", "folder of metrics.json; default: a folder in the run, named after the task"
     )
 
 
 class Comparison:
-    """One run of a task. Several processes share the images out; the first has the features.
+    """One run of a task. Several processes share out the images; the main one has the features.
 
     Attributes:
         encoder: the first of the encoders, inflated where the data are videos.
-        train, test: labelled parts of the data.
-        main: whether this is the process that goes on with the features.
+        train, test: labelled splits of the data.
+        main: True on the process that goes on with the features.
     Raises: what `load_encoder` and `labelled_splits` raise.
     """
 
@@ -70,7 +74,7 @@ class Comparison:
                   f"{len(self.test):,} test{tested}", flush=True)  # fmt: skip
 
     def features(self) -> Iterator[tuple[str, Features, Features, dict[str, slice]]]:
-        """On the main process: name, features of both parts, and the columns of every readout."""
+        """On the main process: name, features of both splits, the columns of every readout."""
         config = self.config
         encoders = {"pretrained encoder": self.encoder}
         for other in config.against:
@@ -79,13 +83,13 @@ class Comparison:
             torch.manual_seed(config.seed)
             encoders["same encoder, untrained"] = type(self.encoder)(**self.encoder.config)
         for name, encoder in encoders.items():
-            parts = encode_parts(
+            splits = encode_splits(
                 encoder.to(self.device).eval(), (self.train, self.test), cache=config.cache,
                 batch_size=config.batch_size, workers=config.workers, device=self.device,
                 processes=self.processes,
             )  # fmt: skip
-            if parts is not None:
-                yield name, parts[0], parts[1], readouts_of(encoder, config.readouts)
+            if splits is not None:
+                yield name, splits[0], splits[1], available_readouts(encoder, config.readouts)
 
     def record(self, **results: Any) -> tuple[dict[str, Any], Path]:
         """The content of metrics.json, with these results, and the folder it goes to."""
@@ -100,8 +104,8 @@ class Comparison:
         return metrics, Path(config.output or task_folder(self.task, self.source, named))
 
 
-# What a figure is called in words.
-FIGURES = {"accuracy": "Accuracy", "mAP": "Mean average precision over the classes"}
+# The "figure" of metrics.json in words.
+METRIC_TITLES = {"accuracy": "Accuracy", "mAP": "Mean average precision over the classes"}
 
 
 def pivot(rows: list[dict[str, Any]], cells: list[str], width: int) -> list[str]:

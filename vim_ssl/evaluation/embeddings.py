@@ -1,9 +1,9 @@
-"""Embeddings of any data in files of a few thousand rows, each written whole or not at all.
+"""Embeddings of any data in files of a few thousand rows, each written atomically.
 
-    plan_shards → the files that are still to be made → read_rows, in order → write_shard
+    plan_shards → the files that are still missing → read_rows, in order → write_shard
 
-What a file holds follows from the data alone, so that any number of processes, killed and started
-again at will, leave the same files.
+The data alone determine the content of a file: any number of processes, killed and restarted at any
+time, write the same files.
 """
 
 import json
@@ -22,20 +22,19 @@ from vim_ssl.data.images import BadImage
 from vim_ssl.data.loading.streamed import ImageStream
 from vim_ssl.data.split import as_key, is_known
 from vim_ssl.data.transforms.image import Transform
-from vim_ssl.evaluation.extract import Features, Readable, encode_views
+from vim_ssl.evaluation.extract import Features, Readable, encode_batches
 from vim_ssl.utils.files import atomic_path
 
 FORMATS = ("parquet", "npy")
 KNOWN = ("ids", "labels", "groups")  # of every row
-# An image that could be read (id, label or None, group or None, (c, h, w)), or the error of one
-# that could not.
+# (id, label or None, group or None, image (c, h, w)), or the error of an image that is unreadable.
 Row = tuple[str, Any, str | None, Tensor] | str
 
 
 @dataclass(frozen=True)
 class EmbeddingShard:
-    """A file to be made: ``count`` images from place ``first`` on, of the data or, of a stream,
-    of its shard ``source``."""
+    """A file to write: ``count`` images from index ``first`` on, of the data or of the shard
+    ``source`` of a stream."""
 
     name: str
     source: int
@@ -48,11 +47,11 @@ class EmbeddingShard:
 
 
 def plan_shards(data: ImageData | ImageStream, rows: int) -> list[EmbeddingShard]:
-    """All files, of ``rows`` images at most; in a stream none goes over the end of a shard."""
-    if isinstance(data, ImageData):
-        sizes, pattern = [len(data)], "{1:05}"
-    else:
+    """All files, of ``rows`` images at most; in a stream, a file ends with its shard."""
+    if data.is_stream:
         sizes, pattern = [shard.count for shard in data.shards], "{0:05}-{1:03}"
+    else:
+        sizes, pattern = [len(data)], "{1:05}"
     return [
         EmbeddingShard(
             pattern.format(source, first // rows), source, first, min(rows, size - first)
@@ -62,11 +61,11 @@ def plan_shards(data: ImageData | ImageStream, rows: int) -> list[EmbeddingShard
     ]
 
 
-def share_of(
+def local_shards(
     shards: Sequence[EmbeddingShard], streamed: bool, rank: int, world: int
 ) -> list[EmbeddingShard]:
-    """Those of one process: every ``world``-th, or every ``world``-th shard of a stream, which is
-    read once from front to back."""
+    """The files of one rank: every ``world``-th; of a stream, which is read once in order, those
+    of every ``world``-th shard."""
     if not streamed:
         return list(shards[rank::world])
     sources = sorted({shard.source for shard in shards})[rank::world]
@@ -81,12 +80,12 @@ def read_rows(
     batch_size: int,
     workers: int = 0,
 ) -> Iterator[tuple[EmbeddingShard, list[Row], bool]]:
-    """The images of these files in batches, none over the end of a file.
+    """The images of these files in batches, each within one file.
 
-    Yields: the file, its next rows, and whether they are its last. One worker keeps the order of a
-        file; of a stream several files may be under way at a time.
+    Yields: the file, its next rows, and True with its last rows. The rows of a file come in order;
+        workers may read several files of a stream at a time.
     """
-    if isinstance(data, ImageStream):
+    if data.is_stream:
         stream = StreamRows(data, shards, transform, batch_size)
         yield from DataLoader(stream, batch_size=None, num_workers=workers)
         return
@@ -97,19 +96,19 @@ def read_rows(
     ]
     loader = DataLoader(
         Readable(data, transform),
-        batch_sampler=[list(places) for _, places in cuts],
+        batch_sampler=[list(indices) for _, indices in cuts],
         num_workers=workers,
         collate_fn=list,
     )
-    for (shard, places), found in zip(cuts, loader, strict=True):
+    for (shard, indices), batch in zip(cuts, loader, strict=True):
         rows: list[Row] = [
-            row if isinstance(row, str) else (*_known_of(data, row[0]), row[1]) for row in found
+            row if isinstance(row, str) else (*_fields(data, row[0]), row[1]) for row in batch
         ]
-        yield shard, rows, places.stop == shard.end
+        yield shard, rows, indices.stop == shard.end
 
 
 class StreamRows(IterableDataset):
-    """`read_rows` of a stream; each worker reads shards of its own."""
+    """`read_rows` of a stream; every worker reads other shards."""
 
     def __init__(
         self,
@@ -123,13 +122,13 @@ class StreamRows(IterableDataset):
 
     def __iter__(self) -> Iterator[tuple[EmbeddingShard, list[Row], bool]]:
         worker = get_worker_info()
-        place, count = (worker.id, worker.num_workers) if worker else (0, 1)
-        for source in sorted({shard.source for shard in self.shards})[place::count]:
+        index, count = (worker.id, worker.num_workers) if worker else (0, 1)
+        for source in sorted({shard.source for shard in self.shards})[index::count]:
             records = enumerate(self.data.records(source))
             for shard in (shard for shard in self.shards if shard.source == source):
                 rows: list[Row] = []
                 for number, record in records:
-                    if number < shard.first:  # of a file that is there already
+                    if number < shard.first:  # of a file that exists already
                         continue
                     rows.append(self._row(record))
                     last = number + 1 == shard.end
@@ -149,7 +148,6 @@ class StreamRows(IterableDataset):
         return item["id"], label if is_known(label) else None, group and str(group), image
 
 
-@torch.no_grad()
 def stream_features(
     encode: Callable[[Tensor], Tensor],
     data: ImageStream,
@@ -163,25 +161,21 @@ def stream_features(
 
     Raises: ValueError when none can be read.
     """
-    xs: list[Tensor] = []
-    known: list[tuple[str, Any, str | None]] = []
-    skipped: list[str] = []
     shards = plan_shards(data, max(len(data), 1))
-    for _, rows, _ in read_rows(data, shards, transform, batch_size=batch_size, workers=workers):
-        skipped += [row for row in rows if isinstance(row, str)]
-        if whole := [row for row in rows if not isinstance(row, str) and row[1] is not None]:
-            known += [row[:3] for row in whole]
-            images = torch.stack([row[3] for row in whole]).to(device)
-            xs.append(encode_views(encode, images).flatten(1).float().cpu())
-    if not known:
+    rows = read_rows(data, shards, transform, batch_size=batch_size, workers=workers)
+    labelled = (
+        [row for row in batch if isinstance(row, str) or row[1] is not None] for _, batch, _ in rows
+    )
+    x, fields, skipped = encode_batches(encode, labelled, device)
+    if not fields:
         raise ValueError(f"{data.name} has no image with a label that can be read: {skipped[:3]}")
-    ids, labels, groups = map(list, zip(*known, strict=True))
+    ids, labels, groups = map(list, zip(*fields, strict=True))
     y = torch.from_numpy(np.asarray(labels, dtype=np.int64))
-    return Features(torch.cat(xs), y, ids, skipped, None if None in groups else groups)
+    return Features(x, y, ids, skipped, None if None in groups else groups)
 
 
-def _known_of(data: ImageData, index: int) -> tuple[str, Any, str | None]:
-    """Id, label (an int, a list of 0 and 1, or None where it is not known), group or None."""
+def _fields(data: ImageData, index: int) -> tuple[str, Any, str | None]:
+    """Id, label (an int, a list of 0 and 1, or None if unknown), group or None."""
     group = None if data.groups is None else str(data.groups[index])
     if data.labels is None or not is_known(data.labels[index]):
         return data.ids[index], None, group
@@ -194,9 +188,14 @@ def _known_of(data: ImageData, index: int) -> tuple[str, Any, str | None]:
 
 @dataclass
 class Embedded:
-    """What goes into a file: embeddings ``x`` (n, d), float32 on the CPU, ``ids``, ``labels`` and
-    ``groups`` (None where unknown) of n images; ``skipped``, the errors of those that could not
-    be read; ``made_of``, what `embed.py` recorded, where it is read from a folder."""
+    """The content of a file, or of a folder of files.
+
+    Attributes:
+        x: embeddings (n, d), float32 on the CPU.
+        ids, labels, groups: of the n images; None where unknown.
+        skipped: the errors of images that could not be read.
+        made_of: the record of `embed.py`, if read from a folder.
+    """
 
     name: str
     x: Tensor
@@ -208,11 +207,11 @@ class Embedded:
 
 
 def write_shard(folder: Path, part: Embedded, *, format: str, multi_label: bool = False) -> None:
-    """Write one file: a reader, or a kill, sees it whole or not at all.
+    """Write one file atomically.
 
-    ``NAME.parquet`` has the columns id, label (null where unknown; a list where images have
-    several), group (null where unknown; what belongs together, as a patient's) and embedding;
-    ``NAME.npy`` the embeddings, ``NAME.json`` the rest, written before it.
+    ``NAME.parquet`` has the columns id, label (null if unknown; a list for multi-label data), group
+    (null if unknown; such as the patient) and embedding. ``NAME.npy`` has the embeddings,
+    ``NAME.json``, written before it, the rest.
 
     Args:
         format: one of `FORMATS`.
@@ -246,10 +245,10 @@ def write_shard(folder: Path, part: Embedded, *, format: str, multi_label: bool 
 
 
 def read_summary(folder: Path, name: str, format: str) -> tuple[int, list[str]]:
-    """Rows of a written file, and the images left out of it."""
+    """Number of rows of a written file, and the images skipped in it."""
     if format == "npy":
-        found = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-        return len(found["ids"]), found["skipped"]
+        content = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        return len(content["ids"]), content["skipped"]
     from pyarrow import parquet
 
     with parquet.ParquetFile(folder / f"{name}.parquet") as file:
@@ -258,10 +257,10 @@ def read_summary(folder: Path, name: str, format: str) -> tuple[int, list[str]]:
 
 
 def read_embeddings(folder: Path) -> Embedded:
-    """All that a folder of whole files holds, in their order.
+    """The content of all files of a folder, in their order.
 
     Args:
-        folder: that ``record.json`` and ``shards/`` lie in.
+        folder: with ``record.json`` and ``shards/``.
     Raises: FileNotFoundError for a folder without embeddings; ValueError for an unfinished one.
     """
     record = folder / "record.json"
@@ -273,13 +272,13 @@ def read_embeddings(folder: Path) -> Embedded:
     stored = json.loads(record.read_text())
     if not stored.get("finished"):
         raise ValueError(f"the embeddings in {folder} are not finished; run embed.py to the end.")
-    found = Embedded(folder.name, torch.empty(0, 0), made_of=stored.get("made_of", {}))
+    result = Embedded(folder.name, torch.empty(0, 0), made_of=stored.get("made_of", {}))
     xs = []
     for file in sorted((folder / "shards").glob("*.npy")):
         rest = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
         xs.append(torch.from_numpy(np.load(file)))
         for key in ("skipped", *KNOWN):
-            getattr(found, key).extend(rest[key])
+            getattr(result, key).extend(rest[key])
     for file in sorted((folder / "shards").glob("*.parquet")):
         from pyarrow import parquet
 
@@ -288,8 +287,8 @@ def read_embeddings(folder: Path) -> Embedded:
         rows = values.flatten().to_numpy().reshape(len(table), width.list_size)
         xs.append(torch.from_numpy(rows.copy()))
         for key in KNOWN:
-            getattr(found, key).extend(table[key.removesuffix("s")].to_pylist())
-        found.skipped += json.loads(table.schema.metadata[b"skipped"])
+            getattr(result, key).extend(table[key.removesuffix("s")].to_pylist())
+        result.skipped += json.loads(table.schema.metadata[b"skipped"])
     if xs:
-        found.x = torch.cat(xs)
-    return found
+        result.x = torch.cat(xs)
+    return result

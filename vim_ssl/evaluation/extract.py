@@ -1,6 +1,6 @@
-"""Extract features of a data set under an encoder, by readout."""
+"""Extract the features of images under an encoder, in the order of the data."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,16 +9,19 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from vim_ssl.data.images import BadImage
-from vim_ssl.models.encoder import VimEncoder
-
-READOUTS = ("token", "avg", "token+avg", "layers")
 
 
 @dataclass
 class Features:
-    """Features of a data set: ``x`` (n, d) float32, the labels ``y`` (n,) or (n, classes) of 0 and
-    1, int64, ``ids``, the images that could not be read, and the ``groups`` that a split keeps
-    whole, where the data have them."""
+    """Features of a data set.
+
+    Attributes:
+        x: (n, d) float32.
+        y: labels int64, (n,) or (n, classes) of 0 and 1.
+        ids: of the images.
+        skipped: the errors of images that could not be read.
+        groups: what a split keeps together, where the data have groups.
+    """
 
     x: Tensor
     y: Tensor
@@ -28,7 +31,7 @@ class Features:
 
 
 class Readable(Dataset):
-    """Places and images through a transform; the text of its error for one that is broken."""
+    """(index, transformed image) of every image; the error as text for one that is broken."""
 
     def __init__(self, data, transform):
         self.data, self.transform = data, transform
@@ -52,7 +55,7 @@ def extract_features(
     workers: int = 0,
     device: str | torch.device = "cpu",
 ) -> Features:
-    """Run ``encode`` over a data set in order.
+    """Run ``encode`` over map-style data.
 
     Args:
         encode: (b, c, h, w) -> (b, ...); flattened to (b, d) float32.
@@ -60,38 +63,47 @@ def extract_features(
         transform: image -> (c, h, w).
     Raises: ValueError when no image can be read.
     """
-    found = extract_rows(
+    result = extract_rows(
         encode, data, transform, range(len(data)),
         batch_size=batch_size, workers=workers, device=device,
     )  # fmt: skip
-    return features_of(data, *found)
+    return features_of(data, *result)
 
 
-@torch.no_grad()
 def extract_rows(
     encode: Callable[[Tensor], Tensor],
     data,
     transform: Callable,
-    places: Sequence[int],
+    indices: Sequence[int],
     *,
     batch_size: int,
     workers: int,
     device: str | torch.device,
 ) -> tuple[Tensor, list[int], list[str]]:
-    """`extract_features` at some places: features (n, d) of those that can be read, float32 on the
-    CPU, these places, and the errors of the others."""
-    loader = DataLoader(
-        Subset(Readable(data, transform), places),
-        batch_size,
-        num_workers=workers,
-        collate_fn=list,
-    )
+    """`extract_features` of some images: features (n, d) of the readable ones, their indices, and
+    the errors of the others."""
+    subset = Subset(Readable(data, transform), indices)
+    loader = DataLoader(subset, batch_size, num_workers=workers, collate_fn=list)
+    x, rows, skipped = encode_batches(encode, loader, device)
+    return x, [index for (index,) in rows], skipped
+
+
+@torch.no_grad()
+def encode_batches(
+    encode: Callable[[Tensor], Tensor],
+    batches: Iterable[Sequence[tuple | str]],
+    device: str | torch.device,
+) -> tuple[Tensor, list[tuple], list[str]]:
+    """Encode batches of rows that end in an image; a string is the error of an unreadable one.
+
+    Returns: features (n, d) float32 on the CPU, the rows without the image, the errors.
+    """
     xs, rows, skipped = [torch.empty(0, 0)], [], []
-    for batch in loader:
+    for batch in batches:
         skipped += [row for row in batch if isinstance(row, str)]
-        if whole := [row for row in batch if not isinstance(row, str)]:
-            rows += [place for place, _ in whole]
-            images = torch.stack([image for _, image in whole]).to(device)
+        if readable := [row for row in batch if not isinstance(row, str)]:
+            rows += [row[:-1] for row in readable]
+            images = torch.stack([row[-1] for row in readable]).to(device)
             xs.append(encode_views(encode, images).flatten(1).float().cpu())
     return torch.cat(xs[1:] or xs), rows, skipped
 
@@ -104,42 +116,10 @@ def encode_views(encode: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def features_of(data, x: Tensor, rows: Sequence[int], skipped: list[str]) -> Features:
-    """Features with what the data know of the images at ``rows``."""
+    """Features with the labels, ids and groups of the images at ``rows``."""
     if not rows:
         raise ValueError(f"none of the {len(data)} images could be read: {skipped[:3]}")
     labels = [-1] * len(rows) if data.labels is None else [data.labels[i] for i in rows]
     groups = None if data.groups is None else [data.groups[i] for i in rows]
     y = torch.from_numpy(np.asarray(labels, dtype=np.int64))
     return Features(x, y, [data.ids[i] for i in rows], skipped, groups)
-
-
-def read_all(encoder: VimEncoder, x: Tensor) -> Tensor:
-    """Everything that `readout_columns` chooses from, of images (b, c, h, w), side by side.
-
-    Columns of embed_dim each: the class token (if there is one), the patches' mean after the last
-    block, then their means after a quarter, half and three quarters of the blocks.
-    """
-    depth = len(encoder.feature_info)
-    quarters = [max(round(depth * q / 4) - 1, 0) for q in (1, 2, 3, 4)]
-    taps = encoder.forward_intermediates(
-        x, quarters, return_prefix_tokens=True, norm=True, output_fmt="NLC", intermediates_only=True
-    )
-    means = [patches.mean(1) for patches, _ in taps]
-    token = [taps[-1][1].mean(1)] if taps[-1][1].shape[1] else []
-    return torch.cat([*token, means[-1], *means[:-1]], dim=1)
-
-
-def readout_columns(encoder: VimEncoder, readout: str) -> slice:
-    """The columns of `read_all` that make up one of `READOUTS`.
-
-    Raises: ValueError for an unknown readout, or a class token that the encoder does not have.
-    """
-    if readout not in READOUTS:
-        raise ValueError(f"readout {readout!r} is not one of {', '.join(READOUTS)}.")
-    has_token = bool(encoder.cls_names)
-    if readout.startswith("token") and not has_token:
-        raise ValueError(f"readout {readout!r} needs a class token; use 'avg' or 'layers'.")
-    first, last = {"token": (0, 1), "avg": (1, 2), "token+avg": (0, 2), "layers": (0, 5)}[readout]
-    shift = 0 if has_token else -1
-    d = encoder.embed_dim
-    return slice(max(first + shift, 0) * d, (last + shift) * d)

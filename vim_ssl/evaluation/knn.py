@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-QUERIES, BANK = 1024, 2**16  # images that are compared with one another at once
+QUERIES, BANK = 1024, 2**16  # rows that are compared at once: a quarter of a gigabyte
 
 
 def knn_predict(
@@ -16,9 +16,9 @@ def knn_predict(
     temperature: float = 0.07,
     standardise: bool = True,
 ) -> Tensor:
-    """The class (m,) int64 that the ``k`` nearest vote for; see `nearest` and `knn_votes`."""
-    found = nearest(bank, queries, k=k, standardise=standardise)
-    return knn_votes(labels, *found, temperature=temperature).argmax(1)
+    """The class (m,) int64 with most votes of the ``k`` nearest; see `nearest`, `knn_votes`."""
+    neighbours = nearest(bank, queries, k=k, standardise=standardise)
+    return knn_votes(labels, *neighbours, temperature=temperature).argmax(1)
 
 
 def nearest(
@@ -29,50 +29,61 @@ def nearest(
     standardise: bool = True,
     device: str | torch.device = "cpu",
 ) -> tuple[Tensor, Tensor]:
-    """The ``k`` of the bank (n, d) most similar to each of the queries (m, d) by cosine.
-
-    No more than `QUERIES` x `BANK` similarities exist at a time: a million images fit.
+    """The ``k`` rows of the bank (n, d) most similar to each query (m, d) by cosine.
 
     Args:
-        standardise: first take the bank's mean and deviation out of every feature: what all
-            images have in common would otherwise make every cosine nearly 1.
-    Returns: similarities and places in the bank, (m, min(k, n)), the most similar first.
+        standardise: standardise every feature by the bank's mean and deviation first: a component
+            common to all images would otherwise make every cosine nearly 1.
+    Returns: see `search`.
     """
     if standardise:
         mean, std = bank.mean(0), bank.std(0) + 1e-6
         bank, queries = (bank - mean) / std, (queries - mean) / std
     bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
+    return search(bank, queries, k=k, device=device)
+
+
+def search(
+    bank: Tensor, queries: Tensor, *, k: int, device: str | torch.device = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """The ``k`` rows of the bank (n, d) with the largest products with each query (m, d).
+
+    At most `QUERIES` x `BANK` similarities exist at a time: a million images fit.
+
+    Returns: similarities and indices into the bank, (m, min(k, n)), the most similar first, on the
+        CPU.
+    """
     k = min(k, len(bank))
-    found = []
-    for asked in queries.split(QUERIES):
-        asked = asked.to(device)
-        best = asked.new_empty(len(asked), 0)
-        places = torch.empty(len(asked), 0, dtype=torch.int64, device=device)
+    results = []
+    for query in queries.split(QUERIES):
+        query = query.to(device)
+        best = query.new_empty(len(query), 0)
+        indices = torch.empty(len(query), 0, dtype=torch.int64, device=device)
         for begin in range(0, len(bank), BANK):
-            similarity = asked @ bank[begin : begin + BANK].to(device).T
-            top, place = similarity.topk(min(k, similarity.shape[1]), dim=1)
-            best, places = torch.cat([best, top], 1), torch.cat([places, place + begin], 1)
+            similarity = query @ bank[begin : begin + BANK].to(device).T
+            top, index = similarity.topk(min(k, similarity.shape[1]), dim=1)
+            best, indices = torch.cat([best, top], 1), torch.cat([indices, index + begin], 1)
             best, order = best.topk(min(k, best.shape[1]), dim=1)
-            places = places.gather(1, order)
-        found.append((best.cpu(), places.cpu()))
-    similarities, all_places = zip(*found, strict=True)
-    return torch.cat(similarities), torch.cat(all_places)
+            indices = indices.gather(1, order)
+        results.append((best.cpu(), indices.cpu()))
+    similarities, all_indices = zip(*results, strict=True)
+    return torch.cat(similarities), torch.cat(all_indices)
 
 
 def knn_votes(
-    labels: Tensor, similarity: Tensor, places: Tensor, *, temperature: float = 0.07
+    labels: Tensor, similarity: Tensor, indices: Tensor, *, temperature: float = 0.07
 ) -> Tensor:
     """The neighbours' votes, weighted by exp(similarity / temperature), as shares of all.
 
     Args:
         labels: of the bank, (n,) int64, or (n, classes) of 0 and 1.
-        similarity, places: from `nearest`; their first k columns are the vote of k.
+        similarity, indices: from `nearest`; their first k columns give the votes of k neighbours.
     Returns: (m, classes).
     Reference: the protocol of DINO, arXiv:2104.14294; k and temperature of DINOv2.
     """
     weight = (similarity / temperature).softmax(1)
     if labels.ndim == 1:
         votes = weight.new_zeros(len(weight), int(labels.max()) + 1)
-        return votes.scatter_add_(1, labels[places], weight)
-    parts = zip(weight.split(QUERIES), places.split(QUERIES), strict=True)
+        return votes.scatter_add_(1, labels[indices], weight)
+    parts = zip(weight.split(QUERIES), indices.split(QUERIES), strict=True)
     return torch.cat([torch.einsum("mk,mkc->mc", w, labels[p].to(w)) for w, p in parts])

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vim_ssl.data.loading.indexed import EpochBatches
-from vim_ssl.metrics.bootstrap import judge
+from vim_ssl.metrics.classification import answer_metrics
 from vim_ssl.training.optim import build_schedule
 
-MANY = int(5e7)  # numbers, from which on one matrix product keeps several threads busy
-LARGE = 100_000  # images above which scikit-learn would take hours
+MANY = int(5e7)  # values, from which on one matrix product uses several threads well
+LARGE = 100_000  # images, above which scikit-learn takes hours
 CHUNK = 2**16  # images in float32 on the device at once
 MAX_STEPS = 1000  # of L-BFGS
 
@@ -25,8 +25,8 @@ class LinearHead:
 
     Attributes:
         mean, std: (d,).  weight: (d, k).  bias: (k,).
-        classes: (c,) int64, the labels that were seen, k = c columns, or one for the second of two;
-            None where an image has several labels: a column for each, independent of the others.
+        classes: (c,) int64, the labels of the training data; k = c columns, or one column, for the
+            second of two classes. None for multi-label data: an independent column for each label.
     """
 
     mean: Tensor
@@ -42,15 +42,15 @@ class LinearHead:
         return torch.cat([part + self.bias for part in parts])
 
     def probabilities(self, x: Tensor | np.ndarray, count: int) -> Tensor:
-        """Of each of ``count`` classes (n, count); 0 of one that was not seen."""
+        """Of each of ``count`` classes (n, count); 0 for classes without training data."""
         scores = self.scores(x)
         if self.classes is None:
             return scores.sigmoid()
         if scores.shape[1] == 1:
             scores = torch.cat([torch.zeros_like(scores), scores], 1)
-        found = scores.new_zeros(len(scores), count)
-        found[:, self.classes] = scores.softmax(1)
-        return found
+        result = scores.new_zeros(len(scores), count)
+        result[:, self.classes] = scores.softmax(1)
+        return result
 
     def predict(self, x: Tensor | np.ndarray) -> Tensor:
         """Labels (n,), or rows of 0 and 1 (n, k), int64."""
@@ -61,9 +61,9 @@ class LinearHead:
         return self.classes[best]
 
     def score(self, x: Tensor | np.ndarray, y: Tensor | np.ndarray) -> float:
-        """What a head is chosen by, in [0, 1]: the share of right answers, or the macro mAP."""
+        """The criterion for choosing a head, in [0, 1]: accuracy, or the macro mAP."""
         answer = self.scores(x) if self.classes is None else self.predict(x)
-        return judge(answer, y)["main"].value / 100
+        return answer_metrics(answer, y)["main"].value / 100
 
 
 def fit_logistic(
@@ -73,18 +73,17 @@ def fit_logistic(
     tol: float = 1e-4,
     start: LinearHead | None = None,
 ) -> LinearHead:
-    """Logistic regression on standardised features, by L-BFGS: multinomial, or for several labels
-    an image one against the rest.
+    """Logistic regression on standardised features, by L-BFGS: multinomial, or one against the
+    rest for multi-label data.
 
-    It minimises  sum of the images' losses + ||weight||² / (2 C).  scikit-learn does it; above
-    `LARGE` images, and for several labels, torch, on a GPU where there is one. In float32, which
-    halves the time; a thousand steps are enough for every C of a sweep to be ranked, if not for
-    the largest to converge.
+    It minimises  sum of the images' losses + ||weight||² / (2 C)  in float32, by scikit-learn;
+    above `LARGE` images and for multi-label data by torch, on a GPU if there is one. A thousand
+    steps rank every C of a sweep, although the largest may not converge.
 
     Args:
         x: (n, d).  y: (n,) labels, or (n, k) of 0 and 1.
-        tol: of the gradient. A tenth as strict takes half the time.
-        start: fitted to the same data with another C: a sweep over ascending values is faster so.
+        tol: of the gradient. A tolerance ten times as large takes half the time.
+        start: a head of the same data with another C, which speeds up a sweep over ascending C.
     Raises: ValueError for labels of one class.
     """
     x, y = torch.as_tensor(x, dtype=torch.float32), torch.as_tensor(y)
@@ -100,7 +99,7 @@ def fit_logistic(
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation (d,) of features (n, d); 1 for the deviation of what does not vary."""
+    """Mean and standard deviation (d,) of features (n, d); 1 for constant features."""
     variance, mean = torch.var_mean(x, dim=0, correction=0)
     std = variance.sqrt()
     return mean, torch.where(std > 1e-6 * mean.abs(), std, 1.0)
@@ -114,7 +113,7 @@ def _by_sklearn(x, y, mean, std, C, tol, start) -> tuple[Tensor, Tensor]:
     model = LogisticRegression(C=C, tol=tol, max_iter=MAX_STEPS, warm_start=start is not None)
     if start is not None:
         model.coef_, model.intercept_ = start.weight.T.numpy().copy(), start.bias.numpy().copy()
-    # Its many small matrix products lose far more to waking threads than they gain.
+    # Threads cost far more than they gain in its many small matrix products.
     with threadpool_limits(1 if x.numel() < MANY else None), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         model.fit(((x - mean) / std).numpy(), y.numpy())
@@ -123,10 +122,10 @@ def _by_sklearn(x, y, mean, std, C, tol, start) -> tuple[Tensor, Tensor]:
 
 
 def _by_torch(x, y, mean, std, C, tol, start) -> tuple[Tensor, Tensor]:
-    """Both divide the objective by n, and stop when no entry of the gradient exceeds ``tol``."""
+    """As `_by_sklearn`: the objective over n, until no entry of the gradient exceeds ``tol``."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     n, d = x.shape
-    if y.ndim == 1 and int(y.max()) == 1:  # two classes: one column, as scikit-learn has it
+    if y.ndim == 1 and int(y.max()) == 1:  # two classes: one column, as in scikit-learn
         y = y[:, None]
     k = int(y.max()) + 1 if y.ndim == 1 else y.shape[1]
     weight, bias = torch.zeros(d, k, device=device), torch.zeros(k, device=device)
@@ -171,20 +170,20 @@ def fit_lars(
     epochs: int = 90,
     seed: int = 0,
 ) -> LinearHead:
-    """MAE's linear probe on features that are known already: batch normalisation without scale and
-    shift, a linear layer, LARS without weight decay, a cosine after a ninth of warm-up. MAE
-    augments the images anew in every epoch, which stored features cannot show.
+    """MAE's linear probe on stored features: batch normalisation without scale and shift, a linear
+    layer, LARS without weight decay, a cosine schedule after a ninth of warm-up. Unlike in MAE, the
+    images are not augmented anew in every epoch.
 
-    Its numbers, which are the defaults, are meant for the million images of ImageNet. How far
-    the weights can move goes by images x epochs x lr: see `lars_reach`.
+    The defaults are MAE's, for the million images of ImageNet. The distance that weights can move
+    is proportional to images x epochs x lr: see `lars_reach`.
 
-    Not through `vim_ssl.training.loop.fit`: the normalisation is over the whole batch, which several
-    processes would cut up, and a sample here is one row of a matrix.
+    It does not use `vim_ssl.training.loop.fit`: the normalisation needs the whole batch, which
+    processes would split, and a sample is one row of a matrix.
 
     Args:
         x: (n, d).  y: (n,) labels, or (n, k) of 0 and 1.
         base_lr: per 256 images.
-        batch: images a step; all of them where there are fewer.
+        batch: images a step; all images if there are fewer.
     Reference: Masked Autoencoders, arXiv:2111.06377, appendix A.1.
     """
     from timm.optim import create_optimizer_v2
@@ -199,8 +198,8 @@ def fit_lars(
     nn.init.zeros_(linear.bias)
     model = nn.Sequential(norm, linear).to(device).train()
     batches = EpochBatches(len(x), min(batch, len(x)), seed=seed)
-    # Without weight decay timm's LARS is plain SGD unless told to adapt; MAE's adapts all but the
-    # bias.
+    # Without weight decay timm's LARS is plain SGD unless always_adapt is set; MAE's LARS adapts
+    # all parameters but the bias.
     adapted: dict[str, Any] = {"params": [linear.weight], "always_adapt": True}
     lr = base_lr * batches.batch_size / 256
     optimizer = create_optimizer_v2(
@@ -210,8 +209,8 @@ def fit_lars(
     schedule = build_schedule(optimizer, total_steps=steps, warmup_steps=steps // 9)
     step = 0
     for batches.epoch in range(epochs):
-        for places in batches:
-            rows = torch.tensor([row for _, row in places])
+        for batch_rows in batches:
+            rows = torch.tensor([row for _, row in batch_rows])
             schedule.step_update(step)
             loss = loss_sum(model(x[rows].to(device)), y[rows].to(device)) / len(rows)
             loss.backward()
@@ -225,7 +224,7 @@ def fit_lars(
 
 
 def lars_reach(n: int, base_lr: float, epochs: int) -> float:
-    """How many times its own length a weight can move in `fit_lars`, at most: a step is a
-    thousandth of it times the lr, which momentum makes ten times as much and the cosine half.
-    ImageNet under MAE's numbers: 225."""
+    """The largest distance that a weight can move in `fit_lars`, in multiples of its norm: a step
+    is a thousandth of the norm times the lr; momentum multiplies it by ten, the cosine halves it.
+    225 for ImageNet with MAE's settings."""
     return 0.001 * 10 * 0.5 * n * epochs * base_lr / 256

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from vim_ssl.data.split import is_known, stratified_split
 from vim_ssl.data.transforms.image import create_transform
-from vim_ssl.evaluation.extract import extract_features, read_all, readout_columns
+from vim_ssl.evaluation.extract import extract_features
 from vim_ssl.evaluation.knn import knn_predict
 from vim_ssl.evaluation.linear_heads import fit_logistic
-from vim_ssl.metrics.bootstrap import accuracy
+from vim_ssl.evaluation.readout import all_readouts, readout_columns
+from vim_ssl.metrics.classification import accuracy
 from vim_ssl.models.encoder import VimEncoder
 
 ONLINE_TOL = 1e-3  # of one fit while training
@@ -26,61 +27,57 @@ def online_probe(
     bank: int = 2000,
     queries: int = 500,
 ) -> Callable[[], dict[str, float]]:
-    """What watches the features while the encoder trains, on a part of its own images.
+    """Prepare a quick evaluation of the features on a subset of the training images.
 
     Args:
-        data: map-style; with labels, one an image, of two classes or more a part of at most
-            ``queries`` is held out, and at most ``bank`` of the others teach. The encoder trains
-            on both.
+        data: map-style. With single labels of two classes or more, at most ``queries`` images are
+            held out, and at most ``bank`` others train the classifiers. The encoder trains on both.
         seed: of that choice.
 
-    Returns: a function without arguments. It gives ``feature_std``, the mean deviation of a
-        feature over images, and ``effective_rank``, exp of the entropy of the singular values of
-        the centred patch means (RankMe, arXiv:2210.02885): both fall if the features collapse. And
-        with labels ``knn_top1`` and ``linear_top1``, per cent.
+    Returns: a function without arguments. It returns ``feature_std``, the mean standard deviation
+        of a feature over images, and ``effective_rank`` of the patch means: both fall if the
+        features collapse. With labels also ``knn_top1`` and ``linear_top1``, per cent.
     """
     labels = data.labels or []
     known = data.subset(
         i for i, label in enumerate(labels) if is_known(label) and not data.multi_label
     )
-    alone = known.groups is not None and len(set(known.groups)) < 2
-    labelled = len(known) >= 10 and len(set(known.labels or [])) > 1 and not alone
+    one_group = known.groups is not None and len(set(known.groups)) < 2
+    labelled = len(known) >= 10 and len(set(known.labels or [])) > 1 and not one_group
     if labelled:
         share = min(0.2, queries / len(known))
-        rest, held_out = stratified_split(known.labels, share, seed, known.groups)
-        parts = [known.subset(rest[:: -(-len(rest) // bank)]), known.subset(held_out)]
+        rest, out = stratified_split(known.labels, share, seed, known.groups)
+        subsets = [known.subset(rest[:: -(-len(rest) // bank)]), known.subset(out)]
     else:
-        parts = [data.subset(range(0, len(data), -(-len(data) // bank)))]
+        subsets = [data.subset(range(0, len(data), -(-len(data) // bank)))]
     transform = create_transform(encoder)
     patches = readout_columns(encoder, "avg")
 
     def evaluate() -> dict[str, float]:
         training = encoder.training
         encoder.eval()
-        kept, *asked = (
-            extract_features(lambda x: read_all(encoder, x), part, transform, device=device)
-            for part in parts
+        train, *held_out = (
+            extract_features(lambda x: all_readouts(encoder, x), subset, transform, device=device)
+            for subset in subsets
         )
         encoder.train(training)
-        figures = {"feature_std": kept.x.std(0, correction=0).mean().item()}
-        if not math.isfinite(figures["feature_std"]):
-            return figures
-        figures["effective_rank"] = effective_rank(kept.x[:, patches])
-        for seen in asked:
-            voted = knn_predict(kept.x, kept.y, seen.x)
-            figures["knn_top1"] = accuracy(voted, seen.y)
-            if len(kept.y.unique()) > 1:  # of rare classes the bank may hold none
-                linear = fit_logistic(kept.x[:, patches], kept.y, 0.1, ONLINE_TOL)
-                guess = linear.predict(seen.x[:, patches])
-                figures["linear_top1"] = accuracy(guess, seen.y)
-        return figures
+        metrics = {"feature_std": train.x.std(0, correction=0).mean().item()}
+        if not math.isfinite(metrics["feature_std"]):
+            return metrics
+        metrics["effective_rank"] = effective_rank(train.x[:, patches])
+        for test in held_out:
+            metrics["knn_top1"] = accuracy(knn_predict(train.x, train.y, test.x), test.y).value
+            if len(train.y.unique()) > 1:  # the subset may lack rare classes
+                linear = fit_logistic(train.x[:, patches], train.y, 0.1, ONLINE_TOL)
+                metrics["linear_top1"] = accuracy(linear.predict(test.x[:, patches]), test.y).value
+        return metrics
 
     return evaluate
 
 
 def effective_rank(x: Tensor) -> float:
-    """exp of the entropy of the singular values of (n, d) features, their mean taken out: d where
-    all directions vary alike, 1 where one does, 0 where none does. RankMe, arXiv:2210.02885."""
+    """exp of the entropy of the singular values of centred features (n, d): d if all directions
+    vary equally, 1 if one varies, 0 if none does. RankMe, arXiv:2210.02885."""
     values = torch.linalg.svdvals((x - x.mean(0)).double())
     if not values.sum() > 0:
         return 0.0

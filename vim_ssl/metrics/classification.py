@@ -1,4 +1,4 @@
-"""How good a classifier's answers are: figures of every kind of target, tables.
+"""Classification metrics, by kind of target, and their tables.
 
 targets      label                     prediction
 class        (b,) int64                the largest logit
@@ -6,9 +6,7 @@ multi-label  (b, classes) of 0 and 1   each logit above 0
 ordinal      (b,) int64, ordered       how many of the classes - 1 logits are above 0
 """
 
-import csv
-import math
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vim_ssl.metrics.bootstrap import Metric, mean_average_precision, share_right
+from vim_ssl.metrics.bootstrap import Metric
+from vim_ssl.metrics.tables import per_class, write_csv
 
 TARGETS = ("class", "multi-label", "ordinal")
-MAIN_FIGURE = {"class": "top1", "multi-label": "map_macro", "ordinal": "top1"}
+MAIN_METRIC = {"class": "top1", "multi-label": "map_macro", "ordinal": "top1"}
 
 
 def outputs(targets: str, classes: int) -> int:
-    """How many outputs the head has for so many classes."""
+    """Number of outputs of the head for so many classes."""
     return max(classes - 1, 1) if targets == "ordinal" else classes
 
 
@@ -47,33 +46,59 @@ def probabilities(logits: Tensor, targets: str) -> Tensor:
     return F.pad(answers, (1, 0), value=1.0) - F.pad(answers, (0, 1), value=0.0)
 
 
-def figures(logits: Tensor, labels: Tensor, targets: str) -> dict[str, Metric]:
-    """What answers are judged by, in per cent.
+# ---------------------------------------------------------------- single metrics
+
+
+def accuracy(predicted, truth) -> Metric:
+    """Share of the images (n,) for which ``predicted`` equals ``truth``."""
+    right = 100.0 * (np.asarray(predicted) == np.asarray(truth))
+    return Metric(lambda weights: float(weights @ right / weights.sum()), len(right), True)
+
+
+def mean_average_precision(scores, truth) -> dict[str, Metric]:
+    """mAP of multi-label data: ``macro``, the mean over the classes that have an image, and
+    ``micro``, of all (image, class) pairs in one ranking.
 
     Args:
-        logits: (n, outputs) float32.
-        labels: (n,) int64, or (n, classes) of 0 and 1.
-    Returns: ``top1``, ``top5`` from six classes on, ``balanced_accuracy`` (the mean recall of the
-        classes that there are) and, for ordinal ones, ``mean_error`` in classes; for multi-label
-        ``map_macro``, ``map_micro`` and ``exact``.
+        scores, truth: (n, classes); a higher score is more certain; truth of 0 and 1.
     """
-    guess = predicted(logits, targets)
-    if targets == "multi-label":
-        precision = mean_average_precision(logits.numpy(), labels.numpy())
-        found = {f"map_{how}": figure for how, figure in precision.items()}
-        return found | {"exact": share_right((guess == labels).all(1), True)}
-    found = {"top1": share_right(guess, labels)}
-    if targets == "class" and logits.shape[1] > 5:
-        five = logits.topk(5, dim=1).indices == labels[:, None]
-        found["top5"] = share_right(five.any(1), True)
-    if targets == "ordinal":
-        error = (guess - labels).abs().double().numpy()
-        found["mean_error"] = Metric(lambda w: float(w @ error / w.sum()), len(error))
-    return found | {"balanced_accuracy": _balanced(guess.numpy(), labels.numpy())}
+    scores, truth = np.asarray(scores), np.asarray(truth)
+    n, classes = truth.shape
+    each = [_average_precision(scores[:, c], truth[:, c]) for c in range(classes)]
+    pairs = _average_precision(scores.reshape(-1), truth.reshape(-1))
+
+    def macro(weights: np.ndarray) -> float:
+        values = np.array([precision(weights) for precision in each])
+        defined = values[~np.isnan(values)]
+        return 100.0 * float(defined.mean()) if len(defined) else float("nan")
+
+    def micro(weights: np.ndarray) -> float:
+        return 100.0 * pairs(np.repeat(weights, classes))
+
+    return {"macro": Metric(macro, n), "micro": Metric(micro, n)}
 
 
-def _balanced(guess: np.ndarray, truth: np.ndarray) -> Metric:
-    right, classes = guess == truth, int(truth.max()) + 1
+def _average_precision(scores: np.ndarray, truth: np.ndarray) -> Callable[[np.ndarray], float]:
+    """(n,) weights -> the area under precision over recall in steps, as in scikit-learn; nan
+    without a positive. Sorted once for all weights; equal scores are one step."""
+    order = np.argsort(-scores, kind="stable")
+    ends = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True))
+    positive = truth[order] > 0
+
+    def precision(weights: np.ndarray) -> float:
+        weights = weights[order]
+        hits, seen = np.cumsum(weights * positive)[ends], np.cumsum(weights)[ends]
+        if hits[-1] == 0:
+            return float("nan")
+        gained = np.diff(hits, prepend=0.0)
+        return float((gained * hits / np.maximum(seen, 1e-12)).sum() / hits[-1])
+
+    return precision
+
+
+def balanced_accuracy(predicted: np.ndarray, truth: np.ndarray) -> Metric:
+    """Mean recall of the classes that occur."""
+    right, classes = predicted == truth, int(truth.max()) + 1
 
     def weighted(weights: np.ndarray) -> float:
         samples = np.bincount(truth, weights, classes)
@@ -83,43 +108,77 @@ def _balanced(guess: np.ndarray, truth: np.ndarray) -> Metric:
     return Metric(weighted, len(truth))
 
 
-def values(found: dict[str, Metric]) -> dict[str, float]:
-    """Per cent rounded to 0.01, a ``mean_error`` to 0.0001."""
-    return {k: round(f.value, 4 if k == "mean_error" else 2) for k, f in found.items()}
+# ---------------------------------------------------------------- metrics of a task
 
 
-def judge(
-    logits: Tensor, labels: Tensor, targets: str, groups: Sequence[Hashable] | None = None
-) -> dict[str, Any]:
-    """The values of `figures`, each with its 95 % interval ``NAME_ci``, and of single labels the
-    ``confusion`` (truth by prediction).
+def answer_metrics(answers, truth) -> dict[str, Metric]:
+    """``main``: the accuracy of labels (n,); of scores of every class (n, classes) the macro mAP,
+    with ``micro`` beside it."""
+    if np.ndim(truth) == 1:
+        return {"main": accuracy(answers, truth)}
+    precision = mean_average_precision(answers, truth)
+    return {"main": precision["macro"], "micro": precision["micro"]}
+
+
+def target_metrics(logits: Tensor, labels: Tensor, targets: str) -> dict[str, Metric]:
+    """The metrics of a kind of target, in per cent.
 
     Args:
-        groups: see `Figure.interval`.
+        logits: (n, outputs) float32.
+        labels: (n,) int64, or (n, classes) of 0 and 1.
+    Returns: ``top1``, ``top5`` from six classes on, ``balanced_accuracy`` and, for ordinal
+        targets, ``mean_error`` in classes; for multi-label ``map_macro``, ``map_micro`` and
+        ``exact`` (every label right).
     """
-    from sklearn import metrics
-
-    found = figures(logits, labels, targets)
-    intervals = {f"{name}_ci": figure.interval(groups) for name, figure in found.items()}
-    judged: dict[str, Any] = values(found) | intervals
+    guess = predicted(logits, targets)
     if targets == "multi-label":
-        return judged
+        precision = mean_average_precision(logits.numpy(), labels.numpy())
+        metrics = {f"map_{how}": metric for how, metric in precision.items()}
+        return metrics | {"exact": accuracy((guess == labels).all(1), True)}
+    metrics = {"top1": accuracy(guess, labels)}
+    if targets == "class" and logits.shape[1] > 5:
+        among_five = logits.topk(5, dim=1).indices == labels[:, None]
+        metrics["top5"] = accuracy(among_five.any(1), True)
+    if targets == "ordinal":
+        error = (guess - labels).abs().double().numpy()
+        metrics["mean_error"] = Metric(lambda w: float(w @ error / w.sum()), len(error))
+    return metrics | {"balanced_accuracy": balanced_accuracy(guess.numpy(), labels.numpy())}
+
+
+def rounded(metrics: dict[str, Metric]) -> dict[str, float]:
+    """The values: per cent rounded to 0.01, a ``mean_error`` to 0.0001."""
+    return {k: round(m.value, 4 if k == "mean_error" else 2) for k, m in metrics.items()}
+
+
+def classification_metrics(
+    logits: Tensor, labels: Tensor, targets: str, groups: Sequence[Hashable] | None = None
+) -> dict[str, Any]:
+    """Evaluate predictions: the values of `target_metrics`, the 95 % interval ``NAME_ci`` of each
+    and, for single labels, the ``confusion`` matrix (truth by prediction).
+
+    Args:
+        groups: see `Metric.interval`.
+    """
+    from sklearn.metrics import confusion_matrix
+
+    metrics = target_metrics(logits, labels, targets)
+    values: dict[str, Any] = rounded(metrics)
+    values |= {f"{name}_ci": metric.interval(groups) for name, metric in metrics.items()}
+    if targets == "multi-label":
+        return values
     classes = range(logits.shape[1] + (targets == "ordinal"))
-    confusion = metrics.confusion_matrix(labels, predicted(logits, targets), labels=classes)
-    return judged | {"confusion": confusion.tolist()}
+    confusion = confusion_matrix(labels, predicted(logits, targets), labels=classes)
+    return values | {"confusion": confusion.tolist()}
 
 
 def summary(metrics: dict[str, Any]) -> str:
-    """One line for a person; it tells the ``split`` where there is no training to tell apart."""
+    """One line for printing; it names the ``split`` of an evaluation without training."""
     where = f"on {metrics['test']:,} test images"
     if "split" in metrics:
         where = f"on {metrics['test']:,} images (split: {metrics['split']})"
-    if "top1" not in metrics:
-        low, high = metrics["map_macro_ci"]
-        text = f"mAP {metrics['map_macro']:.1f} % [{low:.1f}, {high:.1f}]"
-    else:
-        low, high = metrics["top1_ci"]
-        text = f"top-1 {metrics['top1']:.1f} % [{low:.1f}, {high:.1f}]"
+    key, name = ("top1", "top-1") if "top1" in metrics else ("map_macro", "mAP")
+    low, high = metrics[f"{key}_ci"]
+    text = f"{name} {metrics[key]:.1f} % [{low:.1f}, {high:.1f}]"
     if "top5" in metrics:
         text += f", top-5 {metrics['top5']:.1f} %"
     for name in ("auc", "acc"):
@@ -129,41 +188,29 @@ def summary(metrics: dict[str, Any]) -> str:
 
 
 def write_tables(
-    folder: Path, found: dict, logits: Tensor, labels: Tensor, ids: list[str],
+    folder: Path, metrics: dict, logits: Tensor, labels: Tensor, ids: list[str],
     classes: list[str], targets: str,
 ) -> None:  # fmt: skip
-    """``predictions.csv`` (one line an image) and, of single labels, ``classes.csv`` (one a class:
-    samples, recall, precision, F1, the class it is most often taken for)."""
-    probabilities = logits.softmax(1) if targets == "class" else torch.sigmoid(logits)
-    guess = predicted(logits, targets)
-    with open(folder / "predictions.csv", "w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["id", "label", "predicted", "confidence"])
-        for name, label, hit, row in zip(ids, labels, guess, probabilities, strict=True):
-            if targets == "multi-label":
-                sets = (_names(values, classes) for values in (label, hit))
-                table.writerow([name, *sets, " ".join(f"{p:.4f}" for p in row.tolist())])
-            else:
-                sure = f"{row.max().item():.4f}" if targets == "class" else ""
-                table.writerow([name, classes[int(label)], classes[int(hit)], sure])
-    if targets == "multi-label":
-        return
-    with open(folder / "classes.csv", "w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["class", "samples", "recall", "precision", "f1", "most_taken_for"])
-        table.writerows(_per_class(np.array(found["confusion"]), classes))
+    """``predictions.csv`` (a line an image) and, for single labels, ``classes.csv`` (a line a
+    class: samples, recall, precision, F1, the class it is most often taken for)."""
+    confidence = logits.softmax(1) if targets == "class" else torch.sigmoid(logits)
+    rows: list[list[str]] = []
+    for name, label, guess, row in zip(
+        ids, labels, predicted(logits, targets), confidence, strict=True
+    ):
+        if targets == "multi-label":
+            sets = (_names(values, classes) for values in (label, guess))
+            rows.append([name, *sets, " ".join(f"{p:.4f}" for p in row.tolist())])
+        else:
+            sure = f"{row.max().item():.4f}" if targets == "class" else ""
+            rows.append([name, classes[int(label)], classes[int(guess)], sure])
+    write_csv(folder / "predictions.csv", ["id", "label", "predicted", "confidence"], rows)
+    if targets != "multi-label":
+        columns = ["class", "samples", "recall", "precision", "f1", "most_taken_for"]
+        keys = ["class", "count", "recall", "precision", "dice", "most_taken_for"]
+        per = per_class(np.array(metrics["confusion"]), classes)
+        write_csv(folder / "classes.csv", columns, ([row[key] for key in keys] for row in per))
 
 
 def _names(values: Tensor, classes: list[str]) -> str:
     return "|".join(name for name, value in zip(classes, values.tolist(), strict=True) if value)
-
-
-def _per_class(confusion: np.ndarray, classes: list[str]) -> Iterator[list]:
-    for i, name in enumerate(classes):
-        hits, samples, taken = confusion[i, i], confusion[i].sum(), confusion[:, i].sum()
-        recall = hits / samples if samples else math.nan
-        precision = hits / taken if taken else math.nan
-        f1 = 2 * hits / (samples + taken) if samples + taken else math.nan
-        others = np.where(np.arange(len(classes)) == i, 0, confusion[i])
-        wrong = classes[int(others.argmax())] if others.any() else ""
-        yield [name, int(samples), *(f"{v:.4f}" for v in (recall, precision, f1)), wrong]

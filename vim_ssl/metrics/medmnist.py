@@ -1,7 +1,6 @@
 """AUC and accuracy as MedMNIST defines them, for its four tasks.
 
-The figures are those of the official Evaluator (medmnist 3.0), so that they stand beside published
-ones.
+The values equal those of the official Evaluator (medmnist 3.0) and so compare with published ones.
 """
 
 import warnings
@@ -17,14 +16,14 @@ TASKS = (BINARY, MULTI_CLASS, MULTI_LABEL, ORDINAL)
 def medmnist_auc(truth: np.ndarray, scores: np.ndarray, task: str) -> float:
     """Area under the ROC curve, 0 to 1.
 
-    Multi-class and ordinal: the mean over the columns of ``scores``, each class against all
-    others. Multi-label: the mean over the labels. Binary: of the last column.
+    Multi-class and ordinal: the mean over the columns of ``scores``, one class against the rest.
+    Multi-label: the mean over the labels. Binary: of the last column.
 
     Args:
         truth: (n,) or (n, 1) classes; multi-label: (n, labels) of 0 and 1.
         scores: (n, classes) or, binary, also (n,).
         task: one of `TASKS`.
-    Returns: the area; NaN when a class has no sample, or all of them.
+    Returns: the area; NaN when a class has no sample, or all samples.
     Raises: ValueError for an unknown task, and shapes that do not fit.
     """
     from sklearn.metrics import roc_auc_score
@@ -38,10 +37,10 @@ def medmnist_auc(truth: np.ndarray, scores: np.ndarray, task: str) -> float:
 
 
 def medmnist_accuracy(truth: np.ndarray, scores: np.ndarray, task: str) -> float:
-    """Share of right answers, 0 to 1; of all labels of all samples in a multi-label task.
+    """Share of right predictions, 0 to 1; over all labels of all samples in a multi-label task.
 
-    The answer is the class of the highest score; in binary and multi-label tasks, whether the
-    score is above 0.5, so scores must be probabilities there. For the rest see `medmnist_auc`.
+    The prediction is the class of the highest score; in binary and multi-label tasks it is score >
+    0.5, so scores must be probabilities there. For the arguments see `medmnist_auc`.
     """
     truth, scores = _checked(truth, scores, task)
     if task in (BINARY, MULTI_LABEL):
@@ -49,14 +48,14 @@ def medmnist_accuracy(truth: np.ndarray, scores: np.ndarray, task: str) -> float
     return float(np.mean(truth == scores.argmax(1)))
 
 
-def medmnist_figures(
+def medmnist_metrics(
     truth: np.ndarray, scores: np.ndarray, task: str, groups: Sequence[Hashable] | None = None
 ) -> dict[str, float | None]:
-    """``auc`` and ``acc``, 0 to 1, rounded to 0.0001; an area that is not defined is None.
+    """``auc`` (None if undefined) and ``acc``, 0 to 1, rounded to 0.0001.
 
     Args:
         truth, scores, task: see `medmnist_auc` and `medmnist_accuracy`.
-        groups: of planes, the volume of each, which has the mean of their scores.
+        groups: the volume of each plane; a volume's scores are the mean of its planes'.
     """
     if groups is not None:
         _, first, volume = np.unique(np.asarray(groups), return_index=True, return_inverse=True)
@@ -76,7 +75,7 @@ def _checked(truth: np.ndarray, scores: np.ndarray, task: str) -> tuple[np.ndarr
     if task not in TASKS:
         raise ValueError(f"The task {task!r} is none of {', '.join(map(repr, TASKS))}.")
     truth, scores = np.asarray(truth), np.asarray(scores)
-    came = f"truth {truth.shape} and scores {scores.shape}"
+    shapes = f"truth {truth.shape} and scores {scores.shape}"
     if task != MULTI_LABEL and truth.ndim == 2 and truth.shape[1] == 1:
         truth = truth[:, 0]
     if task == BINARY and scores.ndim == 2:
@@ -84,5 +83,5 @@ def _checked(truth: np.ndarray, scores: np.ndarray, task: str) -> tuple[np.ndarr
     dims = {BINARY: (1, 1), MULTI_LABEL: (2, 2)}.get(task, (1, 2))
     fits = (truth.ndim, scores.ndim) == dims and len(truth) == len(scores)
     if not fits or (task == MULTI_LABEL and truth.shape != scores.shape):
-        raise ValueError(f"{came} do not fit the task {task!r}; expected one row a sample.")
+        raise ValueError(f"{shapes} do not fit the task {task!r}; expected one row a sample.")
     return truth, scores

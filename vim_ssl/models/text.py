@@ -147,7 +147,7 @@ def build_text(config: dict[str, Any]) -> TextEncoder | HubText:
     """An untrained text encoder with this ``config``, to load weights into."""
     if "hf" not in config:
         return TextEncoder(**config)
-    transformers = import_transformers(f"hf:{config['hf']}")
+    transformers = import_transformers()
     settings = transformers.AutoConfig.for_model(**config["model"])
     return HubText(transformers.AutoModel.from_config(settings), config["hf"], config["eos_id"])
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vim_ssl.utils.files import atomic_write
+from vim_ssl.utils.optional import require
 
 CONTEXT_LENGTH = 77  # CLIP's
 SPECIAL = ("<pad>", "<bos>", "<eos>")
@@ -119,14 +120,8 @@ class ClipBPE(Tokenizer):
 
     def __init__(self, context_length: int = CONTEXT_LENGTH):
         super().__init__(context_length)
-        try:
-            from open_clip.tokenizer import SimpleTokenizer
-        except ImportError as error:
-            raise ImportError(
-                "the tokenizer 'clip' comes with open-clip-torch: pip install open-clip-torch; "
-                "'bpe' needs nothing and is trained on your captions."
-            ) from error
-        self._model = SimpleTokenizer()
+        what = "Tokenizers other than 'bpe', which is trained on your captions,"
+        self._model = require("open_clip.tokenizer", "clip", what).SimpleTokenizer()
         # Without it "<end_of_text>" in a caption is spelled out: it would end what the tower reads.
         self._model.cache.clear()
         self.vocab_size = self._model.vocab_size
@@ -234,18 +229,15 @@ def named_tokenizer(name: str, context_length: int = CONTEXT_LENGTH) -> Tokenize
     raise ValueError(f"Unknown tokenizer {name!r}; there are bpe, clip and hf:NAME.")
 
 
-def import_transformers(what: str):
-    try:
-        import transformers
-    except ImportError as error:
-        raise ImportError(f"{what} comes with transformers: pip install transformers") from error
-    return transformers
+def import_transformers() -> Any:
+    """Return the module transformers. Raises: ImportError that says what to install."""
+    return require("transformers", "clip", "Tokenizers and text encoders of the Hub (hf:NAME)")
 
 
 def load_from_hub(kind: str, name: str) -> Any:
     """What transformers' class ``kind`` makes of NAME. Raises: OSError, in one line, for a name
     that is not known, or not to be had without a network."""
-    maker = getattr(import_transformers(f"hf:{name}"), kind)
+    maker = getattr(import_transformers(), kind)
     try:
         return maker.from_pretrained(name)
     except (OSError, ValueError) as error:

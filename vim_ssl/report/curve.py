@@ -1,11 +1,11 @@
-"""One curve of a run's page, as inline SVG."""
+"""The geometry of one curve; templates/macros.html draws it as inline SVG."""
 
 import itertools
 import json
 import math
 import warnings
 from collections.abc import Callable
-from html import escape
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -15,6 +15,27 @@ MAX_POINTS = 240  # of a curve; each stands for a stretch of steps
 WIDTH, HEIGHT = 420, 200  # in SVG units, as are the margins
 LEFT, RIGHT, TOP, BOTTOM = 58, WIDTH - 10, 8, HEIGHT - 24
 BEYOND = 1e30  # no axis is of use past it
+Ticks = list[tuple[float, str]]  # coordinate, text
+
+
+@dataclass
+class Curve:
+    """What the template draws, in SVG coordinates.
+
+    Attributes:
+        points: JSON, (x, y, text) of every point; "" without a finite value.
+        note: the last value, and what a reader must know of the curve.
+        lines, bands: coordinates of polylines and polygons, "x,y x,y …".
+    """
+
+    title: str
+    points: str = ""
+    note: str = ""
+    x_ticks: Ticks = field(default_factory=list)
+    y_ticks: Ticks = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
+    bands: list[str] = field(default_factory=list)
+    dots: list[tuple[float, float]] = field(default_factory=list)
 
 
 def draw_curve(
@@ -26,78 +47,57 @@ def draw_curve(
     unit: str = "",
     allow_log: bool = False,
     marked: bool = False,
-) -> str:
-    """A figure with a line of at most MAX_POINTS points, and gaps where nothing was finite.
+) -> Curve:
+    """A curve of at most MAX_POINTS points, with gaps where nothing was finite.
 
     Args:
-        steps, epochs, values: (n,) float64, steps ascending; NaN in ``epochs`` where unknown.
+        steps, epochs, values: (n,) float64, n > 0, steps ascending; NaN in ``epochs`` if unknown.
         allow_log: use a logarithmic axis for positive values that differ by more than 50 times.
         marked: a dot on every point.
-    Returns: HTML, "" for n = 0. Its script finds the points' texts in ``data-points``.
     """
-    if not len(steps):
-        return ""
-    caption = f"<figcaption>{escape(title)}</figcaption>"
     values = np.where(np.abs(values) < BEYOND, values, np.nan)
     lost = int(np.isnan(values).sum())
     if lost == len(values):
-        return f"<figure>{caption}<p class=note>No finite value yet.</p></figure>"
-    parts = np.array_split(np.arange(len(values)), min(len(values), MAX_POINTS))
+        return Curve(title)
+    stretches = np.array_split(np.arange(len(values)), min(len(values), MAX_POINTS))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # nothing finite in a stretch: NaN
         mean, low, high = (
-            np.array([f(values[p]) for p in parts]) for f in (np.nanmean, np.nanmin, np.nanmax)
+            np.array([f(values[p]) for p in stretches]) for f in (np.nanmean, np.nanmin, np.nanmax)
         )
-    ends = np.array([p[-1] for p in parts])
-    seen = np.flatnonzero(np.isfinite(mean))
-    # The whole line fits; of the ranges, rare outliers may leave the image.
-    bottom = min(float(mean[seen].min()), float(np.percentile(low[seen], 5)))
-    top = max(float(mean[seen].max()), float(np.percentile(high[seen], 95)))
-    log = allow_log and float(low[seen].min()) > 0 and top > 50 * bottom
+    ends = np.array([p[-1] for p in stretches])
+    finite = np.flatnonzero(np.isfinite(mean))
+    # The whole line fits; rare outliers of the ranges may leave the plot.
+    bottom = min(float(mean[finite].min()), float(np.percentile(low[finite], 5)))
+    top = max(float(mean[finite].max()), float(np.percentile(high[finite], 95)))
+    log = allow_log and float(low[finite].min()) > 0 and top > 50 * bottom
     x_of, x_ticks = _axis(float(steps[ends[0]]), float(steps[-1]), LEFT, RIGHT)
     y_of, y_ticks = _axis(bottom, top, BOTTOM, TOP, log)
     x, y = x_of(steps[ends]), y_of(mean)
     floor, roof = (np.clip(y_of(edge), TOP, BOTTOM) for edge in (low, high))
 
-    lines = band = dots = ""
-    # A jump in the index is a stretch without a finite value.
-    for _, group in itertools.groupby(enumerate(seen), lambda pair: pair[1] - pair[0]):
-        ids = [i for _, i in group]
-        lines += f'<polyline points="{_points(x[ids], y[ids])}" />'
-        if len(parts) < len(values):
-            back = ids[::-1]
-            edges = f"{_points(x[ids], roof[ids])} {_points(x[back], floor[back])}"
-            band += f'<polygon points="{edges}" />'
-        if marked or len(ids) == 1:
-            dots += "".join(f'<circle cx="{x[i]:.1f}" cy="{y[i]:.1f}" r="3" />' for i in ids)
-    axes = f'<line x1="{LEFT}" x2="{RIGHT}" y1="{BOTTOM}" y2="{BOTTOM}" />'
-    for at, text in y_ticks:
-        axes += f'<line x1="{LEFT}" x2="{RIGHT}" y1="{at:.1f}" y2="{at:.1f}" />'
-        axes += f'<text x="{LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{text}</text>'
-    for at, text in x_ticks:
-        anchor = "end" if at > RIGHT - 20 else "middle"
-        axes += f'<text x="{at:.1f}" y="{HEIGHT - 6}" text-anchor="{anchor}">{text}</text>'
-
     texts = []
-    for i in seen:
-        epoch = epochs[ends[i]]
+    for i in finite:
         words = [f"step {steps[ends[i]]:,.0f}", f"{number(mean[i])}{unit}"]
-        if np.isfinite(epoch):
+        if np.isfinite(epoch := epochs[ends[i]]):
             words.insert(1, f"epoch {number(epoch, 3)}")
         texts.append([round(float(x[i]), 1), round(float(y[i]), 1), " · ".join(words)])
-    notes = [f"{number(mean[seen[-1]])}{unit}"]
+    notes = [f"{number(mean[finite[-1]])}{unit}"]
     if lost:
         notes.append(f"{lost:,} of {len(values):,} lines read not finite")
     if log:
         notes.append("logarithmic axis")
-    rest = escape(" · ".join(notes))
-    return (
-        f'<figure>{caption}<output data-rest="{rest}">{rest}</output>'
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)} over steps"'
-        f' data-points="{escape(json.dumps(texts))}"><g class="axes">{axes}</g>'
-        f'<g class="band">{band}</g><g class="line">{lines}{dots}</g>'
-        '<circle class="cursor" r="4" hidden /></svg></figure>'
-    )
+    curve = Curve(title, json.dumps(texts), " · ".join(notes), x_ticks, y_ticks)
+    # A jump in the index is a stretch without a finite value.
+    for _, group in itertools.groupby(enumerate(finite), lambda pair: pair[1] - pair[0]):
+        ids = [i for _, i in group]
+        curve.lines.append(_points(x[ids], y[ids]))
+        if len(stretches) < len(values):
+            back = ids[::-1]
+            curve.bands.append(f"{_points(x[ids], roof[ids])} {_points(x[back], floor[back])}")
+        if marked or len(ids) == 1:
+            curve.dots += [(x[i], y[i]) for i in ids]
+    return curve
 
 
 def _points(x: np.ndarray, y: np.ndarray) -> str:
@@ -106,8 +106,8 @@ def _points(x: np.ndarray, y: np.ndarray) -> str:
 
 def _axis(
     low: float, high: float, start: float, end: float, log: bool = False
-) -> tuple[Callable, list[tuple[float, str]]]:
-    """Value -> SVG coordinate, and the ticks (coordinate, text)."""
+) -> tuple[Callable, Ticks]:
+    """A function from values to SVG coordinates, and the ticks."""
     if log:
         exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         digits = (1, 2, 5) if len(exponents) < 4 else (1,)
@@ -123,10 +123,10 @@ def _axis(
         ticks = [i * step for i in range(first, last + 1)]
     scale = np.log10 if log else np.asarray
 
-    def place(value):
+    def coordinate(value):
         return start + (end - start) * (scale(value) - scale(low)) / (scale(high) - scale(low))
 
-    return place, [(float(place(tick)), _short(tick)) for tick in ticks]
+    return coordinate, [(float(coordinate(tick)), _short(tick)) for tick in ticks]
 
 
 def _short(tick: float) -> str:

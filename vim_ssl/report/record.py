@@ -5,22 +5,23 @@ import itertools
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
 from vim_ssl.models.encoder import PRESETS
 
-# Logged again on every line until the next evaluation.
+# Metrics of an evaluation; every line repeats them until the next evaluation.
 EVALUATED = (
     "knn_top1", "linear_top1", "feature_std", "effective_rank",
     "image_to_text_r1", "text_to_image_r1",
 )  # fmt: skip
 MAX_LINES = 50_000  # of the log that are parsed, evenly spread
+PREVIEWS = {"pictures": "preview"}  # the prefix in earlier runs -> the prefix today
 
 
 class Record:
-    """The content of a run directory; what is absent or broken is empty.
+    """The content of a run directory; absent or broken files give empty attributes.
 
     Args:
         folder: the run directory.
@@ -37,34 +38,37 @@ class Record:
             )
         self.config = _read_json(folder / "config.json")
         self.log = _read_log(folder / "metrics.jsonl")
-        self.images = _find_images(folder / "images")
-        probes = sorted(folder.glob("linear_probe*/metrics.json"))  # of the run's own data first
+        self.previews = _find_previews(folder / "images")
+        # Sorting puts the data of the run first, other data by name.
+        probes = sorted(folder.glob("linear_probe*/metrics.json"))
         self.probe = _read_json(probes[0]) if probes else {}
-        # The run's own data first, others by name.
-        found = sorted(folder.glob("zero_shot*/metrics.json"))
-        self.zero_shot = [(path.parent, _read_json(path)) for path in found]
+        self.zero_shot = [
+            (path.parent, _read_json(path))
+            for path in sorted(folder.glob("zero_shot*/metrics.json"))
+        ]
         self.result = _read_json(folder / "metrics.json")  # of a run on labels, at its end
         self.classes = _read_table(folder / "classes.csv") if self.result else []
-        self.drawn = folder / "predictions.png"
+        self.predictions = folder / "predictions.png"
         description = _read_json(folder / "encoder.json")
         self.saved = bool(description)
         self.made_by = description.get("made_by") or {}
         self.version = description.get("vim_ssl")
         self.parameters = _count_parameters(folder / "encoder.safetensors")
-        # Until the encoder is saved, what the settings say of it; {} for a checkpoint's.
+        # Until the encoder is saved, its configured settings; {} when it started from a checkpoint.
         preset = PRESETS.get(str(self.config.get("encoder")))
-        asked = {} if preset is None else preset | (self.config.get("model_args") or {})
-        self.encoder: dict[str, Any] = description.get("config") or asked
+        configured = {} if preset is None else preset | (self.config.get("model_args") or {})
+        self.encoder: dict[str, Any] = description.get("config") or configured
         self.shape_known = self.saved or preset is not None
 
     def last(self, name: str) -> float:
-        """The newest finite value of a figure; NaN if there is none."""
+        """The newest finite value of a logged metric; NaN if there is none."""
         values = self.log.get(name, np.empty(0))
         finite = values[np.isfinite(values)]
         return float(finite[-1]) if len(finite) else math.nan
 
     def series(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Steps, epochs and values of a figure, each (n,); of an evaluation, only where it was."""
+        """Steps, epochs and values of a logged metric, each (n,); one row per evaluation if it is
+        a metric of `EVALUATED`."""
         if name not in self.log:
             return (np.empty(0),) * 3
         values = self.log[name]
@@ -75,6 +79,11 @@ class Record:
             rows[1:] &= (marks[:, 1:] != marks[:, :-1]).any(0)
         epochs = self.log.get("epoch", np.full(len(values), math.nan))
         return self.log["step"][rows], epochs[rows], values[rows]
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """True for finite numbers; False for bools and everything else."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -94,9 +103,9 @@ def _read_table(path: Path) -> list[dict[str, str]]:
 
 
 def _read_log(path: Path) -> dict[str, np.ndarray]:
-    """metrics.jsonl as columns (n,) float64, NaN where a line lacks the figure.
+    """metrics.jsonl as columns (n,) float64, NaN where a line lacks the key.
 
-    Broken lines are left out. Of a long log every so-many-th line is read, and the last two.
+    Broken lines are skipped. Of a long log, every k-th line and the last two are read.
     """
     if not path.is_file():
         return {}
@@ -118,7 +127,7 @@ def _read_log(path: Path) -> dict[str, np.ndarray]:
 
 
 def _count_parameters(path: Path) -> int:
-    """Values in the file's tensors, from its header; 0 without a whole file."""
+    """Number of values in a safetensors file, from its header; 0 without a complete file."""
     if not path.is_file():
         return 0
     from safetensors import SafetensorError, safe_open
@@ -131,12 +140,12 @@ def _count_parameters(path: Path) -> int:
     return sum(math.prod(shape) for shape in shapes)
 
 
-def _find_images(folder: Path) -> dict[str, list[tuple[int, Path]]]:
+def _find_previews(folder: Path) -> dict[str, list[tuple[int, Path]]]:
     """NAME-STEP.png as name -> (step, path), in the order of steps."""
-    found: dict[str, list[tuple[int, Path]]] = {}
+    previews: dict[str, list[tuple[int, Path]]] = {}
     for path in folder.glob("*-*.png"):
         name, _, step = path.stem.rpartition("-")
         name = "preview" if name == "pictures" else name  # the name in earlier runs
         if step.isdecimal():
-            found.setdefault(name, []).append((int(step), path))
-    return {name: sorted(found[name]) for name in sorted(found)}
+            previews.setdefault(PREVIEWS.get(name, name), []).append((int(step), path))
+    return {name: sorted(previews[name]) for name in sorted(previews)}

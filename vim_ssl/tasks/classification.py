@@ -19,7 +19,6 @@ import torch
 from vim_ssl.checkpoints.loading import load_for_bands, save_encoder
 from vim_ssl.data.bands import band_arguments
 from vim_ssl.data.loading.indexed import SeededSamples
-from vim_ssl.data.loading.streamed import ImageStream
 from vim_ssl.data.split import stratified_split
 from vim_ssl.data.transforms.image import create_transform
 from vim_ssl.evaluation.embeddings import stream_features
@@ -27,13 +26,13 @@ from vim_ssl.evaluation.extract import extract_features
 from vim_ssl.evaluation.validation import Validation
 from vim_ssl.metrics.classification import (
     TARGETS,
-    judge,
+    classification_metrics,
     outputs,
     probabilities,
     summary,
     write_tables,
 )
-from vim_ssl.metrics.medmnist import medmnist_figures
+from vim_ssl.metrics.medmnist import medmnist_metrics
 from vim_ssl.models.encoder import VimEncoder
 from vim_ssl.objectives.classification import Classification, LabelledTransform, balanced_weights
 from vim_ssl.tasks.runner import Training, finish_run, train_run
@@ -249,13 +248,13 @@ def evaluate(
         loading: arguments of `extract_features`.
     Returns: the metrics; for MedMNIST also its ``auc`` and ``acc``.
     """
-    extract = stream_features if isinstance(data, ImageStream) else extract_features
+    extract = stream_features if data.is_stream else extract_features
     device = next(encoder.parameters()).device
     answers = extract(encoder.eval(), data, create_transform(encoder), device=device, **loading)
     check_labels(data.name, answers.y, targets, classes)  # those of a stream are known only now
-    metrics = judge(answers.x, answers.y, targets, answers.groups)
+    metrics = classification_metrics(answers.x, answers.y, targets, answers.groups)
     write_tables(folder, metrics, answers.x, answers.y, answers.ids, classes, targets)
     if task := getattr(data, "task", None):
         scores = probabilities(answers.x, targets).numpy()
-        metrics |= medmnist_figures(answers.y.numpy(), scores, task, answers.groups)
+        metrics |= medmnist_metrics(answers.y.numpy(), scores, task, answers.groups)
     return {"test": len(answers.y), **metrics, "skipped": answers.skipped}

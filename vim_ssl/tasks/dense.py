@@ -19,7 +19,7 @@ from vim_ssl.tasks.config import TransferConfig
 from vim_ssl.tasks.runner import Training, finish_run, train_run
 from vim_ssl.training.run import Run, evaluation_folder
 from vim_ssl.utils.config import check_between, opt, to_dict
-from vim_ssl.utils.drawing import DRAWN
+from vim_ssl.utils.drawing import GRID_ROWS
 from vim_ssl.utils.environment import environment
 
 
@@ -150,7 +150,7 @@ def predictions(
     """
     training = model.training
     model.eval()
-    drawn = {i * len(data) // DRAWN for i in range(DRAWN)}
+    drawn = {i * len(data) // GRID_ROWS for i in range(GRID_ROWS)}
     for i in range(len(data)):
         try:
             item = data[i]

@@ -21,13 +21,13 @@ from vim_ssl.checkpoints.task_models import load_task, save_task
 from vim_ssl.data.images import clean_image
 from vim_ssl.data.transforms.dense import DensePixels, on_canvas
 from vim_ssl.data.transforms.image import denormalize
-from vim_ssl.metrics.detection import BoxScores
+from vim_ssl.metrics.detection import DetectionMetrics
 from vim_ssl.models.encoder import VimEncoder
 from vim_ssl.models.heads import RCNN, SimpleFeaturePyramid
 from vim_ssl.models.heads.rcnn import COARSEST
 from vim_ssl.objectives.base import StepOutput
 from vim_ssl.tasks.dense import predictions
-from vim_ssl.utils.drawing import draw_objects, sheet_of_objects
+from vim_ssl.utils.drawing import object_grid, overlay_objects
 from vim_ssl.utils.names import did_you_mean
 
 HEADS = ("cascade", "rcnn")
@@ -166,7 +166,7 @@ class Detection(nn.Module):
         for image, truth, objects in zip(visible, targets, detections, strict=True):
             sure = {k: v[objects["scores"] >= SHOWN] for k, v in objects.items() if k != "masks"}
             panels = [
-                draw_objects(image, one["boxes"].cpu(), one["labels"].cpu() - 1, self.classes)
+                overlay_objects(image, one["boxes"].cpu(), one["labels"].cpu() - 1, self.classes)
                 for one in (truth, sure)
             ]
             rows.append(torch.cat(panels, 2))
@@ -187,18 +187,18 @@ def load_detection(folder: str | os.PathLike) -> Detection:
     return load_task(Detection, folder, FILE, "detection")
 
 
-def evaluate(model: Detection, data, folder: Path) -> tuple[dict[str, Any], BoxScores]:
+def evaluate(model: Detection, data, folder: Path) -> tuple[dict[str, Any], DetectionMetrics]:
     """Evaluate a model on images with boxes: average precision.
 
     Writes ``results.json`` (what pycocotools' ``loadRes`` takes, with the ids of the data),
     ``classes.csv`` and ``predictions.png`` (truth, prediction) to ``folder``.
 
-    Returns: the metrics of `BoxScores.figures` with the number of images and the skipped ones; and
-        the scores.
+    Returns: the metrics of `DetectionMetrics.compute` with the number of images and the
+        skipped ones; and the scores.
     Raises: ValueError if no image can be read, or none has an object; ImportError without
         pycocotools.
     """
-    scores = BoxScores(data, masks=model.masks and data.has_outlines)
+    scores = DetectionMetrics(data, masks=model.masks and data.has_outlines)
     skipped: list[str] = []
     rows = []
     for i, item, objects, draws in predictions(model, data, skipped):
@@ -206,7 +206,7 @@ def evaluate(model: Detection, data, folder: Path) -> tuple[dict[str, Any], BoxS
         if draws:
             sure = {k: v[objects["scores"] >= SHOWN] for k, v in objects.items()}
             rows.append((item["image"], item, sure))
-    metrics = {"test": len(data) - len(skipped), **scores.figures(), "skipped": skipped}
+    metrics = {"test": len(data) - len(skipped), **scores.compute(), "skipped": skipped}
     scores.write(folder)
-    sheet_of_objects(rows, model.classes).save(folder / "predictions.png")
+    object_grid(rows, model.classes).save(folder / "predictions.png")
     return metrics, scores

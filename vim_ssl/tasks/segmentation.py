@@ -24,14 +24,14 @@ from vim_ssl.data.labels import IGNORE
 from vim_ssl.data.sources.geotiff import write_labels
 from vim_ssl.data.transforms.dense import DensePixels
 from vim_ssl.data.transforms.image import denormalize
-from vim_ssl.metrics.segmentation import MaskScores
-from vim_ssl.metrics.volumes import VolumeScores
+from vim_ssl.metrics.segmentation import SegmentationMetrics
+from vim_ssl.metrics.volumes import VolumeMetrics
 from vim_ssl.models.encoder import VimEncoder
 from vim_ssl.models.heads import NORMS, FCNHead, FeatureUpsampling, LinearHead, UPerNet
 from vim_ssl.models.sliding_window import label_pixels
 from vim_ssl.objectives.base import StepOutput
 from vim_ssl.tasks.dense import predictions
-from vim_ssl.utils.drawing import class_colours, draw
+from vim_ssl.utils.drawing import class_colours, mask_grid
 from vim_ssl.utils.names import did_you_mean
 
 HEADS = ("upernet", "linear")
@@ -202,26 +202,26 @@ def load_segmentation(folder: str | os.PathLike) -> Segmentation:
     return load_task(Segmentation, folder, FILE, "segmentation")
 
 
-def evaluate(model: Segmentation, data, folder: Path) -> tuple[dict[str, Any], MaskScores]:
+def evaluate(model: Segmentation, data, folder: Path) -> tuple[dict[str, Any], SegmentationMetrics]:
     """Evaluate a model on images with masks, at the size of the masks.
 
     Writes ``classes.csv``, ``predictions.csv`` and ``predictions.png`` (image, truth, prediction)
     to ``folder``; for planes of volumes ``volumes.csv``; for rasters their predictions as
     georeferenced files below ``predictions/``.
 
-    Returns: the metrics of `MaskScores.figures` with the number of images and the skipped ones,
-        for planes also those of `VolumeScores.figures`; and the scores.
+    Returns: the metrics of `SegmentationMetrics.compute` with the number of images and the
+        skipped ones, for planes also those of `VolumeMetrics.compute`; and the scores.
     Raises: ValueError if no image can be read, or none has a label.
     """
-    scores = MaskScores(model.classes)
-    volumes: VolumeScores | None = None
+    scores = SegmentationMetrics(model.classes)
+    volumes: VolumeMetrics | None = None
     skipped: list[str] = []
     rows = []
     for _, item, guess, draws in predictions(model, data, skipped):
         scores.add(item["id"], item["mask"], guess, item.get("group"))
         origin = item.get("meta", {})
         if "volume" in origin:
-            volumes = volumes or VolumeScores(model.classes)
+            volumes = volumes or VolumeMetrics(model.classes)
             volumes.add(origin, item["mask"], guess, item.get("group"))
         if "raster" in origin:
             path = folder / "predictions" / origin["name"]
@@ -229,15 +229,15 @@ def evaluate(model: Segmentation, data, folder: Path) -> tuple[dict[str, Any], M
         if draws:
             rows.append((model.displayed(item["image"]), item["mask"], guess))
     metrics = {
-        "test": len(data) - len(skipped), **scores.figures(), "skipped": skipped,
+        "test": len(data) - len(skipped), **scores.compute(), "skipped": skipped,
         "miou_ci_is": "middle 95 % of 1,000 bootstrap resamples of the images, or their groups",
     }  # fmt: skip
     scores.write(folder)
     if volumes:
-        metrics |= volumes.figures()
+        metrics |= volumes.compute()
         volumes.write(folder)
     colours = class_colours(len(model.classes)).numpy()
-    draw(rows, model.classes, colours).save(folder / "predictions.png")
+    mask_grid(rows, model.classes, colours).save(folder / "predictions.png")
     return metrics, scores
 
 

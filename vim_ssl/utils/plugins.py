@@ -1,22 +1,24 @@
-"""Extensions from other packages, declared as entry points of the group `vim_ssl.plugins`."""
+"""Plugins: installed packages that register what they add when they are imported."""
 
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import entry_points
 
-GROUP = "vim_ssl.plugins"
-_loaded: set[EntryPoint] = set()
+GROUP = "vim_ssl.plugins"  # the group of entry points; each names a module or an object in one
+_loaded: set[tuple[str, str]] = set()
 
 
 def load_plugins() -> None:
-    """Load the plugins of all installed packages, each once per process.
+    """Import every installed plugin, once per process.
 
-    Raises: ImportError naming a plugin that fails.
+    Raises: ImportError naming the plugin that cannot be loaded.
     """
-    for point in set(entry_points(group=GROUP)) - _loaded:
+    for plugin in entry_points(group=GROUP):
+        if (plugin.name, plugin.value) in _loaded:
+            continue
         try:
-            point.load()
-        except Exception as error:
+            plugin.load()
+        except Exception as error:  # a plugin may raise anything
             raise ImportError(
-                f"the plugin {point.name!r} ({point.value}) failed: {error}; update the package "
-                "that declares it, or uninstall it."
+                f"The plugin {plugin.name!r} ({plugin.value}) cannot be loaded: {error}. Repair "
+                "or uninstall the package that it belongs to."
             ) from error
-        _loaded.add(point)
+        _loaded.add((plugin.name, plugin.value))

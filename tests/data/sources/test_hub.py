@@ -141,7 +141,7 @@ def test_fingerprint_follows_the_table(tmp_path):
 
 
 def test_a_folder_of_tables(tmp_path):
-    table(label=([0, 1, 1, 0], ANIMALS)).to_parquet(tmp_path / "pictures" / "train.parquet")
+    table(label=([0, 1, 1, 0], ANIMALS)).to_parquet(tmp_path / "images" / "train.parquet")
     opened = open_data(f"hf:{tmp_path / 'images'}")
     assert opened.labels == [0, 1, 1, 0]
     assert opened[3]["image"].getpixel((0, 0)) == (3, 0, 0)

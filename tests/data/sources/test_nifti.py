@@ -107,7 +107,7 @@ def test_broken_files(tmp_path):
 @pytest.mark.parametrize(
     ("query", "message"),
     [
-        ("?axis=3", "none of 0, 1 and 2"),
+        ("?axis=3", "has no axis=3; it takes axis=0 or axis=1"),
         ("?label=organ", "label=folder"),
         ("?label=folder", "1 images lie outside of any class folder"),
     ],

@@ -13,9 +13,9 @@ from PIL import Image
 
 from vim_ssl import VimEncoder
 from vim_ssl.data import BadImage, create_transform, open_data
+from vim_ssl.data import clips as clips_module
 from vim_ssl.data.check import check
 from vim_ssl.data.clips import Sampling, Video
-from vim_ssl.data.sources import video as video_module
 from vim_ssl.models.video import inflate
 
 av = pytest.importorskip("av")
@@ -303,7 +303,7 @@ def test_few_frames_are_held_in_full_size(folder, monkeypatch, kind, clips, trai
             Image.fromarray(frame_image(i)).save(path / f"{i}.png")
     frames, most = [], 0
     reader = {"file": "_image", "frames": "decode_image"}[kind]
-    decode = getattr(video_module, reader)
+    decode = getattr(clips_module, reader)
 
     def watched(*args, **more):
         nonlocal most
@@ -312,7 +312,7 @@ def test_few_frames_are_held_in_full_size(folder, monkeypatch, kind, clips, trai
         most = max(most, sum(frame() is not None for frame in frames))
         return image
 
-    monkeypatch.setattr(video_module, reader, watched)
+    monkeypatch.setattr(clips_module, reader, watched)
     transform = create_transform(inflate(VimEncoder(**SMALL), tubelet=1), is_training=training)
     assert transform(Video(path, Sampling(12, clips=clips))).shape[-3:] == (12, 16, 16)
     assert 1 <= most <= 3

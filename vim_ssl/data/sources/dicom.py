@@ -1,4 +1,4 @@
-"""DICOM: ``dicom:root``, slices as 8-bit images; of the patient nothing is handed on."""
+"""``dicom:`` — slices of DICOM files as 8-bit images, without anything about the patient."""
 
 import logging
 import os
@@ -16,13 +16,15 @@ import numpy as np
 
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import BadImage
-from vim_ssl.data.sources.folder import OnDisk, read_layout
+from vim_ssl.data.registry import Splits, source
+from vim_ssl.data.sources.folder import OnDisk, read_layout, split_folders, walk_files
 from vim_ssl.data.spec import DataSpec, near
 from vim_ssl.data.window import Window, to_8bit
+from vim_ssl.utils.optional import require
 
 log = logging.getLogger(__name__)
 
-# What `label=` may be: nothing here says who the patient is.
+# Values of `label=`: none of them identifies the patient.
 LABELS = {
     "modality": "Modality", "body_part": "BodyPartExamined", "view": "ViewPosition",
     "laterality": "ImageLaterality", "folder": "",
@@ -38,53 +40,51 @@ _VALUES = [
     "PhotometricInterpretation", "RescaleSlope", "RescaleIntercept", "ModalityLUTSequence",
     "WindowCenter", "WindowWidth", "VOILUTFunction", "VOILUTSequence", "PixelPaddingValue",
     "BitsStored", "PixelRepresentation", "SamplesPerPixel", "PerFrameFunctionalGroupsSequence",
-    "SharedFunctionalGroupsSequence", "RedPaletteColorLookupTableDescriptor",
-    "GreenPaletteColorLookupTableDescriptor", "BluePaletteColorLookupTableDescriptor",
-    "RedPaletteColorLookupTableData", "GreenPaletteColorLookupTableData",
-    "BluePaletteColorLookupTableData", "SegmentedRedPaletteColorLookupTableData",
-    "SegmentedGreenPaletteColorLookupTableData", "SegmentedBluePaletteColorLookupTableData",
+    "SharedFunctionalGroupsSequence",
+    *(f"{colour}PaletteColorLookupTable{part}" for colour in ("Red", "Green", "Blue")
+      for part in ("Descriptor", "Data")),
+    *(f"Segmented{colour}PaletteColorLookupTableData" for colour in ("Red", "Green", "Blue")),
 ]  # fmt: skip
 
-# Not compressed: implicit, explicit and big-endian values.
+# Uncompressed transfer syntaxes: implicit, explicit and big-endian.
 _PLAIN = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2")
 
 
 @dataclass(frozen=True)
 class Slice:
-    """One image of a file, and what orders it. ``patient`` and ``series`` stay in this module."""
+    """One image of a file, and its order. ``patient`` and ``series`` never leave this module."""
 
     name: str
     frame: int
     patient: str
     series: str
-    place: tuple[float, float]  # along the series' normal, then its number
+    position: tuple[float, float]  # along the normal of the series, then its number
     syntax: str
     label: str
 
 
-def open_dicom(spec: DataSpec) -> ImageData:
+@source("dicom", extra="medical", options=("label", "window"))
+def open_dicom(spec: DataSpec) -> Splits:
     """Open every image of the DICOM files below ``dicom:root``, grey or colour, 8-bit.
 
-    Files are known by their content, whatever their names; a file of several frames gives several
-    images, one without pixels none. Within a series slices come in the order of their positions,
-    else of their instance numbers. Stored values are rescaled (slope and intercept, or a table),
-    windowed by the file's own first window, else from its 0.5th to its 99.5th percentile, and
-    turned over where the file says MONOCHROME1. ``window=-160,240`` sets another window, in the
-    rescaled unit (HU for CT).
+    Files are recognised by content, not by name; a file of several frames gives several images,
+    one without pixels none. The slices of a series are sorted by position, else by instance
+    number. Stored values are rescaled (slope and intercept, or a table), windowed by the first
+    window of the file, else from the 0.5th to the 99.5th percentile, and inverted for MONOCHROME1.
+    ``window=-160,240`` sets another window, in the rescaled unit (HU for CT).
 
-    A file whose header is broken, or tells of more frames than there are, is passed over with a
-    warning that names it, and nothing of what it holds.
+    A file with a broken header, or with fewer frames than declared, is skipped with a warning that
+    names the file and nothing of its content.
 
-    The group is the patient, so that none is on two sides of a split: a number that holds nothing
-    of the PatientID. Without PatientID it is the study, else the series, else the folder. An id is
-    ``hash of the series/place in it``; `locate` finds the file. ``label=`` takes modality,
+    The group is the patient, so that no patient is on two sides of a split: a number that reveals
+    nothing of the PatientID. Without PatientID it is the study, else the series, else the folder.
+    An id is ``hash of the series/index in it``; `locate` finds its file. ``label=`` takes modality,
     body_part, view, laterality or folder (the outermost). Folders named train, val and test, and
     no others, are splits.
 
-    Raises: ImportError without pydicom, or without what decompresses these files;
-        FileNotFoundError; ValueError for a folder without a DICOM image.
+    Raises: ImportError without pydicom, or without a decoder of these files; FileNotFoundError;
+        ValueError for a folder without a DICOM image.
     """
-    spec.takes("label", "window")
     window = Window.parse(spec.window) if spec.window else None
     kind = None if spec.label == "none" else spec.label
     if kind and kind not in LABELS:
@@ -95,70 +95,70 @@ def open_dicom(spec: DataSpec) -> ImageData:
     root = Path(spec.location).expanduser()
     slices, others = _ordered(root, LABELS.get(kind or ""))
     _check_syntaxes({one.syntax for one in slices})
+    if others:
+        log.warning("dicom:%s: skipped %s", root, _listed(others))
     names = sorted({one.name for one in slices})
-    found = read_layout(names, spec.split, "folder" if kind == "folder" else "none", str(root))
-    inside = set(found.names)
     patients = {name: f"patient-{i:05d}"
                 for i, name in enumerate(dict.fromkeys(one.patient for one in slices))}  # fmt: skip
-    chosen = [one for one in slices if one.name in inside]
-    ids = [name for name, one in zip(_ids(slices), slices, strict=True) if one.name in inside]
 
-    labels, classes = None, found.classes
-    if found.labels is not None:
-        class_of = dict(zip(found.names, found.labels, strict=True))
-        labels = [class_of[one.name] for one in chosen]
-    elif kind:
-        classes = sorted({one.label for one in slices} - {""})
-        labels = [classes.index(one.label) if one.label else -1 for one in chosen]
-    if others:
-        log.warning("dicom:%s: passed over %s", root, _told(others))
-    return ImageData(
-        DicomImages(str(root), chosen, window), ids, name=str(spec), labels=labels,
-        classes=classes, groups=[patients[one.patient] for one in chosen], splits=found.splits,
-        split=found.split,
-    )  # fmt: skip
+    def choose(spec: DataSpec) -> ImageData:
+        layout = read_layout(names, spec.split, "folder" if kind == "folder" else "none", str(root))
+        inside = set(layout.names)
+        chosen = [one for one in slices if one.name in inside]
+        ids = [name for name, one in zip(_ids(slices), slices, strict=True) if one.name in inside]
+
+        labels, classes = None, layout.classes
+        if label_of := layout.label_of:
+            labels = [label_of[one.name] for one in chosen]
+        elif kind:
+            classes = sorted({one.label for one in slices} - {""})
+            labels = [classes.index(one.label) if one.label else -1 for one in chosen]
+        rows = [(one.name, one.frame) for one in chosen]
+        return ImageData(
+            DicomImages(str(root), rows, window), ids, name=str(spec), labels=labels,
+            classes=classes, groups=[patients[one.patient] for one in chosen],
+            splits=layout.splits, split=layout.split,
+        )  # fmt: skip
+
+    return Splits(split_folders(names), choose)
 
 
 def locate(root: str | Path) -> dict[str, str]:
-    """Every id of ``dicom:root`` → its file, for looking at what was named broken.
+    """Map every id of ``dicom:root`` to its file, to inspect images reported as broken.
 
-    The paths may tell more about a patient than the ids do: they are for you alone.
+    Keep the paths to yourself: they may reveal more about a patient than the ids.
     """
     slices, _ = _ordered(Path(root).expanduser(), None)
     return {name: one.name for name, one in zip(_ids(slices), slices, strict=True)}
 
 
+@dataclass(eq=False)
 class DicomImages(OnDisk):
-    """Slices by row, each as uint8 (h, w) or (h, w, 3)."""
+    """Slices as uint8 (h, w) or (h, w, 3); a row is a file's name and a frame."""
 
-    def __init__(self, root: str, slices: Sequence[Slice], window: Window | None):
-        self.root, self.window = root, window
-        self.files = [(one.name, one.frame) for one in slices]
+    window: Window | None
 
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def paths(self, row: int) -> list[str]:
-        return [os.path.join(self.root, self.files[row][0])]
+    def names(self, row: int) -> list[str]:
+        return [self.rows[row][0]]
 
     def __getitem__(self, row: int) -> np.ndarray:
-        name, frame = self.files[row]
+        name, frame = self.rows[row]
         try:
             with _silenced():
                 return read_slice(os.path.join(self.root, name), frame, self.window)
         except FileNotFoundError:
             raise BadImage(name, "the file is gone") from None
         except Exception as error:  # a broken file makes decoders raise nearly anything
-            # Its words are left out: they may quote the file's header.
+            # Without its message, which may quote the header.
             raise BadImage(name, f"its pixels cannot be read ({type(error).__name__})") from None
 
 
 def read_slice(path: str, frame: int = 0, window: Window | None = None) -> np.ndarray:
-    """One frame of a DICOM file as uint8 (h, w) or (h, w, 3); see `open_dicom`.
+    """Read one frame of a DICOM file as uint8 (h, w) or (h, w, 3); see `open_dicom`.
 
-    Raises: what pydicom raises for a file it cannot read.
+    Raises: what pydicom raises for an unreadable file.
     """
-    pydicom = _pydicom()
+    pydicom = import_pydicom()
     from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut, pixel_array
 
     header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_VALUES)
@@ -189,7 +189,7 @@ def read_slice(path: str, frame: int = 0, window: Window | None = None) -> np.nd
 
 
 def _windowed(values: np.ndarray, voi: Any) -> np.ndarray:
-    """0 to 1 by the first window of a file: DICOM PS3.3, C.11.2.1.2 and C.11.2.1.3."""
+    """Map values to 0..1 by the first window of a file: DICOM PS3.3, C.11.2.1.2 and C.11.2.1.3."""
     centre, width = (
         float(value if isinstance(value, float | int) else value[0])
         for value in (voi.WindowCenter, voi.WindowWidth)
@@ -205,18 +205,14 @@ def _windowed(values: np.ndarray, voi: Any) -> np.ndarray:
 # ---------------------------------------------------------------- headers
 
 
-def _pydicom() -> Any:
-    try:
-        import pydicom
-        import pydicom.pixels
-    except ImportError as error:
-        raise ImportError("dicom: data needs pydicom: pip install 'vim-ssl[medical]'") from error
-    return pydicom
+def import_pydicom() -> Any:
+    """Return the module pydicom. Raises: ImportError that says what to install."""
+    return require("pydicom", "medical", "DICOM files (dicom:)")
 
 
 @contextmanager
 def _silenced() -> Iterator[None]:
-    """Without pydicom's warnings, raised or logged, which quote the values of headers."""
+    """Suppress pydicom's warnings, raised or logged, because they quote values of headers."""
     logger = logging.getLogger("pydicom")
     before, logger.disabled = logger.disabled, True
     try:
@@ -228,40 +224,35 @@ def _silenced() -> Iterator[None]:
 
 
 def _ordered(root: Path, label: str | None) -> tuple[list[Slice], dict[str, list[str]]]:
-    """The slices below root, series by series in the order of their files; and the files that were
-    passed over, by what is wrong with them."""
+    """Return the slices below root, sorted within each series, and the skipped files by reason."""
     if not root.is_dir():
         raise FileNotFoundError(f"dicom:{root}: there is no such folder.")
-    names = sorted(
-        path.relative_to(root).as_posix()
-        for path in root.rglob("*")
-        if path.is_file() and not path.name.startswith(".") and path.name != "DICOMDIR"
-    )
+    names = [name for name in walk_files(root)[0] if name.rpartition("/")[2] != "DICOMDIR"]
     others: dict[str, list[str]] = {}
     by_series: dict[str, list[Slice]] = {}
-    _pydicom()
+    import_pydicom()
     with _silenced(), ThreadPoolExecutor(8) as pool:
         read = pool.map(lambda name: _read_header(root, name, label), names)
-        for name, found in zip(names, read, strict=True):
-            if isinstance(found, str):
-                others.setdefault(found, []).append(name)
+        for name, result in zip(names, read, strict=True):
+            if isinstance(result, str):
+                others.setdefault(result, []).append(name)
                 continue
-            for one in found:
+            for one in result:
                 by_series.setdefault(one.series, []).append(one)
     if not by_series:
         raise ValueError(
-            f"dicom:{root} holds no DICOM image at any depth; it holds {_told(others)}."
+            f"dicom:{root} holds no DICOM image at any depth; it holds {_listed(others)}."
         )
     slices = [
         one
         for series in by_series.values()
-        for one in sorted(series, key=lambda one: (*one.place, one.name, one.frame))
+        for one in sorted(series, key=lambda one: (*one.position, one.name, one.frame))
     ]
     return slices, others
 
 
-def _told(others: dict[str, list[str]]) -> str:
-    """What was passed over in words, with the first names of each kind."""
+def _listed(others: dict[str, list[str]]) -> str:
+    """Describe the skipped files, with the first names of each kind."""
     kinds = sorted(others.items(), key=lambda kind: -len(kind[1]))[:5]
     return ", ".join(
         f"{len(names)} × {what} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
@@ -270,8 +261,8 @@ def _told(others: dict[str, list[str]]) -> str:
 
 
 def _read_header(root: Path, name: str, label: str | None) -> list[Slice] | str:
-    """The slices of a file; or in words why it has none."""
-    pydicom = _pydicom()
+    """Return the slices of a file, or the reason why it has none."""
+    pydicom = import_pydicom()
     try:
         with open(root / name, "rb") as file:
             header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=_HEADER)
@@ -286,18 +277,18 @@ def _read_header(root: Path, name: str, label: str | None) -> list[Slice] | str:
 
 
 def _slices(header: Any, name: str, label: str | None, left: int) -> list[Slice] | str:
-    """As `_read_header`, of a header that ``left`` bytes of pixels follow.
+    """Return the result of `_read_header` for a header that ``left`` bytes of pixels follow.
 
-    Raises: ValueError, TypeError for values that are none.
+    Raises: ValueError, TypeError for invalid values.
     """
     meta = getattr(header, "file_meta", {})
     syntax = str(meta.get("TransferSyntaxUID", ""))
     frames = int(header.get("NumberOfFrames") or 1)
-    # How few bytes compression makes of a frame nobody knows; of colour one of its parts is asked.
+    # Compressed frames may be of any size; of colour one channel is required.
     least = header.Rows * header.Columns * header.BitsAllocated / 8 if syntax in _PLAIN else 0
     if frames < 1 or (frames > 1 and frames * least > left):
         return "other number of frames than the header says"
-    # Of what was made anonymous by blanking, a folder is one series of one patient.
+    # In files anonymised by blank tags, a folder counts as one series of one patient.
     series = str(header.get("SeriesInstanceUID") or name.rpartition("/")[0])
     patient = str(header.get("PatientID") or header.get("StudyInstanceUID") or series)
     text = str(header.get(label) or "").strip().lower() if label else ""
@@ -309,25 +300,25 @@ def _slices(header: Any, name: str, label: str | None, left: int) -> list[Slice]
 
 
 def _position(header: Any, frame: int) -> float:
-    """Where a slice lies along its series' normal (mm); 0 when the file does not say."""
-    where = _functional(header, frame, "PlanePositionSequence").get("ImagePositionPatient")
-    turned = _functional(header, frame, "PlaneOrientationSequence").get("ImageOrientationPatient")
-    if not where or not turned or len(where) != 3 or len(turned) != 6:
+    """Return the position of a slice along the normal of its series (mm); 0 if not declared."""
+    origin = _functional(header, frame, "PlanePositionSequence").get("ImagePositionPatient")
+    axes = _functional(header, frame, "PlaneOrientationSequence").get("ImageOrientationPatient")
+    if not origin or not axes or len(origin) != 3 or len(axes) != 6:
         return 0.0
-    normal = np.cross(np.array(turned[:3], float), np.array(turned[3:], float))
-    place = round(float(normal @ np.array(where, float)), 3)
-    if not np.isfinite(place):  # nothing could be sorted by it
+    normal = np.cross(np.array(axes[:3], float), np.array(axes[3:], float))
+    position = round(float(normal @ np.array(origin, float)), 3)
+    if not np.isfinite(position):  # cannot be sorted
         raise ValueError("no position")
-    return place
+    return position
 
 
 def _functional(header: Any, frame: int, sequence: str) -> Any:
-    """The part of an enhanced file that describes a frame; of any other file, the header itself."""
+    """Return the item of an enhanced file that describes a frame; else the header itself."""
     frames = header.get("PerFrameFunctionalGroupsSequence") or []
     shared = header.get("SharedFunctionalGroupsSequence") or []
     for group in (*frames[frame : frame + 1], *shared[:1]):
-        if found := group.get(sequence):
-            return found[0]
+        if items := group.get(sequence):
+            return items[0]
     return header
 
 
@@ -342,7 +333,7 @@ def _ids(slices: Sequence[Slice]) -> list[str]:
 
 
 def _check_syntaxes(syntaxes: set[str]) -> None:
-    """Raise ImportError when files are compressed in a way that no installed package undoes."""
+    """Raise ImportError for a compression that no installed package decodes."""
     from pydicom.pixels import get_decoder
     from pydicom.uid import UID
 
@@ -350,7 +341,7 @@ def _check_syntaxes(syntaxes: set[str]) -> None:
         try:
             decoder = get_decoder(UID(syntax))
         except NotImplementedError:
-            continue  # what it holds is named when it is decoded
+            continue  # its images fail one by one when they are decoded
         if not decoder.is_available:
             needed = "; or ".join(decoder.missing_dependencies)
             raise ImportError(

@@ -1,6 +1,5 @@
 """`eurosat:`: EuroSAT's official folders, RGB or 13 bands."""
 
-import csv
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,16 +7,17 @@ from typing import Any
 
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import EXTENSIONS
-from vim_ssl.data.sources.folder import FileImages
+from vim_ssl.data.registry import Splits, source
+from vim_ssl.data.sources.folder import FileImages, split_views
 from vim_ssl.data.sources.geotiff import (
     TIFFS,
     RasterImages,
     Tile,
     choose_bands,
     import_rasterio,
-    take_split,
 )
 from vim_ssl.data.spec import DataSpec
+from vim_ssl.data.tables import read_columns
 
 # EuroSAT's files have the narrow infrared band last.
 EUROSAT_BANDS = (
@@ -34,82 +34,89 @@ EUROSAT_FOLDERS = (
 )  # fmt: skip
 
 
-def open_eurosat(spec: DataSpec) -> ImageData:
+@source("eurosat", extra="remote-sensing", options=("label", "bands"))
+def open_eurosat(spec: DataSpec) -> Splits:
     """Open ``eurosat:root``: the ten class folders, in root or where the archives put them, of the
     RGB images (.jpg) or of the 13-band rasters (.tif, 64 px, uint16).
 
-    Where root has both, ``bands=`` (all, or B04,B03,B02 …) takes the rasters. Lists of a split are
-    used where they lie in root or beside the folders: ``eurosat-train.txt`` with -val and -test,
-    or ``train.csv``, ``validation.csv`` and ``test.csv``; EuroSAT itself has none. The ids are
+    If root has both, ``bands=`` (all, or B04,B03,B02 …) selects the rasters. Split lists are read
+    from root or from beside the folders: ``eurosat-train.txt`` with -val and -test, or
+    ``train.csv``, ``validation.csv`` and ``test.csv``; EuroSAT itself has none. The ids are
     ``class/file``.
 
     Raises: FileNotFoundError and ValueError with all that is missing.
     """
-    spec.takes("label", "bands")
     root = Path(spec.location).expanduser()
     source = f"eurosat:{spec.location}"
     if not root.is_dir():
         raise FileNotFoundError(f"{source}: there is no such folder.")
-    names: list[str] = []
-    for place in EUROSAT_FOLDERS:
-        folder = root / place
+    folder, names = _class_files(root, TIFFS if spec.bands else EXTENSIONS, source)
+    endings = {Path(name).suffix.lower() for name in names}
+    if endings & set(TIFFS) and not endings <= set(TIFFS):
+        raise ValueError(f"{source}: {folder} mixes images and rasters ({', '.join(endings)}).")
+
+    images: Any = FileImages(str(folder), names)
+    bands: Sequence[str] = ("R", "G", "B")
+    dtype = "uint8"
+    if endings <= set(TIFFS):
+        import_rasterio()
+        numbers = choose_bands(None if spec.bands == "all" else spec.bands, EUROSAT_BANDS, source)
+        bands = [EUROSAT_BANDS[number - 1] for number in numbers]
+        tiles = [Tile(tuple((name, number) for number in numbers)) for name in names]
+        images, dtype = RasterImages(str(folder), tiles), "uint16"
+    labelled = spec.label != "none"
+    split_of = _listed_splits((root, folder, folder.parent))
+    data = ImageData(
+        images, names, name=str(spec),
+        labels=[EUROSAT_CLASSES.index(name.split("/")[0]) for name in names] if labelled else None,
+        classes=EUROSAT_CLASSES if labelled else None, bands=bands, dtype=dtype,
+        splits=list(dict.fromkeys(split_of.values())),
+    )  # fmt: skip
+    return split_views(data, [split_of.get(Path(name).stem, "") for name in names])
+
+
+def _class_files(root: Path, endings: Sequence[str], source: str) -> tuple[Path, list[str]]:
+    """Return the folder of the class folders, and the files with these endings below it.
+
+    Raises: FileNotFoundError without any file; ValueError for a class without one.
+    """
+    for folder in (root / name for name in EUROSAT_FOLDERS):
         names = [
             f"{kind}/{file}"
             for kind in EUROSAT_CLASSES
             if (folder / kind).is_dir()
             for file in sorted(os.listdir(folder / kind))
-            if file.lower().endswith(TIFFS if spec.bands else EXTENSIONS)
+            if file.lower().endswith(tuple(endings))
         ]
         if names:
             break
-    if not names:
+    else:
         raise FileNotFoundError(
             f"{source} has no class folder ({', '.join(EUROSAT_CLASSES[:3])} …) with "
-            f"{'.tif files' if spec.bands else 'images'}, neither itself nor in "
+            f"{'.tif files' if endings == TIFFS else 'images'}, neither itself nor in "
             f"{', '.join(EUROSAT_FOLDERS[1:])}."
         )
     present = {name.split("/")[0] for name in names}
     if missing := [kind for kind in EUROSAT_CLASSES if kind not in present]:
         raise ValueError(f"{source}: {folder} has no images of {', '.join(missing)}.")
-    endings = {Path(name).suffix.lower() for name in names}
-    rasters = endings <= set(TIFFS)
-    if not rasters and endings & set(TIFFS):
-        raise ValueError(f"{source}: {folder} mixes images and rasters ({', '.join(endings)}).")
-
-    images: Any = FileImages(str(folder), names)
-    bands: Sequence[str] = ("R", "G", "B")
-    if rasters:
-        import_rasterio()
-        numbers = choose_bands(None if spec.bands == "all" else spec.bands, EUROSAT_BANDS, source)
-        bands = [EUROSAT_BANDS[number - 1] for number in numbers]
-        tiles = [Tile(tuple((name, number) for number in numbers)) for name in names]
-        images = RasterImages(str(folder), tiles)
-    labelled = spec.label != "none"
-    part_of = _eurosat_splits((root, folder, folder.parent))
-    data = ImageData(
-        images, names, name=str(spec),
-        labels=[EUROSAT_CLASSES.index(name.split("/")[0]) for name in names] if labelled else None,
-        classes=EUROSAT_CLASSES if labelled else None, bands=bands,
-        splits=list(dict.fromkeys(part_of.values())),
-    )  # fmt: skip
-    return take_split(data, spec, [part_of.get(Path(name).stem, "") for name in names])
+    return folder, names
 
 
-def _eurosat_splits(folders: Sequence[Path]) -> dict[str, str]:
-    """An image's name without its ending → its split, by the first complete lists found."""
+def _listed_splits(folders: Sequence[Path]) -> dict[str, str]:
+    """Map an image's name without its ending to its split, by the first complete set of lists."""
     for folder in folders:
-        for pattern, parts in (("eurosat-{}.txt", ("train", "val", "test")),
-                               ("{}.csv", ("train", "validation", "test"))):  # fmt: skip
-            files = {part: folder / pattern.format(part) for part in parts}
-            if not all(file.is_file() for file in files.values()):
-                continue
-            part_of: dict[str, str] = {}
-            for part, file in files.items():
-                with open(file, encoding="utf-8", newline="") as lines:
-                    if file.suffix == ".txt":
-                        listed = [line.strip() for line in lines]
-                    else:
-                        listed = [row["Filename"] for row in csv.DictReader(lines)]
-                part_of |= {Path(name).stem: part for name in listed if name}
-            return part_of
+        for pattern, splits in (("eurosat-{}.txt", ("train", "val", "test")),
+                                ("{}.csv", ("train", "validation", "test"))):  # fmt: skip
+            files = {split: folder / pattern.format(split) for split in splits}
+            if all(file.is_file() for file in files.values()):
+                return {Path(name).stem: split for split, file in files.items()
+                        for name in _listed(file)}  # fmt: skip
     return {}
+
+
+def _listed(file: Path) -> list[str]:
+    if file.suffix == ".csv":
+        names: Sequence[str] = read_columns(file, str(file))["Filename"]
+    else:
+        names = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    return [name for name in names if name]

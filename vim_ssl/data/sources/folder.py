@@ -1,29 +1,50 @@
-"""A folder of images: flat, with class folders, or with split folders over either."""
+"""A folder of images: flat, with class folders, or with split folders above either; and what the
+other sources of files share."""
 
+import glob
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import EXTENSIONS
+from vim_ssl.data.labels import mask_folders, paired
+from vim_ssl.data.registry import Splits, source
+from vim_ssl.data.samples.fetch import SAMPLES
 from vim_ssl.data.spec import SPLIT_NAMES, DataSpec, near, pick_split
 
 _SPLIT_FOLDERS = frozenset(name for names in SPLIT_NAMES.values() for name in names)
 
 
+@dataclass(eq=False)
 class OnDisk:
-    """What is read from files, row by row."""
+    """What is read from files, row by row.
 
-    def paths(self, row: int) -> list[str]:
-        """The files that a row is read from."""
+    Attributes:
+        root: the folder that names are below; workers receive it once, and short names.
+        rows: what each row is read from, in the terms of the source.
+    """
+
+    root: str
+    rows: Sequence[Any]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def names(self, row: int) -> list[str]:
+        """Return the files of a row, below the root."""
         raise NotImplementedError
 
+    def paths(self, row: int) -> list[str]:
+        """Return the files of a row."""
+        return [os.path.join(self.root, name) for name in self.names(row)]
+
     def sizes(self, row: int) -> int | str:
-        """Bytes of these files; -1 when one is gone."""
+        """Return the bytes of the files of a row; -1 if one is missing."""
         try:
             return sum(map(os.path.getsize, self.paths(row)))
         except OSError:
@@ -31,59 +52,69 @@ class OnDisk:
 
 
 class FileImages(OnDisk):
-    """Files under one root; a list of short names is all that travels to workers."""
-
-    def __init__(self, root: str, names: list[str]):
-        self.root, self.names = root, names
-
-    def __len__(self) -> int:
-        return len(self.names)
+    """One file a row, by its name."""
 
     def __getitem__(self, row: int) -> str:
-        return os.path.join(self.root, self.names[row])
+        return os.path.join(self.root, self.rows[row])
 
-    def paths(self, row: int) -> list[str]:
-        return [self[row]]
+    def names(self, row: int) -> list[str]:
+        return [self.rows[row]]
 
 
-def open_folder(spec: DataSpec) -> ImageData:
+@source("folder", options=("label", "group"))
+def open_folder(spec: DataSpec) -> Splits:
     """Open a folder of images.
 
-    Images are found by extension at any depth; hidden files and folders are passed over.
+    Images are found by extension at any depth; hidden files and folders are skipped.
 
     - Folders named train, val (valid, validation) and test, and no other with images, are splits.
-    - Class folders: every image lies exactly one folder deep, in two folders or more. Their
-      sorted names, numbers by size, over all splits, are the classes. Anything else (a flat folder,
-      nested folders by date) has no labels. ``label=none`` leaves them out, ``label=folder`` takes
-      the outermost folder as the class whatever lies below.
-    - ``group=folder`` makes the folder that an image lies in its group.
+    - Class folders: every image lies exactly one folder deep, in two folders or more. The classes
+      are the sorted names of all splits, whole numbers by size. Any other layout (a flat folder,
+      nested folders by date) has no labels. ``label=none`` ignores class folders, ``label=folder``
+      makes the outermost folder the class at any depth.
+    - ``group=folder`` makes the folder of an image its group.
 
     The ids are the paths below the root, with forward slashes.
 
     Raises: FileNotFoundError, NotADirectoryError; ValueError for a folder without an image
-        (naming what it holds), and for labels that the layout cannot give.
+        (naming what it holds), and for labels that the layout does not give.
     """
-    spec.takes("label", "group")
-    for key, allowed in (("label", ("folder", "none")), ("group", ("folder",))):
-        value = getattr(spec, key)
-        if value and value not in allowed:
-            raise ValueError(
-                f"{key}={value} is nothing a folder has; it takes "
-                f"{' or '.join(f'{key}={a}' for a in allowed)}."
-            )
+    check_option(spec, "label", ("folder", "none"))
+    check_option(spec, "group", ("folder",))
     root = Path(spec.location).expanduser()
-    found = read_layout(find_images(root, spec.location), spec.split, spec.label, str(root))
-    groups = [name.rpartition("/")[0] for name in found.names] if spec.group else None
-    return ImageData(
-        FileImages(str(root), found.names), found.names, name=str(spec), labels=found.labels,
-        classes=found.classes, groups=groups, splits=found.splits, split=found.split,
-    )  # fmt: skip
+    return folder_splits(root, find_images(root, spec.location))
+
+
+def folder_splits(
+    root: Path,
+    names: list[str],
+    files: Callable[[str, list[str]], Any] = FileImages,
+    data_class: type[ImageData] = ImageData,
+) -> Splits:
+    """Return the splits of files by their folders, as `open_folder` describes them.
+
+    Args:
+        names: sorted paths below ``root``, with forward slashes.
+        files: called with the root and names below it; returns the first argument of `data_class`.
+    """
+
+    def choose(spec: DataSpec) -> ImageData:
+        layout = read_layout(names, spec.split, spec.label, str(root))
+        groups = [name.rpartition("/")[0] for name in layout.names] if spec.group else None
+        images = files(str(root), layout.names)
+        return layout.open(images, str(spec), data_class, groups=groups)
+
+    return Splits(split_folders(names), choose)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What the folders below a root say: the ``names`` of the chosen split, and as in `ImageData`
-    their labels and classes."""
+    """What the folders below a root say.
+
+    Attributes:
+        names: the paths of the chosen split, below the root.
+        splits, split, labels, classes: as in `ImageData`.
+    """
 
     names: list[str]
     splits: list[str]
@@ -91,36 +122,83 @@ class Layout:
     labels: list[int] | None
     classes: list[str] | None
 
+    @property
+    def label_of(self) -> dict[str, int]:
+        """The label of each name; empty if there are none."""
+        return dict(zip(self.names, self.labels or (), strict=False))
+
+    def open(
+        self, images: FileImages, name: str, data_class: type[ImageData] = ImageData, **columns: Any
+    ) -> Any:
+        """Return the images with ids, labels and splits by their folders."""
+        return data_class(
+            images, self.names, name=name, labels=self.labels, classes=self.classes,
+            splits=self.splits, split=self.split, **columns,
+        )  # fmt: skip
+
 
 def read_layout(names: list[str], split: str | None, label: str | None, root: str) -> Layout:
-    """Splits and classes by folders, as `open_folder` describes them.
+    """Read splits and classes off the folders, as `open_folder` describes them.
 
     Args:
         names: sorted paths below ``root``, with forward slashes.
-        split, label: as in the spec; "none" leaves labels out.
+        split, label: as in the spec.
     Raises: ValueError for a split or labels that the folders do not give.
     """
-    parts = by_split(names)
-    labelled = {part: _classes(held, bool(part), label, root) for part, held in parts.items()}
-    splits = [part for part in parts if part]
+    names_of = by_split(names)
+    splits = split_folders(names)
+    classes_of = {s: _classes(held, bool(s), label, root) for s, held in names_of.items()}
     split = pick_split(split, splits, f"The folder {root}")
-    chosen = [part for part in parts if split in ("all", part)]
+    chosen = [name for name in names_of if split in ("all", name)]
     labels = classes = None
-    if all(labelled[part] for part in chosen):
-        classes = sort_classes({name for held in labelled.values() for name in held or ()})
+    if all(classes_of[name] for name in chosen):
+        classes = sort_classes({name for held in classes_of.values() for name in held or ()})
         number = {name: i for i, name in enumerate(classes)}
-        labels = [number[name.split("/")[1 if p else 0]] for p in chosen for name in parts[p]]
-    names = [name for part in chosen for name in parts[part]]
+        labels = [number[name.split("/")[1 if s else 0]] for s in chosen for name in names_of[s]]
+    names = [name for s in chosen for name in names_of[s]]
     return Layout(names, splits, split, labels, classes)
 
 
+def split_views(data: ImageData, split_of: Sequence[str]) -> Splits:
+    """Return the splits of data that were opened whole.
+
+    Args:
+        split_of: the split of every image of ``data``; empty if it has none.
+    """
+
+    def choose(spec: DataSpec) -> ImageData:
+        split = pick_split(spec.split, data.splits, f"{spec.scheme}:{spec.location}")
+        view = data.subset(i for i in range(len(data)) if split == "all" or split_of[i] == split)
+        view.name, view.split = str(spec), split
+        return view
+
+    return Splits(data.splits, choose)
+
+
+def check_option(spec: DataSpec, option: str, values: Sequence[str]) -> None:
+    """Raise ValueError for a value of an option that the source does not offer."""
+    value = getattr(spec, option)
+    if value and value not in values:
+        raise ValueError(
+            f"{spec.scheme}:{spec.location} has no {option}={value}; it takes "
+            f"{' or '.join(f'{option}={offered}' for offered in values)}."
+        )
+
+
+def contents(root: Path) -> str:
+    """Say what a folder holds, for messages: "holds a, b", or "is not there"."""
+    if not root.is_dir():
+        return "is not there"
+    return f"holds {', '.join(sorted(path.name for path in root.iterdir())[:8]) or 'nothing'}"
+
+
 def find_images(root: Path, given: str) -> list[str]:
-    """Sorted names of all images below root, with forward slashes."""
+    """Return the sorted names of all images below root, with forward slashes."""
     return find_files(root, given, "image", EXTENSIONS)
 
 
 def find_files(root: Path, given: str, what: str, extensions: Sequence[str]) -> list[str]:
-    """Sorted names of all files below root that end so, with forward slashes.
+    """Return the sorted names of all files below root that end so, with forward slashes.
 
     Args:
         given: the root as the user named it.
@@ -131,6 +209,21 @@ def find_files(root: Path, given: str, what: str, extensions: Sequence[str]) -> 
         raise FileNotFoundError(f"There is no folder {given!r}.{_hint(given)}")
     if not root.is_dir():
         raise NotADirectoryError(f"{given!r} is a file; give the folder that holds the {what}s.")
+    names, others = walk_files(root, extensions)
+    if not names:
+        held = ", ".join(f"{count} × {kind}" for kind, count in others.most_common(5))
+        raise ValueError(
+            f"The folder {given!r} holds no {what} at any depth; it holds {held or 'no file'}. "
+            f"{what.capitalize()}s are files that end in {' '.join(extensions)}."
+        )
+    return names
+
+
+def walk_files(root: Path, extensions: Sequence[str] = ("",)) -> tuple[list[str], Counter[str]]:
+    """Find the files below root that end so, but no hidden files and folders.
+
+    Returns: their sorted names, with forward slashes, and the number of other files by extension.
+    """
     names: list[str] = []
     others: Counter[str] = Counter()
     seen = set()  # links are followed, as data sets are often linked together; but not in circles
@@ -147,31 +240,67 @@ def find_files(root: Path, given: str, what: str, extensions: Sequence[str]) -> 
         below[:] = [name for name in below if not name.startswith(".")]
         prefix = Path(folder).relative_to(root).as_posix() + "/" if Path(folder) != root else ""
         for name in files:
-            extension = os.path.splitext(name)[1].lower()
             if name.startswith("."):
                 others["hidden"] += 1
-            elif extension in extensions:
+            elif name.lower().endswith(tuple(extensions)):
                 names.append(prefix + name)
             else:
-                others[extension or "without extension"] += 1
-    if not names:
-        held = ", ".join(f"{count} × {kind}" for kind, count in others.most_common(5))
-        raise ValueError(
-            f"The folder {given!r} holds no {what} at any depth; it holds {held or 'no file'}. "
-            f"{what.capitalize()}s are files that end in {' '.join(extensions)}."
+                others[os.path.splitext(name)[1].lower() or "without extension"] += 1
+    return sorted(names), others
+
+
+def match_files(
+    location: str, source: str, what: str, endings: Sequence[str], strict: bool = False
+) -> tuple[Path, list[str]]:
+    """Find the files that a location names: one file, those of a folder, or those of a glob.
+
+    Args:
+        what: they are, for messages.
+        endings: of the files in a folder; with ``strict`` also of the others.
+    Returns: a folder, and the sorted names below it.
+    Raises: FileNotFoundError; as `find_files` for a folder.
+    """
+    path = Path(location).expanduser()
+    if path.is_dir():
+        return path, find_files(path, location, what, endings)
+    files = [path] if path.is_file() else map(Path, glob.glob(str(path), recursive=True))
+    files = [f for f in files if f.is_file() and (not strict or f.name.endswith(tuple(endings)))]
+    if not files:
+        raise FileNotFoundError(
+            f"{source} names no file; give a file, a folder or a glob of files that end in "
+            f"{' or '.join(endings)}."
         )
-    return sorted(names)
+    root = Path(os.path.commonpath([file.parent for file in files]))
+    return root, sorted(file.relative_to(root).as_posix() for file in files)
+
+
+def match_masks(
+    spec: DataSpec, what: str, endings: Sequence[str], strict: bool = False
+) -> tuple[Path, list[str], Path | None, dict[str, str]]:
+    """Find the files that a spec names, as `match_files`, and the mask of each.
+
+    Returns: the folder and names of the images; the folder of the masks, and each image's mask
+        below it. Without `mask_folders`, or with ``label=``, there are none.
+    """
+    source = f"{spec.scheme}:{spec.location}"
+    folders = mask_folders(spec.location) if spec.label != "folder" else None
+    images = str(folders[0]) if folders else spec.location
+    root, names = match_files(images, source, what, endings, strict)
+    if not folders or spec.label:
+        return root, names, None, {}
+    _, masks = match_files(str(folders[1]), source, "mask", endings, strict)
+    paired_masks = paired(names, masks, *folders, endings if strict else ())
+    return root, names, folders[1], dict(zip(names, paired_masks, strict=True))
 
 
 def sort_classes(names: Collection[Any]) -> list[Any]:
-    """Class names in order: by size where all are whole numbers, so that ranks of ten and more are
-    what they say, else by spelling."""
+    """Sort class names: by size if all are whole numbers (9 before 10), else by spelling."""
     whole = all(re.fullmatch(r"\s*[+-]?\d+\s*", str(name)) for name in names)
     return sorted(names, key=lambda name: (int(name) if whole else 0, name))
 
 
 def by_split(names: list[str]) -> dict[str, list[str]]:
-    """Images by split folder, train first; all under "" when the folders are no splits."""
+    """Group images by split folder, train first; all under "" if the folders are no splits."""
     tops = {name.split("/")[0] if "/" in name else "" for name in names}
     if not {top.lower() for top in tops} <= _SPLIT_FOLDERS:
         return {"": names}
@@ -182,24 +311,31 @@ def by_split(names: list[str]) -> dict[str, list[str]]:
     }
 
 
+def split_folders(names: list[str]) -> list[str]:
+    """Return the folders that are splits, train first; none if they are not."""
+    return [name for name in by_split(names) if name]
+
+
 def _classes(names: list[str], split: bool, label: str | None, root: str) -> set[str] | None:
-    """The class folders' names, or None when this part (below a split's folder) has no labels."""
+    """Return the names of the class folders, None if these images have no labels.
+
+    Args:
+        split: the names begin with the folder of a split.
+    """
     if label == "none":
         return None
-    places = [name.split("/")[1 if split else 0 :] for name in names]
-    classes = {place[0] for place in places if len(place) > 1}
+    paths = [name.split("/")[1 if split else 0 :] for name in names]
+    classes = {path[0] for path in paths if len(path) > 1}
     if label == "folder":
-        if flat := sum(len(place) == 1 for place in places):
+        if flat := sum(len(path) == 1 for path in paths):
             raise ValueError(
                 f"label=folder, but {flat} images lie outside of any class folder in {root}."
             )
         return classes
-    return classes if len(classes) > 1 and all(len(place) == 2 for place in places) else None
+    return classes if len(classes) > 1 and all(len(path) == 2 for path in paths) else None
 
 
 def _hint(given: str) -> str:
-    from vim_ssl.data.samples.fetch import SAMPLES  # samples are data too; not needed otherwise
-
     if guess := near(given, list(SAMPLES)).replace("mean '", "mean 'sample:"):
         return guess
     if given.count("/") == 1 and not given.startswith((".", "~", "/")):

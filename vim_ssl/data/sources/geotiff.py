@@ -1,6 +1,6 @@
-"""Remote sensing: ``geotiff:``, ``eurosat:``, ``bigearthnet:``, with named bands, by rasterio."""
+"""``geotiff:`` — rasters with named bands, by rasterio, and their masks; also for the sets of
+remote sensing that have files of their own here."""
 
-import glob
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -13,9 +13,17 @@ import numpy as np
 
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import BadImage, most_pixels
-from vim_ssl.data.labels import IGNORE, checked, mask_folders, named_classes, paired
-from vim_ssl.data.sources.folder import OnDisk, read_layout
-from vim_ssl.data.spec import DataSpec, near, pick_split
+from vim_ssl.data.labels import IGNORE, checked, named_classes
+from vim_ssl.data.registry import Splits, source
+from vim_ssl.data.sources.folder import (
+    OnDisk,
+    check_option,
+    match_masks,
+    read_layout,
+    split_folders,
+)
+from vim_ssl.data.spec import DataSpec, near
+from vim_ssl.utils.optional import require
 
 TIFFS = (".tif", ".tiff")
 BLOCK = 128  # pixels; side of the blocks of what is written
@@ -23,30 +31,31 @@ BLOCK = 128  # pixels; side of the blocks of what is written
 
 @dataclass(frozen=True)
 class Tile:
-    """A window of rasters of one place: ``bands`` are (file below the root, number in it from 1),
-    ``box`` is (left, top, width, height) in pixels, None for the whole; ``side`` resamples."""
+    """A window of rasters of one place.
+
+    Attributes:
+        bands: (file below the root, number in it from 1) of each.
+        box: (left, top, width, height) in pixels; None for the whole.
+        side: resample the window to so many pixels.
+    """
 
     bands: tuple[tuple[str, int], ...]
     box: tuple[int, int, int, int] | None = None
     side: int | None = None
 
 
+@dataclass(eq=False)
 class RasterImages(OnDisk):
-    """Tiles as arrays (h, w, bands) in the file's type. One with values that are no data is float32
-    with NaN there, and what was uint8 from 0 to 1, as it is read everywhere."""
+    """Tiles as arrays (h, w, bands) in the file's type. A tile with no-data values is float32 with
+    NaN there, and of uint8 scaled to 0..1, as everywhere."""
 
-    def __init__(self, root: str, tiles: Sequence[Tile]):
-        self.root, self.tiles = root, tiles
+    rows: Sequence[Tile]
 
-    def __len__(self) -> int:
-        return len(self.tiles)
-
-    def paths(self, row: int) -> list[str]:
-        names = dict.fromkeys(name for name, _ in self.tiles[row].bands)
-        return [os.path.join(self.root, name) for name in names]
+    def names(self, row: int) -> list[str]:
+        return list(dict.fromkeys(name for name, _ in self.rows[row].bands))
 
     def __getitem__(self, row: int) -> np.ndarray:
-        tile = self.tiles[row]
+        tile = self.rows[row]
         by_file: dict[str, list[int]] = {}
         for name, number in tile.bands:
             by_file.setdefault(name, []).append(number)
@@ -77,41 +86,44 @@ class RasterImages(OnDisk):
             )
 
 
+@dataclass(eq=False)
 class RasterMasks(OnDisk):
-    """The masks of such tiles, each of one file."""
+    """The masks of tiles, one file a raster.
 
-    def __init__(
-        self, root: str, images: str, tiles: Sequence[Tile], mask_of: dict[str, str], classes: int
-    ):
-        self.root, self.images, self.tiles, self.mask_of = root, images, tiles, mask_of
-        self.classes = classes
+    Attributes:
+        images: the root of the rasters.
+        mask_of: a raster's name → its mask's.
+        classes: their number.
+    """
 
-    def paths(self, row: int) -> list[str]:
-        return [os.path.join(self.root, self._name(row))]
+    rows: Sequence[Tile]
+    images: str
+    mask_of: dict[str, str]
+    classes: int
+
+    def names(self, row: int) -> list[str]:
+        return [self.mask_of[self.rows[row].bands[0][0]]]
 
     def read(self, row: int, size: tuple[int, int]) -> np.ndarray:
-        """As `vim_ssl.data.sources.masks.MaskFiles.read`."""
+        """See `vim_ssl.data.sources.masks.MaskFiles.read`."""
         import_rasterio()
         from rasterio.windows import Window
 
-        name, box = self._name(row), self.tiles[row].box
+        (name,), box = self.names(row), self.rows[row].box
         with _mask(os.path.join(self.root, name)) as file:
             values = _class_numbers(file, Window(*box) if box else None)
         return checked(values, size, name, self.classes).astype(np.uint8)
 
     def place(self, row: int) -> dict[str, Any]:
-        """``raster`` (its path), ``name`` (below the root) and ``box``: see `write_labels`."""
-        name = self.tiles[row].bands[0][0]
+        """Return ``raster`` (its path), ``name`` (below the root), ``box``: see `write_labels`."""
+        name = self.rows[row].bands[0][0]
         path = os.path.join(self.images, name)
-        return {"raster": path, "name": name, "box": self.tiles[row].box}
-
-    def _name(self, row: int) -> str:
-        return self.mask_of[self.tiles[row].bands[0][0]]
+        return {"raster": path, "name": name, "box": self.rows[row].box}
 
 
 @contextmanager
 def _mask(path: str | Path) -> Iterator[Any]:
-    """An open mask. Raises: BadImage, also for what is read from it in vain."""
+    """Open a mask. Raises: BadImage, also for errors while it is read."""
     try:
         with _opened(path) as file:
             yield file
@@ -122,10 +134,12 @@ def _mask(path: str | Path) -> Iterator[Any]:
 
 
 def _class_numbers(file: Any, window: Any = None) -> np.ndarray:
-    """The first band of an open mask as uint32 (h, w), `IGNORE` where it has no data. Raises:
-    BadImage."""
-    found = file.read(1, window=window, masked=True)
-    values = np.where(np.ma.getmaskarray(found), IGNORE, found.data)
+    """Read the first band of a mask as uint32 (h, w), `IGNORE` where it has no data.
+
+    Raises: BadImage.
+    """
+    band = file.read(1, window=window, masked=True)
+    values = np.where(np.ma.getmaskarray(band), IGNORE, band.data)
     good = (values >= 0) & (values < 2**32) & (values == np.floor(values))  # NaN is not
     if not good.all():
         name = os.path.basename(file.name)
@@ -134,7 +148,7 @@ def _class_numbers(file: Any, window: Any = None) -> np.ndarray:
 
 
 def _numbers(path: Path) -> np.ndarray:
-    """Those that a mask holds, block by block: a whole scene may not fit into memory."""
+    """Return the class numbers in a mask, block by block: a scene may exceed the memory."""
     used: set[int] = set()
     with _mask(path) as file:
         for _, window in file.block_windows(1):
@@ -143,7 +157,7 @@ def _numbers(path: Path) -> np.ndarray:
 
 
 def _check_same_place(file: Any, path: Path) -> None:
-    """Raises: BadImage for a mask of another size or place than the open raster."""
+    """Raise BadImage for a mask of another size or place than the open raster."""
     with _opened(path) as mask:
         if (mask.width, mask.height) != (file.width, file.height):
             raise BadImage(
@@ -161,11 +175,12 @@ def _check_same_place(file: Any, path: Path) -> None:
 def write_labels(
     path: Path, like: str, box: tuple[int, int, int, int] | None, labels: np.ndarray
 ) -> None:
-    """Write class numbers, uint8 (h, w), as a GeoTIFF that lies where the raster ``like`` does.
+    """Write class numbers, uint8 (h, w), as a GeoTIFF with the place and size of ``like``.
 
     Args:
-        box: of ``like`` that they are of (left, top, width, height), None for all. Boxes of one
-            raster come into one file, one after another; what none has written is no data, 255.
+        like: a raster.
+        box: the part of it that is written (left, top, width, height); None for all. Boxes of one
+            raster go into one file in successive calls; the rest is no data, 255.
     """
     rasterio = import_rasterio()
     from rasterio.windows import Window
@@ -174,7 +189,7 @@ def write_labels(
         profile = {"width": file.width, "height": file.height, "crs": file.crs,
                    "transform": file.transform, "driver": "GTiff", "count": 1, "dtype": "uint8",
                    "nodata": IGNORE, "compress": "deflate", "BIGTIFF": "IF_SAFER",
-                   # A box then writes few blocks anew; of strips it would be all that it crosses.
+                   # A box rewrites few blocks, but every strip that it crosses.
                    "tiled": True, "blockxsize": BLOCK, "blockysize": BLOCK}  # fmt: skip
     new = True
     if box and path.exists():
@@ -187,117 +202,154 @@ def write_labels(
             file.write(labels, 1, window=Window(*box) if box else None)
 
 
-def open_geotiff(spec: DataSpec) -> ImageData:
-    """Open ``geotiff:PATTERN``: a file, a folder (at any depth) or a glob, of rasters that have
-    the same bands.
+@source("geotiff", extra="remote-sensing", options=("label", "bands", "tile"))
+def open_geotiff(spec: DataSpec) -> Splits:
+    """Open ``geotiff:PATTERN``: a file, a folder (at any depth) or a glob of rasters with the same
+    bands.
 
-    ``bands=B04,B03,B02`` chooses bands by the files' own names or by number, from 1. ``tile=256``
-    cuts every raster into squares of so many pixels, without overlap; what is left at the right
-    and lower border is left out. Without it a raster of more pixels than VIM_SSL_MAX_PIXELS is
-    left out and named in ``faults``. Values that the file marks as no data are NaN. The group is
-    the file. The ids are the paths, with the tile's row and column. ``label=folder`` takes the
-    outermost folder as the class; folders named train, val and test, and no others, are splits.
+    ``bands=B04,B03,B02`` selects bands by name or by number, from 1. ``tile=256`` cuts every
+    raster into squares of so many pixels, without overlap; the rest at the right and lower border
+    is dropped. Without it a raster of more pixels than VIM_SSL_MAX_PIXELS is skipped. No-data
+    values are NaN. The group is the file. The ids are the paths, with the tile's row and column.
+    ``label=folder`` makes the outermost folder the class; folders named train, val and test, and no
+    others, are splits.
 
-    Where the folder holds ``images/`` and ``masks/`` (or ``labels/``) with rasters of the same
-    names, each image has a mask, of the first band's class numbers; 255, and what the file marks
-    as no data, is none. ``classes.txt`` names them as for ``masks:``; ``label=none`` leaves them
-    out. A raster whose mask has another size or place is left out and named in ``faults``.
+    If the folder holds ``images/`` and ``masks/`` (or ``labels/``) with rasters of the same names,
+    each image has a mask: the class numbers of the first band, none where they are 255 or no data.
+    ``classes.txt`` names them as for ``masks:``; ``label=none`` ignores the masks. A raster whose
+    mask has another size or place is skipped. ``faults`` names what is skipped.
 
     Raises: ImportError without rasterio; FileNotFoundError; ValueError for a band or tile that
         the files do not have, and for files of other bands or another unit than the first.
     """
-    spec.takes("label", "bands", "tile")
     source = f"geotiff:{spec.location}"
     rasterio = import_rasterio()
-    if spec.label not in (None, "none", "folder"):
-        raise ValueError(f"{source}: label={spec.label} is nothing it has; it takes label=folder.")
-    folders = mask_folders(spec.location) if spec.label != "folder" else None
-    root, names = _find(str(folders[0]) if folders else spec.location)
-    mask_of: dict[str, str] = {}
-    if folders and spec.label is None:
-        mask_names = _find(str(folders[1]))[1]
-        mask_of = dict(zip(names, paired(names, mask_names, *folders), strict=True))
-    found = read_layout(names, spec.split, spec.label or "none", str(root))
-    class_of = dict(zip(found.names, found.labels or (), strict=False))
-    numbers: list[int] = []
-    own: list[str] = []
-    first_kind: np.dtype = np.dtype(np.uint8)
-    tiles: list[Tile] = []
-    ids: list[str] = []
-    groups: list[str] = []
-    faults: list[str] = []
-    for name in found.names:
-        try:
-            with _opened(root / name) as file:
-                names_here = [text or f"band{i}" for i, text in enumerate(file.descriptions, 1)]
-                width, height = file.width, file.height
-                kind = np.result_type(*file.dtypes)
-                if folders and mask_of:
-                    _check_same_place(file, folders[1] / mask_of[name])
-        except (rasterio.errors.RasterioError, BadImage) as error:
-            faults.append(f"{name} cannot be read ({error})")
-            continue
-        if kind.kind == "c":
-            faults.append(f"{name} has complex values, which are no image")
-            continue
-        if not spec.tile and width * height > most_pixels():  # it would be read whole
-            faults.append(
-                f"{name} has {width}x{height} pixels, the limit is {most_pixels():,}; cut it by "
-                "tile=, or set VIM_SSL_MAX_PIXELS"
+    check_option(spec, "label", ("folder", "none"))
+    root, names, masks_root, mask_of = match_masks(spec, "raster", TIFFS)
+
+    def choose(spec: DataSpec) -> ImageData:
+        layout = read_layout(names, spec.split, spec.label or "none", str(root))
+        rasters: dict[str, Raster] = {}
+        faults: list[str] = []
+        for name in layout.names:
+            try:
+                raster = _read_header(root / name, masks_root and masks_root / mask_of[name])
+            except (rasterio.errors.RasterioError, BadImage) as error:
+                faults.append(f"{name} cannot be read ({error})")
+                continue
+            if fault := raster.fault(spec.tile):
+                faults.append(f"{name} {fault}")
+            else:
+                rasters[name] = raster
+        numbers, bands = _common_bands(rasters, spec.bands, source) if rasters else ([], [])
+        tiles: list[Tile] = []
+        ids: list[str] = []
+        groups: list[str] = []
+        for name, raster in rasters.items():
+            boxes = _boxes(raster.width, raster.height, spec.tile)
+            if not boxes:
+                faults.append(f"{name} ({raster.width}x{raster.height}) is smaller than a tile")
+            tiles += [Tile(tuple((name, number) for number in numbers), box) for _, box in boxes]
+            ids += [name + suffix for suffix, _ in boxes]
+            groups += [name] * len(boxes)
+        if not tiles:
+            count = len(layout.names)
+            raise ValueError(f"{source}: of {count} files none gives an image: {faults[0]}.")
+        classes, masks = layout.classes, None
+        if masks_root:
+            used = [mask_of[name] for name in dict.fromkeys(groups)]
+            classes = named_classes(Path(spec.location).expanduser(), masks_root, used, _numbers)
+            masks = RasterMasks(str(masks_root), tiles, str(root), mask_of, len(classes))
+        label_of = layout.label_of
+        return ImageData(
+            RasterImages(str(root), tiles), ids, name=str(spec), masks=masks,
+            dtype=_common_dtype(list(rasters.values()), len(numbers)),
+            labels=[label_of[name] for name in groups] if label_of else None, classes=classes,
+            groups=groups, bands=bands, splits=layout.splits, split=layout.split, faults=faults,
+        )  # fmt: skip
+
+    return Splits(split_folders(names), choose)
+
+
+@dataclass(frozen=True)
+class Raster:
+    """The header of a raster: its size, the names of its bands, and their common type; whether it
+    marks values as no data."""
+
+    width: int
+    height: int
+    bands: list[str]
+    dtype: np.dtype
+    has_no_data: bool
+
+    def fault(self, tile: int | None) -> str:
+        """Say why this raster is no image, or is too large to be read whole; "" if it is fine."""
+        if self.dtype.kind == "c":
+            return "has complex values, which are no image"
+        if not tile and self.width * self.height > most_pixels():
+            return (
+                f"has {self.width}x{self.height} pixels, the limit is {most_pixels():,}; cut it "
+                "by tile=, or set VIM_SSL_MAX_PIXELS"
             )
-            continue
-        if not own:
-            own, numbers = names_here, choose_bands(spec.bands, names_here, source)
-            first_kind = kind
-        elif np.uint8 in (kind, first_kind) and kind != first_kind:
+        return ""
+
+
+def _read_header(path: Path, mask: Path | None) -> Raster:
+    """Read a raster's header. Raises: RasterioError; BadImage for a mask that does not fit it."""
+    import_rasterio()
+    from rasterio.enums import MaskFlags
+
+    with _opened(path) as file:
+        if mask:
+            _check_same_place(file, mask)
+        bands = [text or f"band{i}" for i, text in enumerate(file.descriptions, 1)]
+        has_no_data = not all(MaskFlags.all_valid in flags for flags in file.mask_flag_enums)
+        dtype = np.result_type(*file.dtypes)
+        return Raster(file.width, file.height, bands, dtype, has_no_data)
+
+
+def _common_dtype(rasters: list[Raster], bands: int) -> np.dtype | None:
+    """Return the type of all images; None if only reading them tells.
+
+    8-bit grey and colour become images, but arrays where a tile has no-data values.
+    """
+    dtype = rasters[0].dtype
+    plain = dtype == np.uint8 and bands in (1, 3)
+    return None if plain and any(raster.has_no_data for raster in rasters) else dtype
+
+
+def _common_bands(
+    rasters: dict[str, Raster], requested: str | None, source: str
+) -> tuple[list[int], list[str]]:
+    """Return the numbers and names of the requested bands, which all rasters have.
+
+    Raises: ValueError for rasters with other bands or another unit than the first.
+    """
+    first = next(iter(rasters.values()))
+    numbers = choose_bands(requested, first.bands, source)
+    for name, raster in rasters.items():
+        if np.uint8 in (raster.dtype, first.dtype) and raster.dtype != first.dtype:
             raise ValueError(
-                f"{source}: {name} is {kind}, others are {first_kind}; uint8 is read as 0 to 1, "
-                "all else in its own unit. Name files of one kind by the pattern."
+                f"{source}: {name} is {raster.dtype}, others are {first.dtype}; uint8 is read as 0 "
+                "to 1, all else in its own unit. Name files of one type by the pattern."
             )
-        elif names_here != own:
+        if raster.bands != first.bands:
             raise ValueError(
-                f"{source}: {name} has the bands {', '.join(names_here)}, others have "
-                f"{', '.join(own)}; name files of one kind by the pattern."
+                f"{source}: {name} has the bands {', '.join(raster.bands)}, others have "
+                f"{', '.join(first.bands)}; name files of one type by the pattern."
             )
-        bands = tuple((name, number) for number in numbers)
-        if spec.tile and spec.tile > min(width, height):
-            faults.append(f"{name} ({width}x{height}) is smaller than a tile")
-        for suffix, box in _boxes(width, height, spec.tile):
-            tiles.append(Tile(bands, box))
-            ids.append(name + suffix)
-            groups.append(name)
-    if not tiles:
-        raise ValueError(f"{source}: of {len(found.names)} files none gives an image: {faults[0]}.")
-    classes, masks = found.classes, None
-    if folders and mask_of:
-        used = [mask_of[name] for name in dict.fromkeys(groups)]
-        top = Path(spec.location).expanduser()
-        classes = named_classes(top, folders[1], used, _numbers)
-        masks = RasterMasks(str(folders[1]), str(root), tiles, mask_of, len(classes))
-    return ImageData(
-        RasterImages(str(root), tiles), ids, name=str(spec), masks=masks,
-        labels=[class_of[name] for name in groups] if class_of else None, classes=classes,
-        groups=groups, bands=[own[number - 1] for number in numbers], splits=found.splits,
-        split=found.split, faults=faults,
-    )  # fmt: skip
+    return numbers, [first.bands[number - 1] for number in numbers]
 
 
 def import_rasterio() -> Any:
-    """The library. Raises: ImportError that says what to install."""
-    try:
-        import rasterio
-        import rasterio.errors
-    except ImportError as error:
-        raise ImportError(
-            "Rasters (geotiff:, bigearthnet:, 13-band eurosat:) need rasterio: "
-            "pip install 'vim-ssl[remote-sensing]'"
-        ) from error
-    return rasterio
+    """Return the module rasterio. Raises: ImportError that says what to install."""
+    what = "Rasters (geotiff:, bigearthnet:, 13-band eurosat:)"
+    return require("rasterio", "remote-sensing", what)
 
 
 @contextmanager
 def _opened(path: str | Path) -> Iterator[Any]:
-    """An open raster; one that says of no place where it lies will do."""
+    """Open a raster, georeferenced or not."""
     rasterio = import_rasterio()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
@@ -306,31 +358,13 @@ def _opened(path: str | Path) -> Iterator[Any]:
             yield file
 
 
-def _find(location: str) -> tuple[Path, list[str]]:
-    """A folder, and the sorted names of the rasters below it."""
-    path = Path(location).expanduser()
-    if path.is_dir():
-        root, found = path, [p for p in path.rglob("*") if p.name.lower().endswith(TIFFS)]
-    elif path.is_file():
-        root, found = path.parent, [path]
-    else:
-        found = [Path(name) for name in glob.glob(str(path), recursive=True)]
-        root = Path(os.path.commonpath([p.parent for p in found])) if found else path
-    names = sorted(p.relative_to(root).as_posix() for p in found if p.is_file())
-    if not names:
-        raise FileNotFoundError(
-            f"geotiff:{location} names no file; give a file, a glob, or a folder of .tif files."
-        )
-    return root, names
-
-
-def choose_bands(wanted: str | None, names: Sequence[str], source: str) -> list[int]:
-    """The numbers, from 1, of the bands asked for by name or number; all by default."""
-    if not wanted:
+def choose_bands(requested: str | None, names: Sequence[str], source: str) -> list[int]:
+    """Return the numbers, from 1, of the bands requested by name or number; all by default."""
+    if not requested:
         return list(range(1, len(names) + 1))
     numbers = []
     lower = [name.lower() for name in names]
-    for band in (part.strip() for part in wanted.split(",")):
+    for band in (part.strip() for part in requested.split(",")):
         if band.lower() in lower:
             numbers.append(lower.index(band.lower()) + 1)
         elif band.isdigit() and 1 <= int(band) <= len(names):
@@ -345,7 +379,7 @@ def choose_bands(wanted: str | None, names: Sequence[str], source: str) -> list[
 def _boxes(
     width: int, height: int, tile: int | None
 ) -> list[tuple[str, tuple[int, int, int, int] | None]]:
-    """What is added to a file's id for each of its tiles, and where it lies."""
+    """Return the suffix of the id and the box of every tile."""
     if tile is None:
         return [("", None)]
     return [
@@ -353,11 +387,3 @@ def _boxes(
         for row in range(height // tile)
         for column in range(width // tile)
     ]
-
-
-def take_split(data: ImageData, spec: DataSpec, parts: Sequence[str]) -> ImageData:
-    split = pick_split(spec.split, data.splits, f"{spec.scheme}:{spec.location}")
-    if split != "all":
-        data = data.subset(i for i, part in enumerate(parts) if part == split)
-    data.split = split
-    return data

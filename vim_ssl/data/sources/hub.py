@@ -1,4 +1,4 @@
-"""Hugging Face datasets: a name on the Hub, or a local folder that `datasets` can read."""
+"""``hf:`` — Hugging Face datasets: a name on the Hub, or a local folder that `datasets` reads."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,9 +12,11 @@ import numpy as np
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import BadImage
 from vim_ssl.data.loading.streamed import ImageStream, Shard
+from vim_ssl.data.registry import Splits, source
 from vim_ssl.data.sources.folder import sort_classes
-from vim_ssl.data.spec import DataSpec, near, pick_split
+from vim_ssl.data.spec import DataSpec, pick_split
 from vim_ssl.data.split import is_known
+from vim_ssl.data.tables import find_column
 
 _LABEL_NAMES = ("label", "labels", "fine_label")
 _LABEL_TYPES = ("int", "uint", "bool", "string", "large_string")
@@ -25,7 +27,7 @@ _NO_IMAGE = "the table has no image in this row"
 class TableColumn:
     """One column of a table, read row by row.
 
-    A table of this column alone, because `table[name][row]` takes milliseconds.
+    It holds a table of this column alone, because `table[name][row]` takes milliseconds.
     """
 
     def __init__(self, table: Any, name: str):
@@ -42,8 +44,8 @@ class TableColumn:
 
 
 class TableImages(TableColumn):
-    """The image column, undecoded: our own decoding turns a broken image into BadImage. Relative
-    paths are meant from ``root`` on."""
+    """The image column, undecoded, so that a broken image becomes a BadImage. Relative paths start
+    from ``root``."""
 
     def __init__(self, table: Any, name: str, root: str):
         super().__init__(table, name)
@@ -54,13 +56,13 @@ class TableImages(TableColumn):
         return os.path.join(self.root, image) if isinstance(image, str) else image
 
     def paths(self, row: int) -> list[str]:
-        """The file that a row of a column of paths names."""
+        """Return the file of a row, if the column holds paths."""
         name = super().__getitem__(row) if self.named else None
         return [os.path.join(self.root, name)] if name else []
 
 
 class TableArrays(TableColumn):
-    """A column of arrays (h, w) or (h, w, bands), each as (h, w, bands) in the column's type."""
+    """A column of arrays (h, w) or (h, w, bands), read as (h, w, bands) in the column's type."""
 
     def __init__(self, table: Any, name: str):
         super().__init__(table, name)
@@ -68,36 +70,40 @@ class TableArrays(TableColumn):
 
     def __getitem__(self, row: int) -> np.ndarray:
         values = super().__getitem__(row)
-        if np.isnan(values).all():  # also of whole numbers
+        if np.isnan(values).all():  # a missing row, in a column of whole numbers too
             raise BadImage(f"row {row}", _NO_IMAGE)
         return np.atleast_3d(values.astype(self.dtype))
 
 
-def open_hub(spec: DataSpec) -> ImageData:
+@source("hf", options=("image", "label", "caption", "group"))
+def open_hub(spec: DataSpec) -> Splits:
     """Open ``hf:owner/name[:config]`` or ``hf:/local/path`` (saved with ``save_to_disk``, or a
     folder of tables).
 
-    The image column is the one of type Image, or else of type Array2D (h, w) or Array3D (h, w,
-    bands); labels come from the column of type ClassLabel (with several, the one named "label"), or
-    of lists of it: rows of 0 and 1. Captions come from one named "caption", "captions" or "text"
-    that holds texts or lists of them. ``image= label= caption= group=`` name others; any column of
-    whole numbers or strings can be a label, its sorted values over all splits are then the classes.
-    The ids are ``split/row``.
+    The image column is the one of type Image, else of type Array2D (h, w) or Array3D (h, w, bands).
+    Labels come from the column of type ClassLabel (of several, the one named "label"), or of lists
+    of ClassLabel, which become rows of 0 and 1. Captions come from a column of texts or lists of
+    texts named "caption", "captions" or "text". ``image= label= caption= group=`` name others. Any
+    column of whole numbers or strings can be a label; the classes are then its sorted values of all
+    splits. The ids are ``split/row``.
 
-    Raises: ImportError without `datasets`; FileNotFoundError for a missing local path;
+    Raises: FileNotFoundError for a missing local path;
         ConnectionError when the Hub is not reached; ValueError for an unknown or gated name,
         and for columns that do not fit.
     """
-    spec.takes("image", "label", "caption", "group")
-    return open_tables(spec, _load(spec.location))
+    return open_tables(_load(spec.location))
 
 
-def open_tables(spec: DataSpec, tables: Mapping[str, Any], root: str = "") -> ImageData:
-    """The images of `datasets` tables by split, as `open_hub` describes them.
+def open_tables(tables: Mapping[str, Any], root: str = "") -> Splits:
+    """Open `datasets` tables by split, as `open_hub` describes.
 
     Args:
-        root: the folder that relative paths in the image column start from.
+        root: of relative paths in the image column.
     """
+    return Splits(list(tables), lambda spec: _images_of(spec, tables, root))
+
+
+def _images_of(spec: DataSpec, tables: Mapping[str, Any], root: str) -> ImageData:
     source = f"{spec.scheme}:{spec.location}"
     split = pick_split(spec.split, list(tables), source)
     chosen = list(tables) if split == "all" else [split]
@@ -109,7 +115,7 @@ def open_tables(spec: DataSpec, tables: Mapping[str, Any], root: str = "") -> Im
     image = _image_column(spec.image, first.features, source)
     label = _label_column(spec.label, first.features, source)
     caption = _caption_column(spec.caption, first.features, source)
-    group = _column(spec.group, first.features, source, "group")
+    group = find_column(spec.group, (), first.features, "group", source)
 
     import datasets
 
@@ -126,24 +132,21 @@ def open_tables(spec: DataSpec, tables: Mapping[str, Any], root: str = "") -> Im
     return ImageData(
         TableArrays(table, image) if arrays else TableImages(table, image, root),
         [f"{name}/{row}" for name in chosen for row in range(len(tables[name]))],
-        name=str(spec),
-        labels=labels,
-        classes=classes,
+        name=str(spec), labels=labels, classes=classes,
         groups=[str(g) for g in TableColumn(table, group).all()] if group else None,
         captions=TableColumn(table, caption) if caption else None,
         bands=_bands(kind) if arrays else None,
-        splits=list(tables),
-        split=split,
-        # Image sizes would need a read of the whole table; its own fingerprint stands for them.
+        dtype=kind.dtype if arrays else None, splits=list(tables), split=split,
+        # Image sizes would need the whole table; its fingerprint stands for them.
         source_fingerprint=" ".join(tables[name]._fingerprint for name in chosen),
-    )
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class ParquetReader:
-    """A parquet file's name → its samples, a few rows in memory at a time."""
+    """Reads the samples of a parquet file by its name, a few rows at a time."""
 
-    begins: dict[str, tuple[str, int]]  # the split that a file belongs to, and its first row there
+    begins: dict[str, tuple[str, int]]  # the split of each file, and its first row there
     image: str
     label: str | None
     caption: str | None
@@ -155,7 +158,7 @@ class ParquetReader:
         columns = [column for column in (self.image, self.label, self.caption) if column]
         split, row = self.begins[name]
         with fsspec.open(name, "rb") as file:
-            # No threads: this runs in the workers of a DataLoader, forked or not.
+            # No threads: this runs in DataLoader workers, forked or not.
             batches = ParquetFile(file).iter_batches(32, columns=columns, use_threads=False)
             for values in (values for batch in batches for values in batch.to_pylist()):
                 record: dict[str, Any] = {"id": f"{split}/{row}"}
@@ -172,15 +175,15 @@ class ParquetReader:
                 row += 1
 
 
+@source("hf", stream=True, options=("image", "label", "caption", "streaming"))
 def stream_hub(spec: DataSpec) -> ImageStream:
     """Open ``hf:NAME?streaming=true``, of parquet files (on the Hub or in a local folder).
 
-    Items are those of `open_hub`. The files are the shards, their rows counted from their footers;
-    no more than that is read before training starts. Labels come from a column of type ClassLabel.
+    Items are those of `open_hub`. The files are the shards; before training only their footers are
+    read, to count rows. Labels come from a column of type ClassLabel.
 
     Raises: see `open_hub`; ValueError also for files that are not parquet.
     """
-    spec.takes("image", "label", "caption", "streaming")
     source = f"hf:{spec.location}"
     builder = _located(spec.location, "load_dataset_builder")
     if isinstance(builder, Path):
@@ -230,21 +233,15 @@ def stream_hub(spec: DataSpec) -> ImageStream:
             begins[name] = (s, row)
             row += footers[name].num_rows
     caption = _caption_column(spec.caption, features, source)
+    shards = [Shard(name, f.num_rows, str(f.serialized_size)) for name, f in footers.items()]
     return ImageStream(
-        [
-            Shard(name, found.num_rows, str(found.serialized_size))
-            for name, found in footers.items()
-        ],
-        ParquetReader(begins, image, label, caption),
-        name=str(spec),
-        classes=classes,
-        splits=list(files),
-        split=split,
-    )
+        shards, ParquetReader(begins, image, label, caption), name=str(spec), classes=classes,
+        splits=list(files), split=split,
+    )  # fmt: skip
 
 
 def _load(location: str) -> dict[str, Any]:
-    """The tables by split."""
+    """Return the tables by split."""
     loaded = _located(location, "load_dataset")
     if isinstance(loaded, Path):
         import datasets
@@ -256,9 +253,11 @@ def _load(location: str) -> dict[str, Any]:
 
 
 def _located(location: str, function: str) -> Any:
-    """What this function of `datasets` makes of the location; the path of what was saved to disk
-    with ``save_to_disk``, which none of them reads."""
-    load = getattr(import_datasets("hf:"), function)
+    """Call a function of `datasets` with the location. Returns: its result; the path of a table
+    saved with ``save_to_disk``, which these functions do not read."""
+    import datasets
+
+    load = getattr(datasets, function)
     path = Path(location).expanduser()
     if path.exists():
         saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
@@ -267,15 +266,6 @@ def _located(location: str, function: str) -> Any:
         raise FileNotFoundError(f"hf:{location}: there is no such local path.")
     name, _, config = location.partition(":")
     return _load_from_hub(load, name, config or None)
-
-
-def import_datasets(scheme: str) -> Any:
-    """The library `datasets`. Raises: ImportError that says who needs it."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError(f"{scheme} data needs datasets: pip install datasets") from error
-    return datasets
 
 
 def _load_from_hub(load: Callable, name: str, config: str | None) -> Any:
@@ -297,15 +287,6 @@ def _load_from_hub(load: Callable, name: str, config: str | None) -> Any:
         raise ValueError(f"hf:{name}: {error} A config is written hf:{name}:CONFIG.") from error
 
 
-def _column(name: str | None, features: Any, source: str, option: str) -> str | None:
-    if name is not None and name not in features:
-        raise ValueError(
-            f"{source} has no column {name!r} for {option}=.{near(name, list(features))} It has "
-            f"{', '.join(features)}."
-        )
-    return name
-
-
 def _image(value: Any, row: int) -> str | bytes:
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
@@ -315,9 +296,9 @@ def _image(value: Any, row: int) -> str | bytes:
 
 
 def _check_arrays(kind: Any, column: str) -> bool:
-    """Whether an image column of this type holds arrays.
+    """Return whether an image column of this type holds arrays.
 
-    Raises: ValueError for a type that is none of images, or the channels first.
+    Raises: ValueError for a type that holds no images, or has the channels first.
     """
     import datasets
 
@@ -338,20 +319,19 @@ def _check_arrays(kind: Any, column: str) -> bool:
 
 
 def _bands(kind: Any) -> list[str] | None:
-    """Names of the bands of arrays of this type; none of those that are grey or colour images."""
+    """Return the names of the bands of arrays of this type; None for grey and colour images."""
     count = (*kind.shape, 1)[2]
     plain = kind.dtype == "uint8" and count in (1, 3)
     return None if plain else [f"band{i}" for i in range(1, count + 1)]
 
 
 def _caption_column(name: str | None, features: Any, source: str) -> str | None:
-    return _column(name, features, source, "caption") or next(
-        (n for n in _CAPTION_NAMES if _is_text(features.get(n))), None
-    )
+    known = [n for n in _CAPTION_NAMES if _is_text(features.get(n))]
+    return find_column(name, known, features, "caption", source)
 
 
 def _is_text(kind: Any) -> bool:
-    """Whether a column holds texts or lists of texts."""
+    """Return whether a column holds texts or lists of texts."""
     inner = getattr(kind, "feature", kind)
     return getattr(inner, "dtype", "") in ("string", "large_string")
 
@@ -359,16 +339,16 @@ def _is_text(kind: Any) -> bool:
 def _image_column(name: str | None, features: Any, source: str) -> str:
     import datasets
 
-    if chosen := _column(name, features, source, "image"):
-        return chosen
+    if requested := find_column(name, (), features, "image", source):
+        return requested
     types: Any = (datasets.Image, (datasets.Array2D, datasets.Array3D))
     columns = ([n for n, kind in features.items() if isinstance(kind, type)] for type in types)
-    found: list[str] = next(filter(None, columns), [])
-    if "image" in found or len(found) == 1:
-        return "image" if "image" in found else found[0]
-    if not found and "image" in features:  # a table that knows no image type: bytes or paths
+    names: list[str] = next(filter(None, columns), [])
+    if "image" in names or (not names and "image" in features):  # else bytes or paths
         return "image"
-    what = f"several image columns ({', '.join(found)})" if found else "no image column"
+    if len(names) == 1:
+        return names[0]
+    what = f"several image columns ({', '.join(names)})" if names else "no image column"
     raise ValueError(f"{source} has {what}; name one with image=. Columns: {', '.join(features)}.")
 
 
@@ -377,17 +357,17 @@ def _label_column(name: str | None, features: Any, source: str) -> str | None:
 
     if name == "none":
         return None
-    if _column(name, features, source, "label"):
-        return name
-    found = [n for n, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
-    found = found or [n for n, kind in features.items() if _listed_classes(kind)]
-    if len(found) == 1:
-        return found[0]
-    return next((n for n in _LABEL_NAMES if n in found), None)
+    if requested := find_column(name, (), features, "label", source):
+        return requested
+    names = [n for n, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
+    names = names or [n for n, kind in features.items() if _listed_classes(kind)]
+    if len(names) == 1:
+        return names[0]
+    return next((n for n in _LABEL_NAMES if n in names), None)
 
 
 def _listed_classes(kind: Any) -> list[str] | None:
-    """The names of the classes that a column holds lists of."""
+    """Return the class names of a column of lists of ClassLabel."""
     import datasets
 
     inner = getattr(kind, "feature", None)
@@ -395,7 +375,7 @@ def _listed_classes(kind: Any) -> list[str] | None:
 
 
 def _row(numbers: list[int] | None, count: int) -> list[int]:
-    """A row of 0 and 1 of a list of classes; of -1 where they are not known."""
+    """Convert a list of classes to a row of 0 and 1, or of -1 if they are unknown."""
     if numbers is None or min(numbers, default=0) < 0:
         return [-1] * count
     return [int(i in numbers) for i in range(count)]
@@ -404,7 +384,7 @@ def _row(numbers: list[int] | None, count: int) -> list[int]:
 def _labels(
     name: str, chosen: list[Any], tables: Iterable[Any]
 ) -> tuple[list[Any] | None, list[str] | None]:
-    """Labels of the chosen tables and their names; None for a part whose labels are withheld."""
+    """Return the labels of the chosen tables and their names; None for withheld labels."""
     kind = chosen[0].features[name]
     if listed := _listed_classes(kind):
         rows = [_row(value, len(listed)) for t in chosen for value in TableColumn(t, name).all()]

@@ -1,7 +1,8 @@
-"""Images with a mask each, which says what every pixel shows: a plain folder, and ADE20K."""
+"""``masks:`` and ``ade20k:`` — images with a mask of class numbers each."""
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,36 +12,43 @@ from PIL import Image
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import BadImage
 from vim_ssl.data.labels import IGNORE, checked, named_classes, paired
-from vim_ssl.data.sources.folder import FileImages, by_split, find_images
+from vim_ssl.data.registry import Splits, source
+from vim_ssl.data.sources.folder import (
+    FileImages,
+    by_split,
+    check_option,
+    contents,
+    find_images,
+    split_folders,
+)
 from vim_ssl.data.spec import DataSpec, pick_split
 
-# Not GIF: writers put its palette in another order, and a number is a place in the palette.
+# Not GIF: writers reorder its palette, and a class number is an index into the palette.
 LOSSLESS = (".bmp", ".png", ".tif", ".tiff")
-FEW_BITS = {"L;2": 85, "L;4": 17}  # by what Pillow stretches grey of two and four bits to 0 to 255
+FEW_BITS = {"L;2": 85, "L;4": 17}  # Pillow's factor from grey of 2 and 4 bits to 0..255
 ADE20K_CLASSES = 150
 
 
+@dataclass(eq=False)
 class MaskFiles(FileImages):
-    """Mask files under one root, read as class numbers.
+    """Mask files below one root, read as class numbers.
 
-    Args:
-        root, names: as `FileImages`.
-        classes: how many there are.
-        zero_is_none: 0 stands for "not labelled" and 1 for the first class.
+    Attributes:
+        classes: their number.
+        zero_is_none: 0 means "not labelled", 1 the first class.
     """
 
-    def __init__(self, root: str, names: list[str], classes: int, zero_is_none: bool):
-        super().__init__(root, names)
-        self.classes, self.zero_is_none = classes, zero_is_none
+    classes: int
+    zero_is_none: bool
 
     def read(self, row: int, size: tuple[int, int]) -> np.ndarray:
-        """The mask of an image of ``size`` (width, height): uint8 (h, w), 0 to classes - 1, or
+        """Read the mask of an image of ``size`` (width, height): uint8 (h, w), 0 to classes - 1, or
         `IGNORE`.
 
-        Raises: BadImage for a file that is none, another size, or a number that is no class.
+        Raises: BadImage for an unreadable file, another size, or a number that is no class.
         """
         first = int(self.zero_is_none)
-        values = checked(read_mask(self[row]), size, self.names[row], self.classes, first)
+        values = checked(read_mask(self[row]), size, self.rows[row], self.classes, first)
         if self.zero_is_none:
             values = np.where((values == 0) | (values == IGNORE), IGNORE, values - 1)
         return values.astype(np.uint8)
@@ -50,8 +58,8 @@ class MaskFiles(FileImages):
 
 
 def read_mask(path: str | Path) -> np.ndarray:
-    """The numbers in a mask file, (h, w) of an unsigned type: of a palette the indices, not the
-    colours; of a black and white file 0 and 1.
+    """Read the numbers in a mask file, (h, w) of an unsigned type: the indices of a palette file,
+    0 and 1 of a black and white file.
 
     Raises: BadImage.
     """
@@ -74,14 +82,15 @@ def read_mask(path: str | Path) -> np.ndarray:
     return values.astype(np.uint8 if values.dtype == bool else np.uint32)
 
 
-def open_masks(spec: DataSpec) -> ImageData:
-    """Open ``images/`` and ``masks/``, files of the same names; split folders in both if any.
+@source("masks", options=("group",))
+def open_masks(spec: DataSpec) -> Splits:
+    """Open ``images/`` and ``masks/``, files of the same names; both may have split folders.
 
-    A mask is a grey or palette file without loss (PNG, TIFF, BMP), its numbers the classes
-    from 0; `IGNORE` (255) is no class. ``classes.txt`` names them, one a line; without it all
-    masks are read once to see how many there are. ``group=folder``: as for a plain folder.
+    A mask is a lossless grey or palette file (PNG, TIFF, BMP) of class numbers from 0; `IGNORE`
+    (255) is no class. ``classes.txt`` names the classes, one a line; without it all masks are read
+    once to count them. ``group=folder``: as for a plain folder.
 
-    Raises: FileNotFoundError with all that is missing; ValueError for masks that cannot be meant.
+    Raises: FileNotFoundError with all that is missing; ValueError for invalid masks.
     """
 
     def classes(root: Path, names: list[str]) -> list[str]:
@@ -90,7 +99,8 @@ def open_masks(spec: DataSpec) -> ImageData:
     return _open(spec, "masks", classes)
 
 
-def open_ade20k(spec: DataSpec) -> ImageData:
+@source("ade20k", options=("group",))
+def open_ade20k(spec: DataSpec) -> Splits:
     """Open ADEChallengeData2016: ``images/`` and ``annotations/``, ``training`` and ``validation``
     in both. 150 classes, named by ``objectInfo150.txt`` where it is there; 0 is no class.
 
@@ -111,7 +121,7 @@ def open_ade20k(spec: DataSpec) -> ImageData:
 
 
 def _numbers(path: Path) -> np.ndarray:
-    """Those that a mask file holds. Raises: BadImage."""
+    """Return the class numbers in a mask file. Raises: BadImage."""
     return np.unique(read_mask(path))
 
 
@@ -120,43 +130,43 @@ def _open(
     masks_folder: str,
     find_classes: Callable[[Path, list[str]], list[str]],
     zero_is_none: bool = False,
-) -> ImageData:
-    spec.takes("group")
-    if spec.group not in (None, "folder"):
-        raise ValueError(f"group={spec.group} is nothing a folder has; it takes group=folder.")
+) -> Splits:
+    check_option(spec, "group", ("folder",))
     root = Path(spec.location).expanduser()
     _check_folders(root, masks_folder)
     names = find_images(root / "images", str(root / "images"))
     masks = _masks_of(names, root, masks_folder)
     classes = find_classes(root, masks)
-    parts = by_split(names)
-    splits = [split for split in parts if split]
-    split = pick_split(spec.split, splits, f"The folder {root}")
-    chosen = [name for s in parts if split in ("all", s) for name in parts[s]]
+    names_of = by_split(names)
+    splits = split_folders(names)
     mask_of = dict(zip(names, masks, strict=True))
-    files = MaskFiles(
-        str(root / masks_folder), [mask_of[name] for name in chosen], len(classes), zero_is_none
-    )
-    return ImageData(
-        FileImages(str(root / "images"), chosen), chosen, name=str(spec), masks=files,
-        classes=classes, splits=splits, split=split,
-        groups=[name.rpartition("/")[0] for name in chosen] if spec.group else None,
-    )  # fmt: skip
+
+    def choose(spec: DataSpec) -> ImageData:
+        split = pick_split(spec.split, splits, f"The folder {root}")
+        chosen = [name for s in names_of if split in ("all", s) for name in names_of[s]]
+        files = MaskFiles(
+            str(root / masks_folder), [mask_of[name] for name in chosen], len(classes), zero_is_none
+        )
+        return ImageData(
+            FileImages(str(root / "images"), chosen), chosen, name=str(spec), masks=files,
+            classes=classes, splits=splits, split=split,
+            groups=[name.rpartition("/")[0] for name in chosen] if spec.group else None,
+        )  # fmt: skip
+
+    return Splits(splits, choose)
 
 
 def _check_folders(root: Path, masks_folder: str) -> None:
     missing = [name for name in ("images", masks_folder) if not (root / name).is_dir()]
     if missing:
-        held = sorted(path.name for path in root.iterdir())[:8] if root.is_dir() else []
-        found = f"it holds {', '.join(held) or 'nothing'}" if root.is_dir() else "it is not there"
         raise FileNotFoundError(
-            f"{root} lacks {' and '.join(f'{name}/' for name in missing)}; {found}. Expected are "
-            f"images/ and {masks_folder}/ with files of the same names."
+            f"{root} lacks {' and '.join(f'{name}/' for name in missing)}; it {contents(root)}. "
+            f"Expected are images/ and {masks_folder}/ with files of the same names."
         )
 
 
 def _masks_of(names: Sequence[str], root: Path, folder: str) -> list[str]:
-    """Each image's mask file. Raises: FileNotFoundError naming the images without any."""
+    """Return each image's mask file. Raises: FileNotFoundError naming the images without one."""
     masks = find_images(root / folder, str(root / folder))
     for name in masks:
         extension = os.path.splitext(name)[1]

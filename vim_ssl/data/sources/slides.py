@@ -1,9 +1,9 @@
 """``slide:`` — whole slides, and other images too large to be read at once, as tiles with tissue.
 
 Tiled TIFFs, pyramids or not, are read by tiffslide, tile by tile; a plain image (PNG, JPEG) is
-decoded whole and cut. Which tiles have tissue is seen a row of tiles at a time, at a level of the
-pyramid where a tile has sixteen pixels or more. Where no level is small enough, what is read is
-shrunk piece by piece, so that memory is bounded whatever a tile spans.
+decoded whole and cut. Tissue is detected a row of tiles at a time, at a level of the pyramid where
+a tile has sixteen pixels or more. Without a level small enough, tiles are read and shrunk piece by
+piece, so that memory is bounded for a tile of any size.
 """
 
 import math
@@ -20,18 +20,21 @@ from PIL import Image
 
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import EXTENSIONS, BadImage, decode_image, most_pixels
-from vim_ssl.data.sources.folder import FileImages, OnDisk, find_files, read_layout
+from vim_ssl.data.registry import Splits, source
+from vim_ssl.data.sources.folder import FileImages, OnDisk, find_files, folder_splits
+from vim_ssl.data.sources.tables import read_table
 from vim_ssl.data.spec import DataSpec
+from vim_ssl.data.tables import TABLES
+from vim_ssl.utils.optional import require
 
 TIFFS = (".tif", ".tiff", ".svs", ".ndpi", ".scn", ".bif")
 SLIDE_EXTENSIONS = tuple(dict.fromkeys(TIFFS + EXTENSIONS))
-# Of 255, how far apart a pixel's colours are; glass and what was not scanned are grey.
-COLOURED = 20
-COLOURS = ("MINISBLACK", "RGB", "YCBCR")  # others, such as palettes, tiffslide hands on as grey
-GLANCE = 16  # pixels across a tile that are enough to see tissue
+COLOURED = 20  # of 255: range of a tissue pixel's channels; glass and unscanned areas are grey
+COLOURS = ("MINISBLACK", "RGB", "YCBCR")  # tiffslide returns others, such as palettes, as grey
+GLANCE = 16  # pixels across a tile, enough to detect tissue
 TILE, TISSUE = 256, 0.1
-PIECE = 2**26  # pixels that are read at once at most, 0.2 GB
-ENLARGED = 4  # times at most: who asks for more was told a wrong size of the pixels
+PIECE = 2**26  # pixels read at once at most, 0.2 GB
+ENLARGED = 4  # times at most: a larger factor means that the file's pixel size is wrong
 
 
 @dataclass(frozen=True)
@@ -44,33 +47,34 @@ class SlideTile:
     side: int
 
     def __str__(self) -> str:
-        """Its id: what `tile_place` reads."""
+        """Return the id, which `tile_place` parses."""
         return f"{self.name}@{self.left},{self.top}"
 
 
 def tile_place(id: str) -> tuple[str, int, int]:
-    """The slide, left and top (pixels at full resolution) of a tile's id."""
-    name, _, place = id.rpartition("@")
-    left, top = place.split(",")
+    """Parse a tile's id into slide, left and top (pixels at full resolution)."""
+    name, _, corner = id.rpartition("@")
+    left, top = corner.split(",")
     return name, int(left), int(top)
 
 
+@dataclass(eq=False)
 class SlideTiles(OnDisk):
     """Tiles as arrays (pixels, pixels, 3), uint8."""
 
-    def __init__(self, root: str, tiles: Sequence[SlideTile], pixels: int):
-        self.root, self.tiles, self.pixels = root, tiles, pixels
+    rows: Sequence[SlideTile]
+    pixels: int
 
-    def __len__(self) -> int:
-        return len(self.tiles)
+    def names(self, row: int) -> list[str]:
+        return [self.rows[row].name]
 
     def __getitem__(self, row: int) -> np.ndarray:
-        tile = self.tiles[row]
+        tile = self.rows[row]
         slide = open_image(os.path.join(self.root, tile.name))
         level = slide.level(tile.side / self.pixels)
-        taken = tile.side**2 / self.pixels / slide.downsamples[level] ** 2  # by a row
-        parts = []
-        for rows in _pieces(self.pixels, taken):
+        row_pixels = tile.side**2 / self.pixels / slide.downsamples[level] ** 2  # read for a row
+        pieces = []
+        for rows in _pieces(self.pixels, row_pixels):
             above, below = (y * tile.side / self.pixels for y in (rows.start, rows.stop))
             top, bottom = math.floor(above), math.ceil(below)
             values = slide.read(tile.left, tile.top + top, tile.side, bottom - top, level)
@@ -80,15 +84,12 @@ class SlideTiles(OnDisk):
                 box = (0, (above - top) * scale, width, min((below - top) * scale, height))
                 image = Image.fromarray(values)
                 values = np.asarray(image.resize(size, Image.Resampling.BOX, box))
-            parts.append(values)
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-    def paths(self, row: int) -> list[str]:
-        return [os.path.join(self.root, self.tiles[row].name)]
+            pieces.append(values)
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 
 class _Plain:
-    """An image that is decoded whole."""
+    """A slide that is decoded whole."""
 
     mpp: float | None = None
     downsamples: Sequence[float] = (1.0,)
@@ -105,7 +106,7 @@ class _Plain:
 
 
 class _Tiled:
-    """A TIFF by tiffslide."""
+    """A TIFF read by tiffslide."""
 
     def __init__(self, path: str):
         tiffslide = import_tiffslide()
@@ -122,7 +123,7 @@ class _Tiled:
             raise BadImage(path, f"no TIFF that tiffslide can read: {error}") from error
         if colours not in COLOURS:
             raise BadImage(path, f"its colours are {colours}, expected {', '.join(COLOURS)}")
-        if piece > most_pixels():  # decoded whole for every tile
+        if piece > most_pixels():  # each tile decodes whole pieces
             raise BadImage(
                 path,
                 f"it is stored in pieces of {piece:,} pixels, the limit is {most_pixels():,}; "
@@ -131,11 +132,11 @@ class _Tiled:
         self.path = path
 
     def level(self, downsample: float) -> int:
-        """The coarsest that is still finer."""
+        """Return the coarsest level that is not coarser than this."""
         return self.slide.get_best_level_for_downsample(downsample + 1e-3)
 
     def read(self, left: int, top: int, width: int, height: int, level: int) -> np.ndarray:
-        """(h, w, 3) uint8 at this level; place and size at full resolution."""
+        """Read (h, w, 3) uint8 at this level; position and size are at full resolution."""
         down = self.downsamples[level]
         size = (max(round(width / down), 1), max(round(height / down), 1))
         try:
@@ -148,9 +149,9 @@ class _Tiled:
 
 
 def open_image(path: str) -> Any:
-    """What reads windows of a slide; the last few stay open, in each process its own.
+    """Open a slide to read windows of it; each process keeps its last few open.
 
-    Raises: BadImage for what cannot be read; ImportError without tiffslide.
+    Raises: BadImage for an unreadable file; ImportError without tiffslide.
     """
     try:
         changed = os.stat(path).st_mtime_ns
@@ -165,13 +166,13 @@ def _open(path: str, changed: int, process: int) -> _Plain | _Tiled:
 
 
 def _pieces(rows: int, pixels: float) -> Iterator[range]:
-    """So many rows of so many pixels each, as many at a time as `PIECE` allows, one at least."""
+    """Split rows of so many pixels each into ranges of at most `PIECE` pixels, or one row."""
     count = min(max(int(PIECE / pixels), 1), rows)
     return (range(first, min(first + count, rows)) for first in range(0, rows, count))
 
 
 def tissue(path: str, side: int) -> np.ndarray:
-    """(rows, columns) float32: the share of coloured pixels of every whole tile.
+    """Return the share of coloured pixels of every whole tile, (rows, columns) float32.
 
     Args:
         side: of a tile, pixels at full resolution.
@@ -190,16 +191,16 @@ def tissue(path: str, side: int) -> np.ndarray:
             coloured = strip.max(2) - strip.min(2) > COLOURED
             edges = np.arange(columns) * coloured.shape[1] // columns
             widths = np.diff(np.append(edges, coloured.shape[1]))
-            found = np.add.reduceat(coloured.mean(0), edges) / widths
-            shares[row] += found * (len(piece) / side)
+            means = np.add.reduceat(coloured.mean(0), edges) / widths
+            shares[row] += means * (len(piece) / side)
     return shares
 
 
-@lru_cache(maxsize=4096)  # a set is opened once a split
-def _places(
+@lru_cache(maxsize=4096)  # data is opened once a split
+def _positions(
     path: str, changed: int, pixels: int, mpp: float | None, shrink: float, least: float | None
 ) -> Any:
-    """(side at full resolution, the places (left, top) of the tiles that are kept)."""
+    """Return the side of a tile at full resolution, and (left, top) of each tile that is kept."""
     slide = open_image(path)
     side = max(round(pixels * shrink), 1)
     if mpp is not None:
@@ -208,7 +209,7 @@ def _places(
         if slide.mpp > ENLARGED * mpp:
             raise BadImage(
                 path,
-                f"its pixels are {slide.mpp:g} micrometres large, as it says, and at mpp={mpp:g} "
+                f"its pixels are {slide.mpp:g} micrometres large by its header, and at mpp={mpp:g} "
                 f"they would be enlarged {slide.mpp / mpp:.0f} times; leave mpp= out",
             )
         side = max(round(pixels * mpp / slide.mpp), 1)
@@ -219,57 +220,63 @@ def _places(
     return side, [(int(x) * side, int(y) * side) for y, x in np.argwhere(kept)]
 
 
-def open_slide(spec: DataSpec) -> ImageData:
+@source(
+    "slide", extra="slides", options=("tile", "mpp", "shrink", "tissue", "image", "label", "group")
+)
+def open_slide(spec: DataSpec) -> Splits:
     """Open ``slide:FILES``: a slide, a folder of them at any depth, or a table of paths, as tiles
     without overlap.
 
-    ``tile=256`` is the side of a tile in pixels, at full resolution, at ``mpp=0.5`` micrometres a
-    pixel or, where a file does not say how large its pixels are, ``shrink=16`` times smaller: a
-    slide of 30,000 pixels is one tile of 1,872, which goes through an encoder of that ``img_size``
-    in one scan. What is left at the right and lower border is left out. A tile is kept where a
-    tenth of its pixels is coloured, or ``tissue=0.3`` of them; ``tissue=none`` keeps all. The ids
-    are ``path@left,top`` (`tile_place`), the group is the slide, or what a table's column
-    ``group=`` says. Class folders and splits are those of `open_folder`, a table's columns those of
-    ``csv:``; a tile has its slide's label.
+    ``tile=256`` is the side of a tile in pixels: at full resolution; at ``mpp=0.5`` micrometres a
+    pixel; or, for files that do not declare the size of their pixels, ``shrink=16`` times smaller.
+    So a slide of 30,000 pixels is one tile of 1,872, which an encoder of that ``img_size`` reads in
+    one scan. The rest at the right and lower border is dropped. A tile is kept if a tenth of its
+    pixels is coloured, or ``tissue=0.3`` of them; ``tissue=none`` keeps all. The ids are
+    ``path@left,top`` (`tile_place`); the group is the slide, or a table's column ``group=``. Class
+    folders and splits are those of `open_folder`, a table's columns those of ``csv:``; a tile has
+    the label of its slide.
 
     Raises: ImportError without tiffslide, unless there are only plain images; FileNotFoundError;
-        ValueError for options that are none, and where no slide gives a tile.
+        ValueError for invalid options, and if no slide gives a tile.
     """
     if spec.mpp is not None and spec.shrink is not None:
-        raise ValueError(f"{spec}: mpp= and shrink= both say how small the slide is; give one.")
+        raise ValueError(f"{spec}: mpp= and shrink= both say how small a tile is; give one.")
     pixels, least = spec.tile or TILE, _least(spec)
-    root, slides = _slides(spec)
-    tiles: list[SlideTile] = []
-    of: list[int] = []
-    faults: list[str] = []
-    for number, name in enumerate(slides.ids):
-        path = os.path.join(root, name)
-        try:
-            changed = os.stat(path).st_mtime_ns if os.path.exists(path) else 0
-            side, places = _places(path, changed, pixels, spec.mpp, spec.shrink or 1, least)
-        except BadImage as bad:
-            faults.append(f"{name} cannot be read ({bad.reason})")
-            continue
-        if not places:
-            faults.append(f"{name} has no tile of {side} pixels with tissue")
-        tiles += [SlideTile(name, left, top, side) for left, top in places]
-        of += [number] * len(places)
-    if not tiles:
-        raise ValueError(f"{spec}: of {len(slides)} slides none gives a tile: {faults[0]}.")
-    return ImageData(
-        SlideTiles(root, tiles, pixels), map(str, tiles), name=str(spec),
-        labels=None if slides.labels is None else [slides.labels[i] for i in of],
-        classes=slides.classes, groups=[(slides.groups or slides.ids)[i] for i in of],
-        splits=slides.splits, split=slides.split, faults=faults,
-    )  # fmt: skip
+    root, listed = _slides(spec)
+
+    def choose(spec: DataSpec) -> ImageData:
+        slides = listed.open(spec)
+        tiles: list[SlideTile] = []
+        slide_of: list[int] = []
+        faults: list[str] = []
+        for number, name in enumerate(slides.ids):
+            path = os.path.join(root, name)
+            try:
+                changed = os.stat(path).st_mtime_ns if os.path.exists(path) else 0
+                side, corners = _positions(path, changed, pixels, spec.mpp, spec.shrink or 1, least)
+            except BadImage as bad:
+                faults.append(f"{name} cannot be read ({bad.reason})")
+                continue
+            if not corners:
+                faults.append(f"{name} has no tile of {side} pixels with tissue")
+            tiles += [SlideTile(name, left, top, side) for left, top in corners]
+            slide_of += [number] * len(corners)
+        if not tiles:
+            raise ValueError(f"{spec}: of {len(slides)} slides none gives a tile: {faults[0]}.")
+        return ImageData(
+            SlideTiles(root, tiles, pixels), map(str, tiles), name=str(spec),
+            labels=None if slides.labels is None else [slides.labels[i] for i in slide_of],
+            classes=slides.classes, groups=[(slides.groups or slides.ids)[i] for i in slide_of],
+            splits=slides.splits, split=slides.split, faults=faults,
+        )  # fmt: skip
+
+    return Splits(listed.names, choose)
 
 
-def _slides(spec: DataSpec) -> tuple[str, ImageData]:
-    """The folder that names are below, and the slides themselves, with labels and splits."""
+def _slides(spec: DataSpec) -> tuple[str, Splits]:
+    """Return the root of the names, and the slides with labels and splits."""
     path = Path(spec.location).expanduser()
-    if path.suffix.lower() in (".csv", ".tsv"):
-        from vim_ssl.data.sources.tables import read_table  # which opens tables of everything
-
+    if path.suffix.lower() in TABLES:
         spec.takes("tile", "mpp", "shrink", "tissue", "image", "label", "group")
         return str(path.parent), read_table(spec, ImageData, FileImages)
     spec.takes("tile", "mpp", "shrink", "tissue", "label")
@@ -277,11 +284,7 @@ def _slides(spec: DataSpec) -> tuple[str, ImageData]:
         root, names = path.parent, [path.name]
     else:
         root, names = path, find_files(path, spec.location, "slide", SLIDE_EXTENSIONS)
-    found = read_layout(names, spec.split, spec.label, str(root))
-    return str(root), ImageData(
-        FileImages(str(root), found.names), found.names, name=str(spec), labels=found.labels,
-        classes=found.classes, splits=found.splits, split=found.split,
-    )  # fmt: skip
+    return str(root), folder_splits(root, names)
 
 
 def _least(spec: DataSpec) -> float | None:
@@ -297,13 +300,7 @@ def _least(spec: DataSpec) -> float | None:
 
 
 def import_tiffslide() -> Any:
-    """The library. Raises: ImportError that says what to install."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import tiffslide
-    except ImportError as error:
-        raise ImportError(
-            "Slides (slide:) need tiffslide: pip install 'vim-ssl[slides]'"
-        ) from error
-    return tiffslide
+    """Return the module tiffslide. Raises: ImportError that says what to install."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return require("tiffslide", "slides", "Slides (slide:)")

@@ -1,17 +1,17 @@
 """Local tables: ``csv:`` files name images, ``parquet:`` files hold or name them."""
 
-import csv
-import io
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from vim_ssl.data.dataset import ImageData
-from vim_ssl.data.sources.folder import FileImages, sort_classes
-from vim_ssl.data.sources.hub import import_datasets, open_tables
+from vim_ssl.data.registry import Splits, source
+from vim_ssl.data.sources.folder import FileImages, sort_classes, split_views
+from vim_ssl.data.sources.hub import open_tables
 from vim_ssl.data.sources.webdataset import expand
-from vim_ssl.data.spec import DataSpec, canonical_split, near, pick_split
-from vim_ssl.utils.files import read_text
+from vim_ssl.data.spec import SPLIT_NAMES, DataSpec, canonical_split
+from vim_ssl.data.tables import find_column, read_columns
 
 PATH_NAMES = (
     "image", "path", "file_name", "filename", "file", "filepath", "image_path", "video",
@@ -21,110 +21,90 @@ CAPTION_NAMES = ("caption", "text")
 SPLIT_COLUMN = "split"
 
 
-def open_csv(spec: DataSpec) -> ImageData:
-    """Open ``csv:FILE.csv`` (or .tsv): a header, then one image a line.
+@source("csv", options=("image", "label", "caption", "group"))
+def open_csv(spec: DataSpec) -> Splits:
+    """Open ``csv:FILE.csv`` (or .tsv): a header, then one image a row.
 
-    Paths are relative to the file's own folder. Columns, or else the ones that ``image= label=
-    caption= group=`` name: the path ("image", "path", "file_name", "filename" …), a label
-    ("label", "class" or "target"), a caption ("caption", "text"), and "split". The sorted values
-    of the label, numbers by size, are the classes, over all splits; an empty one is unknown.
-    The ids are the paths as written, and must differ.
+    Paths are relative to the table's folder. Columns are found by name, or named by ``image=
+    label= caption= group=``: the path ("image", "path", "file_name", "filename" …), a label
+    ("label", "class" or "target"), a caption ("caption", "text"), and "split". The classes are the
+    sorted labels of all splits, whole numbers by size; an empty label is unknown. The ids are the
+    paths as written, and must differ.
 
-    Raises: FileNotFoundError; ValueError for columns that do not fit, a path given twice, a line
-        of another length than the header, or a table without a line.
+    Raises: FileNotFoundError; ValueError for columns that do not fit, a path given twice, a row
+        of another length than the header, or a table without rows.
     """
-    spec.takes("image", "label", "caption", "group")
     return read_table(spec, ImageData, FileImages)
 
 
 def read_table(
     spec: DataSpec, data_class: Callable[..., ImageData], files: Callable[[str, list[str]], Any]
-) -> ImageData:
-    """`open_csv` for data of any class.
+) -> Splits:
+    """Read a table as `open_csv` does, into data of any class.
 
     Args:
         data_class: called as `ImageData`.
-        files: of a root and names below it, makes its first argument.
+        files: called with a root and names below it; returns the first argument of `data_class`.
     """
     file = Path(spec.location).expanduser()
     source = f"{spec.scheme}:{spec.location}"
-    if not file.is_file():
-        raise FileNotFoundError(f"{source}: there is no such file.")
-    text = io.StringIO(read_text(file), newline="")
-    lines = csv.reader(text, delimiter="\t" if file.suffix.lower() == ".tsv" else ",")
-    header = [name.strip() for name in next(lines, [])]
-    rows = [row for row in lines if row]
-    for number, row in enumerate(rows, 1):
-        if len(row) != len(header):
-            raise ValueError(
-                f"{source}: row {number} has {len(row)} fields, the header {len(header)}; quote "
-                "fields that hold the delimiter."
-            )
-    columns = dict(zip(header, zip(*rows, strict=True), strict=True)) if rows else {}
-    if not columns:
-        raise ValueError(f"{source} has no line below its header ({', '.join(header)}).")
+    columns = read_columns(file, source)
+    if not any(columns.values()):
+        raise ValueError(f"{source} has no line below its header ({', '.join(columns)}).")
 
-    def column(option: str, names: Sequence[str]) -> tuple[str, ...] | None:
-        wanted = getattr(spec, option)
-        if wanted == "none":
+    def column(option: str, known: Sequence[str] = ()) -> tuple[str, ...] | None:
+        if (requested := getattr(spec, option)) == "none":
             return None
-        if wanted and wanted not in columns:
-            raise ValueError(
-                f"{source} has no column {wanted!r} for {option}=.{near(wanted, header)} It has "
-                f"{', '.join(header)}."
-            )
-        return columns.get(wanted or next((name for name in names if name in columns), ""))
+        name = find_column(requested, known, columns, option, source)
+        return columns[name] if name else None
 
     paths = column("image", PATH_NAMES)
     if paths is None:
         raise ValueError(
             f"{source} has no column of paths ({', '.join(PATH_NAMES)}); name it with image=. It "
-            f"has {', '.join(header)}."
+            f"has {', '.join(columns)}."
         )
-    if len(set(paths)) < len(paths):
-        twice = next(path for i, path in enumerate(paths) if path in paths[:i])
-        raise ValueError(f"{source} names {twice!r} twice; every image has one line.")
+    path, count = Counter(paths).most_common(1)[0]
+    if count > 1:
+        raise ValueError(f"{source} names {path!r} twice; every image has one line.")
     labels = classes = None
-    if written := column("label", LABEL_NAMES):
-        classes = sort_classes(set(written) - {""})
+    if names := column("label", LABEL_NAMES):
+        classes = sort_classes(set(names) - {""})
         number_of = {name: i for i, name in enumerate(classes)}
-        labels = [number_of.get(value, -1) for value in written]
-    captions, groups = column("caption", CAPTION_NAMES), column("group", ())
-    parts = columns.get(SPLIT_COLUMN)
-    splits = sorted(set(parts or ()), key=_split_order)
+        labels = [number_of.get(name, -1) for name in names]
+    split_of = columns.get(SPLIT_COLUMN, ())
     data = data_class(
         files(str(file.parent), list(paths)), paths, name=str(spec), labels=labels,
-        classes=classes, groups=groups, captions=captions, splits=splits,
+        classes=classes, groups=column("group"), captions=column("caption", CAPTION_NAMES),
+        splits=sorted(set(split_of), key=_split_order),
     )  # fmt: skip
-    split = pick_split(spec.split, splits, source)
-    if split != "all":
-        data = data.subset(i for i, name in enumerate(parts or ()) if name == split)
-        data.split = split
-    return data
+    return split_views(data, split_of)
 
 
-def open_parquet(spec: DataSpec) -> ImageData:
+@source("parquet", options=("image", "label", "caption", "group"))
+def open_parquet(spec: DataSpec) -> Splits:
     """Open ``parquet:FILES``: a file, a folder of them, a glob or a brace range.
 
-    The image column holds bytes, Hugging Face's ``{bytes, path}`` or paths relative to the first
-    file's folder. Files called ``train…``, ``val…`` and ``test…`` (and no others) are splits.
+    The image column holds bytes, Hugging Face's ``{bytes, path}``, or paths relative to the first
+    file's folder. Files named ``train…``, ``val…`` and ``test…``, and no others, are splits.
     Columns and ids are as for ``hf:``.
 
     Raises: see `open_hub`.
     """
-    spec.takes("image", "label", "caption", "group")
     names = expand(spec.location, "parquet")
-    starts = {name: canonical_split(Path(name).stem.replace("_", "-").split("-")[0])
-              for name in names}  # fmt: skip
-    if not set(starts.values()) <= {"train", "validation", "test"}:
-        starts = dict.fromkeys(names, "train")
-    files = {split: [name for name in names if starts[name] == split]
-             for split in sorted(set(starts.values()), key=_split_order)}  # fmt: skip
-    tables = import_datasets("parquet:").load_dataset("parquet", data_files=files)
-    return open_tables(spec, tables, root=str(Path(names[0]).parent))
+    split_of = [canonical_split(Path(name).stem.replace("_", "-").split("-")[0]) for name in names]
+    if not set(split_of) <= set(SPLIT_NAMES):
+        split_of = ["train"] * len(names)
+    files: dict[str, list[str]] = {split: [] for split in SPLIT_NAMES if split in split_of}
+    for name, split in zip(names, split_of, strict=True):
+        files[split].append(name)
+    import datasets
+
+    tables = datasets.load_dataset("parquet", data_files=files)
+    return open_tables(tables, root=str(Path(names[0]).parent))
 
 
 def _split_order(name: str) -> tuple[int, str]:
-    order = ("train", "validation", "test")
-    place = canonical_split(name)
-    return (order.index(place) if place in order else len(order), name)
+    order = list(SPLIT_NAMES)
+    split = canonical_split(name)
+    return (order.index(split) if split in order else len(order), name)

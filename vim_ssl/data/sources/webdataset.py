@@ -1,9 +1,9 @@
-"""Webdataset shards: tar files in which a sample's files stand side by side under one name.
+"""``wds:`` — webdataset shards: tar files with the files of a sample side by side under one name.
 
     a/0001.jpg  a/0001.cls  a/0001.txt  a/0001.json      the sample a/0001
 
-They are read with Python's `tarfile`, and nothing in them is ever executed: an image, ``cls`` (a
-whole number), ``txt`` (the caption) and ``json`` are looked at, all other files are passed over.
+Python's `tarfile` reads them; nothing in them is executed. An image, ``cls`` (a whole number),
+``txt`` (the caption) and ``json`` are used, all other files are skipped.
 """
 
 import glob
@@ -30,20 +30,25 @@ from vim_ssl.data.loading.streamed import (
     is_remote,
     open_file,
 )
+from vim_ssl.data.registry import source
 from vim_ssl.data.spec import DataSpec
 from vim_ssl.utils.files import atomic_write, user_cache
 
 IMAGES = tuple(extension[1:] for extension in EXTENSIONS)
-KINDS = {"wds": "*.tar", "parquet": "*.parquet"}  # what is read of a folder, by scheme
+KINDS = {"wds": "*.tar", "parquet": "*.parquet"}  # files read from a folder, by scheme
 END_MARK = bytes(tarfile.BLOCKSIZE)
-MAX_FILE = 2**28  # bytes of an image, caption or json; the largest that are read
-THREADS = 16  # shards looked at together; most of the time is waiting
+MAX_FILE = 2**28  # bytes; no larger image, caption or json is read
+THREADS = 16  # shards counted at once; most of the time is waiting
 
 
 @dataclass(frozen=True)
 class TarReader:
-    """A tar's name → its samples. ``image``, ``label`` and ``caption`` name extensions; the last
-    two also fields of the json. ``label="none"`` leaves labels out."""
+    """Reads the samples of a tar by its name.
+
+    Attributes:
+        image, label, caption: extensions, the last two also fields of the json. ``label="none"``
+            ignores labels.
+    """
 
     image: str | None = None
     label: str | None = None
@@ -57,10 +62,12 @@ class TarReader:
     def samples(
         self, tar: tarfile.TarFile, read: bool = True, others: Counter | None = None
     ) -> Iterator[tuple[str, dict[str, bytes]]]:
-        """Names and files (empty unless to be read) of the samples that have an image.
+        """Yield names and files of the samples that have an image.
 
-        ``others`` counts the extensions passed over. Of a damaged tar the samples before the damage
-        come, then tarfile's error.
+        Args:
+            read: the files; else they are empty.
+            others: counts the skipped extensions.
+        Raises: tarfile's error for a damaged tar, after the samples before the damage.
         """
         now = ""
         files: dict[str, bytes] = {}
@@ -77,7 +84,7 @@ class TarReader:
                     now, files = key, {}
                 if not member.isreg():
                     continue
-                if extension in self._wanted():
+                if extension in self._used():
                     files[extension] = _content(tar, member) if read else b""
                 elif others is not None:
                     others[extension or "without extension"] += 1
@@ -88,7 +95,7 @@ class TarReader:
         if self._image(files):
             yield now, files
 
-    def _wanted(self) -> tuple[str | None, ...]:
+    def _used(self) -> tuple[str | None, ...]:
         return (*IMAGES, "cls", "txt", "json", self.image, self.label, self.caption)
 
     def _image(self, files: dict[str, bytes]) -> str | None:
@@ -112,33 +119,33 @@ class TarReader:
                 if value is not None and field != "none":
                     several = isinstance(value, list)  # captions, of which one is drawn
                     record[key] = int(value) if key == "label" else value if several else str(value)
-        except Exception as error:  # whatever stands where a number was expected
-            fault = f"its label, caption or json cannot be read ({error}); label=none leaves it out"
+        except Exception as error:  # such as text where a number was expected
+            fault = f"its label, caption or json cannot be read ({error}); label=none ignores it"
             record["image"] = BadImage(name, fault)
         return record
 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    """A file of a tar; nothing (so a broken image) where it would fill the memory: a header can
-    promise any size, and a sparse file holds it in a few bytes."""
+    """Read a file of a tar; nothing (so a broken image) if it would fill the memory: a header can
+    declare any size, and a sparse file has it in a few bytes."""
     if member.size > MAX_FILE or member.issparse():
         return b""
     content = tar.extractfile(member)
     return content.read() if content else b""
 
 
+@source("wds", stream=True, options=("image", "label", "caption", "streaming"))
 def stream_tars(spec: DataSpec) -> ImageStream:
     """Open ``wds:PATTERN``: a tar, a folder of tars, a glob, a brace range such as
     ``shard-{000..099}.tar``, or such a range of URLs (http, or hf://, s3:// … through fsspec).
 
-    The samples of local tars are counted once from their headers; for remote ones a webdataset's
-    ``sizes.json`` beside the shards spares reading all of them once. Counts are cached. A tar that
-    is cut off or damaged gives the samples before the damage.
+    The samples of local tars are counted once from their headers; so are those of remote ones,
+    unless a webdataset's ``sizes.json`` lies beside the shards. Counts are cached. A truncated or
+    damaged tar gives the samples before the damage.
 
-    Raises: FileNotFoundError for a pattern that matches nothing; ConnectionError when a shard's
-        host is not reached; ValueError when the shards hold no image.
+    Raises: FileNotFoundError for a pattern that matches nothing; ConnectionError for a host that
+        is not reached; ValueError for shards without an image.
     """
-    spec.takes("image", "label", "caption", "streaming")
     if spec.split not in (None, "all"):
         raise ValueError(
             f"wds:{spec.location} has no splits; name the shards of {spec.split!r} by the pattern."
@@ -148,16 +155,16 @@ def stream_tars(spec: DataSpec) -> ImageStream:
     shards, faults, others = count_shards(names, reader)
     if not any(shard.count for shard in shards):
         held = ", ".join(f"{count} × {extension}" for extension, count in others.most_common(5))
-        wanted = spec.image or "jpg, png, webp …"
+        expected = spec.image or "jpg, png, webp …"
         raise ValueError(
-            f"The {len(names)} shard(s) of wds:{spec.location} hold no image ({wanted}); they "
+            f"The {len(names)} shard(s) of wds:{spec.location} hold no image ({expected}); they "
             f"hold {held or 'nothing else'}. {' '.join(faults[:3])}".strip()
         )
     return ImageStream(shards, reader, name=str(spec), faults=faults)
 
 
 def expand(pattern: str, scheme: str = "wds") -> list[str]:
-    """The files that a pattern of a scheme names, in order; of a folder, those of its kind.
+    """Return the files that a pattern names, in order; of a folder, those of the scheme's kind.
 
     Raises: FileNotFoundError.
     """
@@ -171,15 +178,15 @@ def expand(pattern: str, scheme: str = "wds") -> list[str]:
         path = os.path.expanduser(name)
         if os.path.isdir(path):
             path = os.path.join(glob.escape(path), KINDS[scheme])
-        found = [path] if os.path.isfile(path) else sorted(glob.glob(path, recursive=True))
-        if not found:
+        files = [path] if os.path.isfile(path) else sorted(glob.glob(path, recursive=True))
+        if not files:
             raise FileNotFoundError(f"{scheme}:{pattern}: there is no file {path!r}.")
-        names += found
+        names += files
     return list(dict.fromkeys(names))
 
 
 def _choices(inside: str) -> list[str]:
-    """``000..003`` or ``a,b`` between braces."""
+    """Expand what stands between braces: ``000..003`` or ``a,b``."""
     if match := re.fullmatch(r"(\d+)\.\.(\d+)", inside):
         first, last = match.groups()
         return [str(i).zfill(len(first)) for i in range(int(first), int(last) + 1)]
@@ -192,7 +199,10 @@ def _choices(inside: str) -> list[str]:
 def count_shards(
     names: list[str], reader: TarReader
 ) -> tuple[list[Shard], list[str], Counter[str]]:
-    """The shards with their counts, what is wrong with which, and what else they hold."""
+    """Return the shards with their counts, the faults, and the number of other files by extension.
+
+    Counts are cached by the names of the shards.
+    """
     key = blake2b(repr((names, reader.image)).encode(), digest_size=12).hexdigest()
     cache = user_cache() / "shards" / f"{key}.json"
     known: dict[str, Any] = {}
@@ -211,20 +221,20 @@ def count_shards(
         return {**count(name, reader), "stamp": stamp}
 
     with ThreadPoolExecutor(THREADS) as pool:
-        found = dict(zip(names, pool.map(look, names), strict=True))
-    if found != known:
-        with suppress(OSError):  # a cache that cannot be written is no reason to stop
+        rows = dict(zip(names, pool.map(look, names), strict=True))
+    if rows != known:
+        with suppress(OSError):  # the cache is optional
             cache.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(cache, json.dumps(found))
+            atomic_write(cache, json.dumps(rows))
     others: Counter[str] = Counter()
-    for row in found.values():
+    for row in rows.values():
         others.update(row["others"])
-    shards = [Shard(name, row["count"], row["stamp"][0]) for name, row in found.items()]
-    return shards, [row["fault"] for row in found.values() if row["fault"]], others
+    shards = [Shard(name, row["count"], row["stamp"][0]) for name, row in rows.items()]
+    return shards, [row["fault"] for row in rows.values() if row["fault"]], others
 
 
 def count(name: str, reader: TarReader) -> dict[str, Any]:
-    """One pass over a tar's headers; of a remote one that breaks off, another. Raises:
+    """Count a tar's samples by its headers, with retries for a remote one. Raises:
     ConnectionError."""
     for attempt in range(RETRIES if is_remote(name) else 0):
         try:
@@ -253,10 +263,10 @@ def _count(name: str, reader: TarReader) -> dict[str, Any]:
 
 
 def _stamp(name: str) -> list[str]:
-    """Size, and time or tag: what changes with the file. The size stays when it is copied."""
+    """Return the size of a file, which its copies share, and its time or tag."""
     if not is_remote(name):
-        found = os.stat(name)
-        return [str(found.st_size), str(found.st_mtime_ns)]
+        stat = os.stat(name)
+        return [str(stat.st_size), str(stat.st_mtime_ns)]
     try:
         with open_file(name) as file:
             headers = getattr(file, "headers", {})
@@ -267,7 +277,7 @@ def _stamp(name: str) -> list[str]:
 
 
 def _sizes(folder: str) -> dict[str, int]:
-    """A remote webdataset's own list of counts, if there is one: file name → samples."""
+    """Read a remote webdataset's list of counts, if it has one: file name → samples."""
     if is_remote(folder):
         with suppress(Exception), open_file(f"{folder}/sizes.json") as file:
             counts = dict(json.loads(file.read()))
@@ -277,7 +287,7 @@ def _sizes(folder: str) -> dict[str, int]:
 
 @contextmanager
 def open_tar(name: str) -> Iterator[tarfile.TarFile]:
-    """A tar, plain or compressed; a local one is searched, a remote one read from front to back."""
+    """Open a tar, plain or compressed; a remote one can only be read from front to back."""
     with open_file(name) as file:
         mode = "r|*" if is_remote(name) else "r:*"
         with tarfile.open(  # type: ignore[call-overload]
@@ -287,12 +297,12 @@ def open_tar(name: str) -> Iterator[tarfile.TarFile]:
 
 
 class CutOffError(tarfile.ReadError):
-    """A tar ends where a header should stand."""
+    """A tar ends where a header is expected."""
 
 
 class WholeHeader(tarfile.TarInfo):
-    """A tar's headers up to its end mark. tarfile takes one that is broken or cut off for the end
-    of the tar, in silence, and one of negative size (in Python 3.11) for the way back."""
+    """A header of a tar up to its end mark. tarfile itself silently ends the tar at a broken or
+    truncated header, and (in Python 3.11) goes back at one of negative size."""
 
     @classmethod
     def frombuf(cls, buf, encoding, errors):

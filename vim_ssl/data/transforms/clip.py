@@ -1,4 +1,4 @@
-"""The transform of clips: the same crop of every frame."""
+"""The transform of clips: every frame is augmented in the same way."""
 
 import random
 from typing import Any
@@ -11,12 +11,11 @@ from vim_ssl.data.clips import Video
 
 
 class ClipTransform:
-    """A `Video` to a clip (c, t, h, w), or where several are judged (clips, c, t, h, w).
+    """A `Video` -> a clip (c, t, h, w), or for several clips in evaluation (clips, c, t, h, w).
 
     Args:
-        image_transform: an image -> (c, h, w); what it draws at random is the same for all frames
-            of a clip.
-        training: one clip, drawn at random.
+        image_transform: an image -> (c, h, w); its random draws are the same for all frames.
+        training: draw one clip at random.
     """
 
     def __init__(self, image_transform: Any, training: bool):
@@ -30,7 +29,7 @@ class ClipTransform:
         state: Any = None
 
         def prepare(frame: Image.Image) -> torch.Tensor:
-            # Where augmentations draw from; each frame begins where the first did.
+            # Every frame starts from the state of the generators before the first one.
             nonlocal state
             if state is None:
                 state = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002

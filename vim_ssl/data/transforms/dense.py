@@ -18,17 +18,17 @@ from torchvision.transforms.v2 import functional as F
 from vim_ssl.data.labels import IGNORE
 from vim_ssl.data.transforms.image import ToChannels
 
-LONGEST = 4  # a long side is at most so many times the short side asked for
+LONGEST = 4  # the long side is at most so many times the requested short side
 ATTEMPTS = 10  # crops drawn until one has more than one class
 
 
 class DensePixels:
-    """An image as the encoder reads it, at a size of its own: no crop.
+    """An image as an encoder reads it, of any size, without a crop.
 
     Args:
         config: an encoder's ``data_config``: mean, std and input_size (c, h, w).
-        short_side: pixels; 0 leaves the image its size. The long side becomes at most four times
-            as long, so that a strip of few pixels does not explode.
+        short_side: resize to this, pixels; 0 keeps the size. The long side is at most four times as
+            long, so that a thin strip does not become huge.
     """
 
     def __init__(self, config: Mapping[str, Any], short_side: int = 0):
@@ -39,8 +39,8 @@ class DensePixels:
     def read(self, image: Image.Image | np.ndarray) -> Tensor:
         """An image, or bands (h, w, bands), in the encoder's channels: (c, h, w), uint8 of an
         image, float32 of bands."""
-        found = self.to_channels(image)
-        return found if isinstance(found, Tensor) else F.pil_to_tensor(found)
+        pixels = self.to_channels(image)
+        return pixels if isinstance(pixels, Tensor) else F.pil_to_tensor(pixels)
 
     def resized(self, size: tuple[int, int], scale: float = 1.0) -> list[int]:
         """(height, width) -> the same after resizing, times ``scale``."""
@@ -71,8 +71,8 @@ class DenseCrop:
         max_share: a crop is drawn again, ten times at most, while one class fills more than this
             of its labelled pixels.
         hflip: probability of mirroring left and right.
-        photometric: brightness, contrast, saturation and hue, each changed in half the samples; not
-            of bands, whose values are measured.
+        photometric: change brightness, contrast, saturation and hue, each in half the samples; not
+            of bands, whose values are measurements.
     Returns, when called: ``image``, float32 (c, crop, crop), normalised, and ``mask``, int64
     (crop, crop).
     Reference: the settings of mmsegmentation's ADE20K recipes are scale 0.5 to 2, max_share 0.75.
@@ -129,10 +129,9 @@ class DenseCrop:
 class LargeScaleJitter:
     """An item with an image and its boxes -> a square canvas with both, augmented.
 
-    Mirrored, resized to ``scale`` times what fits the canvas, cropped where it is larger, and
-    otherwise laid into the upper left corner, the rest being the mean, as an image is tested. With
-    masks an object's box is that of what is left of its mask. Objects of which less than a pixel is
-    left are gone.
+    Mirrored, resized to ``scale`` times the size that fits the canvas, and cropped if larger, else
+    placed in the upper left corner on the mean, as in evaluation. With masks, an object's box is
+    that of the rest of its mask. Objects of less than a pixel are dropped.
 
     Args:
         config: see `DensePixels`.
@@ -141,9 +140,9 @@ class LargeScaleJitter:
         hflip: probability of mirroring left and right.
     Returns, when called: ``image``, float32 (c, size, size), normalised, and ``objects``, a dict of
         ``boxes`` float32 (n, 4), left, top, right, bottom in pixels; ``labels`` int64 (n,), class
-        numbers from 1 on, since 0 is nothing; and where the item has them ``masks`` uint8 (n, size,
+        numbers from 1, since 0 is the background; and if given ``masks`` uint8 (n, size,
         size), 1 = object.
-    Raises: ValueError for a scale that is no range.
+    Raises: ValueError for an invalid scale.
     Reference: simple copy-paste, arXiv:2012.07177; scale 0.1 to 2 and 1024 pixels are ViTDet's.
     """
 
@@ -187,7 +186,7 @@ class LargeScaleJitter:
         return {"image": image, "objects": objects}
 
     def _placed(self, part: Tensor, size: list[int], top: int, left: int) -> Tensor:
-        """Resized, cut, and laid on the canvas; an image is normalised before."""
+        """Resize, crop and place on the canvas; an image is normalised first."""
         if isinstance(part, tv_tensors.Mask) and not len(part):  # resize refuses it
             return torch.zeros(0, self.size, self.size, dtype=torch.uint8)
         height, width = min(size[0] - top, self.size), min(size[1] - left, self.size)
@@ -198,16 +197,16 @@ class LargeScaleJitter:
 
 
 def fitted(size: Sequence[int], side: int, scale: float = 1.0) -> list[int]:
-    """(height, width) -> the same with the longer one ``scale`` times ``side``, pixels."""
+    """(height, width) -> the size whose longer side is ``scale`` times ``side``, pixels."""
     factor = scale * side / max(size)
     return [max(round(old * factor), 1) for old in size]
 
 
 def on_canvas(pixels: DensePixels, image: Image.Image, side: int) -> tuple[Tensor, list[int]]:
-    """An image as a detector reads it: the longer side ``side``, in the upper left corner.
+    """An image as a detector reads it: its longer side is ``side``, in the upper left corner.
 
-    Returns: float32 (c, side, side), normalised, the rest being the mean; and the (height, width)
-        that the image has in it.
+    Returns: float32 (c, side, side), normalised, on the mean; and the (height, width) of the image
+        in it.
     """
     size = fitted((image.height, image.width), side)
     resized = F.resize(pixels.read(image), size, antialias=True)
@@ -215,13 +214,13 @@ def on_canvas(pixels: DensePixels, image: Image.Image, side: int) -> tuple[Tenso
 
 
 def around(masks: Tensor) -> Tensor:
-    """(n, h, w), none of them empty -> the boxes (n, 4) that just hold them, float32: the right
-    and lower sides are behind the last pixel."""
+    """Non-empty masks (n, h, w) -> their bounding boxes (n, 4), float32; the right and lower sides
+    are behind the last pixel."""
     ends = torch.tensor([0, 0, 1, 1])
     return (masks_to_boxes(masks) + ends).float() if len(masks) else torch.zeros(0, 4)
 
 
 def _largest_share(mask: Tensor) -> float:
-    """Of the labelled pixels, the share of the most frequent class; 1 where none is labelled."""
+    """The share of the most frequent class among the labelled pixels; 1 if there are none."""
     counts = torch.bincount(mask.flatten(), minlength=IGNORE + 1)[:IGNORE]
     return float(counts.max() / counts.sum()) if counts.any() else 1.0

@@ -1,4 +1,4 @@
-"""Transforms, made from what an encoder says it expects."""
+"""Transforms, made from the data configuration of an encoder."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,7 +12,7 @@ from timm.data.transforms import MaybeToTensor, str_to_interp_mode
 from torch import Tensor, nn
 from torchvision import transforms
 
-from vim_ssl.data.config import band_places, data_config_of
+from vim_ssl.data.config import band_positions, data_config_of
 from vim_ssl.data.images import clean_image
 from vim_ssl.data.transforms.clip import ClipTransform
 
@@ -22,12 +22,11 @@ Transform = Callable[[Any], Tensor]  # of a PIL image, an array (h, w, bands) or
 def create_transform(
     encoder_or_config: nn.Module | Mapping[str, Any], is_training: bool = False, **augment: Any
 ) -> Transform:
-    """The transform an encoder expects: an image → float tensor (c, h, w), normalised.
+    """The transform that an encoder expects: an image → float tensor (c, h, w), normalised.
 
-    Any PIL image goes in: it is put upright, laid on white and converted to the encoder's grey or
-    colour first. So does an array of the encoder's bands; see `as_tensor`. Smaller images are
-    enlarged. Of an encoder of clips: a `Video` → (c, t, h, w), or several clips; see
-    `ClipTransform`.
+    It takes any PIL image, which is turned upright, laid on white and converted to grey or colour,
+    or an array of the encoder's bands; see `as_tensor`. Smaller images are enlarged. For an encoder
+    of clips: a `Video` → (c, t, h, w), or several clips; see `ClipTransform`.
 
     Args:
         encoder_or_config: an encoder, or its ``data_config``: input_size (c, h, w), mean, std,
@@ -44,7 +43,7 @@ def create_transform(
         augment.setdefault("color_jitter", None)  # timm knows colours only
         if augment["color_jitter"]:
             raise ValueError(
-                f"color_jitter changes grey and colour images, not such of {size[0]} channels; "
+                f"color_jitter changes grey and colour images, not those of {size[0]} channels; "
                 "set it to 0."
             )
     keys = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
@@ -76,7 +75,7 @@ def pretrain_transform(
             but the shorter side resized and the centre taken.
         hflip: probability of mirroring left and right; 0 for digits and text.
         ratio: range of the crop's width / height.
-    Raises: ValueError for ranges that are none.
+    Raises: ValueError for invalid ranges.
     """
     low, high = crop_scale
     if not 0 < low <= high <= 1:
@@ -107,8 +106,8 @@ def pretrain_transform(
 
 
 def as_tensor(values: np.ndarray) -> Tensor:
-    """Bands (h, w, bands) → float32 (bands, h, w): uint8 as 0..1, as images are; every other
-    type in its own unit, which mean and std then are in, too. NaN stays."""
+    """Bands (h, w, bands) → float32 (bands, h, w): uint8 scaled to 0..1, as images are; other types
+    in their unit, also that of mean and std. NaN stays."""
     scale = 255 if values.dtype == np.uint8 else 1
     return torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1), np.float32)) / scale
 
@@ -116,8 +115,8 @@ def as_tensor(values: np.ndarray) -> Tensor:
 class ToChannels:
     """The first step: an image in the encoder's channels.
 
-    A PIL image becomes 8-bit "RGB" or "L" (see `clean_image`); an array of bands a tensor in which
-    what was not measured has the band's mean, and so is 0 once normalised.
+    A PIL image becomes 8-bit "RGB" or "L" (see `clean_image`); an array of bands a tensor, with the
+    band's mean for missing values, so that they are 0 once normalised.
 
     Raises: TypeError for anything else; ValueError for another number of channels.
     """
@@ -154,7 +153,7 @@ class ToChannels:
 
 
 class TrimLongSide:
-    """Cut what a centre crop discards anyway off very long images, before they are enlarged.
+    """Crop very long images before they are enlarged, to what a centre crop can use.
 
     A strip of 2 × 20,000 pixels resized to 224 on its shorter side would take 1.5 GB.
     """
@@ -174,25 +173,24 @@ class TrimLongSide:
 
 
 def denormalize(images: Tensor, config: Mapping[str, Any]) -> Tensor:
-    """Normalised images (b, c, h, w) as grey or colour within 0..1, to look at.
+    """Normalised images (b, c, h, w) as grey or colour within 0..1, for display.
 
-    Grey and colour as they came. Of other bands red, green and blue where the names say which they
-    are, else the first three (of two the first), two deviations below the mean black and two above
-    it white.
+    Grey and colour are restored. Of other bands red, green and blue are taken by name, else the
+    first three (of two the first), with black two deviations below the mean and white two above.
     """
     mean, std = (torch.tensor(config[key], device=images.device) for key in ("mean", "std"))
     if len(mean) in (1, 3) and float(mean.abs().max()) <= 1:
         return (images * std[:, None, None] + mean[:, None, None]).clamp(0, 1)
-    colours = band_places(config.get("bands", ()), ("R", "G", "B")) or [None]
-    places = [place for place in colours if place is not None]
-    if len(places) < 3:
-        places = [0, 1, 2] if len(mean) >= 3 else [0]
-    return (images[:, places] / 4 + 0.5).clamp(0, 1)
+    colours = band_positions(config.get("bands", ()), ("R", "G", "B")) or [None]
+    shown = [position for position in colours if position is not None]
+    if len(shown) < 3:
+        shown = [0, 1, 2] if len(mean) >= 3 else [0]
+    return (images[:, shown] / 4 + 0.5).clamp(0, 1)
 
 
 def _keep_a_bit(step: Any) -> Any:
-    """The same step. At its highest level timm's posterize keeps no bit of a colour: Pillow 13
-    refuses that. It keeps one here."""
+    """Make timm's posterize keep one bit per colour, and return the step. At its highest level it
+    keeps none, which Pillow 13 refuses."""
     ops = [getattr(step, "ops", []), *getattr(step, "policy", [])]
     for op in (op for group in ops for op in group):
         if getattr(op, "aug_fn", None) is auto_augment.posterize:

@@ -1,0 +1,88 @@
+"""Run a measurement in a fresh process, launch a recipe, and read the memory of a process."""
+
+import multiprocessing
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+Result = TypeVar("Result")
+RECIPE = Path(__file__).parents[1] / "recipes" / "mim_pretrain.py"
+
+
+def run_apart(function: Callable[..., Result], *args) -> Result:
+    """Call a module-level function in a fresh process, hide its output, return its result.
+
+    Raises: RuntimeError with the end of its output if it raises or is killed.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    with (
+        tempfile.NamedTemporaryFile("r", errors="replace") as log,
+        ProcessPoolExecutor(1, spawn, _print_to, (log.name,)) as pool,
+    ):
+        try:
+            return pool.submit(function, *args).result()
+        except Exception as error:
+            output = log.read()[-5000:]
+            raise RuntimeError(f"{function.__name__} failed: {error}\n{output}") from error
+
+
+def _print_to(path: str) -> None:
+    log = os.open(path, os.O_WRONLY | os.O_APPEND)
+    os.dup2(log, 1)  # stdout
+    os.dup2(log, 2)  # stderr
+
+
+def launcher(processes: int) -> list[str]:
+    """The command that runs mim_pretrain.py by accelerate on CPU processes."""
+    return [
+        sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch",
+        "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no",
+        "--dynamo_backend", "no", "--main_process_port", "0",
+        *(["--multi_gpu"] if processes > 1 else []), str(RECIPE),
+    ]  # fmt: skip
+
+
+def reset_peak(device: str = "cpu") -> bool:
+    """Restart the peak at the current memory use; True if the system can do so."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def peak_mib(device: str = "cpu") -> float:
+    """Peak memory since `reset_peak`, or since the start where the system cannot reset it.
+
+    On a CPU the resident set of this process, on a GPU what torch has allocated.
+    """
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated() / 2**20
+    return proc_mib("self/status", "VmHWM") or rusage_peak_mib()
+
+
+def rusage_peak_mib(children: bool = False) -> float:
+    """Peak resident set of this process, or of the largest child that has ended."""
+    import resource  # not on Windows
+
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN if children else resource.RUSAGE_SELF)
+    return usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, else KiB
+
+
+def proc_mib(file: str, key: str) -> float:
+    """A value of a file below /proc in MiB; 0 where the system has no such file."""
+    path = Path("/proc") / file
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((int(line.split()[1]) / 2**10 for line in lines if line.startswith(key)), 0.0)

@@ -1,0 +1,103 @@
+"""CSV and TSV files with a header: one reader for every source that takes a table."""
+
+import csv
+import io
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from itertools import chain, repeat
+from pathlib import Path
+
+from vim_ssl.data.spec import near
+from vim_ssl.utils.files import read_text
+
+TABLES = (".csv", ".tsv")
+
+
+def read_rows(
+    lines: Iterable[str], suffix: str, source: str, strict: bool = False
+) -> tuple[list[str], Iterator[tuple[int, list[str], str]]]:
+    """Read a table row by row.
+
+    Args:
+        lines: with their line ends.
+        suffix: of the file. The delimiter is the one of the header: tab, ";" or ",".
+        source: of the rows, for messages.
+        strict: report a lone quote instead of reading on to the next quote. Tables with tabs are
+            seldom quoted: there a quote is plain text unless two of them enclose the whole field.
+    Returns: the header; then of each row that is not empty the line it begins at, its fields, and
+        what is wrong with it, "" if nothing.
+    Raises: ValueError for a header that cannot be read.
+    """
+    lines = iter(lines)
+    first = next(lines, "")
+    semicolons = ";" in first and "," not in first
+    tabs = "\t" in first or (suffix.lower() == ".tsv" and "," not in first and not semicolons)
+    plain = strict and tabs
+    reader = csv.reader(
+        chain([first], lines), delimiter="\t" if tabs else ";" if semicolons else ",",
+        quoting=csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL, strict=strict,
+    )  # fmt: skip
+
+    def rows() -> Iterator[tuple[int, list[str], str]]:
+        while True:
+            line = reader.line_num + 1
+            try:
+                row = next(reader, None)
+            except csv.Error as error:
+                end = reader.line_num  # a lone quote takes lines with it
+                yield line, [], f"{error}{f'; lost down to line {end}' if end > line else ''}"
+                continue
+            if row is None:
+                return
+            if row:
+                yield line, [_unquoted(value) for value in row] if plain else row, ""
+
+    try:
+        header = next(reader, [])
+    except csv.Error as error:
+        raise ValueError(f"{source}: the header cannot be read: {error}") from error
+    return [(_unquoted(name) if plain else name).strip() for name in header], rows()
+
+
+def read_columns(file: Path, source: str) -> dict[str, tuple[str, ...]]:
+    """Read a whole table: name of a column → its values.
+
+    Raises: FileNotFoundError; ValueError for text that is not UTF-8, and for a row of another
+        length than the header.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"{source}: there is no such file.")
+    text = io.StringIO(read_text(file), newline="")
+    header, numbered = read_rows(text, file.suffix, source)
+    rows = []
+    for number, (line, row, fault) in enumerate(numbered, 1):
+        if fault:
+            raise ValueError(f"{source}, line {line}: {fault}")
+        if len(row) != len(header):
+            raise ValueError(
+                f"{source}: row {number} has {len(row)} fields, the header {len(header)}; quote "
+                "fields that hold the delimiter."
+            )
+        rows.append(row)
+    return dict(zip(header, zip(*rows, strict=True) if rows else repeat(()), strict=False))
+
+
+def find_column(
+    requested: str | None, known: Sequence[str], columns: Collection[str], option: str, source: str
+) -> str | None:
+    """Return the requested column, else the first known name that the table has, else None.
+
+    Raises: ValueError for a requested column that the table does not have.
+    """
+    if requested and requested not in columns:
+        raise ValueError(
+            f"{source} has no column {requested!r} for {option}=.{near(requested, list(columns))} "
+            f"It has {', '.join(columns)}."
+        )
+    return requested or next((name for name in known if name in columns), None)
+
+
+def _unquoted(value: str) -> str:
+    value = value.strip()
+    if len(value) > 1 and value[0] == value[-1] == '"':
+        return value[1:-1].replace('""', '"')
+    return value

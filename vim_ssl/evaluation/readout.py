@@ -1,0 +1,99 @@
+"""Readouts: the parts of an encoder's output that become features, and the choice among them."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from vim_ssl.evaluation.linear_heads import MANY, fit_logistic
+from vim_ssl.models.encoder import VimEncoder
+
+READOUTS = ("token", "avg", "token+avg", "layers")
+SEARCH_TOL = 3e-4  # of a sweep over C, which starts warm
+C_GRID = tuple(10.0**k for k in range(-3, 3))
+
+
+def all_readouts(encoder: VimEncoder, x: Tensor) -> Tensor:
+    """The features of all `READOUTS` of images (b, c, h, w), side by side; see `readout_columns`.
+
+    Columns of embed_dim each: the class token (if there is one), the mean of the patches after the
+    last block, then their means after a quarter, half and three quarters of the blocks.
+    """
+    depth = len(encoder.feature_info)
+    quarters = [max(round(depth * q / 4) - 1, 0) for q in (1, 2, 3, 4)]
+    taps = encoder.forward_intermediates(
+        x, quarters, return_prefix_tokens=True, norm=True, output_fmt="NLC", intermediates_only=True
+    )
+    means = [patches.mean(1) for patches, _ in taps]
+    token = [taps[-1][1].mean(1)] if taps[-1][1].shape[1] else []
+    return torch.cat([*token, means[-1], *means[:-1]], dim=1)
+
+
+def readout_columns(encoder: VimEncoder, readout: str) -> slice:
+    """The columns of `all_readouts` that make up one of `READOUTS`.
+
+    Raises: ValueError for an unknown readout, or a class token that the encoder does not have.
+    """
+    if readout not in READOUTS:
+        raise ValueError(f"readout {readout!r} is not one of {', '.join(READOUTS)}.")
+    has_token = bool(encoder.cls_names)
+    if readout.startswith("token") and not has_token:
+        raise ValueError(f"readout {readout!r} needs a class token; use 'avg' or 'layers'.")
+    first, last = {"token": (0, 1), "avg": (1, 2), "token+avg": (0, 2), "layers": (0, 5)}[readout]
+    shift = 0 if has_token else -1
+    d = encoder.embed_dim
+    return slice(max(first + shift, 0) * d, (last + shift) * d)
+
+
+def available_readouts(encoder: VimEncoder, names: Sequence[str]) -> dict[str, slice]:
+    """The columns of every named readout. All of `READOUTS` means those that the encoder has."""
+    if tuple(names) == READOUTS and not encoder.cls_names:
+        names = [name for name in names if not name.startswith("token")]
+    return {name: readout_columns(encoder, name) for name in names}
+
+
+def choose_readout(
+    x: Tensor,
+    y: Tensor,
+    x_val: Tensor,
+    y_val: Tensor,
+    readouts: dict[str, slice],
+    grid: Sequence[float] = C_GRID,
+) -> tuple[str, float, float]:
+    """Choose the columns of the features and the C that do best on the validation split.
+
+    Small problems are fitted in parallel, one a core.
+    Returns: (readout, C, score of `LinearHead`); the first of equals.
+    """
+    from threadpoolctl import threadpool_limits
+
+    def search(columns: slice) -> tuple[float, float]:
+        return choose_C(x[:, columns], y, x_val[:, columns], y_val, grid)
+
+    small = x.numel() < MANY
+    # The limit is set here too: parallel fits would undo one another's.
+    workers = torch.get_num_threads() if small else 1
+    with threadpool_limits(1 if small else None), ThreadPoolExecutor(workers) as pool:
+        results = list(pool.map(search, readouts.values()))
+    tried = [(score, name, C) for name, (C, score) in zip(readouts, results, strict=True)]
+    score, name, C = max(tried, key=lambda one: one[0])
+    return name, C, score
+
+
+def choose_C(x, y, x_val, y_val, grid: Sequence[float] = C_GRID) -> tuple[float, float]:
+    """The C that does best on the validation split (the smaller on a tie), and its score.
+
+    ``grid`` ascends, and each fit starts from the one before. The search ends after two values in a
+    row below the best. Its tolerance is looser than that of the final fit.
+    """
+    best, best_C, worse, head = -1.0, grid[0], 0, None
+    for C in grid:
+        head = fit_logistic(x, y, C, SEARCH_TOL, head)
+        score = head.score(x_val, y_val)
+        worse = worse + 1 if score < best else 0
+        if score > best:
+            best, best_C = score, C
+        if worse == 2:
+            break
+    return best_C, best
