@@ -29,7 +29,7 @@ KEPT_NAMES = re.compile(r"judge_batch|tell|\w*NotFoundError")
 KEPT_TEXT = re.compile(r"pictures?|pictures_an_epoch")
 
 # Inside longer text: flags and paths that keep their names.
-KEPT_LINE = re.compile(r"--judge-batch|--pictures|dense_pictures|judge_batch")
+KEPT_LINE = re.compile(r"--judge-batch|--pictures|dense_pictures|judge_batch|\['pictures'\]")
 
 
 def words(name: str) -> set[str]:

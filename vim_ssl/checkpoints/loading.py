@@ -286,8 +286,8 @@ def _build(
         )
         if strict:
             raise ValueError(
-                f"{stored.path} does not match its architecture, keys: {candidates}. `vim-ssl verify` "
-                "lists them all; strict=False loads what fits."
+                f"{stored.path} does not match its architecture, keys: {candidates}. "
+                "`vim-ssl verify` lists them all; strict=False loads what fits."
             )
         assumed.append(f"{stored.path} was loaded in part, keys: {candidates}.")
     encoder.load_state_dict(state, strict=False)

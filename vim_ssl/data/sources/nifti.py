@@ -114,7 +114,7 @@ def _read_header(path: Path, axis: int, masks_root: Path | None, mask: str) -> V
     nibabel = import_nibabel()
     image = nibabel.load(path)
     if masks_root:
-        _check_same_place(image, nibabel.load(masks_root / mask))
+        _check_same_grid(image, nibabel.load(masks_root / mask))
     return Volume(mask, _canonical_shape(image)[axis], _spacing(image, axis))
 
 
@@ -270,7 +270,7 @@ def _spacing(image: Any, axis: int) -> tuple[float, ...]:
     return sizes[axis], rows, columns
 
 
-def _check_same_place(image: Any, mask: Any) -> None:
+def _check_same_grid(image: Any, mask: Any) -> None:
     """Raise ValueError for a mask of another shape or place than its volume."""
     shapes = [_canonical_shape(x) for x in (image, mask)]
     if shapes[0] != shapes[1]:

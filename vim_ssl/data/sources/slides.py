@@ -47,11 +47,11 @@ class SlideTile:
     side: int
 
     def __str__(self) -> str:
-        """Return the id, which `tile_place` parses."""
+        """Return the id, which `tile_origin` parses."""
         return f"{self.name}@{self.left},{self.top}"
 
 
-def tile_place(id: str) -> tuple[str, int, int]:
+def tile_origin(id: str) -> tuple[str, int, int]:
     """Parse a tile's id into slide, left and top (pixels at full resolution)."""
     name, _, corner = id.rpartition("@")
     left, top = corner.split(",")
@@ -232,7 +232,7 @@ def open_slide(spec: DataSpec) -> Splits:
     So a slide of 30,000 pixels is one tile of 1,872, which an encoder of that ``img_size`` reads in
     one scan. The rest at the right and lower border is dropped. A tile is kept if a tenth of its
     pixels is coloured, or ``tissue=0.3`` of them; ``tissue=none`` keeps all. The ids are
-    ``path@left,top`` (`tile_place`); the group is the slide, or a table's column ``group=``. Class
+    ``path@left,top`` (`tile_origin`); the group is the slide, or a table's column ``group=``. Class
     folders and splits are those of `open_folder`, a table's columns those of ``csv:``; a tile has
     the label of its slide.
 
