@@ -45,7 +45,7 @@ def test_sound_data(tmp_path, capsys):
     assert "Decoded: 10 images, all." in text
     assert "Modes: RGB 10" in text
     assert "all 8×6" in text
-    assert "Nothing wrong found." in text
+    assert "No problems." in text
 
 
 def test_a_stray_image_that_undoes_the_splits_is_told(tmp_path):
@@ -54,7 +54,9 @@ def test_a_stray_image_that_undoes_the_splits_is_told(tmp_path):
     assert check(str(tmp_path)).problems == []
     write(tmp_path, "stray.png", seed=9)
     (problem,) = check(str(tmp_path)).problems
-    assert problem.startswith("Test, train are no splits, since beside them lie: images outside")
+    assert problem.startswith(
+        "Test, train are not read as splits, because their parent folder also contains images outside"
+    )
 
 
 def test_masks_are_counted_by_the_classes_they_show(tmp_path, capsys):
@@ -128,13 +130,13 @@ def test_broken_twice_and_on_both_sides(tmp_path):
     broken, sides = found.problems
     assert broken.startswith("train: 1 images cannot be decoded: train/cat/0.png (no image")
     assert sides == (
-        "1 images are on two sides of a split: train:train/cat/1.png = val:val/cat/same.bmp."
+        "1 images are in more than one split: train:train/cat/1.png = val:val/cat/same.bmp."
     )
     remarks = "\n".join(found.remarks)
-    assert "1 images are there twice: train/cat/twin.png = train/dog/1.png." in remarks
-    assert "again with another label: train/cat/twin.png" in remarks
+    assert "1 images are duplicates: train/cat/twin.png = train/dog/1.png." in remarks
+    assert "have copies with another label: train/cat/twin.png" in remarks
     assert "val: 1 images are of one single value: val/dog/black.png." in remarks
-    assert "Wrong:" in str(found)
+    assert "Problems:" in str(found)
 
 
 def test_class_folders_that_differ_between_splits(tmp_path):

@@ -343,9 +343,9 @@ def test_one_class_in_all_images_is_a_result(tmp_path, encoder, data):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--data", "nowhere"], "There is no folder 'nowhere'"),
-        (["--data", "masks:nowhere"], "lacks images/ and masks/; it is not there"),
-        (["--data", "ade20k:DATA"], "lacks annotations/; it holds classes.txt, images, masks"),
+        (["--data", "nowhere"], "The folder 'nowhere' does not exist"),
+        (["--data", "masks:nowhere"], "has no images/ and no masks/; it does not exist"),
+        (["--data", "ade20k:DATA"], "has no annotations/; it contains classes.txt, images, masks"),
         (["--crop", "30"], "img_size 30 is not divisible by patch_size 8"),
         (["--norm", "batch", "--batch-size", "1"], "norm batch needs two crops"),
         (["--eval-only"], "holds no segmentation.safetensors"),

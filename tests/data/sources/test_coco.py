@@ -176,7 +176,7 @@ def test_boxes_alone(tmp_path):
     assert [len(with_masks[0]["boxes"]), len(boxes[0]["boxes"])] == [1, 2]
     assert "masks" not in boxes[0]
     assert not boxes.has_outlines
-    assert "1 objects have a box and no outline" in with_masks.faults[0]
+    assert "1 objects have a box but no outline" in with_masks.faults[0]
     nothing = open_data(f"{spec}?label=none")
     assert set(nothing[0]) == {"id", "image", "meta"}
     for annotation in table["annotations"]:
@@ -253,7 +253,7 @@ def test_a_crowd_is_what_the_file_calls_one(tmp_path, iscrowd, single, crowds):
     if single + crowds == 2:
         assert data.faults == []
     else:
-        assert "have an iscrowd that is none of 0, 1, false and true" in data.faults[0]
+        assert "have an iscrowd other than 0, 1, false or true" in data.faults[0]
         assert "ids 33." in data.faults[0]
 
 
@@ -289,16 +289,16 @@ def test_ids_of_annotations_given_twice_do_no_harm(tmp_path):
 @pytest.mark.parametrize(
     ("outline", "reason"),
     [
-        ([[1, 2, 3, "x", 5, 6]], "something that is no number"),
+        ([[1, 2, 3, "x", 5, 6]], "a value that is not a number"),
         ([[1, 2, 3, None, 5, 6]], "not finite"),
         ([[1, 2, 3, float("nan"), 5, 6]], "not finite"),
         ({"size": [9, 9], "counts": [81]}, r"size \[9, 9\]; expected \[8, 12\]"),
-        ({"size": [8, 12], "counts": [90]}, "are not of 96 pixels"),
-        ({"size": [8, 12], "counts": [97, -1]}, "are not of 96 pixels"),
-        ({"size": [8, 12], "counts": [4e9]}, "are not of 96 pixels"),
-        ({"size": [8, 12], "counts": "oooooooooooooooooooooooo"}, "are not of 96 pixels"),
-        ({"size": [8, 12], "counts": "1" * 500}, "are not of 96 pixels"),
-        ({"size": [8, 12], "counts": 96}, "are not of 96 pixels"),
+        ({"size": [8, 12], "counts": [90]}, "do not sum to 96 pixels"),
+        ({"size": [8, 12], "counts": [97, -1]}, "do not sum to 96 pixels"),
+        ({"size": [8, 12], "counts": [4e9]}, "do not sum to 96 pixels"),
+        ({"size": [8, 12], "counts": "oooooooooooooooooooooooo"}, "do not sum to 96 pixels"),
+        ({"size": [8, 12], "counts": "1" * 500}, "do not sum to 96 pixels"),
+        ({"size": [8, 12], "counts": 96}, "do not sum to 96 pixels"),
         ({"counts": [96]}, "RLE of size None"),
     ],
     ids=lambda value: str(value)[:40],
@@ -325,12 +325,12 @@ def test_an_image_of_another_size_is_named(spec, tmp_path):
         (
             3,
             (WIDTH, HEIGHT),
-            "its EXIF orientation is 3, and it is not known whether its labels are turned too",
+            "its EXIF orientation is 3, and it is not known whether its labels are rotated too",
         ),
         (
             6,
             (HEIGHT, HEIGHT),
-            "its EXIF orientation is 6, and it is not known whether its labels are turned too",
+            "its EXIF orientation is 6, and it is not known whether its labels are rotated too",
         ),
         (6, (WIDTH, HEIGHT), "the image has 8×12 pixels, its annotations are for 12×8"),
         (6, (HEIGHT, WIDTH), ""),
@@ -378,8 +378,8 @@ def test_no_box_lies_askew_on_an_image_that_exif_turns(tmp_path, orientation, sh
         (content([image_entry(1, width=0)], []), "an entry image has width = 0"),
         (content([{"id": 1, "file_name": "a.png"}], []), "image has width = None"),
         (content([image_entry([1])], []), r"image has id = \[1\]"),
-        (content([image_entry(1, "../a.png")], []), r"'../a.png' leads out of"),
-        (content([image_entry(1, "/etc/a.png")], []), r"'/etc/a.png' leads out of"),
+        (content([image_entry(1, "../a.png")], []), r"'../a.png' is outside of"),
+        (content([image_entry(1, "/etc/a.png")], []), r"'/etc/a.png' is outside of"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
@@ -396,13 +396,13 @@ def test_a_file_that_cannot_be_meant_is_refused(tmp_path, table, message):
     ("change", "error", "message"),
     [
         (lambda root: shutil.rmtree(root), FileNotFoundError,
-         "lacks annotations/; it is not there"),
+         "has no annotations/; it does not exist"),
         (lambda root: shutil.rmtree(root / "annotations"), FileNotFoundError,
-         "lacks annotations/; it holds train. Expected are annotations/instances_train2017"),
+         "has no annotations/; it contains train. Expected annotations/instances_train2017"),
         (lambda root: (root / "annotations/train.json").unlink(), FileNotFoundError,
-         "holds no .json file"),
+         "contains no .json file"),
         (lambda root: shutil.rmtree(root / "train"), FileNotFoundError,
-         "None of the images of 'train' .* such as 5.png; looked in train/"),
+         "The images of 'train' are not in .* for example 5.png; looked in train/"),
         (lambda root: shutil.copy(root / "annotations/train.json",
                                   root / "annotations/train2017.json"), ValueError,
          "several files for train: train.json, train2017.json; keep one"),
@@ -441,7 +441,7 @@ def test_one_id_in_two_parts_cannot_be_judged_at_once(tmp_path):
 
 def test_images_without_boxes_are_refused(tmp_path):
     Image.new("L", (4, 4)).save(tmp_path / "a.png")
-    with pytest.raises(ValueError, match="has no boxes; name a folder in COCO's layout"):
+    with pytest.raises(ValueError, match="has no boxes; give a folder in COCO's layout"):
         boxed_splits(str(tmp_path), 0.2, 0)
 
 

@@ -216,7 +216,9 @@ def test_a_stream_has_no_arrays(tmp_path):
     table = datasets.load_from_disk(tmp_path / "saved")
     table.to_parquet(tmp_path / "tables/train.parquet")
     assert open_data(f"hf:{tmp_path}/tables")[0]["image"].shape == (8, 8, 4)
-    with pytest.raises(ValueError, match="holds arrays, which no stream has; leave streaming=true"):
+    with pytest.raises(
+        ValueError, match="contains arrays, which cannot be streamed; remove streaming=true"
+    ):
         open_data(f"hf:{tmp_path}/tables?streaming=true", streams=True)
 
 
@@ -256,7 +258,7 @@ def test_wrong_columns(tmp_path, columns, query, message):
 
 def test_image_column_must_be_clear(tmp_path):
     plain = datasets.Dataset.from_dict({"a": ["x"]})
-    with pytest.raises(ValueError, match=r"no image column; name one with image=\. Columns: a"):
+    with pytest.raises(ValueError, match=r"no image column; select one with image=\. Columns: a"):
         open_data(saved(tmp_path, plain))
     more = ([{"bytes": png(1), "path": None}] * 4, datasets.Image())
     two = table(right=more).rename_column("image", "left")
@@ -266,7 +268,7 @@ def test_image_column_must_be_clear(tmp_path):
 
 @pytest.mark.parametrize("location", ["/no/such/path", "./none", "a/b/c", "~/no-such-folder-here"])
 def test_missing_local_path(location):
-    with pytest.raises(FileNotFoundError, match="no such local path"):
+    with pytest.raises(FileNotFoundError, match="the local path does not exist"):
         open_data(f"hf:{location}")
 
 
@@ -284,8 +286,12 @@ def test_an_unreachable_hub_says_so():
     ("raised", "error", "message"),
     [
         (datasets.exceptions.DatasetNotFoundError("gated."), ValueError, "hf auth login"),
-        (ConnectionError("no route"), ConnectionError, "the Hub was not reached: no route"),
-        (ValueError("Config name is missing."), ValueError, "missing. A config is written hf:a/b:"),
+        (ConnectionError("no route"), ConnectionError, "the Hub cannot be reached: no route"),
+        (
+            ValueError("Config name is missing."),
+            ValueError,
+            "missing. Select a config with hf:a/b:",
+        ),
     ],
     ids=["unknown-or-gated", "no-network", "no-config"],
 )

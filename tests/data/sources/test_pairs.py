@@ -33,7 +33,7 @@ def test_opening_tells_of_a_few_faults_and_counts_the_rest(tmp_path, caplog):
     assert len(open_data(f"pairs:{tmp_path}").faults) == 8
     assert [message.split(": ", 1)[1] for message in caplog.messages] == [
         *(f"{i}.png: there is no {i}.txt" for i in range(1, 6)),
-        "3 more; `vim-ssl data check` names them all.",
+        "3 more faults; `vim-ssl data check` lists them all.",
     ]
 
 
@@ -125,8 +125,8 @@ def test_bad_rows_are_named_and_counted(tmp_path):
     data = open_data(table(tmp_path, b"\n".join(rows)))
     assert [data.captions(i) for i in range(len(data))] == [["fine"], ["good"]]
     assert data.faults == [
-        "pairs.csv, line 3: 1 fields where the header has 2",
-        "pairs.csv, line 4: 3 fields where the header has 2",
+        "pairs.csv, line 3: 1 fields, the header has 2",
+        "pairs.csv, line 4: 3 fields, the header has 2",
         "pairs.csv, line 5: no path",
         "pairs.csv, line 6: no caption",
         "pairs.csv, line 7: it is not UTF-8",
@@ -154,7 +154,7 @@ def test_a_lone_quote_between_tabs_swallows_nothing(tmp_path):
         ("a.png,a dog\n", "", ValueError, r"no column for images .* say \?image=COLUMN"),
         ("path,words\na.png,dog\n", "", ValueError, r"no column for captions .* names path, words"),
         ("path,words\na.png,dog\n", "?caption=word", ValueError, "Did you mean 'words'"),
-        ("path,caption\n", "", ValueError, "holds no pair"),
+        ("path,caption\n", "", ValueError, "has no image-caption pairs"),
         ("path,caption\nx/a.png,dog\n", "", FileNotFoundError, "none of the first images"),
         ("path,caption\na.png,dog\n", "?split=val", ValueError, "has no splits"),
     ],
