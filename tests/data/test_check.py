@@ -55,7 +55,7 @@ def test_a_stray_image_that_undoes_the_splits_is_told(tmp_path):
     write(tmp_path, "stray.png", seed=9)
     (problem,) = check(str(tmp_path)).problems
     assert problem.startswith(
-        "Test, train are not read as splits, because their parent folder also contains images outside"
+        "Test, train are not read as splits, because their parent folder also contains "
     )
 
 

@@ -310,7 +310,7 @@ def test_a_second_process_is_kept_out(images, encoder_file, tmp_path):
     ("argv", "message"),
     [
         (["--shard-rows", "0"], "1 or more"),
-        (["--format", "csv"], "not a choice"),
+        (["--format", "csv"], "not a valid choice"),
         (["--data", "nowhere"], "The folder 'nowhere' does not exist"),
     ],
 )

@@ -321,7 +321,7 @@ def test_medmnist_has_its_own_figures_too(name, labels, encoder_file, tmp_path, 
     [
         (["--shots", "0"], "1 or more"),
         (["--c-grid", "1", "0.1"], "must ascend"),
-        (["--head", "svm"], "not a choice"),
+        (["--head", "svm"], "not a valid choice"),
     ],
 )
 def test_a_setting_that_means_nothing_is_refused(argv, message, capsys):

@@ -284,7 +284,7 @@ def test_reserved_names_are_refused():
     class Taken:
         preset: str = opt("", "a field that hides a flag")
 
-    with pytest.raises(TypeError, match="--preset is taken"):
+    with pytest.raises(TypeError, match="--preset is reserved"):
         parse(Taken, argv=[])
 
 
