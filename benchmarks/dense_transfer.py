@@ -38,7 +38,7 @@ from rows import (
 from vim_ssl.data import boxed_splits, masked_splits
 from vim_ssl.data.sources.masks import ADE20K_CLASSES
 from vim_ssl.downstream import detection, segmentation
-from vim_ssl.tasks.detection import SHOWN, load_detection
+from vim_ssl.tasks.detection import MIN_SCORE, load_detection
 from vim_ssl.tasks.segmentation import load_segmentation
 from vim_ssl.utils.drawing import class_colours, mask_grid, object_grid
 
@@ -156,7 +156,7 @@ def image_grid(task: Task, data: str, run: Path) -> Image.Image:
         detector = load_detection(run)
         for item in (test[i] for i in few):
             objects = detector.predict(item["image"])
-            sure = {key: value[objects["scores"] >= SHOWN] for key, value in objects.items()}
+            sure = {key: value[objects["scores"] >= MIN_SCORE] for key, value in objects.items()}
             rows.append((item["image"], item, sure))
         return object_grid(rows, detector.classes)
     model = load_segmentation(run)

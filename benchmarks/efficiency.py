@@ -291,8 +291,8 @@ def summary(rows: list[dict[str, str]]) -> str:
     for where, models in series(rows).items():
         hardware, device, threads, batch, dtype, task = where
         what = "features" if task == "features" else "a training step"
-        place = hardware if device == "cuda" else f"{hardware}, {threads} thread(s)"
-        text.append(f"### {what.capitalize()}: {place}, batch {batch}, {dtype}\n")
+        where = hardware if device == "cuda" else f"{hardware}, {threads} thread(s)"
+        text.append(f"### {what.capitalize()}: {where}, batch {batch}, {dtype}\n")
         sizes = sorted({px for model in models.values() for px in model})
         head = ["model", *(f"{px} px" for px in sizes), "exponent: time", "memory"]
         lines = []
@@ -366,7 +366,7 @@ def plot(rows: list[dict[str, str]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     plots = series(rows)
-    figure, axes = plt.subplots(2, len(plots), figsize=(5.2 * len(plots), 7), squeeze=False)
+    canvas, axes = plt.subplots(2, len(plots), figsize=(5.2 * len(plots), 7), squeeze=False)
     for column, (where, models) in enumerate(plots.items()):
         for line, (key, unit) in enumerate((("seconds", "s"), ("rise_mib", "MiB"))):
             axis = axes[line][column]
@@ -381,9 +381,9 @@ def plot(rows: list[dict[str, str]], path: Path) -> None:
             axis.set_xticks(PIXELS, PIXELS, fontsize=7, rotation=45)
             axis.minorticks_off()
     axes[0][0].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
+    canvas.tight_layout()
+    canvas.savefig(path, metadata={"Date": None})
+    plt.close(canvas)
 
 
 def main() -> int:

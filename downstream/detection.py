@@ -1,4 +1,4 @@
-"""Train an encoder to find objects, and their outlines: Cascade Mask R-CNN or Mask R-CNN.
+"""Train an encoder to detect objects and their masks: Cascade Mask R-CNN or Mask R-CNN.
 
     python downstream/detection.py --data coco:FOLDER                # newest run; a CPU will do
     python downstream/detection.py --encoder RUN_OR_FILE --data coco:FOLDER --head rcnn --no-masks
@@ -6,9 +6,9 @@
         --encoder vim_t_midclstok_76p1acc.pth --data coco:COCO2017
     python downstream/detection.py --eval-only --encoder RUN --data coco:FOLDER
 
-Needs pycocotools: pip install 'vim-ssl[detection]'. The test part is used once, at the end, unless
---eval-every asks for more. In the run lie metrics.json (COCO's average precision of boxes and
-masks), results.json (which pycocotools takes), classes.csv and predictions.png.
+Needs pycocotools: pip install 'vim-ssl[detection]'. The test split is used once, at the end, unless
+--eval-every sets more evaluations. The run holds metrics.json (COCO's average precision of boxes
+and masks), results.json (which pycocotools reads), classes.csv and predictions.png.
 
 The paper's COCO result, 45.7 box AP and 39.2 mask AP for Vim-Ti, took 4 GPUs; hours and results of
 the presets here are not yet measured.
@@ -32,29 +32,29 @@ from vim_ssl.training.accelerator import make_accelerator
 from vim_ssl.training.run import newest_run, stored_or, trained_on
 from vim_ssl.utils.config import check_between, opt, parse
 
-# Of the 117,266 images of train2017 that show an object, in batches of 64.
+# For the 117,266 images of train2017 with an object, in batches of 64.
 COCO_STEPS_AN_EPOCH = 1832
 COCO_STEPS = 184_375
 
 
 @dataclass
 class Config(DenseConfig):
-    """Train an encoder to find objects."""
+    """Train an encoder to detect objects."""
 
     data: str = opt("", "coco:ROOT", "data")
-    size: int = opt(128, "side of the square that images are laid on, pixels", "data")
-    scale: tuple[float, float] = opt((0.5, 1.5), "range of resizing, of what fits", "data")
-    empty: bool = opt(False, "train on images without an object too", "data")
-    head: str = opt("cascade", "three box heads in a row, or one", "model", choices=HEADS)
-    masks: bool = opt(True, "outlines too, where the data have them", "model")
-    channels: int = opt(64, "of the pyramid and in the heads", "model")
+    size: int = opt(128, "side of the square canvas for images, pixels", "data")
+    scale: tuple[float, float] = opt((0.5, 1.5), "range of random resizing", "data")
+    empty: bool = opt(False, "train on images without an object, too", "data")
+    head: str = opt("cascade", "cascade of three box heads, or one", "model", choices=HEADS)
+    masks: bool = opt(True, "predict masks too, if the data have outlines", "model")
+    channels: int = opt(64, "width of the pyramid and the heads", "model")
     convs: int = opt(0, "3x3 convolutions in each box head and the mask head", "model")
     hidden: int = opt(128, "width of a box head's last layer", "model")
     anchor: int = opt(16, "side of the smallest anchors, pixels; each level doubles it", "model")
-    samples: int = opt(64, "proposals an image on which the heads are trained", "model")
-    score: float = opt(0.05, "the least score of a detection", "model")
-    most: int = opt(100, "detections an image", "model")
-    batch_size: int = opt(4, "samples a process and micro-batch", "optimiser")
+    samples: int = opt(64, "proposals per image that train the heads", "model")
+    score: float = opt(0.05, "lowest score of a detection", "model")
+    most: int = opt(100, "detections per image, at most", "model")
+    batch_size: int = opt(4, "samples per process and micro-batch", "optimiser")
     lr_reference_batch: int = opt(4, "samples that base_lr is meant for", "optimiser")
     warmup_epochs: float = opt(1.0, "linear warm-up", "optimiser")
 
@@ -66,8 +66,8 @@ class Config(DenseConfig):
 
 
 def _coco(**settings: Any) -> Config:
-    """What the paper's runs have in common: ViTDet's schedule of 100 epochs in batches of 64, on 4
-    GPUs. It keeps no moving average."""
+    """Shared by the paper's runs: ViTDet's schedule of 100 epochs in batches of 64, on 4 GPUs,
+    without a moving average."""
     return Config(
         size=1024, scale=(0.1, 2.0), channels=256, convs=4, hidden=1024, anchor=32, samples=512,
         epochs=COCO_STEPS / COCO_STEPS_AN_EPOCH, warmup_epochs=250 / COCO_STEPS_AN_EPOCH,
@@ -99,8 +99,7 @@ PRESETS = {f.__name__: f for f in (coco_cascade_tiny, coco_cascade_small)}
 def build_model(
     config: Config, source: str, classes: Sequence[str], outlines: bool = True
 ) -> Detection:
-    """The encoder that ``source`` names, with a fresh detector; with masks if the data have
-    ``outlines``."""
+    """The encoder that ``source`` names, with a new detector; masks need data with ``outlines``."""
     encoder = fresh_encoder(config, source, config.size, {})
     names = ("head", "size", "channels", "convs", "hidden", "anchor", "samples", "score", "most")
     return Detection(
@@ -111,13 +110,13 @@ def build_model(
 
 def run(config: Config) -> dict[str, Any]:
     accelerator = make_accelerator(config)
-    mask_tools()  # without which the end of a long run would have no figures
+    mask_tools()  # raises now rather than at the end of a long run
     source = config.encoder or str(newest_run())
     train, test = boxed_splits(config.data or trained_on(source), config.test, config.seed)
     if not any(test.box_count(i) for i in range(len(test))):
         raise ValueError(
             f"none of the {len(test):,} test images of {test.name} shows an object; there is "
-            "nothing to judge by. Annotate some, or hold out others (--test, --seed)."
+            "nothing to evaluate. Annotate some, or hold out others (--test, --seed)."
         )
     if config.eval_only:
         return TASK.evaluate_only(config, source, test, accelerator.device)
@@ -134,7 +133,7 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def summary(metrics: dict[str, Any]) -> str:
-    """Average precision of boxes, and of outlines where there are any."""
+    """Average precision of boxes, and of masks if there are any."""
     return "; ".join(
         f"{kind} AP {metrics[f'{kind}_ap']:.1f}, AP50 {metrics[f'{kind}_ap50']:.1f}, "
         f"AP75 {metrics[f'{kind}_ap75']:.1f}"

@@ -1,4 +1,4 @@
-"""Embed images: a vector for each, with its id and label, in parquet or npy files.
+"""Embed images: write a vector per image, with its id and label, to parquet or npy files.
 
     python downstream/embed.py --encoder RUN_OR_FILE --data photos/ --output vectors
     python downstream/embed.py --encoder … --data 'wds:shards/*.tar' --output vectors --workers 4
@@ -6,10 +6,10 @@
     python downstream/embed.py --encoder … --data scenes/ --img-size 2048 --batch-size 1
                                                  # large images, each in one long scan
 
-Any data spec goes in, streams too; without ``split`` it means the training part. The output folder
-holds ``shards/`` (``pyarrow.parquet.read_table("vectors/shards")``, or ``numpy.load`` of each) and
-``record.json``, which says what was embedded by what. The same command again goes on after a kill:
-whole files stay as they are.
+Any data spec will do, streams too; without ``split`` the training split is embedded. The output
+folder holds ``shards/`` (``pyarrow.parquet.read_table("vectors/shards")``, or ``numpy.load`` of
+each) and ``record.json``, which describes the data and the encoder. After a kill the same command
+resumes: finished files are kept.
 """
 
 import json
@@ -56,18 +56,18 @@ class Config:
     """Embeddings of any data, in files."""
 
     encoder: str = opt("", "run, checkpoint, preset or Hub id; default: the newest run")
-    data: str = opt("", "images, labelled or not; default: what the run was trained on")
+    data: str = opt("", "images, labelled or not; default: the run's training data")
     readout: str = opt(
-        POOLED, "pooled: what encoder(images) gives; or a probe's", choices=(POOLED, *READOUTS)
+        POOLED, "pooled: the encoder's output; or one of a probe", choices=(POOLED, *READOUTS)
     )
-    img_size: int = opt(0, "pixels; positions are resampled; 0: the encoder's own")
+    img_size: int = opt(0, "pixels; resamples the positions; 0: the encoder's size")
     format: str = opt("parquet", "of the files", choices=FORMATS)
-    shard_rows: int = opt(4096, "images a file; what a kill costs at most, a process")
-    batch_size: int = opt(128, "images at once")
+    shard_rows: int = opt(4096, "images per file; a kill costs each process at most one file")
+    batch_size: int = opt(128, "images per batch")
     workers: int = opt(0, "data loading processes")
-    device: str = opt("", "cpu, cuda …; default: cuda if there is one")
-    seed: int = opt(0, "of a preset's weights")
-    output: str = opt("", "the folder; default: embed/ in the run")
+    device: str = opt("", "cpu, cuda …; default: cuda if available")
+    seed: int = opt(0, "of the weights of a preset")
+    output: str = opt("", "output folder; default: embed/ in the run")
 
     def __post_init__(self):
         if min(self.shard_rows, self.batch_size) < 1:
@@ -91,12 +91,12 @@ def run(config: Config) -> dict:
     shards = plan_shards(data, config.shard_rows)
     missing: list[EmbeddingShard] = []
     if processes.main:
-        lock = take(folder, describe(encoder, data, config) | {"dim": dim}, source)
+        lock = lock_folder(folder, describe(encoder, data, config) | {"dim": dim}, source)
         missing = [
             s for s in shards if not (folder / "shards" / f"{s.name}.{config.format}").exists()
         ]
         print(f"Encoder {source} · {data.name}: {len(data):,} images in {len(shards):,} files, "
-              f"{len(shards) - len(missing):,} of them there already", flush=True)  # fmt: skip
+              f"{len(shards) - len(missing):,} of them done", flush=True)  # fmt: skip
     missing = processes.broadcast(missing)
     began = time.perf_counter()
     mine = local_shards(missing, data.is_stream, processes.rank, processes.world)
@@ -104,9 +104,9 @@ def run(config: Config) -> dict:
                      workers=config.workers)  # fmt: skip
     total = sum(shard.count for shard in mine) if processes.main else None
     multi_label = not data.is_stream and data.multi_label
-    for part in embed(encode, rows, dim, device, total):
-        write_shard(folder / "shards", part, format=config.format, multi_label=multi_label)
-    processes.gather(None)  # the others' files are there
+    for shard in embed(encode, rows, dim, device, total):
+        write_shard(folder / "shards", shard, format=config.format, multi_label=multi_label)
+    processes.gather(None)  # wait for the files of the other processes
     if not processes.main:
         return {}
 
@@ -114,7 +114,7 @@ def run(config: Config) -> dict:
     lock.release()
     if record["skipped"]:
         print(f"{len(record['skipped']):,} images could not be read, such as "
-              f"{record['skipped'][:3]}; all are named in record.json.")  # fmt: skip
+              f"{record['skipped'][:3]}; record.json names all.")  # fmt: skip
     print(f"Written: {record['rows']:,} embeddings of {dim} values in {folder}")
     return record
 
@@ -128,7 +128,7 @@ def build_readout(encoder: VimEncoder, readout: str) -> Callable[[Tensor], Tenso
 
 
 def describe(encoder: VimEncoder, data: ImageData | ImageStream, config: Config) -> dict[str, Any]:
-    """All that the files' contents depend on: what must be the same to go on."""
+    """All that the contents of the files depend on: it must be equal to resume."""
     return {
         "weights": weights_hash(encoder), "readout": config.readout,
         "data": data.name, "fingerprint": data.fingerprint, "classes": data.classes,
@@ -137,16 +137,16 @@ def describe(encoder: VimEncoder, data: ImageData | ImageStream, config: Config)
     }  # fmt: skip
 
 
-def take(folder: Path, made_of: dict[str, Any], source: str):
-    """Make the folder or take it up, and keep other processes out. Returns: its lock.
+def lock_folder(folder: Path, made_of: dict[str, Any], source: str):
+    """Create the folder, or resume in it, and keep other processes out.
 
-    Raises: FileExistsError for a folder of something else; ValueError for one of other
+    Returns: the lock.
+    Raises: FileExistsError for a folder of something else; ValueError for a folder of other
         embeddings; BlockingIOError while another process writes there.
     """
     from filelock import FileLock, Timeout
 
     file = folder / "record.json"
-    first = {".lock", "shards", f".{file.name}.part"}  # what a kill may leave before the record
     if file.exists():
         stored = json.loads(file.read_text())
         if differing := [k for k, v in made_of.items() if stored.get("made_of", {}).get(k) != v]:
@@ -154,12 +154,13 @@ def take(folder: Path, made_of: dict[str, Any], source: str):
                 f"{folder} holds embeddings of other {', '.join(differing)}; take the settings in "
                 "its record.json to go on, or choose another --output."
             )
-    elif folder.exists() and (
-        {path.name for path in folder.iterdir()} - first or any((folder / "shards").glob("*"))
-    ):
-        raise FileExistsError(
-            f"{folder} holds something that is no embeddings; choose another --output."
-        )
+    elif folder.exists():
+        leftovers = {".lock", "shards", f".{file.name}.part"}  # of a kill before the record
+        names = {path.name for path in folder.iterdir()}
+        if names - leftovers or any((folder / "shards").glob("*")):
+            raise FileExistsError(
+                f"{folder} holds something that is no embeddings; choose another --output."
+            )
     (folder / "shards").mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
     try:
@@ -182,40 +183,40 @@ def embed(
     device: str,
     total: int | None,
 ) -> Iterator[Embedded]:
-    """The files' contents, each as soon as the last of its rows is there; see `read_rows`.
+    """Yield the content of each file as soon as its last row is embedded; see `read_rows`.
 
     Args:
-        total: images, to show progress; None shows none.
+        total: number of images, for a progress bar; None: no bar.
     """
-    under_way: dict[str, Embedded] = {}
+    unfinished: dict[str, Embedded] = {}
     with tqdm(total=total, unit="image", disable=total is None, mininterval=0.5) as bar:
         for shard, batch, last in rows:
-            part = under_way.setdefault(shard.name, Embedded(shard.name, torch.empty(0, dim)))
-            part.skipped += [row for row in batch if isinstance(row, str)]
-            if whole := [row for row in batch if not isinstance(row, str)]:
-                ids, labels, groups, images = zip(*whole, strict=True)
+            content = unfinished.setdefault(shard.name, Embedded(shard.name, torch.empty(0, dim)))
+            content.skipped += [row for row in batch if isinstance(row, str)]
+            if readable := [row for row in batch if not isinstance(row, str)]:
+                ids, labels, groups, images = zip(*readable, strict=True)
                 x = encode_views(encode, torch.stack(images).to(device)).float().cpu()
-                part.x = torch.cat([part.x, x])
-                part.ids += ids
-                part.labels += labels
-                part.groups += groups
+                content.x = torch.cat([content.x, x])
+                content.ids += ids
+                content.labels += labels
+                content.groups += groups
             bar.update(len(batch))
             if last:
-                yield under_way.pop(shard.name)
+                yield unfinished.pop(shard.name)
 
 
 def finish(
     folder: Path, shards: list[EmbeddingShard], format: str, seconds: float
 ) -> dict[str, Any]:
-    """Count what the files hold and close the record."""
+    """Count the rows of all files and mark the record as finished."""
     file = folder / "record.json"
-    found = [read_summary(folder / "shards", shard.name, format) for shard in shards]
+    summaries = [read_summary(folder / "shards", shard.name, format) for shard in shards]
     record = json.loads(file.read_text())
     record |= {
         "finished": True,
         "files": len(shards),
-        "rows": sum(rows for rows, _ in found),
-        "skipped": [name for _, skipped in found for name in skipped],
+        "rows": sum(rows for rows, _ in summaries),
+        "skipped": [name for _, skipped in summaries for name in skipped],
         "seconds": round(record.get("seconds", 0) + seconds, 1),
     }
     write_record(file, record)

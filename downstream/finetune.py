@@ -6,19 +6,18 @@
     python downstream/finetune.py --eval-only --encoder vim_t_midclstok_76p1acc.pth \\
         --data imagenet:ROOT                                             # a released checkpoint
 
-Every block is trained, the lower ones more gently (layer decay). The test part is used once, at the
-end, unless it is what chooses: --validation takes a share of the training part for that. In the run
-lie metrics.json, predictions.csv (one line an image) and classes.csv (one a class).
+Every block is trained, lower blocks with a lower learning rate (layer decay). The test split is
+used once, at the end; --validation holds out a share of the training split to select the epoch. The
+run holds metrics.json, predictions.csv (a row per image) and classes.csv (a row per class).
 
---eval-only judges all images of the split that --data names; without ?split= of the test split,
-else of validation, else of all that there is, shards (wds:) too. A run is judged on its own data by
-what it had held out.
+--eval-only evaluates all images of the split that --data names; without ?split= the test split,
+else validation, else all images, also of shards (wds:). On the data that it was trained on, a run
+is evaluated on the images that it had held out.
 """
 
-import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from vim_ssl.cli import guarded
 from vim_ssl.data import ImageData, ImageStream, labelled_splits, parse_spec
 from vim_ssl.data.bands import check_bands
 from vim_ssl.data.open import open_split
+from vim_ssl.data.spec import same_data
 from vim_ssl.data.split import few_of_each
 from vim_ssl.data.train_test import labelled_only
 from vim_ssl.metrics.classification import outputs, summary
@@ -41,6 +41,8 @@ from vim_ssl.tasks.classification import (
     load_classifier,
     train_classifier,
 )
+from vim_ssl.tasks.config import TransferConfig
+from vim_ssl.tasks.runner import finish_run
 from vim_ssl.training.accelerator import make_accelerator
 from vim_ssl.training.run import evaluation_folder, newest_run, stored_or, trained_on
 from vim_ssl.utils.config import opt, parse, to_dict
@@ -48,35 +50,29 @@ from vim_ssl.utils.environment import environment
 
 
 @dataclass
-class Config(ClassificationConfig):
-    """Fine-tune all of an encoder."""
+class Config(TransferConfig, ClassificationConfig):
+    """Fine-tune a whole encoder."""
 
-    encoder: str = opt("", "run, checkpoint, preset or Hub id; default: the newest run", "data")
     data: str = opt("", "labelled data; default: what the run was trained on", "data")
-    labels_per_class: int = opt(0, "train on so many of each class; 0: on all", "data")
+    labels_per_class: int = opt(0, "training images per class; 0: all", "data")
     crop_scale: tuple[float, float] = opt((0.6, 1.0), "share of the image's area", "data")
     hflip: float = opt(0.0, "probability of mirroring", "data")
-    global_pool: str = opt("token+avg", "what the head reads", "model")
-    img_size: int = opt(0, "pixels; positions are resampled; 0: the encoder's own", "model")
+    global_pool: str = opt("token+avg", "input of the head", "model")
+    img_size: int = opt(0, "pixels; resamples the positions; 0: the encoder's size", "model")
     stride: int = opt(0, "of the patches, pixels; 8 is the paper's finer granularity", "model")
-    from_scratch: bool = opt(False, "forget the weights: the baseline", "model")
-    eval_only: bool = opt(False, "judge the encoder with the head it has", "run")
-    epochs: float = opt(60, "passes over the training part", "optimiser")
-    batch_size: int = opt(20, "samples a process and micro-batch", "optimiser")
+    eval_only: bool = opt(False, "evaluate the encoder with its head, without training", "run")
+    epochs: float = opt(60, "passes over the training split", "optimiser")
+    batch_size: int = opt(20, "samples per process and micro-batch", "optimiser")
     base_lr: float = opt(1e-3, "learning rate per lr_reference_batch samples", "optimiser")
     lr_reference_batch: int = opt(64, "samples that base_lr is meant for", "optimiser")
     warmup_epochs: float = opt(5.0, "linear warm-up", "optimiser")
-    betas: tuple[float, float] = opt((0.9, 0.999), "of AdamW", "optimiser")
-    layer_decay: float | None = opt(0.8, "lr factor from a block to the one below", "optimiser")
-    workers: int = opt(0, "data loading processes a rank", "run")
-    eval_every: float = opt(1e9, "epochs between evaluations", "run")
 
     def __post_init__(self):
         super().__post_init__()
         if self.labels_per_class and self.targets == "multi-label":
             raise ValueError(
-                "labels_per_class counts images of one class each, which multi-label has not; "
-                "leave it out."
+                "labels_per_class counts images of one class each; it does not go with "
+                "multi-label: leave it out."
             )
 
 
@@ -114,25 +110,25 @@ def run(config: Config) -> dict[str, Any]:
     if config.labels_per_class:
         train = train.subset(few_of_each(train.labels or [], config.labels_per_class, config.seed))
     torch.manual_seed(config.seed)
-    asked: dict[str, Any] = {"img_size": config.img_size, "stride": config.stride}
-    asked = {key: value for key, value in asked.items() if value}
-    encoder = load_classifier(source, train, config, global_pool=config.global_pool, **asked)
+    sizes: dict[str, Any] = {"img_size": config.img_size, "stride": config.stride}
+    sizes = {key: value for key, value in sizes.items() if value}
+    encoder = load_classifier(source, train, config, global_pool=config.global_pool, **sizes)
     if config.from_scratch:
         encoder = type(encoder)(**encoder.config)
     return train_classifier("finetune", config, encoder, source, train, test, accelerator)
 
 
 def evaluate_only(config: Config, source: str, spec: str, device) -> dict[str, Any]:
-    """Evaluate an encoder with its own head; beside the top-1 published, of a released file.
+    """Evaluate an encoder with its head; for a released file, print the published top-1 too.
 
     Args:
-        spec: labelled data; see `part_to_judge`.
+        spec: labelled data; see `split_to_evaluate`.
     """
     encoder = load_encoder(source, num_classes=None, img_size=config.img_size or None).to(device)
-    made = made_by(source)
-    test, split = part_to_judge(config, spec, made.get("data"))
+    origin = made_by(source)
+    test, split = split_to_evaluate(config, spec, origin.get("data"))
     count = encoder.num_classes + (config.targets == "ordinal")
-    known = made.get("classes")
+    known = origin.get("classes")
     classes = test.classes or known or [str(i) for i in range(count)]
     if encoder.num_classes != outputs(config.targets, len(classes)):
         raise ValueError(
@@ -159,42 +155,38 @@ def evaluate_only(config: Config, source: str, spec: str, device) -> dict[str, A
     if published:
         metrics["published_top1"] = published[1]
     metrics |= {"protocol": to_dict(config), **environment()}
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     beside = f" ({published[0]}, published: {published[1]} on ImageNet)" if published else ""
-    print(f"{summary(metrics)}{beside} · {folder}")
-    return metrics
+    return finish_run(folder, metrics, lambda m: f"{summary(m)}{beside} · {folder}")
 
 
-def part_to_judge(
+def split_to_evaluate(
     config: Config, spec: str, learnt: str | None
 ) -> tuple[ImageData | ImageStream, str]:
     """The labelled images of the split that ``spec`` names, else of the test split, else of
-    validation, else all; and the name of that part. Of data without splits that the encoder has
-    learnt from, what it had held out.
+    validation, else all; and the name of that split. From data without splits that the encoder was
+    trained on, the images that it had held out.
 
     Args:
-        learnt: the spec of what the encoder was trained on, where that is known.
-    Raises: ValueError where no label is known.
+        learnt: spec of the encoder's training data, if known.
+    Raises: ValueError if there are no labels.
     """
     named = parse_spec(spec).split is not None
-    for wanted in (("test", "validation"), ("validation", "test")):
-        data = open_split(spec, wanted, streams=True)
+    for preferred in (("test", "validation"), ("validation", "test")):
+        data = open_split(spec, preferred, streams=True)
         if data.is_stream:  # whose labels are not known yet
             return data, data.split
-        if not (named or data.splits) and _same(spec, learnt):
-            return labelled_splits(spec, config.test, config.seed)[1], "held out"
+        if not (named or data.splits) and learnt and same_data(spec, learnt):
+            held_out = set(labelled_splits(learnt, config.test, config.seed)[1].ids)
+            unseen = data.subset(i for i, id in enumerate(data.ids) if id in held_out)
+            if len(known := labelled_only(unseen)):
+                return known, "held out"
+            raise ValueError(
+                f"the encoder was trained on {learnt}, and no labelled image of {spec} was held "
+                "out; evaluate other images, or add ?split=all to evaluate these."
+            )
         if len(known := labelled_only(data)):
             return known, known.split
     raise ValueError(f"{data.name} ({data.split}) has no labels; it needs them.")
-
-
-def _same(spec: str, other: str | None) -> bool:
-    """Whether both name the same data, whatever split of it."""
-    if not other:
-        return False
-    parsed = (replace(parse_spec(one), split=None) for one in (spec, other))
-    one, two = (replace(p, location=str(Path(p.location).resolve())) for p in parsed)
-    return one == two
 
 
 def main(argv: Sequence[str] | None = None) -> int:

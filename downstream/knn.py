@@ -2,14 +2,15 @@
 
     python downstream/knn.py                                     # newest run, its data
     python downstream/knn.py --encoder RUN_OR_FILE --data FOLDER_WITH_CLASSES
-    accelerate launch downstream/knn.py --data FOLDER            # images shared out
+    accelerate launch downstream/knn.py --data FOLDER            # images split over ranks
 
-The labels of the k training images most similar by cosine vote, each with exp(similarity / 0.07)
-votes (DINO, arXiv:2104.14294). Nothing is chosen: every k and every readout is shown. Features are
-compared as they are; ``--standardise`` first takes the training set's mean and deviation out of
-each, which is not the papers' protocol but helps encoders trained to predict pixels.
+The k training images with the highest cosine similarity vote for their labels, with weights
+exp(similarity / 0.07) (DINO, arXiv:2104.14294). Nothing is selected: every k and every readout is
+printed. Features are compared as they are; ``--standardise`` first subtracts the mean of the
+training set and divides by its deviation, which is not the papers' protocol but helps encoders that
+were trained to predict pixels.
 
-Accuracy, or where an image has several labels the mean average precision of the votes.
+The metric is accuracy, or with several labels per image the mean average precision of the votes.
 """
 
 import sys
@@ -18,10 +19,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from vim_ssl.cli import guarded
-from vim_ssl.evaluation.comparison import METRIC_TITLES, Comparison, ComparisonConfig
+from vim_ssl.evaluation.comparison import METRIC_TITLES, Comparison, ComparisonConfig, pivot
 from vim_ssl.evaluation.extract import Features
 from vim_ssl.evaluation.knn import knn_votes, nearest
 from vim_ssl.metrics.classification import answer_metrics
+from vim_ssl.tasks.runner import finish_run
 from vim_ssl.utils.config import opt, parse
 
 
@@ -29,9 +31,9 @@ from vim_ssl.utils.config import opt, parse
 class Config(ComparisonConfig):
     """Weighted nearest neighbours on frozen features."""
 
-    k: tuple[int, ...] = opt((10, 20, 100, 200), "numbers of neighbours that vote")
-    temperature: float = opt(0.07, "of the weights; lower: the nearest count for more")
-    standardise: bool = opt(False, "give every feature mean 0 and deviation 1 first")
+    k: tuple[int, ...] = opt((10, 20, 100, 200), "numbers of voting neighbours")
+    temperature: float = opt(0.07, "of the weights; lower: sharper")
+    standardise: bool = opt(False, "standardise every feature first")
 
     def __post_init__(self):
         if min(self.k, default=0) < 1:
@@ -44,27 +46,27 @@ def vote(
     name: str, bank: Features, queries: Features, readouts: dict[str, slice], config: Config,
     device: str,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """A row for every readout and k: ``knn`` in per cent with its interval ``knn_ci``.
+    """A row per readout and k: ``knn`` in per cent with its interval ``knn_ci``.
 
     Args:
         readouts: name -> columns of the features.
     """
     rows = []
     for readout, columns in readouts.items():
-        similarity, places = nearest(
+        similarity, neighbours = nearest(
             bank.x[:, columns], queries.x[:, columns], k=max(config.k),
             standardise=config.standardise, device=device,
         )  # fmt: skip
         for k in config.k:
             votes = knn_votes(
-                bank.y, similarity[:, :k], places[:, :k], temperature=config.temperature
+                bank.y, similarity[:, :k], neighbours[:, :k], temperature=config.temperature
             )
             row: dict[str, Any] = {"features": name, "readout": readout, "k": k}
             answer = votes.argmax(1) if bank.y.ndim == 1 else votes
-            for kind, figure in answer_metrics(answer, queries.y).items():
+            for kind, metric in answer_metrics(answer, queries.y).items():
                 key = "knn" if kind == "main" else f"knn_{kind}"
-                row[key] = round(figure.value, 2)
-                row[f"{key}_ci"] = figure.interval(queries.groups, seed=config.seed)
+                row[key] = round(metric.value, 2)
+                row[f"{key}_ci"] = metric.interval(queries.groups, seed=config.seed)
             rows.append(row)
     return rows
 
@@ -78,25 +80,20 @@ def run(config: Config) -> dict:
     if not comparison.main:
         return {}
     metrics, folder = comparison.record(rows=rows, skipped=skipped)
-    _print_table(metrics)
-    print(f"Written: {folder / 'metrics.json'}")
-    return metrics
+    return finish_run(folder, metrics, lambda m: f"{table(m)}\nWritten: {folder / 'metrics.json'}")
 
 
-def _print_table(metrics: dict) -> None:
-    numbers = metrics["protocol"]["k"]
-    print(f"\n{'features':26} {'readout':10}" + "".join(f"{f'k = {k}':>20}" for k in numbers))
-    lines: dict[tuple[str, str], str] = {}
-    for row in metrics["rows"]:
-        place, (low, high) = (row["features"], row["readout"]), row["knn_ci"]
-        cell = f"{row['knn']:.1f} [{low:.1f}, {high:.1f}]"
-        lines[place] = lines.get(place, "") + f"{cell:>20}"
-    for (features, readout), cells in lines.items():
-        print(f"{features:26} {readout:10}{cells}")
-    title = METRIC_TITLES[metrics["figure"]]
-    print(f"{title} on the test part in per cent, 95 % interval in brackets.")
-    if metrics["skipped"]:
-        print(f"{len(metrics['skipped'])} images could not be read: {metrics['skipped'][:3]} …")
+def table(metrics: dict[str, Any]) -> str:
+    """The rows as text, a line per readout and a column per k."""
+    numbers = "".join(f"{f'k = {k}':>20}" for k in metrics["protocol"]["k"])
+    cells = [f"{row['knn']:.1f} [{row['knn_ci'][0]:.1f}, {row['knn_ci'][1]:.1f}]"
+             for row in metrics["rows"]]  # fmt: skip
+    name = METRIC_TITLES[metrics["figure"]]
+    lines = [f"\n{'features':26} {'readout':10}{numbers}", *pivot(metrics["rows"], cells, 20),
+             f"{name} on the test split in per cent, 95 % interval in brackets."]  # fmt: skip
+    if skipped := metrics["skipped"]:
+        lines += [f"{len(skipped)} images could not be read: {skipped[:3]} …"]
+    return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

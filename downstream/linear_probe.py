@@ -1,18 +1,18 @@
-"""Linear probe: how well do frozen features tell the classes apart?
+"""Linear probe: classification by frozen features.
 
     python downstream/linear_probe.py                                    # newest run, its data
     python downstream/linear_probe.py --encoder RUN_OR_FILE --data hf:timm/eurosat-rgb
     python downstream/linear_probe.py --shots 1 2 4 8 16                 # and with few labels
-    accelerate launch downstream/linear_probe.py --data FOLDER           # images shared out
+    accelerate launch downstream/linear_probe.py --data FOLDER           # images split over ranks
 
-Logistic regression on standardised features (L-BFGS), weighted nearest neighbours beside it,
-against the same encoder untrained and against raw pixels. The readout (class token; mean of the
-patches; both; both and the means at a quarter, half and three quarters of the depth) and C are
-chosen on a part of the training set; the test set is used once. Of data without a test split a
-part is held out here; a run pretrained on the same data has seen its images, not its labels.
+Logistic regression on standardised features (L-BFGS) and weighted nearest neighbours, compared with
+the untrained encoder and with raw pixels. The readout (class token; mean of the patches; both; both
+and the means at a quarter, half and three quarters of the depth) and C are selected on a validation
+split of the training set; the test set is used once. If the data has no test split, a share is held
+out; a run pretrained on the same data has seen its images, but not its labels.
 
-Accuracy, or where an image has several labels the mean average precision over the classes
-(macro), and over all pairs (micro); of MedMNIST its own AUC and ACC too. ``--head lars`` is MAE's
+The metric is accuracy; with several labels per image the mean average precision over the classes
+(macro) and over all pairs (micro); for MedMNIST also its AUC and ACC. ``--head lars`` trains MAE's
 head instead, without augmentation.
 """
 
@@ -31,7 +31,7 @@ from vim_ssl.data import stratified_split
 from vim_ssl.data.split import few_of_each
 from vim_ssl.data.transforms.clip import ClipTransform
 from vim_ssl.data.transforms.image import Transform
-from vim_ssl.evaluation.comparison import METRIC_TITLES, Comparison, ComparisonConfig
+from vim_ssl.evaluation.comparison import METRIC_TITLES, Comparison, ComparisonConfig, pivot
 from vim_ssl.evaluation.extract import Features, extract_features
 from vim_ssl.evaluation.knn import knn_votes, nearest
 from vim_ssl.evaluation.linear_heads import LinearHead, fit_lars, fit_logistic, lars_reach
@@ -39,28 +39,28 @@ from vim_ssl.evaluation.readout import C_GRID, choose_readout
 from vim_ssl.metrics.bootstrap import Metric
 from vim_ssl.metrics.classification import accuracy, answer_metrics
 from vim_ssl.metrics.medmnist import medmnist_metrics
-from vim_ssl.report import write_report
+from vim_ssl.tasks.runner import finish_run
 from vim_ssl.utils.config import opt, parse
 
-MAX_PIXELS = 64 * 64 * 3  # values an image above which regression on raw pixels takes too long
-SHRUNK = 32  # pixels a side that larger images have then
-FEW_SHOT_C = 1.0  # so few labels leave none to choose it by
-REACH = 5  # how often its own length a weight should be able to move; see `lars_reach`
+MAX_PIXELS = 64 * 64 * 3  # values per image above which regression on raw pixels takes too long
+SHRUNK = 32  # side that larger images are resized to, pixels
+FEW_SHOT_C = 1.0  # there are no further labels to select it
+REACH = 5  # how many times its length a weight should be able to move; see `lars_reach`
 
 
 @dataclass
 class Config(ComparisonConfig):
     """Linear probe and nearest neighbours on frozen features."""
 
-    validation: float = opt(0.2, "share of the training set to choose C and readout on")
-    head: str = opt("logistic", "of L-BFGS, or MAE's by LARS", choices=("logistic", "lars"))
-    c_grid: tuple[float, ...] = opt(C_GRID, "of logistic: values of C to try, ascending")
-    lars_lr: float = opt(0.1, "learning rate per 256 images; MAE's is for a million of them")
-    lars_batch: int = opt(16384, "images a step; all, where there are fewer")
+    validation: float = opt(0.2, "share of the training set that selects C and readout")
+    head: str = opt("logistic", "by L-BFGS, or MAE's by LARS", choices=("logistic", "lars"))
+    c_grid: tuple[float, ...] = opt(C_GRID, "logistic: values of C, ascending")
+    lars_lr: float = opt(0.1, "learning rate per 256 images; MAE's suits a million images")
+    lars_batch: int = opt(16384, "images per step, or all if there are fewer")
     lars_epochs: int = opt(90, "passes over the features")
-    knn_k: int = opt(20, "neighbours that vote")
-    shots: tuple[int, ...] = opt((), "also train on so many of each class, such as 1 2 4 8 16")
-    shot_seeds: int = opt(3, "draws of the few")
+    knn_k: int = opt(20, "voting neighbours")
+    shots: tuple[int, ...] = opt((), "also train on this many images per class, such as 1 2 4 8 16")
+    shot_seeds: int = opt(3, "random draws per number of shots")
 
     def __post_init__(self):
         if min(self.shots, default=1) < 1 or self.shot_seeds < 1:
@@ -77,18 +77,19 @@ def probe(
     config: Config,
     task: str = "",
 ) -> tuple[dict[str, Any], dict[str, Metric]]:
-    """Choose on a part of ``train``, fit on all of it, test once: readout and C of the head,
-    readout and standardisation of the nearest neighbours.
+    """Select on a validation split of ``train``, fit on all of it, test once.
+
+    Readout and C of the head are selected, and readout and standardisation of the neighbours.
 
     Args:
         readouts: name -> columns of the features.
-        task: MedMNIST's, whose own figures the row has then too: ``auc`` and ``acc`` of the head.
-    Returns: the row of the table, and the figures in it to be compared with others.
+        task: of MedMNIST; the row then has its ``auc`` and ``acc`` of the head, too.
+    Returns: the row of the table, and its metrics, for comparison with others.
     """
-    fit_part, val_part = stratified_split(
+    rest, held_out = stratified_split(
         train.y.tolist(), config.validation, config.seed, train.groups
     )
-    x, x_val, y, y_val = train.x[fit_part], train.x[val_part], train.y[fit_part], train.y[val_part]
+    x, x_val, y, y_val = train.x[rest], train.x[held_out], train.y[rest], train.y[held_out]
     C = None
     if config.head == "logistic":
         readout, C, validation = choose_readout(x, y, x_val, y_val, readouts, config.c_grid)
@@ -100,29 +101,28 @@ def probe(
     tried = []
     for name_knn, columns in readouts.items():
         for standardise in (True, False):
-            parts = x[:, columns], y, x_val[:, columns]
-            found = answer_metrics(_neighbours(*parts, standardise, config), y_val)
-            tried.append((found["main"].value, name_knn, standardise))
+            answer = _neighbours(x[:, columns], y, x_val[:, columns], standardise, config)
+            tried.append((answer_metrics(answer, y_val)["main"].value, name_knn, standardise))
     # max takes the first of equals
     _, knn_readout, standardise = max(tried, key=lambda result: result[0])
-    x, x_test = (part.x[:, readouts[readout]] for part in (train, test))
+    x, x_test = (split.x[:, readouts[readout]] for split in (train, test))
     head = _lars(x, train.y, config) if C is None else fit_logistic(x, train.y, C)
     columns = readouts[knn_readout]
     votes = _neighbours(train.x[:, columns], train.y, test.x[:, columns], standardise, config)
     row: dict[str, Any] = {"features": name, "readout": readout, "dim": x.shape[1], "C": C}
     row |= {"knn_readout": knn_readout, "knn_standardised": standardise}
     row["validation"] = round(100 * validation, 2)
-    figures = {}
+    metrics = {}
     for key, answer in (("logistic", _answer(head, x_test)), ("knn", votes)):
-        for kind, figure in answer_metrics(answer, test.y).items():
-            figures[key if kind == "main" else f"{key}_{kind}"] = figure
-    for key, figure in figures.items():
-        row[key] = round(figure.value, 2)
-        row[f"{key}_ci"] = figure.interval(test.groups, seed=config.seed)
+        for kind, metric in answer_metrics(answer, test.y).items():
+            metrics[key if kind == "main" else f"{key}_{kind}"] = metric
+    for key, metric in metrics.items():
+        row[key] = round(metric.value, 2)
+        row[f"{key}_ci"] = metric.interval(test.groups, seed=config.seed)
     if task:
         scores = head.probabilities(x_test, int(train.y.max()) + 1).numpy()
         row |= medmnist_metrics(test.y.numpy(), scores, task, test.groups)
-    return row, figures
+    return row, metrics
 
 
 def _lars(x, y, config: Config) -> LinearHead:
@@ -131,23 +131,22 @@ def _lars(x, y, config: Config) -> LinearHead:
 
 
 def _answer(head: LinearHead, x: torch.Tensor) -> torch.Tensor:
-    """Labels (n,), or the scores of every class (n, classes) where an image has several."""
+    """Labels (n,), or with several labels per image the scores of all classes (n, classes)."""
     return head.scores(x) if head.classes is None else head.predict(x)
 
 
 def _neighbours(bank, labels, queries, standardise: bool, config: Config) -> torch.Tensor:
-    """What `_answer` gives, by vote."""
-    found = nearest(bank, queries, k=config.knn_k, standardise=standardise)
-    votes = knn_votes(labels, *found)
+    """As `_answer`, by the vote of the nearest neighbours."""
+    votes = knn_votes(labels, *nearest(bank, queries, k=config.knn_k, standardise=standardise))
     return votes.argmax(1) if labels.ndim == 1 else votes
 
 
 def few_shots(
     name: str, train: Features, test: Features, readouts: dict[str, slice], config: Config
 ) -> list[dict[str, Any]]:
-    """Accuracy by logistic regression on few labels, mean and deviation over draws.
+    """Accuracy of logistic regression on few labels, mean and deviation over draws.
 
-    C is fixed and every readout shown, as there are no further labels to choose them by.
+    C is fixed and every readout has a row: there are no further labels to select them.
     """
     rows = []
     for count in config.shots:
@@ -181,23 +180,22 @@ def run(config: Config) -> dict:
     if config.baselines:
         name, transform = _raw_pixels(comparison.encoder)
         pixels = [
-            extract_features(torch.nn.Identity(), part, transform, workers=config.workers)
-            for part in (train, test)
+            extract_features(torch.nn.Identity(), split, transform, workers=config.workers)
+            for split in (train, test)
         ]
         tables.add(name, pixels[0], pixels[1], {"pixels": slice(None)})
     metrics, folder = comparison.record(
         rows=tables.rows, differences=tables.differences(), few_shot=tables.few_shot,
         skipped=tables.skipped,
     )  # fmt: skip
-    _print_table(metrics)
-    print(f"Written: {folder / 'metrics.json'}")
-    if (folder.parent / "metrics.jsonl").exists():
-        print(f"Report: {write_report(folder.parent)}")
-    return metrics
+    return finish_run(
+        folder, metrics, lambda m: f"{table(m)}\nWritten: {folder / 'metrics.json'}",
+        page=folder.parent,
+    )  # fmt: skip
 
 
 def _raw_pixels(encoder: VimEncoder) -> tuple[str, Transform]:
-    """What the encoder is shown; shrunk where that is too much to fit a regression to."""
+    """Name and transform of the encoder's input, resized if it is too large for a regression."""
     config = dict(encoder.data_config)
     if math.prod(encoder.input_shape) <= MAX_PIXELS:
         return "raw pixels", create_transform(encoder)
@@ -209,29 +207,29 @@ def _raw_pixels(encoder: VimEncoder) -> tuple[str, Transform]:
 
 
 class _Tables:
-    """The rows of all features, and what compares them."""
+    """The rows of all features, and their differences."""
 
     def __init__(self, config: Config, task: str):
         self.config, self.task = config, task
         self.rows: list[dict] = []
         self.few_shot: list[dict] = []
         self.skipped: list[str] = []
-        self.figures: dict[str, dict[str, Metric]] = {}
+        self.metrics: dict[str, dict[str, Metric]] = {}
 
     def add(self, name: str, train: Features, test: Features, readouts: dict[str, slice]) -> None:
-        row, self.figures[name] = probe(name, train, test, readouts, self.config, self.task)
+        row, self.metrics[name] = probe(name, train, test, readouts, self.config, self.task)
         self.rows.append(row)
         self.few_shot += few_shots(name, train, test, readouts, self.config)
         self.skipped, self.groups = train.skipped + test.skipped, test.groups
 
     def differences(self) -> list[dict]:
-        """By how much the first features are better than each other, on the same images."""
-        (first, figures), *others = self.figures.items()
+        """How much better the first features are than each of the others, on the same images."""
+        (first, metrics), *others = self.metrics.items()
         rows = []
         for other, theirs in others:
             row: dict[str, Any] = {"features": first, "over": other}
-            for key, figure in figures.items():
-                gain = figure - theirs[key]
+            for key, metric in metrics.items():
+                gain = metric - theirs[key]
                 row[key] = round(gain.value, 2)
                 row[f"{key}_ci"] = gain.interval(self.groups, seed=self.config.seed)
             rows.append(row)
@@ -241,41 +239,41 @@ class _Tables:
 def _warn_of_lars(images: int, config: Config) -> None:
     reach = lars_reach(images, config.lars_lr, config.lars_epochs)
     if config.head == "lars" and reach < REACH:
-        print(f"Of {images:,} images MAE's head learns little in {config.lars_epochs} epochs; "
+        print(f"MAE's head learns little from {images:,} images in {config.lars_epochs} epochs; "
               f"try --lars-lr {config.lars_lr * 2 * REACH / reach:.2g}.", flush=True)  # fmt: skip
 
 
-def _print_table(metrics: dict) -> None:
-    print(f"\n{'features':26} {'readout':10} {'logistic regression':24} {'kNN':22}")
+def table(metrics: dict[str, Any]) -> str:
+    """All rows, differences and few-shot results as text."""
+    lines = [f"\n{'features':26} {'readout':10} {'logistic regression':24} {'kNN':22}"]
     for row in metrics["rows"]:
         cells = [f"{row[k]:5.1f} % [{row[f'{k}_ci'][0]:.1f}, {row[f'{k}_ci'][1]:.1f}]"
                  for k in ("logistic", "knn")]  # fmt: skip
-        print(f"{row['features']:26} {row['readout']:10} {cells[0]:24} {cells[1]:22}")
+        lines += [f"{row['features']:26} {row['readout']:10} {cells[0]:24} {cells[1]:22}"]
         if "acc" in row:
             area = "not defined" if row["auc"] is None else f"{row['auc']:.3f}"
-            print(f"{'':26} {'':10} MedMNIST's AUC {area}, ACC {row['acc']:.3f}")
-    print(f"{METRIC_TITLES[metrics['figure']]} on the test part, 95 % interval in brackets.")
+            lines += [f"{'':26} {'':10} MedMNIST's AUC {area}, ACC {row['acc']:.3f}"]
+    lines += [f"{METRIC_TITLES[metrics['figure']]} on the test split, 95 % interval in brackets."]
     for row in metrics["differences"]:
         low, high = row["logistic_ci"]
-        print(f"{row['features']} over {row['over']}: {row['logistic']:+.1f} [{low:+.1f}, "
-              f"{high:+.1f}] by the linear head, on the same images.")  # fmt: skip
+        lines += [f"{row['features']} over {row['over']}: {row['logistic']:+.1f} [{low:+.1f}, "
+                  f"{high:+.1f}] by the linear head, on the same images."]  # fmt: skip
     if metrics["few_shot"]:
-        _print_few_shots(metrics)
-    if metrics["skipped"]:
-        print(f"{len(metrics['skipped'])} images could not be read: {metrics['skipped'][:3]} …")
+        lines += _few_shot_lines(metrics)
+    if skipped := metrics["skipped"]:
+        lines += [f"{len(skipped)} images could not be read: {skipped[:3]} …"]
+    return "\n".join(lines)
 
 
-def _print_few_shots(metrics: dict) -> None:
-    shots = metrics["protocol"]["shots"]
-    print(f"\n{'labels of each class':26} {'readout':10}" + "".join(f"{n:>14}" for n in shots))
-    lines: dict[tuple[str, str], str] = {}
-    for row in metrics["few_shot"]:
-        place = row["features"], row["readout"]
-        cell = f"{row['mean']:.1f}" + (f" ± {row['std']:.1f}" if row["std"] is not None else "")
-        lines[place] = lines.get(place, "") + f"{cell:>14}"
-    for (features, readout), cells in lines.items():
-        print(f"{features:26} {readout:10}{cells}")
-    print(f"Accuracy, mean ± deviation over {metrics['protocol']['shot_seeds']} draws.")
+def _few_shot_lines(metrics: dict[str, Any]) -> list[str]:
+    shots = "".join(f"{n:>14}" for n in metrics["protocol"]["shots"])
+    cells = [f"{row['mean']:.1f}" + (f" ± {row['std']:.1f}" if row["std"] is not None else "")
+             for row in metrics["few_shot"]]  # fmt: skip
+    return [
+        f"\n{'labels of each class':26} {'readout':10}{shots}",
+        *pivot(metrics["few_shot"], cells, 14),
+        f"Accuracy, mean ± deviation over {metrics['protocol']['shot_seeds']} draws.",
+    ]  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,10 +6,11 @@
         --encoder vim_t_midclstok_76p1acc.pth --data ade20k:ADEChallengeData2016
     python downstream/segmentation.py --eval-only --encoder RUN --data masks:FOLDER
 
-The test part is used once, at the end, unless --eval-every asks for more. In the run lie
-metrics.json (mIoU, pixel accuracy and mean recall of one confusion matrix over all labelled pixels,
-at the masks' own size), classes.csv, predictions.csv and predictions.png; of volumes their Dice and
-Hausdorff distances, and volumes.csv; of rasters the predictions as GeoTIFF, below predictions/.
+The test split is used once, at the end, unless --eval-every sets more evaluations. The run holds
+metrics.json (mIoU, pixel accuracy and mean recall from one confusion matrix over all labelled
+pixels, at the size of the masks), classes.csv, predictions.csv and predictions.png; for volumes
+also Dice and Hausdorff distances, and volumes.csv; for rasters the predictions as GeoTIFF, below
+predictions/.
 
 The paper's ADE20K results, 41.0 mIoU for Vim-Ti and 44.9 for Vim-S, took 4 GPUs; hours and results
 of the presets here are not yet measured.
@@ -43,19 +44,21 @@ class Config(DenseConfig):
     """Train an encoder to label every pixel."""
 
     data: str = opt("", "masks:FOLDER, ade20k:ROOT, nifti:FOLDER, geotiff:FOLDER", "data")
-    short_side: int = opt(0, "pixels that images are resized to first; 0: as they are", "data")
-    crop: int = opt(64, "side of training crops and of test windows, pixels", "data")
-    slide: int = opt(0, "pixels from a test window to the next; 0: two thirds of it", "data")
+    short_side: int = opt(0, "resize the short side to this, pixels; 0: keep", "data")
+    crop: int = opt(64, "side of training crops and test windows, pixels", "data")
+    slide: int = opt(0, "stride of test windows, pixels; 0: two thirds of their side", "data")
     scale: tuple[float, float] = opt((0.5, 2.0), "range of random resizing", "data")
-    max_share: float = opt(0.75, "redraw a crop in which one class fills more than this", "data")
+    max_share: float = opt(0.75, "redraw a crop in which one class exceeds this share", "data")
     photometric: bool = opt(True, "vary brightness, contrast, saturation, hue", "data")
-    head: str = opt("upernet", "on top of the encoder", "model", choices=HEADS)
-    taps: tuple[int, ...] = opt((), "blocks that are read; default: spread evenly", "model")
-    channels: int = opt(64, "inside UPerNet; 0: the encoder's width", "model")
-    norm: str = opt("batch", "in the head; layer for a batch of one", "model", choices=NORMS)
+    head: str = opt("upernet", "head on the encoder", "model", choices=HEADS)
+    taps: tuple[int, ...] = opt(
+        (), "blocks whose maps the head reads; default: spread evenly", "model"
+    )
+    channels: int = opt(64, "width of UPerNet; 0: the encoder's", "model")
+    norm: str = opt("batch", "norm of the head; layer for a batch of one", "model", choices=NORMS)
     auxiliary: float = opt(0.4, "weight of the auxiliary head's loss", "model")
     dice: float = opt(0.0, "weight of the Dice loss, for small structures", "model")
-    batch_size: int = opt(8, "samples a process and micro-batch", "optimiser")
+    batch_size: int = opt(8, "samples per process and micro-batch", "optimiser")
     lr_reference_batch: int = opt(8, "samples that base_lr is meant for", "optimiser")
     warmup_epochs: float = opt(2.0, "linear warm-up", "optimiser")
 
@@ -66,7 +69,7 @@ class Config(DenseConfig):
 
 
 def _ade20k(**settings: Any) -> Config:
-    """What the paper's two runs have in common: 60,000 steps of 32 crops, 512 px, on 4 GPUs."""
+    """Shared by the paper's two runs: 60,000 steps of 32 crops, 512 px, on 4 GPUs."""
     return Config(
         short_side=512, crop=512, slide=341, taps=(5, 11, 17, 23), channels=0,
         epochs=60_000 / ADE20K_STEPS_AN_EPOCH, warmup_epochs=1500 / ADE20K_STEPS_AN_EPOCH,
@@ -110,10 +113,10 @@ def run(config: Config) -> dict[str, Any]:
     train, test = masked_splits(config.data or trained_on(source), config.test, config.seed)
     if config.eval_only:
         return TASK.evaluate_only(config, source, test, accelerator.device)
-    together = min(config.batch_size, len(train) // accelerator.num_processes)
-    if config.norm == "batch" and config.head == "upernet" and together < 2:
+    batch = min(config.batch_size, len(train) // accelerator.num_processes)
+    if config.norm == "batch" and config.head == "upernet" and batch < 2:
         raise ValueError(
-            f"norm batch needs two crops in a batch, here is {together}; use --norm layer."
+            f"norm batch needs two crops in a batch, the batch holds {batch}; use --norm layer."
         )
     torch.manual_seed(config.seed)
     model = build_model(config, source, train.classes or [], band_arguments(train))
@@ -127,14 +130,14 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def summary(metrics: dict[str, Any]) -> str:
-    """Figures over all pixels, and those of volumes where there are any."""
+    """Metrics over all pixels, after those of volumes if there are any."""
     text = ""
     if metrics.get("volumes"):
-        dice, far = (
+        dice, hd95 = (
             "none" if metrics[key] is None else f"{metrics[key]:.1f}"
             for key in ("volume_dice", "volume_hd95")
         )
-        text = f"{metrics['volumes']:,} volumes: Dice {dice} %, 95 % Hausdorff distance {far} mm\n"
+        text = f"{metrics['volumes']:,} volumes: Dice {dice} %, 95 % Hausdorff distance {hd95} mm\n"
     low_high = metrics["miou_ci"]
     interval = f" [{low_high[0]:.1f}, {low_high[1]:.1f}]" if low_high else ""
     return text + (

@@ -4,11 +4,11 @@
     python downstream/video.py --data 'video:ROOT?frames=8&fps=5&clips=4'      # dense, four clips
     python downstream/video.py --frozen --encoder RUN --data video:ROOT         # a linear probe
 
-An encoder of images is inflated: its patches become tubelets, its positions stay, a table of
-times begins at zero (`vim_ssl/models/video.py`). Training draws one clip of a video and one augmentation a
-clip; judged is the mean of the logits over all ``clips`` of the data spec. In the run lie
-metrics.json, predictions.csv and classes.csv, as of images, and the encoder, which reads clips
-from then on. `linear_probe.py`, `knn.py` and `embed.py` take videos too.
+An image encoder is inflated: its patches become tubelets, its positions stay, a table of times
+starts at zero (`vim_ssl/models/video.py`). Training draws one clip per video and one augmentation
+per clip; evaluation averages the logits over all ``clips`` of the data spec. The run holds
+metrics.json, predictions.csv and classes.csv, as for images, and the encoder, which then reads
+clips. `linear_probe.py`, `knn.py` and `embed.py` take videos too.
 
 After VideoMamba, arXiv:2403.06977: layer decay 0.8, drop path and a tubelet of one frame.
 """
@@ -26,35 +26,30 @@ from vim_ssl.data.clips import VideoData
 from vim_ssl.models.encoder import VimEncoder
 from vim_ssl.models.video import INFLATIONS
 from vim_ssl.tasks.classification import ClassificationConfig, load_classifier, train_classifier
+from vim_ssl.tasks.config import TransferConfig
 from vim_ssl.training.accelerator import make_accelerator
 from vim_ssl.training.run import newest_run, stored_or
 from vim_ssl.utils.config import opt, parse
 
 
 @dataclass
-class Config(ClassificationConfig):
+class Config(TransferConfig, ClassificationConfig):
     """Fine-tune an encoder on videos."""
 
-    encoder: str = opt("", "run, checkpoint, preset or Hub id; default: the newest run", "data")
     data: str = opt("", "labelled videos, video:ROOT?frames=8&clips=4", "data")
     crop_scale: tuple[float, float] = opt((0.4, 1.0), "share of the frames' area", "data")
-    hflip: float = opt(0.5, "probability of mirroring; 0 where left and right matter", "data")
-    judge_batch: int = opt(4, "videos at once where they are judged", "data")
-    tubelet: int = opt(1, "frames that make a token, of an encoder of images", "model")
-    inflation: str = opt("centre", "what a tubelet sees", "model", choices=INFLATIONS)
-    global_pool: str = opt("token+avg", "what the head reads", "model")
-    img_size: int = opt(0, "pixels; positions are resampled; 0: the encoder's own", "model")
-    from_scratch: bool = opt(False, "forget the weights: the baseline", "model")
-    frozen: bool = opt(False, "train the head alone, a linear probe", "model")
-    epochs: float = opt(30, "passes over the training part", "optimiser")
-    batch_size: int = opt(8, "clips a process and micro-batch", "optimiser")
+    hflip: float = opt(0.5, "probability of mirroring; 0 if left and right matter", "data")
+    judge_batch: int = opt(4, "videos per batch in evaluation", "data")
+    tubelet: int = opt(1, "frames per token, if the encoder reads images", "model")
+    inflation: str = opt("centre", "how patches become tubelets", "model", choices=INFLATIONS)
+    global_pool: str = opt("token+avg", "input of the head", "model")
+    img_size: int = opt(0, "pixels; resamples the positions; 0: the encoder's size", "model")
+    frozen: bool = opt(False, "train only the head: a linear probe", "model")
+    epochs: float = opt(30, "passes over the training split", "optimiser")
+    batch_size: int = opt(8, "clips per process and micro-batch", "optimiser")
     base_lr: float = opt(5e-4, "learning rate per lr_reference_batch clips", "optimiser")
     lr_reference_batch: int = opt(32, "clips that base_lr is meant for", "optimiser")
     warmup_epochs: float = opt(3.0, "linear warm-up", "optimiser")
-    betas: tuple[float, float] = opt((0.9, 0.999), "of AdamW", "optimiser")
-    layer_decay: float | None = opt(0.8, "lr factor from a block to the one below", "optimiser")
-    workers: int = opt(0, "data loading processes a rank", "run")
-    eval_every: float = opt(1e9, "epochs between evaluations", "run")
 
     def __post_init__(self):
         super().__post_init__()
@@ -65,7 +60,7 @@ class Config(ClassificationConfig):
 
 
 def kinetics_small() -> Config:
-    """VideoMamba's numbers for 16 frames at 224 px, its S model, pretrained on images."""
+    """VideoMamba's settings of its S model, pretrained on images, for 16 frames at 224 px."""
     return Config(
         crop_scale=(0.08, 1.0), auto_augment="rand-m7-mstd0.5-inc1", erasing=0.25, drop_path=0.35,
         label_smoothing=0.1, global_pool="token", epochs=50, warmup_epochs=5, batch_size=16,
@@ -84,14 +79,14 @@ def run(config: Config) -> dict[str, Any]:
     if train.kind != "video":
         raise ValueError(f"{config.data} are no videos; name a folder of them as video:FOLDER.")
     torch.manual_seed(config.seed)
-    asked = {"img_size": config.img_size} if config.img_size else {}
-    encoder = build_encoder(config, source, train, **asked)
+    encoder = build_encoder(config, source, train)
     return train_classifier("video", config, encoder, source, train, test, accelerator)
 
 
-def build_encoder(config: Config, source: str, data: VideoData, **asked: Any) -> VimEncoder:
-    """An encoder of clips with a head; nothing else is trained where it is frozen."""
-    images = load_classifier(source, data, config, global_pool=config.global_pool, **asked)
+def build_encoder(config: Config, source: str, data: VideoData) -> VimEncoder:
+    """An encoder of clips with a head; with ``frozen`` only the head has gradients."""
+    size = {"img_size": config.img_size} if config.img_size else {}
+    images = load_classifier(source, data, config, global_pool=config.global_pool, **size)
     encoder = images.for_data(data, tubelet=config.tubelet, inflation=config.inflation)
     if config.from_scratch:
         encoder = type(encoder)(**encoder.config)

@@ -1,17 +1,16 @@
-"""Zero-shot: tell classes by their names alone, and find images and captions by each other.
+"""Zero-shot: classify by class names alone, and retrieve images and captions by each other.
 
     python downstream/zero_shot.py                                       # newest run, its pairs
     python downstream/zero_shot.py --encoder RUN --data FOLDER_WITH_CLASSES
     python downstream/zero_shot.py --encoder RUN --data pairs:FOLDER
 
-RUN is one of clip_pretrain. Data with labels are classified: each class is the mean direction of
-its name in several sentences (CLIP, arXiv:2103.00020, section 3.1.4). Data with captions are
-searched, both ways; an image is answered by any of its captions. Data with both get both. Of data
-with splits the test part is used, or else the validation part, unless `?split=` says otherwise.
-Figures and examples go to a folder in the run, one for each data, and onto the run's page.
+RUN is a run of clip_pretrain. Images with labels are classified: each class is the mean direction
+of its name in several sentences (CLIP, arXiv:2103.00020, section 3.1.4). Images with captions are
+retrieved, both ways; any caption of an image counts as right. The test split is used, or else the
+validation split, unless `?split=` names another. Metrics and examples go to a folder in the run,
+one per data spec, and into the run's report.
 """
 
-import json
 import sys
 import time
 from collections import Counter
@@ -27,27 +26,27 @@ from torch import Tensor
 
 from vim_ssl.cli import guarded
 from vim_ssl.data import ImageData
-from vim_ssl.data.open import open_split, sets_of
-from vim_ssl.data.spec import canonical_split
+from vim_ssl.data.open import open_split
+from vim_ssl.data.spec import canonical_split, same_data
 from vim_ssl.data.split import is_known
 from vim_ssl.evaluation.extract import Features, extract_features, features_of
 from vim_ssl.evaluation.retrieval import PairFeatures, embed_pairs, hits_at_k, nearest
 from vim_ssl.metrics.classification import accuracy
 from vim_ssl.objectives.clip import Clip, load_clip
-from vim_ssl.report import write_report
+from vim_ssl.tasks.runner import finish_run
 from vim_ssl.training.run import newest_run, task_folder, trained_on
 from vim_ssl.utils.config import opt, parse, to_dict
 from vim_ssl.utils.environment import environment
 from vim_ssl.utils.files import read_text
 
-# The seven that CLIP's authors found to do nearly what their eighty do on ImageNet.
+# CLIP's authors: these seven come close to all their eighty on ImageNet.
 TEMPLATES = (
     "itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a photo of the large {}.",
     "a {} in a video game.", "art of the {}.", "a photo of the small {}.",
 )  # fmt: skip
 EXAMPLES = 8
 SIDE = 96  # pixels of their images, at most
-SHOWN = 80  # letters of a caption
+CAPTION = 80  # characters of a caption in the report
 
 
 @dataclass
@@ -55,13 +54,13 @@ class Config:
     """Zero-shot classification and retrieval."""
 
     encoder: str = opt("", "run of clip_pretrain; default: the newest")
-    data: str = opt("", "with labels or captions; default: what the run was measured on, or data")
+    data: str = opt("", "with labels or captions; default: the run's val or data")
     templates: tuple[str, ...] = opt(TEMPLATES, "sentences about a class; {} is its name")
-    names: str = opt("", "file of class names, one a line in the classes' order; default: theirs")
-    batch_size: int = opt(128, "images at once")
+    names: str = opt("", "file of class names, a line per class in their order; default: theirs")
+    batch_size: int = opt(128, "images per batch")
     workers: int = opt(0, "data loading processes")
-    device: str = opt("", "cpu, cuda …; default: cuda if there is one")
-    output: str = opt("", "where metrics.json goes; default: a folder in the run")
+    device: str = opt("", "cpu, cuda …; default: cuda if available")
+    output: str = opt("", "folder of metrics.json; default: in the run")
 
     def __post_init__(self):
         if not self.templates:
@@ -72,23 +71,18 @@ class Config:
 
 
 def was_trained_on(source: str | Path, spec: str, data: ImageData) -> bool:
-    """Whether any of these images may have been: of a set that the run has read, in whatever
-    part, all but what is held out."""
+    """True if the run may have been trained on these images: the same data, no held-out split."""
     if canonical_split(data.split) in ("test", "validation"):
         return False
-
-    def places(spec: str) -> set[str]:
-        return {one.location for _, one in sets_of(spec)}
-
     with suppress(ValueError):  # a model without a run
-        return not places(spec).isdisjoint(places(trained_on(source)))
+        return same_data(spec, trained_on(source))
     return False
 
 
 def class_names(data: ImageData, file: str) -> list[str]:
-    """What the classes are called: the file's lines, or their own names in plain words.
+    """The names of the classes: the lines of the file, or the names in the data, made readable.
 
-    Raises: ValueError for a file with another number of names, or a name given twice.
+    Raises: ValueError for a file with another number of names, or a repeated name.
     """
     classes = data.classes or []
     if file:
@@ -97,14 +91,14 @@ def class_names(data: ImageData, file: str) -> list[str]:
         if len(names) != len(classes):
             raise ValueError(f"{file} has {len(names)} names; {data.name} has {len(classes)}.")
         if twice := [name for name, times in Counter(names).items() if times > 1]:
-            raise ValueError(f"{file} calls two classes {twice[0]!r}; no text tells them apart.")
+            raise ValueError(f"{file} calls two classes {twice[0]!r}; give them different names.")
         return names
     from timm.data import ImageNetInfo
 
     imagenet = ImageNetInfo()
     if set(classes) <= set(imagenet.label_names()):  # folders called n01440764
         plain = [imagenet.label_name_to_description(name).split(",")[0] for name in classes]
-        times = Counter(plain)  # a crane is a bird and a machine: such two are told at length
+        times = Counter(plain)  # a crane is a bird and a machine: such names get the definition
         return [
             name if times[name] == 1 else imagenet.label_name_to_description(label, detailed=True)
             for name, label in zip(plain, classes, strict=True)
@@ -114,7 +108,7 @@ def class_names(data: ImageData, file: str) -> list[str]:
 
 @torch.no_grad()
 def text_classifier(clip: Clip, names: Sequence[str], templates: Sequence[str]) -> Tensor:
-    """(classes, d) of length 1: the mean of a class's sentences, each of length 1 before."""
+    """(classes, d): the normalised mean of a class's normalised sentence embeddings."""
     rows = [
         clip.encode_text([template.replace("{}", name) for template in templates]).mean(0)
         for name in names
@@ -125,66 +119,69 @@ def text_classifier(clip: Clip, names: Sequence[str], templates: Sequence[str]) 
 def classify(features: Features, classifier: Tensor) -> tuple[dict[str, Any], Tensor]:
     """Top-1 and top-5 accuracy in per cent with 95 % intervals, and the classes (n, 5), best first.
 
-    Images without a label (-1) are left out.
+    Images without a label (-1) are skipped.
     """
     known = features.y >= 0
     groups = features.groups and [features.groups[i] for i in known.nonzero()[:, 0]]
     best = nearest(features.x[known], classifier, 5)
     right = best == features.y[known][:, None]
-    figures: dict[str, Any] = {"classes": len(classifier), "pictures": int(known.sum())}
+    metrics: dict[str, Any] = {"classes": len(classifier), "pictures": int(known.sum())}
     for k in (1, 5):
-        figures |= _judged(f"top{k}", right[:, :k].any(1), groups)
-    figures["chance"] = round(100 / len(classifier), 2)
-    return figures, best
+        metrics |= _with_interval(f"top{k}", right[:, :k].any(1), groups)
+    metrics["chance"] = round(100 / len(classifier), 2)
+    return metrics, best
 
 
-def _judged(name: str, right: Tensor, groups: Sequence[Hashable] | None) -> dict[str, Any]:
-    """The share of the questions (n,) that are answered right, and its interval."""
+def _with_interval(name: str, right: Tensor, groups: Sequence[Hashable] | None) -> dict[str, Any]:
+    """The share of queries (n,) that are right, and its interval."""
     share = accuracy(right, True)
     return {name: round(share.value, 2), f"{name}_ci": share.interval(groups)}
 
 
 def search(pairs: PairFeatures, data: ImageData) -> dict[str, Any]:
-    """R@1, 5 and 10 both ways with 95 % intervals, and what chance would find.
+    """R@1, R@5 and R@10 both ways with 95 % intervals, and R@1 by chance.
 
-    The intervals draw groups as a whole, and the captions of an image with it.
+    The bootstrap draws groups as a whole, and the captions of an image with it.
     """
     group = dict(zip(data.ids, data.groups or data.ids, strict=True))
     of_images = [group[id] for id in pairs.ids]
     of_texts = [of_images[i] for i in pairs.owner.tolist()]
-    figures: dict[str, Any] = {"pictures": len(pairs.images), "captions": len(pairs.texts)}
+    metrics: dict[str, Any] = {"pictures": len(pairs.images), "captions": len(pairs.texts)}
     for name, right in hits_at_k(pairs).items():
-        figures |= _judged(name, right, of_images if name.startswith("image") else of_texts)
-    figures["chance_r1"] = round(100 / len(pairs.images), 3)
-    return figures
+        metrics |= _with_interval(name, right, of_images if name.startswith("image") else of_texts)
+    metrics["chance_r1"] = round(100 / len(pairs.images), 3)
+    return metrics
 
 
-def show(pairs: PairFeatures, data: ImageData, folder: Path) -> dict[str, Any]:
-    """A few pairs to look at: each image, small, in ``folder``, its first caption, the three that
-    are nearest (``right``: its own), and the cosines of all these images and first captions."""
+def write_examples(pairs: PairFeatures, data: ImageData, folder: Path) -> dict[str, Any]:
+    """Write a few images, small, to ``folder``.
+
+    Returns: of each image its first caption (``own``), the three nearest captions and which of
+        them are its captions (``right``); and the cosines of these images and first captions.
+    """
     n = len(pairs.images)
     chosen = sorted({i * n // EXAMPLES for i in range(EXAMPLES)})
     first = [int((pairs.owner == i).nonzero()[0]) for i in chosen]
-    found = nearest(pairs.images[chosen], pairs.texts, 3).tolist()
+    matches = nearest(pairs.images[chosen], pairs.texts, 3).tolist()
     cosines = pairs.images[chosen] @ pairs.texts[first].T
-    place = {name: index for index, name in enumerate(data.ids)}
+    index = {name: position for position, name in enumerate(data.ids)}
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
-    for number, (i, own, best) in enumerate(zip(chosen, first, found, strict=True)):
-        image = data[place[pairs.ids[i]]]["image"]
+    for number, (i, caption, best) in enumerate(zip(chosen, first, matches, strict=True)):
+        image = data[index[pairs.ids[i]]]["image"]
         image.thumbnail((SIDE, SIDE))
         image.save(folder / f"{number}.png")
         rows.append({
             "id": pairs.ids[i], "picture": f"{folder.name}/{number}.png",
-            "own": _cut(pairs.captions[own]), "nearest": [_cut(pairs.captions[j]) for j in best],
+            "own": _cut(pairs.captions[caption]),
+            "nearest": [_cut(pairs.captions[j]) for j in best],
             "right": [int(pairs.owner[j]) == i for j in best],
         })  # fmt: skip
     return {"pairs": rows, "cosines": [[round(x, 4) for x in row] for row in cosines.tolist()]}
 
 
 def _cut(caption: str) -> str:
-    """As much of a caption as a page has room for."""
-    return caption if len(caption) <= SHOWN else caption[: SHOWN - 1] + "…"
+    return caption if len(caption) <= CAPTION else caption[: CAPTION - 1] + "…"
 
 
 def run(config: Config) -> dict:
@@ -197,20 +194,20 @@ def run(config: Config) -> dict:
     labelled = bool(data.classes) and not data.multi_label and any(map(is_known, data.labels or ()))
     if not labelled and not data.has_captions:
         raise ValueError(
-            f"{data.name} ({data.split}) has neither labels nor captions; of labels one an image."
+            f"{data.name} ({data.split}) has neither labels nor captions; it needs one label per "
+            "image, or captions."
         )
     print(f"Model {source} · {data.name}: {len(data):,} images", flush=True)
     if seen := was_trained_on(source, spec, data):
         print("These are images that it was trained on: no test.", flush=True)
-    loading: dict[str, Any] = {"batch_size": config.batch_size, "workers": config.workers}
-    loading["device"] = device
+    loading: dict[str, Any] = {
+        "batch_size": config.batch_size, "workers": config.workers, "device": device,
+    }  # fmt: skip
     folder = Path(config.output or task_folder("zero_shot", source, config.data))
     folder.mkdir(parents=True, exist_ok=True)
-
     metrics: dict[str, Any] = {
         "task": "zero_shot", "data": data.name, "split": data.split, "encoder": str(source),
-        "trained_on": seen,
-        "protocol": to_dict(config),
+        "trained_on": seen, "protocol": to_dict(config),
     }  # fmt: skip
     pairs = embed_pairs(clip, data, **loading) if data.has_captions else None
     if labelled:
@@ -228,37 +225,41 @@ def run(config: Config) -> dict:
         }
     if pairs is not None:
         metrics["retrieval"], metrics["skipped"] = search(pairs, data), pairs.skipped
-        metrics["examples"] = show(pairs, data, folder / "examples")
+        metrics["examples"] = write_examples(pairs, data, folder / "examples")
     metrics |= {"seconds": round(time.perf_counter() - started, 1), **environment()}
-    text = json.dumps(metrics, indent=2, ensure_ascii=False) + "\n"
-    (folder / "metrics.json").write_text(text, encoding="utf-8")
-    _print_table(metrics)
-    print(f"Written: {folder / 'metrics.json'}")
-    if (folder.parent / "metrics.jsonl").exists():
-        print(f"Report: {write_report(folder.parent)}")
-    return metrics
+    return finish_run(
+        folder, metrics, lambda m: f"{table(m)}\nWritten: {folder / 'metrics.json'}",
+        page=folder.parent,
+    )  # fmt: skip
 
 
-def _print_table(metrics: dict) -> None:
-    def cell(figures: dict, name: str) -> str:
-        low, high = figures[f"{name}_ci"]
-        return f"{figures[name]:5.1f} % [{low:.1f}, {high:.1f}]".ljust(24)
+def table(metrics: dict[str, Any]) -> str:
+    """The metrics as text."""
 
-    if found := metrics.get("classification"):
-        print(f"\n{'':26}{'top-1':24}{'top-5':24}")
-        print(f"{found['classes']:,} classes by name".ljust(26), end="")
-        print(cell(found, "top1") + cell(found, "top5") + f"chance {found['chance']} %")
-    if found := metrics.get("retrieval"):
-        print(f"\n{'':26}{'R@1':24}{'R@5':24}{'R@10':24}")
+    def row(title: str, values: dict[str, Any], names: Sequence[str]) -> str:
+        cells = []
+        for name in names:
+            low, high = values[f"{name}_ci"]
+            cells.append(f"{values[name]:5.1f} % [{low:.1f}, {high:.1f}]".ljust(24))
+        return title.ljust(26) + "".join(cells)
+
+    lines = []
+    if result := metrics.get("classification"):
+        lines += [f"\n{'':26}{'top-1':24}{'top-5':24}"]
+        title = f"{result['classes']:,} classes by name"
+        lines += [row(title, result, ("top1", "top5")) + f"chance {result['chance']} %"]
+    if result := metrics.get("retrieval"):
+        lines += [f"\n{'':26}{'R@1':24}{'R@5':24}{'R@10':24}"]
         for way, title in (
             ("image_to_text", "captions of an image"), ("text_to_image", "image of a caption")
         ):  # fmt: skip
-            print(title.ljust(26) + "".join(cell(found, f"{way}_r{k}") for k in (1, 5, 10)))
-        print(f"Among {found['images']:,} images and {found['captions']:,} captions; chance at "
-              f"R@1: {found['chance_r1']} %.")  # fmt: skip
-    print("95 % interval in brackets.")
-    if metrics["skipped"]:
-        print(f"{len(metrics['skipped'])} images were left out: {metrics['skipped'][:3]} …")
+            lines += [row(title, result, [f"{way}_r{k}" for k in (1, 5, 10)])]
+        lines += [f"Among {result['pictures']:,} images and {result['captions']:,} captions; "
+                  f"chance at R@1: {result['chance_r1']} %."]  # fmt: skip
+    lines += ["95 % interval in brackets."]
+    if skipped := metrics["skipped"]:
+        lines += [f"{len(skipped)} images were skipped: {skipped[:3]} …"]
+    return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,7 +15,7 @@ whole effective batch: processes and accumulation change memory and time, not th
 import contextlib
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -40,13 +40,11 @@ from vim_ssl.models.tokenizers import (
     train_bpe,
 )
 from vim_ssl.objectives.clip import LOSSES, Clip, image_config, save_clip
-from vim_ssl.report import write_report
-from vim_ssl.training.accelerator import make_accelerator, make_average
+from vim_ssl.tasks.runner import Training, train_run
+from vim_ssl.training.accelerator import make_accelerator
 from vim_ssl.training.augmentation import AugmentationConfig, training_transform
-from vim_ssl.training.loop import fit
 from vim_ssl.training.run import Run, stored_or
 from vim_ssl.utils.config import opt, parse
-from vim_ssl.utils.environment import environment
 from vim_ssl.utils.names import did_you_mean
 
 
@@ -278,46 +276,22 @@ def run(config: Config) -> dict[str, Any]:
     tokenizer = build_tokenizer(config, data, accelerator)
     objective = build_objective(config, encoder, tokenizer)
     samples = build_samples(config, data, objective, tokenizer)
-    folder = Run.open("clip_pretrain", config, accelerator)
-    with contextlib.closing(folder):
-        if accelerator.is_main_process:
-            with folder.writing("tokenizer.json"):
-                tokenizer.save(folder.folder)
-        figures = train(config, objective, data, val, samples, folder, accelerator)
-    accelerator.end_training()
-    return {"run": str(folder.folder), **figures}
-
-
-def train(config: Config, objective: Clip, data, val, samples, folder: Run, accelerator) -> dict:
-    """Train in an open run; returns the last metrics."""
-    encoder = objective.encoder
-    average = make_average(encoder, config)
-    averaged: Any = None if average is None else average.module
-    if accelerator.is_main_process:
-        folder.count_skipped(data.faults)
-    evaluate = None
-    if val is not None:
-        evaluate = partial(measure_retrieval, objective, val, accelerator.device)
-    record = {"recipe": "clip_pretrain", "data": data.name, **environment()}
     image = timm_args(config)
 
-    def write_model(figures: dict[str, float] | None = None) -> None:
-        with folder.writing("the model"):
-            save_clip(
-                objective, folder.folder, image=image and image | {"pretrained": False},
-                ema=averaged, record=record | {"figures": figures or {}},
-            )  # fmt: skip
+    def prepare(run: Run) -> None:
+        with run.writing("tokenizer.json"):
+            tokenizer.save(run.folder)
+        run.count_skipped(data.faults)
 
-    figures = fit(
-        objective.train(), samples, config, folder, accelerator, average=average,
-        evaluate=evaluate, on_save=write_model,
+    def retrieval(_: Training) -> Callable[[], dict[str, float]]:
+        return partial(measure_retrieval, objective, val, accelerator.device)
+
+    return train_run(
+        "clip_pretrain", config, objective, samples, accelerator, model=objective.encoder,
+        data=data.name, what="model", record={"figures": {}}, prepare=prepare,
+        save=partial(save_clip, objective, image=image and image | {"pretrained": False}),
+        evaluate=None if val is None else retrieval,
     )  # fmt: skip
-    if accelerator.is_main_process:
-        if figures:  # none: the run had ended before
-            write_model(figures)
-        with folder.writing("report.html"):
-            print(f"Model: {folder.folder} · report: {write_report(folder.folder)}")
-    return figures
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,10 +13,10 @@ arXiv:2502.00594), `simmim` (arXiv:2111.09886), `ar` (clusters in sequence, arXi
 measured.
 """
 
-import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,13 +30,11 @@ from vim_ssl.evaluation.online import online_probe
 from vim_ssl.objectives.base import MASK_SETTINGS, OBJECTIVES, PretrainObjective, get_objective
 from vim_ssl.objectives.distill import LOSSES, WHERE
 from vim_ssl.objectives.masking import MASKS, RandomMask, TubeMask
-from vim_ssl.report import write_report
-from vim_ssl.training.accelerator import make_accelerator, make_average
+from vim_ssl.tasks.runner import Training, train_run
+from vim_ssl.training.accelerator import make_accelerator
 from vim_ssl.training.config import TrainConfig
-from vim_ssl.training.loop import fit
-from vim_ssl.training.run import Run, stored_or
+from vim_ssl.training.run import stored_or
 from vim_ssl.utils.config import opt, parse
-from vim_ssl.utils.environment import environment
 
 
 @dataclass
@@ -227,10 +225,8 @@ def build_model(config: Config, data: ImageData | ImageStream | None = None) -> 
     objective = get_objective(config.objective)
     # A mask token that would never be trained is dropped.
     args: dict[str, Any] = {"use_mask_token": False} | objective.encoder_args
-    if (
-        data is not None and not data.is_stream
-    ):  # rasters: the encoder keeps their bands and statistics
-        args |= band_arguments(data)
+    if data is not None and not data.is_stream:
+        args |= band_arguments(data)  # the encoder keeps the bands and statistics of rasters
     try:
         encoder = load_encoder(config.encoder, **args | config.model_args)
     except TypeError as error:  # an unknown name
@@ -301,40 +297,16 @@ def run(config: Config) -> dict[str, Any]:
     encoder = build_model(config, data)
     objective = build_objective(config, encoder)
     data, samples = build_data(config, encoder, data)
-    folder = Run.open("mim_pretrain", config, accelerator)
-    with contextlib.closing(folder):
-        figures = train(config, encoder, objective, data, samples, folder, accelerator)
-    accelerator.end_training()
-    return {"run": str(folder.folder), **figures}
 
+    def probe(training: Training) -> Callable[[], dict[str, float]]:
+        return online_probe(training.model, data, accelerator.device, config.seed)
 
-def train(config: Config, encoder, objective, data, samples, folder: Run, accelerator) -> dict:
-    """Train in an open run; returns the last metrics."""
-    average = make_average(encoder, config)
-    averaged: Any = None if average is None else average.module
-    evaluate = None
-    if not data.is_stream:  # a stream has no held-out images
-        evaluate = online_probe(averaged or encoder, data, accelerator.device, config.seed)
-    if accelerator.is_main_process:
-        folder.count_skipped(data.faults)
-    record = {"recipe": "mim_pretrain", "data": data.name, **environment()}
-
-    def write_encoder(figures: dict[str, float] | None = None) -> None:
-        with folder.writing("the encoder"):
-            save_encoder(
-                encoder, folder.folder, ema=averaged, record=record | {"figures": figures or {}}
-            )
-
-    figures = fit(
-        objective.train(), samples, config, folder, accelerator, average=average,
-        evaluate=evaluate, on_save=write_encoder,
+    return train_run(
+        "mim_pretrain", config, objective, samples, accelerator, model=encoder, data=data.name,
+        save=partial(save_encoder, encoder), record={"figures": {}},
+        prepare=lambda run: run.count_skipped(data.faults),
+        evaluate=None if data.is_stream else probe,  # a stream holds nothing out
     )  # fmt: skip
-    if accelerator.is_main_process:
-        if figures:  # none: the run had ended before
-            write_encoder(figures)
-        with folder.writing("report.html"):
-            print(f"Encoder: {folder.folder} · report: {write_report(folder.folder)}")
-    return figures
 
 
 def main(argv: Sequence[str] | None = None) -> int:

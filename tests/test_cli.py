@@ -4,12 +4,15 @@ import socket
 import subprocess
 import sys
 import types
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
 
 import vim_ssl
 from vim_ssl import cli
+from vim_ssl.tasks import registry
+from vim_ssl.utils import plugins
 
 ROOT = Path(vim_ssl.__file__).parents[1]
 
@@ -75,6 +78,29 @@ def test_a_file_becomes_a_command(monkeypatch, tmp_path):
     assert cli.scripts("recipes") == {
         "count-sheep": cli.Command("vim_ssl.recipes.count_sheep", "main", "Count the sheep.")
     }
+
+
+def test_a_plugin_brings_a_task(monkeypatch, tmp_path, capsys):
+    (tmp_path / "sheep_task.py").write_text(
+        "from vim_ssl.tasks.registry import register_task\n\n"
+        "def main(argv):\n    return len(argv)\n\n"
+        "register_task('count-sheep', main, 'Count sheep.')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    points = [EntryPoint("sheep", "sheep_task", "vim_ssl.plugins")]
+    monkeypatch.setattr(plugins, "entry_points", lambda group: points)
+    monkeypatch.setattr(plugins, "_loaded", set())
+    monkeypatch.setattr(registry, "TASKS", {})
+    assert cli.main(["count-sheep", "1", "2", "3"]) == 3
+    assert cli.main(["count-sheeps"]) == 2
+    assert "Did you mean 'count-sheep'?" in capsys.readouterr().err
+    registry.register_task("wool", "sheep_task", "Count wool.")
+    assert cli.main(["wool"]) == 0
+    with pytest.raises(ValueError, match="'wool' is registered already, by sheep_task"):
+        registry.register_task("wool", "other", "Count wool.")
+    points.append(EntryPoint("wolf", "no_such_module", "vim_ssl.plugins"))
+    assert cli.main(["unknown"]) == 2
+    assert "wolf" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def test_version(capsys):

@@ -58,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"vim-ssl {__version__}")
         return 0
     name, commands = argv[0], all_commands()
+    if name not in commands and (failed := guarded(lambda _: add_plugins(commands))):
+        return failed
     if name not in commands:
         print(f"vim-ssl: unknown command {name!r}. {did_you_mean(name, commands)}", file=sys.stderr)
         return 2
@@ -97,6 +99,16 @@ def guarded(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | N
 def all_commands() -> dict[str, Command]:
     """Name -> command: the scripts, folder by folder, then the tools."""
     return {name: c for folder in SCRIPTS for name, c in scripts(folder).items()} | TOOLS
+
+
+def add_plugins(commands: dict[str, Command]) -> int:
+    """Add the tasks that plugins register; see `vim_ssl.tasks.registry`. Returns: exit code 0."""
+    from vim_ssl.tasks.registry import TASKS
+    from vim_ssl.utils.plugins import load_plugins
+
+    load_plugins()
+    commands |= {name: Command(*task) for name, task in TASKS.items() if name not in commands}
+    return 0
 
 
 def scripts(folder: str) -> dict[str, Command]:

@@ -109,7 +109,7 @@ def plot(rows: list[dict], path: Path) -> None:
     datas = names(rows, "data")
     arms = [arm for arm in names(rows, "arm") if not arm.startswith(BASELINES)]
     size = (4.2 * len(datas), 2.6 * len(METRICS))
-    figure, axes = plt.subplots(len(METRICS), len(datas), figsize=size, squeeze=False, sharey=True)
+    canvas, axes = plt.subplots(len(METRICS), len(datas), figsize=size, squeeze=False, sharey=True)
     for line, (metric, name) in zip(axes, METRICS.items(), strict=True):
         for axis, data in zip(line, datas, strict=True):
             for position, arm in enumerate(arms):
@@ -126,8 +126,8 @@ def plot(rows: list[dict], path: Path) -> None:
             axis.set_title(f"{data}: {name}", fontsize=10)
             axis.set_xlabel("points over untrained weights, equal time", fontsize=8)
     axes[0][0].invert_yaxis()
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
+    canvas.tight_layout()
+    canvas.savefig(path, metadata={"Date": None})
 
 
 def main() -> int:

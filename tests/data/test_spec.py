@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from vim_ssl.data import DataSpec, open_data, parse_spec
-from vim_ssl.data.spec import pick_split
+from vim_ssl.data.spec import pick_split, same_data
 
 
 @pytest.mark.parametrize(
@@ -104,3 +104,22 @@ def test_pick_split(wanted, splits, expected):
 def test_pick_split_errors(wanted, splits, message):
     with pytest.raises(ValueError, match=message):
         pick_split(wanted, splits, "the source")
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("x", "folder:./x?split=test&limit=3", True),
+        ("pairs:x", "folder:x/../x", True),
+        ("hf:owner/x + 20 * x", "x", True),
+        ("hf:owner/x", "hf:owner/x?split=train", True),
+        ("hf:owner/x", "sample:owner/x", False),
+        ("x", "y", False),
+    ],
+)
+def test_the_same_data_whatever_its_split_and_spelling(one, other, same, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x").mkdir()
+    assert same_data(one, other) == same_data(other, one) == same
+    if one == "x":
+        assert same_data(str(tmp_path / "x"), other) == same

@@ -266,7 +266,7 @@ def test_nothing_to_learn_is_told(tmp_path, encoder, data):
 @pytest.mark.parametrize("more", [[], ["--eval-only"]], ids=["train", "eval-only"])
 def test_nothing_to_judge_by_is_told_before_the_training(encoder, data, tmp_path, more):
     write(data, "val", read(data, "val")["images"], [])
-    with pytest.raises(ValueError, match=r"none of the 2 test images of .* nothing to judge by"):
+    with pytest.raises(ValueError, match=r"none of the 2 test images of .* nothing to evaluate"):
         train(encoder, data, tmp_path / "run", *more)
     assert not (tmp_path / "run").exists()
 

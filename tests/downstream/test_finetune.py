@@ -20,7 +20,8 @@ from vim_ssl.checkpoints.loading import made_by
 from vim_ssl.checkpoints.verify import verify
 from vim_ssl.data import ImageData
 from vim_ssl.downstream import finetune, video
-from vim_ssl.tasks import classification
+from vim_ssl.evaluation import validation
+from vim_ssl.tasks import classification, runner
 from vim_ssl.training.run import read_metrics
 
 SMALL = {"img_size": 28, "patch_size": 7, "in_chans": 1, "embed_dim": 16, "depth": 2,
@@ -56,7 +57,7 @@ def first_weights(monkeypatch) -> list[dict]:
     """Caught instead of training: the weights that training would start from."""
     caught = []
     monkeypatch.setattr(
-        classification,
+        runner,
         "fit",
         lambda objective, *_, **__: caught.append(
             {k: v.clone() for k, v in objective.encoder.state_dict().items()}
@@ -157,11 +158,12 @@ def test_images_are_judged_in_batches_by_workers_as_asked(
         asked.append((batch_size, workers))
         return extract(*args, batch_size=batch_size, workers=0, **more)
 
-    monkeypatch.setattr(classification, "extract_features", watched)
+    for module in (classification, validation):
+        monkeypatch.setattr(module, "extract_features", watched)
     encoder = ["--eval-only", "--encoder", str(tmp_path / "head")]
     if judged == "trained":
         encoder = ["--encoder", str(run), "--eval-every", "1", "--epochs", "1", "--max-steps", "1"]
-        monkeypatch.setattr(classification, "fit", lambda *_, evaluate, **__: evaluate())
+        monkeypatch.setattr(runner, "fit", lambda *_, evaluate, **__: evaluate())
     more = ["--data", str(bands), "--judge-batch", "7", "--workers", "3"]
     finetune.main([*encoder, *QUICK, *more, "--output", str(tmp_path / "out")])
     assert asked == [(7, 3)] * (2 if judged == "trained" else 1)
@@ -286,6 +288,10 @@ def test_a_run_is_judged_on_its_own_data_by_what_it_had_held_out(run, bands, tmp
     assert made_by(tmp_path / "run")["classes"] == ["class0", "class1", "class2"]
     assert "class0" not in str(verify(tmp_path / "run"))  # there may be thousands
     assert metrics["split"] == "held out"
+    some, rows = judge(tmp_path / "run", f"{bands}?limit=20", tmp_path / "some")
+    assert some["split"] == "held out"  # of those the spec selects
+    assert 0 < some["test"] < 20
+    assert {row["id"] for row in rows} <= set(held_out)
     assert judge(tmp_path / "run", f"{bands}?split=all", tmp_path / "all")[0]["test"] == 60
 
 
@@ -359,5 +365,5 @@ def test_several_processes_do_not_judge_one_after_the_other(head, command, monke
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("VIM_SSL_TRACEBACK", raising=False)
     assert cli.main([command, "--eval-only", "--encoder", str(head), "--data", "masks:x"]) == 2
-    said = "judges in one process, and the launcher started 2"
+    said = "--eval-only runs in one process, but the launcher started 2"
     assert said in capsys.readouterr().err.strip().splitlines()[-1]

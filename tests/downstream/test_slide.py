@@ -12,7 +12,7 @@ import torch
 from vim_ssl import VimEncoder, cli, save_encoder
 from vim_ssl.downstream import embed, slide
 from vim_ssl.evaluation.embeddings import Embedded, read_embeddings, write_shard
-from vim_ssl.tasks.slides import AttentionPool, DrawTiles, bags_of
+from vim_ssl.tasks.slides import AttentionPool, DrawTiles, group_tiles
 
 
 @pytest.fixture
@@ -65,19 +65,19 @@ def test_attention_finds_the_telling_tiles(vectors, tmp_path):
     assert sum(found) >= 0.8 * len(found)
 
 
-def test_bags_hold_what_the_files_say(vectors):
+def test_slides_hold_what_the_files_say(vectors):
     tiles = read_embeddings(vectors)
     assert tiles.x.shape == (60 * 24, 8)
-    bags = bags_of(tiles, "vectors")
-    assert [bag.id for bag in bags.bags][:2] == ["00.tif", "01.tif"]
-    bag = bags.bags[7]
+    slides = group_tiles(tiles, "vectors")
+    assert [slide.id for slide in slides.slides][:2] == ["00.tif", "01.tif"]
+    seventh = slides.slides[7]
     rows = [i for i, id in enumerate(tiles.ids) if id.startswith("07.tif@")]
-    assert torch.equal(bag.x, tiles.x[rows])
-    assert bag.places[:2].tolist() == [[0, 128], [64, 128]]
-    assert (bag.label, bag.group, bags.bags[5].group) == (1, "07.tif", "patient 2")
-    drawn = DrawTiles(50)(bags[7])["x"]
+    assert torch.equal(seventh.x, tiles.x[rows])
+    assert seventh.positions[:2].tolist() == [[0, 128], [64, 128]]
+    assert (seventh.label, seventh.group, slides.slides[5].group) == (1, "07.tif", "patient 2")
+    drawn = DrawTiles(50)(slides[7])["x"]
     assert drawn.shape == (50, 8)
-    assert {tuple(row) for row in drawn.tolist()} == {tuple(row) for row in bag.x.tolist()}
+    assert {tuple(row) for row in drawn.tolist()} == {tuple(row) for row in seventh.x.tolist()}
 
 
 def test_the_order_of_tiles_does_not_matter():

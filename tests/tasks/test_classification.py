@@ -260,7 +260,7 @@ def test_a_validation_part_without_any_label_is_told_before_training(tmp_path, m
                      labels=labels)  # fmt: skip
     monkeypatch.setattr(supervised_pretrain, "labelled_splits", lambda *_: (data, data))
     argv = [*QUICK, "--preset", "demo", "--targets", "multi-label", "--validation", "0.1"]
-    with pytest.raises(ValueError, match=r"no image of the validation part of x .* has any"):
+    with pytest.raises(ValueError, match=r"no image of the validation split of x .* has any"):
         supervised_pretrain.main([*argv, "--data", "x", "--output", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
 

@@ -165,7 +165,7 @@ def test_labels_are_of_the_upright_image(orientation, turn):
     expected = segmenter.predict(upright)
     assert len(np.unique(expected)) > 1
     assert np.array_equal(segmenter.predict(stored), expected)
-    assert np.array_equal(segmenter.shown(stored), upright)
+    assert np.array_equal(segmenter.displayed(stored), upright)
 
 
 @pytest.mark.parametrize(

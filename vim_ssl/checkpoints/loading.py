@@ -279,17 +279,17 @@ def _build(
     if misshapen:
         raise ValueError(f"{stored.path} does not fit: {_some(misshapen)}.")
     if missing or unexpected:
-        said = "; ".join(
+        candidates = "; ".join(
             f"{len(keys)} {kind} ({_some(keys)})"
             for kind, keys in (("missing", missing), ("unexpected", unexpected))
             if keys
         )
         if strict:
             raise ValueError(
-                f"{stored.path} does not match its architecture, keys: {said}. `vim-ssl verify` "
-                "lists them all; strict=False loads what fits."
+                f"{stored.path} does not match its architecture, keys: {candidates}. "
+                "`vim-ssl verify` lists them all; strict=False loads what fits."
             )
-        assumed.append(f"{stored.path} was loaded in part, keys: {said}.")
+        assumed.append(f"{stored.path} was loaded in part, keys: {candidates}.")
     encoder.load_state_dict(state, strict=False)
     return encoder, assumed
 

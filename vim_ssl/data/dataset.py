@@ -43,7 +43,7 @@ class Masks(Protocol):
         """Bytes of the file."""
         ...
 
-    def place(self, row: int, /) -> dict[str, Any]:
+    def location(self, row: int, /) -> dict[str, Any]:
         """An item's ``meta``: of a plane its ``volume``, ``plane``, ``planes`` and ``spacing`` (see
         `vim_ssl.metrics.volumes`); of a raster its file, ``raster``, and the ``box`` in it (left,
         top, width, height in pixels; None for all)."""
@@ -182,7 +182,7 @@ class ImageData(Dataset):
         if isinstance(raw, str | Path):
             item["meta"] = {"path": str(raw)}
         elif self._masks is not None:
-            item["meta"] = self._masks.place(self._rows[index])
+            item["meta"] = self._masks.location(self._rows[index])
         return item
 
     def _decode(self, raw: str | Path | bytes | np.ndarray) -> Any:

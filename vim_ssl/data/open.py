@@ -1,7 +1,6 @@
 """`open_data`: from a spec string to images."""
 
 import logging
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -11,12 +10,11 @@ from typing import Any, overload
 from vim_ssl.data.dataset import ImageData, join
 from vim_ssl.data.loading.streamed import ImageStream
 from vim_ssl.data.registry import Splits, find_opener, stream_schemes
-from vim_ssl.data.spec import DataSpec, canonical_split, parse_spec
+from vim_ssl.data.spec import DataSpec, canonical_split, parse_spec, sets_of
 
 log = logging.getLogger(__name__)
 
 WARNED = 5  # faults that opening warns of one by one
-AND = " + "  # between specs that are read as one
 
 
 @overload
@@ -144,19 +142,6 @@ def open_split(
         if any(canonical_split(name) == split for name in source.splits):
             return source.open(split)
     return source.open("all")
-
-
-def sets_of(spec: str) -> list[tuple[int, DataSpec]]:
-    """What a spec reads as one: "A + 20 * B" -> [(1, A), (20, B)]; of a single set that set."""
-    if AND not in spec or Path(spec).expanduser().exists():
-        return [(1, parse_spec(spec))]
-    return [(times, parse_spec(name)) for times, name in map(_times, spec.split(AND))]
-
-
-def _times(part: str) -> tuple[int, str]:
-    """ "20 * SPEC" -> (20, "SPEC")"""
-    found = re.match(r"\s*([1-9]\d*) \* (.*)", part)
-    return (int(found[1]), found[2].strip()) if found else (1, part.strip())
 
 
 @cache  # once, however often the same data is opened

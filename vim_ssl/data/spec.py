@@ -11,6 +11,7 @@ from urllib.parse import quote, unquote
 
 from vim_ssl.data.registry import OPTIONS, SOURCES, find_opener, is_known
 
+AND = " + "  # between specs that are read as one
 # Names of the splits in use elsewhere; the key is the canonical name.
 SPLIT_NAMES = {
     "train": ("train", "training"),
@@ -119,6 +120,37 @@ def parse_spec(spec: str | Path) -> DataSpec:
     fields = {key: value for key, value in given.items() if key in DataSpec.__dataclass_fields__}
     more = {key: value for key, value in given.items() if key not in fields}
     return DataSpec(scheme, location, **fields, more=more)
+
+
+def sets_of(spec: str) -> list[tuple[int, DataSpec]]:
+    """The sets that a spec joins, and how often: "A + 20 * B" -> [(1, A), (20, B)]."""
+    if AND not in spec or Path(spec).expanduser().exists():
+        return [(1, parse_spec(spec))]
+    return [(times, parse_spec(name)) for times, name in map(_times, spec.split(AND))]
+
+
+def _times(part: str) -> tuple[int, str]:
+    """ "20 * SPEC" -> (20, "SPEC")"""
+    match = re.match(r"\s*([1-9]\d*) \* (.*)", part)
+    return (int(match[1]), match[2].strip()) if match else (1, part.strip())
+
+
+def same_data(one: str, other: str) -> bool:
+    """True if two specs have a set in common: the same files, or the same name in a scheme.
+
+    Splits and options are ignored: they select images, or say how to read them.
+    """
+    return not _locations(one).isdisjoint(_locations(other))
+
+
+def _locations(spec: str) -> set[tuple[str, str]]:
+    """Scheme and location of every set; for existing files no scheme, and the resolved path."""
+    locations = set()
+    for _, parsed in sets_of(spec):
+        path = os.path.expanduser(parsed.location)
+        exists = os.path.exists(path)
+        locations.add(("", os.path.realpath(path)) if exists else (parsed.scheme, path))
+    return locations
 
 
 def pick_split(requested: str | None, splits: Sequence[str], source: str) -> str:

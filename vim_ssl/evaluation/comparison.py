@@ -4,7 +4,6 @@ The tasks `downstream/linear_probe.py` and `downstream/knn.py` share the encoder
 features and the record.
 """
 
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -93,7 +92,7 @@ class Comparison:
                 yield name, splits[0], splits[1], available_readouts(encoder, config.readouts)
 
     def record(self, **results: Any) -> tuple[dict[str, Any], Path]:
-        """Write metrics.json with the ``results``; returns its content and its folder."""
+        """The content of metrics.json, with these results, and the folder it goes to."""
         config = self.config
         metrics: dict[str, Any] = {
             "task": self.task, "data": self.train.name, "test_data": self.test.name,
@@ -102,11 +101,17 @@ class Comparison:
             **results, "seconds": round(time.perf_counter() - self.began, 1), **environment(),
         }  # fmt: skip
         named = "-".join(spec for spec in (config.data, config.test_data) if spec)
-        folder = Path(config.output or task_folder(self.task, self.source, named))
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-        return metrics, folder
+        return metrics, Path(config.output or task_folder(self.task, self.source, named))
 
 
 # The "figure" of metrics.json in words.
 METRIC_TITLES = {"accuracy": "Accuracy", "mAP": "Mean average precision over the classes"}
+
+
+def pivot(rows: list[dict[str, Any]], cells: list[str], width: int) -> list[str]:
+    """Lines of a table: the cells of rows with the same features and readout beside each other."""
+    lines: dict[str, str] = {}
+    for row, cell in zip(rows, cells, strict=True):
+        title = f"{row['features']:26} {row['readout']:10}"
+        lines[title] = lines.get(title, title) + f"{cell:>{width}}"
+    return list(lines.values())

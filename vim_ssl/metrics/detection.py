@@ -84,10 +84,10 @@ class DetectionMetrics:
             for entry in self.data.annotated(index)[1]
             if not entry.get("iscrowd")
         )
-        found = Counter(result["category_id"] for result in self.results)
+        matches = Counter(result["category_id"] for result in self.results)
         ids = [category["id"] for category in self.data.categories or []]
         return [
-            {"class": name, "objects": objects[ids[i]], "found": found[ids[i]]}
+            {"class": name, "objects": objects[ids[i]], "found": matches[ids[i]]}
             | {f"{kind}_ap": _percent(self._by_class[kind][i]) for kind in self.kinds}
             for i, name in enumerate(self.classes)
         ]

@@ -81,8 +81,8 @@ def _average(logits_of, image, rows, columns, classes, window, stride, batch_siz
     for i in range(0, len(corners), batch_size):
         part = corners[i : i + batch_size]
         cut = torch.stack([image[:, y : y + window, x : x + window] for y, x in part])
-        found = logits_of(cut).float()
-        for (y, x), logits in zip(part, found, strict=True):
+        results = logits_of(cut).float()
+        for (y, x), logits in zip(part, results, strict=True):
             logits = F.interpolate(
                 logits[None], (window, window), mode="bilinear", align_corners=False
             )[0]

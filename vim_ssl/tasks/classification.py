@@ -1,16 +1,15 @@
-"""Supervised classification, from scratch or from a pretrained encoder: what the scripts share.
+"""Supervised classification, from scratch or from a pretrained encoder: the code scripts share.
 
 targets      label                     loss
 class        (b,) int64                cross-entropy, soft under mixup
-multi-label  (b, classes) of 0 and 1   binary cross-entropy, each alone
-ordinal      (b,) int64, ordered       classes - 1 binary questions: is it more than k?
+multi-label  (b, classes) of 0 and 1   binary cross-entropy per label
+ordinal      (b,) int64, ordered       classes - 1 binary cross-entropies: label > k
 """
 
-import contextlib
-import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,41 +35,38 @@ from vim_ssl.metrics.classification import (
 from vim_ssl.metrics.medmnist import medmnist_metrics
 from vim_ssl.models.encoder import VimEncoder
 from vim_ssl.objectives.classification import Classification, LabelledTransform, balanced_weights
-from vim_ssl.report import write_report
-from vim_ssl.training.accelerator import make_average
+from vim_ssl.tasks.runner import Training, finish_run, train_run
 from vim_ssl.training.augmentation import AugmentationConfig, training_transform
-from vim_ssl.training.loop import fit
-from vim_ssl.training.run import Run
 from vim_ssl.utils.config import opt, to_dict
 from vim_ssl.utils.environment import environment
 
 
 @dataclass
 class ClassificationConfig(AugmentationConfig):
-    """What training from scratch and fine-tuning have in common."""
+    """The options shared by training from scratch and fine-tuning."""
 
     data: str = opt("", "labelled images", group="data")
     test: float = opt(0.2, "share held out if the data has no test split", group="data")
     validation: float = opt(
-        0.0, "share of the training part that chooses the best epoch; 0: the last", group="data"
+        0.0, "share of the training split that selects the epoch; 0: the last epoch", group="data"
     )
-    patience: int = opt(0, "evaluations without a better one before the end; 0: all", group="run")
+    patience: int = opt(0, "evaluations without improvement before stopping; 0: all", group="run")
     repeats: int = opt(1, "augmentations of an image in one batch", group="data")
-    judge_batch: int = opt(128, "samples at once where they are judged", group="data")
+    judge_batch: int = opt(128, "samples per batch in evaluation", group="data")
     mixup: float = opt(0.0, "alpha of mixup; 0: off", group="data")
-    cutmix: float = opt(0.0, "alpha of cutmix, half the batches beside mixup", group="data")
-    targets: str = opt("class", "what the labels are", group="model", choices=TARGETS)
-    label_smoothing: float = opt(0.0, "spread over all classes", group="model")
-    class_weights: bool = opt(False, "rare classes count for more, all alike", group="model")
-    drop_path: float = opt(0.0, "stochastic depth", group="model")
+    cutmix: float = opt(0.0, "alpha of cutmix; beside mixup, in half of the batches", group="data")
+    targets: str = opt("class", "kind of the labels", group="model", choices=TARGETS)
+    label_smoothing: float = opt(0.0, "probability spread over all classes", group="model")
+    class_weights: bool = opt(False, "weight classes by inverse frequency", group="model")
+    drop_path: float = opt(0.0, "rate of stochastic depth", group="model")
 
     @classmethod
     def derive_defaults(cls, defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-        """Beside what `TrainConfig` says: a validation part is looked at after every epoch, where
-        by default nothing would be before the end."""
+        """As `TrainConfig`; a validation split is evaluated after every epoch if the default would
+        be at the end only."""
         defaults = super().derive_defaults(defaults, given)
-        asked = defaults | given
-        if asked["validation"] and asked["eval_every"] > asked["epochs"]:
+        settings = defaults | given
+        if settings["validation"] and settings["eval_every"] > settings["epochs"]:
             return defaults | {"eval_every": 1.0}
         return defaults
 
@@ -89,7 +85,7 @@ class ClassificationConfig(AugmentationConfig):
         if not 0 <= self.validation < 1 or (self.patience and not self.validation):
             raise ValueError(
                 f"validation {self.validation:g} and patience {self.patience}: patience needs a "
-                "share above 0 and below 1 of the training part to watch."
+                "share above 0 and below 1 of the training split."
             )
         if self.patience and (self.patience + 1) * self.eval_every > self.epochs:
             raise ValueError(
@@ -99,11 +95,11 @@ class ClassificationConfig(AugmentationConfig):
             )
 
 
-# ---------------------------------------------------------------- a run
+# ---------------------------------------------------------------- training
 
 
 def class_names(data) -> list[str]:
-    """The classes' names; numbers where the data have none."""
+    """The names of the classes; their numbers if the data have no names."""
     if data.classes:
         return list(data.classes)
     if data.multi_label:
@@ -112,10 +108,10 @@ def class_names(data) -> list[str]:
 
 
 def load_classifier(source: str, data, config: ClassificationConfig, **args: Any) -> VimEncoder:
-    """An encoder with a head for the classes of ``data``, that reads its bands.
+    """Load an encoder with a head for the classes of ``data`` and inputs for its bands.
 
-    An encoder of other bands gets a patch embedding for them (see `vim_ssl.checkpoints.adapt`) and their
-    statistics; one of the same bands keeps its own.
+    An encoder of other bands gets a new patch embedding (see `vim_ssl.checkpoints.adapt`) and the
+    statistics of the data; an encoder of the same bands keeps its statistics.
 
     Args:
         args: of `load_encoder`.
@@ -132,18 +128,18 @@ def train_classifier(
     recipe: str, config: ClassificationConfig, encoder: VimEncoder, source: str, train, test,
     accelerator,
 ) -> dict[str, Any]:  # fmt: skip
-    """Train ``encoder`` in a run of its own and judge it on ``test``, once, at the end.
+    """Train ``encoder`` in its own run and evaluate it on ``test``, once, at the end.
 
     Args:
         recipe: the script's name, for the record.
         encoder: with a head; see `outputs`.
         source: where it came from, for the record.
         train, test: labelled, map-style, of the same classes.
-    Returns: the metrics that the run's metrics.json holds; figures on the main process alone.
+    Returns: the content of metrics.json, on the main process.
     """
     classes = class_names(train)
-    for part in (train, test):
-        check_labels(part.name, part.labels, config.targets, classes)
+    for split in (train, test):
+        check_labels(split.name, split.labels, config.targets, classes)
     if config.targets != "multi-label":
         _warn_of_unseen(train, test, classes)
     weights = balanced_weights(train.labels, len(classes)) if config.class_weights else None
@@ -151,71 +147,60 @@ def train_classifier(
         encoder, targets=config.targets, label_smoothing=config.label_smoothing,
         mixup=config.mixup, cutmix=config.cutmix, class_weights=weights,
     )  # fmt: skip
-    average = make_average(encoder, config)
-    averaged: Any = None if average is None else average.module
-    final: VimEncoder = encoder if averaged is None else averaged
-    watched = test
-    if config.validation:
-        kept, held_out = stratified_split(
-            train.labels, config.validation, config.seed, train.groups
+    train, validation = _hold_out(config, train, classes)
+    loading: dict[str, Any] = {"batch_size": config.judge_batch, "workers": config.workers}
+
+    def validate(training: Training) -> Validation:
+        return Validation(
+            training.model, validation or test, training.run.folder, config.targets,
+            keep_best=validation is not None, patience=config.patience, **loading,
+        )  # fmt: skip
+
+    def conclude(training: Training) -> dict[str, Any]:
+        if validation is not None:
+            training.evaluator.take_best()
+            training.save()
+        folder = training.run.folder
+        metrics = {
+            "task": recipe, "data": train.name, "encoder": source, "train": len(train),
+            **evaluate(training.model, test, folder, config.targets, classes, **loading),
+            "protocol": to_dict(config), **environment(),
+        }  # fmt: skip
+        return finish_run(
+            training.run, metrics, lambda m: f"{summary(m)}, trained on {len(train):,} · {folder}"
         )
-        train, watched = train.subset(kept), train.subset(held_out)
-        name = f"the validation part of {train.name}"
-        check_labels(name, watched.labels, config.targets, classes)
-    folder = Run.open(recipe, config, accelerator)
-    validation = Validation(
-        final, watched, folder.folder, config.targets, keep_best=config.validation > 0,
-        patience=config.patience, batch_size=config.judge_batch, workers=config.workers,
-    )  # fmt: skip
-    watching = config.validation > 0 or config.eval_every <= config.epochs
-    samples = SeededSamples(
-        train,
-        LabelledTransform(training_transform(encoder, config)),
-        config.seed,
-        repeats=config.repeats,
-    )
-    record = {
-        "recipe": recipe, "data": train.name, "classes": train.classes, **environment(),
-    }  # fmt: skip
 
-    def write_encoder() -> None:
-        with folder.writing("the encoder"):
-            save_encoder(encoder, folder.folder, ema=averaged, record=record)
-
-    metrics: dict[str, Any] = {
-        "task": recipe, "data": train.name, "encoder": source, "train": len(train),
-    }  # fmt: skip
     if config.targets == "ordinal" and accelerator.is_main_process:
         print(f"ranks: {' < '.join(classes)}", flush=True)
-    with contextlib.closing(folder):
-        fit(
-            objective.train(), samples, config, folder, accelerator, average=average,
-            evaluate=validation if watching else None, should_stop=validation.should_stop,
-            on_save=write_encoder,
-        )  # fmt: skip
-        if accelerator.is_main_process:
-            if config.validation:
-                validation.take_best()
-                write_encoder()
-            metrics |= evaluate(
-                final, test, folder.folder, config.targets, classes,
-                batch_size=config.judge_batch, workers=config.workers,
-            )  # fmt: skip
-            metrics |= {"protocol": to_dict(config), **environment()}
-            with folder.writing("metrics.json"):
-                (folder.folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-            print(f"{summary(metrics)}, trained on {len(train):,} · {folder.folder}")
-            with folder.writing("report.html"):
-                print(f"Report: {write_report(folder.folder)}")
-    accelerator.end_training()
-    return metrics
+    validates = validation is not None or config.eval_every <= config.epochs
+    transform = LabelledTransform(training_transform(encoder, config))
+    return train_run(
+        recipe, config, objective,
+        SeededSamples(train, transform, config.seed, repeats=config.repeats), accelerator,
+        model=encoder, data=train.name, record={"classes": train.classes},
+        save=partial(save_encoder, encoder), evaluate=validate if validates else None,
+        should_stop=(lambda training: training.evaluator.should_stop()) if validates else None,
+        conclude=conclude,
+    )  # fmt: skip
+
+
+def _hold_out(config: ClassificationConfig, train, classes: Sequence[str]) -> tuple[Any, Any]:
+    """Split ``train`` as ``config.validation`` says: what is left, and the validation split."""
+    if not config.validation:
+        return train, None
+    kept, held_out = stratified_split(train.labels, config.validation, config.seed, train.groups)
+    validation = train.subset(held_out)
+    name = f"the validation split of {train.name}"
+    check_labels(name, validation.labels, config.targets, classes)
+    return train.subset(kept), validation
 
 
 def check_labels(name: str, labels: Any, targets: str, classes: Sequence[str]) -> None:
-    """Raises: ValueError where the labels of ``name`` fit neither the targets nor the classes.
+    """Check that the labels of ``name`` fit the targets and the classes.
 
     Args:
-        labels: one an image, at least one; see `vim_ssl.data.ImageData`.
+        labels: one per image, at least one; see `vim_ssl.data.ImageData`.
+    Raises: ValueError if they do not.
     """
     labels = torch.as_tensor(np.asarray(labels))
     if (labels.dim() == 2) != (targets == "multi-label"):
@@ -236,7 +221,7 @@ def check_labels(name: str, labels: Any, targets: str, classes: Sequence[str]) -
     if labels.dim() == 1 and not 0 <= int(labels.min()) <= int(labels.max()) < len(classes):
         raise ValueError(
             f"{name} has labels from {int(labels.min())} to {int(labels.max())}; expected those of "
-            f"the {len(classes)} classes it is about, 0 to {len(classes) - 1}."
+            f"the {len(classes)} classes, 0 to {len(classes) - 1}."
         )
 
 
@@ -245,7 +230,7 @@ def _warn_of_unseen(train, test, classes: Sequence[str]) -> None:
     if unseen:
         names = ", ".join(classes[i] for i in unseen[:5])
         warnings.warn(
-            f"{len(unseen)} classes of the test part have no training image: {names}.",
+            f"{len(unseen)} classes of the test split have no training image: {names}.",
             stacklevel=2,
         )
 
@@ -254,22 +239,22 @@ def _warn_of_unseen(train, test, classes: Sequence[str]) -> None:
 
 
 def evaluate(
-    encoder: VimEncoder, data, folder: Path, targets: str, classes: list[str], **more: Any
+    encoder: VimEncoder, data, folder: Path, targets: str, classes: list[str], **loading: Any
 ) -> dict[str, Any]:
-    """Figures of an encoder with a head on labelled images, of MedMNIST its own ``auc`` and
-    ``acc`` too; the tables go to ``folder``.
+    """Evaluate an encoder with a head on labelled images and write the tables to ``folder``.
 
     Args:
         data: map-style, or a stream.
-        more: arguments of `extract_features`.
+        loading: arguments of `extract_features`.
+    Returns: the metrics; for MedMNIST also its ``auc`` and ``acc``.
     """
     extract = stream_features if data.is_stream else extract_features
     device = next(encoder.parameters()).device
-    found = extract(encoder.eval(), data, create_transform(encoder), device=device, **more)
-    check_labels(data.name, found.y, targets, classes)  # those of a stream are known only now
-    judged = classification_metrics(found.x, found.y, targets, found.groups)
-    write_tables(folder, judged, found.x, found.y, found.ids, classes, targets)
+    answers = extract(encoder.eval(), data, create_transform(encoder), device=device, **loading)
+    check_labels(data.name, answers.y, targets, classes)  # those of a stream are known only now
+    metrics = classification_metrics(answers.x, answers.y, targets, answers.groups)
+    write_tables(folder, metrics, answers.x, answers.y, answers.ids, classes, targets)
     if task := getattr(data, "task", None):
-        scores = probabilities(found.x, targets).numpy()
-        judged |= medmnist_metrics(found.y.numpy(), scores, task, found.groups)
-    return {"test": len(found.y), **judged, "skipped": found.skipped}
+        scores = probabilities(answers.x, targets).numpy()
+        metrics |= medmnist_metrics(answers.y.numpy(), scores, task, answers.groups)
+    return {"test": len(answers.y), **metrics, "skipped": answers.skipped}

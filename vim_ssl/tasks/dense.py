@@ -1,11 +1,10 @@
-"""Dense tasks, a class for every pixel or boxes round objects: what their scripts share.
+"""Dense tasks, a class for every pixel or boxes around objects: the code their scripts share.
 
-A model has ``encoder``, ``classes``, ``config`` (all that builds it again) and ``save``.
+A model has ``encoder``, ``classes``, ``config`` (all that builds it again), ``predict`` and
+``save``.
 """
 
-import contextlib
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,37 +12,31 @@ from typing import Any
 import torch
 
 from vim_ssl.checkpoints.loading import load_for_bands
+from vim_ssl.data.images import BadImage
 from vim_ssl.data.loading.indexed import SeededSamples
 from vim_ssl.models.encoder import VimEncoder
-from vim_ssl.report import write_report
-from vim_ssl.training.accelerator import make_average
-from vim_ssl.training.config import TrainConfig
-from vim_ssl.training.loop import fit
+from vim_ssl.tasks.config import TransferConfig
+from vim_ssl.tasks.runner import Training, finish_run, train_run
 from vim_ssl.training.run import Run, evaluation_folder
 from vim_ssl.utils.config import check_between, opt, to_dict
+from vim_ssl.utils.drawing import GRID_ROWS
 from vim_ssl.utils.environment import environment
 
 
 @dataclass
-class DenseConfig(TrainConfig):
+class DenseConfig(TransferConfig):
     """The options of every dense task."""
 
-    encoder: str = opt("", "run, checkpoint, preset or Hub id; default: the newest run", "data")
-    data: str = opt("", "what it learns from", "data")
+    data: str = opt("", "training data", "data")
     test: float = opt(0.2, "share held out if the data has no test split", "data")
     hflip: float = opt(0.5, "probability of mirroring", "data")
-    drop_path: float = opt(0.0, "stochastic depth", "model")
-    from_scratch: bool = opt(False, "forget the weights: the baseline", "model")
-    eval_only: bool = opt(False, "judge a run of this script as it was trained", "run")
-    epochs: float = opt(30, "passes over the training part", "optimiser")
+    drop_path: float = opt(0.0, "rate of stochastic depth", "model")
+    eval_only: bool = opt(False, "evaluate a run of this script without training", "run")
+    epochs: float = opt(30, "passes over the training split", "optimiser")
     base_lr: float = opt(1e-3, "learning rate per lr_reference_batch samples", "optimiser")
-    betas: tuple[float, float] = opt((0.9, 0.999), "of AdamW", "optimiser")
-    layer_decay: float | None = opt(0.8, "lr factor from a block to the one below", "optimiser")
     ema: float = opt(
-        0.0, "decay of a moving average of encoder and heads, which is kept; 0: none", "optimiser"
+        0.0, "decay of the moving average of encoder and heads, which is kept; 0: none", "optimiser"
     )
-    workers: int = opt(0, "data loading processes a rank", "run")
-    eval_every: float = opt(1e9, "epochs between evaluations", "run")
 
     def __post_init__(self):
         super().__post_init__()
@@ -53,7 +46,7 @@ class DenseConfig(TrainConfig):
 def fresh_encoder(
     config: DenseConfig, source: str, side: int, bands: Mapping[str, Any]
 ) -> VimEncoder:
-    """The encoder that ``source`` names, to be trained on squares of ``side`` pixels.
+    """Load the encoder that ``source`` names, for training on squares of ``side`` pixels.
 
     Args:
         bands: see `load_for_bands`.
@@ -68,14 +61,14 @@ def fresh_encoder(
 
 @dataclass(frozen=True)
 class DenseTask:
-    """A script's part in training and judging.
+    """How a script trains and evaluates.
 
     Attributes:
-        name: the script's.
+        name: of the script.
         load: a run's folder -> model.
-        evaluate: (model, data, folder) -> figures, and scores that have a ``table``.
-        watched: figures that are logged while training.
-        summary: metrics -> lines for a person.
+        evaluate: (model, data, folder) -> metrics, and scores that have a ``table``.
+        watched: metrics that are logged in training.
+        summary: metrics -> text to print.
     """
 
     name: str
@@ -87,37 +80,30 @@ class DenseTask:
     def train(
         self, config: DenseConfig, model: Any, source: str, transform, train, test, accelerator
     ) -> dict[str, Any]:
-        """Train ``model`` in a run of its own and judge it on ``test``, once, at the end: its
-        average, where the configuration asks for one.
+        """Train ``model`` in its own run and evaluate it, or its moving average, on ``test``, once,
+        at the end.
 
-        Returns: the metrics that the run's metrics.json holds, on the main process.
+        Returns: the content of metrics.json, on the main process.
         """
-        run = Run.open(self.name, config, accelerator)
-        record = {"recipe": self.name, "data": train.name, **environment()}
-        average = make_average(model, config)
-        final: Any = model if average is None else average.module
 
-        def write_model() -> None:
-            with run.writing("the model"):
-                final.save(run.folder, record)
+        def save(folder: Path, ema: Any, record: dict[str, Any]) -> None:
+            (model if ema is None else ema).save(folder, record)
 
-        def figures() -> dict[str, float]:
-            found, _ = self.evaluate(final, test, run.folder)
-            return {f"test_{name}": found[name] for name in self.watched if name in found}
+        def validate(training: Training) -> Callable[[], dict[str, float]]:
+            def evaluate() -> dict[str, float]:
+                metrics, _ = self.evaluate(training.model, test, training.run.folder)
+                return {f"test_{name}": metrics[name] for name in self.watched if name in metrics}
 
-        metrics: dict[str, Any] = {}
-        with contextlib.closing(run):
-            fit(
-                model.train(), SeededSamples(train, transform, config.seed), config, run,
-                accelerator, average=average, on_save=write_model,
-                evaluate=figures if config.eval_every <= config.epochs else None,
-            )  # fmt: skip
-            if accelerator.is_main_process:
-                metrics = self._judge(config, final, source, test, run.folder, len(train))
-                with run.writing("report.html"):
-                    print(f"Report: {write_report(run.folder)}")
-        accelerator.end_training()
-        return metrics
+            return evaluate
+
+        def conclude(training: Training) -> dict[str, Any]:
+            return self._finish(config, training.model, source, test, training.run, len(train))
+
+        return train_run(
+            self.name, config, model, SeededSamples(train, transform, config.seed), accelerator,
+            model=model, data=train.name, save=save, what="model", conclude=conclude,
+            evaluate=validate if config.eval_every <= config.epochs else None,
+        )  # fmt: skip
 
     def evaluate_only(
         self, config: DenseConfig, source: str, test, device: torch.device
@@ -133,16 +119,45 @@ class DenseTask:
                 f"{source} knows the classes {model.classes[:5]} …, {test.name} has "
                 f"{test.classes[:5]} …; evaluate on the classes it was trained on."
             )
-        return self._judge(config, model, source, test, evaluation_folder(config.output), 0)
+        return self._finish(config, model, source, test, evaluation_folder(config.output), 0)
 
-    def _judge(self, config, model, source: str, test, folder: Path, seen: int) -> dict[str, Any]:
-        """Evaluate, write metrics.json and print the table."""
-        figures, scores = self.evaluate(model, test, folder)
-        metrics: dict[str, Any] = {
-            "task": self.name, "data": test.name, "encoder": source, "train": seen,
-            "classes": model.classes, **figures, "protocol": to_dict(config), **environment(),
+    def _finish(
+        self, config: DenseConfig, model, source: str, test, where: Run | Path, trained_on: int
+    ) -> dict[str, Any]:
+        folder = where.folder if isinstance(where, Run) else where
+        metrics, scores = self.evaluate(model, test, folder)
+        metrics = {
+            "task": self.name, "data": test.name, "encoder": source, "train": trained_on,
+            "classes": model.classes, **metrics, "protocol": to_dict(config), **environment(),
         }  # fmt: skip
-        (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-        print(scores.table())
-        print(f"{self.summary(metrics)} on {metrics['test']:,} test images · {folder}")
-        return metrics
+
+        def summary(metrics: dict[str, Any]) -> str:
+            line = f"{self.summary(metrics)} on {metrics['test']:,} test images · {folder}"
+            return f"{scores.table()}\n{line}"
+
+        return finish_run(where, metrics, summary)
+
+
+def predictions(
+    model: Any, data, skipped: list[str]
+) -> Iterator[tuple[int, dict[str, Any], Any, bool]]:
+    """Predict all images of ``data`` in eval mode.
+
+    Args:
+        skipped: receives the errors of images that cannot be read.
+    Yields: the index, the item, what ``model.predict`` gives, and whether to draw it.
+    Raises: ValueError if no image can be read.
+    """
+    training = model.training
+    model.eval()
+    drawn = {i * len(data) // GRID_ROWS for i in range(GRID_ROWS)}
+    for i in range(len(data)):
+        try:
+            item = data[i]
+        except BadImage as bad:
+            skipped.append(str(bad))
+            continue
+        yield i, item, model.predict(item["image"]), i in drawn
+    model.train(training)
+    if len(skipped) == len(data):
+        raise ValueError(f"none of the {len(data)} images could be read: {skipped[:3]}")

@@ -1,9 +1,9 @@
-"""Detection and instance segmentation: an encoder with heads that find objects, and their losses.
+"""Detection and instance segmentation: an encoder with a detector, and its losses.
 
     images -> encoder's last map -> feature pyramid -> proposals -> classes, boxes, masks
 
-The map is the residual stream after the final norm, class tokens taken out. (Upstream's detector
-has no class token and no norm there.)
+The map is the residual stream after the final norm, without class tokens. (Upstream's detector has
+no class token and no norm there.)
 """
 
 import os
@@ -18,36 +18,39 @@ from torch import Tensor, nn
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from vim_ssl.checkpoints.task_models import load_task, save_task
-from vim_ssl.data.images import BadImage, clean_image
+from vim_ssl.data.images import clean_image
 from vim_ssl.data.transforms.dense import DensePixels, on_canvas
+from vim_ssl.data.transforms.image import denormalize
 from vim_ssl.metrics.detection import DetectionMetrics
 from vim_ssl.models.encoder import VimEncoder
 from vim_ssl.models.heads import RCNN, SimpleFeaturePyramid
 from vim_ssl.models.heads.rcnn import COARSEST
 from vim_ssl.objectives.base import StepOutput
-from vim_ssl.utils.drawing import GRID_ROWS, object_grid, overlay_objects
+from vim_ssl.tasks.dense import predictions
+from vim_ssl.utils.drawing import object_grid, overlay_objects
 from vim_ssl.utils.names import did_you_mean
 
 HEADS = ("cascade", "rcnn")
 FILE = "detection.safetensors"
-SHOWN = 0.5  # the least score of what is drawn
+MIN_SCORE = 0.5  # the lowest score of an object that is drawn
 
 
 class Detection(nn.Module):
     """An encoder and a detector; as an objective, its losses.
 
     Args:
-        encoder: any whose patches lie edge to edge; its classification head is dropped.
+        encoder: any whose patches do not overlap; its classification head is dropped.
         classes: their names.
         head: "cascade" (Cascade Mask R-CNN, three stages) or "rcnn" (Mask R-CNN).
-        masks: whether objects get a mask too; training data need outlines then.
-        size: side of the square canvas that images are laid on, pixels, a multiple of 64; the
-            longer side of an image becomes as long.
-        channels: of the pyramid and inside the heads.
+        masks: predict masks too; the training data then need outlines.
+        size: side of the square canvas, pixels, a multiple of 64. An image is resized until its
+            longer side has this length.
+        channels: of the pyramid and the heads.
         convs, hidden, anchor, samples, score, most: see `RCNN`.
     Batches hold ``image`` (b, c, size, size), normalised, and ``objects``, a list of dicts; see
     `LargeScaleJitter`.
-    Raises: ValueError for an unknown head, no class, or a size that does not fit.
+    Raises: ValueError for an unknown head, no class, a size that does not fit, or patches that
+        overlap.
     """
 
     def __init__(
@@ -93,25 +96,26 @@ class Detection(nn.Module):
             "samples": samples, "score": score, "most": most,
         }  # fmt: skip
 
-    def found(
+    def detect(
         self, images: Tensor, targets: list[dict[str, Tensor]] | None = None
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
-        """What `RCNN` finds in images (b, c, size, size), or in training its losses."""
+        """The detections of `RCNN` in images (b, c, size, size), or in training its losses."""
         (last,) = self.encoder.forward_intermediates(images, 1, norm=True, intermediates_only=True)
         return self.detector(images, self.pyramid(last), targets)
 
     def forward(self, batch: dict[str, Any]) -> StepOutput:
-        """In training the losses' sum, an average over proposals, so an image weighs as another
-        (accumulation and several processes average over micro-batches, as ViTDet's training does);
-        in evaluation no loss, but images of what is found.
+        """In training the sum of the losses; in evaluation no loss, but images of the detections.
+
+        A loss is a mean over proposals, and all images have the same weight: accumulation and
+        several processes average over micro-batches, as in ViTDet.
         """
         images, targets = batch["image"], batch["objects"]
         count = len(images)
         if not self.training:
-            found, _ = self.found(images)
-            nothing = images.new_zeros(())
-            return StepOutput(nothing, count, {}, lambda: self._draw(images, targets, found))
-        _, losses = self.found(images, targets)
+            detections, _ = self.detect(images)
+            no_loss = images.new_zeros(())
+            return StepOutput(no_loss, count, {}, lambda: self._draw(images, targets, detections))
+        _, losses = self.detect(images, targets)
         return StepOutput(
             torch.stack(list(losses.values())).sum() * count, count,
             {name.removeprefix("loss_"): loss * count for name, loss in losses.items()},
@@ -119,102 +123,92 @@ class Detection(nn.Module):
 
     @torch.no_grad()
     def predict(self, image: Image.Image) -> dict[str, np.ndarray]:
-        """Find the objects of an image of any size.
+        """Detect the objects in an image of any size.
 
-        Returns: ``boxes`` float32 (n, 4), left, top, right, bottom in the pixels of the image,
-            upright as its EXIF orientation says; ``labels`` int64 (n,), class numbers from 0;
-            ``scores`` float32 (n,), falling; and with masks ``masks`` bool (n, h, w), True =
+        Returns: ``boxes`` float32 (n, 4), left, top, right, bottom in pixels of the image turned
+            upright by its EXIF orientation; ``labels`` int64 (n,), class numbers from 0;
+            ``scores`` float32 (n,), descending; with masks also ``masks`` bool (n, h, w), True =
             object.
         Raises: BadImage for what `clean_image` refuses.
         """
-        image = clean_image(image)  # upright, before it is asked for its size
+        image = clean_image(image)  # upright, before its size is read
         device = next(self.parameters()).device
         canvas, (height, width) = on_canvas(self.pixels, image, self.size)
-        found = {k: v.cpu() for k, v in self.found(canvas[None].to(device))[0][0].items()}
+        objects = {k: v.cpu() for k, v in self.detect(canvas[None].to(device))[0][0].items()}
         factors = torch.tensor([image.width / width, image.height / height] * 2)
-        whole = found["boxes"].float() * factors
+        whole = objects["boxes"].float() * factors
         sides = torch.tensor([image.width, image.height] * 2)
         boxes = torch.minimum(whole.clamp(min=0), sides)
-        inside = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(1)  # else it lies beside the image
-        answer = {
+        inside = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(1)  # the others lie outside the image
+        result = {
             "boxes": boxes[inside].numpy(),
-            "labels": (found["labels"][inside] - 1).numpy(),
-            "scores": found["scores"][inside].float().numpy(),
+            "labels": (objects["labels"][inside] - 1).numpy(),
+            "scores": objects["scores"][inside].float().numpy(),
         }
         if self.masks:
-            masks = np.zeros((len(answer["boxes"]), image.height, image.width), bool)
-            # Of the whole boxes: a mask belongs to its box, also where that leaves the image.
-            likely, corners = found["masks"][inside].float(), whole[inside]
-            for i in range(len(masks)):  # one by one: a float for each pixel is much at once
+            masks = np.zeros((len(result["boxes"]), image.height, image.width), bool)
+            # By the unclipped boxes: a mask fills its box, also where that leaves the image.
+            likely, corners = objects["masks"][inside].float(), whole[inside]
+            for i in range(len(masks)):  # one by one: float maps of all objects need much memory
                 one = slice(i, i + 1)
                 pasted = paste_masks_in_image(
                     likely[one], corners[one], (image.height, image.width)
                 )
                 masks[i] = pasted[0, 0].numpy() >= 0.5
-            answer["masks"] = masks
-        return answer
+            result["masks"] = masks
+        return result
 
-    def _draw(self, images: Tensor, targets: list[dict], found: list[dict]) -> Tensor:
+    def _draw(self, images: Tensor, targets: list[dict], detections: list[dict]) -> Tensor:
         """(b, 3, h, 2w) in [0, 1]: truth, prediction."""
-        mean, std = (
-            torch.tensor(self.encoder.data_config[key], device=images.device)[:, None, None]
-            for key in ("mean", "std")
-        )
-        shown = (255 * (images * std + mean).clamp(0, 1)).round().to(torch.uint8).cpu()
+        visible = 255 * denormalize(images, self.encoder.data_config)
+        visible = visible.round().to(torch.uint8).cpu()
         rows = []
-        for image, truth, one in zip(shown, targets, found, strict=True):
-            sure = {k: v[one["scores"] >= SHOWN] for k, v in one.items() if k != "masks"}
+        for image, truth, objects in zip(visible, targets, detections, strict=True):
+            sure = {
+                k: v[objects["scores"] >= MIN_SCORE] for k, v in objects.items() if k != "masks"
+            }
             panels = [
-                overlay_objects(image, part["boxes"].cpu(), part["labels"].cpu() - 1, self.classes)
-                for part in (truth, sure)
+                overlay_objects(image, one["boxes"].cpu(), one["labels"].cpu() - 1, self.classes)
+                for one in (truth, sure)
             ]
             rows.append(torch.cat(panels, 2))
         return torch.stack(rows) / 255
 
     def save(self, folder: str | os.PathLike, record: dict[str, Any] | None = None) -> None:
-        """Write the encoder as `save_encoder` does, and the rest beside it; see
+        """Write the encoder as `save_encoder` does, and the detector beside it, for
         `load_detection`."""
         save_task(self, folder, FILE, record)
 
 
 def load_detection(folder: str | os.PathLike) -> Detection:
-    """The encoder and detector that a detection run has written, in eval mode.
+    """Load the encoder and detector of a detection run, in eval mode.
 
-    Raises: FileNotFoundError for a folder without a detector; ValueError for one that does not fit
-        the encoder beside it.
+    Raises: FileNotFoundError for a folder without a detector; ValueError if it does not fit the
+        encoder beside it.
     """
     return load_task(Detection, folder, FILE, "detection")
 
 
 def evaluate(model: Detection, data, folder: Path) -> tuple[dict[str, Any], DetectionMetrics]:
-    """Average precision of a model on images with boxes.
+    """Evaluate a model on images with boxes: average precision.
 
-    ``results.json`` (what pycocotools' ``loadRes`` takes, with the data's own ids), ``classes.csv``
-    and ``predictions.png`` (truth, prediction) go to ``folder``.
+    Writes ``results.json`` (what pycocotools' ``loadRes`` takes, with the ids of the data),
+    ``classes.csv`` and ``predictions.png`` (truth, prediction) to ``folder``.
 
-    Returns: `DetectionMetrics.compute` with the number of images and those passed over.
-    Raises: ValueError if none can be read, or none has an object; ImportError without pycocotools.
+    Returns: the metrics of `DetectionMetrics.compute` with the number of images and the
+        skipped ones; and the scores.
+    Raises: ValueError if no image can be read, or none has an object; ImportError without
+        pycocotools.
     """
-    training = model.training
-    model.eval()
     scores = DetectionMetrics(data, masks=model.masks and data.has_outlines)
-    skipped, rows = [], []
-    shown = {i * len(data) // GRID_ROWS for i in range(GRID_ROWS)}
-    for i in range(len(data)):
-        try:
-            item = data[i]
-        except BadImage as bad:
-            skipped.append(str(bad))
-            continue
-        found = model.predict(item["image"])
-        scores.add(i, found)
-        if i in shown:
-            sure = {k: v[found["scores"] >= SHOWN] for k, v in found.items()}
+    skipped: list[str] = []
+    rows = []
+    for i, item, objects, draws in predictions(model, data, skipped):
+        scores.add(i, objects)
+        if draws:
+            sure = {k: v[objects["scores"] >= MIN_SCORE] for k, v in objects.items()}
             rows.append((item["image"], item, sure))
-    model.train(training)
-    if len(skipped) == len(data):
-        raise ValueError(f"none of the {len(data)} images could be read: {skipped[:3]}")
-    figures = {"test": len(data) - len(skipped), **scores.compute(), "skipped": skipped}
+    metrics = {"test": len(data) - len(skipped), **scores.compute(), "skipped": skipped}
     scores.write(folder)
     object_grid(rows, model.classes).save(folder / "predictions.png")
-    return figures, scores
+    return metrics, scores

@@ -1,9 +1,9 @@
-"""Semantic segmentation: an encoder with a head that gives every pixel a class, and its loss.
+"""Semantic segmentation: an encoder with a head that classifies every pixel, and its loss.
 
-    images -> encoder's maps, tapped after some blocks -> neck -> head -> logits
+    images -> encoder's maps after some blocks -> neck -> head -> logits
 
-The maps are the residual stream after the final norm, class tokens taken out. (Upstream's Vim-Ti
-taps the mixers' outputs without a norm.)
+The maps are the residual stream after the final norm, without class tokens. (Upstream's Vim-Ti
+takes the mixers' outputs without a norm.)
 """
 
 import os
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import to_pil_image
 
 from vim_ssl.checkpoints.task_models import load_task, save_task
-from vim_ssl.data.images import BadImage, clean_image
+from vim_ssl.data.images import clean_image
 from vim_ssl.data.labels import IGNORE
 from vim_ssl.data.sources.geotiff import write_labels
 from vim_ssl.data.transforms.dense import DensePixels
@@ -30,7 +30,8 @@ from vim_ssl.models.encoder import VimEncoder
 from vim_ssl.models.heads import NORMS, FCNHead, FeatureUpsampling, LinearHead, UPerNet
 from vim_ssl.models.sliding_window import label_pixels
 from vim_ssl.objectives.base import StepOutput
-from vim_ssl.utils.drawing import GRID_ROWS, class_colours, mask_grid
+from vim_ssl.tasks.dense import predictions
+from vim_ssl.utils.drawing import class_colours, mask_grid
 from vim_ssl.utils.names import did_you_mean
 
 HEADS = ("upernet", "linear")
@@ -42,20 +43,20 @@ class Segmentation(nn.Module):
     """An encoder and a segmentation head; as an objective, their loss.
 
     Args:
-        encoder: any; blocks above the last tap and a classification head are dropped.
+        encoder: any; blocks above the last tap and the classification head are dropped.
         classes: their names, 2 to 255.
         head: "upernet" (with upsampled maps at strides 4 to 32) or "linear".
-        taps: blocks whose maps are read, four for upernet; by default spread evenly, the last
-            block last, which gives 5, 11, 17, 23 of 24; of "linear" the last block alone.
+        taps: blocks whose maps are read, four for upernet; by default spread evenly up to the last
+            block: 5, 11, 17, 23 of 24. "linear" reads the last block by default.
         channels: inside UPerNet; 0: the encoder's width, as in the paper.
         norm: in the head, of `vim_ssl.models.heads.NORMS`.
-        auxiliary: weight of the auxiliary head's loss; upernet alone has one.
-        dice: weight of the Dice loss, a mean over the classes that an image shows.
-        short_side, window, slide: how `predict` reads an image: resized to this short side (0: as
-            it is), by windows of so many pixels, each so far from the next (0: two thirds).
-    Batches hold ``image`` (b, c, h, w), normalised, and ``mask`` (b, h, w) int64 with 255 for
-    pixels that do not count.
-    Raises: ValueError for an unknown head or norm, taps that do not fit, no such number of classes.
+        auxiliary: weight of the auxiliary head's loss, of upernet only.
+        dice: weight of the Dice loss, a mean over the classes that are in the image.
+        short_side, window, slide: of `predict`, pixels: the short side to resize to (0: no
+            resizing), the side of a window, and the stride of windows (0: two thirds of a side).
+    Batches hold ``image`` (b, c, h, w), normalised, and ``mask`` (b, h, w) int64, 255 = ignored.
+    Raises: ValueError for an unknown head or norm, taps that do not fit, or too few or too many
+        classes.
     """
 
     def __init__(
@@ -115,29 +116,29 @@ class Segmentation(nn.Module):
         }  # fmt: skip
 
     def maps(self, images: Tensor) -> list[Tensor]:
-        """(b, c, h, w) -> what the head reads: maps (b, d, ·, ·), finest first."""
-        asked = sorted(set(self.taps))
-        found = self.encoder.forward_intermediates(
-            images, asked, norm=True, intermediates_only=True
+        """(b, c, h, w) -> the input of the head: maps (b, d, ·, ·), finest first."""
+        blocks = sorted(set(self.taps))
+        maps = self.encoder.forward_intermediates(
+            images, blocks, norm=True, intermediates_only=True
         )
-        by_block = dict(zip(asked, found, strict=True))
+        by_block = dict(zip(blocks, maps, strict=True))
         return self.neck([by_block[tap] for tap in self.taps])
 
     def logits(self, images: Tensor) -> Tensor:
-        """(b, c, h, w) -> (b, classes, ·, ·), float32, at the head's own size."""
+        """(b, c, h, w) -> (b, classes, ·, ·), float32, at the resolution of the head."""
         return self.head(self.maps(images)).float()
 
     def forward(self, batch: dict[str, Tensor]) -> StepOutput:
-        """The loss, averaged over labelled pixels: an image weighs what it has of them."""
+        """The loss, averaged over labelled pixels: an image's weight is its share of them."""
         truth = batch["mask"]
         maps = self.maps(batch["image"])
-        logits = _at_size_of(truth, self.head(maps))
+        logits = _resize_to(truth, self.head(maps))
         loss = self._loss(logits, truth)
         if self.training and self.auxiliary is not None:
-            extra = _at_size_of(truth, self.auxiliary(maps[AUXILIARY_LEVEL]))
+            extra = _resize_to(truth, self.auxiliary(maps[AUXILIARY_LEVEL]))
             loss = loss + self.auxiliary_weight * self._loss(extra, truth)
         guess, labelled = logits.argmax(1), truth != IGNORE
-        pixels = truth[0].numel()  # so that the weight counts images, nearly
+        pixels = truth[0].numel()  # the weight then counts images, nearly
         hits = (guess == truth).sum() / pixels
         return StepOutput(
             loss, labelled.sum().item() / pixels, {"pixel_accuracy": 100 * hits},
@@ -145,32 +146,33 @@ class Segmentation(nn.Module):
         )  # fmt: skip
 
     def predict(self, image: Image.Image | np.ndarray) -> np.ndarray:
-        """An image of any size, or bands (h, w, bands) -> the number of each pixel's class, uint8
-        (h, w), of the image upright as its EXIF orientation says.
+        """Predict the class of every pixel of an image of any size, or of bands (h, w, bands).
 
-        Memory does not grow with the image beyond its own; see `label_pixels`.
+        Memory beyond the image itself does not grow with its size; see `label_pixels`.
+
+        Returns: class numbers, uint8 (h, w), of the image turned upright by its EXIF orientation.
         Raises: BadImage for what `clean_image` refuses.
         """
         device = next(self.parameters()).device
         if isinstance(image, np.ndarray):
             size = image.shape[:2]
         else:
-            image = clean_image(image)  # upright, before it is asked for its size
+            image = clean_image(image)  # upright, before its size is read
             size = image.height, image.width
-        found = label_pixels(
+        labels = label_pixels(
             self.logits, self.pixels(image).to(device), size,
             classes=len(self.classes), window=self.window, stride=self.slide,
         )  # fmt: skip
-        return found.to("cpu", torch.uint8).numpy()
+        return labels.to("cpu", torch.uint8).numpy()
 
-    def shown(self, image: Image.Image | np.ndarray) -> Image.Image:
-        """An image upright, as `predict` labels it; of bands what of them can be seen."""
+    def displayed(self, image: Image.Image | np.ndarray) -> Image.Image:
+        """The image upright, as `predict` labels it; of bands a visible rendering."""
         if isinstance(image, Image.Image):
             return clean_image(image)
         return to_pil_image(denormalize(self.pixels(image)[None], self.encoder.data_config)[0])
 
     def _loss(self, logits: Tensor, truth: Tensor) -> Tensor:
-        """Summed over labelled pixels, in units of one image's pixels."""
+        """The sum over labelled pixels divided by the pixels of one image."""
         loss = F.cross_entropy(logits, truth, ignore_index=IGNORE, reduction="sum")
         if self.dice:
             labelled = (truth != IGNORE).flatten(1).sum(1)  # (b,)
@@ -180,93 +182,83 @@ class Segmentation(nn.Module):
     def _draw(self, images: Tensor, truth: Tensor, guess: Tensor) -> Tensor:
         """(b, 3, h, 3w) in [0, 1]: image, truth, prediction."""
         colours = class_colours(len(self.classes)).to(images.device)
-        shown = denormalize(images, self.encoder.data_config).expand(-1, 3, -1, -1)
-        index = truth.clamp(max=len(self.classes))  # the last colour is nobody's
+        visible = denormalize(images, self.encoder.data_config).expand(-1, 3, -1, -1)
+        index = truth.clamp(max=len(self.classes))  # the last colour means ignored
         painted = [colours[x].permute(0, 3, 1, 2) / 255 for x in (index, guess)]
-        return torch.cat([shown, *painted], 3)
+        return torch.cat([visible, *painted], 3)
 
     def save(self, folder: str | os.PathLike, record: dict[str, Any] | None = None) -> None:
-        """Write the encoder as `save_encoder` does, and the rest beside it; see
+        """Write the encoder as `save_encoder` does, and the head beside it, for
         `load_segmentation`."""
         save_task(self, folder, FILE, record)
 
 
 def load_segmentation(folder: str | os.PathLike) -> Segmentation:
-    """The encoder and head that a segmentation run has written, in eval mode.
+    """Load the encoder and head of a segmentation run, in eval mode.
 
-    Raises: FileNotFoundError for a folder without a segmentation head; ValueError for one that
-        does not fit the encoder beside it.
+    Raises: FileNotFoundError for a folder without a segmentation head; ValueError if the head does
+        not fit the encoder beside it.
     """
     return load_task(Segmentation, folder, FILE, "segmentation")
 
 
 def evaluate(model: Segmentation, data, folder: Path) -> tuple[dict[str, Any], SegmentationMetrics]:
-    """Figures of a model on images with masks, at the masks' own size.
+    """Evaluate a model on images with masks, at the size of the masks.
 
-    ``classes.csv``, ``predictions.csv`` and ``predictions.png`` (image, truth, prediction) go to
-    ``folder``; of planes of volumes ``volumes.csv``; of rasters their predictions, each where the
-    raster lies, below ``predictions/``.
+    Writes ``classes.csv``, ``predictions.csv`` and ``predictions.png`` (image, truth, prediction)
+    to ``folder``; for planes of volumes ``volumes.csv``; for rasters their predictions as
+    georeferenced files below ``predictions/``.
 
-    Returns: `SegmentationMetrics.compute` with the number of images and those passed over, and of
-        planes `VolumeMetrics.compute`.
-    Raises: ValueError if none can be read, or none has a label.
+    Returns: the metrics of `SegmentationMetrics.compute` with the number of images and the
+        skipped ones, for planes also those of `VolumeMetrics.compute`; and the scores.
+    Raises: ValueError if no image can be read, or none has a label.
     """
-    training = model.training
-    model.eval()
-    scores, skipped, rows = SegmentationMetrics(model.classes), [], []
+    scores = SegmentationMetrics(model.classes)
     volumes: VolumeMetrics | None = None
-    shown = {i * len(data) // GRID_ROWS for i in range(GRID_ROWS)}
-    for i in range(len(data)):
-        try:
-            item = data[i]
-        except BadImage as bad:
-            skipped.append(str(bad))
-            continue
-        guess = model.predict(item["image"])
+    skipped: list[str] = []
+    rows = []
+    for _, item, guess, draws in predictions(model, data, skipped):
         scores.add(item["id"], item["mask"], guess, item.get("group"))
-        place = item.get("meta", {})
-        if "volume" in place:
+        origin = item.get("meta", {})
+        if "volume" in origin:
             volumes = volumes or VolumeMetrics(model.classes)
-            volumes.add(place, item["mask"], guess, item.get("group"))
-        if "raster" in place:
-            path = folder / "predictions" / place["name"]
-            write_labels(path, place["raster"], place["box"], guess)
-        if i in shown:
-            rows.append((model.shown(item["image"]), item["mask"], guess))
-    model.train(training)
-    if len(skipped) == len(data):
-        raise ValueError(f"none of the {len(data)} images could be read: {skipped[:3]}")
-    figures = {
+            volumes.add(origin, item["mask"], guess, item.get("group"))
+        if "raster" in origin:
+            path = folder / "predictions" / origin["name"]
+            write_labels(path, origin["raster"], origin["box"], guess)
+        if draws:
+            rows.append((model.displayed(item["image"]), item["mask"], guess))
+    metrics = {
         "test": len(data) - len(skipped), **scores.compute(), "skipped": skipped,
         "miou_ci_is": "middle 95 % of 1,000 bootstrap resamples of the images, or their groups",
     }  # fmt: skip
     scores.write(folder)
     if volumes:
-        figures |= volumes.compute()
+        metrics |= volumes.compute()
         volumes.write(folder)
-    mask_grid(rows, model.classes, class_colours(len(model.classes)).numpy()).save(
-        folder / "predictions.png"
-    )
-    return figures, scores
+    colours = class_colours(len(model.classes)).numpy()
+    mask_grid(rows, model.classes, colours).save(folder / "predictions.png")
+    return metrics, scores
 
 
 def dice_loss(logits: Tensor, truth: Tensor) -> Tensor:
-    """(b,): 1 - soft Dice, averaged over the classes that an image shows; 0 where it shows none.
+    """1 - soft Dice, averaged over the classes in an image; 0 for an image without any.
 
     Args:
         logits: (b, classes, h, w) float32.
-        truth: (b, h, w) int64; 255 does not count.
+        truth: (b, h, w) int64; 255 = ignored.
+    Returns: (b,)
     """
     classes = logits.shape[1]
     labelled = truth != IGNORE
-    wanted = F.one_hot(truth.where(labelled, 0), classes).permute(0, 3, 1, 2) * labelled[:, None]
-    found = logits.softmax(1) * labelled[:, None]
-    overlap = (found * wanted).sum((2, 3))
-    sizes = found.sum((2, 3)), wanted.sum((2, 3))  # (b, classes)
-    shown = sizes[1] > 0
-    losses = (1 - 2 * overlap / (sizes[0] + sizes[1]).clamp(min=1e-6)) * shown
-    return losses.sum(1) / shown.sum(1).clamp(min=1)
+    target = F.one_hot(truth.where(labelled, 0), classes).permute(0, 3, 1, 2) * labelled[:, None]
+    predicted = logits.softmax(1) * labelled[:, None]
+    overlap = (predicted * target).sum((2, 3))  # (b, classes)
+    sizes = predicted.sum((2, 3)), target.sum((2, 3))
+    present = sizes[1] > 0
+    losses = (1 - 2 * overlap / (sizes[0] + sizes[1]).clamp(min=1e-6)) * present
+    return losses.sum(1) / present.sum(1).clamp(min=1)
 
 
-def _at_size_of(mask: Tensor, logits: Tensor) -> Tensor:
+def _resize_to(mask: Tensor, logits: Tensor) -> Tensor:
     return F.interpolate(logits.float(), mask.shape[-2:], mode="bilinear", align_corners=False)

@@ -116,7 +116,7 @@ class Monitor:
         return self.accelerator.reduce(flag).item() > 0
 
     def checkpoint_due(self) -> bool:
-        """True when a checkpoint is due, or any rank was told to stop; identical on all ranks."""
+        """True when a checkpoint is due or any rank received a signal; identical on all ranks."""
         due = self.stop or (
             self.progress.step % self.config.save_steps == 0
             if self.config.save_steps

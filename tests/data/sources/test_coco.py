@@ -322,8 +322,16 @@ def test_an_image_of_another_size_is_named(spec, tmp_path):
 @pytest.mark.parametrize(
     ("orientation", "shape", "reason"),
     [
-        (3, (WIDTH, HEIGHT), "its EXIF orientation is 3, and whether what was drawn on it"),
-        (6, (HEIGHT, HEIGHT), "its EXIF orientation is 6, and whether what was drawn on it"),
+        (
+            3,
+            (WIDTH, HEIGHT),
+            "its EXIF orientation is 3, and it is not known whether its labels are turned too",
+        ),
+        (
+            6,
+            (HEIGHT, HEIGHT),
+            "its EXIF orientation is 6, and it is not known whether its labels are turned too",
+        ),
         (6, (WIDTH, HEIGHT), "the image has 8×12 pixels, its annotations are for 12×8"),
         (6, (HEIGHT, WIDTH), ""),
     ],

@@ -154,7 +154,11 @@ def test_a_mask_that_does_not_fit_is_named(tmp_path, values, reason):
 @pytest.mark.parametrize(
     ("orientation", "mask", "reason"),
     [
-        (3, VALUES, "its EXIF orientation is 3, and whether what was drawn on it lies so too"),
+        (
+            3,
+            VALUES,
+            "its EXIF orientation is 3, and it is not known whether its labels are turned too",
+        ),
         (2, VALUES, "its EXIF orientation is 2"),
         (6, VALUES, "the mask has 3×2 pixels, its image 2×3"),
         (6, VALUES.T, ""),

@@ -9,7 +9,7 @@ from PIL import Image
 
 from vim_ssl.data import open_data
 from vim_ssl.data.sources import slides
-from vim_ssl.data.sources.slides import tile_place, tissue
+from vim_ssl.data.sources.slides import tile_origin, tissue
 
 tifffile = pytest.importorskip("tifffile")
 pytest.importorskip("tiffslide")
@@ -54,7 +54,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("name", ["tumour/pyramid.tif", "normal/flat.tif", "normal/plain.png"])
 def test_tiles_with_tissue_are_read_where_they_lie(folder, name):
     data = open_data(f"slide:{folder / name}?tile={TILE}")
-    assert [tile_place(id) for id in data.ids] == [
+    assert [tile_origin(id) for id in data.ids] == [
         (Path(name).name, column * TILE, row * TILE) for row, column in PINK
     ]
     for item, red in zip(pickle.loads(pickle.dumps(data)), PINK.values(), strict=True):
@@ -72,14 +72,14 @@ def test_a_magnification_chooses_the_level(folder):
     data = open_data(f"slide:{folder}/tumour/pyramid.tif?tile=32&mpp=1")
     assert [np.asarray(item["image"]).shape for item in data] == [(32, 32, 3)] * 3
     assert [item["image"].getpixel((9, 9))[0] for item in data] == list(PINK.values())
-    assert [tile_place(id)[1] for id in data.ids] == [column * TILE for _, column in PINK]
+    assert [tile_origin(id)[1] for id in data.ids] == [column * TILE for _, column in PINK]
 
 
 @pytest.mark.parametrize("name", ["tumour/pyramid.tif", "normal/flat.tif", "normal/plain.png"])
 def test_a_slide_can_be_shrunk_into_one_tile(folder, name):
     """Of a file that does not say how large its pixels are too: what one long scan reads."""
     data = open_data(f"slide:{folder / name}?tile=32&shrink=8&tissue=none")
-    assert [tile_place(id)[1:] for id in data.ids] == [(0, 0)]
+    assert [tile_origin(id)[1:] for id in data.ids] == [(0, 0)]
     values = np.asarray(data[0]["image"]).astype(int)
     whole = slide()[:256, :256].astype(int).reshape(32, 8, 32, 8, 3).mean((1, 3))
     assert values.shape == (32, 32, 3)
@@ -96,7 +96,7 @@ def test_without_a_pyramid_wide_tiles_are_shrunk_piece_by_piece(folder, monkeypa
 
     def found() -> tuple[list[np.ndarray], np.ndarray]:
         data = open_data(spec)
-        assert {tile_place(id)[1] % side for id in data.ids} == {0}
+        assert {tile_origin(id)[1] % side for id in data.ids} == {0}
         return [np.asarray(item["image"]).astype(int) for item in data], tissue(path, side)
 
     tiles, shares = found()

@@ -444,7 +444,7 @@ class ScanMasks:
     def sizes(self, row: int) -> str:
         return _hash(self.read(row, (0, 0)))
 
-    def place(self, row: int) -> dict[str, Any]:
+    def location(self, row: int) -> dict[str, Any]:
         scan, plane = self.planes[row]
         return {
             "volume": scan.name, "plane": plane, "planes": len(scan.masks), "spacing": scan.spacing

@@ -114,7 +114,7 @@ class RasterMasks(OnDisk):
             values = _class_numbers(file, Window(*box) if box else None)
         return checked(values, size, name, self.classes).astype(np.uint8)
 
-    def place(self, row: int) -> dict[str, Any]:
+    def location(self, row: int) -> dict[str, Any]:
         """Return ``raster`` (its path), ``name`` (below the root), ``box``: see `write_labels`."""
         name = self.rows[row].bands[0][0]
         path = os.path.join(self.images, name)
@@ -156,7 +156,7 @@ def _numbers(path: Path) -> np.ndarray:
     return np.array(sorted(used))
 
 
-def _check_same_place(file: Any, path: Path) -> None:
+def _check_same_grid(file: Any, path: Path) -> None:
     """Raise BadImage for a mask of another size or place than the open raster."""
     with _opened(path) as mask:
         if (mask.width, mask.height) != (file.width, file.height):
@@ -301,7 +301,7 @@ def _read_header(path: Path, mask: Path | None) -> Raster:
 
     with _opened(path) as file:
         if mask:
-            _check_same_place(file, mask)
+            _check_same_grid(file, mask)
         bands = [text or f"band{i}" for i, text in enumerate(file.descriptions, 1)]
         has_no_data = not all(MaskFlags.all_valid in flags for flags in file.mask_flag_enums)
         dtype = np.result_type(*file.dtypes)

@@ -53,7 +53,7 @@ class MaskFiles(FileImages):
             values = np.where((values == 0) | (values == IGNORE), IGNORE, values - 1)
         return values.astype(np.uint8)
 
-    def place(self, row: int) -> dict[str, Any]:
+    def location(self, row: int) -> dict[str, Any]:
         return {}
 
 

@@ -114,7 +114,7 @@ def _read_header(path: Path, axis: int, masks_root: Path | None, mask: str) -> V
     nibabel = import_nibabel()
     image = nibabel.load(path)
     if masks_root:
-        _check_same_place(image, nibabel.load(masks_root / mask))
+        _check_same_grid(image, nibabel.load(masks_root / mask))
     return Volume(mask, _canonical_shape(image)[axis], _spacing(image, axis))
 
 
@@ -157,7 +157,7 @@ class PlaneMasks(OnDisk):
             raise BadImage(name, f"the mask cannot be read ({error})") from error
         return checked(upright(volume, plane, self.axis), size, name, self.classes)
 
-    def place(self, row: int) -> dict[str, Any]:
+    def location(self, row: int) -> dict[str, Any]:
         """Return the arguments of `vim_ssl.metrics.volumes.VolumeMetrics.add`."""
         name, plane = self.rows[row]
         volume = self.volumes[name]
@@ -270,7 +270,7 @@ def _spacing(image: Any, axis: int) -> tuple[float, ...]:
     return sizes[axis], rows, columns
 
 
-def _check_same_place(image: Any, mask: Any) -> None:
+def _check_same_grid(image: Any, mask: Any) -> None:
     """Raise ValueError for a mask of another shape or place than its volume."""
     shapes = [_canonical_shape(x) for x in (image, mask)]
     if shapes[0] != shapes[1]:

@@ -31,7 +31,7 @@ TIFFS = (".tif", ".tiff", ".svs", ".ndpi", ".scn", ".bif")
 SLIDE_EXTENSIONS = tuple(dict.fromkeys(TIFFS + EXTENSIONS))
 COLOURED = 20  # of 255: range of a tissue pixel's channels; glass and unscanned areas are grey
 COLOURS = ("MINISBLACK", "RGB", "YCBCR")  # tiffslide returns others, such as palettes, as grey
-GLANCE = 16  # pixels across a tile, enough to detect tissue
+OVERVIEW = 16  # pixels across a tile, enough to detect tissue
 TILE, TISSUE = 256, 0.1
 PIECE = 2**26  # pixels read at once at most, 0.2 GB
 ENLARGED = 4  # times at most: a larger factor means that the file's pixel size is wrong
@@ -47,11 +47,11 @@ class SlideTile:
     side: int
 
     def __str__(self) -> str:
-        """Return the id, which `tile_place` parses."""
+        """Return the id, which `tile_origin` parses."""
         return f"{self.name}@{self.left},{self.top}"
 
 
-def tile_place(id: str) -> tuple[str, int, int]:
+def tile_origin(id: str) -> tuple[str, int, int]:
     """Parse a tile's id into slide, left and top (pixels at full resolution)."""
     name, _, corner = id.rpartition("@")
     left, top = corner.split(",")
@@ -183,7 +183,7 @@ def tissue(path: str, side: int) -> np.ndarray:
     shares = np.zeros((rows, columns), np.float32)
     if not columns:
         return shares
-    level = slide.level(side / GLANCE)
+    level = slide.level(side / OVERVIEW)
     width = columns * side
     for row in range(rows):
         for piece in _pieces(side, width / slide.downsamples[level] ** 2):
@@ -232,7 +232,7 @@ def open_slide(spec: DataSpec) -> Splits:
     So a slide of 30,000 pixels is one tile of 1,872, which an encoder of that ``img_size`` reads in
     one scan. The rest at the right and lower border is dropped. A tile is kept if a tenth of its
     pixels is coloured, or ``tissue=0.3`` of them; ``tissue=none`` keeps all. The ids are
-    ``path@left,top`` (`tile_place`); the group is the slide, or a table's column ``group=``. Class
+    ``path@left,top`` (`tile_origin`); the group is the slide, or a table's column ``group=``. Class
     folders and splits are those of `open_folder`, a table's columns those of ``csv:``; a tile has
     the label of its slide.
 

@@ -182,10 +182,10 @@ def denormalize(images: Tensor, config: Mapping[str, Any]) -> Tensor:
     if len(mean) in (1, 3) and float(mean.abs().max()) <= 1:
         return (images * std[:, None, None] + mean[:, None, None]).clamp(0, 1)
     colours = band_positions(config.get("bands", ()), ("R", "G", "B")) or [None]
-    shown = [position for position in colours if position is not None]
-    if len(shown) < 3:
-        shown = [0, 1, 2] if len(mean) >= 3 else [0]
-    return (images[:, shown] / 4 + 0.5).clamp(0, 1)
+    chosen = [position for position in colours if position is not None]
+    if len(chosen) < 3:
+        chosen = [0, 1, 2] if len(mean) >= 3 else [0]
+    return (images[:, chosen] / 4 + 0.5).clamp(0, 1)
 
 
 def _keep_a_bit(step: Any) -> Any:

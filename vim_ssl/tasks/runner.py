@@ -1,0 +1,147 @@
+"""Train in a run directory and write the results: the wiring that recipes and tasks share.
+
+open the run → fit, saving the model with every checkpoint → conclude → close
+"""
+
+import contextlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from vim_ssl.report import write_report
+from vim_ssl.training.accelerator import make_average
+from vim_ssl.training.config import TrainConfig
+from vim_ssl.training.loop import fit
+from vim_ssl.training.run import Run
+from vim_ssl.utils.environment import environment
+from vim_ssl.utils.files import atomic_write
+
+
+@dataclass
+class Training:
+    """A training in progress, as the callbacks of `train_run` see it.
+
+    Attributes:
+        run: the run directory, open.
+        model: the model to evaluate: the moving average if there is one.
+        save: writes the model into the run; keyword arguments are added to its record.
+        evaluator: what ``evaluate`` of `train_run` has made.
+    """
+
+    run: Run
+    model: Any
+    save: Callable[..., None]
+    evaluator: Any = None
+
+
+def train_run(
+    name: str,
+    config: TrainConfig,
+    objective: nn.Module,
+    samples: Any,
+    accelerator: Any,
+    *,
+    model: nn.Module,
+    data: str,
+    save: Callable[..., object] | None,
+    what: str = "encoder",
+    record: dict[str, Any] | None = None,
+    prepare: Callable[[Run], None] | None = None,
+    evaluate: Callable[[Training], Callable[[], dict[str, float]]] | None = None,
+    should_stop: Callable[[Training], bool] | None = None,
+    conclude: Callable[[Training], dict[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """Train ``objective`` in the run directory that ``config`` names; resume if it says so.
+
+    Args:
+        name: of the recipe or task, for the records.
+        objective, samples: see `fit`.
+        model: what is averaged and saved: an encoder, or an objective with its heads.
+        data: name of the training data, for the record.
+        save: ``save(folder, ema=average or None, record=dict)`` writes the model. It is called on
+            the main process with every checkpoint.
+        what: the saved model in messages: "encoder" or "model".
+        record: further entries of the model's record.
+        prepare: called on the main process once the run is open.
+        evaluate: makes the evaluator, which is called every ``eval_every`` epochs on the main
+            process; it returns metrics to log.
+        should_stop: called on the main process after each evaluation; True ends the training.
+        conclude: called on the main process after the last step; returns the result. By default
+            the model is saved again with the last metrics in its record, and the report drawn.
+    Returns: the result of ``conclude``, empty on other ranks; by default the metrics logged last,
+        and ``run``, the directory.
+    Raises: what `Run.open` and `fit` raise.
+    """
+    run = Run.open(name, config, accelerator)
+    average = make_average(model, config)
+    averaged: Any = None if average is None else average.module
+    origin = {"recipe": name, "data": data, **(record or {}), **environment()}
+
+    def save_model(**more: Any) -> None:
+        if save is not None:
+            with run.writing(f"the {what}"):
+                save(run.folder, ema=averaged, record=origin | more)
+
+    training = Training(run, model if averaged is None else averaged, save_model)
+    result: dict[str, Any] = {}
+    with contextlib.closing(run):
+        if prepare is not None and accelerator.is_main_process:
+            prepare(run)
+        if evaluate is not None:
+            training.evaluator = evaluate(training)
+        logged = fit(
+            objective.train(), samples, config, run, accelerator, average=average,
+            evaluate=training.evaluator, on_save=save_model,
+            should_stop=should_stop and partial(should_stop, training),
+        )  # fmt: skip
+        if conclude is None:
+            result = {"run": str(run.folder), **logged}
+        if accelerator.is_main_process:
+            if conclude is not None:
+                result = conclude(training)
+            else:
+                if logged:  # empty if the run had ended before
+                    save_model(**{"figures": logged})  # the key that encoder.json has
+                _draw_report(run, f"{what.capitalize()}: {run.folder} · report: ")
+    accelerator.end_training()
+    return result
+
+
+def finish_run(
+    where: Run | Path,
+    metrics: dict[str, Any],
+    summary: Callable[[dict[str, Any]], str],
+    *,
+    page: Path | None = None,
+) -> dict[str, Any]:
+    """Write metrics.json, print the summary, and draw the report of the run.
+
+    Args:
+        where: an open run; or the folder of an evaluation, made if it is missing.
+        summary: metrics -> the text to print.
+        page: the run that the evaluation belongs to; its report is drawn again if it is a run.
+    Returns: the metrics.
+    """
+    run = where if isinstance(where, Run) else None
+    folder = where.folder if isinstance(where, Run) else where
+    text = json.dumps(metrics, indent=2, ensure_ascii=False) + "\n"
+    with run.writing("metrics.json") if run else contextlib.nullcontext():
+        folder.mkdir(parents=True, exist_ok=True)
+        # Lone surrogates, from file names that are no text, become JSON escapes.
+        atomic_write(folder / "metrics.json", text.encode("utf-8", "backslashreplace"))
+    print(summary(metrics))
+    if run:
+        _draw_report(run)
+    elif page and (page / "metrics.jsonl").exists():
+        print(f"Report: {write_report(page)}")
+    return metrics
+
+
+def _draw_report(run: Run, lead: str = "Report: ") -> None:
+    with run.writing("report.html"):
+        print(f"{lead}{write_report(run.folder)}")
