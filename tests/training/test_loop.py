@@ -508,7 +508,7 @@ def start_pretraining(processes: int, *args) -> list[subprocess.Popen]:
 
 
 def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
-    for _ in range(1200):
+    for _ in range(3600):  # three minutes: two imports of torch on a busy machine
         log = folder / "metrics.jsonl"
         if log.exists() and len(log.read_text().splitlines()) >= step:
             return
