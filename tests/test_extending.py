@@ -87,7 +87,7 @@ def test_an_objective_trains_and_a_task_evaluates_its_encoder(extras, capsys):
     assert losses[-1] < 0.2 * losses[0]
     assert json.loads(Path("run/config.json").read_text())["objective_args"] == {"hidden": 8}
     assert cli.main(["brightness", "--encoder", "run", "--data", spec, "--output", "out"]) == 0
-    assert json.loads(Path("out/metrics.json").read_text())["r2"] > 0.9
+    assert json.loads(Path("out/metrics.json").read_text())["r2"] > 0.5
 
 
 def test_a_backend_agrees_with_the_reference(extras):
