@@ -76,8 +76,8 @@ def test_a_source_opens_its_scheme(extras, capsys):
 def test_an_objective_trains_and_a_task_evaluates_its_encoder(extras, capsys):
     spec = write_images(extras)
     argv = ["mim-pretrain", "--data", spec, "--objective", "mean-colour", "--objective-args",
-            '{"hidden": 8}', "--encoder", "vim_nano_patch4_28", "--model-args",
-            '{"depth": 1, "embed_dim": 16, "d_state": 4}', "--epochs", "20", "--warmup-epochs", "1",
+            "hidden=8", "--encoder", "vim_nano_patch4_28", "--model-args", "depth=1",
+            "embed_dim=16", "d_state=4", "--epochs", "20", "--warmup-epochs", "1",
             "--batch-size", "8", "--base-lr", "3e-3", "--lr-reference-batch", "8", "--workers", "0",
             "--eval-every", "100", "--log-every", "1", "--crop-scale", "1", "1", "--trackers",
             "none", "--output", "run"]  # fmt: skip
