@@ -275,7 +275,7 @@ def test_missing_files_are_named(tmp_path):
     (tmp_path / "train/0.png").unlink()
     data = open_data(spec)
     assert data.ids == ["train/1.png", "train/2.png", "train/3.png"]
-    assert "1 images are not in train/ and are skipped: 0.png." in data.faults[0]
+    assert "1 images are missing in train/ and skipped: 0.png." in data.faults[0]
     assert len(data[2]["boxes"]) == 1
 
 

@@ -170,7 +170,7 @@ def test_columns_are_named(tmp_path):
 
 
 def test_no_table_is_told(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such table"):
+    with pytest.raises(FileNotFoundError, match="the table does not exist"):
         open_data(f"pairs:{tmp_path}/x.csv")
 
 

@@ -144,8 +144,7 @@ def open_coco(spec: DataSpec) -> Splits:
             below = folder.relative_to(root).as_posix()
             if absent := _missing(folder, listed):
                 faults.append(
-                    f"{len(absent):,} images are missing in {below}/ and are skipped: "
-                    f"{_some(absent)}."
+                    f"{len(absent):,} images are missing in {below}/ and skipped: {_some(absent)}."
                 )
             names += [f"{below}/{name}" for name in listed]
             missing |= {f"{below}/{name}" for name in absent}

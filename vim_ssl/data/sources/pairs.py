@@ -101,7 +101,7 @@ def _open_table(spec: DataSpec) -> ImageData:
         raise ValueError(f"{source} has no splits; put {spec.split!r} into a separate table.")
     path = Path(spec.location).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(f"{source}: there is no such table.")
+        raise FileNotFoundError(f"{source}: the table does not exist.")
     captions: dict[str, list[str]] = {}
     faults = []
     digest = blake2b(digest_size=8)
