@@ -304,7 +304,7 @@ def test_images_whose_masks_do_not_fit_are_passed_over_and_named(tmp_path, encod
     assert metrics["test"] == 1
     reasons = "\n".join(metrics["skipped"])
     for text in ("val/1.png: the mask has 9×9 pixels, its image 32×32",
-                 "val/2.png: the mask holds the number 7; there are 3 classes",
+                 "val/2.png: the mask contains the value 7; expected 3 classes",
                  "val/3.png: the mask cannot be read"):  # fmt: skip
         assert text in reasons
     assert read_metrics(tmp_path / "run")[-1]["skipped"] == 3

@@ -297,7 +297,7 @@ def _check_truth(splits: list[Split], classes: list[str] | None, report: Report)
     if not counts:
         return
     one = "box" if splits[0].boxes is not None else "mask"
-    title = "boxes per class" if one == "box" else "images per class"
+    title = "class (boxes)" if one == "box" else "class (images)"
     names = _list_classes(title, counts, classes, report)
     if all(len(split.decoded) == len(split.ids) for split in splits):
         _compare_classes(counts, names, one, report)

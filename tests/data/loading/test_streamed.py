@@ -177,7 +177,7 @@ def test_shards_are_shared_out_evenly():
 
 def test_a_slot_that_fills_no_batch_is_refused(tmp_path):
     spec = write_shards(tmp_path, 9, 3)
-    with pytest.raises(ValueError, match=r"hold 3 samples.*--batch-size 3"):
+    with pytest.raises(ValueError, match=r"have 3 samples.*--batch-size 3"):
         batches_of(spec, world=2, batch_size=4)
 
 
@@ -467,7 +467,7 @@ def test_a_streamed_table_resumes_exactly_with_workers(tables):
 
 
 def test_what_cannot_be_streamed_from_hugging_face_says_so(tables, tmp_path):
-    with pytest.raises(ValueError, match="label=size is no column of type ClassLabel"):
+    with pytest.raises(ValueError, match="label=size is not of type ClassLabel"):
         open_stream(f"{tables}?streaming=true&label=size")
     with pytest.raises(ValueError, match="no split 'dev'"):
         open_stream(f"{tables}?streaming=true&split=dev")

@@ -282,7 +282,7 @@ def test_missing_files_are_named(tmp_path):
 def test_ids_of_annotations_given_twice_do_no_harm(tmp_path):
     data = open_data(put(tmp_path, content([image_entry(1)], [thing(8, 1), thing(8, 1, 90)])))
     assert data[0]["box_labels"].tolist() == [0, 1]
-    assert "annotation ids are given twice in train.json: 8" in data.faults[0]
+    assert "train.json has duplicate annotation ids: 8" in data.faults[0]
     assert len({a["id"] for a in ground_truth(data, [0])["annotations"]}) == 2
 
 
@@ -360,21 +360,21 @@ def test_no_box_lies_askew_on_an_image_that_exif_turns(tmp_path, orientation, sh
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ("{", "train.json is no JSON"),
+        ("{", "train.json is not valid JSON"),
         ("[]", "train.json has no list 'images'"),
         (json.dumps({"images": [], "annotations": {}, "categories": []}), "no list 'annotations'"),
         (json.dumps({"images": [1], "annotations": [], "categories": []}), "no list 'images'"),
         (content([], []), "train.json has no image"),
         (content([image_entry(1)], [], ()), "train.json has no category"),
-        (content([image_entry(1), image_entry(1, "b.png")], []), "gives image ids twice: 1"),
-        (content([image_entry(1)], [], ((2, "a"), (2, "b"))), "gives category ids twice: 2"),
+        (content([image_entry(1), image_entry(1, "b.png")], []), "has duplicate image ids: 1"),
+        (content([image_entry(1)], [], ((2, "a"), (2, "b"))), "has duplicate category ids: 2"),
         (content([image_entry(1), image_entry("b")], []),
-         "image ids that are numbers and others that are texts, such as 1 and 'b'"),
+         "image ids that are numbers and others that are strings, such as 1 and 'b'"),
         (content([image_entry(1)], [], ((2, "a"), ("3", "b"))),
-         "category ids that are numbers and others that are texts, such as 2 and '3'"),
+         "category ids that are numbers and others that are strings, such as 2 and '3'"),
         (content([image_entry(1)], [thing(1, 1, 8), thing(2, 1, 9), thing(3, 1, 8)]),
-         "3 annotations in train.json are of categories that it does not list: ids 8, 9"),
-        (content([image_entry(1)], [thing(1, 1, None)]), "does not list: ids None"),
+         "3 annotations in train.json have unlisted categories: ids 8, 9"),
+        (content([image_entry(1)], [thing(1, 1, None)]), "unlisted categories: ids None"),
         (content([image_entry(1, width=0)], []), "an entry image has width = 0"),
         (content([{"id": 1, "file_name": "a.png"}], []), "image has width = None"),
         (content([image_entry([1])], []), r"image has id = \[1\]"),
@@ -454,5 +454,5 @@ def test_without_pycocotools_boxes_alone_can_be_read(spec, monkeypatch):
 
 
 def test_an_unknown_kind_of_label_is_refused(spec):
-    with pytest.raises(ValueError, match="takes label=boxes"):
+    with pytest.raises(ValueError, match="use label=boxes"):
         open_data(f"{spec}?label=masks")

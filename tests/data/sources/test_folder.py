@@ -158,7 +158,7 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
         (lambda p: p, ValueError, r"contains no image at any depth; it contains no files"),
         (
             lambda p: [(p / n).write_text("x") for n in ("a.txt", "b.TXT", "c.heic")] and p,
-            ValueError, r"it holds 2 × \.txt, 1 × \.heic\. Images are files that end in .*\.jpg",
+            ValueError, r"it contains 2 × \.txt, 1 × \.heic\. Images are files that end in .*\.jpg",
         ),
     ],
     ids=["missing", "file", "empty", "no-image"],

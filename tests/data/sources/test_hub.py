@@ -201,7 +201,11 @@ def test_arrays_of_any_height_and_none(tmp_path):
     ("feature", "value", "message"),
     [
         (datasets.Array3D((4, 8, 8), "uint8"), np.ones((4, 8, 8), np.uint8), "bands come first"),
-        (datasets.List(datasets.List(INTEGER)), [[1, 2]], "image holds List; expected Image, byte"),
+        (
+            datasets.List(datasets.List(INTEGER)),
+            [[1, 2]],
+            "image has type List; expected Image, byte",
+        ),
     ],
 )
 def test_what_is_no_image_is_refused(tmp_path, feature, value, message):
@@ -248,7 +252,11 @@ def test_one_class_an_image_goes_before_lists(tmp_path):
         ({}, "image=imgae", r"no column 'imgae' for image=\. Did you mean 'image'\? It has image"),
         ({}, "label=y", "no column 'y' for label="),
         ({"mask": ([{"bytes": b"", "path": None}] * 4, datasets.Image())}, "image=none", "'none'"),
-        ({"x": ([[1.0]] * 4, datasets.List(datasets.Value("float32")))}, "label=x", "neither"),
+        (
+            {"x": ([[1.0]] * 4, datasets.List(datasets.Value("float32")))},
+            "label=x",
+            "must contain integers",
+        ),
     ],
 )
 def test_wrong_columns(tmp_path, columns, query, message):

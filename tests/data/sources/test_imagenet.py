@@ -60,7 +60,7 @@ def test_flat_validation_by_the_devkit(tmp_path):
 def test_what_is_missing_is_said(tmp_path):
     with pytest.raises(FileNotFoundError, match="the folder does not exist"):
         open_data(f"imagenet:{tmp_path / 'no'}")
-    with pytest.raises(FileNotFoundError, match=r"neither train/ nor val/.*holds nothing"):
+    with pytest.raises(FileNotFoundError, match=r"neither train/ nor val/.*contains nothing"):
         open_data(f"imagenet:{tmp_path}")
     official(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"LOC_val_solution\.csv .*meta\.mat"):

@@ -191,9 +191,9 @@ def test_a_broken_mask_is_named(tmp_path):
     ("change", "error", "message"),
     [
         (lambda root: shutil.rmtree(root / "masks"), FileNotFoundError,
-         r"lacks masks/; it holds images"),
+         r"has no masks/; it contains images"),
         (lambda root: [shutil.rmtree(root / name) for name in ("masks", "images")],
-         FileNotFoundError, r"lacks images/ and masks/; it holds nothing"),
+         FileNotFoundError, r"has no images/ and no masks/; it contains nothing"),
         (lambda root: [(root / "masks" / name).unlink() for name in ("a.png", "b.png")],
          FileNotFoundError, r"2 of 3 images .*: a.jpg, b.jpg"),
         (lambda root: shutil.copy(root / "images/a.jpg", root / "masks/a.jpg"), ValueError,

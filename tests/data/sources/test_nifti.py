@@ -221,9 +221,9 @@ def test_masks_that_do_not_fit_are_named(tmp_path):
     data = open_data(spec)
     assert set(data.groups) == {"good.nii.gz", "half.nii.gz"}
     told = " ".join(data.faults)
-    assert "moved.nii.gz cannot be read (ValueError: its mask lies elsewhere" in told
+    assert "moved.nii.gz cannot be read (ValueError: its mask has another position" in told
     assert "small.nii.gz cannot be read (ValueError: its mask has (3, 5, 2) voxels" in told
-    with pytest.raises(BadImage, match=r"half.*it holds 1\.5; a mask's"):
+    with pytest.raises(BadImage, match=r"half.*it contains 1\.5; the values of a mask"):
         data[data.groups.index("half.nii.gz")]
     (tmp_path / "masks/good.nii").unlink()
     with pytest.raises(FileNotFoundError, match=r"1 of 4 images .* have no mask .*: good\.nii\.gz"):

@@ -252,7 +252,7 @@ def test_a_table_and_a_single_file(classes, tmp_path):
         ("video:{0}?frames=0", "not a whole number above 0"),
         ("video:{0}?fps=fast", "not a number above 0"),
         ("video:{0}?tile=4", "takes no option 'tile'"),
-        ("video:{0}?label=name", "takes label=folder"),
+        ("video:{0}?label=name", "use label=folder"),
         ("video:{0}/jump/frames", "contains 6 images but no video"),
         ("{0}/jump?frames=3", "takes no option 'frames'"),
         ("video:{0} + video:{0}", "only images can be joined"),

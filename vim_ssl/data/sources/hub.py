@@ -395,8 +395,7 @@ def _labels(
     names = getattr(kind, "names", None)
     if names is None and not str(getattr(kind, "dtype", "")).startswith(_LABEL_TYPES):
         raise ValueError(
-            f"label={name}: the column must contain integers, strings or lists of "
-            "ClassLabel."
+            f"label={name}: the column must contain integers, strings or lists of ClassLabel."
         )
     values = [value for table in chosen for value in TableColumn(table, name).all()]
     if names is None:
