@@ -401,7 +401,8 @@ def join_kernel(
 
 @triton.jit
 def _step_size(v, exists, SOFTPLUS: tl.constexpr):
-    """dt and its derivative by delta; 0 where there is no token, so that the step is void."""
+    """dt and its derivative w.r.t. delta; both are 0 outside the sequence: the step has no
+    effect."""
     if SOFTPLUS:
         dt, slope = softplus_with_slope(v)
     else:
@@ -481,7 +482,7 @@ def backward_kernel(
     states_at = states_ptr + (before_first + checkpoints - 1) * N * d + tile
 
     A2 = tl.load(A_ptr + s * N * d + tile, mask=tile_mask, other=0.0) * LOG2E
-    # Where there is no token dt is 0, and 0 times -inf would be NaN; a NaN of the input stays.
+    # Outside the sequence dt is 0, and 0 times -inf would be NaN; a NaN in the input is kept.
     A2 = tl.where(A2 < -3e38, -3e38, A2)
     bias = tl.zeros((LANES,), tl.float32)
     if HAS_BIAS:

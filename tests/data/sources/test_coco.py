@@ -266,7 +266,7 @@ def test_annotations_of_no_image_are_named(tmp_path):
     stray = [thing(2, 77), thing(3, None), thing(4, [1]), thing(5, 77)]
     data = open_data(put(tmp_path, content([image_entry(1)], [thing(1, 1), *stray])))
     assert data.box_count(0) == 1
-    assert "4 annotations are of images that train.json does not list" in data.faults[0]
+    assert "4 annotations belong to images that train.json does not list" in data.faults[0]
     assert "image ids 77, None, [1]." in data.faults[0]
 
 
