@@ -35,8 +35,10 @@ def read_rows(
     )
     plain = strict and delimiter == "\t"
     clean = _unquoted if plain else str.strip if strict else str
-    quoting = csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL
-    reader = csv.reader(chain([first], lines), delimiter=delimiter, quoting=quoting, strict=strict)
+    reader = csv.reader(
+        chain([first], lines), delimiter=delimiter, strict=strict,
+        quoting=csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL,
+    )  # fmt: skip
 
     def rows() -> Iterator[tuple[int, list[str], str]]:
         while True:
