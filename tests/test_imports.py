@@ -332,3 +332,17 @@ def test_no_script_hides_a_library(folder):
         {"torch", "timm", "vim_ssl", "torchvision"} | USED_LATE | set(sys.stdlib_module_names)
     )
     assert not taken
+
+
+LONG_FILES = {  # kernels in one piece, the encoder, and a table of data
+    "kernels/numba_kernels.py", "kernels/selective_scan/triton_kernels.py",
+    "vim_ssl/models/encoder.py", "vim_ssl/data/samples/sets.py",
+}  # fmt: skip
+
+
+def test_no_file_is_longer_than_one_reading_holds():
+    folders = ("vim_ssl", "kernels", "recipes", "downstream")
+    paths = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    long = {path.relative_to(ROOT).as_posix() for path in paths
+            if len(path.read_text(encoding="utf-8").splitlines()) > 500}  # fmt: skip
+    assert long <= LONG_FILES, "split the file, or shorten it to 500 lines"
