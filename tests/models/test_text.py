@@ -98,7 +98,7 @@ def test_what_gives_no_tokenizer_is_refused(captions, more, says):
 
 
 def test_an_unknown_tokenizer_is_refused_and_a_missing_package_named(monkeypatch):
-    with pytest.raises(ValueError, match="bpe, clip and hf:NAME"):
+    with pytest.raises(ValueError, match="bpe, clip or hf:NAME"):
         named_tokenizer("clop")
     monkeypatch.setitem(sys.modules, "open_clip", None)
     monkeypatch.setitem(sys.modules, "open_clip.tokenizer", None)

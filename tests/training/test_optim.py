@@ -247,5 +247,5 @@ def test_a_schedule_in_steps_falls_at_the_steps_of_the_whole_run(step, lr):
     schedule = build_schedule(optimizer, total_steps=TOTAL, warmup_steps=WARMUP, schedule="steps")
     schedule.step_update(step)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(lr)
-    with pytest.raises(ValueError, match="falls by tenths, not to min_lr"):
+    with pytest.raises(ValueError, match="divides the rate by 10 and ignores min_lr"):
         build_schedule(optimizer, total_steps=TOTAL, min_lr=1e-5, schedule="steps")
