@@ -35,7 +35,7 @@ from rows import ORIGIN, append_rows, origin, read_rows, results_parser
 from vim_ssl.data import open_data
 from vim_ssl.downstream import detection, finetune, segmentation, video
 from vim_ssl.recipes import clip_pretrain, mim_pretrain, supervised_pretrain
-from vim_ssl.tasks import classification, dense
+from vim_ssl.tasks import runner
 from vim_ssl.training.run import read_metrics
 
 TABLE = "presets.csv"
@@ -114,14 +114,12 @@ class Script:
 
     Attributes:
         module: module with the presets and `run`.
-        fits: the module that calls `fit`.
         images: preset -> images per epoch of its dataset.
         changes: settings that replace those of the presets, in addition to the common ones.
         data: key of `SMALL_DATA`, if --data has no suitable labels.
     """
 
     module: ModuleType
-    fits: ModuleType
     images: dict[str, int]
     changes: dict = dataclasses.field(default_factory=dict)
     data: str = ""
@@ -130,21 +128,21 @@ class Script:
 IMAGENET, ADE20K, COCO, KINETICS = 1_281_167, 20_210, 117_266, 240_436
 PIXELS, OBJECTS, CLIPS = SMALL_DATA
 SCRIPTS = (
-    Script(mim_pretrain, mim_pretrain, {
+    Script(mim_pretrain, {
         name: IMAGENET for name in mim_pretrain.PRESETS if name.endswith(("_192", "_224"))}),
-    Script(supervised_pretrain, classification, {
+    Script(supervised_pretrain, {
         name: IMAGENET for name in supervised_pretrain.PRESETS if name != "demo"}),
-    Script(finetune, classification, dict.fromkeys(finetune.PRESETS, IMAGENET),
+    Script(finetune, dict.fromkeys(finetune.PRESETS, IMAGENET),
            {"encoder": "vim_small_patch16_224"}),
-    Script(clip_pretrain, clip_pretrain, {
+    Script(clip_pretrain, {
         "cc3m_small_224": 3_000_000, "cc12m_small_224": 12_000_000,
         "datacomp_small_224": 12_800_000}, {"accumulation": 1}),
-    *(Script(segmentation, dense, {f"ade20k_upernet_{size}": ADE20K},
+    *(Script(segmentation, {f"ade20k_upernet_{size}": ADE20K},
              {"encoder": f"vim_{size}_patch16_224"}, PIXELS) for size in ("tiny", "small")),
-    *(Script(detection, dense, {f"coco_cascade_{size}": COCO},
+    *(Script(detection, {f"coco_cascade_{size}": COCO},
              {"encoder": f"vim_{size}_patch16_224", "batch_size": 1}, OBJECTS)
       for size in ("tiny", "small")),
-    Script(video, classification, dict.fromkeys(video.PRESETS, KINETICS),
+    Script(video, dict.fromkeys(video.PRESETS, KINETICS),
            {"encoder": "vim_small_patch16_224", "batch_size": 1}, CLIPS),
 )  # fmt: skip
 OF = {preset: script for script in SCRIPTS for preset in script.images}
@@ -167,7 +165,7 @@ def train(preset: str, folder: Path, changes: dict) -> dict:
         create = timm.create_model
         timm.create_model = lambda name, pretrained, **more: create(name, **more)
         teacher = f"{config.teacher}, random weights"
-    fit = script.fits.fit
+    fit = runner.fit
 
     def observed(model, *args, **options):
         nonlocal trained
@@ -180,8 +178,11 @@ def train(preset: str, folder: Path, changes: dict) -> dict:
         model.register_forward_pre_hook(note)
         return fit(model, *args, **options)
 
-    script.fits.fit = observed
-    script.module.run(config)
+    runner.fit = observed
+    try:
+        script.module.run(config)
+    finally:
+        runner.fit = fit
     steps = [after - before for before, after in pairwise(moments)]
     seconds = statistics.median(steps[len(steps) // 2 :])
     images = script.images[preset]

@@ -21,8 +21,7 @@ from typing import Any
 import torch
 
 from vim_ssl.cli import guarded
-from vim_ssl.data import labelled_splits
-from vim_ssl.data.clips import VideoData
+from vim_ssl.data import ImageData, labelled_splits
 from vim_ssl.models.encoder import VimEncoder
 from vim_ssl.models.video import INFLATIONS
 from vim_ssl.tasks.classification import ClassificationConfig, load_classifier, train_classifier
@@ -91,7 +90,7 @@ def run(config: Config) -> dict[str, Any]:
     return train_classifier("video", config, encoder, source, train, test, accelerator)
 
 
-def build_encoder(config: Config, source: str, data: VideoData) -> VimEncoder:
+def build_encoder(config: Config, source: str, data: ImageData) -> VimEncoder:
     """Return a video encoder with a head; with ``frozen`` only the head has gradients."""
     size = {"img_size": config.img_size} if config.img_size else {}
     images = load_classifier(source, data, config, global_pool=config.global_pool, **size)

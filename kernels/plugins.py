@@ -3,7 +3,8 @@
     [project.entry-points."vim_ssl.plugins"]
     my_package = "my_package.vim_ssl_plugin"
 
-Importing the named module registers what it adds.
+Importing the named module registers what it adds. (`vim_ssl/utils/plugins.py` is the same for the
+library: kernels import nothing of it.)
 """
 
 from importlib.metadata import entry_points
@@ -24,7 +25,7 @@ def load_plugins() -> None:
         _loaded.add(key)  # before the import, which may come back here
         try:
             plugin.load()
-        except Exception as error:
+        except Exception as error:  # a plugin may raise anything
             _loaded.remove(key)
             raise ImportError(
                 f"The plugin {plugin.name!r} ({plugin.value}) failed to load: "

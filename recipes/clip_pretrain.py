@@ -286,6 +286,7 @@ def run(config: Config) -> dict[str, Any]:
         run.count_skipped(data.faults)
 
     def retrieval(_: Training) -> Callable[[], dict[str, float]]:
+        assert val is not None  # it is called only then, see below
         return partial(measure_retrieval, objective, val, accelerator.device)
 
     return train_run(

@@ -23,6 +23,7 @@ TASKS = ("finetune", "segmentation", "detection")
 MAY_DIFFER = {"resume", "max_steps"}  # between the settings of a run and of the same run resumed
 # Their crops are resized as uint8 tensors, which torch rounds differently without AVX2.
 RESIZED = ("segmentation", "detection")
+DESCRIBED = ("format", "ema")  # in encoder.json and clip_config.json
 MEASURED = ("loss", "lr", "grad_norm")  # in metrics.jsonl, of every step
 
 
@@ -122,6 +123,8 @@ def test_a_saved_encoder_keeps_its_configuration(tmp_path):
     vim_ssl.save_encoder(encoder, tmp_path / "again", record={"recipe": "none"})
     before, after = read(EARLIER / "encoder/encoder.json"), read(tmp_path / "again/encoder.json")
     assert keys(before) <= keys(after)
+    assert {key: after[key] for key in DESCRIBED} == {key: before[key] for key in DESCRIBED}
+    assert after["config"].items() >= before["config"].items()
     before = load_file(EARLIER / "encoder/encoder.safetensors")
     after = load_file(tmp_path / "again/encoder.safetensors")
     assert before.keys() == after.keys()
@@ -196,7 +199,10 @@ def test_a_resumed_run_writes_the_files_keys_and_columns_of_before(resumed):
     name, run = resumed
     for file in sorted((EARLIER / "runs" / name).glob("*")):
         if file.suffix == ".json" and file.name not in ("config.json", "tokenizer.json"):
-            assert keys(read(file)) <= keys(read(run / file.name)), file.name
+            before, after = read(file), read(run / file.name)
+            assert keys(before) <= keys(after), file.name
+            for key in ("recipe", "task", *DESCRIBED):
+                assert after.get(key) == before.get(key), (file.name, key)
         elif file.suffix == ".csv":
             assert set(header(file)) <= set(header(run / file.name)), file.name
         elif file.suffix == ".safetensors":

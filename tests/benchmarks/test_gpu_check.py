@@ -1,9 +1,7 @@
 """What a GPU will be asked to do in one go runs here on a CPU, tiny."""
 
 import csv
-import os
-import subprocess
-import sys
+import importlib
 from pathlib import Path
 
 import pytest
@@ -11,19 +9,19 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def gpu_check(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "gpu_check.py"), *arguments],
-        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
-    )  # fmt: skip
+@pytest.fixture
+def gpu_check(monkeypatch):
+    """The script's `main`; each of its sections is a process of its own."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("gpu_check").main
 
 
 @pytest.mark.slow
-def test_dry_run(tmp_path):
+def test_dry_run(tmp_path, gpu_check, capfd):
     """No share of the budget ends here: how long a section takes is not what is tested."""
     pytest.importorskip("triton")
-    done = gpu_check("--dry-run", "--out", str(tmp_path), "--budget", "6000")
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    code = gpu_check(["--dry-run", "--out", str(tmp_path), "--budget", "6000"])
+    assert code == 0, "".join(text[-3000:] for text in capfd.readouterr())
     for name in ("ceilings", "accuracy", "kernels", "models", "pretraining"):
         with open(tmp_path / f"{name}.csv", newline="") as file:
             rows = list(csv.DictReader(file))
@@ -34,17 +32,17 @@ def test_dry_run(tmp_path):
     assert float(row["knn_top1"]) >= 0
 
 
-def test_a_section_is_cut_off_when_its_time_is_up(tmp_path):
-    done = gpu_check("--dry-run", "--only", "models", "--out", str(tmp_path), "--budget", "2")
-    assert "=== models: CUT OFF" in done.stdout
-    assert done.returncode == 0
+def test_a_section_is_cut_off_when_its_time_is_up(tmp_path, gpu_check, capfd):
+    argv = ["--dry-run", "--only", "models", "--out", str(tmp_path), "--budget", "2"]
+    assert gpu_check(argv) == 0
+    assert "=== models: CUT OFF" in capfd.readouterr().out
 
 
-def test_without_a_gpu_one_line_says_so(tmp_path):
+def test_without_a_gpu_one_line_says_so(tmp_path, gpu_check, capfd):
     import torch
 
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    done = gpu_check("--out", str(tmp_path))
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("gpu_check.py: torch finds no CUDA device")
+    assert gpu_check(["--out", str(tmp_path)]) == 1
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert line.startswith("gpu_check.py: torch finds no CUDA device")

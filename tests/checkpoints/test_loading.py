@@ -231,7 +231,7 @@ def edit_json(folder: Path, **changes) -> None:
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (lambda f: (f / "encoder.json").unlink(), "no encoder.json beside it"),
+        (lambda f: (f / "encoder.json").unlink(), "no encoder.json next to it"),
         (lambda f: (f / "encoder.json").write_text("{"), "not JSON"),
         (lambda f: (f / "encoder.json").write_text("[]"), 'no "config"'),
         (lambda f: (f / "encoder.json").write_text(""), "is empty"),
@@ -494,7 +494,7 @@ def test_pickle_that_wants_to_run_code_is_refused(tmp_path, form):
 
 def test_pickle_with_a_foreign_class_is_refused_by_name(tmp_path):
     path = write_released(tmp_path / "vim.pth", small(), config=Harmless())
-    with pytest.raises(ValueError, match=r"asks for test_loading\.Harmless"):
+    with pytest.raises(ValueError, match=r"refers to test_loading\.Harmless"):
         load_encoder(path)
 
 
@@ -529,7 +529,7 @@ def test_truncated_file(tmp_path, keep, zipped):
 
 def test_saved_list_is_no_state_dict(tmp_path):
     torch.save([torch.ones(1)], tmp_path / "vim.pth")
-    with pytest.raises(ValueError, match="holds a list"):
+    with pytest.raises(ValueError, match="contains a list"):
         load_encoder(tmp_path / "vim.pth")
 
 
@@ -835,7 +835,7 @@ def test_verify_lists_every_key_of_every_copy(tmp_path, capsys):
     path = write_released(tmp_path / "vim.pth", small(), model=state, model_ema=average)
     assert verify_main([str(path)]) == 1
     text = capsys.readouterr().out
-    assert "weights: values that are not finite: head.bias" in text
+    assert "weights: non-finite values: head.bias" in text
     for i in range(2):
         assert f"EMA copy: missing: layers.{i}.mixer.conv1d.bias" in text
     assert "does NOT load completely" in text

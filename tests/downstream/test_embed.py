@@ -2,10 +2,6 @@
 
 import io
 import json
-import os
-import socket
-import subprocess
-import sys
 import tarfile
 import time
 from pathlib import Path
@@ -14,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import finish, start
 
 from vim_ssl import VimEncoder, cli, create_transform, load_encoder, save_encoder
 from vim_ssl.data import ImageData, open_data
@@ -248,7 +245,7 @@ def test_a_killed_run_goes_on_and_leaves_what_one_run_leaves(
     assert len(before) == 2
     capsys.readouterr()
     record = run(encoder_file, spec, tmp_path / "killed")
-    assert "2 of them there already" in capsys.readouterr().out
+    assert "2 of them done" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in before}
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
     assert [record[key] for key in ("rows", "skipped")] == [
@@ -260,7 +257,7 @@ def test_a_finished_run_is_left_as_it_is(images, encoder_file, tmp_path, capsys)
     first = run(encoder_file, images, tmp_path)
     before = contents(tmp_path)
     again = run(encoder_file, images, tmp_path)
-    assert "6 of them there already" in capsys.readouterr().out
+    assert "6 of them done" in capsys.readouterr().out
     assert contents(tmp_path) == before
     assert again == first
 
@@ -330,22 +327,6 @@ def test_a_mistake_is_told_in_one_line(argv, message, encoder_file, tmp_path, mo
 # ------------------------------------------------------------------ several processes
 
 
-def start_two(*argv: str) -> list[subprocess.Popen]:
-    """Two processes of one run, as a launcher starts them."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    places = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-              "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}  # fmt: skip
-    return [
-        subprocess.Popen(
-            [sys.executable, embed.__file__, *argv],
-            env=os.environ | places | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-
-
 @pytest.mark.slow
 def test_two_processes_killed_and_started_again_leave_what_one_leaves(encoder_file, tmp_path):
     (tmp_path / "pictures").mkdir()
@@ -355,7 +336,7 @@ def test_two_processes_killed_and_started_again_leave_what_one_leaves(encoder_fi
             "--shard-rows", "3", "--batch-size", "1"]  # fmt: skip
     assert embed.main([*argv, "--output", str(tmp_path / "one")]) == 0
     both = [*argv, "--output", str(tmp_path / "two")]
-    processes = start_two(*both)
+    processes = start(2, embed.__file__, *both)
     while len(list((tmp_path / "two").glob("shards/*.parquet"))) < 4:
         assert processes[0].poll() is None, processes[0].communicate()[0]
         time.sleep(0.01)
@@ -363,8 +344,6 @@ def test_two_processes_killed_and_started_again_leave_what_one_leaves(encoder_fi
         process.kill()
         process.communicate()
     assert len(list((tmp_path / "two").glob("shards/*.parquet"))) < 100
-    processes = start_two(*both)
-    output = "".join(process.communicate(timeout=180)[0] for process in processes)
-    assert [process.returncode for process in processes] == [0, 0], output
-    assert output.count("Written: 299 embeddings") == 1
+    processes = start(2, embed.__file__, *both)
+    assert finish(processes).count("Written: 299 embeddings") == 1
     assert contents(tmp_path / "two") == contents(tmp_path / "one")

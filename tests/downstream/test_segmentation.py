@@ -2,15 +2,13 @@
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import finish, start
 from safetensors.torch import load_file
 
 from vim_ssl import VimEncoder, cli, load_encoder, save_encoder
@@ -205,26 +203,18 @@ def test_resume_is_bit_identical(tmp_path, encoder, data):
 
 @pytest.mark.slow
 def test_two_processes_train_one_model_and_write_one_record(tmp_path, encoder, data):
-    command = [
-        sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu",
-        "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
-        "--dynamo_backend", "no", "--main_process_port", "0", segmentation.__file__, *QUICK,
-        "--encoder", encoder, "--data", f"masks:{data}", "--output", str(tmp_path / "run"),
-        "--batch-size", "2", "--epochs", "2", "--eval-every", "1", "--warmup-epochs", "0",
-        "--log-every", "1",
-    ]  # fmt: skip
-    done = subprocess.run(
-        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-        timeout=400,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    shown = finish(start(
+        2, segmentation.__file__, *QUICK, "--encoder", encoder, "--data", f"masks:{data}",
+        "--output", str(tmp_path / "run"), "--batch-size", "2", "--epochs", "2",
+        "--eval-every", "1", "--warmup-epochs", "0", "--log-every", "1",
+    ))  # fmt: skip
     rows = read_metrics(tmp_path / "run")
     assert [row["step"] for row in rows if "loss" in row] == [1, 2]  # four images, all at once
     assert all(np.isfinite(row["loss"]) for row in rows if "loss" in row)
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
     assert (metrics["train"], metrics["test"]) == (4, 4)
     assert len(read_csv(tmp_path / "run/predictions.csv")) == 4
-    assert done.stdout.count("Report: ") == 1
+    assert shown.count("Report: ") == 1
     assert load_segmentation(tmp_path / "run").classes == NAMES
 
 

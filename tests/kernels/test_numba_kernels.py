@@ -112,12 +112,6 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
-@pytest.mark.slow
-def test_numba_is_imported_only_when_it_computes():
-    code = "import sys; from vim_ssl import *; print('numba' in sys.modules)"
-    assert python(code).stdout == "False\n"
-
-
 SCAN_ONCE = """
 import torch, vim_ssl
 from vim_ssl.kernels import numba_kernels

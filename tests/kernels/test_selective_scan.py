@@ -365,7 +365,7 @@ def test_autocast_keeps_the_recurrence_exact(backend, make):
 @each_backend
 @pytest.mark.parametrize("make", [one_way_inputs, two_way_inputs], ids=["one-way", "two-way"])
 def test_compiles_in_one_graph(backend, make):
-    m = make(2, 5, 3, 2)
+    m = make(2, 3, 3, 2)
     call = bi_selective_scan if m["u"].dim() == 4 else scan
     leaves = {name: v.clone().requires_grad_() for name, v in m.items()}
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
@@ -406,7 +406,8 @@ def eight_decades(length):
     g = torch.Generator().manual_seed(1)
     m["delta"] = 10 ** (torch.rand(m["delta"].shape, generator=g) * 11 - 8)
     m["A"] = -(10 ** (torch.rand(m["A"].shape, generator=g) * 8 - 4))
-    exact = run_scan(as_double(m), "reference", delta_softplus=False)
+    # In float64 the torch backend is held to 1e-12 above, and takes a tenth of the loop's time.
+    exact = run_scan(as_double(m), "reference" if length < 100 else "torch", delta_softplus=False)
     return m, exact, run_scan(m, "reference", delta_softplus=False)
 
 

@@ -88,7 +88,7 @@ def test_the_same_captions_give_the_same_tokens_in_every_process(tokenizer):
     ("captions", "more", "says"),
     [
         (["", " "], {}, "no word"),
-        (CAPTIONS, {"vocab_size": 100}, "vocab_size 100 does not hold the 256 bytes"),
+        (CAPTIONS, {"vocab_size": 100}, "vocab_size 100 is too small for the 256 bytes"),
         (CAPTIONS, {"context_length": 2}, "no room"),
     ],
 )

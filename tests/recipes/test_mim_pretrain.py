@@ -5,6 +5,7 @@ import math
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -356,19 +357,21 @@ DECAYED = {
 }  # fmt: skip
 
 
-def on_meta(preset: str, monkeypatch):
+@cache
+def on_meta(preset: str):
     """A paper preset's settings and objective, without memory for its weights."""
     create = timm.create_model
-    monkeypatch.setattr(timm, "create_model", lambda n, pretrained, **more: create(n, **more))
-    config = settings(monkeypatch, "--preset", preset, "--data", "photos")
-    with torch.device("meta"):
-        return config, mim_pretrain.build_objective(config, mim_pretrain.build_model(config))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timm, "create_model", lambda n, pretrained, **more: create(n, **more))
+        config = settings(patch, "--preset", preset, "--data", "photos")
+        with torch.device("meta"):
+            return config, mim_pretrain.build_objective(config, mim_pretrain.build_model(config))
 
 
 @pytest.mark.parametrize("preset", PAPER)
-def test_a_paper_preset_decays_its_matrices_and_nothing_else(preset, monkeypatch):
+def test_a_paper_preset_decays_its_matrices_and_nothing_else(preset):
     """Every parameter's name stands on exactly one of the two lists and in the group it says."""
-    config, objective = on_meta(preset, monkeypatch)
+    config, objective = on_meta(preset)
     names = {id(p): name for name, p in objective.named_parameters()}
     groups = param_groups(objective, config.weight_decay, config.layer_decay)
     decay = {names[id(p)]: group["weight_decay"] for group in groups for p in group["params"]}
@@ -395,7 +398,7 @@ class ScheduleIsBuiltError(Exception):
 @pytest.mark.parametrize("preset", PAPER)
 def test_a_paper_presets_learning_rate_has_the_papers_curve(preset, monkeypatch):
     """As the trainer sets it for the paper's effective batch: linear up, then a cosine, by step."""
-    config, objective = on_meta(preset, monkeypatch)
+    config, objective = on_meta(preset)
     numbers, effective_batch, peak = PAPER[preset]
     built = []
 
@@ -495,24 +498,38 @@ def test_the_command_shows_flags_and_presets(capsys):
     assert all(word in shown for word in ("--mask-ratio", "--resume", *mim_pretrain.PRESETS))
 
 
+HELP = """
+import contextlib, io, json, os, runpy, sys
+shown = {}
+for script in sys.argv[1:]:
+    sys.argv = [script, "--help"]
+    sys.path.insert(0, os.path.dirname(script))
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except SystemExit as stop:
+            shown[script] = (stop.code, out.getvalue())
+    del sys.path[0]
+print(json.dumps(shown))
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "script",
-    [
-        "recipes/mim_pretrain.py",
-        "downstream/linear_probe.py",
-        "downstream/knn.py",
-        "downstream/embed.py",
-        "downstream/finetune.py",
-    ],
-)
-def test_a_script_shows_its_help_when_called_by_path(script, tmp_path):
-    shown = subprocess.run(
-        [sys.executable, str(ROOT / script), "--help"], cwd=tmp_path, capture_output=True, text=True
+def test_scripts_show_their_help_when_called_by_path(tmp_path):
+    """One process for all, since most of a start is importing torch."""
+    scripts = ["recipes/mim_pretrain.py", "downstream/linear_probe.py", "downstream/knn.py",
+               "downstream/embed.py", "downstream/finetune.py"]  # fmt: skip
+    paths = [str(ROOT / script) for script in scripts]
+    done = subprocess.run(
+        [sys.executable, "-c", HELP, *paths], cwd=tmp_path, capture_output=True, text=True
     )
-    assert shown.returncode == 0, shown.stderr
-    assert "--encoder" in shown.stdout
-    assert "--data" in shown.stdout
+    assert done.returncode == 0, done.stderr
+    shown = json.loads(done.stdout)
+    assert list(shown) == paths
+    for code, text in shown.values():
+        assert code == 0
+        assert "--encoder" in text
+        assert "--data" in text
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def test_boxes_and_masks_are_in_the_images_own_pixels(monkeypatch):
         "masks": torch.ones(3, 1, 28, 28),
     }  # fmt: skip
     detector = model().eval()
-    monkeypatch.setattr(detector, "found", lambda images: ([found], {}))
+    monkeypatch.setattr(detector, "detect", lambda images: ([found], {}))
     answer = detector.predict(Image.new("RGB", (200, 100)))
     assert answer["boxes"].tolist() == [[25, 12.5, 75, 37.5], [50, 87.5, 150, 100]]
     assert answer["labels"].tolist() == [0, 1]
@@ -99,7 +99,7 @@ def test_a_mask_stays_in_place_where_its_box_leaves_the_image(monkeypatch):
         "scores": torch.tensor([0.9]), "masks": upper,
     }  # fmt: skip
     detector = model().eval()
-    monkeypatch.setattr(detector, "found", lambda images: ([found], {}))
+    monkeypatch.setattr(detector, "detect", lambda images: ([found], {}))
     answer = detector.predict(Image.new("RGB", (200, 100)))
     assert answer["boxes"].tolist() == [[50, 75, 150, 100]]
     assert answer["masks"][0, 77:, 52:148].all()

@@ -174,7 +174,7 @@ def test_labels_are_of_the_upright_image(orientation, turn):
         ({"head": "upernets"}, "head 'upernets' is unknown. Did you mean 'upernet'"),
         ({"norm": "group"}, "norm 'group' is unknown"),
         ({"taps": [1, 2]}, "upernet needs exactly four blocks"),
-        ({"taps": [1, 2, 3, 9]}, "outside the encoder's 4 blocks"),
+        ({"taps": [1, 2, 3, 9]}, "out of range; the encoder has 4 blocks"),
         ({"window": 30}, "img_size 30 is not divisible by patch_size 8"),
         ({"slide": 40}, "slide 40 leaves gaps"),
     ],
@@ -186,7 +186,7 @@ def test_what_does_not_fit_is_refused(changes, message):
 
 @pytest.mark.parametrize("count", [0, 1, 256])
 def test_too_few_or_many_classes_are_refused(count):
-    with pytest.raises(ValueError, match=f"There are {count} classes.* 2 to 255 are needed"):
+    with pytest.raises(ValueError, match=f"got {count} classes.* expected 2 to 255"):
         Segmentation(encoder(), [str(i) for i in range(count)], window=32)
 
 

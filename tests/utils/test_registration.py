@@ -19,7 +19,7 @@ def toys(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
     yield
-    for name in ("toy", "toy.part", "toy_plugin"):
+    for name in ("toy", "toy.part", "toy_plugin", "toy_other"):
         sys.modules.pop(name, None)
 
 
@@ -63,6 +63,14 @@ def test_two_hooks_and_a_missing_package_do_no_harm():
     assert importlib.import_module("toy").plugins == ["plugin"]
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module("toy_that_is_missing")
+
+
+def test_two_modules_register_at_one_package(tmp_path):
+    (tmp_path / "toy_other.py").write_text("import toy\ntoy.plugins.append('other')\n")
+    import_after("toy", "toy_plugin")
+    import_after("toy", "toy_other")
+    assert sorted(importlib.import_module("toy").plugins) == ["other", "plugin"]
+    assert "exec_module" not in vars(sys.modules["toy"].__loader__)
 
 
 def test_a_package_that_fails_to_import_registers_nothing(tmp_path):

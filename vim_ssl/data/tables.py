@@ -33,8 +33,10 @@ def read_rows(
         (sign for sign in "\t,;" if sign in first), "\t" if suffix.lower() == ".tsv" else ","
     )
     plain = strict and delimiter == "\t"
-    quoting = csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL
-    reader = csv.reader(chain([first], lines), delimiter=delimiter, quoting=quoting, strict=strict)
+    reader = csv.reader(
+        chain([first], lines), delimiter=delimiter, strict=strict,
+        quoting=csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL,
+    )  # fmt: skip
 
     def rows() -> Iterator[tuple[int, list[str], str]]:
         while True:

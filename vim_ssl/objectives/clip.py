@@ -309,7 +309,7 @@ def save_clip(
         if not (ours and key.startswith("encoder."))
     }
     description = {
-        "format": "vim_ssl.objectives.clip", "embed_dim": clip.embed_dim, "loss": clip.loss,
+        "format": "vim_ssl.clip", "embed_dim": clip.embed_dim, "loss": clip.loss,
         "image": None if ours else image, "text": clip.text.config, "made_by": record,
     }  # fmt: skip
     clip.tokenizer.save(folder)

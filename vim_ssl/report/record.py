@@ -145,7 +145,6 @@ def _find_previews(folder: Path) -> dict[str, list[tuple[int, Path]]]:
     previews: dict[str, list[tuple[int, Path]]] = {}
     for path in folder.glob("*-*.png"):
         name, _, step = path.stem.rpartition("-")
-        name = "preview" if name == "pictures" else name  # the name in earlier runs
         if step.isdecimal():
             previews.setdefault(PREVIEWS.get(name, name), []).append((int(step), path))
     return {name: sorted(previews[name]) for name in sorted(previews)}

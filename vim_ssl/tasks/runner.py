@@ -77,9 +77,9 @@ def train_run(
         and ``run``, the directory.
     Raises: the errors of `Run.open` and `fit`.
     """
-    run = Run.open(name, config, accelerator)
     average = make_average(model, config)
     averaged: Any = None if average is None else average.module
+    run = Run.open(name, config, accelerator)
     origin = {"recipe": name, "data": data, **(record or {}), **environment()}
 
     def save_model(**more: Any) -> None:

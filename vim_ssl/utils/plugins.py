@@ -1,24 +1,33 @@
-"""Plugins: installed packages that register what they add when they are imported."""
+"""Plugins: installed packages that register what they add when they are imported.
+
+    [project.entry-points."vim_ssl.plugins"]
+    my_package = "my_package.vim_ssl_plugin"
+
+`kernels/plugins.py` is the same for backends, since kernels import nothing of the library. A plugin
+that both load is imported once.
+"""
 
 from importlib.metadata import entry_points
 
-GROUP = "vim_ssl.plugins"  # the group of entry points; each names a module or an object in one
-_loaded: set[tuple[str, str]] = set()
+GROUP = "vim_ssl.plugins"
+_loaded: set[tuple[str, str]] = set()  # (name, module) of entry points
 
 
 def load_plugins() -> None:
-    """Import every installed plugin, once per process.
+    """Import every plugin that this process has not imported yet.
 
-    Raises: ImportError naming the plugin that cannot be loaded.
+    Raises: ImportError that names the plugin which failed.
     """
     for plugin in entry_points(group=GROUP):
-        if (plugin.name, plugin.value) in _loaded:
+        key = plugin.name, plugin.value
+        if key in _loaded:
             continue
+        _loaded.add(key)  # before the import, which may come back here
         try:
             plugin.load()
         except Exception as error:  # a plugin may raise anything
+            _loaded.remove(key)
             raise ImportError(
-                f"The plugin {plugin.name!r} ({plugin.value}) cannot be loaded: {error}. Repair "
-                "or uninstall the package that it belongs to."
+                f"The plugin {plugin.name!r} ({plugin.value}) failed to load: "
+                f"{type(error).__name__}: {error}. Repair or uninstall it."
             ) from error
-        _loaded.add((plugin.name, plugin.value))

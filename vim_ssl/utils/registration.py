@@ -8,6 +8,7 @@ there.
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -22,10 +23,11 @@ def import_after(package: str, module: str) -> None:
     """
     if package in sys.modules:
         import_module(module)
-    elif not any(isinstance(f, _Finder) and f.package == package for f in sys.meta_path):
+    elif _Finder(package, module) not in sys.meta_path:
         sys.meta_path.insert(0, _Finder(package, module))
 
 
+@dataclass(frozen=True)
 class _Finder:
     """Asks the finders behind it for the package, and extends what its loader does.
 
@@ -33,8 +35,8 @@ class _Finder:
     the loader that it would have without us.
     """
 
-    def __init__(self, package: str, module: str):
-        self.package, self.module = package, module
+    package: str
+    module: str
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -49,8 +51,11 @@ class _Finder:
         return spec
 
     def _extend(self, loader) -> None:
+        before = dict(vars(loader))  # another finder for the package may have extended it already
+
         def exec_module(module: ModuleType) -> None:
             del loader.exec_module
+            vars(loader).update(before)
             loader.exec_module(module)
             import_module(self.module)
 
