@@ -75,7 +75,7 @@ def test_a_scheme_or_an_option_is_of_one_source_only():
         source("dicom")(open_squares)
     with pytest.raises(ValueError, match="declares the option 'tile' as str"):
         source("squares", declares={"tile": str})(open_squares)
-    with pytest.raises(ValueError, match="takes colour: add to declares="):
+    with pytest.raises(ValueError, match="unknown options colour; add them to declares="):
         source("other", options=("colour",))(open_squares)
 
 
