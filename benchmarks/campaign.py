@@ -1,7 +1,7 @@
-"""Shared by the studies: CPU time of a training, cost of a step of every arm, runs in parallel.
+"""Code shared by the studies: CPU time of a training, cost of a step per arm, parallel runs.
 
-CPU time is that of one thread, data loading included: the time on an idle machine, which other work
-on the machine does not change.
+CPU time is that of one thread, including data loading. It approximates the time on an idle machine
+and is not affected by other work on the machine.
 """
 
 import os
@@ -34,7 +34,7 @@ def fit_seconds(recipe: str, objective, samples, config, accelerator) -> float:
 def costs(
     path: Path, data: str, arms: Iterable[str], train: Callable[[str, int], float], steps: int = 20
 ) -> dict[str, float]:
-    """CPU seconds a step of every arm, measured once in turns, then read from a CSV file.
+    """Return CPU seconds per step for every arm, measured once in turns, then read from a CSV file.
 
     Args:
         data: the name of the data in the rows.
@@ -60,7 +60,7 @@ def costs(
 def run_jobs(script: str, out: Path, jobs: Iterable[Sequence], at_once: int) -> int:
     """Run ``script --out OUT --one JOB…`` for every job, each in a process of one thread.
 
-    Prints every job as it ends, with its errors if it failed; the others continue.
+    Prints each job when it ends, with its errors if it failed; the others continue.
     Returns: the number of jobs that failed.
     """
 

@@ -1,15 +1,15 @@
-"""Measure the CPU path: the compiled scan, Vim-Ti beside DeiT-Ti, memory of a training step.
+"""Measure performance on a CPU: the compiled scan, Vim-Ti and DeiT-Ti, memory of a training step.
 
     python benchmarks/cpu.py                              # a quarter of an hour on one core
     python benchmarks/cpu.py --only scan --sketch SCAN.so
 
-Everything runs on one thread. Compared calls take turns in one process and are timed by the
+Everything runs on one thread. Compared calls alternate in one process and are timed with the
 thread's CPU clock; short calls repeat within a turn. Each value is a median, each ratio the median
-of the ratios per turn. Memory is the rise of the resident set's peak during a step, in a fresh
+of the ratios per turn. Memory is the increase of the peak resident set during a step, in a fresh
 process after a step on a tiny image. Rows are appended to results/cpu.csv, or to --out.
 
 ``--sketch`` adds a scan in C++: a shared library with ``scan_fwd`` and ``scan_bwd``, whose
-arguments are those in `sketched`. Compile it by g++ -O3 -march=native -fopenmp -ffast-math
+arguments are those in `sketched`. Compile it with g++ -O3 -march=native -fopenmp -ffast-math
 -fno-associative-math -shared -fPIC: associative mathematics would remove the rounding from its
 exponential. Its results are checked before it is timed.
 """
@@ -34,12 +34,12 @@ from vim_ssl.kernels.selective_scan import selective_scan
 COLUMNS = (*ORIGIN, "what", "value", "unit", "conditions")
 SCAN = (1, 197, 384, 16)  # b, l, d, n: one direction of Vim-Ti at 224 px
 VIM, DEIT = "vim_tiny_patch16_224", "deit_tiny_patch16_224"
-TURN_SECONDS = 0.02  # of a turn for one kind of call, or one call if it takes longer
+TURN_SECONDS = 0.02  # duration of a turn for one kind of call, or one call if it takes longer
 Row = dict[str, str | float]
 
 
 def in_turns(calls: dict[str, Callable[[], object]], turns: int) -> dict[str, list[float]]:
-    """CPU seconds per call of each, in every turn."""
+    """Return CPU seconds per call, for each call and turn."""
     repeats = {name: max(int(TURN_SECONDS / _seconds(call, 2)), 1) for name, call in calls.items()}
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(turns):
@@ -64,7 +64,7 @@ def row(what: str, value: float, unit: str, conditions: str) -> Row:
 def rows_of(
     part: str, seconds: dict[str, list[float]], ratios: list[tuple[str, str]], conditions: str
 ) -> list[Row]:
-    """One row for each time, and one for each (slower, faster) ratio."""
+    """Return one row per time, and one per (slower, faster) ratio."""
     rows = [row(f"{part}, {name}", round(1e3 * statistics.median(s), 3), "ms", conditions)
             for name, s in seconds.items()]  # fmt: skip
     for a, b in ratios:
@@ -131,7 +131,7 @@ def time_scan(sketch: str | None, turns: int) -> list[Row]:
 
 
 def sketched(path: str, m: dict[str, Tensor], expected: Tensor) -> tuple[Callable, Callable]:
-    """Forward and backward pass of a scan in C++; see the docstring of this file.
+    """Load the forward and backward pass of a scan in C++; see the docstring of this file.
 
     Raises: ValueError if its output is not ``expected``.
     """
@@ -186,9 +186,9 @@ def time_encoder(size: int, turns: int) -> list[Row]:
 
 
 def step_memory(backend: str, batch: int, recompute: bool) -> float:
-    """MiB by which a training step at 224 px raises the peak of the resident set.
+    """Return the increase in MiB of the peak resident set by a training step at 224 px.
 
-    ``recompute``: with gradient checkpointing.
+    ``recompute``: use gradient checkpointing.
     """
     from vim_ssl import load_encoder
 
@@ -234,7 +234,7 @@ def main() -> int:
     add = parser.add_argument
     add("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to run")
     add("--sketch", help="shared library of a scan in C++ to compare with")
-    add("--turns", type=int, default=30, help="of each comparison")
+    add("--turns", type=int, default=30, help="turns per comparison")
     add("--dry-run", action="store_true", help="print the table, append no rows")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -3,12 +3,12 @@
     python benchmarks/dense.py                          # every part: some ten minutes of one core
     python benchmarks/dense.py --only cascade --out FOLDER
 
-`cascade`, `rcnn` and `upernet` train downstream/detection.py and segmentation.py from scratch, in
-full, on four aerial tiles of 90 px with outlines of buildings (the sample set `buildings`), without
-augmentation, and test on the same four. Targets are an AP50 of 90 for the cascade, of boxes and of
-masks, and a mIoU of 95 for UPerNet. `memory` is the peak of a process that detects objects in one
-image of 1024 px with Vim-Ti and the paper's cascade, with random weights; the target is 4 GiB. Rows
-are appended to results/dense.csv, or to --out.
+`cascade`, `rcnn` and `upernet` train all weights from scratch with downstream/detection.py and
+segmentation.py on four aerial tiles of 90 px with outlines of buildings (the sample set
+`buildings`), without augmentation, and test on the same four. Targets are an AP50 of 90 for the
+cascade, for boxes and masks, and a mIoU of 95 for UPerNet. `memory` is the peak of a process that
+detects objects in one image of 1024 px with Vim-Ti and the paper's cascade, with random weights;
+the target is 4 GiB. Rows are appended to results/dense.csv, or to --out.
 """
 
 import json
@@ -33,8 +33,8 @@ LEARN = {"encoder": ENCODER, "hflip": 0.0, "warmup_epochs": 5, "batch_size": 4, 
 def four_tiles(root: Path) -> None:
     """Write four tiles with at least two buildings each, all of them large.
 
-    They are in COCO's layout below ``root``/coco and images with masks below ``root``/masks; every
-    split has the same four.
+    They are written in COCO's layout to ``root``/coco and as images with masks to ``root``/masks;
+    every split has the same four.
     """
     from vim_ssl.data import open_data
     from vim_ssl.data.sources.coco import ground_truth, mask_tools
@@ -118,7 +118,7 @@ def reaches_target(part: str, row: dict) -> bool:
 def main() -> int:
     parser = results_parser(__doc__, "dense.csv")
     parser.add_argument("--only", nargs="+", default=PARTS, choices=PARTS, help="parts to run")
-    parser.add_argument("--steps", type=int, default=150, help="of training, four images each")
+    parser.add_argument("--steps", type=int, default=150, help="training steps of four images")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     args = parser.parse_args()
     good = True

@@ -4,12 +4,12 @@
     python benchmarks/dense_transfer.py --summary       # the table of the README, from the rows
     python benchmarks/dense_transfer.py --steps 3 --out FOLDER           # test that every run works
 
-Four tasks by downstream/detection.py and segmentation.py, on three seeds, from the pretrained
-weights and from the same encoder untrained, without layer decay; all else is equal, the order of
-the images too. Every run trains the whole encoder with fresh heads and is tested once, at its end.
-Rows are appended to results/dense_transfer.csv as they come; runs with rows are skipped. --images
-FOLDER saves an image grid of truth and prediction of each task's first pretrained run. Get the sets
-by: vim-ssl samples get tree-crowns buildings brain-lobes ct-organs.
+Four tasks are trained with downstream/detection.py and segmentation.py on three seeds, from the
+pretrained weights and from the same encoder untrained, without layer decay; everything else is
+equal, including the order of the images. Every run trains the whole encoder with fresh heads and is
+tested once, at its end. Rows are appended to results/dense_transfer.csv as they come; runs with
+rows are skipped. --images FOLDER saves an image grid of truth and prediction for each task's first
+pretrained run. Get the data with: vim-ssl samples get tree-crowns buildings brain-lobes ct-organs.
 """
 
 import argparse
@@ -51,7 +51,7 @@ ARMS: dict[str, dict] = {
 }
 COLUMNS = (*ORIGIN, "task", "arm", "seed", "figure", "value", "train", "test", "epochs",
            "cpu_seconds")  # fmt: skip
-GRID_ROWS, GRID_COLOURS = 3, 64  # so that an image grid takes less than 300 kB
+GRID_ROWS, GRID_COLOURS = 3, 64  # limits an image grid to 300 kB
 COMMON = {"threads": 1, "trackers": ("none",), "save_every": 1e9, "batch_size": 4,
           "lr_reference_batch": 4}  # fmt: skip
 
@@ -61,13 +61,13 @@ class Task:
     """A script, its data and settings, and their description in the table.
 
     Attributes:
-        script: of downstream/.
-        data: spec.
+        script: module in downstream/.
+        data: data spec.
         metric: key in the script's metrics, and its description.
         test: description of the test split.
-        labels: who made them.
-        settings: besides `COMMON` and the script's defaults.
-        layout: (spec, folder) -> spec of the same data, written below the folder.
+        labels: source of the labels.
+        settings: settings in addition to `COMMON` and the script's defaults.
+        layout: (spec, folder) -> spec of the same data, written to the folder in another layout.
     """
 
     script: ModuleType
@@ -80,7 +80,7 @@ class Task:
 
 
 def as_ade20k(spec: str, root: Path) -> str:
-    """Write images with masks in ADE20K's layout: 150 classes from 1 on; 255 becomes 0, none."""
+    """Write images with masks in ADE20K's layout: 150 classes, from 1; 255 becomes 0 (ignored)."""
     for split, data in zip(("training", "validation"), masked_splits(spec, 0.2, 0), strict=True):
         for folder in ("images", "annotations"):
             (root / folder / split).mkdir(parents=True)
@@ -146,7 +146,7 @@ def measure(name: str, arm: str, seed: int, max_steps: int, images: Path | None)
 
 
 def image_grid(task: Task, data: str, run: Path) -> Image.Image:
-    """Truth beside prediction of a few test images: those with most objects, or evenly spread."""
+    """Return truth and prediction of a few test images, with most objects or evenly spaced."""
     _, test = (boxed_splits if task.script is detection else masked_splits)(data, 0.2, 0)
     few = [(2 * i + 1) * len(test) // (2 * GRID_ROWS) for i in range(GRID_ROWS)]
     if test.has_boxes:
@@ -166,7 +166,7 @@ def image_grid(task: Task, data: str, run: Path) -> Image.Image:
 
 
 def summary(rows: list[dict[str, str]]) -> str:
-    """One line per task: mean and deviation over the seeds."""
+    """Return one line per task: mean and deviation over the seeds."""
     lines = []
     for name, task in TASKS.items():
         full = [row for row in rows if row["task"] == name
@@ -183,11 +183,11 @@ def main() -> int:
     parser = results_parser(__doc__, TABLE)
     add = parser.add_argument
     add("--tasks", nargs="+", default=list(TASKS), choices=TASKS, metavar="TASK",
-        help=f"of {'; '.join(TASKS)}")  # fmt: skip
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the runs")
-    add("--jobs", type=int, default=2, help="runs at once, one thread each")
-    add("--steps", type=int, default=0, help="end each run after this many, as a trial")
-    add("--images", "--pictures", type=Path, metavar="FOLDER", help="for image grids")
+        help=f"tasks: {'; '.join(TASKS)}")  # fmt: skip
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the runs")
+    add("--jobs", type=int, default=2, help="parallel runs, one thread each")
+    add("--steps", type=int, default=0, help="trial: end each run after this many steps")
+    add("--images", "--pictures", type=Path, metavar="FOLDER", help="folder for image grids")
     add("--summary", action="store_true", help="only print the table")
     add("--one", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -198,7 +198,7 @@ def main() -> int:
         return 0
     if args.steps and args.out.resolve() == RESULTS.resolve():
         parser.error(
-            "--steps is for trials: give --out FOLDER too, to keep their rows out of results/."
+            "--steps is for trials: also give --out FOLDER, to keep their rows out of results/."
         )
     failed = 0
     if not args.summary:

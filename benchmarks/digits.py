@@ -1,10 +1,11 @@
 """Evaluate pretraining on 4,000 unlabelled digits, on three seeds.
 
-    python benchmarks/digits.py                           # minutes a seed on two CPU cores
+    python benchmarks/digits.py                           # minutes per seed on two CPU cores
 
-For every seed: pretrain, then linear probe, nearest neighbours and fine-tuning on ten labels a
-class, each beside the same encoder untrained and raw pixels. The 1,000 test digits are fixed and
-unseen in pretraining and in every choice. Rows are appended to results/digits.csv, or to --out.
+For every seed: pretrain, then evaluate by linear probe, nearest neighbours and fine-tuning on ten
+labels per class, each compared with the same encoder untrained and raw pixels. The 1,000 test
+digits are fixed and were not used in pretraining or any selection. Rows are appended to
+results/digits.csv, or to --out.
 Further options go to recipes/mim_pretrain.py.
 """
 
@@ -41,7 +42,7 @@ def run_seed(preset: str, seed: int, threads: int, folder: Path, more: list[str]
             raise RuntimeError(f"{path} failed:\n{log.read_text()[-3000:]}")
 
     train = ("--threads", str(threads))
-    if not (out / "report.html").exists():  # an interrupted campaign resumes
+    if not (out / "report.html").exists():  # not done yet, or interrupted: resume
         script("recipes/mim_pretrain.py", "--preset", preset, "--output", str(out), *train, *more)
     script("downstream/linear_probe.py", "--encoder", str(out), "--no-cache")
     few = ("--encoder", str(out), "--labels-per-class", "10", *train)
@@ -72,11 +73,11 @@ def main() -> int:
     parser = results_parser(__doc__, "digits.csv")
     add = parser.add_argument
     parser.epilog = "Further options go to recipes/mim_pretrain.py."
-    add("--preset", default="demo", help="of recipes/mim_pretrain.py")
+    add("--preset", default="demo", help="preset of recipes/mim_pretrain.py")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="a run each")
-    add("--threads", type=int, default=2, help="of each run")
-    add("--jobs", type=int, default=1, help="seeds at the same time")
-    add("--runs", type=Path, help="keep the runs here, else in a temporary folder")
+    add("--threads", type=int, default=2, help="threads per run")
+    add("--jobs", type=int, default=1, help="seeds run in parallel")
+    add("--runs", type=Path, help="folder to keep the runs in; default: a temporary folder")
     args, more = parser.parse_known_args()
     folder = args.runs or Path(tempfile.mkdtemp(prefix="digits-"))
     folder.mkdir(parents=True, exist_ok=True)

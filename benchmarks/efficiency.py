@@ -1,4 +1,4 @@
-"""Time and memory against pixels: Vim beside DeiT with fused and with plain attention.
+"""Time and memory by image size: Vim, and DeiT with fused and with plain attention.
 
     python benchmarks/efficiency.py                               # on one CPU thread, see --seconds
     python benchmarks/efficiency.py --device cuda --batch 8 --dtype bfloat16
@@ -8,14 +8,15 @@
 A point is a model, an attention, a task (features of a batch, or a training step with AdamW) and a
 size in pixels. Each is measured in a fresh process, the smallest first: a warm-up at 32 px and one
 at full size, then the median of `--repeats` passes or as many as fit into two seconds; a pass of
-ten seconds or more is neither warmed up nor repeated. On a CPU with one thread seconds are the
-process's CPU time, which other work on the machine hardly disturbs, else wall-clock time. Memory is
-the rise of the peak: on a CPU of the resident set since the warm-up at 32 px, on a GPU of what
-torch allocates beyond weights and input. That of a step includes gradients and optimiser state.
+ten seconds or more is neither warmed up nor repeated. On a CPU with one thread, seconds are the
+process's CPU time, which other work on the machine hardly affects; otherwise wall-clock time.
+Memory is the increase of the peak: on a CPU, of the resident set since the warm-up at 32 px; on a
+GPU, of torch's allocations beyond weights and input. For a step it includes gradients and optimiser
+state.
 
-A point that takes longer than `--seconds` or more than `--memory` becomes a row too, and larger
-sizes of its kind are skipped. Rows are appended to results/efficiency.csv as they come; the same
-command resumes. `--summary` reads them and measures nothing.
+A point that takes longer than `--seconds` or more than `--memory` also gets a row, and larger sizes
+of its kind are skipped. Rows are appended to results/efficiency.csv as they come; the same command
+resumes. `--summary` reads them and measures nothing.
 """
 
 import argparse
@@ -50,7 +51,7 @@ PIXELS = (224, 384, 512, 640, 768, 1024, 1248, 1600, 2048, 4096)
 FITTED = (640, 2048)  # pixels between which exponents are fitted
 CLAIMED_PX, CLAIMED_SPEED, CLAIMED_MEMORY = 1248, 2.8, 86.8  # the paper's abstract; per cent less
 DONE, TOO_LONG, TOO_LARGE = "measured", "too long", "too large"
-SHORT, LONG = 2.0, 10.0  # seconds: least sum of the passes; a pass that is not repeated
+SHORT, LONG = 2.0, 10.0  # seconds: minimum total of the passes; passes this long are not repeated
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Point:
     device: str
     threads: int
     model: str
-    attention: str  # "fused" or "plain"; "" where there is none
+    attention: str  # "fused" or "plain"; "" for Vim
     task: str
     pixels: int
     batch: int
@@ -72,7 +73,7 @@ class Point:
 
 
 def points(args: argparse.Namespace) -> Iterator[Point]:
-    """All requested points by size, so that the slow ones come last."""
+    """Yield all requested points by size, so that slow ones come last."""
     for pixels in sorted(args.pixels):
         for task in args.tasks:
             for model in args.models:
@@ -121,7 +122,7 @@ def measure(point: Point, repeats: int, memory_gb: float) -> dict[str, Any]:
     del small
     x = torch.randn(point.batch, 3, point.pixels, point.pixels, device=point.device)
     if memory_gb and not cuda:
-        # Private memory only: the libraries' address space is many times as large.
+        # Limit private memory only: the libraries' address space is many times larger.
         limit = int(memory_gb * 2**30)
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     reset_peak(point.device)
@@ -155,12 +156,12 @@ def measure(point: Point, repeats: int, memory_gb: float) -> dict[str, Any]:
 
 
 def free_gib() -> float:
-    """Seven tenths of the available memory, so that no process is killed; 0 if unknown."""
+    """Return 70 % of the available memory, so that no process is killed; 0 if unknown."""
     return round(0.7 * proc_mib("meminfo", "MemAvailable") / 2**10, 1)
 
 
 def gflops(name: str, pixels: int) -> float:
-    """GFLOP of one image's features, counted on meta tensors with plain attention.
+    """Return the GFLOP for one image's features, counted on meta tensors with plain attention.
 
     Fused attention computes the same products, but torch does not count them all.
     """
@@ -183,7 +184,7 @@ def gflops(name: str, pixels: int) -> float:
 
 def measure_all(args: argparse.Namespace) -> None:
     file = args.out / FILE
-    here = origin()["hardware"]  # the file has rows of other machines too
+    here = origin()["hardware"]  # the file also has rows from other machines
     known = {key_of(row): row["state"] for row in read_rows(file) if row["hardware"] == here}
     stopped: dict[tuple, str] = {}  # kind of point -> why larger sizes are skipped
     for point in points(args):
@@ -209,7 +210,7 @@ def key_of(row: dict[str, str]) -> tuple[str, ...]:
 def measured(point: Point, args: argparse.Namespace) -> dict[str, Any]:
     """Measure a point in a fresh process; return its row.
 
-    Raises: RuntimeError with the process's output if it fails for another reason than time or
+    Raises: RuntimeError with the process's output if it fails for a reason other than time or
         memory.
     """
     command = [
@@ -224,7 +225,7 @@ def measured(point: Point, args: argparse.Namespace) -> dict[str, Any]:
         )
     except subprocess.TimeoutExpired:
         return tokens | {"state": TOO_LONG}
-    # A process that the system killed for its memory prints nothing.
+    # A process killed by the system for its memory prints nothing.
     if done.returncode == -9 or (done.returncode and "MemoryError" in done.stderr):
         return tokens | {"state": TOO_LARGE}
     if done.returncode:
@@ -240,7 +241,7 @@ Series = dict[int, dict[str, float]]  # pixels -> metrics
 def series(rows: list[dict[str, str]]) -> dict[tuple[str, ...], dict[tuple[str, str], Series]]:
     """Conditions (hardware, device, threads, batch, dtype, task) -> (model, attention) -> sizes.
 
-    Of several rows for the same point the last counts.
+    If a point has several rows, the last one is used.
     """
     grouped: dict[tuple[str, ...], dict[tuple[str, str], Series]] = {}
     for row in rows:
@@ -268,9 +269,10 @@ def exponent(sizes: Series, metric: str) -> float | None:
 
 
 def crossover(ours: Series, theirs: Series, metric: str) -> float | None:
-    """Pixels from which on ours takes less, interpolated in logarithms between measured sizes.
+    """Return the size in pixels from which ours takes less, interpolated between measured sizes on
+    a log scale.
 
-    0 if it takes less everywhere, None if not at the largest size.
+    0 if it takes less at every size, None if it does not at the largest.
     """
     both = sorted(ours.keys() & theirs.keys())
     gaps = [math.log(ours[px][metric] / theirs[px][metric]) for px in both]
@@ -286,7 +288,7 @@ def crossover(ours: Series, theirs: Series, metric: str) -> float | None:
 
 
 def summary(rows: list[dict[str, str]]) -> str:
-    """Measurements, exponents, crossovers and the paper's claim, in Markdown."""
+    """Format measurements, exponents, crossovers and the paper's claim as Markdown."""
     text = []
     for where, models in series(rows).items():
         hardware, device, threads, batch, dtype, task = where
@@ -311,7 +313,7 @@ def summary(rows: list[dict[str, str]]) -> str:
 
 
 def findings(models: dict[tuple[str, str], Series], task: str) -> Iterator[str]:
-    """Sentences on exponents, crossovers and the claim."""
+    """Yield sentences about exponents, crossovers and the claim."""
     for name, ours in models.items():
         if not name[0].startswith("vim"):
             continue
@@ -319,7 +321,7 @@ def findings(models: dict[tuple[str, str], Series], task: str) -> Iterator[str]:
             slope = exponent(ours, metric)
             if slope is not None:
                 yield (
-                    f"{label(name)}: {word} grows by tokens^{slope:.2f} (target at most 1.1: "
+                    f"{label(name)}: {word} grows as tokens^{slope:.2f} (target at most 1.1: "
                     f"{_met(slope <= 1.1)})."
                 )
         for other, theirs in models.items():
@@ -394,13 +396,13 @@ def main() -> int:
         help="of DeiT")  # fmt: skip
     add("--tasks", nargs="+", choices=TASKS, default=TASKS, help="to measure")
     add("--pixels", nargs="+", type=int, default=PIXELS, help="sides, multiples of 16")
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="to measure on")
-    add("--threads", type=int, default=1, help="of torch and the scan")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="device to measure on")
+    add("--threads", type=int, default=1, help="threads of torch and the scan")
     add("--batch", type=int, default=1, help="images")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of autocast")
-    add("--repeats", type=int, default=3, help="least number of passes below ten seconds")
-    add("--seconds", type=float, default=300.0, help="limit of a point, warm-up included")
-    add("--memory", type=float, default=free_gib(), help="limit of a CPU point, GiB; 0: none")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="autocast dtype")
+    add("--repeats", type=int, default=3, help="minimum number of passes below ten seconds")
+    add("--seconds", type=float, default=300.0, help="time limit per point, including warm-up")
+    add("--memory", type=float, default=free_gib(), help="limit per CPU point, GiB; 0: none")
     add("--summary", action="store_true", help="print the summary, plot efficiency.svg")
     add("--point", help=argparse.SUPPRESS)
     args = parser.parse_args()

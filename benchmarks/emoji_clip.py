@@ -1,29 +1,30 @@
-"""CLIP on emoji: retrieve a third vendor's drawings by their names, and their names by them.
+"""CLIP on emoji: retrieval between a third vendor's drawings and their names.
 
     python benchmarks/emoji_clip.py               # every arm, on two CPU cores
     python benchmarks/emoji_clip.py --summary     # tables of the rows so far, in Markdown
 
 The preset `emoji_clip` trains on two vendors' drawings and their names. The test images are those
-of a third vendor, none of which was trained on: drawings of *seen* concepts, which the training
-part of the other two contains, and of *unseen* ones, held out for all three. A concept is a name
+of a third vendor, none of which is used in training: drawings of *seen* concepts, which are in the
+training split of the other two, and of *unseen* ones, held out for all three. A concept is a name
 without gender, hair, direction or the members of a family; drawings with skin tones are skipped.
-The sample sets hold out emoji, so a woman may be held out while the man is not: 59 of the 372 held
-out are skipped because their concept was trained on. 1,480 drawings of 1,337 seen concepts and 313
-of as many unseen ones remain. There are four questions, each among all answers of its set: the
-caption of an image, the image of a caption, and the image's category and subcategory by name.
+The sample sets hold out individual emoji, so a woman may be held out while the man is not: 59 of
+the 372 held-out emoji are skipped because their concept was trained on. 1,480 drawings of 1,337
+seen concepts and 313 drawings of 313 unseen ones remain. There are four questions, each among all
+answers of its set: the caption of an image, the image of a caption, and the image's category and
+subcategory by name.
 
     vim              the preset, trained for longer than the demonstration
     vit              the same with timm's ViT of the same size, for the same CPU time
     vim after mae    vim on an encoder pretrained by MAE on the same drawings
 
-Baselines need no model: the training drawing nearest in pixels, or in its colour histogram, gives
-its caption and its category (and for a caption, the image nearest to its drawings). Their
-resolution is chosen between the two training vendors. For unseen captions they know nothing, so
-chance is the baseline, and the largest class is one for categories.
+Baselines need no model: the nearest training drawing, by pixels or colour histogram, gives its
+caption and category (and for a caption, the image nearest to its drawings). Their resolution is
+selected between the two training vendors. They do not apply to unseen captions, for which chance is
+the baseline; for categories the largest class is another baseline.
 
 Rows are appended to results/emoji_clip.csv as they come; an interrupted campaign resumes. The
-column `ranks` has a character per query, the rank of the right answer from 1 to 9, x for 10, a dot
-for a lower one, and a space between concepts, which the intervals resample as a whole.
+column `ranks` has a character per query: the rank of the right answer from 1 to 9, x for 10, a dot
+beyond 10, and a space between concepts, which the intervals resample as a whole.
 """
 
 import argparse
@@ -80,7 +81,7 @@ ALIKE = {"boy": "child", "girl": "child", "older": "old", "merman": "mermaid",
 
 
 def concept(caption: str) -> str:
-    """Reduce a name to what is drawn: "woman running: facing right" -> "running"."""
+    """Reduce a name to its concept: "woman running: facing right" -> "running"."""
     head, _, rest = caption.lower().partition(":")
     if head in ("flag", "keycap"):
         return f"{head}:{rest}"
@@ -90,13 +91,13 @@ def concept(caption: str) -> str:
 
 @dataclass
 class Queries:
-    """Images in the order of their concepts, and the right answers about each.
+    """Images ordered by concept, and the right answers for each.
 
     Attributes:
-        data: with captions, one per image.
-        captions, concepts: (n) texts.
+        data: images with captions, one per image.
+        captions, concepts: n texts.
         labels: "category" and "subcategory" -> (n,) int64.
-        names: the same -> names of the classes.
+        names: "category" and "subcategory" -> class names.
     """
 
     data: ImageData
@@ -107,7 +108,7 @@ class Queries:
 
 
 def queries(spec: str, split: str, concepts: set[str] | None = None, known: bool = True) -> Queries:
-    """One image per name, of these concepts only, or with ``known=False`` of all others.
+    """Return one image per name, only of these concepts, or with ``known=False`` of all others.
 
     Raises: ValueError if none is left.
     """
@@ -149,7 +150,7 @@ def test_sets(trained: list[Queries]) -> dict[str, Queries]:
 def ranks(scores: Tensor, truth: Tensor) -> Tensor:
     """Rank, from 1, of each query's right answer: scores (n, m), truth (n,) -> (n,).
 
-    Among equal scores the right answer is the last, so that constant scores earn nothing.
+    With equal scores the right answer is ranked last, so that constant scores do not help.
     """
     right = scores.gather(1, truth[:, None])
     return scores.shape[1] - (scores < right).sum(1)
@@ -169,10 +170,10 @@ def model_scores(clip: Clip, test: Queries) -> dict[str, Tensor]:
 def neighbour_scores(
     features: Tensor, bank: Tensor, trained: list[Queries], test: Queries
 ) -> dict[str, Tensor]:
-    """Minus the distance to the nearest training drawing that has the answer.
+    """Return minus the distance to the nearest training drawing that has the answer.
 
     Args:
-        features, bank: of the images of ``test``, and of all of ``trained``.
+        features, bank: features of the images of ``test``, and of all images of ``trained``.
     """
     similarity = -torch.cdist(features, bank)
 
@@ -220,7 +221,7 @@ FEATURES = {"pixels": (small, (4, 8, 16, 32)), "colours": (colours, (2, 4, 6, 8)
 
 
 def baseline(arm: str, trained: list[Queries], tests: dict[str, Queries]):
-    """Scores of every set and question that the arm can answer, and the chosen resolution."""
+    """Return scores for every set and question that the arm can answer, and the resolution."""
     if arm == "largest class":
         return {
             name: {kind: torch.bincount(labels_of(trained, kind), minlength=len(names))
@@ -319,9 +320,9 @@ def answers(scores: Tensor, question: str, test: Queries) -> dict:
 def main() -> int:
     parser = results_parser(__doc__, f"{TABLE} and {COSTS}")
     add = parser.add_argument
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the runs")
-    add("--epochs", type=float, default=EPOCHS, help="of the Vim; the ViT gets its CPU time")
-    add("--jobs", type=int, default=2, help="runs at once, one thread each")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the runs")
+    add("--epochs", type=float, default=EPOCHS, help="epochs of the Vim; the ViT: same CPU time")
+    add("--jobs", type=int, default=2, help="parallel runs, one thread each")
     add("--summary", action="store_true", help="print the tables of the rows, do not measure")
     add("--one", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -342,19 +343,19 @@ def main() -> int:
 
 
 def measure(out: Path, seeds: list[int], epochs: float, at_once: int) -> int:
-    """Run what has no rows yet; return the number of runs that failed.
+    """Run everything without rows; return the number of failed runs.
 
-    Raises: ValueError if there are rows of other epochs.
+    Raises: ValueError if there are rows with other epochs.
     """
     torch.set_num_threads(1)
     rows = read_rows(out / TABLE)
     others = {row["epochs"] for row in rows if row["arm"] == "vim"} - {str(epochs)}
     if others:
         raise ValueError(
-            f"{out / TABLE} has rows of {', '.join(others)} epochs, but --epochs is {epochs:g}; "
+            f"{out / TABLE} has rows with {', '.join(others)} epochs, but --epochs is {epochs:g}; "
             "keep those epochs or give another --out."
         )
-    # A run's rows are complete once the last of them is there.
+    # The rows of a run are complete once its last row exists.
     done = {(row["arm"], int(row["seed"])) for row in rows
             if (row["concepts"], row["question"]) == ("unseen", QUESTIONS[-1])}  # fmt: skip
 

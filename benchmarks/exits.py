@@ -2,7 +2,7 @@
 
     python benchmarks/exits.py --runs 30
 
-Some combinations of launcher, gloo and torch abort at exit, after correct output. Each run trains
+Some combinations of launcher, gloo and torch abort at exit after correct output. Each run trains
 the demo's objective on 64 digits for a few steps on two CPU processes. One row per run is appended
 to results/exits.csv, or to --out.
 """

@@ -1,16 +1,16 @@
-"""Run every check and measurement that needs a GPU, the most valuable first.
+"""Run every check and measurement that needs a GPU, in order of priority.
 
     python benchmarks/gpu_check.py                               # or: make gpu-check; 9 minutes
     python benchmarks/gpu_check.py --only kernels models --out FOLDER --budget 300
     python benchmarks/gpu_check.py --dry-run                     # tiny, on a CPU, under a minute
 
 Sections: machine (versions and ceilings), correctness (tests and errors against float64), kernels,
-models (Vim against DeiT) and pretraining (a short run, and its resumption). Each runs in a fresh
-process, which is cut off and says so when its share of the budget is spent. Rows are appended to
-CSV files in --out (results/, which git tracks) as they come, with a log for every section.
+models (Vim against DeiT) and pretraining (a short run, and resuming it). Each runs in a fresh
+process, which is stopped when its share of the budget is used; the output reports this. Rows are
+appended to CSV files in --out (results/, which git tracks) as they come, with a log per section.
 
 It runs from a plain checkout (PYTHONPATH=.), without git, network or the `datasets` package.
-The exit code is 1 if a section or a check failed; a section that was cut off is no failure.
+The exit code is 1 if a section or a check failed; a section that was stopped is not a failure.
 """
 
 import argparse
@@ -52,9 +52,9 @@ class Section:
     """Settings of a section.
 
     Attributes:
-        out: folder of its rows.
-        until: `time.monotonic()` at which it will be cut off.
-        dry: everything tiny, on a CPU.
+        out: folder for its rows.
+        until: `time.monotonic()` at which it will be stopped.
+        dry: run everything tiny, on a CPU.
     """
 
     out: Path
@@ -66,7 +66,7 @@ class Section:
         return "cpu" if self.dry else "cuda"
 
     def left(self) -> float:
-        """Seconds until the section is cut off."""
+        """Return the seconds until the section is stopped."""
         return self.until - time.monotonic()
 
     def write(self, name: str, columns: tuple[str, ...], row: dict) -> None:
@@ -124,7 +124,7 @@ def correctness(section: Section) -> bool:
     names, skipped = accuracy.runnable(section.device)
     for line in skipped:
         say(line)
-    # The long ones last: their exact results take longest.
+    # Long sequences last: their exact results take longest.
     cases = [case for case in sorted(accuracy.CASES, key=lambda c: c.l)
              if case.small or not section.dry]  # fmt: skip
     say(accuracy.header())
@@ -148,7 +148,7 @@ def correctness(section: Section) -> bool:
 
 
 def kernels(section: Section) -> bool:
-    """Time the scan beside every peer that runs here."""
+    """Time the scan and every peer that runs here."""
     import timing
 
     tiny = [timing.Shape(1, 8, 4, 2)]
@@ -279,7 +279,7 @@ def _build(name: str, px: int, batch: int, device: str, depth: int | None):
 def pretraining(section: Section) -> bool:
     """A short run on digits in bf16 with its kNN, and the same run stopped and resumed."""
     work = section.out / "pretraining"
-    shutil.rmtree(work, ignore_errors=True)  # else the run would resume or be refused
+    shutil.rmtree(work, ignore_errors=True)  # otherwise the run would resume or fail
     data = _digits(work / "digits", limit=60 if section.dry else None)
     settings = ["--preset", "demo", "--data", str(data), "--precision", "bf16", "--log-every", "1",
                 "--warmup-epochs", "1", "--eval-every", "100"]  # fmt: skip

@@ -4,9 +4,9 @@
     python benchmarks/long_video.py --only both --out FOLDER
 
 `both` inflates `--encoder` and encodes all frames of the sample set `pedestrians` in one scan.
-`forward` does so with a forward-only encoder, first as a stream in pieces of `--piece` frames, then
-in one pass; the target is a difference below 1e-5 of 1 + the value. Memory is the rise of the
-resident set's peak while tokens are embedded and encoded, after decoding. `overfit` trains
+`forward` does this with a forward-only encoder, first as a stream in pieces of `--piece` frames,
+then in one pass; the target is a difference below 1e-5 x (1 + |value|). Memory is the increase of
+the peak resident set while tokens are embedded and encoded, after decoding. `overfit` trains
 downstream/video.py from scratch on 30 clips of 8 frames, squares cropped from the two videos of
 `carphone`, pristine and distorted, and tests on the same clips; package registries have no larger
 set of labelled clips. The target is 99 %. Each part runs in a fresh process. Rows are appended to
@@ -35,7 +35,7 @@ LEARNER = "vim_nano_patch8_64"
 
 
 def encode(part: str, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Encode the whole video by an inflated image encoder; return the rows."""
+    """Encode the whole video with an inflated image encoder; return the rows."""
     import torch
 
     from vim_ssl import create_transform, load_encoder
@@ -99,7 +99,7 @@ def overfit(epochs: int, threads: int, root: Path) -> list[dict[str, Any]]:
                 frames[i].crop(SQUARE).save(folder / f"{i:03}.png")
         clips += len(frames) // CLIP
     began = time.process_time()
-    # Crops of about the size at which clips are tested: other sizes would change the contrast.
+    # Crop to about the size at which clips are tested: other sizes would change the contrast.
     metrics = video.run(video.Config(
         encoder=LEARNER, data=f"video:{root}?frames={CLIP}", crop_scale=(0.7, 0.9), hflip=0.0,
         epochs=epochs, warmup_epochs=2, batch_size=10, base_lr=1e-3, lr_reference_batch=10,
@@ -127,11 +127,11 @@ def main() -> int:
     parser = results_parser(__doc__, FILE)
     add = parser.add_argument
     add("--only", nargs="+", default=PARTS, choices=PARTS, help="parts to run")
-    add("--encoder", default="vim_mini_patch8_96.offline_rgb", help="of images")
-    add("--img-size", type=int, default=32, help="pixels, of a frame")
-    add("--piece", type=int, default=15, help="frames of the stream at a time")
-    add("--epochs", type=int, default=12, help="of overfit")
-    add("--threads", type=int, default=1, help="of torch")
+    add("--encoder", default="vim_mini_patch8_96.offline_rgb", help="image encoder")
+    add("--img-size", type=int, default=32, help="side of a frame in pixels")
+    add("--piece", type=int, default=15, help="frames per piece of the stream")
+    add("--epochs", type=int, default=12, help="epochs of overfit")
+    add("--threads", type=int, default=1, help="threads of torch")
     args = parser.parse_args()
     good = True
     for part in args.only:

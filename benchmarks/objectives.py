@@ -1,4 +1,4 @@
-"""Cost of a training step of each objective on one batch, and the encoder's part of it.
+"""Cost of a training step of each objective on one batch, and the encoder's part of the cost.
 
     python benchmarks/objectives.py                     # Vim-S, 196 tokens, minutes on a CPU
 
@@ -70,7 +70,7 @@ def main() -> None:
     add = parser.add_argument
     add("--encoder", default="vim_small_patch16_224", help="preset of 224 px")
     add("--batch", type=int, default=4, help="images")
-    add("--rounds", type=int, default=5, help="timed steps of each")
+    add("--rounds", type=int, default=5, help="timed steps of each objective")
     add("--threads", type=int, default=2, help="of torch")
     add("--only", default="", help="measurements whose name begins with this, such as encoder")
     args = parser.parse_args()

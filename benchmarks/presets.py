@@ -1,19 +1,19 @@
-"""Ten steps of every paper preset through the real trainer: that it runs as it is, and its cost.
+"""Run ten steps of every paper preset through the real trainer: check that it works, and its cost.
 
     python benchmarks/presets.py                        # presets without a row: an hour of one core
     python benchmarks/presets.py --only mae_tiny_224 --out FOLDER          # one of them again
 
 Each preset keeps its model, resolution, masking, optimiser, schedule and precision, and trains in a
-fresh process. Only data, batch, accumulation, workers and the number of steps are reduced to what a
-CPU can do, and fine-tuning starts from untrained weights. In place of ADE20K, COCO and Kinetics a
-few photographs of the same size have made-up labels; videos have two classes. The steps are at the
-start of a warm-up of thousands, so finite losses show that the arithmetic is sound, not that the
-model learns. The teacher of `distill` has its architecture with random weights: nothing is
-downloaded. `cpu_seconds_a_step` is the median over the last half of the steps of the process's CPU
-time, which on one thread is the time on an idle machine. The peak is that of the whole process,
-including the checkpoint and the final evaluation. `full_hours` multiplies the seconds by the images
-of the preset's dataset and its epochs; in a batch of two the optimiser's part weighs more than in
-the paper's. Rows are appended to results/presets.csv, or to --out.
+fresh process. Only data, batch, accumulation, workers and the number of steps are reduced to fit a
+CPU, and fine-tuning starts from untrained weights. Instead of ADE20K, COCO and Kinetics, a few
+photographs of the same size with made-up labels are used; videos have two classes. The steps are at
+the start of a warm-up of thousands, so finite losses show that the arithmetic is sound, not that
+the model learns. The teacher of `distill` has random weights: nothing is downloaded.
+`cpu_seconds_a_step` is the median over the last half of the steps of the process's CPU time, which
+on one thread is the time on an idle machine. The peak is that of the whole process, including the
+checkpoint and the final evaluation. `full_hours` multiplies the seconds by the images of the
+preset's dataset and its epochs; with a batch of two, the optimiser's share is larger than in the
+paper. Rows are appended to results/presets.csv, or to --out.
 """
 
 import dataclasses
@@ -113,10 +113,10 @@ class Script:
     """A recipe or task and its presets.
 
     Attributes:
-        module: has the presets and `run`.
-        images: preset -> images an epoch of its dataset.
-        changes: settings that replace those of the presets, besides the common ones.
-        data: key of `SMALL_DATA`, where --data has no suitable labels.
+        module: module with the presets and `run`.
+        images: preset -> images per epoch of its dataset.
+        changes: settings that replace those of the presets, in addition to the common ones.
+        data: key of `SMALL_DATA`, if --data has no suitable labels.
     """
 
     module: ModuleType
@@ -208,7 +208,7 @@ def main() -> int:
     add("--only", nargs="+", default=list(OF), choices=OF, metavar="PRESET",
         help=f"of {', '.join(OF)}")  # fmt: skip
     add("--data", default="sample:fluent-emoji?limit=20", help="images")
-    add("--batch", type=int, default=2, help="images a step; one of COCO, videos")
+    add("--batch", type=int, default=2, help="images per step; one for COCO and videos")
     add("--steps", type=int, default=10, help="optimiser steps")
     add("--threads", type=int, default=1, help="of torch")
     args = parser.parse_args()
@@ -233,7 +233,7 @@ def main() -> int:
             row["data"] = script.data or args.data
             append_rows(args.out / TABLE, COLUMNS, [origin() | row])
             print(
-                f"{preset:20} {row['cpu_seconds_a_step']:8.2f} s a step {row['peak_mb']:7,} MB   "
+                f"{preset:20} {row['cpu_seconds_a_step']:8.2f} s/step {row['peak_mb']:7,} MB   "
                 f"loss {row['first_loss']} to {row['last_loss']}   "
                 f"in full {row['full_hours']:,} h",
                 flush=True,

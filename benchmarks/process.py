@@ -37,7 +37,7 @@ def _print_to(path: str) -> None:
 
 
 def launcher(processes: int) -> list[str]:
-    """The command that runs mim_pretrain.py by accelerate on CPU processes."""
+    """Return the command that runs mim_pretrain.py with accelerate on CPU processes."""
     return [
         sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch",
         "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no",
@@ -62,9 +62,9 @@ def reset_peak(device: str = "cpu") -> bool:
 
 
 def peak_mib(device: str = "cpu") -> float:
-    """Peak memory since `reset_peak`, or since the start where the system cannot reset it.
+    """Return the peak memory since `reset_peak`, or since the start if it cannot be reset.
 
-    On a CPU the resident set of this process, on a GPU what torch has allocated.
+    On a CPU this is the resident set of the process, on a GPU torch's allocations.
     """
     if device == "cuda":
         import torch
@@ -82,7 +82,7 @@ def rusage_peak_mib(children: bool = False) -> float:
 
 
 def proc_mib(file: str, key: str) -> float:
-    """A value of a file below /proc in MiB; 0 where the system has no such file."""
+    """Return a value of a file in /proc in MiB; 0 if the system has no such file."""
     path = Path("/proc") / file
     lines = path.read_text().splitlines() if path.exists() else []
     return next((int(line.split()[1]) / 2**10 for line in lines if line.startswith(key)), 0.0)

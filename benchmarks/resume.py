@@ -2,11 +2,11 @@
 
     python benchmarks/resume.py                         # 20 kills on 1 process, 20 on 2
 
-One kill in five falls into the start, at a random moment before the first new step, the others into
-steps and saves, up to some seconds after it. A kill is SIGKILL to the launcher and all its
-descendants; every fifth is SIGTERM to the training processes instead, after which the launcher must
-exit with 0. The losses must equal those of the unbroken run bit for bit. One row per kill is
-appended to results/resume.csv, or to --out.
+One kill in five happens at start-up, at a random moment before the first new step; the others
+happen during steps and saves, up to some seconds after it. A kill is SIGKILL to the launcher and
+all its descendants; every fifth is SIGTERM to the training processes instead, after which the
+launcher must exit with 0. The losses must equal those of the unbroken run bit for bit. One row per
+kill is appended to results/resume.csv, or to --out.
 """
 
 import os
@@ -110,12 +110,12 @@ def campaign(processes: int, kills: int, epochs: int, span: float, draw: random.
 def main() -> int:
     parser = results_parser(__doc__, "resume.csv")
     add = parser.add_argument
-    add("--kills", type=int, default=20, help="kills a campaign")
+    add("--kills", type=int, default=20, help="kills per campaign")
     add("--processes", type=int, nargs="+", default=[1, 2],
-        help="of a training; a campaign for each")  # fmt: skip
-    add("--epochs", type=int, default=200, help="of the training, 4 steps each")
+        help="processes per training; one campaign for each")  # fmt: skip
+    add("--epochs", type=int, default=200, help="epochs of the training, 4 steps each")
     add("--span", type=float, default=2.0, help="longest wait after a new step, seconds")
-    add("--seed", type=int, default=0, help="of the random moments")
+    add("--seed", type=int, default=0, help="seed of the random moments")
     args = parser.parse_args()
     draw, differing = random.Random(args.seed), 0
     with tempfile.TemporaryDirectory() as folder:

@@ -15,7 +15,7 @@ ORIGIN = ("date", "commit", "hardware", "versions")  # the columns that `origin`
 
 
 def results_parser(doc: str, files: str) -> argparse.ArgumentParser:
-    """A parser whose help shows defaults, with ``--out``, the folder of the script's rows.
+    """Return a parser whose help shows defaults, with ``--out``, the folder for the rows.
 
     Args:
         doc: the script's docstring; its first line is the description.
@@ -33,12 +33,12 @@ def results_parser(doc: str, files: str) -> argparse.ArgumentParser:
 
 
 def origin() -> dict[str, str]:
-    """Date, commit, hardware and versions."""
+    """Return date, commit, hardware and versions."""
     return {"date": time.strftime("%Y-%m-%d"), "commit": commit(), **environment()}
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """Rows of a CSV file as text; none if there is no such file."""
+    """Return the rows of a CSV file as text; an empty list if there is no such file."""
     if not path.exists():
         return []
     with open(path, newline="") as file:

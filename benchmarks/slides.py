@@ -1,4 +1,4 @@
-"""Embed slides of 30,000 and 50,000 pixels a side and a photograph; kill and resume the run.
+"""Embed slides with sides of 30,000 and 50,000 pixels and a photograph; kill and resume the run.
 
     python benchmarks/slides.py                              # needs 2 GB of disk for a while
     python benchmarks/slides.py --sides                      # the photograph alone
@@ -146,10 +146,10 @@ def main() -> int:
     parser = results_parser(__doc__, FILE)
     add = parser.add_argument
     add("--sides", nargs="*", type=int, default=(30_000, 50_000), help="pixels")
-    add("--tile", type=int, default=256, help="pixels, of an embedded tile")
-    add("--tiles", type=int, default=256, help="to embed of each slide")
-    add("--batch", type=int, default=16, help="tiles at once")
-    add("--encoder", default="vim_tiny_patch16_224", help="a name, run or file")
+    add("--tile", type=int, default=256, help="side of an embedded tile in pixels")
+    add("--tiles", type=int, default=256, help="tiles to embed per slide")
+    add("--batch", type=int, default=16, help="tiles per batch")
+    add("--encoder", default="vim_tiny_patch16_224", help="preset, run or file")
     add("--threads", type=int, default=1, help="of torch")
     args = parser.parse_args()
     good = True
@@ -168,7 +168,7 @@ def main() -> int:
             append_rows(args.out / FILE, COLUMNS, [origin() | row])
             print(
                 f"{side} px: {row['tiles']:,} tiles found in {row['open_seconds']} s and "
-                f"{row['open_rise_mib']} MiB; {row['seconds_a_tile']} s a tile, "
+                f"{row['open_rise_mib']} MiB; {row['seconds_a_tile']} s per tile, "
                 f"{row['embed_rise_mib']} MiB; killed after {row['files_before_kill']} of "
                 f"{row['files']} files and resumed: the same {row['same_features']}, "
                 f"{row['killed_peak_mib']} MiB",

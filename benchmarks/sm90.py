@@ -1,11 +1,11 @@
-"""Count the cost of the Triton scan on an H100 or H200 without such a GPU.
+"""Compute the instruction cost of the Triton scan on an H100 or H200 without such a GPU.
 
     python benchmarks/sm90.py            # a table, or --json
 
-Compiles the kernels for sm_90 with Triton's ptxas and counts registers a thread, bytes of spilled
-registers, and the instructions of the loops for one step of one state of 32 channels ("an element",
-the unit of the lower bounds in benchmarks/README.md). A special-function instruction takes 8 cycles
-of a scheduler, any other takes one. Nothing is run.
+Compiles the kernels for sm_90 with Triton's ptxas and counts registers per thread, bytes of spilled
+registers, and the loop instructions per element (one step of one state of 32 channels, the unit of
+the lower bounds in benchmarks/README.md). A special-function instruction takes 8 cycles of a
+scheduler, any other takes one. Nothing is executed.
 """
 
 import argparse
@@ -32,7 +32,7 @@ ALIGNED = re.compile(r"d|\w+_ptr|(u|delta|B|C|z)_[sbl]")  # multiples of 16
 
 
 def compile_kernel(function, constants: dict, num_warps: int) -> dict:
-    """Registers, spilled bytes, and instructions of each loop, innermost first where nested."""
+    """Return registers, spilled bytes, and instructions of each loop, nested loops first."""
     signature, attributes = {}, {}
     for i, name in enumerate(function.arg_names):
         if name in constants:
@@ -72,7 +72,7 @@ def _run(*command) -> str:
 
 
 def _loops(listing: str) -> list[int]:
-    """Instructions between the target of each backward branch and the branch."""
+    """Return the number of instructions between each backward branch and its target."""
     labels: dict[str, int] = {}
     instructions: list[str] = []
     for line in listing.splitlines():
@@ -84,13 +84,13 @@ def _loops(listing: str) -> list[int]:
     for end, instruction in enumerate(instructions):
         target = re.search(r"BRA.*?`\((\.L_x_\d+)\)", instruction)
         start = labels.get(target[1], end) if target else end
-        if start < end - 8:  # shorter ones are the trap after the kernel's end
+        if start < end - 8:  # a shorter loop is the trap after the kernel's end
             loops.append(end + 1 - start)
     return loops
 
 
 def forward(channels: int) -> dict:
-    """One scan for inference; ``channels`` a lane."""
+    """Cost of one scan for inference with this many ``channels`` per lane."""
     constants = FLAGS | {"S": 2, "N": N, "C": channels, "EVERY": EVERY, "HAS_START": False,
                          "SAVE": False, "KEEP_SUM": False}  # fmt: skip
     counts = compile_kernel(triton_kernels.forward_kernel, constants, num_warps=2)
@@ -99,7 +99,7 @@ def forward(channels: int) -> dict:
 
 
 def backward() -> dict:
-    """On average half of the tokens are computed again, from a saved state."""
+    """Cost of the backward scan. On average half of the tokens are recomputed from saved states."""
     constants = FLAGS | {"N": N, "TILE": N, "K": GROUP, "EVERY": EVERY, "HAS_CARRY": False}
     counts = compile_kernel(triton_kernels.backward_kernel, constants, num_warps=1)
     to_group, whole = counts.pop("loops")
@@ -125,7 +125,7 @@ def main() -> int:
     print(f"Triton {triton.__version__}, sm_90, bfloat16, d_state {N}")
     for name, row in rows.items():
         print(f"{name:28} {row['registers']:4} registers {row['spilled']:4} bytes spilled "
-              f"{row['per_element']:6.2f} instructions an element")  # fmt: skip
+              f"{row['per_element']:6.2f} instructions per element")  # fmt: skip
     return 0
 
 

@@ -1,16 +1,16 @@
-"""Evaluate the packaged encoder `offline_rgb` on real sets of other kinds, by linear probe.
+"""Evaluate the packaged encoder `offline_rgb` on other kinds of real data, by linear probe.
 
     python benchmarks/transfer.py                       # half an hour of one core
     python benchmarks/transfer.py --encoder vit         # then the ViT of learning/anchor.py
     python benchmarks/transfer.py --summary             # the table of the README, from the rows
 
-Each of three seeds chooses C and readout, draws untrained weights and, for sets without a test
+Each of three seeds selects C and readout, draws untrained weights and, for sets without a test
 split, splits by group. Baselines are the same encoder untrained, raw pixels at 32 px, and timm's
 ViT of the same size, trained by MAE for the same time. Rows are appended to results/transfer.csv as
-they come; tasks with rows are skipped, and features are kept in the user's cache. No image of a
-test split was trained on; of DICOM and satellite tiles, no image at all. Of the DICOM files' 13
-patients one has 120 of 148 images, and one to three patients of each modality are in the test
-split: that row shows little more than that the path works.
+they come; tasks with rows are skipped, and features are cached in the user's cache. Pretraining
+used no image of a test split, and no DICOM or satellite images at all. One of the 13 DICOM patients
+has 120 of the 148 images, and the test split has one to three patients per modality: that row shows
+little more than that the code works.
 """
 
 import sys
@@ -58,7 +58,7 @@ TASKS = {
 
 
 def measure(task: str, encoder: str, seed: int) -> list[dict]:
-    """Rows of the encoder, the same untrained, and raw pixels; for the ViT its row alone."""
+    """Return rows for the encoder, the same untrained, and raw pixels; for the ViT only its row."""
     data, test_data, _ = TASKS[task]
     with tempfile.TemporaryDirectory() as folder:
         config = linear_probe.Config(
@@ -107,10 +107,10 @@ def main() -> int:
     parser = results_parser(__doc__, TABLE)
     add = parser.add_argument
     add("--encoder", default=ENCODER,
-        help=f"a name, run or file, or {VIT}: see learning/anchor.py")  # fmt: skip
+        help=f"preset, run or file, or {VIT}: see learning/anchor.py")  # fmt: skip
     add("--tasks", nargs="+", default=list(TASKS), choices=TASKS, metavar="TASK",
-        help=f"of {'; '.join(TASKS)}")  # fmt: skip
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the probes")
+        help=f"tasks: {'; '.join(TASKS)}")  # fmt: skip
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the probes")
     add("--threads", type=int, default=1, help="of torch")
     add("--summary", action="store_true", help="only print the table")
     args = parser.parse_args()

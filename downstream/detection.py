@@ -1,14 +1,14 @@
 """Train an encoder to detect objects and their masks: Cascade Mask R-CNN or Mask R-CNN.
 
-    python downstream/detection.py --data coco:FOLDER                # newest run; a CPU will do
+    python downstream/detection.py --data coco:FOLDER                # newest run; works on a CPU
     python downstream/detection.py --encoder RUN_OR_FILE --data coco:FOLDER --head rcnn --no-masks
     accelerate launch downstream/detection.py --preset coco_cascade_tiny \\
         --encoder vim_t_midclstok_76p1acc.pth --data coco:COCO2017
     python downstream/detection.py --eval-only --encoder RUN --data coco:FOLDER
 
-Needs pycocotools: pip install 'vim-ssl[detection]'. The test split is used once, at the end, unless
---eval-every sets more evaluations. The run holds metrics.json (COCO's average precision of boxes
-and masks), results.json (which pycocotools reads), classes.csv and predictions.png.
+Requires pycocotools: pip install 'vim-ssl[detection]'. The test split is used once, at the end,
+unless --eval-every sets more evaluations. The run contains metrics.json (COCO's average precision
+of boxes and masks), results.json (readable by pycocotools), classes.csv and predictions.png.
 
 The paper's COCO result, 45.7 box AP and 39.2 mask AP for Vim-Ti, took 4 GPUs; hours and results of
 the presets here are not yet measured.
@@ -32,7 +32,7 @@ from vim_ssl.training.accelerator import make_accelerator
 from vim_ssl.training.run import newest_run, stored_or, trained_on
 from vim_ssl.utils.config import check_between, opt, parse
 
-# For the 117,266 images of train2017 with an object, in batches of 64.
+# The 117,266 images of train2017 that contain an object, in batches of 64.
 COCO_STEPS_AN_EPOCH = 1832
 COCO_STEPS = 184_375
 
@@ -42,21 +42,25 @@ class Config(DenseConfig):
     """Train an encoder to detect objects."""
 
     data: str = opt("", "coco:ROOT", "data")
-    size: int = opt(128, "side of the square canvas for images, pixels", "data")
+    size: int = opt(128, "side of the square canvas for images, in pixels", "data")
     scale: tuple[float, float] = opt((0.5, 1.5), "range of random resizing", "data")
-    empty: bool = opt(False, "train on images without an object, too", "data")
-    head: str = opt("cascade", "cascade of three box heads, or one", "model", choices=HEADS)
-    masks: bool = opt(True, "predict masks too, if the data have outlines", "model")
+    empty: bool = opt(False, "also train on images without an object", "data")
+    head: str = opt(
+        "cascade", "cascade: three box heads; rcnn: one box head", "model", choices=HEADS
+    )
+    masks: bool = opt(True, "also predict masks, if the data have outlines", "model")
     channels: int = opt(64, "width of the pyramid and the heads", "model")
-    convs: int = opt(0, "3x3 convolutions in each box head and the mask head", "model")
+    convs: int = opt(0, "number of 3x3 convolutions in each box head and the mask head", "model")
     hidden: int = opt(128, "width of a box head's last layer", "model")
-    anchor: int = opt(16, "side of the smallest anchors, pixels; each level doubles it", "model")
-    samples: int = opt(64, "proposals per image that train the heads", "model")
-    score: float = opt(0.05, "lowest score of a detection", "model")
-    most: int = opt(100, "detections per image, at most", "model")
+    anchor: int = opt(16, "side of the smallest anchors in pixels; doubled per level", "model")
+    samples: int = opt(64, "number of proposals per image that train the heads", "model")
+    score: float = opt(0.05, "minimum score of a detection", "model")
+    most: int = opt(100, "maximum number of detections per image", "model")
     batch_size: int = opt(4, "samples per process and micro-batch", "optimiser")
-    lr_reference_batch: int = opt(4, "samples that base_lr is meant for", "optimiser")
-    warmup_epochs: float = opt(1.0, "linear warm-up", "optimiser")
+    lr_reference_batch: int = opt(
+        4, "effective batch size for which base_lr is specified", "optimiser"
+    )
+    warmup_epochs: float = opt(1.0, "epochs of linear warm-up", "optimiser")
 
     def __post_init__(self):
         super().__post_init__()
@@ -66,8 +70,8 @@ class Config(DenseConfig):
 
 
 def _coco(**settings: Any) -> Config:
-    """Shared by the paper's runs: ViTDet's schedule of 100 epochs in batches of 64, on 4 GPUs,
-    without a moving average."""
+    """Settings shared by the paper's runs: ViTDet's schedule of 100 epochs in batches of 64, on 4
+    GPUs, without a moving average."""
     return Config(
         size=1024, scale=(0.1, 2.0), channels=256, convs=4, hidden=1024, anchor=32, samples=512,
         epochs=COCO_STEPS / COCO_STEPS_AN_EPOCH, warmup_epochs=250 / COCO_STEPS_AN_EPOCH,
@@ -78,17 +82,17 @@ def _coco(**settings: Any) -> Config:
 
 
 def coco_cascade_tiny() -> Config:
-    """COCO with Vim-Ti as in the paper, 4 GPUs x 16; see coco_cascade_small for what differs."""
+    """COCO with Vim-Ti as in the paper, 4 GPUs x 16; see coco_cascade_small for differences."""
     return _coco()
 
 
 def coco_cascade_small() -> Config:
     """COCO with Vim-S, 4 GPUs x 16.
 
-    Ours: the class token stays in the sequence, the map is the normed residual stream, positions
-    are a table without rotation, as in the released weights (upstream's detector wants weights with
-    rotation, which were never released), bf16 in place of fp16, and proposals' boxes have a smooth
-    L1 loss.
+    Differences from upstream: the class token stays in the sequence; the map is the normalised
+    residual stream; positions are a table without rotation, as in the released weights (upstream's
+    detector expects weights with rotation, which were never released); bf16 replaces fp16; the
+    proposals' boxes have a smooth L1 loss.
     """
     return _coco()
 
@@ -99,7 +103,7 @@ PRESETS = {f.__name__: f for f in (coco_cascade_tiny, coco_cascade_small)}
 def build_model(
     config: Config, source: str, classes: Sequence[str], outlines: bool = True
 ) -> Detection:
-    """The encoder that ``source`` names, with a new detector; masks need data with ``outlines``."""
+    """Build a new detector on the encoder ``source``; masks require data with ``outlines``."""
     encoder = fresh_encoder(config, source, config.size, {})
     names = ("head", "size", "channels", "convs", "hidden", "anchor", "samples", "score", "most")
     return Detection(
@@ -110,12 +114,12 @@ def build_model(
 
 def run(config: Config) -> dict[str, Any]:
     accelerator = make_accelerator(config)
-    mask_tools()  # raises now rather than at the end of a long run
+    mask_tools()  # fail now if pycocotools is missing, not at the end of a long run
     source = config.encoder or str(newest_run())
     train, test = boxed_splits(config.data or trained_on(source), config.test, config.seed)
     if not any(test.box_count(i) for i in range(len(test))):
         raise ValueError(
-            f"none of the {len(test):,} test images of {test.name} shows an object; there is "
+            f"none of the {len(test):,} test images of {test.name} contains an object; there is "
             "nothing to evaluate. Annotate some, or hold out others (--test, --seed)."
         )
     if config.eval_only:
@@ -123,7 +127,7 @@ def run(config: Config) -> dict[str, Any]:
     if not config.empty:
         train = train.subset(i for i in range(len(train)) if train.box_count(i))
     if not len(train):
-        raise ValueError(f"no image of {train.name} shows an object; there is nothing to learn.")
+        raise ValueError(f"no image of {train.name} contains an object; there is nothing to learn.")
     torch.manual_seed(config.seed)
     model = build_model(config, source, train.classes or [], train.has_outlines)
     transform = LargeScaleJitter(
@@ -133,7 +137,7 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def summary(metrics: dict[str, Any]) -> str:
-    """Average precision of boxes, and of masks if there are any."""
+    """Format the average precision of boxes and, if present, masks."""
     return "; ".join(
         f"{kind} AP {metrics[f'{kind}_ap']:.1f}, AP50 {metrics[f'{kind}_ap50']:.1f}, "
         f"AP75 {metrics[f'{kind}_ap75']:.1f}"

@@ -4,12 +4,12 @@
     python downstream/embed.py --encoder … --data 'wds:shards/*.tar' --output vectors --workers 4
     accelerate launch downstream/embed.py --encoder … --data hf:owner/name?split=all --output …
     python downstream/embed.py --encoder … --data scenes/ --img-size 2048 --batch-size 1
-                                                 # large images, each in one long scan
+                                                 # large images, one long scan per image
 
-Any data spec will do, streams too; without ``split`` the training split is embedded. The output
-folder holds ``shards/`` (``pyarrow.parquet.read_table("vectors/shards")``, or ``numpy.load`` of
-each) and ``record.json``, which describes the data and the encoder. After a kill the same command
-resumes: finished files are kept.
+Accepts any data spec, including streams; without ``split`` the training split is embedded. The
+output folder contains ``shards/`` (read with ``pyarrow.parquet.read_table("vectors/shards")``, or
+``numpy.load`` for each file) and ``record.json``, which describes the data and the encoder. After a
+kill the same command resumes: finished files are kept.
 """
 
 import json
@@ -53,20 +53,22 @@ POOLED = "pooled"
 
 @dataclass
 class Config:
-    """Embeddings of any data, in files."""
+    """Write embeddings of any data to files."""
 
     encoder: str = opt("", "run, checkpoint, preset or Hub id; default: the newest run")
     data: str = opt("", "images, labelled or not; default: the run's training data")
     readout: str = opt(
-        POOLED, "pooled: the encoder's output; or one of a probe", choices=(POOLED, *READOUTS)
+        POOLED, "pooled: the encoder's output; or a probe's readout", choices=(POOLED, *READOUTS)
     )
-    img_size: int = opt(0, "pixels; resamples the positions; 0: the encoder's size")
-    format: str = opt("parquet", "of the files", choices=FORMATS)
-    shard_rows: int = opt(4096, "images per file; a kill costs each process at most one file")
+    img_size: int = opt(
+        0, "input size in pixels; position embeddings are resampled; 0: the encoder's size"
+    )
+    format: str = opt("parquet", "file format", choices=FORMATS)
+    shard_rows: int = opt(4096, "images per file; a kill loses at most one file per process")
     batch_size: int = opt(128, "images per batch")
     workers: int = opt(0, "data loading processes")
     device: str = opt("", "cpu, cuda …; default: cuda if available")
-    seed: int = opt(0, "of the weights of a preset")
+    seed: int = opt(0, "seed of a preset's random weights")
     output: str = opt("", "output folder; default: embed/ in the run")
 
     def __post_init__(self):
@@ -96,7 +98,7 @@ def run(config: Config) -> dict:
             s for s in shards if not (folder / "shards" / f"{s.name}.{config.format}").exists()
         ]
         print(f"Encoder {source} · {data.name}: {len(data):,} images in {len(shards):,} files, "
-              f"{len(shards) - len(missing):,} of them done", flush=True)  # fmt: skip
+              f"{len(shards) - len(missing):,} already done", flush=True)  # fmt: skip
     missing = processes.broadcast(missing)
     began = time.perf_counter()
     mine = local_shards(missing, data.is_stream, processes.rank, processes.world)
@@ -114,13 +116,13 @@ def run(config: Config) -> dict:
     lock.release()
     if record["skipped"]:
         print(f"{len(record['skipped']):,} images could not be read, such as "
-              f"{record['skipped'][:3]}; record.json names all.")  # fmt: skip
+              f"{record['skipped'][:3]}; record.json lists all.")  # fmt: skip
     print(f"Written: {record['rows']:,} embeddings of {dim} values in {folder}")
     return record
 
 
 def build_readout(encoder: VimEncoder, readout: str) -> Callable[[Tensor], Tensor]:
-    """(b, c, h, w) -> (b, d)."""
+    """Return the function from images (b, c, h, w) to features (b, d)."""
     if readout == POOLED:
         return encoder
     columns = readout_columns(encoder, readout)
@@ -128,7 +130,7 @@ def build_readout(encoder: VimEncoder, readout: str) -> Callable[[Tensor], Tenso
 
 
 def describe(encoder: VimEncoder, data: ImageData | ImageStream, config: Config) -> dict[str, Any]:
-    """All that the contents of the files depend on: it must be equal to resume."""
+    """Return everything that the files' contents depend on; it must match to resume."""
     return {
         "weights": weights_hash(encoder), "readout": config.readout,
         "data": data.name, "fingerprint": data.fingerprint, "classes": data.classes,
@@ -138,11 +140,11 @@ def describe(encoder: VimEncoder, data: ImageData | ImageStream, config: Config)
 
 
 def lock_folder(folder: Path, made_of: dict[str, Any], source: str):
-    """Create the folder, or resume in it, and keep other processes out.
+    """Create the folder, or resume in it, and lock it against other processes.
 
     Returns: the lock.
-    Raises: FileExistsError for a folder of something else; ValueError for a folder of other
-        embeddings; BlockingIOError while another process writes there.
+    Raises: FileExistsError for a folder with other content; ValueError for a folder with embeddings
+        of other settings; BlockingIOError while another process writes there.
     """
     from filelock import FileLock, Timeout
 
@@ -151,15 +153,15 @@ def lock_folder(folder: Path, made_of: dict[str, Any], source: str):
         stored = json.loads(file.read_text())
         if differing := [k for k, v in made_of.items() if stored.get("made_of", {}).get(k) != v]:
             raise ValueError(
-                f"{folder} holds embeddings of other {', '.join(differing)}; take the settings in "
-                "its record.json to go on, or choose another --output."
+                f"{folder} contains embeddings with different {', '.join(differing)}; use the "
+                "settings in its record.json to resume, or choose another --output."
             )
     elif folder.exists():
-        leftovers = {".lock", "shards", f".{file.name}.part"}  # of a kill before the record
+        leftovers = {".lock", "shards", f".{file.name}.part"}  # from a kill before the record
         names = {path.name for path in folder.iterdir()}
         if names - leftovers or any((folder / "shards").glob("*")):
             raise FileExistsError(
-                f"{folder} holds something that is no embeddings; choose another --output."
+                f"{folder} contains files that are not embeddings; choose another --output."
             )
     (folder / "shards").mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
@@ -183,7 +185,7 @@ def embed(
     device: str,
     total: int | None,
 ) -> Iterator[Embedded]:
-    """Yield the content of each file as soon as its last row is embedded; see `read_rows`.
+    """Yield the content of each file once its last row is embedded; see `read_rows`.
 
     Args:
         total: number of images, for a progress bar; None: no bar.
@@ -208,7 +210,7 @@ def embed(
 def finish(
     folder: Path, shards: list[EmbeddingShard], format: str, seconds: float
 ) -> dict[str, Any]:
-    """Count the rows of all files and mark the record as finished."""
+    """Count the rows of all files, mark the record as finished and return it."""
     file = folder / "record.json"
     summaries = [read_summary(folder / "shards", shard.name, format) for shard in shards]
     record = json.loads(file.read_text())

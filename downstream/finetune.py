@@ -1,4 +1,4 @@
-"""Fine-tune an encoder for classification, on all labels or on a few of each class.
+"""Fine-tune an encoder for classification, on all labels or on a few per class.
 
     python downstream/finetune.py --labels-per-class 10                  # newest run, its data
     python downstream/finetune.py --encoder RUN_OR_FILE --data FOLDER
@@ -6,13 +6,14 @@
     python downstream/finetune.py --eval-only --encoder vim_t_midclstok_76p1acc.pth \\
         --data imagenet:ROOT                                             # a released checkpoint
 
-Every block is trained, lower blocks with a lower learning rate (layer decay). The test split is
-used once, at the end; --validation holds out a share of the training split to select the epoch. The
-run holds metrics.json, predictions.csv (a row per image) and classes.csv (a row per class).
+All blocks are trained, lower blocks with a lower learning rate (layer decay). The test split is
+used once, at the end; --validation holds out part of the training split to select the epoch. The
+run contains metrics.json, predictions.csv (a row per image) and classes.csv (a row per class).
 
---eval-only evaluates all images of the split that --data names; without ?split= the test split,
-else validation, else all images, also of shards (wds:). On the data that it was trained on, a run
-is evaluated on the images that it had held out.
+--eval-only evaluates all labelled images of the split that --data names. Without ?split=, it uses
+the test split if there is one, otherwise the validation split, otherwise all images. This also
+holds for wds: shards. If the data are the run's own training data and have no splits, only the
+images held out in training are evaluated.
 """
 
 import sys
@@ -53,31 +54,37 @@ from vim_ssl.utils.environment import environment
 class Config(TransferConfig, ClassificationConfig):
     """Fine-tune a whole encoder."""
 
-    data: str = opt("", "labelled data; default: what the run was trained on", "data")
+    data: str = opt("", "labelled data; default: the run's training data", "data")
     labels_per_class: int = opt(0, "training images per class; 0: all", "data")
-    crop_scale: tuple[float, float] = opt((0.6, 1.0), "share of the image's area", "data")
+    crop_scale: tuple[float, float] = opt(
+        (0.6, 1.0), "range of the random crop's area, as a fraction of the image", "data"
+    )
     hflip: float = opt(0.0, "probability of mirroring", "data")
-    global_pool: str = opt("token+avg", "input of the head", "model")
-    img_size: int = opt(0, "pixels; resamples the positions; 0: the encoder's size", "model")
-    stride: int = opt(0, "of the patches, pixels; 8 is the paper's finer granularity", "model")
+    global_pool: str = opt("token+avg", "pooling before the head", "model")
+    img_size: int = opt(
+        0, "input size in pixels; position embeddings are resampled; 0: the encoder's size", "model"
+    )
+    stride: int = opt(
+        0, "patch stride in pixels; 8 for the paper's long-sequence fine-tuning", "model"
+    )
     eval_only: bool = opt(False, "evaluate the encoder with its head, without training", "run")
     epochs: float = opt(60, "passes over the training split", "optimiser")
     batch_size: int = opt(20, "samples per process and micro-batch", "optimiser")
     base_lr: float = opt(1e-3, "learning rate per lr_reference_batch samples", "optimiser")
-    lr_reference_batch: int = opt(64, "samples that base_lr is meant for", "optimiser")
-    warmup_epochs: float = opt(5.0, "linear warm-up", "optimiser")
+    lr_reference_batch: int = opt(
+        64, "effective batch size for which base_lr is specified", "optimiser"
+    )
+    warmup_epochs: float = opt(5.0, "epochs of linear warm-up", "optimiser")
 
     def __post_init__(self):
         super().__post_init__()
         if self.labels_per_class and self.targets == "multi-label":
-            raise ValueError(
-                "labels_per_class counts images of one class each; it does not go with "
-                "multi-label: leave it out."
-            )
+            raise ValueError("labels_per_class cannot be used with multi-label targets.")
 
 
 def ssl_224() -> Config:
-    """After pretraining without labels, as MAE fine-tunes: 100 epochs, batch 1024 in all."""
+    """Fine-tuning after self-supervised pretraining, as in MAE: 100 epochs, batch 1024 (128 x 8
+    processes)."""
     return Config(
         crop_scale=(0.08, 1.0), hflip=0.5, auto_augment="rand-m9-mstd0.5-inc1", erasing=0.25,
         mixup=0.8, cutmix=1.0, label_smoothing=0.1, drop_path=0.1, global_pool="avg", epochs=100,
@@ -87,7 +94,8 @@ def ssl_224() -> Config:
 
 
 def finer_224() -> Config:
-    """The paper's fine-tuning at stride 8, 27 x 27 patches: 30 epochs at 1e-5, batch 1024."""
+    """The paper's fine-tuning at stride 8, 27 x 27 patches: 30 epochs at lr 1e-5, batch 1024 (128 x
+    8 processes)."""
     return Config(
         crop_scale=(0.08, 1.0), hflip=0.5, color_jitter=0.3, auto_augment="rand-m9-mstd0.5-inc1",
         erasing=0.25, repeats=3, mixup=0.8, cutmix=1.0, label_smoothing=0.1, global_pool="token",
@@ -119,7 +127,7 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def evaluate_only(config: Config, source: str, spec: str, device) -> dict[str, Any]:
-    """Evaluate an encoder with its head; for a released file, print the published top-1 too.
+    """Evaluate an encoder with its head; for a released file, also print the published top-1.
 
     Args:
         spec: labelled data; see `split_to_evaluate`.
@@ -132,13 +140,13 @@ def evaluate_only(config: Config, source: str, spec: str, device) -> dict[str, A
     classes = test.classes or known or [str(i) for i in range(count)]
     if encoder.num_classes != outputs(config.targets, len(classes)):
         raise ValueError(
-            f"{source} has a head of {encoder.num_classes} outputs, {test.name} has "
+            f"{source} has a head of {encoder.num_classes} outputs, but {test.name} has "
             f"{len(classes)} classes; evaluate on the classes it was trained on."
         )
     if known and classes != known:
         raise ValueError(
-            f"{source} knows the classes {known[:5]} …, {test.name} has {classes[:5]} …; evaluate "
-            "on the classes it was trained on."
+            f"{source} was trained on the classes {known[:5]} …, but {test.name} has "
+            f"{classes[:5]} …; evaluate on the classes it was trained on."
         )
     if not test.is_stream:
         check_labels(test.name, test.labels, config.targets, classes)
@@ -160,33 +168,35 @@ def evaluate_only(config: Config, source: str, spec: str, device) -> dict[str, A
 
 
 def split_to_evaluate(
-    config: Config, spec: str, learnt: str | None
+    config: Config, spec: str, training_spec: str | None
 ) -> tuple[ImageData | ImageStream, str]:
-    """The labelled images of the split that ``spec`` names, else of the test split, else of
-    validation, else all; and the name of that split. From data without splits that the encoder was
-    trained on, the images that it had held out.
+    """Return the labelled images to evaluate on, and the name of their split.
+
+    This is the split that ``spec`` names, otherwise the test split, otherwise the validation split,
+    otherwise all images. If the encoder was trained on these data and they have no splits, only the
+    images held out in training are returned.
 
     Args:
-        learnt: spec of the encoder's training data, if known.
+        training_spec: spec of the encoder's training data, if known.
     Raises: ValueError if there are no labels.
     """
     named = parse_spec(spec).split is not None
     for preferred in (("test", "validation"), ("validation", "test")):
         data = open_split(spec, preferred, streams=True)
-        if data.is_stream:  # whose labels are not known yet
+        if data.is_stream:  # its labels are not known yet
             return data, data.split
-        if not (named or data.splits) and learnt and same_data(spec, learnt):
-            held_out = set(labelled_splits(learnt, config.test, config.seed)[1].ids)
+        if not (named or data.splits) and training_spec and same_data(spec, training_spec):
+            held_out = set(labelled_splits(training_spec, config.test, config.seed)[1].ids)
             unseen = data.subset(i for i, id in enumerate(data.ids) if id in held_out)
             if len(known := labelled_only(unseen)):
                 return known, "held out"
             raise ValueError(
-                f"the encoder was trained on {learnt}, and no labelled image of {spec} was held "
-                "out; evaluate other images, or add ?split=all to evaluate these."
+                f"the encoder was trained on {training_spec}, and no labelled image of {spec} was "
+                "held out; evaluate other images, or add ?split=all to evaluate these."
             )
         if len(known := labelled_only(data)):
             return known, known.split
-    raise ValueError(f"{data.name} ({data.split}) has no labels; it needs them.")
+    raise ValueError(f"{data.name} ({data.split}) has no labels; evaluation needs labelled images.")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Nearest neighbours on frozen features, by the protocol that papers report.
+"""Evaluate frozen features by nearest neighbours, with the protocol used in papers.
 
     python downstream/knn.py                                     # newest run, its data
     python downstream/knn.py --encoder RUN_OR_FILE --data FOLDER_WITH_CLASSES
@@ -6,9 +6,9 @@
 
 The k training images with the highest cosine similarity vote for their labels, with weights
 exp(similarity / 0.07) (DINO, arXiv:2104.14294). Nothing is selected: every k and every readout is
-printed. Features are compared as they are; ``--standardise`` first subtracts the mean of the
-training set and divides by its deviation, which is not the papers' protocol but helps encoders that
-were trained to predict pixels.
+printed. By default features are not standardised; ``--standardise`` subtracts the mean of the
+training set and divides by its standard deviation. This is not the papers' protocol, but helps
+encoders trained to predict pixels.
 
 The metric is accuracy, or with several labels per image the mean average precision of the votes.
 """
@@ -31,9 +31,9 @@ from vim_ssl.utils.config import opt, parse
 class Config(ComparisonConfig):
     """Weighted nearest neighbours on frozen features."""
 
-    k: tuple[int, ...] = opt((10, 20, 100, 200), "numbers of voting neighbours")
-    temperature: float = opt(0.07, "of the weights; lower: sharper")
-    standardise: bool = opt(False, "standardise every feature first")
+    k: tuple[int, ...] = opt((10, 20, 100, 200), "numbers of nearest neighbours")
+    temperature: float = opt(0.07, "temperature of the vote weights; lower is sharper")
+    standardise: bool = opt(False, "standardise the features first")
 
     def __post_init__(self):
         if min(self.k, default=0) < 1:
@@ -46,7 +46,7 @@ def vote(
     name: str, bank: Features, queries: Features, readouts: dict[str, slice], config: Config,
     device: str,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """A row per readout and k: ``knn`` in per cent with its interval ``knn_ci``.
+    """Return a row per readout and k: ``knn`` in per cent with its interval ``knn_ci``.
 
     Args:
         readouts: name -> columns of the features.
@@ -84,7 +84,7 @@ def run(config: Config) -> dict:
 
 
 def table(metrics: dict[str, Any]) -> str:
-    """The rows as text, a line per readout and a column per k."""
+    """Format the rows: a line per readout and a column per k."""
     numbers = "".join(f"{f'k = {k}':>20}" for k in metrics["protocol"]["k"])
     cells = [f"{row['knn']:.1f} [{row['knn_ci'][0]:.1f}, {row['knn_ci'][1]:.1f}]"
              for row in metrics["rows"]]  # fmt: skip

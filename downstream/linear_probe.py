@@ -1,17 +1,17 @@
-"""Linear probe: classification by frozen features.
+"""Linear probe: classification with frozen features.
 
     python downstream/linear_probe.py                                    # newest run, its data
     python downstream/linear_probe.py --encoder RUN_OR_FILE --data hf:timm/eurosat-rgb
-    python downstream/linear_probe.py --shots 1 2 4 8 16                 # and with few labels
+    python downstream/linear_probe.py --shots 1 2 4 8 16                 # also with few labels
     accelerate launch downstream/linear_probe.py --data FOLDER           # images split over ranks
 
-Logistic regression on standardised features (L-BFGS) and weighted nearest neighbours, compared with
-the untrained encoder and with raw pixels. The readout (class token; mean of the patches; both; both
-and the means at a quarter, half and three quarters of the depth) and C are selected on a validation
-split of the training set; the test set is used once. If the data has no test split, a share is held
-out; a run pretrained on the same data has seen its images, but not its labels.
+Logistic regression on standardised features (L-BFGS) and weighted nearest neighbours are compared
+with the untrained encoder and with raw pixels. The readout (class token; mean of the patches; both;
+both plus the means at a quarter, half and three quarters of the depth) and C are selected on a
+validation split of the training set; the test set is used once. If the data has no test split, part
+of it is held out; a run pretrained on the same data has seen these images, but not their labels.
 
-The metric is accuracy; with several labels per image the mean average precision over the classes
+The metric is accuracy; with several labels per image, the mean average precision over the classes
 (macro) and over all pairs (micro); for MedMNIST also its AUC and ACC. ``--head lars`` trains MAE's
 head instead, without augmentation.
 """
@@ -42,23 +42,28 @@ from vim_ssl.metrics.medmnist import medmnist_metrics
 from vim_ssl.tasks.runner import finish_run
 from vim_ssl.utils.config import opt, parse
 
-MAX_PIXELS = 64 * 64 * 3  # values per image above which regression on raw pixels takes too long
-SHRUNK = 32  # side that larger images are resized to, pixels
-FEW_SHOT_C = 1.0  # there are no further labels to select it
-REACH = 5  # how many times its length a weight should be able to move; see `lars_reach`
+MAX_PIXELS = 64 * 64 * 3  # values per image; above it, regression on raw pixels takes too long
+SHRUNK = 32  # side in pixels to which larger images are resized
+FEW_SHOT_C = 1.0  # fixed, because there are no further labels to select it
+REACH = 5  # required travel of a weight relative to its norm; see `lars_reach`
 
 
 @dataclass
 class Config(ComparisonConfig):
     """Linear probe and nearest neighbours on frozen features."""
 
-    validation: float = opt(0.2, "share of the training set that selects C and readout")
-    head: str = opt("logistic", "by L-BFGS, or MAE's by LARS", choices=("logistic", "lars"))
-    c_grid: tuple[float, ...] = opt(C_GRID, "logistic: values of C, ascending")
-    lars_lr: float = opt(0.1, "learning rate per 256 images; MAE's suits a million images")
-    lars_batch: int = opt(16384, "images per step, or all if there are fewer")
-    lars_epochs: int = opt(90, "passes over the features")
-    knn_k: int = opt(20, "voting neighbours")
+    validation: float = opt(0.2, "fraction of the training set used to select C and readout")
+    head: str = opt(
+        "logistic", "linear head: logistic regression (L-BFGS) or MAE's LARS-trained head",
+        choices=("logistic", "lars"),
+    )  # fmt: skip
+    c_grid: tuple[float, ...] = opt(C_GRID, "logistic: values of C, in ascending order")
+    lars_lr: float = opt(
+        0.1, "lars: learning rate per 256 images; MAE's default is tuned for about a million images"
+    )
+    lars_batch: int = opt(16384, "lars: batch size, capped at the number of images")
+    lars_epochs: int = opt(90, "lars: passes over the features")
+    knn_k: int = opt(20, "number of nearest neighbours")
     shots: tuple[int, ...] = opt((), "also train on this many images per class, such as 1 2 4 8 16")
     shot_seeds: int = opt(3, "random draws per number of shots")
 
@@ -66,7 +71,9 @@ class Config(ComparisonConfig):
         if min(self.shots, default=1) < 1 or self.shot_seeds < 1:
             raise ValueError("shots and shot_seeds must be 1 or more.")
         if list(self.c_grid) != sorted(self.c_grid) or min(self.c_grid, default=0) <= 0:
-            raise ValueError(f"c_grid {self.c_grid} must ascend and be above 0.")
+            raise ValueError(
+                f"c_grid is {self.c_grid}; its values must be positive and in ascending order."
+            )
 
 
 def probe(
@@ -77,13 +84,15 @@ def probe(
     config: Config,
     task: str = "",
 ) -> tuple[dict[str, Any], dict[str, Metric]]:
-    """Select on a validation split of ``train``, fit on all of it, test once.
+    """Select hyperparameters on a validation split of ``train``, refit on all of ``train`` and
+    evaluate once on ``test``.
 
-    Readout and C of the head are selected, and readout and standardisation of the neighbours.
+    For the linear head: the readout, and C if ``head="logistic"``. For kNN: the readout and whether
+    to standardise.
 
     Args:
         readouts: name -> columns of the features.
-        task: of MedMNIST; the row then has its ``auc`` and ``acc`` of the head, too.
+        task: MedMNIST task; the row then also has the head's ``auc`` and ``acc``.
     Returns: the row of the table, and its metrics, for comparison with others.
     """
     rest, held_out = stratified_split(
@@ -96,14 +105,14 @@ def probe(
     else:
         scored = {r: _lars(x[:, c], y, config).score(x_val[:, c], y_val)
                   for r, c in readouts.items()}  # fmt: skip
-        readout = max(scored, key=lambda r: scored[r])  # the first of equals
+        readout = max(scored, key=lambda r: scored[r])  # ties: the first
         validation = scored[readout]
     tried = []
     for name_knn, columns in readouts.items():
         for standardise in (True, False):
             answer = _neighbours(x[:, columns], y, x_val[:, columns], standardise, config)
             tried.append((answer_metrics(answer, y_val)["main"].value, name_knn, standardise))
-    # max takes the first of equals
+    # Ties: the first.
     _, knn_readout, standardise = max(tried, key=lambda result: result[0])
     x, x_test = (split.x[:, readouts[readout]] for split in (train, test))
     head = _lars(x, train.y, config) if C is None else fit_logistic(x, train.y, C)
@@ -131,12 +140,12 @@ def _lars(x, y, config: Config) -> LinearHead:
 
 
 def _answer(head: LinearHead, x: torch.Tensor) -> torch.Tensor:
-    """Labels (n,), or with several labels per image the scores of all classes (n, classes)."""
+    """Predict labels (n,), or with several labels per image scores (n, classes)."""
     return head.scores(x) if head.classes is None else head.predict(x)
 
 
 def _neighbours(bank, labels, queries, standardise: bool, config: Config) -> torch.Tensor:
-    """As `_answer`, by the vote of the nearest neighbours."""
+    """Predict as `_answer` does, by the vote of the nearest neighbours."""
     votes = knn_votes(labels, *nearest(bank, queries, k=config.knn_k, standardise=standardise))
     return votes.argmax(1) if labels.ndim == 1 else votes
 
@@ -144,9 +153,9 @@ def _neighbours(bank, labels, queries, standardise: bool, config: Config) -> tor
 def few_shots(
     name: str, train: Features, test: Features, readouts: dict[str, slice], config: Config
 ) -> list[dict[str, Any]]:
-    """Accuracy of logistic regression on few labels, mean and deviation over draws.
+    """Return the accuracy of logistic regression on few labels, mean and deviation over draws.
 
-    C is fixed and every readout has a row: there are no further labels to select them.
+    C is fixed and every readout has a row, because there are no further labels to select them.
     """
     rows = []
     for count in config.shots:
@@ -169,7 +178,9 @@ def run(config: Config) -> dict:
     comparison = Comparison("linear_probe", config)
     train, test = comparison.train, comparison.test
     if config.shots and train.multi_label:
-        raise ValueError(f"{train.name} has several labels an image; --shots needs one of each.")
+        raise ValueError(
+            f"{train.name} is multi-label; --shots requires exactly one label per image."
+        )
     if comparison.main:
         _warn_of_lars(len(train), config)
     tables = _Tables(config, getattr(test, "task", None) or "")
@@ -195,7 +206,7 @@ def run(config: Config) -> dict:
 
 
 def _raw_pixels(encoder: VimEncoder) -> tuple[str, Transform]:
-    """Name and transform of the encoder's input, resized if it is too large for a regression."""
+    """Return name and transform of the raw pixels, resized if too large for a regression."""
     config = dict(encoder.data_config)
     if math.prod(encoder.input_shape) <= MAX_PIXELS:
         return "raw pixels", create_transform(encoder)
@@ -207,7 +218,7 @@ def _raw_pixels(encoder: VimEncoder) -> tuple[str, Transform]:
 
 
 class _Tables:
-    """The rows of all features, and their differences."""
+    """Collect the rows of all features and compute their differences."""
 
     def __init__(self, config: Config, task: str):
         self.config, self.task = config, task
@@ -223,7 +234,7 @@ class _Tables:
         self.skipped, self.groups = train.skipped + test.skipped, test.groups
 
     def differences(self) -> list[dict]:
-        """How much better the first features are than each of the others, on the same images."""
+        """Return the gains of the first features over each of the others, on the same images."""
         (first, metrics), *others = self.metrics.items()
         rows = []
         for other, theirs in others:
@@ -244,8 +255,8 @@ def _warn_of_lars(images: int, config: Config) -> None:
 
 
 def table(metrics: dict[str, Any]) -> str:
-    """All rows, differences and few-shot results as text."""
-    lines = [f"\n{'features':26} {'readout':10} {'logistic regression':24} {'kNN':22}"]
+    """Format all rows, differences and few-shot results."""
+    lines = [f"\n{'features':26} {'readout':10} {'linear head':24} {'kNN':22}"]
     for row in metrics["rows"]:
         cells = [f"{row[k]:5.1f} % [{row[f'{k}_ci'][0]:.1f}, {row[f'{k}_ci'][1]:.1f}]"
                  for k in ("logistic", "knn")]  # fmt: skip
@@ -257,7 +268,7 @@ def table(metrics: dict[str, Any]) -> str:
     for row in metrics["differences"]:
         low, high = row["logistic_ci"]
         lines += [f"{row['features']} over {row['over']}: {row['logistic']:+.1f} [{low:+.1f}, "
-                  f"{high:+.1f}] by the linear head, on the same images."]  # fmt: skip
+                  f"{high:+.1f}] with the linear head, on the same images."]  # fmt: skip
     if metrics["few_shot"]:
         lines += _few_shot_lines(metrics)
     if skipped := metrics["skipped"]:
@@ -270,7 +281,7 @@ def _few_shot_lines(metrics: dict[str, Any]) -> list[str]:
     cells = [f"{row['mean']:.1f}" + (f" ± {row['std']:.1f}" if row["std"] is not None else "")
              for row in metrics["few_shot"]]  # fmt: skip
     return [
-        f"\n{'labels of each class':26} {'readout':10}{shots}",
+        f"\n{'labels per class':26} {'readout':10}{shots}",
         *pivot(metrics["few_shot"], cells, 14),
         f"Accuracy, mean ± deviation over {metrics['protocol']['shot_seeds']} draws.",
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Train an encoder to label every pixel: UPerNet or a linear layer on its maps.
+"""Train an encoder for semantic segmentation: UPerNet or a linear layer on its feature maps.
 
     python downstream/segmentation.py --data masks:FOLDER            # newest run; minutes on a CPU
     python downstream/segmentation.py --encoder RUN_OR_FILE --data masks:FOLDER --head linear
@@ -6,10 +6,10 @@
         --encoder vim_t_midclstok_76p1acc.pth --data ade20k:ADEChallengeData2016
     python downstream/segmentation.py --eval-only --encoder RUN --data masks:FOLDER
 
-The test split is used once, at the end, unless --eval-every sets more evaluations. The run holds
+The test split is used once, at the end, unless --eval-every sets more evaluations. The run contains
 metrics.json (mIoU, pixel accuracy and mean recall from one confusion matrix over all labelled
 pixels, at the size of the masks), classes.csv, predictions.csv and predictions.png; for volumes
-also Dice and Hausdorff distances, and volumes.csv; for rasters the predictions as GeoTIFF, below
+also Dice and Hausdorff distances, and volumes.csv; for rasters the predictions as GeoTIFF in
 predictions/.
 
 The paper's ADE20K results, 41.0 mIoU for Vim-Ti and 44.9 for Vim-S, took 4 GPUs; hours and results
@@ -35,32 +35,36 @@ from vim_ssl.training.accelerator import make_accelerator
 from vim_ssl.training.run import newest_run, stored_or, trained_on
 from vim_ssl.utils.config import check_between, opt, parse
 
-# Of ADE20K's 20,210 images in batches of 32, as 4 GPUs x 8 make them.
+# ADE20K's 20,210 images in batches of 32 (4 GPUs x 8).
 ADE20K_STEPS_AN_EPOCH = 631
 
 
 @dataclass
 class Config(DenseConfig):
-    """Train an encoder to label every pixel."""
+    """Train an encoder for semantic segmentation."""
 
     data: str = opt("", "masks:FOLDER, ade20k:ROOT, nifti:FOLDER, geotiff:FOLDER", "data")
-    short_side: int = opt(0, "resize the short side to this, pixels; 0: keep", "data")
-    crop: int = opt(64, "side of training crops and test windows, pixels", "data")
-    slide: int = opt(0, "stride of test windows, pixels; 0: two thirds of their side", "data")
+    short_side: int = opt(0, "resize the short side to this many pixels; 0: keep", "data")
+    crop: int = opt(64, "side of training crops and test windows, in pixels", "data")
+    slide: int = opt(0, "stride of test windows in pixels; 0: two thirds of their side", "data")
     scale: tuple[float, float] = opt((0.5, 2.0), "range of random resizing", "data")
-    max_share: float = opt(0.75, "redraw a crop in which one class exceeds this share", "data")
+    max_share: float = opt(0.75, "redraw a crop if one class exceeds this fraction", "data")
     photometric: bool = opt(True, "vary brightness, contrast, saturation, hue", "data")
     head: str = opt("upernet", "head on the encoder", "model", choices=HEADS)
     taps: tuple[int, ...] = opt(
-        (), "blocks whose maps the head reads; default: spread evenly", "model"
+        (), "blocks whose maps the head reads; default: evenly spaced", "model"
     )
     channels: int = opt(64, "width of UPerNet; 0: the encoder's", "model")
-    norm: str = opt("batch", "norm of the head; layer for a batch of one", "model", choices=NORMS)
+    norm: str = opt(
+        "batch", "norm of the head; layer for a batch size of one", "model", choices=NORMS
+    )
     auxiliary: float = opt(0.4, "weight of the auxiliary head's loss", "model")
     dice: float = opt(0.0, "weight of the Dice loss, for small structures", "model")
     batch_size: int = opt(8, "samples per process and micro-batch", "optimiser")
-    lr_reference_batch: int = opt(8, "samples that base_lr is meant for", "optimiser")
-    warmup_epochs: float = opt(2.0, "linear warm-up", "optimiser")
+    lr_reference_batch: int = opt(
+        8, "effective batch size for which base_lr is specified", "optimiser"
+    )
+    warmup_epochs: float = opt(2.0, "epochs of linear warm-up", "optimiser")
 
     def __post_init__(self):
         super().__post_init__()
@@ -69,7 +73,7 @@ class Config(DenseConfig):
 
 
 def _ade20k(**settings: Any) -> Config:
-    """Shared by the paper's two runs: 60,000 steps of 32 crops, 512 px, on 4 GPUs."""
+    """Settings shared by the paper's two runs: 60,000 steps of 32 crops, 512 px, on 4 GPUs."""
     return Config(
         short_side=512, crop=512, slide=341, taps=(5, 11, 17, 23), channels=0,
         epochs=60_000 / ADE20K_STEPS_AN_EPOCH, warmup_epochs=1500 / ADE20K_STEPS_AN_EPOCH,
@@ -79,16 +83,16 @@ def _ade20k(**settings: Any) -> Config:
 
 
 def ade20k_upernet_tiny() -> Config:
-    """ADE20K with Vim-Ti as in the paper, 4 GPUs x 8; see ade20k_upernet_small for what differs."""
+    """ADE20K with Vim-Ti as in the paper, 4 GPUs x 8; see ade20k_upernet_small for differences."""
     return _ade20k(base_lr=2e-4, weight_decay=0.1, layer_decay=0.92)
 
 
 def ade20k_upernet_small() -> Config:
     """ADE20K with Vim-S as in the paper, 4 GPUs x 8.
 
-    Ours: the class token stays in the sequence, the maps are the normed residual stream, and layer
-    decay reaches the blocks (upstream's reaches the patch embedding and the positions alone;
-    --layer-decay none is nearer to what it ran).
+    Differences from upstream: the class token stays in the sequence, the maps are the normalised
+    residual stream, and layer decay applies to the blocks (upstream's applies only to the patch
+    embedding and the positions; --layer-decay none is closer to what it ran).
     """
     return _ade20k(base_lr=1e-4, weight_decay=0.05, layer_decay=0.95)
 
@@ -99,7 +103,7 @@ PRESETS = {f.__name__: f for f in (ade20k_upernet_tiny, ade20k_upernet_small)}
 def build_model(
     config: Config, source: str, classes: Sequence[str], bands: Mapping[str, Any] | None = None
 ) -> Segmentation:
-    """The encoder that ``source`` names, for these bands (`load_for_bands`), with a fresh head."""
+    """Build a new head on the encoder ``source``, adapted to the bands (`load_for_bands`)."""
     encoder = fresh_encoder(config, source, config.crop, bands or {})
     names = ("head", "taps", "channels", "norm", "auxiliary", "dice", "short_side", "slide")
     return Segmentation(
@@ -116,7 +120,7 @@ def run(config: Config) -> dict[str, Any]:
     batch = min(config.batch_size, len(train) // accelerator.num_processes)
     if config.norm == "batch" and config.head == "upernet" and batch < 2:
         raise ValueError(
-            f"norm batch needs two crops in a batch, the batch holds {batch}; use --norm layer."
+            f"norm batch needs two crops in a batch, but the batch has {batch}; use --norm layer."
         )
     torch.manual_seed(config.seed)
     model = build_model(config, source, train.classes or [], band_arguments(train))
@@ -130,7 +134,7 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def summary(metrics: dict[str, Any]) -> str:
-    """Metrics over all pixels, after those of volumes if there are any."""
+    """Format the metrics over all pixels, after those of volumes if there are any."""
     text = ""
     if metrics.get("volumes"):
         dice, hd95 = (

@@ -1,14 +1,15 @@
-"""Classify whole slides by the features of their tiles: by their mean, and by attention.
+"""Classify whole slides from the features of their tiles, by their mean and by attention.
 
     python downstream/embed.py --encoder RUN --data 'slide:ROOT?tile=256&split=all' --output tiles
     python downstream/slide.py --features tiles
 
-The features come from files that `embed.py` wrote, tile by tile, in bounded memory and resumable;
-the encoder is not needed any more. Slides, not tiles, are held out and counted; slides of one group
-(``slide:TABLE.csv?group=patient``) stay together. Two classifiers are compared: logistic regression
-on the mean of a slide's tiles, and gated attention over them (arXiv:1802.04712), which is trained
-here. The run holds metrics.json, predictions.csv (a row per test slide), classes.csv (a row per
-class), attention.csv (a row per tile of a test slide: its position and weight) and report.html.
+The features come from the files that `embed.py` wrote tile by tile, in bounded memory and
+resumable; the encoder is no longer needed. Slides, not tiles, are held out and counted; slides of
+one group (``slide:TABLE.csv?group=patient``) stay together. Two classifiers are compared: logistic
+regression on the mean of a slide's tiles, and gated attention over them (arXiv:1802.04712), which
+is trained here. The run contains metrics.json, predictions.csv (a row per test slide), classes.csv
+(a row per class), attention.csv (a row per tile of a test slide: its position and weight) and
+report.html.
 """
 
 import csv
@@ -35,37 +36,39 @@ from vim_ssl.training.run import stored_or
 from vim_ssl.utils.config import opt, parse, to_dict
 from vim_ssl.utils.environment import environment
 
-MEAN_C = 1.0  # of the logistic regression; there are too few slides to select it
+MEAN_C = 1.0  # C of the logistic regression; there are too few slides to select it
 
 
 @dataclass
 class Config(TrainConfig):
-    """A classifier of slides on the features of their tiles."""
+    """Train a classifier of slides on the features of their tiles."""
 
     features: str = opt("", "folder that embed.py wrote for slide: data", "data")
-    test_features: str = opt("", "folder of test slides; default: hold out a share", "data")
-    test: float = opt(0.2, "share of the slides held out without test_features", "data")
+    test_features: str = opt("", "folder of test slides; default: hold out some slides", "data")
+    test: float = opt(0.2, "fraction of slides held out if there are no test_features", "data")
     tiles: int = opt(256, "tiles per slide in a training step", "data")
     hidden: int = opt(128, "width of the attention", "model")
-    dropout: float = opt(0.25, "of the features", "model")
+    dropout: float = opt(0.25, "dropout on the features", "model")
     epochs: float = opt(50, "passes over the slides", "optimiser")
     batch_size: int = opt(4, "slides per process and micro-batch", "optimiser")
     base_lr: float = opt(1e-3, "learning rate per lr_reference_batch slides", "optimiser")
-    lr_reference_batch: int = opt(16, "slides that base_lr is meant for", "optimiser")
-    warmup_epochs: float = opt(2.0, "linear warm-up", "optimiser")
+    lr_reference_batch: int = opt(
+        16, "effective batch size for which base_lr is specified", "optimiser"
+    )
+    warmup_epochs: float = opt(2.0, "epochs of linear warm-up", "optimiser")
     workers: int = opt(0, "data loading processes per rank", "run")
     eval_every: float = opt(1e9, "epochs between evaluations", "run")
 
     def __post_init__(self):
         super().__post_init__()
         if self.ema or self.grad_checkpointing:
-            raise ValueError("ema and grad_checkpointing need an encoder; there is none here.")
+            raise ValueError("ema and grad_checkpointing need an encoder; this task has none.")
         if self.tiles < 1:
             raise ValueError(f"tiles is {self.tiles}; it must be 1 or more.")
 
 
 def build_data(config: Config) -> tuple[Slides, Slides, int]:
-    """Training and test slides, and the number of classes."""
+    """Return training slides, test slides and the number of classes."""
     tiles = read_embeddings(Path(config.features))
     train = group_tiles(tiles, config.features)
     if config.test_features:
@@ -74,35 +77,35 @@ def build_data(config: Config) -> tuple[Slides, Slides, int]:
         check_alike(config, tiles.made_of, other.made_of)
         check_apart(config, train, test)
     elif len(train) < 2:
-        raise ValueError(f"{config.features} holds {len(train)} labelled slides; it needs two.")
+        raise ValueError(f"{config.features} has {len(train)} labelled slides; expected 2 or more.")
     else:
         rest, held_out = stratified_split(train.labels, config.test, config.seed, train.groups)
         train, test = train.subset(rest), train.subset(held_out)
     if len(set(train.labels)) < 2:
-        raise ValueError(f"{config.features} has no training slides of two classes.")
+        raise ValueError(f"the training slides of {config.features} have only one class.")
     return train, test, max(train.labels + test.labels) + 1
 
 
 def check_alike(config: Config, one: dict[str, Any], other: dict[str, Any]) -> None:
-    """Raises: ValueError if features or labels of the two folders mean different things."""
+    """Raise ValueError if features or labels of the two folders are not comparable."""
     for key in ("weights", "readout", "transform", "classes"):
         if one.get(key) != other.get(key):
             raise ValueError(
-                f"{config.features} and {config.test_features} were made with other {key} "
+                f"{config.features} and {config.test_features} were made with different {key} "
                 f"({one.get(key)}, {other.get(key)}); embed both with the same encoder and classes."
             )
 
 
 def check_apart(config: Config, train: Slides, test: Slides) -> None:
-    """Raises: ValueError if a test slide is a training slide."""
+    """Raise ValueError if a slide or group is in both the training and the test slides."""
     known = {slide.id: slide.x for slide in train.slides}
     same = [s.id for s in test.slides if s.id in known and torch.equal(s.x, known[s.id])]
     if same:
         raise ValueError(
-            f"{len(same)} slides of {config.test_features} are in {config.features} too, such as "
+            f"{len(same)} slides of {config.test_features} are also in {config.features}, such as "
             f"{same[0]}; test on others."
         )
-    # Without patients a slide is its own group, and equal names mean nothing.
+    # Without patients each slide is its own group, and equal names do not imply one patient.
     if both := {s.group for s in test.slides if s.group != s.id}.intersection(train.groups):
         raise ValueError(
             f"{len(both)} groups have slides in {config.features} and {config.test_features}, such "
@@ -156,7 +159,7 @@ def truth(slides: Slides) -> Tensor:
 
 
 def predict_by_mean(train: Slides, test: Slides, classes: int) -> Tensor:
-    """(test slides, classes): 1 for the class that logistic regression on the means predicts."""
+    """Return one-hot predictions (test slides, classes) of logistic regression on the means."""
     x, x_test = (torch.stack([s.x.mean(0) for s in split.slides]) for split in (train, test))
     head = fit_logistic(x, truth(train), MEAN_C)
     predicted = torch.as_tensor(head.predict(x_test)).long()
@@ -165,7 +168,7 @@ def predict_by_mean(train: Slides, test: Slides, classes: int) -> Tensor:
 
 @torch.no_grad()
 def predict_by_attention(pool: AttentionPool, test: Slides) -> tuple[Tensor, list[Tensor]]:
-    """Logits (test slides, classes), and the weights of all tiles of each slide."""
+    """Return logits (test slides, classes), and the weights of all tiles of each slide."""
     device = next(pool.parameters()).device
     answers = [pool.eval()(slide.x[None].to(device)) for slide in test.slides]
     logits = torch.cat([logits for logits, _ in answers]).float().cpu()

@@ -1,16 +1,16 @@
-"""Fine-tune an encoder on videos, or train a head alone: classification of clips.
+"""Classify videos: fine-tune an encoder on clips, or train only a head.
 
     python downstream/video.py --encoder RUN_OR_FILE --data 'video:ROOT?frames=16'
-    python downstream/video.py --data 'video:ROOT?frames=8&fps=5&clips=4'      # dense, four clips
+    python downstream/video.py --data 'video:ROOT?frames=8&fps=5&clips=4'  # dense sampling, 4 clips
     python downstream/video.py --frozen --encoder RUN --data video:ROOT         # a linear probe
 
-An image encoder is inflated: its patches become tubelets, its positions stay, a table of times
+An image encoder is inflated: its patches become tubelets, its positions are kept, and a time table
 starts at zero (`vim_ssl/models/video.py`). Training draws one clip per video and one augmentation
-per clip; evaluation averages the logits over all ``clips`` of the data spec. The run holds
+per clip; evaluation averages the logits over all ``clips`` of the data spec. The run contains
 metrics.json, predictions.csv and classes.csv, as for images, and the encoder, which then reads
-clips. `linear_probe.py`, `knn.py` and `embed.py` take videos too.
+clips. `linear_probe.py`, `knn.py` and `embed.py` also accept videos.
 
-After VideoMamba, arXiv:2403.06977: layer decay 0.8, drop path and a tubelet of one frame.
+Following VideoMamba, arXiv:2403.06977: layer decay 0.8, drop path and a tubelet of one frame.
 """
 
 import sys
@@ -36,30 +36,38 @@ class Config(TransferConfig, ClassificationConfig):
     """Fine-tune an encoder on videos."""
 
     data: str = opt("", "labelled videos, video:ROOT?frames=8&clips=4", "data")
-    crop_scale: tuple[float, float] = opt((0.4, 1.0), "share of the frames' area", "data")
+    crop_scale: tuple[float, float] = opt(
+        (0.4, 1.0), "range of the random crop's area, as a fraction of the frames", "data"
+    )
     hflip: float = opt(0.5, "probability of mirroring; 0 if left and right matter", "data")
-    judge_batch: int = opt(4, "videos per batch in evaluation", "data")
+    judge_batch: int = opt(4, "videos per evaluation batch", "data")
     tubelet: int = opt(1, "frames per token, if the encoder reads images", "model")
     inflation: str = opt("centre", "how patches become tubelets", "model", choices=INFLATIONS)
-    global_pool: str = opt("token+avg", "input of the head", "model")
-    img_size: int = opt(0, "pixels; resamples the positions; 0: the encoder's size", "model")
+    global_pool: str = opt("token+avg", "pooling before the head", "model")
+    img_size: int = opt(
+        0, "input size in pixels; position embeddings are resampled; 0: the encoder's size", "model"
+    )
     frozen: bool = opt(False, "train only the head: a linear probe", "model")
     epochs: float = opt(30, "passes over the training split", "optimiser")
     batch_size: int = opt(8, "clips per process and micro-batch", "optimiser")
     base_lr: float = opt(5e-4, "learning rate per lr_reference_batch clips", "optimiser")
-    lr_reference_batch: int = opt(32, "clips that base_lr is meant for", "optimiser")
-    warmup_epochs: float = opt(3.0, "linear warm-up", "optimiser")
+    lr_reference_batch: int = opt(
+        32, "effective batch size for which base_lr is specified", "optimiser"
+    )
+    warmup_epochs: float = opt(3.0, "epochs of linear warm-up", "optimiser")
 
     def __post_init__(self):
         super().__post_init__()
         if self.mixup or self.cutmix:
-            raise ValueError("mixup and cutmix mix images, not clips; leave them out.")
+            raise ValueError("mixup and cutmix are for images, not clips; omit them.")
         if self.frozen and (self.from_scratch or self.drop_path):
-            raise ValueError("frozen trains the head of trained weights, without drop_path.")
+            raise ValueError(
+                "frozen trains only the head; it cannot be combined with from_scratch or drop_path."
+            )
 
 
 def kinetics_small() -> Config:
-    """VideoMamba's settings of its S model, pretrained on images, for 16 frames at 224 px."""
+    """VideoMamba's settings for its S model, pretrained on images: 16 frames at 224 px."""
     return Config(
         crop_scale=(0.08, 1.0), auto_augment="rand-m7-mstd0.5-inc1", erasing=0.25, drop_path=0.35,
         label_smoothing=0.1, global_pool="token", epochs=50, warmup_epochs=5, batch_size=16,
@@ -76,14 +84,14 @@ def run(config: Config) -> dict[str, Any]:
     source = config.encoder or str(newest_run())
     train, test = labelled_splits(config.data, config.test, config.seed)
     if train.kind != "video":
-        raise ValueError(f"{config.data} are no videos; name a folder of them as video:FOLDER.")
+        raise ValueError(f"{config.data} does not contain videos; use video:FOLDER.")
     torch.manual_seed(config.seed)
     encoder = build_encoder(config, source, train)
     return train_classifier("video", config, encoder, source, train, test, accelerator)
 
 
 def build_encoder(config: Config, source: str, data: ImageData) -> VimEncoder:
-    """An encoder of clips with a head; with ``frozen`` only the head has gradients."""
+    """Return a video encoder with a head; with ``frozen`` only the head has gradients."""
     size = {"img_size": config.img_size} if config.img_size else {}
     images = load_classifier(source, data, config, global_pool=config.global_pool, **size)
     encoder = images.for_data(data, tubelet=config.tubelet, inflation=config.inflation)

@@ -1,14 +1,14 @@
-"""Zero-shot: classify by class names alone, and retrieve images and captions by each other.
+"""Zero-shot classification from class names, and retrieval between images and captions.
 
     python downstream/zero_shot.py                                       # newest run, its pairs
     python downstream/zero_shot.py --encoder RUN --data FOLDER_WITH_CLASSES
     python downstream/zero_shot.py --encoder RUN --data pairs:FOLDER
 
-RUN is a run of clip_pretrain. Images with labels are classified: each class is the mean direction
-of its name in several sentences (CLIP, arXiv:2103.00020, section 3.1.4). Images with captions are
-retrieved, both ways; any caption of an image counts as right. The test split is used, or else the
-validation split, unless `?split=` names another. Metrics and examples go to a folder in the run,
-one per data spec, and into the run's report.
+RUN is a run of clip_pretrain. Labelled images are classified: the embedding of a class is the
+normalised mean over several sentences with its name (CLIP, arXiv:2103.00020, section 3.1.4). Images
+with captions are evaluated by retrieval in both directions; any caption of an image counts as
+correct. The test split is used, otherwise the validation split, unless `?split=` names another.
+Metrics and examples are written to a folder in the run, one per data spec, and to its report.
 """
 
 import sys
@@ -39,14 +39,14 @@ from vim_ssl.utils.config import opt, parse, to_dict
 from vim_ssl.utils.environment import environment
 from vim_ssl.utils.files import read_text
 
-# CLIP's authors: these seven come close to all their eighty on ImageNet.
+# According to CLIP's authors, these seven nearly match all eighty of theirs on ImageNet.
 TEMPLATES = (
     "itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a photo of the large {}.",
     "a {} in a video game.", "art of the {}.", "a photo of the small {}.",
 )  # fmt: skip
 EXAMPLES = 8
-SIDE = 96  # pixels of their images, at most
-CAPTION = 80  # characters of a caption in the report
+SIDE = 96  # maximum side of their images, in pixels
+CAPTION = 80  # maximum characters of a caption in the report
 
 
 @dataclass
@@ -54,24 +54,26 @@ class Config:
     """Zero-shot classification and retrieval."""
 
     encoder: str = opt("", "run of clip_pretrain; default: the newest")
-    data: str = opt("", "with labels or captions; default: the run's val or data")
+    data: str = opt("", "images with labels or captions; default: the run's val or data")
     templates: tuple[str, ...] = opt(TEMPLATES, "sentences about a class; {} is its name")
-    names: str = opt("", "file of class names, a line per class in their order; default: theirs")
+    names: str = opt("", "file of class names, one line per class; default: the data's names")
     batch_size: int = opt(128, "images per batch")
     workers: int = opt(0, "data loading processes")
     device: str = opt("", "cpu, cuda …; default: cuda if available")
-    output: str = opt("", "folder of metrics.json; default: in the run")
+    output: str = opt("", "folder for metrics.json; default: in the run")
 
     def __post_init__(self):
         if not self.templates:
-            raise ValueError("templates are none; give one at least: --templates {}.")
+            raise ValueError("templates is empty; give at least one: --templates {}.")
         for template in self.templates:
             if template.count("{}") != 1:
-                raise ValueError(f"the template {template!r} has no place {{}} for a class's name.")
+                raise ValueError(
+                    f"the template {template!r} must contain {{}} once, for the class name."
+                )
 
 
 def was_trained_on(source: str | Path, spec: str, data: ImageData) -> bool:
-    """True if the run may have been trained on these images: the same data, no held-out split."""
+    """Return True if the run may have been trained on these images: same data, not held out."""
     if canonical_split(data.split) in ("test", "validation"):
         return False
     with suppress(ValueError):  # a model without a run
@@ -80,9 +82,9 @@ def was_trained_on(source: str | Path, spec: str, data: ImageData) -> bool:
 
 
 def class_names(data: ImageData, file: str) -> list[str]:
-    """The names of the classes: the lines of the file, or the names in the data, made readable.
+    """Return the class names: the lines of the file, or the data's names in readable form.
 
-    Raises: ValueError for a file with another number of names, or a repeated name.
+    Raises: ValueError for a file with a wrong number of names, or a repeated name.
     """
     classes = data.classes or []
     if file:
@@ -91,14 +93,14 @@ def class_names(data: ImageData, file: str) -> list[str]:
         if len(names) != len(classes):
             raise ValueError(f"{file} has {len(names)} names; {data.name} has {len(classes)}.")
         if twice := [name for name, times in Counter(names).items() if times > 1]:
-            raise ValueError(f"{file} calls two classes {twice[0]!r}; give them different names.")
+            raise ValueError(f"{file} has two classes named {twice[0]!r}; names must differ.")
         return names
     from timm.data import ImageNetInfo
 
     imagenet = ImageNetInfo()
-    if set(classes) <= set(imagenet.label_names()):  # folders called n01440764
+    if set(classes) <= set(imagenet.label_names()):  # folder names such as n01440764
         plain = [imagenet.label_name_to_description(name).split(",")[0] for name in classes]
-        times = Counter(plain)  # a crane is a bird and a machine: such names get the definition
+        times = Counter(plain)  # ambiguous names (crane: bird, machine) get the definition
         return [
             name if times[name] == 1 else imagenet.label_name_to_description(label, detailed=True)
             for name, label in zip(plain, classes, strict=True)
@@ -108,7 +110,7 @@ def class_names(data: ImageData, file: str) -> list[str]:
 
 @torch.no_grad()
 def text_classifier(clip: Clip, names: Sequence[str], templates: Sequence[str]) -> Tensor:
-    """(classes, d): the normalised mean of a class's normalised sentence embeddings."""
+    """Return (classes, d): per class, the normalised mean of its normalised sentence embeddings."""
     rows = [
         clip.encode_text([template.replace("{}", name) for template in templates]).mean(0)
         for name in names
@@ -117,7 +119,8 @@ def text_classifier(clip: Clip, names: Sequence[str], templates: Sequence[str]) 
 
 
 def classify(features: Features, classifier: Tensor) -> tuple[dict[str, Any], Tensor]:
-    """Top-1 and top-5 accuracy in per cent with 95 % intervals, and the classes (n, 5), best first.
+    """Return top-1 and top-5 accuracy in per cent with 95 % intervals, and the five best classes
+    (n, 5).
 
     Images without a label (-1) are skipped.
     """
@@ -133,15 +136,15 @@ def classify(features: Features, classifier: Tensor) -> tuple[dict[str, Any], Te
 
 
 def _with_interval(name: str, right: Tensor, groups: Sequence[Hashable] | None) -> dict[str, Any]:
-    """The share of queries (n,) that are right, and its interval."""
+    """Return the percentage of queries (n,) that are correct, and its interval."""
     share = accuracy(right, True)
     return {name: round(share.value, 2), f"{name}_ci": share.interval(groups)}
 
 
 def search(pairs: PairFeatures, data: ImageData) -> dict[str, Any]:
-    """R@1, R@5 and R@10 both ways with 95 % intervals, and R@1 by chance.
+    """Return R@1, R@5 and R@10 in both directions with 95 % intervals, and R@1 of chance.
 
-    The bootstrap draws groups as a whole, and the captions of an image with it.
+    The bootstrap resamples whole groups, including all captions of their images.
     """
     group = dict(zip(data.ids, data.groups or data.ids, strict=True))
     of_images = [group[id] for id in pairs.ids]
@@ -154,9 +157,9 @@ def search(pairs: PairFeatures, data: ImageData) -> dict[str, Any]:
 
 
 def write_examples(pairs: PairFeatures, data: ImageData, folder: Path) -> dict[str, Any]:
-    """Write a few images, small, to ``folder``.
+    """Write a few reduced images to ``folder``.
 
-    Returns: of each image its first caption (``own``), the three nearest captions and which of
+    Returns: for each image its first caption (``own``), the three nearest captions and which of
         them are its captions (``right``); and the cosines of these images and first captions.
     """
     n = len(pairs.images)
@@ -194,12 +197,12 @@ def run(config: Config) -> dict:
     labelled = bool(data.classes) and not data.multi_label and any(map(is_known, data.labels or ()))
     if not labelled and not data.has_captions:
         raise ValueError(
-            f"{data.name} ({data.split}) has neither labels nor captions; it needs one label per "
-            "image, or captions."
+            f"{data.name} ({data.split}) has neither labels nor captions; give data with one label "
+            "per image, or with captions."
         )
     print(f"Model {source} · {data.name}: {len(data):,} images", flush=True)
     if seen := was_trained_on(source, spec, data):
-        print("These are images that it was trained on: no test.", flush=True)
+        print("The model was trained on these images; this is not a test.", flush=True)
     loading: dict[str, Any] = {
         "batch_size": config.batch_size, "workers": config.workers, "device": device,
     }  # fmt: skip
@@ -234,7 +237,7 @@ def run(config: Config) -> dict:
 
 
 def table(metrics: dict[str, Any]) -> str:
-    """The metrics as text."""
+    """Format the metrics."""
 
     def row(title: str, values: dict[str, Any], names: Sequence[str]) -> str:
         cells = []

@@ -1,15 +1,15 @@
 """Pretrain a Vim encoder on images and captions by contrastive learning.
 
-    accelerate launch recipes/clip_pretrain.py                           # emoji, minutes, a CPU
-    accelerate launch recipes/clip_pretrain.py --preset emoji_clip --data pairs:FOLDER   # yours
-    accelerate launch recipes/clip_pretrain.py --data pairs:FOLDER       # yours at 224 px, a GPU
+    accelerate launch recipes/clip_pretrain.py                     # emoji, minutes on a CPU
+    accelerate launch recipes/clip_pretrain.py --preset emoji_clip --data pairs:FOLDER  # your pairs
+    accelerate launch recipes/clip_pretrain.py --data pairs:FOLDER # your pairs at 224 px, a GPU
     accelerate launch --multi_gpu --num_processes 8 recipes/clip_pretrain.py \\
         --preset cc12m_small_224 --data 'wds:cc12m/{0000..2175}.tar' --accumulation 1
 
 Losses: `clip` (arXiv:2103.00020), `siglip` (arXiv:2303.15343). `--lock-image` on a trained encoder
 is LiT (arXiv:2111.07991); `--encoder RUN` starts from any run. The loss compares the pairs of the
 whole effective batch: processes and accumulation change memory and time, not the gradient.
-`vim_ssl.load_clip(RUN)` loads the model. The large presets' results: not yet measured.
+`vim_ssl.load_clip(RUN)` loads the model. Results of the large presets are not yet measured.
 """
 
 import contextlib
@@ -54,30 +54,32 @@ class Config(AugmentationConfig):
 
     data: str = opt("", "images with captions: pairs:FOLDER, hf:NAME, wds:SHARDS …", "data")
     val: str = opt("", "pairs to evaluate retrieval on; default: none", "data")
-    crop_scale: tuple[float, float] = opt((0.9, 1.0), "share of the image's area", "data")
-    hflip: float = opt(0.0, "probability of mirroring; captions may name sides", "data")
+    crop_scale: tuple[float, float] = opt(
+        (0.9, 1.0), "range of the random crop's area, as a fraction of the image", "data"
+    )
+    hflip: float = opt(0.0, "probability of mirroring; captions may mention left, right", "data")
     encoder: str = opt("vim_small_patch16_224", "preset, checkpoint, run or timm:NAME", "model")
-    model_args: dict[str, Any] = opt({}, "more arguments of the encoder", "model")
-    text: str = opt("transformer", "text tower: transformer, or hf:NAME, pretrained", "model")
+    model_args: dict[str, Any] = opt({}, "additional arguments of the encoder", "model")
+    text: str = opt("transformer", "text tower: transformer, or hf:NAME (pretrained)", "model")
     text_width: int = opt(512, "width of the text transformer", "model")
-    text_depth: int = opt(12, "blocks of the text transformer", "model")
+    text_depth: int = opt(12, "number of blocks of the text transformer", "model")
     text_heads: int = opt(8, "attention heads of the text transformer", "model")
     text_dropout: float = opt(0.0, "dropout of the text transformer", "model")
-    embed_dim: int = opt(512, "dimension of the common space", "model")
+    embed_dim: int = opt(512, "dimension of the shared embedding space", "model")
     loss: str = opt("clip", "contrastive loss", "model", choices=LOSSES)
     lock_image: bool = opt(False, "freeze the encoder", "model")
     lock_text: bool = opt(False, "freeze the text tower", "model")
     tokenizer: str = opt(
-        "", "bpe (trained on the captions), clip or hf:NAME; default: that of an hf: text tower, "
-        "else bpe", "text",
+        "", "bpe (trained on the captions), clip or hf:NAME; default: the tokenizer of an hf: text "
+        "tower, otherwise bpe", "text",
     )  # fmt: skip
-    vocab_size: int = opt(49408, "maximum vocabulary of bpe", "text")
-    tokenizer_captions: int = opt(1_000_000, "captions that bpe is trained on, at most", "text")
-    context_length: int = opt(77, "tokens read of a caption", "text")
+    vocab_size: int = opt(49408, "maximum vocabulary size of bpe", "text")
+    tokenizer_captions: int = opt(1_000_000, "maximum number of captions to train bpe on", "text")
+    context_length: int = opt(77, "maximum number of tokens per caption", "text")
 
     @classmethod
     def derive_defaults(cls, defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-        """As `TrainConfig`; other data are not evaluated on the preset's pairs."""
+        """Extend `TrainConfig`: if ``data`` is given, drop the preset's ``val``."""
         defaults = super().derive_defaults(defaults, given)
         return defaults | {"val": ""} if "data" in given else defaults
 
@@ -92,8 +94,8 @@ class Config(AugmentationConfig):
 def emoji_clip() -> Config:
     """Emoji of two vendors and their names, 64 px, a 0.7 M-parameter encoder: minutes on two cores.
 
-    Retrieval is evaluated on one vendor's drawings of held-out emoji; a third vendor's are for the
-    final test.
+    Retrieval is evaluated on one vendor's drawings of held-out emoji. A third vendor's drawings are
+    reserved for the final test.
     """
     return Config(
         data="sample:noto-emoji?split=train&tones=none + sample:twemoji?split=train&tones=none",
@@ -107,7 +109,7 @@ def emoji_clip() -> Config:
 
 
 def cc3m_small_224() -> Config:
-    """CLIP's optimiser on Vim-S and 3 M pairs, batch 1024; 40 epochs, as SLIP on this data."""
+    """CLIP's optimiser with Vim-S on 3 M pairs, batch 1024; 40 epochs, as in SLIP."""
     return Config(
         epochs=40, warmup_epochs=1, batch_size=256, accumulation=4, base_lr=5e-4,
         lr_reference_batch=1024, weight_decay=0.2, betas=(0.9, 0.98), eps=1e-6, precision="bf16",
@@ -116,7 +118,7 @@ def cc3m_small_224() -> Config:
 
 
 def cc12m_small_224() -> Config:
-    """CLIP's optimiser on Vim-S and 12 M pairs, batch 4096; 35 epochs, as SLIP on this data."""
+    """CLIP's optimiser with Vim-S on 12 M pairs, batch 4096; 35 epochs, as in SLIP."""
     return replace(
         cc3m_small_224(), epochs=35, batch_size=512, accumulation=8, base_lr=1e-3,
         lr_reference_batch=4096, tokenizer="clip",
@@ -124,9 +126,9 @@ def cc12m_small_224() -> Config:
 
 
 def datacomp_small_224() -> Config:
-    """DataComp's small scale on Vim-S: 12.8 M samples seen, batch 4096, 500 steps of warm-up.
+    """DataComp's small scale with Vim-S: 12.8 M samples seen, batch 4096, 500 steps of warm-up.
 
-    One epoch of the whole pool; a filtered subset needs more epochs for as many samples.
+    This is one epoch of the full pool; with a filtered subset, increase the epochs accordingly.
     """
     return replace(cc12m_small_224(), epochs=1, warmup_epochs=0.16, base_lr=5e-4)
 
@@ -139,8 +141,8 @@ def default_preset(given: dict[str, Any]) -> str:
 
 
 class PairTransform:
-    """From an item to ``image`` (c, h, w), normalised, ``tokens`` (l,) int64 of a random caption,
-    and ``cut``, True if it was too long. Raises: BadImage for an item without a caption."""
+    """Transform an item into ``image`` (c, h, w), normalised, ``tokens`` (l,) int64 of a random
+    caption, and ``cut``, True if it was truncated. Raises: BadImage without a caption."""
 
     def __init__(self, image_transform, tokenizer: Tokenizer):
         self.image_transform, self.tokenizer = image_transform, tokenizer
@@ -154,7 +156,7 @@ class PairTransform:
 
 
 def timm_args(config: Config) -> dict[str, Any] | None:
-    """Arguments of `timm.create_model` for an image tower of timm, else None."""
+    """Return the arguments of `timm.create_model` for an image tower of timm, otherwise None."""
     if not config.encoder.startswith("timm:"):
         return None
     name = config.encoder.removeprefix("timm:")
@@ -166,7 +168,7 @@ def build_model(config: Config) -> nn.Module:
         if (args := timm_args(config)) is None:
             return load_encoder(config.encoder, **{"use_mask_token": False, **config.model_args})
         if config.ema:
-            raise ValueError("ema needs a Vim encoder; use --ema 0.")
+            raise ValueError("ema requires a Vim encoder; use --ema 0.")
         import timm
 
         name = args["model_name"]
@@ -182,12 +184,12 @@ def build_model(config: Config) -> nn.Module:
 def build_data(config: Config) -> ImageData | ImageStream:
     data = open_data(config.data, streams=True)
     if len(data) < 2:
-        raise ValueError(f"{data.name} is a single pair; a contrast needs two or more.")
+        raise ValueError(f"{data.name} has only one pair; contrastive training needs two or more.")
     return data if data.is_stream else with_captions(data)
 
 
 def build_val(config: Config) -> ImageData | None:
-    """The pairs of ``config.val``: without ``?split=`` the validation split, else the test one."""
+    """Open ``config.val``; without ``?split=`` its validation split, otherwise its test split."""
     if not config.val:
         return None
     return with_captions(open_split(config.val, ("validation", "test")))
@@ -197,14 +199,14 @@ def with_captions(data: ImageData) -> ImageData:
     """Return the data. Raises: ValueError for images without captions."""
     if not data.has_captions:
         raise ValueError(
-            f"{data.name} has no captions; name their column by ?caption=COLUMN, or give "
-            "pairs:FOLDER with a text file beside each image."
+            f"{data.name} has no captions; name their column with ?caption=COLUMN, or use "
+            "pairs:FOLDER with a text file next to each image."
         )
     return data
 
 
 def read_captions(data: ImageData | ImageStream) -> Iterator[str]:
-    """All captions: of a stream in order of its shards, else in random order."""
+    """Yield all captions: in shard order for a stream, otherwise in random order."""
     if data.is_stream:
         for shard in range(len(data.shards)):
             for record in data.records(shard):
@@ -216,7 +218,7 @@ def read_captions(data: ImageData | ImageStream) -> Iterator[str]:
 
 
 def build_tokenizer(config: Config, data: ImageData | ImageStream, accelerator) -> Tokenizer:
-    """The tokenizer of a resumed run, or a new one, trained on the main process for all."""
+    """Return the tokenizer of a resumed run, or a new one, trained on the main process."""
     from accelerate.utils import broadcast_object_list
 
     if config.resume == "auto" and config.output and Run(Path(config.output)).checkpoints():
@@ -268,9 +270,9 @@ def run(config: Config) -> dict[str, Any]:
     accelerator = make_accelerator(config)
     if config.batch_size * config.accumulation * accelerator.num_processes < 2:
         raise ValueError(
-            "a step of a single pair has nothing to contrast; use a batch_size above 1."
+            "the effective batch is a single pair, without negatives; use a batch_size above 1."
         )
-    torch.manual_seed(config.seed)  # of the initial weights
+    torch.manual_seed(config.seed)  # for the initial weights
     encoder = build_model(config)
     data, val = build_data(config), build_val(config)
     tokenizer = build_tokenizer(config, data, accelerator)

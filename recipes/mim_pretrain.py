@@ -1,6 +1,6 @@
 """Pretrain a Vim encoder on images without labels.
 
-    accelerate launch recipes/mim_pretrain.py                            # digits, minutes, a CPU
+    accelerate launch recipes/mim_pretrain.py                            # digits, minutes on a CPU
     accelerate launch recipes/mim_pretrain.py --data FOLDER              # your images, 224 px
     accelerate launch --multi_gpu --num_processes 8 recipes/mim_pretrain.py \\
         --preset mae_small_224 --data imagenet/train --precision bf16
@@ -9,8 +9,8 @@
 
 Objectives: `mae` (arXiv:2111.06377, visible patches in scan order, Vim decoder as in
 arXiv:2502.00594), `simmim` (arXiv:2111.09886), `ar` (clusters in sequence, arXiv:2406.07537),
-`distill` (a teacher's features, arXiv:2202.03555). The paper presets' results on ImageNet: not yet
-measured.
+`distill` (a teacher's features, arXiv:2202.03555). Results of the paper presets on ImageNet are not
+yet measured.
 """
 
 import sys
@@ -42,13 +42,15 @@ class Config(TrainConfig):
     """Pretraining of a Vim encoder without labels."""
 
     data: str = opt("", "images: a folder, hf:NAME, wds:SHARDS, sample:NAME …", "data")
-    crop_scale: tuple[float, float] = opt((0.2, 1.0), "share of the image's area", "data")
+    crop_scale: tuple[float, float] = opt(
+        (0.2, 1.0), "range of the random crop's area, as a fraction of the image", "data"
+    )
     hflip: float = opt(0.5, "probability of mirroring", "data")
     encoder: str = opt("vim_small_patch16_224", "preset, checkpoint or run", "model")
-    model_args: dict[str, Any] = opt({}, "more arguments of the encoder", "model")
+    model_args: dict[str, Any] = opt({}, "additional arguments of the encoder", "model")
     tubelet: int = opt(2, "frames per token, if the data are videos", "model")
-    objective: str = opt("mae", f"{', '.join(OBJECTIVES)}, or a plugin's", "objective")
-    objective_args: dict[str, Any] = opt({}, "more arguments of the objective", "objective")
+    objective: str = opt("mae", f"{', '.join(OBJECTIVES)}, or that of a plugin", "objective")
+    objective_args: dict[str, Any] = opt({}, "additional arguments of the objective", "objective")
     decoder_dim: int = opt(512, "mae, ar: width of the decoder", "objective")
     decoder_depth: int = opt(2, "mae: Vim blocks of the decoder; ar: attention blocks", "objective")
     norm_pix_loss: bool = opt(True, "mae, simmim, ar: normalise targets per patch", "objective")
@@ -60,16 +62,16 @@ class Config(TrainConfig):
         "ema", "distill: ema (the encoder's average), timm:NAME, run or preset", "objective"
     )
     teacher_layers: int = opt(
-        4, "distill: last blocks of the teacher that are averaged", "objective"
+        4, "distill: number of final teacher blocks whose outputs are averaged", "objective"
     )
-    teacher_momentum: float = opt(0.998, "distill: of the ema teacher", "objective")
-    distill_loss: str = opt("smooth_l1", "distill: the loss", "objective", choices=LOSSES)
+    teacher_momentum: float = opt(0.998, "distill: EMA momentum of the teacher", "objective")
+    distill_loss: str = opt("smooth_l1", "distill: loss function", "objective", choices=LOSSES)
     distill_where: str = opt(
-        "masked", "distill: patches that the loss counts", "objective", choices=WHERE
+        "masked", "distill: patches included in the loss", "objective", choices=WHERE
     )
-    mask: str = opt("random", "shape of the mask", "masking", choices=tuple(MASKS))
-    mask_ratio: float = opt(0.75, "share of masked patches", "masking")
-    mask_unit: int = opt(0, "side of a masked square, in pixels; 0: a patch", "masking")
+    mask: str = opt("random", "mask type; tube is for clips", "masking", choices=tuple(MASKS))
+    mask_ratio: float = opt(0.75, "fraction of patches that are masked", "masking")
+    mask_unit: int = opt(0, "side of a masked square in pixels; 0: one patch", "masking")
 
     def __post_init__(self):
         super().__post_init__()
@@ -77,18 +79,18 @@ class Config(TrainConfig):
 
 
 def demo() -> Config:
-    """Handwritten digits, 49 patches each, a 0.8 M-parameter encoder: minutes on two CPU cores."""
+    """Handwritten digits, 49 patches each, 0.8 M-parameter encoder: minutes on two CPU cores."""
     return Config(
         data="sample:mnist5k?split=train", crop_scale=(0.6, 1.0), hflip=0.0,
         encoder="vim_nano_patch4_28", model_args={"depth": 3}, decoder_dim=96, decoder_depth=1,
-        norm_pix_loss=False,  # most patches of a digit are flat: normalised, they are noise
+        norm_pix_loss=False,  # most patches of a digit are flat; normalised, they become noise
         epochs=4, warmup_epochs=1, batch_size=64, base_lr=2e-3, lr_reference_batch=64,
         workers=0, eval_every=4,
     )  # fmt: skip
 
 
 def mae_minute() -> Config:
-    """MAE on the digits in about a minute on two CPU cores, a 0.5 M-parameter encoder."""
+    """MAE on the digits with a 0.5 M-parameter encoder: about a minute on two CPU cores."""
     return Config(
         data="sample:mnist5k?split=train", crop_scale=(0.6, 1.0), hflip=0.0,
         encoder="vim_nano_patch4_28", model_args={"embed_dim": 128}, decoder_dim=64,
@@ -98,22 +100,22 @@ def mae_minute() -> Config:
 
 
 def simmim_minute() -> Config:
-    """SimMIM in about a minute."""
+    """SimMIM with the same encoder: about a minute."""
     return replace(mae_minute(), objective="simmim", mask_ratio=0.6, epochs=2)
 
 
 def ar_minute() -> Config:
-    """Autoregression, patch by patch, in about a minute."""
+    """Autoregression, patch by patch, with the same encoder: about a minute."""
     return replace(mae_minute(), objective="ar", cluster=1, epochs=2)
 
 
 def distill_minute() -> Config:
-    """Distillation from the encoder's moving average in about a minute."""
+    """Distillation from the encoder's moving average: about a minute."""
     return replace(mae_minute(), objective="distill", teacher_layers=2, epochs=1.5)
 
 
 def mae_nano_64() -> Config:
-    """MAE at 64 px with a 1 M-parameter encoder: your own images on a CPU."""
+    """MAE at 64 px with a 1 M-parameter encoder, for your images on a CPU."""
     return Config(
         encoder="vim_nano_patch8_64", decoder_dim=96, decoder_depth=1, epochs=100,
         warmup_epochs=5, batch_size=64, base_lr=1e-3, lr_reference_batch=64,
@@ -123,23 +125,23 @@ def mae_nano_64() -> Config:
 def offline_rgb() -> Config:
     """MAE at 96 px with a 2.2 M-parameter encoder, on data from registry packages.
 
-    Emoji of three vendors, aerial tiles and photographs, without the splits that downstream tests
-    use; about an hour on one CPU core. `make offline-rgb` keeps the weights, which
-    load_encoder("vim_mini_patch8_96.offline_rgb") loads.
+    The data are emoji of three vendors, aerial tiles and photographs, without the splits used in
+    downstream tests. It takes about an hour on one CPU core. `make offline-rgb` stores the weights
+    that load_encoder("vim_mini_patch8_96.offline_rgb") loads.
     """
     emoji = " + ".join(f"sample:{name}-emoji?split=train" for name in ("noto", "fluent"))
     return Config(
         data=f"{emoji} + sample:twemoji?split=train + sample:aerial?split=train "
         "+ 40 * sample:photos",
         crop_scale=(0.3, 1.0), encoder="vim_mini_patch8_96", decoder_dim=96, decoder_depth=1,
-        norm_pix_loss=False,  # much of a drawing is flat
+        norm_pix_loss=False,  # large parts of a drawing are flat
         epochs=6, warmup_epochs=0.5, batch_size=64, base_lr=1e-3, lr_reference_batch=64, threads=1,
         workers=0, eval_every=3,
     )  # fmt: skip
 
 
 def mae_tiny_224() -> Config:
-    """MAE with FastVim's numbers on Vim-Ti; lr for the effective batch, 4096 in the paper."""
+    """MAE with FastVim's settings on Vim-Ti; the paper's effective batch is 4096."""
     return Config(
         encoder="vim_tiny_patch16_224", epochs=1600, warmup_epochs=40, batch_size=128,
         base_lr=1.5e-4, weight_decay=0.05, clip_grad=None, workers=8,
@@ -147,21 +149,21 @@ def mae_tiny_224() -> Config:
 
 
 def mae_small_224() -> Config:
-    """MAE with FastVim's numbers on Vim-S."""
+    """MAE with FastVim's settings on Vim-S."""
     return replace(mae_tiny_224(), encoder="vim_small_patch16_224")
 
 
 def mae_base_224() -> Config:
-    """MAE with FastVim's numbers on Vim-B, LayerNorm after the scan."""
+    """MAE with FastVim's settings on Vim-B, with LayerNorm after the scan."""
     return replace(
         mae_tiny_224(), encoder="vim_base_patch16_224", model_args={"norm_after_scan": True}
     )
 
 
 def simmim_small_224() -> Config:
-    """SimMIM's numbers on Vim-S: 32-px units, 60 % masked, L1.
+    """SimMIM's settings on Vim-S: 32-px units, 60 % masked, L1.
 
-    The learning rate falls by a cosine; SimMIM divides it by ten at epoch 700.
+    Unlike SimMIM, which divides the learning rate by ten at epoch 700, this uses a cosine schedule.
     """
     return Config(
         objective="simmim", encoder="vim_small_patch16_224", norm_pix_loss=False,
@@ -172,7 +174,7 @@ def simmim_small_224() -> Config:
 
 
 def ar_small_192() -> Config:
-    """ARM's numbers on Vim-S: 3x3 clusters of 64 px, read forward."""
+    """ARM's settings on Vim-S: 3x3 clusters of 64 px, read forward."""
     return Config(
         objective="ar", encoder="vim_small_patch16_224", model_args={"img_size": 192}, cluster=4,
         decoder_depth=4, epochs=1600, warmup_epochs=40, batch_size=256, base_lr=1.5e-4,
@@ -181,9 +183,9 @@ def ar_small_192() -> Config:
 
 
 def distill_small_224() -> Config:
-    """UMT's numbers on Vim-S: timm's CLIP ViT-B/16 as the teacher, 80 % masked, cosine.
+    """UMT's settings on Vim-S: timm's CLIP ViT-B/16 as the teacher, 80 % masked, cosine loss.
 
-    UMT's student reads the visible patches alone, ours mask tokens too; the batch is our choice.
+    UMT's student reads only visible patches, ours also mask tokens; the batch size is our choice.
     """
     return Config(
         objective="distill", encoder="vim_small_patch16_224", model_args={"drop_path_rate": 0.4},
@@ -208,7 +210,10 @@ def default_preset(given: dict[str, Any]) -> str:
 
 
 class MimTransform:
-    """An item to what `PretrainObjective.views` names; ``mask`` draws the masks, if any."""
+    """Transform a data item into the sample described by `PretrainObjective.views`.
+
+    ``mask`` generates its mask; None means no mask.
+    """
 
     def __init__(self, image_transform, views: str, mask: RandomMask | None = None):
         self.image_transform, self.views, self.mask = image_transform, views, mask
@@ -223,10 +228,10 @@ class MimTransform:
 
 def build_model(config: Config, data: ImageData | ImageStream | None = None) -> VimEncoder:
     objective = get_objective(config.objective)
-    # A mask token that would never be trained is dropped.
+    # By default no mask token, because most objectives would never train it.
     args: dict[str, Any] = {"use_mask_token": False} | objective.encoder_args
     if data is not None and not data.is_stream:
-        args |= band_arguments(data)  # the encoder keeps the bands and statistics of rasters
+        args |= band_arguments(data)  # the encoder stores the bands and statistics of rasters
     try:
         encoder = load_encoder(config.encoder, **args | config.model_args)
     except TypeError as error:  # an unknown name
@@ -249,7 +254,7 @@ def build_objective(config: Config, encoder: VimEncoder) -> PretrainObjective:
 
 
 def not_used(config: Config) -> list[str]:
-    """Settings that differ from the defaults, but that the objective does not use."""
+    """Return the settings that differ from the defaults but are not used by the objective."""
     used = get_objective(config.objective).used_settings(config)
     settings = {name for known in OBJECTIVES for name in get_objective(known).settings}
     default = Config()
@@ -261,19 +266,21 @@ def not_used(config: Config) -> list[str]:
 
 
 def build_mask(config: Config, encoder: VimEncoder, times: int) -> RandomMask:
-    """What draws the masks of images, or of clips of ``times`` tubelets."""
+    """Build the mask generator for images, or for clips of ``times`` tubelets."""
     patch, (rows, columns) = encoder.patch_embed.patch_size, encoder.grid_size
     if config.mask_unit % patch:
-        raise ValueError(f"mask_unit {config.mask_unit} px is no multiple of the {patch}-px patch.")
+        raise ValueError(
+            f"mask_unit {config.mask_unit} px is not a multiple of the {patch}-px patch."
+        )
     unit = max(config.mask_unit // patch, 1)
     if config.mask == "tube":
         return TubeMask((rows, columns), config.mask_ratio, unit, times=times)
-    # Tubelets are stacked vertically, as by `fold_time`.
+    # Tubelets are stacked vertically, as in `fold_time`.
     return MASKS[config.mask]((times * rows, columns), config.mask_ratio, unit)
 
 
 def build_data(config: Config, encoder: VimEncoder, data: ImageData | ImageStream | None = None):
-    """The images, opened unless they are given, and the training samples made of them."""
+    """Return the images (``data``, or opened from the config) and the training samples."""
     data = open_data(config.data, streams=True) if data is None else data
     views, times = get_objective(config.objective).views, 1
     image: Any = pretrain_transform(
@@ -281,7 +288,10 @@ def build_data(config: Config, encoder: VimEncoder, data: ImageData | ImageStrea
     )
     if encoder.reads_clips:
         if data.kind != "video":
-            raise ValueError(f"the encoder reads clips, {data.name} are images: use video:ROOT.")
+            raise ValueError(
+                f"the encoder expects clips, but {data.name} contains images; "
+                "use --data video:ROOT."
+            )
         image, times = ClipTransform(image, training=True), data.sampling.frames // encoder.tubelet
     mask = build_mask(config, encoder, times) if views == "mask" else None
     transform = MimTransform(image, views, mask)
@@ -293,7 +303,7 @@ def run(config: Config) -> dict[str, Any]:
     if (idle := not_used(config)) and accelerator.is_main_process:
         print(f"Not used by {config.objective}: {', '.join(idle)}.", flush=True)
     data = open_data(config.data, streams=True)
-    torch.manual_seed(config.seed)  # of the initial weights
+    torch.manual_seed(config.seed)  # for the initial weights
     encoder = build_model(config, data)
     objective = build_objective(config, encoder)
     data, samples = build_data(config, encoder, data)
@@ -305,7 +315,7 @@ def run(config: Config) -> dict[str, Any]:
         "mim_pretrain", config, objective, samples, accelerator, model=encoder, data=data.name,
         save=partial(save_encoder, encoder), record={"figures": {}},
         prepare=lambda run: run.count_skipped(data.faults),
-        evaluate=None if data.is_stream else probe,  # a stream holds nothing out
+        evaluate=None if data.is_stream else probe,  # a stream has no held-out images
     )  # fmt: skip
 
 

@@ -2,11 +2,11 @@
 
     accelerate launch --multi_gpu --num_processes 8 recipes/supervised_pretrain.py \\
         --preset vim_tiny_224 --data imagenet:ROOT --precision bf16
-    python recipes/supervised_pretrain.py                            # digits, minutes, a CPU
+    python recipes/supervised_pretrain.py                            # digits, minutes on a CPU
 
-Settings: those of Vim's scripts (arXiv:2401.09417; Vim-B: FastVim's, arXiv:2502.00594), but the
-learning rate counts accumulation, and A_log is not decayed. With another number of GPUs, keep
-batch_size x accumulation x processes. Results: not yet measured.
+The settings are those of Vim's scripts (arXiv:2401.09417; Vim-B: FastVim's, arXiv:2502.00594),
+except that the learning rate accounts for accumulation and A_log has no weight decay. With another
+number of GPUs, keep batch_size x accumulation x processes constant. Results are not yet measured.
 """
 
 import sys
@@ -29,11 +29,11 @@ class Config(ClassificationConfig):
     """Supervised training from scratch."""
 
     encoder: str = opt("vim_small_patch16_224", "preset, checkpoint or run", "model")
-    model_args: dict[str, Any] = opt({}, "more arguments of the encoder", "model")
+    model_args: dict[str, Any] = opt({}, "additional arguments of the encoder", "model")
 
 
 def demo() -> Config:
-    """Handwritten digits on two CPU cores, in two minutes."""
+    """Handwritten digits: two minutes on two CPU cores."""
     return Config(
         data="sample:mnist5k", encoder="vim_nano_patch4_28", model_args={"embed_dim": 128},
         crop_scale=(0.6, 1.0), hflip=0.0, epochs=4, warmup_epochs=0.5, batch_size=32,
@@ -61,7 +61,7 @@ def vim_small_224() -> Config:
 
 
 def vim_base_224() -> Config:
-    """Vim-B after FastVim, LayerNorm after the scan, effective batch 1024, lr 2e-3."""
+    """Vim-B as in FastVim, with LayerNorm after the scan, effective batch 1024, lr 2e-3."""
     return replace(
         vim_tiny_224(), encoder="vim_base_patch16_224", model_args={"norm_after_scan": True},
         base_lr=1e-3, weight_decay=0.05, drop_path=0.4, ema=0.9999,
@@ -78,7 +78,7 @@ def default_preset(given: dict[str, Any]) -> str:
 def run(config: Config) -> dict[str, Any]:
     accelerator = make_accelerator(config)
     train, test = labelled_splits(config.data, config.test, config.seed)
-    torch.manual_seed(config.seed)  # of the initial weights
+    torch.manual_seed(config.seed)  # for the initial weights
     encoder = load_classifier(config.encoder, train, config, **config.model_args)
     return train_classifier(
         "supervised_pretrain", config, encoder, config.encoder, train, test, accelerator

@@ -96,7 +96,7 @@ def test_a_plugin_brings_a_task(monkeypatch, tmp_path, capsys):
     assert "Did you mean 'count-sheep'?" in capsys.readouterr().err
     registry.register_task("wool", "sheep_task", "Count wool.")
     assert cli.main(["wool"]) == 0
-    with pytest.raises(ValueError, match="'wool' is registered already, by sheep_task"):
+    with pytest.raises(ValueError, match="'wool' is already registered by sheep_task"):
         registry.register_task("wool", "other", "Count wool.")
     points.append(EntryPoint("wolf", "no_such_module", "vim_ssl.plugins"))
     assert cli.main(["unknown"]) == 2

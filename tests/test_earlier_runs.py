@@ -134,7 +134,7 @@ def test_a_saved_encoder_keeps_its_configuration(tmp_path):
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_is_verified(name, capsys):
     assert cli.main(["verify", f"runs/{name}"]) == 0
-    assert "loads whole" in capsys.readouterr().out
+    assert "loads completely" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", RUNS)

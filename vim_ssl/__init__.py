@@ -1,11 +1,11 @@
-"""vim_ssl: Vision Mamba encoders pretrained without labels and moved to any vision task.
+"""vim_ssl: Vision Mamba encoders, pretrained without labels and transferred to any vision task.
 
 >>> import vim_ssl
 >>> encoder = vim_ssl.load_encoder("vim_tiny_patch16_224")
 >>> features = encoder(images)                      # (b, embed_dim)
 
-Public names are imported on first use, so that importing the package, and with it the help of the
-command, needs no torch.
+Public names are imported on first use, so that importing the package (and printing the command's
+help) does not import torch.
 """
 
 import sys
@@ -42,7 +42,7 @@ _DEFINED_IN = {
 }
 
 
-if not TYPE_CHECKING:  # which would take every name for one of the package
+if not TYPE_CHECKING:  # otherwise type checkers would accept any attribute of the package
 
     def __getattr__(name: str) -> Any:
         """Import a public name, or a subpackage such as vim_ssl.models, on first use (PEP 562)."""
@@ -64,9 +64,9 @@ def __dir__() -> list[str]:
 def _register_sibling_folders() -> None:
     """Make the checkout's kernels/, recipes/ and downstream/ importable as vim_ssl.<name>.
 
-    In a wheel they already lie inside the package. In a checkout they stand beside it, without an
-    ``__init__.py``, because other packages own those names at the top level. Registering exactly
-    these three keeps ``vim_ssl.tests``, ``vim_ssl.setup`` and a second ``vim_ssl.vim_ssl`` out.
+    In a wheel they are inside the package. In a checkout they are next to it, without an
+    ``__init__.py``, because other packages use those names at the top level. Registering only these
+    three avoids ``vim_ssl.tests``, ``vim_ssl.setup`` and a second ``vim_ssl.vim_ssl``.
     """
     package = Path(__file__).resolve().parent
     for name in ("kernels", "recipes", "downstream"):
@@ -81,4 +81,4 @@ def _register_sibling_folders() -> None:
 
 
 _register_sibling_folders()
-import_after("timm", "vim_ssl.models.encoder")  # puts the presets into timm's registry
+import_after("timm", "vim_ssl.models.encoder")  # adds the presets to timm's registry

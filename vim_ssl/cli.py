@@ -1,7 +1,7 @@
 """The command `vim-ssl COMMAND [...]`: every recipe and downstream script, and a few tools.
 
-Each script in recipes/ and downstream/ is a command by its file name; only the chosen one is
-imported. The list of commands reads the scripts' docstrings without running them.
+Each script in recipes/ and downstream/ is a command named after its file; only the chosen one is
+imported. The overview reads the scripts' docstrings without running them.
 """
 
 import ast
@@ -35,7 +35,7 @@ TOOLS = {
     ),
     "data": Command("vim_ssl.data.check", "main", "Check data: labels, images, splits."),
     "samples": Command("vim_ssl.data.samples.fetch", "main", "List or get small real image sets."),
-    "report": Command("vim_ssl.report", "main", "Write the report page of a run again."),
+    "report": Command("vim_ssl.report", "main", "Write the report of a run again."),
 }
 SCRIPTS = {"recipes": "pretraining", "downstream": "tasks"}
 
@@ -45,8 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Args:
         argv: the command's name and its arguments; ``sys.argv[1:]`` by default.
-    Returns: the command's exit code; 2 for a user's mistake, printed in one line (with
-        ``VIM_SSL_TRACEBACK=1``: the whole traceback); 130 after Ctrl-C.
+    Returns: the command's exit code; 2 for a user error, printed in one line (with
+        ``VIM_SSL_TRACEBACK=1``, the whole traceback); 130 after Ctrl-C.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def call(rest: Sequence[str] | None) -> int:
         return getattr(importlib.import_module(command.module), command.function)(rest)
 
-    before, sys.argv = sys.argv, [f"vim-ssl {name}", *argv[1:]]  # parsers take their name from it
+    before, sys.argv = sys.argv, [f"vim-ssl {name}", *argv[1:]]  # parsers print argv[0]
     try:
         return guarded(call, argv[1:])
     finally:
@@ -76,11 +76,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def guarded(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
-    """Call a script's ``main`` and turn a user's mistake into one line and exit code 2.
+    """Call a script's ``main`` and report a user error in one line with exit code 2.
 
-    Mistakes are errors that vim_ssl raises (`ValueError`, `ImportError`, `OSError`, and
-    `FloatingPointError` of a diverged training), and missing or unreadable paths. The same errors
-    from inside another library are defects and keep their traceback.
+    User errors are those that vim_ssl raises (`ValueError`, `ImportError`, `OSError`, and
+    `FloatingPointError` if a training diverges), and missing or unreadable paths. The same errors
+    raised inside another library are bugs and keep their traceback.
     """
     try:
         return main(argv)
@@ -89,7 +89,7 @@ def guarded(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | N
     except (ValueError, ImportError, OSError, FloatingPointError) as error:
         if os.environ.get("VIM_SSL_TRACEBACK") == "1" or not _is_users_mistake(error):
             raise
-        # The message of an error in a worker process begins with that process's traceback.
+        # The message of an error in a worker process starts with the worker's traceback.
         in_worker = "in DataLoader worker process" in str(error)
         message = str(error).strip().splitlines()[-1] if in_worker else error
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
@@ -97,7 +97,7 @@ def guarded(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | N
 
 
 def all_commands() -> dict[str, Command]:
-    """Name -> command: the scripts, folder by folder, then the tools."""
+    """Return name -> command: the scripts of each folder, then the tools."""
     return {name: c for folder in SCRIPTS for name, c in scripts(folder).items()} | TOOLS
 
 
@@ -112,7 +112,7 @@ def add_plugins(commands: dict[str, Command]) -> int:
 
 
 def scripts(folder: str) -> dict[str, Command]:
-    """The scripts of `recipes` or `downstream`: linear_probe.py is the command linear-probe."""
+    """Return the commands of `recipes` or `downstream`: linear_probe.py is linear-probe."""
     spec = importlib.util.find_spec(f"vim_ssl.{folder}")
     locations = list(spec.submodule_search_locations or ()) if spec else []
     commands = {}
@@ -126,7 +126,7 @@ def scripts(folder: str) -> dict[str, Command]:
 
 
 def overview() -> str:
-    """The text of ``vim-ssl --help``."""
+    """Return the text of ``vim-ssl --help``."""
     parts = {title: scripts(folder) for folder, title in SCRIPTS.items()} | {"tools": TOOLS}
     width = max(len(name) for commands in parts.values() for name in commands)
     lines = ["usage: vim-ssl COMMAND [...]", "       vim-ssl COMMAND --help", ""]
@@ -140,7 +140,7 @@ def overview() -> str:
 
 
 def _summary(path: Path) -> str:
-    """The first line of a script's docstring, read without importing the script."""
+    """Return the first line of a script's docstring without importing the script."""
     try:
         doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
     except (OSError, SyntaxError):
@@ -149,7 +149,7 @@ def _summary(path: Path) -> str:
 
 
 def _is_users_mistake(error: BaseException) -> bool:
-    if type(error).__name__ == "BadImage":  # a defect of the data, wherever it was raised
+    if type(error).__name__ == "BadImage":  # bad data, wherever it was raised
         return True
     if isinstance(
         error, FileNotFoundError | NotADirectoryError | IsADirectoryError | PermissionError

@@ -1,8 +1,8 @@
 """Measure the rates of this GPU that bound the time of the scan from below.
 
-The scan needs one exponential for every token, channel, state and direction, and a GPU has few
-units for them; its backward pass is bound by instructions. Both rates follow the clock under load,
-so they are measured, not looked up.
+The scan needs one exponential per token, channel, state and direction, and a GPU has few units for
+them; its backward pass is bound by instructions. Both rates depend on the clock under load, so they
+are measured, not looked up.
 """
 
 import shutil
@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-BLOCK = 1024  # with four warps, eight independent chains a thread: enough to hide the latency
+BLOCK = 1024  # with four warps, eight independent chains per thread: enough to hide the latency
 UNROLL: tl.constexpr = tl.constexpr(16)
 
 
@@ -96,7 +96,7 @@ def measure(device: str = "cuda", steps: int = 2000) -> Ceilings:
 
 
 def _seconds(call: Callable[[], object], gpu: bool, repeats: int = 10) -> float:
-    """Time of the fastest call, after one that compiles: a ceiling is the best that is reached."""
+    """Return the time of the fastest call, after one that compiles: a ceiling is the best rate."""
     call()
     if not gpu:
         started = time.perf_counter()

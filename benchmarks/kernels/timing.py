@@ -1,13 +1,13 @@
-"""Time every scan that runs here, side by side in one process, after a check of its results.
+"""Time every scan that runs here, in one process, after a check of its results.
 
     python benchmarks/kernels/timing.py                   # this machine's device
     python benchmarks/kernels/timing.py --device cuda --quick --out FOLDER
 
-A provider with wrong outputs or gradients is not timed; if it is one of our own backends, nothing
-is timed and the exit code is 1. Forward and backward passes are timed apart, calls of all providers
-interleaved, inputs rotated: p20, median and p80 in milliseconds, and the peak memory above the
-inputs. On a GPU each time stands beside the lower bound that follows from `ceilings.py`, and the
-peers of benchmarks/peers/ take part. Rows are appended to results/kernels.csv, or to --out.
+A provider with wrong outputs or gradients is not timed; if it is one of our backends, nothing is
+timed and the exit code is 1. Forward and backward passes are timed separately, with interleaved
+calls of all providers and rotated inputs: p20, median and p80 in milliseconds, and the peak memory
+above the inputs. On a GPU each time is compared with the lower bound from `ceilings.py`, and the
+peers in benchmarks/peers/ are included. Rows are appended to results/kernels.csv, or to --out.
 """
 
 import ctypes

@@ -1,11 +1,11 @@
-"""Train the reference of transfer.py: timm's ViT of the size of `offline_rgb`, by MAE as long.
+"""Train the reference of transfer.py: timm's ViT with the size, MAE and time of `offline_rgb`.
 
     python benchmarks/learning/anchor.py                # an hour of one core; resumes after a kill
 
-Images and settings are those of the preset `offline_rgb`, learning rate and mask ratio the best for
-the ViT in study.py. The cost of a step of both is measured first, in turns, and stored in
-results/learning_costs.csv; the ViT trains for as many epochs as fit into the preset's CPU time. Its
-weights stay in the run directory, where transfer.py reads them.
+Images and settings are those of the preset `offline_rgb`, except for the learning rate and mask
+ratio, which were best for the ViT in study.py. The cost of a step of both is measured first, in
+turns, and stored in results/learning_costs.csv; the ViT trains for as many epochs as fit into the
+preset's CPU time. transfer.py reads its weights from the run directory.
 """
 
 import sys

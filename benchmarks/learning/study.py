@@ -3,14 +3,14 @@
     python benchmarks/learning/study.py                 # four hours on two CPU cores
 
 On digits (28 px, 49 patches) and colour images (emoji, 64 px, 64 patches) every objective trains
-the same 0.5 M-parameter Vim twice: for as many images as `mae` sees, and for as long as `mae`
-takes. `mae` runs again with the visible patches shuffled, and on timm's ViT of the same size (the
-external reference, equal time and equal images). The frozen features are then evaluated on test
-images by logistic regression and by nearest neighbours; readout and C are chosen on a validation
-part of the training set. Baselines are the untrained encoders and raw pixels.
+the same 0.5 M-parameter Vim twice: on as many images as `mae`, and for the same time as `mae`.
+`mae` also runs with the visible patches shuffled, and on timm's ViT of the same size (the external
+reference, equal time and equal images). The frozen features are then evaluated on test images by
+logistic regression and by nearest neighbours; readout and C are selected on a validation part of
+the training set. Baselines are the untrained encoders and raw pixels.
 
-Seconds are one thread's CPU time, data loading included, which other work on the machine does not
-change. The cost of a step of every arm is measured first, in turns. Rows are appended to
+Seconds are one thread's CPU time, including data loading, which other work on the machine does not
+affect. The cost of a step is first measured for every arm, in turns. Rows are appended to
 results/learning.csv as they come; an interrupted study resumes.
 """
 
@@ -53,9 +53,9 @@ ARMS = {
     "mae, shuffled": {"keep_order": False},
     "simmim": {"objective": "simmim", "mask_ratio": 0.6},
     "ar": {"objective": "ar", "cluster": 1},
-    # On another seed, a loss on all patches with 60 % masked gave less.
+    # On another seed, a loss on all patches with 60 % masked gave lower accuracy.
     "distill": {"objective": "distill", "teacher_layers": 2, "mask_ratio": 0.75},
-    # On another seed, the learning rate and mask ratio of the others gave less.
+    # On another seed, the learning rate and mask ratio of the others gave lower accuracy.
     "mae on ViT": {"base_lr": 5e-4, "warmup_epochs": 0.5, "mask_ratio": 0.6},
 }  # fmt: skip
 VIT = {"embed_dim": 96, "depth": 4, "num_heads": 3}  # 0.45 M parameters; the Vim has 0.50 M
@@ -142,8 +142,8 @@ def main() -> int:
     parser = results_parser(__doc__, f"{TABLE} and {COSTS}")
     add = parser.add_argument
     add("--data", nargs="+", default=list(DATA), choices=DATA, help="images")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="of the runs")
-    add("--jobs", type=int, default=2, help="runs at once, one thread each")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="seeds of the runs")
+    add("--jobs", type=int, default=2, help="parallel runs, one thread each")
     add("--one", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:

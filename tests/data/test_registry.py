@@ -83,9 +83,14 @@ def test_a_missing_library_names_the_extra_to_install():
     def opener(spec):
         import no_such_library  # noqa: F401
 
-    source("squares", extra="medical")(opener)
-    with pytest.raises(ImportError, match=r"squares: needs no_such_library: .*vim-ssl\[medical\]"):
-        open_data("squares:x")
+    for scheme, function in (
+        ("squares", opener),
+        ("split-squares", lambda spec: registry.Splits((), opener)),
+    ):
+        source(scheme, extra="medical")(function)
+        says = rf"{scheme}: needs no_such_library: .*vim-ssl\[medical\]"
+        with pytest.raises(ImportError, match=says):
+            open_data(f"{scheme}:x")
 
 
 # ------------------------------------------------------------------------ plugins

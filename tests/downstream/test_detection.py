@@ -238,8 +238,8 @@ def test_images_without_any_object_do_no_harm(tmp_path, encoder, data):
         (["--data", "nowhere"], "The folder 'nowhere' does not exist"),
         (["--data", "coco:nowhere"], "has no annotations/; it does not exist"),
         (["--data", "DATA/train"], "has no boxes; give a folder in COCO's layout"),
-        (["--size", "96"], "size 96 is no multiple of 64"),
-        (["--eval-only"], "holds no detection.safetensors"),
+        (["--size", "96"], "size 96 is not a multiple of 64"),
+        (["--eval-only"], "has no detection.safetensors"),
         (["--anchor", "0"], "anchor is 0; it must be 1 or more"),
         (["--samples", "0"], "samples is 0; it must be 1 or more"),
         (["--score", "2"], "score is 2; it must be 0 to 1"),
@@ -259,7 +259,7 @@ def test_a_mistake_is_told_in_one_line(more, message, encoder, data, capsys, mon
 
 def test_nothing_to_learn_is_told(tmp_path, encoder, data):
     write(data, "train", read(data, "train")["images"], [])
-    with pytest.raises(ValueError, match="shows an object; there is nothing to learn"):
+    with pytest.raises(ValueError, match="contains an object; there is nothing to learn"):
         train(encoder, data, tmp_path / "run")
 
 

@@ -284,7 +284,9 @@ def test_other_embeddings_are_not_mixed_in(change, images, encoder_file, tmp_pat
         argv = ["--readout", "avg"]
     else:
         argv = ["--shard-rows", "5"]
-    with pytest.raises(ValueError, match=r"holds embeddings of other .*choose another --output"):
+    with pytest.raises(
+        ValueError, match=r"contains embeddings with different .*choose another --output"
+    ):
         run(encoder_file, spec, tmp_path / "out", *argv)
 
 

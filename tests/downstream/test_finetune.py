@@ -273,7 +273,7 @@ def test_unlabelled_images_are_left_out_and_a_part_of_such_passed_over(head, tmp
     metrics, rows = judge(head, f"csv:{table}", tmp_path / "out")
     assert metrics["split"] == "val"
     assert [row["label"] for row in rows] == ["class0", "class1", "class2"]
-    with pytest.raises(ValueError, match="has no labels; it needs them"):
+    with pytest.raises(ValueError, match="has no labels; evaluation needs labelled images"):
         judge(head, f"csv:{table}?split=test", tmp_path / "none")
 
 
@@ -326,14 +326,18 @@ def test_shards_are_judged_as_the_same_images_in_a_folder(head, bands, tmp_path,
 @pytest.mark.parametrize(
     ("data", "more", "says"),
     [
-        ({"labels": [[0, 1, 1], [1, 0, 0]]}, [], "several labels an image are --targets multi"),
-        ({"labels": [0, 2]}, ["--targets", "multi-label"], "no targets 'multi-label'"),
+        ({"labels": [[0, 1, 1], [1, 0, 0]]}, [], "Use multi-label for several labels per image"),
+        ({"labels": [0, 2]}, ["--targets", "multi-label"], "does not match --targets multi-label"),
         ({"labels": [0, 7]}, [], "labels from 0 to 7; expected those of the 3 classes"),
         ({"labels": [0, 1], "classes": ["a", "c", "b"]}, [], "has ['a', 'c', 'b'] …"),
         ({"labels": [0, 1], "classes": ["a", "b"]}, [], "has 2 classes; evaluate on the classes"),
         ({"labels": [0, 1], "bands": ["B04"]}, [], "has the bands B04, the encoder L, and"),
-        ({"labels": [-1, -1]}, [], "has no labels; it needs them"),
-        ({}, ["--targets", "multi-label", "--labels-per-class", "2"], "labels_per_class counts"),
+        ({"labels": [-1, -1]}, [], "has no labels; evaluation needs labelled images"),
+        (
+            {},
+            ["--targets", "multi-label", "--labels-per-class", "2"],
+            "labels_per_class cannot be used with multi-label",
+        ),
     ],
     ids=["several", "single", "high", "names", "count", "bands", "unknown", "few"],
 )

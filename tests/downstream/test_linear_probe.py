@@ -288,7 +288,7 @@ def test_images_with_several_labels_are_judged_by_average_precision(
         assert 0 <= low <= pixels[key] <= high <= 100
     assert pixels["logistic"] > 90  # chance is about 40
     assert "Mean average precision" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"several labels an image; --shots"):
+    with pytest.raises(ValueError, match=r"is multi-label; --shots"):
         probe(*argv, "--shots", "1")
 
 
@@ -320,7 +320,7 @@ def test_medmnist_has_its_own_figures_too(name, labels, encoder_file, tmp_path, 
     ("argv", "message"),
     [
         (["--shots", "0"], "1 or more"),
-        (["--c-grid", "1", "0.1"], "must ascend"),
+        (["--c-grid", "1", "0.1"], "in ascending order"),
         (["--head", "svm"], "not a valid choice"),
     ],
 )

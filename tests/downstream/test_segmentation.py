@@ -338,7 +338,7 @@ def test_one_class_in_all_images_is_a_result(tmp_path, encoder, data):
         (["--data", "ade20k:DATA"], "has no annotations/; it contains classes.txt, images, masks"),
         (["--crop", "30"], "img_size 30 is not divisible by patch_size 8"),
         (["--norm", "batch", "--batch-size", "1"], "norm batch needs two crops"),
-        (["--eval-only"], "holds no segmentation.safetensors"),
+        (["--eval-only"], "has no segmentation.safetensors"),
         (["--hflip", "2"], "hflip is 2; it must be 0 to 1"),
         (["--drop-path", "1.5"], "drop_path is 1.5; it must be 0 to 1"),
         (["--dice", "-1"], "dice is -1; it must be 0 or more"),

@@ -161,7 +161,7 @@ def test_a_patients_slides_stay_together(vectors, tmp_path):
                     folder / "shards", Embedded("0", torch.ones(1, 2), ["a.png"], [0]), format="npy"
                 ),
             ),
-            "no tile of a slide",
+            "not a tile of a slide",
         ),
     ],
     ids=["nothing", "unfinished", "pictures"],

@@ -95,10 +95,13 @@ def test_probe_and_embedding_take_videos_too(motion, run, tmp_path):
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["--data", "{0}/train/rises"], "are no videos"),
-        (["--data", "video:{0}?frames=3", "--tubelet", "2"], "no multiple of tubelet 2"),
+        (["--data", "{0}/train/rises"], "does not contain videos"),
+        (
+            ["--data", "video:{0}?frames=3", "--tubelet", "2"],
+            "not a positive multiple of tubelet 2",
+        ),
         (["--data", "video:{0}", "--mixup", "0.8"], "not clips"),
-        (["--data", "video:{0}", "--frozen", "--drop-path", "0.1"], "trains the head"),
+        (["--data", "video:{0}", "--frozen", "--drop-path", "0.1"], "trains only the head"),
     ],
     ids=["pictures", "tubelet", "mixup", "frozen"],
 )

@@ -696,7 +696,7 @@ def test_wrong_image_shapes(shape):
         ({"mask": torch.zeros(2, 15, dtype=torch.bool)}, r"\(2, 15\).*\(2, 16\)"),
         ({"directions": "up"}, "directions 'up'"),
         ({"indices": [3]}, r"indices \[3\] .* 3 blocks"),
-        ({"indices": [-4]}, "outside the encoder's 3 blocks"),
+        ({"indices": [-4]}, "out of range; the encoder has 3 blocks"),
         ({"ids_keep": torch.zeros(5, dtype=torch.long)}, r"ids_keep .*\(2, k\)"),
         ({"ids_keep": torch.zeros(3, 5, dtype=torch.long)}, r"ids_keep .*\(2, k\)"),
         ({"mask": torch.zeros(2, 16, dtype=torch.bool), "grid": (3, 5)}, "pass grid="),

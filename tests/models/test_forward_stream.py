@@ -55,8 +55,8 @@ def test_the_state_does_not_grow():
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda state: state[:2], "of 2 blocks, this encoder has 3"),
-        (lambda state: [tuple(m[:1] for m in pair) for pair in state], "not of a batch of"),
+        (lambda state: state[:2], "has 2 blocks, but this encoder has 3"),
+        (lambda state: [tuple(m[:1] for m in pair) for pair in state], "does not match a batch of"),
         (lambda state: [(tail[..., :8], start) for tail, start in state], "another size"),
         (lambda state: [(tail, start[..., :8]) for tail, start in state], "another size"),
     ],

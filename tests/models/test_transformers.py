@@ -51,7 +51,7 @@ def test_models_of_transformers_read_the_encoders_maps(task, indices, output):
 @pytest.mark.parametrize(
     ("encoder", "model", "says"),
     [
-        ({"embed_dim": 24}, lambda: build("Detr", [2]), "preset that the encoder was made from"),
+        ({"embed_dim": 24}, lambda: build("Detr", [2]), "preset that the encoder was built from"),
         ({"depth": 2}, lambda: build("Detr", [2]), "not there"),
         ({}, lambda: torch.nn.Linear(1, 1), "0 Vim encoders"),
     ],

@@ -80,7 +80,7 @@ def test_a_clip_read_piece_by_piece_is_the_clip_read_at_once(frames, cls_positio
 
 @pytest.mark.parametrize("place", [{"first": 6}, {"first": 1}, {"first": -2}, {"frames": 5}])
 def test_a_piece_beyond_its_clip_is_told(place):
-    with pytest.raises(ValueError, match="are no piece of a clip"):
+    with pytest.raises(ValueError, match="are not a valid piece of a clip"):
         inflate(image_encoder()).embed(torch.randn(1, 3, 4, 16, 16), **{"frames": 8} | place)
 
 
@@ -114,10 +114,10 @@ def test_a_video_encoder_is_saved_and_loaded(tmp_path):
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: VideoEncoder(frames=5, tubelet=2, **ARGS), "no multiple of tubelet 2"),
-        (lambda: VideoEncoder(frames=4, tubelet=2, rope=True, **ARGS), "knows no time"),
+        (lambda: VideoEncoder(frames=5, tubelet=2, **ARGS), "not a positive multiple of tubelet 2"),
+        (lambda: VideoEncoder(frames=4, tubelet=2, rope=True, **ARGS), "not time"),
         (lambda: inflate(image_encoder(), how="best"), "not one of centre, mean"),
-        (lambda: inflate(inflate(image_encoder())), "reads clips already"),
+        (lambda: inflate(inflate(image_encoder())), "already a video encoder"),
         (lambda: inflate(image_encoder())(torch.randn(1, 3, 16, 16)), "expected (b, 3, t, h, w)"),
         (lambda: inflate(image_encoder())(torch.randn(1, 3, 3, 16, 16)), "a multiple of 2"),
         (lambda: inflate(image_encoder())(torch.randn(1, 3, 0, 16, 16)), "a multiple of 2"),

@@ -102,7 +102,7 @@ def test_a_name_is_registered_once():
     base.register_objective("mine", Siamese)
     base.register_objective("mine", Siamese)
     assert get_objective("mine") is Siamese
-    with pytest.raises(ValueError, match="'mae' exists already"):
+    with pytest.raises(ValueError, match="'mae' already exists"):
         base.register_objective("mae", Siamese)
 
 

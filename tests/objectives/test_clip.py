@@ -268,7 +268,7 @@ def test_a_locked_tower_stays_as_it_is_and_its_projection_learns(lock):
     ("more", "says"),
     [
         ({"loss": "infonce"}, "not one of clip, siglip"),
-        ({"lock_image": True, "lock_text": True}, "both towers are locked"),
+        ({"lock_image": True, "lock_text": True}, "lock_image and lock_text are both set"),
         ({"embed_dim": 0}, "embed_dim 0 must be 1 or more"),
     ],
 )
@@ -279,7 +279,7 @@ def test_what_cannot_learn_is_refused(more, says):
 
 @pytest.mark.parametrize(
     ("args", "says"),
-    [({"num_classes": 3}, "head of 3 classes"), ({"use_mask_token": True}, "nothing is masked")],
+    [({"num_classes": 3}, "head of 3 classes"), ({"use_mask_token": True}, "uses no mask token")],
 )
 def test_an_encoder_with_parts_that_would_never_learn_is_refused(args, says):
     encoder = load_encoder("vim_nano_patch4_28", depth=1, embed_dim=16, **args)
@@ -325,10 +325,10 @@ def test_a_saved_model_comes_back(tmp_path, tower):
 
 def test_what_could_not_be_loaded_again_is_not_written(tmp_path):
     clip = small()
-    with pytest.raises(ValueError, match="without tokenizer"):
+    with pytest.raises(ValueError, match="without a tokenizer"):
         save_clip(clip, tmp_path / "run")
     clip.encoder = torch.nn.Identity()
-    with pytest.raises(ValueError, match="no VimEncoder; give image="):
+    with pytest.raises(ValueError, match="not a VimEncoder; pass timm"):
         save_clip(clip, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -341,7 +341,8 @@ def test_a_folder_without_such_a_model_is_told(tmp_path):
 
 
 def test_an_image_must_be_transformed_first():
-    with pytest.raises(TypeError, match=r"not Image; of an image: clip\.encode_image\(clip\.tr"):
+    message = r"not Image; for an image use clip\.encode_image\(clip\.tr"
+    with pytest.raises(TypeError, match=message):
         small().encode_image(Image.new("RGB", (20, 20)))
 
 

@@ -462,7 +462,7 @@ def test_a_batch_is_never_larger_than_the_data(photos, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argv", "error", "message"),
     [
-        (["--mask-unit", "12"], ValueError, "mask_unit 12 px is no multiple of the 8-px patch"),
+        (["--mask-unit", "12"], ValueError, "mask_unit 12 px is not a multiple of the 8-px patch"),
         (["--mask-unit", "24"], ValueError, "mask_unit 3 .patches. does not divide the 8x8 grid"),
         (["--mask-ratio", "1"], ValueError, "between 0 and 1"),
         (["--decoder-dim", "18"], ValueError, "not divisible by 4"),

@@ -106,13 +106,13 @@ def test_mixup_follows_from_the_seed_and_leaves_evaluation_and_the_batch_alone()
     ("settings", "says"),
     [
         ({"mixup": 0.8, "batch_size": 3}, "batch_size 3 is odd"),
-        ({"mixup": 0.8, "targets": "ordinal"}, "do not go with targets ordinal"),
-        ({"patience": 3}, "patience needs a share"),
+        ({"mixup": 0.8, "targets": "ordinal"}, "cannot be used with targets ordinal"),
+        ({"patience": 3}, "patience needs a validation fraction"),
         (
             {"validation": 0.1, "patience": 3, "epochs": 60},
             "4 evaluations, one every 20 epochs, do not fit into 60 epochs",
         ),
-        ({"targets": "multi-label", "class_weights": True}, "class_weights do not go with"),
+        ({"targets": "multi-label", "class_weights": True}, "class_weights cannot be used with"),
         ({"repeats": 0}, "repeats is 0"),
         ({"crop_scale": (0.5, 0.2)}, "crop_scale is 0.5 0.2; expected 0 < low <= high"),
         ({"hflip": 3}, "hflip is 3; it must be 0 to 1"),
@@ -260,7 +260,9 @@ def test_a_validation_part_without_any_label_is_told_before_training(tmp_path, m
                      labels=labels)  # fmt: skip
     monkeypatch.setattr(supervised_pretrain, "labelled_splits", lambda *_: (data, data))
     argv = [*QUICK, "--preset", "demo", "--targets", "multi-label", "--validation", "0.1"]
-    with pytest.raises(ValueError, match=r"no image of the validation split of x .* has any"):
+    with pytest.raises(
+        ValueError, match=r"none of the .* images of the validation split of x has a label"
+    ):
         supervised_pretrain.main([*argv, "--data", "x", "--output", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
 
@@ -344,10 +346,14 @@ def test_a_head_for_other_classes_is_refused(bands, tmp_path):
     [
         ([0, 1, 3], "class", r"x has labels from 0 to 3; expected .* 3 classes, 0 to 2"),
         ([0, -1, 2], "ordinal", "labels from -1 to 2"),
-        ([[0, 1, 1]], "class", r"shape \(1, 3\), which are no targets 'class'.*multi-label"),
-        ([0, 1], "multi-label", r"shape \(2,\), which are no targets 'multi-label'"),
-        ([[0, 1]], "multi-label", "2 labels an image; expected one for each of 3 classes"),
-        ([[0, 0, 0]], "multi-label", r"no image of x \(1\) has any of the labels"),
+        (
+            [[0, 1, 1]],
+            "class",
+            r"shape \(1, 3\), which does not match --targets class.*multi-label",
+        ),
+        ([0, 1], "multi-label", r"shape \(2,\), which does not match --targets multi-label"),
+        ([[0, 1]], "multi-label", "2 labels per image; expected one for each of 3 classes"),
+        ([[0, 0, 0]], "multi-label", r"none of the 1 images of x has a label"),
     ],
     ids=["above", "below", "several", "one", "fewer", "none"],
 )

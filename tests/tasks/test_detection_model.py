@@ -160,7 +160,9 @@ def test_a_saved_model_finds_the_same(tmp_path, head, masks):
 
 
 def test_a_folder_without_a_detector_says_so(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"holds no detection\.safetensors, the head that"):
+    with pytest.raises(
+        FileNotFoundError, match=r"has no detection\.safetensors, which a detection run"
+    ):
         load_detection(tmp_path)
 
 
@@ -168,8 +170,8 @@ def test_a_folder_without_a_detector_says_so(tmp_path):
     ("changes", "message"),
     [
         ({"head": "cascades"}, "head 'cascades' is unknown. Did you mean 'cascade'"),
-        ({"size": 100}, "size 100 is no multiple of 64, .* use 128"),
-        ({"size": 16}, "size 16 is no multiple of 64, .* use 64"),
+        ({"size": 100}, "size 100 is not a multiple of 64, .* use 128"),
+        ({"size": 16}, "size 16 is not a multiple of 64, .* use 64"),
     ],
 )
 def test_what_does_not_fit_is_refused(changes, message):
@@ -182,5 +184,5 @@ def test_encoders_that_do_not_fit_are_refused():
         Detection(encoder(patch_size=16, stride=8), CLASSES, **SMALL)
     with pytest.raises(ValueError, match="img_size 64 is not divisible by patch_size 7"):
         Detection(encoder(img_size=28, patch_size=7), CLASSES, **SMALL)
-    with pytest.raises(ValueError, match="there is no class"):
+    with pytest.raises(ValueError, match="classes is empty"):
         Detection(encoder(), [], **SMALL)

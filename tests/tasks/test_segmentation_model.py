@@ -140,10 +140,10 @@ def test_a_saved_model_predicts_the_same(tmp_path, head):
 
 
 def test_a_folder_without_a_head_says_so(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"holds no segmentation\.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"has no segmentation\.safetensors"):
         load_segmentation(tmp_path)
     save_file({"x": torch.zeros(1)}, tmp_path / "segmentation.safetensors")
-    with pytest.raises(ValueError, match="no head that downstream/segmentation"):
+    with pytest.raises(ValueError, match="was not written by downstream/segmentation"):
         load_segmentation(tmp_path)
 
 
@@ -173,8 +173,8 @@ def test_labels_are_of_the_upright_image(orientation, turn):
     [
         ({"head": "upernets"}, "head 'upernets' is unknown. Did you mean 'upernet'"),
         ({"norm": "group"}, "norm 'group' is unknown"),
-        ({"taps": [1, 2]}, "upernet reads four blocks"),
-        ({"taps": [1, 2, 3, 9]}, "outside the encoder's 4 blocks"),
+        ({"taps": [1, 2]}, "upernet needs exactly four blocks"),
+        ({"taps": [1, 2, 3, 9]}, "out of range; the encoder has 4 blocks"),
         ({"window": 30}, "img_size 30 is not divisible by patch_size 8"),
         ({"slide": 40}, "slide 40 leaves gaps"),
     ],
@@ -186,12 +186,12 @@ def test_what_does_not_fit_is_refused(changes, message):
 
 @pytest.mark.parametrize("count", [0, 1, 256])
 def test_too_few_or_many_classes_are_refused(count):
-    with pytest.raises(ValueError, match=f"There are {count} classes.* 2 to 255 are needed"):
+    with pytest.raises(ValueError, match=f"got {count} classes.* expected 2 to 255"):
         Segmentation(encoder(), [str(i) for i in range(count)], window=32)
 
 
 def test_patches_that_are_no_power_of_two_take_the_linear_head():
-    with pytest.raises(ValueError, match="linear head takes any"):
+    with pytest.raises(ValueError, match="linear head accepts any"):
         Segmentation(encoder(img_size=28, patch_size=7), CLASSES, window=28)
     found = Segmentation(encoder(img_size=28, patch_size=7), CLASSES, head="linear", window=28)
     assert found.predict(Image.new("RGB", (30, 20))).shape == (20, 30)

@@ -290,7 +290,7 @@ def test_a_step_in_which_nothing_counts_is_no_bad_step(tmp_path):
 
 def test_too_many_bad_steps_in_a_row_end_the_run_and_keep_the_checkpoint(tmp_path):
     objective = Linear(fail_at=(5, 6, 7))
-    with pytest.raises(FloatingPointError, match=r"3 steps in a row.*resume auto"):
+    with pytest.raises(FloatingPointError, match=r"3 consecutive steps.*resume auto"):
         train(tmp_path, objective, max_bad_steps=3, save_steps=4)
     assert [p.name for p in Run(tmp_path).checkpoints()] == ["step-4"]
 
@@ -367,7 +367,7 @@ def test_a_run_that_is_refused_lets_go_of_its_folder(tmp_path):
     except ValueError as error:
         kept = error  # as a notebook keeps it
     train(tmp_path, Linear(), resume="auto")
-    assert "epochs have" in str(kept)
+    assert "epoch of the checkpoint has" in str(kept)
 
 
 def test_a_tracker_that_fails_is_left_out_and_training_goes_on(tmp_path, monkeypatch, capsys):
@@ -537,7 +537,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, images, whole, kill):
     output, _ = process.communicate(timeout=60)
     if kill == signal.SIGTERM:
         assert process.returncode == 0, output
-        assert "go on with --resume auto" in output
+        assert "continue with --resume auto" in output
         assert "of the time waiting for data" in output
     else:
         assert process.returncode != 0
@@ -575,7 +575,7 @@ def test_two_processes_train_as_one_and_a_sigterm_to_one_of_them_loses_nothing(t
     ranks = start_pretraining(2, tmp_path / "parts", images, *two)
     wait_for_step(tmp_path / "parts", 2, ranks[0])
     ranks[1].send_signal(signal.SIGTERM)
-    assert "go on with --resume auto" in finish(ranks)
+    assert "continue with --resume auto" in finish(ranks)
     stopped = len(losses(tmp_path / "parts"))
     assert [p.name for p in Run(tmp_path / "parts").checkpoints()] == [f"step-{stopped}"]
     assert 2 <= stopped < 24
@@ -725,10 +725,12 @@ def test_a_run_says_at_its_end_whether_the_data_set_the_pace(tmp_path, capsys):
 def test_the_advice_follows_from_the_time_spent_waiting():
     assert "50 images/s, 60 %" in bottleneck(500, 10, 6, workers=0)
     assert bottleneck(2, 10, 6, workers=0).startswith("0.2 images/s")
-    assert "the data set the pace; more --workers than 0" in bottleneck(500, 10, 6, workers=0)
-    assert "the data hold the model up; more" in bottleneck(500, 10, 2, workers=0)
+    assert "data loading limits the speed; more --workers than 0" in bottleneck(
+        500, 10, 6, workers=0
+    )
+    assert "data loading slows the model down; more" in bottleneck(500, 10, 2, workers=0)
     assert "a worker on every core" in bottleneck(500, 10, 6, workers=10_000)
-    assert "the model sets the pace" in bottleneck(500, 10, 0.5, workers=0)
+    assert "the model limits the speed" in bottleneck(500, 10, 0.5, workers=0)
 
 
 # ------------------------------------------------------------------ disks that take no more

@@ -15,21 +15,21 @@ from vim_ssl.models.encoder import VimEncoder
 from vim_ssl.models.tokens import join_pos_embed, split_pos_embed
 
 log = logging.getLogger(__name__)
-# Parameters of one direction; those of the backward one are called A_b_log, D_b, conv1d_b.weight …
+# Parameters of the forward direction; the backward ones are A_b_log, D_b, conv1d_b.weight …
 _DIRECTED = re.compile(r"(.*\.mixer\.(?:A|D|conv1d|x_proj|dt_proj))(_b)?(_log|\..+|)")
 
 
 def adapt_state(
     path: Path, stored: Mapping[str, Tensor], config: Mapping[str, Any], encoder: VimEncoder
 ) -> dict[str, Tensor]:
-    """The stored weights in the form of the requested encoder; fresh values for new parts alone.
+    """Convert stored weights to the requested encoder; only new parts get fresh values.
 
     Args:
-        path: the weights' file, for messages.
+        path: weights file, for messages.
         stored: the state dict.
         config: all arguments of the encoder that the weights belong to.
-        encoder: the requested one, with fresh weights.
-    Raises: ValueError when the weights contradict their config.
+        encoder: the requested encoder, with fresh weights.
+    Raises: ValueError if the weights contradict their config.
     """
     state = dict(stored)
     target, fresh = encoder.config, encoder.state_dict()
@@ -89,22 +89,22 @@ def _adapt_head(
         reason = f"the checkpoint's has {classes}" if classes else "the checkpoint has none"
         if encoder.num_classes == classes:
             reason = f"global_pool {encoder.global_pool!r} has another width"
-        log.warning("a fresh head of %d classes: %s", encoder.num_classes, reason)
+        log.warning("using a fresh head of %d classes: %s", encoder.num_classes, reason)
 
 
 def adapt_patch_embed(
     weight: Tensor, in_chans: int, before: Sequence[str] = (), after: Sequence[str] = ()
 ) -> Tensor:
-    """A patch embedding (d, c, p, p) for other channels.
+    """Adapt a patch embedding (d, c, p, p) to other channels.
 
-    If some names of bands occur before and after, those bands keep their kernels and the others
-    get the kernels' mean; "B04", "B03" and "B02" (Sentinel-2) are red, green and blue. Else one
-    channel gets the sum of the kernels, so that a grey image gives the result of R = G = B, and n
-    channels the c kernels in turn. For n channels all are then times c / n, so that the response
-    keeps its size (timm's rule).
+    If some band names occur both before and after, those bands keep their kernels and the others
+    get the mean kernel; "B04", "B03" and "B02" (Sentinel-2) are red, green and blue. Otherwise a
+    single channel gets the sum of the kernels, so that a grey image gives the result of R = G = B,
+    and n channels get the c kernels in turn. For n channels, all kernels are then multiplied by
+    c / n to keep the scale of the response (timm's rule).
 
     Args:
-        before, after: names of the bands; empty if unknown.
+        before, after: band names; empty if unknown.
     """
     indices = band_positions(before, after)
     if indices and len(before) == weight.shape[1]:
@@ -120,7 +120,7 @@ def adapt_patch_embed(
 
 
 def grid_of(config: Mapping[str, Any]) -> tuple[tuple[int, int], tuple[int, int]]:
-    """(height, width) in pixels, and rows and columns of patches, of an encoder's arguments."""
+    """Return (height, width) in pixels and (rows, columns) in patches for encoder arguments."""
     size, patch = config["img_size"], config["patch_size"]
     height, width = (size, size) if isinstance(size, int) else size
     rows, columns = ((s - patch) // (config["stride"] or patch) + 1 for s in (height, width))
@@ -130,7 +130,7 @@ def grid_of(config: Mapping[str, Any]) -> tuple[tuple[int, int], tuple[int, int]
 def _adapt_positions(
     path: Path, table: Tensor, config: Mapping[str, Any], encoder: VimEncoder
 ) -> Tensor:
-    """The position table resampled on the new grid, without the rows of the class tokens."""
+    """Return the position table resampled to the new grid, without rows for class tokens."""
     size, (rows, columns) = grid_of(config)
     patches, cls = split_pos_embed(table, config["cls_position"])
     if patches.shape[1] != rows * columns:
@@ -148,15 +148,15 @@ def _adapt_positions(
 def copy_weights(encoder: VimEncoder, model: nn.Module) -> None:
     """Copy an encoder's weights into the Vim inside another library's model.
 
-    Examples are transformers' detectors and segmenters, whose `TimmBackboneConfig` takes a preset's
-    name. They keep the blocks up to the last index that they read, and neither norm nor head.
-    Raises: ValueError if ``model`` holds no Vim, several, or one of another shape.
+    Examples are the detectors and segmenters of `transformers`, whose `TimmBackboneConfig` takes a
+    preset's name. They keep the blocks up to the last index that they read, without norm or head.
+    Raises: ValueError if ``model`` does not contain exactly one Vim, or one of another shape.
     """
     targets = [module for module in model.modules() if isinstance(module, VimEncoder)]
     if len(targets) != 1:
         raise ValueError(
-            f"{type(model).__name__} holds {len(targets)} Vim encoders, expected one; build it on "
-            "timm's model of a preset's name."
+            f"{type(model).__name__} contains {len(targets)} Vim encoders, expected one; build it "
+            "with a preset's name as the timm backbone."
         )
     given = encoder.state_dict()
     for key, value in targets[0].state_dict().items():
@@ -164,6 +164,6 @@ def copy_weights(encoder: VimEncoder, model: nn.Module) -> None:
             shape = tuple(given[key].shape) if key in given else "not there"
             raise ValueError(
                 f"{key} is {tuple(value.shape)} in {type(model).__name__}, in the encoder {shape}; "
-                "name the preset that the encoder was made from."
+                "use the preset that the encoder was built from."
             )
     targets[0].load_state_dict(given, strict=False)  # blocks above the last index are unused

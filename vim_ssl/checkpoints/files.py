@@ -21,14 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FORMAT = 1  # of encoder.json; raised when an older reader could misunderstand a newer file
+FORMAT = 1  # version of encoder.json; increased when older readers could misread newer files
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
-HUB_TIMEOUT_S = 10.0  # for the listing of a repository; a download may take as long as it takes
+HUB_TIMEOUT_S = 10.0  # for listing a repository; downloads have no limit
 
 
 @dataclass
 class Stored:
-    """The content of a file: one set of weights and its metadata."""
+    """Content of a weights file: one set of weights and its metadata."""
 
     path: Path
     state: dict[str, Tensor]
@@ -53,10 +53,10 @@ class Folder:
 
 
 def find(source: str | os.PathLike) -> tuple[Folder, str]:
-    """The folder and file name of ``source``, an existing path or else a Hub id.
+    """Return the folder and file name of ``source``, an existing path or otherwise a Hub id.
 
-    Raises: FileNotFoundError when there is nothing; ValueError when several files would fit;
-        ConnectionError when the Hub does not answer.
+    Raises: FileNotFoundError if the source does not exist or has no weights; ValueError if several
+        files match; ConnectionError if the Hub does not answer.
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -65,7 +65,7 @@ def find(source: str | os.PathLike) -> tuple[Folder, str]:
         return _local(path.parent), path.name
     hub_id = parse_hub_id(source) if isinstance(source, str) else None
     if hub_id and not str(source).startswith("hf://") and Path(path.parts[0]).is_dir():
-        hub_id = None  # a typo in a path such as runs/nope, which the Hub need not see
+        hub_id = None  # a mistyped local path such as runs/nope: do not query the Hub
     if hub_id is None:
         raise FileNotFoundError(f"There is no file or folder {str(source)!r} (in {Path.cwd()}).")
     repo, revision, name = hub_id
@@ -78,7 +78,7 @@ def find(source: str | os.PathLike) -> tuple[Folder, str]:
     if inside:
         return folder, _choose(inside, f"{folder.where}/{name}")
     weights = _weights(folder.names)
-    known = f"its weights: {', '.join(weights)}" if weights else "it holds no weights at all"
+    known = f"its weights: {', '.join(weights)}" if weights else "it has no weights"
     raise FileNotFoundError(f"{folder.where} has no file {name!r}; {known}.")
 
 
@@ -110,12 +110,12 @@ def _weights(names: list[str]) -> list[str]:
 
 
 def _choose(names: list[str], where: str) -> str:
-    """The only weight file, or the only one of `save_encoder`; several are an error."""
+    """Return the only weights file, or the only one from `save_encoder`; several are an error."""
     weights = _weights(names)
     if not weights:
         listing = ", ".join(names[:8]) or "nothing"
         raise FileNotFoundError(
-            f"{where} holds no weights ({' '.join(WEIGHT_SUFFIXES)}); it holds {listing}."
+            f"{where} has no weights ({' '.join(WEIGHT_SUFFIXES)}); it contains {listing}."
         )
     ours = [name for name in weights if _beside(name, ".json") in names]
     candidates = ours or weights
@@ -123,7 +123,7 @@ def _choose(names: list[str], where: str) -> str:
     candidates = top or candidates
     if len(candidates) > 1:
         raise ValueError(
-            f"{where} holds several weight files; name one of them: "
+            f"{where} has several weights files; name one of them: "
             + ", ".join(f"{where}/{name}" for name in candidates)
         )
     return candidates[0]
@@ -135,7 +135,7 @@ def _beside(name: str, ending: str) -> str:
 
 
 def _hub(repo: str, revision: str | None, named: str) -> Folder:
-    """A repository's files as the Hub lists them, or the cached ones when it does not answer."""
+    """Return a repository's files as listed by the Hub, or cached ones if it does not answer."""
     import huggingface_hub as hub
     from huggingface_hub import errors
 
@@ -146,7 +146,7 @@ def _hub(repo: str, revision: str | None, named: str) -> Folder:
         raise FileNotFoundError(f"{repo} on the Hub has no revision {revision!r}.") from error
     except errors.GatedRepoError as error:
         raise PermissionError(
-            f"{repo} asks its users to accept conditions: do so on its page, then `hf auth login`."
+            f"{repo} requires accepting conditions: do so on its page, then run `hf auth login`."
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise FileNotFoundError(
@@ -160,7 +160,7 @@ def _hub(repo: str, revision: str | None, named: str) -> Folder:
             cached = Path(hub.snapshot_download(repo, revision=revision, local_files_only=True))
         except Exception:
             raise ConnectionError(
-                f"{named!r} is no path here, and the Hub cannot be reached ({_brief(error)}). "
+                f"{named!r} is not a local path, and the Hub cannot be reached ({_brief(error)}). "
                 "Check the connection and HF_HUB_OFFLINE, or download the file and give its path."
             ) from error
         files = (p for p in cached.rglob("*") if p.is_file())
@@ -177,8 +177,8 @@ def _hub(repo: str, revision: str | None, named: str) -> Folder:
 
 
 def _within(seconds: float, call: Callable[[], Any]) -> Any:
-    """The result of ``call``, or TimeoutError: the Hub's client has no public limit on its
-    retries. A thread left behind ends with the process."""
+    """Return the result of ``call``, or raise TimeoutError: the Hub's client has no public limit on
+    its retries. An unfinished thread ends with the process."""
     outcome: list[tuple[Any, BaseException | None]] = []
 
     def run() -> None:
@@ -205,10 +205,10 @@ def read(folder: Folder, name: str, ema: bool | None = None) -> Stored:
     """Read one set of weights.
 
     Args:
-        ema: True for the exponential moving average, False for the weights themselves, None for
-            the file's default (the weights themselves if it names none).
-    Raises: ValueError for a file that is empty, truncated, of another format than its name says,
-        or a pickle that needs more than tensors; also for ``ema=True`` where there is none.
+        ema: True for the exponential moving average, False for the raw weights, None for the file's
+            default (the raw weights if it declares none).
+    Raises: ValueError for a file that is empty, truncated, in a format that differs from its name,
+        or a pickle that needs more than tensors; also for ``ema=True`` without an EMA copy.
     """
     if name.endswith(".safetensors"):
         return _read_ours(folder, name, ema)
@@ -222,15 +222,13 @@ def _read_ours(folder: Folder, name: str, ema: bool | None) -> Stored:
     json_name, ema_name = _beside(name, ".json"), _beside(name, "_ema.safetensors")
     if json_name not in folder.names:
         raise FileNotFoundError(
-            f"{folder.where}/{name} has no {Path(json_name).name} beside it, so its architecture is"
-            " not known; copy both (vim_ssl.save_encoder writes them together)."
+            f"{folder.where}/{name} has no {Path(json_name).name} next to it, so its architecture "
+            "is unknown; copy both (vim_ssl.save_encoder writes them together)."
         )
     record = _read_json(folder.get(json_name))
     ema = record["ema"] == "default" if ema is None else ema
     if ema and record["ema"] is None:
-        raise ValueError(
-            f"{folder.where}/{name} was saved without an EMA copy; leave out ema=True."
-        )
+        raise ValueError(f"{folder.where}/{name} was saved without an EMA copy; omit ema=True.")
     path = folder.get(ema_name if ema else name)
     return Stored(
         path, _load_safetensors(path), record["config"],
@@ -239,7 +237,7 @@ def _read_ours(folder: Folder, name: str, ema: bool | None) -> Stored:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """The content of encoder.json, checked, with None for missing keys."""
+    """Read and check encoder.json; missing keys are None."""
     _refuse_empty(path)
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -271,32 +269,34 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or no safetensors file ({error}); "
+        raise ValueError(f"{path} is truncated or not a safetensors file ({error}); "
                          "copy or download it again.") from error  # fmt: skip
 
 
 def _load_pickle(path: Path) -> Any:
-    """The content of a torch.save file: tensors, plain values and argparse.Namespace. A pickle can
-    name any function to call, so every other name in it is refused, and nothing is called."""
+    """Read a torch.save file with tensors, plain values and argparse.Namespace. A pickle can name
+    any function to call, so all other names are refused and nothing is called."""
     _refuse_empty(path)
     is_zip = zipfile.is_zipfile(path)
     with path.open("rb") as file:
         head = file.read(64)
     if not is_zip and not head.startswith(b"\x80"):
-        what = "truncated" if head.startswith(b"PK") else f"no checkpoint: it begins with {head!r}"
+        what = (
+            "truncated" if head.startswith(b"PK") else f"not a checkpoint: it starts with {head!r}"
+        )
         raise ValueError(f"{path} is {what}; copy or download it again.")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            # mmap leaves the optimiser and the other copies of the weights on the disk
+            # mmap does not read the optimiser and other copies of the weights from disk
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         if names := _unsafe_globals(path, str(error)):
             raise ValueError(
-                f"{path} is refused: it asks for {names}, and calling what a file names could run "
-                "any code. A checkpoint may hold tensors, plain values and argparse.Namespace; ask "
-                "its author for the state dict alone."
+                f"{path} is refused: it refers to {names}, and calling functions named in a file "
+                "could run any code. A checkpoint may contain tensors, plain values and "
+                "argparse.Namespace; ask its author for the state dict only."
             ) from error
-        raise ValueError(f"{path} is damaged or no checkpoint: {_brief(error)}.") from error
+        raise ValueError(f"{path} is damaged or not a checkpoint: {_brief(error)}.") from error
     except Exception as error:  # a pickle that ends too early may fail at any instruction
         raise ValueError(
             f"{path} is truncated or damaged ({_brief(error)}); copy or download it again."
@@ -304,10 +304,10 @@ def _load_pickle(path: Path) -> Any:
 
 
 def _unsafe_globals(path: Path, message: str) -> str:
-    """The classes and functions that a refused pickle names, as module.name; "" for a damaged one.
+    """Return the classes and functions named in a refused pickle, as module.name; "" if damaged.
 
-    The pickle is disassembled, not run. torch does so for zip files, and its ``message`` names the
-    global of a legacy file; it stops at protocol 4, whose instructions are read here.
+    The pickle is disassembled, not run. torch does this for zip files, and its ``message`` names
+    the global of a legacy file; torch does not support protocol 4, which is read here.
     """
     if zipfile.is_zipfile(path):
         with suppress(Exception), torch.serialization.safe_globals([argparse.Namespace]):
@@ -330,19 +330,19 @@ def _unsafe_globals(path: Path, message: str) -> str:
 def _unwrap(content: Any, path: Path, ema: bool | None) -> Stored:
     """Extract the weights from a training checkpoint: {"model"}, {"state_dict"} or a bare dict."""
     if not isinstance(content, Mapping):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a dict of weights.")
+        raise ValueError(f"{path} contains a {type(content).__name__}, not a dict of weights.")
     averaged = content.get("model_ema") or content.get("state_dict_ema")
     averaged = averaged if isinstance(averaged, Mapping) else None
     if ema and averaged is None:
-        raise ValueError(f"{path} has no EMA copy (model_ema); leave out ema=True.")
+        raise ValueError(f"{path} has no EMA copy (model_ema); omit ema=True.")
     inner = (content.get(key) for key in ("model", "state_dict"))
     weights = next((value for value in inner if isinstance(value, Mapping)), content)
     chosen = averaged if ema and averaged is not None else weights
     state = {str(key).removeprefix("module."): value for key, value in chosen.items()}
     if other := [key for key, value in state.items() if not isinstance(value, Tensor)]:
         raise ValueError(
-            f"{path} holds no state dict: {other[0]!r} is a {type(state[other[0]]).__name__}, not "
-            'a tensor; expected {"model": …}, {"state_dict": …} or the tensors themselves.'
+            f"{path} has no state dict: {other[0]!r} is a {type(state[other[0]]).__name__}, not a "
+            'tensor; expected {"model": …}, {"state_dict": …} or the tensors themselves.'
         )
     args = content.get("args")
     args = dict(vars(args)) if isinstance(args, argparse.Namespace) else args

@@ -1,7 +1,7 @@
 """Load and save encoders.
 
 source -> files.find, files.read -> released_config, or the config in the file
-       -> the requested encoder -> weights adapted to it -> every key accounted for
+       -> the requested encoder -> weights adapted to it -> check of every key
 """
 
 import difflib
@@ -29,13 +29,13 @@ from vim_ssl.utils.environment import __version__
 from vim_ssl.utils.files import atomic_write
 from vim_ssl.utils.names import did_you_mean
 
-# Weights that come with the package: "preset.tag" -> folder.
+# Weights included in the package: "preset.tag" -> folder.
 TAGS = {path.name: path for path in (Path(__file__).parents[1] / "weights").glob("*.*")}
 DEFAULTS = {
     name: parameter.default for name, parameter in inspect.signature(VimEncoder).parameters.items()
 }
-_VIDEO = {"frames", "tubelet"}  # arguments of `VideoEncoder` alone
-# Decided by the tensors: another requested value is an error.
+_VIDEO = {"frames", "tubelet"}  # arguments only of `VideoEncoder`
+# Determined by the tensors: requesting another value is an error.
 _FIXED = (
     "embed_dim", "depth", "d_state", "d_conv", "expand", "dt_rank", "patch_size",
     "norm_after_scan", "use_pos_embed",
@@ -55,7 +55,7 @@ def load_encoder(
     dtype: torch.dtype | None = None,
     **model_args: Any,
 ) -> VimEncoder:
-    """A Vision Mamba encoder in eval mode.
+    """Load a Vision Mamba encoder in eval mode.
 
     Args:
         source: the first match of
@@ -64,38 +64,39 @@ def load_encoder(
               (``.safetensors`` with its ``.json``), or a run directory;
             - a Hub id: ``owner/name``, ``owner/name/file``, ``hf://owner/name/file``, each with
               ``@revision`` after the name or at the end.
-        num_classes: 0 for features only; n for a head of that size, the checkpoint's when it
-            fits, else fresh; None for the checkpoint's head.
-        img_size: pixels, or (height, width): the position table is resampled once. Without it
-            other sizes are accepted too, and the table is resampled at every call.
-        in_chans: channels; a checkpoint's patch embedding is summed to 1 channel, or repeated in
-            turn and rescaled to n, mean and std in ``data_config`` likewise. Bands that
+        num_classes: 0 for features only; n for a head of that size, from the checkpoint if it
+            fits, otherwise fresh; None for the checkpoint's head.
+        img_size: pixels, or (height, width): the position table is resampled once. Without it,
+            other sizes are also accepted, and the table is resampled at every call.
+        in_chans: channels; a checkpoint's patch embedding is summed for 1 channel, or repeated in
+            turn and rescaled for n, mean and std in ``data_config`` likewise. Bands that
             ``data_config["bands"]`` names take the weights of the same name, such as red; others
             start from the mean.
-        global_pool: "token", "avg" or "token+avg"; another width makes a fresh head.
-        ema: take the EMA copy (True) or the weights themselves (False); by default what
-            `save_encoder` noted, and the weights themselves of a released file.
+        global_pool: "token", "avg" or "token+avg"; if the width changes, the head is fresh.
+        ema: load the EMA copy (True) or the raw weights (False); by default as stored by
+            `save_encoder`, and the raw weights for a released file.
         strict: missing or unexpected keys are errors. False fills missing ones with fresh weights
             and skips unexpected ones, with a warning; shapes must always fit.
-        device, dtype: of the encoder; a floating-point type.
-        model_args: any other argument of `VimEncoder`. ``directions="both"`` on a checkpoint of
-            one direction starts the other as its copy; one direction of a checkpoint of both drops
-            the other; ``use_mask_token`` and ``num_registers`` start fresh where it has none.
+        device, dtype: device and floating-point dtype of the encoder.
+        model_args: any other argument of `VimEncoder`. If the checkpoint has one direction,
+            ``directions="both"`` initialises the other as its copy; if it has both, requesting one
+            drops the other. ``use_mask_token`` and ``num_registers`` add fresh tokens if the
+            checkpoint has none.
 
     Raises:
         FileNotFoundError: no such path, file or repository. ConnectionError: no Hub.
-        TypeError: an argument that `VimEncoder` does not have, with the nearest that it has.
+        TypeError: an argument that `VimEncoder` does not have; the nearest name is suggested.
         ValueError: an unknown name; a file that is broken, unsafe, of another architecture, or
             that contradicts the arguments; several files to choose from.
     """
     _check_arguments(model_args, num_classes, img_size, device, dtype)
     if num_classes is not None:
-        num_classes = int(num_classes)  # numpy's integers are no JSON
+        num_classes = int(num_classes)  # numpy integers are not JSON-serialisable
     requested = dict(model_args, img_size=img_size, in_chans=in_chans, global_pool=global_pool)
     if source in PRESETS:
         if num_classes is None or ema:
             what = "num_classes=None" if num_classes is None else "ema=True"
-            raise ValueError(f"{what} asks for a checkpoint's; preset {source!r} is untrained.")
+            raise ValueError(f"{what} requires a checkpoint; preset {source!r} is untrained.")
         config = dict(PRESETS[source], num_classes=num_classes)
         encoder = VimEncoder(**_apply(config, requested))
     else:
@@ -107,20 +108,20 @@ def load_encoder(
 
 
 def made_by(source: str | os.PathLike) -> dict[str, Any]:
-    """The ``record`` that `save_encoder` kept with ``source``; empty for any other file.
+    """Return the ``record`` that `save_encoder` stored in ``source``; empty for any other file.
 
-    Raises: what `load_encoder` raises.
+    Raises: the errors of `load_encoder`.
     """
     return {} if source in PRESETS else checkpoint_files.read(*find_file(source)).made_by or {}
 
 
 def load_for_bands(source: str, bands: Mapping[str, Any], **args: Any) -> VimEncoder:
-    """The encoder that ``source`` names, for images of these bands.
+    """Load the encoder ``source`` for images with these bands.
 
     Args:
-        bands: of `vim_ssl.data.bands.band_arguments`. An encoder of the same bands keeps its
+        bands: from `vim_ssl.data.bands.band_arguments`. An encoder for the same bands keeps its
             statistics.
-        args: of `load_encoder`.
+        args: arguments of `load_encoder`.
     """
     encoder = load_encoder(source, **args)
     if bands and tuple(encoder.data_config["bands"]) != tuple(bands["data_config"]["bands"]):
@@ -136,19 +137,18 @@ def save_encoder(
     ema_default: bool = True,
     record: dict[str, Any] | None = None,
 ) -> Path:
-    """Write ``encoder.safetensors`` and ``encoder.json``; `load_encoder` takes the folder.
+    """Write ``encoder.safetensors`` and ``encoder.json`` to a folder for `load_encoder`.
 
-    Each file appears whole or not at all, and the description last. Keys are those of the released
-    checkpoints.
+    Each file is written atomically, encoder.json last. Keys are those of the released checkpoints.
 
     Args:
-        ema: the exponential moving average of the weights, kept beside as
+        ema: the exponential moving average of the weights, written as
             ``encoder_ema.safetensors``.
-        ema_default: `load_encoder` takes the EMA copy by default.
-        record: JSON-able notes on the training, kept as ``made_by``.
+        ema_default: `load_encoder` loads the EMA copy by default.
+        record: JSON-serialisable notes on the training, stored as ``made_by``.
     Returns: the path of encoder.safetensors.
-    Raises: TypeError for a model that is no `VimEncoder` or a record that is not JSON; ValueError
-        for an EMA copy with other keys.
+    Raises: TypeError for a model that is not a `VimEncoder` or a record that is not JSON;
+        ValueError for an EMA copy with other keys.
     """
     from safetensors.torch import save
 
@@ -162,7 +162,7 @@ def save_encoder(
         ema = _plain(ema.state_dict() if isinstance(ema, VimEncoder) else ema)
         if wrong := sorted(set(ema) ^ set(state)):
             raise ValueError(f"The EMA copy and the encoder differ in {_some(wrong)}.")
-    # The backend belongs to the machine, not to the weights.
+    # The backend depends on the machine, not on the weights.
     config = {key: value for key, value in encoder.config.items() if key != "scan_backend"}
     description = {
         "format": FORMAT,
@@ -207,7 +207,7 @@ def _check_arguments(
     if num_classes is not None and not (whole and num_classes >= 0):
         raise ValueError(
             f"num_classes is {num_classes!r}; expected 0 (features), a number of classes, or None "
-            "(the checkpoint's own head)."
+            "(the checkpoint's head)."
         )
     sides = (img_size, img_size) if isinstance(img_size, int) else img_size
     if sides is not None and not (
@@ -223,14 +223,14 @@ def _check_arguments(
 
 
 def find_file(source: str | os.PathLike) -> tuple[checkpoint_files.Folder, str]:
-    """`checkpoint_files.find`, after a look at presets and their packaged weights."""
+    """Like `checkpoint_files.find`, but first try presets with packaged weights."""
     if source in TAGS:
         return checkpoint_files.find(TAGS[str(source)])
     if isinstance(source, str) and not Path(source).expanduser().exists():
         name, _, tag = source.partition(".")
         if name in PRESETS and not source.endswith(WEIGHT_SUFFIXES):
             tags = ", ".join(t for t in TAGS if t.startswith(f"{name}.")) or "none yet"
-            raise ValueError(f"Preset {name!r} has no weights {tag!r}; weights there are: {tags}.")
+            raise ValueError(f"Preset {name!r} has no weights {tag!r}; available: {tags}.")
         if "/" not in source and os.sep not in source and not source.endswith(WEIGHT_SUFFIXES):
             hint = did_you_mean(source, PRESETS)
             raise ValueError(f"Unknown preset {source!r}, and no file or folder here. {hint}")
@@ -238,16 +238,16 @@ def find_file(source: str | os.PathLike) -> tuple[checkpoint_files.Folder, str]:
 
 
 def encoder_class(config: Mapping[str, Any]) -> type[VimEncoder]:
-    """The class that a config describes: an encoder of images or of clips."""
+    """Return the class that a config describes: an image or video encoder."""
     return VideoEncoder if _VIDEO & config.keys() else VimEncoder
 
 
 def _apply(config: Mapping[str, Any], requested: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of the requested encoder: the checkpoint's, with the caller's over them."""
+    """Return the requested encoder's arguments: the checkpoint's, overridden by the caller's."""
     target = dict(config) | {key: value for key, value in requested.items() if value is not None}
     chans = config.get("in_chans", DEFAULTS["in_chans"])
     data = dict(config.get("data_config") or {})
-    data.pop("input_size", None)  # follows img_size and in_chans
+    data.pop("input_size", None)  # derived from img_size and in_chans
     bands = (requested.get("data_config") or {}).get("bands")
     if target.get("in_chans", chans) != chans or bands:
         known = IMAGENET_DATA | data if chans == 3 else data
@@ -263,11 +263,11 @@ def _apply(config: Mapping[str, Any], requested: Mapping[str, Any]) -> dict[str,
 def _build(
     stored: Stored, requested: Mapping[str, Any], num_classes: int | None, strict: bool
 ) -> tuple[VimEncoder, list[str]]:
-    """The requested encoder with the stored weights, and the assumptions made."""
+    """Build the requested encoder with the stored weights; also return the assumptions made."""
     config, assumed = config_of(stored, requested)
     if num_classes is None and not config["num_classes"]:
         raise ValueError(
-            f"num_classes=None asks for the head of {stored.path}, which has none; say 0 for "
+            f"num_classes=None requests the head of {stored.path}, which has none; use 0 for "
             "features or the number of classes for a fresh head."
         )
     _check_contradictions(stored.path, config, requested)
@@ -295,7 +295,7 @@ def _build(
 
 
 def config_of(stored: Stored, requested: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Every argument of the stored encoder, and the assumptions made."""
+    """Return all arguments of the stored encoder, and the assumptions made."""
     if stored.config is None:
         try:
             config, assumed = released_config(
@@ -334,19 +334,19 @@ def _check_contradictions(
             refuse(name)
     registers = requested.get("num_registers")
     if registers and config["num_registers"] not in (0, registers):
-        refuse("num_registers", "give that number, or 0 to drop them")
+        refuse("num_registers", "pass that number, or 0 to drop them")
     positions = requested.get("cls_position") or config["cls_position"], config["cls_position"]
     if positions[0] != positions[1] and not {*positions} <= {"middle", "first"}:
         refuse("cls_position")
     ways = requested.get("directions") or config["directions"], config["directions"]
     if ways[0] != ways[1] and "both" not in ways:
-        refuse("directions", "directions='both' starts the other direction as its copy")
+        refuse("directions", "directions='both' initialises the other direction as its copy")
 
 
 def compare_keys(
     encoder: VimEncoder, state: Mapping[str, Tensor]
 ) -> tuple[list[str], list[str], list[str]]:
-    """Keys that ``state`` lacks, keys that the encoder lacks, and keys of another shape."""
+    """Return missing keys, unexpected keys, and keys with another shape in ``state``."""
     expected = encoder.state_dict()
     missing = [key for key in expected if key not in state]
     unexpected = [key for key in state if key not in expected]

@@ -1,6 +1,6 @@
-"""Infer a released Vim checkpoint's arguments from its tensors' shapes, and from its model's name
-where shapes are ambiguous (stride, image size, class-token position, division of the directions'
-sum).
+"""Infer the arguments of a released Vim checkpoint from the shapes of its tensors and, where shapes
+are ambiguous (stride, image size, class-token position, division of the sum of directions), from
+the name of its model.
 
 Names read like ``vim_tiny_patch16_stride8_224_bimambav2_final_pool_mean_abs_pos_embed_with_
 midclstok_div2``. The weights were published with arXiv:2401.09417.
@@ -23,7 +23,7 @@ RELEASED_FILES = {
     "vim_b_midclstok_81p9acc.pth": ("Vim-B", 81.9),
 }
 _FIRST = "layers.0.mixer."
-# Keys of other architectures, for a helpful error.
+# Keys of other architectures, for error messages.
 _FOREIGN = {
     r"blocks\.\d+\.attn\.": "a vision transformer (ViT, DeiT)",
     r"layer1\.0\.(conv|bn)": "a ResNet",
@@ -38,11 +38,11 @@ def released_config(
     training_args: Mapping[str, Any],
     requested: Mapping[str, Any],
 ) -> tuple[dict[str, Any], list[str]]:
-    """The encoder's arguments for these weights, and the assumptions made.
+    """Return the encoder's arguments for these weights, and the assumptions made.
 
     Args:
-        requested: the caller's arguments; img_size, stride, divide_out and cls_position decide what
-            the file leaves open, and nothing else.
+        requested: the caller's arguments; only img_size, stride, divide_out and cls_position are
+            used, where the file is ambiguous.
     Raises: ValueError for another architecture, an unsupported variant, or a position table that
         fits two layouts.
     """
@@ -54,7 +54,7 @@ def released_config(
     def shape(key: str, ndim: int) -> torch.Size:
         if key not in state or state[key].ndim != ndim:
             state_of = f"of shape {tuple(state[key].shape)}" if key in state else "missing"
-            raise ValueError(f"This Vim checkpoint is not whole: {key} is {state_of}.")
+            raise ValueError(f"This Vim checkpoint is incomplete: {key} is {state_of}.")
         return state[key].shape
 
     two_inner, width = shape(f"{_FIRST}in_proj.weight", 2)
@@ -92,9 +92,9 @@ def _refuse_others(state: Mapping[str, Tensor], name: str, args: Mapping[str, An
         keys = ", ".join(list(state)[:3]) or "none"
         raise ValueError(
             f"These weights are not a Vision Mamba encoder: {looks} (first keys: {keys}; expected "
-            f"{_FIRST}in_proj.weight and its like)."
+            f"{_FIRST}in_proj.weight and similar)."
         )
-    shared = "conv1d.weight", "A_b_log"  # both directions scan behind one convolution
+    shared = "conv1d.weight", "A_b_log"  # both directions share one convolution
     v1 = all(_FIRST + key in state for key in shared) and f"{_FIRST}conv1d_b.weight" not in state
     if v1 or "bimambav1" in name:
         raise ValueError(
@@ -104,7 +104,7 @@ def _refuse_others(state: Mapping[str, Tensor], name: str, args: Mapping[str, An
     if args.get("if_bidirectional") or re.search(r"bidirection", name):
         raise ValueError(
             "These weights are Vim's layer-pair bidirectional variant (if_bidirectional: every "
-            "second layer reads backwards); only v2, which reads both ways in each layer, is "
+            "second layer reads backward); only v2, which reads both ways in each layer, is "
             "supported."
         )
     if any(key.startswith("rope.") for key in state) or "_rope" in name:
@@ -137,7 +137,7 @@ def _cls_position(
         return "first"
     assumed.append(
         "The checkpoint does not name the class token's position: assumed in the middle, as in "
-        "all released weights (else pass cls_position='first')."
+        "all released weights (otherwise pass cls_position='first')."
     )
     return "middle"
 
@@ -145,8 +145,8 @@ def _cls_position(
 def _divide_out(
     name: str | None, config: Mapping[str, Any], requested: Mapping[str, Any], assumed: list[str]
 ) -> bool:
-    """Whether the directions are averaged: no shape shows it, and a wrong value gives wrong
-    features without any error."""
+    """Return True if the directions are averaged. Shapes do not show it, and a wrong value gives
+    wrong features without any error."""
     if config["norm_after_scan"] or (name and "bimamba" in name and "div2" in name):
         return True  # the variant with a norm always divides
     if requested.get("divide_out") is not None:
@@ -154,17 +154,17 @@ def _divide_out(
     if name and "bimamba" in name:
         assumed.append(
             f"The model's name {name!r} has no div2: assumed divide_out=False. Some versions of "
-            "its code divided nevertheless; then pass divide_out=True."
+            "the original code divided anyway; in that case pass divide_out=True."
         )
         return False
     if config["directions"] == "both":
         assumed.append(
             "The checkpoint does not name its model: assumed divide_out=True, as in all released "
-            "weights (else pass divide_out=False)."
+            "weights (otherwise pass divide_out=False)."
         )
     elif name is None:
         assumed.append(
-            "The checkpoint has parameters for one direction: assumed one scan a layer. Vim's "
+            "The checkpoint has parameters for one direction: assumed one scan per layer. Vim's "
             "layer-pair variant (if_bidirectional) has the same keys and would give wrong features."
         )
     return True
@@ -176,7 +176,7 @@ def _layout(
     name: str | None,
     requested: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """img_size (height, width) and stride of the position table."""
+    """Return img_size (height, width) and stride of the position table."""
     patch: int = config["patch_size"]
     match = re.search(r"patch\d+(?:_stride(\d+))?_(\d+)", name or "")
     named = (int(match[1]) if match[1] else patch) if match else None
@@ -209,18 +209,18 @@ def _layout(
         if not layouts:
             given = f" {size} gives another number of patches." if size else ""
             raise ValueError(
-                f"The position table has {rows} rows, {m} of them patches: no square grid.{given} "
-                "Pass img_size=(height, width) of the training images."
+                f"The position table has {rows} rows, {m} of them patches, not a square grid."
+                f"{given} Pass img_size=(height, width) of the training images."
             )
     stride, img_size = next(iter(layouts.items()))
     return {"img_size": img_size, "stride": stride}
 
 
 def _square_layouts(side: int, patch: int, named: int | None) -> dict[int, tuple[int, int]]:
-    """The strides, with their image sizes, that give side x side patches.
+    """Return the strides, with their image sizes, that give side x side patches.
 
-    Every grid could come from half-overlapping patches too, but only an odd one from an image of a
-    whole number of patches (27x27: stride 8 at 224 px); others are not used.
+    Half-overlapping patches could give any grid, but only odd grids correspond to an image size
+    divisible by the patch size (27x27: stride 8 at 224 px); other grids are not considered.
     """
     odd = side > 1 and side % 2 == 1 and patch % 2 == 0
     strides = [named] if named else [patch, patch // 2] if odd else [patch]
@@ -234,7 +234,7 @@ def _choose_layout(
     size: tuple[int, int] | None,
     stride: int | None,
 ) -> dict[int, tuple[int, int]]:
-    """The layout of the requested stride or size. Raises: ValueError if neither decides."""
+    """Return the layout with the requested stride or size. Raises: ValueError if ambiguous."""
     chosen = {
         s: fits for s, fits in layouts.items() if stride == s or (stride is None and size == fits)
     }

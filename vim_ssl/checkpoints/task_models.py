@@ -17,8 +17,8 @@ Model = TypeVar("Model", bound=nn.Module)
 def save_task(
     model: Any, folder: str | os.PathLike, file: str, record: dict[str, Any] | None = None
 ) -> None:
-    """Write ``model.encoder`` by `save_encoder`, and the other weights, with ``model.config``, to
-    ``file`` beside it."""
+    """Write ``model.encoder`` with `save_encoder`, and the other weights, with ``model.config``, to
+    ``file`` next to it."""
     from safetensors.torch import save
 
     save_encoder(model.encoder, folder, record=record)
@@ -31,14 +31,14 @@ def save_task(
 
 
 def load_task(make: Callable[..., Model], folder: str | os.PathLike, file: str, task: str) -> Model:
-    """The model that `save_task` has written, in eval mode.
+    """Load a model written by `save_task`, in eval mode.
 
     Args:
-        make: encoder, classes and the other settings of ``config`` -> model.
-        file: its name in ``folder``.
-        task: the script that writes such files.
+        make: (encoder, classes, other settings of ``config``) -> model.
+        file: name of the file in ``folder``.
+        task: name of the script that writes such files.
     Raises: FileNotFoundError for a folder without the file; ValueError for a file that does not
-        fit the encoder beside it.
+        fit the encoder in the folder.
     """
     from safetensors import safe_open
     from safetensors.torch import load_file
@@ -46,13 +46,13 @@ def load_task(make: Callable[..., Model], folder: str | os.PathLike, file: str, 
     path = Path(folder) / file
     if not path.is_file():
         raise FileNotFoundError(
-            f"{folder} holds no {file}, the head that {task} has trained; name a run of "
+            f"{folder} has no {file}, which a {task} run contains; give a run of "
             f"downstream/{task}.py."
         )
     with safe_open(path, "pt") as opened:
         stored = opened.metadata() or {}
     if "config" not in stored:
-        raise ValueError(f"{path} is no head that downstream/{task}.py has written.")
+        raise ValueError(f"{path} was not written by downstream/{task}.py.")
     config = json.loads(stored["config"])
     model = make(load_encoder(folder), config.pop("classes"), **config)
     result = model.load_state_dict(load_file(path), strict=False)

@@ -20,7 +20,7 @@ from vim_ssl.models.video import VideoEncoder
 
 @dataclass
 class Report:
-    """What a checkpoint is, and whether it loads whole; ``str(report)`` is printed."""
+    """Description of a checkpoint and its problems; ``str(report)`` is the printed text."""
 
     source: str
     facts: dict[str, str] = field(default_factory=dict)
@@ -37,7 +37,7 @@ class Report:
         lines = [self.source, *(f"  {name:<{width}}  {fact}" for name, fact in self.facts.items())]
         lines += [f"  note: {note}" for note in self.notes]
         lines += [f"  PROBLEM: {problem}" for problem in self.problems]
-        return "\n".join([*lines, "loads whole" if self.loads else "does NOT load whole"])
+        return "\n".join([*lines, "loads completely" if self.loads else "does NOT load completely"])
 
 
 def verify(source: str | os.PathLike, **layout: Any) -> Report:
@@ -46,8 +46,8 @@ def verify(source: str | os.PathLike, **layout: Any) -> Report:
     Args:
         source: a path or a Hub id, as in `load_encoder`; the weights and their EMA copy are both
             checked.
-        layout: ``img_size`` and ``stride`` of a file that does not store them.
-    Returns: a report, which lists the file's problems; none is raised.
+        layout: ``img_size`` and ``stride``, for a file that does not store them.
+    Returns: a report that lists the file's problems; they are not raised.
     """
     report = Report(str(source))
     try:
@@ -72,7 +72,7 @@ def _describe(report: Report, stored: Stored, config: Mapping[str, Any]) -> None
     averaged = config["divide_out"] or config["norm_after_scan"]
     guessed = any("divide_out" in note for note in report.notes)
     report.facts |= {
-        "kind": "file of vim_ssl" if ours else "Vim checkpoint of the original code's form",
+        "kind": "vim_ssl file" if ours else "Vim checkpoint in the format of the original code",
         "model name": stored.model_name or ("given by its config" if ours else "none stored"),
         "architecture": f"{_preset_of(config) or 'no preset'}: embed_dim {config['embed_dim']}, "
         f"depth {config['depth']}, d_state {config['d_state']}, patch {config['patch_size']}, "
@@ -89,7 +89,7 @@ def _describe(report: Report, stored: Stored, config: Mapping[str, Any]) -> None
         "EMA copy": "yes: load_encoder(…, ema=True)" if stored.has_ema else "none",
     }
     if "frames" in config:
-        report.facts["clips"] = f"{config['frames']} frames, {config['tubelet']} in a tubelet"
+        report.facts["clips"] = f"{config['frames']} frames, {config['tubelet']} per tubelet"
     if stored.made_by:
         made = {key: value for key, value in stored.made_by.items() if key != "classes"}
         report.facts["made by"] = json.dumps(made)
@@ -108,7 +108,7 @@ def _check_copy(report: Report, which: str, stored: Stored, config: dict[str, An
     kinds = zip(("missing", "unexpected", "wrong shape"), compare_keys(encoder, state), strict=True)
     wrong = [f"{which}: {kind}: {key}" for kind, keys in kinds for key in keys]
     wrong += [
-        f"{which}: values that are not finite: {key}"
+        f"{which}: non-finite values: {key}"
         for key, tensor in state.items()
         if not torch.isfinite(tensor).all()
     ]
@@ -127,7 +127,7 @@ def _check_copy(report: Report, which: str, stored: Stored, config: dict[str, An
 
 
 def _preset_of(config: Mapping[str, Any]) -> str | None:
-    """The preset with these shapes, whatever its head."""
+    """Return the preset with these shapes, regardless of its head."""
     names = ("embed_dim", "depth", "patch_size", "in_chans", "d_state", "d_conv", "expand")
     for preset, args in PRESETS.items():
         full = DEFAULTS | args
@@ -138,14 +138,14 @@ def _preset_of(config: Mapping[str, Any]) -> str | None:
 
 
 def verify_main(argv: Sequence[str] | None = None) -> int:
-    """``vim-ssl verify FILE``: print the report; 0 if it loads whole, else 1."""
+    """Print the report. Return 0 if the checkpoint loads completely, 1 otherwise."""
     parser = argparse.ArgumentParser(
         prog="vim-ssl verify", description="Describe a checkpoint and check that it loads."
     )
     parser.add_argument("file", help="a checkpoint, a run directory or a Hub id")
     parser.add_argument(
         "--img-size", type=int, nargs="+", metavar="PX",
-        help="side, or height and width, of the position table's images, if not stored",
+        help="image side, or height and width, of the position table, if not stored",
     )  # fmt: skip
     parser.add_argument("--stride", type=int, help="patch stride in pixels, if not stored")
     args = parser.parse_args(argv)

@@ -20,7 +20,7 @@ from vim_ssl.data.dataset import ImageData, captions_of
 from vim_ssl.data.images import BadImage
 from vim_ssl.data.labels import IGNORE
 from vim_ssl.data.loading.streamed import ImageStream
-from vim_ssl.data.open import Source, open_source, sets_of
+from vim_ssl.data.open import Source, open_data, open_source, sets_of
 from vim_ssl.data.registry import SOURCES
 from vim_ssl.data.spec import SPLIT_NAMES, canonical_split
 
@@ -141,10 +141,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _opened(spec: str | Path) -> tuple[Source, ImageData | ImageStream]:
     """Open the source, and the split that its spec names or else all images."""
-    source = open_source(spec, streams=True)
     joined = sets_of(str(spec))
-    named = len(joined) > 1 or joined[0][1].split
-    return source, source.open(None if named else "all")
+    if len(joined) > 1:
+        data = open_data(spec, streams=True)
+        return Source(data.splits, lambda split: data), data
+    source = open_source(spec, streams=True)
+    return source, source.open(None if joined[0][1].split else "all")
 
 
 def _splits(

@@ -9,6 +9,7 @@ package registers itself when its entry point in the group ``vim_ssl.plugins`` i
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from typing import Any, TypeVar
 
@@ -59,8 +60,14 @@ class Opener:
         """Open a `DataSpec`. Raises: ValueError for an option that this source does not accept;
         ImportError for a missing library; any error of the function."""
         spec.takes(*self.options)
+        opened = self._call(self.function, spec)
+        if isinstance(opened, Splits):
+            return Splits(opened.names, partial(self._call, opened.open))
+        return opened
+
+    def _call(self, function: Callable[..., Any], spec: Any) -> Any:
         try:
-            return self.function(spec)
+            return function(spec)
         except ModuleNotFoundError as error:
             if not self.extra:
                 raise

@@ -22,8 +22,9 @@ def read_rows(
         suffix: suffix of the file. The delimiter is the first of tab, "," and ";" that occurs in
             the header; without any, the suffix determines it.
         source: name of the table, for messages.
-        strict: report a lone quote instead of reading on to the next quote. Tables with tabs are
-            seldom quoted: there a quote is plain text unless two of them enclose the whole field.
+        strict: strip fields, and report a lone quote instead of reading on to the next quote.
+            Tables with tabs are seldom quoted: there a quote is plain text unless two of them
+            enclose the whole field.
     Returns: the header and, for each non-empty row, the line it begins at, its fields, and a
         description of its fault ("" if there is none).
     Raises: ValueError for a header that cannot be read.
@@ -34,6 +35,7 @@ def read_rows(
         (sign for sign in "\t,;" if sign in first), "\t" if suffix.lower() == ".tsv" else ","
     )
     plain = strict and delimiter == "\t"
+    clean = _unquoted if plain else str.strip if strict else str
     reader = csv.reader(
         chain([first], lines), delimiter=delimiter, strict=strict,
         quoting=csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL,
@@ -51,13 +53,13 @@ def read_rows(
             if row is None:
                 return
             if row:
-                yield line, [_unquoted(value) for value in row] if plain else row, ""
+                yield line, [clean(value) for value in row], ""
 
     try:
         header = next(reader, [])
     except csv.Error as error:
         raise ValueError(f"{source}: the header cannot be read: {error}") from error
-    return [(_unquoted(name) if plain else name).strip() for name in header], rows()
+    return [clean(name).strip() for name in header], rows()
 
 
 def read_columns(file: Path, source: str) -> dict[str, tuple[str, ...]]:

@@ -111,6 +111,8 @@ def boxed_splits(spec: str | Path, test: float, seed: int) -> tuple[ImageData, I
 
     source = open_source(spec)
     held_out = _held_out(source.splits)
+    if len(source.splits) > 1 and not held_out:
+        source.open(None)  # raises if the spec names no split and none is for training
     train = source.open("train" if held_out else "all")
     if not train.has_boxes:
         raise ValueError(f"{spec} has no boxes; give a folder in COCO's layout as coco:ROOT.")

@@ -74,7 +74,8 @@ class VolumeMetrics:
         over the classes; None if undefined. ``volume_dice_ci`` is the middle 95 % of 1,000
         bootstrap resamples of the volumes or groups; None if there are fewer than five."""
         self.close()
-        rows = np.array([row for *_, row in self._rows]).reshape(-1, 2, len(self.classes) - 1)
+        shape = len(self._rows), 2, len(self.classes) - 1
+        rows = np.array([row for *_, row in self._rows]).reshape(shape)
         mean_dice, mean_distance = _mean(rows, np.ones(len(rows)))
         metric = Metric(lambda weights: 100 * _mean(rows[:, :1], weights)[0], len(rows))
         return {

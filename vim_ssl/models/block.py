@@ -8,7 +8,7 @@
     hidden    = out_proj((y_f + y_b) / 2 * silu(z))
 
 Reference: Vision Mamba, arXiv:2401.09417, Algorithm 1 and figure 2 ("v2" in the released code).
-Parameter names are those of the released checkpoints; the backward direction's end in ``_b``.
+Parameter names are those of the released checkpoints; backward parameters end in ``_b``.
 """
 
 import math
@@ -30,7 +30,7 @@ DIRECTIONS = {"forward": ("",), "backward": ("_b",), "both": ("", "_b")}  # para
 
 
 class RMSNorm(nn.Module):
-    """Holds the weight of a fused residual-add + RMSNorm; key ``weight``."""
+    """Weight of a fused residual-add + RMSNorm; key ``weight``."""
 
     def __init__(self, dim: int, eps: float = 1e-5):
         super().__init__()
@@ -38,12 +38,12 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, hidden: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(b, l, d) twice -> (normed, new residual); see `add_rms_norm`."""
+        """Two (b, l, d) -> (normalised, new residual); see `add_rms_norm`."""
         return add_rms_norm(hidden, residual, self.weight, self.eps)
 
 
 class DepthwiseConv1d(nn.Module):
-    """Holds the weight (d, 1, k) and bias (d,) of one direction's causal convolution."""
+    """Weight (d, 1, k) and bias (d,) of one direction's causal convolution."""
 
     def __init__(self, dim: int, kernel_size: int):
         super().__init__()
@@ -60,14 +60,14 @@ class VimMixer(nn.Module):
         d_state: n, the size of each channel's state.
         d_conv: taps of the causal convolution.
         dt_rank: rank of the step-size projection; ceil(d_model / 16) by default.
-        directions: "both", "forward" or "backward": which parameters exist.
-        divide_out: average the directions instead of adding them (all released weights do).
+        directions: "both", "forward" or "backward": the directions that have parameters.
+        divide_out: average the directions instead of adding them, as in all released weights.
         norm_after_scan: LayerNorm between the averaged scans and the gate (FastVim,
-            arXiv:2502.00594); it always averages.
-        depth: number of blocks, which sets the initial scale of ``out_proj``.
+            arXiv:2502.00594); the directions are then always averaged.
+        depth: number of blocks of the encoder; sets the initial scale of ``out_proj``.
     """
 
-    A_log: nn.Parameter  # (d_inner, d_state); each exists only with its direction
+    A_log: nn.Parameter  # (d_inner, d_state); each exists only if its direction does
     A_b_log: nn.Parameter
 
     def __init__(
@@ -98,14 +98,14 @@ class VimMixer(nn.Module):
             self.out_proj.weight /= math.sqrt(depth)
 
     def _add_direction(self, suffix: str, d_conv: int) -> None:
-        """Add one direction's parameters. Both are initialised alike; upstream's backward
-        ``dt_proj`` bias is zero by accident, so that its direction starts with a short memory."""
+        """Add one direction's parameters. Both directions have the same initialisation; upstream's
+        backward ``dt_proj`` bias is zero by accident, which gives it a short initial memory."""
         d, n = self.d_inner, self.d_state
         dt_proj = nn.Linear(self.dt_rank, d)
         with torch.no_grad():
             dt_proj.weight.uniform_(-(self.dt_rank**-0.5), self.dt_rank**-0.5)
             dt = torch.empty(d).uniform_(math.log(1e-3), math.log(1e-1)).exp_().clamp_(min=1e-4)
-            dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus of it is dt
+            dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus(bias) = dt
         a_log = torch.arange(1, n + 1, dtype=torch.float32).log().repeat(d, 1)
         setattr(self, f"conv1d{suffix}", DepthwiseConv1d(d, d_conv))
         x_proj = nn.Linear(d, self.dt_rank + 2 * n, bias=False)
@@ -129,8 +129,8 @@ class VimMixer(nn.Module):
         return self._finish(y, z)
 
     def forward_stream(self, hidden: Tensor, state: MixerState | None) -> tuple[Tensor, MixerState]:
-        """The next piece of a forward stream: (b, l, d_model) and the state before it (None at the
-        start) -> the same shape and the state after it."""
+        """Encode the next piece of a forward stream: (b, l, d_model) and the state before it (None
+        at the start) -> the same shape and the state after it."""
         x, z = self.in_proj(hidden).chunk(2, dim=-1)
         conv: Any = self.conv1d
         taps = conv.weight.shape[2]
@@ -142,12 +142,12 @@ class VimMixer(nn.Module):
             expected = (taps - 1, self.d_inner), (self.d_inner, self.d_state)
             if shapes != expected:
                 raise ValueError(
-                    f"the state is of an encoder of another size: it has {shapes} per sequence, "
-                    f"expected {expected}."
+                    f"the state comes from an encoder of another size: it has {shapes} per "
+                    f"sequence, expected {expected}."
                 )
         x = torch.cat([tail, x], dim=1)
         y, last = self._scan_one(x, None if self.layernorm else z, "", taps - 1, start)
-        # A view would keep the whole piece in memory.
+        # Clone: a view would keep the whole piece in memory.
         return self._finish(y, z), (x[:, x.shape[1] - (taps - 1) :].clone(), last)
 
     def _finish(self, y: Tensor, z: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ class VimMixer(nn.Module):
         u = bi_causal_conv1d(
             x, self._pair("conv1d", "weight").squeeze(2), self._pair("conv1d", "bias")
         )  # (2, b, l, d)
-        tokens = u.flatten(1, 2)  # plain batched products, which einsum wraps in copies
+        tokens = u.flatten(1, 2)  # batched matmul, because einsum would add copies
         dt, B, C = self._split(tokens @ self._pair("x_proj", "weight").mT)
         delta = dt @ self._pair("dt_proj", "weight").mT
         delta, B, C = (m.unflatten(1, u.shape[1:3]) for m in (delta, B, C))
@@ -174,8 +174,8 @@ class VimMixer(nn.Module):
     def _scan_one(
         self, x: Tensor, z: Tensor | None, suffix: str, skip: int = 0, start: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Scan one direction, undivided: it is its average. The first ``skip`` tokens of x are
-        context for the convolution alone. Returns y and the last state."""
+        """Scan one direction, without dividing by 2. The first ``skip`` tokens of x are context
+        for the convolution only. Returns y and the last state."""
         reverse = suffix == "_b"
         conv = getattr(self, f"conv1d{suffix}")
         u = causal_conv1d(x, conv.weight.squeeze(1), conv.bias, reverse)[:, skip:]  # (b, l, d)
@@ -194,7 +194,7 @@ class VimMixer(nn.Module):
         return x_dbl.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
 
     def _pair(self, name: str, leaf: str | None = None, twin: str | None = None) -> Tensor:
-        """A parameter of the forward direction stacked with its backward twin: (2, ...)."""
+        """Stack a parameter of the forward direction with its backward counterpart: (2, ...)."""
         both = [getattr(self, name), getattr(self, twin or f"{name}_b")]
         return torch.stack(both if leaf is None else [getattr(m, leaf) for m in both])
 
@@ -239,7 +239,7 @@ class VimBlock(nn.Module):
     def forward_stream(
         self, hidden: Tensor, residual: Tensor | None, state: MixerState | None
     ) -> tuple[Tensor, Tensor, MixerState]:
-        """`forward` from ``state`` on; returns the state after it too."""
+        """Run `forward` starting from ``state``; also return the state after it."""
         hidden, residual = self.norm(self.drop_path(hidden), residual)
         hidden, state = self.mixer.forward_stream(hidden, state)
         return hidden, residual, state

@@ -2,7 +2,7 @@
 
     image -> embed -> tokens (b, m, d) -> forward_tokens -> (b, tokens, d) -> forward_head
 
-`embed` and `forward_tokens` are what pretraining builds on; the rest is timm's protocol.
+Pretraining uses `embed` and `forward_tokens`; the rest is timm's protocol.
 Reference: Vision Mamba, arXiv:2401.09417. State-dict keys are those of the released checkpoints.
 """
 
@@ -41,7 +41,7 @@ class PatchEmbed(nn.Module):
         nn.init.zeros_(cast(Tensor, self.proj.bias))
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of patches. Raises ValueError for sides that do not fit."""
+        """Return rows and columns of patches. Raises: ValueError for sides that do not fit."""
         p, s = self.patch_size, self.stride
         for side in (height, width):
             if side < p or (side - p) % s:
@@ -58,7 +58,7 @@ class PatchEmbed(nn.Module):
 
 
 class _NoNorm(nn.Module):
-    """Replaces a pruned final norm, so that no parameter is left without gradient."""
+    """Replacement for a pruned final norm, so that no parameter is without gradient."""
 
     def forward(self, hidden: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         residual = hidden if residual is None else residual + hidden
@@ -69,26 +69,27 @@ class VimEncoder(nn.Module):
     """Vision Mamba.
 
     Args:
-        img_size: side in pixels, or (height, width), of the position table. Other sizes are
-            accepted too: the table is resampled on their grid.
+        img_size: side in pixels, or (height, width), for the position table. Other sizes are also
+            accepted: the table is resampled to their grid.
         patch_size, stride: pixels; ``stride`` defaults to ``patch_size``.
         in_chans: channels of the image.
-        num_classes: size of the head; 0 for none.
-        global_pool: "token" (the class tokens' mean), "avg" (mean of the patches), "token+avg"
-            (both, joined) or "" (all tokens). By default "token", or "avg" without a class token.
+        num_classes: number of outputs of the head; 0: no head.
+        global_pool: "token" (mean of the class tokens), "avg" (mean of the patches), "token+avg"
+            (both, concatenated) or "" (all tokens). By default "token", or "avg" without a class
+            token.
         embed_dim, depth, d_state, d_conv, expand, dt_rank, norm_after_scan, divide_out: the
             blocks; see `VimMixer`.
         cls_position: "middle" (before patch m // 2, the paper's choice), "first", "double" (one at
             each end) or "none".
         directions: "both", "forward" or "backward": the directions that have parameters.
-        num_registers: learned tokens spread evenly through the sequence (Mamba-Reg,
-            arXiv:2405.14858); outputs leave them out.
-        use_mask_token: add a learned token for masked patches. Without one a masked patch is its
-            position alone.
-        use_pos_embed: learned table of absolute positions.
-        rope: rotate every patch, in every block, by angles of its row and column: axial, base
-            10000, coordinates in patches, whatever ``img_size``; other tokens are not rotated.
-            (Upstream's rotation differs: it ignores the class token in the middle.)
+        num_registers: number of learned tokens, evenly spaced in the sequence (Mamba-Reg,
+            arXiv:2405.14858) and removed from the outputs.
+        use_mask_token: add a learned token for masked patches. Without it a masked patch is only
+            its position.
+        use_pos_embed: use a learned table of absolute positions.
+        rope: in every block, rotate each patch by angles from its row and column: axial, base
+            10000, coordinates in patches, independent of ``img_size``; other tokens are not
+            rotated. (Upstream's rotation differs: it ignores the class token in the middle.)
         drop_path_rate: stochastic depth, rising linearly over the blocks.
         scan_backend: see `vim_ssl.kernels.selective_scan`.
         data_config: mean, std, input_size, interpolation, crop_pct, crop_mode, bands of the
@@ -156,7 +157,7 @@ class VimEncoder(nn.Module):
         self.register_tokens = _token(embed_dim, num_registers) if num_registers else None
         self.mask_token = _token(embed_dim) if use_mask_token else None
 
-        # Python numbers: tensors on the meta device have no values.
+        # Use Python numbers: tensors on the meta device have no values.
         rates = [0.0, *(drop_path_rate * i / max(depth - 1, 1) for i in range(depth))]
         self.layers = nn.ModuleList(
             VimBlock(
@@ -178,20 +179,20 @@ class VimEncoder(nn.Module):
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """(c, h, w) of an image, or (c, t, h, w) of a clip, as `data_config` sizes them."""
+        """Input shape from `data_config`: (c, h, w) of an image, or (c, t, h, w) of a clip."""
         return tuple(self.data_config["input_size"])
 
     def for_data(self, data, *, tubelet: int = 1, inflation: str = "centre") -> "VimEncoder":
-        """This encoder, or an encoder of clips with its weights if the data are videos.
+        """Return this encoder, or a video encoder with its weights if the data are videos.
 
         Args:
-            data: of `vim_ssl.data.open_data`; videos give the number of frames.
-            tubelet, inflation: of the new encoder; see `vim_ssl.models.video.inflate`.
-        Raises: ValueError for a number of frames that tubelets do not divide.
+            data: from `vim_ssl.data.open_data`; videos give the number of frames.
+            tubelet, inflation: settings of the video encoder; see `vim_ssl.models.video.inflate`.
+        Raises: ValueError if the number of frames is not divisible by ``tubelet``.
         """
         if data.kind != "video":
             return self
-        from vim_ssl.models.video import inflate  # which is built on this module
+        from vim_ssl.models.video import inflate  # it imports this module
 
         frames = data.sampling.frames
         return inflate(self, frames=frames, tubelet=tubelet, how=inflation)
@@ -199,12 +200,12 @@ class VimEncoder(nn.Module):
     # ---------------------------------------------------------------- tokens: the core
 
     def embed(self, x: Tensor) -> Tensor:
-        """Images to patch tokens with their positions added.
+        """Embed images as patch tokens with positions added.
 
         Args:
-            x: (b, in_chans, h, w), of any size that the patches fill.
-        Returns: (b, m, embed_dim) in raster order; the grid is `grid` of (h, w).
-        Raises: ValueError naming the sizes that would fit.
+            x: (b, in_chans, h, w), of any size that is a whole number of patches.
+        Returns: (b, m, embed_dim) in raster order; the grid is ``grid(h, w)``.
+        Raises: ValueError that names the nearest sizes that fit.
         """
         if x.dim() != 4 or x.shape[1] != self.in_chans:
             raise ValueError(
@@ -216,7 +217,7 @@ class VimEncoder(nn.Module):
         return tokens if pos is None else tokens + pos.to(tokens.dtype)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of patches for an image of this size in pixels."""
+        """Return rows and columns of patches for an image of this size in pixels."""
         return self.patch_embed.grid(height, width)
 
     @overload
@@ -245,14 +246,14 @@ class VimEncoder(nn.Module):
 
         Args:
             tokens: (b, m, embed_dim) from `embed`.
-            ids_keep: (b, k) integers: indices of the visible patches, in this order; all by
-                default. The middle class token then stands in the middle of these k patches.
+            ids_keep: (b, k) integers: indices of the visible patches, in scan order; all by
+                default. A middle class token is inserted in the middle of these k patches.
             mask: (b, m) bool, True = masked: the mask token replaces the content of these patches;
-                their positions stay.
+                their positions are kept.
             directions: "both", "forward" or "backward", a subset of the encoder's.
             indices: blocks after which to tap the residual stream.
-            grid: rows and columns of the m patches; needed with ``mask`` or ``rope`` for a grid
-                that is neither the encoder's nor square.
+            grid: rows and columns of the m patches; required with ``mask`` or ``rope`` if the grid
+                is neither the encoder's nor square.
 
         Returns: (b, k + class tokens, embed_dim) after the final norm; with ``indices`` also the
             list of taps, same shape, before any norm.
@@ -264,20 +265,20 @@ class VimEncoder(nn.Module):
     def forward_stream(
         self, tokens: Tensor, state: list[MixerState] | None = None
     ) -> tuple[Tensor, list[MixerState]]:
-        """Encode a sequence piece by piece, with the outputs of one pass over the whole.
+        """Encode a sequence piece by piece, with the same outputs as one pass over the whole.
 
-        Memory does not grow if pieces are embedded and encoded under `torch.no_grad`; else the
-        state holds the graph of all pieces before, so that gradients flow through it.
+        Memory is constant if pieces are embedded and encoded under `torch.no_grad`; otherwise the
+        state keeps the graph of all earlier pieces, so that gradients flow through it.
 
         Args:
             tokens: (b, k, embed_dim), the next tokens, with their positions; k is 1 or more.
             state: returned by the previous call; None for the first piece.
 
-        Returns: (b, k, embed_dim) after the final norm, in the first call after the class token if
-            there is one; and the state, of constant size.
+        Returns: (b, k, embed_dim) after the final norm, preceded in the first call by the class
+            token if there is one; and the state, of constant size.
         Raises: ValueError for an encoder with a backward direction, whose outputs depend on all
-            later tokens; for one whose class token, registers or rotation depend on the length of
-            the sequence; and for the state of another encoder or batch.
+            later tokens; if the class token, registers or rotation depend on the length of the
+            sequence; and for the state of another encoder or batch.
         """
         if self.directions != "forward":
             raise ValueError(
@@ -286,9 +287,10 @@ class VimEncoder(nn.Module):
             )
         if self.cls_position not in ("none", "first") or self.num_registers or self.rope:
             raise ValueError(
+                "a stream needs cls_position 'none' or 'first', no registers and no rope, because "
+                "other positions depend on the length of the sequence; this encoder has "
                 f"cls_position {self.cls_position!r}, num_registers {self.num_registers} and rope "
-                f"{self.rope}: their positions depend on the length of the sequence; a stream "
-                "needs cls_position 'none' or 'first', no registers and no rope."
+                f"{self.rope}."
             )
         if tokens.dim() != 3 or not tokens.shape[1] or tokens.shape[2] != self.embed_dim:
             raise ValueError(
@@ -296,10 +298,10 @@ class VimEncoder(nn.Module):
                 "k 1 or more: the output of embed(), not images."
             )
         if state is not None and {len(m) for pair in state for m in pair} != {len(tokens)}:
-            raise ValueError(f"the state is not of a batch of {len(tokens)} sequences.")
+            raise ValueError(f"the state does not match a batch of {len(tokens)} sequences.")
         if state is not None and len(state) != len(self.layers):
             raise ValueError(
-                f"the state is of {len(state)} blocks, this encoder has {len(self.layers)}."
+                f"the state has {len(state)} blocks, but this encoder has {len(self.layers)}."
             )
         hidden = tokens if state is not None else self._insert_extra_tokens(tokens)
         residual, after = None, []
@@ -311,14 +313,14 @@ class VimEncoder(nn.Module):
         return self.norm_f(self.drop_path(hidden), residual)[0], after
 
     def _run(self, tokens, ids_keep, mask, directions, indices, grid, stop_early=False):
-        """`forward_tokens` that always returns taps and may skip the last blocks."""
+        """Like `forward_tokens`, but always return taps and optionally skip the last blocks."""
         b, m, d = tokens.shape
         if directions is not None:
             _check_choice("directions", directions, DIRECTIONS)
             if self.directions not in ("both", directions):
                 raise ValueError(
                     f"directions {directions!r} requested, but the encoder has only "
-                    f"{self.directions!r}; load it with directions='both' to seed the other."
+                    f"{self.directions!r}; load it with directions='both' to initialise the other."
                 )
         if mask is not None:
             tokens = self._hide(tokens, mask, self._grid_of(m, grid))
@@ -355,7 +357,7 @@ class VimEncoder(nn.Module):
         return remove_tokens(normed, registers)[0], [taps[i] for i in taken]
 
     def _hide(self, tokens: Tensor, mask: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Replace the content of masked patches; their positions stay."""
+        """Replace the content of masked patches; keep their positions."""
         b, m, d = tokens.shape
         if mask.shape != (b, m) or mask.dtype != torch.bool:
             raise ValueError(
@@ -391,7 +393,7 @@ class VimEncoder(nn.Module):
         )
 
     def _positions(self, grid: tuple[int, int]) -> tuple[Tensor | None, Tensor | None]:
-        """Position embeddings: of the patches on this grid (1, m, d), of class tokens (1, c, d)."""
+        """Return position embeddings of patches (1, m, d) and class tokens (1, c, d)."""
         if self.pos_embed is None:
             return None, None
         patches, cls = split_pos_embed(self.pos_embed, self.cls_position)
@@ -399,11 +401,11 @@ class VimEncoder(nn.Module):
         return resample_abs_pos_embed_nhwc(table, list(grid)).flatten(1, 2), cls
 
     def _patch_positions(self, m: int, grid: tuple[int, int]) -> Tensor | None:
-        """The positions of m patches on this grid, (1, m, d)."""
+        """Return the position embeddings of m patches on this grid, (1, m, d)."""
         return self._positions(grid)[0]
 
     def _rotation(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """sin and cos of every patch on this grid, (1, m, embed_dim) each."""
+        """Return sin and cos for every patch on this grid, (1, m, embed_dim) each."""
         tables = build_rotary_pos_embed(
             list(grid), dim=self.embed_dim, in_pixels=False,
             device=self.patch_embed.proj.weight.device,
@@ -422,12 +424,12 @@ class VimEncoder(nn.Module):
     # ---------------------------------------------------------------- timm's protocol
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(b, in_chans, h, w) -> (b, tokens, embed_dim) after the final norm, in raster order, the
-        class tokens at their positions."""
+        """(b, in_chans, h, w) -> (b, tokens, embed_dim) after the final norm, in raster order, with
+        the class tokens at their positions."""
         return self.forward_tokens(self.embed(x), grid=self.grid(*x.shape[-2:]))
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pool (b, tokens, embed_dim) by ``global_pool``; then the head unless ``pre_logits``."""
+        """Pool (b, tokens, embed_dim) by ``global_pool``; apply the head unless ``pre_logits``."""
         pooled = self.pool(features, self.global_pool)
         return pooled if pre_logits else self.head(pooled)
 
@@ -446,7 +448,7 @@ class VimEncoder(nn.Module):
         return token if global_pool == "token" else torch.cat([token, patches.mean(1)], dim=-1)
 
     def split_tokens(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """(b, k + c, d) -> the k patches and the c class tokens."""
+        """Split (b, k + c, d) into the k patches and the c class tokens."""
         slots = cls_slots(features.shape[1] - len(self.cls_names), self.cls_position)
         return remove_tokens(features, slots)
 
@@ -460,13 +462,14 @@ class VimEncoder(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ):
-        """The residual stream after some blocks, as maps without class tokens (timm's protocol).
+        """Return the residual stream after selected blocks as maps without class tokens, with
+        timm's protocol.
 
         Args:
             x: (b, in_chans, h, w).
-            indices: block numbers (negative from the end), the last n for an int, all for None.
-            return_prefix_tokens: give (map, class tokens (b, c, d)) pairs.
-            norm: apply the final norm to each map, as dense heads want.
+            indices: block numbers (negative: from the end), an int n for the last n, None for all.
+            return_prefix_tokens: return pairs (map, class tokens (b, c, d)).
+            norm: apply the final norm to each map, as dense heads require.
             stop_early: skip the blocks after the last index.
             output_fmt: "NCHW" or "NLC".
             intermediates_only: do not return the final features.
@@ -504,7 +507,7 @@ class VimEncoder(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Make a fresh head of this size (0: none), and change the pooling if given."""
+        """Create a fresh head with this many classes (0: none); optionally change the pooling."""
         if global_pool is not None:
             _check_choice("global_pool", global_pool, POOLS)
             if global_pool.startswith("token") and not self.cls_names:
@@ -521,8 +524,8 @@ class VimEncoder(nn.Module):
             self.head.to(weight.device, weight.dtype)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters without weight decay: A_log and D define the dynamics; biases, norms,
-        tokens and positions are offsets. (Upstream decays A_log by accident.)"""
+        """Return names of parameters without weight decay: A_log and D define the dynamics; biases,
+        norms, tokens and positions are offsets. (Upstream decays A_log by accident.)"""
         tokens = ("pos_embed", "register_tokens", "mask_token", *self.cls_names)
         return {
             name
@@ -533,7 +536,7 @@ class VimEncoder(nn.Module):
         }
 
     def group_matcher(self, coarse: bool = False) -> dict:
-        """timm's map from parameter names to layers, for layer-wise learning-rate decay."""
+        """Return timm's mapping of parameter names to layers, for layer-wise lr decay."""
         return {
             "stem": r"^pos_embed|^patch_embed|^cls_token|^register_tokens|^mask_token",
             "blocks": r"^layers\.(\d+)"
@@ -547,7 +550,7 @@ class VimEncoder(nn.Module):
 
     @property
     def config(self) -> dict:
-        """The constructor's arguments that build this encoder again."""
+        """Constructor arguments that rebuild this encoder."""
         return self._args | {
             "num_classes": self.num_classes,
             "global_pool": self.global_pool,
@@ -561,11 +564,11 @@ def _resolve_indices(indices, depth: int, int_means_last: bool = False) -> list[
         return list(range(depth)) if int_means_last else []
     if isinstance(indices, int):
         if not 0 < indices <= depth:
-            raise ValueError(f"the last {indices} requested of an encoder of {depth} blocks.")
+            raise ValueError(f"requested the last {indices} blocks; the encoder has {depth}.")
         indices = range(depth - indices, depth)
     resolved = [i + depth if i < 0 else i for i in indices]
     if bad := [i for i in resolved if not 0 <= i < depth]:
-        raise ValueError(f"indices {bad} are outside the encoder's {depth} blocks.")
+        raise ValueError(f"indices {bad} are out of range; the encoder has {depth} blocks.")
     return resolved
 
 
@@ -583,9 +586,9 @@ def _check_choice(name: str, value, choices) -> None:
 _TINY = {"embed_dim": 192, "depth": 24}
 _SMALL = {"embed_dim": 384, "depth": 24}
 _BASE = {"embed_dim": 768, "depth": 24}
-# For CPUs, trained in minutes: wide rather than deep, since every block is a sequential scan.
+# For CPUs, trained in minutes: wide rather than deep, because every block is a sequential scan.
 _NANO = {"embed_dim": 192, "depth": 4, "d_state": 8}
-# A name says what changes tensor shapes; everything else is an argument.
+# A preset's name states what changes tensor shapes; everything else is an argument.
 PRESETS: dict[str, dict] = {
     "vim_tiny_patch16_224": _TINY,
     "vim_small_patch16_224": _SMALL,
@@ -601,10 +604,10 @@ PRESETS: dict[str, dict] = {
 
 
 def _register(name: str, preset: dict) -> None:
-    """Put a preset into timm's registry."""
+    """Add a preset to timm's registry."""
 
     def build(pretrained: bool = False, **kwargs) -> VimEncoder:
-        # timm passes the statistics of its configuration on; the preset's are in data_config.
+        # Drop the statistics that timm passes; the preset's are in data_config.
         return build_model_with_cfg(
             VimEncoder, name, pretrained, feature_cfg={"feature_cls": "getter"},
             **(preset | kwargs),

@@ -1,4 +1,4 @@
-"""Segment an image of any size by a sliding window."""
+"""Segment an image of any size with a sliding window."""
 
 import math
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MAX_VALUES = 2**27  # logits held at a time (0.5 GB of float32), whatever the image's size
+MAX_VALUES = 2**27  # maximum logits in memory (0.5 GB of float32), for any image size
 
 
 @torch.inference_mode()
@@ -23,18 +23,18 @@ def label_pixels(
     batch_size: int = 4,
     max_values: int = MAX_VALUES,
 ) -> Tensor:
-    """The class of every pixel: argmax of the windows' mean logits, resized to ``size``.
+    """Return the class of every pixel: argmax of the windows' mean logits, resized to ``size``.
 
     Memory besides the image depends on ``max_values`` and not on the sizes: larger results are
-    computed in blocks, with the windows at their borders computed again. Blocks change the result
-    by rounding alone.
+    computed in blocks, and windows at block borders are computed again. Blocks change the result
+    only by rounding.
 
     Args:
         logits_of: (b, c, window, window) -> (b, classes, ·, ·), resized to the window here.
         image: (c, h, w), normalised; padded with zeros to at least the window.
-        size: (height, width) of the result, such as the labels'.
-        window, stride: pixels of ``image``; the last window of a row ends at its border.
-        batch_size: windows at a time.
+        size: (height, width) of the result, for example that of the labels.
+        window, stride: in pixels of ``image``; the last window of a row ends at its border.
+        batch_size: number of windows per batch.
     Returns: int64 (height, width) on the image's device.
     """
     if not 0 < stride <= window:
@@ -60,13 +60,13 @@ def label_pixels(
 
 
 def starts(side: int, window: int, stride: int) -> list[int]:
-    """First pixels of the windows that cover ``side`` pixels."""
+    """Return the first pixels of the windows that cover ``side`` pixels."""
     last = max(side - window, 0)
     return sorted({min(start, last) for start in range(0, last + stride, stride)})
 
 
 def _average(logits_of, image, rows, columns, classes, window, stride, batch_size) -> Tensor:
-    """(classes, ·, ·): the windows' mean logits in a region, given as (first, stop)."""
+    """Return the windows' mean logits in a region (ranges (first, stop)), (classes, ·, ·)."""
     sides = [range(*rows), range(*columns)]
     at = [
         [s for s in starts(side, window, stride) if s < span[1] and s + window > span[0]]
@@ -100,9 +100,9 @@ class _Samples:
     """Linear interpolation along one side, as `torch.nn.functional.interpolate` does it.
 
     Args:
-        pixels: of the result, among its ``size``.
+        pixels: range of pixels of the result, within its ``size``.
         size, source: length of the side in the result and in the source.
-    Attributes ``first`` and ``stop``: the range of source pixels that it needs.
+    Attributes ``first`` and ``stop``: the range of source pixels needed.
     """
 
     def __init__(self, pixels: range, size: int, source: int):
@@ -114,7 +114,7 @@ class _Samples:
         self.first, self.stop = int(self.below[0]), int(self.above[-1]) + 1
 
     def take(self, x: Tensor, dim: int, first: int) -> Tensor:
-        """Interpolate ``x``, whose first pixel is ``first`` of the source, along ``dim``."""
+        """Interpolate ``x`` along ``dim``; its first pixel is pixel ``first`` of the source."""
         shape = [-1 if d == dim else 1 for d in range(x.dim())]
         below, above = (
             x.index_select(dim, (i - first).to(x.device)) for i in (self.below, self.above)
@@ -125,8 +125,8 @@ class _Samples:
 def _blocks(
     source: tuple[int, int], size: tuple[int, int], max_pixels: int
 ) -> tuple[list[range], list[range]]:
-    """Ranges of rows and columns of the result: the fewest blocks with at most ``max_pixels`` of
-    the source each."""
+    """Return ranges of rows and columns of the result: the fewest blocks with at most
+    ``max_pixels`` source pixels each."""
     parts = [1, 1]
 
     def sides() -> list[int]:
@@ -136,7 +136,7 @@ def _blocks(
         longer = sides().index(max(sides()))
         parts[longer] += 1
         if parts[longer] > size[longer]:
-            raise ValueError(f"max_values allows {max_pixels} pixels at a time, which is too few.")
+            raise ValueError(f"max_values allows only {max_pixels} pixels at a time; increase it.")
     cut = []
     for side, n in zip(size, parts, strict=True):
         edges = [i * side // n for i in range(n + 1)]

@@ -5,7 +5,7 @@
 >>> TextEncoder(tokenizer.vocab_size, eos_id=tokenizer.eos_id)(tokens)          # (2, 512)
 
 A caption becomes ``start, its tokens, end, padding``. The encoders ignore everything after the
-first end, whatever id the padding has.
+first end token, regardless of the padding's id.
 """
 
 from typing import Any
@@ -22,13 +22,13 @@ class TextEncoder(nn.Module):
     """A causal transformer whose output is its state at the first end-of-text token.
 
     Args:
-        vocab_size, eos_id, context_length: the tokenizer's.
-        width, depth, heads: of the blocks; by default those of CLIP's ViT-B.
-        dropout: on attention weights and residual branches; CLIP has none.
-    Raises: ValueError for a width that the heads do not divide, for no block (the output would not
-        depend on the caption), and for a dropout outside [0, 1).
-    Reference: CLIP, arXiv:2103.00020, section 2.4. (CLIP finds the end by argmax, as the largest
-        id, which other vocabularies do not guarantee.)
+        vocab_size, eos_id, context_length: those of the tokenizer.
+        width, depth, heads: width, number and heads of the blocks; by default as in CLIP's ViT-B.
+        dropout: dropout on attention weights and residual branches; CLIP has none.
+    Raises: ValueError if the width is not divisible by the heads, for a depth of 0 (the output
+        would not depend on the caption), and for a dropout outside [0, 1).
+    Reference: CLIP, arXiv:2103.00020, section 2.4. (CLIP locates the end with argmax, as the
+        largest id; other vocabularies do not guarantee this.)
     """
 
     def __init__(
@@ -70,8 +70,8 @@ class TextEncoder(nn.Module):
                 "Use the tokenizer that the text encoder was trained with."
             )
         ends = first_end(tokens, self.eos_id)  # (b,)
-        # Attention is causal, so tokens after the last end are not needed. (On a GPU, finding that
-        # index would cost a synchronisation.)
+        # Attention is causal, so tokens after the last end are not needed. (On a GPU, computing
+        # that index would require a synchronisation.)
         if tokens.device.type == "cpu" and len(tokens):
             tokens = tokens[:, : int(ends.max()) + 1]
         x = self.token_embed(tokens) + self.pos_embed[:, : tokens.shape[1]]
@@ -109,12 +109,12 @@ class _Block(nn.Module):
 
 
 class HubText(nn.Module):
-    """A text model of transformers, pooled as the mean of its last states up to the first end.
+    """A text model of transformers, pooled by the mean of its last states up to the first end.
 
     Args:
-        model: from `AutoModel`.
+        model: model from `AutoModel`.
         name: its Hub id or folder.
-        eos_id: the tokenizer's.
+        eos_id: end token of the tokenizer.
     """
 
     def __init__(self, model: nn.Module, name: str, eos_id: int):
@@ -124,7 +124,7 @@ class HubText(nn.Module):
         self.num_features = settings.hidden_size
         self.config = {"hf": name, "eos_id": eos_id, "model": settings.to_dict()}
         if (pooler := getattr(model, "pooler", None)) is not None:
-            pooler.requires_grad_(False)  # unused, so it gets no gradient
+            pooler.requires_grad_(False)  # unused, so it has no gradient
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(b, l) int64 -> (b, hidden_size)."""
@@ -136,15 +136,15 @@ class HubText(nn.Module):
 
 
 def load_hub_text(name: str, eos_id: int) -> HubText:
-    """The pretrained model NAME of the Hub, or of a local folder.
+    """Load the pretrained model NAME from the Hub or a local folder.
 
-    Raises: ImportError without transformers; OSError as `load_from_hub`.
+    Raises: ImportError without transformers; OSError as in `load_from_hub`.
     """
     return HubText(load_from_hub("AutoModel", name), name, eos_id)
 
 
 def build_text(config: dict[str, Any]) -> TextEncoder | HubText:
-    """An untrained text encoder with this ``config``, to load weights into."""
+    """Build an untrained text encoder with this ``config``, to load weights into."""
     if "hf" not in config:
         return TextEncoder(**config)
     transformers = import_transformers()
@@ -153,7 +153,7 @@ def build_text(config: dict[str, Any]) -> TextEncoder | HubText:
 
 
 def first_end(tokens: Tensor, eos_id: int) -> Tensor:
-    """(b, l) -> (b,) int64: the index of each row's first end, or of its last token without one."""
+    """(b, l) -> (b,) int64: index of each row's first end token, or of its last token if none."""
     ends = tokens == eos_id
     ends[:, -1] = True
     return ends.int().argmax(1)

@@ -1,4 +1,4 @@
-"""Tokenizers of captions: byte-level BPE trained on them, CLIP's, or one of the Hub."""
+"""Caption tokenizers: byte-level BPE trained on the captions, CLIP's, or one from the Hub."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from vim_ssl.utils.optional import require
 
 CONTEXT_LENGTH = 77  # CLIP's
 SPECIAL = ("<pad>", "<bos>", "<eos>")
-LONGEST_TOKEN = 50  # characters; a caption is cut to so many for each token of the context
+LONGEST_TOKEN = 50  # characters; captions are truncated to this many per token of the context
 
 
 class Tokenizer:
@@ -22,10 +22,10 @@ class Tokenizer:
 
     Attributes:
         name: "bpe", "clip" or "hf:NAME".
-        vocab_size: ids are below it.
+        vocab_size: all ids are below this.
         bos_id: the start token, or None.
         eos_id, pad_id: the end token and the padding after it.
-        context_length: length of every row.
+        context_length: length of every row of ids.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Tokenizer:
     bos_id: int | None
     eos_id: int
     pad_id: int
-    _model: Any  # its ``decode`` maps ids to text
+    _model: Any  # has ``decode``, from ids to text
 
     def __init__(self, context_length: int = CONTEXT_LENGTH):
         if context_length < 3:
@@ -44,17 +44,17 @@ class Tokenizer:
         self.context_length = context_length
 
     def ids(self, text: str) -> list[int]:
-        """All tokens of a text, without start and end."""
+        """Return all token ids of a text, without start and end."""
         raise NotImplementedError
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids up to the first end, without start and padding."""
+        """Decode token ids up to the first end, without start and padding."""
         ids = [int(i) for i in ids]
         ids = ids[: ids.index(self.eos_id)] if self.eos_id in ids else ids
         return self._model.decode([i for i in ids if i not in (self.bos_id, self.pad_id)]).strip()
 
     def row(self, text: str) -> tuple[list[int], bool]:
-        """One row of ``context_length`` ids, and whether the text was cut to fit."""
+        """Return ``context_length`` ids, and True if the text was truncated."""
         text = clean(text)
         read = text[: LONGEST_TOKEN * self.context_length]
         start = [] if self.bos_id is None else [self.bos_id]
@@ -65,7 +65,8 @@ class Tokenizer:
         return kept + padding, len(ids) > room or len(read) < len(text)
 
     def __call__(self, texts: str | Sequence[str]) -> Tensor:
-        """One text or n -> (n, context_length) int64. Longer texts are cut; the end stays."""
+        """Encode n texts as (n, context_length) int64. Long texts are truncated, keeping the end
+        token."""
         texts = [texts] if isinstance(texts, str) else texts
         rows = [self.row(text)[0] for text in texts]
         return torch.tensor(rows, dtype=torch.int64).view(len(rows), self.context_length)
@@ -84,7 +85,7 @@ class BytePairs(Tokenizer):
     """Byte-level BPE, which encodes any text in any script.
 
     Args:
-        model: of the `tokenizers` package, as JSON.
+        model: model of the `tokenizers` package, as JSON.
     Raises: ImportError without `tokenizers`.
     """
 
@@ -97,7 +98,7 @@ class BytePairs(Tokenizer):
 
         self.model = model
         self._model = Model.from_str(model)
-        self._model.encode_special_tokens = True  # "<eos>" in a caption is five characters
+        self._model.encode_special_tokens = True  # "<eos>" in a caption is plain text
         self.vocab_size = self._model.get_vocab_size()
 
     def __reduce__(self):
@@ -111,9 +112,9 @@ class BytePairs(Tokenizer):
 
 
 class ClipBPE(Tokenizer):
-    """CLIP's own vocabulary of 49,408 tokens, from open-clip-torch.
+    """CLIP's vocabulary of 49,408 tokens, from open-clip-torch.
 
-    Raises: ImportError without it.
+    Raises: ImportError without open-clip-torch.
     """
 
     name = "clip"
@@ -122,7 +123,7 @@ class ClipBPE(Tokenizer):
         super().__init__(context_length)
         what = "Tokenizers other than 'bpe', which is trained on your captions,"
         self._model = require("open_clip.tokenizer", "clip", what).SimpleTokenizer()
-        # Without it "<end_of_text>" in a caption is spelled out: it would end what the tower reads.
+        # Do not encode "<end_of_text>" in a caption as the end token, which would truncate it.
         self._model.cache.clear()
         self.vocab_size = self._model.vocab_size
         self.bos_id, self.eos_id = self._model.sot_token_id, self._model.eot_token_id
@@ -136,10 +137,10 @@ class ClipBPE(Tokenizer):
 
 
 class HubTokenizer(Tokenizer):
-    """Any tokenizer of the Hugging Face Hub, or of a local folder, through transformers.
+    """Any tokenizer from the Hugging Face Hub or a local folder, through transformers.
 
-    Raises: ImportError without transformers; OSError as `load_from_hub`; ValueError for a tokenizer
-        without an end token.
+    Raises: ImportError without transformers; OSError as in `load_from_hub`; ValueError for a
+        tokenizer without an end token.
     """
 
     def __init__(self, name: str, context_length: int = CONTEXT_LENGTH):
@@ -153,9 +154,10 @@ class HubTokenizer(Tokenizer):
 
         eos, bos, pad = first("eos", "sep"), first("bos", "cls"), first("pad")
         if eos is None:
-            raise ValueError(f"the tokenizer {self.name} has no token that ends a text.")
+            raise ValueError(f"the tokenizer {self.name} has no end-of-text token.")
         self.vocab_size = len(self._model)
-        # If one token is both, as in GPT-2, it counts as the end, which features are read at.
+        # A token that is both start and end, as in GPT-2, is used as the end, where features are
+        # read.
         self.eos_id, self.bos_id = eos, None if bos == eos else bos
         self.pad_id = eos if pad is None else pad
 
@@ -174,7 +176,7 @@ def train_bpe(
     """Train byte-level BPE on the captions, in Unicode's NFC form and lower case; deterministic.
 
     Args:
-        vocab_size: at most; few captions give fewer tokens.
+        vocab_size: maximum size; few captions give fewer tokens.
     Raises: ImportError without `tokenizers`; ValueError for a vocabulary smaller than the bytes, or
         captions without a word.
     """
@@ -184,8 +186,8 @@ def train_bpe(
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     if vocab_size < len(alphabet) + len(SPECIAL):
         raise ValueError(
-            f"vocab_size {vocab_size} does not hold the {len(alphabet)} bytes and "
-            f"{len(SPECIAL)} marks; use {2 * len(alphabet)} or more."
+            f"vocab_size {vocab_size} is too small for the {len(alphabet)} bytes and "
+            f"{len(SPECIAL)} special tokens; use {2 * len(alphabet)} or more."
         )
     model = Model(models.BPE())
     model.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
@@ -199,18 +201,18 @@ def train_bpe(
     # Training is over: without its threads, forked workers print no warning.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if model.get_vocab_size() == len(alphabet) + len(SPECIAL):
-        raise ValueError("the captions to train a tokenizer on hold no word.")
+        raise ValueError("the captions to train a tokenizer on contain no words.")
     return BytePairs(model.to_str(), context_length)
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer that `Tokenizer.save` wrote into ``folder``.
+    """Load the tokenizer that `Tokenizer.save` wrote into ``folder``.
 
     Raises: FileNotFoundError if there is none.
     """
     path = Path(folder) / "tokenizer.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no tokenizer.json.")
+        raise FileNotFoundError(f"{folder} has no tokenizer.json.")
     stored = json.loads(path.read_text(encoding="utf-8"))
     if stored["name"] == "bpe":
         return BytePairs(json.dumps(stored["model"]), stored["context_length"])
@@ -218,7 +220,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
 
 def named_tokenizer(name: str, context_length: int = CONTEXT_LENGTH) -> Tokenizer:
-    """ "clip" or "hf:NAME": tokenizers that need no captions.
+    """Return the tokenizer "clip" or "hf:NAME", which needs no training.
 
     Raises: ImportError if its package is not installed; ValueError for another name.
     """
@@ -226,7 +228,7 @@ def named_tokenizer(name: str, context_length: int = CONTEXT_LENGTH) -> Tokenize
         return ClipBPE(context_length)
     if name.startswith("hf:"):
         return HubTokenizer(name.removeprefix("hf:"), context_length)
-    raise ValueError(f"Unknown tokenizer {name!r}; there are bpe, clip and hf:NAME.")
+    raise ValueError(f"Unknown tokenizer {name!r}; expected bpe, clip or hf:NAME.")
 
 
 def import_transformers() -> Any:
@@ -235,8 +237,8 @@ def import_transformers() -> Any:
 
 
 def load_from_hub(kind: str, name: str) -> Any:
-    """What transformers' class ``kind`` makes of NAME. Raises: OSError, in one line, for a name
-    that is not known, or not to be had without a network."""
+    """Load NAME with transformers' class ``kind``. Raises: OSError, in one line, for a name that is
+    unknown, or not available without a network."""
     maker = getattr(import_transformers(), kind)
     try:
         return maker.from_pretrained(name)

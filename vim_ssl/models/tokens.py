@@ -13,17 +13,17 @@ CLS_TOKENS = {
 
 
 def cls_slots(m: int, cls_position: str) -> list[int]:
-    """Positions of the class tokens among m patches, as indices into the joined sequence."""
+    """Return the indices of the class tokens in the joined sequence of m patches and them."""
     return {"middle": [m // 2], "first": [0], "double": [0, m + 1], "none": []}[cls_position]
 
 
 def register_slots(length: int, count: int) -> list[int]:
-    """Positions of ``count`` registers spread evenly through a sequence of this length."""
+    """Return the indices of ``count`` registers evenly spaced in a sequence of this length."""
     return [(i + 1) * length // (count + 1) + i for i in range(count)]
 
 
 def insert_tokens(sequence: Tensor, extra: Tensor, slots: list[int]) -> Tensor:
-    """Insert extra (b, c, d) into sequence (b, l, d) at the (ascending) indices of the result."""
+    """Insert extra (b, c, d) into sequence (b, l, d); ``slots`` are ascending output indices."""
     pieces, start = [], 0
     for i, slot in enumerate(slots):
         pieces += [sequence[:, start : slot - i], extra[:, i : i + 1]]
@@ -44,8 +44,8 @@ def remove_tokens(sequence: Tensor, slots: list[int]) -> tuple[Tensor, Tensor]:
 def split_pos_embed(table: Tensor, cls_position: str) -> tuple[Tensor, Tensor]:
     """Split a position table (1, m + c, d) into rows of patches and of class tokens.
 
-    The middle class token has row m // 2; as a prefix, as in upstream's dense-task code, it would
-    shift half of the grid by one patch.
+    The middle class token has row m // 2. Treating it as a prefix, as upstream's dense-task code
+    does, would shift half of the grid by one patch.
     """
     m = table.shape[1] - len(CLS_TOKENS[cls_position])
     return remove_tokens(table, cls_slots(m, cls_position))

@@ -1,12 +1,12 @@
-"""Vim for clips: an image encoder whose patches are tubelets of several frames.
+"""Video encoder: Vim on clips, with tubelets of several frames as patches.
 
     clip (b, c, t, h, w) → tubelets of `tubelet` frames x patch x patch pixels
                          → tokens in the order frame, row, column ("spatial first"), one scan
     position of a token  = the image encoder's for its row and column + one for its time
 
-A still clip of one tubelet gives what the image encoder gives for its frame. In a longer clip each
-frame has the image's patch embeddings, but the scan crosses the frames. The class token stands in
-the middle of all tokens. Reference: VideoMamba, arXiv:2403.06977.
+A still clip of one tubelet gives the same output as the image encoder for its frame. In a longer
+clip each frame has the image's patch embeddings, but the scan continues across frames. The class
+token is in the middle of all tokens. Reference: VideoMamba, arXiv:2403.06977.
 """
 
 from collections.abc import Sequence
@@ -25,9 +25,9 @@ class VideoEncoder(VimEncoder):
     """Vision Mamba over clips.
 
     Args:
-        frames: length of the clips that the time table is made for; for others it is resampled.
-        tubelet: frames per token; divides the number of frames.
-        args: of `VimEncoder`; ``rope`` has no time axis and is refused.
+        frames: clip length of the time table; for other lengths it is resampled.
+        tubelet: frames per token; must divide the number of frames.
+        args: arguments of `VimEncoder`; ``rope`` is not supported, because it has no time axis.
     Raises: ValueError for values that do not fit together.
     """
 
@@ -36,9 +36,9 @@ class VideoEncoder(VimEncoder):
     def __init__(self, *, frames: int = 16, tubelet: int = 2, **args: Any):
         super().__init__(**args)
         if tubelet < 1 or frames < tubelet or frames % tubelet:
-            raise ValueError(f"frames {frames} is no multiple of tubelet {tubelet}, 1 or more.")
+            raise ValueError(f"frames {frames} is not a positive multiple of tubelet {tubelet}.")
         if self.rope:
-            raise ValueError("rope turns by row and column and knows no time; use rope=False.")
+            raise ValueError("rope encodes only row and column, not time; use rope=False.")
         self.frames, self.tubelet = frames, tubelet
         self._args |= {"frames": frames, "tubelet": tubelet}
         patch: Any = self.patch_embed
@@ -57,11 +57,11 @@ class VideoEncoder(VimEncoder):
         return (channels, self.frames, *sides)
 
     def for_data(self, data, *, tubelet: int = 1, inflation: str = "centre") -> VimEncoder:
-        """This encoder. Raises: ValueError for clips that its tubelets do not divide."""
+        """Return this encoder. Raises: ValueError for clips not divisible by its tubelets."""
         if data.kind == "video" and data.sampling.frames % self.tubelet:
             raise ValueError(
-                f"{data.name} gives clips of {data.sampling.frames} frames, which tubelets of "
-                f"{self.tubelet} do not divide; choose another number with ?frames=."
+                f"{data.name} gives clips of {data.sampling.frames} frames, not a multiple of the "
+                f"encoder's tubelet of {self.tubelet}; choose another number with ?frames=."
             )
         return self
 
@@ -70,9 +70,9 @@ class VideoEncoder(VimEncoder):
 
         Args:
             x: (b, in_chans, t, h, w), t a multiple of ``tubelet``.
-            first: frames of the clip before this piece, a multiple of ``tubelet``.
+            first: number of frames before this piece, a multiple of ``tubelet``.
             frames: length of the whole clip, to which the time table is resampled; by default
-                first + t, the frames read so far.
+                first + t, the number of frames so far.
         Returns: (b, t / tubelet · rows · columns, embed_dim), frame by frame, row by row.
         Raises: ValueError for a shape or piece that does not fit.
         """
@@ -86,8 +86,8 @@ class VideoEncoder(VimEncoder):
         whole = end if frames is None else frames
         if first < 0 or first % self.tubelet or whole % self.tubelet or end > whole:
             raise ValueError(
-                f"frames {first} to {end} are no piece of a clip of {whole}; first and frames are "
-                f"multiples of {self.tubelet}, and first + t is at most frames."
+                f"frames {first} to {end} are not a valid piece of a clip of {whole}; first and "
+                f"frames must be multiples of {self.tubelet}, and first + t at most frames."
             )
         grid = self.grid(*x.shape[-2:])
         tokens = self.patch_embed(x)
@@ -95,7 +95,8 @@ class VideoEncoder(VimEncoder):
         return tokens + self._space_time(whole // self.tubelet, grid, piece).to(tokens.dtype)
 
     def _space_time(self, times: int, grid: tuple[int, int], piece: slice = slice(None)) -> Tensor:
-        """Positions of all tokens, (1, times · rows · columns, embed_dim), or of some times."""
+        """Return the positions of all tokens, (1, times · rows · columns, embed_dim), or only those
+        of ``piece``."""
         space, _ = self._positions(grid)
         if space is None:
             space = self.time_embed.new_zeros(1, grid[0] * grid[1], self.embed_dim)
@@ -114,7 +115,7 @@ class VideoEncoder(VimEncoder):
         return rows, columns
 
     def no_weight_decay(self) -> set[str]:
-        """As for images, and the time table."""
+        """As for images, plus the time table."""
         return super().no_weight_decay() | {"time_embed"}
 
     def group_matcher(self, coarse: bool = False) -> dict:
@@ -153,8 +154,8 @@ class VideoEncoder(VimEncoder):
 def inflate_kernel(weight: Tensor, tubelet: int, how: str) -> Tensor:
     """Extend a patch embedding (d, c, p, p) to ``tubelet`` frames, (d, c, tubelet, p, p).
 
-    "centre" reads the middle frame alone, "mean" the mean of all: for a still clip both give the
-    embedding of the image.
+    "centre" reads only the middle frame, "mean" the mean of all frames; for a still clip both give
+    the embedding of the image.
     """
     if how not in INFLATIONS:
         raise ValueError(f"how {how!r} is not one of {', '.join(INFLATIONS)}.")
@@ -168,16 +169,16 @@ def inflate_kernel(weight: Tensor, tubelet: int, how: str) -> Tensor:
 def inflate(
     encoder: VimEncoder, *, frames: int = 16, tubelet: int = 2, how: str = "centre"
 ) -> VideoEncoder:
-    """A video encoder with the weights of an image encoder; its time table starts at zero.
+    """Return a video encoder with the weights of an image encoder and a time table of zeros.
 
     Args:
-        encoder: of images.
+        encoder: image encoder.
         frames, tubelet: see `VideoEncoder`.
         how: see `inflate_kernel`.
-    Raises: ValueError for an encoder of clips.
+    Raises: ValueError for a video encoder.
     """
     if encoder.reads_clips or not isinstance(encoder.patch_embed, PatchEmbed):
-        raise ValueError("the encoder reads clips already; inflate one of images.")
+        raise ValueError("the encoder is already a video encoder; inflate an image encoder.")
     video = VideoEncoder(frames=frames, tubelet=tubelet, **encoder.config)
     state = encoder.state_dict()
     state["patch_embed.proj.weight"] = inflate_kernel(

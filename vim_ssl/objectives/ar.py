@@ -23,15 +23,15 @@ class AutoRegressive(PixelObjective):
     normalised and concatenated; each decoder block attends to a projection of them.
 
     Args:
-        encoder: of ``directions="forward"``, without a mask token. ``load_encoder`` with
-            ``directions="both"`` starts the other direction as a copy of this one.
-        cluster: side of a cluster, in patches; divides the grid's rows and columns.
-        decoder_dim, decoder_depth: width and cross-attention blocks of the decoder; heads have 64
-            channels.
-        norm_pix_loss: predict each patch normalised by its mean and deviation.
-    Raises: ValueError for an encoder that reads backward, has a head, a mask token or overlapping
-        patches, for a decoder that does not fit, and, when called, for a grid that clusters do not
-        fill at least twice.
+        encoder: an encoder with ``directions="forward"`` and without a mask token. ``load_encoder``
+            with ``directions="both"`` initialises the other direction as a copy of this one.
+        cluster: side of a cluster, in patches; must divide the grid's rows and columns.
+        decoder_dim, decoder_depth: width and number of cross-attention blocks of the decoder; heads
+            have 64 channels.
+        norm_pix_loss: normalise each target patch by its mean and deviation.
+    Raises: ValueError for an encoder with a backward direction, a head, a mask token or overlapping
+        patches, for a decoder width that does not fit, and, when called, for a grid that is not
+        divided into at least two clusters.
     """
 
     settings = ("decoder_dim", "decoder_depth", "norm_pix_loss", "cluster")
@@ -50,8 +50,8 @@ class AutoRegressive(PixelObjective):
         super().__init__(encoder, norm_pix_loss)
         if encoder.directions != "forward":
             raise ValueError(
-                f"ar predicts later patches, which an encoder of directions="
-                f"{encoder.directions!r} has seen; build it with directions='forward'. "
+                f"ar predicts later patches, which an encoder with directions="
+                f"{encoder.directions!r} has already seen; build it with directions='forward'. "
                 "load_encoder(RUN, directions='both') adds the other direction afterwards."
             )
         if encoder.mask_token is not None:
@@ -85,22 +85,22 @@ class AutoRegressive(PixelObjective):
         return objective
 
     def order(self, grid: tuple[int, int], device=None) -> Tensor:
-        """Patch indices in reading order, (m,) int64: cluster after cluster.
+        """Return patch indices in reading order, (m,) int64, cluster by cluster.
 
-        Raises: ValueError for a grid that clusters do not fill, or of one cluster only.
+        Raises: ValueError for a grid that is not divided into at least two clusters.
         """
         (rows, columns), side = grid, self.cluster
         if rows % side or columns % side or rows * columns < 2 * side**2:
             raise ValueError(
-                f"clusters of {side}x{side} patches do not fill a {rows}x{columns} grid at least "
-                "twice; choose another --cluster or image size."
+                f"clusters of {side}x{side} patches do not divide a {rows}x{columns} grid into two "
+                "or more; choose another --cluster or image size."
             )
         indices = torch.arange(rows * columns, device=device)
         indices = indices.view(rows // side, side, columns // side, side)
         return indices.transpose(1, 2).flatten()
 
     def hidden(self, batch: dict[str, Tensor], grid: tuple[int, int]) -> Tensor:
-        """(b, m) bool, True = predicted: all clusters but the first."""
+        """Return (b, m) bool, True = predicted: all clusters but the first."""
         images = batch["image"]
         mask = torch.ones(len(images), grid[0] * grid[1], dtype=torch.bool, device=images.device)
         mask[:, self.order(grid, images.device)[: self.cluster**2]] = False

@@ -1,4 +1,4 @@
-"""What the trainer calls, and how a pretraining recipe finds an objective by its name.
+"""The interface between objectives and the trainer, and the registry of pretraining objectives.
 
 `vim_ssl.training.loop.fit` trains any module with an ``encoder`` and
 
@@ -9,8 +9,8 @@ accumulate(forward, count)         optional: yields the StepOutput of each of a 
                                    ``forward(i, **more)`` calls the model on the i-th, with the
                                    same random draws every time
 
-A new objective of mim_pretrain is a `PretrainObjective` in a file of its own and a line in
-`OBJECTIVES`. A package adds one with `register_objective`, called when its entry point of the group
+A new objective of mim_pretrain is a `PretrainObjective` in a new file and a line in `OBJECTIVES`.
+Another package adds one with `register_objective`, called when its entry point of the group
 ``vim_ssl.plugins`` is loaded.
 """
 
@@ -30,16 +30,16 @@ MASK_SETTINGS = ("mask", "mask_ratio", "mask_unit")
 
 @dataclass
 class StepOutput:
-    """What one forward pass of an objective returns.
+    """Output of one forward pass of an objective.
 
     The gradient of a step is that of sum(loss_sum) / sum(weight) over its micro-batches and
-    processes, so accumulation and data parallelism give the large batch's gradient exactly.
+    processes, so accumulation and data parallelism give exactly the gradient of the large batch.
 
     Args:
-        loss_sum: scalar, the loss summed over what ``weight`` counts.
-        weight: number of samples (or whatever is averaged) in ``loss_sum``.
-        metrics: scalars summed likewise, logged as their average.
-        images: called when images are logged: (n, c, h, w) in [0, 1], one row per sample.
+        loss_sum: scalar, the loss summed over the units that ``weight`` counts.
+        weight: number of samples (or other units to average over) in ``loss_sum``.
+        metrics: scalars, also sums; logged as averages.
+        images: called to log images; returns (n, c, h, w) in [0, 1], one row per sample.
     """
 
     loss_sum: Tensor
@@ -52,12 +52,14 @@ class PretrainObjective(nn.Module):
     """Pretrains an encoder on images without labels.
 
     Class attributes:
-        settings: fields of the recipe's config that it uses; `MASK_SETTINGS` follow from ``views``.
-        encoder_args: arguments of `load_encoder` that it needs. The recipe's ``model_args`` win.
-        views: what a batch holds: "mask", ``image`` (b, c, h, w) and ``mask`` (b, m) bool,
-            True = masked; "image", ``image`` alone; "crops", ``image`` (b, 2, c, h, w), two crops
-            of each image.
-        reads_clips: the encoder may be one of clips, with ``image`` (b, c, t, h, w).
+        settings: fields of the recipe's config that the objective uses; ``views = "mask"`` adds
+            `MASK_SETTINGS`.
+        encoder_args: required arguments of `load_encoder`; the recipe's ``model_args`` override
+            them.
+        views: content of a batch. "mask": ``image`` (b, c, h, w) and ``mask`` (b, m) bool, True =
+            masked; "image": only ``image``; "crops": ``image`` (b, 2, c, h, w), two crops of each
+            image.
+        reads_clips: video encoders are supported, with ``image`` (b, c, t, h, w).
     """
 
     settings: ClassVar[tuple[str, ...]] = ()
@@ -78,11 +80,11 @@ class PretrainObjective(nn.Module):
 
     @classmethod
     def used_settings(cls, config: Any) -> set[str]:
-        """The fields of ``config`` that change what this objective does."""
+        """Return the fields of ``config`` that affect this objective."""
         return {*cls.settings, *(MASK_SETTINGS if cls.views == "mask" else ())}
 
 
-# Name -> class, or "module:Class", which is imported when first used.
+# Name -> class, or "module:Class", which is imported on first use.
 OBJECTIVES: dict[str, str | type[PretrainObjective]] = {
     "mae": "vim_ssl.objectives.mae:MAE",
     "simmim": "vim_ssl.objectives.simmim:SimMIM",
@@ -92,13 +94,16 @@ OBJECTIVES: dict[str, str | type[PretrainObjective]] = {
 
 
 def register_objective(name: str, objective: str | type[PretrainObjective]) -> None:
-    """Add an objective, a class or "module:Class". Raises: ValueError for a name that is taken."""
+    """Add an objective, a class or "module:Class". Raises: ValueError if the name is taken."""
     if OBJECTIVES.setdefault(name, objective) != objective:
-        raise ValueError(f"the objective {name!r} exists already: {OBJECTIVES[name]}.")
+        raise ValueError(f"the objective {name!r} already exists: {OBJECTIVES[name]}.")
 
 
 def get_objective(name: str) -> type[PretrainObjective]:
-    """The objective of this name, from `OBJECTIVES` or a plugin. Raises: ValueError for none."""
+    """Return the objective of this name, from `OBJECTIVES` or a plugin.
+
+    Raises: ValueError for an unknown name.
+    """
     if name not in OBJECTIVES:
         load_plugins()
     if name not in OBJECTIVES:

@@ -14,7 +14,7 @@ from vim_ssl.objectives.base import StepOutput
 
 
 class LabelledTransform:
-    """From an item to ``image`` (c, h, w) and ``label``."""
+    """Transform an item into ``image`` (c, h, w) and ``label``."""
 
     def __init__(self, image_transform):
         self.image_transform = image_transform
@@ -28,11 +28,12 @@ class Classification(nn.Module):
     """Cross-entropy of ``encoder(image)`` against the labels.
 
     Args:
-        encoder: with a head of ``num_classes`` outputs; ordinal targets have one class more.
+        encoder: encoder with a head of ``num_classes`` outputs; ordinal targets have one more class
+            than outputs.
         targets: one of `TARGETS`.
-        label_smoothing: share of the target spread over all classes.
-        mixup, cutmix: alphas of timm's Mixup in training, drawn once per batch.
-        class_weights: (classes,) float, factors on the loss; for targets "class" alone.
+        label_smoothing: probability spread over all classes.
+        mixup, cutmix: alphas of timm's Mixup in training, sampled once per batch.
+        class_weights: (classes,) float, factors on the loss; only for targets "class".
     Batches hold ``image`` (b, c, h, w), normalised, and ``label``.
     Raises: ValueError for an encoder without a head, unknown targets, weights that do not fit.
     """
@@ -69,7 +70,7 @@ class Classification(nn.Module):
         self.register_buffer("class_weights", class_weights, persistent=False)
 
     def forward(self, batch: dict[str, Tensor]) -> StepOutput:
-        """The loss summed over the samples, and ``top1`` of images that are not mixed."""
+        """Return the loss summed over the samples, and ``top1`` unless images are mixed."""
         images, labels = batch["image"], batch["label"]
         if self.targets == "class" and self.mix is not None and self.training:
             # timm draws from numpy's generator, which the trainer does not seed per step.
@@ -90,13 +91,13 @@ class Classification(nn.Module):
         return StepOutput(loss, len(logits), {"top1": 100.0 * hits.sum()})
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        smoothing = self.label_smoothing if labels.dim() == 1 else 0.0  # Mixup smooths its own
+        smoothing = self.label_smoothing if labels.dim() == 1 else 0.0  # Mixup already smooths
         return F.cross_entropy(
             logits, labels, self.class_weights, reduction="sum", label_smoothing=smoothing
         )
 
 
 def balanced_weights(labels: list[int], classes: int) -> Tensor:
-    """(classes,) float32, inverse to the class frequencies; their mean over the samples is 1."""
+    """Return (classes,) float32: inverse class frequencies, with mean 1 over the samples."""
     counts = torch.bincount(torch.tensor(labels), minlength=classes).clamp(min=1)
     return (len(labels) / (classes * counts)).float()

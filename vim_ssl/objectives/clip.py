@@ -3,8 +3,8 @@
     clip     softmax over all captions of the step for each image, and over images for each caption
     siglip   a binary classification of every image-caption pair of the step
 
-A step is all micro-batches of all processes: `gather` joins the processes, `Clip.accumulate` the
-micro-batches, both with the gradient of the one large batch.
+A step covers all micro-batches of all processes: `gather` joins the processes, `Clip.accumulate`
+the micro-batches, both with the gradient of the large batch.
 
 >>> clip = load_clip("runs/my-run")
 >>> image = clip.encode_image(clip.transform(image)[None])
@@ -36,9 +36,9 @@ MAX_SCALE = 100.0
 
 
 class Embedded(NamedTuple):
-    """The inputs of the loss: ``image`` and ``text`` (b, d), of length 1; ``scale`` (1,), the
-    factor on cosines; siglip's ``bias`` (1,); ``cut`` (b,) bool, True = the caption was longer than
-    the text tower's context."""
+    """Inputs of the loss: ``image`` and ``text`` (b, d), of length 1; ``scale`` (1,), the factor on
+    cosines; siglip's ``bias`` (1,); ``cut`` (b,) bool, True = the caption exceeded the text tower's
+    context."""
 
     image: Tensor
     text: Tensor
@@ -54,11 +54,11 @@ class Clip(nn.Module):
 
     Args:
         encoder: the image tower, without a head: a `VimEncoder`, or a timm model for comparison.
-        embed_dim: of the common space.
+        embed_dim: dimension of the shared embedding space.
         loss: "clip" or "siglip".
-        lock_image, lock_text: freeze a tower, without dropout; its projection is trained. A locked
-            image tower is LiT.
-        tokenizer: for `encode_text` of strings.
+        lock_image, lock_text: freeze a tower and disable its dropout; its projection is trained.
+            Training with a locked image tower is LiT.
+        tokenizer: tokenizer for strings passed to `encode_text`.
     Raises: ValueError for an unknown loss, an ``embed_dim`` below 1, two locked towers, or an image
         tower with a head or mask token, which would not be trained.
     Reference: CLIP, arXiv:2103.00020; SigLIP, arXiv:2303.15343; LiT, arXiv:2111.07991.
@@ -82,11 +82,12 @@ class Clip(nn.Module):
             raise ValueError(f"embed_dim {embed_dim} must be 1 or more.")
         if lock_image and lock_text:
             raise ValueError(
-                "both towers are locked, which trains the projections alone; unlock one."
+                "lock_image and lock_text are both set, so only the projections would train; "
+                "unset one."
             )
         refuse_head(encoder)
         if getattr(encoder, "mask_token", None) is not None:
-            raise ValueError("nothing is masked here; load the encoder with use_mask_token=False.")
+            raise ValueError("clip uses no mask token; load the encoder with use_mask_token=False.")
         self.encoder, self.text, self.tokenizer = encoder, text, tokenizer
         self.embed_dim, self.loss = embed_dim, loss
         self.locked = [tower for tower, lock in ((encoder, lock_image), (text, lock_text)) if lock]
@@ -94,7 +95,7 @@ class Clip(nn.Module):
             tower.requires_grad_(False).eval()
         self.image_proj = _projection(encoder, embed_dim)
         self.text_proj = _projection(text, embed_dim)
-        # Tensors of one element, since FSDP shards no scalars.
+        # One-element tensors, because FSDP cannot shard scalars.
         start = 1 / 0.07 if loss == "clip" else 10.0
         self.logit_scale = nn.Parameter(torch.tensor([math.log(start)]))
         self.logit_bias = nn.Parameter(torch.tensor([-10.0])) if loss == "siglip" else None
@@ -108,14 +109,14 @@ class Clip(nn.Module):
     # ---------------------------------------------------------------- features
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """Embed images (b, c, h, w), normalised as by `transform`, as (b, embed_dim) of length 1.
+        """Embed images (b, c, h, w), normalised with `transform`, as (b, embed_dim) of length 1.
 
         Raises: TypeError for anything but a tensor.
         """
         if not isinstance(images, Tensor):
             raise TypeError(
-                f"encode_image takes a tensor (b, c, h, w), not {type(images).__name__}; of an "
-                "image: clip.encode_image(clip.transform(image)[None])."
+                f"encode_image takes a tensor (b, c, h, w), not {type(images).__name__}; for an "
+                "image use clip.encode_image(clip.transform(image)[None])."
             )
         return _unit(self.image_proj(self._run(self.encoder, images)))
 
@@ -138,13 +139,13 @@ class Clip(nn.Module):
 
     @property
     def transform(self) -> Transform:
-        """From a PIL image to one element of the batch of `encode_image`."""
+        """Return the transform from a PIL image to one element of a batch for `encode_image`."""
         return create_transform(image_config(self.encoder))
 
     # ---------------------------------------------------------------- the objective
 
     def forward(self, batch: dict[str, Tensor], only_embed: bool = False) -> Any:
-        """The `StepOutput` of a batch, or with ``only_embed`` the `Embedded` inputs of its loss.
+        """Return the `StepOutput` of a batch, or with ``only_embed`` the inputs of its loss.
 
         In training, the images and captions of all processes are compared.
         """
@@ -156,10 +157,11 @@ class Clip(nn.Module):
         return embedded if only_embed else _output(embedded, *self.contrast(embedded))
 
     def contrast(self, embedded: Embedded) -> tuple[Tensor, Tensor]:
-        """The loss of each pair (b,), and whether the image's caption is its nearest (b,) bool.
+        """Return the loss of each pair (b,), and whether the caption is the image's nearest (b,)
+        bool.
 
-        The loss of the step is the mean over the pairs of all processes. Computed in single
-        precision or better, since the scale amplifies rounding errors of cosines.
+        The loss of the step is the mean over the pairs of all processes. It is computed in float32
+        or higher, because the scale amplifies rounding errors of cosines.
         """
         image, text, scale, bias, _ = embedded
         alone = not (self.training and dist.is_available() and dist.is_initialized())
@@ -178,11 +180,11 @@ class Clip(nn.Module):
         return losses / 2, hits
 
     def accumulate(self, forward: Callable[..., Any], count: int) -> Iterator[StepOutput]:
-        """The micro-batches of a step as one batch, in the memory of one of them.
+        """Treat the micro-batches of a step as one batch, with the memory use of one micro-batch.
 
-        First all are embedded without a graph, and the loss of the whole batch gives the gradient
-        of each feature. Then each micro-batch is embedded again with the same random draws, and its
-        output carries these gradients. See `vim_ssl.objectives.base`.
+        First all micro-batches are embedded without a graph, and the loss of the whole batch gives
+        the gradient of each feature. Then each micro-batch is embedded again with the same random
+        draws, and its output carries these gradients. See `vim_ssl.objectives.base`.
         Reference: GradCache, arXiv:2101.06983.
         """
         if count == 1:
@@ -221,7 +223,7 @@ def _projection(tower: Any, embed_dim: int) -> nn.Linear:
 
 
 def _unit(x: Tensor) -> Tensor:
-    """``x`` scaled to length 1, in single precision or better."""
+    """Scale ``x`` to length 1, in float32 or higher."""
     return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)
 
 
@@ -250,7 +252,7 @@ class _Gather(torch.autograd.Function):
 
 
 def gather(x: Tensor) -> Tensor:
-    """Concatenate (b, …) of every process, of the same b, to (world b, …) in order of rank.
+    """Concatenate (b, …) of all processes, with equal b, to (world b, …) in rank order.
 
     The gradient is that of the sum of all processes' losses. (torch's differentiable gathers are
     deprecated.)
@@ -262,7 +264,7 @@ def gather(x: Tensor) -> Tensor:
 
 
 def image_config(encoder: nn.Module) -> dict[str, Any]:
-    """The data config of an image tower; see `VimEncoder`."""
+    """Return the data config of an image tower; see `VimEncoder`."""
     if isinstance(encoder, VimEncoder):
         return encoder.data_config
     from timm.data import resolve_model_data_config
@@ -282,23 +284,23 @@ def save_clip(
     ema: VimEncoder | None = None,
     record: dict[str, Any] | None = None,
 ) -> None:
-    """Write what `load_clip` reads: encoder.safetensors and .json by `save_encoder`, the rest as
+    """Write a model for `load_clip`: encoder.safetensors and .json with `save_encoder`, the rest as
     clip.safetensors, clip_config.json and tokenizer.json.
 
     Args:
-        image: arguments of `timm.create_model`, for an image tower that is no `VimEncoder`; its
-            weights go to clip.safetensors.
+        image: arguments of `timm.create_model`, for an image tower that is not a `VimEncoder`; its
+            weights are stored in clip.safetensors.
         ema, record: see `save_encoder`. `load_clip` does not read the average.
-    Raises: ValueError for a timm tower without ``image``, or a model without tokenizer; OSError if
-        the disk is full.
+    Raises: ValueError for a timm tower without ``image``, or a model without a tokenizer; OSError
+        if the disk is full.
     """
     from safetensors.torch import save
 
     ours = isinstance(clip.encoder, VimEncoder)
     if not ours and image is None:
-        raise ValueError("the image tower is no VimEncoder; give image=, timm's arguments.")
+        raise ValueError("the image tower is not a VimEncoder; pass timm's arguments as image=.")
     if clip.tokenizer is None:
-        raise ValueError("a model without tokenizer cannot be loaded again; set clip.tokenizer.")
+        raise ValueError("a model without a tokenizer cannot be loaded again; set clip.tokenizer.")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {
@@ -318,19 +320,19 @@ def save_clip(
 
 
 def load_clip(run: str | Path, *, device: str | torch.device | None = None) -> Clip:
-    """The model of a clip_pretrain run in eval mode: ``encode_image``, ``encode_text``,
-    ``tokenizer``, ``transform``.
+    """Load the model of a clip_pretrain run in eval mode, with ``encode_image``, ``encode_text``,
+    ``tokenizer`` and ``transform``.
 
-    Raises: FileNotFoundError for a folder without one; ImportError if its tokenizer or text tower
-        needs a package that is not installed.
+    Raises: FileNotFoundError for a folder without a model; ImportError if its tokenizer or text
+        tower needs a package that is not installed.
     """
     from safetensors.torch import load_file
 
     folder = Path(run)
     if not (folder / "clip_config.json").is_file():
         raise FileNotFoundError(
-            f"{run} holds no clip_config.json; give the directory of a clip_pretrain run. "
-            "(load_encoder takes those of all recipes.)"
+            f"{run} has no clip_config.json; give the directory of a clip_pretrain run. "
+            "To load only the image encoder of any run, use load_encoder."
         )
     stored = json.loads((folder / "clip_config.json").read_text())
     if stored["image"] is None:

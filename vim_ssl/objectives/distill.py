@@ -1,8 +1,8 @@
 """Masked feature distillation: predict a teacher's features of the whole image from a part of it.
 
-The student reads all patches, masked ones as its mask token. The teacher is a frozen network, or
-the student's exponential moving average. Targets are the features of its last blocks, each
-normalised over channels, then averaged.
+The student reads all patches, with masked ones replaced by its mask token. The teacher is a frozen
+network, or the student's exponential moving average. Targets are the features of the teacher's last
+blocks, each normalised over channels, then averaged.
 References: data2vec, arXiv:2202.03555, sections 3.2 to 3.4; UMT, arXiv:2303.16058.
 """
 
@@ -29,16 +29,16 @@ class Distill(PretrainObjective):
 
     Args:
         encoder: the student, built with ``use_mask_token=True`` and ``num_classes=0``.
-        teacher: a frozen network of timm's protocol (`forward_intermediates`), or None for the
-            moving average of the student. It reads the student's images in its own normalisation,
-            resized to the same grid of patches; one channel is repeated as three. It is not part
-            of the state dict: a resumed run loads it again.
+        teacher: a frozen network with timm's `forward_intermediates`, or None for the moving
+            average of the student. It receives the student's images with the teacher's
+            normalisation, resized to the same grid of patches; a single channel is repeated three
+            times. It is not part of the state dict: a resumed run loads it again.
         loss: "cosine" (1 - cosine) or "smooth_l1".
-        where: patches that the loss counts, "masked" or "all".
-        layers: number of last blocks of the teacher whose features are averaged; all, if fewer.
-        momentum: of the moving average; lower in the first steps.
+        where: patches included in the loss, "masked" or "all".
+        layers: number of final teacher blocks whose features are averaged, at most all.
+        momentum: EMA momentum of the teacher; lower in the first steps.
     Raises: ValueError for a student without a mask token or with a head, an unknown loss or where;
-        when called, for a teacher with another grid of patches or other channels.
+        when called, for a teacher with another grid of patches or another number of channels.
     """
 
     settings = ("teacher", "teacher_layers", "teacher_momentum", "distill_loss", "distill_where")
@@ -60,8 +60,8 @@ class Distill(PretrainObjective):
         refuse_head(encoder)
         if loss not in LOSSES or where not in WHERE:
             raise ValueError(
-                f"loss {loss!r} and where {where!r}: expected one of {', '.join(LOSSES)} and one "
-                f"of {', '.join(WHERE)}."
+                f"loss is {loss!r} and where is {where!r}; expected one of {', '.join(LOSSES)} and "
+                f"one of {', '.join(WHERE)}."
             )
         if layers < 1 or not 0 <= momentum < 1:
             raise ValueError(f"layers {layers} must be 1 or more, momentum {momentum} in [0, 1).")
@@ -83,7 +83,7 @@ class Distill(PretrainObjective):
             where=config.distill_where, layers=config.teacher_layers,
             momentum=config.teacher_momentum, **config.objective_args,
         )  # fmt: skip
-        # A teacher that does not fit fails before training.
+        # Fail before training if the teacher does not fit.
         objective.targets(torch.zeros(1, *encoder.data_config["input_size"]))
         return objective
 
@@ -95,12 +95,12 @@ class Distill(PretrainObjective):
     def train(self, mode: bool = True) -> "Distill":
         super().train(mode)
         if self.average is not None:
-            self.average.eval()  # a teacher does not drop paths
+            self.average.eval()  # no drop path in the teacher
         return self
 
     @torch.no_grad()
     def targets(self, images: Tensor) -> Tensor:
-        """(b, c, h, w), normalised for the student -> (b, m, teacher's width) float32."""
+        """Images (b, c, h, w), normalised for the student -> (b, m, teacher's width) float32."""
         grid = self.encoder.grid(*images.shape[-2:])
         if self.average is not None:
             teacher: Any = self.average
@@ -113,8 +113,8 @@ class Distill(PretrainObjective):
         )
         if maps[0].shape[1] != grid[0] * grid[1]:
             raise ValueError(
-                f"the teacher makes {maps[0].shape[1]} patches of an image, the student "
-                f"{grid[0]} x {grid[1]}; choose a teacher that takes images of any size."
+                f"the teacher gives {maps[0].shape[1]} patches per image, the student "
+                f"{grid[0]} x {grid[1]}; choose a teacher that accepts images of any size."
             )
         return torch.stack([F.layer_norm(m.float(), m.shape[-1:]) for m in maps]).mean(0)
 
@@ -132,13 +132,13 @@ class Distill(PretrainObjective):
             per_patch = F.smooth_l1_loss(prediction, target, reduction="none").mean(-1)
         counted = mask if self.where == "masked" else torch.ones_like(mask)
         loss = (per_patch * counted).sum(1) / counted.sum(1)
-        # Deviation of the targets over images and patches: falls to 0 on a collapse.
+        # Deviation of the targets over images and patches: 0 indicates a collapse.
         spread = target.flatten(0, 1).std(0).mean() * len(images)
         return StepOutput(loss.sum(), len(images), {"target_std": spread})
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Move the average towards the student, faster in the beginning."""
+        """Update the moving average, faster in the first steps."""
         if self.average is None:
             return
         self.updates += 1
@@ -149,7 +149,7 @@ class Distill(PretrainObjective):
 
 
 def load_teacher(name: str) -> Any:
-    """The frozen network of this name, or None for "ema", the encoder's average.
+    """Return the frozen network of this name, or None for "ema", the encoder's average.
 
     Raises: ValueError for a name that timm does not know, or a network without patches.
     """
@@ -166,12 +166,12 @@ def load_teacher(name: str) -> Any:
         return timm.create_model(name, pretrained=True, num_classes=0, dynamic_img_size=True)
     except TypeError as error:
         raise ValueError(
-            f"the teacher timm:{name} takes no images of any size; choose a vision transformer."
+            f"the teacher timm:{name} does not accept images of any size; use a vision transformer."
         ) from error
 
 
 def _inputs_for(teacher, images: Tensor, data_config: dict, grid: tuple[int, int]) -> Tensor:
-    """The student's images as the teacher expects them: values, channels, size."""
+    """Convert the student's images to the values, channels and size that the teacher expects."""
     from timm.data import resolve_model_data_config
 
     def column(values) -> Tensor:
@@ -182,8 +182,8 @@ def _inputs_for(teacher, images: Tensor, data_config: dict, grid: tuple[int, int
     channels = target["input_size"][0]
     if images.shape[1] not in (1, channels):
         raise ValueError(
-            f"the teacher sees {channels} channels, the student {images.shape[1]}; choose a "
-            "teacher of as many, or --teacher ema."
+            f"the teacher expects {channels} channels, the student {images.shape[1]}; choose a "
+            "teacher with the same number, or --teacher ema."
         )
     if images.shape[1] == 1 and channels == 3:
         images = images.expand(-1, 3, -1, -1)

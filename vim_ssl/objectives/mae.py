@@ -1,5 +1,5 @@
-"""MAE (arXiv:2111.06377): the encoder reads the visible patches alone, in scan order; a light Vim
-decoder puts mask tokens in the gaps and predicts the pixels of the masked patches."""
+"""MAE (arXiv:2111.06377): the encoder reads only the visible patches, in scan order; a light Vim
+decoder inserts mask tokens and predicts the pixels of the masked patches."""
 
 from typing import Any
 
@@ -17,13 +17,13 @@ class MAE(PixelObjective):
     """Masked autoencoder with a Vim decoder.
 
     Args:
-        encoder: reads the visible patches in raster order, its class token in their middle.
-        decoder_dim, decoder_depth: width and blocks of the decoder.
-        norm_pix_loss: predict each patch normalised by its mean and deviation.
-        keep_order: read the visible patches in raster order. False shuffles them, as MAE itself
-            does; attention does not see the order, a scan does, and this measures what it costs.
-    Raises: ValueError for a decoder without blocks or of a width not divisible by 4, and for an
-        encoder with a head or a mask token (neither would learn), or with overlapping patches.
+        encoder: reads the visible patches in raster order, with the class token in the middle.
+        decoder_dim, decoder_depth: width and number of blocks of the decoder.
+        norm_pix_loss: normalise each target patch by its mean and deviation.
+        keep_order: read the visible patches in raster order. False shuffles them, as the original
+            MAE does: attention ignores the order, a scan does not, so this measures its effect.
+    Raises: ValueError for a decoder without blocks or with a width not divisible by 4, and for an
+        encoder with a head or a mask token (neither would be trained), or overlapping patches.
     Reference: MAE, arXiv:2111.06377; Vim decoder: FastVim, arXiv:2502.00594.
     """
 
@@ -45,7 +45,7 @@ class MAE(PixelObjective):
             raise ValueError("mae uses no mask token; load the encoder with use_mask_token=False.")
         if decoder_depth < 1:
             raise ValueError(
-                f"decoder_depth {decoder_depth} shows masked patches nothing; use 1 or more."
+                f"decoder_depth {decoder_depth} would predict without any context; use 1 or more."
             )
         if decoder_dim < 4 or decoder_dim % 4:
             raise ValueError(

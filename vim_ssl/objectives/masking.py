@@ -7,14 +7,14 @@ from torch import Tensor
 
 
 class RandomMask:
-    """Mask a fixed share of the patches of every image, at random.
+    """Mask a fixed fraction of the patches of every image, at random.
 
     Args:
         grid: rows and columns of patches.
-        ratio: share of masked units, between 0 and 1; their number is rounded up, as in MAE and
+        ratio: fraction of masked units, between 0 and 1; their number is rounded up, as in MAE and
             SimMIM, but at least one stays visible.
-        unit: side of a unit, a square that is masked as a whole, in patches (SimMIM: 32 px).
-    Draws from torch's global generator, which the data loader seeds for every sample.
+        unit: side in patches of a unit, a square that is masked as a whole (SimMIM: 32 px).
+    Uses torch's global generator, which the data loader seeds for every sample.
     Raises: ValueError for a ratio or unit that does not fit the grid.
     """
 
@@ -30,23 +30,24 @@ class RandomMask:
         total = self.choices()
         if total < 2:
             raise ValueError(
-                f"a {grid[0]}x{grid[1]} grid is a single unit to mask: nothing stays visible."
+                f"a {grid[0]}x{grid[1]} grid has only one unit, or row of units, to mask; masking "
+                "needs at least two. Use a smaller mask_unit or mask='random'."
             )
-        # minus 1e-9, since 0.07 * 100 is 7.000000000000001
+        # minus 1e-9, because 0.07 * 100 is 7.000000000000001
         self.masked = min(max(math.ceil(total * ratio - 1e-9), 1), total - 1)
 
     def choices(self) -> int:
-        """The number of pieces to choose from: units, or rows of units."""
+        """Return the number of pieces to choose from: units, or rows of units."""
         return self.units[0] * self.units[1]
 
     def draw(self) -> Tensor:
-        """(rows, columns) of units, bool, True = masked."""
+        """Draw a mask of units, (rows, columns) bool, True = masked."""
         chosen = torch.zeros(self.choices(), dtype=torch.bool)
         chosen[torch.randperm(len(chosen))[: self.masked]] = True
         return chosen.view(self.units)
 
     def __call__(self) -> Tensor:
-        """(rows * columns,) bool, True = masked."""
+        """Draw a mask of patches, (rows * columns,) bool, True = masked."""
         hidden = self.draw()
         return hidden.repeat_interleave(self.unit, 0).repeat_interleave(self.unit, 1).flatten()
 
@@ -76,9 +77,9 @@ class RowMask(RandomMask):
 
 
 class BlockMask(RandomMask):
-    """Mask rectangles until the share is reached exactly: the last one is cut short.
+    """Mask rectangles until the ratio is reached exactly; the last one is truncated.
 
-    Each has at least `SMALLEST` units, or as many as are missing, and an aspect ratio between 0.3
+    Each has at least `SMALLEST` units, or the number still missing, and an aspect ratio between 0.3
     and 1 / 0.3.
     Reference: block-wise masking of BEiT, arXiv:2106.08254, algorithm 1.
     """
@@ -108,7 +109,7 @@ MASKS = {"random": RandomMask, "row": RowMask, "block": BlockMask, "tube": TubeM
 
 
 def checked_mask(mask: Tensor, b: int, grid: tuple[int, int]) -> Tensor:
-    """``mask``, if it is bool and (b, rows * columns). Raises: ValueError otherwise."""
+    """Return ``mask``. Raises: ValueError if it is not bool of shape (b, rows * columns)."""
     shape = (b, grid[0] * grid[1])
     if mask.dtype != torch.bool or mask.shape != shape:
         raise ValueError(
@@ -118,9 +119,9 @@ def checked_mask(mask: Tensor, b: int, grid: tuple[int, int]) -> Tensor:
 
 
 def visible_ids(mask: Tensor) -> Tensor:
-    """Indices of the visible patches: (b, m) bool, True = masked -> (b, k) int64, ascending.
+    """Return the indices of visible patches: (b, m) bool, True = masked -> (b, k) int64, ascending.
 
-    The order matters to a scan, not to attention. (MAE's argsort of noise shuffles them.)
+    The order matters for a scan, not for attention. (MAE's argsort of noise shuffles them.)
     Raises: ValueError if the samples have different numbers of visible patches.
     """
     counts = (~mask).sum(1)

@@ -1,4 +1,4 @@
-"""What objectives on pixels share: patches, targets, the loss and preview images."""
+"""Shared parts of the objectives that predict pixels: patches, targets, loss, preview images."""
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +13,9 @@ from vim_ssl.objectives.masking import checked_mask
 class PixelObjective(PretrainObjective):
     """Predict the pixels of hidden patches.
 
-    Batches hold ``image`` (b, c, h, w), normalised, and ``mask`` (b, m) bool, True = masked, the
-    same number in every sample. For an encoder of clips ``image`` is (b, c, t, h, w), and patches
-    are tubelets, frame by frame, row by row; see `fold_time`.
+    Batches hold ``image`` (b, c, h, w), normalised, and ``mask`` (b, m) bool, True = masked, with
+    the same number of masked patches in every sample. For a video encoder ``image`` is (b, c, t, h,
+    w), and patches are tubelets, frame by frame, row by row; see `fold_time`.
     """
 
     def __init__(self, encoder: VimEncoder, norm_pix_loss: bool):
@@ -33,11 +33,11 @@ class PixelObjective(PretrainObjective):
         self.pixels = encoder.in_chans * self.tubelet * patch.patch_size**2
 
     def hidden(self, batch: dict[str, Tensor], grid: tuple[int, int]) -> Tensor:
-        """(b, m) bool, True = hidden and predicted: the mask of the batch."""
+        """Return (b, m) bool, True = hidden and predicted; by default the mask of the batch."""
         return checked_mask(batch["mask"], len(batch["image"]), grid)
 
     def predict(self, images: Tensor, mask: Tensor) -> Tensor:
-        """(b, c, h, w) and (b, m) bool, True = hidden -> (b, m, pixels of a patch)."""
+        """Predict (b, c, h, w) and (b, m) bool, True = hidden -> (b, m, pixels of a patch)."""
         raise NotImplementedError
 
     def patch_loss(self, prediction: Tensor, target: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ class PixelObjective(PretrainObjective):
         return (prediction - target).square().mean(-1)
 
     def forward(self, batch: dict[str, Tensor]) -> StepOutput:
-        """The mean loss of each sample's hidden patches, summed over samples."""
+        """Return the mean loss over each sample's hidden patches, summed over samples."""
         images = fold_time(batch["image"], self.tubelet)
         patch = self.encoder.patch_embed.patch_size
         mask = self.hidden(batch, (images.shape[-2] // patch, images.shape[-1] // patch))
@@ -61,7 +61,7 @@ class PixelObjective(PretrainObjective):
         per_patch = self.patch_loss(prediction, target)
         loss = (per_patch * mask).sum(1) / mask.sum(1)  # (b,)
         with torch.no_grad():
-            restored = prediction * std + mean  # undo norm_pix with the true patch's statistics
+            restored = prediction * std + mean  # undo norm_pix, with statistics of the true patch
             error = ((restored - pixels).square().mean(-1) * mask).sum(1) / mask.sum(1)
         return StepOutput(
             loss_sum=loss.sum(),
@@ -71,8 +71,8 @@ class PixelObjective(PretrainObjective):
         )
 
     def _images(self, images: Tensor, mask: Tensor, restored: Tensor) -> Tensor:
-        """original | masked | reconstruction | reconstruction in the gaps: (n, 1 or 3, h, 4 w). A
-        clip is shown as a column of frames, the first of each tubelet."""
+        """Return (n, 1 or 3, h, 4 w): original | masked | reconstruction | original with the masked
+        patches reconstructed. A clip is a column of frames, the first of each tubelet."""
         height, width = images.shape[-2:]
         patch = self.encoder.patch_embed.patch_size
         config = self.encoder.data_config
@@ -89,15 +89,15 @@ def refuse_head(encoder: nn.Module) -> None:
     """Raise ValueError for an encoder with a head, which pretraining would not train."""
     if classes := getattr(encoder, "num_classes", 0):
         raise ValueError(
-            f"the encoder has a head of {classes} classes, which pretraining would "
-            "leave without gradient; build it with num_classes=0."
+            f"the encoder has a head of {classes} classes, which pretraining would not train; "
+            "build it with num_classes=0."
         )
 
 
 def fold_time(images: Tensor, tubelet: int = 1) -> Tensor:
-    """Fold clips (b, c, t, h, w) into images (b, c · tubelet, t / tubelet · h, w): tubelets stacked
-    vertically, frames of one as channels, so that patches are tubelets in the order of the tokens.
-    Images (b, c, h, w) are returned as they are."""
+    """Fold clips (b, c, t, h, w) into images (b, c · tubelet, t / tubelet · h, w). Tubelets are
+    stacked vertically, and their frames become channels, so that patches are tubelets in token
+    order. Images (b, c, h, w) are returned unchanged."""
     if images.dim() == 4:
         return images
     return images.unflatten(2, (-1, tubelet)).transpose(2, 3).flatten(1, 2).flatten(2, 3)

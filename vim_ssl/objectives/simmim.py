@@ -1,5 +1,5 @@
-"""SimMIM (arXiv:2111.09886): the encoder reads all patches, masked ones as a mask token; a linear
-layer predicts their pixels."""
+"""SimMIM (arXiv:2111.09886): the encoder reads all patches, with a mask token for masked ones; a
+linear layer predicts their pixels."""
 
 from typing import ClassVar
 

@@ -1,4 +1,4 @@
-"""Supervised classification, from scratch or from a pretrained encoder: the code scripts share.
+"""Supervised classification, from scratch or from a pretrained encoder: code shared by scripts.
 
 targets      label                     loss
 class        (b,) int64                cross-entropy, soft under mixup
@@ -46,24 +46,29 @@ class ClassificationConfig(AugmentationConfig):
     """The options shared by training from scratch and fine-tuning."""
 
     data: str = opt("", "labelled images", group="data")
-    test: float = opt(0.2, "share held out if the data has no test split", group="data")
+    test: float = opt(0.2, "fraction held out if the data has no test split", group="data")
     validation: float = opt(
-        0.0, "share of the training split that selects the epoch; 0: the last epoch", group="data"
+        0.0, "fraction of the training split used to select the epoch; 0: use the last epoch",
+        group="data",
+    )  # fmt: skip
+    patience: int = opt(
+        0, "stop after this many evaluations without improvement; 0: no early stopping", group="run"
     )
-    patience: int = opt(0, "evaluations without improvement before stopping; 0: all", group="run")
-    repeats: int = opt(1, "augmentations of an image in one batch", group="data")
-    judge_batch: int = opt(128, "samples per batch in evaluation", group="data")
+    repeats: int = opt(1, "augmented copies of an image in one batch", group="data")
+    judge_batch: int = opt(128, "samples per evaluation batch", group="data")
     mixup: float = opt(0.0, "alpha of mixup; 0: off", group="data")
-    cutmix: float = opt(0.0, "alpha of cutmix; beside mixup, in half of the batches", group="data")
-    targets: str = opt("class", "kind of the labels", group="model", choices=TARGETS)
+    cutmix: float = opt(
+        0.0, "alpha of cutmix; with mixup, each is used for half of the batches", group="data"
+    )
+    targets: str = opt("class", "type of the labels", group="model", choices=TARGETS)
     label_smoothing: float = opt(0.0, "probability spread over all classes", group="model")
     class_weights: bool = opt(False, "weight classes by inverse frequency", group="model")
     drop_path: float = opt(0.0, "rate of stochastic depth", group="model")
 
     @classmethod
     def derive_defaults(cls, defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-        """As `TrainConfig`; a validation split is evaluated after every epoch if the default would
-        be at the end only."""
+        """Extend `TrainConfig`: evaluate a validation split every epoch if the default is to
+        evaluate only at the end."""
         defaults = super().derive_defaults(defaults, given)
         settings = defaults | given
         if settings["validation"] and settings["eval_every"] > settings["epochs"]:
@@ -77,15 +82,15 @@ class ClassificationConfig(AugmentationConfig):
             raise ValueError(f"mixup and cutmix mix pairs: batch_size {self.batch_size} is odd.")
         if self.targets != "class" and (mixed or self.label_smoothing or self.class_weights):
             raise ValueError(
-                "mixup, cutmix, label_smoothing and class_weights do not go with targets "
-                f"{self.targets}; leave them out."
+                "mixup, cutmix, label_smoothing and class_weights cannot be used with targets "
+                f"{self.targets}; omit them."
             )
         if self.repeats < 1:
             raise ValueError(f"repeats is {self.repeats}; it must be 1 or more.")
         if not 0 <= self.validation < 1 or (self.patience and not self.validation):
             raise ValueError(
                 f"validation {self.validation:g} and patience {self.patience}: patience needs a "
-                "share above 0 and below 1 of the training split."
+                "validation fraction above 0 and below 1."
             )
         if self.patience and (self.patience + 1) * self.eval_every > self.epochs:
             raise ValueError(
@@ -99,7 +104,7 @@ class ClassificationConfig(AugmentationConfig):
 
 
 def class_names(data) -> list[str]:
-    """The names of the classes; their numbers if the data have no names."""
+    """Return the class names, or class numbers if the data have no names."""
     if data.classes:
         return list(data.classes)
     if data.multi_label:
@@ -110,16 +115,16 @@ def class_names(data) -> list[str]:
 def load_classifier(source: str, data, config: ClassificationConfig, **args: Any) -> VimEncoder:
     """Load an encoder with a head for the classes of ``data`` and inputs for its bands.
 
-    An encoder of other bands gets a new patch embedding (see `vim_ssl.checkpoints.adapt`) and the
-    statistics of the data; an encoder of the same bands keeps its statistics.
+    An encoder for other bands gets a new patch embedding (see `vim_ssl.checkpoints.adapt`) and the
+    statistics of the data; an encoder for the same bands keeps its statistics.
 
     Args:
-        args: of `load_encoder`.
+        args: arguments of `load_encoder`.
     """
     args |= {
         "num_classes": outputs(config.targets, len(class_names(data))),
         "drop_path_rate": config.drop_path,
-        "use_mask_token": False,  # without masks it would have no gradient, which DDP refuses
+        "use_mask_token": False,  # it would have no gradient without masks, and DDP would fail
     }
     return load_for_bands(source, band_arguments(data), **args)
 
@@ -128,13 +133,13 @@ def train_classifier(
     recipe: str, config: ClassificationConfig, encoder: VimEncoder, source: str, train, test,
     accelerator,
 ) -> dict[str, Any]:  # fmt: skip
-    """Train ``encoder`` in its own run and evaluate it on ``test``, once, at the end.
+    """Train ``encoder`` in a run directory and evaluate it on ``test``, once, at the end.
 
     Args:
         recipe: the script's name, for the record.
-        encoder: with a head; see `outputs`.
-        source: where it came from, for the record.
-        train, test: labelled, map-style, of the same classes.
+        encoder: an encoder with a head; see `outputs`.
+        source: its source, for the record.
+        train, test: labelled, map-style data with the same classes.
     Returns: the content of metrics.json, on the main process.
     """
     classes = class_names(train)
@@ -185,7 +190,7 @@ def train_classifier(
 
 
 def _hold_out(config: ClassificationConfig, train, classes: Sequence[str]) -> tuple[Any, Any]:
-    """Split ``train`` as ``config.validation`` says: what is left, and the validation split."""
+    """Split ``train`` by ``config.validation`` into the remaining and the validation images."""
     if not config.validation:
         return train, None
     kept, held_out = stratified_split(train.labels, config.validation, config.seed, train.groups)
@@ -205,23 +210,23 @@ def check_labels(name: str, labels: Any, targets: str, classes: Sequence[str]) -
     labels = torch.as_tensor(np.asarray(labels))
     if (labels.dim() == 2) != (targets == "multi-label"):
         raise ValueError(
-            f"{name} has labels of shape {tuple(labels.shape)}, which are no targets {targets!r}; "
-            "several labels an image are --targets multi-label, one is class."
+            f"{name}: labels have shape {tuple(labels.shape)}, which does not match --targets "
+            f"{targets}. Use multi-label for several labels per image, class for one."
         )
     if labels.dim() == 2 and labels.shape[1] != len(classes):
         raise ValueError(
-            f"{name} has {labels.shape[1]} labels an image; expected one for each of "
+            f"{name} has {labels.shape[1]} labels per image; expected one for each of "
             f"{len(classes)} classes."
         )
     if labels.dim() == 2 and not labels.any():
         raise ValueError(
-            f"no image of {name} ({len(labels)}) has any of the labels, so that their average "
-            "precision is not defined; hold out more, or draw by another --seed."
+            f"none of the {len(labels)} images of {name} has a label, so average precision is not "
+            "defined; hold out more images, or use another --seed."
         )
     if labels.dim() == 1 and not 0 <= int(labels.min()) <= int(labels.max()) < len(classes):
         raise ValueError(
-            f"{name} has labels from {int(labels.min())} to {int(labels.max())}; expected those of "
-            f"the {len(classes)} classes, 0 to {len(classes) - 1}."
+            f"{name} has labels from {int(labels.min())} to {int(labels.max())}; expected 0 to "
+            f"{len(classes) - 1} for {len(classes)} classes."
         )
 
 
@@ -244,14 +249,14 @@ def evaluate(
     """Evaluate an encoder with a head on labelled images and write the tables to ``folder``.
 
     Args:
-        data: map-style, or a stream.
+        data: map-style data, or a stream.
         loading: arguments of `extract_features`.
     Returns: the metrics; for MedMNIST also its ``auc`` and ``acc``.
     """
     extract = stream_features if data.is_stream else extract_features
     device = next(encoder.parameters()).device
     answers = extract(encoder.eval(), data, create_transform(encoder), device=device, **loading)
-    check_labels(data.name, answers.y, targets, classes)  # those of a stream are known only now
+    check_labels(data.name, answers.y, targets, classes)  # a stream's labels are known only now
     metrics = classification_metrics(answers.x, answers.y, targets, answers.groups)
     write_tables(folder, metrics, answers.x, answers.y, answers.ids, classes, targets)
     if task := getattr(data, "task", None):

@@ -8,11 +8,15 @@ from vim_ssl.utils.config import opt
 
 @dataclass
 class TransferConfig(TrainConfig):
-    """Train an encoder that is pretrained, or its architecture from scratch."""
+    """Train a pretrained encoder, or the same architecture from scratch."""
 
     encoder: str = opt("", "run, checkpoint, preset or Hub id; default: the newest run", "data")
-    from_scratch: bool = opt(False, "drop the pretrained weights: the baseline", "model")
-    betas: tuple[float, float] = opt((0.9, 0.999), "of AdamW", "optimiser")
-    layer_decay: float | None = opt(0.8, "lr factor from a block to the one below", "optimiser")
+    from_scratch: bool = opt(False, "discard the pretrained weights, as a baseline", "model")
+    betas: tuple[float, float] = opt(
+        (0.9, 0.999), "betas of the optimiser (AdamW, LAMB …)", "optimiser"
+    )
+    layer_decay: float | None = opt(
+        0.8, "learning-rate factor per block, from top to bottom; none: off", "optimiser"
+    )
     workers: int = opt(0, "data loading processes per rank", "run")
     eval_every: float = opt(1e9, "epochs between evaluations", "run")

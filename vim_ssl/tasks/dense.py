@@ -1,6 +1,6 @@
-"""Dense tasks, a class for every pixel or boxes around objects: the code their scripts share.
+"""Code shared by the dense tasks, segmentation and detection.
 
-A model has ``encoder``, ``classes``, ``config`` (all that builds it again), ``predict`` and
+A model has ``encoder``, ``classes``, ``config`` (the arguments to rebuild it), ``predict`` and
 ``save``.
 """
 
@@ -28,14 +28,14 @@ class DenseConfig(TransferConfig):
     """The options of every dense task."""
 
     data: str = opt("", "training data", "data")
-    test: float = opt(0.2, "share held out if the data has no test split", "data")
+    test: float = opt(0.2, "fraction held out if the data has no test split", "data")
     hflip: float = opt(0.5, "probability of mirroring", "data")
     drop_path: float = opt(0.0, "rate of stochastic depth", "model")
     eval_only: bool = opt(False, "evaluate a run of this script without training", "run")
     epochs: float = opt(30, "passes over the training split", "optimiser")
     base_lr: float = opt(1e-3, "learning rate per lr_reference_batch samples", "optimiser")
     ema: float = opt(
-        0.0, "decay of the moving average of encoder and heads, which is kept; 0: none", "optimiser"
+        0.0, "decay of the saved moving average of encoder and heads; 0: none", "optimiser"
     )
 
     def __post_init__(self):
@@ -51,7 +51,7 @@ def fresh_encoder(
     Args:
         bands: see `load_for_bands`.
     """
-    # A mask token is of no use here, and DDP refuses parameters without a gradient.
+    # A mask token is not used here, and DDP fails on parameters without a gradient.
     encoder = load_for_bands(
         source, bands, num_classes=0, img_size=side, drop_path_rate=config.drop_path,
         use_mask_token=False,
@@ -61,14 +61,14 @@ def fresh_encoder(
 
 @dataclass(frozen=True)
 class DenseTask:
-    """How a script trains and evaluates.
+    """The training and evaluation functions of one dense-prediction task.
 
     Attributes:
-        name: of the script.
-        load: a run's folder -> model.
-        evaluate: (model, data, folder) -> metrics, and scores that have a ``table``.
-        watched: metrics that are logged in training.
-        summary: metrics -> text to print.
+        name: script name.
+        load: loads a model from a run directory.
+        evaluate: (model, data, folder) -> metrics, and scores with a ``table``.
+        watched: metrics logged in training.
+        summary: formats the metrics for printing.
     """
 
     name: str
@@ -80,8 +80,8 @@ class DenseTask:
     def train(
         self, config: DenseConfig, model: Any, source: str, transform, train, test, accelerator
     ) -> dict[str, Any]:
-        """Train ``model`` in its own run and evaluate it, or its moving average, on ``test``, once,
-        at the end.
+        """Train ``model`` in a run directory and evaluate it, or its moving average, on ``test``
+        once, at the end.
 
         Returns: the content of metrics.json, on the main process.
         """
@@ -110,13 +110,13 @@ class DenseTask:
     ) -> dict[str, Any]:
         """Evaluate a run with the heads and sizes that it was trained with.
 
-        Raises: ValueError if ``test`` has other classes; FileNotFoundError if ``source`` is no run
-            of this task.
+        Raises: ValueError if ``test`` has other classes; FileNotFoundError if ``source`` is not a
+            run of this task.
         """
         model = self.load(source).to(device)
         if model.classes != test.classes:
             raise ValueError(
-                f"{source} knows the classes {model.classes[:5]} …, {test.name} has "
+                f"{source} was trained on the classes {model.classes[:5]} …, but {test.name} has "
                 f"{test.classes[:5]} …; evaluate on the classes it was trained on."
             )
         return self._finish(config, model, source, test, evaluation_folder(config.output), 0)
@@ -145,7 +145,7 @@ def predictions(
 
     Args:
         skipped: receives the errors of images that cannot be read.
-    Yields: the index, the item, what ``model.predict`` gives, and whether to draw it.
+    Yields: the index, the item, the output of ``model.predict``, and whether to draw it.
     Raises: ValueError if no image can be read.
     """
     training = model.training

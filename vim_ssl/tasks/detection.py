@@ -1,4 +1,4 @@
-"""Detection and instance segmentation: an encoder with a detector, and its losses.
+"""Detection and instance segmentation: an encoder with a detector, and the losses.
 
     images -> encoder's last map -> feature pyramid -> proposals -> classes, boxes, masks
 
@@ -32,20 +32,20 @@ from vim_ssl.utils.names import did_you_mean
 
 HEADS = ("cascade", "rcnn")
 FILE = "detection.safetensors"
-MIN_SCORE = 0.5  # the lowest score of an object that is drawn
+MIN_SCORE = 0.5  # minimum score of an object to be drawn
 
 
 class Detection(nn.Module):
     """An encoder and a detector; as an objective, its losses.
 
     Args:
-        encoder: any whose patches do not overlap; its classification head is dropped.
-        classes: their names.
+        encoder: any encoder with non-overlapping patches; its classification head is dropped.
+        classes: class names.
         head: "cascade" (Cascade Mask R-CNN, three stages) or "rcnn" (Mask R-CNN).
-        masks: predict masks too; the training data then need outlines.
-        size: side of the square canvas, pixels, a multiple of 64. An image is resized until its
+        masks: also predict masks; the training data then need outlines.
+        size: side of the square canvas in pixels, a multiple of 64. Images are resized so that the
             longer side has this length.
-        channels: of the pyramid and the heads.
+        channels: width of the pyramid and the heads.
         convs, hidden, anchor, samples, score, most: see `RCNN`.
     Batches hold ``image`` (b, c, size, size), normalised, and ``objects``, a list of dicts; see
     `LargeScaleJitter`.
@@ -73,15 +73,15 @@ class Detection(nn.Module):
         if head not in HEADS:
             raise ValueError(f"head {head!r} is unknown. {did_you_mean(head, HEADS)}")
         if not classes:
-            raise ValueError("there is no class; one is needed.")
+            raise ValueError("classes is empty; expected at least one class.")
         if size < COARSEST or size % COARSEST:
             raise ValueError(
-                f"size {size} is no multiple of {COARSEST}, the stride of the coarsest level; use "
+                f"size {size} is not a multiple of {COARSEST}, the coarsest level's stride; use "
                 f"{max(round(size / COARSEST), 1) * COARSEST}."
             )
         dim, stride = encoder.embed_dim, cast(int, encoder.feature_info[0]["reduction"])
         if encoder.grid(size, size) != (size // stride, size // stride):
-            raise ValueError("the encoder's patches overlap; detection needs them edge to edge.")
+            raise ValueError("the encoder's patches overlap; detection needs stride = patch_size.")
         encoder.prune_intermediate_layers(1)  # the last block is kept, the head is not
         self.encoder, self.classes, self.masks, self.size = encoder, list(classes), masks, size
         self.pyramid = SimpleFeaturePyramid(dim, stride, channels)
@@ -99,15 +99,15 @@ class Detection(nn.Module):
     def detect(
         self, images: Tensor, targets: list[dict[str, Tensor]] | None = None
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
-        """The detections of `RCNN` in images (b, c, size, size), or in training its losses."""
+        """Return detections of `RCNN` in images (b, c, size, size), or in training its losses."""
         (last,) = self.encoder.forward_intermediates(images, 1, norm=True, intermediates_only=True)
         return self.detector(images, self.pyramid(last), targets)
 
     def forward(self, batch: dict[str, Any]) -> StepOutput:
-        """In training the sum of the losses; in evaluation no loss, but images of the detections.
+        """Return the sum of the losses in training; in evaluation no loss, only preview images.
 
-        A loss is a mean over proposals, and all images have the same weight: accumulation and
-        several processes average over micro-batches, as in ViTDet.
+        Each loss is a mean over proposals, and all images have the same weight: accumulation and
+        data parallelism average over micro-batches, as in ViTDet.
         """
         images, targets = batch["image"], batch["objects"]
         count = len(images)
@@ -129,9 +129,9 @@ class Detection(nn.Module):
             upright by its EXIF orientation; ``labels`` int64 (n,), class numbers from 0;
             ``scores`` float32 (n,), descending; with masks also ``masks`` bool (n, h, w), True =
             object.
-        Raises: BadImage for what `clean_image` refuses.
+        Raises: BadImage for images that `clean_image` rejects.
         """
-        image = clean_image(image)  # upright, before its size is read
+        image = clean_image(image)  # make it upright before reading its size
         device = next(self.parameters()).device
         canvas, (height, width) = on_canvas(self.pixels, image, self.size)
         objects = {k: v.cpu() for k, v in self.detect(canvas[None].to(device))[0][0].items()}
@@ -147,9 +147,9 @@ class Detection(nn.Module):
         }
         if self.masks:
             masks = np.zeros((len(result["boxes"]), image.height, image.width), bool)
-            # By the unclipped boxes: a mask fills its box, also where that leaves the image.
+            # Use the unclipped boxes: a mask covers its whole box, also outside the image.
             likely, corners = objects["masks"][inside].float(), whole[inside]
-            for i in range(len(masks)):  # one by one: float maps of all objects need much memory
+            for i in range(len(masks)):  # one by one to save memory: the maps are float
                 one = slice(i, i + 1)
                 pasted = paste_masks_in_image(
                     likely[one], corners[one], (image.height, image.width)
@@ -159,7 +159,7 @@ class Detection(nn.Module):
         return result
 
     def _draw(self, images: Tensor, targets: list[dict], detections: list[dict]) -> Tensor:
-        """(b, 3, h, 2w) in [0, 1]: truth, prediction."""
+        """Return (b, 3, h, 2w) in [0, 1]: truth, prediction."""
         visible = 255 * denormalize(images, self.encoder.data_config)
         visible = visible.round().to(torch.uint8).cpu()
         rows = []
@@ -175,7 +175,7 @@ class Detection(nn.Module):
         return torch.stack(rows) / 255
 
     def save(self, folder: str | os.PathLike, record: dict[str, Any] | None = None) -> None:
-        """Write the encoder as `save_encoder` does, and the detector beside it, for
+        """Write the encoder with `save_encoder`, and the detector next to it, for
         `load_detection`."""
         save_task(self, folder, FILE, record)
 
@@ -184,7 +184,7 @@ def load_detection(folder: str | os.PathLike) -> Detection:
     """Load the encoder and detector of a detection run, in eval mode.
 
     Raises: FileNotFoundError for a folder without a detector; ValueError if it does not fit the
-        encoder beside it.
+        encoder in the folder.
     """
     return load_task(Detection, folder, FILE, "detection")
 
@@ -192,7 +192,7 @@ def load_detection(folder: str | os.PathLike) -> Detection:
 def evaluate(model: Detection, data, folder: Path) -> tuple[dict[str, Any], DetectionMetrics]:
     """Evaluate a model on images with boxes: average precision.
 
-    Writes ``results.json`` (what pycocotools' ``loadRes`` takes, with the ids of the data),
+    Writes ``results.json`` (for pycocotools' ``loadRes``, with the ids of the data),
     ``classes.csv`` and ``predictions.png`` (truth, prediction) to ``folder``.
 
     Returns: the metrics of `DetectionMetrics.compute` with the number of images and the

@@ -1,4 +1,4 @@
-"""Train in a run directory and write the results: the wiring that recipes and tasks share.
+"""Train in a run directory and write the results: code shared by recipes and tasks.
 
 open the run → fit, saving the model with every checkpoint → conclude → close
 """
@@ -24,13 +24,13 @@ from vim_ssl.utils.files import atomic_write
 
 @dataclass
 class Training:
-    """A training in progress, as the callbacks of `train_run` see it.
+    """A training in progress, passed to the callbacks of `train_run`.
 
     Attributes:
-        run: the run directory, open.
+        run: the open run directory.
         model: the model to evaluate: the moving average if there is one.
         save: writes the model into the run; keyword arguments are added to its record.
-        evaluator: what ``evaluate`` of `train_run` has made.
+        evaluator: the result of ``evaluate`` of `train_run`.
     """
 
     run: Run
@@ -56,26 +56,26 @@ def train_run(
     should_stop: Callable[[Training], bool] | None = None,
     conclude: Callable[[Training], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Train ``objective`` in the run directory that ``config`` names; resume if it says so.
+    """Train ``objective`` in the run directory of ``config``; resume if ``config.resume`` is auto.
 
     Args:
-        name: of the recipe or task, for the records.
+        name: recipe or task name, for the records.
         objective, samples: see `fit`.
-        model: what is averaged and saved: an encoder, or an objective with its heads.
+        model: the model to average and save: an encoder, or an objective with its heads.
         data: name of the training data, for the record.
         save: ``save(folder, ema=average or None, record=dict)`` writes the model. It is called on
             the main process with every checkpoint.
         what: the saved model in messages: "encoder" or "model".
-        record: further entries of the model's record.
+        record: additional entries of the model's record.
         prepare: called on the main process once the run is open.
-        evaluate: makes the evaluator, which is called every ``eval_every`` epochs on the main
-            process; it returns metrics to log.
+        evaluate: returns the evaluator, which is called every ``eval_every`` epochs on the main
+            process and returns metrics to log.
         should_stop: called on the main process after each evaluation; True ends the training.
         conclude: called on the main process after the last step; returns the result. By default
-            the model is saved again with the last metrics in its record, and the report drawn.
+            the model is saved again with the last metrics in its record, and the report is written.
     Returns: the result of ``conclude``, empty on other ranks; by default the metrics logged last,
         and ``run``, the directory.
-    Raises: what `Run.open` and `fit` raise.
+    Raises: the errors of `Run.open` and `fit`.
     """
     average = make_average(model, config)
     averaged: Any = None if average is None else average.module
@@ -119,12 +119,12 @@ def finish_run(
     *,
     page: Path | None = None,
 ) -> dict[str, Any]:
-    """Write metrics.json, print the summary, and draw the report of the run.
+    """Write metrics.json, print the summary, and write the report of the run.
 
     Args:
-        where: an open run; or the folder of an evaluation, made if it is missing.
-        summary: metrics -> the text to print.
-        page: the run that the evaluation belongs to; its report is drawn again if it is a run.
+        where: an open run, or the folder of an evaluation (created if missing).
+        summary: metrics -> text to print.
+        page: folder of the run that was evaluated; if it is a run, its report is written again.
     Returns: the metrics.
     """
     run = where if isinstance(where, Run) else None
@@ -132,7 +132,7 @@ def finish_run(
     text = json.dumps(metrics, indent=2, ensure_ascii=False) + "\n"
     with run.writing("metrics.json") if run else contextlib.nullcontext():
         folder.mkdir(parents=True, exist_ok=True)
-        # Lone surrogates, from file names that are no text, become JSON escapes.
+        # Lone surrogates (from undecodable file names) become JSON escapes.
         atomic_write(folder / "metrics.json", text.encode("utf-8", "backslashreplace"))
     print(summary(metrics))
     if run:

@@ -1,6 +1,6 @@
-"""Semantic segmentation: an encoder with a head that classifies every pixel, and its loss.
+"""Semantic segmentation: an encoder with a head that classifies every pixel, and the loss.
 
-    images -> encoder's maps after some blocks -> neck -> head -> logits
+    images -> encoder's maps after selected blocks -> neck -> head -> logits
 
 The maps are the residual stream after the final norm, without class tokens. (Upstream's Vim-Ti
 takes the mixers' outputs without a norm.)
@@ -43,16 +43,16 @@ class Segmentation(nn.Module):
     """An encoder and a segmentation head; as an objective, their loss.
 
     Args:
-        encoder: any; blocks above the last tap and the classification head are dropped.
-        classes: their names, 2 to 255.
+        encoder: any encoder; blocks above the last tap and the classification head are dropped.
+        classes: class names, 2 to 255.
         head: "upernet" (with upsampled maps at strides 4 to 32) or "linear".
-        taps: blocks whose maps are read, four for upernet; by default spread evenly up to the last
+        taps: blocks whose maps are read, four for upernet; by default evenly spaced up to the last
             block: 5, 11, 17, 23 of 24. "linear" reads the last block by default.
-        channels: inside UPerNet; 0: the encoder's width, as in the paper.
-        norm: in the head, of `vim_ssl.models.heads.NORMS`.
-        auxiliary: weight of the auxiliary head's loss, of upernet only.
-        dice: weight of the Dice loss, a mean over the classes that are in the image.
-        short_side, window, slide: of `predict`, pixels: the short side to resize to (0: no
+        channels: width of UPerNet; 0: the encoder's width, as in the paper.
+        norm: norm of the head, from `vim_ssl.models.heads.NORMS`.
+        auxiliary: weight of the auxiliary head's loss (upernet only).
+        dice: weight of the Dice loss, a mean over the classes present in the image.
+        short_side, window, slide: for `predict`, in pixels: the short side to resize to (0: no
             resizing), the side of a window, and the stride of windows (0: two thirds of a side).
     Batches hold ``image`` (b, c, h, w), normalised, and ``mask`` (b, h, w) int64, 255 = ignored.
     Raises: ValueError for an unknown head or norm, taps that do not fit, or too few or too many
@@ -80,18 +80,17 @@ class Segmentation(nn.Module):
                 raise ValueError(f"{name} {value!r} is unknown. {did_you_mean(value, known)}")
         if not 2 <= len(classes) <= IGNORE:
             raise ValueError(
-                f"There are {len(classes)} classes, such as {list(classes[:3])}; 2 to {IGNORE} are "
-                "needed."
+                f"got {len(classes)} classes, such as {list(classes[:3])}; expected 2 to {IGNORE}."
             )
         if not 0 <= slide <= window:
             raise ValueError(f"slide {slide} leaves gaps between windows of {window} pixels.")
-        encoder.grid(window, window)  # raises for a window that patches do not fill
+        encoder.grid(window, window)  # raises if the window is not a whole number of patches
         depth = len(encoder.feature_info)
         if not taps:
             taps = [max(round(depth * k / 4) - 1, 0) for k in (1, 2, 3, 4)]
             taps = taps if head == "upernet" else taps[-1:]
         if head == "upernet" and len(taps) != 4:
-            raise ValueError(f"taps are {list(taps)}; upernet reads four blocks.")
+            raise ValueError(f"taps are {list(taps)}; upernet needs exactly four blocks.")
         self.taps = encoder.prune_intermediate_layers(list(taps))
         self.encoder, self.classes, self.dice = encoder, list(classes), dice
         dim, stride = encoder.embed_dim, cast(int, encoder.feature_info[0]["reduction"])
@@ -129,7 +128,8 @@ class Segmentation(nn.Module):
         return self.head(self.maps(images)).float()
 
     def forward(self, batch: dict[str, Tensor]) -> StepOutput:
-        """The loss, averaged over labelled pixels: an image's weight is its share of them."""
+        """Return the loss, averaged over labelled pixels: an image's weight is its fraction of
+        labelled pixels."""
         truth = batch["mask"]
         maps = self.maps(batch["image"])
         logits = _resize_to(truth, self.head(maps))
@@ -138,7 +138,7 @@ class Segmentation(nn.Module):
             extra = _resize_to(truth, self.auxiliary(maps[AUXILIARY_LEVEL]))
             loss = loss + self.auxiliary_weight * self._loss(extra, truth)
         guess, labelled = logits.argmax(1), truth != IGNORE
-        pixels = truth[0].numel()  # the weight then counts images, nearly
+        pixels = truth[0].numel()  # so that the weight is roughly the number of images
         hits = (guess == truth).sum() / pixels
         return StepOutput(
             loss, labelled.sum().item() / pixels, {"pixel_accuracy": 100 * hits},
@@ -151,13 +151,13 @@ class Segmentation(nn.Module):
         Memory beyond the image itself does not grow with its size; see `label_pixels`.
 
         Returns: class numbers, uint8 (h, w), of the image turned upright by its EXIF orientation.
-        Raises: BadImage for what `clean_image` refuses.
+        Raises: BadImage for images that `clean_image` rejects.
         """
         device = next(self.parameters()).device
         if isinstance(image, np.ndarray):
             size = image.shape[:2]
         else:
-            image = clean_image(image)  # upright, before its size is read
+            image = clean_image(image)  # make it upright before reading its size
             size = image.height, image.width
         labels = label_pixels(
             self.logits, self.pixels(image).to(device), size,
@@ -166,13 +166,13 @@ class Segmentation(nn.Module):
         return labels.to("cpu", torch.uint8).numpy()
 
     def displayed(self, image: Image.Image | np.ndarray) -> Image.Image:
-        """The image upright, as `predict` labels it; of bands a visible rendering."""
+        """Return the upright image that `predict` labels; for other bands a visible rendering."""
         if isinstance(image, Image.Image):
             return clean_image(image)
         return to_pil_image(denormalize(self.pixels(image)[None], self.encoder.data_config)[0])
 
     def _loss(self, logits: Tensor, truth: Tensor) -> Tensor:
-        """The sum over labelled pixels divided by the pixels of one image."""
+        """Return the sum over labelled pixels divided by the number of pixels of one image."""
         loss = F.cross_entropy(logits, truth, ignore_index=IGNORE, reduction="sum")
         if self.dice:
             labelled = (truth != IGNORE).flatten(1).sum(1)  # (b,)
@@ -180,7 +180,7 @@ class Segmentation(nn.Module):
         return loss / truth[0].numel()
 
     def _draw(self, images: Tensor, truth: Tensor, guess: Tensor) -> Tensor:
-        """(b, 3, h, 3w) in [0, 1]: image, truth, prediction."""
+        """Return (b, 3, h, 3w) in [0, 1]: image, truth, prediction."""
         colours = class_colours(len(self.classes)).to(images.device)
         visible = denormalize(images, self.encoder.data_config).expand(-1, 3, -1, -1)
         index = truth.clamp(max=len(self.classes))  # the last colour means ignored
@@ -188,7 +188,7 @@ class Segmentation(nn.Module):
         return torch.cat([visible, *painted], 3)
 
     def save(self, folder: str | os.PathLike, record: dict[str, Any] | None = None) -> None:
-        """Write the encoder as `save_encoder` does, and the head beside it, for
+        """Write the encoder with `save_encoder`, and the head next to it, for
         `load_segmentation`."""
         save_task(self, folder, FILE, record)
 
@@ -197,7 +197,7 @@ def load_segmentation(folder: str | os.PathLike) -> Segmentation:
     """Load the encoder and head of a segmentation run, in eval mode.
 
     Raises: FileNotFoundError for a folder without a segmentation head; ValueError if the head does
-        not fit the encoder beside it.
+        not fit the encoder in the folder.
     """
     return load_task(Segmentation, folder, FILE, "segmentation")
 
@@ -206,8 +206,8 @@ def evaluate(model: Segmentation, data, folder: Path) -> tuple[dict[str, Any], S
     """Evaluate a model on images with masks, at the size of the masks.
 
     Writes ``classes.csv``, ``predictions.csv`` and ``predictions.png`` (image, truth, prediction)
-    to ``folder``; for planes of volumes ``volumes.csv``; for rasters their predictions as
-    georeferenced files below ``predictions/``.
+    to ``folder``; for planes of volumes also ``volumes.csv``; for rasters also their predictions as
+    georeferenced files in ``predictions/``.
 
     Returns: the metrics of `SegmentationMetrics.compute` with the number of images and the
         skipped ones, for planes also those of `VolumeMetrics.compute`; and the scores.
@@ -242,7 +242,7 @@ def evaluate(model: Segmentation, data, folder: Path) -> tuple[dict[str, Any], S
 
 
 def dice_loss(logits: Tensor, truth: Tensor) -> Tensor:
-    """1 - soft Dice, averaged over the classes in an image; 0 for an image without any.
+    """Return 1 - soft Dice, averaged over the classes in an image; 0 if it has none.
 
     Args:
         logits: (b, classes, h, w) float32.

@@ -1,4 +1,4 @@
-"""Whole slides as the features of their tiles, and a classifier that weighs the tiles.
+"""Whole slides represented by the features of their tiles, and attention pooling over tiles.
 
 Reference: gated attention pooling, arXiv:1802.04712, equation 9.
 """
@@ -22,8 +22,8 @@ from vim_ssl.objectives.base import StepOutput
 
 @dataclass
 class Slide:
-    """A slide: the features ``x`` of its tiles, (tiles, d) float32; their ``positions``, (tiles, 2)
-    int64, left and top in pixels; its label; and its group, such as a patient."""
+    """A slide: tile features ``x`` (tiles, d) float32, tile ``positions`` (tiles, 2) int64 (left
+    and top in pixels), the label, and the group, such as a patient."""
 
     id: str
     x: Tensor
@@ -33,7 +33,7 @@ class Slide:
 
 
 class Slides(Dataset):
-    """Slides by index, as items for the trainer: ``image`` is the slide."""
+    """Slides by index, as items for the trainer with the slide as ``image``."""
 
     def __init__(self, slides: list[Slide], name: str):
         self.slides, self.name = slides, name
@@ -66,11 +66,11 @@ class Slides(Dataset):
 
 
 def group_tiles(tiles: Embedded, name: str) -> Slides:
-    """Group tiles by slide, slides sorted by name; skip slides without a label, with a warning.
+    """Group tiles by slide, sorted by slide name; skip slides without a label, with a warning.
 
     Args:
         tiles: embeddings of ``slide:`` data, whose ids contain the positions of tiles.
-        name: for messages.
+        name: name of the data in messages.
     Raises: ValueError for other ids, and for a slide whose tiles have several labels or groups.
     """
     rows: dict[str, list[int]] = {}
@@ -80,7 +80,7 @@ def group_tiles(tiles: Embedded, name: str) -> Slides:
             slide, left, top = tile_origin(id)
         except ValueError:
             raise ValueError(
-                f"{name} holds {id!r}, which is no tile of a slide; embed data slide:FILES."
+                f"{name} contains {id!r}, which is not a tile of a slide; embed slide:FILES data."
             ) from None
         rows.setdefault(slide, []).append(row)
         positions.append((left, top))
@@ -97,12 +97,15 @@ def group_tiles(tiles: Embedded, name: str) -> Slides:
         corners = torch.tensor([positions[row] for row in of_slide])
         slides.append(Slide(slide, tiles.x[of_slide], corners, int(label), group or slide))
     if unknown:
-        warnings.warn(f"{len(unknown)} slides of {name} have no label: {unknown[:3]}", stacklevel=2)
+        warnings.warn(
+            f"Skipped {len(unknown)} slides of {name} without a label, for example {unknown[:3]}.",
+            stacklevel=2,
+        )
     return Slides(slides, name)
 
 
 class DrawTiles:
-    """A slide to ``x`` (tiles, d) of random tiles, drawn anew each time, and ``label``."""
+    """Transform a slide into ``x`` (tiles, d), random tiles drawn at each call, and ``label``."""
 
     def __init__(self, tiles: int):
         self.tiles = tiles
@@ -110,19 +113,19 @@ class DrawTiles:
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         x = item["image"].x
         order = torch.randperm(len(x))
-        # Tiles of a small slide are repeated.
+        # Small slides repeat their tiles.
         order = order.repeat(-(-self.tiles // len(x)))[: self.tiles]
         return {"x": x[order], "label": item["label"]}
 
 
 class AttentionPool(nn.Module):
-    """A slide's logits from its tiles, and the weight of each tile.
+    """Compute the logits of a slide from its tiles, and the weight of each tile.
 
     Args:
         dim: width of the features.
-        classes: outputs.
+        classes: number of classes.
         hidden: width of the attention.
-        dropout: of the features.
+        dropout: dropout on the features.
     The buffers ``mean`` and ``std``, (d,) each, standardise features; see `standardise_by`.
     """
 
@@ -139,7 +142,7 @@ class AttentionPool(nn.Module):
         self.head = nn.Linear(dim, classes)
 
     def standardise_by(self, slides: Slides) -> None:
-        """Set mean and deviation to those of all tiles of these training slides."""
+        """Set ``mean`` and ``std`` to those of all tiles of these training slides."""
         mean, std = moments(torch.cat([slide.x for slide in slides.slides]))
         self.mean.copy_(mean)
         self.std.copy_(std)

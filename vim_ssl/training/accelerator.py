@@ -10,14 +10,14 @@ from torch import nn
 from vim_ssl.training.config import TrainConfig
 from vim_ssl.utils.distributed import cores
 
-TIMEOUT = timedelta(hours=2)  # of ranks that wait while rank 0 evaluates; NCCL's default is 10 min
+TIMEOUT = timedelta(hours=2)  # for ranks waiting while rank 0 evaluates; NCCL's default is 10 min
 
 
 def make_accelerator(config: TrainConfig):
-    """accelerate's Accelerator for this configuration.
+    """Return accelerate's Accelerator for this configuration.
 
-    Raises: ValueError for a launcher whose processes do not see one another, for several processes
-        with ``eval_only``, and for ``ema`` under FSDP.
+    Raises: ValueError if the launcher's processes are not connected, for several processes with
+        ``eval_only``, and for ``ema`` under FSDP.
     """
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs, TorchDynamoPlugin
@@ -32,11 +32,11 @@ def make_accelerator(config: TrainConfig):
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     torch.set_num_threads(config.threads or max(cores() // local, 1))
     if world > 1 and not torch.cuda.is_available():
-        # Without this accelerate looks for GPUs, finds none, and every process trains alone.
+        # Without this, accelerate finds no GPU and every process trains alone.
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")
     timeout = InitProcessGroupKwargs(timeout=TIMEOUT)
     accelerator = Accelerator(mixed_precision=config.precision, kwargs_handlers=[timeout])
-    # A second Accelerator of a process would keep the first one's plugin.
+    # A second Accelerator in a process would keep the plugin of the first.
     backend = "inductor" if config.compile else None
     accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend=backend)
     if world != accelerator.num_processes:
@@ -70,5 +70,5 @@ class Average:
 
 
 def make_average(model: nn.Module, config: TrainConfig) -> Average | None:
-    """The average that ``config.ema`` requests, if any."""
+    """Return the average that ``config.ema`` requests, if any."""
     return Average(model, config.ema) if config.ema else None

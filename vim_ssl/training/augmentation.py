@@ -16,10 +16,12 @@ from vim_ssl.utils.config import check_between, opt
 class AugmentationConfig(TrainConfig):
     """Settings of the loop and of training augmentation."""
 
-    crop_scale: tuple[float, float] = opt((0.08, 1.0), "share of the image's area", "data")
+    crop_scale: tuple[float, float] = opt(
+        (0.08, 1.0), "range of the random crop's area, as a fraction of the image", "data"
+    )
     hflip: float = opt(0.5, "probability of mirroring", "data")
-    color_jitter: float = opt(0.0, "strength; unused with auto_augment", "data")
-    auto_augment: str = opt("", "timm's name of a policy, such as rand-m9-mstd0.5-inc1", "data")
+    color_jitter: float = opt(0.0, "strength of colour jitter; unused with auto_augment", "data")
+    auto_augment: str = opt("", "timm's policy name, such as rand-m9-mstd0.5-inc1", "data")
     erasing: float = opt(0.0, "probability of erasing a rectangle", "data")
 
     def __post_init__(self):

@@ -17,29 +17,35 @@ class TrainConfig:
     accumulation: int = opt(1, "micro-batches per optimiser step", "optimiser")
     optimizer: str = opt("adamw", "timm's name: adamw, lamb, lars …", "optimiser")
     base_lr: float = opt(1.5e-4, "learning rate per lr_reference_batch samples", "optimiser")
-    lr_reference_batch: int = opt(256, "effective batch that base_lr refers to", "optimiser")
+    lr_reference_batch: int = opt(
+        256, "effective batch size for which base_lr is specified", "optimiser"
+    )
     min_lr: float = opt(0.0, "final learning rate, not scaled by the batch", "optimiser")
-    schedule: str = opt("cosine", "decay of the rate to min_lr", "optimiser", choices=SCHEDULES)
+    schedule: str = opt("cosine", "learning-rate schedule", "optimiser", choices=SCHEDULES)
     warmup_epochs: float = opt(40.0, "epochs of linear warm-up", "optimiser")
     warmup_lr: float = opt(0.0, "initial learning rate, not scaled by the batch", "optimiser")
-    weight_decay: float = opt(0.05, "except on A_log, D, biases, norms, tokens", "optimiser")
-    betas: tuple[float, float] = opt((0.9, 0.95), "betas of AdamW", "optimiser")
-    eps: float | None = opt(None, "epsilon of AdamW; none: its default, 1e-8", "optimiser")
+    weight_decay: float = opt(
+        0.05, "weight decay, except on A_log, D, biases, norms, tokens", "optimiser"
+    )
+    betas: tuple[float, float] = opt(
+        (0.9, 0.95), "betas of the optimiser (AdamW, LAMB …)", "optimiser"
+    )
+    eps: float | None = opt(None, "epsilon of the optimiser; none: timm's default", "optimiser")
     clip_grad: float | None = opt(1.0, "maximum gradient norm; none: no clipping", "optimiser")
     layer_decay: float | None = opt(
-        None, "lr factor from a block to the one below; none: off", "optimiser"
+        None, "learning-rate factor per block, from top to bottom; none: off", "optimiser"
     )
     ema: float = opt(
-        0.0, "decay of a moving average of the encoder, saved beside it; 0: off", "optimiser"
+        0.0, "decay of a moving average of the encoder, saved next to it; 0: off", "optimiser"
     )
     precision: str = opt("no", "dtype of autocast", "run", choices=("no", "bf16", "fp16"))
     compile: bool = opt(False, "torch.compile the model", "run")
     grad_checkpointing: bool = opt(
-        False, "recompute blocks in backward: less memory, a third slower", "run"
+        False, "recompute blocks in the backward pass: less memory, a third slower", "run"
     )
     workers: int = opt(2, "data loading processes per rank", "run")
     threads: int = opt(0, "CPU threads per process; 0: cores / processes", "run")
-    seed: int = opt(0, "of all random numbers", "run")
+    seed: int = opt(0, "seed of all random number generators", "run")
     output: str = opt("", "run directory; default: a new one under runs/", "run")
     resume: str = opt(
         "never", "auto: resume from the newest checkpoint in output", "run", ("never", "auto")
@@ -47,17 +53,18 @@ class TrainConfig:
     log_every: int = opt(10, "optimiser steps between lines of metrics.jsonl", "run")
     eval_every: float = opt(20.0, "epochs between evaluations and images", "run")
     save_every: float = opt(15.0, "minutes between checkpoints", "run")
-    save_steps: int = opt(0, "optimiser steps between checkpoints; 0: by save_every", "run")
+    save_steps: int = opt(0, "optimiser steps between checkpoints; 0: use save_every", "run")
     keep_checkpoints: int = opt(2, "number of checkpoints kept", "run")
     max_steps: int = opt(0, "stop after this optimiser step; 0: off", "run")
-    max_bad_steps: int = opt(20, "stop after this many non-finite steps in a row", "run")
+    max_bad_steps: int = opt(20, "stop after this many consecutive non-finite steps", "run")
     trackers: tuple[str, ...] = opt(
-        ("auto",), "accelerate's names; auto: tensorboard if installed; none", "run"
-    )
+        ("auto",),
+        "names of accelerate trackers; auto: tensorboard if installed; none: no tracker", "run",
+    )  # fmt: skip
 
     @classmethod
     def derive_defaults(cls, defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-        """For `vim_ssl.utils.config.parse`: a shorter run keeps the preset's share of warm-up."""
+        """Shorten the warm-up in proportion if fewer epochs are given; called by `parse`."""
         share = given.get("epochs", math.inf) / defaults["epochs"]
         if "warmup_epochs" in given or not 0 < share < 1:
             return defaults

@@ -1,9 +1,9 @@
-"""The one training loop. Recipes and downstream scripts build data, model and objective, and call
-`fit`, whose promises are
+"""The training loop. Recipes and downstream scripts build data, model and objective, and call
+`fit`, which guarantees:
 
     exact      the gradient is that of sum(loss_sum) / sum(weight) over micro-batches and processes
     resumable  a run stopped anywhere resumes bit for bit (see `vim_ssl.data.loading.indexed`)
-    safe       checkpoints are whole or absent; SIGTERM saves; a non-finite step is skipped
+    safe       checkpoints are complete or absent; SIGTERM saves; a non-finite step is skipped
 """
 
 import contextlib
@@ -35,20 +35,20 @@ def fit(
     should_stop: Callable[[], bool] | None = None,
     on_save: Callable[[], object] | None = None,
 ) -> dict[str, float]:
-    """Train ``objective`` on ``samples``; returns the last metrics logged.
+    """Train ``objective`` on ``samples`` and return the metrics logged last.
 
     Args:
         objective: ``forward(batch) -> StepOutput``, and the options of `vim_ssl.objectives.base`.
         samples: the training data with its transform.
-        run: the run directory; if it holds checkpoints, training resumes from the newest.
+        run: the run directory; if it has checkpoints, training resumes from the newest.
         accelerator: from `make_accelerator`.
         average: from `make_average`; saved with every checkpoint.
         evaluate: called every ``eval_every`` epochs on the main process; returns metrics to log.
-        should_stop: called on the main process after each evaluation, and when a run is resumed;
-            True ends the training.
+        should_stop: called on the main process after each evaluation and on resume; True ends the
+            training.
         on_save: called before every checkpoint on the main process, to write the encoder.
     Raises: ValueError if the checkpoint was made with other data, batches or model;
-        FloatingPointError after ``max_bad_steps`` non-finite steps in a row;
+        FloatingPointError after ``max_bad_steps`` consecutive non-finite steps;
         SystemExit(0) after SIGTERM or SIGINT, once the state is saved.
     """
     schedule = Schedule(samples, config, accelerator)
@@ -82,7 +82,7 @@ def fit(
                 accelerator.clip_grad_norm_(model.parameters(), config.clip_grad or math.inf)
             )
             finite = math.isfinite(norm + averages["loss"])
-            if finite or config.precision == "fp16":  # fp16's scaler skips by itself
+            if finite or config.precision == "fp16":  # the fp16 scaler skips non-finite steps
                 optimizer.step()
             optimizer.zero_grad()
             if finite and (after_step := getattr(objective, "after_step", None)):
@@ -104,8 +104,8 @@ def fit(
                 last = monitor.broadcast_decision(should_stop) or last
             metrics |= row
             if monitor.checkpoint_due() or last:
-                # The encoder first: a run killed in between repeats these steps. A run with its
-                # last checkpoint is finished, and would never write its encoder.
+                # Write the encoder first: a run killed in between repeats these steps. In the other
+                # order, a run killed after its last checkpoint would never write its encoder.
                 if on_save is not None and accelerator.is_main_process:
                     on_save()
                 run.save(accelerator, progress, keep=config.keep_checkpoints)
@@ -117,11 +117,11 @@ def fit(
 
 
 def forward_backward(accelerator, model, objective, batches, config, progress):
-    """Accumulate the gradient of one step; returns the averages over its samples and processes."""
+    """Accumulate the gradient of one step; return the averages over its samples and processes."""
     from accelerate.utils import send_to_device
 
     def forward(i: int, **more):
-        # Seeded here, drop path and dropout have no state that a checkpoint would have to hold.
+        # Seeding here means that checkpoints need no random state for drop path and dropout.
         torch.manual_seed(
             stable_hash("step", config.seed, progress.step, i, accelerator.process_index)
         )
@@ -131,7 +131,7 @@ def forward_backward(accelerator, model, objective, batches, config, progress):
     count = len(batches)
     accumulate = getattr(objective, "accumulate", None)
     outputs = accumulate(forward, count) if accumulate else map(forward, range(count))
-    unit = sum(len(batch["index"]) for batch in batches)  # usually the weight
+    unit = sum(len(batch["index"]) for batch in batches)  # usually equals the weight
     sums = torch.zeros(0)
     for i, batch in enumerate(batches):
         with contextlib.nullcontext() if i + 1 == count else accelerator.no_sync(model):
@@ -139,12 +139,12 @@ def forward_backward(accelerator, model, objective, batches, config, progress):
             accelerator.backward(out.loss_sum / unit)
         values = [out.loss_sum, *out.metrics.values(), out.weight, len(batch["index"])]
         values = [torch.as_tensor(v, device=out.loss_sum.device).detach().float() for v in values]
-        values = torch.stack(values).cpu().double()  # one wait for the device, not one per value
+        values = torch.stack(values).cpu().double()  # one synchronisation, not one per value
         sums = values if i == 0 else sums + values
     if accelerator.num_processes > 1:
         sums = accelerator.reduce(sums.to(accelerator.device)).cpu()
     *totals, weight, samples = sums.tolist()
-    weight = weight or 1.0  # without any weight every sum is zero
+    weight = weight or 1.0  # if the weight is 0, all sums are 0
     factor = unit * accelerator.num_processes / weight  # DDP averages over the processes
     if factor != 1.0:
         for p in model.parameters():

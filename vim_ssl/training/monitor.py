@@ -1,4 +1,4 @@
-"""What runs beside the arithmetic: progress bar, clock, signals, evaluations."""
+"""Everything around the training arithmetic: progress bar, clock, signals, evaluations."""
 
 import contextlib
 import signal
@@ -16,20 +16,21 @@ from vim_ssl.utils.names import number
 
 
 def bottleneck(images: float, seconds: float, waited: float, workers: int) -> str:
-    """Whether the data or the model set the pace, and how to speed it up."""
+    """Report whether data loading or the model limits the speed, and how to speed it up."""
     share = waited / seconds
     rate = number(images / seconds, 2)
     text = f"{rate} images/s, {100 * share:.0f} % of the time waiting for data: "
-    if share < 0.2:  # as with small images that one core both loads and trains on
-        return text + "the model sets the pace, the data keep up."
-    text += "the data set the pace" if share > 0.5 else "the data hold the model up"
+    if share < 0.2:  # common with small images, if one core both loads and trains
+        return text + "the model limits the speed, not data loading."
+    text += "data loading limits the speed" if share > 0.5 else "data loading slows the model down"
     if workers < cores():
         return f"{text}; more --workers than {workers} may help."
     return f"{text}, with a worker on every core; smaller images may help."
 
 
 class Monitor:
-    """A context around the loop: progress bar, clock, signal handlers, evaluations, decisions."""
+    """Context manager around the loop: progress bar, clock, signal handlers, evaluations and
+    decisions shared by all ranks."""
 
     def __init__(self, schedule, config, run, accelerator, progress):
         self.schedule, self.config, self.run = schedule, config, run
@@ -64,11 +65,11 @@ class Monitor:
 
     def _on_signal(self, signum, frame):
         if self.stop and signum == signal.SIGINT:
-            raise KeyboardInterrupt  # the second one does not wait for the step
+            raise KeyboardInterrupt  # a second signal does not wait for the step
         self.stop = True
 
     def step(self, loss: float, samples: float) -> dict[str, float]:
-        """Advance the bar; returns the step's images per second over all processes, and the share
+        """Advance the bar; return the step's images per second over all processes, and the fraction
         of its time that this process waited for batches."""
         now = time.perf_counter()
         seconds, self.since_step = now - self.since_step, now
@@ -91,7 +92,7 @@ class Monitor:
 
         metrics = {}
         if self.main:
-            # Always the same eight samples, so that progress can be seen.
+            # Always the same eight samples, to show progress.
             preview = send_to_device(collate(samples.preview(8)), self.accelerator.device)
             was_training = objective.training
             objective.eval()
@@ -109,8 +110,7 @@ class Monitor:
         return metrics
 
     def broadcast_decision(self, decide: Callable[[], bool]) -> bool:
-        """What ``decide`` returns on the main process, which alone calls it; identical on all
-        ranks."""
+        """Return the result of ``decide``, called only on the main process, on all ranks."""
         decision = float(self.main and decide())
         flag = torch.tensor(decision, device=self.accelerator.device)
         return self.accelerator.reduce(flag).item() > 0
@@ -135,7 +135,7 @@ class Monitor:
         return self.stop
 
     def exit_after_save(self) -> None:
-        """Exit with code 0 and the command to resume."""
+        """Print how to resume and exit with code 0."""
         if self.main:
-            self.bar.write(f"Stopped at step {self.progress.step}; go on with --resume auto.")
+            self.bar.write(f"Stopped at step {self.progress.step}; continue with --resume auto.")
         sys.exit(0)

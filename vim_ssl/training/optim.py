@@ -25,8 +25,8 @@ from torch import nn
 from vim_ssl.utils.names import did_you_mean
 
 # Parameters without weight decay, by the last part of their names: A_log and D define the dynamics
-# of a scan, for which zero is no neutral value; the others are offsets. timm adds everything
-# one-dimensional, such as biases and norms.
+# of a scan, for which zero is not a neutral value; the others are offsets. timm also exempts all
+# one-dimensional parameters, such as biases and norms.
 NO_DECAY = {
     "A_log", "A_b_log", "D", "D_b",
     "pos_embed", "cls_token", "cls_token_head", "cls_token_tail", "mask_token", "register_tokens",
@@ -35,17 +35,19 @@ NO_DECAY = {
 
 
 def _in_steps(optimizer: torch.optim.Optimizer, *, t_initial: int, lr_min: float, **settings):
-    """A tenth of the rate at 8/9 of all steps, a hundredth at 26/27, as in ViTDet
-    (arXiv:2203.16527) and Vim's detection. Raises: ValueError for an ``lr_min``."""
+    """Divide the learning rate by 10 at 8/9 and at 26/27 of all steps, as in ViTDet
+    (arXiv:2203.16527) and Vim's detection. Raises: ValueError for a non-zero ``lr_min``."""
     if lr_min:
-        raise ValueError(f"schedule 'steps' falls by tenths, not to min_lr {lr_min:g}; use 0.")
+        raise ValueError(
+            f"schedule 'steps' divides the rate by 10 and ignores min_lr; got {lr_min:g}, use 0."
+        )
     warmup = settings["warmup_t"]
-    # timm counts milestones from the end of the warm-up, and one step too early.
+    # timm counts milestones from the end of the warm-up, one step too early.
     falls = [round(share * (t_initial + warmup)) - warmup + 1 for share in (8 / 9, 26 / 27)]
     return MultiStepLRScheduler(optimizer, decay_t=falls, decay_rate=0.1, **settings)
 
 
-# How the learning rate falls after the warm-up. (cycle_decay has no effect within one cycle, but
+# Decay of the learning rate after the warm-up. (cycle_decay has no effect within one cycle, but
 # silences timm's warning about a run of one step.)
 SCHEDULES: dict[str, Callable] = {
     "cosine": partial(CosineLRScheduler, cycle_decay=0.5),
@@ -60,12 +62,12 @@ def param_groups(
     """Group the trainable parameters by weight decay and, with ``layer_decay``, by depth.
 
     Args:
-        model: an encoder, or a module that holds one as ``encoder`` (an objective, a task model).
-        weight_decay: for all but `NO_DECAY`, one-dimensional parameters, and those that a module
-            lists in its ``no_weight_decay()``.
-        layer_decay: factor on the learning rate from each block to the one below, so that the patch
-            embedding has the lowest; the encoder's head and everything outside it have 1. Only
-            timm's schedulers apply the groups' ``lr_scale``; see `build_schedule`.
+        model: an encoder, or a module with an ``encoder`` (an objective, a task model).
+        weight_decay: applied to all parameters except `NO_DECAY`, one-dimensional ones, and those
+            that a module lists in its ``no_weight_decay()``.
+        layer_decay: learning-rate factor from each block to the one below. The patch embedding has
+            the lowest rate; the encoder's head and everything outside the encoder have factor 1.
+            Only timm's schedulers apply the groups' ``lr_scale``; see `build_schedule`.
     Returns: groups for a torch optimiser, every trainable parameter in exactly one.
     Raises: ValueError for ``layer_decay`` without an encoder.
     """
@@ -74,7 +76,7 @@ def param_groups(
         return param_groups_weight_decay(model, weight_decay, no_weight_decay_list=excluded)
     view = _LayerView(model)
     return param_groups_layer_decay(
-        cast(nn.Module, view),  # it has all that timm uses
+        cast(nn.Module, view),  # it has every method that timm uses
         weight_decay,
         no_weight_decay_list={view.rename(name) for name in excluded},
         layer_decay=layer_decay,
@@ -91,7 +93,7 @@ def build_optimizer(
     eps: float | None = None,
     layer_decay: float | None = None,
 ) -> torch.optim.Optimizer:
-    """timm's optimiser of that name over `param_groups`.
+    """Build timm's optimiser named ``opt`` over `param_groups`.
 
     Args:
         model, weight_decay, layer_decay: see `param_groups`.
@@ -124,22 +126,23 @@ def build_schedule(
     warmup_lr: float = 0.0,
     schedule: str = "cosine",
 ) -> Scheduler:
-    """Linear warm-up from ``warmup_lr`` to the optimiser's lr, then down to ``min_lr``.
+    """Build a schedule: linear warm-up from ``warmup_lr`` to the optimiser's lr, then decay to
+    ``min_lr``.
 
-    Call ``step_update(step)`` before optimiser step ``step`` = 0, 1, …: the learning rate is a
-    function of that number alone, so there is no state to save. A group's ``lr_scale`` multiplies
-    it, which torch's schedulers would ignore.
+    Call ``step_update(step)`` before optimiser step ``step`` = 0, 1, …: the learning rate depends
+    only on that number, so there is no state to save. It is multiplied by a group's ``lr_scale``,
+    which torch's schedulers would ignore.
 
     Args:
         total_steps: optimiser steps of the run; step ``total_steps`` would have ``min_lr``.
-        warmup_steps: how many of these; step ``warmup_steps`` has the full lr.
+        warmup_steps: number of warm-up steps among these; step ``warmup_steps`` has the full lr.
         schedule: a name of `SCHEDULES`.
     Raises: ValueError if the warm-up leaves no step, or for an unknown schedule.
     """
     if not 0 <= warmup_steps < total_steps:
         raise ValueError(
             f"a warm-up of {warmup_steps} steps does not fit a run of {total_steps}; "
-            "warm up for less or train for longer."
+            "shorten the warm-up or train for longer."
         )
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule {schedule!r} is unknown. {did_you_mean(schedule, SCHEDULES)}")
@@ -155,7 +158,7 @@ def build_schedule(
 
 
 def _no_weight_decay(model: nn.Module) -> set[str]:
-    """Full names of the parameters without weight decay, except one-dimensional ones."""
+    """Return the full names of parameters without weight decay, except one-dimensional ones."""
     names = {name for name, _ in model.named_parameters() if name.rsplit(".", 1)[-1] in NO_DECAY}
     for path, module in model.named_modules():
         declared = getattr(module, "no_weight_decay", None)
@@ -165,16 +168,16 @@ def _no_weight_decay(model: nn.Module) -> set[str]:
 
 
 class _LayerView:
-    """A view of a model for timm's layer decay: the encoder's parameters by the names that its
-    ``group_matcher`` knows, all others by unknown names, which are grouped with the head."""
+    """A view of a model for timm's layer decay. The encoder's parameters have the names that its
+    ``group_matcher`` expects; all others have unknown names, which are grouped with the head."""
 
     def __init__(self, model: nn.Module):
         bare = hasattr(model, "group_matcher")
         encoder: Any = model if bare else getattr(model, "encoder", None)
         if not hasattr(encoder, "group_matcher"):
             raise ValueError(
-                f"layer_decay needs to know the layers: {type(model).__name__} has no "
-                "group_matcher(), nor an `encoder` that has one; pass layer_decay=None."
+                f"layer_decay needs a group_matcher(), but {type(model).__name__} has none, nor an "
+                "`encoder` with one; pass layer_decay=None."
             )
         self.model, self.prefix = model, "" if bare else "encoder."
         self.group_matcher: Callable = encoder.group_matcher

@@ -1,4 +1,4 @@
-"""How samples become optimiser steps: batches, epochs, learning rate, progress."""
+"""Turn samples into optimiser steps: batches, epochs, learning rate, progress."""
 
 import math
 import time
@@ -13,10 +13,11 @@ from vim_ssl.utils.distributed import cores
 
 @dataclass
 class Progress:
-    """How far a run is, saved with every checkpoint; ``batch`` is the epoch's next micro-batch.
+    """Progress of a run, saved with every checkpoint; ``batch`` is the next micro-batch of the
+    epoch.
 
-    The counts mean the same steps only with the same ``epoch_batches``, ``epoch_steps``, ``data``
-    (a fingerprint) and ``readers`` (of a stream).
+    The counts refer to the same steps only if ``epoch_batches``, ``epoch_steps``, ``data`` (a
+    fingerprint) and ``readers`` (the processes and workers that read a stream) are the same.
     """
 
     epoch: int = 0
@@ -37,7 +38,7 @@ class Schedule:
 
     def __init__(self, samples: SeededSamples, config: TrainConfig, accelerator):
         self.config, world = config, accelerator.num_processes
-        # The batch is never larger than the data, so that a handful of images trains too.
+        # Limit the batch to the size of the data, so that a few images can be trained on.
         self.batch_size = max(min(config.batch_size, len(samples) // world), 1)
         self.workers = min(config.workers, cores())
         self.batches = samples.batches(
@@ -71,40 +72,40 @@ class Schedule:
         if self.lr < config.min_lr and accelerator.is_main_process:
             warnings.warn(
                 f"the learning rate, {self.lr:.3g} for a batch of {self.effective_batch}, is below "
-                f"min_lr {config.min_lr:g} and will rise: raise base_lr or the batch, or set "
-                "--min-lr.",
+                f"min_lr {config.min_lr:g} and would increase in training; raise base_lr or the "
+                "batch, or lower --min-lr.",
                 stacklevel=2,
             )
 
     def check_resume(self, progress: Progress) -> None:
-        """Check that a checkpoint's counts mean the same steps here, and record what they mean.
+        """Check that a checkpoint's counts refer to the same steps here; record the new values.
 
         Raises: ValueError for other data, batches or readers.
         """
         if progress.epoch_batches and progress.readers != self.readers:
             raise ValueError(
                 f"The checkpoint's stream was read by {progress.readers}; {self.readers} would "
-                "read it in another order. Resume with the same number of both, or start anew in "
-                "another --output."
+                "read it in another order. Resume with the same number of both, or start a new run "
+                "in another --output."
             )
         names = ("epoch_batches", "epoch_steps")
         before, now = ([getattr(source, name) for name in names] for source in (progress, self))
         if progress.epoch_batches and before != now:
             raise ValueError(
-                f"The checkpoint's epochs have {before[0]} batches in {before[1]} steps, these "
+                f"An epoch of the checkpoint has {before[0]} batches in {before[1]} steps, now "
                 f"{now[0]} in {now[1]}. Resume with the same data, accumulation and batch_size x "
-                "processes, or start anew in another --output."
+                "processes, or start a new run in another --output."
             )
         if progress.epoch_batches and progress.data != self.fingerprint:
             raise ValueError(
                 "The images are not those of the checkpoint: their names, sizes or labels differ. "
-                "Resume with the same data, or start anew in another --output."
+                "Resume with the same data, or start a new run in another --output."
             )
         progress.data, progress.readers = self.fingerprint, self.readers
         progress.epoch_batches, progress.epoch_steps = self.epoch_batches, self.epoch_steps
 
     def steps(self, progress: Progress) -> Iterator[list[dict]]:
-        """Yield the micro-batches of each optimiser step that ``progress`` has not counted."""
+        """Yield the micro-batches of each remaining optimiser step."""
         while progress.epoch < self.config.epochs:
             self.batches.epoch, self.batches.start = progress.epoch, progress.batch
             group = []
@@ -117,7 +118,7 @@ class Schedule:
                 yield group
 
     def _loaded(self) -> Iterator[dict]:
-        """The loader's batches; adds the time spent waiting for them to ``waited``."""
+        """Yield the loader's batches; add the time spent waiting for them to ``waited``."""
         began = time.perf_counter()
         for batch in self.loader:
             self.waited += time.perf_counter() - began
@@ -125,7 +126,7 @@ class Schedule:
             began = time.perf_counter()
 
     def advance(self, progress: Progress, batches: int, samples: float, finite: bool) -> None:
-        """Count a step. Raises: FloatingPointError after too many non-finite ones in a row."""
+        """Count a step. Raises: FloatingPointError after too many consecutive non-finite steps."""
         progress.step += 1
         progress.samples += int(samples)
         progress.batch += batches
@@ -135,9 +136,9 @@ class Schedule:
         progress.bad_in_a_row = 0 if finite else progress.bad_in_a_row + 1
         if progress.bad_in_a_row >= self.config.max_bad_steps:
             raise FloatingPointError(
-                f"{progress.bad_in_a_row} steps in a row were not finite, the last at step "
+                f"{progress.bad_in_a_row} consecutive steps were not finite, the last at step "
                 f"{progress.step}. The newest checkpoint is older: lower base_lr or clip_grad and "
-                "go on with --resume auto."
+                "continue with --resume auto."
             )
 
     def epoch_float(self, progress: Progress) -> float:

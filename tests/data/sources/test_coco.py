@@ -106,6 +106,14 @@ def test_the_official_layout(tmp_path, split):
     assert [part.split for part in boxed_splits(f"coco:{tmp_path}", 0.5, 0)] == ["train", "val"]
 
 
+def test_splits_without_one_for_training_are_mixed_on_request_only(tmp_path):
+    for name, id in (("val", 1), ("test", 2)):
+        put(tmp_path, content([image_entry(id)], [thing(1, id)]), split=name)
+    with pytest.raises(ValueError, match="the splits val, test, none for training"):
+        boxed_splits(f"coco:{tmp_path}", 0.5, 0)
+    assert [len(part) for part in boxed_splits(f"coco:{tmp_path}?split=all", 0.5, 0)] == [1, 1]
+
+
 @pytest.mark.parametrize("folder", ["images/train", "images", "."])
 def test_images_are_found_where_they_usually_lie(tmp_path, folder):
     spec = put(tmp_path, content([image_entry(1, "sub/a.png")], [thing(1, 1)]), folder=folder)

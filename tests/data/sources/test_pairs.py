@@ -148,6 +148,12 @@ def test_a_lone_quote_between_tabs_swallows_nothing(tmp_path):
     assert [data.captions(i) for i in range(2)] == [['"oh'], ['say ""hi"']]
 
 
+def test_spaces_within_quotes_between_tabs_belong_to_the_caption(tmp_path):
+    texts = [f"path\tcaption\na.png\t{caption}\n" for caption in ('" a dog "', "a dog", " a dog ")]
+    spaced, plain, outside = [open_data(table(tmp_path, text, "x.tsv")) for text in texts]
+    assert plain.fingerprint == outside.fingerprint != spaced.fingerprint
+
+
 @pytest.mark.parametrize(
     ("text", "options", "error", "says"),
     [

@@ -145,7 +145,7 @@ def _pairs(path: Path, spec: DataSpec, source: str) -> Iterator[tuple[int, str, 
             if not fault and len(row) != len(header):
                 fault = f"{len(row)} fields, the header has {len(header)}"
             if not fault:
-                name, caption = (row[column].strip() for column in columns)
+                name, caption = (row[column] for column in columns)
                 fault = _fault(name, caption)
             yield line, name, caption, fault
 

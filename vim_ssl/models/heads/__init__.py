@@ -1,4 +1,4 @@
-"""Dense heads: pyramids from the encoder's maps, all of one size, and predictions from pyramids.
+"""Dense heads: pyramids from the encoder's single-scale maps, and predictions from pyramids.
 
 maps = encoder.forward_intermediates(images, taps, norm=True, intermediates_only=True)
 FeatureUpsampling(d, stride)(maps)        # four maps at strides 4, 8, 16, 32

@@ -1,4 +1,4 @@
-"""Multi-scale pyramids from an encoder whose maps all have one stride."""
+"""Multi-scale pyramids from an encoder with single-stride maps."""
 
 import math
 from collections import OrderedDict
@@ -13,29 +13,29 @@ Norm = Callable[[int], nn.Module]
 
 
 def doublings(stride: int, target: int) -> int:
-    """Number of doublings from ``stride`` to ``target``; negative for halvings.
+    """Return the number of doublings from ``stride`` to ``target``; negative for halvings.
 
-    Raises: ValueError for a stride that is no power of two times ``target``.
+    Raises: ValueError for a stride that is not a power of two times ``target``.
     """
     times = math.log2(stride / target)
     if not times.is_integer():
         raise ValueError(
             f"a map of stride {stride} cannot be doubled or halved to stride {target}; a pyramid "
-            "needs patches of 4, 8, 16 … pixels. The linear head takes any."
+            "needs patches of 4, 8, 16 … pixels. The linear head accepts any size."
         )
     return int(times)
 
 
 class FeatureUpsampling(nn.Module):
-    """Resize four tapped maps to strides 4, 8, 16, 32, the shallowest block's to the finest.
+    """Resize four tapped maps to strides 4, 8, 16, 32, from the shallowest block's to the deepest.
 
-    Transposed convolutions double, max-pooling halves (odd sides are rounded up).
+    Transposed convolutions double the size, max-pooling halves it (odd sides are rounded up).
 
     Args:
-        dim: channels of every map, in and out.
-        stride: of the maps, pixels.
-        norm: between two transposed convolutions: channels -> module.
-    Raises: ValueError for a stride that is no power of two.
+        dim: input and output channels of every map.
+        stride: stride of the maps in pixels.
+        norm: constructor of the norm between two transposed convolutions: channels -> module.
+    Raises: ValueError for a stride that is not a power of two.
     Reference: BEiT's segmentation, arXiv:2106.08254, which Vim uses.
     """
 
@@ -72,9 +72,9 @@ class SimpleFeaturePyramid(nn.Module):
 
     Args:
         dim: channels of the map.
-        stride: of the map, pixels.
-        out_channels: of every level.
-    Raises: ValueError for a stride that is no power of two, or channels that cannot be halved.
+        stride: stride of the map in pixels.
+        out_channels: channels of every level.
+    Raises: ValueError for a stride that is not a power of two, or channels that cannot be halved.
     Reference: ViTDet, arXiv:2203.16527.
     """
 

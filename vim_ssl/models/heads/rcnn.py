@@ -19,33 +19,33 @@ from torchvision.ops import MultiScaleRoIAlign, clip_boxes_to_image
 
 LEVELS = ("0", "1", "2", "3")  # regions are pooled from these; proposals come from "pool" too
 COARSEST = 64  # stride of "pool" in pixels; images are multiples of it
-# The cascade's stages: the least IoU of a positive box, and the weights of its offsets.
+# The cascade's stages: the minimum IoU of a positive box, and the weights of its offsets.
 STAGES = (
     (0.5, (10.0, 10.0, 5.0, 5.0)),
     (0.6, (20.0, 20.0, 10.0, 10.0)),
     (0.7, (30.0, 30.0, 15.0, 15.0)),
 )
-Objects = dict[str, Tensor]  # of one image: boxes, labels, scores, masks
+Objects = dict[str, Tensor]  # boxes, labels, scores, masks of one image
 
 
 class RCNN(nn.Module):
-    """Proposals from a pyramid, and the class, refined box and mask of each.
+    """Predict proposals from a pyramid, and the class, refined box and mask of each.
 
     Args:
-        channels: of the pyramid's maps, and inside the heads.
-        num_classes: of objects; the background is one more, number 0.
-        cascade: three box heads in sequence, each trained on the boxes of the one before
-            (`CascadeRoIHeads`); else one (torchvision's `RoIHeads`).
+        channels: channels of the pyramid's maps and of the heads.
+        num_classes: number of object classes, without the background (class 0).
+        cascade: use three box heads in sequence, each trained on the boxes of the previous one
+            (`CascadeRoIHeads`); otherwise one (torchvision's `RoIHeads`).
         masks: add a mask head.
-        convs: 3x3 convolutions in each box head and in the mask head.
+        convs: number of 3x3 convolutions in each box head and in the mask head.
         hidden: width of a box head's last layer.
-        anchor: side of the finest level's anchors, pixels; each coarser level doubles it.
-        samples: proposals per image for training the box heads.
-        score: the least score of a detection.
-        most: detections per image.
+        anchor: side of the finest level's anchors in pixels; doubled per coarser level.
+        samples: number of proposals per image for training the box heads.
+        score: minimum score of a detection.
+        most: maximum number of detections per image.
     References: Mask R-CNN, arXiv:1703.06870; Cascade R-CNN, arXiv:1712.00726. The sizes and norms
-        are ViTDet's, arXiv:2203.16527. The proposals' boxes have torchvision's smooth L1 loss
-        (beta 1/9) where ViTDet's have L1.
+        are ViTDet's, arXiv:2203.16527. The proposals' boxes use torchvision's smooth L1 loss
+        (beta 1/9) instead of ViTDet's L1.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class RCNN(nn.Module):
         )  # fmt: skip
 
         def pool(side: int) -> MultiScaleRoIAlign:
-            # A box of 7 anchors' side is pooled at stride 16, as 224 pixels are with anchors of 32.
+            # A box 7 anchors wide is pooled at stride 16 (224 px for anchors of 32).
             return MultiScaleRoIAlign(list(LEVELS), side, 0, canonical_scale=7 * anchor)
 
         def box_head() -> nn.Module:
@@ -110,22 +110,22 @@ class RCNN(nn.Module):
     def forward(
         self, images: Tensor, maps: OrderedDict[str, Tensor], targets: list[Objects] | None = None
     ) -> tuple[list[Objects], dict[str, Tensor]]:
-        """Detections, or in training the losses.
+        """Return (detections, {}) in evaluation, ([], losses) in training.
 
         Args:
-            images: (b, c, h, w), of which only the size is used; sides are multiples of 64.
-            maps: of `SimpleFeaturePyramid`.
-            targets: in training, one per image: ``boxes`` (n, 4) float32, left, top, right, bottom
-                in pixels, of positive width and height; ``labels`` (n,) int64 from 1 on; with a
-                mask head ``masks`` (n, h, w) uint8, 1 = object. n may be 0.
-        Returns: in evaluation one per image: ``boxes``, ``labels``, ``scores`` (n,), descending,
-            and with a mask head ``masks`` (n, 1, 28, 28), probabilities over the box; in training
-            scalars by name, each an average.
+            images: (b, c, h, w); only the size is used; sides are multiples of 64.
+            maps: output of `SimpleFeaturePyramid`.
+            targets: in training, one dict per image: ``boxes`` (n, 4) float32, left, top, right,
+                bottom in pixels, with positive width and height; ``labels`` (n,) int64, from 1;
+                with a mask head ``masks`` (n, h, w) uint8, 1 = object. n may be 0.
+        Returns: detections, one dict per image: ``boxes``, ``labels``, ``scores`` (n,), descending,
+            and with a mask head ``masks`` (n, 1, 28, 28), probabilities over the box; and the
+            losses, scalars by name, each an average.
         """
-        # Boxes take the maps' dtype, and bfloat16 cannot resolve single pixels beyond 256.
+        # Boxes get the maps' dtype, and bfloat16 cannot resolve single pixels beyond 256.
         maps = OrderedDict((name, x.float()) for name, x in maps.items())
-        # All images have one size, padding included: torchvision infers the levels' strides from
-        # the first batch.
+        # All images have the same size, including padding: torchvision infers the levels' strides
+        # from the first batch.
         shapes = [(images.shape[-2], images.shape[-1])] * len(images)
         boxes, losses = self.proposals(ImageList(images, shapes), maps, targets)
         detections, more = self.regions(maps, boxes, shapes, targets)
@@ -133,7 +133,7 @@ class RCNN(nn.Module):
 
 
 class ProposalHead(RPNHead):
-    """Objectness and box offsets of every anchor, in float32."""
+    """Predict objectness and box offsets for every anchor, in float32."""
 
     def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         logits, offsets = super().forward(x)
@@ -146,8 +146,8 @@ class BoxPredictor(nn.Module):
 
     Args:
         dim: width of the input.
-        classes: with the background, number 0.
-        boxes: 1 for all classes together, or one per class.
+        classes: number of classes, including the background (class 0).
+        boxes: 1 for class-agnostic boxes, or ``classes`` for one box per class.
     """
 
     def __init__(self, dim: int, classes: int, boxes: int):
@@ -162,16 +162,16 @@ class BoxPredictor(nn.Module):
 
 
 class CascadeRoIHeads(RoIHeads):
-    """Box heads in sequence, each trained, at a higher IoU, on the boxes refined by the one before;
-    in evaluation the classes' probabilities are their mean.
+    """Box heads in sequence, each trained at a higher IoU on the boxes refined by the previous one;
+    in evaluation their class probabilities are averaged.
 
-    The stages' losses have equal weights; each of three passes a third of its gradient to the
-    shared features. Offsets are class-agnostic. Masks are trained on the first stage's samples.
+    The stages' losses have equal weights; with three stages, each passes a third of its gradient to
+    the shared features. Offsets are class-agnostic. Masks are trained on the first stage's samples.
 
     Args:
         heads, predictors: one per stage.
-        stages: per stage, the least IoU of a positive box, and the weights of its offsets.
-        common: the rest of torchvision's `RoIHeads`.
+        stages: per stage, the minimum IoU of a positive box, and the weights of its offsets.
+        common: remaining arguments of torchvision's `RoIHeads`.
     Reference: Cascade R-CNN, arXiv:1712.00726, in ViTDet's configuration.
     """
 
@@ -195,8 +195,8 @@ class CascadeRoIHeads(RoIHeads):
         self.coders = [BoxCoder(weights) for _, weights in stages]
 
     def forward(self, features, proposals, image_shapes, targets=None):
-        """torchvision's signature; the losses are ``loss_classifier_k`` and ``loss_box_reg_k`` of
-        each stage k, and ``loss_mask``."""
+        """Same signature as in torchvision; the losses are ``loss_classifier_k`` and
+        ``loss_box_reg_k`` for each stage k, and ``loss_mask``."""
         losses = {}
         scores, samples, labels, offsets = [], None, None, None
         count = len(self.coders)
@@ -249,7 +249,7 @@ class CascadeRoIHeads(RoIHeads):
         return detections, {}
 
     def _match(self, proposals: list[Tensor], targets: list[Objects]):
-        """Labels and offsets of the later stages, which use all boxes without sampling."""
+        """Return labels and offsets for later stages, which use all boxes without sampling."""
         truth = [target["boxes"].to(proposals[0].dtype) for target in targets]
         matched, labels = self.assign_targets_to_proposals(
             proposals, truth, [target["labels"] for target in targets]
@@ -275,7 +275,8 @@ class CascadeRoIHeads(RoIHeads):
 
 
 def box_losses(logits: Tensor, moves: Tensor, labels: Tensor, offsets: Tensor) -> dict[str, Tensor]:
-    """Cross-entropy of all boxes, and L1 of the positive boxes' offsets; both divided by all boxes.
+    """Return the cross-entropy of all boxes and the L1 loss of the positive boxes' offsets, both
+    divided by the number of all boxes.
 
     Args:
         logits: (n, classes). moves: (n, 4), predicted offsets.
@@ -289,6 +290,6 @@ def box_losses(logits: Tensor, moves: Tensor, labels: Tensor, offsets: Tensor) -
 
 
 def _less_gradient(x: Tensor, share: float) -> Tensor:
-    """``x`` with its gradient scaled by ``share``."""
+    """Return ``x`` with its gradient scaled by ``share``."""
     constant = x.detach()
     return constant + share * (x - constant)

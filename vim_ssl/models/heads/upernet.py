@@ -11,8 +11,8 @@ from torchvision.ops import Conv2dNormActivation
 
 from vim_ssl.models.heads.pyramid import Norm
 
-# "batch" is the paper's and learns fastest. "layer" normalises each pixel by itself, so batches of
-# one work, and micro-batches and several processes give the result of one large batch.
+# "batch" is the paper's choice and learns fastest. "layer" normalises each pixel separately, so a
+# batch size of one works, and accumulation and data parallelism match one large batch.
 NORMS: dict[str, Norm] = {"batch": nn.BatchNorm2d, "layer": LayerNorm2d}
 
 
@@ -35,11 +35,11 @@ class UPerNet(nn.Module):
     """Pyramid pooling on the coarsest map and a feature pyramid over all maps.
 
     Args:
-        in_channels: of each map, finest first.
-        num_classes: of the prediction.
-        channels: inside the head.
+        in_channels: channels of each map, finest first.
+        num_classes: number of predicted classes.
+        channels: width of the head.
         pool_scales: sides of the pooled grids.
-        dropout: of whole channels before the last layer.
+        dropout: dropout of whole channels before the last layer.
         norm: channels -> module; see `NORMS`.
     Reference: arXiv:1807.10221; sizes as in Vim's segmentation.
     """
@@ -68,7 +68,7 @@ class UPerNet(nn.Module):
         self.classify = _classifier(channels, num_classes, dropout)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        """Maps (b, c, h, w), finest first -> logits (b, num_classes, h, w) of the finest's size."""
+        """Maps (b, c, h, w), finest first -> logits (b, num_classes, h, w) at the finest size."""
         *finer, coarsest = maps
         pooled = [_resize(pool(coarsest), coarsest) for pool in self.pools]
         top = self.pooled(torch.cat([coarsest, *pooled], 1))
@@ -82,10 +82,10 @@ class UPerNet(nn.Module):
 
 
 class FCNHead(nn.Module):
-    """One 3x3 convolution and a classifier: the auxiliary head beside UPerNet.
+    """One 3x3 convolution and a classifier: the auxiliary head of UPerNet.
 
     Args:
-        in_channels: of the map.
+        in_channels: channels of the map.
         num_classes, channels, dropout, norm: see `UPerNet`.
     """
 
@@ -108,11 +108,11 @@ class FCNHead(nn.Module):
 
 
 class LinearHead(nn.Module):
-    """A linear layer on every patch's features: a probe of them.
+    """Linear probe on the features of every patch.
 
     Args:
-        in_channels: of each map; the maps are concatenated.
-        num_classes: of the prediction.
+        in_channels: channels of each map; the maps are concatenated.
+        num_classes: number of predicted classes.
     """
 
     def __init__(self, in_channels: Sequence[int], num_classes: int):
