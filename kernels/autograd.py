@@ -1,10 +1,10 @@
-"""Custom operators: registration at `torch.library`, fake results, gradients, and strides.
+"""Custom operators: registration with `torch.library`, fake results, gradients, and strides.
 
     @operator("double", fake=lambda x: x.new_empty(x.shape))
     def double(x: Tensor) -> Tensor: ...
 
-makes ``torch.ops.vim_ssl.double``. torch.compile and torch.export take an operator for one node of
-the graph and learn the shapes of its results from the fake.
+defines ``torch.ops.vim_ssl.double``. torch.compile and torch.export treat an operator as one node
+of the graph and get the shapes of its results from the fake.
 """
 
 from collections.abc import Callable
@@ -15,11 +15,11 @@ from torch import Tensor
 
 
 def operator(name: str, *, fake: Callable, device_types: str | None = None) -> Callable:
-    """A decorator that makes `torch.ops.vim_ssl.<name>` of a function.
+    """Return a decorator that registers a function as `torch.ops.vim_ssl.<name>`.
 
     Args:
-        fake: empty results of the right shapes and dtypes, from the same arguments.
-        device_types: the only type of device that it runs on.
+        fake: returns empty results with the right shapes and dtypes, given the same arguments.
+        device_types: the only device type that it supports; None for all.
     """
 
     def decorate(function: Callable) -> Any:
@@ -41,17 +41,18 @@ def register_gradient(
     kept: int | None = None,
     gradients: Callable | None = None,
 ) -> None:
-    """Make an operator the derivative of another, which cannot be differentiated again.
+    """Register the operator ``backward`` as the derivative of ``forward``; it cannot be
+    differentiated again.
 
     ``forward`` takes tensors, some of which may be None, then options. ``backward`` takes the
     gradients of the results, the saved tensors and the options, and returns a gradient for each
     tensor. Gradients of absent tensors are dropped; the others are cast to their tensor's dtype.
 
     Args:
-        title: what the operator computes, for the message that refuses double backward.
-        saved: which of the tensors ``backward`` needs.
-        kept: results from this index on are saved too; ``backward`` gets them instead of their
-            gradients. None for none.
+        title: name of the operation, for the error message on double backward.
+        saved: the tensors that ``backward`` needs.
+        kept: index of the first result that is saved; ``backward`` gets the saved results instead
+            of their gradients. None if no result is saved.
         gradients: called instead of ``backward`` as ``gradients(ctx, *gradients of all results)``,
             where a result without a gradient has None; ``ctx`` has ``saved_tensors``, ``options``
             and ``dtypes`` (of all tensors; None for an absent one).
@@ -94,5 +95,6 @@ def contiguous(m: Any) -> Any:
 
 
 def channels_contiguous(m: Any) -> Any:
-    """m itself if its last axis has stride 1, as in one half of a projection's output."""
+    """Return m unchanged if its last axis has stride 1 (e.g. half of a projection's output), else a
+    contiguous copy."""
     return m if m is None or m.stride(-1) == 1 else m.contiguous()

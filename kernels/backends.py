@@ -1,7 +1,7 @@
-"""The backends of every operation: one table, and the rule that selects from it.
+"""The table of backends for each operation, and the selection of a backend.
 
 A backend is a module that implements the functions of one operation. To add one, write the module
-and a line of the table at the end of this file. Another package calls `register` in the module
+and add a line to the table at the end of this file. Another package calls `register` in the module
 that its entry point names (see `plugins.py`).
 """
 
@@ -37,7 +37,7 @@ class Backend:
     loaded: ModuleType | None = field(default=None, init=False)
 
     def why_not(self, device: str) -> str | None:
-        """The reason why it cannot run on this type of device, or None if it can."""
+        """Return why it cannot run on this device type, or None if it can."""
         interpreted = self.requires == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
         if self.device not in (None, device) and not (interpreted and device == "cpu"):
             return f"Backend {self.name!r} runs on {self.device} tensors; these are on {device}."
@@ -47,7 +47,7 @@ class Backend:
         return None
 
 
-# Operation -> name -> backend. "torch" exists for all.
+# Operation -> name -> backend. Every operation has "torch".
 BACKENDS: dict[str, dict[str, Backend]] = {
     op: {} for op in ("selective_scan", "causal_conv1d", "rms_norm")
 }
@@ -70,15 +70,15 @@ def register(
         op: "selective_scan", "causal_conv1d" or "rms_norm".
         name: the value of ``backend`` that selects it.
         module: import path of the implementation, imported when the backend is first selected. It
-            defines the functions of the operation's module ``torch_backend``.
-        device: type of the tensors that it takes; None for any.
+            defines the same functions as the operation's module ``torch_backend``.
+        device: device type of the tensors that it accepts; None for any.
         priority: "auto" selects the backend with the highest priority that runs on the device.
         requires: a package that must be installed.
-        float64: False for a kernel that computes in float32 only; a call with a float64 tensor
-            then goes to the torch backend.
-        forward_mode: True if it supports forward-mode differentiation, which is refused otherwise.
+        float64: False for a kernel that computes only in float32; calls with a float64 tensor then
+            use the torch backend.
+        forward_mode: True if it supports forward-mode differentiation; otherwise that is an error.
 
-    Raises: ValueError for an unknown operation, and for a name that the operation already has.
+    Raises: ValueError for an unknown operation, and for a name that is already registered for it.
     """
     if op not in BACKENDS:
         raise ValueError(f"Unknown operation {op!r}; {_choices(op, [*BACKENDS])}")
@@ -92,7 +92,7 @@ def register(
 
 
 def select(op: str, name: str, *tensors: Tensor | None) -> ModuleType:
-    """The module that runs the operation on these tensors; the first one's device decides.
+    """Return the module that runs the operation on these tensors; the first one sets the device.
 
     Raises: ValueError as `resolve` does; RuntimeError for dual tensors (forward-mode
         differentiation) if the backend would drop their tangents.
@@ -106,8 +106,8 @@ def select(op: str, name: str, *tensors: Tensor | None) -> ModuleType:
         unpack_dual(m).tangent is not None for m in present
     ):
         raise RuntimeError(
-            "forward-mode differentiation (a dual tensor) is not built into the compiled kernels; "
-            "set VIM_SSL_BACKEND=reference for it."
+            "the compiled kernels do not support forward-mode differentiation (dual tensors); set "
+            "VIM_SSL_BACKEND=reference for it."
         )
     assert backend.loaded is not None
     return backend.loaded
@@ -118,9 +118,9 @@ def resolve(op: str, name: str, device: str) -> str:
     """Select a backend by name or "auto", import its module and return its name.
 
     ``VIM_SSL_BACKEND`` overrides "auto" with the name of a backend of the scan. An operation
-    without a backend of that name runs in torch.
+    without a backend of that name uses torch.
 
-    Raises: ValueError for an unknown backend, or one that cannot run on this type of device.
+    Raises: ValueError for an unknown backend, or one that cannot run on this device type.
     """
     if name == "auto":
         name = os.environ.get("VIM_SSL_BACKEND") or "auto"
@@ -145,7 +145,7 @@ def _find(op: str, name: str, device: str) -> Backend:
 
 
 def available_backends(device: str | torch.device = "cpu", op: str = "selective_scan") -> list[str]:
-    """Names of an operation's backends for this type of device, the choice of "auto" first."""
+    """Return the names of an operation's backends for this device type, the "auto" choice first."""
     kind = torch.device(device).type
     return [
         backend.name
@@ -154,7 +154,7 @@ def available_backends(device: str | torch.device = "cpu", op: str = "selective_
     ]
 
 
-@cache  # so that the choice is made, and logged, once for each type of device
+@cache  # select, and log the selection, once per device type
 def _auto(op: str, device: str) -> str:
     name = available_backends(device, op)[0]
     log.info("%s on %s: backend %r", op, device, name)

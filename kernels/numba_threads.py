@@ -12,7 +12,7 @@ from vim_ssl.kernels.numba_kernels import LANES
 
 _pool: ThreadPoolExecutor | None = None
 _pool_size = 0
-PIECES_PER_THREAD = 4  # so that other threads take over the share of a delayed one
+PIECES_PER_THREAD = 4  # several, so that other threads can take over pieces of a delayed one
 
 
 def _forget_pool() -> None:
@@ -26,7 +26,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def _zero_rows(n: int) -> torch.Tensor:
-    """Aligned zeros without torch.zeros, which may start OpenMP; a forked child must not."""
+    """Aligned zeros. Not torch.zeros: it may start OpenMP, which a forked child must not."""
     rows = torch.empty(n, LANES, dtype=torch.float32)
     ctypes.memset(rows.data_ptr(), 0, rows.nbytes)
     return rows
@@ -35,14 +35,15 @@ def _zero_rows(n: int) -> torch.Tensor:
 def run_tasks(
     kernel: Callable, args: tuple, tasks: int, *, work_per_task: float, scratch_rows: int
 ) -> None:
-    """``kernel(*args, scratch, first, end)`` over range(tasks), on `torch.get_num_threads()`.
+    """Run ``kernel(*args, scratch, first, end)`` over range(tasks) on `torch.get_num_threads()`
+    threads.
 
     No two tasks write the same memory, so results do not depend on the number of threads.
 
     Args:
         kernel: a `numba_kernels.kernel`.
-        work_per_task: approximate nanoseconds; small calls stay on the calling thread.
-        scratch_rows: rows of zeros that each thread gets as working memory, by address.
+        work_per_task: approximate nanoseconds per task; small calls run on the calling thread.
+        scratch_rows: number of zero rows of working memory per thread; passed as an address.
     """
     global _pool, _pool_size
     threads = min(torch.get_num_threads(), tasks, max(1, int(tasks * work_per_task / 50_000)))

@@ -156,7 +156,10 @@ def test_a_launched_script_says_one_line_of_its_own():
               "--dynamo_backend", "no", str(ROOT / "recipes" / "clip_pretrain.py")]  # fmt: skip
     for argv, said in (
         (["--epoch", "1"], "clip_pretrain.py: error: unknown flag --epoch. Did you mean --epochs?"),
-        (["--data", "pairs:nowhere"], "clip_pretrain.py: error: There is no folder 'nowhere'."),
+        (
+            ["--data", "pairs:nowhere"],
+            "clip_pretrain.py: error: The folder 'nowhere' does not exist.",
+        ),
     ):
         done = subprocess.run([*launch, *argv], capture_output=True, text=True, check=False)
         assert done.returncode

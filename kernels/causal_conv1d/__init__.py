@@ -12,11 +12,11 @@ def causal_conv1d(
 
     Args:
         x: (b, l, d), channel-last.
-        weight: (d, k); the last tap meets the token itself.  bias: (d,).
+        weight: (d, k); the last tap multiplies the token itself.  bias: (d,).
         backend: "auto", "torch", "numba" (CPU) or "triton" (CUDA); see `kernels/backends.py`.
     Returns: (b, l, d) in x's dtype.
     Raises: ValueError for shapes that do not fit, a weight without taps, and integers.
-    Reference: Mamba, arXiv:2312.00752, figure 3. Vim flips the sequence for the second one.
+    Reference: Mamba, arXiv:2312.00752, figure 3. Vim flips the sequence for the second direction.
     """
     return _conv_silu(x, weight[None], bias[None], reverse, backend)[0]
 

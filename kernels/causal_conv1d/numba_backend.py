@@ -1,4 +1,4 @@
-"""The short convolution on a CPU: both directions read x once; compiled by numba.
+"""The short convolution on a CPU, compiled by numba; both directions share one pass over x.
 
 Two float32 operators, `vim_ssl::conv_forward` and `vim_ssl::conv_backward`, around the kernels of
 `kernels/numba_kernels.py`.

@@ -1,4 +1,4 @@
-"""The short convolution by `torch.nn.functional.conv1d`: any device, any dtype."""
+"""The short convolution with `torch.nn.functional.conv1d`: any device, any dtype."""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""The short convolution on a GPU: both directions read x once; in Triton.
+"""The short convolution on a GPU, in Triton; both directions share one pass over x.
 
 Two operators, `vim_ssl::triton_conv_forward` and `vim_ssl::triton_conv_backward`, take x, the
 outputs and their gradients in float32, bfloat16 or float16 and compute in float32.
@@ -28,12 +28,12 @@ from torch import Tensor
 from vim_ssl.kernels.autograd import channels_contiguous, contiguous, operator, register_gradient
 from vim_ssl.kernels.triton_math import sigmoid, silu_gradient
 
-FORWARD_TOKENS = 16  # of a program
-FORWARD_CHANNELS = 128  # of a program, which is one warp: 4 a lane
+FORWARD_TOKENS = 16  # per program
+FORWARD_CHANNELS = 128  # per program, which is one warp: 4 per lane
 BACKWARD_TOKENS = 6  # per iteration; with 8, registers spill
-BACKWARD_CHANNELS = 64  # 2 a lane: backward keeps more in registers
+BACKWARD_CHANNELS = 64  # 2 per lane: backward keeps more in registers
 SHORTEST_SPAN = 32  # tokens; at either end of a span k - 1 gradients are recomputed
-WARPS = 12 * 132  # of backward that run at once on the 132 multiprocessors of an H100
+WARPS = 12 * 132  # backward warps that run concurrently on the 132 multiprocessors of an H100
 
 
 def conv_silu(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool = False) -> Tensor:
@@ -78,7 +78,7 @@ def load_bias(bias, channel, inside, d, S: tl.constexpr):
 
 @triton.jit
 def convolve(rows, taps, shift, I: tl.constexpr):
-    """The pre-activation of a token that sees rows from the I-th on."""
+    """Return the pre-activation of the token whose window starts at rows[I]."""
     y = shift
     for j in tl.static_range(len(taps)):
         y += taps[j] * rows[I + j]
@@ -191,19 +191,21 @@ def last(rows, COUNT: tl.constexpr):
 def pre_activation_gradients(
     rows, taps, shift, dout, t0, l, d, inside, I: tl.constexpr, COUNT: tl.constexpr
 ):
-    """Of tokens t0 … t0 + COUNT - 1, the first of which sees rows from the I-th on."""
+    """Return the gradients w.r.t. the pre-activations of tokens t0 to t0 + COUNT - 1. The window of
+    token t0 starts at rows[I]."""
     dout_rows = load_rows(dout, t0, d, l, inside, COUNT)
     ds = ()
     for i in tl.static_range(COUNT):
         dy = dout_rows[i] * silu_gradient(convolve(rows, taps, shift, I + i))
-        # Where there is no token, dout is zero, but its slope may be NaN.
+        # Outside the image dout is zero, but the slope may be NaN.
         ds = ds + (tl.where((t0 + i >= 0) & (t0 + i < l), dy, 0.0),)
     return ds
 
 
 @triton.jit
 def add_input_gradients(dx_rows, taps, ds):
-    """dx_rows plus the contributions of the k tokens that see each: ds from the same index on."""
+    """Add to each row of dx_rows the gradients of the k tokens whose windows contain it. Row i uses
+    ds[i] to ds[i + k - 1]."""
     new = ()
     for i in tl.static_range(len(dx_rows)):
         row = dx_rows[i]
@@ -215,7 +217,8 @@ def add_input_gradients(dx_rows, taps, ds):
 
 @triton.jit
 def add_parameter_gradients(totals, ds, rows, I: tl.constexpr, COUNT: tl.constexpr):
-    """totals (k taps, then the bias) plus the contributions of COUNT tokens: ds from I on."""
+    """Add to totals (k taps, then the bias) the contributions of COUNT tokens, starting at
+    ds[I]."""
     new = ()
     for j in tl.static_range(len(totals)):
         total = totals[j]
@@ -253,7 +256,8 @@ def _empty_gradients(dout, x, weight, bias, reverse):
 def conv_backward(
     dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor, reverse: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x, and of the weight and, as one more tap, the bias: (s, k + 1, d), float32."""
+    """Return the gradients of x, and of weight and bias together: (s, k + 1, d), float32, with the
+    bias as the last tap."""
     dout, weight, bias = map(contiguous, (dout, weight, bias))
     x = channels_contiguous(x)
     (b, l, d), (s, k, _) = x.shape, weight.shape
@@ -280,7 +284,7 @@ register_gradient(conv_forward, conv_backward, "Triton convolution", gradients=_
 
 @cache
 def _shares(b: int, l: int, k: int, most: int) -> tuple[int, int, int]:
-    """The partition of the backward pass: (spans of an image, tokens of a span, programs).
+    """Partition the backward pass: return (spans per image, tokens per span, programs).
 
     It minimises the tokens of the slowest program, with at most `most` programs.
     """

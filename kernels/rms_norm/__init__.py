@@ -13,10 +13,10 @@ def add_rms_norm(
     *,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """residual + hidden in float32 (or wider), and its RMSNorm.
+    """Compute residual + hidden in float32 (or wider), and its RMSNorm.
 
     Args:
-        hidden: (b, l, d).  residual: same shape, or None at the first block.  weight: (d,).
+        hidden: (b, l, d).  residual: same shape, or None in the first block.  weight: (d,).
         backend: "auto", "torch" or "triton" (CUDA); see `kernels/backends.py`.
     Returns: (normed in hidden's dtype, the new residual in float32 or wider).
     Raises: ValueError for shapes that do not fit.
@@ -24,7 +24,7 @@ def add_rms_norm(
     """
     if residual is not None and residual.shape != hidden.shape:
         raise ValueError(
-            f"residual has shape {tuple(residual.shape)}; expected {tuple(hidden.shape)} as hidden."
+            f"residual has shape {tuple(residual.shape)}; expected hidden's, {tuple(hidden.shape)}."
         )
     if weight.shape != hidden.shape[-1:]:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; expected ({hidden.shape[-1]},).")

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from vim_ssl.kernels.autograd import contiguous, operator, register_gradient
 
-TILE = 1024  # values of a tile at least: as many short rows as fit
+TILE = 1024  # minimum number of values per tile: as many short rows as fit
 VALUES_PER_WARP = 256  # 8 per lane, 16 bytes in half precision
-WARPS = 32 * 132  # of backward that run at once on the 132 multiprocessors of an H100
+WARPS = 32 * 132  # backward warps that run concurrently on the 132 multiprocessors of an H100
 
 
 def add_rms_norm(
@@ -100,8 +100,8 @@ def _empty_results(hidden, *_):
 def rms_norm_forward(
     hidden: Tensor, residual: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden, residual (…, d), weight (d,) -> normed in hidden's dtype, and in float32 the new
-    residual and, for the backward pass, each row's 1 / rms (…)."""
+    """Return normed in hidden's dtype, and in float32 the new residual and, for the backward pass,
+    each row's 1 / rms (…). hidden and residual are (…, d), weight is (d,)."""
     hidden, residual, weight = map(contiguous, (hidden, residual, weight))
     normed, total, rstd = _empty_results(hidden)
     rows, d = rstd.numel(), weight.numel()
@@ -125,8 +125,8 @@ def _empty_gradients(dnormed, dtotal, total, rstd, weight, twice):
 def rms_norm_backward(
     dnormed: Tensor, dtotal: Tensor | None, total: Tensor, rstd: Tensor, weight: Tensor, twice: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient of hidden + residual in dnormed's dtype, in float32 (empty unless `twice`),
-    and that of the weight in float32."""
+    """Return the gradient of hidden + residual in dnormed's dtype, the same in float32 (empty
+    unless `twice`), and the gradient of the weight in float32."""
     dnormed, dtotal, weight = map(contiguous, (dnormed, dtotal, weight))
     dhidden, dresidual, _ = _empty_gradients(dnormed, dtotal, total, rstd, weight, twice)
     rows, d = rstd.numel(), weight.numel()

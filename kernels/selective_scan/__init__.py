@@ -1,6 +1,6 @@
 """The selective scan of Mamba (arXiv:2312.00752), one-directional and bidirectional.
 
-Start with `reference.py`: it is the whole idea as a plain loop.
+Start with `reference.py`, which implements it as a plain loop.
 """
 
 from vim_ssl.kernels.backends import available_backends

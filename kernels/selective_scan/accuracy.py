@@ -1,4 +1,4 @@
-"""Accuracy of every backend that runs on this machine, against the float64 loop.
+"""Measure the accuracy of every backend that runs on this machine, against the float64 loop.
 
     python -m vim_ssl.kernels.selective_scan.accuracy                    # or: make kernel-report
     python -m vim_ssl.kernels.selective_scan.accuracy --device cuda --markdown
@@ -56,7 +56,7 @@ def two_way_inputs(b: int, l: int, d: int, n: int, seed: int = 0) -> Tensors:
 
 
 def _random_inputs(seed: int, *, u, A, B, z, h0=None) -> Tensors:
-    """By the shapes of u, A, B, z and the initial state."""
+    """Random arguments, given the shapes of u, A, B, z and the initial state."""
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -72,7 +72,7 @@ def _random_inputs(seed: int, *, u, A, B, z, h0=None) -> Tensors:
 
 
 def typed(inputs: Tensors, dtype: torch.dtype) -> Tensors:
-    """In ``dtype``, the parameters A, D and delta_bias in float32 at least, as models keep them."""
+    """Cast to ``dtype``; A, D and delta_bias stay at least float32, as in models."""
     wide = torch.promote_types(dtype, torch.float32)
     return {k: v.to(wide if k in ("A", "D", "delta_bias") else dtype) for k, v in inputs.items()}
 
@@ -124,7 +124,7 @@ def poisoned_memory() -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled()
     mode = torch.is_deterministic_algorithms_warn_only_enabled()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of cuBLAS, on determinism with several streams
+        warnings.simplefilter("ignore")  # cuBLAS warns about determinism with several streams
         torch.use_deterministic_algorithms(True, warn_only=True)
         try:
             yield
@@ -140,9 +140,9 @@ class Case:
     """Inputs and options of one measurement.
 
     Attributes:
-        two_way: `bi_selective_scan`, else `selective_scan` with a first and a last state.
-        wide: step sizes over eleven decades, instead of a model's.
-        dtype: of the inputs; a key of `DTYPES`.
+        two_way: `bi_selective_scan`, else `selective_scan` with an initial and a last state.
+        wide: step sizes over eleven decades, instead of those of a model.
+        dtype: dtype of the inputs; a key of `DTYPES`.
     """
 
     two_way: bool
@@ -160,14 +160,14 @@ class Case:
 
     @property
     def small(self) -> bool:
-        """The interpreter takes seconds, not minutes."""
+        """True if Triton's interpreter takes seconds, not minutes."""
         return self.b * self.l * self.d <= 500
 
     @property
     def long(self) -> bool:
-        """The loop's gradient takes minutes, because autograd pads each token's gradient to the
-        whole sequence. The torch backend in float64, tested against the loop, replaces it, and only
-        faster backends are measured."""
+        """True if the loop's gradient takes minutes, because autograd pads each token's gradient to
+        the whole sequence. Then the torch backend in float64, which is tested against the loop,
+        replaces it, and only faster backends are measured."""
         return self.l > 5000
 
     @property
@@ -197,13 +197,13 @@ CASES = (
 
 @cache
 def exact(case: Case) -> Tensors:
-    """The float64 loop's results."""
+    """Results of the float64 loop."""
     return _loop(case, {name: v.double() for name, v in case.inputs().items()})
 
 
 @cache
 def plain(case: Case) -> Tensors:
-    """The loop in the case's dtype, float32 inside: the plain path."""
+    """Results of the plain path: the loop in the case's dtype, float32 inside."""
     return _loop(case, case.inputs())
 
 
@@ -273,7 +273,7 @@ def measure_zeros(backend: str, device: str) -> Row:
 
 
 def measure_non_finite(backend: str, device: str) -> Row:
-    """inf, -inf and NaN put into each argument: compare which outputs are not finite."""
+    """Put inf, -inf and NaN into each argument, and compare which outputs are not finite."""
     same, mismatches = 0, []
     for name in [name for name in GRADIENTS if name != "initial_state"]:
         for value in (math.inf, -math.inf, math.nan):
@@ -297,14 +297,14 @@ def measure_non_finite(backend: str, device: str) -> Row:
 
 
 def runnable(device: str) -> tuple[list[str], list[str]]:
-    """Backends that run on this kind of device, and a line for each of the others."""
+    """Backends that run on this device type, and a line of text for each of the others."""
     names, left_out = [], []
     for name in BACKENDS:
         try:
             resolve("selective_scan", name, device)
             names.append(name)
         except (ValueError, ImportError) as error:
-            left_out.append(f"left out: {name}. {error}")
+            left_out.append(f"skipped: {name}. {error}")
     return names, left_out
 
 
@@ -329,7 +329,7 @@ def rows(device: str, backends: Sequence[str], cases: Sequence[Case] = CASES) ->
 
 
 def format_row(row: Row, markdown: bool = False) -> str:
-    """Errors in columns; ! marks one above its bound."""
+    """Format errors as columns; ! marks an error above its bound."""
     cells = []
     for name in QUANTITIES:
         text = f"{row.errors[name]:.0e}" if name in row.errors else ""
@@ -397,9 +397,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument(
-        "--device", default=default, choices=("cpu", "cuda"), help="what runs the scan"
+        "--device", default=default, choices=("cpu", "cuda"), help="device that runs the scan"
     )
-    parser.add_argument("--markdown", action="store_true", help="the table as README.md has it")
+    parser.add_argument("--markdown", action="store_true", help="print a table for README.md")
     parser.add_argument("--quick", action="store_true", help="only the small cases")
     args = parser.parse_args(argv)
     cases = [case for case in CASES if case.small or not args.quick]

@@ -34,7 +34,7 @@ def selective_scan(
     Dims: b batch, l tokens, d channels (d_inner), n = d_state, g groups of channels.
 
     Args:
-        u, delta, z: (b, d, l), floating point. The state is float32 at least, whatever they are.
+        u, delta, z: (b, d, l), floating point. The state is always at least float32.
         A: (d, n), negative.
         B, C: (b, n, l), or (b, g, n, l) where group i serves the i-th d/g channels.
         D, delta_bias: (d,).
@@ -45,7 +45,7 @@ def selective_scan(
         backend: "auto", "reference", "torch", "numba" (CPU) or "triton" (CUDA). A backend
             requested by name runs or raises. ``VIM_SSL_BACKEND`` overrides "auto".
 
-    Returns: y (b, d, l) in u's dtype; with the last state if ``return_last_state``.
+    Returns: y (b, d, l) in u's dtype; (y, last state) if ``return_last_state``.
     Raises: ValueError for wrong shapes, dtypes, devices or an unknown backend, naming the argument.
     Reference: Mamba, arXiv:2312.00752, section 3; signature of state-spaces/mamba.
     """
@@ -64,7 +64,7 @@ def selective_scan(
         else:
             _check_shape(name, m, (b, n, l), "(b, n, l)")
     if len(groups) > 1:
-        raise ValueError(f"B has {B.shape[1]} groups and C {C.shape[1]}; they must agree.")
+        raise ValueError(f"B has {B.shape[1]} groups, C has {C.shape[1]}; they must be equal.")
     _check_shape("D", D, (d,))
     _check_shape("z", z, (b, d, l))
     _check_shape("delta_bias", delta_bias, (d,))
@@ -156,4 +156,4 @@ def _check_tensors(*, u: Tensor, A: Tensor, **others: Tensor | None) -> None:
             raise ValueError("A has values that are not negative: the state would grow (A < 0).")
         for name, m in tensors.items():
             if m is not None and not bool(torch.isfinite(m).all()):
-                raise ValueError(f"{name} holds values that are not finite.")
+                raise ValueError(f"{name} contains values that are not finite.")

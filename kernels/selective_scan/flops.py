@@ -1,19 +1,19 @@
-"""The cost of a scan: operations, also for torch's counter, and bytes.
+"""The cost of a scan: operations (also for torch's FLOP counter) and bytes.
 
     with flop_counter(display=False) as counter:
         encoder(images).sum().backward()
     counter.get_total_flops()
 
-torch counts matrix products and no element-wise operations; accordingly the recurrence is counted,
-and the operations around it (softplus, D, the gate) are not. A multiplication, an addition and an
-exponential count as one each, per token, channel, state and direction:
+torch counts matrix products but no element-wise operations. Accordingly, the recurrence is counted,
+but not the operations around it (softplus, D, the gate). Each multiplication, addition and
+exponential counts as one, per token, channel, state and direction:
 
     forward    dt A, exp, a h, x B, their sum, h C, its sum                           7
     backward   a and h recomputed                                                     5
                g + C dy, h dy + …, g x + …, <g, B>, <q, A>, dt q + …        2 each   12
                q = g a h, g a                                               1 each    2
 
-The reference is a plain loop of torch operations, of which torch counts those it knows.
+The reference is a plain loop of torch operations; torch counts those that it knows.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ FORWARD, BACKWARD = 7, 19
 
 @dataclass(frozen=True)
 class Cost:
-    """Operations, and a lower bound of the bytes that any implementation moves."""
+    """Operations, and a lower bound on the bytes that any implementation moves."""
 
     flops: int
     bytes: int
@@ -38,14 +38,15 @@ class Cost:
 def scan_cost(
     s: int, b: int, l: int, d: int, n: int, *, backward: bool = False, itemsize: int = 4
 ) -> Cost:
-    """The cost of `bi_selective_scan` (s = 2) with all its arguments, or of one direction (s = 1).
+    """Return the cost of `bi_selective_scan` (s = 2) with all its arguments, or of one direction
+    (s = 1).
 
     Args:
         s, b, l, d, n: directions, batch, tokens, channels, states.
-        backward: the cost of all gradients instead.
-        itemsize: bytes of an element of u, delta, B, C, z and the output; parameters have four.
-    Returns: every input read and every output written once; what a backend saves for the
-        backward pass is not included.
+        backward: return the cost of all gradients instead.
+        itemsize: bytes per element of u, delta, B, C, z and the output; parameters have four.
+    Returns: the cost if every input is read and every output written once; tensors that a backend
+        saves for the backward pass are not included.
     """
     tokens = 2 * s * b * l * (d + n)  # u, delta, B, C
     gate = b * l * d
@@ -59,10 +60,10 @@ def scan_cost(
 
 
 def flop_counter(device: str | torch.device = "cpu", **options: Any) -> Any:
-    """A new `torch.utils.flop_counter.FlopCounterMode` that counts the scans on this device.
+    """Return a new `torch.utils.flop_counter.FlopCounterMode` that counts scans on this device.
 
     Args:
-        options: of `FlopCounterMode`, such as ``display=False``.
+        options: options of `FlopCounterMode`, such as ``display=False``.
     """
     from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_flop_formula
 

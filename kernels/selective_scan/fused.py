@@ -1,4 +1,5 @@
-"""What the torch, numba and Triton backends share: public layouts around one scan, its gradient.
+"""Code shared by the torch, numba and Triton backends: public layouts around one scan, and its
+gradient.
 
 A backend has a function on channel-last tensors with a leading direction axis (s = 1 or 2):
 
@@ -9,15 +10,15 @@ A backend has a function on channel-last tensors with a leading direction axis (
 
 Direction 0 reads first to last, or last to first with ``reverse``; direction 1 last to first.
 
-In a fused backend, numba or Triton, that is one of a pair of torch operators:
+In the fused backends, numba and Triton, this function calls the first of two torch operators:
 
     forward(u, delta, A, B, C, D, z, bias, h0, softplus, reverse, scale, save)
         -> out, last, *kept
     backward(dout, dlast, u, delta, A, B, C, D, z, bias, *kept, softplus, reverse, scale)
         -> gradients of u, delta, A, B, C, D, z (empty without z), bias, h0
 
-kept is what the backward pass needs, empty unless ``save``. States are flat, for torch.export: see
-`torch_backend.py`.
+kept are results that the backward pass needs, empty unless ``save``. States are flat, for
+torch.export: see `torch_backend.py`.
 """
 
 from collections.abc import Callable
@@ -32,8 +33,8 @@ Scan = Callable[..., tuple[Tensor, Tensor]]
 
 
 def public_scans(scan: Scan, float64: Scan | None = None) -> tuple[Callable, Callable]:
-    """`selective_scan` and `bi_selective_scan` made of ``scan``; ``float64`` replaces it for
-    float64 inputs."""
+    """Return `selective_scan` and `bi_selective_scan`, implemented with ``scan``; ``float64``
+    replaces it for float64 inputs."""
 
     def scan_for(u: Tensor) -> Scan:
         return float64 if float64 is not None and u.dtype == torch.float64 else scan
@@ -71,7 +72,7 @@ def _lead(m: Tensor | None) -> Tensor | None:
 
 
 def _groups(u, delta, A, B, C, D, z, bias, h0):
-    """The arguments of each group of channels, which has its own B, C or both."""
+    """Split the arguments into groups of channels; each group has its own B, C or both."""
     count = (B if B.dim() == 4 else C).shape[1]
 
     def split(m, dim):

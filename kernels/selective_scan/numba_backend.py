@@ -4,7 +4,7 @@ Two torch operators, `vim_ssl::scan_forward` and `vim_ssl::scan_backward`, wrap 
 `kernels/numba_kernels.py`; `fused.py` describes their arguments, which are float32 here. Other
 dtypes are cast by torch operations that autograd differentiates.
 
-The first call in a new installation compiles the kernels, which takes some 20 seconds.
+The first call in a new installation compiles the kernels, which takes about 20 seconds.
 """
 
 import torch
@@ -53,8 +53,8 @@ def scan_forward(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
     bias: Tensor | None, h0: Tensor | None, softplus: bool, reverse: bool, scale: float, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """See `fused.py`; the kept result is the states (s, b, blocks, chunks, n, LANES) that chunks
-    start from, flat, empty unless `save`."""
+    """See `fused.py`; the kept result contains the states (s, b, blocks, chunks, n, LANES) before
+    each chunk, flat; empty unless `save`."""
     s, b, l, d = u.shape
     u, delta, A, B, C, D, bias, h0 = map(contiguous, (u, delta, A, B, C, D, bias, h0))
     z = channels_contiguous(z)
@@ -126,5 +126,5 @@ def _strides(z: Tensor | None) -> tuple[int, int]:
 
 
 def _address(m: Tensor | None) -> int:
-    """The address for a kernel: 0 for None, as for an empty tensor."""
+    """Return the address for a kernel: 0 for None, as for an empty tensor."""
     return 0 if m is None else m.data_ptr()

@@ -1,7 +1,7 @@
-"""The selective scan as a plain loop: obvious, differentiable by autograd, exact in float64.
+"""The selective scan as a plain loop: simple, differentiable by autograd, exact in float64.
 
-Every other backend is tested against this file. Both functions have the same arguments as their
-namesakes in `dispatch.py`, where shapes and dtypes are documented and checked.
+Every other backend is tested against this file. Both functions have the same arguments as the
+functions in `dispatch.py`, which documents and checks shapes and dtypes.
 """
 
 import torch
@@ -14,7 +14,7 @@ def selective_scan(
 ):  # fmt: skip
     """h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t;   y_t = C_t h_t + D u_t;   out = y silu(z).
 
-    With ``reverse`` time runs from the last token to the first.
+    With ``reverse``, tokens are processed from last to first.
     """
     dtype = torch.promote_types(u.dtype, torch.float32)  # at least float32 inside
     x, dt, a = u.to(dtype), delta.to(dtype), A.to(dtype)  # (b, d, l) (b, d, l) (d, n)
@@ -41,7 +41,7 @@ def selective_scan(
 def bi_selective_scan(
     u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=True, *, scale=1.0
 ):
-    """scale (y_forward + y_backward) silu(z), the two directions with their own parameters."""
+    """scale (y_forward + y_backward) silu(z); each direction has its own parameters."""
     dtype = torch.promote_types(u.dtype, torch.float32)
     y = 0
     for k, reverse in enumerate((False, True)):

@@ -50,8 +50,9 @@ def scan(u, delta, A, B, C, D, z, bias, h0, softplus, reverse, scale):
 selective_scan, bi_selective_scan = public_scans(scan)
 
 
-# As operators, loops over tokens are one node for torch.compile, which would unroll them. Products
-# write to `out` or in place, because autocast does not cast those: the state must stay float32.
+# As an operator, a loop over tokens is one node for torch.compile, which would otherwise unroll it.
+# Products write to `out` or in place, because autocast does not cast those: the state must stay
+# float32.
 
 
 def _new_states(h0, l):
@@ -68,8 +69,8 @@ def _empty_results(dt, x, A, B, C, h0, reverse):
 def scan_forward(
     dt: Tensor, x: Tensor, A: Tensor, B: Tensor, C: Tensor, h0: Tensor, reverse: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dt, x (s, b, l, d), A (s, d, n), B, C (s, b, l, n), h0 (s, b, d, n) -> y (s, b, l, d), the
-    last states, and the states before each chunk (chunks, s, b, d, n), flat."""
+    """Return y (s, b, l, d), the last states, and the states before each chunk (chunks, s, b, d,
+    n), flat, for dt, x (s, b, l, d), A (s, d, n), B, C (s, b, l, n), h0 (s, b, d, n)."""
     dt_, x_, B_, C_ = (_scan_order(m, reverse) for m in (dt, x, B, C))  # (l, s, b, ...)
     y_, h = torch.empty_like(x_), h0.clone(memory_format=torch.contiguous_format)
     states = _new_states(h0, len(x_))

@@ -1,4 +1,4 @@
-"""The selective scan on a GPU, by Triton: both directions in one launch, forward and backward.
+"""The selective scan on a GPU, in Triton: both directions in one launch, forward and backward.
 
 `triton_kernels.py` defines and explains the kernels; this file wraps them in two operators,
 `vim_ssl::triton_scan_forward` and `vim_ssl::triton_scan_backward`, whose arguments `fused.py`
@@ -29,8 +29,8 @@ LANES = 32
 EVERY = int(os.environ.get("VIM_SSL_SCAN_STATES", 8))  # tokens between saved states
 if EVERY < 4 or EVERY % 4:
     raise ValueError(f"VIM_SSL_SCAN_STATES is {EVERY}; expected a multiple of 4.")
-WARPS = 11  # per multiprocessor, to occupy it; with fewer, tokens are cut into segments
-SHORTEST = 64  # tokens of a segment, at least
+WARPS = 11  # per multiprocessor for full occupancy; with fewer, tokens are cut into segments
+SHORTEST = 64  # minimum number of tokens per segment
 
 
 def _scan(u, delta, A, B, C, D, z, bias, h0, softplus, reverse, scale) -> tuple[Tensor, Tensor]:
@@ -42,7 +42,7 @@ def _scan(u, delta, A, B, C, D, z, bias, h0, softplus, reverse, scale) -> tuple[
 
 
 def _narrow(m: Tensor | None) -> Tensor | None:
-    """float64 becomes float32, as the state is; float64 u does not come here."""
+    """Cast float64 to float32, the dtype of the state; u is never float64 here."""
     return m.float() if m is not None and m.dtype == torch.float64 else m
 
 
@@ -60,17 +60,18 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def channels_per_lane(warps: int, n: int, device: torch.device) -> int:
-    """Two share each load of B and C; one gives twice as many warps and allows larger states."""
+    """Return 2 channels per lane, which share each load of B and C, or 1, for twice as many warps
+    and for larger states."""
     return 2 if n <= 16 and warps >= 2 * WARPS * _multiprocessors(device) else 1
 
 
 def group_length(tile: int) -> int:
-    """Tokens whose states (tile, 32) the backward kernel holds in registers at a time."""
+    """Number of tokens whose states (tile, 32) the backward kernel keeps in registers."""
     return {32: 2, 64: 1}.get(tile, 4)
 
 
 def segment_length(warps: int, length: int, device: torch.device) -> int:
-    """Tokens of a segment, a multiple of `EVERY`, given the number of warps of one segment."""
+    """Tokens per segment, a multiple of `EVERY`, given the number of warps per segment."""
     target = -(-WARPS * _multiprocessors(device) // max(warps, 1))
     segments = min(target, length // SHORTEST)
     if segments <= 2:  # carrying states costs nearly as much as the scan itself
@@ -122,8 +123,8 @@ def scan_forward(
             N=n, BLOCK=1024,
         )  # fmt: skip
         keep_sum = y_sum.numel() > 0
-        # The directions are added in float32 even if nothing is kept: a sum that cancels would lose
-        # all digits in half precision, or overflow in float16.
+        # Add the directions in float32 even if nothing is kept: in half precision, a sum that
+        # cancels would lose all digits, or overflow in float16.
         y_float32 = y_sum if keep_sum else out
         if s == 2 and y_float32.dtype != torch.float32:
             y_float32 = A.new_empty(b, l, d)
@@ -140,7 +141,7 @@ def scan_forward(
 
 
 def _carried(w, delta, A, V, z, bias, start, softplus, reverse, scale, segment, *, adjoint):
-    """The states that segments start from (s, b, segments, n, d), or None if all are zero."""
+    """Return the initial states of the segments (s, b, segments, n, d), or None if all are zero."""
     s, b, l, d = delta.shape
     n, parts = A.shape[-1], -(-l // segment)
     start = None if start is None else start.mT.contiguous()  # (s, b, n, d)
@@ -229,7 +230,7 @@ register_scan_gradient(scan_forward, scan_backward, "Triton")
 
 
 def _filled(stand_in: Tensor, *tensors: Tensor | None) -> list[Tensor]:
-    """Replace each None by `stand_in`, whose address enters arithmetic but is never read."""
+    """Replace each None with `stand_in`; its address is used in arithmetic but never read."""
     return [stand_in if m is None else m for m in tensors]
 
 

@@ -528,7 +528,7 @@ def test_a_mask_whose_world_file_places_it_elsewhere_is_told(tmp_path):
         tifffile.imwrite(tmp_path / folder / "a.tif", values)
         lines = f"10\n0\n0\n-10\n{left + 5}\n4999995\n"
         (tmp_path / folder / "a.tfw").write_text(lines)
-    assert told(tmp_path, f"geotiff:{tmp_path}", "elsewhere")
+    assert told(tmp_path, f"geotiff:{tmp_path}", "different positions")
 
 
 @pytest.mark.filterwarnings("ignore:Dataset has no geotransform")  # of the file before its points

@@ -9,6 +9,7 @@ from PIL import Image
 
 from vim_ssl.data import ImageData, labelled_splits, open_data, registry
 from vim_ssl.data.bands import band_arguments, check_bands
+from vim_ssl.data.check import check
 from vim_ssl.data.open import open_source, open_split
 from vim_ssl.models.encoder import VimEncoder
 
@@ -123,6 +124,12 @@ def test_eight_bits_fit_an_encoder_of_other_bands_unless_they_have_to_be_read(co
     unknown = ImageData(images, ["0"], name="x", bands=("R", "G", "B"))
     assert band_arguments(unknown) == {}
     assert counts == {"decoded": 1}
+
+
+def test_joined_sets_are_checked_without_opening_them_again(tmp_path, counts):
+    first, second = (folder(tmp_path / name, ("",)) for name in "xy")
+    assert check(f"{first} + {second}", sample=1).facts
+    assert counts["opened"] == 2
 
 
 def test_slides_and_captioned_images_are_opened_once(tmp_path, counts):

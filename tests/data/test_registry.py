@@ -75,7 +75,7 @@ def test_a_scheme_or_an_option_is_of_one_source_only():
         source("dicom")(open_squares)
     with pytest.raises(ValueError, match="declares the option 'tile' as str"):
         source("squares", declares={"tile": str})(open_squares)
-    with pytest.raises(ValueError, match="takes colour: add to declares="):
+    with pytest.raises(ValueError, match="unknown options colour; add them to declares="):
         source("other", options=("colour",))(open_squares)
 
 
@@ -83,9 +83,14 @@ def test_a_missing_library_names_the_extra_to_install():
     def opener(spec):
         import no_such_library  # noqa: F401
 
-    source("squares", extra="medical")(opener)
-    with pytest.raises(ImportError, match=r"squares: needs no_such_library: .*vim-ssl\[medical\]"):
-        open_data("squares:x")
+    for scheme, function in (
+        ("squares", opener),
+        ("split-squares", lambda spec: registry.Splits((), opener)),
+    ):
+        source(scheme, extra="medical")(function)
+        says = rf"{scheme}: needs no_such_library: .*vim-ssl\[medical\]"
+        with pytest.raises(ImportError, match=says):
+            open_data(f"{scheme}:x")
 
 
 # ------------------------------------------------------------------------ plugins

@@ -56,7 +56,7 @@ def test_a_path_object_is_a_folder():
     [
         ("", "empty"),
         ("sampel:mnist5k", r"unknown scheme 'sampel'\. Did you mean 'sample'\?"),
-        ("sample:", "names no location"),
+        ("sample:", "has no location"),
         ("photos?splt=val", r"unknown option 'splt'\. Did you mean 'split'\?"),
         ("photos?split", "no value"),
         ("photos?split=", "no value"),
@@ -72,7 +72,7 @@ def test_errors_say_what_to_do(text, message):
 
 
 def test_streaming_of_a_folder_is_refused_politely(tmp_path):
-    with pytest.raises(ValueError, match=r"read by index.*leave streaming=true out"):
+    with pytest.raises(ValueError, match=r"read by index.*remove streaming=true"):
         open_data(f"{tmp_path}?streaming=true")
 
 
@@ -98,7 +98,7 @@ def test_pick_split(wanted, splits, expected):
     [
         ("tset", ("train", "test"), r"no split 'tset'\. Did you mean 'test'\?"),
         ("train", (), "It has: none"),
-        (None, ("a", "b"), r"the splits a, b, none for training; add \?split=NAME"),
+        (None, ("a", "b"), r"the splits a, b, but no training split; add \?split=NAME"),
     ],
 )
 def test_pick_split_errors(wanted, splits, message):

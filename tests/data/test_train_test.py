@@ -56,7 +56,7 @@ def test_a_group_on_both_sides_of_the_sources_own_split_is_told(tmp_path, caplog
     labelled_splits(f"csv:{tmp_path / 't.csv'}", test=0.2, seed=0)
     assert not caplog.text
     labelled_splits(f"csv:{tmp_path / 't.csv'}?group={group}", test=0.2, seed=0)
-    told = "1 groups are in both train and test, such as p2: results on them say little"
+    told = "1 groups are in both train and test, for example p2; test results"
     assert (told in caplog.text) == (group == "patient")
 
 
@@ -84,11 +84,11 @@ def test_a_class_that_is_never_tested_is_told(tmp_path, caplog):
     assert not caplog.text
     fill(tmp_path, "c/only/1.png", "c/only/2.png")
     labelled_splits(spec, test=0.2, seed=0)
-    assert "1 of 3 classes, such as c, are not among the images held out" in caplog.text
+    assert "1 of 3 classes, for example c, are not among the held-out images" in caplog.text
 
 
 def test_images_without_labels_are_an_error(tmp_path):
-    with pytest.raises(ValueError, match="no labels of two classes"):
+    with pytest.raises(ValueError, match="labels of fewer than two classes"):
         labelled_splits(fill(tmp_path, "1.png", "2.png"), test=0.2, seed=0)
 
 
@@ -146,5 +146,5 @@ def test_one_source_is_trained_on_and_another_tested_on(tmp_path):
     whole = fill(tmp_path / "whole", *(f"{c}/{i}.png" for c in "ab" for i in range(4)))
     assert len(labelled_splits(here, 0.2, 0, whole)[1]) == 8
     others = fill(tmp_path / "others", *(f"{c}/{i}.png" for c in "ac" for i in range(3)))
-    with pytest.raises(ValueError, match=r"classes a, b, .* a, c; test on data of the same"):
+    with pytest.raises(ValueError, match=r"classes a, b, .* has a, c; test on data with the same"):
         labelled_splits(here, 0.2, 0, others)

@@ -235,9 +235,9 @@ def test_images_without_any_object_do_no_harm(tmp_path, encoder, data):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--data", "nowhere"], "There is no folder 'nowhere'"),
-        (["--data", "coco:nowhere"], "lacks annotations/; it is not there"),
-        (["--data", "DATA/train"], "has no boxes; name a folder in COCO's layout"),
+        (["--data", "nowhere"], "The folder 'nowhere' does not exist"),
+        (["--data", "coco:nowhere"], "has no annotations/; it does not exist"),
+        (["--data", "DATA/train"], "has no boxes; give a folder in COCO's layout"),
         (["--size", "96"], "size 96 is not a multiple of 64"),
         (["--eval-only"], "has no detection.safetensors"),
         (["--anchor", "0"], "anchor is 0; it must be 1 or more"),

@@ -309,8 +309,8 @@ def test_a_second_process_is_kept_out(images, encoder_file, tmp_path):
     ("argv", "message"),
     [
         (["--shard-rows", "0"], "1 or more"),
-        (["--format", "csv"], "not a choice"),
-        (["--data", "nowhere"], "There is no folder 'nowhere'"),
+        (["--format", "csv"], "not a valid choice"),
+        (["--data", "nowhere"], "The folder 'nowhere' does not exist"),
     ],
 )
 def test_a_mistake_is_told_in_one_line(argv, message, encoder_file, tmp_path, monkeypatch, capsys):

@@ -173,7 +173,7 @@ def test_images_are_judged_in_batches_by_workers_as_asked(
     ("argv", "message"),
     [
         ([], "No run with an encoder"),
-        (["--data", "flat"], "no labels of two classes"),
+        (["--data", "flat"], "labels of fewer than two classes"),
     ],
     ids=["no-run", "unlabelled"],
 )

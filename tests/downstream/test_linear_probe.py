@@ -321,7 +321,7 @@ def test_medmnist_has_its_own_figures_too(name, labels, encoder_file, tmp_path, 
     [
         (["--shots", "0"], "1 or more"),
         (["--c-grid", "1", "0.1"], "in ascending order"),
-        (["--head", "svm"], "not a choice"),
+        (["--head", "svm"], "not a valid choice"),
     ],
 )
 def test_a_setting_that_means_nothing_is_refused(argv, message, capsys):
@@ -382,9 +382,9 @@ def test_without_arguments_the_newest_run_is_probed_on_its_own_data(bands, tmp_p
     [
         ([], "No run with an encoder under .*mim_pretrain"),
         (["--encoder", "bare"], "bare does not say which images it was trained on"),
-        (["--encoder", "unlabelled"], "no labels of two classes"),
-        (["--encoder", "bare", "--data", "flat"], "no labels of two classes"),
-        (["--encoder", "bare", "--data", "nowhere"], "There is no folder 'nowhere'"),
+        (["--encoder", "unlabelled"], "labels of fewer than two classes"),
+        (["--encoder", "bare", "--data", "flat"], "labels of fewer than two classes"),
+        (["--encoder", "bare", "--data", "nowhere"], "The folder 'nowhere' does not exist"),
     ],
     ids=["no-run", "no-record", "trained-without-labels", "unlabelled", "no-data"],
 )

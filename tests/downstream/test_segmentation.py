@@ -304,7 +304,7 @@ def test_images_whose_masks_do_not_fit_are_passed_over_and_named(tmp_path, encod
     assert metrics["test"] == 1
     reasons = "\n".join(metrics["skipped"])
     for text in ("val/1.png: the mask has 9×9 pixels, its image 32×32",
-                 "val/2.png: the mask holds the number 7; there are 3 classes",
+                 "val/2.png: the mask contains the value 7; expected 3 classes",
                  "val/3.png: the mask cannot be read"):  # fmt: skip
         assert text in reasons
     assert read_metrics(tmp_path / "run")[-1]["skipped"] == 3
@@ -333,9 +333,9 @@ def test_one_class_in_all_images_is_a_result(tmp_path, encoder, data):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--data", "nowhere"], "There is no folder 'nowhere'"),
-        (["--data", "masks:nowhere"], "lacks images/ and masks/; it is not there"),
-        (["--data", "ade20k:DATA"], "lacks annotations/; it holds classes.txt, images, masks"),
+        (["--data", "nowhere"], "The folder 'nowhere' does not exist"),
+        (["--data", "masks:nowhere"], "has no images/ and no masks/; it does not exist"),
+        (["--data", "ade20k:DATA"], "has no annotations/; it contains classes.txt, images, masks"),
         (["--crop", "30"], "img_size 30 is not divisible by patch_size 8"),
         (["--norm", "batch", "--batch-size", "1"], "norm batch needs two crops"),
         (["--eval-only"], "has no segmentation.safetensors"),

@@ -151,8 +151,8 @@ def test_a_patients_slides_stay_together(vectors, tmp_path):
 @pytest.mark.parametrize(
     ("prepare", "says"),
     [
-        (lambda folder: None, "holds no embeddings"),
-        (lambda folder: (folder / "record.json").write_text('{"finished": false}'), "not finished"),
+        (lambda folder: None, "contains no embeddings"),
+        (lambda folder: (folder / "record.json").write_text('{"finished": false}'), "incomplete"),
         (
             lambda folder: (
                 (folder / "record.json").write_text('{"finished": true}'),

@@ -84,7 +84,7 @@ def test_extraction_leaves_no_graph(grey_steps):
 
 def test_data_without_a_readable_image_is_an_error(tmp_path):
     (tmp_path / "1.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"none of the 1 images could be read.*1\.png"):
+    with pytest.raises(ValueError, match=r"none of the 1 images can be read.*1\.png"):
         extract_features(lambda x: x, open_data(str(tmp_path)), pil_to_tensor)
 
 

@@ -82,6 +82,4 @@ def test_a_backend_that_cannot_run_is_left_out_with_a_reason(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     names, left_out = accuracy.runnable("cpu")
     assert names == ["reference", "torch", "numba"]
-    assert left_out == [
-        "left out: triton. Backend 'triton' runs on cuda tensors; these are on cpu."
-    ]
+    assert left_out == ["skipped: triton. Backend 'triton' runs on cuda tensors; these are on cpu."]

@@ -570,7 +570,7 @@ def test_values_are_checked_only_on_request(monkeypatch):
     monkeypatch.setenv("VIM_SSL_CHECK", "1")
     with pytest.raises(ValueError, match="A has values that are not negative"):
         bi_selective_scan(**growing)
-    with pytest.raises(ValueError, match="delta holds values that are not finite"):
+    with pytest.raises(ValueError, match="delta contains values that are not finite"):
         bi_selective_scan(**broken)
     bi_selective_scan(**two_way_inputs(1, 3, 2, 2))
 

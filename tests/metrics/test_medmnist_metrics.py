@@ -67,10 +67,10 @@ def test_equal_to_the_definition(task):
 @pytest.mark.parametrize(
     ("truth", "scores", "task", "message"),
     [
-        (np.zeros((3, 1)), np.zeros((3, 2)), "multiclass", "is none of 'binary-class'"),
+        (np.zeros((3, 1)), np.zeros((3, 2)), "multiclass", "is not one of 'binary-class'"),
         (np.zeros((3, 1)), np.zeros(3), MULTI_CLASS, r"truth \(3, 1\) and scores \(3,\)"),
         (np.zeros((3, 2)), np.zeros((3, 4)), MULTI_LABEL, "do not fit"),
-        (np.zeros(3), np.zeros((4, 2)), MULTI_CLASS, "one row a sample"),
+        (np.zeros(3), np.zeros((4, 2)), MULTI_CLASS, "one row per sample"),
     ],
 )
 def test_errors(truth, scores, task, message):

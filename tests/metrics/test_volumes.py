@@ -128,3 +128,11 @@ def test_groups_ignored_voxels_and_lost_planes():
     volume(nothing, "a", truth * 0, truth * 0)
     assert nothing.compute()["volume_dice"] is nothing.compute()["volume_hd95"] is None
     assert VolumeMetrics(["none", "organ"]).compute()["volumes"] == 0
+
+
+def test_a_single_class_gives_no_score():
+    metrics = VolumeMetrics(["background"])
+    empty = np.zeros((2, 2), np.uint8)
+    metrics.add({"volume": "a", "plane": 0, "planes": 1, "spacing": (1, 1, 1)}, empty, empty)
+    values = metrics.compute()
+    assert (values["volumes"], values["volume_dice"], values["volume_dice_ci"]) == (1, None, None)

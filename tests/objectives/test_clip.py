@@ -341,9 +341,8 @@ def test_a_folder_without_such_a_model_is_told(tmp_path):
 
 
 def test_an_image_must_be_transformed_first():
-    with pytest.raises(
-        TypeError, match=r"not Image; for an image use clip\.encode_image\(clip\.tr"
-    ):
+    message = r"not Image; for an image use clip\.encode_image\(clip\.tr"
+    with pytest.raises(TypeError, match=message):
         small().encode_image(Image.new("RGB", (20, 20)))
 
 

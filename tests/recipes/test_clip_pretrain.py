@@ -226,7 +226,7 @@ def test_a_stream_of_tars_trains(tmp_path, pairs, monkeypatch):
         (["--tokenizer", "word"], ValueError, "bpe, clip or hf:NAME"),
         (["--lock-image", "--lock-text"], ValueError, "lock_image and lock_text are both set"),
         (["--model-args", "dept=2"], ValueError, "Did you mean 'depth'"),
-        (["--data", "no/such/folder"], FileNotFoundError, "There is no folder"),
+        (["--data", "no/such/folder"], FileNotFoundError, "no/such/folder' does not exist"),
         (["--data", "PLAIN"], ValueError, "has no captions; .* pairs:FOLDER"),
         (["--encoder", "timm:vit_tiny_patch16_224", "--model-args", "depth=1", "--ema", "0.9"],
          ValueError, "use --ema 0"),

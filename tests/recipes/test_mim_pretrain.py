@@ -476,7 +476,7 @@ def test_a_batch_is_never_larger_than_the_data(photos, tmp_path, capsys):
         ),
         (["--mask", "row", "--mask-ratio", "0"], ValueError, "between 0 and 1"),
         (["--model-args", "dept=2"], ValueError, "Did you mean 'depth'"),
-        (["--data", "no/such/folder"], FileNotFoundError, "There is no folder"),
+        (["--data", "no/such/folder"], FileNotFoundError, "no/such/folder' does not exist"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )

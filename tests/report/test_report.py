@@ -120,7 +120,7 @@ def test_a_finished_run_tells_what_was_trained_and_what_came_of_it(finished: Pat
     parameters = sum(p.numel() for p in load_encoder(finished).parameters())
     for words in (
         "masked image modelling (mae)", "sample:mnist5k?split=train", "Finished", f"{parameters:,}",
-        "28 × 28 px, 1 channel", "4 × 4 px", "7 × 7 = 49 an image", "75 % of the patches",
+        "28 × 28 px, 1 channel", "4 × 4 px", "7 × 7 = 49 per image", "75 % of the patches",
         "128 = 64 × 2 (accumulation) × 1 (processes)", "0.002", "40 of 40", "1 min 20 s",
         "64 images/s", "device cpu", "adamw", "pretrained encoder", "91.2 %", "89.1 – 92.8",
         "raw pixels", "4,000 for training",
@@ -177,7 +177,7 @@ def test_first_and_newest_images_stand_side_by_side_in_captioned_columns(finishe
     assert {cell.size for cell in cells} == {(28, 28)}
     greys = [cell.convert("L").getextrema() for cell in cells]
     assert greys == 2 * [(row, row) for row in (1, 2, 3) for _ in range(4)]  # no border left
-    for caption in ("original", "masked", "reconstructed", "pasted"):
+    for caption in ("original", "masked", "reconstructed", "visible +"):
         assert page.text.count(f"{caption}") >= 2
 
 
@@ -232,7 +232,7 @@ def test_what_is_evaluated_now_and_then_has_a_point_for_each_evaluation(tmp_path
 
 
 def test_an_error_that_is_the_loss_is_not_drawn_again(tmp_path: Path):
-    title = "Mean squared error of the hidden pixels"
+    title = "Mean squared error of the masked pixels"
     for factor, drawn in ((1, 0), (2, 1)):
         rows = [line(s, pixel_mse=factor / s) for s in (1, 2)]
         page = Page(write_report(make_run(tmp_path, rows)))
@@ -257,7 +257,7 @@ def test_non_finite_values_leave_gaps_and_are_counted(tmp_path: Path):
     rows = [line(i + 1, loss=x, bad_steps=min(i, 2), skipped=7) for i, x in enumerate(losses)]
     page = Page(write_report(make_run(tmp_path, rows)))
     assert [text.split()[1] for text in page.readout("Loss")] == ["1", "2", "5", "6"]
-    assert "2 of 6 lines read not finite" in page.text
+    assert "2 of 6 logged values are not finite" in page.text
     svg = page.source[page.source.index("Loss over steps") :].partition("</svg>")[0]
     assert svg.count("<polyline") == 2
     assert "nan" not in svg
@@ -279,7 +279,7 @@ ROWS = {
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS.keys())
 def test_any_log_gives_a_page_with_finite_coordinates(tmp_path: Path, rows: list[dict]):
     page = Page(write_report(make_run(tmp_path, rows)))
-    assert "Still going" in page.text
+    assert "Still running" in page.text
     for tag, names in (("polyline", ["points"]), ("polygon", ["points"]), ("circle", ["cx", "cy"])):
         for attrs in page.all(tag):
             for number in re.split("[ ,]", " ".join(attrs.get(n, "0") for n in names)):
@@ -363,7 +363,7 @@ def test_images_stand_beside_the_captions_nearest_to_them(finished: Path):
     Image.new("RGB", (20, 10)).save(folder / "examples" / "0.png")
     (folder / "metrics.json").write_text(json.dumps(ZERO_SHOT))
     page = Page(write_report(finished))
-    assert "By names and captions alone" in page.text
+    assert "Zero-shot classification and retrieval" in page.text
     assert "12.5 % 3.0 – 30.0" in page.text
     assert f"a dog · {EVIL}" in page.text
     assert "0.50" in page.text
@@ -441,7 +441,7 @@ def test_a_result_that_is_being_written_does_not_cost_the_page(finished: Path, b
 @pytest.mark.parametrize("exists", [True, False], ids=["empty-folder", "no-folder"])
 def test_a_folder_without_a_run_is_refused(tmp_path: Path, exists: bool):
     folder = tmp_path if exists else tmp_path / "none"
-    with pytest.raises(FileNotFoundError, match=r"holds no run .*config\.json"):
+    with pytest.raises(FileNotFoundError, match=r"is not a run directory .*config\.json"):
         write_report(folder)
     assert not (folder / "report.html").exists()
 
@@ -466,4 +466,4 @@ def test_the_command_draws_the_page_and_says_where(finished: Path, capsys):
     assert cli_main(["report", str(finished)]) == 0
     assert str(finished / "report.html") in capsys.readouterr().out
     assert cli_main(["report", str(finished / "nowhere")]) == 2
-    assert "holds no run" in capsys.readouterr().err
+    assert "is not a run directory" in capsys.readouterr().err

@@ -636,7 +636,7 @@ def test_a_stream_is_trained_on_and_resumed_bit_for_bit(tmp_path, shards, capsys
 
 def test_more_readers_than_shards_are_refused_before_the_first_step(tmp_path, shards):
     one = shards.replace("{0..3}", "3")
-    with pytest.raises(ValueError, match=r"1 shard\(s\) cannot feed 2 readers"):
+    with pytest.raises(ValueError, match=r"1 shard\(s\) are too few for 2 readers"):
         stream_run(tmp_path / "run", one, "--workers", "2")
 
 
@@ -847,7 +847,7 @@ def test_images_that_are_all_broken_are_told_in_one_line(tmp_path, workers, monk
         code = guarded(mim_pretrain.main, argv)
         errors = capfd.readouterr().err
     assert code == 2, errors
-    assert "none could be read" in errors.splitlines()[-1]
+    assert "none can be read" in errors.splitlines()[-1]
     assert "Traceback" not in errors
 
 

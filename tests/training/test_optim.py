@@ -234,9 +234,8 @@ def test_schedule_without_warm_up_starts_at_the_top():
 @pytest.mark.parametrize("warmup_steps", [100, 101, -1])
 def test_a_warm_up_that_leaves_no_step_is_an_error(warmup_steps):
     optimizer = build_optimizer(encoder(), lr=LR, weight_decay=DECAY)
-    with pytest.raises(
-        ValueError, match=rf"{warmup_steps} steps .* run of 100; shorten the warm-up"
-    ):
+    message = rf"{warmup_steps} steps .* run of 100; shorten the warm-up"
+    with pytest.raises(ValueError, match=message):
         build_schedule(optimizer, total_steps=100, warmup_steps=warmup_steps)
 
 

@@ -252,7 +252,7 @@ def test_a_field_without_default_is_needed(capsys):
     assert parse(Needs, argv=["--data", "photos"]).data == "photos"
     with pytest.raises(SystemExit):
         parse(Needs, argv=[])
-    assert "give --data" in capsys.readouterr().err
+    assert "set --data" in capsys.readouterr().err
 
 
 def test_a_configs_own_check_speaks_in_one_line(capsys):
@@ -284,7 +284,7 @@ def test_reserved_names_are_refused():
     class Taken:
         preset: str = opt("", "a field that hides a flag")
 
-    with pytest.raises(TypeError, match="--preset is taken"):
+    with pytest.raises(TypeError, match="--preset is reserved"):
         parse(Taken, argv=[])
 
 

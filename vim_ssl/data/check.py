@@ -1,4 +1,4 @@
-"""``vim-ssl data check SPEC``: look for faults in data before training on it."""
+"""``vim-ssl data check SPEC``: find faults in data before training on it."""
 
 import argparse
 import sys
@@ -20,23 +20,23 @@ from vim_ssl.data.dataset import ImageData, captions_of
 from vim_ssl.data.images import BadImage
 from vim_ssl.data.labels import IGNORE
 from vim_ssl.data.loading.streamed import ImageStream
-from vim_ssl.data.open import Source, open_source, sets_of
+from vim_ssl.data.open import Source, open_data, open_source, sets_of
 from vim_ssl.data.registry import SOURCES
 from vim_ssl.data.spec import SPLIT_NAMES, canonical_split
 
-NAMED = 3  # examples of one fault
-LISTED = 20  # classes whose counts are listed
+NAMED = 3  # number of examples per fault
+LISTED = 20  # maximum number of classes whose counts are listed
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """What is known of a decoded image; or its ``fault``.
+    """Properties of a decoded image, or the ``fault`` that prevented decoding.
 
     Attributes:
         pixels: hash of mode, size and values.
         size: (width, height).
         flat, holes: whether all values are equal; whether some are not finite.
-        classes: the class numbers in its mask, each once, or of its boxes.
+        classes: the class indices in its mask, each once, or one per box.
         captioned: whether it has a caption.
     """
 
@@ -57,7 +57,7 @@ class Split:
 
     Attributes:
         masks: whether the images have masks.
-        boxes: number of boxes of each image; None for data without boxes.
+        boxes: number of boxes per image; None for data without boxes.
     """
 
     name: str
@@ -71,7 +71,7 @@ class Split:
 
 @dataclass
 class Report:
-    """The result of `check`: facts about the data, problems, and remarks on what may be wrong."""
+    """The result of `check`: facts about the data, problems, and remarks on possible problems."""
 
     facts: list[str]
     problems: list[str]
@@ -79,23 +79,24 @@ class Report:
 
     def __str__(self) -> str:
         lines = list(self.facts)
-        for title, sign, listed in (("Wrong", "x", self.problems), ("To know", "-", self.remarks)):
+        for title, sign, listed in (("Problems", "x", self.problems),
+                                    ("Remarks", "-", self.remarks)):  # fmt: skip
             if listed:
                 lines += ["", f"{title}:", *(f"  {sign} {line}" for line in listed)]
-        end = f"{len(self.problems)} thing(s) wrong." if self.problems else "Nothing wrong found."
+        end = f"{len(self.problems)} problem(s)." if self.problems else "No problems."
         return "\n".join([*lines, "", end])
 
 
 def check(spec: str | Path, *, sample: int = 0, workers: int = 0, quiet: bool = True) -> Report:
-    """Check counts, labels, every image, and what the splits have in common.
+    """Check counts, labels, every image, and the overlap of the splits.
 
     Args:
         spec: see `open_data`; all splits are checked unless it names one.
-        sample: decode only so many images of each split, spread evenly; 0 decodes all. Duplicates
-            are then found only among those.
-        workers: processes that decode.
-        quiet: no progress bar.
-    Raises: what `open_data` raises.
+        sample: number of images to decode per split, spread evenly; 0 decodes all. Duplicates are
+            found only among decoded images.
+        workers: number of processes that decode.
+        quiet: show no progress bar.
+    Raises: the errors of `open_data`.
     """
     source, data = _opened(spec)
     splits = list(_splits(source, data, sample, workers, quiet))
@@ -114,7 +115,7 @@ def check(spec: str | Path, *, sample: int = 0, workers: int = 0, quiet: bool = 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command ``vim-ssl data check SPEC``; 0 when nothing is wrong, else 1."""
+    """Run ``vim-ssl data check SPEC``. Return 0 if there are no problems, else 1."""
     parser = argparse.ArgumentParser(prog="vim-ssl data", description=__doc__)
     actions = parser.add_subparsers(dest="action", required=True)
     action = actions.add_parser("check", help="check a data spec and report its faults")
@@ -122,9 +123,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "spec", metavar="SPEC", help=f"a folder, or SCHEME:LOCATION; schemes: {', '.join(SOURCES)}"
     )
     action.add_argument(
-        "--sample", type=int, default=0, metavar="N", help="decode N images per split, not all"
+        "--sample", type=int, default=0, metavar="N", help="decode N images per split; 0: all"
     )
-    action.add_argument("--workers", type=int, default=0, help="processes that decode")
+    action.add_argument("--workers", type=int, default=0, help="number of processes that decode")
     args = parser.parse_args(argv)
     try:
         report = check(args.spec, sample=args.sample, workers=args.workers, quiet=False)
@@ -139,11 +140,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _opened(spec: str | Path) -> tuple[Source, ImageData | ImageStream]:
-    """The source, and the split that its spec names, or all of it."""
-    source = open_source(spec, streams=True)
+    """Open the source, and the split that its spec names or else all images."""
     joined = sets_of(str(spec))
-    named = len(joined) > 1 or joined[0][1].split
-    return source, source.open(None if named else "all")
+    if len(joined) > 1:
+        data = open_data(spec, streams=True)
+        return Source(data.splits, lambda split: data), data
+    source = open_source(spec, streams=True)
+    return source, source.open(None if joined[0][1].split else "all")
 
 
 def _splits(
@@ -167,7 +170,7 @@ def _splits(
 
 
 class _Decoding(Dataset):
-    """Images by index as `Decoded`."""
+    """`Decoded` images by index."""
 
     def __init__(self, data: ImageData):
         self.data = data
@@ -227,14 +230,14 @@ def _layout(data: ImageData | ImageStream, splits: list[Split]) -> str:
 
 
 def _check_folders(splits: list[Split], report: Report) -> None:
-    """Report a file or folder beside train/ and test/ that keeps them from being splits."""
+    """Report files or folders beside train/ and test/; with these, they are not read as splits."""
     tops = {name.split("/")[0] if "/" in name else "" for split in splits for name in split.ids}
     named = {top for top in tops if canonical_split(top) in SPLIT_NAMES}
     if len({canonical_split(top) for top in named}) > 1 and (others := sorted(tops - named)):
         beside = _some([top or "images outside of any folder" for top in others])
         report.problems.append(
-            f"{', '.join(sorted(named))} are no splits, since beside them lie: {beside}. All "
-            "images are one split; move the others away."
+            f"{', '.join(sorted(named))} are not read as splits, because their parent folder also "
+            f"contains {beside}. All images form one split; move the others away."
         )
 
 
@@ -255,14 +258,14 @@ def _count(splits: list[Split], report: Report) -> None:
         cells = ("-" if count is None else f"{count:,}" for count in columns.values())
         report.facts.append(f"{split.name:12}" + "".join(f"{cell:>12}" for cell in cells))
         if not split.ids:
-            report.problems.append(f"{split.name} has no image.")
+            report.problems.append(f"{split.name} has no images.")
         if split.labels is not None and labelled < len(split.ids):
             missing = len(split.ids) - labelled
             report.remarks.append(f"{split.name}: {missing:,} images have no label.")
         for name in split.ids:
             splits_of[name].append(split.name)
     if twice := [name for name, names in splits_of.items() if len(names) > 1]:
-        report.problems.append(f"{len(twice):,} ids are given twice: {_some(twice)}.")
+        report.problems.append(f"{len(twice):,} ids occur more than once: {_some(twice)}.")
 
 
 def _check_labels(splits: list[Split], classes: list[str] | None, report: Report) -> None:
@@ -277,7 +280,7 @@ def _check_labels(splits: list[Split], classes: list[str] | None, report: Report
     for name, count in counts.items():
         least, most = min(count, key=count.__getitem__), max(count, key=count.__getitem__)
         if len(count) < 2:
-            report.problems.append(f"{name} has images of one class only, {names[most]}.")
+            report.problems.append(f"{name} has images of only one class, {names[most]}.")
         elif count[most] > 10 * max(count[least], 1):
             report.remarks.append(
                 f"{name} is unbalanced: {count[most]:,} of {names[most]}, {count[least]:,} of "
@@ -287,7 +290,7 @@ def _check_labels(splits: list[Split], classes: list[str] | None, report: Report
 
 
 def _check_truth(splits: list[Split], classes: list[str] | None, report: Report) -> None:
-    """Count the classes in masks, by images that contain them, or of boxes."""
+    """Count the images whose mask contains a class, or the boxes of each class."""
     counts = {
         split.name: Counter(number for image in split.decoded for number in image.classes)
         for split in splits
@@ -296,7 +299,7 @@ def _check_truth(splits: list[Split], classes: list[str] | None, report: Report)
     if not counts:
         return
     one = "box" if splits[0].boxes is not None else "mask"
-    title = "class, boxes of it" if one == "box" else "class, images of it"
+    title = "class (boxes)" if one == "box" else "class (images)"
     names = _list_classes(title, counts, classes, report)
     if all(len(split.decoded) == len(split.ids) for split in splits):
         _compare_classes(counts, names, one, report)
@@ -305,7 +308,7 @@ def _check_truth(splits: list[Split], classes: list[str] | None, report: Report)
 def _list_classes(
     title: str, counts: dict[str, Counter[int]], classes: list[str] | None, report: Report
 ) -> dict[int, str]:
-    """Add a table of the classes' counts in each split; returns the classes' names."""
+    """Add a table of the class counts per split to the report. Return the class names."""
     known = sorted(set().union(*counts.values()))
     names = {label: _name(label, classes) for label in known}
     width = min(max(map(len, [title, *names.values(), 12 * " "])), 40)
@@ -314,14 +317,14 @@ def _list_classes(
         row = "".join(f"{count[label]:12,}" for count in counts.values())
         report.facts.append(f"{names[label][:width]:{width}}{row}")
     if len(known) > LISTED:
-        report.facts.append(f"… and {len(known) - LISTED:,} classes more")
+        report.facts.append(f"… and {len(known) - LISTED:,} more classes")
     return names
 
 
 def _compare_classes(
     counts: dict[str, Counter[int]], names: dict[int, str], one: str, report: Report
 ) -> None:
-    """Report classes that only some splits have; ``one`` names what is counted."""
+    """Report classes that only some splits have; ``one`` names the counted object."""
     train: Counter[int] = Counter()
     for name, count in counts.items():
         if canonical_split(name) == "train":
@@ -338,7 +341,7 @@ def _compare_classes(
 
 
 def _class_counts(split: Split, classes: list[str] | None, report: Report) -> Counter[int]:
-    """Count the images of each class; of a label as a row of 0 and 1, each class with a 1."""
+    """Count the images of each class; a row of 0 and 1 counts for each class with a 1."""
     count: Counter[int] = Counter()
     wrong = []
     for name, label in zip(split.ids, split.labels or (), strict=True):
@@ -381,9 +384,9 @@ def _check_images(splits: list[Split], report: Report) -> None:
         for what, names, lines in (
             ("cannot be decoded", [f"{image.id} ({image.fault})" for image in split.decoded
                                    if image.fault], report.problems),
-            ("are of one single value", [image.id for image in split.decoded if image.flat],
+            ("have a single value", [image.id for image in split.decoded if image.flat],
              report.remarks),
-            ("have values that are no number", [image.id for image in split.decoded if image.holes],
+            ("have NaN or infinite values", [image.id for image in split.decoded if image.holes],
              report.remarks),
         ):  # fmt: skip
             if names:
@@ -408,7 +411,7 @@ def _check_groups(splits: list[Split], report: Report) -> None:
 
 
 def _check_duplicates(splits: list[Split], report: Report) -> None:
-    """Report equal images: in two splits, twice in one, or with different labels."""
+    """Report identical images in two splits, twice in one split, or with different labels."""
     label_of: dict[str, Any] = {}
     for split in splits:
         if split.labels is not None:
@@ -416,7 +419,7 @@ def _check_duplicates(splits: list[Split], report: Report) -> None:
     copies: dict[bytes, list[tuple[str, str]]] = defaultdict(list)
     for split in splits:
         for image in split.decoded:
-            # Images of a single value are equal without being the same.
+            # Images with a single value (blank) are not counted as duplicates.
             if not image.fault and not image.flat:
                 copies[image.pixels].append((split.name, image.id))
     across, within, relabelled = [], [], []
@@ -431,13 +434,13 @@ def _check_duplicates(splits: list[Split], report: Report) -> None:
             relabelled.append(ids)
     if across:
         report.problems.append(
-            f"{len(across):,} images are on two sides of a split: {_some(across)}."
+            f"{len(across):,} images are in more than one split: {_some(across)}."
         )
     if within:
-        report.remarks.append(f"{len(within):,} images are there twice: {_some(within)}.")
+        report.remarks.append(f"{len(within):,} images are duplicates: {_some(within)}.")
     if relabelled:
         report.remarks.append(
-            f"{len(relabelled):,} images are there again with another label: {_some(relabelled)}."
+            f"{len(relabelled):,} images have copies with another label: {_some(relabelled)}."
         )
 
 

@@ -1,4 +1,4 @@
-"""Clips of videos: the choice of frames, and decoding of files and folders of frames."""
+"""Clips of videos: choose frames, and decode them from files or folders of frames."""
 
 import os
 import re
@@ -17,18 +17,18 @@ from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import EXTENSIONS, BadImage, decode_image
 from vim_ssl.utils.optional import require
 
-ROUNDING = 1e-6  # seconds; a time this close before a frame means that frame
+ROUNDING = 1e-6  # seconds; a time this close before a frame selects that frame
 FOLDER_FPS = 30.0  # assumed frame rate of a folder of frames
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """The choice of a clip's frames.
+    """How the frames of a clip are chosen.
 
     Attributes:
         frames: number of frames in a clip.
-        fps: frames per second in a clip, which begins anywhere ("dense"). None takes one frame from
-            each of as many equal segments of the whole video ("uniform").
+        fps: frames per second in a clip, which starts anywhere in the video ("dense"). None divides
+            the whole video into equal segments and takes one frame from each ("uniform").
         clips: number of clips per video in evaluation; training takes one.
     """
 
@@ -37,12 +37,12 @@ class Sampling:
     clips: int = 1
 
     def times(self, duration: float, training: bool) -> list[list[float]]:
-        """Seconds from the beginning of the video, a list for each clip.
+        """Return one list of frame times per clip, in seconds from the start of the video.
 
-        Training draws from torch's global generator: uniform, the position of each frame in its
-        segment; dense, the beginning of the clip. Evaluation spreads these positions and beginnings
-        evenly over the clips; a single clip takes the middle. Beyond its end a video repeats its
-        last frame.
+        Training draws from torch's global generator: for uniform sampling the position of each
+        frame in its segment, for dense sampling the start of the clip. Evaluation spreads these
+        positions or starts evenly over the clips; a single clip takes the middle. Past its end, a
+        video repeats its last frame.
         """
         count = 1 if training else self.clips
         shares = [(clip + 0.5) / count for clip in range(count)]
@@ -60,10 +60,11 @@ class Sampling:
 
 
 class Video:
-    """An undecoded video: a file, or a folder of frames sorted by name, numbers in names by value.
+    """An undecoded video: a file, or a folder of frames in natural sort order (frame2 before
+    frame10).
 
-    Frames are RGB, upright and unmirrored (by a phone's display matrix). A frame that cannot be
-    decoded is replaced by the next one that can, at the end by the one before.
+    Frames are RGB, with the container's rotation and mirroring applied. An undecodable frame is
+    replaced by the next decodable one, or by the previous one at the end.
     """
 
     def __init__(self, path: str | Path, sampling: Sampling):
@@ -72,16 +73,16 @@ class Video:
     def clips(
         self, training: bool = False, prepare: Callable[[Image.Image], Any] = lambda frame: frame
     ) -> list[list[Any]]:
-        """Decoded clips of ``sampling.frames`` images each; one when training.
+        """Decode clips of ``sampling.frames`` images each; a single clip when training.
 
         Args:
-            prepare: called once with every decoded frame; clips hold what it returns. If it shrinks
-                frames, only a few are in memory in full size at a time.
-        Raises: BadImage for a file that is no video, or one without a frame that can be decoded.
+            prepare: called once with every decoded frame; clips contain its results. If it shrinks
+                frames, only a few are in memory at full size at a time.
+        Raises: BadImage for a file that is not a video, or one without a decodable frame.
         """
         source: _File | _Frames = (_Frames if os.path.isdir(self.path) else _File)(self.path)
         at = source.times
-        # The last frame lasts as long as the median one; of a single frame all times are equal.
+        # The last frame gets the median duration; for a single frame all times are equal.
         duration = at[-1] - at[0] + float(np.median(np.diff(at) if len(at) > 1 else [0.0]))
         clips = [
             [max(bisect_right(at, at[0] + t + ROUNDING) - 1, 0) for t in times]
@@ -96,7 +97,7 @@ class Video:
 
 
 def still(image: Any) -> Any:
-    """An image itself, or the first frame of a video's clip. Raises: BadImage."""
+    """Return an image unchanged, or the first frame of a video's first clip. Raises: BadImage."""
     return image.clips()[0][0] if isinstance(image, Video) else image
 
 
@@ -111,10 +112,10 @@ class _Frames:
         self.times = [i / FOLDER_FPS for i in range(len(self.names))]
 
     def read(self, numbers: Sequence[int]) -> Iterator[tuple[int, Image.Image]]:
-        """Frames with their numbers, which must ascend."""
+        """Yield (number, frame) for these numbers, which must be in ascending order."""
         last = fault = None
         for number in numbers:
-            for name in self.names[number:]:  # the next that can be read
+            for name in self.names[number:]:  # the next readable frame
                 try:
                     last = decode_image(os.path.join(self.path, name), mode="RGB")
                     break
@@ -138,7 +139,8 @@ class _File:
         self.times = [stamp * unit for stamp in self.stamps]
 
     def read(self, numbers: Sequence[int]) -> Iterator[tuple[int, Image.Image]]:
-        """Frames with their numbers, which must ascend; skips to a key frame between two."""
+        """Yield (number, frame) for these numbers, which must be in ascending order. Seeks to the
+        last key frame before a number."""
         last: Any = None
         with _opened(self.path) as container:
             stream = _video_stream(container, self.path)
@@ -151,7 +153,7 @@ class _File:
                     container.seek(key, stream=stream)
                     frames = _decoded(container, stream)
                     landed = next(frames, None)
-                    if landed is None or landed.pts > target:  # not every format jumps exactly
+                    if landed is None or landed.pts > target:  # not every format seeks exactly
                         container.seek(self.stamps[0], stream=stream)
                         frames = _decoded(container, stream)
                         landed = next(frames, last)
@@ -172,7 +174,7 @@ def _index(path: str, size: int, changed: int) -> tuple[list[int], list[int], fl
     whether to ignore the stamps of decoded frames; see `_decoded`.
 
     Args:
-        size, changed: of the file, so that a new file of the same name is read again.
+        size, changed: size and modification time of the file, as cache keys.
     """
     stamps, keys = [], []
     with _opened(path) as container:
@@ -180,26 +182,26 @@ def _index(path: str, size: int, changed: int) -> tuple[list[int], list[int], fl
         try:
             for packet in container.demux(stream):
                 stamp = packet.dts if packet.pts is None else packet.pts
-                # What an edit list cuts away is decoded, but not displayed.
+                # Frames that an edit list removes are decoded but not displayed.
                 if stamp is not None and packet.size and not packet.is_discard:
                     stamps.append(stamp)
                     if packet.is_keyframe:
                         keys.append(stamp)
         except _errors():
-            pass  # truncated: the packets before are known
+            pass  # truncated: keep the packets read so far
         unit = float(stream.time_base)
-        # AVI stores no times. For frames that are not stored in display order (H.264) FFmpeg may
-        # make up wrong ones; then the file is decoded from the start and frames are counted.
+        # AVI stores no times. For frames that are not stored in display order (H.264), FFmpeg may
+        # generate wrong ones; then the file is decoded from the start and frames are counted.
         in_order = stamps == sorted(stamps)
         counted = container.format.name == "avi" and stream.codec_context.has_b_frames and in_order
     if not stamps:
-        raise BadImage(path, "its video stream has no frame")
+        raise BadImage(path, "its video stream has no frames")
     keys = [] if counted else sorted(keys)
     return sorted(stamps), keys or [min(stamps)], unit, bool(counted)
 
 
 def _decoded(container: Any, stream: Any, stamps: Sequence[int] | None = None) -> Iterator[Any]:
-    """Frames with their time stamps; those that cannot be decoded are skipped.
+    """Yield frames with their time stamps; skip those that cannot be decoded.
 
     Args:
         stamps: assign these in order, instead of the stamps in the file.
@@ -231,9 +233,9 @@ def _image(frame: Any) -> Image.Image:
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is not None:
         a, b, _, c, d, *_ = np.frombuffer(matrix, np.int32).tolist()
-        if a * d < b * c:  # mirrored, which an angle does not express
+        if a * d < b * c:  # mirrored: a rotation angle cannot express this
             image = image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
-    # In steps of 90 degrees, as phones are held.
+    # Phones record rotations in steps of 90 degrees.
     return image.rotate(round(frame.rotation / 90) * 90, expand=True)
 
 
@@ -242,7 +244,7 @@ def _opened(path: str) -> Any:
     try:
         return av.open(path)
     except (av.FFmpegError, OSError, ValueError) as error:
-        raise BadImage(path, f"no video that FFmpeg can read ({error})") from error
+        raise BadImage(path, f"not a video that FFmpeg can read ({error})") from error
 
 
 def _video_stream(container: Any, path: str) -> Any:
@@ -251,12 +253,12 @@ def _video_stream(container: Any, path: str) -> Any:
         raise BadImage(path, f"it has no video stream; it has {kinds}")
     stream = container.streams.video[0]
     if stream.codec_context is None:
-        raise BadImage(path, "FFmpeg knows no decoder for its video stream")
+        raise BadImage(path, "FFmpeg has no decoder for its video stream")
     return stream
 
 
 def import_av() -> Any:
-    """Return the module av (PyAV). Raises: ImportError that says what to install."""
+    """Return the module av (PyAV). Raises: ImportError with the package to install."""
     return require("av", "video", "Videos (video:)")
 
 
@@ -275,7 +277,7 @@ class VideoData(ImageData):
 
 
 def images_in(path: str) -> list[str]:
-    """Sorted names of the images in a folder; f10 comes after f2."""
+    """Names of the images in a folder, in natural sort order (f2 before f10)."""
     names = (name for name in os.listdir(path)
              if name.lower().endswith(EXTENSIONS) and not name.startswith("."))  # fmt: skip
     return sorted(names, key=_by_number)

@@ -18,7 +18,7 @@ MNIST_DATA: dict[str, Any] = {"mean": (0.1307,), "std": (0.3081,), "crop_pct": 1
 
 
 def complete_data_config(given: dict | None, in_chans: int, img_size: tuple[int, int]) -> dict:
-    """Complete the caller's data description; statistics must fit the channels."""
+    """Complete the caller's data config; mean, std and bands need one entry per channel."""
     config = dict(IMAGENET_DATA, input_size=(in_chans, *img_size))
     if in_chans != 3:
         config["mean"] = (sum(IMAGENET_DATA["mean"]) / 3,) * in_chans
@@ -42,8 +42,8 @@ _COLOURS = {
 
 
 def band_positions(known: Sequence[str], requested: Sequence[str]) -> list[int | None] | None:
-    """The position of each requested band among the known ones, None if it is not there; None
-    instead of the list if no band is."""
+    """The position of each requested band among the known ones, None for an unknown band. Return
+    None instead of the list if all are unknown."""
     names, others = (
         [_COLOURS.get(name.upper(), name.upper()) for name in bands] for bands in (known, requested)
     )
@@ -52,7 +52,8 @@ def band_positions(known: Sequence[str], requested: Sequence[str]) -> list[int |
 
 
 def band_names(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The names of an encoder's bands; by default grey or colours."""
+    """Return the encoder's band names. Default: ("L",) for one channel, ("R", "G", "B") for
+    three, otherwise ()."""
     given = (config.get("data_config") or {}).get("bands")
     return tuple(given or {1: ("L",), 3: ("R", "G", "B")}.get(config["in_chans"], ()))
 
@@ -60,7 +61,7 @@ def band_names(config: Mapping[str, Any]) -> tuple[str, ...]:
 def adapt_data(
     data: Mapping[str, Any], chans: int, bands: Sequence[str] | None = None
 ) -> dict[str, Any]:
-    """Statistics for other channels, in step with `adapt_patch_embed`."""
+    """Adapt mean and std to other channels in the same way as `adapt_patch_embed`."""
     adapted = dict(data)
     positions = band_positions(data.get("bands", ()), bands or ())
     for key in ("mean", "std"):
@@ -83,7 +84,7 @@ def data_config_of(encoder_or_config: nn.Module | Mapping[str, Any]) -> Mapping[
     config = getattr(encoder_or_config, "data_config", encoder_or_config)
     if not isinstance(config, Mapping):
         raise TypeError(
-            f"Expected an encoder with a data_config, or such a mapping, not "
+            f"Expected a data_config mapping or an encoder that has one, got "
             f"{type(encoder_or_config).__name__}."
         )
     if missing := {"input_size", "mean", "std"} - set(config):

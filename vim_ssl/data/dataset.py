@@ -1,4 +1,4 @@
-"""`ImageData`: images by index with their labels, groups, masks, boxes and captions."""
+"""Images by index, with labels, groups, masks, boxes and captions."""
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
@@ -17,13 +17,13 @@ from vim_ssl.data.split import as_key
 
 
 class Captions(Protocol):
-    """Captions by row, one text or several each: a list, or a lazy reader."""
+    """Captions by row, one or several texts each: a list, or a lazy reader."""
 
     def __getitem__(self, row: int, /) -> Any: ...
 
 
 class Images(Protocol):
-    """Undecoded images by row: picklable, and read only on request."""
+    """Undecoded images by row: picklable; each is read when indexed."""
 
     def __len__(self) -> int: ...
 
@@ -36,17 +36,17 @@ class Masks(Protocol):
     """Masks by row."""
 
     def read(self, row: int, size: tuple[int, int], /) -> np.ndarray:
-        """uint8 (h, w), of an image of ``size`` (width, height)."""
+        """The mask, uint8 (h, w), of an image of ``size`` (width, height)."""
         ...
 
     def sizes(self, row: int, /) -> int | str:
-        """Bytes of the file."""
+        """File size in bytes, or another value that changes with the mask."""
         ...
 
     def location(self, row: int, /) -> dict[str, Any]:
-        """An item's ``meta``: of a plane its ``volume``, ``plane``, ``planes`` and ``spacing`` (see
-        `vim_ssl.metrics.volumes`); of a raster its file, ``raster``, and the ``box`` in it (left,
-        top, width, height in pixels; None for all)."""
+        """An item's ``meta``. For a plane: ``volume``, ``plane``, ``planes`` and ``spacing`` (see
+        `vim_ssl.metrics.volumes`). For a raster: its file, ``raster``, and the ``box`` in it (left,
+        top, width, height in pixels; None for the whole raster)."""
         ...
 
 
@@ -55,18 +55,18 @@ class Objects(Protocol):
 
     outlines: bool  # whether objects have masks
     images: list[dict[str, Any]]  # as in a COCO file: id, file_name, width, height
-    categories: list[dict[str, Any]]  # id and name of each class
+    categories: list[dict[str, Any]]  # id and name per class
 
     def read(self, row: int, size: tuple[int, int], /) -> dict[str, np.ndarray]:
         """``boxes``, ``box_labels``, and with outlines ``masks``; see `ImageData`."""
         ...
 
     def annotations(self, row: int, /) -> list[dict[str, Any]]:
-        """As in a COCO file."""
+        """The annotations, as in a COCO file."""
         ...
 
     def count(self, row: int, /) -> int:
-        """Objects to learn, without reading them."""
+        """Number of objects to learn, without reading them."""
         ...
 
     def sizes(self, row: int, /) -> int | str:
@@ -77,12 +77,12 @@ class Objects(Protocol):
 class ImageData(Dataset):
     """Images by index; labels and groups are known without decoding.
 
-    An item is a dict: ``image`` (a decoded PIL image, "RGB" or "L", any size; of other bands an
-    array (h, w, bands), NaN where nothing was measured; of ``video:`` a `Video`), ``id`` (str, the
-    same in every run), and where known ``label``, ``mask`` (uint8 (h, w), the
-    classes' numbers, 255 for none), ``boxes`` (float32 (n, 4): left, top, right, bottom in pixels)
-    with ``box_labels`` (int64 (n,), the classes' numbers) and ``masks`` (uint8 (n, h, w), 1 =
-    object), ``caption`` (one or several: see `captions_of`), ``group`` (str) and ``meta`` (dict).
+    An item is a dict with ``image`` (a decoded PIL image, "RGB" or "L", of any size; with other
+    bands an array (h, w, bands), NaN for missing pixels; for ``video:`` a `Video`), ``id`` (str,
+    the same in every run), and, where known, ``label``, ``mask`` (uint8 (h, w): class indices, 255
+    = unlabelled), ``boxes`` (float32 (n, 4): left, top, right, bottom in pixels) with
+    ``box_labels`` (int64 (n,): class indices) and ``masks`` (uint8 (n, h, w), 1 = object),
+    ``caption`` (one or several: see `captions_of`), ``group`` (str) and ``meta`` (dict).
     Picklable, for DataLoader workers.
 
     Attributes:
@@ -90,21 +90,21 @@ class ImageData(Dataset):
         ids: list[str].
         labels: one per image, or None: a class (int; -1 is unknown), or a row with a 0 or 1 for
             every class.
-        classes: names of the class numbers in labels, masks or boxes; list[str] or None.
+        classes: class names, by index in labels, masks or boxes; list[str] or None.
         has_masks: whether items have a ``mask``.
-        has_boxes, has_outlines: whether items have ``boxes``, and ``masks`` of them.
-        categories: of boxes, ``id`` (in their file) and ``name`` of each class; else None.
-        groups: list[str] or None; images of one group belong on one side of a split.
+        has_boxes, has_outlines: whether items have ``boxes``, and whether boxes have ``masks``.
+        categories: for boxes, ``id`` (in their file) and ``name`` of each class; else None.
+        groups: list[str] or None; a split never divides a group.
         bands: names of the bands, or None if the source declares none.
-        dtype: type of the values of images with bands; None if only reading them tells.
+        dtype: dtype of images with bands; None if it is unknown before reading them.
         task: one of `vim_ssl.metrics.medmnist.TASKS`, or None.
         splits: names of the source's splits; empty if it has none.
         split: the open split, or "all".
         faults: descriptions of faults of the source as a whole.
-        min_side: see `decode_image`; None decodes every image whole.
+        min_side: see `decode_image`; None decodes every image at full size.
         is_stream: False; True for an `ImageStream`, whose images are read in order.
         kind: "image" or "video".
-        sampling: of videos, the `Sampling` of their clips; else None.
+        sampling: for videos, the `Sampling` of their clips; else None.
     """
 
     is_stream: ClassVar[Literal[False]] = False
@@ -158,8 +158,8 @@ class ImageData(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Decode image ``index``.
 
-        Raises: BadImage if it cannot be decoded, if its mask or boxes do not fit it, and if its
-            EXIF orientation leaves open how they lie on it; IndexError.
+        Raises: IndexError; BadImage if it cannot be decoded, if its mask or boxes do not fit it, or
+            if its EXIF orientation makes their position on it ambiguous.
         """
         item: dict[str, Any] = {"id": self.ids[index]}
         raw = self.raw(index)
@@ -188,11 +188,11 @@ class ImageData(Dataset):
     def _decode(self, raw: str | Path | bytes | np.ndarray) -> Any:
         if isinstance(raw, np.ndarray):
             return array_image(raw)
-        dense = self.has_masks or self.has_boxes  # which are for the full size
+        dense = self.has_masks or self.has_boxes  # these refer to the full size
         return decode_image(raw, min_side=None if dense else self.min_side, dense=dense)
 
     def raw(self, index: int) -> str | Path | bytes | np.ndarray:
-        """The undecoded image: a path, a file's bytes, or values (h, w[, bands])."""
+        """The undecoded image: a path, the bytes of a file, or values (h, w[, bands])."""
         row = self._rows[index]
         try:
             return self._images[row]
@@ -202,17 +202,17 @@ class ImageData(Dataset):
             raise BadImage(self.ids[index], f"{type(error).__name__}: {error}") from error
 
     def paths(self, index: int) -> list[str]:
-        """The files that image ``index`` is read from; none for e.g. tables of images."""
+        """Paths of the files of image ``index``; [] if it has no file, as in tables of images."""
         paths = getattr(self._images, "paths", None)
         return paths(self._rows[index]) if paths else []
 
     @property
     def has_captions(self) -> bool:
-        """Whether the source has captions; a single image may still have none."""
+        """Whether the source has captions; single images may still have none."""
         return self._captions is not None
 
     def captions(self, index: int) -> list[str]:
-        """All captions of image ``index``, without decoding it. Raises: BadImage."""
+        """Captions of image ``index``, read without decoding it. Raises: BadImage."""
         if self._captions is None:
             return []
         try:
@@ -221,11 +221,11 @@ class ImageData(Dataset):
             raise BadImage(self.ids[index], error.reason) from error
 
     def box_count(self, index: int) -> int:
-        """The number of boxes of image ``index``, without decoding it."""
+        """Number of boxes of image ``index``, counted without decoding it."""
         return 0 if self._objects is None else self._objects.count(self._rows[index])
 
     def annotated(self, index: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """Entry and annotations of image ``index`` as in a COCO file. Raises: ValueError."""
+        """Image entry and annotations of image ``index``, as in a COCO file. Raises: ValueError."""
         if self._objects is None:
             raise ValueError(f"{self.name} has no boxes.")
         row = self._rows[index]
@@ -234,11 +234,11 @@ class ImageData(Dataset):
     def samples(
         self, transform: Callable[[dict], dict], seed: int = 0, *, repeats: int = 1
     ) -> SeededSamples:
-        """Return training samples, through a random transform; see `SeededSamples`."""
+        """Return training samples with a random transform applied; see `SeededSamples`."""
         return SeededSamples(self, transform, seed, repeats=repeats)
 
     def subset(self, indices: Iterable[int]) -> "ImageData":
-        """The images at these indices, in this order; classes and splits stay."""
+        """Select the images at these indices, in this order; classes and splits are kept."""
         indices = [int(i) for i in indices]
         subset = object.__new__(type(self))
         subset.__dict__.update({k: v for k, v in self.__dict__.items() if k != "fingerprint"})
@@ -255,9 +255,9 @@ class ImageData(Dataset):
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits that change with the list of images, their file sizes or labels.
+        """16 hex digits that change with the ids, file sizes and labels of the images.
 
-        The same on every machine with the same data; images are not decoded.
+        It is the same on every machine with the same data; images are not decoded.
         """
         digest = blake2b(self._source_fingerprint.encode(), digest_size=8)
         sizes = getattr(self._images, "sizes", None)
@@ -275,13 +275,13 @@ class ImageData(Dataset):
 
 
 def captions_of(value: Any) -> list[str]:
-    """An item's ``caption`` (one text, several or anything else) as a list of non-empty texts."""
+    """Convert an item's ``caption`` (one text, several, or none) to a list of non-empty texts."""
     texts = value if isinstance(value, list | tuple) else [value]
     return [text.strip() for text in texts if isinstance(text, str) and text.strip()]
 
 
 class _Joined:
-    """The images of several sets, one set after another."""
+    """The images of several data sets, concatenated."""
 
     def __init__(self, sets: Sequence[ImageData]):
         self.sets = list(sets)
@@ -299,7 +299,7 @@ class _Joined:
         return data.paths(index)
 
     def locate(self, row: int) -> tuple[ImageData, int]:
-        """The set that a row belongs to, and its index there."""
+        """The data set that contains a row, and its index there."""
         number = bisect_right(self.ends, row)
         return self.sets[number], row - (self.ends[number - 1] if number else 0)
 
@@ -316,15 +316,15 @@ class _JoinedCaptions:
 
 
 def join(sets: Sequence[ImageData]) -> ImageData:
-    """Join several sets into one, to pretrain on.
+    """Join several data sets into one for pretraining.
 
-    Labels and groups of different sources do not go together and are dropped; captions and bands
-    stay if all sets have them. The ids are ``number of the set/id in the set``.
+    Labels and groups are dropped, because they differ between sources; captions are kept if all
+    sets have them, bands if they are the same in all. Ids are ``number of the set/id in the set``.
 
     Raises: ValueError for videos.
     """
     if other := next((data for data in sets if data.kind != "image"), None):
-        raise ValueError(f"{other.name} are no images; they cannot be joined to other data.")
+        raise ValueError(f"{other.name} has {other.kind}s; only images can be joined.")
     images, names, first = _Joined(sets), [data.name for data in sets], sets[0]
     return ImageData(
         images,

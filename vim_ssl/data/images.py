@@ -1,4 +1,4 @@
-"""Decode image files of any common format into 8-bit "RGB" or "L"."""
+"""Decode image files of common formats to 8-bit "RGB" or "L"."""
 
 import io
 import os
@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-# Where Pillow refuses too; an image of this size takes half a gigabyte.
+# The size from which Pillow refuses images too; one of this size takes half a gigabyte.
 DEFAULT_MAX_PIXELS = 178_956_970
 MODES = ("RGB", "L")
 _ORIENTATION = 0x0112
-# Pillow hands EPS files to Ghostscript, a whole programming language: not for training data.
+# Pillow passes EPS files to Ghostscript, which executes them as programs: unsafe.
 _REFUSED_FORMATS = ("EPS",)
 
 
@@ -19,11 +19,11 @@ class BadImage(ValueError):
     """An image that cannot be decoded.
 
     Attributes:
-        id: of the image in its data set, or its path.
-        reason: what is wrong with it.
+        id: the image's id in its data set, or its path.
+        reason: description of the fault.
     """
 
-    # A DataLoader rebuilds a worker's exception from its text alone, hence the default.
+    # A DataLoader rebuilds a worker's exception from its text only, hence the default.
     def __init__(self, id: str, reason: str = ""):
         super().__init__(id, reason)
         self.id, self.reason = id, reason
@@ -40,23 +40,23 @@ def decode_image(
     max_pixels: int | None = None,
     dense: bool = False,
 ) -> Image.Image:
-    """Decode one image into a loaded 8-bit image; the content decides the format, not the name.
+    """Decode one image to a loaded 8-bit image. The content determines the format, not the name.
 
-    See `clean_image` for unusual modes. Of an animation the first frame is taken. CMYK JPEGs are
-    read as Adobe writes them (inverted), and converted without a colour profile.
+    See `clean_image` for unusual modes. An animation gives its first frame. CMYK JPEGs are read as
+    Adobe writes them (inverted), and converted without a colour profile.
 
     Args:
         source: a file, or its bytes.
         mode: "RGB" or "L" converts; None keeps colour as "RGB" and grey as "L".
         min_side: decode a large JPEG at 1/2, 1/4 or 1/8 of its size, several times faster, with
             neither side below this (pixels). Other formats ignore it.
-        max_pixels: refuse larger images; default: the environment's VIM_SSL_MAX_PIXELS, else
+        max_pixels: refuse larger images; default: the environment variable VIM_SSL_MAX_PIXELS, else
             `DEFAULT_MAX_PIXELS`.
-        dense: the image has a mask or boxes. Then one that its EXIF orientation turns or mirrors is
-            refused, unless that changes its size: the size that the labels are for tells whether
-            they were turned too.
+        dense: the image has a mask or boxes. If its EXIF orientation rotates or mirrors it without
+            changing its size, it is refused, because the size of its labels then does not show
+            whether they were rotated too.
     Returns: an image in mode "RGB" or "L".
-    Raises: BadImage, and no other error, for what cannot be decoded; ValueError for a wrong mode.
+    Raises: BadImage, and no other error, if decoding fails; ValueError for a wrong mode.
     """
     if mode is not None and mode not in MODES:
         raise ValueError(f"mode {mode!r} is not one of 'RGB', 'L' or None.")
@@ -70,7 +70,7 @@ def decode_image(
                 image.draft(image.mode, (min_side, min_side))
             if image.width * image.height > limit:
                 raise BadImage(name, _too_large(f"{image.width}×{image.height} pixels", limit))
-            if image.format != "TIFF":  # which Pillow turns when it loads it, and forgets the tag
+            if image.format != "TIFF":  # Pillow rotates a TIFF while loading and drops the tag
                 image.load()
             if dense:
                 _check_drawn_upright(image)
@@ -81,8 +81,8 @@ def decode_image(
     except Image.DecompressionBombError as error:
         raise BadImage(name, _too_large(str(error), limit)) from error
     except Image.UnidentifiedImageError as error:
-        raise BadImage(name, "no image that Pillow can read") from error
-    except Exception as error:  # a broken file makes decoders raise nearly anything
+        raise BadImage(name, "not an image that Pillow can read") from error
+    except Exception as error:  # decoders raise errors of nearly any type for a broken file
         raise BadImage(name, f"{type(error).__name__}: {error}") from error
 
 
@@ -90,14 +90,14 @@ def clean_image(image: Image.Image, mode: str | None = None) -> Image.Image:
     """Convert any Pillow image to 8-bit "RGB" or "L", upright and opaque.
 
     - The EXIF orientation is applied.
-    - Transparency (alpha, or a transparent colour) is laid on white.
+    - Transparency (alpha, or a transparent colour) is composited on white.
     - Integer grey of 12, 16 or 32 bits maps linearly from its type's full range to 0..255, so
       the same value is the same grey in every image.
     - Float grey within 0..1 is scaled by 255; otherwise the image's finite minimum and maximum
       become 0 and 255. NaN becomes 0.
     - Black and white becomes "L"; palette, CMYK, YCbCr and HSV become "RGB".
 
-    Raises: BadImage for a mode without such a conversion.
+    Raises: BadImage for a mode that cannot be converted.
     """
     image = _upright(image)
     if image.mode.startswith(("I", "F")):
@@ -122,14 +122,14 @@ def array_image(values: np.ndarray) -> Image.Image | np.ndarray:
     `clean_image`. Other bands (h, w, bands) stay an array: see
     `vim_ssl.data.transforms.image.as_tensor` for their units.
 
-    Raises: BadImage for another number of dimensions, and for bands without one finite value.
+    Raises: BadImage for another number of dimensions, and for bands without a finite value.
     """
     if values.dtype == np.uint8 and values.ndim == 3 and values.shape[2] == 1:
         values = values[..., 0]
     if values.ndim == 2 or (values.dtype == np.uint8 and values.shape[2:] == (3,)):
         return clean_image(Image.fromarray(values))
     if values.ndim != 3 or 0 in values.shape:
-        raise BadImage("image", f"an array of shape {values.shape} is no image")
+        raise BadImage("image", f"an array of shape {values.shape} is not an image")
     if not np.isfinite(values).any():
         raise BadImage("image", "all its values are missing")
     return values
@@ -137,7 +137,7 @@ def array_image(values: np.ndarray) -> Image.Image | np.ndarray:
 
 def _open(source: str | Path | bytes, limit: int) -> Image.Image:
     if Image.MAX_IMAGE_PIXELS is not None and limit > DEFAULT_MAX_PIXELS:
-        # The user's limit; Pillow refuses at twice its default before ours is checked.
+        # The user set a higher limit; Pillow would refuse at its default before ours is checked.
         Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, limit)
     Image.init()
     formats = [name for name in Image.OPEN if name not in _REFUSED_FORMATS]
@@ -145,7 +145,7 @@ def _open(source: str | Path | bytes, limit: int) -> Image.Image:
 
 
 def most_pixels() -> int:
-    """The largest number of pixels that are decoded at once; see VIM_SSL_MAX_PIXELS."""
+    """The maximum number of pixels of an image to decode: VIM_SSL_MAX_PIXELS or the default."""
     given = os.environ.get("VIM_SSL_MAX_PIXELS", "")
     if given and not given.isdigit():
         raise ValueError(f"VIM_SSL_MAX_PIXELS is {given!r}; expected a whole number of pixels.")
@@ -157,16 +157,16 @@ def _too_large(what: str, limit: int) -> str:
 
 
 def _check_drawn_upright(image: Image.Image) -> None:
-    """Raise BadImage if it is unknown whether labels were drawn on the turned image: some programs
+    """Raise BadImage if it is unknown whether labels were drawn on the rotated image: some programs
     apply the EXIF orientation, others, such as COCO's tools, do not."""
     try:
         turn = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # damaged metadata, by which nothing is turned either
+    except Exception:  # damaged metadata: no program rotates the image
         return
     if turn in (2, 3, 4) or (turn in (5, 6, 7, 8) and image.width == image.height):
         raise BadImage(
             "image",
-            f"its EXIF orientation is {turn}, and it is not known whether its labels are turned "
+            f"its EXIF orientation is {turn}, and it is not known whether its labels are rotated "
             "too; save image and labels upright, without the tag",
         )
 
@@ -176,7 +176,7 @@ def _upright(image: Image.Image) -> Image.Image:
         if image.getexif().get(_ORIENTATION, 1) == 1:
             return image
         return ImageOps.exif_transpose(image)
-    except Exception:  # damaged metadata is no reason to lose the image
+    except Exception:  # damaged metadata: keep the image as it is
         return image
 
 
@@ -199,15 +199,15 @@ def _deep_grey_to_8bit(image: Image.Image) -> Image.Image:
 
 
 def _integer_range(image: Image.Image) -> tuple[float, float]:
-    """Lowest and highest value of the file's integer type, which Pillow's mode does not tell."""
+    """Minimum and maximum of the file's integer type; Pillow's mode does not determine it."""
     tags = getattr(image, "tag_v2", None)  # TIFF
     if tags is not None:
         bits = tags.get(258, (16,))[0]  # BitsPerSample
         signed = tags.get(339, (1,))[0] == 2  # SampleFormat
         return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
-    if image.mode == "I" and image.format is None:  # made in memory: a true 32-bit image
+    if image.mode == "I" and image.format is None:  # created in memory: a true 32-bit image
         return -(2**31), 2**31 - 1
-    return 0, 2**16 - 1  # PNG and PGM, also where older Pillow opens them as "I"
+    return 0, 2**16 - 1  # PNG and PGM; older versions of Pillow open them as "I"
 
 
 EXTENSIONS = (

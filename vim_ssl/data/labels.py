@@ -1,4 +1,4 @@
-"""Masks beside images: file pairs, class names, ignored values."""
+"""Mask files: match them to images, check their values, list their classes."""
 
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -19,9 +19,9 @@ def checked(
     """Return the mask if it fits its image of ``size`` (width, height).
 
     Args:
-        name: of its file, for messages.
+        name: name of the mask file, for messages.
         classes: number of classes; their values start at ``first``.
-    Raises: BadImage for another size, or a value that is no class.
+    Raises: BadImage for another size, or a value that is not a class.
     """
     if values.shape != (size[1], size[0]):
         height, width = values.shape
@@ -30,8 +30,8 @@ def checked(
     if wrong.any():
         raise BadImage(
             name,
-            f"the mask holds the number {values[wrong][0]}; there are {classes} classes, "
-            f"{first} to {classes - 1 + first}, and {IGNORE} for pixels without one",
+            f"the mask contains the value {values[wrong][0]}; expected {classes} classes, "
+            f"{first} to {classes - 1 + first}, or {IGNORE} for unlabelled pixels",
         )
     return values
 
@@ -43,10 +43,10 @@ def paired(
     masks_folder: Path,
     endings: Sequence[str] = (),
 ) -> list[str]:
-    """Match each image to the mask with the same name but for the ending (one of ``endings``, else
-    what follows the last dot).
+    """Match each image to the mask with the same name up to the ending (one of ``endings``, else
+    the part after the last dot).
 
-    Raises: FileNotFoundError naming images without a mask; ValueError for two masks of one name.
+    Raises: FileNotFoundError naming images without a mask; ValueError for masks of the same name.
     """
 
     def stem(name: str) -> str:
@@ -63,14 +63,14 @@ def paired(
     if missing:
         some = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
         raise FileNotFoundError(
-            f"{len(missing)} of {len(names)} images in {images_folder} have no mask of their "
+            f"{len(missing)} of {len(names)} images in {images_folder} have no mask with the same "
             f"name in {masks_folder}: {some}"
         )
     return [match for match in matches if match]
 
 
 def mask_folders(root: str) -> tuple[Path, Path] | None:
-    """The folders of the images and of their masks, if both exist."""
+    """Return the folders of the images and of their masks, or None unless both exist."""
     top = Path(root).expanduser()
     for pair in (("images", "masks"), ("images", "labels"), ("imagesTr", "labelsTr")):
         images, masks = (top / name for name in pair)
@@ -82,11 +82,12 @@ def mask_folders(root: str) -> tuple[Path, Path] | None:
 def named_classes(
     root: Path, folder: Path, names: Iterable[str], numbers: Callable[[Path], np.ndarray]
 ) -> list[str]:
-    """The lines of ``classes.txt`` in ``root``; without it the values in the masks, as names.
+    """Return the lines of ``classes.txt`` in ``root``; without this file, name the classes by their
+    values in the masks.
 
     Args:
-        names: of the masks in ``folder``.
-        numbers: reads the values in a mask; a function of a module; may raise BadImage.
+        names: file names of the masks in ``folder``.
+        numbers: reads the values in a mask; a module-level function; may raise BadImage.
     Raises: ValueError for fewer than 2 classes or more than 255.
     """
     file = root / "classes.txt"
@@ -103,8 +104,8 @@ def named_classes(
 def _classes_in_use(
     folder: Path, names: Iterable[str], numbers: Callable[[Path], np.ndarray]
 ) -> list[str]:
-    """The numbers from 0 to the largest value in these masks, as names; broken files are
-    skipped."""
+    """The numbers from 0 to the largest value in these masks, as class names; skips broken
+    files."""
     used: set[int] = set()
     for name in names:
         path = folder / name
@@ -114,16 +115,16 @@ def _classes_in_use(
         except (BadImage, OSError):
             continue
     if used - {IGNORE} in (set(), {0}):
-        seen = ", ".join(map(str, sorted(used))) or "no number"
-        white = " A white object on black is 1 on 0, not 255 on 0." if IGNORE in used else ""
+        seen = ", ".join(map(str, sorted(used))) or "none"
+        white = " Save objects as 1 on 0, not as 255 on 0." if IGNORE in used else ""
         raise ValueError(
-            f"The masks in {folder} hold {seen} and so no two classes; classes are 0, 1, 2 …, and "
-            f"{IGNORE} means that a pixel has none.{white}"
+            f"The masks in {folder} have fewer than two classes (values: {seen}). Classes are "
+            f"0, 1, 2 …; {IGNORE} marks unlabelled pixels.{white}"
         )
     if (most := max(used - {IGNORE})) >= IGNORE:
         raise ValueError(
-            f"The masks in {folder} hold the number {most}; classes are 0 to {IGNORE - 1}, and "
-            f"{IGNORE} means that a pixel has none."
+            f"The masks in {folder} contain the value {most}; classes are 0 to {IGNORE - 1}, and "
+            f"{IGNORE} marks unlabelled pixels."
         )
     return [str(i) for i in range(most + 1)]
 
@@ -132,5 +133,5 @@ def _classes_in_use(
 def _values_in(
     read: Callable[[Path], np.ndarray], path: Path, size: int, changed: int
 ) -> frozenset[int]:
-    """The values in a mask file, read again if its size or time changes."""
+    """The values in a mask file; read again if its size or modification time changes."""
     return frozenset(read(path).tolist())

@@ -1,4 +1,4 @@
-"""`open_data`: from a spec string to images."""
+"""Open the images that a spec string names."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from vim_ssl.data.spec import DataSpec, canonical_split, parse_spec, sets_of
 
 log = logging.getLogger(__name__)
 
-WARNED = 5  # faults that opening warns of one by one
+WARNED = 5  # maximum number of faults that are listed in warnings
 
 
 @overload
@@ -34,20 +34,19 @@ def open_data(
     and the other schemes of `vim_ssl.data.registry.SOURCES`.
 
     Args:
-        spec: ``SCHEME:LOCATION?key=value&...``; see `DataSpec` for the keys. Several joined by
-            " + " are read as one set without labels, one of which may stand in it many times:
-            ``A + 20 * B``; see `join`.
-        split: open this split, whatever the spec says; "all" opens all images. By default the
-            training split is opened, if the source has splits.
+        spec: ``SCHEME:LOCATION?key=value&...``; see `DataSpec` for the keys. Several specs joined
+            by " + " are read as one set without labels; a factor repeats a set: ``A + 20 * B``;
+            see `join`.
+        split: open this split instead of the spec's; "all" opens all images. The default is the
+            training split, if the source has splits.
         streams: accept images that are read in order: ``wds:`` and ``streaming=true``.
-    Returns: the images, by index unless the spec names a stream.
-    Raises: ValueError for a spec that does not fit the source, FileNotFoundError for missing
-        data; each says what to do.
+    Returns: the images by index, or a stream if the spec names one.
+    Raises: ValueError for a spec that does not fit the source; FileNotFoundError for missing data.
     """
     if isinstance(spec, str) and len(joined := sets_of(spec)) > 1:
         counts, parts = zip(*joined, strict=True)
         if stream := next((part for part in parts if _is_stream(part)), None):
-            raise ValueError(f"{spec!r}: {stream} is a stream, which cannot be joined to others.")
+            raise ValueError(f"{spec!r}: {stream} is a stream; only indexed data can be joined.")
         opened = [open_data(str(part), split=split) for part in parts]
         return join([data for data, n in zip(opened, counts, strict=True) for _ in range(n)])
     parsed = parse_spec(spec)
@@ -64,8 +63,8 @@ class Source:
     """An open source.
 
     Attributes:
-        splits: their names; none where it has no splits.
-        open: opens a split of these, "all", or for None what the spec names; see `open_data`.
+        splits: names of the splits; empty if the source has none.
+        open: opens one of these splits, "all", or, for None, the spec's split; see `open_data`.
     """
 
     splits: Sequence[str]
@@ -73,12 +72,7 @@ class Source:
 
 
 def open_source(spec: str | Path, *, streams: bool = False) -> Source:
-    """Open a source once, to read several of its splits.
-
-    Args:
-        spec, streams: see `open_data`.
-    Raises: as `open_data`.
-    """
+    """Open a source once to read several of its splits. Arguments and errors: see `open_data`."""
     sets = sets_of(spec) if isinstance(spec, str) else [(1, parse_spec(spec))]
     parsed = sets[0][1]
     opener = None if len(sets) > 1 or parsed.streaming else find_opener(parsed.scheme)
@@ -102,15 +96,15 @@ def open_source(spec: str | Path, *, streams: bool = False) -> Source:
 
 
 def _finished(opened: ImageData | Splits, spec: DataSpec) -> ImageData:
-    """The images that a spec names, with warnings of the source's faults, at most ``limit``."""
+    """Select the spec's split and at most ``limit`` images; warn about the source's faults."""
     data = opened.open(spec) if isinstance(opened, Splits) else opened
     name = f"{spec.scheme}:{spec.location}"
     for fault in data.faults[:WARNED]:
         warn_once(f"{name}: {fault}")
     if (more := len(data.faults) - WARNED) > 0:
-        warn_once(f"{name}: {more:,} more; `vim-ssl data check` names them all.")
+        warn_once(f"{name}: {more:,} more faults; `vim-ssl data check` lists them all.")
     if spec.limit is not None and spec.limit < len(data):
-        # Spread out, since many sets are sorted by class.
+        # Spread evenly, because many data sets are sorted by class.
         data = data.subset(i * len(data) // spec.limit for i in range(spec.limit))
     return data
 
@@ -128,10 +122,11 @@ def open_split(
 def open_split(
     spec: str, requested: Sequence[str] = ("test", "validation"), *, streams: bool = False
 ) -> ImageData | ImageStream:
-    """Open the split that the spec names, else the first of those requested, or all there is.
+    """Open the split that the spec names, else the first requested split that exists, else all
+    images.
 
     Args:
-        requested: canonical names of splits.
+        requested: canonical names of splits, in order of preference.
         streams: see `open_data`.
     """
     source = open_source(spec, streams=streams)
@@ -144,7 +139,7 @@ def open_split(
     return source.open("all")
 
 
-@cache  # once, however often the same data is opened
+@cache  # warns once even if the same data is opened again
 def warn_once(fault: str) -> None:
     log.warning(fault)
 
@@ -157,13 +152,13 @@ def _open_stream(spec: DataSpec, accepted: bool) -> ImageStream:
     opener = find_opener(spec.scheme, stream=True)
     if opener is None:
         raise ValueError(
-            f"{spec}: a {spec.scheme} is read by index, nothing of it is loaded beforehand; leave "
-            f"streaming=true out. Streams are {', '.join(f'{s}:' for s in stream_schemes())}."
+            f"{spec}: {spec.scheme}: data is read by index without loading it first; remove "
+            f"streaming=true. Streams are {', '.join(f'{s}:' for s in stream_schemes())}."
         )
     if not accepted:
         raise ValueError(
-            f"{spec} is a stream, which is read in order and for pretraining only; here images "
-            "are needed by index: give a folder, hf:NAME without streaming=true, or sample:NAME."
+            f"{spec} is a stream, which only pretraining can read; images are needed by index "
+            "here. Give a folder, hf:NAME without streaming=true, or sample:NAME."
         )
     stream = opener(spec)
     return stream if spec.limit is None else stream.limited(spec.limit)

@@ -1,7 +1,7 @@
-"""The sources: which module opens a scheme, and which options each of them takes.
+"""Registry of data sources: the module that opens each scheme and the options it accepts.
 
-A new scheme is a file with a decorated opener and a line in `SOURCES`; one of another package
-registers itself when its entry point in the group ``vim_ssl.plugins`` is loaded.
+A new scheme needs a file with a decorated opener and a line in `SOURCES`. A scheme in another
+package registers itself when its entry point in the group ``vim_ssl.plugins`` is loaded.
 
     @source("dicom", extra="medical", options=("label", "window"))
     def open_dicom(spec: DataSpec) -> ImageData: ...
@@ -9,6 +9,7 @@ registers itself when its entry point in the group ``vim_ssl.plugins`` is loaded
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from typing import Any, TypeVar
 
@@ -36,7 +37,7 @@ SOURCES: dict[str, str] = {
     "video": "vim_ssl.data.sources.video",
     "slide": "vim_ssl.data.sources.slides",
 }
-# Option → its type; a number must be above 0. `DataSpec` describes those that are named here.
+# Option → its type; numbers must be above 0. `DataSpec` documents the options listed here.
 OPTIONS: dict[str, type] = {
     "split": str, "image": str, "label": str, "caption": str, "group": str, "axis": str,
     "window": str, "bands": str, "tile": int, "mpp": float, "shrink": float, "tissue": str,
@@ -48,19 +49,25 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Opener:
-    """What opens a scheme: its function, the options it takes beside split and limit, and the
-    extra of pip that installs what it needs."""
+    """The function that opens a scheme, the options it accepts in addition to split and limit, and
+    the pip extra that installs the required libraries."""
 
     function: Callable[..., Any]
     options: tuple[str, ...] = ()
     extra: str = ""
 
     def __call__(self, spec: Any) -> Any:
-        """Open a `DataSpec`. Raises: ValueError for an option that this source does not take;
-        ImportError for a missing library; and what the function raises."""
+        """Open a `DataSpec`. Raises: ValueError for an option that this source does not accept;
+        ImportError for a missing library; any error of the function."""
         spec.takes(*self.options)
+        opened = self._call(self.function, spec)
+        if isinstance(opened, Splits):
+            return Splits(opened.names, partial(self._call, opened.open))
+        return opened
+
+    def _call(self, function: Callable[..., Any], spec: Any) -> Any:
         try:
-            return self.function(spec)
+            return function(spec)
         except ModuleNotFoundError as error:
             if not self.extra:
                 raise
@@ -71,18 +78,18 @@ class Opener:
 
 @dataclass(frozen=True)
 class Splits:
-    """A source whose files are listed: what an opener returns to be called once for all splits.
+    """A source whose files are already listed; lets an opener run once for all splits.
 
     Attributes:
-        names: of its splits; none where it has no splits.
-        open: a DataSpec → the images of its ``split``, which `pick_split` understands.
+        names: names of the splits; empty if the source has none.
+        open: maps a DataSpec to the images of its split; see `pick_split`.
     """
 
     names: Sequence[str]
     open: Callable[[Any], Any]
 
 
-_openers: dict[tuple[str, bool], Opener] = {}  # by scheme and whether it gives a stream
+_openers: dict[tuple[str, bool], Opener] = {}  # key: (scheme, whether it opens a stream)
 
 
 def source(
@@ -93,33 +100,35 @@ def source(
     extra: str = "",
     stream: bool = False,
 ) -> Callable[[F], F]:
-    """Register the decorated function as what opens a scheme: DataSpec → ImageData, or `Splits`.
+    """Register the decorated function, DataSpec → ImageData or `Splits`, as a scheme's opener.
 
     Args:
-        options: that it takes beside ``split`` and ``limit``.
-        declares: further options, which `OPTIONS` does not name, with their types (str, int or
-            float); they stand in ``spec.more``.
-        extra: of pip, which installs the libraries it needs.
-        stream: the function gives an ImageStream; a scheme may have both.
-    Raises: ValueError for a scheme that another module opens, and for an option that is unknown
-        or of two types.
+        options: accepted options in addition to ``split`` and ``limit``.
+        declares: further options that `OPTIONS` does not list, with their types (str, int or
+            float); their values are in ``spec.more``.
+        extra: pip extra that installs the required libraries.
+        stream: the function returns an ImageStream; a scheme may have both.
+    Raises: ValueError for a scheme that another module opens, for an unknown option, and for an
+        option declared with two types.
     """
     declares = dict(declares or {})
 
     def register(function: F) -> F:
         if SOURCES.setdefault(scheme, function.__module__) != function.__module__:
             raise ValueError(
-                f"{function.__module__} registers {scheme!r}, which {SOURCES[scheme]} opens; "
-                "choose another scheme."
+                f"{function.__module__} registers {scheme!r}, which {SOURCES[scheme]} already "
+                "opens; choose another scheme."
             )
         for name, kind in declares.items():
             if kind not in (str, int, float) or OPTIONS.setdefault(name, kind) is not kind:
                 raise ValueError(
-                    f"{scheme}: declares the option {name!r} as {kind.__name__}; it is str, int "
-                    f"or float, and of one type in all sources ({OPTIONS.get(name)})."
+                    f"{scheme}: declares the option {name!r} as {kind.__name__}; expected str, int "
+                    f"or float, and the same type in all sources ({OPTIONS.get(name)})."
                 )
         if unknown := set(options) - set(OPTIONS):
-            raise ValueError(f"{scheme}: takes {', '.join(sorted(unknown))}: add to declares=.")
+            raise ValueError(
+                f"{scheme}: unknown options {', '.join(sorted(unknown))}; add them to declares=."
+            )
         _openers[scheme, stream] = Opener(function, (*options, *declares), extra)
         return function
 
@@ -127,19 +136,20 @@ def source(
 
 
 def is_known(scheme: str) -> bool:
-    """Whether a scheme can be opened; plugins are loaded before the answer is no."""
+    """True if a scheme can be opened. Loads the plugins if the scheme is not built in."""
     if scheme not in SOURCES:
         load_plugins()
     return scheme in SOURCES
 
 
 def find_opener(scheme: str, stream: bool = False) -> Opener | None:
-    """What opens a known scheme by index, or as a stream; its module is imported."""
+    """Return the opener of a known scheme, by index or as a stream, or None. Imports its
+    module."""
     if (scheme, stream) not in _openers:
         import_module(SOURCES[scheme])
     return _openers.get((scheme, stream))
 
 
 def stream_schemes() -> list[str]:
-    """The schemes that can be read in order. Imports all sources."""
+    """The schemes that can be opened as streams. Imports all sources."""
     return [scheme for scheme in SOURCES if find_opener(scheme, stream=True)]

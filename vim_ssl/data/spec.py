@@ -1,4 +1,4 @@
-"""The spec string: one way to name data everywhere, ``SCHEME:LOCATION?key=value&...``."""
+"""Data specs: strings ``SCHEME:LOCATION?key=value&...`` that name data in every command."""
 
 import os
 import re
@@ -11,8 +11,8 @@ from urllib.parse import quote, unquote
 
 from vim_ssl.data.registry import OPTIONS, SOURCES, find_opener, is_known
 
-AND = " + "  # between specs that are read as one
-# Names of the splits in use elsewhere; the key is the canonical name.
+AND = " + "  # joins specs into one data set
+# Canonical name of a split → the names that data sets use for it.
 SPLIT_NAMES = {
     "train": ("train", "training"),
     "validation": ("validation", "val", "valid"),
@@ -28,23 +28,24 @@ class DataSpec:
         scheme: one of `vim_ssl.data.registry.SOURCES`.
         location: a path or name, in the form of the scheme.
         split: the split to open; "all" for all images; None for the training split.
-        image, label, caption, group: columns ("wds": extensions) that hold these. ``label=none``
-            skips labels.
-        axis: volumes: the axis (0, 1, 2) across which planes are taken.
-        window: deep grey: the values that become black and white, ``LOW,HIGH`` or percentiles,
-            ``0.5%,99.5%``.
+        image, label, caption, group: columns (for "wds": file extensions) with these contents.
+            ``label=none`` skips labels.
+        axis: volumes: the axis (0, 1, 2) perpendicular to the planes.
+        window: grey deeper than 8 bits: the values mapped to black and white, ``LOW,HIGH``, or
+            percentiles, ``0.5%,99.5%``.
         bands: rasters: names or numbers of the bands, in order, ``B04,B03,B02``.
-        tile: rasters and slides: side of the squares that they are cut into, pixels.
+        tile: rasters and slides: side of the square tiles in pixels.
         mpp: slides: micrometres per pixel of a tile.
         shrink: slides: alternatively, the slide's pixels per pixel of a tile.
-        tissue: slides: the least coloured share of a tile; "none" keeps all tiles.
+        tissue: slides: minimum coloured fraction of a tile; "none" keeps all tiles.
         frames: videos: frames per clip.
         fps: videos: frames per second in a clip; None spreads them over the whole video.
         clips: videos: clips per video in evaluation.
         tones: emoji: ``tones=none`` skips those with a skin tone.
-        limit: at most this many images, spread evenly over the data.
-        streaming: read in order without an index, to pretrain on "hf"; "wds" always is.
-        more: further options, which its source declares.
+        limit: maximum number of images, spread evenly over the data.
+        streaming: read "hf" data in order without an index, for pretraining; "wds" is always
+            read in order.
+        more: further options that the source declares.
     """
 
     scheme: str
@@ -70,7 +71,7 @@ class DataSpec:
     more: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __str__(self) -> str:
-        """The spec string; `parse_spec` of it gives an equal spec."""
+        """The spec string; `parse_spec` turns it back into an equal spec."""
         texts = {k: "true" if v is True else str(v) for k, v in self.options().items()}
         query = "&".join(f"{k}={quote(v, safe='/:[]%,')}" for k, v in texts.items())
         mark = "?" if query or "?" in self.location else ""
@@ -82,7 +83,7 @@ class DataSpec:
         return {key: value for key, value in values.items() if value}
 
     def takes(self, *keys: str) -> None:
-        """Raise ValueError for a given option that the source does not take."""
+        """Raise ValueError if an option is given that the source does not accept."""
         takes = ("split", "limit", *keys)
         for key in self.options():
             if key not in takes:
@@ -95,10 +96,10 @@ class DataSpec:
 def parse_spec(spec: str | Path) -> DataSpec:
     """Parse a spec string; a `Path`, and any string that names an existing path, is a folder.
 
-    The scheme stands before the first colon and has two letters or more (``C:\\photos`` is a path);
-    the options stand after the last question mark. Values may be %-encoded.
+    The scheme precedes the first colon and has two letters or more (``C:\\photos`` is a path); the
+    options follow the last question mark. Values may be %-encoded.
 
-    Raises: ValueError for an unknown scheme, option or value, with the near match.
+    Raises: ValueError for an unknown scheme, option or value; suggests the closest known name.
     """
     text = str(spec)
     if not text.strip():
@@ -111,11 +112,11 @@ def parse_spec(spec: str | Path) -> DataSpec:
     scheme, location = (match[1].lower(), match[2]) if match else ("folder", body)
     if not is_known(scheme):
         raise ValueError(
-            f"{text!r}: unknown scheme {scheme!r}.{near(scheme, list(SOURCES))} Known are a "
-            f"folder's path, {', '.join(f'{s}:' for s in SOURCES)}."
+            f"{text!r}: unknown scheme {scheme!r}.{near(scheme, list(SOURCES))} Use the path of a "
+            f"folder, or one of {', '.join(f'{s}:' for s in SOURCES)}."
         )
     if match and not location:
-        raise ValueError(f"{text!r} names no location; expected {scheme}:LOCATION.")
+        raise ValueError(f"{text!r} has no location; expected {scheme}:LOCATION.")
     given = _options(query, scheme, text) if mark else {}
     fields = {key: value for key, value in given.items() if key in DataSpec.__dataclass_fields__}
     more = {key: value for key, value in given.items() if key not in fields}
@@ -123,7 +124,7 @@ def parse_spec(spec: str | Path) -> DataSpec:
 
 
 def sets_of(spec: str) -> list[tuple[int, DataSpec]]:
-    """The sets that a spec joins, and how often: "A + 20 * B" -> [(1, A), (20, B)]."""
+    """The data sets that a spec joins, with their counts: "A + 20 * B" -> [(1, A), (20, B)]."""
     if AND not in spec or Path(spec).expanduser().exists():
         return [(1, parse_spec(spec))]
     return [(times, parse_spec(name)) for times, name in map(_times, spec.split(AND))]
@@ -136,15 +137,15 @@ def _times(part: str) -> tuple[int, str]:
 
 
 def same_data(one: str, other: str) -> bool:
-    """True if two specs have a set in common: the same files, or the same name in a scheme.
+    """True if two specs share a data set: the same files, or the same scheme and name.
 
-    Splits and options are ignored: they select images, or say how to read them.
+    Splits and options are ignored.
     """
     return not _locations(one).isdisjoint(_locations(other))
 
 
 def _locations(spec: str) -> set[tuple[str, str]]:
-    """Scheme and location of every set; for existing files no scheme, and the resolved path."""
+    """(scheme, location) of every set; ("", resolved path) for existing files."""
     locations = set()
     for _, parsed in sets_of(spec):
         path = os.path.expanduser(parsed.location)
@@ -154,12 +155,13 @@ def _locations(spec: str) -> set[tuple[str, str]]:
 
 
 def pick_split(requested: str | None, splits: Sequence[str], source: str) -> str:
-    """The split to open: its name in the source, or "all".
+    """Return the name of the split to open, as the source spells it, or "all".
 
-    By default the training split, so that nothing is trained on a test split by accident; a source
-    with one split, or none, opens whole. "val" and "validation" mean the same.
+    The default is the training split, so that no test split is used for training by accident; a
+    source with a single split, or without splits, is opened whole. "val" and "validation" mean the
+    same.
 
-    Raises: ValueError listing the splits.
+    Raises: ValueError that lists the splits.
     """
     if requested == "all" or (requested is None and not splits):
         return "all"
@@ -173,16 +175,17 @@ def pick_split(requested: str | None, splits: Sequence[str], source: str) -> str
     listed = ", ".join(splits) or "none"
     if requested is None:
         raise ValueError(
-            f"{source} has the splits {listed}, none for training; add ?split=NAME, or ?split=all."
+            f"{source} has the splits {listed}, but no training split; add ?split=NAME or "
+            "?split=all."
         )
     raise ValueError(
         f"{source} has no split {requested!r}.{near(requested, splits)} It has: {listed}; 'all' "
-        "opens everything."
+        "opens all images."
     )
 
 
 def canonical_split(name: str) -> str:
-    """The canonical name of a split: "val" → "validation"; unknown names stay."""
+    """The canonical name of a split: "val" → "validation"; unknown names are unchanged."""
     for canonical, names in SPLIT_NAMES.items():
         if name.lower() in names:
             return canonical
@@ -190,7 +193,7 @@ def canonical_split(name: str) -> str:
 
 
 def near(word: str, known: Sequence[str]) -> str:
-    """ " Did you mean 'x'?" with its leading space, or nothing."""
+    """ " Did you mean 'x'?" with a leading space; "" without a close match."""
     match = get_close_matches(word, known, n=1)
     return f" Did you mean {match[0]!r}?" if match else ""
 
@@ -201,7 +204,7 @@ def _options(query: str, scheme: str, text: str) -> dict[str, Any]:
         key, equals, value = part.partition("=")
         value = unquote(value)
         if key not in OPTIONS:
-            find_opener(scheme)  # whose module may declare it
+            find_opener(scheme)  # imports the source's module, which may declare the option
         if key not in OPTIONS:
             raise ValueError(
                 f"{text!r}: unknown option {key!r}.{near(key, list(OPTIONS))} Options are "

@@ -1,4 +1,4 @@
-"""Splits: stratified by seed, or fixed by a hash."""
+"""Train/test splits: stratified and seeded, or fixed by hashing image ids."""
 
 import random
 from collections import Counter, defaultdict
@@ -8,17 +8,17 @@ from typing import Any
 
 
 def is_known(label: Any) -> bool:
-    """Whether a label is known: a class from 0 on, or a row of 0 and 1; -1 is unknown."""
+    """True if a label is known: a class (0 or more), or a row of 0 and 1; -1 is unknown."""
     return bool((min(label) if hasattr(label, "__len__") else label) >= 0)
 
 
 def as_key(label: Any) -> Hashable:
-    """A label as a hashable key; a row of 0 and 1 as a tuple."""
+    """A label as a hashable key; a row of 0 and 1 becomes a tuple."""
     return tuple(int(value) for value in label) if hasattr(label, "__len__") else label
 
 
 def few_of_each(labels: Sequence[int], count: int, seed: int) -> list[int]:
-    """``count`` indices of each class, drawn by ``seed``; all of a class that has fewer."""
+    """Draw ``count`` indices of each class, seeded; all indices of a class that has fewer."""
     order = list(range(len(labels)))
     random.Random(seed).shuffle(order)
     chosen: dict[int, list[int]] = {}
@@ -31,20 +31,20 @@ def few_of_each(labels: Sequence[int], count: int, seed: int) -> list[int]:
 def stratified_split(
     labels: Sequence[Any], fraction: float, seed: int, groups: Sequence[Hashable] | None = None
 ) -> tuple[list[int], list[int]]:
-    """Split indices in two, with every class in about the same proportion on both sides.
+    """Split indices in two, with about the same class proportions on both sides.
 
-    Shares are rounded so that their sum is right: of many classes with two images each, one in five
-    gives up an image at fraction 0.1. A group counts for its most frequent class. A seed means the
-    same split everywhere: no library's random numbers are used.
+    Shares are rounded so that their total is right: with many classes of two images each, at
+    fraction 0.1 every fifth class gives one image to the second side. A group counts as its most
+    frequent class. A seed gives the same split on every machine and with every library version.
 
     Args:
-        labels: one per image; each combination of a row of 0 and 1 counts as a class.
+        labels: one per image; each combination in rows of 0 and 1 counts as a class.
         fraction: share of the second side, in (0, 1).
-        seed: chooses the images.
-        groups: one per image; a group is never divided, and shares are kept as well as that
-            allows. A class of two groups or more, of which half an image or more is due, is on both
-            sides; a class of a single group is on the first side, to be learned. (Not so rows of
-            several labels: nearly every group would be the only one of its combination.)
+        seed: seed of the draw.
+        groups: one per image. A group is never divided; shares are kept as closely as this allows.
+            A class with at least two groups is on both sides if the second side is due half an
+            image of it or more. A class with a single group is on the first side, to be learned.
+            (Rows of several labels are exempt: nearly every combination would be in one group.)
     Returns: (first, second), sorted indices, neither empty.
     Raises: ValueError for fewer than two images, or groups.
     """
@@ -57,7 +57,7 @@ def stratified_split(
         members[i if groups is None else groups[i]].append(i)
     if len(members) < 2:
         what = "image" if groups is None else "group"
-        raise ValueError(f"A split needs two {what}s at least; there is {len(members)}.")
+        raise ValueError(f"Splitting needs at least two {what}s; got {len(members)}.")
 
     strata: dict[Any, list[list[int]]] = defaultdict(list)
     for group in members.values():
@@ -66,7 +66,7 @@ def stratified_split(
     classes = sorted(strata)
     draw.shuffle(classes)
     held: list[list[int]] = []
-    due = 0.0  # images that the second side should still get; the rest of a rounding is carried on
+    due = 0.0  # images that the second side should still get; rounding errors carry over
     for label in classes:
         draw.shuffle(strata[label])
         due += fraction * sum(map(len, strata[label]))
@@ -90,8 +90,8 @@ def _with_every_class(
     labels: Sequence[Hashable],
     fraction: float,
 ) -> list[list[int]]:
-    """Exchange held-out groups so that neither side lacks a class that other groups could give it,
-    and the first side lacks none, unless nothing would be left to hold out.
+    """Exchange held-out groups so that both sides have every class of several groups, and the first
+    side has every class, unless nothing would be left to hold out.
 
     Groups round coarsely: after one huge group, small classes would be held out whole.
     """
@@ -112,9 +112,9 @@ def _with_every_class(
 def hold_out(
     keys: Sequence[str], strata: Sequence[Hashable], fraction: float, salt: str
 ) -> set[str]:
-    """The held-out keys: this share of every stratum, chosen by a hash of the key.
+    """Return the held-out keys: ``fraction`` of every stratum, chosen by a hash of the key.
 
-    The split depends neither on the order nor on a library's random numbers.
+    The split depends neither on the order of the keys nor on a random number generator.
     """
     members = defaultdict(list)
     for key, stratum in zip(keys, strata, strict=True):

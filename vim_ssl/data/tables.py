@@ -1,4 +1,4 @@
-"""CSV and TSV files with a header: one reader for every source that takes a table."""
+"""Read CSV and TSV files with a header."""
 
 import csv
 import io
@@ -18,13 +18,15 @@ def read_rows(
     """Read a table row by row.
 
     Args:
-        lines: with their line ends.
-        suffix: of the file. The delimiter is the first of tab, "," and ";" that the header has.
-        source: of the rows, for messages.
-        strict: report a lone quote instead of reading on to the next quote. Tables with tabs are
-            seldom quoted: there a quote is plain text unless two of them enclose the whole field.
-    Returns: the header; then of each row that is not empty the line it begins at, its fields, and
-        what is wrong with it, "" if nothing.
+        lines: lines with their line ends.
+        suffix: suffix of the file. The delimiter is the first of tab, "," and ";" that occurs in
+            the header; without any, the suffix determines it.
+        source: name of the table, for messages.
+        strict: strip fields, and report a lone quote instead of reading on to the next quote.
+            Tables with tabs are seldom quoted: there a quote is plain text unless two of them
+            enclose the whole field.
+    Returns: the header and, for each non-empty row, the line it begins at, its fields, and a
+        description of its fault ("" if there is none).
     Raises: ValueError for a header that cannot be read.
     """
     lines = iter(lines)
@@ -33,6 +35,7 @@ def read_rows(
         (sign for sign in "\t,;" if sign in first), "\t" if suffix.lower() == ".tsv" else ","
     )
     plain = strict and delimiter == "\t"
+    clean = _unquoted if plain else str.strip if strict else str
     reader = csv.reader(
         chain([first], lines), delimiter=delimiter, strict=strict,
         quoting=csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL,
@@ -44,29 +47,29 @@ def read_rows(
             try:
                 row = next(reader, None)
             except csv.Error as error:
-                end = reader.line_num  # a lone quote takes lines with it
+                end = reader.line_num  # a lone quote consumes the lines up to the next quote
                 yield line, [], f"{error}{f'; lost down to line {end}' if end > line else ''}"
                 continue
             if row is None:
                 return
             if row:
-                yield line, [_unquoted(value) for value in row] if plain else row, ""
+                yield line, [clean(value) for value in row], ""
 
     try:
         header = next(reader, [])
     except csv.Error as error:
         raise ValueError(f"{source}: the header cannot be read: {error}") from error
-    return [(_unquoted(name) if plain else name).strip() for name in header], rows()
+    return [clean(name).strip() for name in header], rows()
 
 
 def read_columns(file: Path, source: str) -> dict[str, tuple[str, ...]]:
-    """Read a whole table: name of a column → its values.
+    """Read a whole table: column name → its values.
 
-    Raises: FileNotFoundError; ValueError for text that is not UTF-8, and for a row of another
-        length than the header.
+    Raises: FileNotFoundError; ValueError for text that is not UTF-8, and for a row whose length
+        differs from the header's.
     """
     if not file.is_file():
-        raise FileNotFoundError(f"{source}: there is no such file.")
+        raise FileNotFoundError(f"{source}: the file does not exist.")
     text = io.StringIO(read_text(file), newline="")
     header, numbered = read_rows(text, file.suffix, source)
     rows = []
@@ -75,8 +78,8 @@ def read_columns(file: Path, source: str) -> dict[str, tuple[str, ...]]:
             raise ValueError(f"{source}, line {line}: {fault}")
         if len(row) != len(header):
             raise ValueError(
-                f"{source}: row {number} has {len(row)} fields, the header {len(header)}; quote "
-                "fields that hold the delimiter."
+                f"{source}: row {number} has {len(row)} fields, the header has {len(header)}; "
+                "quote fields that contain the delimiter."
             )
         rows.append(row)
     return dict(zip(header, zip(*rows, strict=True) if rows else repeat(()), strict=False))
@@ -85,9 +88,9 @@ def read_columns(file: Path, source: str) -> dict[str, tuple[str, ...]]:
 def find_column(
     requested: str | None, known: Sequence[str], columns: Collection[str], option: str, source: str
 ) -> str | None:
-    """Return the requested column, else the first known name that the table has, else None.
+    """Return the requested column, else the first known name among the columns, else None.
 
-    Raises: ValueError for a requested column that the table does not have.
+    Raises: ValueError if the requested column does not exist.
     """
     if requested and requested not in columns:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The training and the test split of labelled, masked or boxed images."""
+"""Training and test splits of images with labels, masks or boxes."""
 
 from collections.abc import Sequence
 from itertools import chain
@@ -11,34 +11,34 @@ from vim_ssl.data.split import as_key, is_known, stratified_split
 
 
 def labelled_only(data: ImageData) -> ImageData:
-    """The images whose label is known."""
+    """Select the images whose label is known."""
     return data.subset(i for i, label in enumerate(data.labels or []) if is_known(label))
 
 
 def labelled_splits(
     spec: str | Path, test: float, seed: int, test_spec: str = ""
 ) -> tuple[ImageData, ImageData]:
-    """The training and the test split of labelled images.
+    """Return the training and the test split of labelled images.
 
-    A source's test (else validation) split is used where it has one, whatever split ``spec`` names,
-    with a warning of groups that are in both; otherwise a stratified share is held out, groups kept
-    together. Images without a label are left out.
+    The source's test split, else its validation split, is the test split, whatever split ``spec``
+    names; images or groups in both splits cause a warning. A source without splits is split here:
+    stratified, with groups kept together. Images without a label are skipped.
 
     Args:
-        test: share to hold out, in (0, 1), of a source without splits.
-        seed: of that choice.
-        test_spec: other data of the same classes, whose test split is taken (all of it, if it has
-            no splits); of ``spec`` the training split still, so that an image held out in both is
-            new.
-    Raises: ValueError for images without labels of at least two classes, or of other classes.
+        test: share to hold out of a source without splits, in (0, 1).
+        seed: seed of this split.
+        test_spec: other data with the same classes; its test split (all images if it has no splits)
+            is tested. Training still uses only the training split of ``spec``, so an image held out
+            in both is never trained on.
+    Raises: ValueError if a split has labels of fewer than two classes, or the classes differ.
     """
     train, other = _labelled(spec, test, seed)
     if test_spec:
         other = _labelled(test_spec, 0.0, seed)[1]
         if train.classes != other.classes:
             raise ValueError(
-                f"{spec} has the classes {_few(train.classes)}, {test_spec} {_few(other.classes)}; "
-                "test on data of the same classes."
+                f"{spec} has the classes {_few(train.classes)}, {test_spec} has "
+                f"{_few(other.classes)}; test on data with the same classes."
             )
     else:
         _warn_of_overlap(spec, train, other)
@@ -46,13 +46,15 @@ def labelled_splits(
     for split in (train, other):
         if len({as_key(label) for label in split.labels or []}) < 2:
             raise ValueError(
-                f"{split.name} ({split.split}) has no labels of two classes; it needs them."
+                f"{split.name} ({split.split}) has labels of fewer than two classes; at least two "
+                "are needed."
             )
     return train, other
 
 
 def _labelled(spec: str | Path, test: float, seed: int) -> tuple[ImageData, ImageData]:
-    """Both splits, labelled or not; for ``test`` 0 a source without splits is both."""
+    """Both splits, with or without labels. If ``test`` is 0 and the source has no splits, both are
+    all its images."""
     source = open_source(spec)
     if held_out := _held_out(source.splits):
         first = source.open(held_out[0])
@@ -68,8 +70,8 @@ def _labelled(spec: str | Path, test: float, seed: int) -> tuple[ImageData, Imag
     if not known.multi_label and (left := set(labels) - {labels[i] for i in second}):
         name = known.classes[min(left)] if known.classes else min(left)
         warn_once(
-            f"{spec}: {len(left)} of {len(set(labels))} classes, such as {name}, are not among the "
-            "images held out: too few images, or a single group. They are not tested."
+            f"{spec}: {len(left)} of {len(set(labels))} classes, for example {name}, are not among "
+            "the held-out images and not tested: they have too few images or a single group."
         )
     return known.subset(first), known.subset(second)
 
@@ -80,7 +82,7 @@ def _few(classes: Sequence[str] | None) -> str:
 
 
 def masked_splits(spec: str | Path, test: float, seed: int) -> tuple[ImageData, ImageData]:
-    """The training and the test split of images with masks; as `labelled_splits`.
+    """Return the training and the test split of images with masks, as `labelled_splits` does.
 
     Raises: ValueError for images without masks.
     """
@@ -89,7 +91,7 @@ def masked_splits(spec: str | Path, test: float, seed: int) -> tuple[ImageData, 
     train = source.open("train" if held_out else "all")
     if not train.has_masks:
         raise ValueError(
-            f"{spec} has no masks; name a folder with images/ and masks/ as masks:FOLDER "
+            f"{spec} has no masks; give a folder that contains images/ and masks/ as masks:FOLDER "
             "(nifti:FOLDER, geotiff:FOLDER), or ade20k:ROOT."
         )
     if not held_out:
@@ -100,18 +102,20 @@ def masked_splits(spec: str | Path, test: float, seed: int) -> tuple[ImageData, 
 
 
 def boxed_splits(spec: str | Path, test: float, seed: int) -> tuple[ImageData, ImageData]:
-    """The training and the test split of images with boxes; as `labelled_splits`. Of several splits
-    to test on, the first in which there are boxes.
+    """Return the training and the test split of images with boxes, as `labelled_splits` does. The
+    test split is the first of "test" and "validation" that has boxes.
 
-    Raises: ValueError for images without boxes, or splits of different classes.
+    Raises: ValueError for images without boxes, or splits with different classes.
     """
-    from vim_ssl.data.sources.coco import check_same_categories  # of boxes alone
+    from vim_ssl.data.sources.coco import check_same_categories  # only boxes need it
 
     source = open_source(spec)
     held_out = _held_out(source.splits)
+    if len(source.splits) > 1 and not held_out:
+        source.open(None)  # raises if the spec names no split and none is for training
     train = source.open("train" if held_out else "all")
     if not train.has_boxes:
-        raise ValueError(f"{spec} has no boxes; name a folder in COCO's layout as coco:ROOT.")
+        raise ValueError(f"{spec} has no boxes; give a folder in COCO's layout as coco:ROOT.")
     if not held_out:
         return _cut(train, test, seed)
     first = source.open(held_out[0])
@@ -123,13 +127,13 @@ def boxed_splits(spec: str | Path, test: float, seed: int) -> tuple[ImageData, I
 
 
 def _warn_of_overlap(spec: str | Path, train: ImageData, other: ImageData) -> None:
-    """Warn of images and groups that are in both splits of a source."""
+    """Warn about images and groups that are in both splits of a source."""
     for what, one, two in (("images", train.ids, other.ids),
                            ("groups", train.groups, other.groups)):  # fmt: skip
         if both := set(one or ()) & set(two or ()) - {""}:  # "" is an empty field of a table
             warn_once(
-                f"{spec}: {len(both):,} {what} are in both {train.split} and {other.split}, such "
-                f"as {min(both)}: results on them say little about other {what}."
+                f"{spec}: {len(both):,} {what} are in both {train.split} and {other.split}, for "
+                f"example {min(both)}; test results on them do not carry over to new {what}."
             )
 
 
@@ -139,6 +143,6 @@ def _cut(everything: ImageData, test: float, seed: int) -> tuple[ImageData, Imag
 
 
 def _held_out(splits: Sequence[str]) -> list[str]:
-    """The splits to test on, of those of a source that has a training split too."""
+    """The candidate test splits of a source, canonical names; [] without a training split."""
     known = {canonical_split(name) for name in splits}
     return [name for name in ("test", "validation") if {name, "train"} <= known]

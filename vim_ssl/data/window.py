@@ -1,4 +1,4 @@
-"""Intensity windows: the values that become black and white in an 8-bit image."""
+"""Intensity windows: the values that map to black and white in an 8-bit image."""
 
 from dataclasses import dataclass
 
@@ -27,13 +27,13 @@ class Window:
             low = high = 0.0
         if not low < high or (percent and not 0 <= low < high <= 100):
             raise ValueError(
-                f"window={text} is no window; write LOW,HIGH in the source's unit, such as "
+                f"window={text} is not valid; write LOW,HIGH in the source's unit, such as "
                 "-160,240, or percentiles, such as 0.5%,99.5%."
             )
         return cls(low, high, percent)
 
     def limits(self, values: np.ndarray) -> tuple[float, float]:
-        """Low and high as values; percentiles are those of the finite ``values``."""
+        """Low and high as intensities; percentiles are taken over the finite ``values``."""
         if not self.percent:
             return self.low, self.high
         finite = values[np.isfinite(values)]

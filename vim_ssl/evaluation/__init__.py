@@ -1,14 +1,14 @@
 """Evaluate frozen features.
 
-extract.py       features of images under an encoder, in order
-features.py      features of a data set, shared out over processes and kept on disk
-readout.py       which parts of the encoder are read, and which readout and C are chosen
-linear_heads.py  logistic regression, and MAE's head trained by LARS
+extract.py       features of images, in the order of the data
+features.py      features of a data set, computed by several processes and cached on disk
+readout.py       readouts (parts of the encoder's output), and the choice of readout and C
+linear_heads.py  logistic regression, and MAE's head trained with LARS
 knn.py           nearest neighbours: search and vote
-online.py        a quick probe while a run trains      validation.py  validation and early stopping
-comparison.py    encoders side by side on the same images
-retrieval.py     images by captions and captions by images
+online.py        a quick probe during training         validation.py  validation and early stopping
+comparison.py    compare encoders on the same images
+retrieval.py     retrieve images by captions and captions by images
 embeddings.py    features of any data in files, for use elsewhere
 
-The metrics stand in `vim_ssl.metrics`, the drawings in `vim_ssl.utils.drawing`.
+Metrics are in `vim_ssl.metrics`, drawings in `vim_ssl.utils.drawing`.
 """

@@ -1,7 +1,7 @@
 """Compare frozen encoders on the same labelled images.
 
-The tasks `downstream/linear_probe.py` and `downstream/knn.py` share the encoders, the splits, the
-features and the record.
+`downstream/linear_probe.py` and `downstream/knn.py` use this for encoders, splits, features and
+metrics.json.
 """
 
 import time
@@ -25,35 +25,38 @@ from vim_ssl.utils.environment import environment
 
 @dataclass
 class ComparisonConfig:
-    """The options of every task."""
+    """Options shared by the linear probe and kNN scripts."""
 
     encoder: str = opt("", "run, checkpoint, preset or Hub id; default: the newest run")
-    data: str = opt("", "labelled data; default: what the run was trained on")
-    test_data: str = opt("", "other data of the same classes to test on: another style, site …")
-    test: float = opt(0.2, "share held out for testing if the data has no test split")
-    against: tuple[str, ...] = opt((), "further encoders, on the same images")
-    baselines: bool = opt(True, "untrained weights too, and in the probe raw pixels")
+    data: str = opt("", "labelled data; default: the run's training data")
+    test_data: str = opt("", "test on other data with the same classes: another style, site …")
+    test: float = opt(0.2, "fraction held out for testing if the data has no test split")
+    against: tuple[str, ...] = opt((), "additional encoders to compare on the same images")
+    baselines: bool = opt(
+        True, "also evaluate an untrained encoder and (linear probe only) raw pixels"
+    )
     readouts: tuple[str, ...] = opt(
         READOUTS, "parts of the encoder's output to use as features", choices=READOUTS
     )
-    batch_size: int = opt(128, "images at once")
-    workers: int = opt(0, "data loading processes")
-    cache: bool = opt(True, "keep features on disk, and read them from there")
-    device: str = opt("", "cpu, cuda …; default: cuda if there is one")
-    seed: int = opt(0, "of the splits and of the untrained encoder")
+    batch_size: int = opt(128, "images per batch")
+    workers: int = opt(0, "number of data loading processes")
+    cache: bool = opt(True, "cache features on disk and reuse them")
+    device: str = opt("", "cpu, cuda …; default: cuda if available")
+    seed: int = opt(0, "seed of the splits and of the untrained encoder")
     output: str = opt(
-        "", "folder of metrics.json; default: a folder in the run, named after the task"
+        "", "folder for metrics.json; default: a folder in the run, named after the task"
     )
 
 
 class Comparison:
-    """One run of a task. Several processes share out the images; the main one has the features.
+    """Encoders, splits and features of one comparison. Several processes divide the images; only
+    the main process has the features.
 
     Attributes:
-        encoder: the first of the encoders, inflated where the data are videos.
+        encoder: the first encoder, inflated to 3D if the data are videos.
         train, test: labelled splits of the data.
-        main: True on the process that goes on with the features.
-    Raises: what `load_encoder` and `labelled_splits` raise.
+        main: True on the main process.
+    Raises: the errors of `load_encoder` and `labelled_splits`.
     """
 
     def __init__(self, task: str, config: ComparisonConfig):
@@ -62,7 +65,7 @@ class Comparison:
         self.processes, self.device = join_processes(), pick_device(config.device)
         self.main = self.processes.main
         self.source = config.encoder or str(newest_run())
-        torch.manual_seed(config.seed)  # of a preset's weights
+        torch.manual_seed(config.seed)  # for the weights of a preset
         self.encoder = load_encoder(self.source, device=self.device)
         self.train, self.test = labelled_splits(
             config.data or trained_on(self.source), config.test, config.seed, config.test_data
@@ -74,7 +77,8 @@ class Comparison:
                   f"{len(self.test):,} test{tested}", flush=True)  # fmt: skip
 
     def features(self) -> Iterator[tuple[str, Features, Features, dict[str, slice]]]:
-        """On the main process: name, features of both splits, the columns of every readout."""
+        """Yield name, features of both splits, and the columns of every readout, for each encoder;
+        only on the main process."""
         config = self.config
         encoders = {"pretrained encoder": self.encoder}
         for other in config.against:
@@ -92,7 +96,7 @@ class Comparison:
                 yield name, splits[0], splits[1], available_readouts(encoder, config.readouts)
 
     def record(self, **results: Any) -> tuple[dict[str, Any], Path]:
-        """The content of metrics.json, with these results, and the folder it goes to."""
+        """Return the contents of metrics.json, including ``results``, and its output folder."""
         config = self.config
         metrics: dict[str, Any] = {
             "task": self.task, "data": self.train.name, "test_data": self.test.name,
@@ -104,12 +108,12 @@ class Comparison:
         return metrics, Path(config.output or task_folder(self.task, self.source, named))
 
 
-# The "figure" of metrics.json in words.
+# The "figure" of metrics.json → its title.
 METRIC_TITLES = {"accuracy": "Accuracy", "mAP": "Mean average precision over the classes"}
 
 
 def pivot(rows: list[dict[str, Any]], cells: list[str], width: int) -> list[str]:
-    """Lines of a table: the cells of rows with the same features and readout beside each other."""
+    """Return the lines of a table; rows with the same features and readout share a line."""
     lines: dict[str, str] = {}
     for row, cell in zip(rows, cells, strict=True):
         title = f"{row['features']:26} {row['readout']:10}"

@@ -1,8 +1,8 @@
-"""Embeddings of any data in files of a few thousand rows, each written atomically.
+"""Write embeddings of any data to files of a few thousand rows, each written atomically.
 
-    plan_shards → the files that are still missing → read_rows, in order → write_shard
+    plan_shards → files that do not exist yet → read_rows, in order → write_shard
 
-The data alone determine the content of a file: any number of processes, killed and restarted at any
+The content of a file depends only on the data: any number of processes, killed and restarted at any
 time, write the same files.
 """
 
@@ -26,14 +26,14 @@ from vim_ssl.evaluation.extract import Features, Readable, encode_batches
 from vim_ssl.utils.files import atomic_path
 
 FORMATS = ("parquet", "npy")
-KNOWN = ("ids", "labels", "groups")  # of every row
-# (id, label or None, group or None, image (c, h, w)), or the error of an image that is unreadable.
+KNOWN = ("ids", "labels", "groups")  # stored for every row
+# (id, label or None, group or None, image (c, h, w)), or the error text of an unreadable image.
 Row = tuple[str, Any, str | None, Tensor] | str
 
 
 @dataclass(frozen=True)
 class EmbeddingShard:
-    """A file to write: ``count`` images from index ``first`` on, of the data or of the shard
+    """A file to write: ``count`` images, starting at index ``first`` of the data, or of the shard
     ``source`` of a stream."""
 
     name: str
@@ -47,7 +47,7 @@ class EmbeddingShard:
 
 
 def plan_shards(data: ImageData | ImageStream, rows: int) -> list[EmbeddingShard]:
-    """All files, of ``rows`` images at most; in a stream, a file ends with its shard."""
+    """Return all files, with at most ``rows`` images each; no file spans two shards of a stream."""
     if data.is_stream:
         sizes, pattern = [shard.count for shard in data.shards], "{0:05}-{1:03}"
     else:
@@ -64,8 +64,8 @@ def plan_shards(data: ImageData | ImageStream, rows: int) -> list[EmbeddingShard
 def local_shards(
     shards: Sequence[EmbeddingShard], streamed: bool, rank: int, world: int
 ) -> list[EmbeddingShard]:
-    """The files of one rank: every ``world``-th; of a stream, which is read once in order, those
-    of every ``world``-th shard."""
+    """Return the files of one rank: every ``world``-th file; for a stream, which is read once in
+    order, the files of every ``world``-th shard."""
     if not streamed:
         return list(shards[rank::world])
     sources = sorted({shard.source for shard in shards})[rank::world]
@@ -80,10 +80,10 @@ def read_rows(
     batch_size: int,
     workers: int = 0,
 ) -> Iterator[tuple[EmbeddingShard, list[Row], bool]]:
-    """The images of these files in batches, each within one file.
+    """Read the images of these files in batches that do not span files.
 
-    Yields: the file, its next rows, and True with its last rows. The rows of a file come in order;
-        workers may read several files of a stream at a time.
+    Yields: (file, its next rows, whether they are its last). The rows of a file come in order;
+        for a stream, batches of several files may alternate.
     """
     if data.is_stream:
         stream = StreamRows(data, shards, transform, batch_size)
@@ -108,7 +108,7 @@ def read_rows(
 
 
 class StreamRows(IterableDataset):
-    """`read_rows` of a stream; every worker reads other shards."""
+    """`read_rows` for a stream; each worker reads different shards."""
 
     def __init__(
         self,
@@ -128,7 +128,7 @@ class StreamRows(IterableDataset):
             for shard in (shard for shard in self.shards if shard.source == source):
                 rows: list[Row] = []
                 for number, record in records:
-                    if number < shard.first:  # of a file that exists already
+                    if number < shard.first:  # belongs to a file that already exists
                         continue
                     rows.append(self._row(record))
                     last = number + 1 == shard.end
@@ -157,9 +157,9 @@ def stream_features(
     workers: int = 0,
     device: str | torch.device = "cpu",
 ) -> Features:
-    """`extract_features` of the labelled images of a stream, which is read once.
+    """`extract_features` for the labelled images of a stream, which is read once.
 
-    Raises: ValueError when none can be read.
+    Raises: ValueError if no labelled image can be read.
     """
     shards = plan_shards(data, max(len(data), 1))
     rows = read_rows(data, shards, transform, batch_size=batch_size, workers=workers)
@@ -168,7 +168,7 @@ def stream_features(
     )
     x, fields, skipped = encode_batches(encode, labelled, device)
     if not fields:
-        raise ValueError(f"{data.name} has no image with a label that can be read: {skipped[:3]}")
+        raise ValueError(f"{data.name} has no readable image with a label. Skipped: {skipped[:3]}")
     ids, labels, groups = map(list, zip(*fields, strict=True))
     y = torch.from_numpy(np.asarray(labels, dtype=np.int64))
     return Features(x, y, ids, skipped, None if None in groups else groups)
@@ -192,8 +192,8 @@ class Embedded:
 
     Attributes:
         x: embeddings (n, d), float32 on the CPU.
-        ids, labels, groups: of the n images; None where unknown.
-        skipped: the errors of images that could not be read.
+        ids, labels, groups: one per image; None if unknown.
+        skipped: error texts of unreadable images.
         made_of: the record of `embed.py`, if read from a folder.
     """
 
@@ -210,8 +210,8 @@ def write_shard(folder: Path, part: Embedded, *, format: str, multi_label: bool 
     """Write one file atomically.
 
     ``NAME.parquet`` has the columns id, label (null if unknown; a list for multi-label data), group
-    (null if unknown; such as the patient) and embedding. ``NAME.npy`` has the embeddings,
-    ``NAME.json``, written before it, the rest.
+    (null if unknown) and embedding. ``NAME.npy`` has the embeddings; ``NAME.json``, written first,
+    has the rest.
 
     Args:
         format: one of `FORMATS`.
@@ -245,7 +245,7 @@ def write_shard(folder: Path, part: Embedded, *, format: str, multi_label: bool 
 
 
 def read_summary(folder: Path, name: str, format: str) -> tuple[int, list[str]]:
-    """Number of rows of a written file, and the images skipped in it."""
+    """Return the number of rows in a written file, and its skipped images."""
     if format == "npy":
         content = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
         return len(content["ids"]), content["skipped"]
@@ -257,21 +257,21 @@ def read_summary(folder: Path, name: str, format: str) -> tuple[int, list[str]]:
 
 
 def read_embeddings(folder: Path) -> Embedded:
-    """The content of all files of a folder, in their order.
+    """Read all files in a folder, in order.
 
     Args:
-        folder: with ``record.json`` and ``shards/``.
+        folder: folder that contains ``record.json`` and ``shards/``.
     Raises: FileNotFoundError for a folder without embeddings; ValueError for an unfinished one.
     """
     record = folder / "record.json"
     if not record.is_file():
         raise FileNotFoundError(
-            f"{str(folder)!r} holds no embeddings (record.json); write them by "
+            f"{str(folder)!r} contains no embeddings (record.json); write them with "
             "downstream/embed.py --output."
         )
     stored = json.loads(record.read_text())
     if not stored.get("finished"):
-        raise ValueError(f"the embeddings in {folder} are not finished; run embed.py to the end.")
+        raise ValueError(f"the embeddings in {folder} are incomplete; run embed.py until it ends.")
     result = Embedded(folder.name, torch.empty(0, 0), made_of=stored.get("made_of", {}))
     xs = []
     for file in sorted((folder / "shards").glob("*.npy")):

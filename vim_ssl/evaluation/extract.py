@@ -1,4 +1,4 @@
-"""Extract the features of images under an encoder, in the order of the data."""
+"""Extract the features of images with an encoder, in the order of the data."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ class Features:
     Attributes:
         x: (n, d) float32.
         y: labels int64, (n,) or (n, classes) of 0 and 1.
-        ids: of the images.
-        skipped: the errors of images that could not be read.
-        groups: what a split keeps together, where the data have groups.
+        ids: ids of the images.
+        skipped: error texts of unreadable images.
+        groups: groups that a split must not divide, or None.
     """
 
     x: Tensor
@@ -31,7 +31,7 @@ class Features:
 
 
 class Readable(Dataset):
-    """(index, transformed image) of every image; the error as text for one that is broken."""
+    """(index, transformed image) of every image, or the error text of a broken one."""
 
     def __init__(self, data, transform):
         self.data, self.transform = data, transform
@@ -61,7 +61,7 @@ def extract_features(
         encode: (b, c, h, w) -> (b, ...); flattened to (b, d) float32.
         data: map-style data of `vim_ssl.data.open_data`.
         transform: image -> (c, h, w).
-    Raises: ValueError when no image can be read.
+    Raises: ValueError if no image can be read.
     """
     result = extract_rows(
         encode, data, transform, range(len(data)),
@@ -80,8 +80,8 @@ def extract_rows(
     workers: int,
     device: str | torch.device,
 ) -> tuple[Tensor, list[int], list[str]]:
-    """`extract_features` of some images: features (n, d) of the readable ones, their indices, and
-    the errors of the others."""
+    """`extract_features` for some images: return the features (n, d) of the readable ones, their
+    indices, and the error texts of the others."""
     subset = Subset(Readable(data, transform), indices)
     loader = DataLoader(subset, batch_size, num_workers=workers, collate_fn=list)
     x, rows, skipped = encode_batches(encode, loader, device)
@@ -94,9 +94,10 @@ def encode_batches(
     batches: Iterable[Sequence[tuple | str]],
     device: str | torch.device,
 ) -> tuple[Tensor, list[tuple], list[str]]:
-    """Encode batches of rows that end in an image; a string is the error of an unreadable one.
+    """Encode batches of rows. A row is a tuple that ends in an image, or the error text of an
+    unreadable one.
 
-    Returns: features (n, d) float32 on the CPU, the rows without the image, the errors.
+    Returns: features (n, d) float32 on the CPU, the rows without their images, the error texts.
     """
     xs, rows, skipped = [torch.empty(0, 0)], [], []
     for batch in batches:
@@ -109,16 +110,16 @@ def encode_batches(
 
 
 def encode_views(encode: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """``encode(x)``; of several clips of each video, (b, clips, c, t, h, w), their mean."""
+    """``encode(x)``; for several clips per video, (b, clips, c, t, h, w), the mean over clips."""
     if x.dim() < 6:
         return encode(x)
     return encode(x.flatten(0, 1)).unflatten(0, x.shape[:2]).mean(1)
 
 
 def features_of(data, x: Tensor, rows: Sequence[int], skipped: list[str]) -> Features:
-    """Features with the labels, ids and groups of the images at ``rows``."""
+    """Combine features with the labels, ids and groups of the images at ``rows``."""
     if not rows:
-        raise ValueError(f"none of the {len(data)} images could be read: {skipped[:3]}")
+        raise ValueError(f"none of the {len(data)} images can be read: {skipped[:3]}")
     labels = [-1] * len(rows) if data.labels is None else [data.labels[i] for i in rows]
     groups = None if data.groups is None else [data.groups[i] for i in rows]
     y = torch.from_numpy(np.asarray(labels, dtype=np.int64))

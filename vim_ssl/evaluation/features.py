@@ -1,4 +1,4 @@
-"""The features of a data set under an encoder, shared out over processes and kept on disk.
+"""Compute the features of a data set on several processes, and cache them on disk.
 
 The name of the cache file is a hash of everything that determines the features: the encoder's
 weights and settings, the images (their spec with all options, their list, labels and modification
@@ -24,7 +24,7 @@ from vim_ssl.models.encoder import VimEncoder
 from vim_ssl.utils.distributed import Processes
 from vim_ssl.utils.files import atomic_path, user_cache
 
-FORMAT = 1  # increased when `all_readouts` or the file changes its meaning
+FORMAT = 1  # increase it when the meaning of `all_readouts` or of the file changes
 
 
 def encode_data(
@@ -37,17 +37,17 @@ def encode_data(
     cache: bool = True,
     processes: Processes | None = None,
 ) -> Features | None:
-    """`all_readouts` of the images under the encoder's own transform.
+    """Compute `all_readouts` of the images, using the encoder's transform.
 
-    Processes share out whole batches, so that any number of them computes the same.
+    Processes divide whole batches, so that results do not depend on their number.
 
     Args:
-        encoder: on ``device``, in eval mode.
+        encoder: encoder on ``device``, in eval mode.
         data: map-style data of `vim_ssl.data.open_data`.
-        cache: keep the features in the user's cache, and read them from there.
+        cache: write the features to the user's cache, and reuse them.
         processes: rank and world; a single process by default.
     Returns: the features on the main process, None on the others.
-    Raises: ValueError when no image can be read, or the bands differ from the encoder's.
+    Raises: ValueError if no image can be read, or the bands differ from the encoder's.
     """
     processes = processes or Processes()
     check_bands(encoder, data)
@@ -76,23 +76,23 @@ def encode_data(
 
 
 def encode_splits(encoder: VimEncoder, splits: Sequence, **options) -> list[Features] | None:
-    """`encode_data` of each split; None on all processes but the main one."""
+    """`encode_data` for each split; None on all processes except the main one."""
     results = [encode_data(encoder, split, **options) for split in splits]
     features = [result for result in results if result is not None]
     return features if len(features) == len(splits) else None
 
 
 def local_indices(size: int, batch_size: int, processes: Processes) -> list[int]:
-    """The image indices of one rank: every ``world``-th batch of the data."""
+    """Return the image indices of one rank: every ``world``-th batch of the data."""
     begins = range(processes.rank * batch_size, size, processes.world * batch_size)
     return [i for begin in begins for i in range(begin, min(begin + batch_size, size))]
 
 
 def weights_hash(encoder: nn.Module) -> str:
-    """A hash (16 hex digits) of an encoder's tensors and settings."""
+    """Return a hash (16 hex digits) of an encoder's tensors and settings."""
     digest = blake2b(digest_size=8)
     config: dict[str, Any] = getattr(encoder, "config", {})
-    # The kernels depend on the machine.
+    # The kernel backend depends on the machine and is left out.
     settings = {name: value for name, value in config.items() if name != "scan_backend"}
     digest.update(json.dumps([type(encoder).__name__, settings], default=str).encode())
     for name, value in sorted(encoder.state_dict().items()):
@@ -103,15 +103,15 @@ def weights_hash(encoder: nn.Module) -> str:
 
 
 def _key(encoder: VimEncoder, data, transform) -> str:
-    # The fingerprint is of files, not of what an option such as image=COLUMN reads from them.
+    # The fingerprint covers files, but not options such as image=COLUMN that select their content.
     images = [data.name, data.fingerprint, data.min_side, _times(data)]
     parts = [FORMAT, weights_hash(encoder), *images, repr(transform)]
     return blake2b(repr(parts).encode(errors="surrogateescape"), digest_size=12).hexdigest()
 
 
 def _times(data) -> list[int]:
-    """Modification time of every image file (ns; 0 for a missing file), which detects a changed
-    image of the same size."""
+    """Return the modification time of every image file (ns; 0 for a missing file), to detect
+    changed images of the same size."""
     times = dict.fromkeys((path for i in range(len(data)) for path in data.paths(i)), 0)
     for path in times:
         with suppress(OSError):
@@ -133,7 +133,7 @@ def _load(file: Path, data) -> Features:
 
 
 def _save(file: Path, x: torch.Tensor, rows: list[int], skipped: list[str], name: str) -> None:
-    """Write the file atomically; print a failure, which does not cost the features."""
+    """Write the file atomically. Print a failure instead of raising it, to keep the features."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -151,4 +151,4 @@ def _save(file: Path, x: torch.Tensor, rows: list[int], skipped: list[str], name
             flush=True,
         )
     except (OSError, SafetensorError) as error:
-        print(f"Features of {name} were not cached: {error}", flush=True)
+        print(f"Features of {name} cannot be cached: {error}", flush=True)

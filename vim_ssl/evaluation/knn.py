@@ -1,10 +1,10 @@
-"""Nearest neighbours on features: search and vote."""
+"""Nearest-neighbour classification of features: search and vote."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-QUERIES, BANK = 1024, 2**16  # rows that are compared at once: a quarter of a gigabyte
+QUERIES, BANK = 1024, 2**16  # rows compared at a time: a quarter of a gigabyte
 
 
 def knn_predict(
@@ -16,7 +16,8 @@ def knn_predict(
     temperature: float = 0.07,
     standardise: bool = True,
 ) -> Tensor:
-    """The class (m,) int64 with most votes of the ``k`` nearest; see `nearest`, `knn_votes`."""
+    """Predict the class (m,) int64 with the most votes of the ``k`` nearest neighbours; see
+    `nearest` and `knn_votes`."""
     neighbours = nearest(bank, queries, k=k, standardise=standardise)
     return knn_votes(labels, *neighbours, temperature=temperature).argmax(1)
 
@@ -29,11 +30,12 @@ def nearest(
     standardise: bool = True,
     device: str | torch.device = "cpu",
 ) -> tuple[Tensor, Tensor]:
-    """The ``k`` rows of the bank (n, d) most similar to each query (m, d) by cosine.
+    """Find the ``k`` rows of the bank (n, d) with the largest cosine similarity to each query
+    (m, d).
 
     Args:
-        standardise: standardise every feature by the bank's mean and deviation first: a component
-            common to all images would otherwise make every cosine nearly 1.
+        standardise: first standardise every feature with the bank's mean and standard deviation;
+            otherwise a component common to all images makes every cosine nearly 1.
     Returns: see `search`.
     """
     if standardise:
@@ -46,12 +48,11 @@ def nearest(
 def search(
     bank: Tensor, queries: Tensor, *, k: int, device: str | torch.device = "cpu"
 ) -> tuple[Tensor, Tensor]:
-    """The ``k`` rows of the bank (n, d) with the largest products with each query (m, d).
+    """Find the ``k`` rows of the bank (n, d) with the largest dot product with each query (m, d).
 
-    At most `QUERIES` x `BANK` similarities exist at a time: a million images fit.
+    At most `QUERIES` x `BANK` similarities are in memory at a time, so a million images fit.
 
-    Returns: similarities and indices into the bank, (m, min(k, n)), the most similar first, on the
-        CPU.
+    Returns: similarities and indices into the bank, (m, min(k, n)), most similar first, on the CPU.
     """
     k = min(k, len(bank))
     results = []
@@ -73,13 +74,14 @@ def search(
 def knn_votes(
     labels: Tensor, similarity: Tensor, indices: Tensor, *, temperature: float = 0.07
 ) -> Tensor:
-    """The neighbours' votes, weighted by exp(similarity / temperature), as shares of all.
+    """Compute each class's share of the neighbours' votes, weighted by exp(similarity /
+    temperature).
 
     Args:
-        labels: of the bank, (n,) int64, or (n, classes) of 0 and 1.
+        labels: labels of the bank, (n,) int64, or (n, classes) of 0 and 1.
         similarity, indices: from `nearest`; their first k columns give the votes of k neighbours.
     Returns: (m, classes).
-    Reference: the protocol of DINO, arXiv:2104.14294; k and temperature of DINOv2.
+    Reference: DINO's protocol, arXiv:2104.14294; k and temperature as in DINOv2.
     """
     weight = (similarity / temperature).softmax(1)
     if labels.ndim == 1:

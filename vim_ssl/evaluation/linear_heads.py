@@ -1,4 +1,4 @@
-"""Linear classifiers on frozen features: logistic regression, and MAE's head trained by LARS."""
+"""Linear classifiers on frozen features: logistic regression, and MAE's head trained with LARS."""
 
 import warnings
 from dataclasses import dataclass
@@ -13,20 +13,20 @@ from vim_ssl.data.loading.indexed import EpochBatches
 from vim_ssl.metrics.classification import answer_metrics
 from vim_ssl.training.optim import build_schedule
 
-MANY = int(5e7)  # values, from which on one matrix product uses several threads well
-LARGE = 100_000  # images, above which scikit-learn takes hours
-CHUNK = 2**16  # images in float32 on the device at once
-MAX_STEPS = 1000  # of L-BFGS
+MANY = int(5e7)  # number of values from which a matrix product benefits from several threads
+LARGE = 100_000  # number of images above which scikit-learn takes hours
+CHUNK = 2**16  # images in float32 on the device at a time
+MAX_STEPS = 1000  # maximum number of L-BFGS steps
 
 
 @dataclass
 class LinearHead:
-    """(x - mean) / std @ weight + bias.
+    """Linear classifier with logits (x - mean) / std @ weight + bias.
 
     Attributes:
         mean, std: (d,).  weight: (d, k).  bias: (k,).
-        classes: (c,) int64, the labels of the training data; k = c columns, or one column, for the
-            second of two classes. None for multi-label data: an independent column for each label.
+        classes: (c,) int64, the labels in the training data; k = c columns, or one column for the
+            second of two classes. None for multi-label data: one independent column per label.
     """
 
     mean: Tensor
@@ -42,7 +42,7 @@ class LinearHead:
         return torch.cat([part + self.bias for part in parts])
 
     def probabilities(self, x: Tensor | np.ndarray, count: int) -> Tensor:
-        """Of each of ``count`` classes (n, count); 0 for classes without training data."""
+        """Probabilities (n, count) of all classes; 0 for classes without training data."""
         scores = self.scores(x)
         if self.classes is None:
             return scores.sigmoid()
@@ -53,7 +53,7 @@ class LinearHead:
         return result
 
     def predict(self, x: Tensor | np.ndarray) -> Tensor:
-        """Labels (n,), or rows of 0 and 1 (n, k), int64."""
+        """Predicted labels (n,), or rows of 0 and 1 (n, k), int64."""
         scores = self.scores(x)
         if self.classes is None:
             return (scores > 0).long()
@@ -61,7 +61,7 @@ class LinearHead:
         return self.classes[best]
 
     def score(self, x: Tensor | np.ndarray, y: Tensor | np.ndarray) -> float:
-        """The criterion for choosing a head, in [0, 1]: accuracy, or the macro mAP."""
+        """Model-selection score in [0, 1]: accuracy, or macro mAP for multi-label data."""
         answer = self.scores(x) if self.classes is None else self.predict(x)
         return answer_metrics(answer, y)["main"].value / 100
 
@@ -73,18 +73,18 @@ def fit_logistic(
     tol: float = 1e-4,
     start: LinearHead | None = None,
 ) -> LinearHead:
-    """Logistic regression on standardised features, by L-BFGS: multinomial, or one against the
-    rest for multi-label data.
+    """Fit a logistic regression on standardised features with L-BFGS: multinomial, or one-vs-rest
+    for multi-label data.
 
-    It minimises  sum of the images' losses + ||weight||² / (2 C)  in float32, by scikit-learn;
-    above `LARGE` images and for multi-label data by torch, on a GPU if there is one. A thousand
-    steps rank every C of a sweep, although the largest may not converge.
+    It minimises  sum of the images' losses + ||weight||² / (2 C)  in float32, with scikit-learn;
+    above `LARGE` images and for multi-label data with torch, on a GPU if available. A thousand
+    steps suffice to rank the values of C in a sweep, although the largest may not converge.
 
     Args:
         x: (n, d).  y: (n,) labels, or (n, k) of 0 and 1.
-        tol: of the gradient. A tolerance ten times as large takes half the time.
-        start: a head of the same data with another C, which speeds up a sweep over ascending C.
-    Raises: ValueError for labels of one class.
+        tol: tolerance of the gradient; a ten times larger one halves the time.
+        start: a head fitted to the same data with another C; speeds up a sweep over ascending C.
+    Raises: ValueError if all labels are equal.
     """
     x, y = torch.as_tensor(x, dtype=torch.float32), torch.as_tensor(y)
     mean, std = (start.mean, start.std) if start else moments(x)
@@ -99,7 +99,7 @@ def fit_logistic(
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (d,) of features (n, d); 1 for constant features."""
+    """Mean and standard deviation (d,) of features (n, d); the latter is 1 for constant ones."""
     variance, mean = torch.var_mean(x, dim=0, correction=0)
     std = variance.sqrt()
     return mean, torch.where(std > 1e-6 * mean.abs(), std, 1.0)
@@ -113,7 +113,7 @@ def _by_sklearn(x, y, mean, std, C, tol, start) -> tuple[Tensor, Tensor]:
     model = LogisticRegression(C=C, tol=tol, max_iter=MAX_STEPS, warm_start=start is not None)
     if start is not None:
         model.coef_, model.intercept_ = start.weight.T.numpy().copy(), start.bias.numpy().copy()
-    # Threads cost far more than they gain in its many small matrix products.
+    # For its many small matrix products, threads cost far more than they gain.
     with threadpool_limits(1 if x.numel() < MANY else None), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         model.fit(((x - mean) / std).numpy(), y.numpy())
@@ -122,7 +122,7 @@ def _by_sklearn(x, y, mean, std, C, tol, start) -> tuple[Tensor, Tensor]:
 
 
 def _by_torch(x, y, mean, std, C, tol, start) -> tuple[Tensor, Tensor]:
-    """As `_by_sklearn`: the objective over n, until no entry of the gradient exceeds ``tol``."""
+    """Minimise the same objective, divided by n, until no entry of the gradient exceeds ``tol``."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     n, d = x.shape
     if y.ndim == 1 and int(y.max()) == 1:  # two classes: one column, as in scikit-learn
@@ -155,7 +155,7 @@ def _by_torch(x, y, mean, std, C, tol, start) -> tuple[Tensor, Tensor]:
 
 
 def loss_sum(logits: Tensor, y: Tensor) -> Tensor:
-    """Cross-entropy summed over images: of one label each (n,), or of every column (n, k)."""
+    """Cross-entropy summed over images, and, for multi-label y (n, k), over columns."""
     if y.ndim == 2:
         return F.binary_cross_entropy_with_logits(logits, y.to(logits), reduction="sum")
     return F.cross_entropy(logits, y, reduction="sum")
@@ -170,9 +170,9 @@ def fit_lars(
     epochs: int = 90,
     seed: int = 0,
 ) -> LinearHead:
-    """MAE's linear probe on stored features: batch normalisation without scale and shift, a linear
-    layer, LARS without weight decay, a cosine schedule after a ninth of warm-up. Unlike in MAE, the
-    images are not augmented anew in every epoch.
+    """Train MAE's linear probe on stored features: batch normalisation without scale and shift, a
+    linear layer, LARS without weight decay, and a cosine schedule after warm-up for a ninth of the
+    epochs. Unlike in MAE, the images are not augmented.
 
     The defaults are MAE's, for the million images of ImageNet. The distance that weights can move
     is proportional to images x epochs x lr: see `lars_reach`.
@@ -182,8 +182,8 @@ def fit_lars(
 
     Args:
         x: (n, d).  y: (n,) labels, or (n, k) of 0 and 1.
-        base_lr: per 256 images.
-        batch: images a step; all images if there are fewer.
+        base_lr: learning rate per 256 images.
+        batch: batch size, capped at the number of images.
     Reference: Masked Autoencoders, arXiv:2111.06377, appendix A.1.
     """
     from timm.optim import create_optimizer_v2
@@ -198,8 +198,8 @@ def fit_lars(
     nn.init.zeros_(linear.bias)
     model = nn.Sequential(norm, linear).to(device).train()
     batches = EpochBatches(len(x), min(batch, len(x)), seed=seed)
-    # Without weight decay timm's LARS is plain SGD unless always_adapt is set; MAE's LARS adapts
-    # all parameters but the bias.
+    # Without weight decay, timm's LARS is plain SGD unless always_adapt is set; MAE's LARS adapts
+    # all parameters except the bias.
     adapted: dict[str, Any] = {"params": [linear.weight], "always_adapt": True}
     lr = base_lr * batches.batch_size / 256
     optimizer = create_optimizer_v2(
@@ -224,7 +224,7 @@ def fit_lars(
 
 
 def lars_reach(n: int, base_lr: float, epochs: int) -> float:
-    """The largest distance that a weight can move in `fit_lars`, in multiples of its norm: a step
-    is a thousandth of the norm times the lr; momentum multiplies it by ten, the cosine halves it.
-    225 for ImageNet with MAE's settings."""
+    """Return the maximum distance that a weight can move in `fit_lars`, in multiples of its norm. A
+    step is a thousandth of the norm times the lr; momentum multiplies it by ten, the cosine
+    schedule halves it. 225 for ImageNet with MAE's settings."""
     return 0.001 * 10 * 0.5 * n * epochs * base_lr / 256

@@ -1,4 +1,4 @@
-"""The online probe: evaluate features quickly while a run trains."""
+"""The online probe: a quick evaluation of the features during training."""
 
 import math
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from vim_ssl.evaluation.readout import all_readouts, readout_columns
 from vim_ssl.metrics.classification import accuracy
 from vim_ssl.models.encoder import VimEncoder
 
-ONLINE_TOL = 1e-3  # of one fit while training
+ONLINE_TOL = 1e-3  # tolerance of the fit during training
 
 
 def online_probe(
@@ -30,13 +30,14 @@ def online_probe(
     """Prepare a quick evaluation of the features on a subset of the training images.
 
     Args:
-        data: map-style. With single labels of two classes or more, at most ``queries`` images are
-            held out, and at most ``bank`` others train the classifiers. The encoder trains on both.
-        seed: of that choice.
+        data: map-style data. If it has single labels of at least two classes, up to ``queries``
+            images are held out and up to ``bank`` others train the classifiers. The encoder trains
+            on both.
+        seed: seed of this selection.
 
-    Returns: a function without arguments. It returns ``feature_std``, the mean standard deviation
-        of a feature over images, and ``effective_rank`` of the patch means: both fall if the
-        features collapse. With labels also ``knn_top1`` and ``linear_top1``, per cent.
+    Returns: a function without arguments that returns ``feature_std`` (the mean standard deviation
+        of a feature over images) and ``effective_rank``, both of the patch means; both fall if the
+        features collapse. With labels also ``knn_top1`` and ``linear_top1``, in per cent.
     """
     labels = data.labels or []
     known = data.subset(
@@ -76,8 +77,8 @@ def online_probe(
 
 
 def effective_rank(x: Tensor) -> float:
-    """exp of the entropy of the singular values of centred features (n, d): d if all directions
-    vary equally, 1 if one varies, 0 if none does. RankMe, arXiv:2210.02885."""
+    """Return exp of the entropy of the singular values of centred features (n, d): d if all
+    directions vary equally, 1 if only one varies, 0 if none varies. RankMe, arXiv:2210.02885."""
     values = torch.linalg.svdvals((x - x.mean(0)).double())
     if not values.sum() > 0:
         return 0.0

@@ -1,4 +1,4 @@
-"""Readouts: the parts of an encoder's output that become features, and the choice among them."""
+"""Readouts: the parts of an encoder's output to use as features, and their selection."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,15 +10,16 @@ from vim_ssl.evaluation.linear_heads import MANY, fit_logistic
 from vim_ssl.models.encoder import VimEncoder
 
 READOUTS = ("token", "avg", "token+avg", "layers")
-SEARCH_TOL = 3e-4  # of a sweep over C, which starts warm
+SEARCH_TOL = 3e-4  # tolerance in a sweep over C, where each fit starts from the last
 C_GRID = tuple(10.0**k for k in range(-3, 3))
 
 
 def all_readouts(encoder: VimEncoder, x: Tensor) -> Tensor:
-    """The features of all `READOUTS` of images (b, c, h, w), side by side; see `readout_columns`.
+    """Compute the features for all `READOUTS` of images (b, c, h, w), concatenated.
 
-    Columns of embed_dim each: the class token (if there is one), the mean of the patches after the
-    last block, then their means after a quarter, half and three quarters of the blocks.
+    The columns are, embed_dim each: the class token (if any), the mean of the patch tokens after
+    the last block, and their means after a quarter, half and three quarters of the blocks. See
+    `readout_columns`.
     """
     depth = len(encoder.feature_info)
     quarters = [max(round(depth * q / 4) - 1, 0) for q in (1, 2, 3, 4)]
@@ -31,7 +32,7 @@ def all_readouts(encoder: VimEncoder, x: Tensor) -> Tensor:
 
 
 def readout_columns(encoder: VimEncoder, readout: str) -> slice:
-    """The columns of `all_readouts` that make up one of `READOUTS`.
+    """Return the columns of `all_readouts` that belong to one of `READOUTS`.
 
     Raises: ValueError for an unknown readout, or a class token that the encoder does not have.
     """
@@ -47,7 +48,7 @@ def readout_columns(encoder: VimEncoder, readout: str) -> slice:
 
 
 def available_readouts(encoder: VimEncoder, names: Sequence[str]) -> dict[str, slice]:
-    """The columns of every named readout. All of `READOUTS` means those that the encoder has."""
+    """Map readout names to their columns. All of `READOUTS` selects those that the encoder has."""
     if tuple(names) == READOUTS and not encoder.cls_names:
         names = [name for name in names if not name.startswith("token")]
     return {name: readout_columns(encoder, name) for name in names}
@@ -61,10 +62,10 @@ def choose_readout(
     readouts: dict[str, slice],
     grid: Sequence[float] = C_GRID,
 ) -> tuple[str, float, float]:
-    """Choose the columns of the features and the C that do best on the validation split.
+    """Choose the readout and the C with the best score on the validation split.
 
-    Small problems are fitted in parallel, one a core.
-    Returns: (readout, C, score of `LinearHead`); the first of equals.
+    Small problems are fitted in parallel, one per core.
+    Returns: (readout, C, score of `LinearHead`); the first one in case of a tie.
     """
     from threadpoolctl import threadpool_limits
 
@@ -72,7 +73,7 @@ def choose_readout(
         return choose_C(x[:, columns], y, x_val[:, columns], y_val, grid)
 
     small = x.numel() < MANY
-    # The limit is set here too: parallel fits would undo one another's.
+    # Set the thread limit here too: parallel fits would restore one another's.
     workers = torch.get_num_threads() if small else 1
     with threadpool_limits(1 if small else None), ThreadPoolExecutor(workers) as pool:
         results = list(pool.map(search, readouts.values()))
@@ -82,10 +83,11 @@ def choose_readout(
 
 
 def choose_C(x, y, x_val, y_val, grid: Sequence[float] = C_GRID) -> tuple[float, float]:
-    """The C that does best on the validation split (the smaller on a tie), and its score.
+    """Return the C with the best score on the validation split (the smaller on a tie), and its
+    score.
 
-    ``grid`` ascends, and each fit starts from the one before. The search ends after two values in a
-    row below the best. Its tolerance is looser than that of the final fit.
+    ``grid`` must be in ascending order; each fit starts from the previous one. The search stops
+    after two consecutive values below the best. Its tolerance is looser than the final fit's.
     """
     best, best_C, worse, head = -1.0, grid[0], 0, None
     for C in grid:

@@ -1,4 +1,4 @@
-"""Retrieve images by captions and captions by images."""
+"""Retrieve images by captions, and captions by images."""
 
 from dataclasses import dataclass
 
@@ -14,8 +14,8 @@ from vim_ssl.objectives.clip import Clip
 
 @dataclass
 class PairFeatures:
-    """Features of images (n, d) and of all their captions (m, d), of length 1; ``owner`` (m,)
-    int64 is the image of each caption. ``skipped``: images that are unreadable or have none."""
+    """Normalised features of images (n, d) and of all their captions (m, d). ``owner`` (m,) int64
+    is the image index of each caption. ``skipped``: images that are unreadable or lack captions."""
 
     images: Tensor
     texts: Tensor
@@ -26,7 +26,7 @@ class PairFeatures:
 
 
 class _Pairs(Readable):
-    """Images with all their captions; the error as text for one that is no pair."""
+    """Images with all their captions, or the error text of an unusable image."""
 
     def __getitem__(self, index: int):
         try:
@@ -47,12 +47,12 @@ def embed_pairs(
     workers: int = 0,
     device: str | torch.device = "cpu",
 ) -> PairFeatures:
-    """The features of all images of a data set and of all their captions.
+    """Compute the features of all images in a data set and of all their captions.
 
     Args:
-        clip: with a tokenizer; its mode (training or not) is restored.
-        data: map-style, with captions.
-    Raises: ValueError for data without a pair.
+        clip: a model with a tokenizer; its train/eval mode is restored.
+        data: map-style data with captions.
+    Raises: ValueError for data without image-caption pairs.
     """
     training = clip.training
     clip.eval()
@@ -65,7 +65,9 @@ def embed_pairs(
              for i in range(0, len(captions), batch_size)]  # fmt: skip
     clip.train(training)
     if not rows:
-        raise ValueError(f"{data.name} holds no image with a caption: {skipped[:3]}")
+        raise ValueError(
+            f"{data.name} has no readable image with a caption. Skipped: {skipped[:3]}"
+        )
     owner = [index for index, (texts_of_image, _) in enumerate(rows) for _ in texts_of_image]
     ids = [id for _, id in rows]
     return PairFeatures(images, torch.cat(texts), torch.tensor(owner), ids, captions, skipped)
@@ -77,11 +79,12 @@ def nearest(queries: Tensor, keys: Tensor, k: int) -> Tensor:
 
 
 def hits_at_k(pairs: PairFeatures, ks: tuple[int, ...] = (1, 5, 10)) -> dict[str, Tensor]:
-    """True where a match of the query is among its k nearest, in both directions: (n,), (m,) bool.
+    """Return whether each query has a match among its k nearest, in both directions: (n,) and (m,)
+    bool.
 
-    Any caption of an image matches it. Keys ``image_to_text_r1``, ``text_to_image_r1`` …
+    An image matches each of its captions. The keys are ``image_to_text_r1``, ``text_to_image_r1`` …
     """
-    texts_of = pairs.owner[nearest(pairs.images, pairs.texts, max(ks))]  # (n, k): their images
+    texts_of = pairs.owner[nearest(pairs.images, pairs.texts, max(ks))]  # (n, k), image indices
     images_of = nearest(pairs.texts, pairs.images, max(ks))  # (m, k)
     index = torch.arange(len(pairs.images))
     ways = {
@@ -92,5 +95,5 @@ def hits_at_k(pairs: PairFeatures, ks: tuple[int, ...] = (1, 5, 10)) -> dict[str
 
 
 def recall(pairs: PairFeatures, ks: tuple[int, ...] = (1, 5, 10)) -> dict[str, float]:
-    """`hits_at_k` as per cent of the queries."""
+    """Recall at k: the percentage of queries for which `hits_at_k` is True."""
     return {name: 100 * hits.double().mean().item() for name, hits in hits_at_k(pairs, ks).items()}

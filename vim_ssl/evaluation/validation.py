@@ -1,4 +1,4 @@
-"""Validate a model during training, keep the best weights, stop early."""
+"""Validate a model during training, keep its best weights, and stop early."""
 
 import math
 from pathlib import Path
@@ -14,18 +14,18 @@ BEST = "best.safetensors"
 
 
 class Validation:
-    """The ``evaluate`` of `fit`: metrics of the validation split, and the best weights so far in
-    the run directory.
+    """Callback ``evaluate`` of `fit`: compute metrics on the validation split, and save the best
+    weights so far to the run directory.
 
     Args:
-        encoder: the one that will be used: the average of the weights if there is one.
-        data: labelled, map-style.
+        encoder: the model to evaluate: the weight average if there is one.
+        data: labelled map-style data.
         folder: the run directory.
         targets: one of `TARGETS`.
         keep_best: save the best weights for `take_best`.
-        patience: stop after so many evaluations without improvement; 0: never.
-        batch_size: samples at once.
-        workers: data loading processes.
+        patience: stop after this many evaluations without improvement; 0: no early stopping.
+        batch_size: samples per evaluation batch.
+        workers: number of data loading processes.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Validation:
         self.encoder.load_state_dict(load_file(self.folder / BEST))
 
     def _logged(self) -> list[float]:
-        # From the log, which a resumed run has too: resuming cuts it back to the checkpoint.
+        # Read the log, which a resumed run continues: resuming truncates it to the checkpoint.
         if not (self.folder / "metrics.jsonl").exists():
             return []
         return [row[self.metric] for row in read_metrics(self.folder) if self.metric in row]

@@ -1,8 +1,8 @@
-"""Metrics of every task: the calculation and its 95 % interval.
+"""Metrics of all tasks, with 95 % intervals.
 
 bootstrap.py       a metric, its interval, the difference of two metrics
-classification.py  accuracy, average precision, metrics by kind of target
-segmentation.py    IoU, Dice and accuracy of pixels      volumes.py   Dice, Hausdorff distance
+classification.py  accuracy, average precision, the metrics of each type of target
+segmentation.py    pixel accuracy, IoU and Dice          volumes.py   Dice, Hausdorff distance
 detection.py       COCO's average precision              medmnist.py  MedMNIST's AUC and accuracy
 tables.py          classes and predictions as CSV files and printed tables
 """

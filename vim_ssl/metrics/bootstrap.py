@@ -1,7 +1,7 @@
 """A metric with its 95 % interval.
 
-A `Metric` is a function of the images' weights: a bootstrap resample weighs some images twice and
-others not at all. A difference of two metrics is again a metric.
+A `Metric` is a function of image weights: in a bootstrap resample, some images have weight 2 or
+more and others 0. The difference of two metrics is again a metric.
 """
 
 import math
@@ -19,8 +19,8 @@ class Metric:
     """A metric over ``n`` images, in per cent.
 
     Args:
-        weighted: (n,) weights, float64, not all 0 -> the value.
-        share: True for the share of images for which something holds.
+        weighted: maps weights (n,), float64, not all 0, to the value.
+        share: True if the metric is a proportion of the images, such as accuracy.
     """
 
     weighted: Callable[[np.ndarray], float]
@@ -32,18 +32,18 @@ class Metric:
         return self.weighted(np.ones(self.n))
 
     def __sub__(self, other: "Metric") -> "Metric":
-        """The difference to another metric on the same images."""
+        """The difference between two metrics on the same images."""
         return Metric(lambda weights: self.weighted(weights) - other.weighted(weights), self.n)
 
     def interval(
         self, groups: Sequence[Hashable] | None = None, *, seed: int = 0
     ) -> tuple[float, float]:
-        """95 % interval: the percentiles of the bootstrap; Wilson's for a share of independent
-        images, which is right at 0 and 100 % too.
+        """Compute the 95 % interval: bootstrap percentiles, or Wilson's interval for a proportion
+        of independent images, which is also correct at 0 and 100 %.
 
         Args:
-            groups: one an image; groups are drawn as a whole. By default every image is a group,
-                also if all belong to one: a single group says nothing about others.
+            groups: one per image; groups are resampled as a whole. Without groups, or if all images
+                are in the same group, every image is resampled independently.
         """
         if groups is not None and len(set(groups)) in (1, self.n):
             groups = None
@@ -62,14 +62,14 @@ class Metric:
         return round(float(low), 2), round(float(high), 2)
 
     def group_interval(self, groups: Sequence[str], seed: int) -> list[float] | None:
-        """`interval` as a list; None with fewer than five groups, or if the value is nan."""
+        """`interval` as a list; None with fewer than five groups, or if the value is NaN."""
         if len(set(groups)) < MIN_GROUPS or math.isnan(self.value):
             return None
         return list(self.interval(groups, seed=seed))
 
 
 def wilson_interval(percent: float, n: int) -> tuple[float, float]:
-    """95 % interval of a share measured on n samples, in per cent (Wilson 1927)."""
+    """95 % interval of a proportion measured on n samples, in per cent (Wilson 1927)."""
     z, p = 1.96, percent / 100
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5

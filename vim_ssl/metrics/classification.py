@@ -1,9 +1,9 @@
-"""Classification metrics, by kind of target, and their tables.
+"""Classification metrics for each type of target, and their tables.
 
 targets      label                     prediction
-class        (b,) int64                the largest logit
-multi-label  (b, classes) of 0 and 1   each logit above 0
-ordinal      (b,) int64, ordered       how many of the classes - 1 logits are above 0
+class        (b,) int64                the class with the largest logit
+multi-label  (b, classes) of 0 and 1   the labels with logits above 0
+ordinal      (b,) int64, ordered       the number of logits above 0, out of classes - 1
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -23,12 +23,13 @@ MAIN_METRIC = {"class": "top1", "multi-label": "map_macro", "ordinal": "top1"}
 
 
 def outputs(targets: str, classes: int) -> int:
-    """Number of outputs of the head for so many classes."""
+    """Number of outputs of a head for this number of classes."""
     return max(classes - 1, 1) if targets == "ordinal" else classes
 
 
 def predicted(logits: Tensor, targets: str) -> Tensor:
-    """(b, outputs) -> (b,) int64, or (b, classes) int64 of 0 and 1 for multi-label."""
+    """Predict labels from logits (b, outputs): (b,) int64, or (b, classes) int64 of 0 and 1 for
+    multi-label."""
     if targets == "class":
         return logits.argmax(1)
     answers = (logits > 0).long()
@@ -36,7 +37,8 @@ def predicted(logits: Tensor, targets: str) -> Tensor:
 
 
 def probabilities(logits: Tensor, targets: str) -> Tensor:
-    """(b, outputs) -> (b, classes): of each class, or of each label by itself for multi-label."""
+    """Convert logits (b, outputs) to class probabilities (b, classes); independent ones for
+    multi-label."""
     if targets == "class":
         return logits.softmax(1)
     answers = torch.sigmoid(logits)
@@ -50,17 +52,17 @@ def probabilities(logits: Tensor, targets: str) -> Tensor:
 
 
 def accuracy(predicted, truth) -> Metric:
-    """Share of the images (n,) for which ``predicted`` equals ``truth``."""
+    """Proportion of the images (n,) for which ``predicted`` equals ``truth``."""
     right = 100.0 * (np.asarray(predicted) == np.asarray(truth))
     return Metric(lambda weights: float(weights @ right / weights.sum()), len(right), True)
 
 
 def mean_average_precision(scores, truth) -> dict[str, Metric]:
-    """mAP of multi-label data: ``macro``, the mean over the classes that have an image, and
-    ``micro``, of all (image, class) pairs in one ranking.
+    """mAP of multi-label data: ``macro``, the mean over the classes that have at least one image,
+    and ``micro``, the average precision of all (image, class) pairs in one ranking.
 
     Args:
-        scores, truth: (n, classes); a higher score is more certain; truth of 0 and 1.
+        scores, truth: (n, classes); a higher score is more certain; truth is 0 or 1.
     """
     scores, truth = np.asarray(scores), np.asarray(truth)
     n, classes = truth.shape
@@ -79,8 +81,8 @@ def mean_average_precision(scores, truth) -> dict[str, Metric]:
 
 
 def _average_precision(scores: np.ndarray, truth: np.ndarray) -> Callable[[np.ndarray], float]:
-    """(n,) weights -> the area under precision over recall in steps, as in scikit-learn; nan
-    without a positive. Sorted once for all weights; equal scores are one step."""
+    """Return a function from weights (n,) to the area under the precision-recall curve in steps, as
+    in scikit-learn; NaN without positives. Sorts only once; equal scores are one step."""
     order = np.argsort(-scores, kind="stable")
     ends = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True))
     positive = truth[order] > 0
@@ -112,8 +114,8 @@ def balanced_accuracy(predicted: np.ndarray, truth: np.ndarray) -> Metric:
 
 
 def answer_metrics(answers, truth) -> dict[str, Metric]:
-    """``main``: the accuracy of labels (n,); of scores of every class (n, classes) the macro mAP,
-    with ``micro`` beside it."""
+    """``main``: the accuracy for labels (n,), or the macro mAP for scores (n, classes), which also
+    have ``micro``."""
     if np.ndim(truth) == 1:
         return {"main": accuracy(answers, truth)}
     precision = mean_average_precision(answers, truth)
@@ -121,14 +123,14 @@ def answer_metrics(answers, truth) -> dict[str, Metric]:
 
 
 def target_metrics(logits: Tensor, labels: Tensor, targets: str) -> dict[str, Metric]:
-    """The metrics of a kind of target, in per cent.
+    """Compute the metrics for a type of target, in per cent.
 
     Args:
         logits: (n, outputs) float32.
         labels: (n,) int64, or (n, classes) of 0 and 1.
-    Returns: ``top1``, ``top5`` from six classes on, ``balanced_accuracy`` and, for ordinal
+    Returns: ``top1``, ``top5`` (with at least six classes), ``balanced_accuracy`` and, for ordinal
         targets, ``mean_error`` in classes; for multi-label ``map_macro``, ``map_micro`` and
-        ``exact`` (every label right).
+        ``exact`` (all labels correct).
     """
     guess = predicted(logits, targets)
     if targets == "multi-label":
@@ -146,15 +148,15 @@ def target_metrics(logits: Tensor, labels: Tensor, targets: str) -> dict[str, Me
 
 
 def rounded(metrics: dict[str, Metric]) -> dict[str, float]:
-    """The values: per cent rounded to 0.01, a ``mean_error`` to 0.0001."""
+    """Return the values: percentages rounded to 0.01, ``mean_error`` to 0.0001."""
     return {k: round(m.value, 4 if k == "mean_error" else 2) for k, m in metrics.items()}
 
 
 def classification_metrics(
     logits: Tensor, labels: Tensor, targets: str, groups: Sequence[Hashable] | None = None
 ) -> dict[str, Any]:
-    """Evaluate predictions: the values of `target_metrics`, the 95 % interval ``NAME_ci`` of each
-    and, for single labels, the ``confusion`` matrix (truth by prediction).
+    """Evaluate predictions: return the values of `target_metrics`, their 95 % intervals ``NAME_ci``
+    and, for single labels, the ``confusion`` matrix (rows: truth, columns: prediction).
 
     Args:
         groups: see `Metric.interval`.
@@ -172,7 +174,7 @@ def classification_metrics(
 
 
 def summary(metrics: dict[str, Any]) -> str:
-    """One line for printing; it names the ``split`` of an evaluation without training."""
+    """One line of text; it includes the ``split`` for an evaluation without training."""
     where = f"on {metrics['test']:,} test images"
     if "split" in metrics:
         where = f"on {metrics['test']:,} images (split: {metrics['split']})"
@@ -191,8 +193,8 @@ def write_tables(
     folder: Path, metrics: dict, logits: Tensor, labels: Tensor, ids: list[str],
     classes: list[str], targets: str,
 ) -> None:  # fmt: skip
-    """``predictions.csv`` (a line an image) and, for single labels, ``classes.csv`` (a line a
-    class: samples, recall, precision, F1, the class it is most often taken for)."""
+    """Write ``predictions.csv`` (one row per image) and, for single labels, ``classes.csv`` (one
+    row per class: samples, recall, precision, F1, the class it is most often confused with)."""
     confidence = logits.softmax(1) if targets == "class" else torch.sigmoid(logits)
     rows: list[list[str]] = []
     for name, label, guess, row in zip(

@@ -1,4 +1,4 @@
-"""Detection metrics: COCO's average precision, and its tables."""
+"""Detection metrics: COCO's average precision, and tables."""
 
 import io
 import json
@@ -21,12 +21,12 @@ STATISTICS = {
 
 
 class DetectionMetrics:
-    """Detections, image by image.
+    """Metrics of detections that are added image by image.
 
     Args:
         data: the images with their boxes.
-        masks: evaluate masks too.
-    Attributes: ``results``, a list of dicts as pycocotools' ``loadRes`` takes it: the ids are
+        masks: also evaluate masks.
+    Attributes: ``results``, a list of dicts as input for pycocotools' ``loadRes``: the ids are
         those of the data, boxes are left, top, width, height in pixels, masks compressed RLE.
     """
 
@@ -56,18 +56,18 @@ class DetectionMetrics:
             self.results.append(result)
 
     def compute(self) -> dict[str, float | None]:
-        """In per cent, rounded to 0.01, for boxes (``box_…``) and masks (``mask_…``): ``ap`` (mean
-        over IoU 0.5 to 0.95), ``ap50``, ``ap75``, ``ap_small`` (objects below 32² pixels),
-        ``ap_medium``, ``ap_large`` (from 96² on), and ``ar``, the recall with 100 detections an
-        image; None where there is no such object.
+        """Compute, in per cent rounded to 0.01, for boxes (``box_…``) and masks (``mask_…``):
+        ``ap`` (mean over IoU 0.5 to 0.95), ``ap50``, ``ap75``, ``ap_small`` (objects below 32²
+        pixels), ``ap_medium``, ``ap_large`` (from 96² on), and ``ar``, the recall with 100
+        detections per image; None without such objects.
 
-        Raises: ValueError when no image has an object; ImportError without pycocotools.
+        Raises: ValueError if no image has an object; ImportError without pycocotools.
         """
         metrics: dict[str, float | None] = {}
         for kind in self.kinds:
             truth = ground_truth(self.data, self._evaluated)
             if all(entry["iscrowd"] for entry in truth["annotations"]):
-                raise ValueError("no image has an object; there is nothing to evaluate.")
+                raise ValueError("no image has an object; evaluation needs at least one.")
             coco = evaluate_coco(truth, self.results, KINDS[kind])
             for name, position in STATISTICS.items():
                 metrics[f"{kind}_{name}"] = _percent(coco.stats[position])
@@ -76,8 +76,8 @@ class DetectionMetrics:
         return metrics
 
     def per_class(self) -> list[dict[str, Any]]:
-        """A row a class: objects, found (detections), and the average precisions in per cent; None
-        where the class is absent. Call `compute` first."""
+        """One row per class: ``objects`` (ground truth), ``found`` (detections), and AP in per cent
+        (None if the class is absent). Call `compute` first."""
         objects = Counter(
             entry["category_id"]
             for index in self._evaluated
@@ -93,27 +93,27 @@ class DetectionMetrics:
         ]
 
     def write(self, folder: Path) -> None:
-        """``results.json`` and ``classes.csv`` (a line a class)."""
+        """Write ``results.json`` and ``classes.csv`` (one row per class)."""
         (folder / "results.json").write_text(json.dumps(self.results))
         rows = self.per_class()
         cells = [[str(v) if isinstance(v, float) else v for v in row.values()] for row in rows]
         write_csv(folder / "classes.csv", list(rows[0]), cells)
 
     def table(self) -> str:
-        """The classes with most objects for printing."""
+        """Table of the classes with the most objects, as text."""
         columns = {"objects": "objects", "found": "found"}
         columns |= {f"{kind} AP": f"{kind}_ap" for kind in self.kinds}
         return class_table(self.per_class(), "objects", columns)
 
 
 def evaluate_coco(truth: dict[str, Any], results: list[dict[str, Any]], kind: str) -> Any:
-    """pycocotools' COCOeval after its evaluation: ``stats``, ``eval``.
+    """Run pycocotools' COCOeval and return it, with ``stats`` and ``eval`` filled.
 
     Args:
-        truth: the content of an annotation file, ids of annotations from 1 on.
+        truth: the content of an annotation file, with annotation ids from 1.
         results: see `DetectionMetrics`; may be empty.
         kind: "bbox" or "segm".
-    Raises: ImportError that says how to get pycocotools.
+    Raises: ImportError with the package to install.
     """
     mask_tools()
     from pycocotools.coco import COCO
@@ -124,12 +124,12 @@ def evaluate_coco(truth: dict[str, Any], results: list[dict[str, Any]], kind: st
         reference.dataset = truth
         reference.createIndex()
         if results:
-            # loadRes writes into its argument. And if a result has a box, the area of the box
-            # replaces the area of the mask, which separates small and large objects.
+            # loadRes modifies its argument. If a result has a box, loadRes replaces the area of the
+            # mask, which separates small from large objects, with the area of the box.
             unused = "bbox" if kind == "segm" else "segmentation"
             kept = [{k: v for k, v in one.items() if k != unused} for one in results]
             detections = reference.loadRes(kept)
-        else:  # loadRes refuses an empty list
+        else:  # loadRes does not accept an empty list
             detections.dataset = truth | {"annotations": []}
             detections.createIndex()
         evaluation = COCOeval(reference, detections, kind)
@@ -140,7 +140,7 @@ def evaluate_coco(truth: dict[str, Any], results: list[dict[str, Any]], kind: st
 
 
 def _mean(precision: np.ndarray) -> float:
-    """Over the defined values; pycocotools writes -1 for the others."""
+    """Mean of the defined values, or -1; pycocotools writes -1 for undefined ones."""
     defined = precision[precision > -1]
     return float(defined.mean()) if defined.size else -1.0
 

@@ -1,6 +1,7 @@
 """AUC and accuracy as MedMNIST defines them, for its four tasks.
 
-The values equal those of the official Evaluator (medmnist 3.0) and so compare with published ones.
+The values equal those of the official Evaluator (medmnist 3.0), so they are comparable with
+published ones.
 """
 
 import warnings
@@ -16,15 +17,15 @@ TASKS = (BINARY, MULTI_CLASS, MULTI_LABEL, ORDINAL)
 def medmnist_auc(truth: np.ndarray, scores: np.ndarray, task: str) -> float:
     """Area under the ROC curve, 0 to 1.
 
-    Multi-class and ordinal: the mean over the columns of ``scores``, one class against the rest.
-    Multi-label: the mean over the labels. Binary: of the last column.
+    Multi-class and ordinal: the mean over the columns of ``scores``, one-vs-rest. Multi-label: the
+    mean over the labels. Binary: the AUC of the last column.
 
     Args:
         truth: (n,) or (n, 1) classes; multi-label: (n, labels) of 0 and 1.
-        scores: (n, classes) or, binary, also (n,).
+        scores: (n, classes); binary: also (n,).
         task: one of `TASKS`.
-    Returns: the area; NaN when a class has no sample, or all samples.
-    Raises: ValueError for an unknown task, and shapes that do not fit.
+    Returns: the area; NaN if a class has no samples, or all samples.
+    Raises: ValueError for an unknown task, and for shapes that do not fit.
     """
     from sklearn.metrics import roc_auc_score
 
@@ -37,10 +38,10 @@ def medmnist_auc(truth: np.ndarray, scores: np.ndarray, task: str) -> float:
 
 
 def medmnist_accuracy(truth: np.ndarray, scores: np.ndarray, task: str) -> float:
-    """Share of right predictions, 0 to 1; over all labels of all samples in a multi-label task.
+    """Proportion of correct predictions, 0 to 1; in a multi-label task over all labels and samples.
 
-    The prediction is the class of the highest score; in binary and multi-label tasks it is score >
-    0.5, so scores must be probabilities there. For the arguments see `medmnist_auc`.
+    The prediction is the class with the highest score; in binary and multi-label tasks it is score
+    > 0.5, so scores must be probabilities there. For the arguments see `medmnist_auc`.
     """
     truth, scores = _checked(truth, scores, task)
     if task in (BINARY, MULTI_LABEL):
@@ -55,7 +56,7 @@ def medmnist_metrics(
 
     Args:
         truth, scores, task: see `medmnist_auc` and `medmnist_accuracy`.
-        groups: the volume of each plane; a volume's scores are the mean of its planes'.
+        groups: the volume of each plane; scores are averaged over the planes of a volume.
     """
     if groups is not None:
         _, first, volume = np.unique(np.asarray(groups), return_index=True, return_inverse=True)
@@ -64,16 +65,16 @@ def medmnist_metrics(
         counts = np.bincount(volume)
         truth, scores = truth[first], sums / counts.reshape(-1, *[1] * (scores.ndim - 1))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # scikit-learn's, of classes without a sample
+        warnings.simplefilter("ignore")  # scikit-learn warns about classes without samples
         area = medmnist_auc(truth, scores, task)
     right = medmnist_accuracy(truth, scores, task)
     return {"auc": None if np.isnan(area) else round(area, 4), "acc": round(right, 4)}
 
 
 def _checked(truth: np.ndarray, scores: np.ndarray, task: str) -> tuple[np.ndarray, np.ndarray]:
-    """Truth (n,), multi-label (n, labels); scores (n, classes), binary (n,)."""
+    """Check and reshape: truth (n,), multi-label (n, labels); scores (n, classes), binary (n,)."""
     if task not in TASKS:
-        raise ValueError(f"The task {task!r} is none of {', '.join(map(repr, TASKS))}.")
+        raise ValueError(f"The task {task!r} is not one of {', '.join(map(repr, TASKS))}.")
     truth, scores = np.asarray(truth), np.asarray(scores)
     shapes = f"truth {truth.shape} and scores {scores.shape}"
     if task != MULTI_LABEL and truth.ndim == 2 and truth.shape[1] == 1:
@@ -83,5 +84,5 @@ def _checked(truth: np.ndarray, scores: np.ndarray, task: str) -> tuple[np.ndarr
     dims = {BINARY: (1, 1), MULTI_LABEL: (2, 2)}.get(task, (1, 2))
     fits = (truth.ndim, scores.ndim) == dims and len(truth) == len(scores)
     if not fits or (task == MULTI_LABEL and truth.shape != scores.shape):
-        raise ValueError(f"{shapes} do not fit the task {task!r}; expected one row a sample.")
+        raise ValueError(f"{shapes} do not fit the task {task!r}; expected one row per sample.")
     return truth, scores

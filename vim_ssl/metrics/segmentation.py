@@ -1,7 +1,7 @@
 """Segmentation metrics of a whole data set, and their tables.
 
-All metrics come from one confusion matrix over the labelled pixels of all images; the mean of the
-images' IoUs would be another number.
+All metrics come from one confusion matrix over the labelled pixels of all images; they are not
+means of metrics per image.
 """
 
 import math
@@ -17,11 +17,11 @@ from vim_ssl.metrics.tables import class_table, per_class, write_csv
 
 
 class SegmentationMetrics:
-    """Pixel counts, image by image.
+    """Metrics of predictions that are added image by image.
 
     Args:
-        classes: their names.
-    Attributes: ``confusion`` int64 (classes, classes), truth by prediction.
+        classes: names of the classes.
+    Attributes: ``confusion`` int64 (classes, classes); rows: truth, columns: prediction.
     """
 
     def __init__(self, classes: Sequence[str]):
@@ -33,17 +33,19 @@ class SegmentationMetrics:
         self._images: list[tuple[str, int, float, float]] = []
 
     def add(self, name: str, truth: np.ndarray, guess: np.ndarray, group: str | None = None):
-        """Count an image.
+        """Count the pixels of an image.
 
         Args:
-            name: its id.
-            truth: (h, w), class indices, and 255 for pixels that do not count.
-            guess: (h, w), class indices.
-            group: images of one group are not independent samples.
-        Raises: ValueError for two sizes.
+            name: id of the image.
+            truth: (h, w), class indices, and 255 for pixels to ignore.
+            guess: (h, w), predicted class indices.
+            group: images of the same group are not independent samples.
+        Raises: ValueError if the sizes differ.
         """
         if truth.shape != guess.shape:
-            raise ValueError(f"{name}: the truth is {truth.shape}, the prediction {guess.shape}.")
+            raise ValueError(
+                f"{name}: the truth has shape {truth.shape}, the prediction {guess.shape}."
+            )
         n, labelled = len(self.classes), truth != IGNORE
         pairs = truth[labelled].astype(np.int64) * n + guess[labelled]
         confusion = np.bincount(pairs, minlength=n * n).reshape(n, n)
@@ -56,16 +58,16 @@ class SegmentationMetrics:
         self._images.append((name, pixels, float(accuracy), mean_iou(counts)))
 
     def compute(self, seed: int = 0) -> dict[str, Any]:
-        """In per cent, rounded to 0.01: ``miou``, ``aacc`` (pixel accuracy), ``macc`` (mean recall
-        of the classes), ``mdice``; ``miou_ci``, the middle 95 % of 1,000 bootstrap resamples of
-        the images, or of their groups; None below five of them.
+        """Compute, in per cent rounded to 0.01, ``miou``, ``aacc`` (pixel accuracy), ``macc`` (mean
+        recall of the classes), ``mdice``, and ``miou_ci``: the middle 95 % of 1,000 bootstrap
+        resamples of the images or groups, or None if there are fewer than five.
 
-        A class counts for mIoU and mDice if it occurs in the truth or a prediction, for mAcc if it
-        occurs in the truth.
+        A class counts for mIoU and mDice if it occurs in the truth or a prediction, and for mAcc if
+        it occurs in the truth.
         """
         hits, truth, predicted = counts = _counts(self.confusion)
         if not truth.sum():
-            raise ValueError("no pixel of the images is labelled; there is nothing to evaluate.")
+            raise ValueError("the images have no labelled pixels; evaluation needs at least one.")
         present, labelled = truth + predicted > 0, truth > 0
         shares = {
             "miou": mean_iou(counts),
@@ -79,7 +81,7 @@ class SegmentationMetrics:
         return values | {"miou_ci": miou.group_interval(self._groups, seed)}
 
     def write(self, folder: Path) -> None:
-        """``classes.csv`` (a line a class) and ``predictions.csv`` (a line an image)."""
+        """Write ``classes.csv`` (one row per class) and ``predictions.csv`` (one per image)."""
         rows = per_class(self.confusion, self.classes)
         columns = ["pixels" if key == "count" else key for key in rows[0]]
         write_csv(folder / "classes.csv", columns, (list(row.values()) for row in rows))
@@ -87,19 +89,19 @@ class SegmentationMetrics:
         write_csv(folder / "predictions.csv", columns, self._images)
 
     def table(self) -> str:
-        """The largest classes for printing."""
+        """Table of the largest classes, as text."""
         rows = [row for row in per_class(self.confusion, self.classes) if row["count"]]
         columns = {"share": "share", "IoU": "iou", "recall": "recall", "Dice": "dice"}
         return class_table(rows, "count", columns, scale=100)
 
 
 def _counts(confusion: np.ndarray) -> np.ndarray:
-    """(classes, classes) -> (3, classes): hits, truth, predicted."""
+    """Counts (3, classes) of hits, truth and predictions from a confusion matrix."""
     return np.stack([confusion.diagonal(), confusion.sum(1), confusion.sum(0)])
 
 
 def mean_iou(counts: np.ndarray) -> float:
-    """(3, classes) of hits, truth, predicted -> mean over the classes that occur, or nan."""
+    """Mean IoU over the classes that occur, or NaN, from counts (3, classes); see `_counts`."""
     hits, truth, predicted = counts
     union = truth + predicted - hits
     present = union > 0

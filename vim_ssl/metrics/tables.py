@@ -12,15 +12,16 @@ Row = dict[str, Any]
 
 
 def ratio(part: float, whole: float) -> float:
-    """nan for a whole of 0."""
+    """part / whole; NaN if whole is 0."""
     return float(part / whole) if whole else math.nan
 
 
 def per_class(confusion: np.ndarray, classes: Sequence[str]) -> list[Row]:
-    """A row a class of a confusion matrix (truth by prediction); nan where a class is absent.
+    """Compute one row per class from a confusion matrix (rows: truth, columns: prediction).
 
-    Returns: class, count, share (of all), iou, recall, precision, dice (which is F1), and
-        most_taken_for, the class it is most often confused with, or "".
+    Returns: rows of class, count, share (of all), iou, recall, precision, dice (equal to F1), and
+        most_taken_for, the class it is most often confused with, or "". Values of an absent class
+        are NaN.
     """
     rows = []
     for i, name in enumerate(classes):
@@ -40,8 +41,8 @@ def per_class(confusion: np.ndarray, classes: Sequence[str]) -> list[Row]:
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence]) -> None:
     """Write a table; floats get four decimals.
 
-    Bytes of a file name that are not UTF-8 become backslash escapes: one name must not cost the
-    table.
+    Bytes of a file name that are not UTF-8 become backslash escapes, so that the table can always
+    be written.
     """
     with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         table = csv.writer(file)
@@ -52,11 +53,11 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence]) -> N
 def class_table(
     rows: Sequence[Row], count: str, columns: dict[str, str], *, scale: float = 1, most: int = 20
 ) -> str:
-    """The classes with the largest ``count`` for printing, one a line.
+    """Format the classes with the largest ``count`` as a table, one per line.
 
     Args:
         columns: heading -> key of a row.
-        scale: a factor of floats, which are printed with one decimal; None is a dash.
+        scale: factor for floats, which are printed with one decimal; None is printed as a dash.
     """
 
     def cell(value: Any) -> str:

@@ -1,8 +1,8 @@
-"""Segmentation metrics of volumes, volume by volume: Dice and the Hausdorff distance.
+"""Segmentation metrics per volume: Dice and the Hausdorff distance.
 
-Class 0 is the background and is not evaluated. A class that occurs neither in the truth nor in the
-prediction of a volume is nan there, which means skip. A class that occurs in only one of them has
-Dice 0 and the diagonal of the volume as its distance.
+Class 0 is the background and is not evaluated. If a class occurs neither in the truth nor in the
+prediction of a volume, its values are NaN and are skipped. If it occurs in only one of them, its
+Dice is 0 and its distance is the diagonal of the volume.
 """
 
 import math
@@ -18,10 +18,10 @@ from vim_ssl.metrics.tables import write_csv
 
 
 class VolumeMetrics:
-    """Metrics of volumes, whose planes are added one after another.
+    """Metrics of volumes whose planes are added one by one.
 
     Args:
-        classes: their names.
+        classes: names of the classes.
     Attributes: ``incomplete``, names of volumes with missing planes, which are skipped.
     """
 
@@ -38,11 +38,11 @@ class VolumeMetrics:
         """Add a plane; at most one volume is in memory.
 
         Args:
-            plane: ``volume`` (its name), ``plane`` (index), ``planes`` (their number in the volume)
-                and ``spacing``, millimetres from plane to plane, row to row, column to column.
-            truth: (h, w), class indices, and 255 for pixels that do not count.
-            guess: (h, w), class indices.
-            group: volumes of one group are not independent samples.
+            plane: ``volume`` (name), ``plane`` (index), ``planes`` (number of planes in the volume)
+                and ``spacing`` (millimetres between planes, rows and columns).
+            truth: (h, w), class indices, and 255 for pixels to ignore.
+            guess: (h, w), predicted class indices.
+            group: volumes of the same group are not independent samples.
         """
         if plane["volume"] != self._current.get("volume"):
             self.close()
@@ -50,7 +50,7 @@ class VolumeMetrics:
         self._planes[plane["plane"]] = truth, guess
 
     def close(self) -> None:
-        """Evaluate the volume whose planes were added last."""
+        """Evaluate the current volume; call it after the last plane."""
         volume, planes = self._current, self._planes
         self._current, self._planes = {}, {}
         if not planes:
@@ -69,12 +69,13 @@ class VolumeMetrics:
         self._rows.append((volume["volume"], volume["group"], row))
 
     def compute(self, seed: int = 0) -> dict[str, Any]:
-        """``volumes`` (their number), ``volume_dice`` in per cent and ``volume_hd95`` in
-        millimetres: for each class the mean over the volumes where it is defined, then the mean
+        """Compute ``volumes`` (number of volumes), ``volume_dice`` in per cent and ``volume_hd95``
+        in millimetres: for each class the mean over the volumes where it is defined, then the mean
         over the classes; None if undefined. ``volume_dice_ci`` is the middle 95 % of 1,000
-        bootstrap resamples of the volumes, or of their groups; None below five of them."""
+        bootstrap resamples of the volumes or groups; None if there are fewer than five."""
         self.close()
-        rows = np.array([row for *_, row in self._rows]).reshape(-1, 2, len(self.classes) - 1)
+        shape = len(self._rows), 2, len(self.classes) - 1
+        rows = np.array([row for *_, row in self._rows]).reshape(shape)
         mean_dice, mean_distance = _mean(rows, np.ones(len(rows)))
         metric = Metric(lambda weights: 100 * _mean(rows[:, :1], weights)[0], len(rows))
         return {
@@ -85,7 +86,7 @@ class VolumeMetrics:
         }  # fmt: skip
 
     def write(self, folder: Path) -> None:
-        """``volumes.csv``, a line for each volume and class."""
+        """Write ``volumes.csv``, one row per volume and class."""
         self.close()
         write_csv(
             folder / "volumes.csv",
@@ -99,21 +100,21 @@ class VolumeMetrics:
 
 
 def dice(truth: np.ndarray, guess: np.ndarray) -> float:
-    """Dice of two bool arrays; nan if both are empty."""
+    """Dice of two bool arrays; NaN if both are empty."""
     total = int(truth.sum()) + int(guess.sum())
     return 2 * int((truth & guess).sum()) / total if total else math.nan
 
 
 def hausdorff95(truth: np.ndarray, guess: np.ndarray, spacing: Sequence[float]) -> float:
-    """The 95th percentile of the distances from one surface to the other, the larger of both
-    directions; nan if both objects are empty, the diagonal of the array if one is.
+    """The 95th percentile of the distances from one surface to the other, in the direction where it
+    is larger; NaN if both objects are empty, the diagonal of the array if only one is.
 
-    A surface is the voxels with a face neighbour outside of the object or of the array; an axis of
-    one voxel does not count.
+    A surface consists of the voxels with a face neighbour outside of the object or of the array;
+    axes of a single voxel are ignored.
 
     Args:
         truth, guess: bool arrays.
-        spacing: from voxel to voxel along each axis.
+        spacing: distance between voxels along each axis.
     Reference: MONAI's HausdorffDistanceMetric(percentile=95).
     """
     from scipy.ndimage import binary_erosion, distance_transform_edt
@@ -122,7 +123,7 @@ def hausdorff95(truth: np.ndarray, guess: np.ndarray, spacing: Sequence[float]) 
         return math.nan
     if not truth.any() or not guess.any():
         return math.dist([0.0] * truth.ndim, np.multiply(truth.shape, spacing))
-    # Crop to both objects: no distance depends on the rest.
+    # Crop to the bounding box of both objects: distances do not depend on the rest.
     box = tuple(slice(int(i.min()), int(i.max()) + 1) for i in np.nonzero(truth | guess))
     wide = [axis for axis, side in enumerate(truth.shape) if side > 1]
     shape = [box[axis].stop - box[axis].start for axis in wide]
@@ -136,8 +137,8 @@ def hausdorff95(truth: np.ndarray, guess: np.ndarray, spacing: Sequence[float]) 
 
 
 def _mean(rows: np.ndarray, weights: np.ndarray) -> list[float]:
-    """(volumes, metrics, classes), (volumes,) -> (metrics,): the weighted mean over the volumes,
-    then the mean over the classes; nan where nothing is defined."""
+    """Average rows (volumes, metrics, classes) with weights (volumes,), then over the classes;
+    return (metrics,), NaN if undefined."""
     defined = ~np.isnan(rows)
     counts = np.tensordot(weights, defined, 1)
     sums = np.tensordot(weights, np.where(defined, rows, 0), 1)

@@ -11,20 +11,20 @@ import numpy as np
 
 from vim_ssl.utils.names import number
 
-MAX_POINTS = 240  # of a curve; each stands for a stretch of steps
-WIDTH, HEIGHT = 420, 200  # in SVG units, as are the margins
+MAX_POINTS = 240  # points per curve; each represents a range of steps
+WIDTH, HEIGHT = 420, 200  # in SVG units, like the margins
 LEFT, RIGHT, TOP, BOTTOM = 58, WIDTH - 10, 8, HEIGHT - 24
-BEYOND = 1e30  # no axis is of use past it
+BEYOND = 1e30  # larger values are not plotted
 Ticks = list[tuple[float, str]]  # coordinate, text
 
 
 @dataclass
 class Curve:
-    """What the template draws, in SVG coordinates.
+    """A curve for the template, in SVG coordinates.
 
     Attributes:
         points: JSON, (x, y, text) of every point; "" without a finite value.
-        note: the last value, and what a reader must know of the curve.
+        note: the last value, and remarks such as a logarithmic axis.
         lines, bands: coordinates of polylines and polygons, "x,y x,y …".
     """
 
@@ -48,12 +48,12 @@ def draw_curve(
     allow_log: bool = False,
     marked: bool = False,
 ) -> Curve:
-    """A curve of at most MAX_POINTS points, with gaps where nothing was finite.
+    """Build a curve of at most MAX_POINTS points, with gaps where no value is finite.
 
     Args:
         steps, epochs, values: (n,) float64, n > 0, steps ascending; NaN in ``epochs`` if unknown.
-        allow_log: use a logarithmic axis for positive values that differ by more than 50 times.
-        marked: a dot on every point.
+        allow_log: use a logarithmic axis for positive values that span more than a factor of 50.
+        marked: draw a dot on every point.
     """
     values = np.where(np.abs(values) < BEYOND, values, np.nan)
     lost = int(np.isnan(values).sum())
@@ -61,13 +61,13 @@ def draw_curve(
         return Curve(title)
     stretches = np.array_split(np.arange(len(values)), min(len(values), MAX_POINTS))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # nothing finite in a stretch: NaN
+        warnings.simplefilter("ignore", RuntimeWarning)  # NaN for a range without finite values
         mean, low, high = (
             np.array([f(values[p]) for p in stretches]) for f in (np.nanmean, np.nanmin, np.nanmax)
         )
     ends = np.array([p[-1] for p in stretches])
     finite = np.flatnonzero(np.isfinite(mean))
-    # The whole line fits; rare outliers of the ranges may leave the plot.
+    # The axis covers the whole line; outliers of the shaded ranges may leave the plot.
     bottom = min(float(mean[finite].min()), float(np.percentile(low[finite], 5)))
     top = max(float(mean[finite].max()), float(np.percentile(high[finite], 95)))
     log = allow_log and float(low[finite].min()) > 0 and top > 50 * bottom
@@ -84,11 +84,11 @@ def draw_curve(
         texts.append([round(float(x[i]), 1), round(float(y[i]), 1), " · ".join(words)])
     notes = [f"{number(mean[finite[-1]])}{unit}"]
     if lost:
-        notes.append(f"{lost:,} of {len(values):,} lines read not finite")
+        notes.append(f"{lost:,} of {len(values):,} logged values are not finite")
     if log:
         notes.append("logarithmic axis")
     curve = Curve(title, json.dumps(texts), " · ".join(notes), x_ticks, y_ticks)
-    # A jump in the index is a stretch without a finite value.
+    # A jump in the index is a gap without finite values.
     for _, group in itertools.groupby(enumerate(finite), lambda pair: pair[1] - pair[0]):
         ids = [i for _, i in group]
         curve.lines.append(_points(x[ids], y[ids]))
@@ -107,14 +107,14 @@ def _points(x: np.ndarray, y: np.ndarray) -> str:
 def _axis(
     low: float, high: float, start: float, end: float, log: bool = False
 ) -> tuple[Callable, Ticks]:
-    """A function from values to SVG coordinates, and the ticks."""
+    """Return a function from values to SVG coordinates, and the ticks."""
     if log:
         exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         digits = (1, 2, 5) if len(exponents) < 4 else (1,)
         ticks = [d * 10.0**e for e in exponents for d in digits if low <= d * 10.0**e <= high]
         ticks = ticks[:: math.ceil(len(ticks) / 6)]
     else:
-        if high - low <= 1e-9 * max(abs(low), abs(high)):  # one value: put it in the middle
+        if high - low <= 1e-9 * max(abs(low), abs(high)):  # a single value: centre it
             low, high = low - (abs(low) / 10 or 1), high + (abs(high) / 10 or 1)
         raw = (high - low) / 5
         power = 10.0 ** math.floor(math.log10(raw))

@@ -1,4 +1,4 @@
-"""The content of a page, section by section; templates/page.html says how it looks.
+"""The content of the report, section by section; templates/page.html defines the layout.
 
 Every function returns plain text and numbers, which the templates escape; "", [] or {} skips the
 section.
@@ -22,20 +22,20 @@ from vim_ssl.report.record import EVALUATED, Record, is_number
 from vim_ssl.report.settings import duration, is_finished, settings
 from vim_ssl.utils.names import number
 
-# What is trained, in words; another recipe goes by its name.
+# Recipe → description; other recipes are shown by their names.
 RECIPES = {
     "mim_pretrain": "masked image modelling",
-    "clip_pretrain": "contrast of images and captions",
+    "clip_pretrain": "contrastive learning of images and captions",
     "supervised_pretrain": "classification",
     "finetune": "fine-tuning",
-    "video": "classification of videos",
+    "video": "video classification",
 }
-# Columns of metrics.jsonl that have a title, in the page's order: (title, unit).
+# Columns of metrics.jsonl that have a title, in the order of the report: (title, unit).
 CURVES = {
     "loss": ("Loss", ""),
     "knn_top1": ("Nearest neighbours, accuracy", " %"),
     "linear_top1": ("Linear probe, accuracy", " %"),
-    "pixel_mse": ("Mean squared error of the hidden pixels", ""),
+    "pixel_mse": ("Mean squared error of the masked pixels", ""),
     "image_to_text_r1": ("Captions of an image, R@1", " %"),
     "text_to_image_r1": ("Images of a caption, R@1", " %"),
     "batch_top1": ("Caption retrieval within the batch, R@1", " %"),
@@ -43,11 +43,11 @@ CURVES = {
     "lr": ("Learning rate", ""),
     "grad_norm": ("Gradient norm", ""),
     "images_per_second": ("Images per second", ""),
-    "data_wait": ("Share of the time waiting for data", ""),
+    "data_wait": ("Fraction of the time waiting for data", ""),
     "feature_std": ("Standard deviation of the features", ""),
     "effective_rank": ("Effective rank of the features", ""),
 }
-# Metrics of zero_shot's metrics.json: part -> title of a row -> (name, key) of its cells.
+# Metrics in zero_shot's metrics.json: section -> title of a row -> (name, key) of its cells.
 ZERO_SHOT = {
     "classification": {
         "Classes by name": [("top-1", "top1"), ("top-5", "top5"), ("chance", "chance")]
@@ -60,7 +60,7 @@ ZERO_SHOT = {
         )
     },
 }
-# Metrics of a task's metrics.json: key -> (title, unit); the first that exists is the main one.
+# Metrics in a task's metrics.json: key -> (title, unit); the first existing one is the main one.
 RESULTS = {
     "top1": ("Top-1 accuracy", " %"),
     "top5": ("Top-5 accuracy", " %"),
@@ -68,7 +68,7 @@ RESULTS = {
     "mean_error": ("Mean error", " classes"),
     "map_macro": ("Mean average precision", " %"),
     "map_micro": ("Average precision of all labels as one", " %"),
-    "exact": ("Images with every label right", " %"),
+    "exact": ("Images with all labels correct", " %"),
     "miou": ("Mean IoU", " %"),
     "aacc": ("Pixel accuracy", " %"),
     "macc": ("Mean recall", " %"),
@@ -85,9 +85,9 @@ RESULTS = {
 }
 MAX_CLASSES = 40
 COUNTERS = ("step", "epoch", "seconds", "samples", "bad_steps", "skipped")
-WIDE_RANGE = ("loss", "pixel_mse", "grad_norm")  # on a logarithmic axis where values demand it
+WIDE_RANGE = ("loss", "pixel_mse", "grad_norm")  # may use a logarithmic axis
 SMALL, ENLARGED = 96, 88  # images up to SMALL px wide are drawn ENLARGED px wide
-MIM_COLUMNS = ("original", "masked", "reconstructed", "pasted into the gaps")
+MIM_COLUMNS = ("original", "masked", "reconstructed", "visible + reconstructed")
 
 _templates = Environment(
     loader=FileSystemLoader(Path(__file__).parent / "templates"),
@@ -101,14 +101,14 @@ _templates.filters["px"] = "{:.1f}".format
 
 
 def render(run: Record) -> str:
-    """The HTML of a run's page."""
+    """Render the HTML of a run's report."""
     path = run.folder.resolve()
     if path.is_relative_to(Path.cwd()):
         path = path.relative_to(Path.cwd())
     return _templates.get_template("page.html").render(
         run=run,
         summary=_summary(run),
-        state="Finished" if is_finished(run) else "Still going, or stopped before its end",
+        state="Finished" if is_finished(run) else "Still running, or stopped early",
         drawn_at=time.strftime("%Y-%m-%d %H:%M"),
         tiles=list(filter(None, _tiles(run))),
         result=_result(run),
@@ -130,7 +130,7 @@ def render(run: Record) -> str:
 def _summary(run: Record) -> str:
     config = run.config
     recipe = str(config.get("recipe", ""))
-    how = RECIPES.get(recipe, recipe) or "an unnamed recipe"
+    how = RECIPES.get(recipe, recipe) or "an unknown recipe"
     objective = f" ({config['objective']})" if config.get("objective") else ""
     size = f" with {run.parameters / 1e6:.1f} M parameters" if run.parameters else ""
     data = f" on {config['data']}" if config.get("data") else ""
@@ -138,7 +138,7 @@ def _summary(run: Record) -> str:
 
 
 def _tiles(run: Record) -> Iterator[tuple[str, str, str] | None]:
-    """Title, value and note of each key number."""
+    """Yield title, value and note of each key metric."""
     yield _curve_tile(run, "loss")
     yield _curve_tile(run, "knn_top1")
     for title, metrics, key, unit in _results(run):
@@ -168,9 +168,10 @@ def _curve_tile(run: Record, name: str) -> tuple[str, str, str] | None:
 
 
 def _results(run: Record) -> Iterator[tuple[str, dict, str, str]]:
-    """Title, dict that holds the metric, key and unit of every test metric.
+    """Yield (title, dict with the metric, its key, unit) for every test metric.
 
-    Metrics of several classifiers are a dict for each; they follow one classifier at a time.
+    If there are several classifiers, each has a dict of metrics; they are yielded one classifier at
+    a time.
     """
     several = {name: value for name, value in run.result.items() if isinstance(value, dict)}
     for name, metrics in {"": run.result, **several}.items():
@@ -180,7 +181,7 @@ def _results(run: Record) -> Iterator[tuple[str, dict, str, str]]:
 
 
 def _result(run: Record) -> dict[str, Any]:
-    """Metrics on the test split of a run on labels, its classes, drawn predictions."""
+    """Metrics on the test split of a supervised run, its classes, and the image of predictions."""
     rows = [(title, _score(metrics, key, unit)) for title, metrics, key, unit in _results(run)]
     if not rows:
         return {}
@@ -188,14 +189,14 @@ def _result(run: Record) -> dict[str, Any]:
     try:
         with Image.open(run.predictions) as grid:
             image = _png(grid.convert("RGB"))
-    except (OSError, SyntaxError):  # classification draws none
+    except (OSError, SyntaxError):  # classification writes no image
         image = ""
     note = str(data) + _counts(run.result, "to train on", "to test on")
     return {"rows": rows, "note": note, "image": image, "classes": run.classes}
 
 
 def _counts(metrics: dict, train: str, test: str) -> str:
-    """The numbers of images in words, each after a comma."""
+    """Text with the numbers of images, each after a comma."""
     text = ""
     for key, what in (("train", train), ("test", test)):
         if is_number(metrics.get(key)):
@@ -225,7 +226,7 @@ def _probe(run: Record) -> dict[str, Any]:
 
 
 def _zero_shot(folder: Path, metrics: dict) -> dict[str, Any]:
-    """Zero-shot metrics of one data set, with a few images and the captions nearest to them."""
+    """Zero-shot metrics of one data set, with a few images and their nearest captions."""
     rows = [
         (title, [(text, _score(metrics[part], key)) for text, key in keys if key in metrics[part]])
         for part, titles in ZERO_SHOT.items()
@@ -243,7 +244,7 @@ def _zero_shot(folder: Path, metrics: dict) -> dict[str, Any]:
 
 
 def _similarities(folder: Path, examples: Any) -> list[dict[str, Any]]:
-    """Each example's image, caption, cosines with their shades in per cent, nearest captions."""
+    """Image, caption, cosines with shades in per cent, and nearest captions of each example."""
     try:
         cosines = np.array(examples["cosines"], dtype=np.float64)
         rows: list[dict[str, Any]] = [
@@ -257,7 +258,7 @@ def _similarities(folder: Path, examples: Any) -> list[dict[str, Any]]:
         if cosines.shape != (len(rows), len(rows)):
             return []
         shades = np.round(80 * (cosines - cosines.min()) / max(np.ptp(cosines), 1e-6)).astype(int)
-    except (TypeError, KeyError, ValueError, OSError):  # of another form, or not there yet
+    except (TypeError, KeyError, ValueError, OSError):  # another layout, or not written yet
         return []
     for row, values, shade in zip(rows, cosines, shades, strict=True):
         row["cosines"] = list(zip((f"{value:.2f}" for value in values), shade, strict=True))
@@ -265,13 +266,13 @@ def _similarities(folder: Path, examples: Any) -> list[dict[str, Any]]:
 
 
 def _score(metrics: dict, key: str, unit: str = " %") -> dict[str, str]:
-    """A metric and its 95 % interval as text."""
+    """Format a metric and its 95 % interval as text."""
     value: Any = metrics.get(key)
     ci: Any = metrics.get(f"{key}_ci")
     text, interval = "–", ""
     if is_number(value):
-        text = f"{value:.1f}{unit}" if not 0 < value < 1 else f"{value:.1g}{unit}"  # as chance is
-        if not unit:  # a share as it is published
+        text = f"{value:.1f}{unit}" if not 0 < value < 1 else f"{value:.1g}{unit}"  # e.g. chance
+        if not unit:  # a value in 0 to 1, as published
             text = f"{value:.3f}"
     if isinstance(ci, list) and len(ci) == 2 and all(map(is_number, ci)):
         interval = f"{ci[0]:.1f} – {ci[1]:.1f}"
@@ -282,7 +283,7 @@ def _score(metrics: dict, key: str, unit: str = " %") -> dict[str, str]:
 
 
 def _previews(run: Record) -> list[list[dict[str, Any] | None]]:
-    """First and newest evaluation of every kind of preview."""
+    """First and newest evaluation for every type of preview."""
     pairs = []
     for evaluations in run.previews.values():
         ends = [evaluations[0], evaluations[-1]] if len(evaluations) > 1 else evaluations
@@ -293,11 +294,11 @@ def _previews(run: Record) -> list[list[dict[str, Any] | None]]:
 
 
 def _preview(run: Record, caption: str, path: Path) -> dict[str, Any] | None:
-    """The images of one evaluation, cut apart so that the page can space them."""
+    """The images of one evaluation, split into cells so that the page can space them."""
     try:
         with Image.open(path) as file:
             image = file.convert("RGB")
-    except (OSError, SyntaxError):  # being written at this moment
+    except (OSError, SyntaxError):  # the run is writing it now
         return None
     columns: tuple[str, ...] = MIM_COLUMNS if run.config.get("recipe") == "mim_pretrain" else ()
     cells = _cut(image, len(columns), run.encoder.get("img_size")) if columns else None
@@ -311,11 +312,12 @@ def _preview(run: Record, caption: str, path: Path) -> dict[str, Any] | None:
 
 
 def _cut(image: Image.Image, columns: int, side: int | list | None) -> list[Image.Image] | None:
-    """The cells of an image by `Run.save_images`, which has a pixel around every row; row by row.
+    """Split an image written by `Run.save_images`, which has a one-pixel border around every row,
+    into cells, row by row.
 
     Args:
-        side: of a sample, pixels, or (height, width); None: square.
-    Returns: None if the size does not fit.
+        side: height of a sample in pixels, or (height, width); None: square.
+    Returns: the cells, or None if the size does not fit.
     """
     width, rest = divmod(image.width - 2, columns)
     height = side[0] if isinstance(side, list | tuple) else side or width
@@ -342,7 +344,7 @@ def _curves(run: Record) -> Iterator[curve.Curve]:
 
 
 def _png(image: Image.Image) -> str:
-    """A data URL."""
+    """Encode an image as a data URL."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,4 +1,4 @@
-"""What a run has written so far, read once for its page."""
+"""Read the files that a run has written so far."""
 
 import csv
 import itertools
@@ -16,8 +16,8 @@ EVALUATED = (
     "knn_top1", "linear_top1", "feature_std", "effective_rank",
     "image_to_text_r1", "text_to_image_r1",
 )  # fmt: skip
-MAX_LINES = 50_000  # of the log that are parsed, evenly spread
-PREVIEWS = {"pictures": "preview"}  # the prefix in earlier runs -> the prefix today
+MAX_LINES = 50_000  # maximum number of log lines to parse, evenly spread
+PREVIEWS = {"pictures": "preview"}  # prefix in earlier runs -> current prefix
 
 
 class Record:
@@ -25,7 +25,7 @@ class Record:
 
     Args:
         folder: the run directory.
-    Raises: FileNotFoundError if it holds neither config.json nor metrics.jsonl.
+    Raises: FileNotFoundError if it contains neither config.json nor metrics.jsonl.
     """
 
     def __init__(self, folder: Path):
@@ -33,8 +33,8 @@ class Record:
         self.name = folder.resolve().name
         if not any((folder / name).is_file() for name in ("config.json", "metrics.jsonl")):
             raise FileNotFoundError(
-                f"{folder} holds no run (neither config.json nor metrics.jsonl); name the "
-                "directory that a recipe printed as 'Run directory'."
+                f"{folder} is not a run directory (it has neither config.json nor metrics.jsonl); "
+                "give the directory that a recipe printed as 'Run directory'."
             )
         self.config = _read_json(folder / "config.json")
         self.log = _read_log(folder / "metrics.jsonl")
@@ -46,7 +46,7 @@ class Record:
             (path.parent, _read_json(path))
             for path in sorted(folder.glob("zero_shot*/metrics.json"))
         ]
-        self.result = _read_json(folder / "metrics.json")  # of a run on labels, at its end
+        self.result = _read_json(folder / "metrics.json")  # written at the end of supervised runs
         self.classes = _read_table(folder / "classes.csv") if self.result else []
         self.predictions = folder / "predictions.png"
         description = _read_json(folder / "encoder.json")
@@ -54,7 +54,7 @@ class Record:
         self.made_by = description.get("made_by") or {}
         self.version = description.get("vim_ssl")
         self.parameters = _count_parameters(folder / "encoder.safetensors")
-        # Until the encoder is saved, its configured settings; {} when it started from a checkpoint.
+        # Before the encoder is saved: its configured settings; {} if it started from a checkpoint.
         preset = PRESETS.get(str(self.config.get("encoder")))
         configured = {} if preset is None else preset | (self.config.get("model_args") or {})
         self.encoder: dict[str, Any] = description.get("config") or configured
@@ -67,8 +67,8 @@ class Record:
         return float(finite[-1]) if len(finite) else math.nan
 
     def series(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Steps, epochs and values of a logged metric, each (n,); one row per evaluation if it is
-        a metric of `EVALUATED`."""
+        """Steps, epochs and values of a logged metric, each (n,); for the metrics in `EVALUATED`,
+        one entry per evaluation."""
         if name not in self.log:
             return (np.empty(0),) * 3
         values = self.log[name]
@@ -89,7 +89,7 @@ def is_number(value: Any) -> TypeGuard[float]:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # not written, or not whole
+    except (OSError, ValueError):  # missing or incomplete
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -103,9 +103,9 @@ def _read_table(path: Path) -> list[dict[str, str]]:
 
 
 def _read_log(path: Path) -> dict[str, np.ndarray]:
-    """metrics.jsonl as columns (n,) float64, NaN where a line lacks the key.
+    """Read metrics.jsonl as columns (n,) float64, with NaN if a line lacks the key.
 
-    Broken lines are skipped. Of a long log, every k-th line and the last two are read.
+    Broken lines are skipped. In a long log, only every k-th line and the last two are read.
     """
     if not path.is_file():
         return {}
@@ -118,7 +118,7 @@ def _read_log(path: Path) -> dict[str, np.ndarray]:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError:  # being written at this moment, or cut off by a kill
+            except ValueError:  # incomplete: the run is writing it, or was killed
                 continue
             if isinstance(row, dict) and isinstance(row.get("step"), int):
                 rows.append({k: v for k, v in row.items() if isinstance(v, int | float)})
@@ -141,7 +141,7 @@ def _count_parameters(path: Path) -> int:
 
 
 def _find_previews(folder: Path) -> dict[str, list[tuple[int, Path]]]:
-    """NAME-STEP.png as name -> (step, path), in the order of steps."""
+    """Find NAME-STEP.png files; return name -> [(step, path)], sorted by step."""
     previews: dict[str, list[tuple[int, Path]]] = {}
     for path in folder.glob("*-*.png"):
         name, _, step = path.stem.rpartition("-")

@@ -1,4 +1,4 @@
-"""The settings of a run for its page: model, training and the run itself."""
+"""The settings in a run's report: model, training and run."""
 
 from typing import Any
 
@@ -9,13 +9,13 @@ from vim_ssl.utils.names import number
 
 
 def settings(run: Record) -> dict[str, dict[str, Any]]:
-    """Lists of facts by title; None and "" are skipped."""
+    """Return the settings of each section as name -> value; skips None and ""."""
     config, encoder = run.config, run.encoder
     model: dict[str, Any] = {"Encoder": config.get("encoder")}
     if run.parameters:
         model["Parameters"] = f"{run.parameters:,}"
     if "embed_dim" in encoder and "depth" in encoder:
-        model["Blocks"] = f"{encoder['depth']} of width {encoder['embed_dim']}"
+        model["Blocks"] = f"{encoder['depth']}, width {encoder['embed_dim']}"
     if run.shape_known:
         model |= _grid(encoder)
     model["Objective"] = config.get("objective")
@@ -40,7 +40,7 @@ def settings(run: Record) -> dict[str, dict[str, Any]]:
 
 
 def planned_steps(run: Record) -> int:
-    """The number of steps by the settings; 0 until the log shows how long an epoch is."""
+    """Return the number of steps in the settings; 0 until the log shows the length of an epoch."""
     step, epoch, epochs = run.last("step"), run.last("epoch"), run.config.get("epochs")
     if not (step > 0 and epoch > 0 and is_number(epochs)):
         return 0
@@ -49,7 +49,7 @@ def planned_steps(run: Record) -> int:
 
 
 def is_finished(run: Record) -> bool:
-    """True when all steps were taken, or early stopping by ``patience`` ended the run."""
+    """True if all steps are done, or early stopping (``patience``) ended the run."""
     planned = planned_steps(run)
     early = run.saved and run.config.get("patience")
     return bool(planned) and (run.last("step") >= planned or bool(early))
@@ -62,14 +62,14 @@ def duration(seconds: float) -> str:
 
 
 def _largest(run: Record, counter: str) -> str:
-    """A counter's largest value: a resumed run may have restarted it."""
+    """Return a counter's largest value, because a resumed run may have restarted it."""
     counts = run.log.get(counter, np.empty(0))
     counts = counts[np.isfinite(counts)]
     return f"{counts.max():,.0f}" if len(counts) else ""
 
 
 def _grid(encoder: dict[str, Any]) -> dict[str, str]:
-    """Image, patches and tokens, with the defaults of `VimEncoder`."""
+    """Describe image, patches and tokens, with the defaults of `VimEncoder`."""
     size, patch = encoder.get("img_size", 224), encoder.get("patch_size", 16)
     stride, chans = encoder.get("stride") or patch, encoder.get("in_chans", 3)
     try:
@@ -81,17 +81,18 @@ def _grid(encoder: dict[str, Any]) -> dict[str, str]:
     return {
         "Image": f"{height} × {width} px, {chans} channel" + "s" * (chans != 1),
         "Patch": f"{patch} × {patch} px{overlap}",
-        "Tokens": f"{rows} × {columns} = {rows * columns:,} an image",
+        "Tokens": f"{rows} × {columns} = {rows * columns:,} per image",
     }
 
 
 def _schedule(run: Record) -> dict[str, str]:
-    """Batch, learning rate, epochs and steps; processes and epoch length follow from the log."""
+    """Describe batch, learning rate, epochs and steps. The log gives the number of processes and
+    the length of an epoch."""
     config, facts = run.config, {}
     step, epoch, samples, seconds = map(run.last, ("step", "epoch", "samples", "seconds"))
     batch, times = config.get("batch_size"), config.get("accumulation", 1)
     if isinstance(batch, int) and isinstance(times, int) and step > 0 and samples > 0:
-        effective = round(samples / step)  # few images may not fill the configured batch
+        effective = round(samples / step)  # smaller than configured if there are few images
         processes, rest = divmod(effective, max(batch * times, 1))
         product = f" = {batch} × {times} (accumulation) × {processes} (processes)"
         facts["Effective batch"] = f"{effective:,}{'' if rest else product}"

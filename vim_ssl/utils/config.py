@@ -1,20 +1,20 @@
-"""One dataclass per script; its flags, presets and files.
+"""Command-line flags, presets and config files from one dataclass per script.
 
     @dataclass
     class Config:
         '''Train something.'''
 
         lr: float = opt(1.5e-4, "learning rate per 256 images", group="optimiser")
-        mask_ratio: float = opt(0.75, "share of the patches that is hidden", group="masking")
+        mask_ratio: float = opt(0.75, "fraction of masked patches", group="masking")
 
     config = parse(Config, {"demo": demo}, argv)
 
-Later wins: the dataclass's defaults < ``--preset NAME`` < ``--config FILE`` < flags. Nothing is
-guessed and nothing is dropped: an unknown name or a value of the wrong type is an error.
+Precedence: the dataclass's defaults < ``--preset NAME`` < ``--config FILE`` < flags. An unknown
+name or a value of the wrong type is an error.
 
-`field_types` lists the types that a field may have. Shared fields come by inheritance. A
-``__post_init__`` may check a config; it should not rewrite fields, since a preset is built before
-files and flags are laid over it. A default may depend on the given values: a classmethod
+`field_types` lists the types that a field may have. Shared fields are inherited. A
+``__post_init__`` may check a config; it should not modify fields, since a preset is built before
+files and flags override it. For defaults that depend on the given values, a classmethod
 ``derive_defaults(defaults, given)`` returns the defaults to use.
 """
 
@@ -45,13 +45,13 @@ RESERVED = ("help", "preset", "config")
 def opt(
     default: Any, help: str, group: str | None = None, choices: Iterable[Any] | None = None
 ) -> Any:
-    """A dataclass field with what its flag needs.
+    """Return a dataclass field with the metadata of its flag.
 
     Args:
         default: the default value; a list or dict is copied for each instance.
-        help: one line: the unit, or the reason for the default.
+        help: help text, one line.
         group: heading under which ``--help`` lists the flag.
-        choices: the values allowed, where a `Literal` cannot name them (a registry's keys).
+        choices: allowed values, if a `Literal` cannot list them (e.g. the keys of a registry).
     """
     choices = None if choices is None else tuple(choices)
     metadata = {"help": help, "group": group, "choices": choices}
@@ -73,13 +73,14 @@ def parse(
     several values, and ``none`` is `None` where the field allows it.
 
     Args:
-        config_cls: a dataclass; its docstring opens the help.
-        presets: name -> function that returns an instance; its docstring's first line is shown.
+        config_cls: a dataclass; ``--help`` starts with its docstring.
+        presets: name -> function that returns an instance; ``--help`` shows the first line of its
+            docstring.
         argv: the arguments without the program's name; ``sys.argv[1:]`` by default.
-        default_preset: the preset without ``--preset``: a name, or a function of the values from
-            file and flags (a dict) that returns a name, a dict of values (a stored config's: they
+        default_preset: the preset to use without ``--preset``: a name, or a function that maps the
+            values from file and flags (a dict) to a name, a dict of values (a stored config; they
             count as given), or `None` (the defaults).
-        description: replaces the docstring.
+        description: text to show instead of the docstring.
     Raises:
         SystemExit: code 2 after a one-line message for a wrong flag, file or value;
             code 0 after ``--help``.
@@ -118,7 +119,7 @@ def parse(
 
 
 def check_between(config: Any, low: float, high: float, *names: str) -> None:
-    """Raises: ValueError for a setting among ``names`` below ``low`` or above ``high``."""
+    """Raise ValueError if a setting in ``names`` is below ``low`` or above ``high``."""
     for name in names:
         value = getattr(config, name)
         if not low <= value <= high:
@@ -130,24 +131,24 @@ def from_dict(config_cls: type[C], values: Mapping[str, Any]) -> C:
     """Build a config from plain values, strictly; the inverse of `to_dict`.
 
     Raises:
-        ValueError: for an unknown key (with the near match), a value of the wrong type or outside
-            its choices, or a field without default that is missing.
+        ValueError: for an unknown key (suggests the closest one), a value of the wrong type or
+            outside its choices, or a missing field without default.
     """
     values = checked(config_cls, values)
     for field in _fields(config_cls):
         if field.name not in values and _default(field) is dataclasses.MISSING:
-            raise ValueError(f"{field.name} is needed; give {_flag(field.name)}.")
+            raise ValueError(f"{field.name} is required; set {_flag(field.name)}.")
     return config_cls(**values)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A config as a plain dict that JSON and YAML can hold (tuples as lists, paths as text)."""
+    """Convert a config to a plain dict for JSON and YAML (tuples to lists, paths to strings)."""
     return {field.name: _plain(getattr(config, field.name)) for field in _fields(type(config))}
 
 
 def save(config: Any, path: str | os.PathLike) -> None:
-    """Write a config as JSON, or as YAML for a name that ends in .yaml; ``--config`` reads both.
-    The file appears whole or not at all."""
+    """Write a config atomically as JSON, or as YAML if the name ends in .yaml; ``--config`` reads
+    both."""
     path, values = Path(path), to_dict(config)
     is_yaml = path.suffix in (".yaml", ".yml")
     text = yaml.safe_dump(values, sort_keys=False) if is_yaml else json.dumps(values, indent=2)
@@ -155,19 +156,19 @@ def save(config: Any, path: str | os.PathLike) -> None:
 
 
 def read(path: str | os.PathLike) -> dict[str, Any]:
-    """The mapping in a YAML or JSON file.
+    """Read the mapping in a YAML or JSON file.
 
-    Raises: OSError when the file cannot be read; ValueError when it does not hold a mapping.
+    Raises: OSError if the file cannot be read; ValueError if it does not contain a mapping.
     """
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} is not a YAML file: {reason}") from error
-    if values is None:  # nothing but comments
+    if values is None:  # empty, or only comments
         return {}
     if not isinstance(values, dict):
-        raise ValueError(f"{path} holds a {type(values).__name__}; expected lines 'key: value'.")
+        raise ValueError(f"{path} contains a {type(values).__name__}; expected lines 'key: value'.")
     return values
 
 
@@ -178,12 +179,12 @@ def checked(
     where: str = "",
     spelled: Callable[[str], str] = str,
 ) -> dict[str, Any]:
-    """The values under their fields' names and in their fields' types.
+    """Check values and convert them to the types of their fields.
 
     Args:
         values: field name (dashes allowed) -> plain value; fields may be missing.
-        where: put before every message, such as a file's name.
-        spelled: how a message writes a field's name.
+        where: prefix of every message, such as a file name.
+        spelled: maps a field name to its spelling in messages.
     Raises:
         ValueError: for an unknown key or a wrong value.
     """
@@ -210,18 +211,18 @@ def _fields(config_cls: type) -> list[dataclasses.Field]:
         raise TypeError(f"{config_cls!r} is not a dataclass.")
     fields = [field for field in dataclasses.fields(config_cls) if field.init]
     if taken := [field.name for field in fields if field.name in RESERVED]:
-        raise TypeError(f"{config_cls.__name__}.{taken[0]}: --{taken[0]} is taken.")
+        raise TypeError(f"{config_cls.__name__}.{taken[0]}: --{taken[0]} is reserved.")
     return fields
 
 
 def _hints(config_cls: type) -> dict[str, Any]:
-    """Field name -> its type. Raises: TypeError for a type that no flag can be made of."""
+    """Map field names to types. Raises: TypeError for a type that a flag cannot have."""
     hints = get_type_hints(config_cls)
     for field in _fields(config_cls):
         if not is_supported(hints[field.name]):
             raise TypeError(
-                f"{config_cls.__name__}.{field.name}: no flag can be made of the type "
-                f"{hints[field.name]}; see the types that vim_ssl.utils.field_types lists."
+                f"{config_cls.__name__}.{field.name}: a flag cannot have the type "
+                f"{hints[field.name]}; vim_ssl.utils.field_types lists the supported types."
             )
     return hints
 
@@ -241,7 +242,7 @@ def _default(field: dataclasses.Field) -> Any:
 
 
 def _base(config_cls: type, presets: Presets, preset: str | None) -> dict[str, Any]:
-    """The values of a preset, or the dataclass's defaults, by field name."""
+    """Map field names to the values of a preset, or to the dataclass's defaults."""
     if preset is None:
         defaults = {field.name: _default(field) for field in _fields(config_cls)}
         return {name: d for name, d in defaults.items() if d is not dataclasses.MISSING}
@@ -256,7 +257,7 @@ def _base(config_cls: type, presets: Presets, preset: str | None) -> dict[str, A
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """Print one line instead of argparse's page of usage."""
+        """Print one line instead of argparse's usage text."""
         self.exit(2, f"{self.prog}: error: {message}  (--help lists the flags)\n")
 
 
@@ -271,7 +272,7 @@ def _dashed(arg: str) -> str:
 
 
 def _parser(config_cls: type, presets: Presets) -> _Parser:
-    """Split the command line into words by field; `from_text` gives them a meaning."""
+    """Build the parser that collects each flag's words; `from_text` converts them."""
     parser = _Parser(
         add_help=False,
         allow_abbrev=False,
@@ -281,11 +282,11 @@ def _parser(config_cls: type, presets: Presets) -> _Parser:
         ),
     )
     start = parser.add_argument_group("where to start")
-    start.add_argument("--help", "-h", action="store_true", help="show this page")
+    start.add_argument("--help", "-h", action="store_true", help="show this help")
     start.add_argument(
         "--preset", metavar="NAME", help="a named set of values" if presets else argparse.SUPPRESS
     )
-    start.add_argument("--config", metavar="FILE", help="YAML or JSON file laid over the preset")
+    start.add_argument("--config", metavar="FILE", help="YAML or JSON file; overrides the preset")
     hints = _hints(config_cls)
     groups: dict[str, Any] = {}
     for field in _fields(config_cls):
@@ -300,7 +301,7 @@ def _parser(config_cls: type, presets: Presets) -> _Parser:
 
 
 def _words_of(hint: Any, choices: Sequence[Any] | None) -> dict[str, Any]:
-    """argparse's arguments for the number of words that a flag takes, and for their name."""
+    """Return argparse's arguments for the number and the names of a flag's words."""
     kind, items, optional = split_type(hint)
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction}
@@ -323,7 +324,7 @@ def _refuse_unknown(unknown: list[str], config_cls: type, presets: Presets) -> N
         return
     flags = [arg for arg in unknown if arg.startswith("-")]
     if not flags:
-        raise ValueError(f"unexpected {unknown[0]!r}; values follow their --flag.")
+        raise ValueError(f"unexpected argument {unknown[0]!r}; write options as --flag VALUE.")
     flag = flags[0].partition("=")[0]
     known = [_flag(field.name) for field in _fields(config_cls)]
     known += [f"--no-{name[2:]}" for name in known if flag.startswith("--no-")]
@@ -340,20 +341,20 @@ def _print_help(
     base: dict[str, Any],
     description: str | None,
 ) -> None:
-    """Complete the parser with texts and defaults, and print it."""
+    """Add help texts and defaults to the parser, and print its help."""
     doc = config_cls.__doc__ or ""
-    if doc.startswith(f"{config_cls.__name__}("):  # what @dataclass writes if there is none
+    if doc.startswith(f"{config_cls.__name__}("):  # generated by @dataclass if there is none
         doc = ""
     parser.description = description or doc.partition("\n\n")[0]
     if presets:
         firsts = {name: (p.__doc__ or "").strip().partition("\n")[0] for name, p in presets.items()}
         lines = ["presets:", *(f"  {name}: {text}" for name, text in firsts.items())]
-        lines += [f"Defaults shown are those of the preset {preset!r}."] * bool(preset)
+        lines += [f"The defaults below are those of the preset {preset!r}."] * bool(preset)
         parser.epilog = "\n".join(lines)
     actions = {action.dest: action for action in parser._actions}
     for field in _fields(config_cls):
         default = base.get(field.name, _default(field))
-        note = "needed" if default is dataclasses.MISSING else f"default: {_show(default)}"
+        note = "required" if default is dataclasses.MISSING else f"default: {_show(default)}"
         text = f"{field.metadata.get('help', '')} ({note})".strip()
         actions[field.name].help = text.replace("%", "%%")  # argparse fills in %-patterns
     parser.print_help()

@@ -1,9 +1,9 @@
 """Processes that divide work and gather the results on the main one.
 
-A launcher (`accelerate launch`, `torchrun`) sets each process's rank by environment variables.
-Results are gathered on the CPU by gloo, whatever the device. accelerate's `gather_object` is not
-used: it gives all results to all ranks, which for features of a whole data set costs their memory
-once per rank.
+A launcher (`accelerate launch`, `torchrun`) sets each process's rank with environment variables.
+Results are gathered on the CPU with gloo, on any device. accelerate's `gather_object` is not used,
+because it copies all results to all ranks: for the features of a whole data set, this needs their
+memory once per rank.
 """
 
 import os
@@ -19,7 +19,7 @@ PATIENCE = timedelta(days=1)  # the other ranks wait while the main one fits a p
 
 @dataclass(frozen=True)
 class Processes:
-    """This process: its ``rank`` among ``world`` processes."""
+    """The ``rank`` of this process among ``world`` processes."""
 
     rank: int = 0
     world: int = 1
@@ -29,7 +29,7 @@ class Processes:
         return self.rank == 0
 
     def gather(self, part: Any) -> list[Any]:
-        """All processes' parts in the order of ranks on the main process; [] on the others."""
+        """Gather the parts of all ranks, in rank order, on the main process; [] on the others."""
         if self.world == 1:
             return [part]
         parts: list[Any] | None = [None] * self.world if self.main else None
@@ -37,7 +37,7 @@ class Processes:
         return parts or []
 
     def broadcast(self, value: Any) -> Any:
-        """The main process's value on all ranks, which wait for it."""
+        """Return the main process's value on all ranks; the other ranks wait for it."""
         values = [value]
         if self.world > 1:
             dist.broadcast_object_list(values)
@@ -45,7 +45,7 @@ class Processes:
 
 
 def join_processes() -> Processes:
-    """Join the processes that the launcher started; without a launcher, this one alone."""
+    """Join the processes that the launcher started; without a launcher, only this process."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
         return Processes()
@@ -57,7 +57,7 @@ def join_processes() -> Processes:
 
 
 def pick_device(device: str = "") -> str:
-    """The requested device, else this process's GPU, else the CPU."""
+    """Return the requested device, else this process's GPU, else the CPU."""
     default = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     return device or default
 

@@ -1,4 +1,4 @@
-"""Image grids of truth and prediction, with a legend of the classes."""
+"""Image grids of ground truth and predictions, with a legend of the classes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,9 +9,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-SIDE = 320  # pixels of the longer side of a panel
+SIDE = 320  # longer side of a panel in pixels
 GAP = 6
-GRID_ROWS = 8  # images of a grid
+GRID_ROWS = 8  # images per grid
 
 
 def image_grid(
@@ -19,15 +19,15 @@ def image_grid(
     titles: Sequence[str],
     legend: Sequence[tuple[Sequence[int], str]],
 ) -> Image.Image:
-    """Panels in rows and columns, with a legend below.
+    """Arrange panels in rows and columns, with a legend below.
 
     Args:
-        rows: lists of panels; all panels of a row have one size.
-        titles: of the columns.
-        legend: colours (red, green, blue, 0 to 255) and their meaning.
+        rows: lists of panels; all panels in a row have the same size.
+        titles: titles of the columns.
+        legend: pairs of colour (red, green, blue, 0 to 255) and name.
     """
     font = ImageFont.load_default(14)
-    column = max([80, *(panel.width for row in rows for panel in row)])  # 80: the titles' width
+    column = max([80, *(panel.width for row in rows for panel in row)])  # 80: width of a title
     width = len(titles) * column + (len(titles) + 1) * GAP
     entries, x, y = [], GAP, GAP
     for colour, name in legend:  # wrapped into lines
@@ -56,17 +56,18 @@ def image_grid(
 
 
 def panel_size(size: tuple[int, int]) -> tuple[int, int]:
-    """(width, height) of an image -> of its panel; a small image grows fourfold at most."""
+    """Size (width, height) of an image's panel; small images are enlarged at most fourfold."""
     scale = min(SIDE / max(size), 4)
     width, height = (max(round(side * scale), 1) for side in size)
     return width, height
 
 
 def class_colours(classes: int) -> Tensor:
-    """(classes + 1, 3) uint8, all different up to 255 classes, the last for pixels without a class.
+    """Return class colours, (classes + 1, 3) uint8; the last one is for unlabelled pixels. They are
+    distinct for up to 255 classes.
 
-    The colours of PASCAL VOC: the bits of a class index, spread over red, green and blue. The
-    first class, usually the background, is black; pixels without a class (255) are nearly white.
+    These are PASCAL VOC's colours: the bits of a class index, spread over red, green and blue. The
+    first class, usually the background, is black; unlabelled pixels (255) are nearly white.
     """
     numbers = torch.tensor([*range(classes), 255])
     shifts = torch.arange(8)
@@ -79,12 +80,12 @@ def mask_grid(
     classes: Sequence[str],
     colours: np.ndarray,
 ) -> Image.Image:
-    """The grid image | truth | prediction, a row an image.
+    """Draw the grid image | truth | prediction, one row per image.
 
     Args:
-        rows: (image, truth, prediction), masks (h, w) of the image's size.
-        classes: names.
-        colours: uint8 (classes + 1, 3), the last for pixels without a class.
+        rows: (image, truth, prediction); the masks (h, w) have the image's size.
+        classes: names of the classes.
+        colours: uint8 (classes + 1, 3); the last one is for unlabelled pixels.
     """
     panels = []
     for image, truth, guess in rows:
@@ -109,10 +110,10 @@ def overlay_objects(
     classes: Sequence[str],
     masks: Tensor | None = None,
 ) -> Tensor:
-    """Draw boxes, and masks if given, in the colours of their classes over an image.
+    """Draw boxes, and masks if given, over an image in the colours of their classes.
 
     Args:
-        image: uint8 (c, h, w); with other than three channels, the first is drawn in grey.
+        image: uint8 (c, h, w); unless there are three channels, the first is drawn in grey.
         boxes: (n, 4), left, top, right, bottom in pixels.
         labels: (n,), class indices.
         masks: bool (n, h, w).
@@ -134,11 +135,11 @@ def overlay_objects(
 def object_grid(
     rows: Sequence[tuple[Image.Image, dict[str, Any], dict[str, Any]]], classes: Sequence[str]
 ) -> Image.Image:
-    """The grid truth | prediction, a row an image.
+    """Draw the grid truth | prediction, one row per image.
 
     Args:
         rows: (image, item of the data, detections); see `ImageData` and `Detection.predict`.
-        classes: names.
+        classes: names of the classes.
     """
     panels, used = [], set()
     for image, item, detections in rows:
@@ -163,5 +164,5 @@ def object_grid(
 
 
 def _object_colours(classes: int) -> list[list[int]]:
-    """Without the black of a background, which objects do not have."""
+    """Class colours without black, the colour of the background."""
     return class_colours(classes + 1)[1:].tolist()

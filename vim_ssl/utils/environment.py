@@ -1,4 +1,4 @@
-"""The environment that measurements depend on: versions, commit, hardware."""
+"""Describe the environment of a measurement: versions, commit, hardware."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 
 
 def environment() -> dict[str, str]:
-    """Hardware and versions, for the records of measurements."""
+    """Return hardware and versions, to record with measurements."""
     import platform
 
     import timm
@@ -29,7 +29,7 @@ CHECKOUT = Path(__file__).parents[2]
 
 
 def commit() -> str:
-    """The checkout's commit, marked "dirty" if files differ; COMMIT overrides git."""
+    """Return the current commit, marked "dirty" if files differ; COMMIT overrides git."""
     if name := os.environ.get("COMMIT"):
         return name
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]

@@ -1,7 +1,7 @@
-"""The types of a config's fields: convert plain values and words to them, and describe them.
+"""Supported types of config fields: convert values and command-line words to them.
 
-A type is a bool, int, float, str, `Path`, `Literal`, tuple of those or ``dict[str, Any]``, or one
-of these ``| None``.
+A type is bool, int, float, str, `Path`, `Literal`, a tuple of these, or ``dict[str, Any]``; each
+may be ``| None``.
 """
 
 import types
@@ -17,7 +17,7 @@ WORDS = {bool: "true or false", int: "int", float: "float", str: "text", Path: "
 
 
 def is_supported(hint: Any) -> bool:
-    """Whether a flag can be made of the type."""
+    """True if a flag can have this type."""
     kind, items, _ = split_type(hint)
     if kind is dict:
         return True
@@ -35,12 +35,12 @@ def split_type(hint: Any) -> tuple[Any, tuple[Any, ...], bool]:
 
 
 def _each(items: tuple[Any, ...], count: int) -> tuple[Any, ...]:
-    """The types of a tuple's values: ``int, ...`` stands for ``count`` times int."""
+    """Return the types of a tuple's values; ``int, ...`` means ``count`` times int."""
     return items[:1] * count if items[-1] is ... else items
 
 
 def _describe(hint: Any) -> str:
-    """What a field takes, in words for a message."""
+    """Describe the values that a field accepts, for a message."""
     kind, items, optional = split_type(hint)
     if kind is Literal:
         text = "one of " + ", ".join(map(str, items))
@@ -54,7 +54,7 @@ def _describe(hint: Any) -> str:
 
 
 def convert(value: Any, hint: Any, label: str) -> Any:
-    """A plain value in the field's type; nothing is rounded, and a bool is not a number."""
+    """Convert a plain value to the field's type. Nothing is rounded; a bool is not a number."""
     kind, items, optional = split_type(hint)
     if value is None and optional:
         return None
@@ -69,7 +69,7 @@ def convert(value: Any, hint: Any, label: str) -> Any:
         return dict(value)
     elif kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
-            return float(value)  # text too: YAML reads 1e-4, without a point, as text
+            return float(value)  # also a string: YAML reads 1e-4, without a point, as one
         except ValueError:
             pass
     elif kind is Path and isinstance(value, str | Path):
@@ -84,14 +84,16 @@ def check_choice(value: Any, choices: Sequence[Any], label: str) -> None:
     for item in value if isinstance(value, tuple) else (value,):
         if item is not None and item not in choices:
             names = list(map(str, choices))
-            raise ValueError(f"{label}: {item!r} is not a choice. {did_you_mean(str(item), names)}")
+            raise ValueError(
+                f"{label}: {item!r} is not a valid choice. {did_you_mean(str(item), names)}"
+            )
 
 
 def from_text(text: Any, hint: Any, flag: str) -> Any:
-    """The value of a flag's words. Words of no such value stay text, which `convert` refuses."""
+    """Convert a flag's words to a value. Invalid words stay strings; `convert` rejects them."""
     kind, items, optional = split_type(hint)
     if kind is bool:
-        return text  # --flag and --no-flag give a bool already
+        return text  # --flag and --no-flag already give a bool
     words = [text] if isinstance(text, str) else text
     if optional and [word.lower() for word in words] == ["none"]:
         return None
@@ -109,7 +111,7 @@ def from_text(text: Any, hint: Any, flag: str) -> Any:
 
 
 def _scalar(text: str) -> Any:
-    """A value of ``key=value`` as YAML reads it; numbers such as 1e-4 too."""
+    """Parse a value of ``key=value`` as YAML, including numbers such as 1e-4."""
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
@@ -118,7 +120,7 @@ def _scalar(text: str) -> Any:
 
 
 def _number(text: str, kind: type) -> Any:
-    """The number, or the text itself if it is none."""
+    """Convert a string to a number; return it unchanged if it is not one."""
     try:
         return kind(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Files: atomic writes, text, caches."""
+"""Atomic file writes, text files, cache folders."""
 
 import csv
 import os
@@ -10,11 +10,11 @@ from pathlib import Path
 
 
 def atomic_write(path: Path, content: bytes | str) -> None:
-    """Replace a file as a whole: a reader, or a crash, leaves the old content or the new.
+    """Replace a file atomically: after a crash it has either the old or the new content.
 
     Args:
-        content: bytes, or text, which is written as UTF-8.
-    Raises: OSError, with the old content kept and nothing left beside it.
+        content: bytes, or a string, which is written as UTF-8.
+    Raises: OSError; the old content is kept and no temporary file remains.
     """
     with atomic_path(path) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -22,17 +22,17 @@ def atomic_write(path: Path, content: bytes | str) -> None:
 
 @contextmanager
 def atomic_path(path: Path, *, shared: bool = True) -> Iterator[Path]:
-    """A hidden path beside ``path`` to write a file or folder to; it replaces ``path`` at the end.
+    """Yield a hidden path beside ``path`` for a file or folder, which replaces ``path`` at the end.
 
         with atomic_path(folder / "model.npy") as partial:
             write(partial)
 
-    Nothing is left beside ``path`` after an error. Of a folder that another process has completed
-    meanwhile, the other's is kept.
+    After an error, the hidden path is removed. If another process has completed the same folder in
+    the meantime, that one is kept.
 
     Args:
-        shared: several processes may write ``path`` at a time, so each has its hidden path. False:
-            one path, which overwrites what a killed process left.
+        shared: several processes may write ``path`` at the same time, so each has its own hidden
+            path. False: a fixed hidden path, which overwrites the leftovers of a killed process.
     """
     unique = f".{secrets.token_hex(4)}" if shared else ""
     partial = path.with_name(f".{path.name}{unique}.part")
@@ -52,7 +52,7 @@ def atomic_path(path: Path, *, shared: bool = True) -> Iterator[Path]:
 
 
 def fsync_path(path: Path) -> None:
-    """Flush a file, or a directory where the system allows it, to the disk."""
+    """Flush a file to the disk, or a directory if the system supports it."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except PermissionError:
@@ -64,14 +64,14 @@ def fsync_path(path: Path) -> None:
 
 
 def cache_dir() -> Path:
-    """The folder of sample sets: VIM_SSL_SAMPLES, else one in the user's cache."""
+    """Return the folder of the sample sets: VIM_SSL_SAMPLES, else one in the user's cache."""
     if given := os.environ.get("VIM_SSL_SAMPLES"):
         return Path(given).expanduser()
     return user_cache() / "samples"
 
 
 def user_cache() -> Path:
-    """This project's folder in the user's cache; VIM_SSL_CACHE overrides it."""
+    """Return this project's folder in the user's cache; VIM_SSL_CACHE overrides it."""
     if given := os.environ.get("VIM_SSL_CACHE"):
         return Path(given).expanduser()
     if os.name == "nt":

@@ -1,9 +1,9 @@
-"""Register at another package without importing it: at once if it is loaded, else after its import.
+"""Register with another package without importing it: now if it is loaded, else after its import.
 
     import_after("timm", "vim_ssl.models.encoder")
 
-imports `vim_ssl.models.encoder`, which puts the presets into timm's registry, as soon as timm is
-there.
+imports `vim_ssl.models.encoder`, which adds the presets to timm's registry, as soon as timm is
+imported.
 """
 
 import sys
@@ -18,8 +18,8 @@ def import_after(package: str, module: str) -> None:
     """Import ``module`` now if ``package`` is loaded, else right after ``package`` is imported.
 
     Args:
-        package: a top-level name; it need not be installed.
-        module: a module of this project; importing it registers something at ``package``.
+        package: a top-level package; it need not be installed.
+        module: a module of this project that registers something with ``package`` when imported.
     """
     if package in sys.modules:
         import_module(module)
@@ -29,10 +29,11 @@ def import_after(package: str, module: str) -> None:
 
 @dataclass(frozen=True)
 class _Finder:
-    """Asks the finders behind it for the package, and extends what its loader does.
+    """A meta-path finder that delegates to the finders after it and extends the loader's
+    ``exec_module``.
 
-    Only the loader's instance is changed, and only until the package has run, so that a spec has
-    the loader that it would have without us.
+    It changes only the loader instance, and only until the package is executed, so that the spec
+    keeps its usual loader.
     """
 
     package: str

@@ -475,8 +475,8 @@ def test_get_fetches_once_and_prints_the_licence(registry, client, pack, begins,
         pytest.param({"package/../../a.png": b"x"}, {}, "unsafe path", id="dotdot"),
         pytest.param({"/package/a.png": b"x"}, {}, "unsafe path", id="absolute"),
         pytest.param({"package/C:\\a.png": b"x"}, {}, "unsafe path", id="windows"),
-        pytest.param({"package/a.png": "/etc/passwd"}, {}, "holds none of", id="link"),
-        pytest.param({"other/a.png": b"x"}, {}, "holds none of", id="nothing-wanted"),
+        pytest.param({"package/a.png": "/etc/passwd"}, {}, "contains none of", id="link"),
+        pytest.param({"other/a.png": b"x"}, {}, "contains none of", id="nothing-wanted"),
     ],
 )
 def test_a_wrong_archive_leaves_nothing(registry, members, changes, message):
@@ -553,7 +553,7 @@ def test_a_missing_client_is_named(registry, monkeypatch, client, message):
 
 def test_a_debian_package_without_files_is_told(registry):
     registry.serve(b"!<arch>\n", client="apt")
-    with pytest.raises(RuntimeError, match=r"holds no data\.tar; it is no Debian package"):
+    with pytest.raises(RuntimeError, match=r"contains no data\.tar; it is not a Debian package"):
         get_sample("tiny", progress=lambda line: None)
     assert registry.left() == []
 

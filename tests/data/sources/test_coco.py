@@ -106,6 +106,14 @@ def test_the_official_layout(tmp_path, split):
     assert [part.split for part in boxed_splits(f"coco:{tmp_path}", 0.5, 0)] == ["train", "val"]
 
 
+def test_splits_without_one_for_training_are_mixed_on_request_only(tmp_path):
+    for name, id in (("val", 1), ("test", 2)):
+        put(tmp_path, content([image_entry(id)], [thing(1, id)]), split=name)
+    with pytest.raises(ValueError, match="the splits val, test, none for training"):
+        boxed_splits(f"coco:{tmp_path}", 0.5, 0)
+    assert [len(part) for part in boxed_splits(f"coco:{tmp_path}?split=all", 0.5, 0)] == [1, 1]
+
+
 @pytest.mark.parametrize("folder", ["images/train", "images", "."])
 def test_images_are_found_where_they_usually_lie(tmp_path, folder):
     spec = put(tmp_path, content([image_entry(1, "sub/a.png")], [thing(1, 1)]), folder=folder)
@@ -176,7 +184,7 @@ def test_boxes_alone(tmp_path):
     assert [len(with_masks[0]["boxes"]), len(boxes[0]["boxes"])] == [1, 2]
     assert "masks" not in boxes[0]
     assert not boxes.has_outlines
-    assert "1 objects have a box and no outline" in with_masks.faults[0]
+    assert "1 objects have a box but no outline" in with_masks.faults[0]
     nothing = open_data(f"{spec}?label=none")
     assert set(nothing[0]) == {"id", "image", "meta"}
     for annotation in table["annotations"]:
@@ -253,7 +261,7 @@ def test_a_crowd_is_what_the_file_calls_one(tmp_path, iscrowd, single, crowds):
     if single + crowds == 2:
         assert data.faults == []
     else:
-        assert "have an iscrowd that is none of 0, 1, false and true" in data.faults[0]
+        assert "have an iscrowd other than 0, 1, false or true" in data.faults[0]
         assert "ids 33." in data.faults[0]
 
 
@@ -275,30 +283,30 @@ def test_missing_files_are_named(tmp_path):
     (tmp_path / "train/0.png").unlink()
     data = open_data(spec)
     assert data.ids == ["train/1.png", "train/2.png", "train/3.png"]
-    assert "1 images are not in train/ and are skipped: 0.png." in data.faults[0]
+    assert "1 images are missing in train/ and skipped: 0.png." in data.faults[0]
     assert len(data[2]["boxes"]) == 1
 
 
 def test_ids_of_annotations_given_twice_do_no_harm(tmp_path):
     data = open_data(put(tmp_path, content([image_entry(1)], [thing(8, 1), thing(8, 1, 90)])))
     assert data[0]["box_labels"].tolist() == [0, 1]
-    assert "annotation ids are given twice in train.json: 8" in data.faults[0]
+    assert "train.json has duplicate annotation ids: 8" in data.faults[0]
     assert len({a["id"] for a in ground_truth(data, [0])["annotations"]}) == 2
 
 
 @pytest.mark.parametrize(
     ("outline", "reason"),
     [
-        ([[1, 2, 3, "x", 5, 6]], "something that is no number"),
+        ([[1, 2, 3, "x", 5, 6]], "a value that is not a number"),
         ([[1, 2, 3, None, 5, 6]], "not finite"),
         ([[1, 2, 3, float("nan"), 5, 6]], "not finite"),
         ({"size": [9, 9], "counts": [81]}, r"size \[9, 9\]; expected \[8, 12\]"),
-        ({"size": [8, 12], "counts": [90]}, "are not of 96 pixels"),
-        ({"size": [8, 12], "counts": [97, -1]}, "are not of 96 pixels"),
-        ({"size": [8, 12], "counts": [4e9]}, "are not of 96 pixels"),
-        ({"size": [8, 12], "counts": "oooooooooooooooooooooooo"}, "are not of 96 pixels"),
-        ({"size": [8, 12], "counts": "1" * 500}, "are not of 96 pixels"),
-        ({"size": [8, 12], "counts": 96}, "are not of 96 pixels"),
+        ({"size": [8, 12], "counts": [90]}, "do not sum to 96 pixels"),
+        ({"size": [8, 12], "counts": [97, -1]}, "do not sum to 96 pixels"),
+        ({"size": [8, 12], "counts": [4e9]}, "do not sum to 96 pixels"),
+        ({"size": [8, 12], "counts": "oooooooooooooooooooooooo"}, "do not sum to 96 pixels"),
+        ({"size": [8, 12], "counts": "1" * 500}, "do not sum to 96 pixels"),
+        ({"size": [8, 12], "counts": 96}, "do not sum to 96 pixels"),
         ({"counts": [96]}, "RLE of size None"),
     ],
     ids=lambda value: str(value)[:40],
@@ -325,12 +333,12 @@ def test_an_image_of_another_size_is_named(spec, tmp_path):
         (
             3,
             (WIDTH, HEIGHT),
-            "its EXIF orientation is 3, and it is not known whether its labels are turned too",
+            "its EXIF orientation is 3, and it is not known whether its labels are rotated too",
         ),
         (
             6,
             (HEIGHT, HEIGHT),
-            "its EXIF orientation is 6, and it is not known whether its labels are turned too",
+            "its EXIF orientation is 6, and it is not known whether its labels are rotated too",
         ),
         (6, (WIDTH, HEIGHT), "the image has 8×12 pixels, its annotations are for 12×8"),
         (6, (HEIGHT, WIDTH), ""),
@@ -360,26 +368,26 @@ def test_no_box_lies_askew_on_an_image_that_exif_turns(tmp_path, orientation, sh
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ("{", "train.json is no JSON"),
+        ("{", "train.json is not valid JSON"),
         ("[]", "train.json has no list 'images'"),
         (json.dumps({"images": [], "annotations": {}, "categories": []}), "no list 'annotations'"),
         (json.dumps({"images": [1], "annotations": [], "categories": []}), "no list 'images'"),
         (content([], []), "train.json has no image"),
         (content([image_entry(1)], [], ()), "train.json has no category"),
-        (content([image_entry(1), image_entry(1, "b.png")], []), "gives image ids twice: 1"),
-        (content([image_entry(1)], [], ((2, "a"), (2, "b"))), "gives category ids twice: 2"),
+        (content([image_entry(1), image_entry(1, "b.png")], []), "has duplicate image ids: 1"),
+        (content([image_entry(1)], [], ((2, "a"), (2, "b"))), "has duplicate category ids: 2"),
         (content([image_entry(1), image_entry("b")], []),
-         "image ids that are numbers and others that are texts, such as 1 and 'b'"),
+         "image ids that are numbers and others that are strings, such as 1 and 'b'"),
         (content([image_entry(1)], [], ((2, "a"), ("3", "b"))),
-         "category ids that are numbers and others that are texts, such as 2 and '3'"),
+         "category ids that are numbers and others that are strings, such as 2 and '3'"),
         (content([image_entry(1)], [thing(1, 1, 8), thing(2, 1, 9), thing(3, 1, 8)]),
-         "3 annotations in train.json are of categories that it does not list: ids 8, 9"),
-        (content([image_entry(1)], [thing(1, 1, None)]), "does not list: ids None"),
+         "3 annotations in train.json have unlisted categories: ids 8, 9"),
+        (content([image_entry(1)], [thing(1, 1, None)]), "unlisted categories: ids None"),
         (content([image_entry(1, width=0)], []), "an entry image has width = 0"),
         (content([{"id": 1, "file_name": "a.png"}], []), "image has width = None"),
         (content([image_entry([1])], []), r"image has id = \[1\]"),
-        (content([image_entry(1, "../a.png")], []), r"'../a.png' leads out of"),
-        (content([image_entry(1, "/etc/a.png")], []), r"'/etc/a.png' leads out of"),
+        (content([image_entry(1, "../a.png")], []), r"'../a.png' is outside of"),
+        (content([image_entry(1, "/etc/a.png")], []), r"'/etc/a.png' is outside of"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
@@ -396,13 +404,13 @@ def test_a_file_that_cannot_be_meant_is_refused(tmp_path, table, message):
     ("change", "error", "message"),
     [
         (lambda root: shutil.rmtree(root), FileNotFoundError,
-         "lacks annotations/; it is not there"),
+         "has no annotations/; it does not exist"),
         (lambda root: shutil.rmtree(root / "annotations"), FileNotFoundError,
-         "lacks annotations/; it holds train. Expected are annotations/instances_train2017"),
+         "has no annotations/; it contains train. Expected annotations/instances_train2017"),
         (lambda root: (root / "annotations/train.json").unlink(), FileNotFoundError,
-         "holds no .json file"),
+         "contains no .json file"),
         (lambda root: shutil.rmtree(root / "train"), FileNotFoundError,
-         "None of the images of 'train' .* such as 5.png; looked in train/"),
+         "The images of 'train' are not in .* for example 5.png; looked in train/"),
         (lambda root: shutil.copy(root / "annotations/train.json",
                                   root / "annotations/train2017.json"), ValueError,
          "several files for train: train.json, train2017.json; keep one"),
@@ -441,7 +449,7 @@ def test_one_id_in_two_parts_cannot_be_judged_at_once(tmp_path):
 
 def test_images_without_boxes_are_refused(tmp_path):
     Image.new("L", (4, 4)).save(tmp_path / "a.png")
-    with pytest.raises(ValueError, match="has no boxes; name a folder in COCO's layout"):
+    with pytest.raises(ValueError, match="has no boxes; give a folder in COCO's layout"):
         boxed_splits(str(tmp_path), 0.2, 0)
 
 
@@ -454,5 +462,5 @@ def test_without_pycocotools_boxes_alone_can_be_read(spec, monkeypatch):
 
 
 def test_an_unknown_kind_of_label_is_refused(spec):
-    with pytest.raises(ValueError, match="takes label=boxes"):
+    with pytest.raises(ValueError, match="use label=boxes"):
         open_data(f"{spec}?label=masks")

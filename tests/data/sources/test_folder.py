@@ -79,7 +79,7 @@ def test_label_option(tmp_path):
     with pytest.raises(ValueError, match="label=species"):
         open_data(f"{tmp_path}?label=species")
     fill(tmp_path, "outside.png")
-    with pytest.raises(ValueError, match="1 images lie outside"):
+    with pytest.raises(ValueError, match=r"1 images in .* are not in a class folder"):
         open_data(f"{tmp_path}?label=folder")
 
 
@@ -153,12 +153,12 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
 @pytest.mark.parametrize(
     ("prepare", "error", "message"),
     [
-        (lambda p: p / "none", FileNotFoundError, "There is no folder"),
+        (lambda p: p / "none", FileNotFoundError, "none' does not exist"),
         (lambda p: fill(p, "a.png") / "a.png", NotADirectoryError, "is a file; give the folder"),
-        (lambda p: p, ValueError, r"holds no image at any depth; it holds no file"),
+        (lambda p: p, ValueError, r"contains no image at any depth; it contains no files"),
         (
             lambda p: [(p / n).write_text("x") for n in ("a.txt", "b.TXT", "c.heic")] and p,
-            ValueError, r"it holds 2 × \.txt, 1 × \.heic\. Images are files that end in .*\.jpg",
+            ValueError, r"it contains 2 × \.txt, 1 × \.heic\. Images are files that end in .*\.jpg",
         ),
     ],
     ids=["missing", "file", "empty", "no-image"],

@@ -92,7 +92,7 @@ def test_a_scene_too_large_to_be_read_whole_is_named(tmp_path, monkeypatch):
     data = open_data(f"geotiff:{tmp_path}")
     assert data.ids == ["a.tif"]
     assert data.faults == [
-        "b.tif has 30x40 pixels, the limit is 600; cut it by tile=, or set VIM_SSL_MAX_PIXELS"
+        "b.tif has 30x40 pixels, the limit is 600; cut it with tile=, or set VIM_SSL_MAX_PIXELS"
     ]
     assert len(open_data(f"geotiff:{tmp_path}?tile=10")) == 6 + 12
 
@@ -101,7 +101,7 @@ def test_complex_values_and_mixed_depths_are_named(tmp_path):
     write(tmp_path / "a.tif", scene(), NAMES)
     write(tmp_path / "b.tif", scene(dtype=np.complex64), NAMES)
     assert open_data(f"geotiff:{tmp_path}").faults == [
-        "b.tif has complex values, which are no image"
+        "b.tif has complex values, expected real ones"
     ]
     write(tmp_path / "c.tif", scene(dtype=np.uint8), NAMES)
     with pytest.raises(ValueError, match=r"c\.tif is uint8, others are uint16"):
@@ -204,7 +204,7 @@ def test_a_cut_off_file_is_named(tmp_path):
         ("?bands=5", ValueError, "no band '5'"),
         ("?tile=0", ValueError, "tile=0 is not a whole number above 0"),
         ("?label=city", ValueError, "label=folder"),
-        ("/*.jp2", FileNotFoundError, "names no file"),
+        ("/*.jp2", FileNotFoundError, "does not match any file"),
     ],
 )
 def test_errors(tmp_path, query, error, message):
@@ -327,7 +327,7 @@ def test_bigearthnet_version_1(tmp_path):
     ]
     assert data.groups == ["S2A", "S2A"]
     (tmp_path / "S2A_1_1/S2A_1_1_labels_metadata.json").write_text('{"labels": ["Moon"]}')
-    with pytest.raises(ValueError, match="'Moon' is no class of BigEarthNet"):
+    with pytest.raises(ValueError, match="'Moon' is not a class of BigEarthNet"):
         open_data(f"bigearthnet:{tmp_path}")
 
 
@@ -388,9 +388,12 @@ def test_what_has_no_label_and_what_cannot_be_one(tmp_path):
     data = open_data(spec)
     assert data.groups == ["a.tif", "b.tif", "c.tif"]
     told = " ".join(data.faults)
-    assert "d.tif: the mask lies elsewhere than its raster" in told
+    assert "d.tif: the mask and its raster have different positions" in told
     assert "e.tif: the mask has 20×20 pixels, its raster 30×20" in told
-    for i, reason in ((1, r"holds 0\.5, which is no class"), (2, "number 3; there are 3 classes")):
+    for i, reason in (
+        (1, r"contains 0\.5, which is not a class"),
+        (2, "number 3; there are 3 classes"),
+    ):
         with pytest.raises(BadImage, match=reason):
             data[i]
 

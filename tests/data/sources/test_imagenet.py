@@ -58,9 +58,9 @@ def test_flat_validation_by_the_devkit(tmp_path):
 
 
 def test_what_is_missing_is_said(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such folder"):
+    with pytest.raises(FileNotFoundError, match="the folder does not exist"):
         open_data(f"imagenet:{tmp_path / 'no'}")
-    with pytest.raises(FileNotFoundError, match=r"neither train/ nor val/.*holds nothing"):
+    with pytest.raises(FileNotFoundError, match=r"neither train/ nor val/.*contains nothing"):
         open_data(f"imagenet:{tmp_path}")
     official(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"LOC_val_solution\.csv .*meta\.mat"):
@@ -69,5 +69,5 @@ def test_what_is_missing_is_said(tmp_path):
     with pytest.raises(ValueError, match="3 of 3 images in val/ have no label"):
         open_data(f"imagenet:{tmp_path}?split=val")
     fill(tmp_path, "train/cats/a.JPEG")
-    with pytest.raises(ValueError, match=r"no synset of ImageNet-1k, such as cats"):
+    with pytest.raises(ValueError, match=r"not synsets of ImageNet-1k, such as cats"):
         open_data(f"imagenet:{tmp_path}")

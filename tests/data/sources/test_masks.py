@@ -135,8 +135,8 @@ def test_the_fingerprint_knows_the_masks(tmp_path):
     ("values", "reason"),
     [
         (np.zeros((3, 2), np.uint8), "the mask has 2×3 pixels, its image 3×2"),
-        ([[0, 1, 9], [0, 0, 0]], "holds the number 9; there are 3 classes, 0 to 2, and 255"),
-        (np.zeros((2, 3, 3), np.uint8), "mode RGB; expected one class number a pixel"),
+        ([[0, 1, 9], [0, 0, 0]], "contains the value 9; expected 3 classes, 0 to 2, and 255"),
+        (np.zeros((2, 3, 3), np.uint8), "mode RGB; expected one class number per pixel"),
     ],
     ids=["size", "class", "colour"],
 )
@@ -157,7 +157,7 @@ def test_a_mask_that_does_not_fit_is_named(tmp_path, values, reason):
         (
             3,
             VALUES,
-            "its EXIF orientation is 3, and it is not known whether its labels are turned too",
+            "its EXIF orientation is 3, and it is not known whether its labels are rotated too",
         ),
         (2, VALUES, "its EXIF orientation is 2"),
         (6, VALUES, "the mask has 3×2 pixels, its image 2×3"),
@@ -191,15 +191,15 @@ def test_a_broken_mask_is_named(tmp_path):
     ("change", "error", "message"),
     [
         (lambda root: shutil.rmtree(root / "masks"), FileNotFoundError,
-         r"lacks masks/; it holds images"),
+         r"has no masks/; it contains images"),
         (lambda root: [shutil.rmtree(root / name) for name in ("masks", "images")],
-         FileNotFoundError, r"lacks images/ and masks/; it holds nothing"),
+         FileNotFoundError, r"has no images/ and no masks/; it contains nothing"),
         (lambda root: [(root / "masks" / name).unlink() for name in ("a.png", "b.png")],
          FileNotFoundError, r"2 of 3 images .*: a.jpg, b.jpg"),
         (lambda root: shutil.copy(root / "images/a.jpg", root / "masks/a.jpg"), ValueError,
-         r"do not survive in a .jpg file"),
+         r"a .jpg file does not preserve class numbers"),
         (lambda root: shutil.copy(root / "masks/a.png", root / "masks/a.gif"), ValueError,
-         r"do not survive in a .gif file"),
+         r"a .gif file does not preserve class numbers"),
         (lambda root: shutil.copy(root / "masks/a.png", root / "masks/a.bmp"), ValueError,
          r"two masks a.bmp and a.png"),
         (lambda root: (root / "classes.txt").write_text("one\n"), ValueError,
@@ -217,9 +217,9 @@ def test_what_is_missing_is_told_at_the_start(tmp_path, change, error, message):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ([[0, 0, 0]], "hold 0 and so no two classes"),
-        ([[0, 255, 0]], r"hold 0, 255 .* white object on black is 1 on 0"),
-        ([[255, 255, 255]], "hold 255 and so no two classes"),
+        ([[0, 0, 0]], r"fewer than two classes \(values: 0\)"),
+        ([[0, 255, 0]], r"values: 0, 255.* Save objects as 1 on 0"),
+        ([[255, 255, 255]], r"fewer than two classes \(values: 255\)"),
     ],
     ids=["one-class", "white-on-black", "all-ignored"],
 )
@@ -233,7 +233,7 @@ def test_a_number_beyond_all_classes_is_refused_at_once(tmp_path):
     spec = plain(tmp_path, "a")
     (tmp_path / "masks/a.png").unlink()
     Image.fromarray(np.array([[0, 1, -1]], np.int32)).save(tmp_path / "masks/a.tif")
-    with pytest.raises(ValueError, match="hold the number 4294967295; classes are 0 to 254"):
+    with pytest.raises(ValueError, match="contain the value 4294967295; classes are 0 to 254"):
         open_data(spec)
 
 

@@ -62,7 +62,7 @@ def test_volumes(tmp_path):
     volume = np.arange(4 * 5 * 6, dtype=np.uint8).reshape(shape)
     images = np.stack([volume, volume + 100])
     spec = write(tmp_path / "nodulemnist3d.npz", shape, [[0], [1]], val_images=images)
-    with pytest.raises(ValueError, match=r"say axis=0, 1 or 2"):
+    with pytest.raises(ValueError, match=r"use axis=0, 1 or 2"):
         open_data(spec)
 
     cube = write(tmp_path / "organmnist3d.npz", (6, 6, 6), [[10]])
@@ -93,7 +93,7 @@ def test_an_unknown_set_is_known_by_its_labels(tmp_path, labels, task, classes):
 def test_nothing_is_unpickled(tmp_path):
     evil = np.array([[{"a": 1}], [2]], dtype=object)
     spec = write(tmp_path / "mine.npz", (8, 8), [[0]], val_labels=evil)
-    with pytest.raises(ValueError, match=r"is no MedMNIST file: .*Python objects"):
+    with pytest.raises(ValueError, match=r"is not a MedMNIST file: .*Python objects"):
         open_data(spec)
 
 
@@ -112,12 +112,12 @@ def test_another_form(tmp_path, changes, message):
 
 def test_other_files(tmp_path):
     np.savez(tmp_path / "a.npz", x=np.zeros(3))
-    with pytest.raises(ValueError, match=r"it has no train_images\.npy.*but x\.npy"):
+    with pytest.raises(ValueError, match=r"it has no train_images\.npy.*it has x\.npy"):
         open_data(f"medmnist:{tmp_path / 'a.npz'}")
     (tmp_path / "b.npz").write_bytes(b"no zip")
-    with pytest.raises(ValueError, match=r"is no MedMNIST file: .*zip"):
+    with pytest.raises(ValueError, match=r"is not a MedMNIST file: .*zip"):
         open_data(f"medmnist:{tmp_path / 'b.npz'}")
     with pytest.raises(FileNotFoundError, match=r"medmnist\.com"):
         open_data(f"medmnist:{tmp_path / 'c.npz'}")
-    with pytest.raises(ValueError, match="holds images, not volumes"):
+    with pytest.raises(ValueError, match="contains images, not volumes"):
         open_data(write(tmp_path / "mine.npz", (8, 8), [[0]]) + "?axis=1")

@@ -32,8 +32,8 @@ def test_opening_tells_of_a_few_faults_and_counts_the_rest(tmp_path, caplog):
     (tmp_path / "0.txt").write_text("a hat")
     assert len(open_data(f"pairs:{tmp_path}").faults) == 8
     assert [message.split(": ", 1)[1] for message in caplog.messages] == [
-        *(f"{i}.png: there is no {i}.txt" for i in range(1, 6)),
-        "3 more; `vim-ssl data check` names them all.",
+        *(f"{i}.png: {i}.txt does not exist" for i in range(1, 6)),
+        "3 more faults; `vim-ssl data check` lists them all.",
     ]
 
 
@@ -44,7 +44,7 @@ def test_every_line_beside_an_image_is_a_caption(tmp_path):
     assert data[0]["image"].size == (8, 6)
     assert captions_of(data[0]["caption"]) == data.captions(0) == ["a dog", "the same dog"]
     assert data.captions(1) == ["une fête"]
-    assert data.faults == ["c.png: there is no c.txt"]
+    assert data.faults == ["c.png: c.txt does not exist"]
     assert data.has_captions
     assert pickle.loads(pickle.dumps(data)).captions(1) == ["une fête"]
 
@@ -80,7 +80,7 @@ def test_the_fingerprint_changes_with_a_caption_file(tmp_path):
 
 
 def test_a_folder_without_captions_says_where_one_would_be(tmp_path):
-    with pytest.raises(ValueError, match=r"None of the 1 images .* in a\.txt"):
+    with pytest.raises(ValueError, match=r"None of the 1 images .* example a\.txt"):
         open_data(f"pairs:{fill(tmp_path, a=None)}")
 
 
@@ -125,8 +125,8 @@ def test_bad_rows_are_named_and_counted(tmp_path):
     data = open_data(table(tmp_path, b"\n".join(rows)))
     assert [data.captions(i) for i in range(len(data))] == [["fine"], ["good"]]
     assert data.faults == [
-        "pairs.csv, line 3: 1 fields where the header has 2",
-        "pairs.csv, line 4: 3 fields where the header has 2",
+        "pairs.csv, line 3: 1 fields, the header has 2",
+        "pairs.csv, line 4: 3 fields, the header has 2",
         "pairs.csv, line 5: no path",
         "pairs.csv, line 6: no caption",
         "pairs.csv, line 7: it is not UTF-8",
@@ -148,13 +148,24 @@ def test_a_lone_quote_between_tabs_swallows_nothing(tmp_path):
     assert [data.captions(i) for i in range(2)] == [['"oh'], ['say ""hi"']]
 
 
+def test_spaces_within_quotes_between_tabs_belong_to_the_caption(tmp_path):
+    texts = [f"path\tcaption\na.png\t{caption}\n" for caption in ('" a dog "', "a dog", " a dog ")]
+    spaced, plain, outside = [open_data(table(tmp_path, text, "x.tsv")) for text in texts]
+    assert plain.fingerprint == outside.fingerprint != spaced.fingerprint
+
+
 @pytest.mark.parametrize(
     ("text", "options", "error", "says"),
     [
         ("a.png,a dog\n", "", ValueError, r"no column for images .* say \?image=COLUMN"),
-        ("path,words\na.png,dog\n", "", ValueError, r"no column for captions .* names path, words"),
+        (
+            "path,words\na.png,dog\n",
+            "",
+            ValueError,
+            r"no column for captions .* header is path, words",
+        ),
         ("path,words\na.png,dog\n", "?caption=word", ValueError, "Did you mean 'words'"),
-        ("path,caption\n", "", ValueError, "holds no pair"),
+        ("path,caption\n", "", ValueError, "has no image-caption pairs"),
         ("path,caption\nx/a.png,dog\n", "", FileNotFoundError, "none of the first images"),
         ("path,caption\na.png,dog\n", "?split=val", ValueError, "has no splits"),
     ],
@@ -170,7 +181,7 @@ def test_columns_are_named(tmp_path):
 
 
 def test_no_table_is_told(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such table"):
+    with pytest.raises(FileNotFoundError, match="the table does not exist"):
         open_data(f"pairs:{tmp_path}/x.csv")
 
 
@@ -185,7 +196,7 @@ def test_sets_read_as_one_keep_their_captions_if_all_have_them(tmp_path):
     assert [data.captions(i) for i in range(2)] == [["a dog", "dog"], ["a cat"]]
     assert captions_of(data[1]["caption"]) == ["a cat"]
     assert data.subset([1]).captions(0) == ["a cat"]
-    assert data.faults == ["c.png: there is no c.txt"]
+    assert data.faults == ["c.png: c.txt does not exist"]
     assert not open_data(f"{one} + {tmp_path}/two").has_captions
 
 

@@ -156,7 +156,7 @@ def test_what_cannot_be_read_is_named_and_passed_over(folder, tmp_path):
     [
         ({"photometric": "miniswhite"}, "its colours are MINISWHITE, expected MINISBLACK, RGB"),
         ({"photometric": "palette", "colormap": np.ones((3, 256), np.uint16)}, "are PALETTE"),
-        ({"photometric": "minisblack"}, "pieces of 114,264 pixels, the limit is 100,000; save"),
+        ({"photometric": "minisblack"}, "segments of 114,264 pixels, the limit is 100,000; save"),
     ],
     ids=["inverted", "palette", "one piece"],
 )
@@ -184,11 +184,11 @@ def test_a_lost_level_is_done_without(tmp_path):
 @pytest.mark.parametrize(
     ("spec", "says"),
     [
-        ("slide:{0}?tissue=much", "neither a share"),
-        ("slide:{0}/normal/plain.png?mpp=1", "does not say how large a pixel is"),
-        ("slide:{0}?tile=4096", "none gives a tile"),
+        ("slide:{0}?tissue=much", "must be a fraction"),
+        ("slide:{0}/normal/plain.png?mpp=1", "does not declare its pixel size"),
+        ("slide:{0}?tile=4096", r"none of .* slides has a tile"),
         ("slide:{0}?mpp=0", "not a number above 0"),
-        ("slide:{0}?mpp=1&shrink=2", "mpp= and shrink= both say"),
+        ("slide:{0}?mpp=1&shrink=2", "mpp= and shrink= both set"),
     ],
 )
 def test_what_does_not_fit_is_told(folder, spec, says):

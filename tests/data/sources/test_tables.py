@@ -61,9 +61,9 @@ def test_a_file_that_is_gone_is_named(tmp_path):
     [
         (["where,label", "a.png,1"], "", "no column of paths .* It has where, label"),
         (["path,label", "a.png,1"], "?label=lable", r"no column 'lable'.*mean 'label'"),
-        (["path,label", "a.png,1", "a.png,2"], "", "names 'a.png' twice"),
-        (["path,label", "a.png,1,2"], "", "row 1 has 3 fields, the header 2"),
-        (["path,label"], "", "no line below its header"),
+        (["path,label", "a.png,1", "a.png,2"], "", "lists 'a.png' twice"),
+        (["path,label", "a.png,1,2"], "", "row 1 has 3 fields, the header has 2"),
+        (["path,label"], "", "but no rows"),
     ],
 )
 def test_csv_errors(tmp_path, lines, query, message):
@@ -78,7 +78,7 @@ def test_a_table_that_is_not_utf_8_is_told_with_the_line(tmp_path):
 
 
 def test_csv_missing(tmp_path):
-    with pytest.raises(FileNotFoundError, match="there is no such file"):
+    with pytest.raises(FileNotFoundError, match="the file does not exist"):
         open_data(f"csv:{tmp_path / 'no.csv'}")
 
 
@@ -109,5 +109,5 @@ def test_parquet(tmp_path, kind):
 
 
 def test_parquet_missing(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"parquet:.*there is no file"):
+    with pytest.raises(FileNotFoundError, match=r"parquet:.*no file matches"):
         open_data(f"parquet:{tmp_path}")

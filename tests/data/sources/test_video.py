@@ -180,7 +180,7 @@ def test_damage_is_passed_over_or_named(folder):
 
     for name, text in (("empty.mp4", b""), ("text.mp4", b"no video " * 99)):
         (folder / name).write_bytes(text)
-        with pytest.raises(BadImage, match="no video that FFmpeg can read"):
+        with pytest.raises(BadImage, match="not a video that FFmpeg can read"):
             Video(folder / name, Sampling()).clips()
     with pytest.raises(BadImage, match="FileNotFoundError"):
         Video(folder / "gone.mp4", Sampling()).clips()
@@ -252,10 +252,10 @@ def test_a_table_and_a_single_file(classes, tmp_path):
         ("video:{0}?frames=0", "not a whole number above 0"),
         ("video:{0}?fps=fast", "not a number above 0"),
         ("video:{0}?tile=4", "takes no option 'tile'"),
-        ("video:{0}?label=name", "takes label=folder"),
-        ("video:{0}/jump/frames", "holds 6 images and no video"),
+        ("video:{0}?label=name", "use label=folder"),
+        ("video:{0}/jump/frames", "contains 6 images but no video"),
         ("{0}/jump?frames=3", "takes no option 'frames'"),
-        ("video:{0} + video:{0}", "cannot be joined"),
+        ("video:{0} + video:{0}", "only images can be joined"),
     ],
 )
 def test_what_does_not_fit_is_told(classes, spec, says):

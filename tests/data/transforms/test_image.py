@@ -258,5 +258,5 @@ def test_bands_as_seen_are_red_green_and_blue_around_their_mean():
 def test_colours_of_four_channels_are_not_changed():
     four = {"input_size": (4, 8, 8), "mean": (0.5,) * 4, "std": (0.5,) * 4}
     assert create_transform(four, is_training=True)(np.zeros((9, 9, 4), np.uint8)).shape[0] == 4
-    with pytest.raises(ValueError, match="not those of 4 channels; set it to 0"):
+    with pytest.raises(ValueError, match="not for 4 channels; set it to 0"):
         create_transform(four, is_training=True, color_jitter=0.4)

@@ -1,8 +1,8 @@
-"""Batches whose random draws are functions of (seed, epoch, index), so that training resumes
-exactly in the middle of an epoch, with any number of workers.
+"""Stateless data loading: training resumes exactly in the middle of an epoch, with any number of
+workers.
 
-Nothing has state: the order of an epoch is a function of (seed, epoch), a sample's augmentation and
-mask of (seed, epoch, index). To resume, request epoch e from batch s on.
+The order of an epoch is a function of (seed, epoch); a sample's augmentation and mask are functions
+of (seed, epoch, index). To resume, request epoch e starting at batch s.
 """
 
 import hashlib
@@ -20,11 +20,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from vim_ssl.data.images import BadImage
 
-ATTEMPTS = 20  # broken images in a row after which loading fails
+ATTEMPTS = 20  # consecutive broken images after which loading fails
 
 
 def stable_hash(*parts) -> int:
-    """A 32-bit hash that is the same in every process and on every machine."""
+    """Return a 32-bit hash that is the same in every process and on every machine."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little")
 
@@ -34,13 +34,13 @@ class EpochBatches(Sampler):
 
     Args:
         size: number of samples.
-        batch_size: per process; an epoch's last incomplete global batch is dropped.
-        rank, world: this process among all.
-        seed: of the shuffling.
-        repeats: consecutive repetitions of a sample; an epoch keeps its length and has so many
-            times fewer samples (repeated augmentation, arXiv:1902.05509). The k-th repetition has
-            an index k x size higher.
-    Attributes ``epoch`` and ``start`` (the first batch) are set before iterating.
+        batch_size: batch size per process; an epoch's last incomplete global batch is dropped.
+        rank, world: index of this process, and number of processes.
+        seed: seed of the shuffling.
+        repeats: consecutive repetitions of each sample (repeated augmentation, arXiv:1902.05509).
+            The length of an epoch stays the same, so it has fewer distinct samples. The k-th
+            repetition of index i has the index i + k x size.
+    Set the attributes ``epoch`` and ``start`` (the first batch) before iterating.
     Raises: ValueError if no global batch can be filled.
     """
 
@@ -81,18 +81,18 @@ class EpochBatches(Sampler):
 
 
 class SeededSamples(Dataset):
-    """A data set seen through a random transform, addressed by (epoch, index).
+    """Samples of a data set with a random transform applied, indexed by (epoch, index).
 
     Args:
-        data: by index; items are dicts with ``image``; may raise `BadImage`.
+        data: indexed data; items are dicts with ``image``; may raise `BadImage`.
         transform: dict -> dict of tensors and numbers; draws from the global generators of
             ``random``, numpy and torch, which are seeded for every sample; may raise `BadImage`
             for an item that it cannot use.
-        seed: of the run.
+        seed: seed of the run.
         repeats: see `EpochBatches`.
 
-    An image that cannot be decoded is replaced by another one, chosen by hash, and listed in the
-    sample's ``skipped``.
+    An undecodable image is replaced by another image, chosen by hash, and listed in the sample's
+    ``skipped``.
     """
 
     def __init__(self, data, transform: Callable[[dict], dict], seed: int = 0, *, repeats: int = 1):
@@ -106,26 +106,27 @@ class SeededSamples(Dataset):
         return self._draw(epoch, self._candidates(index))
 
     def batches(self, batch_size: int, *, rank: int, world: int, workers: int):
-        """The batch sampler of one process; its order does not depend on ``workers``."""
+        """Return the batch sampler of one process; its order does not depend on ``workers``."""
         return EpochBatches(
             len(self), batch_size, rank=rank, world=world, seed=self.seed, repeats=self.repeats
         )
 
     def preview(self, count: int) -> list[dict]:
-        """A few samples to look at, the same in every call."""
+        """Return `count` evenly spaced samples for display, or only the first if the data set has
+        fewer. Every call returns the same samples."""
         size = len(self)
         indices = [i * size // count for i in range(count)] if size >= count else [0]
         return [self[(0, i)] for i in indices]
 
     def _candidates(self, index: int) -> Iterator[tuple[int, Callable[[], dict]]]:
-        """The image at ``index`` and its substitutes: indices, and what loads them."""
+        """Yield (index, loader) for the image at ``index``, then for its substitutes."""
         for attempt in range(ATTEMPTS):
             other = index if not attempt else stable_hash("in place of", index, attempt)
             yield other, partial(self.data.__getitem__, other % len(self))
 
     def _draw(self, epoch: int, candidates: Iterable[tuple[int, Callable[[], dict]]]) -> dict:
-        """The transformed sample of the first candidate (index, loader) that can be read; the seed
-        is that of the first of all."""
+        """Return the transformed sample of the first readable candidate (index, loader). The first
+        candidate's index determines the seed, even if that candidate is broken."""
         skipped: list[str] = []
         seed = None
         for index, load in candidates:
@@ -135,18 +136,18 @@ class SeededSamples(Dataset):
                 item = load()
                 random.seed(seed)
                 np.random.seed(seed)  # noqa: NPY002 (timm's augmentations draw from it)
-                # The CPU's generator alone: torch.manual_seed formats a stack trace for every
-                # other kind of device, which takes longer than a small image, and keeps it.
+                # Seed only the CPU generator: torch.manual_seed formats and keeps a stack trace for
+                # every other device type, which takes longer than loading a small image.
                 torch.default_generator.manual_seed(seed)
                 return self.transform(item) | {"index": index % len(self), "skipped": skipped}
             except BadImage as bad:
                 skipped.append(str(bad))
-        raise BadImage("twenty images in a row", f"none could be read; the last: {skipped[-1]}")
+        raise BadImage("20 consecutive images", f"none can be read; the last: {skipped[-1]}")
 
 
 def collate(samples: list[dict]) -> dict:
-    """Stack tensors and numbers; join the lists of skipped images. Dicts, whose values differ in
-    shape between samples, stay a list."""
+    """Stack tensors and numbers; concatenate the lists of skipped images. Dicts become a list,
+    because the shapes of their values differ between samples."""
     batch: dict[str, Any] = {}
     for key in samples[0]:
         values = [s[key] for s in samples]
@@ -164,10 +165,10 @@ def collate(samples: list[dict]) -> dict:
 def training_loader(
     samples: SeededSamples, batches: Sampler, *, num_workers: int = 0, pin_memory: bool = False
 ) -> DataLoader:
-    """A loader of ``samples.batches(…)``; the workers stay alive between epochs."""
+    """Return a loader of ``samples.batches(…)``; its workers stay alive between epochs."""
     if num_workers:
-        # Not atexit: processes started by multiprocessing, as by some launchers, end without it
-        # and would wait for ever, and a fork that ends would kill its parent's workers.
+        # Not atexit: processes that multiprocessing starts (some launchers use it) skip atexit
+        # and would wait forever, and a fork that exits would kill its parent's workers.
         Finalize(None, _kill_workers, exitpriority=0)
     return DataLoader(
         samples,
@@ -183,17 +184,16 @@ def training_loader(
 def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
     # A signal to the process group, from Ctrl-C, `timeout` or a scheduler, makes the trainer save
-    # and exit; a worker that died of it would end the run first. Workers end with the loader, when
-    # their parent is gone, or by `_kill_workers`.
+    # and exit; a worker killed by it would end the run first. Workers exit with the loader, after
+    # their parent, or through `_kill_workers`.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 
 def _kill_workers() -> None:
-    # After an exception workers still run. multiprocessing would send them SIGTERM, which they
-    # ignore, and wait for them for ever. (torch's handler of SIGCHLD would report each as a
-    # failure.)
-    if hasattr(signal, "SIGCHLD"):  # Windows has none
+    # Workers still run after an exception. multiprocessing would send SIGTERM, which they ignore,
+    # and wait forever. (torch's SIGCHLD handler would report each killed worker as a failure.)
+    if hasattr(signal, "SIGCHLD"):  # not on Windows
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for child in multiprocessing.active_children():
         if child.daemon:

@@ -1,13 +1,13 @@
-"""`ImageStream`: images in shards that are read in order, and the order of an epoch.
+"""Streams: images in shards that are read in order.
 
-A shard is one file, such as a tar or a parquet table, with a known number of samples. So the order
-of an epoch is a function of (seed, epoch), as for images by index; to resume, request epoch e from
-batch s on: shards that are used up by then are not opened.
+A shard is one file, such as a tar or a parquet table, with a known number of samples. Therefore the
+order of an epoch is a function of (seed, epoch), as for indexed images. To resume, request epoch e
+starting at batch s; shards that are finished by then are not opened.
 
     shards → slots   every worker of every process is a slot; it keeps its shards in all epochs
-    slot → order     its shards shuffled, then their samples through a buffer
-    slots → batches  batch n of a process comes from its slot n % workers; every slot gives as many
-                     as the smallest, so that none runs out before another
+    slot → order     its shards are shuffled, then their samples with a shuffle buffer
+    slots → batches  batch n of a process comes from its slot n % workers; all slots give as many
+                     batches as the smallest slot
 """
 
 import io
@@ -31,12 +31,12 @@ from vim_ssl.data.images import BadImage, decode_image
 from vim_ssl.data.loading.indexed import ATTEMPTS, SeededSamples, stable_hash
 
 BUFFER = 1000  # undecoded images in a reader's shuffle buffer
-RETRIES = 3  # of a remote shard that breaks off, with pauses of 2, 4 and 8 seconds
+RETRIES = 3  # retries after a broken connection to a remote shard, after 2, 4 and 8 seconds
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of a stream, with ``count`` samples; ``version`` (its size, or its host's tag) is in
+    """One file of a stream, with ``count`` samples. ``version`` (its size, or its ETag) is part of
     the stream's fingerprint."""
 
     name: str
@@ -45,12 +45,12 @@ class Shard:
 
 
 class ImageStream:
-    """Images that are read in order, shard by shard; `ImageData` is its counterpart by index.
+    """Images that are read in order, shard by shard; `ImageData` is the indexed counterpart.
 
     Args:
-        shards: empty ones are dropped.
-        read: a shard's name → its samples in order: items of `ImageData` with ``image`` undecoded
-            (a path, a file's bytes, or a BadImage). Picklable.
+        shards: the shards; empty ones are dropped.
+        read: maps a shard's name to its samples in order: items of `ImageData` with an undecoded
+            ``image`` (a path, the bytes of a file, or a BadImage). Picklable.
         name, classes, splits, split, faults: see `ImageData`.
     Attributes: the arguments, and ``is_stream``, ``kind``, ``sampling``, ``bands`` of `ImageData`.
     """
@@ -81,7 +81,7 @@ class ImageStream:
 
     @cached_property
     def starts(self) -> list[int]:
-        """The index of every shard's first sample among all samples."""
+        """Index of each shard's first sample among all samples."""
         return [0, *accumulate(shard.count for shard in self.shards)][:-1]
 
     @cached_property
@@ -95,11 +95,11 @@ class ImageStream:
     def samples(
         self, transform: Callable[[dict], dict], seed: int = 0, *, buffer: int = BUFFER
     ) -> "StreamSamples":
-        """Return training samples, through a random transform; see `StreamSamples`."""
+        """Return training samples with a random transform applied; see `StreamSamples`."""
         return StreamSamples(self, transform, seed, buffer)
 
     def limited(self, limit: int) -> "ImageStream":
-        """At most ``limit`` samples: the first ones of every shard, in proportion."""
+        """Select at most ``limit`` samples: the first ones of each shard, in proportion."""
         total = len(self)
         cut = [start * min(limit, total) // total for start in [*self.starts, total]]
         shards = [replace(shard, count=cut[i + 1] - cut[i]) for i, shard in enumerate(self.shards)]
@@ -109,8 +109,8 @@ class ImageStream:
         )  # fmt: skip
 
     def records(self, number: int) -> Iterator[dict[str, Any]]:
-        """The undecoded samples of a shard, ``count`` in all; an unreadable one is a BadImage.
-        A remote shard is read again from where the connection broke."""
+        """Yield the ``count`` undecoded samples of a shard; an unreadable one is a BadImage.
+        After a broken connection, a remote shard is read again and continued where it broke."""
         shard, done = self.shards[number], 0
         fault = "the shard ends before this sample"
         for attempt in range(1 + RETRIES if is_remote(shard.name) else 1):
@@ -119,7 +119,7 @@ class ImageStream:
                 for record in islice(self.read(shard.name), done, shard.count):
                     yield record
                     done += 1
-            except Exception as error:  # a damaged file makes readers raise nearly anything
+            except Exception as error:  # readers raise errors of nearly any type for a damaged file
                 fault = f"the shard cannot be read: {type(error).__name__}: {error}"
             if done == shard.count:
                 return
@@ -147,14 +147,15 @@ class ImageStream:
 
 
 def share_out(counts: Sequence[int], slots: int) -> list[list[int]]:
-    """Assign shards to slots: the largest first, each to the slot with the fewest samples so far.
+    """Assign shards to slots, the largest first, each to the slot with the fewest samples so far.
 
     Raises: ValueError for more slots than shards.
     """
     if slots > len(counts):
         raise ValueError(
-            f"{len(counts)} shard(s) cannot feed {slots} readers (processes x workers), which need "
-            "one each at least: use fewer --workers or processes, or cut the data into more shards."
+            f"{len(counts)} shard(s) are too few for {slots} readers (processes x workers), which "
+            "need at least one each: use fewer --workers or processes, or split the data into more "
+            "shards."
         )
     shards_of: list[list[int]] = [[] for _ in range(slots)]
     loads = [0] * slots
@@ -166,10 +167,10 @@ def share_out(counts: Sequence[int], slots: int) -> list[list[int]]:
 
 
 def buffered_order(size: int, buffer: int, generator: torch.Generator) -> array:
-    """The permutation of range(size) that a shuffle buffer gives: at position p a number below
-    p + buffer.
+    """Return the permutation of range(size) that a shuffle buffer gives: the number at position p
+    is below p + buffer.
 
-    At each position a number is drawn from the buffer and replaced by the next one.
+    At each position, a number is drawn from the buffer and replaced by the next one.
     """
     held = list(range(min(buffer, size)))
     order = array("q")
@@ -182,10 +183,10 @@ def buffered_order(size: int, buffer: int, generator: torch.Generator) -> array:
 
 
 class SlotReader:
-    """The samples of one slot in one epoch, from position ``start`` of its order on.
+    """The samples of one slot in one epoch, starting at position ``start`` of its order.
 
-    The sample at a position is a function of the arguments alone. Samples are undecoded, with their
-    index; those before ``start`` are skipped, and shards with no others are never opened.
+    The sample at a position depends only on the arguments. Samples are undecoded, with their index;
+    those before ``start`` are skipped, and shards that contain no others are never opened.
     """
 
     def __init__(
@@ -195,15 +196,16 @@ class SlotReader:
         self.stream = stream
         self.shards = [shards[i] for i in torch.randperm(len(shards), generator=generator).tolist()]
         counts = [stream.shards[shard].count for shard in self.shards]
-        self.ends = list(accumulate(counts))  # where each shard ends among the slot's samples
+        self.ends = list(accumulate(counts))  # end of each shard among the slot's samples
         self.order = buffered_order(self.ends[-1], buffer, generator)
         self._start, self._incoming = start, self._read()
         self._held: dict[int, tuple[int, dict[str, Any]]] = {}
 
     def candidates(self, position: int) -> Iterator[tuple[int, dict[str, Any]]]:
-        """The sample at a position; after it the next ones, as substitutes of a broken image.
+        """Yield the sample at a position, then the following ones as substitutes for a broken
+        image.
 
-        Positions are requested in order, from ``start`` on.
+        Positions must be requested in order, starting at ``start``.
         """
         sample = self._sample(self.order[position])
         del self._held[self.order[position]]
@@ -221,7 +223,7 @@ class SlotReader:
         return self._held[number]
 
     def _read(self) -> Iterator[tuple[int, tuple[int, dict[str, Any]]]]:
-        """Numbers in the slot and samples, shard by shard, without those before ``start``."""
+        """Yield (number in the slot, sample), shard by shard, without those before ``start``."""
         needed = np.ones(self.ends[-1], dtype=bool)
         needed[self.order[: self._start]] = False
         for shard, (begin, end) in zip(self.shards, pairwise([0, *self.ends]), strict=True):
@@ -243,11 +245,11 @@ class StreamBatches(Sampler):
     """Batches of one process: lists of (epoch, position x slots + slot), for `StreamSamples`.
 
     Args:
-        sizes: samples in each slot of all processes.
-        batch_size: per process.
-        rank, world: this process among all.
-    Attributes ``epoch`` and ``start`` (the first batch) are set before iterating; ``readers``
-    describes what the order depends on.
+        sizes: number of samples in each slot of all processes.
+        batch_size: batch size per process.
+        rank, world: index of this process, and number of processes.
+    Set the attributes ``epoch`` and ``start`` (the first batch) before iterating. ``readers``
+    describes the processes and workers that the order depends on.
     Raises: ValueError if a slot does not fill one batch.
     """
 
@@ -259,8 +261,8 @@ class StreamBatches(Sampler):
         self.epoch = self.start = 0
         if self.rounds == 0:
             raise ValueError(
-                f"The shards of one of {self.readers} hold {min(sizes)} samples, less than a batch "
-                f"of {batch_size}; use fewer --workers, or --batch-size {min(sizes)}."
+                f"With {self.readers}, the shards of one worker have {min(sizes)} samples, fewer "
+                f"than a batch of {batch_size}; use fewer --workers, or --batch-size {min(sizes)}."
             )
 
     @property
@@ -279,11 +281,11 @@ class StreamBatches(Sampler):
 
 
 class StreamSamples(SeededSamples):
-    """A stream seen through a random transform; `SeededSamples` is its counterpart by index.
+    """Samples from a stream, with a random transform applied. A sample's index is (epoch,
+    position x slots + slot).
 
-    Addressed by (epoch, position x slots + slot). Consecutive positions are cheap; any other
-    position restarts the reader. A DataLoader gives its batches to its workers in turn, so that
-    each reads consecutive positions of one slot.
+    Consecutive positions are cheap; any other position restarts the reader. A DataLoader gives its
+    batches to its workers in turn, so each worker reads consecutive positions of one slot.
 
     Args:
         data, transform, seed: see `SeededSamples`; a broken image is replaced by the next one.
@@ -320,7 +322,7 @@ class StreamSamples(SeededSamples):
         return self._draw(epoch, self._loaders(self._reader, position))
 
     def preview(self, count: int) -> list[dict]:
-        reader = self._open(0, 0, 0)  # a separate reader: that of the training keeps its position
+        reader = self._open(0, 0, 0)  # a separate reader: the training reader keeps its position
         positions = range(min(count, len(reader.order)))
         return [self._draw(0, self._loaders(reader, position)) for position in positions]
 
@@ -341,7 +343,7 @@ def is_remote(name: str) -> bool:
 
 
 def open_file(name: str) -> IO[bytes]:
-    """Open a local file, an http(s) URL, or a URL of fsspec (hf://, s3://, gs://) for reading."""
+    """Open a local file, an http(s) URL, or an fsspec URL (hf://, s3://, gs://) for reading."""
     if not is_remote(name):
         return open(name, "rb")
     if name.startswith(("http://", "https://")):
@@ -356,7 +358,7 @@ def file_name(name: str) -> str:
 
 
 class _CheckedResponse(io.RawIOBase):
-    """A response that raises if the connection ends early; urllib returns what came before."""
+    """A response that raises if the connection ends early; urllib returns truncated data."""
 
     def __init__(self, response):
         self.response, self.headers = response, response.headers

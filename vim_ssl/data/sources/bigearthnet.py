@@ -1,4 +1,4 @@
-"""``bigearthnet:`` — BigEarthNet in its published layouts, versions 1 and 2."""
+"""``bigearthnet:``: BigEarthNet in its published layouts, versions 1 and 2."""
 
 import json
 import os
@@ -15,8 +15,8 @@ from vim_ssl.data.spec import SPLIT_NAMES, DataSpec
 BIGEARTHNET_BANDS = (
     "B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B11", "B12",
 )  # fmt: skip
-BIGEARTHNET_SIDE = 120  # pixels of 10 m
-# The 19 classes, and the classes of version 1 (of 43) that each includes; the others are dropped.
+BIGEARTHNET_SIDE = 120  # pixels, 10 m each
+# The 19 classes, each with the classes it includes of version 1's 43; the others are dropped.
 BIGEARTHNET_CLASSES: dict[str, tuple[str, ...]] = {
     "Urban fabric": ("Continuous urban fabric", "Discontinuous urban fabric"),
     "Industrial or commercial units": ("Industrial or commercial units",),
@@ -51,16 +51,16 @@ BIGEARTHNET_CLASSES: dict[str, tuple[str, ...]] = {
 
 @source("bigearthnet", extra="remote-sensing", options=("label", "bands"))
 def open_bigearthnet(spec: DataSpec) -> Splits:
-    """Open ``bigearthnet:root``: Sentinel-2 patches of 120 px (10 m), with labels of 19 classes as
-    rows of 0 and 1.
+    """Open ``bigearthnet:root``: Sentinel-2 patches of 120 px (10 m), with labels as rows of 0 and
+    1 over 19 classes.
 
     - Version 2: ``metadata.parquet`` with patch_id, labels and split, beside a folder
-      ``BigEarthNet-S2`` with a folder a patch (or with tiles that hold those).
-    - Version 1: a folder a patch with ``…_labels_metadata.json``; its 43 classes become the 19.
+      ``BigEarthNet-S2`` with one folder per patch (or with tile folders that contain these).
+    - Version 1: one folder per patch with ``…_labels_metadata.json``; its 43 classes become the 19.
       It has no splits; the group is the Sentinel-2 tile.
 
-    ``bands=B04,B03,B02`` selects some of the 12; those of 20 and 60 m are resampled to 10 m. The
-    ids are the names of the patches.
+    ``bands=B04,B03,B02`` selects some of the 12 bands; those of 20 and 60 m are resampled to 10 m.
+    The ids are the names of the patches.
 
     Raises: ImportError without rasterio; FileNotFoundError; ValueError for an unknown class.
     """
@@ -68,7 +68,7 @@ def open_bigearthnet(spec: DataSpec) -> Splits:
     root = Path(spec.location).expanduser()
     source = f"bigearthnet:{spec.location}"
     if not root.is_dir():
-        raise FileNotFoundError(f"{source}: there is no such folder.")
+        raise FileNotFoundError(f"{source}: the folder does not exist.")
     numbers = choose_bands(spec.bands, BIGEARTHNET_BANDS, source)
     bands = [BIGEARTHNET_BANDS[number - 1] for number in numbers]
     table = root / "metadata.parquet"
@@ -82,9 +82,9 @@ def open_bigearthnet(spec: DataSpec) -> Splits:
     names = [name for name in sorted(folders) if name in known]
     if not names:
         raise FileNotFoundError(
-            f"{source}: {len(folders)} patch folders and {len(known)} labelled patches, and none "
-            "is both; expected metadata.parquet and BigEarthNet-S2/, or patch folders with a "
-            "…_labels_metadata.json each."
+            f"{source}: {len(folders)} patch folders and {len(known)} labelled patches have no "
+            "patch in common; expected metadata.parquet and BigEarthNet-S2/, or patch folders that "
+            "each contain a …_labels_metadata.json."
         )
     faults = []
     if absent := len(known) - len(names):
@@ -114,7 +114,8 @@ def _metadata(table: Path, source: str) -> tuple[dict[str, list[str]], dict[str,
     columns = parquet.read_schema(table).names
     if missing := [name for name in needed if name not in columns]:
         raise ValueError(
-            f"{source}: {table.name} has no column {', '.join(missing)}, but {', '.join(columns)}."
+            f"{source}: {table.name} has no column {', '.join(missing)}; it has "
+            f"{', '.join(columns)}."
         )
     rows = parquet.read_table(table, columns=needed).to_pydict()
     return (
@@ -124,7 +125,7 @@ def _metadata(table: Path, source: str) -> tuple[dict[str, list[str]], dict[str,
 
 
 def _patches(top: Path) -> dict[str, Path]:
-    """Map the patches to their folders, in ``top`` or in the folders of tiles there."""
+    """Map the patches to their folders, which are in ``top`` or in its tile folders."""
     patches = {}
     for folder, below, files in os.walk(top):
         name = os.path.basename(folder)
@@ -141,7 +142,7 @@ def _row(labels: Sequence[str], where: str) -> list[int]:
         if label in _NUMBER_OF:
             row[_NUMBER_OF[label]] = 1
         elif label not in _LEFT_OUT:
-            raise ValueError(f"{where}: {label!r} is no class of BigEarthNet.")
+            raise ValueError(f"{where}: {label!r} is not a class of BigEarthNet.")
     return row
 
 

@@ -1,4 +1,4 @@
-"""``coco:`` — images with objects, their boxes and outlines, in COCO's format."""
+"""``coco:``: images with objects (boxes and outlines) in COCO's format."""
 
 import json
 import math
@@ -21,12 +21,12 @@ from vim_ssl.data.sources.folder import FileImages, check_option, contents
 from vim_ssl.data.spec import SPLIT_NAMES, DataSpec, canonical_split, pick_split
 from vim_ssl.utils.optional import require
 
-EXAMPLES = 5  # that a message names
-PROBED = 20  # images that must exist in a folder for it to be theirs
+EXAMPLES = 5  # maximum number of names in a message
+PROBED = 20  # number of file names looked up to find a split's image folder
 INSTANCES = "instances_"
 LAYOUT = (
-    "Expected are annotations/instances_train2017.json and instances_val2017.json with train2017/ "
-    "and val2017/, or annotations/train.json and val.json with train/ and val/."
+    "Expected annotations/instances_train2017.json and instances_val2017.json with train2017/ and "
+    "val2017/, or annotations/train.json and val.json with train/ and val/."
 )
 
 
@@ -35,12 +35,13 @@ class Table:
     """The checked content of an annotation file, small enough to be sent to workers.
 
     Attributes:
-        images: ``id``, ``file_name``, ``width`` and ``height`` of each.
-        annotations: of each image, its usable annotations as JSON; their ``segmentation`` is a list
+        images: ``id``, ``file_name``, ``width`` and ``height`` per image.
+        annotations: the usable annotations of each image, as JSON; their ``segmentation`` is a list
             of polygons, an RLE, or None.
-        boxes, outlines: number of single objects in each image, and of those with an outline.
-        categories: ``id`` and ``name`` of each, sorted by id.
-        faults: what is skipped or otherwise wrong, in words.
+        boxes, outlines: number of single objects (not crowds) per image, and of those with an
+            outline.
+        categories: ``id`` and ``name`` per category, sorted by id.
+        faults: descriptions of skipped entries and other faults.
     """
 
     images: list[dict[str, Any]]
@@ -55,8 +56,8 @@ class CocoObjects:
     """Boxes and masks by row: the ``objects`` of an `ImageData`.
 
     Args:
-        tables: their rows follow one another; all have the same categories.
-        outlines: give objects masks, and skip those without an outline.
+        tables: tables whose rows are concatenated; all have the same categories.
+        outlines: return masks, and skip objects without an outline.
     """
 
     def __init__(self, tables: Sequence[Table], outlines: bool):
@@ -69,21 +70,21 @@ class CocoObjects:
         self._number = {category["id"]: i for i, category in enumerate(self.categories)}
 
     def annotations(self, row: int) -> list[dict[str, Any]]:
-        """Return the annotations of a row as in the file, crowds included."""
+        """Return the annotations of a row as in the file, including crowds."""
         annotations = json.loads(self._annotations[row])
         return [a for a in annotations if a["segmentation"] is not None or not self.outlines]
 
     def count(self, row: int) -> int:
-        """Return the number of single objects of a row."""
+        """Return the number of single objects in a row."""
         return self._counts[row]
 
     def read(self, row: int, size: tuple[int, int]) -> dict[str, np.ndarray]:
         """Read the single objects of an image of ``size`` (width, height), without crowds.
 
-        Returns: ``boxes`` float32 (n, 4), left, top, right, bottom in pixels, inside the image;
-            ``box_labels`` int64 (n,), class numbers from 0; with outlines ``masks`` uint8 (n, h,
-            w), 1 = object.
-        Raises: BadImage for another size than that of the annotations, and for an invalid outline.
+        Returns: ``boxes`` float32 (n, 4): left, top, right, bottom in pixels, clipped to the image;
+            ``box_labels`` int64 (n,): classes from 0; with outlines ``masks`` uint8 (n, h, w), 1 =
+            object.
+        Raises: BadImage if the annotations are for another size, or an outline is invalid.
         """
         image = self.images[row]
         name, (width, height) = image["file_name"], size
@@ -101,7 +102,7 @@ class CocoObjects:
             "box_labels": np.array([self._number[a["category_id"]] for a in single], np.int64),
         }
         if self.outlines:
-            # Crowds too: pycocotools evaluates with them, and never ends on a broken one.
+            # Check crowds too: evaluation uses them, and pycocotools hangs on a broken one.
             checked = [(a, _checked(a, name, height, width)) for a in annotations]
             masks = [mask_tools().decode(rle) for a, rle in checked if not a.get("iscrowd")]
             objects["masks"] = np.stack(masks) if masks else np.zeros((0, height, width), np.uint8)
@@ -118,13 +119,13 @@ def open_coco(spec: DataSpec) -> Splits:
     ``val2017/``), or ``annotations/val.json`` with ``val/`` or ``images/``.
 
     Classes are the categories sorted by id, numbered from 0. Objects have masks if any has an
-    outline; ``label=boxes`` skips outlines, ``label=none`` boxes too. ``faults`` counts and names
-    what is skipped: annotations without a box, of an image that is not listed, or with an
-    ``iscrowd`` that is neither 0 nor 1, and images whose file is missing. Nothing in the files is
+    outline; ``label=boxes`` skips outlines, ``label=none`` also skips boxes. Skipped are: an
+    annotation without a box, or of an unlisted image, or with an ``iscrowd`` other than 0 or 1, and
+    an image whose file is missing; ``faults`` counts and names them. Nothing in the files is
     executed.
 
-    Raises: FileNotFoundError with what is missing; ValueError for a file that is not COCO, for ids
-        given twice or of two types, and for categories that are not listed.
+    Raises: FileNotFoundError naming the missing files; ValueError for a file that is not COCO, for
+        duplicate ids or ids of two types, and for unlisted categories.
     """
     check_option(spec, "label", ("boxes", "none"))
     root = Path(spec.location).expanduser()
@@ -143,7 +144,7 @@ def open_coco(spec: DataSpec) -> Splits:
             below = folder.relative_to(root).as_posix()
             if absent := _missing(folder, listed):
                 faults.append(
-                    f"{len(absent):,} images are not in {below}/ and are skipped: {_some(absent)}."
+                    f"{len(absent):,} images are missing in {below}/ and skipped: {_some(absent)}."
                 )
             names += [f"{below}/{name}" for name in listed]
             missing |= {f"{below}/{name}" for name in absent}
@@ -151,8 +152,8 @@ def open_coco(spec: DataSpec) -> Splits:
         bare = sum(sum(table.boxes) - sum(table.outlines) for table in tables)
         if outlines and bare:
             faults.append(
-                f"{bare:,} objects have a box and no outline, and are skipped; label=boxes takes "
-                "all, without outlines."
+                f"{bare:,} objects have a box but no outline and are skipped; label=boxes includes "
+                "them, without outlines."
             )
         images = FileImages(str(root), names)
         objects = classes = None
@@ -173,17 +174,17 @@ def read_table(content: Any, name: str) -> Table:
 
     Args:
         content: the parsed JSON.
-        name: of the file, for messages.
-    Raises: ValueError for content that is not COCO, ids given twice or of two types, and
-        categories that are not listed.
+        name: name of the file, for messages.
+    Raises: ValueError for content that is not COCO, for duplicate ids or ids of two types, and for
+        unlisted categories.
     """
     lists: dict[str, list[dict]] = {}
     for key in ("images", "annotations", "categories"):
         entries = content.get(key) if isinstance(content, dict) else None
         if not isinstance(entries, list) or not all(isinstance(x, dict) for x in entries):
             raise ValueError(
-                f"{name} has no list {key!r} of objects; a COCO file has images, annotations and "
-                "categories."
+                f"{name} has no list {key!r} of JSON objects; a COCO file has images, annotations "
+                "and categories."
             )
         lists[key] = entries
     images = _needed(lists["images"], ("id", "file_name", "width", "height"), "image", name)
@@ -193,8 +194,7 @@ def read_table(content: Any, name: str) -> Table:
     ids = Counter(str(a.get("id")) for row in usable for a in row)
     if twice := [key for key, n in ids.items() if n > 1]:
         faults.append(
-            f"annotation ids are given twice in {name}: {_some(twice)}; nothing here depends on "
-            "them."
+            f"{name} has duplicate annotation ids: {_some(twice)}; they are ignored here."
         )
     single = [[a for a in row if not a.get("iscrowd")] for row in usable]
     return Table(
@@ -210,9 +210,9 @@ def read_table(content: Any, name: str) -> Table:
 def _usable(
     annotations: list[dict], images: list[dict], categories: set, name: str
 ) -> tuple[list[list[dict]], list[str]]:
-    """Return each image's usable annotations, with their outlines, and what is skipped, in words.
+    """Return each image's usable annotations, with outlines, and descriptions of skipped ones.
 
-    Raises: ValueError for categories that are not listed.
+    Raises: ValueError for unlisted categories.
     """
     row_of = {image["id"]: row for row, image in enumerate(images)}
     usable: list[list[dict]] = [[] for _ in images]
@@ -232,15 +232,15 @@ def _usable(
             usable[row].append(annotation | {"segmentation": outline})
     if strange:
         raise ValueError(
-            f"{len(strange):,} annotations in {name} are of categories that it does not list: ids "
+            f"{len(strange):,} annotations in {name} have unlisted categories: ids "
             f"{_some(strange)}."
         )
     faults = [
-        f"{len(ids):,} annotations {fault}, and are skipped: {what} {_some(ids)}."
+        f"{len(ids):,} annotations {fault} and are skipped: {what} {_some(ids)}."
         for ids, fault, what in (
-            (unlisted, f"are of images that {name} does not list", "image ids"),
+            (unlisted, f"belong to images that {name} does not list", "image ids"),
             (flat, f"in {name} have no box with a width and a height inside the image", "ids"),
-            (unclear, f"in {name} have an iscrowd that is none of 0, 1, false and true", "ids"),
+            (unclear, f"in {name} have an iscrowd other than 0, 1, false or true", "ids"),
         )
         if ids
     ]
@@ -248,8 +248,8 @@ def _usable(
 
 
 def clipped(box: Any, width: int, height: int) -> tuple[float, float, float, float] | None:
-    """Convert COCO's [left, top, width, height] to left, top, right, bottom inside the image; None
-    for an invalid box, and for one without width or height there."""
+    """Convert COCO's [left, top, width, height] to left, top, right, bottom, clipped to the image.
+    Return None for an invalid box and for one without area inside the image."""
     try:
         left, top, wide, high = box
         if not all(map(math.isfinite, (left, top, wide, high))):
@@ -271,22 +271,22 @@ def to_rle(outline: list | dict, height: int, width: int) -> dict[str, Any]:
         try:
             polygons = [np.array(polygon, np.float64).reshape(-1, 2) for polygon in outline]
         except (TypeError, ValueError) as error:
-            raise ValueError("a polygon holds something that is no number") from error
+            raise ValueError("a polygon contains a value that is not a number") from error
         if not all(np.isfinite(polygon).all() for polygon in polygons):
-            raise ValueError("a polygon holds a number that is not finite")
-        # pycocotools' memory grows with the length of an edge, so far points are moved nearer.
+            raise ValueError("a polygon contains a number that is not finite")
+        # pycocotools' memory grows with the length of an edge, so distant points are clipped.
         far = np.array([width, height])
         near = [polygon.clip(-far, 2 * far).reshape(-1).tolist() for polygon in polygons]
         return tools.merge(tools.frPyObjects(near, height, width))
     if outline.get("size") != [height, width]:
-        raise ValueError(f"an RLE of size {outline.get('size')}; expected {[height, width]}")
+        raise ValueError(f"an RLE has size {outline.get('size')}; expected {[height, width]}")
     counts = outline.get("counts")
     if isinstance(counts, list):
         if not all(isinstance(n, int) and n >= 0 for n in counts) or sum(counts) != height * width:
-            raise ValueError(f"the counts of an RLE are not of {height * width} pixels in all")
+            raise ValueError(f"the counts of an RLE do not sum to {height * width} pixels")
         return tools.frPyObjects(dict(outline), height, width)
     if not isinstance(counts, str) or _run_lengths(counts) != height * width:
-        raise ValueError(f"the counts of an RLE are not of {height * width} pixels in all")
+        raise ValueError(f"the counts of an RLE do not sum to {height * width} pixels")
     return {"size": [height, width], "counts": counts}
 
 
@@ -299,17 +299,17 @@ def _checked(annotation: dict[str, Any], name: str, height: int, width: int) -> 
 
 
 def mask_tools() -> Any:
-    """Return the module pycocotools.mask. Raises: ImportError that says what to install."""
+    """Return the module pycocotools.mask. Raises: ImportError with the package to install."""
     return require("pycocotools.mask", "detection", "Outlines and average precision")
 
 
 def ground_truth(data: ImageData, indices: Iterable[int]) -> dict[str, Any]:
-    """Return the file's entries of these images, crowds included, as pycocotools evaluates them.
+    """Return the file's entries of these images, including crowds, as input for pycocotools.
 
-    Outlines become RLE. Images and categories keep their ids, so results fit their file;
-    annotations are numbered from 1, because pycocotools never matches an object of id 0.
+    Outlines become RLE. Images and categories keep their ids, so that results match the original
+    file; annotations are numbered from 1, because pycocotools never matches an object with id 0.
 
-    Raises: ValueError for two images of one id, as of two splits.
+    Raises: ValueError for two images with the same id, for example from two splits.
     """
     images: list[dict] = []
     annotations: list[dict] = []
@@ -322,7 +322,7 @@ def ground_truth(data: ImageData, indices: Iterable[int]) -> dict[str, Any]:
             if not (isinstance(area, int | float) and 0 <= area < math.inf):
                 area = None
             if data.has_outlines:
-                # Checked and bounded: pycocotools takes any outline as it comes.
+                # Checked and clipped here, because pycocotools does not check outlines.
                 rle = to_rle(entry["segmentation"], image["height"], image["width"])
                 area = float(mask_tools().area(rle)) if area is None else area
                 counts = rle["counts"]
@@ -339,31 +339,31 @@ def ground_truth(data: ImageData, indices: Iterable[int]) -> dict[str, Any]:
                 | outline
             )  # fmt: skip
     if len({image["id"] for image in images}) < len(images):
-        raise ValueError(f"{data.name}: two images have one id; evaluate one split at a time.")
+        raise ValueError(f"{data.name}: two images have the same id; evaluate one split at a time.")
     return {"images": images, "annotations": annotations, "categories": data.categories}
 
 
 def check_same_categories(first: list[dict], others: Iterable[list[dict]]) -> None:
-    """Raise ValueError, naming a category that one split has and another lacks."""
+    """Raise ValueError, naming the differing categories, unless all splits have the same."""
     for other in others:
         names = [{(c["id"], c["name"]) for c in split} for split in (first, other)]
         if names[0] != names[1]:
             differing = sorted(f"{name} (id {key})" for key, name in names[0] ^ names[1])
             raise ValueError(
-                f"the splits have different categories: {_some(differing)} are not in both. Give "
-                "all files the same list."
+                f"the splits have different categories: {_some(differing)} are not in both. Use "
+                "the same list in all files."
             )
 
 
 # ------------------------------------------------------------------------- files
 
 
-@lru_cache(maxsize=4)  # a large file takes half a minute, and is opened once a split
+@lru_cache(maxsize=4)  # a large file takes half a minute, and is opened once per split
 def _read(path: str, stamp: int) -> Table:
     try:
         content = json.loads(Path(path).read_bytes())
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
     return read_table(content, Path(path).name)
 
 
@@ -371,13 +371,13 @@ def _annotation_files(root: Path) -> dict[str, Path]:
     """Map each split to its file, train first."""
     folder = root / "annotations"
     if not folder.is_dir():
-        raise FileNotFoundError(f"{root} lacks annotations/; it {contents(root)}. {LAYOUT}")
+        raise FileNotFoundError(f"{root} has no annotations/; it {contents(root)}. {LAYOUT}")
     paths = sorted(folder.glob(f"{INSTANCES}*.json")) or sorted(folder.glob("*.json"))
     if not paths:
-        raise FileNotFoundError(f"{folder} holds no .json file. {LAYOUT}")
+        raise FileNotFoundError(f"{folder} contains no .json file. {LAYOUT}")
     splits = defaultdict(list)
     for path in paths:
-        # train2017 is the training split of a year.
+        # A year after the split is dropped: train2017 is the training split.
         splits[re.sub(r"_?(19|20)\d\d$", "", path.stem.removeprefix(INSTANCES))].append(path)
     known = {name: of for name, of in splits.items() if canonical_split(name) in SPLIT_NAMES}
     for name, of in known.items():
@@ -394,11 +394,11 @@ def _annotation_files(root: Path) -> dict[str, Path]:
 
 
 def _image_folder(root: Path, stem: str, split: str, names: list[str]) -> Path:
-    """Return the folder of a split's images: of the usual ones the one with most of a few."""
+    """Return the folder of a split's images: the usual folder that has most of a few samples."""
     for name in names:
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts:
-            raise ValueError(f"the file name {name!r} leads out of {root}.")
+            raise ValueError(f"the file name {name!r} is outside of {root}.")
     few = names[:: max(len(names) // PROBED, 1)]
     folders = [root / stem, root / split, *(root / "images" / x for x in (stem, split, "")), root]
     held = {folder: sum((folder / name).is_file() for name in few) for folder in folders}
@@ -406,14 +406,14 @@ def _image_folder(root: Path, stem: str, split: str, names: list[str]) -> Path:
     if not held[best]:
         looked = ", ".join(f"{folder.relative_to(root).as_posix()}/" for folder in folders[:-1])
         raise FileNotFoundError(
-            f"None of the images of {split!r} is in {root}, such as {names[0]}; looked in "
+            f"The images of {split!r} are not in {root}, for example {names[0]}; looked in "
             f"{looked}. {LAYOUT}"
         )
     return best
 
 
 def _missing(folder: Path, names: list[str]) -> list[str]:
-    """Return the files that do not exist; each folder is listed once."""
+    """Return the files that do not exist; lists each folder only once."""
     there: dict[str, set[str]] = {}
     for below in {os.path.dirname(name) for name in names}:
         path = folder / below
@@ -427,8 +427,8 @@ def _missing(folder: Path, names: list[str]) -> list[str]:
 def _needed(entries: list[dict], keys: Sequence[str], what: str, name: str) -> list[dict[str, Any]]:
     """Return these keys of the entries.
 
-    Raises: ValueError for a value that is missing or wrong, ids given twice or of two types, and
-        a list without entries.
+    Raises: ValueError for a missing or wrong value, for duplicate ids or ids of two types, and for
+        an empty list.
     """
     for entry in entries:
         for key in keys:
@@ -444,13 +444,12 @@ def _needed(entries: list[dict], keys: Sequence[str], what: str, name: str) -> l
     if not entries:
         raise ValueError(f"{name} has no {what}.")
     if twice := [key for key, n in Counter(x["id"] for x in entries).items() if n > 1]:
-        raise ValueError(f"{name} gives {what} ids twice: {_some(twice)}.")
+        raise ValueError(f"{name} has duplicate {what} ids: {_some(twice)}.")
     of_types = {isinstance(x["id"], str): x["id"] for x in entries}
     if len(of_types) > 1:
         raise ValueError(
-            f"{name} has {what} ids that are numbers and others that are texts, such as "
-            f"{of_types[False]} and {of_types[True]!r}, which pycocotools cannot sort; use one "
-            "type."
+            f"{name} has {what} ids that are numbers and others that are strings, such as "
+            f"{of_types[False]} and {of_types[True]!r}; pycocotools cannot sort them, use one type."
         )
     return [{key: entry[key] for key in keys} for entry in entries]
 
@@ -460,23 +459,24 @@ def _id(value: Any) -> int | str | None:
 
 
 def _outline(value: Any) -> list | dict | None:
-    """Return a segmentation as a list of polygons or an RLE; None without area."""
+    """Return a segmentation as a list of polygons or an RLE; None if it has no area."""
     if isinstance(value, dict):
         return value if "counts" in value else None
     if not isinstance(value, list):
         return None
     if value and not isinstance(value[0], list):
         value = [value]  # one polygon, not in a list
-    # pycocotools reads four numbers as a box, and fails on two.
+    # pycocotools reads four numbers as a box and fails on two.
     return [p for p in value if isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0] or None
 
 
 def _run_lengths(counts: str) -> int:
-    """Return the sum of a compressed RLE's counts; -1 for a broken one. With too many counts
-    pycocotools writes beyond its buffer.
+    """Return the sum of a compressed RLE's counts; -1 if it is broken. Checked here because
+    pycocotools overruns its buffer if there are too many counts.
 
-    Characters from "0" on hold five bits each; the sixth says that more follow, the highest of the
-    last five is the sign. From the fourth on, a count is the difference to the one two before.
+    Each character, minus "0", has five data bits; the sixth bit is set if more characters follow,
+    and the highest data bit of the last character is the sign. From the fourth count on, the
+    difference to the count two before is stored.
     """
     lengths: list[int] = []
     value = shift = 0

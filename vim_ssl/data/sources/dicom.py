@@ -1,4 +1,4 @@
-"""``dicom:`` — slices of DICOM files as 8-bit images, without anything about the patient."""
+"""``dicom:``: slices of DICOM files as 8-bit images, without patient information."""
 
 import logging
 import os
@@ -24,7 +24,7 @@ from vim_ssl.utils.optional import require
 
 log = logging.getLogger(__name__)
 
-# Values of `label=`: none of them identifies the patient.
+# Values of `label=`; none identifies the patient.
 LABELS = {
     "modality": "Modality", "body_part": "BodyPartExamined", "view": "ViewPosition",
     "laterality": "ImageLaterality", "folder": "",
@@ -52,13 +52,13 @@ _PLAIN = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2")
 
 @dataclass(frozen=True)
 class Slice:
-    """One image of a file, and its order. ``patient`` and ``series`` never leave this module."""
+    """One frame of a file. ``patient`` and ``series`` never leave this module."""
 
     name: str
     frame: int
     patient: str
     series: str
-    position: tuple[float, float]  # along the normal of the series, then its number
+    position: tuple[float, float]  # sort key: position along the normal, then instance number
     syntax: str
     label: str
 
@@ -67,30 +67,31 @@ class Slice:
 def open_dicom(spec: DataSpec) -> Splits:
     """Open every image of the DICOM files below ``dicom:root``, grey or colour, 8-bit.
 
-    Files are recognised by content, not by name; a file of several frames gives several images,
-    one without pixels none. The slices of a series are sorted by position, else by instance
-    number. Stored values are rescaled (slope and intercept, or a table), windowed by the first
-    window of the file, else from the 0.5th to the 99.5th percentile, and inverted for MONOCHROME1.
+    Files are recognised by content, not by name. A file with several frames gives several images, a
+    file without pixels gives none. The slices of a series are sorted by position, else by instance
+    number. Stored values are rescaled (slope and intercept, or a table), windowed with the file's
+    first window, else from the 0.5th to the 99.5th percentile, and inverted for MONOCHROME1.
     ``window=-160,240`` sets another window, in the rescaled unit (HU for CT).
 
     A file with a broken header, or with fewer frames than declared, is skipped with a warning that
-    names the file and nothing of its content.
+    contains its name but none of its content.
 
-    The group is the patient, so that no patient is on two sides of a split: a number that reveals
-    nothing of the PatientID. Without PatientID it is the study, else the series, else the folder.
-    An id is ``hash of the series/index in it``; `locate` finds its file. ``label=`` takes modality,
-    body_part, view, laterality or folder (the outermost). Folders named train, val and test, and
-    no others, are splits.
+    The group is the patient, so that no patient is on two sides of a split; it is a number that
+    does not reveal the PatientID. Without PatientID the group is the study, else the series, else
+    the folder. An id is ``hash of the series/index in it``; `locate` returns its file. ``label=``
+    takes modality, body_part, view, laterality or folder (the outermost). Folders are splits if all
+    are named train, val or test.
 
-    Raises: ImportError without pydicom, or without a decoder of these files; FileNotFoundError;
+    Raises: ImportError without pydicom, or without a decoder for these files; FileNotFoundError;
         ValueError for a folder without a DICOM image.
     """
     window = Window.parse(spec.window) if spec.window else None
     kind = None if spec.label == "none" else spec.label
     if kind and kind not in LABELS:
         raise ValueError(
-            f"dicom:{spec.location}: label={kind} is not offered.{near(kind, list(LABELS))} It "
-            f"takes {', '.join(LABELS)}; free text may name the patient."
+            f"dicom:{spec.location}: unsupported label={kind}.{near(kind, list(LABELS))} Use one "
+            f"of {', '.join(LABELS)}. Free-text fields are not allowed because they can contain "
+            "patient names."
         )
     root = Path(spec.location).expanduser()
     slices, others = _ordered(root, LABELS.get(kind or ""))
@@ -126,7 +127,7 @@ def open_dicom(spec: DataSpec) -> Splits:
 def locate(root: str | Path) -> dict[str, str]:
     """Map every id of ``dicom:root`` to its file, to inspect images reported as broken.
 
-    Keep the paths to yourself: they may reveal more about a patient than the ids.
+    Do not publish the paths: they may reveal more about a patient than the ids.
     """
     slices, _ = _ordered(Path(root).expanduser(), None)
     return {name: one.name for name, one in zip(_ids(slices), slices, strict=True)}
@@ -134,7 +135,7 @@ def locate(root: str | Path) -> dict[str, str]:
 
 @dataclass(eq=False)
 class DicomImages(OnDisk):
-    """Slices as uint8 (h, w) or (h, w, 3); a row is a file's name and a frame."""
+    """Slices as uint8 (h, w) or (h, w, 3); a row is (file name, frame)."""
 
     window: Window | None
 
@@ -147,16 +148,16 @@ class DicomImages(OnDisk):
             with _silenced():
                 return read_slice(os.path.join(self.root, name), frame, self.window)
         except FileNotFoundError:
-            raise BadImage(name, "the file is gone") from None
-        except Exception as error:  # a broken file makes decoders raise nearly anything
-            # Without its message, which may quote the header.
+            raise BadImage(name, "the file no longer exists") from None
+        except Exception as error:  # decoders raise errors of nearly any type for a broken file
+            # The error's message is left out because it may quote the header.
             raise BadImage(name, f"its pixels cannot be read ({type(error).__name__})") from None
 
 
 def read_slice(path: str, frame: int = 0, window: Window | None = None) -> np.ndarray:
     """Read one frame of a DICOM file as uint8 (h, w) or (h, w, 3); see `open_dicom`.
 
-    Raises: what pydicom raises for an unreadable file.
+    Raises: pydicom's errors for an unreadable file.
     """
     pydicom = import_pydicom()
     from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut, pixel_array
@@ -189,7 +190,7 @@ def read_slice(path: str, frame: int = 0, window: Window | None = None) -> np.nd
 
 
 def _windowed(values: np.ndarray, voi: Any) -> np.ndarray:
-    """Map values to 0..1 by the first window of a file: DICOM PS3.3, C.11.2.1.2 and C.11.2.1.3."""
+    """Map values to 0..1 with a file's first window: DICOM PS3.3, C.11.2.1.2 and C.11.2.1.3."""
     centre, width = (
         float(value if isinstance(value, float | int) else value[0])
         for value in (voi.WindowCenter, voi.WindowWidth)
@@ -206,13 +207,13 @@ def _windowed(values: np.ndarray, voi: Any) -> np.ndarray:
 
 
 def import_pydicom() -> Any:
-    """Return the module pydicom. Raises: ImportError that says what to install."""
+    """Return the module pydicom. Raises: ImportError with the package to install."""
     return require("pydicom", "medical", "DICOM files (dicom:)")
 
 
 @contextmanager
 def _silenced() -> Iterator[None]:
-    """Suppress pydicom's warnings, raised or logged, because they quote values of headers."""
+    """Suppress pydicom's warnings and log messages, because they quote header values."""
     logger = logging.getLogger("pydicom")
     before, logger.disabled = logger.disabled, True
     try:
@@ -226,7 +227,7 @@ def _silenced() -> Iterator[None]:
 def _ordered(root: Path, label: str | None) -> tuple[list[Slice], dict[str, list[str]]]:
     """Return the slices below root, sorted within each series, and the skipped files by reason."""
     if not root.is_dir():
-        raise FileNotFoundError(f"dicom:{root}: there is no such folder.")
+        raise FileNotFoundError(f"dicom:{root}: the folder does not exist.")
     names = [name for name in walk_files(root)[0] if name.rpartition("/")[2] != "DICOMDIR"]
     others: dict[str, list[str]] = {}
     by_series: dict[str, list[Slice]] = {}
@@ -241,7 +242,7 @@ def _ordered(root: Path, label: str | None) -> tuple[list[Slice], dict[str, list
                 by_series.setdefault(one.series, []).append(one)
     if not by_series:
         raise ValueError(
-            f"dicom:{root} holds no DICOM image at any depth; it holds {_listed(others)}."
+            f"dicom:{root} contains no DICOM image at any depth; it contains {_listed(others)}."
         )
     slices = [
         one
@@ -252,12 +253,12 @@ def _ordered(root: Path, label: str | None) -> tuple[list[Slice], dict[str, list
 
 
 def _listed(others: dict[str, list[str]]) -> str:
-    """Describe the skipped files, with the first names of each kind."""
+    """Describe the skipped files, with example names of each kind."""
     kinds = sorted(others.items(), key=lambda kind: -len(kind[1]))[:5]
     return ", ".join(
         f"{len(names)} × {what} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
         for what, names in kinds
-    ) or "no file"  # fmt: skip
+    ) or "no files"  # fmt: skip
 
 
 def _read_header(root: Path, name: str, label: str | None) -> list[Slice] | str:
@@ -271,24 +272,24 @@ def _read_header(root: Path, name: str, label: str | None) -> list[Slice] | str:
             return "DICOM without pixels"
         return _slices(header, name, label, left)
     except pydicom.errors.InvalidDicomError:
-        return "no DICOM file"
-    except Exception:  # broken headers and values make readers raise nearly anything
+        return "not DICOM"
+    except Exception:  # readers raise errors of nearly any type for broken headers
         return "broken header"
 
 
 def _slices(header: Any, name: str, label: str | None, left: int) -> list[Slice] | str:
-    """Return the result of `_read_header` for a header that ``left`` bytes of pixels follow.
+    """Return the result of `_read_header` for a header followed by ``left`` bytes of pixels.
 
     Raises: ValueError, TypeError for invalid values.
     """
     meta = getattr(header, "file_meta", {})
     syntax = str(meta.get("TransferSyntaxUID", ""))
     frames = int(header.get("NumberOfFrames") or 1)
-    # Compressed frames may be of any size; of colour one channel is required.
+    # Compressed frames may have any size; for colour, only one channel is required.
     least = header.Rows * header.Columns * header.BitsAllocated / 8 if syntax in _PLAIN else 0
     if frames < 1 or (frames > 1 and frames * least > left):
-        return "other number of frames than the header says"
-    # In files anonymised by blank tags, a folder counts as one series of one patient.
+        return "number of frames differs from the header"
+    # If tags are blank (anonymised files), a folder counts as one series of one patient.
     series = str(header.get("SeriesInstanceUID") or name.rpartition("/")[0])
     patient = str(header.get("PatientID") or header.get("StudyInstanceUID") or series)
     text = str(header.get(label) or "").strip().lower() if label else ""
@@ -341,10 +342,10 @@ def _check_syntaxes(syntaxes: set[str]) -> None:
         try:
             decoder = get_decoder(UID(syntax))
         except NotImplementedError:
-            continue  # its images fail one by one when they are decoded
+            continue  # its images fail individually when they are decoded
         if not decoder.is_available:
             needed = "; or ".join(decoder.missing_dependencies)
             raise ImportError(
-                f"dicom: files in the transfer syntax {UID(syntax).name} need one more package: "
-                f"{needed}. Most are installed by: pip install 'vim-ssl[medical]'"
+                f"dicom: files with the transfer syntax {UID(syntax).name} need another package: "
+                f"{needed}. Install most decoders with: pip install 'vim-ssl[medical]'"
             )

@@ -19,7 +19,7 @@ from vim_ssl.data.sources.geotiff import (
 from vim_ssl.data.spec import DataSpec
 from vim_ssl.data.tables import read_columns
 
-# EuroSAT's files have the narrow infrared band last.
+# EuroSAT's files have band 8A (narrow near infrared) last.
 EUROSAT_BANDS = (
     "B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B09", "B10", "B11", "B12", "B8A",
 )  # fmt: skip
@@ -27,7 +27,7 @@ EUROSAT_CLASSES = (
     "AnnualCrop", "Forest", "HerbaceousVegetation", "Highway", "Industrial", "Pasture",
     "PermanentCrop", "Residential", "River", "SeaLake",
 )  # fmt: skip
-# Where the archives put the class folders.
+# Folders in which the archives store the class folders.
 EUROSAT_FOLDERS = (
     "", "EuroSAT_RGB", "2750", "EuroSAT", "EuroSAT_MS", "EuroSATallBands",
     "ds/images/remote_sensing/otherDatasets/sentinel_2/tif",
@@ -36,20 +36,20 @@ EUROSAT_FOLDERS = (
 
 @source("eurosat", extra="remote-sensing", options=("label", "bands"))
 def open_eurosat(spec: DataSpec) -> Splits:
-    """Open ``eurosat:root``: the ten class folders, in root or where the archives put them, of the
-    RGB images (.jpg) or of the 13-band rasters (.tif, 64 px, uint16).
+    """Open ``eurosat:root``: ten class folders of RGB images (.jpg) or of 13-band rasters (.tif,
+    64 px, uint16). They are in root or in a folder of `EUROSAT_FOLDERS`.
 
     If root has both, ``bands=`` (all, or B04,B03,B02 …) selects the rasters. Split lists are read
-    from root or from beside the folders: ``eurosat-train.txt`` with -val and -test, or
-    ``train.csv``, ``validation.csv`` and ``test.csv``; EuroSAT itself has none. The ids are
-    ``class/file``.
+    from root, the folder of the class folders, or its parent: ``eurosat-train.txt`` with -val and
+    -test, or ``train.csv``, ``validation.csv`` and ``test.csv``; EuroSAT itself has none. The ids
+    are ``class/file``.
 
-    Raises: FileNotFoundError and ValueError with all that is missing.
+    Raises: FileNotFoundError and ValueError that list everything missing.
     """
     root = Path(spec.location).expanduser()
     source = f"eurosat:{spec.location}"
     if not root.is_dir():
-        raise FileNotFoundError(f"{source}: there is no such folder.")
+        raise FileNotFoundError(f"{source}: the folder does not exist.")
     folder, names = _class_files(root, TIFFS if spec.bands else EXTENSIONS, source)
     endings = {Path(name).suffix.lower() for name in names}
     if endings & set(TIFFS) and not endings <= set(TIFFS):
@@ -76,7 +76,7 @@ def open_eurosat(spec: DataSpec) -> Splits:
 
 
 def _class_files(root: Path, endings: Sequence[str], source: str) -> tuple[Path, list[str]]:
-    """Return the folder of the class folders, and the files with these endings below it.
+    """Return the folder that contains the class folders, and their files with these endings.
 
     Raises: FileNotFoundError without any file; ValueError for a class without one.
     """
@@ -103,7 +103,7 @@ def _class_files(root: Path, endings: Sequence[str], source: str) -> tuple[Path,
 
 
 def _listed_splits(folders: Sequence[Path]) -> dict[str, str]:
-    """Map an image's name without its ending to its split, by the first complete set of lists."""
+    """Map image names without endings to splits, from the first complete set of lists."""
     for folder in folders:
         for pattern, splits in (("eurosat-{}.txt", ("train", "val", "test")),
                                 ("{}.csv", ("train", "validation", "test"))):  # fmt: skip

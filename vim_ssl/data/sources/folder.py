@@ -1,5 +1,5 @@
-"""A folder of images: flat, with class folders, or with split folders above either; and what the
-other sources of files share."""
+"""Folders of images, with optional class and split folders; also helpers for other sources that
+read files."""
 
 import glob
 import os
@@ -22,11 +22,11 @@ _SPLIT_FOLDERS = frozenset(name for names in SPLIT_NAMES.values() for name in na
 
 @dataclass(eq=False)
 class OnDisk:
-    """What is read from files, row by row.
+    """Data that is read from files, row by row.
 
     Attributes:
-        root: the folder that names are below; workers receive it once, and short names.
-        rows: what each row is read from, in the terms of the source.
+        root: the folder that file names are relative to.
+        rows: the source's description of each row, such as a file name.
     """
 
     root: str
@@ -36,15 +36,15 @@ class OnDisk:
         return len(self.rows)
 
     def names(self, row: int) -> list[str]:
-        """Return the files of a row, below the root."""
+        """Return the files of a row, relative to the root."""
         raise NotImplementedError
 
     def paths(self, row: int) -> list[str]:
-        """Return the files of a row."""
+        """Return the paths of the files of a row."""
         return [os.path.join(self.root, name) for name in self.names(row)]
 
     def sizes(self, row: int) -> int | str:
-        """Return the bytes of the files of a row; -1 if one is missing."""
+        """Return the total size of a row's files in bytes; -1 if one is missing."""
         try:
             return sum(map(os.path.getsize, self.paths(row)))
         except OSError:
@@ -52,7 +52,7 @@ class OnDisk:
 
 
 class FileImages(OnDisk):
-    """One file a row, by its name."""
+    """One file per row; a row is its name."""
 
     def __getitem__(self, row: int) -> str:
         return os.path.join(self.root, self.rows[row])
@@ -67,17 +67,18 @@ def open_folder(spec: DataSpec) -> Splits:
 
     Images are found by extension at any depth; hidden files and folders are skipped.
 
-    - Folders named train, val (valid, validation) and test, and no other with images, are splits.
-    - Class folders: every image lies exactly one folder deep, in two folders or more. The classes
-      are the sorted names of all splits, whole numbers by size. Any other layout (a flat folder,
-      nested folders by date) has no labels. ``label=none`` ignores class folders, ``label=folder``
-      makes the outermost folder the class at any depth.
+    - Folders are splits if all that contain images are named train, val (valid, validation) or
+      test.
+    - Folders are classes if there are at least two and every image is exactly one folder deep. The
+      classes are the sorted folder names of all splits, with integers in numeric order. Any other
+      layout (a flat folder, nested folders by date) has no labels. ``label=none`` ignores class
+      folders; ``label=folder`` makes the outermost folder the class, at any depth.
     - ``group=folder`` makes the folder of an image its group.
 
-    The ids are the paths below the root, with forward slashes.
+    The ids are the paths relative to the root, with forward slashes.
 
-    Raises: FileNotFoundError, NotADirectoryError; ValueError for a folder without an image
-        (naming what it holds), and for labels that the layout does not give.
+    Raises: FileNotFoundError, NotADirectoryError; ValueError for a folder without an image (naming
+        its content), and for labels that the layout does not have.
     """
     check_option(spec, "label", ("folder", "none"))
     check_option(spec, "group", ("folder",))
@@ -91,11 +92,11 @@ def folder_splits(
     files: Callable[[str, list[str]], Any] = FileImages,
     data_class: type[ImageData] = ImageData,
 ) -> Splits:
-    """Return the splits of files by their folders, as `open_folder` describes them.
+    """Return the splits of files, determined by their folders as in `open_folder`.
 
     Args:
-        names: sorted paths below ``root``, with forward slashes.
-        files: called with the root and names below it; returns the first argument of `data_class`.
+        names: sorted paths relative to ``root``, with forward slashes.
+        files: called with the root and names; returns the first argument of `data_class`.
     """
 
     def choose(spec: DataSpec) -> ImageData:
@@ -109,10 +110,10 @@ def folder_splits(
 
 @dataclass(frozen=True)
 class Layout:
-    """What the folders below a root say.
+    """Splits and labels determined by the folders below a root.
 
     Attributes:
-        names: the paths of the chosen split, below the root.
+        names: the paths of the chosen split, relative to the root.
         splits, split, labels, classes: as in `ImageData`.
     """
 
@@ -124,13 +125,13 @@ class Layout:
 
     @property
     def label_of(self) -> dict[str, int]:
-        """The label of each name; empty if there are none."""
+        """Name → label; empty without labels."""
         return dict(zip(self.names, self.labels or (), strict=False))
 
     def open(
         self, images: FileImages, name: str, data_class: type[ImageData] = ImageData, **columns: Any
     ) -> Any:
-        """Return the images with ids, labels and splits by their folders."""
+        """Return the images with the ids, labels and splits of this layout."""
         return data_class(
             images, self.names, name=name, labels=self.labels, classes=self.classes,
             splits=self.splits, split=self.split, **columns,
@@ -138,12 +139,12 @@ class Layout:
 
 
 def read_layout(names: list[str], split: str | None, label: str | None, root: str) -> Layout:
-    """Read splits and classes off the folders, as `open_folder` describes them.
+    """Determine splits and classes from the folders, as in `open_folder`.
 
     Args:
-        names: sorted paths below ``root``, with forward slashes.
+        names: sorted paths relative to ``root``, with forward slashes.
         split, label: as in the spec.
-    Raises: ValueError for a split or labels that the folders do not give.
+    Raises: ValueError for a split or labels that the folders do not have.
     """
     names_of = by_split(names)
     splits = split_folders(names)
@@ -160,10 +161,10 @@ def read_layout(names: list[str], split: str | None, label: str | None, root: st
 
 
 def split_views(data: ImageData, split_of: Sequence[str]) -> Splits:
-    """Return the splits of data that were opened whole.
+    """Return the splits of data whose images are all open.
 
     Args:
-        split_of: the split of every image of ``data``; empty if it has none.
+        split_of: the split of each image of ``data``; "" if it has none.
     """
 
     def choose(spec: DataSpec) -> ImageData:
@@ -176,57 +177,60 @@ def split_views(data: ImageData, split_of: Sequence[str]) -> Splits:
 
 
 def check_option(spec: DataSpec, option: str, values: Sequence[str]) -> None:
-    """Raise ValueError for a value of an option that the source does not offer."""
+    """Raise ValueError if the source does not accept the option's value."""
     value = getattr(spec, option)
     if value and value not in values:
         raise ValueError(
-            f"{spec.scheme}:{spec.location} has no {option}={value}; it takes "
+            f"{spec.scheme}:{spec.location}: unsupported {option}={value}; use "
             f"{' or '.join(f'{option}={offered}' for offered in values)}."
         )
 
 
 def contents(root: Path) -> str:
-    """Say what a folder holds, for messages: "holds a, b", or "is not there"."""
+    """Describe the content of a folder for messages: "contains a, b", or "does not exist"."""
     if not root.is_dir():
-        return "is not there"
-    return f"holds {', '.join(sorted(path.name for path in root.iterdir())[:8]) or 'nothing'}"
+        return "does not exist"
+    return f"contains {', '.join(sorted(path.name for path in root.iterdir())[:8]) or 'nothing'}"
 
 
 def find_images(root: Path, given: str) -> list[str]:
-    """Return the sorted names of all images below root, with forward slashes."""
+    """Return the sorted paths of all images below root, relative to it, with forward slashes."""
     return find_files(root, given, "image", EXTENSIONS)
 
 
 def find_files(root: Path, given: str, what: str, extensions: Sequence[str]) -> list[str]:
-    """Return the sorted names of all files below root that end so, with forward slashes.
+    """Return the sorted paths of all files below root with these extensions, relative to it, with
+    forward slashes.
 
     Args:
-        given: the root as the user named it.
-        what: they are, for messages.
-    Raises: as `open_folder`.
+        given: the root as the user wrote it.
+        what: noun for these files, for messages.
+    Raises: see `open_folder`.
     """
     if not root.exists():
-        raise FileNotFoundError(f"There is no folder {given!r}.{_hint(given)}")
+        raise FileNotFoundError(f"The folder {given!r} does not exist.{_hint(given)}")
     if not root.is_dir():
-        raise NotADirectoryError(f"{given!r} is a file; give the folder that holds the {what}s.")
+        raise NotADirectoryError(f"{given!r} is a file; give the folder that contains the {what}s.")
     names, others = walk_files(root, extensions)
     if not names:
         held = ", ".join(f"{count} × {kind}" for kind, count in others.most_common(5))
         raise ValueError(
-            f"The folder {given!r} holds no {what} at any depth; it holds {held or 'no file'}. "
-            f"{what.capitalize()}s are files that end in {' '.join(extensions)}."
+            f"The folder {given!r} contains no {what} at any depth; it contains "
+            f"{held or 'no files'}. {what.capitalize()}s are files that end in "
+            f"{' '.join(extensions)}."
         )
     return names
 
 
 def walk_files(root: Path, extensions: Sequence[str] = ("",)) -> tuple[list[str], Counter[str]]:
-    """Find the files below root that end so, but no hidden files and folders.
+    """Find the files below root with these extensions, except hidden files and folders.
 
-    Returns: their sorted names, with forward slashes, and the number of other files by extension.
+    Returns: their sorted relative paths, with forward slashes; the number of other files per
+        extension.
     """
     names: list[str] = []
     others: Counter[str] = Counter()
-    seen = set()  # links are followed, as data sets are often linked together; but not in circles
+    seen = set()  # follow links, since data sets often consist of links, but not in cycles
 
     def refuse(error: OSError) -> None:
         raise error
@@ -252,13 +256,13 @@ def walk_files(root: Path, extensions: Sequence[str] = ("",)) -> tuple[list[str]
 def match_files(
     location: str, source: str, what: str, endings: Sequence[str], strict: bool = False
 ) -> tuple[Path, list[str]]:
-    """Find the files that a location names: one file, those of a folder, or those of a glob.
+    """Find the files that a location names: one file, the files in a folder, or those of a glob.
 
     Args:
-        what: they are, for messages.
-        endings: of the files in a folder; with ``strict`` also of the others.
-    Returns: a folder, and the sorted names below it.
-    Raises: FileNotFoundError; as `find_files` for a folder.
+        what: noun for these files, for messages.
+        endings: required endings of files in a folder; with ``strict``, of all files.
+    Returns: a folder, and the sorted paths relative to it.
+    Raises: FileNotFoundError; for a folder, the errors of `find_files`.
     """
     path = Path(location).expanduser()
     if path.is_dir():
@@ -267,8 +271,8 @@ def match_files(
     files = [f for f in files if f.is_file() and (not strict or f.name.endswith(tuple(endings)))]
     if not files:
         raise FileNotFoundError(
-            f"{source} names no file; give a file, a folder or a glob of files that end in "
-            f"{' or '.join(endings)}."
+            f"{source} does not match any file; give a file, a folder or a glob of files that end "
+            f"in {' or '.join(endings)}."
         )
     root = Path(os.path.commonpath([file.parent for file in files]))
     return root, sorted(file.relative_to(root).as_posix() for file in files)
@@ -277,10 +281,10 @@ def match_files(
 def match_masks(
     spec: DataSpec, what: str, endings: Sequence[str], strict: bool = False
 ) -> tuple[Path, list[str], Path | None, dict[str, str]]:
-    """Find the files that a spec names, as `match_files`, and the mask of each.
+    """Find the files that a spec names, as `match_files` does, and the mask of each.
 
-    Returns: the folder and names of the images; the folder of the masks, and each image's mask
-        below it. Without `mask_folders`, or with ``label=``, there are none.
+    Returns: folder and names of the images; folder of the masks, and image name → mask name.
+        Without `mask_folders`, or with ``label=``, the last two are None and {}.
     """
     source = f"{spec.scheme}:{spec.location}"
     folders = mask_folders(spec.location) if spec.label != "folder" else None
@@ -294,13 +298,13 @@ def match_masks(
 
 
 def sort_classes(names: Collection[Any]) -> list[Any]:
-    """Sort class names: by size if all are whole numbers (9 before 10), else by spelling."""
+    """Sort class names: numerically if all are integers (9 before 10), else alphabetically."""
     whole = all(re.fullmatch(r"\s*[+-]?\d+\s*", str(name)) for name in names)
     return sorted(names, key=lambda name: (int(name) if whole else 0, name))
 
 
 def by_split(names: list[str]) -> dict[str, list[str]]:
-    """Group images by split folder, train first; all under "" if the folders are no splits."""
+    """Group images by split folder, train first; all under "" if the folders are not splits."""
     tops = {name.split("/")[0] if "/" in name else "" for name in names}
     if not {top.lower() for top in tops} <= _SPLIT_FOLDERS:
         return {"": names}
@@ -312,15 +316,15 @@ def by_split(names: list[str]) -> dict[str, list[str]]:
 
 
 def split_folders(names: list[str]) -> list[str]:
-    """Return the folders that are splits, train first; none if they are not."""
+    """Return the split folders, train first; [] if the folders are not splits."""
     return [name for name in by_split(names) if name]
 
 
 def _classes(names: list[str], split: bool, label: str | None, root: str) -> set[str] | None:
-    """Return the names of the class folders, None if these images have no labels.
+    """Return the names of the class folders, or None if these images have no labels.
 
     Args:
-        split: the names begin with the folder of a split.
+        split: True if the names begin with a split folder.
     """
     if label == "none":
         return None
@@ -329,7 +333,7 @@ def _classes(names: list[str], split: bool, label: str | None, root: str) -> set
     if label == "folder":
         if flat := sum(len(path) == 1 for path in paths):
             raise ValueError(
-                f"label=folder, but {flat} images lie outside of any class folder in {root}."
+                f"label=folder, but {flat} images in {root} are not in a class folder."
             )
         return classes
     return classes if len(classes) > 1 and all(len(path) == 2 for path in paths) else None

@@ -1,5 +1,5 @@
-"""``geotiff:`` — rasters with named bands, by rasterio, and their masks; also for the sets of
-remote sensing that have files of their own here."""
+"""``geotiff:``: rasters with named bands, and their masks, read with rasterio. EuroSAT and
+BigEarthNet use this module too."""
 
 import os
 import warnings
@@ -26,17 +26,17 @@ from vim_ssl.data.spec import DataSpec, near
 from vim_ssl.utils.optional import require
 
 TIFFS = (".tif", ".tiff")
-BLOCK = 128  # pixels; side of the blocks of what is written
+BLOCK = 128  # pixels; side of the blocks in written files
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A window of rasters of one place.
+    """A window of rasters that cover the same area.
 
     Attributes:
-        bands: (file below the root, number in it from 1) of each.
-        box: (left, top, width, height) in pixels; None for the whole.
-        side: resample the window to so many pixels.
+        bands: (file relative to the root, band number in it from 1) per band.
+        box: (left, top, width, height) in pixels; None for the whole raster.
+        side: resample the window to this many pixels per side.
     """
 
     bands: tuple[tuple[str, int], ...]
@@ -46,8 +46,8 @@ class Tile:
 
 @dataclass(eq=False)
 class RasterImages(OnDisk):
-    """Tiles as arrays (h, w, bands) in the file's type. A tile with no-data values is float32 with
-    NaN there, and of uint8 scaled to 0..1, as everywhere."""
+    """Tiles as arrays (h, w, bands) in the file's dtype. A tile with no-data values is float32,
+    with NaN for these; its uint8 values are scaled to 0..1."""
 
     rows: Sequence[Tile]
 
@@ -61,7 +61,7 @@ class RasterImages(OnDisk):
             by_file.setdefault(name, []).append(number)
         try:
             read = {name: self._read(name, numbers, tile) for name, numbers in by_file.items()}
-        except Exception as error:  # a broken file makes readers raise nearly anything
+        except Exception as error:  # readers raise errors of nearly any type
             raise BadImage(tile.bands[0][0], f"{type(error).__name__}: {error}") from error
         bands = [read[name][by_file[name].index(number)] for name, number in tile.bands]
         stack: np.ma.MaskedArray = np.ma.stack(bands, axis=-1)
@@ -88,12 +88,12 @@ class RasterImages(OnDisk):
 
 @dataclass(eq=False)
 class RasterMasks(OnDisk):
-    """The masks of tiles, one file a raster.
+    """The masks of tiles, one file per raster.
 
     Attributes:
         images: the root of the rasters.
-        mask_of: a raster's name → its mask's.
-        classes: their number.
+        mask_of: name of a raster → name of its mask.
+        classes: number of classes.
     """
 
     rows: Sequence[Tile]
@@ -115,7 +115,8 @@ class RasterMasks(OnDisk):
         return checked(values, size, name, self.classes).astype(np.uint8)
 
     def location(self, row: int) -> dict[str, Any]:
-        """Return ``raster`` (its path), ``name`` (below the root), ``box``: see `write_labels`."""
+        """Return ``raster`` (its path), ``name`` (relative to the root), and ``box``; see
+        `write_labels`."""
         name = self.rows[row].bands[0][0]
         path = os.path.join(self.images, name)
         return {"raster": path, "name": name, "box": self.rows[row].box}
@@ -123,18 +124,18 @@ class RasterMasks(OnDisk):
 
 @contextmanager
 def _mask(path: str | Path) -> Iterator[Any]:
-    """Open a mask. Raises: BadImage, also for errors while it is read."""
+    """Open a mask. Raises: BadImage, also for errors in the ``with`` block."""
     try:
         with _opened(path) as file:
             yield file
     except BadImage:
         raise
-    except Exception as error:  # a broken file makes readers raise nearly anything
+    except Exception as error:  # readers raise errors of nearly any type
         raise BadImage(os.path.basename(path), f"the mask cannot be read: {error}") from error
 
 
 def _class_numbers(file: Any, window: Any = None) -> np.ndarray:
-    """Read the first band of a mask as uint32 (h, w), `IGNORE` where it has no data.
+    """Read the first band of a mask as uint32 (h, w); no-data pixels become `IGNORE`.
 
     Raises: BadImage.
     """
@@ -143,12 +144,12 @@ def _class_numbers(file: Any, window: Any = None) -> np.ndarray:
     good = (values >= 0) & (values < 2**32) & (values == np.floor(values))  # NaN is not
     if not good.all():
         name = os.path.basename(file.name)
-        raise BadImage(name, f"the mask holds {values[~good][0]:g}, which is no class number")
+        raise BadImage(name, f"the mask contains {values[~good][0]:g}, which is not a class number")
     return values.astype(np.uint32)
 
 
 def _numbers(path: Path) -> np.ndarray:
-    """Return the class numbers in a mask, block by block: a scene may exceed the memory."""
+    """Return the class numbers in a mask. Reads it in blocks, because it may exceed the memory."""
     used: set[int] = set()
     with _mask(path) as file:
         for _, window in file.block_windows(1):
@@ -157,7 +158,7 @@ def _numbers(path: Path) -> np.ndarray:
 
 
 def _check_same_grid(file: Any, path: Path) -> None:
-    """Raise BadImage for a mask of another size or place than the open raster."""
+    """Raise BadImage for a mask whose size or position differs from the open raster's."""
     with _opened(path) as mask:
         if (mask.width, mask.height) != (file.width, file.height):
             raise BadImage(
@@ -169,18 +170,18 @@ def _check_same_grid(file: Any, path: Path) -> None:
         pixel = max(map(abs, (at.a, at.b, at.d, at.e)))
         apart = np.abs(np.subtract(mask.transform, file.transform)).max()
         if mask.crs and file.crs and (mask.crs != file.crs or apart > 0.05 * pixel):
-            raise BadImage(path.name, "the mask lies elsewhere than its raster")
+            raise BadImage(path.name, "the mask and its raster have different positions")
 
 
 def write_labels(
     path: Path, like: str, box: tuple[int, int, int, int] | None, labels: np.ndarray
 ) -> None:
-    """Write class numbers, uint8 (h, w), as a GeoTIFF with the place and size of ``like``.
+    """Write class numbers, uint8 (h, w), as a GeoTIFF with the position and size of ``like``.
 
     Args:
-        like: a raster.
-        box: the part of it that is written (left, top, width, height); None for all. Boxes of one
-            raster go into one file in successive calls; the rest is no data, 255.
+        like: path of a raster.
+        box: the part to write (left, top, width, height); None for all. Successive calls write
+            boxes of the same raster to the same file; the rest is no-data, 255.
     """
     rasterio = import_rasterio()
     from rasterio.windows import Window
@@ -189,7 +190,7 @@ def write_labels(
         profile = {"width": file.width, "height": file.height, "crs": file.crs,
                    "transform": file.transform, "driver": "GTiff", "count": 1, "dtype": "uint8",
                    "nodata": IGNORE, "compress": "deflate", "BIGTIFF": "IF_SAFER",
-                   # A box rewrites few blocks, but every strip that it crosses.
+                   # Tiled, since writing a box rewrites every block or strip that it crosses.
                    "tiled": True, "blockxsize": BLOCK, "blockysize": BLOCK}  # fmt: skip
     new = True
     if box and path.exists():
@@ -208,19 +209,20 @@ def open_geotiff(spec: DataSpec) -> Splits:
     bands.
 
     ``bands=B04,B03,B02`` selects bands by name or by number, from 1. ``tile=256`` cuts every
-    raster into squares of so many pixels, without overlap; the rest at the right and lower border
-    is dropped. Without it a raster of more pixels than VIM_SSL_MAX_PIXELS is skipped. No-data
-    values are NaN. The group is the file. The ids are the paths, with the tile's row and column.
-    ``label=folder`` makes the outermost folder the class; folders named train, val and test, and no
-    others, are splits.
+    raster into square tiles of 256 pixels, without overlap; the remainder at the right and lower
+    border is dropped. Without ``tile=``, a raster with more pixels than VIM_SSL_MAX_PIXELS is
+    skipped. No-data values become NaN. The group is the file. The ids are the paths, with the
+    tile's row and column. ``label=folder`` makes the outermost folder the class. Folders are splits
+    if all are named train, val or test.
 
-    If the folder holds ``images/`` and ``masks/`` (or ``labels/``) with rasters of the same names,
-    each image has a mask: the class numbers of the first band, none where they are 255 or no data.
-    ``classes.txt`` names them as for ``masks:``; ``label=none`` ignores the masks. A raster whose
-    mask has another size or place is skipped. ``faults`` names what is skipped.
+    If the folder contains ``images/`` and ``masks/`` (or ``labels/``) with rasters of the same
+    names, each image has a mask: the class numbers in the first band; 255 and no-data mean
+    unlabelled. ``classes.txt`` names the classes as for ``masks:``; ``label=none`` ignores the
+    masks. A raster whose mask has another size or position is skipped. ``faults`` names the skipped
+    files.
 
     Raises: ImportError without rasterio; FileNotFoundError; ValueError for a band or tile that
-        the files do not have, and for files of other bands or another unit than the first.
+        the files do not have, and for files whose bands or unit differ from the first file's.
     """
     source = f"geotiff:{spec.location}"
     rasterio = import_rasterio()
@@ -254,7 +256,7 @@ def open_geotiff(spec: DataSpec) -> Splits:
             groups += [name] * len(boxes)
         if not tiles:
             count = len(layout.names)
-            raise ValueError(f"{source}: of {count} files none gives an image: {faults[0]}.")
+            raise ValueError(f"{source}: none of {count} files has a usable image: {faults[0]}.")
         classes, masks = layout.classes, None
         if masks_root:
             used = [mask_of[name] for name in dict.fromkeys(groups)]
@@ -273,8 +275,8 @@ def open_geotiff(spec: DataSpec) -> Splits:
 
 @dataclass(frozen=True)
 class Raster:
-    """The header of a raster: its size, the names of its bands, and their common type; whether it
-    marks values as no data."""
+    """The header of a raster: its size, the names and common dtype of its bands, and whether it
+    marks values as no-data."""
 
     width: int
     height: int
@@ -283,13 +285,13 @@ class Raster:
     has_no_data: bool
 
     def fault(self, tile: int | None) -> str:
-        """Say why this raster is no image, or is too large to be read whole; "" if it is fine."""
+        """Describe why this raster cannot be an image, or is too large to read; "" if usable."""
         if self.dtype.kind == "c":
-            return "has complex values, which are no image"
+            return "has complex values, expected real ones"
         if not tile and self.width * self.height > most_pixels():
             return (
                 f"has {self.width}x{self.height} pixels, the limit is {most_pixels():,}; cut it "
-                "by tile=, or set VIM_SSL_MAX_PIXELS"
+                "with tile=, or set VIM_SSL_MAX_PIXELS"
             )
         return ""
 
@@ -309,9 +311,9 @@ def _read_header(path: Path, mask: Path | None) -> Raster:
 
 
 def _common_dtype(rasters: list[Raster], bands: int) -> np.dtype | None:
-    """Return the type of all images; None if only reading them tells.
+    """Return the dtype of all images; None if it is unknown before reading them.
 
-    8-bit grey and colour become images, but arrays where a tile has no-data values.
+    8-bit grey and colour tiles become images, but arrays if they have no-data values.
     """
     dtype = rasters[0].dtype
     plain = dtype == np.uint8 and bands in (1, 3)
@@ -321,35 +323,37 @@ def _common_dtype(rasters: list[Raster], bands: int) -> np.dtype | None:
 def _common_bands(
     rasters: dict[str, Raster], requested: str | None, source: str
 ) -> tuple[list[int], list[str]]:
-    """Return the numbers and names of the requested bands, which all rasters have.
+    """Return the numbers and names of the requested bands; all rasters must have the same bands.
 
-    Raises: ValueError for rasters with other bands or another unit than the first.
+    Raises: ValueError for rasters whose bands or unit differ from the first raster's.
     """
     first = next(iter(rasters.values()))
     numbers = choose_bands(requested, first.bands, source)
     for name, raster in rasters.items():
         if np.uint8 in (raster.dtype, first.dtype) and raster.dtype != first.dtype:
             raise ValueError(
-                f"{source}: {name} is {raster.dtype}, others are {first.dtype}; uint8 is read as 0 "
-                "to 1, all else in its own unit. Name files of one type by the pattern."
+                f"{source}: {name} is {raster.dtype}, others are {first.dtype}. uint8 is scaled to "
+                "[0, 1], other dtypes are not. Use a file pattern that matches rasters of a single "
+                "dtype."
             )
         if raster.bands != first.bands:
             raise ValueError(
                 f"{source}: {name} has the bands {', '.join(raster.bands)}, others have "
-                f"{', '.join(first.bands)}; name files of one type by the pattern."
+                f"{', '.join(first.bands)}. Use a file pattern that matches rasters with the same "
+                "bands."
             )
     return numbers, [first.bands[number - 1] for number in numbers]
 
 
 def import_rasterio() -> Any:
-    """Return the module rasterio. Raises: ImportError that says what to install."""
+    """Return the module rasterio. Raises: ImportError with the package to install."""
     what = "Rasters (geotiff:, bigearthnet:, 13-band eurosat:)"
     return require("rasterio", "remote-sensing", what)
 
 
 @contextmanager
 def _opened(path: str | Path) -> Iterator[Any]:
-    """Open a raster, georeferenced or not."""
+    """Open a raster; suppress the warning about missing georeferences."""
     rasterio = import_rasterio()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
@@ -379,7 +383,7 @@ def choose_bands(requested: str | None, names: Sequence[str], source: str) -> li
 def _boxes(
     width: int, height: int, tile: int | None
 ) -> list[tuple[str, tuple[int, int, int, int] | None]]:
-    """Return the suffix of the id and the box of every tile."""
+    """Return (id suffix, box) of every tile."""
     if tile is None:
         return [("", None)]
     return [

@@ -1,4 +1,4 @@
-"""``hf:`` — Hugging Face datasets: a name on the Hub, or a local folder that `datasets` reads."""
+"""``hf:``: Hugging Face datasets: a name on the Hub, or a local folder that `datasets` reads."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -27,7 +27,7 @@ _NO_IMAGE = "the table has no image in this row"
 class TableColumn:
     """One column of a table, read row by row.
 
-    It holds a table of this column alone, because `table[name][row]` takes milliseconds.
+    It keeps a table of only this column, because `table[name][row]` takes milliseconds.
     """
 
     def __init__(self, table: Any, name: str):
@@ -44,8 +44,8 @@ class TableColumn:
 
 
 class TableImages(TableColumn):
-    """The image column, undecoded, so that a broken image becomes a BadImage. Relative paths start
-    from ``root``."""
+    """The image column, undecoded, so that a broken image becomes a BadImage. Relative paths are
+    relative to ``root``."""
 
     def __init__(self, table: Any, name: str, root: str):
         super().__init__(table, name)
@@ -56,13 +56,13 @@ class TableImages(TableColumn):
         return os.path.join(self.root, image) if isinstance(image, str) else image
 
     def paths(self, row: int) -> list[str]:
-        """Return the file of a row, if the column holds paths."""
+        """Return the file of a row if the column contains paths, else []."""
         name = super().__getitem__(row) if self.named else None
         return [os.path.join(self.root, name)] if name else []
 
 
 class TableArrays(TableColumn):
-    """A column of arrays (h, w) or (h, w, bands), read as (h, w, bands) in the column's type."""
+    """A column of arrays (h, w) or (h, w, bands), read as (h, w, bands) in the column's dtype."""
 
     def __init__(self, table: Any, name: str):
         super().__init__(table, name)
@@ -70,7 +70,7 @@ class TableArrays(TableColumn):
 
     def __getitem__(self, row: int) -> np.ndarray:
         values = super().__getitem__(row)
-        if np.isnan(values).all():  # a missing row, in a column of whole numbers too
+        if np.isnan(values).all():  # a missing row, also in an integer column
             raise BadImage(f"row {row}", _NO_IMAGE)
         return np.atleast_3d(values.astype(self.dtype))
 
@@ -81,15 +81,14 @@ def open_hub(spec: DataSpec) -> Splits:
     folder of tables).
 
     The image column is the one of type Image, else of type Array2D (h, w) or Array3D (h, w, bands).
-    Labels come from the column of type ClassLabel (of several, the one named "label"), or of lists
-    of ClassLabel, which become rows of 0 and 1. Captions come from a column of texts or lists of
-    texts named "caption", "captions" or "text". ``image= label= caption= group=`` name others. Any
-    column of whole numbers or strings can be a label; the classes are then its sorted values of all
-    splits. The ids are ``split/row``.
+    Labels come from the column of type ClassLabel (if there are several, the one named "label"), or
+    of lists of ClassLabel, which become rows of 0 and 1. Captions come from a column of strings or
+    lists of strings named "caption", "captions" or "text". ``image= label= caption= group=`` select
+    other columns. Any column of integers or strings can be the label; the classes are then its
+    sorted values in all splits. The ids are ``split/row``.
 
-    Raises: FileNotFoundError for a missing local path;
-        ConnectionError when the Hub is not reached; ValueError for an unknown or gated name,
-        and for columns that do not fit.
+    Raises: FileNotFoundError for a missing local path; ConnectionError if the Hub cannot be
+        reached; ValueError for an unknown or gated name, and for columns that do not fit.
     """
     return open_tables(_load(spec.location))
 
@@ -98,7 +97,7 @@ def open_tables(tables: Mapping[str, Any], root: str = "") -> Splits:
     """Open `datasets` tables by split, as `open_hub` describes.
 
     Args:
-        root: of relative paths in the image column.
+        root: folder that paths in the image column are relative to.
     """
     return Splits(list(tables), lambda spec: _images_of(spec, tables, root))
 
@@ -137,14 +136,14 @@ def _images_of(spec: DataSpec, tables: Mapping[str, Any], root: str) -> ImageDat
         captions=TableColumn(table, caption) if caption else None,
         bands=_bands(kind) if arrays else None,
         dtype=kind.dtype if arrays else None, splits=list(tables), split=split,
-        # Image sizes would need the whole table; its fingerprint stands for them.
+        # Image sizes would require reading the whole table; use its fingerprint instead.
         source_fingerprint=" ".join(tables[name]._fingerprint for name in chosen),
     )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class ParquetReader:
-    """Reads the samples of a parquet file by its name, a few rows at a time."""
+    """Reads the samples of a parquet file, given its name, a few rows at a time."""
 
     begins: dict[str, tuple[str, int]]  # the split of each file, and its first row there
     image: str
@@ -158,7 +157,7 @@ class ParquetReader:
         columns = [column for column in (self.image, self.label, self.caption) if column]
         split, row = self.begins[name]
         with fsspec.open(name, "rb") as file:
-            # No threads: this runs in DataLoader workers, forked or not.
+            # No threads: this may run in forked DataLoader workers.
             batches = ParquetFile(file).iter_batches(32, columns=columns, use_threads=False)
             for values in (values for batch in batches for values in batch.to_pylist()):
                 record: dict[str, Any] = {"id": f"{split}/{row}"}
@@ -177,19 +176,19 @@ class ParquetReader:
 
 @source("hf", stream=True, options=("image", "label", "caption", "streaming"))
 def stream_hub(spec: DataSpec) -> ImageStream:
-    """Open ``hf:NAME?streaming=true``, of parquet files (on the Hub or in a local folder).
+    """Open ``hf:NAME?streaming=true``: parquet files on the Hub or in a local folder.
 
-    Items are those of `open_hub`. The files are the shards; before training only their footers are
-    read, to count rows. Labels come from a column of type ClassLabel.
+    Items are those of `open_hub`. Each file is a shard; before training, only the footers are read,
+    to count rows. Labels come from a column of type ClassLabel.
 
-    Raises: see `open_hub`; ValueError also for files that are not parquet.
+    Raises: see `open_hub`; also ValueError for files that are not parquet.
     """
     source = f"hf:{spec.location}"
     builder = _located(spec.location, "load_dataset_builder")
     if isinstance(builder, Path):
         raise ValueError(
-            f"{source} was saved with save_to_disk and is read by index without filling the "
-            "memory; leave streaming=true out."
+            f"{source} was saved with save_to_disk and is memory-mapped; read it by index, without "
+            "streaming=true."
         )
     import fsspec
     from datasets import Features
@@ -201,8 +200,8 @@ def stream_hub(spec: DataSpec) -> ImageStream:
     names = [name for s in chosen for name in files[s]]
     if other := [name for name in names if not name.endswith(".parquet")]:
         raise ValueError(
-            f"{source} holds files that are not parquet, such as {other[0]}; tar files are "
-            "streamed by wds:hf://datasets/OWNER/NAME/…, others read without streaming=true."
+            f"{source} contains files that are not parquet, such as {other[0]}; stream tar files "
+            "with wds:hf://datasets/OWNER/NAME/…, read others without streaming=true."
         )
 
     def footer(name: str) -> Any:
@@ -218,13 +217,15 @@ def stream_hub(spec: DataSpec) -> ImageStream:
     label = _label_column(spec.label, features, source)
     classes = getattr(features[label], "names", None) if label else None
     if _check_arrays(features[image], f"{source}: image={image}"):
-        raise ValueError(f"{source} holds arrays, which no stream has; leave streaming=true out.")
+        raise ValueError(
+            f"{source} contains arrays, which cannot be streamed; remove streaming=true."
+        )
     if label and classes is None and not spec.label:  # lists of classes
         label = None
     if label and classes is None:
         raise ValueError(
-            f"{source}: label={label} is no column of type ClassLabel, which a stream needs; leave "
-            "streaming=true out, or write label=none."
+            f"{source}: label={label} is not of type ClassLabel, which a stream needs; remove "
+            "streaming=true, or use label=none."
         )
     begins = {}
     for s in chosen:
@@ -248,13 +249,13 @@ def _load(location: str) -> dict[str, Any]:
 
         loaded = datasets.load_from_disk(loaded)
     tables = loaded if isinstance(loaded, dict) else {str(loaded.split or "train"): loaded}
-    # A table may have been saved to give tensors; here it gives plain values.
+    # A table may have been saved with a tensor format; read plain values instead.
     return {split: table.with_format(None) for split, table in tables.items()}
 
 
 def _located(location: str, function: str) -> Any:
-    """Call a function of `datasets` with the location. Returns: its result; the path of a table
-    saved with ``save_to_disk``, which these functions do not read."""
+    """Call a function of `datasets` with the location and return its result. For a table saved with
+    ``save_to_disk``, which these functions do not read, return its path."""
     import datasets
 
     load = getattr(datasets, function)
@@ -263,7 +264,7 @@ def _located(location: str, function: str) -> Any:
         saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
         return path if saved else load(str(path))
     if location.startswith(("/", ".", "~")) or "\\" in location or location.count("/") > 1:
-        raise FileNotFoundError(f"hf:{location}: there is no such local path.")
+        raise FileNotFoundError(f"hf:{location}: the local path does not exist.")
     name, _, config = location.partition(":")
     return _load_from_hub(load, name, config or None)
 
@@ -275,16 +276,16 @@ def _load_from_hub(load: Callable, name: str, config: str | None) -> Any:
         return load(name, config)
     except datasets.exceptions.DatasetNotFoundError as error:
         raise ValueError(
-            f"hf:{name} is not on the Hub, or you have no access: {error} Check the name; for a "
-            "gated data set accept its terms on its page and run 'hf auth login'."
+            f"hf:{name} is not on the Hub, or you have no access: {error} Check the name. For a "
+            "gated data set, accept its terms on its page and run 'hf auth login'."
         ) from error
     except (ConnectionError, OSError) as error:
         raise ConnectionError(
-            f"hf:{name} is neither a local folder nor in the cache, and the Hub was not reached: "
+            f"hf:{name} is neither a local folder nor cached, and the Hub cannot be reached: "
             f"{error}"
         ) from error
     except ValueError as error:
-        raise ValueError(f"hf:{name}: {error} A config is written hf:{name}:CONFIG.") from error
+        raise ValueError(f"hf:{name}: {error} Select a config with hf:{name}:CONFIG.") from error
 
 
 def _image(value: Any, row: int) -> str | bytes:
@@ -296,9 +297,9 @@ def _image(value: Any, row: int) -> str | bytes:
 
 
 def _check_arrays(kind: Any, column: str) -> bool:
-    """Return whether an image column of this type holds arrays.
+    """Return whether an image column of this type contains arrays.
 
-    Raises: ValueError for a type that holds no images, or has the channels first.
+    Raises: ValueError for a type that cannot contain images, or has the channels first.
     """
     import datasets
 
@@ -306,14 +307,14 @@ def _check_arrays(kind: Any, column: str) -> bool:
         return False
     if not isinstance(kind, datasets.Array2D | datasets.Array3D):
         raise ValueError(
-            f"{column} holds {type(kind).__name__}; expected Image, bytes, paths, or arrays of "
+            f"{column} has type {type(kind).__name__}; expected Image, bytes, paths, or arrays of "
             "type Array2D (h, w) or Array3D (h, w, bands)."
         )
     first, *last = kind.shape
     if len(last) == 2 and last[0] == last[1] != first:
         raise ValueError(
-            f"{column} holds arrays {kind.shape}, which are no images (h, w, bands); if the "
-            "bands come first, save the table with them last."
+            f"{column} has arrays of shape {kind.shape}, expected (h, w, bands); if the bands come "
+            "first, save the table with the bands last."
         )
     return True
 
@@ -331,7 +332,7 @@ def _caption_column(name: str | None, features: Any, source: str) -> str | None:
 
 
 def _is_text(kind: Any) -> bool:
-    """Return whether a column holds texts or lists of texts."""
+    """Return whether a column contains strings or lists of strings."""
     inner = getattr(kind, "feature", kind)
     return getattr(inner, "dtype", "") in ("string", "large_string")
 
@@ -349,7 +350,9 @@ def _image_column(name: str | None, features: Any, source: str) -> str:
     if len(names) == 1:
         return names[0]
     what = f"several image columns ({', '.join(names)})" if names else "no image column"
-    raise ValueError(f"{source} has {what}; name one with image=. Columns: {', '.join(features)}.")
+    raise ValueError(
+        f"{source} has {what}; select one with image=. Columns: {', '.join(features)}."
+    )
 
 
 def _label_column(name: str | None, features: Any, source: str) -> str | None:
@@ -375,7 +378,7 @@ def _listed_classes(kind: Any) -> list[str] | None:
 
 
 def _row(numbers: list[int] | None, count: int) -> list[int]:
-    """Convert a list of classes to a row of 0 and 1, or of -1 if they are unknown."""
+    """Convert a list of classes to a row of 0 and 1, or a row of -1 if they are unknown."""
     if numbers is None or min(numbers, default=0) < 0:
         return [-1] * count
     return [int(i in numbers) for i in range(count)]
@@ -384,7 +387,7 @@ def _row(numbers: list[int] | None, count: int) -> list[int]:
 def _labels(
     name: str, chosen: list[Any], tables: Iterable[Any]
 ) -> tuple[list[Any] | None, list[str] | None]:
-    """Return the labels of the chosen tables and their names; None for withheld labels."""
+    """Return the labels of the chosen tables and the class names; None for withheld labels."""
     kind = chosen[0].features[name]
     if listed := _listed_classes(kind):
         rows = [_row(value, len(listed)) for t in chosen for value in TableColumn(t, name).all()]
@@ -392,8 +395,7 @@ def _labels(
     names = getattr(kind, "names", None)
     if names is None and not str(getattr(kind, "dtype", "")).startswith(_LABEL_TYPES):
         raise ValueError(
-            f"label={name}: the column holds neither whole numbers nor strings, nor lists of "
-            "ClassLabel."
+            f"label={name}: the column must contain integers, strings or lists of ClassLabel."
         )
     values = [value for table in chosen for value in TableColumn(table, name).all()]
     if names is None:

@@ -1,4 +1,4 @@
-"""``imagenet:`` — ImageNet-1k as it is published."""
+"""``imagenet:``: ImageNet-1k in its published layouts."""
 
 import os
 from collections.abc import Iterator
@@ -24,20 +24,20 @@ TRUTH, META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
 def open_imagenet(spec: DataSpec) -> Splits:
     """Open ``imagenet:root`` with the splits train and val, or one of them.
 
-    - ``root/train/SYNSET/*.JPEG``, ``root/val/SYNSET/*.JPEG``; both may lie in Kaggle's
+    - ``root/train/SYNSET/*.JPEG``, ``root/val/SYNSET/*.JPEG``; both may be in Kaggle's
       ``root/ILSVRC/Data/CLS-LOC`` instead.
-    - A flat ``val/`` takes its labels from Kaggle's ``LOC_val_solution.csv``, or from the
-      development kit, ``ILSVRC2012_devkit_t12/data`` with its ``meta.mat``; both lie in root.
+    - The labels of a flat ``val/`` come from Kaggle's ``LOC_val_solution.csv``, or from the
+      development kit, ``ILSVRC2012_devkit_t12/data`` with its ``meta.mat``; either must be in root.
 
-    A label is the index of the synset among the 1,000 sorted ones, as in every released checkpoint,
-    also for a subset of ImageNet. The ids are the paths below the folder of train and val.
-    ``faults`` names a split that is not complete.
+    A label is the synset's index among the 1,000 sorted synsets, as in every released checkpoint,
+    also for a subset of ImageNet. The ids are the paths relative to the parent of train and val.
+    ``faults`` names incomplete splits.
 
-    Raises: FileNotFoundError and ValueError with one list of all that is missing or wrong.
+    Raises: FileNotFoundError and ValueError that list everything missing or wrong.
     """
     root = Path(spec.location).expanduser()
     if not root.is_dir():
-        raise FileNotFoundError(f"imagenet:{spec.location}: there is no such folder.")
+        raise FileNotFoundError(f"imagenet:{spec.location}: the folder does not exist.")
     top = root / KAGGLE if (root / KAGGLE).is_dir() else root
     splits = [split for split in COUNTS if (top / split).is_dir()]
     if not splits:
@@ -64,7 +64,7 @@ def open_imagenet(spec: DataSpec) -> Splits:
                         f"{len(set(of_split.values())):,} of 1,000 classes"
                     )
         if not synset_of:
-            raise ValueError(f"imagenet:{top}: {split} holds no image.")
+            raise ValueError(f"imagenet:{top}: {split} contains no images.")
         labelled = spec.label != "none"
         return ImageData(
             FileImages(str(top), list(synset_of)), synset_of, name=str(spec),
@@ -77,9 +77,9 @@ def open_imagenet(spec: DataSpec) -> Splits:
 
 
 def _synsets(root: Path, top: Path, split: str, known: set[str]) -> dict[str, str]:
-    """Map the images of a split, sorted names below ``top``, to their synsets.
+    """Map the images of a split (sorted names relative to ``top``) to their synsets.
 
-    Raises: ValueError for folders that are no synsets; as `_flat_labels`.
+    Raises: ValueError for folders that are not synsets; the errors of `_flat_labels`.
     """
     names = list(_images(top, split))
     flat = [name for name in names if name.count("/") == 1]
@@ -87,15 +87,15 @@ def _synsets(root: Path, top: Path, split: str, known: set[str]) -> dict[str, st
     synset_of = {name: truth.get(name) or name.split("/")[1] for name in names}
     if unknown := sorted(set(synset_of.values()) - set(truth.values()) - known):
         raise ValueError(
-            f"imagenet:{root}/{split} has {len(unknown)} folders that are no synset of "
-            f"ImageNet-1k, such as {', '.join(unknown[:5])}; for other classes give the folder "
+            f"imagenet:{root}/{split} has {len(unknown)} folders that are not synsets of "
+            f"ImageNet-1k, such as {', '.join(unknown[:5])}; for other classes, give the folder "
             "without imagenet:."
         )
     return synset_of
 
 
 def _images(top: Path, split: str) -> Iterator[str]:
-    """Yield sorted names below ``top``: split/image or split/folder/image."""
+    """Yield sorted names relative to ``top``: split/image or split/folder/image."""
     for entry in sorted(os.scandir(top / split), key=lambda entry: entry.name):
         if entry.is_dir():
             for name in sorted(os.listdir(entry.path)):
@@ -106,12 +106,12 @@ def _images(top: Path, split: str) -> Iterator[str]:
 
 
 def _flat_labels(root: Path, names: list[str]) -> dict[str, str]:
-    """Map the images that lie in no synset folder to their synsets."""
+    """Map the images that are not in a synset folder to their synsets."""
     stems = {name: Path(name).stem for name in names}
     if names[0].startswith("train/"):
         raise ValueError(
-            f"imagenet:{root}: {len(names)} images lie in train/ itself, such as {names[0]}; "
-            "unpack the archive of every synset into a folder of its name."
+            f"imagenet:{root}: {len(names)} images are directly in train/, such as {names[0]}; "
+            "unpack the archive of each synset into a folder with the synset's name."
         )
     if (root / SOLUTION).is_file():
         columns = read_columns(root / SOLUTION, f"imagenet:{root}: {SOLUTION}")
@@ -128,12 +128,12 @@ def _flat_labels(root: Path, names: list[str]) -> dict[str, str]:
 
 
 def _devkit(root: Path) -> dict[str, str]:
-    """Map images to synsets by the development kit, whose numbers do not follow their order."""
+    """Map images to synsets from the development kit, whose class numbers have another order."""
     folder = root / DEVKIT
     if missing := [name for name in (TRUTH, META) if not (folder / name).is_file()]:
         raise FileNotFoundError(
-            f"imagenet:{root}: val/ has no synset folders, so its labels are needed from "
-            f"{SOLUTION} (not there) or from {DEVKIT}/ (missing: {', '.join(missing)}); put either "
+            f"imagenet:{root}: val/ has no synset folders, so its labels must come from "
+            f"{SOLUTION} (missing) or from {DEVKIT}/ (missing: {', '.join(missing)}); put either "
             "into the root, or sort val/ into synset folders."
         )
     from scipy.io import loadmat  # executes nothing

@@ -1,4 +1,4 @@
-"""``masks:`` and ``ade20k:`` — images with a mask of class numbers each."""
+"""``masks:`` and ``ade20k:``: images that each have a mask of class numbers."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -34,8 +34,8 @@ class MaskFiles(FileImages):
     """Mask files below one root, read as class numbers.
 
     Attributes:
-        classes: their number.
-        zero_is_none: 0 means "not labelled", 1 the first class.
+        classes: number of classes.
+        zero_is_none: True if 0 means "unlabelled" and 1 is the first class.
     """
 
     classes: int
@@ -45,7 +45,7 @@ class MaskFiles(FileImages):
         """Read the mask of an image of ``size`` (width, height): uint8 (h, w), 0 to classes - 1, or
         `IGNORE`.
 
-        Raises: BadImage for an unreadable file, another size, or a number that is no class.
+        Raises: BadImage for an unreadable file, another size, or a number that is not a class.
         """
         first = int(self.zero_is_none)
         values = checked(read_mask(self[row]), size, self.rows[row], self.classes, first)
@@ -58,8 +58,8 @@ class MaskFiles(FileImages):
 
 
 def read_mask(path: str | Path) -> np.ndarray:
-    """Read the numbers in a mask file, (h, w) of an unsigned type: the indices of a palette file,
-    0 and 1 of a black and white file.
+    """Read the numbers in a mask file as unsigned integers (h, w): the indices of a palette file,
+    or 0 and 1 for a black-and-white file.
 
     Raises: BadImage.
     """
@@ -69,28 +69,28 @@ def read_mask(path: str | Path) -> np.ndarray:
             if image.mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
                 raise BadImage(
                     name,
-                    f"a mask of mode {image.mode}; expected one class number a pixel, in a grey "
-                    "or palette file",
+                    f"the mask has mode {image.mode}; expected one class number per pixel, in a "
+                    "grey or palette file",
                 )
             packed = image.tile[0][3] if image.tile else ""
             packed = packed[0] if isinstance(packed, tuple) else packed
             values = np.asarray(image) // FEW_BITS.get(str(packed), 1)
     except BadImage:
         raise
-    except Exception as error:  # a broken file makes decoders raise nearly anything
+    except Exception as error:  # decoders raise errors of nearly any type
         raise BadImage(name, f"the mask cannot be read: {error}") from error
     return values.astype(np.uint8 if values.dtype == bool else np.uint32)
 
 
 @source("masks", options=("group",))
 def open_masks(spec: DataSpec) -> Splits:
-    """Open ``images/`` and ``masks/``, files of the same names; both may have split folders.
+    """Open ``images/`` and ``masks/``, with files of the same names; both may have split folders.
 
-    A mask is a lossless grey or palette file (PNG, TIFF, BMP) of class numbers from 0; `IGNORE`
-    (255) is no class. ``classes.txt`` names the classes, one a line; without it all masks are read
-    once to count them. ``group=folder``: as for a plain folder.
+    A mask is a lossless grey or palette file (PNG, TIFF, BMP) with class numbers from 0; `IGNORE`
+    (255) means unlabelled. ``classes.txt`` names the classes, one per line; without it, all masks
+    are read once to count the classes. ``group=folder``: as for a plain folder.
 
-    Raises: FileNotFoundError with all that is missing; ValueError for invalid masks.
+    Raises: FileNotFoundError that lists everything missing; ValueError for invalid masks.
     """
 
     def classes(root: Path, names: list[str]) -> list[str]:
@@ -101,10 +101,10 @@ def open_masks(spec: DataSpec) -> Splits:
 
 @source("ade20k", options=("group",))
 def open_ade20k(spec: DataSpec) -> Splits:
-    """Open ADEChallengeData2016: ``images/`` and ``annotations/``, ``training`` and ``validation``
-    in both. 150 classes, named by ``objectInfo150.txt`` where it is there; 0 is no class.
+    """Open ADEChallengeData2016: ``images/`` and ``annotations/``, both with ``training`` and
+    ``validation``. ``objectInfo150.txt``, if present, names the 150 classes; 0 means unlabelled.
 
-    Raises: as `open_masks`.
+    Raises: see `open_masks`.
     """
 
     def classes(root: Path, _: list[str]) -> list[str]:
@@ -114,7 +114,7 @@ def open_ade20k(spec: DataSpec) -> Splits:
         rows = [line.split("\t") for line in table.read_text(encoding="utf-8").splitlines()]
         named = [row[-1].partition(",")[0].strip() for row in rows if row[0].strip().isdigit()]
         if len(named) != ADE20K_CLASSES:
-            raise ValueError(f"{table} names {len(named)} classes, not {ADE20K_CLASSES}.")
+            raise ValueError(f"{table} names {len(named)} classes; expected {ADE20K_CLASSES}.")
         return named
 
     return _open(spec, "annotations", classes, zero_is_none=True)
@@ -160,8 +160,8 @@ def _check_folders(root: Path, masks_folder: str) -> None:
     missing = [name for name in ("images", masks_folder) if not (root / name).is_dir()]
     if missing:
         raise FileNotFoundError(
-            f"{root} lacks {' and '.join(f'{name}/' for name in missing)}; it {contents(root)}. "
-            f"Expected are images/ and {masks_folder}/ with files of the same names."
+            f"{root} has no {' and no '.join(f'{name}/' for name in missing)}; it "
+            f"{contents(root)}. Expected images/ and {masks_folder}/ with files of the same names."
         )
 
 
@@ -172,7 +172,7 @@ def _masks_of(names: Sequence[str], root: Path, folder: str) -> list[str]:
         extension = os.path.splitext(name)[1]
         if extension.lower() not in LOSSLESS:
             raise ValueError(
-                f"{root / folder / name}: class numbers do not survive in a {extension} file; "
-                f"save masks as PNG (known are {' '.join(LOSSLESS)})."
+                f"{root / folder / name}: a {extension} file does not preserve class numbers; save "
+                f"masks as PNG (accepted are {' '.join(LOSSLESS)})."
             )
     return paired(names, masks, root / "images", root / folder)

@@ -1,4 +1,4 @@
-"""``medmnist:`` — MedMNIST's files: images of 28 to 224 px, and volumes of 28 or 64."""
+"""``medmnist:``: MedMNIST's files: images of 28 to 224 px, and volumes of 28 or 64."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ ARRAYS = tuple(f"{split}_{what}" for split in SPLITS for what in ("images", "lab
 
 @lru_cache(maxsize=1)
 def known_sets() -> dict[str, tuple[str, tuple[str, ...]]]:
-    """Return task and class names, in the order of the labels, of every set of MedMNIST v2."""
+    """Map every set of MedMNIST v2 to its task and its class names in label order."""
     text = Path(__file__).with_suffix(".json").read_text(encoding="utf-8")
     return {flag: (task, tuple(classes)) for flag, (task, classes) in json.loads(text).items()}
 
@@ -33,23 +33,25 @@ def open_medmnist(spec: DataSpec) -> Splits:
     """Open ``medmnist:FLAG.npz`` or ``medmnist:FLAG_SIZE.npz``, as MedMNIST publishes them.
 
     The splits are train, val and test, in the file's order, which the official Evaluator needs.
-    Labels are classes, in a multi-label set rows of 0 and 1. Task and class names follow from the
-    file's name; those of an unknown set from the shape and values of its labels.
+    Labels are classes, or rows of 0 and 1 in a multi-label set. The file name determines the task
+    and the class names; for an unknown set, the shape and values of its labels do.
 
     A volume gives one image: its three middle planes as red, green and blue. ``axis=0`` (1, 2)
-    gives every plane across that axis instead, grouped by volume. The ids are ``split/row`` and
-    ``split/row/plane``.
+    gives every plane perpendicular to that axis instead, grouped by volume. The ids are
+    ``split/row`` and ``split/row/plane``.
 
     The arrays are unpacked once into the user's cache and memory-mapped. Nothing in the file is
     unpickled.
 
-    Raises: FileNotFoundError; ValueError for a file of another form.
+    Raises: FileNotFoundError; ValueError for a file with another layout.
     """
     check_option(spec, "axis", ("0", "1", "2"))
     file = Path(spec.location).expanduser()
     source = f"medmnist:{spec.location}"
     if not file.is_file():
-        raise FileNotFoundError(f"{source}: there is no such file; the sets are at medmnist.com.")
+        raise FileNotFoundError(
+            f"{source}: the file does not exist; download the sets from medmnist.com."
+        )
     folder, arrays = _arrays(file, source)
 
     def choose(spec: DataSpec) -> ImageData:
@@ -59,11 +61,11 @@ def open_medmnist(spec: DataSpec) -> Splits:
         is_volume = len(shape) == 4 and shape[-1] != 3
         axis = None if spec.axis is None else int(spec.axis)
         if axis is not None and not is_volume:
-            raise ValueError(f"{source} holds images, not volumes; leave axis={axis} out.")
+            raise ValueError(f"{source} contains images, not volumes; remove axis={axis}.")
         if is_volume and axis is None and len(set(shape[1:])) > 1:
             raise ValueError(
-                f"{source} holds volumes of {shape[1:]}, whose middle planes are no one image; say "
-                "axis=0, 1 or 2."
+                f"{source} contains volumes of {shape[1:]}, whose middle planes differ in size and "
+                "cannot form one image; use axis=0, 1 or 2."
             )
 
         task, classes = known_sets().get(file.stem.split("_")[0].lower()) or _guess(arrays)
@@ -134,7 +136,9 @@ def _unpacked(file: Path) -> Path:
         new.mkdir()
         names = [f"{name}.npy" for name in ARRAYS]
         if missing := [name for name in names if name not in packed.namelist()]:
-            raise ValueError(f"it has no {', '.join(missing)}, but {', '.join(packed.namelist())}")
+            raise ValueError(
+                f"it has no {', '.join(missing)}; it has {', '.join(packed.namelist())}"
+            )
         for name in names:
             with packed.open(name) as content, open(new / name, "wb") as target:
                 shutil.copyfileobj(content, target, 1 << 20)
@@ -142,15 +146,15 @@ def _unpacked(file: Path) -> Path:
 
 
 def _arrays(file: Path, source: str) -> tuple[Path, dict[str, np.ndarray]]:
-    """Return the folder of the unpacked arrays, and the arrays by name, checked.
+    """Return the folder of the unpacked arrays, and the checked arrays by name.
 
-    Raises: ValueError for a file of another form.
+    Raises: ValueError for a file with another layout.
     """
     try:
         folder = _unpacked(file)
         arrays = {name: _array(str(folder / f"{name}.npy")) for name in ARRAYS}
     except (ValueError, OSError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{source} is no MedMNIST file: {error}") from error
+        raise ValueError(f"{source} is not a MedMNIST file: {error}") from error
     for split in SPLITS:
         images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
         if images.dtype != np.uint8 or images.ndim not in (3, 4):
@@ -160,14 +164,14 @@ def _arrays(file: Path, source: str) -> tuple[Path, dict[str, np.ndarray]]:
             )
         if labels.ndim != 2 or len(labels) != len(images) or labels.dtype.kind not in "iu":
             raise ValueError(
-                f"{source}: {split}_labels is {labels.dtype} {labels.shape}; expected whole "
-                f"numbers ({len(images)}, labels)."
+                f"{source}: {split}_labels is {labels.dtype} {labels.shape}; expected integers "
+                f"({len(images)}, labels)."
             )
     return folder, arrays
 
 
 def _guess(arrays: dict[str, np.ndarray]) -> tuple[str, tuple[str, ...]]:
-    """Return task and classes of a set that is not known by name."""
+    """Return task and classes of a set with an unknown name."""
     labels = np.concatenate([arrays[f"{split}_labels"] for split in SPLITS])
     if labels.shape[1] > 1:
         return MULTI_LABEL, tuple(str(i) for i in range(labels.shape[1]))

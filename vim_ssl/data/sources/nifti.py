@@ -1,4 +1,4 @@
-"""``nifti:`` — the planes of NIfTI volumes as 8-bit images."""
+"""``nifti:``: the planes of NIfTI volumes as 8-bit images."""
 
 import json
 import os
@@ -33,26 +33,27 @@ DEFAULT_WINDOW = Window(0.5, 99.5, percent=True)
 
 @source("nifti", extra="medical", options=("label", "axis", "window", "group"))
 def open_nifti(spec: DataSpec) -> Splits:
-    """Open ``nifti:PATTERN``: every plane of one volume, or of those of a folder or a glob.
+    """Open ``nifti:PATTERN``: every plane of one volume, or of all volumes in a folder or a glob.
 
-    Volumes are turned to canonical axes (right, anterior, superior). ``axis=2``, the default, gives
-    axial planes, 1 coronal and 0 sagittal ones; anterior or superior is up. Of a time series the
-    first volume is read. Values from the 0.5th to the 99.5th percentile of the volume become 0 to
-    255; ``window=LOW,HIGH`` (values, such as HU) or ``1%,99%`` sets others.
+    Volumes are reoriented to canonical axes (right, anterior, superior). ``axis=2``, the default,
+    gives axial planes, 1 coronal and 0 sagittal ones; anterior or superior is up. Only the first
+    volume of a time series is read. Values from the 0.5th to the 99.5th percentile of the volume
+    become 0 to 255; ``window=LOW,HIGH`` (values, such as HU) or ``1%,99%`` sets another window.
 
-    If the folder holds ``images/`` and ``masks/`` (or ``images/`` and ``labels/``, ``imagesTr/``
-    and ``labelsTr/``) with volumes of the same names, each plane has a mask of class numbers, 255
-    for none; ``label=none`` ignores the masks. ``classes.txt`` names the classes as for ``masks:``,
-    else the ``dataset.json`` of the Medical Segmentation Decathlon or of nnU-Net. A volume whose
-    mask has another shape or place is skipped and named in ``faults``.
+    If the folder contains ``images/`` and ``masks/`` (or ``images/`` and ``labels/``, ``imagesTr/``
+    and ``labelsTr/``) with volumes of the same names, each plane has a mask of class numbers, with
+    255 for unlabelled pixels; ``label=none`` ignores the masks. The classes are named in
+    ``classes.txt``, as for ``masks:``, or in the ``dataset.json`` of the Medical Segmentation
+    Decathlon or nnU-Net. A volume whose mask has another shape or position is skipped and named in
+    ``faults``.
 
-    The group is the volume, with ``group=folder`` the folder it is in, such as a patient's. The ids
-    are ``path/plane``. ``label=folder`` makes the outermost folder the class; folders named train,
-    val and test, and no others, are splits.
+    The group is the volume, or, with ``group=folder``, its folder (for example one per patient).
+    The ids are ``path/plane``. ``label=folder`` makes the outermost folder the class. Folders are
+    splits if all are named train, val or test.
 
-    A volume is unpacked once, windowed, into the user's cache, when its first plane is read.
+    When its first plane is read, a volume is unpacked and windowed into the user's cache.
 
-    Raises: ImportError without nibabel; FileNotFoundError; ValueError when there is no volume.
+    Raises: ImportError without nibabel; FileNotFoundError; ValueError if there is no volume.
     """
     import_nibabel()
     for option, values in (("axis", AXES), ("label", ("folder", "none")), ("group", ("folder",))):
@@ -65,7 +66,7 @@ def open_nifti(spec: DataSpec) -> Splits:
     for name in names:
         try:
             volumes[name] = _read_header(root / name, axis, masks_root, mask_of.get(name, ""))
-        except Exception as error:  # a broken file makes readers raise nearly anything
+        except Exception as error:  # readers raise errors of nearly any type
             faults.append(f"{name} cannot be read ({type(error).__name__}: {error})")
     if not volumes:
         raise ValueError(
@@ -98,9 +99,9 @@ class Volume:
     """The header of a volume.
 
     Attributes:
-        mask: its file below the folder of the masks; "" without masks.
-        planes: their number.
-        spacing: millimetres from plane to plane, row to row and column to column.
+        mask: file of its mask, relative to the masks' folder; "" without masks.
+        planes: number of planes.
+        spacing: millimetres between planes, rows and columns.
     """
 
     mask: str
@@ -109,8 +110,8 @@ class Volume:
 
 
 def _read_header(path: Path, axis: int, masks_root: Path | None, mask: str) -> Volume:
-    """Read a volume's header. Raises: ValueError for a mask that does not fit it, and what nibabel
-    raises."""
+    """Read a volume's header. Raises: ValueError for a mask that does not fit it; nibabel's
+    errors."""
     nibabel = import_nibabel()
     image = nibabel.load(path)
     if masks_root:
@@ -120,7 +121,8 @@ def _read_header(path: Path, axis: int, masks_root: Path | None, mask: str) -> V
 
 @dataclass(eq=False)
 class PlaneImages(OnDisk):
-    """Planes across an axis of volumes as uint8 (h, w); a row is a volume's name and a plane."""
+    """Planes of volumes, perpendicular to an axis, as uint8 (h, w); a row is (volume name, plane
+    index)."""
 
     axis: int
     window: Window
@@ -132,7 +134,7 @@ class PlaneImages(OnDisk):
         name, plane = self.rows[row]
         try:
             volume = _volume(os.path.join(self.root, name), self.window)
-        except Exception as error:  # a broken file makes readers raise nearly anything
+        except Exception as error:  # readers raise errors of nearly any type
             raise BadImage(name, f"the volume cannot be read ({error})") from error
         return upright(volume, plane, self.axis)
 
@@ -153,7 +155,7 @@ class PlaneMasks(OnDisk):
         name, plane = self.rows[row]
         try:
             volume = _volume(self.paths(row)[0], None)
-        except Exception as error:  # a broken file makes readers raise nearly anything
+        except Exception as error:  # readers raise errors of nearly any type
             raise BadImage(name, f"the mask cannot be read ({error})") from error
         return checked(upright(volume, plane, self.axis), size, name, self.classes)
 
@@ -165,13 +167,14 @@ class PlaneMasks(OnDisk):
 
 
 def upright(volume: np.ndarray, plane: int, axis: int) -> np.ndarray:
-    """Return a plane across ``axis`` of a volume in canonical axes, front or top up."""
-    # Not take(), which copies a whole volume in the memory order of NIfTI.
+    """Return the plane with index ``plane`` along ``axis`` of a volume in canonical (RAS) axes,
+    oriented with anterior or superior at the top."""
+    # Not take(): with NIfTI's memory order it copies the whole volume.
     return np.array(np.moveaxis(volume, axis, 0)[plane][:, ::-1].T)
 
 
 def _classes(root: Path, masks_root: Path, masks: list[str]) -> list[str]:
-    """Return the class names of classes.txt or dataset.json, else the numbers in the masks."""
+    """Return the class names from classes.txt or dataset.json, else the numbers in the masks."""
     file = root / "dataset.json"
     if file.exists() and not (root / "classes.txt").exists():
         return _json_classes(file)
@@ -179,11 +182,11 @@ def _classes(root: Path, masks_root: Path, masks: list[str]) -> list[str]:
 
 
 def _json_classes(file: Path) -> list[str]:
-    """Read the names in a dataset.json: its ``labels`` map number to name in the Decathlon, name to
-    number in nnU-Net.
+    """Read the class names in a dataset.json: its ``labels`` map number to name in the Decathlon,
+    and name to number in nnU-Net.
 
-    Raises: ValueError for anything else, such as nnU-Net's regions of several numbers, for
-        nnU-Net's label of ignored voxels, and for fewer than 2 classes or more than 255.
+    Raises: ValueError for anything else, such as nnU-Net's regions with several numbers; for
+        nnU-Net's "ignore" label; for fewer than 2 classes or more than 255.
     """
     try:
         labels = json.loads(file.read_text(encoding="utf-8"))["labels"].items()
@@ -194,13 +197,14 @@ def _json_classes(file: Path) -> list[str]:
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise ValueError(
             f'{file}: its "labels" do not name the classes from 0 on, as {{"0": "background", "1": '
-            '"liver"}} does; correct it, or name them in a classes.txt beside it, a line each.'
+            '"liver"}} does; correct it, or name the classes in classes.txt beside it, one per '
+            "line."
         ) from error
     if not numbered and "ignore" in classes:
         raise ValueError(
             f'{file}: number {classes.index("ignore")} is "ignore", which would be learned as a '
-            f"class. Voxels without a class are {IGNORE} here: renumber them in the masks, and "
-            'remove the entry from "labels".'
+            f"class. Unlabelled voxels must be {IGNORE}: renumber them in the masks, and remove "
+            'the entry from "labels".'
         )
     if not 2 <= len(classes) <= IGNORE:
         raise ValueError(f"{file} names {len(classes)} classes; expected 2 to {IGNORE}.")
@@ -208,20 +212,20 @@ def _json_classes(file: Path) -> list[str]:
 
 
 def _numbers(path: Path) -> np.ndarray:
-    """Return the class numbers in a volume, plane by plane to bound the memory."""
+    """Return the class numbers in a volume. Reads plane by plane to limit memory."""
     try:
         volume = _volume(str(path), None)
-    except Exception as error:  # a broken file makes readers raise nearly anything
+    except Exception as error:  # readers raise errors of nearly any type
         raise BadImage(path.name, str(error)) from error
     return np.unique(np.concatenate([np.unique(plane) for plane in volume]))
 
 
 @lru_cache(maxsize=64)
 def _volume(path: str, window: Window | None) -> np.ndarray:
-    """Read a volume through the cache: uint8 (x, y, z) in canonical axes, grey by a window, or
-    without one its class numbers.
+    """Read a volume through the cache as uint8 (x, y, z) in canonical axes: windowed grey, or class
+    numbers if ``window`` is None.
 
-    Raises: ValueError for values that are no class numbers.
+    Raises: ValueError for values that are not class numbers.
     """
     stat = os.stat(path)
     key = repr((os.path.abspath(path), stat.st_size, stat.st_mtime_ns, window))
@@ -238,7 +242,7 @@ def _volume(path: str, window: Window | None) -> np.ndarray:
 
 
 def import_nibabel() -> Any:
-    """Return the module nibabel. Raises: ImportError that says what to install."""
+    """Return the module nibabel. Raises: ImportError with the package to install."""
     return require("nibabel", "medical", "NIfTI volumes (nifti:)")
 
 
@@ -247,7 +251,8 @@ def _class_numbers(values: np.ndarray) -> np.ndarray:
     good = (np.abs(values - whole) < 1e-3) & (whole >= 0) & (whole <= IGNORE)  # NaN is not
     if not good.all():
         raise ValueError(
-            f"it holds {values[~good][0]:g}; a mask's values are whole numbers from 0 to {IGNORE}"
+            f"it contains {values[~good][0]:g}; the values of a mask must be integers from 0 to "
+            f"{IGNORE}"
         )
     return whole.astype(np.uint8)
 
@@ -261,7 +266,7 @@ def _canonical_affine(image: Any) -> np.ndarray:
 
 
 def _spacing(image: Any, axis: int) -> tuple[float, ...]:
-    """Return the millimetres from plane to plane across ``axis``, row to row, column to column."""
+    """Return the millimetres between planes along ``axis``, between rows and between columns."""
     import nibabel
 
     unit = {"meter": 1e3, "micron": 1e-3}.get(image.header.get_xyzt_units()[0], 1.0)
@@ -271,23 +276,23 @@ def _spacing(image: Any, axis: int) -> tuple[float, ...]:
 
 
 def _check_same_grid(image: Any, mask: Any) -> None:
-    """Raise ValueError for a mask of another shape or place than its volume."""
+    """Raise ValueError for a mask whose shape or position differs from its volume's."""
     shapes = [_canonical_shape(x) for x in (image, mask)]
     if shapes[0] != shapes[1]:
-        raise ValueError(f"its mask has {shapes[1]} voxels, the volume {shapes[0]}")
+        raise ValueError(f"its mask has {shapes[1]} voxels, the volume has {shapes[0]}")
     here, there = _canonical_affine(image), _canonical_affine(mask)
     if np.abs(here - there).max() > 0.05 * np.abs(here[:3, :3]).max():
-        raise ValueError("its mask lies elsewhere: their affines differ")
+        raise ValueError("its mask has another position: their affines differ")
 
 
 def _canonical_shape(image: Any) -> tuple[int, int, int]:
-    """Return the sizes along right, anterior and superior, without reading the values."""
+    """Return the sizes along the right, anterior and superior axes, without reading the values."""
     import nibabel
 
     if image.ndim < 3 or 0 in image.shape:
-        raise ValueError(f"its shape {image.shape} is no volume")
+        raise ValueError(f"shape {image.shape} is not a volume; expected at least 3 non-empty axes")
     if image.get_data_dtype().kind not in "iufb":
-        raise ValueError(f"its values are of type {image.get_data_dtype()}, not plain numbers")
+        raise ValueError(f"its values have type {image.get_data_dtype()}; expected real numbers")
     axes = nibabel.io_orientation(image.affine)[:, 0]
     sizes = {int(axis): size for axis, size in zip(axes, image.shape, strict=False)}
     return sizes[0], sizes[1], sizes[2]

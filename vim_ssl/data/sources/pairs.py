@@ -1,4 +1,4 @@
-"""Images with captions: files side by side in a folder, or the rows of a table."""
+"""``pairs:``: images with captions, as files side by side in a folder or as rows of a table."""
 
 import os
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from vim_ssl.data.tables import TABLES, find_column, read_rows
 
 IMAGE_COLUMNS = ("image", "path", "filepath", "file_name", "filename", "file", "image_path")
 CAPTION_COLUMNS = ("caption", "text", "title")
-PROBED = 20  # first images of a table; one of them must exist
+PROBED = 20  # at least one of this many first images of a table must exist
 
 
 @dataclass
@@ -35,7 +35,7 @@ class CaptionFiles:
 
 
 class CaptionedImages(FileImages):
-    """Image files with a caption file each, whose size counts as theirs does."""
+    """Image files that each have a caption file; sizes include both."""
 
     def sizes(self, row: int) -> str:
         try:
@@ -45,7 +45,7 @@ class CaptionedImages(FileImages):
 
 
 def caption_file(file: str) -> str:
-    """a/b.jpg → a/b.txt"""
+    """Return the caption file of an image: a/b.jpg → a/b.txt."""
     return os.path.splitext(file)[0] + ".txt"
 
 
@@ -54,15 +54,15 @@ def open_pairs(spec: DataSpec) -> ImageData | Splits:
     """Open ``pairs:FOLDER`` or ``pairs:TABLE.csv``.
 
     - A folder: images at any depth, each with a text file of the same name (a.jpg, a.txt) that
-      holds a caption a line. Folders named train, val and test are splits, as in any folder.
+      contains one caption per line. Folders named train, val and test are splits, as in any folder.
     - A table with a header (.csv or .tsv): each row has an image's path, relative to the table's
       folder, and a caption; ``image=`` and ``caption=`` name their columns. Rows with the same
       path are captions of one image.
 
-    ``faults`` names what is skipped: images without a text file, and rows that are too long or too
-    short, lack a path or a caption, or are not UTF-8. An empty text file is reported when read.
+    Skipped are: images without a text file, and rows that are too long or too short, have no path
+    or caption, or are not UTF-8; ``faults`` names them. An empty text file is reported when read.
 
-    Raises: FileNotFoundError; ValueError for a folder or table without a pair.
+    Raises: FileNotFoundError; ValueError for a folder or table without image-caption pairs.
     """
     if spec.location.lower().endswith(TABLES):
         return _open_table(spec)
@@ -72,8 +72,8 @@ def open_pairs(spec: DataSpec) -> ImageData | Splits:
     names = [name for name in every if os.path.isfile(root / caption_file(name))]
     if not names:
         raise ValueError(
-            f"None of the {len(every)} images in {spec.location!r} has a caption: {every[0]} "
-            f"would have one in {caption_file(every[0])}."
+            f"None of the {len(every)} images in {spec.location!r} has a caption; expected for "
+            f"example {caption_file(every[0])} for {every[0]}."
         )
     splits = split_folders(names)
 
@@ -87,7 +87,7 @@ def open_pairs(spec: DataSpec) -> ImageData | Splits:
         return ImageData(
             images, chosen, name=str(spec), captions=CaptionFiles(images), splits=splits,
             split=split,
-            faults=[f"{name}: there is no {caption_file(name)}"
+            faults=[f"{name}: {caption_file(name)} does not exist"
                     for name in sorted(set(files) - set(chosen))],
         )  # fmt: skip
 
@@ -98,10 +98,10 @@ def _open_table(spec: DataSpec) -> ImageData:
     spec.takes("image", "caption")
     source = f"pairs:{spec.location}"
     if spec.split not in (None, "all"):
-        raise ValueError(f"{source} has no splits; keep {spec.split!r} in a table of its own.")
+        raise ValueError(f"{source} has no splits; put {spec.split!r} into a separate table.")
     path = Path(spec.location).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(f"{source}: there is no such table.")
+        raise FileNotFoundError(f"{source}: the table does not exist.")
     captions: dict[str, list[str]] = {}
     faults = []
     digest = blake2b(digest_size=8)
@@ -112,13 +112,13 @@ def _open_table(spec: DataSpec) -> ImageData:
         captions.setdefault(name, []).append(caption)
         digest.update(f"{name}\0{caption}\n".encode(errors="surrogateescape"))
     if not captions:
-        raise ValueError(f"{source} holds no pair. {' '.join(faults[:3])}".strip())
+        raise ValueError(f"{source} has no image-caption pairs. {' '.join(faults[:3])}".strip())
     names = list(captions)
     images = FileImages(str(path.parent), names)
     if not any(os.path.exists(images[row]) for row in range(min(PROBED, len(names)))):
         raise FileNotFoundError(
-            f"{source}: none of the first images exists, such as {images[0]}; paths are relative "
-            "to the table's folder."
+            f"{source}: none of the first images exists, for example {images[0]}; paths are "
+            "relative to the table's folder."
         )
     return ImageData(
         images, names, name=str(spec), captions=list(captions.values()),
@@ -127,8 +127,8 @@ def _open_table(spec: DataSpec) -> ImageData:
 
 
 def _pairs(path: Path, spec: DataSpec, source: str) -> Iterator[tuple[int, str, str, str]]:
-    """Yield line number, image path and caption of every row, and what is wrong with it."""
-    # Bytes that are not UTF-8 become surrogates: a path may have them, a caption may not.
+    """Yield line number, image path, caption and fault ("" if none) of every row."""
+    # Bytes that are not UTF-8 become surrogates: allowed in a path, not in a caption.
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         header, rows = read_rows(file, path.suffix, source, strict=True)
         columns = []
@@ -136,16 +136,16 @@ def _pairs(path: Path, spec: DataSpec, source: str) -> Iterator[tuple[int, str, 
             name = find_column(getattr(spec, option), known, header, option, source)
             if name is None:
                 raise ValueError(
-                    f"{source} has no column for {option}s ({', '.join(known)}). Its first line "
-                    f"names {', '.join(header) or 'none'}; say ?{option}=COLUMN."
+                    f"{source} has no column for {option}s ({', '.join(known)}). Its header is "
+                    f"{', '.join(header) or 'empty'}; select one with ?{option}=COLUMN."
                 )
             columns.append(header.index(name))
         for line, row, fault in rows:
             name = caption = ""
             if not fault and len(row) != len(header):
-                fault = f"{len(row)} fields where the header has {len(header)}"
+                fault = f"{len(row)} fields, the header has {len(header)}"
             if not fault:
-                name, caption = (row[column].strip() for column in columns)
+                name, caption = (row[column] for column in columns)
                 fault = _fault(name, caption)
             yield line, name, caption, fault
 

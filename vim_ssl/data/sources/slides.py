@@ -1,9 +1,9 @@
-"""``slide:`` — whole slides, and other images too large to be read at once, as tiles with tissue.
+"""``slide:``: whole-slide images, and other images too large to read at once, as tiles with tissue.
 
-Tiled TIFFs, pyramids or not, are read by tiffslide, tile by tile; a plain image (PNG, JPEG) is
-decoded whole and cut. Tissue is detected a row of tiles at a time, at a level of the pyramid where
-a tile has sixteen pixels or more. Without a level small enough, tiles are read and shrunk piece by
-piece, so that memory is bounded for a tile of any size.
+tiffslide reads tiled TIFFs, with or without a pyramid, tile by tile; a plain image (PNG, JPEG) is
+decoded completely and cut. Tissue is detected one row of tiles at a time, at a level of the pyramid
+at which a tile has at least sixteen pixels. If no level is small enough, tiles are read and shrunk
+in pieces, so that memory is bounded for a tile of any size.
 """
 
 import math
@@ -29,7 +29,7 @@ from vim_ssl.utils.optional import require
 
 TIFFS = (".tif", ".tiff", ".svs", ".ndpi", ".scn", ".bif")
 SLIDE_EXTENSIONS = tuple(dict.fromkeys(TIFFS + EXTENSIONS))
-COLOURED = 20  # of 255: range of a tissue pixel's channels; glass and unscanned areas are grey
+COLOURED = 20  # minimum range of a tissue pixel's channels (of 255); glass is grey
 COLOURS = ("MINISBLACK", "RGB", "YCBCR")  # tiffslide returns others, such as palettes, as grey
 OVERVIEW = 16  # pixels across a tile, enough to detect tissue
 TILE, TISSUE = 256, 0.1
@@ -72,7 +72,8 @@ class SlideTiles(OnDisk):
         tile = self.rows[row]
         slide = open_image(os.path.join(self.root, tile.name))
         level = slide.level(tile.side / self.pixels)
-        row_pixels = tile.side**2 / self.pixels / slide.downsamples[level] ** 2  # read for a row
+        # Pixels read per output row.
+        row_pixels = tile.side**2 / self.pixels / slide.downsamples[level] ** 2
         pieces = []
         for rows in _pieces(self.pixels, row_pixels):
             above, below = (y * tile.side / self.pixels for y in (rows.start, rows.stop))
@@ -89,7 +90,7 @@ class SlideTiles(OnDisk):
 
 
 class _Plain:
-    """A slide that is decoded whole."""
+    """A slide that is decoded completely."""
 
     mpp: float | None = None
     downsamples: Sequence[float] = (1.0,)
@@ -106,7 +107,7 @@ class _Plain:
 
 
 class _Tiled:
-    """A TIFF read by tiffslide."""
+    """A TIFF that tiffslide reads."""
 
     def __init__(self, path: str):
         tiffslide = import_tiffslide()
@@ -119,20 +120,20 @@ class _Tiled:
             series = self.slide.properties.get("tiffslide.series-index", 0)
             page = self.slide.ts_tifffile.series[series].levels[0].pages[0]
             colours, piece = page.photometric.name, math.prod(page.chunks[:2])
-        except Exception as error:  # a broken file makes readers raise nearly anything
-            raise BadImage(path, f"no TIFF that tiffslide can read: {error}") from error
+        except Exception as error:  # readers raise errors of nearly any type
+            raise BadImage(path, f"tiffslide cannot read this TIFF: {error}") from error
         if colours not in COLOURS:
-            raise BadImage(path, f"its colours are {colours}, expected {', '.join(COLOURS)}")
+            raise BadImage(path, f"its colour space is {colours}; expected {', '.join(COLOURS)}")
         if piece > most_pixels():  # each tile decodes whole pieces
             raise BadImage(
                 path,
-                f"it is stored in pieces of {piece:,} pixels, the limit is {most_pixels():,}; "
-                "save it tiled, or set VIM_SSL_MAX_PIXELS",
+                f"it is stored in segments of {piece:,} pixels, the limit is {most_pixels():,}; "
+                "save it as tiled, or set VIM_SSL_MAX_PIXELS",
             )
         self.path = path
 
     def level(self, downsample: float) -> int:
-        """Return the coarsest level that is not coarser than this."""
+        """Return the coarsest level whose downsampling does not exceed ``downsample``."""
         return self.slide.get_best_level_for_downsample(downsample + 1e-3)
 
     def read(self, left: int, top: int, width: int, height: int, level: int) -> np.ndarray:
@@ -144,12 +145,12 @@ class _Tiled:
         except Exception as error:
             raise BadImage(self.path, f"{type(error).__name__}: {error}") from error
         if values.dtype != np.uint8:
-            raise BadImage(self.path, f"its pixels are {values.dtype}, expected uint8")
+            raise BadImage(self.path, f"its pixels are {values.dtype}; expected uint8")
         return values[..., :3] if values.shape[2] >= 3 else np.repeat(values[..., :1], 3, axis=2)
 
 
 def open_image(path: str) -> Any:
-    """Open a slide to read windows of it; each process keeps its last few open.
+    """Open a slide to read windows of it; each process keeps the last few open.
 
     Raises: BadImage for an unreadable file; ImportError without tiffslide.
     """
@@ -166,16 +167,16 @@ def _open(path: str, changed: int, process: int) -> _Plain | _Tiled:
 
 
 def _pieces(rows: int, pixels: float) -> Iterator[range]:
-    """Split rows of so many pixels each into ranges of at most `PIECE` pixels, or one row."""
+    """Split rows of ``pixels`` each into ranges of at most `PIECE` pixels, at least one row."""
     count = min(max(int(PIECE / pixels), 1), rows)
     return (range(first, min(first + count, rows)) for first in range(0, rows, count))
 
 
 def tissue(path: str, side: int) -> np.ndarray:
-    """Return the share of coloured pixels of every whole tile, (rows, columns) float32.
+    """Return the fraction of coloured pixels of every whole tile, (rows, columns) float32.
 
     Args:
-        side: of a tile, pixels at full resolution.
+        side: side of a tile, in pixels at full resolution.
     Raises: BadImage.
     """
     slide = open_image(path)
@@ -196,21 +197,21 @@ def tissue(path: str, side: int) -> np.ndarray:
     return shares
 
 
-@lru_cache(maxsize=4096)  # data is opened once a split
+@lru_cache(maxsize=4096)  # data is opened once per split
 def _positions(
     path: str, changed: int, pixels: int, mpp: float | None, shrink: float, least: float | None
 ) -> Any:
-    """Return the side of a tile at full resolution, and (left, top) of each tile that is kept."""
+    """Return the side of a tile at full resolution, and (left, top) of each kept tile."""
     slide = open_image(path)
     side = max(round(pixels * shrink), 1)
     if mpp is not None:
         if slide.mpp is None:
-            raise BadImage(path, "it does not say how large a pixel is; leave mpp= out")
+            raise BadImage(path, "it does not declare its pixel size; remove mpp=")
         if slide.mpp > ENLARGED * mpp:
             raise BadImage(
                 path,
-                f"its pixels are {slide.mpp:g} micrometres large by its header, and at mpp={mpp:g} "
-                f"they would be enlarged {slide.mpp / mpp:.0f} times; leave mpp= out",
+                f"its header declares pixels of {slide.mpp:g} micrometres; at mpp={mpp:g} they "
+                f"would be enlarged {slide.mpp / mpp:.0f} times; remove mpp=",
             )
         side = max(round(pixels * mpp / slide.mpp), 1)
     if least is None:
@@ -224,23 +225,23 @@ def _positions(
     "slide", extra="slides", options=("tile", "mpp", "shrink", "tissue", "image", "label", "group")
 )
 def open_slide(spec: DataSpec) -> Splits:
-    """Open ``slide:FILES``: a slide, a folder of them at any depth, or a table of paths, as tiles
+    """Open ``slide:FILES``: a slide, a folder of slides at any depth, or a table of paths, as tiles
     without overlap.
 
-    ``tile=256`` is the side of a tile in pixels: at full resolution; at ``mpp=0.5`` micrometres a
-    pixel; or, for files that do not declare the size of their pixels, ``shrink=16`` times smaller.
-    So a slide of 30,000 pixels is one tile of 1,872, which an encoder of that ``img_size`` reads in
-    one scan. The rest at the right and lower border is dropped. A tile is kept if a tenth of its
-    pixels is coloured, or ``tissue=0.3`` of them; ``tissue=none`` keeps all. The ids are
-    ``path@left,top`` (`tile_origin`); the group is the slide, or a table's column ``group=``. Class
-    folders and splits are those of `open_folder`, a table's columns those of ``csv:``; a tile has
-    the label of its slide.
+    ``tile=256`` is the side of a tile in pixels: by default at full resolution; with ``mpp=0.5`` at
+    0.5 micrometres per pixel; with ``shrink=16``, for files that do not declare their pixel size,
+    at a sixteenth of the resolution. With it, a slide of 30,000 pixels is one tile of 1,872, which
+    an encoder with that ``img_size`` reads in one scan. The remainder at the right and lower border
+    is dropped. A tile is kept if at least a tenth of its pixels is coloured, or the fraction given
+    as ``tissue=0.3``; ``tissue=none`` keeps all. The ids are ``path@left,top`` (`tile_origin`); the
+    group is the slide, or a table's column ``group=``. Class folders and splits are those of
+    `open_folder`, a table's columns those of ``csv:``; a tile has the label of its slide.
 
     Raises: ImportError without tiffslide, unless there are only plain images; FileNotFoundError;
-        ValueError for invalid options, and if no slide gives a tile.
+        ValueError for invalid options, and if no slide has a tile.
     """
     if spec.mpp is not None and spec.shrink is not None:
-        raise ValueError(f"{spec}: mpp= and shrink= both say how small a tile is; give one.")
+        raise ValueError(f"{spec}: mpp= and shrink= both set the resolution; give only one.")
     pixels, least = spec.tile or TILE, _least(spec)
     root, listed = _slides(spec)
 
@@ -262,7 +263,7 @@ def open_slide(spec: DataSpec) -> Splits:
             tiles += [SlideTile(name, left, top, side) for left, top in corners]
             slide_of += [number] * len(corners)
         if not tiles:
-            raise ValueError(f"{spec}: of {len(slides)} slides none gives a tile: {faults[0]}.")
+            raise ValueError(f"{spec}: none of {len(slides)} slides has a tile: {faults[0]}.")
         return ImageData(
             SlideTiles(root, tiles, pixels), map(str, tiles), name=str(spec),
             labels=None if slides.labels is None else [slides.labels[i] for i in slide_of],
@@ -274,7 +275,7 @@ def open_slide(spec: DataSpec) -> Splits:
 
 
 def _slides(spec: DataSpec) -> tuple[str, Splits]:
-    """Return the root of the names, and the slides with labels and splits."""
+    """Return the root that names are relative to, and the slides with labels and splits."""
     path = Path(spec.location).expanduser()
     if path.suffix.lower() in TABLES:
         spec.takes("tile", "mpp", "shrink", "tissue", "image", "label", "group")
@@ -295,12 +296,12 @@ def _least(spec: DataSpec) -> float | None:
     except ValueError:
         least = -1.0
     if not 0 <= least <= 1:
-        raise ValueError(f"{spec}: tissue={spec.tissue} is neither a share within 0..1 nor none.")
+        raise ValueError(f"{spec}: tissue={spec.tissue} must be a fraction within 0..1, or none.")
     return least
 
 
 def import_tiffslide() -> Any:
-    """Return the module tiffslide. Raises: ImportError that says what to install."""
+    """Return the module tiffslide. Raises: ImportError with the package to install."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return require("tiffslide", "slides", "Slides (slide:)")

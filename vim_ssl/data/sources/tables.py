@@ -1,4 +1,4 @@
-"""Local tables: ``csv:`` files name images, ``parquet:`` files hold or name them."""
+"""Local tables: ``csv:`` files list image paths, ``parquet:`` files contain images or paths."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -23,16 +23,16 @@ SPLIT_COLUMN = "split"
 
 @source("csv", options=("image", "label", "caption", "group"))
 def open_csv(spec: DataSpec) -> Splits:
-    """Open ``csv:FILE.csv`` (or .tsv): a header, then one image a row.
+    """Open ``csv:FILE.csv`` (or .tsv): a header, then one image per row.
 
-    Paths are relative to the table's folder. Columns are found by name, or named by ``image=
-    label= caption= group=``: the path ("image", "path", "file_name", "filename" …), a label
-    ("label", "class" or "target"), a caption ("caption", "text"), and "split". The classes are the
-    sorted labels of all splits, whole numbers by size; an empty label is unknown. The ids are the
-    paths as written, and must differ.
+    Paths are relative to the table's folder. Columns are recognised by name, or selected with
+    ``image= label= caption= group=``: the path ("image", "path", "file_name", "filename" …), a
+    label ("label", "class" or "target"), a caption ("caption", "text"), and "split". The classes
+    are the sorted labels of all splits, with integers in numeric order; an empty label is unknown.
+    The ids are the paths as written, and must be unique.
 
-    Raises: FileNotFoundError; ValueError for columns that do not fit, a path given twice, a row
-        of another length than the header, or a table without rows.
+    Raises: FileNotFoundError; ValueError for columns that do not fit, a duplicate path, a row whose
+        length differs from the header's, or a table without rows.
     """
     return read_table(spec, ImageData, FileImages)
 
@@ -43,14 +43,14 @@ def read_table(
     """Read a table as `open_csv` does, into data of any class.
 
     Args:
-        data_class: called as `ImageData`.
-        files: called with a root and names below it; returns the first argument of `data_class`.
+        data_class: class with the arguments of `ImageData`.
+        files: called with the root and names; returns the first argument of `data_class`.
     """
     file = Path(spec.location).expanduser()
     source = f"{spec.scheme}:{spec.location}"
     columns = read_columns(file, source)
     if not any(columns.values()):
-        raise ValueError(f"{source} has no line below its header ({', '.join(columns)}).")
+        raise ValueError(f"{source} has a header ({', '.join(columns)}) but no rows.")
 
     def column(option: str, known: Sequence[str] = ()) -> tuple[str, ...] | None:
         if (requested := getattr(spec, option)) == "none":
@@ -61,12 +61,12 @@ def read_table(
     paths = column("image", PATH_NAMES)
     if paths is None:
         raise ValueError(
-            f"{source} has no column of paths ({', '.join(PATH_NAMES)}); name it with image=. It "
-            f"has {', '.join(columns)}."
+            f"{source} has no column of paths ({', '.join(PATH_NAMES)}); select it with image=. "
+            f"It has {', '.join(columns)}."
         )
     path, count = Counter(paths).most_common(1)[0]
     if count > 1:
-        raise ValueError(f"{source} names {path!r} twice; every image has one line.")
+        raise ValueError(f"{source} lists {path!r} twice; list every image once.")
     labels = classes = None
     if names := column("label", LABEL_NAMES):
         classes = sort_classes(set(names) - {""})
@@ -83,10 +83,10 @@ def read_table(
 
 @source("parquet", options=("image", "label", "caption", "group"))
 def open_parquet(spec: DataSpec) -> Splits:
-    """Open ``parquet:FILES``: a file, a folder of them, a glob or a brace range.
+    """Open ``parquet:FILES``: a file, a folder of files, a glob or a brace range.
 
-    The image column holds bytes, Hugging Face's ``{bytes, path}``, or paths relative to the first
-    file's folder. Files named ``train…``, ``val…`` and ``test…``, and no others, are splits.
+    The image column contains bytes, Hugging Face's ``{bytes, path}``, or paths relative to the
+    first file's folder. Files are splits if all are named ``train…``, ``val…`` or ``test…``.
     Columns and ids are as for ``hf:``.
 
     Raises: see `open_hub`.

@@ -1,8 +1,8 @@
-"""``video:`` — clips of video files, by PyAV, and of folders of frames.
+"""``video:``: clips of video files, read with PyAV, and of folders of frames.
 
-A `Video` is read when a transform asks for its clips, so that their frames are drawn with a
-sample's other random numbers. Frames are chosen by time, not by number, so that a video of varying
-frame rate is read as it is played.
+A `Video` is read when a transform requests its clips, so that the sample's seed determines the
+frames. Frames are chosen by time, not by number, so that a video with a variable frame rate is read
+as it is played.
 """
 
 import os
@@ -43,11 +43,13 @@ def open_video(spec: DataSpec) -> Splits:
     or a table of paths.
 
     - In a folder, splits, classes and ``label=`` are those of `open_folder`. A folder of images is
-      one video, its frames sorted by name; images beside video files are skipped.
-    - ``video:TABLE.csv`` has a row a video: its path, and optionally label and split, as `csv:`.
+      one video, with its frames sorted by name; images beside video files are skipped.
+    - ``video:TABLE.csv`` has one row per video: its path, and optionally label and split, as
+      ``csv:``.
 
-    A clip has ``frames=8``. ``fps=5`` takes them at this rate from a part of the video, instead of
-    spreading them over the whole. ``clips=4`` of a video are evaluated together.
+    ``frames=8`` sets the frames per clip. ``fps=5`` takes them at this rate from a part of the
+    video, instead of spreading them over the whole video. ``clips=4`` sets the clips per video that
+    are evaluated together.
 
     Raises: ImportError without PyAV, unless there are only folders of frames; FileNotFoundError;
         ValueError for a folder without videos.
@@ -82,7 +84,7 @@ def _open_folder(spec: DataSpec, root: Path) -> Splits:
         names += {name.rpartition("/")[0] for name in files} - beside - {""}
         if not names:
             raise ValueError(
-                f"video:{spec.location} holds {len(files)} images and no video; to read one folder "
-                "of frames, give the folder that holds it."
+                f"video:{spec.location} contains {len(files)} images but no video; to read one "
+                "folder of frames, give its parent folder."
             )
     return folder_splits(root, sorted(names), VideoFiles, VideoData)

@@ -1,9 +1,10 @@
-"""``wds:`` — webdataset shards: tar files with the files of a sample side by side under one name.
+"""``wds:``: webdataset shards: tar files in which the files of a sample share a name and are
+adjacent.
 
     a/0001.jpg  a/0001.cls  a/0001.txt  a/0001.json      the sample a/0001
 
-Python's `tarfile` reads them; nothing in them is executed. An image, ``cls`` (a whole number),
-``txt`` (the caption) and ``json`` are used, all other files are skipped.
+Python's `tarfile` reads them; nothing in them is executed. The image, ``cls`` (an integer), ``txt``
+(the caption) and ``json`` are used, all other files are skipped.
 """
 
 import glob
@@ -37,17 +38,17 @@ from vim_ssl.utils.files import atomic_write, user_cache
 IMAGES = tuple(extension[1:] for extension in EXTENSIONS)
 KINDS = {"wds": "*.tar", "parquet": "*.parquet"}  # files read from a folder, by scheme
 END_MARK = bytes(tarfile.BLOCKSIZE)
-MAX_FILE = 2**28  # bytes; no larger image, caption or json is read
-THREADS = 16  # shards counted at once; most of the time is waiting
+MAX_FILE = 2**28  # bytes; larger images, captions or json files are not read
+THREADS = 16  # shards counted in parallel; most of the time is waiting
 
 
 @dataclass(frozen=True)
 class TarReader:
-    """Reads the samples of a tar by its name.
+    """Reads the samples of a tar, given its name.
 
     Attributes:
-        image, label, caption: extensions, the last two also fields of the json. ``label="none"``
-            ignores labels.
+        image, label, caption: file extensions; label and caption can also be fields of the json.
+            ``label="none"`` ignores labels.
     """
 
     image: str | None = None
@@ -65,8 +66,8 @@ class TarReader:
         """Yield names and files of the samples that have an image.
 
         Args:
-            read: the files; else they are empty.
-            others: counts the skipped extensions.
+            read: read the files; otherwise their content is empty.
+            others: a counter of skipped extensions, updated in place.
         Raises: tarfile's error for a damaged tar, after the samples before the damage.
         """
         now = ""
@@ -75,7 +76,7 @@ class TarReader:
             for member in tar:
                 folder, slash, file = member.name.rpartition("/")
                 stem, _, extension = file.partition(".")
-                if not stem:  # hidden files, as macOS adds them among those of a sample
+                if not stem:  # hidden files, which macOS adds between those of a sample
                     continue
                 key, extension = folder + slash + stem, extension.lower()
                 if key != now or extension in files:
@@ -88,7 +89,7 @@ class TarReader:
                     files[extension] = _content(tar, member) if read else b""
                 elif others is not None:
                     others[extension or "without extension"] += 1
-        except CutOffError:  # between two files: this sample is complete
+        except CutOffError:  # cut off between two files: this sample is complete
             if self._image(files):
                 yield now, files
             raise
@@ -119,15 +120,15 @@ class TarReader:
                 if value is not None and field != "none":
                     several = isinstance(value, list)  # captions, of which one is drawn
                     record[key] = int(value) if key == "label" else value if several else str(value)
-        except Exception as error:  # such as text where a number was expected
+        except Exception as error:  # for example text instead of a number
             fault = f"its label, caption or json cannot be read ({error}); label=none ignores it"
             record["image"] = BadImage(name, fault)
         return record
 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    """Read a file of a tar; nothing (so a broken image) if it would fill the memory: a header can
-    declare any size, and a sparse file has it in a few bytes."""
+    """Read a file of a tar. Return b"" (a broken image) for a huge or sparse file: a header can
+    declare any size, and a sparse file can have it with only a few bytes stored."""
     if member.size > MAX_FILE or member.issparse():
         return b""
     content = tar.extractfile(member)
@@ -139,16 +140,17 @@ def stream_tars(spec: DataSpec) -> ImageStream:
     """Open ``wds:PATTERN``: a tar, a folder of tars, a glob, a brace range such as
     ``shard-{000..099}.tar``, or such a range of URLs (http, or hf://, s3:// … through fsspec).
 
-    The samples of local tars are counted once from their headers; so are those of remote ones,
-    unless a webdataset's ``sizes.json`` lies beside the shards. Counts are cached. A truncated or
-    damaged tar gives the samples before the damage.
+    Samples are counted once from the tar headers, and the counts are cached; for remote shards, a
+    ``sizes.json`` beside them is used if it exists. A truncated or damaged tar gives the samples
+    before the damage.
 
-    Raises: FileNotFoundError for a pattern that matches nothing; ConnectionError for a host that
-        is not reached; ValueError for shards without an image.
+    Raises: FileNotFoundError for a pattern without a match; ConnectionError for an unreachable
+        host; ValueError for shards without an image.
     """
     if spec.split not in (None, "all"):
         raise ValueError(
-            f"wds:{spec.location} has no splits; name the shards of {spec.split!r} by the pattern."
+            f"wds:{spec.location} has no splits; use a pattern that matches the shards of "
+            f"{spec.split!r}."
         )
     names = expand(spec.location)
     reader = TarReader(spec.image, spec.label, spec.caption)
@@ -157,14 +159,14 @@ def stream_tars(spec: DataSpec) -> ImageStream:
         held = ", ".join(f"{count} × {extension}" for extension, count in others.most_common(5))
         expected = spec.image or "jpg, png, webp …"
         raise ValueError(
-            f"The {len(names)} shard(s) of wds:{spec.location} hold no image ({expected}); they "
-            f"hold {held or 'nothing else'}. {' '.join(faults[:3])}".strip()
+            f"The {len(names)} shard(s) of wds:{spec.location} contain no image ({expected}); they "
+            f"contain {held or 'no other files'}. {' '.join(faults[:3])}".strip()
         )
     return ImageStream(shards, reader, name=str(spec), faults=faults)
 
 
 def expand(pattern: str, scheme: str = "wds") -> list[str]:
-    """Return the files that a pattern names, in order; of a folder, those of the scheme's kind.
+    """Return the files that a pattern matches, in order; for a folder, those of the scheme's kind.
 
     Raises: FileNotFoundError.
     """
@@ -180,7 +182,7 @@ def expand(pattern: str, scheme: str = "wds") -> list[str]:
             path = os.path.join(glob.escape(path), KINDS[scheme])
         files = [path] if os.path.isfile(path) else sorted(glob.glob(path, recursive=True))
         if not files:
-            raise FileNotFoundError(f"{scheme}:{pattern}: there is no file {path!r}.")
+            raise FileNotFoundError(f"{scheme}:{pattern}: no file matches {path!r}.")
         names += files
     return list(dict.fromkeys(names))
 
@@ -234,8 +236,7 @@ def count_shards(
 
 
 def count(name: str, reader: TarReader) -> dict[str, Any]:
-    """Count a tar's samples by its headers, with retries for a remote one. Raises:
-    ConnectionError."""
+    """Count a tar's samples from its headers; retry a remote tar. Raises: ConnectionError."""
     for attempt in range(RETRIES if is_remote(name) else 0):
         try:
             return _count(name, reader)
@@ -253,9 +254,9 @@ def _count(name: str, reader: TarReader) -> dict[str, Any]:
                 samples += 1
     except PermissionError:
         raise
-    except Exception as error:  # a damaged file makes readers raise nearly anything
+    except Exception as error:  # readers raise errors of nearly any type for a damaged file
         if is_remote(name) and not isinstance(error, tarfile.TarError):
-            raise ConnectionError(f"{name} could not be read: {error}") from error
+            raise ConnectionError(f"{name} cannot be read: {error}") from error
         fault = f"{type(error).__name__}: {error}"
     if fault:
         fault = f"{name} is damaged after {samples} samples, which are used ({fault})"
@@ -263,7 +264,7 @@ def _count(name: str, reader: TarReader) -> dict[str, Any]:
 
 
 def _stamp(name: str) -> list[str]:
-    """Return the size of a file, which its copies share, and its time or tag."""
+    """Return the size of a file (the same for copies), and its modification time or ETag."""
     if not is_remote(name):
         stat = os.stat(name)
         return [str(stat.st_size), str(stat.st_mtime_ns)]
@@ -273,11 +274,11 @@ def _stamp(name: str) -> list[str]:
             size = headers.get("Content-Length") or getattr(file, "size", "")
             return [str(size), headers.get("ETag") or headers.get("Last-Modified") or ""]
     except OSError as error:
-        raise ConnectionError(f"{name} could not be opened: {error}") from error
+        raise ConnectionError(f"{name} cannot be opened: {error}") from error
 
 
 def _sizes(folder: str) -> dict[str, int]:
-    """Read a remote webdataset's list of counts, if it has one: file name → samples."""
+    """Read a remote webdataset's sample counts, if it lists them: file name → samples."""
     if is_remote(folder):
         with suppress(Exception), open_file(f"{folder}/sizes.json") as file:
             counts = dict(json.loads(file.read()))
@@ -287,7 +288,7 @@ def _sizes(folder: str) -> dict[str, int]:
 
 @contextmanager
 def open_tar(name: str) -> Iterator[tarfile.TarFile]:
-    """Open a tar, plain or compressed; a remote one can only be read from front to back."""
+    """Open a tar, plain or compressed; a remote tar can only be read sequentially."""
     with open_file(name) as file:
         mode = "r|*" if is_remote(name) else "r:*"
         with tarfile.open(  # type: ignore[call-overload]
@@ -301,8 +302,8 @@ class CutOffError(tarfile.ReadError):
 
 
 class WholeHeader(tarfile.TarInfo):
-    """A header of a tar up to its end mark. tarfile itself silently ends the tar at a broken or
-    truncated header, and (in Python 3.11) goes back at one of negative size."""
+    """A tar header that must be followed by others or the end mark. tarfile itself silently ends at
+    a broken or truncated header, and (in Python 3.11) seeks backwards for a negative size."""
 
     @classmethod
     def frombuf(cls, buf, encoding, errors):
@@ -318,4 +319,4 @@ class WholeHeader(tarfile.TarInfo):
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             raise
         except tarfile.HeaderError as error:
-            raise CutOffError(f"no end mark, but {error}: cut off?") from error
+            raise CutOffError(f"no end mark, but {error}: truncated?") from error

@@ -1,4 +1,4 @@
-"""The transform of clips: every frame is augmented in the same way."""
+"""Transform clips: all frames get the same augmentation."""
 
 import random
 from typing import Any
@@ -11,10 +11,11 @@ from vim_ssl.data.clips import Video
 
 
 class ClipTransform:
-    """A `Video` -> a clip (c, t, h, w), or for several clips in evaluation (clips, c, t, h, w).
+    """Transform a `Video` to a clip (c, t, h, w), or to (clips, c, t, h, w) for several clips in
+    evaluation.
 
     Args:
-        image_transform: an image -> (c, h, w); its random draws are the same for all frames.
+        image_transform: image -> (c, h, w); its random draws are the same for all frames.
         training: draw one clip at random.
     """
 
@@ -24,12 +25,12 @@ class ClipTransform:
     def __call__(self, video: Video) -> torch.Tensor:
         if not isinstance(video, Video):
             raise TypeError(
-                f"An encoder of clips takes videos (data video:ROOT), not {type(video).__name__}."
+                f"A video encoder takes videos (data video:ROOT), not {type(video).__name__}."
             )
         state: Any = None
 
         def prepare(frame: Image.Image) -> torch.Tensor:
-            # Every frame starts from the state of the generators before the first one.
+            # Restore the state that the generators had before the first frame.
             nonlocal state
             if state is None:
                 state = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002

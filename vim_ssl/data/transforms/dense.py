@@ -1,6 +1,6 @@
 """Transforms of an image with its mask, or with its boxes and their masks.
 
-All randomness is drawn from torch's global generator, which `SeededSamples` seeds for each sample.
+All random numbers come from torch's global generator, which `SeededSamples` seeds per sample.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,17 +18,17 @@ from torchvision.transforms.v2 import functional as F
 from vim_ssl.data.labels import IGNORE
 from vim_ssl.data.transforms.image import ToChannels
 
-LONGEST = 4  # the long side is at most so many times the requested short side
-ATTEMPTS = 10  # crops drawn until one has more than one class
+LONGEST = 4  # maximum of long side / requested short side
+ATTEMPTS = 10  # maximum number of crops drawn to satisfy max_share
 
 
 class DensePixels:
-    """An image as an encoder reads it, of any size, without a crop.
+    """Convert an image of any size to an encoder's input, without cropping.
 
     Args:
         config: an encoder's ``data_config``: mean, std and input_size (c, h, w).
-        short_side: resize to this, pixels; 0 keeps the size. The long side is at most four times as
-            long, so that a thin strip does not become huge.
+        short_side: resize the shorter side to this, in pixels; 0 keeps the size. The longer side is
+            limited to four times this, so that a thin strip does not become huge.
     """
 
     def __init__(self, config: Mapping[str, Any], short_side: int = 0):
@@ -37,45 +37,46 @@ class DensePixels:
         self.short_side = short_side
 
     def read(self, image: Image.Image | np.ndarray) -> Tensor:
-        """An image, or bands (h, w, bands), in the encoder's channels: (c, h, w), uint8 of an
-        image, float32 of bands."""
+        """Convert an image, or bands (h, w, bands), to the encoder's channels (c, h, w): uint8 for
+        an image, float32 for bands."""
         pixels = self.to_channels(image)
         return pixels if isinstance(pixels, Tensor) else F.pil_to_tensor(pixels)
 
     def resized(self, size: tuple[int, int], scale: float = 1.0) -> list[int]:
-        """(height, width) -> the same after resizing, times ``scale``."""
+        """Return (height, width) after resizing, multiplied by ``scale``."""
         if self.short_side:
             scale *= min(self.short_side / min(size), LONGEST * self.short_side / max(size))
         return [max(round(side * scale), 1) for side in size]
 
     def normalise(self, image: Tensor) -> Tensor:
-        """(c, h, w), see `read` -> float32."""
+        """Normalise (c, h, w) from `read` to float32."""
         return F.normalize(F.to_dtype(image, torch.float32, scale=True), self.mean, self.std)
 
     def __call__(self, image: Image.Image | np.ndarray) -> Tensor:
-        """An image, or bands (h, w, bands) -> float32 (c, h, w), normalised."""
+        """Transform an image, or bands (h, w, bands), to normalised float32 (c, h, w)."""
         pixels = self.read(image)
         size = self.resized((pixels.shape[1], pixels.shape[2]))
         return self.normalise(F.resize(pixels, size, antialias=True))
 
 
 class DenseCrop:
-    """An item with an image and its mask -> a random crop of both, augmented.
+    """Augment an item with an image and its mask: take a random crop of both.
 
-    Resized, cropped (where smaller: padded with the mean, and `IGNORE`), mirrored, recoloured.
+    Both are resized, cropped (padded with the mean and `IGNORE` if smaller) and flipped; then the
+    colours of the image are jittered.
 
     Args:
         config, short_side: see `DensePixels`.
-        crop: side of the crop, pixels.
+        crop: side of the crop in pixels.
         scale: range of the factor by which the image is resized, after ``short_side``.
-        max_share: a crop is drawn again, ten times at most, while one class fills more than this
-            of its labelled pixels.
-        hflip: probability of mirroring left and right.
-        photometric: change brightness, contrast, saturation and hue, each in half the samples; not
-            of bands, whose values are measurements.
-    Returns, when called: ``image``, float32 (c, crop, crop), normalised, and ``mask``, int64
-    (crop, crop).
-    Reference: the settings of mmsegmentation's ADE20K recipes are scale 0.5 to 2, max_share 0.75.
+        max_share: maximum share of one class among a crop's labelled pixels; a crop above it is
+            redrawn, up to ten draws in total.
+        hflip: probability of a horizontal flip.
+        photometric: change brightness, contrast, saturation and hue, each in half the samples;
+            never for bands, whose values are measurements.
+    A call returns ``image``, float32 (c, crop, crop), normalised, and ``mask``, int64 (crop, crop).
+
+    Reference: mmsegmentation's ADE20K recipes use scale 0.5 to 2 and max_share 0.75.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class DenseCrop:
         photometric: bool = True,
     ):
         if not 0 < scale[0] <= scale[1]:
-            raise ValueError(f"scale {scale} is no range of factors with 0 < low <= high.")
+            raise ValueError(f"scale is {scale}; expected (low, high) with 0 < low <= high.")
         self.pixels, self.scale = DensePixels(config, short_side), scale
         self.max_share = max_share
         grey = round(255 * sum(self.pixels.mean) / len(self.pixels.mean))
@@ -127,21 +128,22 @@ class DenseCrop:
 
 
 class LargeScaleJitter:
-    """An item with an image and its boxes -> a square canvas with both, augmented.
+    """Augment an item with an image and its boxes: place both on a square canvas.
 
-    Mirrored, resized to ``scale`` times the size that fits the canvas, and cropped if larger, else
-    placed in the upper left corner on the mean, as in evaluation. With masks, an object's box is
-    that of the rest of its mask. Objects of less than a pixel are dropped.
+    The image is flipped and resized to ``scale`` times the size that fits the canvas. A larger one
+    is cropped, a smaller one is placed in the upper left corner and padded with the mean, as in
+    evaluation. With masks, an object's box encloses the remaining part of its mask. Objects smaller
+    than a pixel are dropped.
 
     Args:
         config: see `DensePixels`.
-        size: side of the canvas, pixels.
+        size: side of the canvas in pixels.
         scale: range of the factor.
-        hflip: probability of mirroring left and right.
-    Returns, when called: ``image``, float32 (c, size, size), normalised, and ``objects``, a dict of
-        ``boxes`` float32 (n, 4), left, top, right, bottom in pixels; ``labels`` int64 (n,), class
-        numbers from 1, since 0 is the background; and if given ``masks`` uint8 (n, size,
-        size), 1 = object.
+        hflip: probability of a horizontal flip.
+    A call returns ``image``, float32 (c, size, size), normalised, and ``objects``, a dict with
+    ``boxes`` float32 (n, 4): left, top, right, bottom in pixels; ``labels`` int64 (n,): classes
+    from 1, since 0 is the background; and, if the item has them, ``masks`` uint8 (n, size, size),
+    1 = object.
     Raises: ValueError for an invalid scale.
     Reference: simple copy-paste, arXiv:2012.07177; scale 0.1 to 2 and 1024 pixels are ViTDet's.
     """
@@ -155,7 +157,7 @@ class LargeScaleJitter:
         hflip: float = 0.5,
     ):
         if not 0 < scale[0] <= scale[1]:
-            raise ValueError(f"scale {scale} is no range of factors with 0 < low <= high.")
+            raise ValueError(f"scale is {scale}; expected (low, high) with 0 < low <= high.")
         self.pixels, self.size, self.scale = DensePixels(config), size, scale
         self.flip = v2.RandomHorizontalFlip(hflip)
 
@@ -186,8 +188,8 @@ class LargeScaleJitter:
         return {"image": image, "objects": objects}
 
     def _placed(self, part: Tensor, size: list[int], top: int, left: int) -> Tensor:
-        """Resize, crop and place on the canvas; an image is normalised first."""
-        if isinstance(part, tv_tensors.Mask) and not len(part):  # resize refuses it
+        """Resize, crop and place on the canvas; normalise an image before padding."""
+        if isinstance(part, tv_tensors.Mask) and not len(part):  # resize does not accept it
             return torch.zeros(0, self.size, self.size, dtype=torch.uint8)
         height, width = min(size[0] - top, self.size), min(size[1] - left, self.size)
         part = F.crop(F.resize(part, size, antialias=True), top, left, height, width)
@@ -197,30 +199,28 @@ class LargeScaleJitter:
 
 
 def fitted(size: Sequence[int], side: int, scale: float = 1.0) -> list[int]:
-    """(height, width) -> the size whose longer side is ``scale`` times ``side``, pixels."""
+    """Scale (height, width) so that the longer side is ``scale`` times ``side`` pixels."""
     factor = scale * side / max(size)
     return [max(round(old * factor), 1) for old in size]
 
 
 def on_canvas(pixels: DensePixels, image: Image.Image, side: int) -> tuple[Tensor, list[int]]:
-    """An image as a detector reads it: its longer side is ``side``, in the upper left corner.
-
-    Returns: float32 (c, side, side), normalised, on the mean; and the (height, width) of the image
-        in it.
-    """
+    """Resize an image so that its longer side is ``side``, normalise it and pad it at the bottom
+    and right to float32 (c, side, side). The padding is 0, i.e. the mean colour. Also return the
+    resized (height, width)."""
     size = fitted((image.height, image.width), side)
     resized = F.resize(pixels.read(image), size, antialias=True)
     return F.pad(pixels.normalise(resized), [0, 0, side - size[1], side - size[0]]), size
 
 
 def around(masks: Tensor) -> Tensor:
-    """Non-empty masks (n, h, w) -> their bounding boxes (n, 4), float32; the right and lower sides
-    are behind the last pixel."""
+    """Return the bounding boxes (n, 4), float32, of non-empty masks (n, h, w). Right and bottom are
+    exclusive: one pixel past the last."""
     ends = torch.tensor([0, 0, 1, 1])
     return (masks_to_boxes(masks) + ends).float() if len(masks) else torch.zeros(0, 4)
 
 
 def _largest_share(mask: Tensor) -> float:
-    """The share of the most frequent class among the labelled pixels; 1 if there are none."""
+    """Share of the most frequent class among the labelled pixels; 1 without labelled pixels."""
     counts = torch.bincount(mask.flatten(), minlength=IGNORE + 1)[:IGNORE]
     return float(counts.max() / counts.sum()) if counts.any() else 1.0

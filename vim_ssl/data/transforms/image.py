@@ -1,4 +1,4 @@
-"""Transforms, made from the data configuration of an encoder."""
+"""Image transforms that follow an encoder's data configuration."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,17 +16,17 @@ from vim_ssl.data.config import band_positions, data_config_of
 from vim_ssl.data.images import clean_image
 from vim_ssl.data.transforms.clip import ClipTransform
 
-Transform = Callable[[Any], Tensor]  # of a PIL image, an array (h, w, bands) or a Video
+Transform = Callable[[Any], Tensor]  # input: a PIL image, an array (h, w, bands) or a Video
 
 
 def create_transform(
     encoder_or_config: nn.Module | Mapping[str, Any], is_training: bool = False, **augment: Any
 ) -> Transform:
-    """The transform that an encoder expects: an image → float tensor (c, h, w), normalised.
+    """Return an encoder's input transform: image → normalised float tensor (c, h, w).
 
-    It takes any PIL image, which is turned upright, laid on white and converted to grey or colour,
-    or an array of the encoder's bands; see `as_tensor`. Smaller images are enlarged. For an encoder
-    of clips: a `Video` → (c, t, h, w), or several clips; see `ClipTransform`.
+    It accepts any PIL image (see `clean_image`), which becomes grey or colour as the encoder needs,
+    or an array of the encoder's bands (see `as_tensor`). Smaller images are enlarged. For a video
+    encoder it maps a `Video` to (c, t, h, w), or to several clips; see `ClipTransform`.
 
     Args:
         encoder_or_config: an encoder, or its ``data_config``: input_size (c, h, w), mean, std,
@@ -35,16 +35,16 @@ def create_transform(
             resize and crop.
         augment: further arguments of `timm.data.create_transform`, such as
             ``auto_augment="rand-m9-mstd0.5-inc1"`` or ``hflip=0``.
-    Raises: ValueError for color_jitter of other than 1 or 3 channels.
+    Raises: ValueError for color_jitter unless there are 1 or 3 channels.
     """
     config = data_config_of(encoder_or_config)
     size = tuple(config["input_size"])
     if size[0] not in (1, 3):
-        augment.setdefault("color_jitter", None)  # timm knows colours only
+        augment.setdefault("color_jitter", None)  # timm's works only for grey and colour
         if augment["color_jitter"]:
             raise ValueError(
-                f"color_jitter changes grey and colour images, not those of {size[0]} channels; "
-                "set it to 0."
+                f"color_jitter works for grey and colour images, not for {size[0]} channels; set "
+                "it to 0."
             )
     keys = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
     given = {key: config[key] for key in keys if key in config}
@@ -65,23 +65,25 @@ def pretrain_transform(
     hflip: float = 0.5,
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> Transform:
-    """MAE's augmentation: random resized crop and flip. An image → float tensor (c, h, w).
+    """Return MAE's augmentation, random resized crop and flip: image → float tensor (c, h, w).
 
-    All randomness is drawn from torch's global generator, so seeding that fixes the sample.
+    All random numbers come from torch's global generator, so its seed determines the sample.
 
     Args:
         encoder_or_config: see `create_transform`; crop_pct and crop_mode are not used.
-        crop_scale: range of the crop's share of the image's area; (1, 1) means no random crop
-            but the shorter side resized and the centre taken.
-        hflip: probability of mirroring left and right; 0 for digits and text.
+        crop_scale: range of the crop's area, as a fraction of the image; (1, 1) resizes the
+            shorter side and takes the centre crop instead.
+        hflip: probability of a horizontal flip; use 0 for digits and text.
         ratio: range of the crop's width / height.
     Raises: ValueError for invalid ranges.
     """
     low, high = crop_scale
     if not 0 < low <= high <= 1:
-        raise ValueError(f"crop_scale {crop_scale} is no range within 0 < low <= high <= 1.")
+        raise ValueError(
+            f"crop_scale is {crop_scale}; expected (low, high) with 0 < low <= high <= 1."
+        )
     if not 0 < ratio[0] <= ratio[1]:
-        raise ValueError(f"ratio {ratio} is no range of positive numbers.")
+        raise ValueError(f"ratio is {ratio}; expected (low, high) with 0 < low <= high.")
     config = data_config_of(encoder_or_config)
     flip = [transforms.RandomHorizontalFlip(hflip)] if hflip else []
     if crop_scale == (1, 1):
@@ -106,17 +108,17 @@ def pretrain_transform(
 
 
 def as_tensor(values: np.ndarray) -> Tensor:
-    """Bands (h, w, bands) → float32 (bands, h, w): uint8 scaled to 0..1, as images are; other types
-    in their unit, also that of mean and std. NaN stays."""
+    """Convert bands (h, w, bands) to float32 (bands, h, w). uint8 is scaled to 0..1, as for images;
+    other dtypes keep their values, in the unit of mean and std. NaN is kept."""
     scale = 255 if values.dtype == np.uint8 else 1
     return torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1), np.float32)) / scale
 
 
 class ToChannels:
-    """The first step: an image in the encoder's channels.
+    """Convert an image to the encoder's channels; the first step of a transform.
 
-    A PIL image becomes 8-bit "RGB" or "L" (see `clean_image`); an array of bands a tensor, with the
-    band's mean for missing values, so that they are 0 once normalised.
+    A PIL image becomes 8-bit "RGB" or "L" (see `clean_image`). An array of bands becomes a tensor,
+    in which the band's mean replaces missing values, so that they are 0 after normalisation.
 
     Raises: TypeError for anything else; ValueError for another number of channels.
     """
@@ -135,16 +137,16 @@ class ToChannels:
         if not isinstance(image, Image.Image):
             raise TypeError(
                 f"The transform takes a PIL image or an array (h, w, bands), not "
-                f"{type(image).__name__}; for a file use vim_ssl.data.decode_image."
+                f"{type(image).__name__}; decode a file with vim_ssl.data.decode_image."
             )
         if self.channels not in (1, 3):
-            raise ValueError(self._unlike("grey or colour"))
+            raise ValueError(self._unlike("grey or colour channels"))
         return clean_image(image, "L" if self.channels == 1 else "RGB")
 
     def _unlike(self, came: str) -> str:
         return (
-            f"The encoder takes {self.channels} channels ({', '.join(self.bands)}), the image is "
-            f"{came}; choose bands with ?bands=, or load the encoder with in_chans= and "
+            f"The encoder takes {self.channels} channels ({', '.join(self.bands)}), but the image "
+            f"has {came}; choose bands with ?bands=, or load the encoder with in_chans= and "
             "data_config=vim_ssl.data.band_statistics(data)."
         )
 
@@ -153,9 +155,9 @@ class ToChannels:
 
 
 class TrimLongSide:
-    """Crop very long images before they are enlarged, to what a centre crop can use.
+    """Crop very long images before resizing, to the part that a centre crop can use.
 
-    A strip of 2 × 20,000 pixels resized to 224 on its shorter side would take 1.5 GB.
+    A strip of 2 × 20,000 pixels, resized to 224 on its shorter side, would take 1.5 GB.
     """
 
     def __init__(self, size: tuple[int, int]):
@@ -173,10 +175,11 @@ class TrimLongSide:
 
 
 def denormalize(images: Tensor, config: Mapping[str, Any]) -> Tensor:
-    """Normalised images (b, c, h, w) as grey or colour within 0..1, for display.
+    """Convert normalised images (b, c, h, w) to grey or colour within 0..1, for display.
 
-    Grey and colour are restored. Of other bands red, green and blue are taken by name, else the
-    first three (of two the first), with black two deviations below the mean and white two above.
+    Grey and colour are restored. From other bands, red, green and blue are selected by name, else
+    the first three (the first if there are only two); black is two standard deviations below the
+    mean, white two above.
     """
     mean, std = (torch.tensor(config[key], device=images.device) for key in ("mean", "std"))
     if len(mean) in (1, 3) and float(mean.abs().max()) <= 1:
@@ -189,8 +192,8 @@ def denormalize(images: Tensor, config: Mapping[str, Any]) -> Tensor:
 
 
 def _keep_a_bit(step: Any) -> Any:
-    """Make timm's posterize keep one bit per colour, and return the step. At its highest level it
-    keeps none, which Pillow 13 refuses."""
+    """Make timm's posterize keep at least one bit per colour, and return the step. At its highest
+    level timm keeps none, which Pillow 13 does not accept."""
     ops = [getattr(step, "ops", []), *getattr(step, "policy", [])]
     for op in (op for group in ops for op in group):
         if getattr(op, "aug_fn", None) is auto_augment.posterize:
