@@ -245,7 +245,7 @@ def test_a_killed_run_goes_on_and_leaves_what_one_run_leaves(
     assert len(before) == 2
     capsys.readouterr()
     record = run(encoder_file, spec, tmp_path / "killed")
-    assert "2 of them done" in capsys.readouterr().out
+    assert "2 already done" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in before}
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
     assert [record[key] for key in ("rows", "skipped")] == [
@@ -257,7 +257,7 @@ def test_a_finished_run_is_left_as_it_is(images, encoder_file, tmp_path, capsys)
     first = run(encoder_file, images, tmp_path)
     before = contents(tmp_path)
     again = run(encoder_file, images, tmp_path)
-    assert "6 of them done" in capsys.readouterr().out
+    assert "6 already done" in capsys.readouterr().out
     assert contents(tmp_path) == before
     assert again == first
 

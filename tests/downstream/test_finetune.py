@@ -328,7 +328,7 @@ def test_shards_are_judged_as_the_same_images_in_a_folder(head, bands, tmp_path,
     [
         ({"labels": [[0, 1, 1], [1, 0, 0]]}, [], "Use multi-label for several labels per image"),
         ({"labels": [0, 2]}, ["--targets", "multi-label"], "does not match --targets multi-label"),
-        ({"labels": [0, 7]}, [], "labels from 0 to 7; expected those of the 3 classes"),
+        ({"labels": [0, 7]}, [], "labels from 0 to 7; expected 0 to 2 for 3 classes"),
         ({"labels": [0, 1], "classes": ["a", "c", "b"]}, [], "has ['a', 'c', 'b'] …"),
         ({"labels": [0, 1], "classes": ["a", "b"]}, [], "has 2 classes; evaluate on the classes"),
         ({"labels": [0, 1], "bands": ["B04"]}, [], "has the bands B04, the encoder L, and"),
@@ -360,7 +360,7 @@ def test_shards_with_labels_of_other_classes_are_refused(head, tmp_path):
     png = io.BytesIO()
     Image.new("L", (28, 28)).save(png, "PNG")
     write_tar(tmp_path / "0.tar", {"0.png": png.getvalue(), "0.cls": b"7"})
-    with pytest.raises(ValueError, match="labels from 7 to 7; expected those of the 3 classes"):
+    with pytest.raises(ValueError, match="labels from 7 to 7; expected 0 to 2 for 3 classes"):
         judge(head, f"wds:{tmp_path}", tmp_path / "out")
 
 

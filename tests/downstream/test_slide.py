@@ -120,7 +120,7 @@ def test_slides_go_from_files_to_a_verdict(tmp_path):
 @pytest.mark.parametrize(
     ("made_of", "says"),
     [
-        ({}, "60 slides of .* are in .* too, such as 00.tif"),
+        ({}, "60 slides of .* are also in .*, such as 00.tif"),
         ({"classes": ["b", "a"]}, "were made with other classes"),
         ({"weights": "12ab"}, "were made with other weights"),
     ],

@@ -119,7 +119,7 @@ def test_a_frozen_teacher_sees_the_image_in_its_own_scale_size_and_channels(chan
 
 def test_a_teacher_of_other_channels_is_refused():
     model = Distill(student(in_chans=4), frozen())
-    with pytest.raises(ValueError, match="sees 3 channels, the student 4"):
+    with pytest.raises(ValueError, match="expects 3 channels, the student 4"):
         model.targets(torch.zeros(1, 4, 16, 16))
 
 
