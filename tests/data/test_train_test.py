@@ -74,7 +74,7 @@ def test_a_group_on_both_sides_is_told_of_images_with_masks(monkeypatch, caplog)
     monkeypatch.setitem(registry._openers, ("masks", False), registry.Opener(opener))
     train, test = masked_splits("masks:m", test=0.2, seed=0)
     assert (train.split, test.split) == ("train", "test")
-    assert "masks:m: 2 groups are in both train and test, such as p1" in caplog.text
+    assert "masks:m: 2 groups are in both train and test, for example p1" in caplog.text
 
 
 def test_a_class_that_is_never_tested_is_told(tmp_path, caplog):

@@ -229,7 +229,7 @@ def test_indices(indices, expected):
 
 @pytest.mark.parametrize("indices", [5, 0, [4], [-5]], ids=str)
 def test_indices_outside_the_encoder(indices):
-    with pytest.raises(ValueError, match="4 blocks"):
+    with pytest.raises(ValueError, match="the encoder has 4"):
         make().forward_intermediates(images(), indices=indices)
 
 

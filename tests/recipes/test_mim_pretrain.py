@@ -467,8 +467,8 @@ def test_a_batch_is_never_larger_than_the_data(photos, tmp_path, capsys):
         (["--mask-ratio", "1"], ValueError, "between 0 and 1"),
         (["--decoder-dim", "18"], ValueError, "not divisible by 4"),
         (["--model-args", "stride=4"], ValueError, "overlap"),
-        (["--objective", "ar", "--model-args", "directions=both"], ValueError, "has seen"),
-        (["--objective", "ar", "--cluster", "3"], ValueError, "do not fill a 8x8 grid"),
+        (["--objective", "ar", "--model-args", "directions=both"], ValueError, "has already seen"),
+        (["--objective", "ar", "--cluster", "3"], ValueError, "do not divide a 8x8 grid"),
         (
             ["--objective", "distill", "--teacher", "timm:no_such"],
             ValueError,

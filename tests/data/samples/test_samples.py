@@ -319,7 +319,7 @@ def test_videos_by_quality(name):
     ("spec", "message"),
     [
         ("sample:mnist", r"Unknown sample set 'mnist'\. Did you mean 'mnist5k'\?"),
-        ("sample:mnist5k?label=parity", r"label= takes digit, none"),
+        ("sample:mnist5k?label=parity", r"label= must be one of digit, none"),
         ("sample:mnist5k?split=val", "It has: train, test"),
         ("sample:mnist5k?group=x", "takes no option 'group'"),
     ],

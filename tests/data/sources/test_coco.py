@@ -109,7 +109,7 @@ def test_the_official_layout(tmp_path, split):
 def test_splits_without_one_for_training_are_mixed_on_request_only(tmp_path):
     for name, id in (("val", 1), ("test", 2)):
         put(tmp_path, content([image_entry(id)], [thing(1, id)]), split=name)
-    with pytest.raises(ValueError, match="the splits val, test, none for training"):
+    with pytest.raises(ValueError, match="the splits val, test, but no training split"):
         boxed_splits(f"coco:{tmp_path}", 0.5, 0)
     assert [len(part) for part in boxed_splits(f"coco:{tmp_path}?split=all", 0.5, 0)] == [1, 1]
 
@@ -307,7 +307,7 @@ def test_ids_of_annotations_given_twice_do_no_harm(tmp_path):
         ({"size": [8, 12], "counts": "oooooooooooooooooooooooo"}, "do not sum to 96 pixels"),
         ({"size": [8, 12], "counts": "1" * 500}, "do not sum to 96 pixels"),
         ({"size": [8, 12], "counts": 96}, "do not sum to 96 pixels"),
-        ({"counts": [96]}, "RLE of size None"),
+        ({"counts": [96]}, "an RLE has size None"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -429,7 +429,7 @@ def test_images_in_both_parts_are_told(tmp_path, caplog):
     for split in ("train", "val"):
         spec = put(tmp_path, content([image_entry(5)], [thing(1, 5)]), split, folder="images")
     boxed_splits(spec, 0.5, 0)
-    assert "1 images are in both train and val, such as images/5.png" in caplog.text
+    assert "1 images are in both train and val, for example images/5.png" in caplog.text
 
 
 def test_parts_of_different_classes_are_refused(tmp_path):

@@ -138,7 +138,7 @@ def test_values_in_another_unit_than_the_encoders_are_told(tmp_path):
     encoder = VimEncoder(
         img_size=8, patch_size=4, embed_dim=8, depth=1, num_classes=0, scan_backend="torch"
     )
-    with pytest.raises(ValueError, match=r"the bands B02, B03, B04, the encoder R, G, B"):
+    with pytest.raises(ValueError, match=r"the bands B02, B03, B04, the encoder has R, G, B"):
         encode_data(encoder, open_data(f"geotiff:{tmp_path}/a.tif"), cache=False)
     assert len(encode_data(encoder, open_data(f"geotiff:{tmp_path}/8bit"), cache=False).x) == 1
 
@@ -392,7 +392,7 @@ def test_what_has_no_label_and_what_cannot_be_one(tmp_path):
     assert "e.tif: the mask has 20×20 pixels, its raster 30×20" in told
     for i, reason in (
         (1, r"contains 0\.5, which is not a class"),
-        (2, "number 3; there are 3 classes"),
+        (2, "value 3; expected 3 classes"),
     ):
         with pytest.raises(BadImage, match=reason):
             data[i]
