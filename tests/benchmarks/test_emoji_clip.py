@@ -184,7 +184,7 @@ def test_a_campaign_goes_on_where_it_was_cut_off(bench, tmp_path, monkeypatch):
     epochs = {arm: epochs for arm, _, epochs in asked}
     assert epochs["vit"] == pytest.approx(1.5 * epochs["vim"])
     assert epochs["vim after mae"] == epochs["vim"] == 8
-    with pytest.raises(ValueError, match=r"rows of 8.0 epochs, but --epochs is 24"):
+    with pytest.raises(ValueError, match=r"rows with 8.0 epochs, but --epochs is 24"):
         bench.measure(tmp_path, [0, 1], 24.0, 2)
 
 

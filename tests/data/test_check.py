@@ -128,7 +128,7 @@ def test_broken_twice_and_on_both_sides(tmp_path):
     Image.new("L", (9, 9)).save(tmp_path / "val/dog/black.png")
     found = check(tmp_path)
     broken, sides = found.problems
-    assert broken.startswith("train: 1 images cannot be decoded: train/cat/0.png (no image")
+    assert broken.startswith("train: 1 images cannot be decoded: train/cat/0.png (not an image")
     assert sides == (
         "1 images are in more than one split: train:train/cat/1.png = val:val/cat/same.bmp."
     )

@@ -110,7 +110,7 @@ def test_the_bands_of_a_raster_are_read_without_an_image(tmp_path, counts):
     assert band_arguments(data)["in_chans"] == 4
     assert counts["decoded"] == len(data)  # for their statistics
     counts.clear()
-    with pytest.raises(ValueError, match=r"bands band1, .*, the encoder R, G, B, .*up to 900"):
+    with pytest.raises(ValueError, match=r"bands band1, .*, the encoder has R, G, B, .*up to 900"):
         check_bands(VimEncoder(**SMALL), data)
     assert counts["decoded"] == 1  # to say in which unit the values are
 

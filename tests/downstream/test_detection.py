@@ -219,7 +219,7 @@ def test_what_cannot_be_used_is_passed_over_and_named(tmp_path, encoder):
     assert (metrics["train"], metrics["test"]) == (4, 2)
     reasons = "\n".join(metrics["skipped"])
     for text in ("val/1.png: ", "val/2.png: the image has 9×9 pixels, its annotations are for",
-                 "val/3.png: annotation 7: the counts of an RLE are not of 4096"):  # fmt: skip
+                 "val/3.png: annotation 7: the counts of an RLE do not sum to 4096"):  # fmt: skip
         assert text in reasons
     assert read_metrics(tmp_path / "run")[-1]["skipped"] == 3
 

@@ -331,7 +331,7 @@ def test_shards_are_judged_as_the_same_images_in_a_folder(head, bands, tmp_path,
         ({"labels": [0, 7]}, [], "labels from 0 to 7; expected 0 to 2 for 3 classes"),
         ({"labels": [0, 1], "classes": ["a", "c", "b"]}, [], "has ['a', 'c', 'b'] …"),
         ({"labels": [0, 1], "classes": ["a", "b"]}, [], "has 2 classes; evaluate on the classes"),
-        ({"labels": [0, 1], "bands": ["B04"]}, [], "has the bands B04, the encoder L, and"),
+        ({"labels": [0, 1], "bands": ["B04"]}, [], "has the bands B04, the encoder has L, and"),
         ({"labels": [-1, -1]}, [], "has no labels; evaluation needs labelled images"),
         (
             {},

@@ -121,8 +121,8 @@ def test_slides_go_from_files_to_a_verdict(tmp_path):
     ("made_of", "says"),
     [
         ({}, "60 slides of .* are also in .*, such as 00.tif"),
-        ({"classes": ["b", "a"]}, "were made with other classes"),
-        ({"weights": "12ab"}, "were made with other weights"),
+        ({"classes": ["b", "a"]}, "were made with different classes"),
+        ({"weights": "12ab"}, "were made with different weights"),
     ],
     ids=["same", "classes", "weights"],
 )

@@ -165,7 +165,7 @@ def test_names_come_from_a_file_or_imagenet(model, classes, tmp_path):
     with pytest.raises(ValueError, match=r"has 1 names; .* has 3"):
         zero_shot.class_names(data, str(tmp_path / "names.txt"))
     (tmp_path / "names.txt").write_text("azure\nazure\nred\n")
-    with pytest.raises(ValueError, match="two classes 'azure'"):
+    with pytest.raises(ValueError, match="two classes named 'azure'"):
         zero_shot.class_names(data, str(tmp_path / "names.txt"))
     data.classes = ["n01440764", "n02012849", "n03126707"]
     fish, bird, machine = zero_shot.class_names(data, "")

@@ -103,5 +103,5 @@ def test_what_does_not_fit_is_refused(encoder, args, message):
 
 @pytest.mark.parametrize("grid", [(8, 10), (4, 4), (6, 8)], ids=str)
 def test_a_grid_that_clusters_do_not_fill_is_refused(grid):
-    with pytest.raises(ValueError, match=f"do not fill a {grid[0]}x{grid[1]} grid"):
+    with pytest.raises(ValueError, match=f"do not divide the {grid[0]}x{grid[1]} grid"):
         make(4).order(grid)

@@ -86,7 +86,7 @@ def test_what_is_no_pair_is_named_and_counted(trained, pairs, capfd, tmp_path):
     assert max(row["captions_cut"] for row in rows) == pytest.approx(100 / 8)
     pretrain(tmp_path / "run", pairs, "--max-steps", "4")
     output = capfd.readouterr().out
-    assert "09.png: there is no 09.txt" in output
+    assert "09.png: 09.txt does not exist" in output
     assert "07.png: it has no caption" in output
 
 
@@ -222,7 +222,7 @@ def test_a_stream_of_tars_trains(tmp_path, pairs, monkeypatch):
     [
         (["--text", "lstm"], ValueError, "expected transformer, or hf:NAME"),
         (["--text-heads", "3"], ValueError, "not divisible by 3 heads"),
-        (["--vocab-size", "100"], ValueError, "does not hold the 256 bytes"),
+        (["--vocab-size", "100"], ValueError, "is too small for the 256 bytes"),
         (["--tokenizer", "word"], ValueError, "bpe, clip or hf:NAME"),
         (["--lock-image", "--lock-text"], ValueError, "lock_image and lock_text are both set"),
         (["--model-args", "dept=2"], ValueError, "Did you mean 'depth'"),

@@ -468,7 +468,7 @@ def test_a_batch_is_never_larger_than_the_data(photos, tmp_path, capsys):
         (["--decoder-dim", "18"], ValueError, "not divisible by 4"),
         (["--model-args", "stride=4"], ValueError, "overlap"),
         (["--objective", "ar", "--model-args", "directions=both"], ValueError, "has already seen"),
-        (["--objective", "ar", "--cluster", "3"], ValueError, "do not divide a 8x8 grid"),
+        (["--objective", "ar", "--cluster", "3"], ValueError, "do not divide the 8x8 grid"),
         (
             ["--objective", "distill", "--teacher", "timm:no_such"],
             ValueError,

@@ -92,8 +92,8 @@ class AutoRegressive(PixelObjective):
         (rows, columns), side = grid, self.cluster
         if rows % side or columns % side or rows * columns < 2 * side**2:
             raise ValueError(
-                f"clusters of {side}x{side} patches do not divide a {rows}x{columns} grid into two "
-                "or more; choose another --cluster or image size."
+                f"clusters of {side}x{side} patches do not divide the {rows}x{columns} grid into "
+                "two or more; choose another --cluster or image size."
             )
         indices = torch.arange(rows * columns, device=device)
         indices = indices.view(rows // side, side, columns // side, side)

@@ -233,7 +233,7 @@ def test_what_is_no_image(tmp_path, caplog):
     with pytest.raises(FileNotFoundError, match="the folder does not exist"):
         open_data(f"dicom:{tmp_path / 'no'}")
     (tmp_path / "notes.txt").write_text("no image")
-    with pytest.raises(ValueError, match=r"contains no DICOM image .*1 × no DICOM file"):
+    with pytest.raises(ValueError, match=r"contains no DICOM image .*1 × not DICOM"):
         open_data(f"dicom:{tmp_path}")
     report = dataset()
     for tag in ("Rows", "Columns", "PixelData"):

@@ -135,7 +135,7 @@ def test_the_fingerprint_knows_the_masks(tmp_path):
     ("values", "reason"),
     [
         (np.zeros((3, 2), np.uint8), "the mask has 2×3 pixels, its image 3×2"),
-        ([[0, 1, 9], [0, 0, 0]], "contains the value 9; expected 3 classes, 0 to 2, and 255"),
+        ([[0, 1, 9], [0, 0, 0]], "contains the value 9; expected 3 classes, 0 to 2, or 255"),
         (np.zeros((2, 3, 3), np.uint8), "mode RGB; expected one class number per pixel"),
     ],
     ids=["size", "class", "colour"],

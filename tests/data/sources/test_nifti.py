@@ -198,7 +198,7 @@ def test_a_dataset_json_that_names_no_classes_is_told(tmp_path, content):
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ({"background": 0, "liver": 1, "ignore": 2}, r"number 2 is \"ignore\".*are 255 here"),
+        ({"background": 0, "liver": 1, "ignore": 2}, r"number 2 is \"ignore\".*must be 255"),
         ({"0": "background"}, "names 1 classes; expected 2 to 255"),
         ({}, "names 0 classes"),
         ({str(i): f"part {i}" for i in range(256)}, "names 256 classes"),

@@ -157,7 +157,7 @@ def test_spaces_within_quotes_between_tabs_belong_to_the_caption(tmp_path):
 @pytest.mark.parametrize(
     ("text", "options", "error", "says"),
     [
-        ("a.png,a dog\n", "", ValueError, r"no column for images .* say \?image=COLUMN"),
+        ("a.png,a dog\n", "", ValueError, r"no column for images .* select one with \?image="),
         (
             "path,words\na.png,dog\n",
             "",

@@ -119,7 +119,7 @@ def test_without_a_pyramid_wide_tiles_are_shrunk_piece_by_piece(folder, monkeypa
 
 def test_a_resolution_of_printing_is_no_magnification(tmp_path):
     path = write_tiff(tmp_path / "a.tif", mpp=25400 / 72)  # 72 dpi, as editors write
-    with pytest.raises(ValueError, match=r"pixels are 352\.778 micro.*enlarged 706 times"):
+    with pytest.raises(ValueError, match=r"pixels of 352\.778 micro.*enlarged 706 times"):
         open_data(f"slide:{path}?tile=64&mpp=0.5")
     assert len(open_data(f"slide:{path}?tile=64")) == len(PINK)
 
@@ -154,8 +154,8 @@ def test_what_cannot_be_read_is_named_and_passed_over(folder, tmp_path):
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        ({"photometric": "miniswhite"}, "its colours are MINISWHITE, expected MINISBLACK, RGB"),
-        ({"photometric": "palette", "colormap": np.ones((3, 256), np.uint16)}, "are PALETTE"),
+        ({"photometric": "miniswhite"}, "its colour space is MINISWHITE; expected MINISBLACK, RGB"),
+        ({"photometric": "palette", "colormap": np.ones((3, 256), np.uint16)}, "is PALETTE"),
         ({"photometric": "minisblack"}, "segments of 114,264 pixels, the limit is 100,000; save"),
     ],
     ids=["inverted", "palette", "one piece"],
