@@ -46,8 +46,8 @@ def test_exponents_crossover_and_claim_are_those_of_the_rows(efficiency):
     rows += rows_of("deit_tiny", "plain", lambda t: (t**2 / 1025e3, t**2 / 1e4))
     rows += rows_of("deit_tiny", "fused", lambda t: (t / 2000, t / 200))
     text = efficiency.summary(rows)
-    assert "Vim-Ti: time grows by tokens^1.00 (target at most 1.1: met)" in text
-    assert "Vim-Ti: memory grows by tokens^1.00 (target at most 1.1: met)" in text
+    assert "Vim-Ti: time grows as tokens^1.00 (target at most 1.1: met)" in text
+    assert "Vim-Ti: memory grows as tokens^1.00 (target at most 1.1: met)" in text
     assert "Vim-Ti against DeiT-Ti, plain attention: faster from 512 px on." in text
     assert "Vim-Ti against DeiT-Ti, fused attention: faster at no measured size." in text
     # 6085 tokens: 6085 / 1025 = 5.94 times; 1 - 100 / 6085 = 98.4 %
@@ -65,9 +65,9 @@ def test_tasks_are_kept_apart_and_a_plot_is_drawn(efficiency, tmp_path):
     rows += rows_of("vim_tiny", "", lambda t: (t**1.5, t**1.2), task="step")
     rows += rows_of("deit_tiny", "plain", lambda t: (0, 0), state="too long")
     text = efficiency.summary(rows)
-    assert "time grows by tokens^1.00 (target at most 1.1: met)" in text
-    assert "time grows by tokens^1.50 (target at most 1.1: not met)" in text
-    assert "memory grows by tokens^1.20 (target at most 1.1: not met)" in text
+    assert "time grows as tokens^1.00 (target at most 1.1: met)" in text
+    assert "time grows as tokens^1.50 (target at most 1.1: not met)" in text
+    assert "memory grows as tokens^1.20 (target at most 1.1: not met)" in text
     assert "DeiT" not in text
     efficiency.plot(rows, tmp_path / "plot.svg")
     assert "<svg" in (tmp_path / "plot.svg").read_text()
