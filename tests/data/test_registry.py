@@ -71,7 +71,7 @@ def test_a_new_scheme_declares_its_options():
 
 
 def test_a_scheme_or_an_option_is_of_one_source_only():
-    with pytest.raises(ValueError, match=r"registers 'dicom', which .*sources\.dicom already opens"):
+    with pytest.raises(ValueError, match=r"registers 'dicom', which .*dicom already opens"):
         source("dicom")(open_squares)
     with pytest.raises(ValueError, match="declares the option 'tile' as str"):
         source("squares", declares={"tile": str})(open_squares)
