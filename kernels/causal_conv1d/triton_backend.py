@@ -233,7 +233,7 @@ def add_parameter_gradients(totals, ds, rows, I: tl.constexpr, COUNT: tl.constex
 
 @operator("triton_conv_forward", fake=lambda x, w, *_: x.new_empty(w.shape[0], *x.shape))
 def conv_forward(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
-    """`conv_silu` with the weight as (s, k, d)."""
+    """`conv_silu` with the weight as (directions, k, d); returns (directions, b, l, d)."""
     x, weight, bias = channels_contiguous(x), contiguous(weight), contiguous(bias)
     (b, l, d), (s, k, _) = x.shape, weight.shape
     out = x.new_empty(s, b, l, d)

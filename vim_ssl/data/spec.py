@@ -230,7 +230,7 @@ def _number(key: str, value: str, text: str) -> float:
     except ValueError:
         number = 0.0
     if not 0 < number < 1e6:
-        raise ValueError(f"{text!r}: {key}={value} is not a number above 0.")
+        raise ValueError(f"{text!r}: {key}={value} is not a number above 0 and below 1,000,000.")
     return number
 
 

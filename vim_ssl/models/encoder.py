@@ -418,7 +418,10 @@ class VimEncoder(nn.Module):
             is_default = self.grid_size[0] * self.grid_size[1] == m
             grid = self.grid_size if is_default else (side, side)
         if grid[0] * grid[1] != m:
-            raise ValueError(f"{m} tokens do not fill a {grid[0]}x{grid[1]} grid; pass grid=.")
+            raise ValueError(
+                f"{m} tokens do not fill a {grid[0]}x{grid[1]} grid; pass grid=(rows, columns) with "
+                f"rows x columns = {m}."
+            )
         return grid
 
     # ---------------------------------------------------------------- timm's protocol

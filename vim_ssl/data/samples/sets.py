@@ -1,4 +1,7 @@
-"""``sample:``: the sample sets. Their splits never change: they are hashes of names, not draws."""
+"""``sample:``: the sample sets.
+
+Their splits never change: a hash of its name, not a random draw, assigns each sample to a split.
+"""
 
 import gzip
 import json

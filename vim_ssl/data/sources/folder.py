@@ -96,7 +96,8 @@ def folder_splits(
 
     Args:
         names: sorted paths relative to ``root``, with forward slashes.
-        files: called with the root and names; returns the first argument of `data_class`.
+        files: (root, names of the chosen split) → the images, the first argument of ``data_class``.
+        data_class: class of the returned data.
     """
 
     def choose(spec: DataSpec) -> ImageData:
