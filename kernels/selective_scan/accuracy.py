@@ -166,7 +166,7 @@ class Case:
     @property
     def long(self) -> bool:
         """True if the gradient of the reference loop would take minutes, because autograd pads each
-        token's gradient to the whole sequence. The torch backend in float64, which is tested against
+        token's gradient to the whole sequence. The torch backend in float64, tested against
         the loop, then serves as the reference, and only the backends faster than it are measured.
         """
         return self.l > 5000

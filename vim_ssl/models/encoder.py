@@ -419,8 +419,8 @@ class VimEncoder(nn.Module):
             grid = self.grid_size if is_default else (side, side)
         if grid[0] * grid[1] != m:
             raise ValueError(
-                f"{m} tokens do not fill a {grid[0]}x{grid[1]} grid; pass grid=(rows, columns) with "
-                f"rows x columns = {m}."
+                f"{m} tokens do not fill a {grid[0]}x{grid[1]} grid; pass grid=(rows, columns) "
+                f"with rows x columns = {m}."
             )
         return grid
 
