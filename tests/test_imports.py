@@ -313,7 +313,6 @@ def test_folders_are_imported_by_their_name_in_the_package(path):
     assert not top & {*SIBLINGS, "tests"}, "use the vim_ssl.… name"
     if path.is_relative_to(ROOT / "kernels"):
         known = {"torch", "vim_ssl"}.union(*(COMPILERS[w] for w in COMPILERS if w in path.stem))
-        known |= top if path.stem == "benchmark" else set()  # it may compare with other packages
         assert top - set(sys.stdlib_module_names) <= known
 
 
