@@ -46,7 +46,7 @@ from vim_ssl.training.run import newest_run, task_folder, trained_on
 from vim_ssl.utils.config import opt, parse
 from vim_ssl.utils.distributed import join_processes, pick_device
 from vim_ssl.utils.environment import commit, environment
-from vim_ssl.utils.files import atomic_path
+from vim_ssl.utils.resumable import claim_output, write_record
 
 POOLED = "pooled"
 
@@ -143,37 +143,18 @@ def lock_folder(folder: Path, made_of: dict[str, Any], source: str):
     """Create the folder, or resume in it, and lock it against other processes.
 
     Returns: the lock.
-    Raises: FileExistsError for a folder with other content; ValueError for a folder with embeddings
-        of other settings; BlockingIOError while another process writes there.
+    Raises: the errors of `claim_output`.
     """
-    from filelock import FileLock, Timeout
-
-    file = folder / "record.json"
-    if file.exists():
-        stored = json.loads(file.read_text())
-        if differing := [k for k, v in made_of.items() if stored.get("made_of", {}).get(k) != v]:
-            raise ValueError(
-                f"{folder} contains embeddings with different {', '.join(differing)}; use the "
-                "settings in its record.json to resume, or choose another --output."
-            )
-    elif folder.exists():
-        leftovers = {".lock", "shards", f".{file.name}.part"}  # from a kill before the record
-        names = {path.name for path in folder.iterdir()}
-        if names - leftovers or any((folder / "shards").glob("*")):
-            raise FileExistsError(
-                f"{folder} contains files that are not embeddings; choose another --output."
-            )
-    (folder / "shards").mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise BlockingIOError(
-            f"another process is writing in {folder}; wait for it, or choose another --output."
-        ) from None
-    if not file.exists():
-        origin = {"task": "embed", "encoder": source, "commit": commit(), **environment()}
-        write_record(file, origin | {"made_of": made_of, "finished": False})
+    record, shards = folder / "record.json", folder / "shards"
+    leftovers = {".lock", "shards", f".{record.name}.part"}  # from a kill before the record
+    present = list(folder.iterdir()) if folder.exists() else []
+    strangers = [path for path in present if path.name not in leftovers] + list(shards.glob("*"))
+    origin = {"task": "embed", "encoder": source, "commit": commit(), **environment()}
+    lock = claim_output(
+        folder, record, made_of, origin,
+        what="embeddings", lock=folder / ".lock", strangers=strangers,
+    )  # fmt: skip
+    shards.mkdir(exist_ok=True)
     return lock
 
 
@@ -223,11 +204,6 @@ def finish(
     }
     write_record(file, record)
     return record
-
-
-def write_record(file: Path, record: dict[str, Any]) -> None:
-    with atomic_path(file, shared=False) as partial:
-        partial.write_text(json.dumps(record, indent=2) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
