@@ -17,11 +17,13 @@ class Predictor:
     Attributes:
         task: "classification", "segmentation", "detection", "clip" or "slide".
         classes: class names.
+        trained_on: spec of the training data, "" if unknown; see `vim_ssl.data.inputs.open_new`.
         batched: whether `predict_prepared` computes several inputs at once.
     """
 
     task: str
     classes: list[str]
+    trained_on = ""
     batched = False
 
     def prepare(self, image: Any) -> Any:
@@ -40,7 +42,7 @@ class Predictor:
 
     def load(self, x: Any) -> Any:
         """Return an image of `ImageData` for one input of `predict`."""
-        return read_input(x)
+        return read_input(x, self.trained_on)
 
     def predict(self, x: Any) -> Any:
         """Predict one input, or each of a list.
