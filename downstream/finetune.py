@@ -39,7 +39,7 @@ from vim_ssl.tasks.classification import (
     ClassificationConfig,
     check_labels,
     evaluate,
-    load_classifier,
+    build_classifier,
     train_classifier,
 )
 from vim_ssl.tasks.config import TransferConfig
@@ -120,7 +120,7 @@ def run(config: Config) -> dict[str, Any]:
     torch.manual_seed(config.seed)
     sizes: dict[str, Any] = {"img_size": config.img_size, "stride": config.stride}
     sizes = {key: value for key, value in sizes.items() if value}
-    encoder = load_classifier(source, train, config, global_pool=config.global_pool, **sizes)
+    encoder = build_classifier(source, train, config, global_pool=config.global_pool, **sizes)
     if config.from_scratch:
         encoder = type(encoder)(**encoder.config)
     return train_classifier("finetune", config, encoder, source, train, test, accelerator)

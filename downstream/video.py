@@ -24,7 +24,7 @@ from vim_ssl.cli import guarded
 from vim_ssl.data import ImageData, labelled_splits
 from vim_ssl.models.encoder import VimEncoder
 from vim_ssl.models.video import INFLATIONS
-from vim_ssl.tasks.classification import ClassificationConfig, load_classifier, train_classifier
+from vim_ssl.tasks.classification import ClassificationConfig, build_classifier, train_classifier
 from vim_ssl.tasks.config import TransferConfig
 from vim_ssl.training.accelerator import make_accelerator
 from vim_ssl.training.run import newest_run, stored_or
@@ -93,7 +93,7 @@ def run(config: Config) -> dict[str, Any]:
 def build_encoder(config: Config, source: str, data: ImageData) -> VimEncoder:
     """Return a video encoder with a head; with ``frozen`` only the head has gradients."""
     size = {"img_size": config.img_size} if config.img_size else {}
-    images = load_classifier(source, data, config, global_pool=config.global_pool, **size)
+    images = build_classifier(source, data, config, global_pool=config.global_pool, **size)
     encoder = images.for_data(data, tubelet=config.tubelet, inflation=config.inflation)
     if config.from_scratch:
         encoder = type(encoder)(**encoder.config)

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vim_ssl.cli import guarded
@@ -32,18 +31,14 @@ from vim_ssl.data.split import is_known
 from vim_ssl.evaluation.extract import Features, extract_features, features_of
 from vim_ssl.evaluation.retrieval import PairFeatures, embed_pairs, hits_at_k, nearest
 from vim_ssl.metrics.classification import accuracy
-from vim_ssl.objectives.clip import Clip, load_clip
+from vim_ssl.objectives.clip import load_clip
+from vim_ssl.objectives.zero_shot import TEMPLATES, check_templates, text_classifier
 from vim_ssl.tasks.runner import finish_run
 from vim_ssl.training.run import newest_run, task_folder, trained_on
 from vim_ssl.utils.config import opt, parse, to_dict
 from vim_ssl.utils.environment import environment
 from vim_ssl.utils.files import read_text
 
-# According to CLIP's authors, these seven nearly match all eighty of theirs on ImageNet.
-TEMPLATES = (
-    "itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a photo of the large {}.",
-    "a {} in a video game.", "art of the {}.", "a photo of the small {}.",
-)  # fmt: skip
 EXAMPLES = 8
 SIDE = 96  # maximum side of their images, in pixels
 CAPTION = 80  # maximum characters of a caption in the report
@@ -63,13 +58,7 @@ class Config:
     output: str = opt("", "folder for metrics.json; default: in the run")
 
     def __post_init__(self):
-        if not self.templates:
-            raise ValueError("templates is empty; give at least one: --templates {}.")
-        for template in self.templates:
-            if template.count("{}") != 1:
-                raise ValueError(
-                    f"the template {template!r} must contain {{}} once, for the class name."
-                )
+        check_templates(self.templates)
 
 
 def was_trained_on(source: str | Path, spec: str, data: ImageData) -> bool:
@@ -106,16 +95,6 @@ def class_names(data: ImageData, file: str) -> list[str]:
             for name, label in zip(plain, classes, strict=True)
         ]
     return [name.replace("_", " ") for name in classes]
-
-
-@torch.no_grad()
-def text_classifier(clip: Clip, names: Sequence[str], templates: Sequence[str]) -> Tensor:
-    """Return (classes, d): per class, the normalised mean of its normalised sentence embeddings."""
-    rows = [
-        clip.encode_text([template.replace("{}", name) for template in templates]).mean(0)
-        for name in names
-    ]
-    return F.normalize(torch.stack(rows), dim=-1).cpu()
 
 
 def classify(features: Features, classifier: Tensor) -> tuple[dict[str, Any], Tensor]:

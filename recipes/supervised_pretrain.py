@@ -18,7 +18,7 @@ import torch
 
 from vim_ssl.cli import guarded
 from vim_ssl.data import labelled_splits
-from vim_ssl.tasks.classification import ClassificationConfig, load_classifier, train_classifier
+from vim_ssl.tasks.classification import ClassificationConfig, build_classifier, train_classifier
 from vim_ssl.training.accelerator import make_accelerator
 from vim_ssl.training.run import stored_or
 from vim_ssl.utils.config import opt, parse
@@ -79,7 +79,7 @@ def run(config: Config) -> dict[str, Any]:
     accelerator = make_accelerator(config)
     train, test = labelled_splits(config.data, config.test, config.seed)
     torch.manual_seed(config.seed)  # for the initial weights
-    encoder = load_classifier(config.encoder, train, config, **config.model_args)
+    encoder = build_classifier(config.encoder, train, config, **config.model_args)
     return train_classifier(
         "supervised_pretrain", config, encoder, config.encoder, train, test, accelerator
     )

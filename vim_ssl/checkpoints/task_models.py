@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from vim_ssl.checkpoints.loading import load_encoder, save_encoder
@@ -30,8 +31,14 @@ def save_task(
     atomic_write(Path(folder) / file, save(state, {"config": json.dumps(model.config)}))
 
 
-def load_task(make: Callable[..., Model], folder: str | os.PathLike, file: str, task: str) -> Model:
-    """Load a model written by `save_task`, in eval mode.
+def load_task(
+    make: Callable[..., Model],
+    folder: str | os.PathLike,
+    file: str,
+    task: str,
+    device: str | torch.device | None = None,
+) -> Model:
+    """Load a model written by `save_task`, in eval mode, and set its ``trained_on``.
 
     Args:
         make: (encoder, classes, other settings of ``config``) -> model.
@@ -60,4 +67,6 @@ def load_task(make: Callable[..., Model], folder: str | os.PathLike, file: str, 
     wrong += result.unexpected_keys
     if wrong:
         raise ValueError(f"{path} does not fit its encoder: {wrong[:5]}.")
-    return model.eval()
+    record = json.loads((Path(folder) / "encoder.json").read_text(encoding="utf-8"))
+    model.trained_on = (record.get("made_by") or {}).get("data", "")  # type: ignore[assignment]
+    return model.to(device).eval()

@@ -8,6 +8,8 @@ import numpy as np
 
 from vim_ssl.data.inputs import read_input
 
+BATCH = 32  # images that `Predictor.predict` holds in memory at once
+
 
 class Predictor:
     """Base of task models, which predict in two steps.
@@ -54,8 +56,11 @@ class Predictor:
         Raises: BadImage for an image that cannot be read; TypeError for anything else.
         """
         several = self.read(x)
-        inputs = [self.prepare(self.load(one)) for one in ([x] if several is None else several)]
-        results = list(self.predict_prepared(inputs))
+        images = [x] if several is None else several
+        results: list[Any] = []
+        for first in range(0, len(images), BATCH):
+            batch = [self.prepare(self.load(one)) for one in images[first : first + BATCH]]
+            results += self.predict_prepared(batch)
         return results[0] if several is None else results
 
 

@@ -9,6 +9,7 @@ the micro-batches, both with the gradient of the large batch.
 >>> clip = load_clip("runs/my-run")
 >>> image = clip.encode_image(clip.transform(image)[None])
 >>> image @ clip.encode_text(["a dog", "a cat"]).T                  # (1, 2) cosines
+>>> clip.predict("photo.jpg", classes=["dog", "cat"]).name
 """
 
 import json
@@ -29,6 +30,7 @@ from vim_ssl.models.text import HubText, TextEncoder, build_text
 from vim_ssl.models.tokenizers import Tokenizer, load_tokenizer
 from vim_ssl.objectives.base import StepOutput
 from vim_ssl.objectives.pixels import refuse_head
+from vim_ssl.objectives.zero_shot import TEMPLATES, TextClassifier
 from vim_ssl.utils.files import atomic_write
 
 LOSSES = ("clip", "siglip")
@@ -63,6 +65,9 @@ class Clip(nn.Module):
         tower with a head or mask token, which would not be trained.
     Reference: CLIP, arXiv:2103.00020; SigLIP, arXiv:2303.15343; LiT, arXiv:2111.07991.
     """
+
+    task = "clip"
+    classes: list[str] = []  # noqa: RUF012: any names; see `classifier`
 
     def __init__(
         self,
@@ -141,6 +146,42 @@ class Clip(nn.Module):
     def transform(self) -> Transform:
         """Return the transform from a PIL image to one element of a batch for `encode_image`."""
         return create_transform(image_config(self.encoder))
+
+    # ---------------------------------------------------------------- classes by name
+
+    def classifier(
+        self,
+        classes: Sequence[str] = (),
+        *,
+        texts: Sequence[str] = (),
+        templates: Sequence[str] = TEMPLATES,
+    ) -> TextClassifier:
+        """Return a classifier of images by class names; it embeds the names once.
+
+        Args:
+            classes: class names, which are put into the templates.
+            texts: instead of classes, whole sentences, which are embedded as they are.
+            templates: sentences about a class; ``{}`` is its name.
+        Raises: ValueError unless either classes or texts are given.
+        """
+        if bool(classes) == bool(texts):
+            raise ValueError(
+                "an image-text model needs the classes to choose from: give classes=[…], or "
+                "texts=[…] for whole sentences, not both."
+            )
+        if texts:
+            return TextClassifier(self, texts, ("{}",))
+        return TextClassifier(self, classes, templates)
+
+    def predict(self, x: Any, classes: Sequence[str] = (), **options: Any) -> Any:
+        """Classify an image, or each of a list, by class names or texts.
+
+        Args:
+            x: see `Predictor.predict`.
+            classes, options: see `classifier`, which is faster for repeated calls.
+        Returns: a `ClassPrediction`, or a list of them.
+        """
+        return self.classifier(classes, **options).predict(x)
 
     # ---------------------------------------------------------------- the objective
 

@@ -112,7 +112,7 @@ def class_names(data) -> list[str]:
     return [str(i) for i in range(max(data.labels or [-1]) + 1)]
 
 
-def load_classifier(source: str, data, config: ClassificationConfig, **args: Any) -> VimEncoder:
+def build_classifier(source: str, data, config: ClassificationConfig, **args: Any) -> VimEncoder:
     """Load an encoder with a head for the classes of ``data`` and inputs for its bands.
 
     An encoder for other bands gets a new patch embedding (see `vim_ssl.checkpoints.adapt`) and the
@@ -182,7 +182,7 @@ def train_classifier(
     return train_run(
         recipe, config, objective,
         SeededSamples(train, transform, config.seed, repeats=config.repeats), accelerator,
-        model=encoder, data=train.name, record={"classes": train.classes},
+        model=encoder, data=train.name, record={"classes": train.classes, "targets": config.targets},
         save=partial(save_encoder, encoder), evaluate=validate if validates else None,
         should_stop=(lambda training: training.evaluator.should_stop()) if validates else None,
         conclude=conclude,

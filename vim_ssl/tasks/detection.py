@@ -7,7 +7,7 @@ no class token and no norm there.)
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,6 +25,7 @@ from vim_ssl.metrics.detection import DetectionMetrics
 from vim_ssl.models.encoder import VimEncoder
 from vim_ssl.models.heads import RCNN, SimpleFeaturePyramid
 from vim_ssl.models.heads.rcnn import COARSEST
+from vim_ssl.models.predictor import Predictor
 from vim_ssl.objectives.base import StepOutput
 from vim_ssl.tasks.dense import predictions
 from vim_ssl.utils.drawing import object_grid, overlay_objects
@@ -35,7 +36,7 @@ FILE = "detection.safetensors"
 MIN_SCORE = 0.5  # minimum score of an object to be drawn
 
 
-class Detection(nn.Module):
+class Detection(Predictor, nn.Module):
     """An encoder and a detector; as an objective, its losses.
 
     Args:
@@ -52,6 +53,8 @@ class Detection(nn.Module):
     Raises: ValueError for an unknown head, no class, a size that does not fit, or patches that
         overlap.
     """
+
+    task = "detection"
 
     def __init__(
         self,
@@ -121,8 +124,16 @@ class Detection(nn.Module):
             {name.removeprefix("loss_"): loss * count for name, loss in losses.items()},
         )  # fmt: skip
 
+    @property
+    def transform(self) -> DensePixels:
+        """The transform from an image of any size, without cropping, to (c, h, w)."""
+        return self.pixels
+
+    def predict_prepared(self, inputs: Sequence[Any]) -> Iterator[dict[str, np.ndarray]]:
+        return map(self.predict_image, inputs)
+
     @torch.no_grad()
-    def predict(self, image: Image.Image) -> dict[str, np.ndarray]:
+    def predict_image(self, image: Image.Image) -> dict[str, np.ndarray]:
         """Detect the objects in an image of any size.
 
         Returns: ``boxes`` float32 (n, 4), left, top, right, bottom in pixels of the image turned
@@ -180,13 +191,18 @@ class Detection(nn.Module):
         save_task(self, folder, FILE, record)
 
 
-def load_detection(folder: str | os.PathLike) -> Detection:
+def load_detection(
+    folder: str | os.PathLike, *, device: str | torch.device | None = None
+) -> Detection:
     """Load the encoder and detector of a detection run, in eval mode.
+
+    ``predict`` of an image, or of each in a list, returns `Detection.predict_image`; see
+    `Predictor.predict`.
 
     Raises: FileNotFoundError for a folder without a detector; ValueError if it does not fit the
         encoder in the folder.
     """
-    return load_task(Detection, folder, FILE, "detection")
+    return load_task(Detection, folder, FILE, "detection", device)
 
 
 def evaluate(model: Detection, data, folder: Path) -> tuple[dict[str, Any], DetectionMetrics]:

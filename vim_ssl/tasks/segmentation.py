@@ -7,7 +7,7 @@ takes the mixers' outputs without a norm.)
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,6 +28,7 @@ from vim_ssl.metrics.segmentation import SegmentationMetrics
 from vim_ssl.metrics.volumes import VolumeMetrics
 from vim_ssl.models.encoder import VimEncoder
 from vim_ssl.models.heads import NORMS, FCNHead, FeatureUpsampling, LinearHead, UPerNet
+from vim_ssl.models.predictor import Predictor
 from vim_ssl.models.sliding_window import label_pixels
 from vim_ssl.objectives.base import StepOutput
 from vim_ssl.tasks.dense import predictions
@@ -39,7 +40,7 @@ FILE = "segmentation.safetensors"
 AUXILIARY_LEVEL = 2  # the map at stride 16, as in the paper's configuration
 
 
-class Segmentation(nn.Module):
+class Segmentation(Predictor, nn.Module):
     """An encoder and a segmentation head; as an objective, their loss.
 
     Args:
@@ -58,6 +59,8 @@ class Segmentation(nn.Module):
     Raises: ValueError for an unknown head or norm, taps that do not fit, or too few or too many
         classes.
     """
+
+    task = "segmentation"
 
     def __init__(
         self,
@@ -145,7 +148,15 @@ class Segmentation(nn.Module):
             lambda: self._draw(batch["image"], truth, guess),
         )  # fmt: skip
 
-    def predict(self, image: Image.Image | np.ndarray) -> np.ndarray:
+    @property
+    def transform(self) -> DensePixels:
+        """The transform from an image of any size, without cropping, to (c, h, w)."""
+        return self.pixels
+
+    def predict_prepared(self, inputs: Sequence[Any]) -> Iterator[np.ndarray]:
+        return map(self.predict_image, inputs)
+
+    def predict_image(self, image: Image.Image | np.ndarray) -> np.ndarray:
         """Predict the class of every pixel of an image of any size, or of bands (h, w, bands).
 
         Memory beyond the image itself does not grow with its size; see `label_pixels`.
@@ -193,13 +204,18 @@ class Segmentation(nn.Module):
         save_task(self, folder, FILE, record)
 
 
-def load_segmentation(folder: str | os.PathLike) -> Segmentation:
+def load_segmentation(
+    folder: str | os.PathLike, *, device: str | torch.device | None = None
+) -> Segmentation:
     """Load the encoder and head of a segmentation run, in eval mode.
+
+    ``predict`` of an image, or of each in a list, returns the class number of every pixel, uint8
+    (h, w), of the image turned upright by its EXIF orientation; see `Predictor.predict`.
 
     Raises: FileNotFoundError for a folder without a segmentation head; ValueError if the head does
         not fit the encoder in the folder.
     """
-    return load_task(Segmentation, folder, FILE, "segmentation")
+    return load_task(Segmentation, folder, FILE, "segmentation", device)
 
 
 def evaluate(model: Segmentation, data, folder: Path) -> tuple[dict[str, Any], SegmentationMetrics]:

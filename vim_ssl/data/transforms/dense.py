@@ -58,6 +58,9 @@ class DensePixels:
         size = self.resized((pixels.shape[1], pixels.shape[2]))
         return self.normalise(F.resize(pixels, size, antialias=True))
 
+    def __repr__(self) -> str:
+        return f"DensePixels({self.to_channels}, {self.mean}, {self.std}, {self.short_side})"
+
 
 class DenseCrop:
     """Augment an item with an image and its mask: take a random crop of both.
