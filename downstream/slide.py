@@ -29,7 +29,16 @@ from vim_ssl.evaluation.embeddings import read_embeddings
 from vim_ssl.evaluation.linear_heads import fit_logistic
 from vim_ssl.metrics.classification import classification_metrics, write_tables
 from vim_ssl.tasks.runner import Training, finish_run, train_run
-from vim_ssl.tasks.slides import AttentionPool, DrawTiles, SlideObjective, Slides, group_tiles
+from vim_ssl.tasks.slides import (
+    FEATURES,
+    AttentionPool,
+    DrawTiles,
+    SlideClassifier,
+    SlideObjective,
+    Slides,
+    check_alike,
+    group_tiles,
+)
 from vim_ssl.training.accelerator import make_accelerator
 from vim_ssl.training.config import TrainConfig
 from vim_ssl.training.run import stored_or
@@ -74,7 +83,8 @@ def build_data(config: Config) -> tuple[Slides, Slides, int]:
     if config.test_features:
         other = read_embeddings(Path(config.test_features))
         test = group_tiles(other, config.test_features)
-        check_alike(config, tiles.made_of, other.made_of)
+        names = config.features, config.test_features
+        check_alike(names, tiles.made_of, other.made_of, (*FEATURES, "classes"))
         check_apart(config, train, test)
     elif len(train) < 2:
         raise ValueError(f"{config.features} has {len(train)} labelled slides; expected 2 or more.")
@@ -84,16 +94,6 @@ def build_data(config: Config) -> tuple[Slides, Slides, int]:
     if len(set(train.labels)) < 2:
         raise ValueError(f"the training slides of {config.features} have only one class.")
     return train, test, max(train.labels + test.labels) + 1
-
-
-def check_alike(config: Config, one: dict[str, Any], other: dict[str, Any]) -> None:
-    """Raise ValueError if features or labels of the two folders are not comparable."""
-    for key in ("weights", "readout", "transform", "classes"):
-        if one.get(key) != other.get(key):
-            raise ValueError(
-                f"{config.features} and {config.test_features} were made with different {key} "
-                f"({one.get(key)}, {other.get(key)}); embed both with the same encoder and classes."
-            )
 
 
 def check_apart(config: Config, train: Slides, test: Slides) -> None:
@@ -117,11 +117,21 @@ def run(config: Config) -> dict[str, Any]:
     accelerator = make_accelerator(config)
     train, test, classes = build_data(config)
     torch.manual_seed(config.seed)
-    pool = AttentionPool(train.slides[0].x.shape[1], classes, config.hidden, config.dropout)
+    names = (train.made_of.get("classes") or list(map(str, range(classes))))[:classes]
+    made_of = {key: train.made_of.get(key) for key in (*FEATURES, "data")} if train.made_of else {}
+    model = SlideClassifier(
+        None, names, dim=train.slides[0].x.shape[1], hidden=config.hidden, dropout=config.dropout,
+        made_of=made_of,
+    )  # fmt: skip
+    pool = model.pool
     pool.standardise_by(train)
     samples = SeededSamples(train, DrawTiles(config.tiles), config.seed)
 
+    def save(folder: Path, ema: Any, record: dict[str, Any]) -> None:
+        model.save(folder)  # no moving average; see Config
+
     def conclude(training: Training) -> dict[str, Any]:
+        training.save()  # also when a finished run of an earlier version is resumed
         by_mean = classification_metrics(
             predict_by_mean(train, test, classes), truth(test), "class", test.groups
         )
@@ -141,7 +151,7 @@ def run(config: Config) -> dict[str, Any]:
 
     return train_run(
         "slide", config, SlideObjective(pool), samples, accelerator, model=pool, data=train.name,
-        save=None, conclude=conclude,
+        save=save, what="model", conclude=conclude,
     )  # fmt: skip
 
 

@@ -23,21 +23,32 @@ if TYPE_CHECKING:
     from vim_ssl.data.transforms.image import create_transform
     from vim_ssl.models.encoder import VimEncoder
     from vim_ssl.objectives.clip import load_clip
+    from vim_ssl.tasks.detection import load_detection
+    from vim_ssl.tasks.models import load_classifier, load_model
+    from vim_ssl.tasks.segmentation import load_segmentation
 
 __all__ = [
     "VimEncoder",
     "__version__",
     "create_transform",
+    "load_classifier",
     "load_clip",
+    "load_detection",
     "load_encoder",
+    "load_model",
+    "load_segmentation",
     "save_encoder",
 ]
 # Public name -> the module that defines it.
 _DEFINED_IN = {
     "VimEncoder": "vim_ssl.models.encoder",
     "create_transform": "vim_ssl.data.transforms.image",
+    "load_classifier": "vim_ssl.tasks.models",
     "load_clip": "vim_ssl.objectives.clip",
+    "load_detection": "vim_ssl.tasks.detection",
     "load_encoder": "vim_ssl.checkpoints.loading",
+    "load_model": "vim_ssl.tasks.models",
+    "load_segmentation": "vim_ssl.tasks.segmentation",
     "save_encoder": "vim_ssl.checkpoints.loading",
 }
 

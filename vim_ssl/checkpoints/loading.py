@@ -115,6 +115,15 @@ def made_by(source: str | os.PathLike) -> dict[str, Any]:
     return {} if source in PRESETS else checkpoint_files.read(*find_file(source)).made_by or {}
 
 
+def stored_classes(source: str | os.PathLike) -> int:
+    """Return the number of outputs of the head in ``source``, a checkpoint; 0 without a head.
+
+    Raises: the errors of `load_encoder`.
+    """
+    config, _ = config_of(checkpoint_files.read(*find_file(source)), {})
+    return config["num_classes"]
+
+
 def load_for_bands(source: str, bands: Mapping[str, Any], **args: Any) -> VimEncoder:
     """Load the encoder ``source`` for images with these bands.
 

@@ -18,11 +18,12 @@ Model = TypeVar("Model", bound=nn.Module)
 def save_task(
     model: Any, folder: str | os.PathLike, file: str, record: dict[str, Any] | None = None
 ) -> None:
-    """Write ``model.encoder`` with `save_encoder`, and the other weights, with ``model.config``, to
-    ``file`` next to it."""
+    """Write ``model.encoder``, unless it is None, with `save_encoder`, and the other weights, with
+    ``model.config``, to ``file`` next to it."""
     from safetensors.torch import save
 
-    save_encoder(model.encoder, folder, record=record)
+    if model.encoder is not None:
+        save_encoder(model.encoder, folder, record=record)
     state = {
         key: value.detach().cpu().contiguous()
         for key, value in model.state_dict().items()
@@ -41,7 +42,7 @@ def load_task(
     """Load a model written by `save_task`, in eval mode, and set its ``trained_on``.
 
     Args:
-        make: (encoder, classes, other settings of ``config``) -> model.
+        make: (encoder or None, classes, other settings of ``config``) -> model.
         file: name of the file in ``folder``.
         task: name of the script that writes such files.
     Raises: FileNotFoundError for a folder without the file; ValueError for a file that does not
@@ -60,13 +61,15 @@ def load_task(
         stored = opened.metadata() or {}
     if "config" not in stored:
         raise ValueError(f"{path} was not written by downstream/{task}.py.")
-    config = json.loads(stored["config"])
-    model = make(load_encoder(folder), config.pop("classes"), **config)
+    config, description = json.loads(stored["config"]), Path(folder) / "encoder.json"
+    encoder = load_encoder(folder) if description.is_file() else None
+    model = make(encoder, config.pop("classes"), **config)
     result = model.load_state_dict(load_file(path), strict=False)
     wrong = [key for key in result.missing_keys if not key.startswith("encoder.")]
     wrong += result.unexpected_keys
     if wrong:
         raise ValueError(f"{path} does not fit its encoder: {wrong[:5]}.")
-    record = json.loads((Path(folder) / "encoder.json").read_text(encoding="utf-8"))
-    model.trained_on = (record.get("made_by") or {}).get("data", "")  # type: ignore[assignment]
+    if encoder is not None:
+        record = json.loads(description.read_text(encoding="utf-8")).get("made_by") or {}
+        model.trained_on = record.get("data", "")  # type: ignore[assignment]
     return model.to(device).eval()

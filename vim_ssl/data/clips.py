@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from vim_ssl.data.dataset import ImageData
-from vim_ssl.data.images import EXTENSIONS, BadImage, decode_image
+from vim_ssl.data.images import EXTENSIONS, BadImage, clean_image, decode_image
 from vim_ssl.utils.optional import require
 
 ROUNDING = 1e-6  # seconds; a time this close before a frame selects that frame
@@ -80,7 +80,7 @@ class Video:
                 frames, only a few are in memory at full size at a time.
         Raises: BadImage for a file that is not a video, or one without a decodable frame.
         """
-        source: _File | _Frames = (_Frames if os.path.isdir(self.path) else _File)(self.path)
+        source = self._open()
         at = source.times
         # The last frame gets the median duration; for a single frame all times are equal.
         duration = at[-1] - at[0] + float(np.median(np.diff(at) if len(at) > 1 else [0.0]))
@@ -92,8 +92,30 @@ class Video:
         frames = {number: prepare(image) for number, image in source.read(numbers)}
         return [[frames[number] for number in clip] for clip in clips]
 
+    def _open(self) -> Any:
+        return (_Frames if os.path.isdir(self.path) else _File)(self.path)
+
     def __repr__(self) -> str:
         return f"Video({self.path!r}, {self.sampling})"
+
+
+class LoadedVideo(Video):
+    """A video in memory: frames, as images or arrays (h, w) or (h, w, 3), uint8."""
+
+    def __init__(self, frames: Sequence[Image.Image | np.ndarray], sampling: Sampling):
+        super().__init__("video in memory", sampling)
+        self.frames = list(frames)
+        self.times = [i / FOLDER_FPS for i in range(len(self.frames))]
+
+    def _open(self) -> "LoadedVideo":
+        return self
+
+    def read(self, numbers: Sequence[int]) -> Iterator[tuple[int, Image.Image]]:
+        """Yield (number, frame) for these numbers."""
+        for number in numbers:
+            frame = self.frames[number]
+            image = Image.fromarray(frame) if isinstance(frame, np.ndarray) else frame
+            yield number, clean_image(image, "RGB")
 
 
 def still(image: Any) -> Any:

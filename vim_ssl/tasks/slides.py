@@ -3,10 +3,13 @@
 Reference: gated attention pooling, arXiv:1802.04712, equation 9.
 """
 
+import os
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,16 +17,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from vim_ssl.checkpoints.task_models import load_task, save_task
 from vim_ssl.data.sources.slides import tile_origin
-from vim_ssl.evaluation.embeddings import Embedded
+from vim_ssl.evaluation.embeddings import Embedded, read_embeddings
 from vim_ssl.evaluation.linear_heads import moments
+from vim_ssl.models.predictor import ClassPrediction, Predictor
 from vim_ssl.objectives.base import StepOutput
+
+FILE = "slide.safetensors"
+FEATURES = ("weights", "readout", "transform")  # of `embed.py`; they determine the features
 
 
 @dataclass
 class Slide:
     """A slide: tile features ``x`` (tiles, d) float32, tile ``positions`` (tiles, 2) int64 (left
-    and top in pixels), the label, and the group, such as a patient."""
+    and top in pixels), the label (-1: unknown), and the group, such as a patient."""
 
     id: str
     x: Tensor
@@ -33,16 +41,24 @@ class Slide:
 
 
 class Slides(Dataset):
-    """Slides by index, as items for the trainer with the slide as ``image``."""
+    """Slides by index, as items with the slide as ``image``; ``made_of`` is the record of their
+    embeddings."""
 
-    def __init__(self, slides: list[Slide], name: str):
-        self.slides, self.name = slides, name
+    is_stream, kind = False, "slide"
+
+    def __init__(self, slides: list[Slide], name: str, made_of: Mapping[str, Any] | None = None):
+        self.slides, self.name, self.made_of = slides, name, dict(made_of or {})
 
     def __len__(self) -> int:
         return len(self.slides)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"image": self.slides[index], "label": self.slides[index].label}
+        slide = self.slides[index]
+        return {"id": slide.id, "image": slide, "label": slide.label}
+
+    @property
+    def ids(self) -> list[str]:
+        return [slide.id for slide in self.slides]
 
     @property
     def labels(self) -> list[int]:
@@ -62,15 +78,44 @@ class Slides(Dataset):
         return digest.hexdigest()
 
     def subset(self, indices) -> "Slides":
-        return Slides([self.slides[i] for i in indices], self.name)
+        return Slides([self.slides[i] for i in indices], self.name, self.made_of)
 
 
-def group_tiles(tiles: Embedded, name: str) -> Slides:
-    """Group tiles by slide, sorted by slide name; skip slides without a label, with a warning.
+def read_slides(folder: str | Path, made_of: Mapping[str, Any]) -> Slides:
+    """Read all slides in a folder of embeddings, with or without a label.
+
+    Args:
+        made_of: record of the embeddings that the model was trained on.
+    Raises: ValueError for features of another encoder; the errors of `read_embeddings`.
+    """
+    tiles = read_embeddings(Path(folder))
+    if made_of and tiles.made_of:
+        check_alike(("the training slides", str(folder)), made_of, tiles.made_of, FEATURES)
+    return group_tiles(tiles, str(folder), labelled=False)
+
+
+def check_alike(
+    names: tuple[str, str],
+    one: Mapping[str, Any],
+    other: Mapping[str, Any],
+    keys: Sequence[str],
+) -> None:
+    """Raise ValueError if the records of two folders of embeddings differ in one of ``keys``."""
+    for key in keys:
+        if one.get(key) != other.get(key):
+            raise ValueError(
+                f"{names[0]} and {names[1]} were made with different {key} ({one.get(key)}, "
+                f"{other.get(key)}); embed both with the same encoder and classes."
+            )
+
+
+def group_tiles(tiles: Embedded, name: str, *, labelled: bool = True) -> Slides:
+    """Group tiles by slide, sorted by slide name.
 
     Args:
         tiles: embeddings of ``slide:`` data, whose ids contain the positions of tiles.
         name: name of the data in messages.
+        labelled: skip slides without a label, with a warning.
     Raises: ValueError for other ids, and for a slide whose tiles have several labels or groups.
     """
     rows: dict[str, list[int]] = {}
@@ -91,17 +136,17 @@ def group_tiles(tiles: Embedded, name: str) -> Slides:
             if len(several) > 1:
                 raise ValueError(f"{name}: the tiles of {slide} have several {what}, {several}.")
         label, group = labels.pop(), groups.pop()
-        if label is None:
+        if label is None and labelled:
             unknown.append(slide)
             continue
         corners = torch.tensor([positions[row] for row in of_slide])
-        slides.append(Slide(slide, tiles.x[of_slide], corners, int(label), group or slide))
+        slides.append(Slide(slide, tiles.x[of_slide], corners, -1 if label is None else int(label), group or slide))
     if unknown:
         warnings.warn(
             f"Skipped {len(unknown)} slides of {name} without a label, for example {unknown[:3]}.",
             stacklevel=2,
         )
-    return Slides(slides, name)
+    return Slides(slides, name, tiles.made_of)
 
 
 class DrawTiles:
@@ -167,3 +212,80 @@ class SlideObjective(nn.Module):
         loss = F.cross_entropy(logits.float(), batch["label"], reduction="sum")
         hits = (logits.argmax(1) == batch["label"]).float()
         return StepOutput(loss, len(logits), {"top1": 100.0 * hits.sum()})
+
+
+class SlideClassifier(Predictor, nn.Module):
+    """Attention pooling over the tiles of a slide, and the names of its classes.
+
+    Args:
+        encoder: None: the features come from `embed.py`.
+        classes: class names.
+        dim, hidden, dropout: see `AttentionPool`.
+        made_of: record of the embeddings of the training slides.
+    """
+
+    task = "slide"
+
+    def __init__(
+        self,
+        encoder: None,
+        classes: Sequence[str],
+        *,
+        dim: int,
+        hidden: int = 128,
+        dropout: float = 0.25,
+        made_of: Mapping[str, Any] | None = None,
+    ):
+        super().__init__()
+        self.encoder, self.classes, self.transform = encoder, list(classes), None
+        self.pool = AttentionPool(dim, len(classes), hidden, dropout)
+        self.dim, self.made_of = dim, dict(made_of or {})
+        self.config = {
+            "classes": self.classes, "dim": dim, "hidden": hidden, "dropout": dropout,
+            "made_of": self.made_of,
+        }  # fmt: skip
+
+    def predict(self, x: Any) -> Any:
+        """Predict slides.
+
+        Args:
+            x: a folder of embeddings that `embed.py` wrote for ``slide:`` data; or a `Slide`, or
+                the features (tiles, d) of one, or a list of them.
+        Returns: for a folder, a dict of `ClassPrediction` by slide; otherwise one, or a list.
+        """
+        if not isinstance(x, str | Path):
+            return super().predict(x)
+        slides = read_slides(x, self.made_of).slides
+        return dict(zip([slide.id for slide in slides], super().predict(slides), strict=True))
+
+    def load(self, x: Any) -> Any:
+        return x
+
+    def prepare(self, image: Any) -> Tensor:
+        x = torch.as_tensor(image.x if isinstance(image, Slide) else image, dtype=torch.float32)
+        if x.dim() != 2 or x.shape[1] != self.dim or not len(x):
+            raise ValueError(
+                f"the features of a slide have shape {tuple(x.shape)}; expected (tiles, {self.dim})."
+            )
+        return x
+
+    @torch.no_grad()
+    def predict_prepared(self, inputs: Sequence[Tensor]) -> list[ClassPrediction]:
+        device = self.pool.mean.device
+        logits = torch.cat([self.pool(x[None].to(device))[0] for x in inputs])
+        rows = logits.float().softmax(1).cpu().numpy()
+        return [ClassPrediction(int(row.argmax()), row, self.classes) for row in rows]
+
+    def save(self, folder: str | os.PathLike, record: dict[str, Any] | None = None) -> None:
+        """Write the model for `load_slide`."""
+        save_task(self, folder, FILE, record)
+
+
+def load_slide(
+    folder: str | os.PathLike, *, device: str | torch.device | None = None
+) -> SlideClassifier:
+    """Load the attention model of a slide run, in eval mode.
+
+    Raises: FileNotFoundError for a folder without one; ValueError if it is damaged.
+    """
+    return load_task(SlideClassifier, folder, FILE, "slide", device)
