@@ -37,9 +37,9 @@ from vim_ssl.data.train_test import labelled_only
 from vim_ssl.metrics.classification import outputs, summary
 from vim_ssl.tasks.classification import (
     ClassificationConfig,
+    build_classifier,
     check_labels,
     evaluate,
-    build_classifier,
     train_classifier,
 )
 from vim_ssl.tasks.config import TransferConfig

@@ -120,7 +120,7 @@ def run(config: Config) -> dict[str, Any]:
     names = (train.made_of.get("classes") or list(map(str, range(classes))))[:classes]
     made_of = {key: train.made_of.get(key) for key in (*FEATURES, "data")} if train.made_of else {}
     model = SlideClassifier(
-        None, names, dim=train.slides[0].x.shape[1], hidden=config.hidden, dropout=config.dropout,
+        names, dim=train.slides[0].x.shape[1], hidden=config.hidden, dropout=config.dropout,
         made_of=made_of,
     )  # fmt: skip
     pool = model.pool

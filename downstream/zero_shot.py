@@ -13,7 +13,6 @@ Metrics and examples are written to a folder in the run, one per data spec, and 
 
 import sys
 import time
-from collections import Counter
 from collections.abc import Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -32,12 +31,16 @@ from vim_ssl.evaluation.extract import Features, extract_features, features_of
 from vim_ssl.evaluation.retrieval import PairFeatures, embed_pairs, hits_at_k, nearest
 from vim_ssl.metrics.classification import accuracy
 from vim_ssl.objectives.clip import load_clip
-from vim_ssl.objectives.zero_shot import TEMPLATES, check_templates, text_classifier
+from vim_ssl.objectives.zero_shot import (
+    TEMPLATES,
+    check_templates,
+    class_names,
+    text_classifier,
+)
 from vim_ssl.tasks.runner import finish_run
 from vim_ssl.training.run import newest_run, task_folder, trained_on
 from vim_ssl.utils.config import opt, parse, to_dict
 from vim_ssl.utils.environment import environment
-from vim_ssl.utils.files import read_text
 
 EXAMPLES = 8
 SIDE = 96  # maximum side of their images, in pixels
@@ -68,33 +71,6 @@ def was_trained_on(source: str | Path, spec: str, data: ImageData) -> bool:
     with suppress(ValueError):  # a model without a run
         return same_data(spec, trained_on(source))
     return False
-
-
-def class_names(data: ImageData, file: str) -> list[str]:
-    """Return the class names: the lines of the file, or the data's names in readable form.
-
-    Raises: ValueError for a file with a wrong number of names, or a repeated name.
-    """
-    classes = data.classes or []
-    if file:
-        names = read_text(Path(file)).split("\n")
-        names = [name.strip() for name in names if name.strip()]
-        if len(names) != len(classes):
-            raise ValueError(f"{file} has {len(names)} names; {data.name} has {len(classes)}.")
-        if twice := [name for name, times in Counter(names).items() if times > 1]:
-            raise ValueError(f"{file} has two classes named {twice[0]!r}; names must differ.")
-        return names
-    from timm.data import ImageNetInfo
-
-    imagenet = ImageNetInfo()
-    if set(classes) <= set(imagenet.label_names()):  # folder names such as n01440764
-        plain = [imagenet.label_name_to_description(name).split(",")[0] for name in classes]
-        times = Counter(plain)  # ambiguous names (crane: bird, machine) get the definition
-        return [
-            name if times[name] == 1 else imagenet.label_name_to_description(label, detailed=True)
-            for name, label in zip(plain, classes, strict=True)
-        ]
-    return [name.replace("_", " ") for name in classes]
 
 
 def classify(features: Features, classifier: Tensor) -> tuple[dict[str, Any], Tensor]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vim_ssl.checkpoints.loading import load_encoder, save_encoder
 from vim_ssl.utils.files import atomic_write
@@ -18,12 +18,16 @@ Model = TypeVar("Model", bound=nn.Module)
 def save_task(
     model: Any, folder: str | os.PathLike, file: str, record: dict[str, Any] | None = None
 ) -> None:
-    """Write ``model.encoder``, unless it is None, with `save_encoder`, and the other weights, with
-    ``model.config``, to ``file`` next to it."""
+    """Write ``model.encoder`` with `save_encoder`, and the other weights, with ``model.config``, to
+    ``file`` next to it."""
+    save_encoder(model.encoder, folder, record=record)
+    save_head(model, folder, file)
+
+
+def save_head(model: Any, folder: str | os.PathLike, file: str) -> None:
+    """Write the weights of ``model`` without its encoder's, and ``model.config``, to ``file``."""
     from safetensors.torch import save
 
-    if model.encoder is not None:
-        save_encoder(model.encoder, folder, record=record)
     state = {
         key: value.detach().cpu().contiguous()
         for key, value in model.state_dict().items()
@@ -42,12 +46,30 @@ def load_task(
     """Load a model written by `save_task`, in eval mode, and set its ``trained_on``.
 
     Args:
-        make: (encoder or None, classes, other settings of ``config``) -> model.
+        make: (encoder, classes, other settings of ``config``) -> model.
         file: name of the file in ``folder``.
         task: name of the script that writes such files.
+        device: device of the model.
     Raises: FileNotFoundError for a folder without the file; ValueError for a file that does not
         fit the encoder in the folder.
     """
+    config, state = load_head(folder, file, task)
+    model = make(load_encoder(folder), config.pop("classes"), **config)
+    result = model.load_state_dict(state, strict=False)
+    wrong = [key for key in result.missing_keys if not key.startswith("encoder.")]
+    wrong += result.unexpected_keys
+    if wrong:
+        raise ValueError(f"{Path(folder) / file} does not fit its encoder: {wrong[:5]}.")
+    record = json.loads((Path(folder) / "encoder.json").read_text(encoding="utf-8"))
+    model.trained_on = (record.get("made_by") or {}).get("data", "")  # type: ignore[assignment]
+    return model.to(device).eval()
+
+
+def load_head(
+    folder: str | os.PathLike, file: str, task: str
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the ``config`` and the weights that `save_head` wrote. Arguments and errors: see
+    `load_task`."""
     from safetensors import safe_open
     from safetensors.torch import load_file
 
@@ -61,15 +83,4 @@ def load_task(
         stored = opened.metadata() or {}
     if "config" not in stored:
         raise ValueError(f"{path} was not written by downstream/{task}.py.")
-    config, description = json.loads(stored["config"]), Path(folder) / "encoder.json"
-    encoder = load_encoder(folder) if description.is_file() else None
-    model = make(encoder, config.pop("classes"), **config)
-    result = model.load_state_dict(load_file(path), strict=False)
-    wrong = [key for key in result.missing_keys if not key.startswith("encoder.")]
-    wrong += result.unexpected_keys
-    if wrong:
-        raise ValueError(f"{path} does not fit its encoder: {wrong[:5]}.")
-    if encoder is not None:
-        record = json.loads(description.read_text(encoding="utf-8")).get("made_by") or {}
-        model.trained_on = record.get("data", "")  # type: ignore[assignment]
-    return model.to(device).eval()
+    return json.loads(stored["config"]), load_file(path)

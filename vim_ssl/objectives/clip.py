@@ -67,7 +67,8 @@ class Clip(nn.Module):
     """
 
     task = "clip"
-    classes: list[str] = []  # noqa: RUF012: any names; see `classifier`
+    trained_on = ""
+    classes: tuple[str, ...] = ()  # any names; see `classifier`
 
     def __init__(
         self,

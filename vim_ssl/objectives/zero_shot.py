@@ -4,14 +4,18 @@ The embedding of a class is the normalised mean over several sentences with its 
 CLIP, arXiv:2103.00020, section 3.1.4.
 """
 
+from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vim_ssl.data.dataset import ImageData
 from vim_ssl.models.predictor import ClassPrediction, Predictor
+from vim_ssl.utils.files import read_text
 
 # According to CLIP's authors, these seven nearly match all eighty of theirs on ImageNet.
 TEMPLATES = (
@@ -29,6 +33,33 @@ def check_templates(templates: Sequence[str]) -> None:
             raise ValueError(
                 f"the template {template!r} must contain {{}} once, for the class name."
             )
+
+
+def class_names(data: ImageData, file: str) -> list[str]:
+    """Return the class names: the lines of the file, or the data's names in readable form.
+
+    Raises: ValueError for a file with a wrong number of names, or a repeated name.
+    """
+    classes = data.classes or []
+    if file:
+        names = read_text(Path(file)).split("\n")
+        names = [name.strip() for name in names if name.strip()]
+        if len(names) != len(classes):
+            raise ValueError(f"{file} has {len(names)} names; {data.name} has {len(classes)}.")
+        if twice := [name for name, times in Counter(names).items() if times > 1]:
+            raise ValueError(f"{file} has two classes named {twice[0]!r}; names must differ.")
+        return names
+    from timm.data import ImageNetInfo
+
+    imagenet = ImageNetInfo()
+    if set(classes) <= set(imagenet.label_names()):  # folder names such as n01440764
+        plain = [imagenet.label_name_to_description(name).split(",")[0] for name in classes]
+        times = Counter(plain)  # ambiguous names (crane: bird, machine) get the definition
+        return [
+            name if times[name] == 1 else imagenet.label_name_to_description(label, detailed=True)
+            for name, label in zip(plain, classes, strict=True)
+        ]
+    return [name.replace("_", " ") for name in classes]
 
 
 @torch.no_grad()

@@ -182,7 +182,8 @@ def train_classifier(
     return train_run(
         recipe, config, objective,
         SeededSamples(train, transform, config.seed, repeats=config.repeats), accelerator,
-        model=encoder, data=train.name, record={"classes": train.classes, "targets": config.targets},
+        model=encoder, data=train.name,
+        record={"classes": train.classes, "targets": config.targets},
         save=partial(save_encoder, encoder), evaluate=validate if validates else None,
         should_stop=(lambda training: training.evaluator.should_stop()) if validates else None,
         conclude=conclude,

@@ -73,11 +73,13 @@ def load_classifier(
             checkpoint; see `load_encoder`.
     Raises: ValueError for an encoder without a head.
     """
+    if other := next((file for file in LOADERS if (Path(source) / file).is_file()), None):
+        raise ValueError(f"{source} has {other}, so it is no classifier; use vim_ssl.load_model.")
     if source in PRESETS or not stored_classes(source):
         raise ValueError(
-            f"{source} has no head to predict classes with, because it was pretrained without "
-            f"labels. Fine-tune it (vim-ssl finetune --encoder {source} --data LABELLED_IMAGES) and "
-            "predict with that run. vim-ssl linear-probe evaluates its features as they are."
+            f"{source} has no head that predicts classes, as after pretraining without labels. "
+            f"Fine-tune it with vim-ssl finetune --encoder {source} --data LABELLED_IMAGES, and "
+            "predict with that run. To evaluate its features as they are: vim-ssl linear-probe."
         )
     encoder = load_encoder(source, num_classes=None, device=device)
     record = made_by(source)
@@ -174,7 +176,8 @@ class Classifier(Predictor, nn.Module):
         images = torch.stack(list(inputs)).to(next(self.parameters()).device)
         logits = self(images).float().cpu()
         rows = probabilities(logits, self.targets).numpy()
-        chosen = rows.argmax(1) if self.targets == "multi-label" else predicted(logits, self.targets)
+        several = self.targets == "multi-label"
+        chosen = rows.argmax(1) if several else predicted(logits, self.targets)
         return [
             ClassPrediction(int(index), row, self.classes, self.targets)
             for index, row in zip(chosen, rows, strict=True)

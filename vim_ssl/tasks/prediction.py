@@ -119,7 +119,7 @@ def predict_data(
     lock = folder / f".{name}lock"
     settings = {
         "task": model.task, "weights": weights_hash(model), "classes": model.classes,
-        "transform": repr(model.transform), "data": data.name, "fingerprint": data.fingerprint,
+        "transform": repr(model.transform), "data": data.name, "images": data.fingerprint,
         **(made_of or {}), **writer.describe(),
     }  # fmt: skip
     settings = json.loads(json.dumps(settings))  # as it is read from a record: lists, no tuples
@@ -163,10 +163,11 @@ def _fill(
     total = len(data)
     if not quiet:
         done = f", {len(journal):,} already done" if len(journal) else ""
-        print(f"{data.name}: {total:,} to predict{done}", flush=True)
+        print(f"{data.name}: {total:,} items to predict{done}", flush=True)
     size = batch_size if model.batched else 1
     batches = read_batches(data, model, journal, batch_size=size, workers=workers)
-    bar = tqdm(total=total, initial=len(journal), unit="image", disable=quiet, mininterval=0.5)
+    unit = writer.unit.removesuffix("s")
+    bar = tqdm(total=total, initial=len(journal), unit=unit, disable=quiet, mininterval=0.5)
     with bar:
         try:
             for batch in batches:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from vim_ssl.checkpoints.task_models import load_task, save_task
+from vim_ssl.checkpoints.task_models import load_head, save_head
 from vim_ssl.data.sources.slides import tile_origin
 from vim_ssl.evaluation.embeddings import Embedded, read_embeddings
 from vim_ssl.evaluation.linear_heads import moments
@@ -140,7 +140,8 @@ def group_tiles(tiles: Embedded, name: str, *, labelled: bool = True) -> Slides:
             unknown.append(slide)
             continue
         corners = torch.tensor([positions[row] for row in of_slide])
-        slides.append(Slide(slide, tiles.x[of_slide], corners, -1 if label is None else int(label), group or slide))
+        number = -1 if label is None else int(label)
+        slides.append(Slide(slide, tiles.x[of_slide], corners, number, group or slide))
     if unknown:
         warnings.warn(
             f"Skipped {len(unknown)} slides of {name} without a label, for example {unknown[:3]}.",
@@ -218,17 +219,17 @@ class SlideClassifier(Predictor, nn.Module):
     """Attention pooling over the tiles of a slide, and the names of its classes.
 
     Args:
-        encoder: None: the features come from `embed.py`.
         classes: class names.
         dim, hidden, dropout: see `AttentionPool`.
         made_of: record of the embeddings of the training slides.
+    ``encoder`` and ``transform`` are None, because the features come from `embed.py`.
     """
 
     task = "slide"
+    encoder = transform = None
 
     def __init__(
         self,
-        encoder: None,
         classes: Sequence[str],
         *,
         dim: int,
@@ -237,7 +238,7 @@ class SlideClassifier(Predictor, nn.Module):
         made_of: Mapping[str, Any] | None = None,
     ):
         super().__init__()
-        self.encoder, self.classes, self.transform = encoder, list(classes), None
+        self.classes = list(classes)
         self.pool = AttentionPool(dim, len(classes), hidden, dropout)
         self.dim, self.made_of = dim, dict(made_of or {})
         self.config = {
@@ -265,7 +266,7 @@ class SlideClassifier(Predictor, nn.Module):
         x = torch.as_tensor(image.x if isinstance(image, Slide) else image, dtype=torch.float32)
         if x.dim() != 2 or x.shape[1] != self.dim or not len(x):
             raise ValueError(
-                f"the features of a slide have shape {tuple(x.shape)}; expected (tiles, {self.dim})."
+                f"a slide's features have shape {tuple(x.shape)}; expected (tiles, {self.dim})."
             )
         return x
 
@@ -276,9 +277,9 @@ class SlideClassifier(Predictor, nn.Module):
         rows = logits.float().softmax(1).cpu().numpy()
         return [ClassPrediction(int(row.argmax()), row, self.classes) for row in rows]
 
-    def save(self, folder: str | os.PathLike, record: dict[str, Any] | None = None) -> None:
+    def save(self, folder: str | os.PathLike) -> None:
         """Write the model for `load_slide`."""
-        save_task(self, folder, FILE, record)
+        save_head(self, folder, FILE)
 
 
 def load_slide(
@@ -288,4 +289,7 @@ def load_slide(
 
     Raises: FileNotFoundError for a folder without one; ValueError if it is damaged.
     """
-    return load_task(SlideClassifier, folder, FILE, "slide", device)
+    config, state = load_head(folder, FILE, "slide")
+    model = SlideClassifier(config.pop("classes"), **config)
+    model.load_state_dict(state)
+    return model.to(device).eval()

@@ -78,7 +78,7 @@ class Journal:
         self.path = path
         self._offsets: dict[int, int] = {}  # index of an item → start of its line in bytes
         self._failed: set[int] = set()
-        self._file = open(path, "a+b")  # noqa: SIM115: open until `close`
+        self._file = open(path, "a+b")  # noqa: SIM115
         self._file.seek(0)
         end = 0
         for line in self._file:

@@ -65,7 +65,8 @@ class Slice:
 
 @source("dicom", extra="medical", options=("label", "window"))
 def open_dicom(spec: DataSpec) -> Splits:
-    """Open every image of the DICOM files below ``dicom:root``, grey or colour, 8-bit.
+    """Open every image of the DICOM files below ``dicom:root``, or of one file, grey or colour,
+    8-bit.
 
     Files are recognised by content, not by name. A file with several frames gives several images, a
     file without pixels gives none. The slices of a series are sorted by position, else by instance
@@ -93,8 +94,10 @@ def open_dicom(spec: DataSpec) -> Splits:
             f"of {', '.join(LABELS)}. Free-text fields are not allowed because they can contain "
             "patient names."
         )
-    root = Path(spec.location).expanduser()
-    slices, others = _ordered(root, LABELS.get(kind or ""))
+    root, files = Path(spec.location).expanduser(), None
+    if root.is_file():
+        root, files = root.parent, [root.name]
+    slices, others = _ordered(root, LABELS.get(kind or ""), files)
     _check_syntaxes({one.syntax for one in slices})
     if others:
         log.warning("dicom:%s: skipped %s", root, _listed(others))
@@ -224,11 +227,15 @@ def _silenced() -> Iterator[None]:
         logger.disabled = before
 
 
-def _ordered(root: Path, label: str | None) -> tuple[list[Slice], dict[str, list[str]]]:
-    """Return the slices below root, sorted within each series, and the skipped files by reason."""
+def _ordered(
+    root: Path, label: str | None, files: list[str] | None = None
+) -> tuple[list[Slice], dict[str, list[str]]]:
+    """Return the slices below root, or of ``files`` in it, sorted within each series, and the
+    skipped files by reason."""
     if not root.is_dir():
         raise FileNotFoundError(f"dicom:{root}: the folder does not exist.")
-    names = [name for name in walk_files(root)[0] if name.rpartition("/")[2] != "DICOMDIR"]
+    names = walk_files(root)[0] if files is None else files
+    names = [name for name in names if name.rpartition("/")[2] != "DICOMDIR"]
     others: dict[str, list[str]] = {}
     by_series: dict[str, list[Slice]] = {}
     import_pydicom()
