@@ -303,3 +303,11 @@ def test_without_pydicom(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pydicom", None)
     with pytest.raises(ImportError, match=r"pip install 'vim-ssl\[medical\]'"):
         open_data(f"dicom:{tmp_path}")
+
+
+def test_one_file_is_opened_without_the_others_of_its_folder(tmp_path):
+    write(tmp_path / "one.dcm", dataset())
+    write(tmp_path / "two.dcm", dataset(SeriesInstanceUID="1.2.4", RescaleSlope=2))
+    data = open_data(f"dicom:{tmp_path}/two.dcm")
+    assert [path.rpartition("/")[2] for path in data.paths(0)] == ["two.dcm"]
+    assert len(data) == 1
