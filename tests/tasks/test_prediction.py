@@ -115,8 +115,8 @@ def test_a_killed_prediction_continues_where_it_stopped(tmp_path, make, capsys):
     predict(tmp_path / "whole.csv", make())
     for _ in range(2):
         model = Brightness()
+        writer = Killed(tmp_path / "out.csv", model, after=8)
         with pytest.raises(KeyboardInterrupt):
-            writer = Killed(tmp_path / "out.csv", model, after=8)
             predict(writer.output, make(), model, writer, quiet=False)
         with (tmp_path / "out.csv.journal.jsonl").open("ab") as file:
             file.write(b'{"index": 20, "id": "to')
@@ -200,7 +200,7 @@ def test_a_writer_of_a_folder_has_record_and_journal_in_it(tmp_path):
     assert (sum(predicted.counts.values()), predicted.unit) == (16, "pixels")
     (tmp_path / "other").mkdir()
     (tmp_path / "other/letter.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="letter.txt"):
+    with pytest.raises(FileExistsError, match=r"letter\.txt"):
         predict(None, images(5), model, Files(tmp_path / "other"))
 
 

@@ -17,7 +17,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from vim_ssl.evaluation.extract import encode_views
 from vim_ssl.metrics.classification import outputs, predicted, probabilities
 from vim_ssl.models.encoder import PRESETS, VimEncoder
 from vim_ssl.models.predictor import ClassPrediction, Predictor
+from vim_ssl.models.video import VideoEncoder
 from vim_ssl.objectives.clip import load_clip
 from vim_ssl.tasks import detection, segmentation, slides
 from vim_ssl.training.run import RUNS
@@ -193,9 +194,9 @@ class VideoClassifier(Classifier):
 
     @property
     def sampling(self) -> Sampling:
-        spec = parse_spec(self.trained_on) if self.trained_on.startswith("video:") else None
-        frames = (spec and spec.frames) or self.encoder.frames
-        return Sampling(frames, spec and spec.fps, (spec and spec.clips) or 1)
+        trained = parse_spec(self.trained_on if self.trained_on.startswith("video:") else "video:x")
+        frames = trained.frames or cast(VideoEncoder, self.encoder).frames
+        return Sampling(frames, trained.fps, trained.clips or 1)
 
     def read(self, x: Any) -> list[Any] | None:
         return None if _are_frames(x) else super().read(x)

@@ -92,7 +92,7 @@ class Journal:
         self._offsets[entry["index"]] = offset
         (self._failed.add if "error" in entry else self._failed.discard)(entry["index"])
 
-    def __contains__(self, index: int) -> bool:
+    def __contains__(self, index: object) -> bool:
         """Whether the item is finished."""
         return index in self._offsets and index not in self._failed
 
