@@ -21,7 +21,6 @@ files and flags override it. For defaults that depend on the given values, a cla
 import argparse
 import copy
 import dataclasses
-import difflib
 import json
 import math
 import os
@@ -35,7 +34,7 @@ import yaml
 
 from vim_ssl.utils.field_types import check_choice, convert, from_text, is_supported, split_type
 from vim_ssl.utils.files import atomic_write
-from vim_ssl.utils.names import did_you_mean
+from vim_ssl.utils.names import closest, did_you_mean
 
 C = TypeVar("C")
 Presets = Mapping[str, Callable[[], C]]
@@ -329,8 +328,10 @@ def _refuse_unknown(unknown: list[str], config_cls: type, presets: Presets) -> N
     known = [_flag(field.name) for field in _fields(config_cls)]
     known += [f"--no-{name[2:]}" for name in known if flag.startswith("--no-")]
     known += ["--config", "--help", *["--preset"] * bool(presets)]
-    near = difflib.get_close_matches(flag, known, n=1)
-    raise ValueError(f"unknown flag {flag}." + (f" Did you mean {near[0]}?" if near else ""))
+    near = closest(flag, known)
+    raise ValueError(
+        f"unknown flag {flag}." + (f" Did you mean {' or '.join(near)}?" if near else "")
+    )
 
 
 def _print_help(

@@ -4,14 +4,57 @@ import difflib
 from collections.abc import Iterable
 
 
+# What other projects call it -> our name.
+SYNONYMS = {
+    word: name
+    for name, words in {
+        "base_lr": "lr learning_rate",
+        "batch_size": "batch bs",
+        "data": "dataset data_dir data_path train_data train_dir input root",
+        "device": "gpu cuda",
+        "encoder": "model arch backbone pretrained weights checkpoint ckpt",
+        "img_size": "image_size input_size resolution",
+        "max_steps": "steps iterations iters",
+        "optimizer": "opt optim",
+        "output": "out out_dir output_dir save_dir log_dir",
+        "precision": "amp fp16 bf16 mixed_precision",
+        "schedule": "scheduler lr_schedule lr_scheduler",
+        "weight_decay": "wd",
+        "workers": "num_workers jobs",
+    }.items()
+    for word in words.split()
+}
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown name: the closest match, or all known names."""
+    """The end of a message about an unknown name: the closest matches, or all known names."""
     known = list(known)
-    if near := difflib.get_close_matches(name, known, n=1, cutoff=0.6):
-        return f"Did you mean {near[0]!r}?"
+    if near := closest(name, known):
+        return f"Did you mean {' or '.join(map(repr, near))}?"
     if len(known) > 50:
         return f"{len(known):,} others are known."
     return f"Known: {', '.join(known)}." if known else "None is known."
+
+
+def closest(name: str, known: Iterable[str]) -> list[str]:
+    """Return the known names that ``name`` most likely means: at most three, or none.
+
+    A synonym comes first, then a misspelling, then the names that contain all its words (``lr`` in
+    ``min_lr``), then anything similar. Dashes and underscores are the same.
+    """
+    by_key = {_key(other): other for other in known}
+    key = _key(name)
+    if (usual := SYNONYMS.get(key, "")) in by_key:
+        return [by_key[usual]]
+    misspelt = difflib.get_close_matches(key, by_key, n=1, cutoff=0.85)
+    words = set(key.split("_"))
+    longer = [other for other in by_key if words <= set(other.split("_"))]
+    similar = difflib.get_close_matches(key, by_key, n=1, cutoff=0.6)
+    return [by_key[other] for other in misspelt or longer[:3] or similar]
+
+
+def _key(name: str) -> str:
+    return name.lstrip("-").replace("-", "_").lower()
 
 
 def number(value: float, digits: int = 4) -> str:
