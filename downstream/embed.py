@@ -81,7 +81,7 @@ def run(config: Config) -> dict:
     device = pick_device(config.device)
     source = config.encoder or str(newest_run())
     torch.manual_seed(config.seed)
-    encoder = load_encoder(source, device=device, img_size=config.img_size or None)
+    encoder = load_encoder(source, num_classes=0, device=device, img_size=config.img_size or None)
     data = open_data(config.data or trained_on(source), streams=True)
     encoder = encoder.for_data(data)
     check_bands(encoder, data)

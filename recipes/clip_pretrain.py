@@ -166,7 +166,8 @@ def timm_args(config: Config) -> dict[str, Any] | None:
 def build_model(config: Config) -> nn.Module:
     try:
         if (args := timm_args(config)) is None:
-            return load_encoder(config.encoder, **{"use_mask_token": False, **config.model_args})
+            fixed = {"use_mask_token": False, "num_classes": 0}
+            return load_encoder(config.encoder, **fixed | config.model_args)
         if config.ema:
             raise ValueError("ema requires a Vim encoder; use --ema 0.")
         import timm

@@ -229,7 +229,7 @@ class MimTransform:
 def build_model(config: Config, data: ImageData | ImageStream | None = None) -> VimEncoder:
     objective = get_objective(config.objective)
     # By default no mask token, because most objectives would never train it.
-    args: dict[str, Any] = {"use_mask_token": False} | objective.encoder_args
+    args: dict[str, Any] = {"use_mask_token": False, "num_classes": 0} | objective.encoder_args
     if data is not None and not data.is_stream:
         args |= band_arguments(data)  # the encoder stores the bands and statistics of rasters
     try:

@@ -8,19 +8,14 @@ Public names are imported on first use, so that importing the package (and print
 help) does not import torch.
 """
 
-import sys
 from importlib import import_module
-from importlib.machinery import ModuleSpec
-from importlib.util import module_from_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vim_ssl.utils.environment import __version__
-from vim_ssl.utils.registration import import_after
+from vim_ssl.utils.registration import import_after, register_folders
 
 if TYPE_CHECKING:
-    from vim_ssl.checkpoints.loading import load_encoder, save_encoder
-    from vim_ssl.data.transforms.image import create_transform
+    from vim_ssl.checkpoints.loading import create_transform, load_encoder, save_encoder
     from vim_ssl.models.encoder import VimEncoder
     from vim_ssl.objectives.clip import load_clip
     from vim_ssl.tasks.detection import load_detection
@@ -42,7 +37,7 @@ __all__ = [
 # Public name -> the module that defines it.
 _DEFINED_IN = {
     "VimEncoder": "vim_ssl.models.encoder",
-    "create_transform": "vim_ssl.data.transforms.image",
+    "create_transform": "vim_ssl.checkpoints.loading",
     "load_classifier": "vim_ssl.tasks.models",
     "load_clip": "vim_ssl.objectives.clip",
     "load_detection": "vim_ssl.tasks.detection",
@@ -72,24 +67,5 @@ def __dir__() -> list[str]:
     return __all__
 
 
-def _register_sibling_folders() -> None:
-    """Make the checkout's kernels/, recipes/ and downstream/ importable as vim_ssl.<name>.
-
-    In a wheel they are inside the package. In a checkout they are next to it, without an
-    ``__init__.py``, because other packages use those names at the top level. Registering only these
-    three avoids ``vim_ssl.tests``, ``vim_ssl.setup`` and a second ``vim_ssl.vim_ssl``.
-    """
-    package = Path(__file__).resolve().parent
-    for name in ("kernels", "recipes", "downstream"):
-        folder = package.parent / name
-        if (package / name).is_dir() or not folder.is_dir():
-            continue
-        spec = ModuleSpec(f"{__name__}.{name}", loader=None, is_package=True)
-        spec.submodule_search_locations = [str(folder)]
-        module = module_from_spec(spec)
-        sys.modules[spec.name] = module
-        setattr(sys.modules[__name__], name, module)
-
-
-_register_sibling_folders()
-import_after("timm", "vim_ssl.models.encoder")  # adds the presets to timm's registry
+register_folders(__name__, "kernels", "recipes", "downstream")
+import_after("timm", "vim_ssl.checkpoints.timm_registry")  # adds the presets

@@ -23,8 +23,11 @@ from vim_ssl.checkpoints import files as checkpoint_files
 from vim_ssl.checkpoints.adapt import adapt_patch_embed
 from vim_ssl.checkpoints.loading import TAGS
 from vim_ssl.checkpoints.verify import verify, verify_main
+from vim_ssl.data.transforms.clip import ClipTransform
 from vim_ssl.kernels.selective_scan import available_backends
+from vim_ssl.models.presets import PRESETS
 from vim_ssl.models.tokens import join_pos_embed, split_pos_embed
+from vim_ssl.models.video import VideoEncoder
 
 STRIDE8 = NAME.replace("patch16", "patch16_stride8")
 TINY = {"img_size": 64, "embed_dim": 32, "depth": 2, "patch_size": 16, "num_classes": 5}
@@ -81,6 +84,23 @@ def test_the_encoder_that_comes_with_the_package_loads_by_name_and_says_what_mad
     assert record["recipe"] == "mim_pretrain"
     with pytest.raises(ValueError, match=f"available: {name}"):
         load_encoder("vim_mini_patch8_96.offline_rbg")
+
+
+@pytest.mark.parametrize("source", ["vim_nano_patch4_28", "run", "run/encoder.safetensors"])
+def test_a_transform_by_name_reads_only_the_description(tmp_path, monkeypatch, source):
+    monkeypatch.chdir(tmp_path)
+    encoder = VimEncoder(**TINY | {"in_chans": 1, "data_config": {"mean": [0.3], "std": [0.2]}})
+    path = save_encoder(encoder, "run")
+    path.write_bytes(b"no weights")
+    if source in PRESETS:
+        encoder = load_encoder(source)
+    transform = vim_ssl.create_transform(source, is_training=True, hflip=0)
+    assert repr(transform) == repr(vim_ssl.create_transform(encoder, is_training=True, hflip=0))
+
+
+def test_a_transform_of_a_run_on_videos_takes_videos(tmp_path):
+    save_encoder(VideoEncoder(frames=4, tubelet=2, **TINY), tmp_path)
+    assert isinstance(vim_ssl.create_transform(tmp_path), ClipTransform)
 
 
 def test_preset_takes_size_channels_head_and_variants():
@@ -540,6 +560,30 @@ def test_saved_list_is_no_state_dict(tmp_path):
 def trained(tmp_path):
     save_encoder(small(), tmp_path)
     return tmp_path
+
+
+def test_a_head_that_is_left_out_by_default_is_mentioned(trained, caplog):
+    assert load_encoder(trained).num_classes == 0
+    (message,) = caplog.messages
+    assert message.startswith(f"{trained}: its head of 5 outputs is left out (num_classes=None")
+    caplog.clear()
+    for num_classes in (0, None, 5):  # requested
+        load_encoder(trained, num_classes=num_classes)
+    save_encoder(small(num_classes=0), trained)
+    load_encoder(trained)  # nothing to leave out
+    assert not caplog.messages
+
+
+def test_class_names_come_with_the_runs_head_and_stay_with_it(tmp_path):
+    names = ["cat", "dog", "eel", "fox", "gnu"]
+    save_encoder(small(), tmp_path / "run", record={"classes": names})
+    encoder = load_encoder(tmp_path / "run", num_classes=None)
+    assert encoder.classes == load_encoder(tmp_path / "run", num_classes=5).classes == names
+    assert load_encoder(tmp_path / "run", num_classes=7).classes is None
+    save_encoder(encoder, tmp_path / "copy")
+    assert load_encoder(tmp_path / "copy", num_classes=None).classes == names
+    encoder.reset_classifier(5)
+    assert encoder.classes is None
 
 
 @pytest.mark.parametrize("chans", [1, 2, 3, 4, 6, 7])

@@ -9,12 +9,14 @@ import torch
 import torch.nn.functional as F
 from golden_weights import golden_input, golden_state_dict
 from numpy_encoder import encode, predict, resize_table
+from PIL import Image
 from torch import Tensor, nn
 
 from vim_ssl.checkpoints.loading import save_encoder
 from vim_ssl.kernels.selective_scan import available_backends
 from vim_ssl.models.block import VimBlock
 from vim_ssl.models.encoder import PRESETS, VimEncoder
+from vim_ssl.models.video import VideoEncoder
 from vim_ssl.tasks.dense import DenseConfig, fresh_encoder
 
 # Small enough for a NumPy loop, yet with more than one block, channel group and grid row.
@@ -681,6 +683,15 @@ def test_constructor_errors(args, message):
 def test_unknown_arguments_are_errors():
     with pytest.raises(TypeError, match="if_devide_out"):
         VimEncoder(**SMALL, if_devide_out=True)
+
+
+@pytest.mark.parametrize("image", [Image.new("RGB", (64, 64)), np.zeros((64, 64, 3))], ids=type)
+@pytest.mark.parametrize("call", ["__call__", "forward_intermediates", "embed"])
+@pytest.mark.parametrize("kind", [VimEncoder, VideoEncoder])
+def test_an_image_that_is_no_tensor_is_told_how_to_become_one(kind, call, image):
+    encoder = kind(img_size=64, embed_dim=16, depth=1)
+    with pytest.raises(TypeError, match=r"not \w+; .*vim_ssl\.create_transform\(encoder\)"):
+        getattr(encoder, call)(image)
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 32, 32), (3, 32, 32)], ids=["channels", "no-batch"])

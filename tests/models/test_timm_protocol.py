@@ -11,8 +11,10 @@ from timm.data import create_transform, resolve_data_config, resolve_model_data_
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
+from vim_ssl.checkpoints.loading import load_encoder, save_encoder
 from vim_ssl.models.block import VimBlock
-from vim_ssl.models.encoder import PRESETS, VimEncoder
+from vim_ssl.models.encoder import VimEncoder
+from vim_ssl.models.presets import PRESETS, TAGS
 
 # Presets that are quick to run on a CPU, with their image size and channels.
 QUICK = {
@@ -54,13 +56,46 @@ def block_calls(monkeypatch) -> list[VimBlock]:
 
 
 def test_presets_are_in_the_registry():
-    assert set(timm.list_models("vim_*", module="encoder")) == set(PRESETS)
+    assert set(timm.list_models("vim_*", module="timm_registry")) == set(PRESETS)
     assert set(PRESETS) <= set(timm.list_models("vim_*"))
     assert all(timm.is_model(name) for name in PRESETS)
 
 
-def test_nothing_claims_pretrained_weights():
-    assert not set(timm.list_models("vim_*", pretrained=True)) & set(PRESETS)
+def test_weights_of_the_package_are_timms_pretrained_models():
+    listed = timm.list_models("vim_*", pretrained=True)
+    assert {name for name in listed if name.partition(".")[0] in PRESETS} == set(TAGS)
+    for tag in TAGS:
+        ours, preset = load_encoder(tag), tag.partition(".")[0]
+        by_tag, by_name = (timm.create_model(name, pretrained=True) for name in (tag, preset))
+        for model in (by_tag, by_name):
+            torch.testing.assert_close(model.state_dict(), ours.state_dict(), rtol=0, atol=0)
+            config = resolve_model_data_config(model)
+            for key in ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode"):
+                assert config[key] == model.data_config[key] == ours.data_config[key], key
+
+
+def test_weights_of_the_package_take_timms_arguments():
+    name = "vim_mini_patch8_96"
+    ours = load_encoder(f"{name}.offline_rgb", img_size=64, in_chans=1)
+    model = timm.create_model(name, pretrained=True, img_size=64, in_chans=1, num_classes=7)
+    assert model.head.weight.shape == (7, 192)
+    model.reset_classifier(0)
+    torch.testing.assert_close(model.state_dict(), ours.state_dict())
+    maps = timm.create_model(name, pretrained=True, features_only=True, out_indices=(1, 7))
+    torch.testing.assert_close(maps.model.layers.state_dict(), ours.layers.state_dict())
+
+
+def test_a_preset_without_weights_is_untrained_and_says_so():
+    assert timm.create_model("vim_mini_patch8_96", depth=1).num_classes == 1000
+    with pytest.raises(RuntimeError, match="No pretrained weights exist for vim_nano_patch8_64"):
+        timm.create_model("vim_nano_patch8_64", pretrained=True)
+
+
+def test_a_run_is_a_checkpoint_of_its_preset(tmp_path):
+    encoder = load_encoder("vim_nano_patch8_64")
+    path = str(save_encoder(encoder, tmp_path))
+    model = timm.create_model("vim_nano_patch8_64", num_classes=0, checkpoint_path=path)
+    torch.testing.assert_close(model.state_dict(), encoder.state_dict(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", QUICK)

@@ -57,7 +57,7 @@ def adapt_state(
                 state["patch_embed.proj.weight"], target["in_chans"], had_bands, has_bands
             )
     if "pos_embed" in state and config["use_pos_embed"]:
-        state["pos_embed"] = _adapt_positions(path, state["pos_embed"], config, encoder)
+        state["pos_embed"] = adapt_positions(path, state["pos_embed"], config, encoder)
 
     _adapt_head(path, state, fresh, config, encoder)
     return state
@@ -127,7 +127,7 @@ def grid_of(config: Mapping[str, Any]) -> tuple[tuple[int, int], tuple[int, int]
     return (height, width), (rows, columns)
 
 
-def _adapt_positions(
+def adapt_positions(
     path: Path, table: Tensor, config: Mapping[str, Any], encoder: VimEncoder
 ) -> Tensor:
     """Return the position table resampled to the new grid, without rows for class tokens."""

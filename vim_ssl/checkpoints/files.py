@@ -201,22 +201,24 @@ def _within(seconds: float, call: Callable[[], Any]) -> Any:
 # -------------------------------------------------------------------- reading
 
 
-def read(folder: Folder, name: str, ema: bool | None = None) -> Stored:
+def read(folder: Folder, name: str, ema: bool | None = None, tensors: bool = True) -> Stored:
     """Read one set of weights.
 
     Args:
         ema: True for the exponential moving average, False for the raw weights, None for the file's
             default (the raw weights if it declares none).
+        tensors: False reads only the description of a file of `save_encoder`, without ``state``;
+            other files are described by their tensors.
     Raises: ValueError for a file that is empty, truncated, in a format that differs from its name,
         or a pickle that needs more than tensors; also for ``ema=True`` without an EMA copy.
     """
     if name.endswith(".safetensors"):
-        return _read_ours(folder, name, ema)
+        return _read_ours(folder, name, ema, tensors)
     path = folder.get(name)
     return _unwrap(_load_pickle(path), path, ema)
 
 
-def _read_ours(folder: Folder, name: str, ema: bool | None) -> Stored:
+def _read_ours(folder: Folder, name: str, ema: bool | None, tensors: bool) -> Stored:
     if _beside(name, ".json") not in folder.names and name.endswith("_ema.safetensors"):
         name, ema = name.replace("_ema.safetensors", ".safetensors"), True  # requested by name
     json_name, ema_name = _beside(name, ".json"), _beside(name, "_ema.safetensors")
@@ -229,9 +231,10 @@ def _read_ours(folder: Folder, name: str, ema: bool | None) -> Stored:
     ema = record["ema"] == "default" if ema is None else ema
     if ema and record["ema"] is None:
         raise ValueError(f"{folder.where}/{name} was saved without an EMA copy; omit ema=True.")
-    path = folder.get(ema_name if ema else name)
+    weights = ema_name if ema else name
+    path = folder.get(weights) if tensors else Path(folder.where, weights)
     return Stored(
-        path, _load_safetensors(path), record["config"],
+        path, _load_safetensors(path) if tensors else {}, record["config"],
         is_ema=ema, has_ema=record["ema"] is not None, made_by=record["made_by"],
     )  # fmt: skip
 

@@ -7,6 +7,7 @@ source -> files.find, files.read -> released_config, or the config in the file
 import difflib
 import inspect
 import json
+import logging
 import math
 import os
 import warnings
@@ -16,21 +17,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vim_ssl.checkpoints import files as checkpoint_files
 from vim_ssl.checkpoints.adapt import adapt_state
 from vim_ssl.checkpoints.files import FORMAT, WEIGHT_SUFFIXES, Stored
 from vim_ssl.checkpoints.released import released_config
 from vim_ssl.data.config import IMAGENET_DATA, adapt_data
-from vim_ssl.models.encoder import PRESETS, VimEncoder
+from vim_ssl.data.transforms import image as image_transforms
+from vim_ssl.models.encoder import VimEncoder
+from vim_ssl.models.presets import PRESETS, TAGS
 from vim_ssl.models.video import VideoEncoder
 from vim_ssl.utils.environment import __version__
 from vim_ssl.utils.files import atomic_write
 from vim_ssl.utils.names import did_you_mean
 
-# Weights included in the package: "preset.tag" -> folder.
-TAGS = {path.name: path for path in (Path(__file__).parents[1] / "weights").glob("*.*")}
+log = logging.getLogger(__name__)
 DEFAULTS = {
     name: parameter.default for name, parameter in inspect.signature(VimEncoder).parameters.items()
 }
@@ -42,10 +44,14 @@ _FIXED = (
 )  # fmt: skip
 
 
+class _Default(int):
+    """The value of an argument that was not given."""
+
+
 def load_encoder(
     source: str | os.PathLike,
     *,
-    num_classes: int | None = 0,
+    num_classes: int | None = _Default(0),
     img_size: int | tuple[int, int] | None = None,
     in_chans: int | None = None,
     global_pool: str | None = None,
@@ -64,8 +70,9 @@ def load_encoder(
               (``.safetensors`` with its ``.json``), or a run directory;
             - a Hub id: ``owner/name``, ``owner/name/file``, ``hf://owner/name/file``, each with
               ``@revision`` after the name or at the end.
-        num_classes: 0 for features only; n for a head of that size, from the checkpoint if it
-            fits, otherwise fresh; None for the checkpoint's head.
+        num_classes: None for the checkpoint's head, its class names in ``encoder.classes``; n for a
+            head of n outputs, the checkpoint's if it has n, otherwise a fresh one; 0 (the default)
+            for features without a head. If a head is left out by default, a warning says so.
         img_size: pixels, or (height, width): the position table is resampled once. Without it,
             other sizes are also accepted, and the table is resampled at every call.
         in_chans: channels; a checkpoint's patch embedding is summed for 1 channel, or repeated in
@@ -90,6 +97,7 @@ def load_encoder(
             that contradicts the arguments; several files to choose from.
     """
     _check_arguments(model_args, num_classes, img_size, device, dtype)
+    by_default = isinstance(num_classes, _Default)
     if num_classes is not None:
         num_classes = int(num_classes)  # numpy integers are not JSON-serialisable
     requested = dict(model_args, img_size=img_size, in_chans=in_chans, global_pool=global_pool)
@@ -104,6 +112,11 @@ def load_encoder(
         encoder, assumed = _build(stored, requested, num_classes, strict)
         for assumption in assumed:
             warnings.warn(assumption, stacklevel=2)
+        if by_default and (outputs := (stored.config or {}).get("num_classes")):
+            log.warning(
+                "%s: its head of %d outputs is left out (num_classes=None loads it; "
+                "vim_ssl.load_model also predicts class names)", source, outputs,
+            )  # fmt: skip
     return encoder.to(device=device, dtype=dtype).eval()
 
 
@@ -112,7 +125,34 @@ def made_by(source: str | os.PathLike) -> dict[str, Any]:
 
     Raises: the errors of `load_encoder`.
     """
-    return {} if source in PRESETS else checkpoint_files.read(*find_file(source)).made_by or {}
+    return {} if source in PRESETS else _describe(source).made_by or {}
+
+
+def _describe(source: str | os.PathLike) -> Stored:
+    """Read a checkpoint, if possible without its tensors."""
+    return checkpoint_files.read(*find_file(source), tensors=False)
+
+
+def create_transform(
+    encoder: nn.Module | Mapping[str, Any] | str | os.PathLike,
+    is_training: bool = False,
+    **augment: Any,
+) -> image_transforms.Transform:
+    """Return an encoder's input transform: image → normalised float tensor (c, h, w).
+
+    Args:
+        encoder: an encoder, its ``data_config``, or a preset, run or file as in `load_encoder`,
+            whose weights are not loaded.
+        is_training, augment: see `vim_ssl.data.transforms.image.create_transform`.
+    """
+    if isinstance(encoder, str | os.PathLike):
+        if encoder in PRESETS:
+            config = PRESETS[str(encoder)]
+        else:
+            config, _ = config_of(_describe(encoder), {})
+        with torch.device("meta"):
+            encoder = encoder_class(config)(**config)
+    return image_transforms.create_transform(encoder, is_training, **augment)
 
 
 def stored_classes(source: str | os.PathLike) -> int:
@@ -166,6 +206,8 @@ def save_encoder(
             f"save_encoder takes a VimEncoder, not a {type(encoder).__name__}; unwrap it first "
             "(.module of DDP, ._orig_mod of torch.compile)."
         )
+    if encoder.classes:
+        record = {"classes": encoder.classes} | (record or {})
     state = _plain(encoder.state_dict())
     if ema is not None:
         ema = _plain(ema.state_dict() if isinstance(ema, VimEncoder) else ema)
@@ -300,6 +342,8 @@ def _build(
             )
         assumed.append(f"{stored.path} was loaded in part, keys: {candidates}.")
     encoder.load_state_dict(state, strict=False)
+    if encoder.num_classes and encoder.num_classes == config["num_classes"]:
+        encoder.classes = (stored.made_by or {}).get("classes")
     return encoder, assumed
 
 

@@ -66,7 +66,7 @@ class Comparison:
         self.main = self.processes.main
         self.source = config.encoder or str(newest_run())
         torch.manual_seed(config.seed)  # for the weights of a preset
-        self.encoder = load_encoder(self.source, device=self.device)
+        self.encoder = load_encoder(self.source, num_classes=0, device=self.device)
         self.train, self.test = labelled_splits(
             config.data or trained_on(self.source), config.test, config.seed, config.test_data
         )
@@ -82,7 +82,8 @@ class Comparison:
         config = self.config
         encoders = {"pretrained encoder": self.encoder}
         for other in config.against:
-            encoders[other] = load_encoder(other, device=self.device).for_data(self.train)
+            encoder = load_encoder(other, num_classes=0, device=self.device)
+            encoders[other] = encoder.for_data(self.train)
         if config.baselines:
             torch.manual_seed(config.seed)
             encoders["same encoder, untrained"] = type(self.encoder)(**self.encoder.config)

@@ -11,12 +11,12 @@ from typing import Any, ClassVar, cast, overload
 
 import torch
 from timm.layers import DropPath, build_rotary_pos_embed, resample_abs_pos_embed_nhwc, trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vim_ssl.data.config import MNIST_DATA, complete_data_config
+from vim_ssl.data.config import complete_data_config
 from vim_ssl.models.block import DIRECTIONS, MixerState, RMSNorm, VimBlock
+from vim_ssl.models.presets import PRESETS as PRESETS
 from vim_ssl.models.tokens import (
     CLS_TOKENS,
     cls_slots,
@@ -94,6 +94,9 @@ class VimEncoder(nn.Module):
         scan_backend: see `vim_ssl.kernels.selective_scan`.
         data_config: mean, std, input_size, interpolation, crop_pct, crop_mode, bands of the
             expected images; ImageNet's by default.
+
+    Attributes:
+        classes: class names of a head that `load_encoder` read from a run; otherwise None.
 
     Raises: ValueError for values that do not fit together.
     """
@@ -205,8 +208,10 @@ class VimEncoder(nn.Module):
         Args:
             x: (b, in_chans, h, w), of any size that is a whole number of patches.
         Returns: (b, m, embed_dim) in raster order; the grid is ``grid(h, w)``.
-        Raises: ValueError that names the nearest sizes that fit.
+        Raises: ValueError that names the nearest sizes that fit; TypeError for an image that is not
+            a tensor.
         """
+        check_tensor(x)
         if x.dim() != 4 or x.shape[1] != self.in_chans:
             raise ValueError(
                 f"images have shape {tuple(x.shape)}; expected (b, {self.in_chans}, h, w)."
@@ -479,6 +484,7 @@ class VimEncoder(nn.Module):
         Returns: list of maps (b, embed_dim, rows, columns), or (final tokens, list).
         """
         _check_choice("output_fmt", output_fmt, ("NCHW", "NLC"))
+        check_tensor(x)
         rows, columns = self.grid(*x.shape[-2:])
         taken = _resolve_indices(indices, len(self.layers), int_means_last=True)
         final, taps = self._run(
@@ -517,6 +523,7 @@ class VimEncoder(nn.Module):
                 raise ValueError(f"global_pool {global_pool!r} needs a class token; use 'avg'.")
             self.global_pool = global_pool
         self.num_classes = num_classes
+        self.classes: list[str] | None = None
         self.num_features = self.embed_dim * (2 if self.global_pool == "token+avg" else 1)
         self.head_hidden_size = self.num_features
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
@@ -579,57 +586,15 @@ def _token(dim: int, count: int = 1) -> nn.Parameter:
     return nn.Parameter(trunc_normal_(torch.zeros(1, count, dim), std=0.02))
 
 
+def check_tensor(x: Any) -> None:
+    """Raise TypeError for an image that is not a tensor yet."""
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"The encoder takes a batch of normalised tensors, not {type(x).__name__}; convert an "
+            "image first: encoder(vim_ssl.create_transform(encoder)(image)[None])."
+        )
+
+
 def _check_choice(name: str, value, choices) -> None:
     if value not in choices:
         raise ValueError(f"{name} {value!r} is not one of {', '.join(map(repr, choices))}.")
-
-
-# -------------------------------------------------------------------- presets
-
-_TINY = {"embed_dim": 192, "depth": 24}
-_SMALL = {"embed_dim": 384, "depth": 24}
-_BASE = {"embed_dim": 768, "depth": 24}
-# For CPUs, trained in minutes: wide rather than deep, because every block is a sequential scan.
-_NANO = {"embed_dim": 192, "depth": 4, "d_state": 8}
-# A preset's name states what changes tensor shapes; everything else is an argument.
-PRESETS: dict[str, dict] = {
-    "vim_tiny_patch16_224": _TINY,
-    "vim_small_patch16_224": _SMALL,
-    "vim_base_patch16_224": _BASE,
-    "vim_tiny_patch16_stride8_224": _TINY | {"stride": 8},
-    "vim_small_patch16_stride8_224": _SMALL | {"stride": 8},
-    "vim_nano_patch4_28": _NANO
-    | {"patch_size": 4, "img_size": 28, "in_chans": 1, "data_config": MNIST_DATA},
-    "vim_nano_patch8_64": _NANO | {"patch_size": 8, "img_size": 64},
-    "vim_nano_patch16_64": _NANO | {"patch_size": 16, "img_size": 64},
-    "vim_mini_patch8_96": _NANO | {"depth": 8, "patch_size": 8, "img_size": 96},
-}
-
-
-def _register(name: str, preset: dict) -> None:
-    """Add a preset to timm's registry."""
-
-    def build(pretrained: bool = False, **kwargs) -> VimEncoder:
-        # Drop the statistics that timm passes; the preset's are in data_config.
-        return build_model_with_cfg(
-            VimEncoder, name, pretrained, feature_cfg={"feature_cls": "getter"},
-            **(preset | kwargs),
-        )  # fmt: skip
-
-    build.__name__ = build.__qualname__ = name
-    build.__doc__ = f"{name}: {preset}"
-    register_model(build)
-
-
-def _timm_cfg(preset: dict) -> dict:
-    side, chans = preset.get("img_size", 224), preset.get("in_chans", 3)
-    data = complete_data_config(preset.get("data_config"), chans, (side, side))
-    del data["bands"]  # timm has no such field
-    return data | {"num_classes": 1000, "first_conv": "patch_embed.proj", "classifier": "head"}
-
-
-default_cfgs = generate_default_cfgs(
-    {f"{name}.untrained": _timm_cfg(preset) for name, preset in PRESETS.items()}
-)
-for _name, _preset in PRESETS.items():
-    _register(_name, _preset)

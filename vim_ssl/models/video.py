@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vim_ssl.models.encoder import PatchEmbed, VimEncoder
+from vim_ssl.models.encoder import PatchEmbed, VimEncoder, check_tensor
 
 INFLATIONS = ("centre", "mean")
 
@@ -76,6 +76,7 @@ class VideoEncoder(VimEncoder):
         Returns: (b, t / tubelet · rows · columns, embed_dim), frame by frame, row by row.
         Raises: ValueError for a shape or piece that does not fit.
         """
+        check_tensor(x)
         fits = x.dim() == 5 and x.shape[1] == self.in_chans and x.shape[2] > 0
         if not fits or x.shape[2] % self.tubelet:
             raise ValueError(

@@ -156,7 +156,7 @@ def load_teacher(name: str) -> Any:
     if name == "ema":
         return None
     if not name.startswith("timm:"):
-        return load_encoder(name)
+        return load_encoder(name, num_classes=0)
     import timm
 
     name = name.removeprefix("timm:")

@@ -1,9 +1,9 @@
-"""Register with another package without importing it: now if it is loaded, else after its import.
+"""Register with another package without importing it, and folders beside this one.
 
-    import_after("timm", "vim_ssl.models.encoder")
+    import_after("timm", "vim_ssl.checkpoints.timm_registry")
 
-imports `vim_ssl.models.encoder`, which adds the presets to timm's registry, as soon as timm is
-imported.
+imports `vim_ssl.checkpoints.timm_registry`, which adds the presets to timm's registry: now if timm
+is loaded, else as soon as it is imported.
 """
 
 import sys
@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.machinery import ModuleSpec
+from importlib.util import module_from_spec
+from pathlib import Path
 from types import ModuleType
 
 
@@ -25,6 +27,26 @@ def import_after(package: str, module: str) -> None:
         import_module(module)
     elif _Finder(package, module) not in sys.meta_path:
         sys.meta_path.insert(0, _Finder(package, module))
+
+
+def register_folders(package: str, *names: str) -> None:
+    """Make folders beside a package importable as its subpackages: the checkout's kernels/ as
+    vim_ssl.kernels.
+
+    In a wheel they are inside the package. In a checkout they are next to it, without an
+    ``__init__.py``, because other packages use those names at the top level. Registering only these
+    avoids ``vim_ssl.tests``, ``vim_ssl.setup`` and a second ``vim_ssl.vim_ssl``.
+    """
+    (location,) = sys.modules[package].__path__
+    for name in names:
+        folder = Path(location).resolve().parent / name
+        if Path(location, name).is_dir() or not folder.is_dir():
+            continue
+        spec = ModuleSpec(f"{package}.{name}", loader=None, is_package=True)
+        spec.submodule_search_locations = [str(folder)]
+        module = module_from_spec(spec)
+        sys.modules[spec.name] = module
+        setattr(sys.modules[package], name, module)
 
 
 @dataclass(frozen=True)

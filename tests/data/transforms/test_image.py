@@ -186,7 +186,7 @@ def test_no_crop_means_nothing_random():
         (lambda: create_transform(FIVE)(gradient(9, 9)), ValueError, r"5 channels .* grey"),
         (lambda: create_transform(FIVE)(np.zeros((9, 9, 4))), ValueError, r"4 bands; .*\?bands="),
         (lambda: create_transform({"input_size": (3, 32, 32)}), ValueError, "no mean, std"),
-        (lambda: create_transform("vim"), TypeError, "got str"),
+        (lambda: create_transform(224), TypeError, "got int"),
         (lambda: pretrain_transform(RGB, crop_scale=(0, 1)), ValueError, "crop_scale"),
         (lambda: pretrain_transform(RGB, crop_scale=(0.5, 0.2)), ValueError, "crop_scale"),
         (lambda: pretrain_transform(RGB, ratio=(2, 1)), ValueError, "ratio"),

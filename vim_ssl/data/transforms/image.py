@@ -56,7 +56,7 @@ def create_transform(
     if not is_training and config.get("crop_mode", "center") == "center":
         trim = [TrimLongSide(size[1:])]
     transform = transforms.Compose([ToChannels(config), *trim, *map(_keep_a_bit, _flat(steps))])
-    if hasattr(encoder_or_config, "tubelet"):
+    if getattr(encoder_or_config, "reads_clips", False):
         return ClipTransform(transform, is_training)
     return transform
 
