@@ -87,9 +87,22 @@ def test_a_class_that_is_never_tested_is_told(tmp_path, caplog):
     assert "1 of 3 classes, for example c, are not among the held-out images" in caplog.text
 
 
-def test_images_without_labels_are_an_error(tmp_path):
-    with pytest.raises(ValueError, match="labels of fewer than two classes"):
+def test_images_without_labels_are_an_error_and_nothing_else_is_reported(tmp_path, caplog):
+    with pytest.raises(ValueError, match=r"fewer than two classes; put the images of each class"):
         labelled_splits(fill(tmp_path, "1.png", "2.png"), test=0.2, seed=0)
+    assert not caplog.text  # all images are both splits here, which is no overlap
+
+
+def test_the_training_split_counts_what_was_left_out_of_it(monkeypatch):
+    names = [str(i) for i in range(11)]
+    data = ImageData(names, names, name="rows", labels=[*[0, 1] * 5, -1])
+    monkeypatch.setitem(registry._openers, ("folder", False), registry.Opener(lambda spec: data))
+    train, test = labelled_splits("anything", test=0.2, seed=0)
+    assert train.left_out == {"without a label": 1, "held out for testing": 2}
+    assert "held out for testing" not in test.left_out
+    assert train.subset([0, 1]).left_out == train.left_out
+    assert train.subset([0, 1], "without a label").left_out["without a label"] == 1 + 6
+    assert data.left_out == {}
 
 
 def test_images_with_several_labels_are_parted_too(monkeypatch):

@@ -101,6 +101,7 @@ class ImageData(Dataset):
         splits: names of the source's splits; empty if it has none.
         split: the open split, or "all".
         faults: descriptions of faults of the source as a whole.
+        left_out: reason -> number of images of the source that `subset` removed for it.
         min_side: see `decode_image`; None decodes every image at full size.
         is_stream: False; True for an `ImageStream`, whose images are read in order.
         kind: "image" or "video".
@@ -140,6 +141,7 @@ class ImageData(Dataset):
         self.bands = None if bands is None else tuple(bands)
         self.dtype = None if dtype is None else np.dtype(dtype)
         self.min_side: int | None = None
+        self.left_out: dict[str, int] = {}
         self._images, self._captions, self._masks = images, captions, masks
         self._objects, self.has_masks = objects, masks is not None
         self.has_boxes = objects is not None
@@ -237,11 +239,18 @@ class ImageData(Dataset):
         """Return training samples with a random transform applied; see `SeededSamples`."""
         return SeededSamples(self, transform, seed, repeats=repeats)
 
-    def subset(self, indices: Iterable[int]) -> "ImageData":
-        """Select the images at these indices, in this order; classes and splits are kept."""
+    def subset(self, indices: Iterable[int], reason: str = "") -> "ImageData":
+        """Select the images at these indices, in this order; classes and splits are kept.
+
+        Args:
+            reason: why the others are removed, to be counted in ``left_out``.
+        """
         indices = [int(i) for i in indices]
         subset = object.__new__(type(self))
         subset.__dict__.update({k: v for k, v in self.__dict__.items() if k != "fingerprint"})
+        if reason and (removed := len(self) - len(indices)):
+            total = self.left_out.get(reason, 0) + removed
+            subset.left_out = self.left_out | {reason: total}
         subset._rows = [self._rows[i] for i in indices]
         subset.ids = [self.ids[i] for i in indices]
         subset.labels = None if self.labels is None else [self.labels[i] for i in indices]

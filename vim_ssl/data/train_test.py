@@ -9,10 +9,13 @@ from vim_ssl.data.open import open_source, warn_once
 from vim_ssl.data.spec import canonical_split
 from vim_ssl.data.split import as_key, is_known, stratified_split
 
+HELD_OUT = "held out for testing"
+
 
 def labelled_only(data: ImageData) -> ImageData:
     """Select the images whose label is known."""
-    return data.subset(i for i, label in enumerate(data.labels or []) if is_known(label))
+    known = (i for i, label in enumerate(data.labels or []) if is_known(label))
+    return data.subset(known, "without a label")
 
 
 def labelled_splits(
@@ -40,14 +43,14 @@ def labelled_splits(
                 f"{spec} has the classes {_few(train.classes)}, {test_spec} has "
                 f"{_few(other.classes)}; test on data with the same classes."
             )
-    else:
+    elif other is not train:
         _warn_of_overlap(spec, train, other)
     train, other = labelled_only(train), labelled_only(other)
     for split in (train, other):
         if len({as_key(label) for label in split.labels or []}) < 2:
             raise ValueError(
-                f"{split.name} ({split.split}) has labels of fewer than two classes; at least two "
-                "are needed."
+                f"{split.name} ({split.split}) has labels of fewer than two classes; put the "
+                "images of each class into a folder, or name a column of labels with ?label=."
             )
     return train, other
 
@@ -73,7 +76,7 @@ def _labelled(spec: str | Path, test: float, seed: int) -> tuple[ImageData, Imag
             f"{spec}: {len(left)} of {len(set(labels))} classes, for example {name}, are not among "
             "the held-out images and not tested: they have too few images or a single group."
         )
-    return known.subset(first), known.subset(second)
+    return known.subset(first, HELD_OUT), known.subset(second)
 
 
 def _few(classes: Sequence[str] | None) -> str:
@@ -139,7 +142,7 @@ def _warn_of_overlap(spec: str | Path, train: ImageData, other: ImageData) -> No
 
 def _cut(everything: ImageData, test: float, seed: int) -> tuple[ImageData, ImageData]:
     first, second = stratified_split([0] * len(everything), test, seed, everything.groups)
-    return everything.subset(first), everything.subset(second)
+    return everything.subset(first, HELD_OUT), everything.subset(second)
 
 
 def _held_out(splits: Sequence[str]) -> list[str]:
