@@ -40,7 +40,7 @@ from vim_ssl.tasks.slides import (
     group_tiles,
 )
 from vim_ssl.training.accelerator import make_accelerator
-from vim_ssl.training.config import TrainConfig
+from vim_ssl.training.config import NEVER, TrainConfig
 from vim_ssl.training.run import stored_or
 from vim_ssl.utils.config import opt, parse, to_dict
 from vim_ssl.utils.environment import environment
@@ -66,7 +66,9 @@ class Config(TrainConfig):
     )
     warmup_epochs: float = opt(2.0, "epochs of linear warm-up", "optimiser")
     workers: int = opt(0, "data loading processes per rank", "run")
-    eval_every: float = opt(1e9, "epochs between evaluations", "run")
+    eval_every: float = opt(
+        NEVER, "epochs between evaluations; never: only at the end", "run", words={"never": NEVER}
+    )
 
     def __post_init__(self):
         super().__post_init__()

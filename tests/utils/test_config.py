@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import pytest
 
-from vim_ssl.utils.config import from_dict, opt, parse, read, save, to_dict
+from vim_ssl.utils.config import Choice, build, from_dict, opt, parse, read, save, to_dict
 from vim_ssl.utils.names import did_you_mean
 
 
@@ -121,6 +121,94 @@ def test_default_preset_by_name_and_by_what_is_given(tmp_path):
     assert run(default_preset=choose) == demo()
     assert run("--data", "photos", default_preset=choose).batch_size == 128
     assert run("--config", str(file), default_preset=choose).batch_size == 128
+
+
+@dataclass
+class Named(Config):
+    """A config that keeps the name of its preset."""
+
+    preset: str = ""
+    every: float = opt(1e9, "epochs between evaluations", "run", words={"never": 1e9})
+
+
+def small() -> Named:
+    """A small model."""
+    return Named(lr=1.0)
+
+
+NAMED = {"small": small, "large": lambda: Named(lr=2.0), "little": small}
+
+
+def small_for(given: dict) -> Choice:
+    assert "preset" not in given
+    return Choice("small", "Preset small, as it is a test.", {"lr": 3.0, "workers": 1})
+
+
+@pytest.mark.parametrize(
+    ("argv", "preset", "lr", "workers"),
+    [
+        (["--preset", "large"], "large", 2.0, None),
+        (["--preset", "little"], "small", 1.0, None),  # an alias
+        ([], "small", 3.0, 1),
+        (["--lr", "4"], "small", 4.0, 1),
+        (["--config", "FILE"], "large", 2.0, None),
+        (["--config", "FILE", "--preset", "small"], "small", 1.0, None),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_a_config_keeps_the_name_of_its_preset(tmp_path, capsys, argv, preset, lr, workers):
+    (tmp_path / "c.yaml").write_text("preset: large\n")
+    argv = [word.replace("FILE", str(tmp_path / "c.yaml")) for word in argv]
+    config = parse(Named, NAMED, argv, default_preset=small_for)
+    assert (config.preset, config.lr, config.workers) == (preset, lr, workers)
+    assert ("as it is a test" in capsys.readouterr().out) == (workers == 1)
+
+
+def test_only_the_main_process_prints_why_a_preset_was_chosen(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert parse(Named, NAMED, [], default_preset=small_for).preset == "small"
+    assert capsys.readouterr().out == ""
+
+
+def test_a_file_with_every_setting_leaves_nothing_to_choose(tmp_path, capsys):
+    save(Named(lr=7.0), tmp_path / "c.json")
+    argv = ["--config", str(tmp_path / "c.json")]
+    assert parse(Named, NAMED, argv, default_preset=small_for).lr == 7.0
+    assert capsys.readouterr().out == ""
+
+
+def test_plain_values_build_what_flags_do(capsys):
+    for given, argv in (
+        ({"preset": "little", "batch_size": 8}, ["--preset", "little", "--batch-size", "8"]),
+        ({"data": "photos"}, ["--data", "photos"]),
+    ):
+        built = build(Named, NAMED, given, small_for)
+        assert to_dict(built) == to_dict(parse(Named, NAMED, argv, default_preset=small_for))
+    with pytest.raises(ValueError, match="unknown preset 'tiny'"):
+        build(Named, NAMED, {"preset": "tiny"})
+    with pytest.raises(ValueError, match="Did you mean 'batch_size'"):
+        build(Named, NAMED, {"batch_sise": 8})
+
+
+def test_help_names_the_preset_of_its_defaults_and_shows_words_for_numbers(capsys):
+    with pytest.raises(SystemExit):
+        parse(Named, NAMED, ["--help"], default_preset=small_for)
+    text = capsys.readouterr().out
+    head, flags = text.split("where to start:")
+    assert "small (also little): A small model." in head
+    assert "Preset small, as it is a test. The defaults shown are those of the preset 'small'." in (
+        " ".join(head.split())
+    )
+    assert "(default: 3.0)" in flags
+    assert "epochs between evaluations (default: never)" in flags
+    assert flags.count("--preset") == 1
+
+
+@pytest.mark.parametrize(("text", "value"), [("never", 1e9), ("Never", 1e9), ("2", 2.0)])
+def test_a_word_stands_for_its_value(tmp_path, text, value):
+    (tmp_path / "c.yaml").write_text(f"every: {text}\n")
+    assert parse(Named, argv=["--every", text]).every == value
+    assert parse(Named, argv=["--config", str(tmp_path / "c.yaml")]).every == value
 
 
 def test_a_default_may_follow_what_is_given_and_a_stored_value_does_not():
@@ -282,9 +370,9 @@ def test_a_type_without_a_flag_is_refused_at_once():
 def test_reserved_names_are_refused():
     @dataclass
     class Taken:
-        preset: str = opt("", "a field that hides a flag")
+        config: str = opt("", "a field that hides a flag")
 
-    with pytest.raises(TypeError, match="--preset is reserved"):
+    with pytest.raises(TypeError, match="--config is reserved"):
         parse(Taken, argv=[])
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from vim_ssl.training.config import TrainConfig
+from vim_ssl.training.config import NEVER, TrainConfig
 from vim_ssl.utils.config import opt
 
 
@@ -19,4 +19,6 @@ class TransferConfig(TrainConfig):
         0.8, "learning-rate factor per block, from top to bottom; none: off", "optimiser"
     )
     workers: int = opt(0, "data loading processes per rank", "run")
-    eval_every: float = opt(1e9, "epochs between evaluations", "run")
+    eval_every: float = opt(
+        NEVER, "epochs between evaluations; never: only at the end", "run", words={"never": NEVER}
+    )

@@ -1,17 +1,21 @@
 """`TrainConfig`: the settings of the training loop."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from vim_ssl.training.optim import SCHEDULES, check_optimizer
 from vim_ssl.utils.config import check_between, opt
+
+NEVER = 1e9  # epochs; longer than any run
 
 
 @dataclass
 class TrainConfig:
     """Settings of the loop; the configuration of every recipe extends these."""
 
+    # Where the settings come from makes no difference between two configurations.
+    preset: str = field(default="", compare=False)
     epochs: float = opt(300, "passes over the data; may be fractional", "optimiser")
     batch_size: int = opt(64, "samples per process and micro-batch", "optimiser")
     accumulation: int = opt(1, "micro-batches per optimiser step", "optimiser")
@@ -51,7 +55,10 @@ class TrainConfig:
         "never", "auto: resume from the newest checkpoint in output", "run", ("never", "auto")
     )
     log_every: int = opt(10, "optimiser steps between lines of metrics.jsonl", "run")
-    eval_every: float = opt(20.0, "epochs between evaluations and images", "run")
+    eval_every: float = opt(
+        20.0, "epochs between evaluations and images; never: only at the end", "run",
+        words={"never": NEVER},
+    )  # fmt: skip
     save_every: float = opt(15.0, "minutes between checkpoints", "run")
     save_steps: int = opt(0, "optimiser steps between checkpoints; 0: use save_every", "run")
     keep_checkpoints: int = opt(2, "number of checkpoints kept", "run")

@@ -10,7 +10,8 @@
     config = parse(Config, {"demo": demo}, argv)
 
 Precedence: the dataclass's defaults < ``--preset NAME`` < ``--config FILE`` < flags. An unknown
-name or a value of the wrong type is an error.
+name or a value of the wrong type is an error. A field ``preset: str`` receives the name of the
+preset that was used.
 
 `field_types` lists the types that a field may have. Shared fields are inherited. A
 ``__post_init__`` may check a config; it should not modify fields, since a preset is built before
@@ -26,23 +27,49 @@ import math
 import os
 import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, get_type_hints
 
 import yaml
 
+from vim_ssl.utils.environment import is_main_rank
 from vim_ssl.utils.field_types import check_choice, convert, from_text, is_supported, split_type
 from vim_ssl.utils.files import atomic_write
 from vim_ssl.utils.names import closest, did_you_mean
 
 C = TypeVar("C")
 Presets = Mapping[str, Callable[[], C]]
-RESERVED = ("help", "preset", "config")
+RESERVED = ("help", "config")
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The preset that a script uses if none is given.
+
+    Attributes:
+        preset: its name.
+        reason: a sentence, printed at the start and by ``--help``.
+        changes: defaults that differ from the preset's.
+    """
+
+    preset: str
+    reason: str = ""
+    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+# Maps the given values (a dict) to the preset to use: a `Choice` or a name, a dict of values (a
+# stored config; they count as given), or None (the dataclass's defaults).
+Chooser = Callable[[dict[str, Any]], Choice | str | dict[str, Any] | None]
 
 
 def opt(
-    default: Any, help: str, group: str | None = None, choices: Iterable[Any] | None = None
+    default: Any,
+    help: str,
+    group: str | None = None,
+    choices: Iterable[Any] | None = None,
+    words: Mapping[str, Any] | None = None,
 ) -> Any:
     """Return a dataclass field with the metadata of its flag.
 
@@ -51,9 +78,10 @@ def opt(
         help: help text, one line.
         group: heading under which ``--help`` lists the flag.
         choices: allowed values, if a `Literal` cannot list them (e.g. the keys of a registry).
+        words: word -> value: words that can be given, and that ``--help`` shows, for some values.
     """
     choices = None if choices is None else tuple(choices)
-    metadata = {"help": help, "group": group, "choices": choices}
+    metadata = {"help": help, "group": group, "choices": choices, "words": dict(words or {})}
     if isinstance(default, list | dict | set):
         return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -64,7 +92,7 @@ def parse(
     presets: Presets | None = None,
     argv: Sequence[str] | None = None,
     *,
-    default_preset: str | Callable[[dict[str, Any]], str | dict[str, Any] | None] | None = None,
+    default_preset: str | Chooser | None = None,
     description: str | None = None,
 ) -> C:
     """Build a config from the command line. Every field is a flag: ``batch_size`` is
@@ -74,11 +102,10 @@ def parse(
     Args:
         config_cls: a dataclass; ``--help`` starts with its docstring.
         presets: name -> function that returns an instance; ``--help`` shows the first line of its
-            docstring.
+            docstring. Further names of one function are aliases of its first name.
         argv: the arguments without the program's name; ``sys.argv[1:]`` by default.
-        default_preset: the preset to use without ``--preset``: a name, or a function that maps the
-            values from file and flags (a dict) to a name, a dict of values (a stored config; they
-            count as given), or `None` (the defaults).
+        default_preset: the preset to use without ``--preset``: a name, or a function of the values
+            from file and flags; see `Chooser`.
         description: text to show instead of the docstring.
     Raises:
         SystemExit: code 2 after a one-line message for a wrong flag, file or value;
@@ -100,21 +127,59 @@ def parse(
         hints = _hints(config_cls)
         given |= {name: from_text(text, hints[name], _flag(name)) for name, text in words.items()}
         given = checked(config_cls, given, spelled=_flag)
-        if preset is None:
-            preset = default_preset(given) if callable(default_preset) else default_preset
-        stored: dict[str, Any] = {}
-        if isinstance(preset, dict):
-            stored, preset = checked(config_cls, preset), None
-        base = _base(config_cls, presets, preset)
-        if derive_defaults := getattr(config_cls, "derive_defaults", None):
-            base = derive_defaults(base, stored | given)
-        base |= stored
+        if preset is not None:
+            given["preset"] = preset
+        base, choice = _resolve(config_cls, presets, given, default_preset)
         if wants_help:
-            _print_help(parser, config_cls, presets, preset, base, description)
+            _print_help(parser, config_cls, presets, choice, base, description)
             raise SystemExit(0)
-        return from_dict(config_cls, base | given)
+        return _finish(config_cls, base | given, choice)
     except (ValueError, OSError) as error:
         parser.error(str(error))
+
+
+def build(
+    config_cls: type[C],
+    presets: Presets,
+    given: Mapping[str, Any],
+    default_preset: str | Chooser | None = None,
+) -> C:
+    """Build a config from plain values as `parse` does from flags; ``given["preset"]`` may name the
+    preset.
+
+    Raises: ValueError for an unknown preset, an unknown key or a wrong value.
+    """
+    preset = given.get("preset")
+    values = checked(config_cls, {key: v for key, v in given.items() if key != "preset"})
+    if preset:
+        values["preset"] = preset
+    base, choice = _resolve(config_cls, presets, values, default_preset)
+    return _finish(config_cls, base | values, choice)
+
+
+def _resolve(
+    config_cls: type, presets: Presets, given: dict[str, Any], default_preset: str | Chooser | None
+) -> tuple[dict[str, Any], Choice | None]:
+    """Return the values of all fields that are not given, and the preset that they come from.
+    Replaces an alias in ``given["preset"]``; removes it if there is no such field."""
+    chosen: Choice | str | dict[str, Any] | None = given.pop("preset", None)
+    # A file with every setting, such as a run's config.json, leaves nothing to choose.
+    if not chosen and given.keys() < {field.name for field in _flags(config_cls)}:
+        chosen = default_preset(given) if callable(default_preset) else default_preset
+    stored = checked(config_cls, chosen) if isinstance(chosen, dict) else {}
+    choice = None if not chosen or isinstance(chosen, dict) else chosen
+    choice = Choice(choice) if isinstance(choice, str) else choice
+    base = _base(config_cls, presets, choice)
+    if derive_defaults := getattr(config_cls, "derive_defaults", None):
+        base = derive_defaults(base, stored | given)
+    return base | stored, choice
+
+
+def _finish(config_cls: type[C], values: dict[str, Any], choice: Choice | None) -> C:
+    config = from_dict(config_cls, values)
+    if choice is not None and choice.reason and is_main_rank():
+        print(choice.reason, flush=True)
+    return config
 
 
 def check_between(config: Any, low: float, high: float, *names: str) -> None:
@@ -195,6 +260,8 @@ def checked(
         if name not in fields:
             raise ValueError(f"{where}unknown key {key!r}. {did_you_mean(name, fields)}")
         label = where + spelled(name)
+        if isinstance(value, str):
+            value = fields[name].metadata.get("words", {}).get(value.lower(), value)
         result[name] = convert(value, hints[name], label)
         choices = fields[name].metadata.get("choices")
         if choices is not None:
@@ -240,15 +307,26 @@ def _default(field: dataclasses.Field) -> Any:
     return field.default
 
 
-def _base(config_cls: type, presets: Presets, preset: str | None) -> dict[str, Any]:
+def _base(config_cls: type, presets: Presets, choice: Choice | None) -> dict[str, Any]:
     """Map field names to the values of a preset, or to the dataclass's defaults."""
-    if preset is None:
+    if choice is None:
         defaults = {field.name: _default(field) for field in _fields(config_cls)}
         return {name: d for name, d in defaults.items() if d is not dataclasses.MISSING}
-    if preset not in presets:
-        raise ValueError(f"unknown preset {preset!r}. {did_you_mean(preset, presets)}")
-    config: Any = presets[preset]()
-    return {field.name: getattr(config, field.name) for field in _fields(type(config))}
+    if choice.preset not in presets:
+        raise ValueError(
+            f"unknown preset {choice.preset!r}. {did_you_mean(choice.preset, presets)}"
+        )
+    config: Any = presets[choice.preset]()
+    values = {field.name: getattr(config, field.name) for field in _fields(type(config))}
+    values |= choice.changes
+    if "preset" in values:
+        values["preset"] = _first_name(presets, choice.preset)
+    return values
+
+
+def _first_name(presets: Presets, name: str) -> str:
+    """The name that ``name`` is an alias of, or itself."""
+    return next(first for first, preset in presets.items() if preset is presets[name])
 
 
 # --------------------------------------------------------------------- command line
@@ -258,6 +336,11 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print one line instead of argparse's usage text."""
         self.exit(2, f"{self.prog}: error: {message}  (--help lists the flags)\n")
+
+
+def _flags(config_cls: type) -> list[dataclasses.Field]:
+    """The fields that have a flag of their own; ``preset`` shares the one that chooses it."""
+    return [field for field in _fields(config_cls) if field.name != "preset"]
 
 
 def _flag(name: str) -> str:
@@ -288,7 +371,7 @@ def _parser(config_cls: type, presets: Presets) -> _Parser:
     start.add_argument("--config", metavar="FILE", help="YAML or JSON file; overrides the preset")
     hints = _hints(config_cls)
     groups: dict[str, Any] = {}
-    for field in _fields(config_cls):
+    for field in _flags(config_cls):
         name = field.metadata.get("group") or "other"
         if name not in groups:
             groups[name] = parser.add_argument_group(name)
@@ -325,7 +408,7 @@ def _refuse_unknown(unknown: list[str], config_cls: type, presets: Presets) -> N
     if not flags:
         raise ValueError(f"unexpected argument {unknown[0]!r}; write options as --flag VALUE.")
     flag = flags[0].partition("=")[0]
-    known = [_flag(field.name) for field in _fields(config_cls)]
+    known = [_flag(field.name) for field in _flags(config_cls)]
     known += [f"--no-{name[2:]}" for name in known if flag.startswith("--no-")]
     known += ["--config", "--help", *["--preset"] * bool(presets)]
     near = closest(flag, known)
@@ -338,7 +421,7 @@ def _print_help(
     parser: _Parser,
     config_cls: type,
     presets: Presets,
-    preset: str | None,
+    choice: Choice | None,
     base: dict[str, Any],
     description: str | None,
 ) -> None:
@@ -346,22 +429,43 @@ def _print_help(
     doc = config_cls.__doc__ or ""
     if doc.startswith(f"{config_cls.__name__}("):  # generated by @dataclass if there is none
         doc = ""
-    parser.description = description or doc.partition("\n\n")[0]
+    lines = [(description or doc.partition("\n\n")[0]).strip()]
     if presets:
-        firsts = {name: (p.__doc__ or "").strip().partition("\n")[0] for name, p in presets.items()}
-        lines = ["presets:", *(f"  {name}: {text}" for name, text in firsts.items())]
-        lines += [f"The defaults below are those of the preset {preset!r}."] * bool(preset)
-        parser.epilog = "\n".join(lines)
+        lines += ["", "presets:", *_preset_lines(presets)]
+    if choice is not None:
+        source = f"{choice.reason} The defaults shown are those of the preset {choice.preset!r}."
+        lines += ["", *textwrap.wrap(source.strip(), 98)]
+    parser.description = "\n".join(lines)
     actions = {action.dest: action for action in parser._actions}
-    for field in _fields(config_cls):
+    for field in _flags(config_cls):
         default = base.get(field.name, _default(field))
-        note = "required" if default is dataclasses.MISSING else f"default: {_show(default)}"
+        note = "required"
+        if default is not dataclasses.MISSING:
+            note = f"default: {_show(default, field.metadata.get('words'))}"
         text = f"{field.metadata.get('help', '')} ({note})".strip()
         actions[field.name].help = text.replace("%", "%%")  # argparse fills in %-patterns
     parser.print_help()
 
 
-def _show(value: Any) -> str:
+def _preset_lines(presets: Presets) -> list[str]:
+    """The first line of each preset's docstring, after its names."""
+    names: dict[str, list[str]] = {}
+    for name in presets:
+        names.setdefault(_first_name(presets, name), []).append(name)
+    lines = []
+    for first, (_, *aliases) in names.items():
+        text = (presets[first].__doc__ or "").strip().partition("\n")[0]
+        also = f" (also {', '.join(aliases)})" if aliases else ""
+        lines += textwrap.wrap(
+            f"{first}{also}: {text}", 98, initial_indent="  ", subsequent_indent="      "
+        )
+    return lines
+
+
+def _show(value: Any, words: Mapping[str, Any] | None = None) -> str:
+    for word, meaning in (words or {}).items():
+        if value == meaning:
+            return word
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, list | tuple):

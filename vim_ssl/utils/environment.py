@@ -25,6 +25,11 @@ def environment() -> dict[str, str]:
     return {"hardware": hardware, "versions": f"{versions}, Python {platform.python_version()}"}
 
 
+def is_main_rank() -> bool:
+    """True unless a launcher gave this process a rank other than 0."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 CHECKOUT = Path(__file__).parents[2]
 
 
