@@ -62,7 +62,7 @@ CLIP = replace(clip_pretrain.emoji_clip(), val="", **QUIET)
 TRAIN_VENDORS = ("sample:noto-emoji", "sample:twemoji")  # CLIP.data
 TEST_VENDOR = "sample:fluent-emoji"
 MAE = replace(
-    mim_pretrain.mae_nano_64(), data=CLIP.data, encoder=CLIP.encoder, model_args=CLIP.model_args,
+    mim_pretrain.cpu_mae(), data=CLIP.data, encoder=CLIP.encoder, model_args=CLIP.model_args,
     warmup_epochs=CLIP.warmup_epochs, workers=0, **QUIET,
 )  # fmt: skip
 IMAGES = {k: v for k, v in IMAGENET_DATA.items() if k not in ("input_size", "bands")}

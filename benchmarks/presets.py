@@ -131,7 +131,7 @@ SCRIPTS = (
     Script(mim_pretrain, {
         name: IMAGENET for name in mim_pretrain.PRESETS if name.endswith(("_192", "_224"))}),
     Script(supervised_pretrain, {
-        name: IMAGENET for name in supervised_pretrain.PRESETS if name != "demo"}),
+        name: IMAGENET for name in supervised_pretrain.PRESETS if name.endswith("_224")}),
     Script(finetune, dict.fromkeys(finetune.PRESETS, IMAGENET),
            {"encoder": "vim_small_patch16_224"}),
     Script(clip_pretrain, {

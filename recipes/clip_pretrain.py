@@ -1,8 +1,7 @@
 """Pretrain a Vim encoder on images and captions by contrastive learning.
 
     accelerate launch recipes/clip_pretrain.py                     # emoji, minutes on a CPU
-    accelerate launch recipes/clip_pretrain.py --preset emoji_clip --data pairs:FOLDER  # your pairs
-    accelerate launch recipes/clip_pretrain.py --data pairs:FOLDER # your pairs at 224 px, a GPU
+    accelerate launch recipes/clip_pretrain.py --data pairs:FOLDER # your images and captions
     accelerate launch --multi_gpu --num_processes 8 recipes/clip_pretrain.py \\
         --preset cc12m_small_224 --data 'wds:cc12m/{0000..2175}.tar' --accumulation 1
 
@@ -43,6 +42,7 @@ from vim_ssl.objectives.clip import LOSSES, Clip, image_config, save_clip
 from vim_ssl.tasks.runner import Training, train_run
 from vim_ssl.training.accelerator import make_accelerator
 from vim_ssl.training.augmentation import AugmentationConfig, training_transform
+from vim_ssl.training.presets import Defaults
 from vim_ssl.training.run import Run, stored_or
 from vim_ssl.utils.config import opt, parse
 from vim_ssl.utils.names import did_you_mean
@@ -108,6 +108,21 @@ def emoji_clip() -> Config:
     )  # fmt: skip
 
 
+def cpu_clip() -> Config:
+    """CLIP at 64 px with a 0.7 M-parameter encoder: your images and captions, on a CPU."""
+    return Config(
+        crop_scale=(0.6, 1.0), encoder="vim_nano_patch16_64", model_args={"depth": 2},
+        text_width=256, text_depth=2, text_heads=4, embed_dim=256, vocab_size=4096,
+        context_length=32, epochs=100, warmup_epochs=5, batch_size=128, base_lr=7e-4,
+        lr_reference_batch=128, weight_decay=0.2, betas=(0.9, 0.98), eps=1e-6, eval_every=10,
+    )  # fmt: skip
+
+
+def cpu_clip_32() -> Config:
+    """CLIP at 32 px, patches of 8 px: your small images and captions, on a CPU."""
+    return replace(cpu_clip(), model_args={"depth": 2, "img_size": 32, "patch_size": 8})
+
+
 def cc3m_small_224() -> Config:
     """CLIP's optimiser with Vim-S on 3 M pairs, batch 1024; 40 epochs, as in SLIP."""
     return Config(
@@ -133,11 +148,17 @@ def datacomp_small_224() -> Config:
     return replace(cc12m_small_224(), epochs=1, warmup_epochs=0.16, base_lr=5e-4)
 
 
-PRESETS = {f.__name__: f for f in (emoji_clip, cc3m_small_224, cc12m_small_224, datacomp_small_224)}
+PRESETS: dict[str, Callable[[], Config]] = {
+    preset.__name__: preset
+    for preset in (
+        emoji_clip, cpu_clip, cpu_clip_32, cc3m_small_224, cc12m_small_224, datacomp_small_224,
+    )
+}  # fmt: skip
 
-
-def default_preset(given: dict[str, Any]) -> str:
-    return "cc3m_small_224" if "data" in given else "emoji_clip"
+default_preset = Defaults(
+    demo="emoji_clip", gpu="cc3m_small_224", cpu="cpu_clip", cpu_small="cpu_clip_32",
+    presets=PRESETS, open=lambda given: open_data(given["data"], streams=True),
+)  # fmt: skip
 
 
 class PairTransform:

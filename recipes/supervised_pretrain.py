@@ -3,6 +3,7 @@
     accelerate launch --multi_gpu --num_processes 8 recipes/supervised_pretrain.py \\
         --preset vim_tiny_224 --data imagenet:ROOT --precision bf16
     python recipes/supervised_pretrain.py                            # digits, minutes on a CPU
+    python recipes/supervised_pretrain.py --data FOLDER              # your labelled images
 
 The settings are those of Vim's scripts (arXiv:2401.09417; Vim-B: FastVim's, arXiv:2502.00594),
 except that the learning rate accounts for accumulation and A_log has no weight decay. With another
@@ -10,16 +11,17 @@ number of GPUs, keep batch_size x accumulation x processes constant. Results are
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from vim_ssl.cli import guarded
-from vim_ssl.data import labelled_splits
+from vim_ssl.data import ImageData, labelled_splits
 from vim_ssl.tasks.classification import ClassificationConfig, build_classifier, train_classifier
 from vim_ssl.training.accelerator import make_accelerator
+from vim_ssl.training.presets import Defaults
 from vim_ssl.training.run import stored_or
 from vim_ssl.utils.config import opt, parse
 
@@ -39,6 +41,19 @@ def demo() -> Config:
         crop_scale=(0.6, 1.0), hflip=0.0, epochs=4, warmup_epochs=0.5, batch_size=32,
         base_lr=1.5e-3, lr_reference_batch=32, weight_decay=0.05, workers=0, eval_every=1,
     )  # fmt: skip
+
+
+def cpu_supervised() -> Config:
+    """Classification at 64 px with a 1.1 M-parameter encoder: your labelled images, on a CPU."""
+    return Config(
+        encoder="vim_nano_patch8_64", crop_scale=(0.4, 1.0), epochs=60, warmup_epochs=5,
+        batch_size=32, base_lr=1e-3, lr_reference_batch=32, weight_decay=0.05, eval_every=10,
+    )  # fmt: skip
+
+
+def cpu_supervised_32() -> Config:
+    """Classification at 32 px, patches of 4 px: your small labelled images, on a CPU."""
+    return replace(cpu_supervised(), model_args={"img_size": 32, "patch_size": 4})
 
 
 def vim_tiny_224() -> Config:
@@ -68,11 +83,24 @@ def vim_base_224() -> Config:
     )  # fmt: skip
 
 
-PRESETS = {f.__name__: f for f in (demo, vim_tiny_224, vim_small_224, vim_base_224)}
+PRESETS: dict[str, Callable[[], Config]] = {
+    preset.__name__: preset
+    for preset in (
+        demo, cpu_supervised, cpu_supervised_32, vim_tiny_224, vim_small_224, vim_base_224,
+    )
+}  # fmt: skip
 
 
-def default_preset(given: dict[str, Any]) -> str:
-    return "vim_small_224" if "data" in given else "demo"
+def training_split(given: dict[str, Any]) -> ImageData:
+    """The labelled training images of the given settings."""
+    settings = {"test": Config.test, "seed": Config.seed} | given
+    return labelled_splits(settings["data"], settings["test"], settings["seed"])[0]
+
+
+default_preset = Defaults(
+    demo="demo", gpu="vim_small_224", cpu="cpu_supervised", cpu_small="cpu_supervised_32",
+    presets=PRESETS, open=training_split,
+)  # fmt: skip
 
 
 def run(config: Config) -> dict[str, Any]:

@@ -295,9 +295,16 @@ def test_a_presets_numbers_and_towers(preset, batch, lr, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("argv", "preset"), [([], "emoji_clip"), (["--data", "photos"], "cc3m_small_224")]
+    ("argv", "gpu", "preset"),
+    [
+        ([], True, "emoji_clip"),
+        (["--data", "photos"], False, "cpu_clip"),
+        (["--data", "photos"], True, "cc3m_small_224"),
+    ],
+    ids=["nothing", "data", "data-and-gpu"],
 )
-def test_without_data_it_is_the_emoji_else_a_paper_preset(argv, preset, monkeypatch):
+def test_without_a_preset_data_and_machine_choose_it(argv, gpu, preset, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     expected = settings(monkeypatch, "--preset", preset, *argv)
     assert settings(monkeypatch, *argv) == expected
 

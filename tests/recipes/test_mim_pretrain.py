@@ -438,13 +438,21 @@ def test_a_paper_presets_learning_rate_has_the_papers_curve(preset, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    ("argv", "preset"),
-    [([], "demo"), (["--epochs", "3"], "demo"), (["--data", "photos"], "mae_small_224")],
-    ids=["nothing", "no-data", "data"],
+    ("argv", "gpu", "preset"),
+    [
+        ([], True, "demo"),
+        (["--epochs", "3"], False, "demo"),
+        (["--data", "photos"], False, "cpu_mae"),
+        (["--data", "photos"], True, "mae_small_224"),
+    ],
+    ids=["nothing", "no-data", "data", "data-and-gpu"],
 )
-def test_without_data_and_preset_it_is_the_demo_else_a_paper_preset(argv, preset, monkeypatch):
+def test_without_a_preset_data_and_machine_choose_it(argv, gpu, preset, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     expected = settings(monkeypatch, "--preset", preset, *argv)
-    assert settings(monkeypatch, *argv) == expected
+    chosen = settings(monkeypatch, *argv)
+    assert chosen == expected
+    assert chosen.preset == preset
 
 
 def test_the_demo_gives_the_scan_at_least_49_tokens():
@@ -455,7 +463,7 @@ def test_the_demo_gives_the_scan_at_least_49_tokens():
 def test_a_batch_is_never_larger_than_the_data(photos, tmp_path, capsys):
     mim_pretrain.main([*TINY, "--data", str(photos), "--batch-size", "50",
                        "--output", str(tmp_path / "run")])  # fmt: skip
-    assert "batch 7 x 1" in capsys.readouterr().out
+    assert "batch 7 · lr" in capsys.readouterr().out
     assert read_metrics(tmp_path / "run")
 
 

@@ -298,7 +298,9 @@ def test_too_many_bad_steps_in_a_row_end_the_run_and_keep_the_checkpoint(tmp_pat
 def test_broken_images_are_replaced_named_and_counted(tmp_path, capsys):
     _, run = train(tmp_path, Linear(), broken=(3, 7))
     assert run.skipped == {"image 3: is broken", "image 7: is broken"}
-    assert "image 3" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "image 3" in output
+    assert "2 broken samples skipped, replaced by others." in output
     assert read_metrics(tmp_path)[-1]["skipped"] == 2
 
 
@@ -410,7 +412,10 @@ def test_launcher_processes_that_do_not_see_each_other_are_refused(monkeypatch):
 
 def test_the_learning_rate_follows_from_the_effective_batch(tmp_path, capsys):
     train(tmp_path, Linear(), batch_size=4, accumulation=2, base_lr=0.256)
-    assert "= 8 · lr 0.256 x 8/256 = 0.008" in capsys.readouterr().out
+    assert (
+        "batch 4 x 2 (accumulation) x 1 (processes) = 8 · lr 0.256 x 8/256 = 0.008"
+        in capsys.readouterr().out
+    )
     assert max(row["lr"] for row in read_metrics(tmp_path)) == pytest.approx(0.008)
 
 
@@ -537,7 +542,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, images, whole, kill):
     output, _ = process.communicate(timeout=60)
     if kill == signal.SIGTERM:
         assert process.returncode == 0, output
-        assert "continue with --resume auto" in output
+        assert f"--output {tmp_path / 'killed'} --resume auto" in output
         assert "of the time waiting for data" in output
     else:
         assert process.returncode != 0
@@ -575,7 +580,7 @@ def test_two_processes_train_as_one_and_a_sigterm_to_one_of_them_loses_nothing(t
     ranks = start_pretraining(2, tmp_path / "parts", images, *two)
     wait_for_step(tmp_path / "parts", 2, ranks[0])
     ranks[1].send_signal(signal.SIGTERM)
-    assert "continue with --resume auto" in finish(ranks)
+    assert f"--output {tmp_path / 'parts'} --resume auto" in finish(ranks)
     stopped = len(losses(tmp_path / "parts"))
     assert [p.name for p in Run(tmp_path / "parts").checkpoints()] == [f"step-{stopped}"]
     assert 2 <= stopped < 24
@@ -583,7 +588,7 @@ def test_two_processes_train_as_one_and_a_sigterm_to_one_of_them_loses_nothing(t
     assert losses(tmp_path / "parts") == losses(tmp_path / "two")
 
 
-def test_the_run_directory_holds_what_it_promises(tmp_path, images):
+def test_the_run_directory_holds_what_it_promises(tmp_path, images, capsys):
     pretrain(tmp_path / "run", images, "--warmup-epochs", "0", "--epochs", "1", "--workers", "0")
     names = {p.name for p in (tmp_path / "run").iterdir()}
     assert {"config.json", "metrics.jsonl", "checkpoints", "images", "report.html",
@@ -591,6 +596,16 @@ def test_the_run_directory_holds_what_it_promises(tmp_path, images):
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     fields = {f.name for f in dataclasses.fields(mim_pretrain.Config)}
     assert fields <= set(config)
+    assert config["preset"] == "demo"
+    encoder = load_encoder(tmp_path / "run")
+    size = f"{sum(p.numel() for p in encoder.parameters()) / 1e6:.2g} M parameters"
+    lines = capsys.readouterr().out.splitlines()
+    (line,) = [line for line in lines if line.startswith("mim_pretrain mae · preset demo · ")]
+    assert f"encoder vim_nano_patch4_28: {size}, " in line
+    assert line.endswith(" M in training · input 28 x 28 px, 1 channel · cpu, 1 thread, float32")
+    following = lines[lines.index(line) + 1 :]
+    assert following[0] == f"Data folder:{images}: 40 images"
+    assert following[1].startswith("3 steps (1 epoch of 3), 0 of warm-up · batch 8 x 2 ")
 
 
 # ------------------------------------------------------------------ streams
@@ -622,7 +637,7 @@ def test_a_stream_is_trained_on_and_resumed_bit_for_bit(tmp_path, shards, capsys
     stream_run(tmp_path / "whole", shards, "--workers", "2", "--epochs", "2")
     output = capsys.readouterr().out
     rows = read_metrics(tmp_path / "whole")
-    assert "dropped from each epoch" in output
+    assert "left out of each epoch: readers have equal, whole batches" in output
     assert "shard-2.tar is damaged after" in output
     assert rows[-1]["skipped"] == 2  # the tar and, sooner or later, the broken image
     parts = tmp_path / "parts"
@@ -696,13 +711,96 @@ def test_a_run_taken_up_keeps_the_warm_up_it_was_started_with(settings, tmp_path
         assert again.warmup_epochs == started.warmup_epochs == 0.25
 
 
+# ------------------------------------------------------------------ signals
+
+
+class Interrupted(Linear):
+    """Least squares with batch norm; a signal comes in the forward pass of one micro-batch, which
+    would take a minute."""
+
+    def __init__(self, signal_at: int = 0, number: int = signal.SIGTERM):
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(4)
+        self.signal_at, self.number = signal_at, number
+
+    def forward(self, batch):
+        out = super().forward(batch | {"x": self.norm(batch["x"])})
+        if self.calls == self.signal_at:
+            os.kill(os.getpid(), self.number)
+            for _ in range(6000):
+                time.sleep(0.01)
+        return out
+
+
+def interrupted_run(folder: Path, *objectives: Interrupted) -> dict[str, torch.Tensor]:
+    """Train and resume with one objective after the other; return the last one's state."""
+    torch.manual_seed(0)
+    start = Interrupted().state_dict()
+    for number, objective in enumerate(objectives, start=1):
+        objective.load_state_dict(start)
+        ends = contextlib.nullcontext() if number == len(objectives) else pytest.raises(SystemExit)
+        with ends as left:
+            train(folder, objective, accumulation=2, resume="auto" if number > 1 else "never")
+        if left:
+            assert left.value.code == 0
+    return objective.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("micro_batch", "number"),
+    [(1, signal.SIGTERM), (2, signal.SIGTERM), (6, signal.SIGINT), (12, signal.SIGTERM)],
+)
+def test_a_signal_ends_a_long_step_at_once_and_the_run_resumes_exactly(
+    tmp_path, micro_batch, number
+):
+    """8 micro-batches in 4 steps an epoch; the batch norm's means changed in the step dropped."""
+    whole = interrupted_run(tmp_path / "whole", Interrupted())
+    began = time.perf_counter()
+    parts = interrupted_run(tmp_path / "parts", Interrupted(micro_batch, number), Interrupted())
+    assert time.perf_counter() - began < 30
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    for name, value in whole.items():
+        assert torch.equal(parts[name], value), name
+
+
+@pytest.mark.parametrize(
+    ("micro_batch", "says"),
+    [
+        (1, "Stopped at step 0 of 8, in the first step, so nothing is saved; 8 steps left"),
+        (6, "Stopped at step 2 of 8, saved in {run}/checkpoints/step-2; 6 steps left, "),
+    ],
+)
+def test_a_stopped_run_reports_its_state_and_the_command_to_resume(
+    tmp_path, capfd, monkeypatch, micro_batch, says
+):
+    run = tmp_path / "a run"
+    monkeypatch.setattr(sys, "argv", ["vim-ssl test"])
+    with pytest.raises(SystemExit):
+        train(run, Interrupted(micro_batch), accumulation=2)
+    output, errors = capfd.readouterr()
+    assert says.format(run=run) in output
+    assert f"  vim-ssl test --output '{run}' --resume auto" in output.splitlines()
+    assert "Stopping and saving; Ctrl-C ends at once" in errors
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_checkpoint(tmp_path, monkeypatch):
+    def impatient(run, *args, **more):
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("the signal was ignored")
+
+    monkeypatch.setattr(Run, "save", impatient)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, Interrupted(3, signal.SIGINT))
+    assert Run(tmp_path).checkpoints() == []
+
+
 # ------------------------------------------------------------------ what a run says
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
 def test_a_run_of_one_step_tells_its_steps_and_makes_no_noise(tmp_path, capsys, caplog, schedule):
     train(tmp_path, Linear(), size=4, epochs=1, schedule=schedule)
-    assert "1 steps (1 per epoch, 0 of warm-up)" in capsys.readouterr().out
+    assert "1 step (1 epoch of 1), 0 of warm-up · batch 4 · lr " in capsys.readouterr().out
     assert not caplog.records
 
 
@@ -712,6 +810,24 @@ def test_the_first_step_tells_no_pace(tmp_path, capsys):
     assert "images/s" not in output
     assert "loss" in bar
     assert "img/s" not in bar
+
+
+def test_the_time_left_is_printed_once_it_can_be_estimated(tmp_path, capsys, monkeypatch):
+    """A first step of 60 s, which compiles, then 16 steps of 6 s each, and an evaluation."""
+    clock = [0.0]
+    monkeypatch.setattr("vim_ssl.training.monitor.time.perf_counter", lambda: clock[0])
+    objective = Linear()
+
+    def tick(module, args):
+        clock[0] += 60 if module.calls == 0 else 6
+
+    objective.register_forward_pre_hook(tick)
+    train(tmp_path, objective, epochs=1, eval_every=0.5)
+    output, bar = capsys.readouterr()
+    lines = [line for line in output.splitlines() if "Time left" in line]
+    assert lines == ["Time left: 36 s for 6 steps, without evaluations."]
+    assert "6 s left" in bar
+    assert "0 s left" not in bar.replace("30 s left", "")
 
 
 def test_a_run_says_at_its_end_whether_the_data_set_the_pace(tmp_path, capsys):

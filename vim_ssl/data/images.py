@@ -86,6 +86,19 @@ def decode_image(
         raise BadImage(name, f"{type(error).__name__}: {error}") from error
 
 
+def image_size(source: str | Path | bytes) -> tuple[int, int]:
+    """Width and height in pixels from the header of an image, before its EXIF orientation.
+
+    Raises: BadImage if Pillow cannot read the header.
+    """
+    try:
+        with _open(source, most_pixels()) as image:
+            return image.size
+    except Exception as error:  # as in `decode_image`
+        name = f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
+        raise BadImage(name, f"{type(error).__name__}: {error}") from error
+
+
 def clean_image(image: Image.Image, mode: str | None = None) -> Image.Image:
     """Convert any Pillow image to 8-bit "RGB" or "L", upright and opaque.
 

@@ -182,7 +182,7 @@ def train_classifier(
     return train_run(
         recipe, config, objective,
         SeededSamples(train, transform, config.seed, repeats=config.repeats), accelerator,
-        model=encoder, data=train.name,
+        model=encoder, data=train.name, source=source,
         record={"classes": train.classes, "targets": config.targets},
         save=partial(save_encoder, encoder), evaluate=validate if validates else None,
         should_stop=(lambda training: training.evaluator.should_stop()) if validates else None,
@@ -198,7 +198,7 @@ def _hold_out(config: ClassificationConfig, train, classes: Sequence[str]) -> tu
     validation = train.subset(held_out)
     name = f"the validation split of {train.name}"
     check_labels(name, validation.labels, config.targets, classes)
-    return train.subset(kept), validation
+    return train.subset(kept, "held out for validation"), validation
 
 
 def check_labels(name: str, labels: Any, targets: str, classes: Sequence[str]) -> None:

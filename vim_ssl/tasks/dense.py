@@ -101,8 +101,8 @@ class DenseTask:
 
         return train_run(
             self.name, config, model, SeededSamples(train, transform, config.seed), accelerator,
-            model=model, data=train.name, save=save, what="model", conclude=conclude,
-            evaluate=validate if config.eval_every <= config.epochs else None,
+            model=model, data=train.name, source=source, save=save, what="model",
+            conclude=conclude, evaluate=validate if config.eval_every <= config.epochs else None,
         )  # fmt: skip
 
     def evaluate_only(

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from vim_ssl.report import write_report
@@ -20,6 +21,7 @@ from vim_ssl.training.loop import fit
 from vim_ssl.training.run import Run
 from vim_ssl.utils.environment import environment
 from vim_ssl.utils.files import atomic_write
+from vim_ssl.utils.names import number, plural
 
 
 @dataclass
@@ -48,6 +50,7 @@ def train_run(
     *,
     model: nn.Module,
     data: str,
+    source: str = "",
     save: Callable[..., object] | None,
     what: str = "encoder",
     record: dict[str, Any] | None = None,
@@ -63,6 +66,7 @@ def train_run(
         objective, samples: see `fit`.
         model: the model to average and save: an encoder, or an objective with its heads.
         data: name of the training data, for the record.
+        source: the run, preset or file that the encoder came from; default: ``config.encoder``.
         save: ``save(folder, ema=average or None, record=dict)`` writes the model. It is called on
             the main process with every checkpoint.
         what: the saved model in messages: "encoder" or "model".
@@ -90,8 +94,11 @@ def train_run(
     training = Training(run, model if averaged is None else averaged, save_model)
     result: dict[str, Any] = {}
     with contextlib.closing(run):
-        if prepare is not None and accelerator.is_main_process:
-            prepare(run)
+        if accelerator.is_main_process:
+            source = source or getattr(config, "encoder", "")
+            print(_describe(name, config, objective, model, source, accelerator), flush=True)
+            if prepare is not None:
+                prepare(run)
         if evaluate is not None:
             training.evaluator = evaluate(training)
         logged = fit(
@@ -110,6 +117,33 @@ def train_run(
                 _draw_report(run, f"{what.capitalize()}: {run.folder} · report: ")
     accelerator.end_training()
     return result
+
+
+def _describe(
+    name: str, config: Any, objective: nn.Module, model: Any, source: str, accelerator: Any
+) -> str:
+    """Describe recipe, preset, encoder and device in one line."""
+    encoder = getattr(model, "encoder", model)
+    facts = [" ".join(filter(None, (name, getattr(config, "objective", ""))))]
+    if config.preset:
+        facts.append(f"preset {config.preset}")
+    size, all_of_it = _parameters(encoder), _parameters(objective)
+    line = f"encoder {source}: {size} parameters".replace(" :", ":")
+    facts.append(line if size == all_of_it else f"{line}, {all_of_it} in training")
+    data_config = getattr(encoder, "data_config", getattr(encoder, "pretrained_cfg", None)) or {}
+    if shape := data_config.get("input_size"):
+        channels, height, width = shape
+        frames = f"{encoder.frames} frames of " if getattr(encoder, "reads_clips", False) else ""
+        facts.append(f"input {frames}{height} x {width} px, {plural(channels, 'channel')}")
+    precision = {"no": "float32"}.get(config.precision, config.precision)
+    device = accelerator.device.type
+    threads = f", {plural(torch.get_num_threads(), 'thread')}" if device == "cpu" else ""
+    return " · ".join([*facts, f"{device}{threads}, {precision}"])
+
+
+def _parameters(module: nn.Module) -> str:
+    """The number of parameters, in millions."""
+    return f"{number(sum(p.numel() for p in module.parameters()) / 1e6, 2)} M"
 
 
 def finish_run(

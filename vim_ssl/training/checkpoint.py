@@ -31,6 +31,10 @@ class Checkpoints:
         paths = (self.folder / "checkpoints").glob("step-*")
         return sorted(paths, key=lambda path: int(path.name.removeprefix("step-")))
 
+    def has_step(self, step: int) -> bool:
+        """True if there is a whole checkpoint of this step."""
+        return (self.folder / "checkpoints" / f"step-{step}").is_dir()
+
     def save(self, accelerator, progress, keep: int) -> None:
         """Save everything that the next step depends on, whole or not at all, and delete all but
         the newest ``keep`` checkpoints.

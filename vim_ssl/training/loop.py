@@ -3,7 +3,8 @@
 
     exact      the gradient is that of sum(loss_sum) / sum(weight) over micro-batches and processes
     resumable  a run stopped anywhere resumes bit for bit (see `vim_ssl.data.loading.indexed`)
-    safe       checkpoints are complete or absent; SIGTERM saves; a non-finite step is skipped
+    safe       checkpoints are complete or absent; SIGTERM saves, in a single process at once,
+               without the step in progress; a non-finite step is skipped
 """
 
 import contextlib
@@ -17,7 +18,7 @@ from torch import nn
 from vim_ssl.data.loading.indexed import SeededSamples, stable_hash
 from vim_ssl.training.accelerator import Average
 from vim_ssl.training.config import TrainConfig
-from vim_ssl.training.monitor import Monitor
+from vim_ssl.training.monitor import Monitor, StepAbandoned
 from vim_ssl.training.optim import build_optimizer, build_schedule
 from vim_ssl.training.run import Run
 from vim_ssl.training.schedule import Progress, Schedule
@@ -49,20 +50,11 @@ def fit(
         on_save: called before every checkpoint on the main process, to write the encoder.
     Raises: ValueError if the checkpoint was made with other data, batches or model;
         FloatingPointError after ``max_bad_steps`` consecutive non-finite steps;
-        SystemExit(0) after SIGTERM or SIGINT, once the state is saved.
+        SystemExit(0) after SIGTERM or SIGINT, once the state is saved; KeyboardInterrupt after a
+        second SIGINT.
     """
     schedule = Schedule(samples, config, accelerator)
-    if config.grad_checkpointing:
-        encoder: Any = objective.encoder
-        encoder.set_grad_checkpointing()
-    optimizer = build_optimizer(
-        objective, opt=config.optimizer, lr=schedule.lr, weight_decay=config.weight_decay,
-        betas=config.betas, eps=config.eps, layer_decay=config.layer_decay,
-    )  # fmt: skip
-    lr_schedule = build_schedule(
-        optimizer, total_steps=schedule.scheduled_steps, min_lr=config.min_lr,
-        warmup_steps=schedule.warmup_steps, warmup_lr=config.warmup_lr, schedule=config.schedule,
-    )  # fmt: skip
+    optimizer, lr_schedule = prepare_optimizer(objective, config, schedule)
     model, optimizer = accelerator.prepare(objective, optimizer)
     if average is not None:  # as a second model, so that checkpoints hold it as safetensors
         accelerator.prepare_model(average.module, evaluation_mode=True)
@@ -72,21 +64,33 @@ def fit(
     schedule.check_resume(progress)
     run.write_config()
     last = progress.step >= schedule.total_steps
+
+    def save() -> None:
+        # Write the encoder first: a run killed in between repeats these steps. In the other order,
+        # a run killed after its last checkpoint would never write its encoder.
+        if on_save is not None and accelerator.is_main_process:
+            on_save()
+        run.save(accelerator, progress, keep=config.keep_checkpoints)
+
     with Monitor(schedule, config, run, accelerator, progress) as monitor:
-        if progress.step and should_stop is not None:
+        if progress.step:
             last = monitor.broadcast_decision(should_stop) or last
-        for batches in () if last else schedule.steps(progress):
+        steps = schedule.steps(progress)
+        while not last:
             lr_schedule.step_update(progress.step)
-            averages = forward_backward(accelerator, model, objective, batches, config, progress)
-            norm = float(
-                accelerator.clip_grad_norm_(model.parameters(), config.clip_grad or math.inf)
+            try:
+                with monitor.abandonable(model):
+                    batches = next(steps)
+                    averages = forward_backward(
+                        accelerator, model, objective, batches, config, progress
+                    )
+            except StepAbandoned:
+                if progress.step and not run.has_step(progress.step):
+                    save()  # the state before this step
+                break
+            norm, finite = optimise(
+                accelerator, model, objective, optimizer, averages["loss"], config
             )
-            finite = math.isfinite(norm + averages["loss"])
-            if finite or config.precision == "fp16":  # the fp16 scaler skips non-finite steps
-                optimizer.step()
-            optimizer.zero_grad()
-            if finite and (after_step := getattr(objective, "after_step", None)):
-                after_step()
             if finite and average is not None:
                 average.update(progress.step + 1)
             samples_seen = averages.pop("samples")
@@ -100,20 +104,45 @@ def fit(
                 row |= monitor.evaluate(objective, samples, evaluate)
             if evaluated or progress.step % config.log_every == 0:
                 run.log(progress, schedule.epoch_float(progress), row)
-            if evaluated and should_stop is not None:
+            if evaluated:
                 last = monitor.broadcast_decision(should_stop) or last
             metrics |= row
             if monitor.checkpoint_due() or last:
-                # Write the encoder first: a run killed in between repeats these steps. In the other
-                # order, a run killed after its last checkpoint would never write its encoder.
-                if on_save is not None and accelerator.is_main_process:
-                    on_save()
-                run.save(accelerator, progress, keep=config.keep_checkpoints)
-            if last or monitor.stop_requested():
+                save()
+            if monitor.stop_requested():
                 break
         if not last:
             monitor.exit_after_save()
     return metrics
+
+
+def prepare_optimizer(objective, config: TrainConfig, schedule: Schedule):
+    """Return the optimiser and its learning-rate schedule; switch on gradient checkpointing."""
+    if config.grad_checkpointing:
+        encoder: Any = objective.encoder
+        encoder.set_grad_checkpointing()
+    optimizer = build_optimizer(
+        objective, opt=config.optimizer, lr=schedule.lr, weight_decay=config.weight_decay,
+        betas=config.betas, eps=config.eps, layer_decay=config.layer_decay,
+    )  # fmt: skip
+    lr_schedule = build_schedule(
+        optimizer, total_steps=schedule.scheduled_steps, min_lr=config.min_lr,
+        warmup_steps=schedule.warmup_steps, warmup_lr=config.warmup_lr, schedule=config.schedule,
+    )  # fmt: skip
+    return optimizer, lr_schedule
+
+
+def optimise(accelerator, model, objective, optimizer, loss, config) -> tuple[float, bool]:
+    """Update the parameters unless the step is not finite; return the gradient's norm, and whether
+    it and the loss are finite."""
+    norm = float(accelerator.clip_grad_norm_(model.parameters(), config.clip_grad or math.inf))
+    finite = math.isfinite(norm + loss)
+    if finite or config.precision == "fp16":  # the fp16 scaler skips non-finite steps
+        optimizer.step()
+    optimizer.zero_grad()
+    if finite and (after_step := getattr(objective, "after_step", None)):
+        after_step()
+    return norm, finite
 
 
 def forward_backward(accelerator, model, objective, batches, config, progress):

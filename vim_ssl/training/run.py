@@ -7,7 +7,9 @@ images/      report.html    trackers/ (of TensorBoard and others)
 import io
 import json
 import re
+import shlex
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from vim_ssl.training.checkpoint import Checkpoints
 from vim_ssl.utils.config import to_dict
+from vim_ssl.utils.environment import is_main_rank
 from vim_ssl.utils.files import atomic_write
 from vim_ssl.utils.names import did_you_mean
 
@@ -28,9 +31,9 @@ LOCK = ".lock"
 # Settings that may differ when a run is resumed: they change no step (compile: its rounding), or
 # only the length of the run.
 FREE_TO_CHANGE = {
-    "recipe", "output", "resume", "epochs", "workers", "threads", "log_every", "eval_every",
-    "save_every", "save_steps", "keep_checkpoints", "max_steps", "max_bad_steps", "trackers",
-    "compile", "grad_checkpointing",
+    "recipe", "preset", "output", "resume", "epochs", "workers", "threads", "log_every",
+    "eval_every", "save_every", "save_steps", "keep_checkpoints", "max_steps", "max_bad_steps",
+    "trackers", "compile", "grad_checkpointing",
 }  # fmt: skip
 
 
@@ -39,6 +42,7 @@ class Run(Checkpoints):
 
     def __init__(self, folder: Path, main: bool = True):
         super().__init__(folder, main)
+        self.recipe = ""
         self.skipped: set[str] = set()
         self._trackers: list[Any] = []
         self._lock: Any = None
@@ -59,7 +63,7 @@ class Run(Checkpoints):
         name = config.output or str(RUNS / f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
         (name,) = broadcast_object_list([name])
         run = cls(Path(name), accelerator.is_main_process)
-        run._record = {"recipe": recipe, **to_dict(config)}
+        run.recipe, run._record = recipe, {"recipe": recipe, **to_dict(config)}
         if run.checkpoints() and config.resume != "auto":
             raise FileExistsError(
                 f"{run.folder} already holds a run; go on with --resume auto, or choose another "
@@ -242,6 +246,17 @@ def stored_or(default):
     return choose
 
 
+def resume_command(run: Run, processes: int = 1) -> str:
+    """The command that resumes a run; for several ``processes`` its launcher's options are open."""
+    script, rest = sys.argv[0], f"--output {shlex.quote(str(run.folder))} --resume auto"
+    command = f"vim-ssl {run.recipe.replace('_', '-')}"
+    if Path(script).name == f"{run.recipe}.py":
+        command = f"python {shlex.quote(script)}"
+    if processes > 1:
+        command = f"accelerate launch (options as before) {command.removeprefix('python ')}"
+    return f"{command} {rest}"
+
+
 def _stored_config(folder: Path) -> dict | None:
     record = folder / "config.json"
     if not record.is_file():
@@ -254,7 +269,7 @@ def _stored_config(folder: Path) -> dict | None:
 
 def newest_run(root: Path = RUNS, recipe: str = "pretrain") -> Path:
     """The run under ``root`` whose encoder was written last, of recipes that end in ``recipe``;
-    for "clip_pretrain" the run whose image-text model was.
+    for "clip_pretrain" the run whose image-text model was. If it is unfinished, this is printed.
 
     Raises: FileNotFoundError if there is none.
     """
@@ -271,7 +286,22 @@ def newest_run(root: Path = RUNS, recipe: str = "pretrain") -> Path:
             f"No run {what} under {root.resolve()}; train one with "
             f"`accelerate launch recipes/{script}.py`, or name one."
         )
-    return max(paths, key=lambda path: path.stat().st_mtime).parent
+    newest = max(paths, key=lambda path: path.stat().st_mtime).parent
+    if (state := unfinished(newest)) and is_main_rank():
+        print(f"The newest run, {newest}, is unfinished: {state}.", flush=True)
+    return newest
+
+
+def unfinished(folder: Path) -> str:
+    """Describe how far an unfinished run got ("step 40 of 400"); "" for a finished run, and if this
+    is unknown."""
+    stored, checkpoints = _stored_config(folder) or {}, Run(folder).checkpoints()
+    if not checkpoints or (folder / "metrics.json").exists():
+        return ""
+    progress = json.loads((checkpoints[-1] / "progress.json").read_text())
+    total = round(progress.get("epoch_steps", 0) * stored.get("epochs", 0))
+    total = min(total, stored.get("max_steps") or total)
+    return f"step {progress['step']:,} of {total:,}" if progress["step"] < total else ""
 
 
 def trained_on(source: str | Path, *keys: str) -> str:

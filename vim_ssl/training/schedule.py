@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from vim_ssl.data.loading.indexed import SeededSamples, training_loader
 from vim_ssl.training.config import TrainConfig
 from vim_ssl.utils.distributed import cores
+from vim_ssl.utils.names import plural
 
 
 @dataclass
@@ -31,6 +32,16 @@ class Progress:
     epoch_steps: int = 0
     data: str = ""
     readers: str = ""
+
+
+def fitting_batch(size: int, batch: int) -> int:
+    """Return ``batch``, or if an epoch of ``size`` samples would leave out more than 2 % of them, a
+    smaller batch that leaves out fewer."""
+    batch = min(batch, size)
+    if size % batch <= 0.02 * size:
+        return batch
+    smaller = size // (size // batch + 1)
+    return smaller if size % smaller < size % batch else batch
 
 
 class Schedule:
@@ -60,15 +71,7 @@ class Schedule:
         self.fingerprint = getattr(samples.data, "fingerprint", "")
         self.effective_batch = self.batch_size * self.accumulation * world
         self.lr = config.base_lr * self.effective_batch / config.lr_reference_batch
-        dropped = len(samples) - self.epoch_batches * self.batch_size * world
-        self.summary = (
-            f"{len(samples):,} samples ({dropped:,} dropped from each epoch) · batch "
-            f"{self.batch_size} x {self.accumulation} (accumulation) x {world} (processes) = "
-            f"{self.effective_batch} · lr "
-            f"{config.base_lr:g} x {self.effective_batch}/{config.lr_reference_batch} = "
-            f"{self.lr:.3g} · {self.total_steps:,} steps ({self.epoch_steps:,} per epoch, "
-            f"{min(self.warmup_steps, self.total_steps):,} of warm-up)"
-        )
+        self.summary = f"{self._data_line(samples, world)}\n{self._steps_line(world)}"
         if self.lr < config.min_lr and accelerator.is_main_process:
             warnings.warn(
                 f"the learning rate, {self.lr:.3g} for a batch of {self.effective_batch}, is below "
@@ -76,6 +79,45 @@ class Schedule:
                 "batch, or lower --min-lr.",
                 stacklevel=2,
             )
+
+    def _data_line(self, samples: SeededSamples, world: int) -> str:
+        """Describe the training data and what an epoch leaves out."""
+        data, count = samples.data, len(samples)
+        kind = {"image": "images", "video": "videos"}.get(getattr(data, "kind", ""), "samples")
+        line = f"Data {getattr(data, 'name', '')}: {count:,} {kind}".replace(" :", ":")
+        if reasons := getattr(data, "left_out", {}):
+            line += f" ({', '.join(f'{n:,} {reason}' for reason, n in reasons.items())})"
+        dropped = count - self.epoch_batches * self.batch_size * world
+        if not dropped:
+            return line
+        if getattr(data, "is_stream", False):
+            return f"{line}; {dropped:,} left out of each epoch: readers have equal, whole batches"
+        line += f"; {dropped:,} left out of each epoch, drawn anew: batches are whole"
+        share = count // world
+        if (batch := fitting_batch(share, self.batch_size)) == self.batch_size:
+            return line
+        rest = count - share // batch * batch * world
+        return f"{line} (--batch-size {batch} leaves out {rest or 'none'})"
+
+    def _steps_line(self, world: int) -> str:
+        """Describe steps, batch and learning rate."""
+        config, batch = self.config, f"batch {self.batch_size}"
+        if self.effective_batch != self.batch_size:
+            batch += (
+                f" x {self.accumulation} (accumulation) x {world} (processes) = "
+                f"{self.effective_batch}"
+            )
+        lr = f"lr {config.base_lr:g}"
+        if self.effective_batch != config.lr_reference_batch:
+            lr += f" x {self.effective_batch}/{config.lr_reference_batch} = {self.lr:.3g}"
+        epochs = f"{plural(config.epochs, 'epoch')} of {self.epoch_steps:,}"
+        if self.total_steps < self.scheduled_steps:
+            epochs = f"of {self.scheduled_steps:,} in {epochs}"
+        warm_up = min(self.warmup_steps, self.total_steps)
+        return (
+            f"{plural(self.total_steps, 'step')} ({epochs}), {warm_up:,} of warm-up · {batch} · "
+            f"{lr} · {plural(self.workers, 'worker')}"
+        )
 
     def check_resume(self, progress: Progress) -> None:
         """Check that a checkpoint's counts refer to the same steps here; record the new values.

@@ -64,3 +64,19 @@ def number(value: float, digits: int = 4) -> str:
         mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
         return f"{float(mantissa):g}e{int(exponent)}"
     return f"{value:.{digits}g}"
+
+
+def plural(count: float, noun: str) -> str:
+    """Format a count with its noun: 1 step, 1,200 steps, 0.5 epochs."""
+    text = f"{count:,}" if isinstance(count, int) else f"{count:g}"
+    return f"{text} {noun}{'s' * (count != 1)}"
+
+
+def rough_time(seconds: float) -> str:
+    """Format a duration to about two digits: 40 s, 12 min, 3.5 h, 4 days."""
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} min"
+    hours = seconds / 3600
+    return f"{hours:.2g} h" if hours < 48 else f"{hours / 24:.0f} days"
