@@ -51,6 +51,22 @@ def test_it_is_the_plain_computation_whatever_the_blocks(image_size, size, max_v
     assert (found == naive(image, size)).float().mean() > 0.998  # ties may fall either way
 
 
+@pytest.mark.parametrize("image_size", [(40, 27), (9, 50), (5, 3)], ids=str)
+def test_windows_are_normalised_before_they_are_padded(image_size):
+    """So that a large image may stay uint8."""
+    image = torch.randint(0, 256, (3, *image_size), dtype=torch.uint8)
+    common = {"classes": CLASSES, "window": WINDOW, "stride": STRIDE}
+
+    def prepare(pixels):
+        return pixels / 50 - 2
+
+    found = label_pixels(
+        logits_of, image, (30, 20), prepare=prepare, dtype=torch.uint8, **common
+    )  # fmt: skip
+    assert found.dtype == torch.uint8
+    assert torch.equal(found.long(), label_pixels(logits_of, prepare(image), (30, 20), **common))
+
+
 def test_memory_does_not_grow_with_the_image():
     """No tensor on the way is larger than the image or the limit."""
     largest = 0

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vim_ssl.utils.tiling import starts
+
 MAX_VALUES = 2**27  # maximum logits in memory (0.5 GB of float32), for any image size
 
 
@@ -22,6 +24,8 @@ def label_pixels(
     stride: int,
     batch_size: int = 4,
     max_values: int = MAX_VALUES,
+    prepare: Callable[[Tensor], Tensor] = lambda windows: windows,
+    dtype: torch.dtype = torch.int64,
 ) -> Tensor:
     """Return the class of every pixel: argmax of the windows' mean logits, resized to ``size``.
 
@@ -31,23 +35,30 @@ def label_pixels(
 
     Args:
         logits_of: (b, c, window, window) -> (b, classes, ·, ·), resized to the window here.
-        image: (c, h, w), normalised; padded with zeros to at least the window.
+        image: (c, h, w), in any dtype that ``prepare`` accepts.
         size: (height, width) of the result, for example that of the labels.
         window, stride: in pixels of ``image``; the last window of a row ends at its border.
         batch_size: number of windows per batch.
-    Returns: int64 (height, width) on the image's device.
+        prepare: normalises windows (b, c, ·, ·), pixel by pixel. They are then padded with zeros if
+            the image is smaller than a window.
+        dtype: dtype of the result.
+    Returns: (height, width) on the image's device.
     """
     if not 0 < stride <= window:
         raise ValueError(f"stride {stride} is not between 1 and the window's {window} pixels.")
     h, w = image.shape[1:]
-    image = F.pad(image, (0, max(window - w, 0), 0, max(window - h, 0)))
-    result = torch.empty(size, dtype=torch.int64, device=image.device)
+    padding = 0, max(window - w, 0), 0, max(window - h, 0)
+
+    def padded_logits(windows: Tensor) -> Tensor:
+        return logits_of(F.pad(prepare(windows), padding)).float()
+
+    result = torch.empty(size, dtype=dtype, device=image.device)
     rows, columns = _blocks((h, w), size, max(max_values // classes, 1))
     for row in rows:
         for column in columns:
             top, left = _Samples(row, size[0], h), _Samples(column, size[1], w)
             sums = _average(
-                logits_of, image, (top.first, top.stop), (left.first, left.stop),
+                padded_logits, image, (top.first, top.stop), (left.first, left.stop),
                 classes, window, stride, batch_size,
             )  # fmt: skip
             step = max(max_values // (8 * classes * len(column)), 1)  # rows resized at a time
@@ -57,12 +68,6 @@ def label_pixels(
                 labels = left.take(part, 2, left.first).argmax(0)
                 result[first : rows_now.stop, column.start : column.stop] = labels
     return result
-
-
-def starts(side: int, window: int, stride: int) -> list[int]:
-    """Return the first pixels of the windows that cover ``side`` pixels."""
-    last = max(side - window, 0)
-    return sorted({min(start, last) for start in range(0, last + stride, stride)})
 
 
 def _average(logits_of, image, rows, columns, classes, window, stride, batch_size) -> Tensor:
@@ -81,7 +86,7 @@ def _average(logits_of, image, rows, columns, classes, window, stride, batch_siz
     for i in range(0, len(corners), batch_size):
         part = corners[i : i + batch_size]
         cut = torch.stack([image[:, y : y + window, x : x + window] for y, x in part])
-        results = logits_of(cut).float()
+        results = logits_of(cut)
         for (y, x), logits in zip(part, results, strict=True):
             logits = F.interpolate(
                 logits[None], (window, window), mode="bilinear", align_corners=False

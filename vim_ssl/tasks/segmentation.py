@@ -171,10 +171,11 @@ class Segmentation(Predictor, nn.Module):
             image = clean_image(image)  # make it upright before reading its size
             size = image.height, image.width
         labels = label_pixels(
-            self.logits, self.pixels(image).to(device), size,
+            self.logits, self.pixels.read_resized(image).to(device), size,
             classes=len(self.classes), window=self.window, stride=self.slide,
+            prepare=self.pixels.normalise, dtype=torch.uint8,
         )  # fmt: skip
-        return labels.to("cpu", torch.uint8).numpy()
+        return labels.cpu().numpy()
 
     def displayed(self, image: Image.Image | np.ndarray) -> Image.Image:
         """Return the upright image that `predict` labels; for other bands a visible rendering."""

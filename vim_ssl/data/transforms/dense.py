@@ -49,14 +49,19 @@ class DensePixels:
         return [max(round(side * scale), 1) for side in size]
 
     def normalise(self, image: Tensor) -> Tensor:
-        """Normalise (c, h, w) from `read` to float32."""
+        """Normalise (…, c, h, w) from `read` to float32."""
         return F.normalize(F.to_dtype(image, torch.float32, scale=True), self.mean, self.std)
+
+    def read_resized(self, image: Image.Image | np.ndarray) -> Tensor:
+        """Return the channels of `read`, resized to ``short_side``; not normalised, so that a large
+        image stays uint8."""
+        pixels = self.read(image)
+        size = self.resized((pixels.shape[1], pixels.shape[2]))
+        return F.resize(pixels, size, antialias=True)
 
     def __call__(self, image: Image.Image | np.ndarray) -> Tensor:
         """Transform an image, or bands (h, w, bands), to normalised float32 (c, h, w)."""
-        pixels = self.read(image)
-        size = self.resized((pixels.shape[1], pixels.shape[2]))
-        return self.normalise(F.resize(pixels, size, antialias=True))
+        return self.normalise(self.read_resized(image))
 
     def __repr__(self) -> str:
         return f"DensePixels({self.to_channels}, {self.mean}, {self.std}, {self.short_side})"

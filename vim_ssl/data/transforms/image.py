@@ -116,8 +116,8 @@ def pretrain_transform(
 def as_tensor(values: np.ndarray) -> Tensor:
     """Convert bands (h, w, bands) to float32 (bands, h, w). uint8 is scaled to 0..1, as for images;
     other dtypes keep their values, in the unit of mean and std. NaN is kept."""
-    scale = 255 if values.dtype == np.uint8 else 1
-    return torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1), np.float32)) / scale
+    x = torch.from_numpy(np.array(values.transpose(2, 0, 1), np.float32, order="C"))
+    return x.div_(255) if values.dtype == np.uint8 else x
 
 
 class ToChannels:
@@ -138,8 +138,9 @@ class ToChannels:
             if image.shape[2] != self.channels:
                 raise ValueError(self._unlike(f"{image.shape[2]} bands"))
             x = as_tensor(image)
-            mean = torch.tensor(self.mean).view(-1, 1, 1)
-            return torch.where(x.isfinite(), x, mean)
+            for band, mean in zip(x, self.mean, strict=True):  # in place: rasters are large
+                band.masked_fill_(~band.isfinite(), mean)
+            return x
         if not isinstance(image, Image.Image):
             raise TypeError(
                 f"The transform takes a PIL image or an array (h, w, bands), not "
