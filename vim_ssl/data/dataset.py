@@ -23,7 +23,14 @@ class Captions(Protocol):
 
 
 class Images(Protocol):
-    """Undecoded images by row: picklable; each is read when indexed."""
+    """Undecoded images by row: picklable; each is read when indexed.
+
+    Optional methods: ``paths(row)`` and ``sizes(row)``, see `vim_ssl.data.sources.folder.OnDisk`;
+    ``location(row)``, an item's ``meta``. Of a plane: ``volume``, ``plane``, ``planes`` and
+    ``spacing`` (see `vim_ssl.metrics.volumes`); if the volume is a file also ``file`` and ``axis``.
+    Of a raster: its file, ``raster``, its ``name``, the ``box`` in it (left, top, width, height in
+    pixels; None for the whole raster), and ``core``, the part of the box that no other one covers.
+    """
 
     def __len__(self) -> int: ...
 
@@ -41,12 +48,6 @@ class Masks(Protocol):
 
     def sizes(self, row: int, /) -> int | str:
         """File size in bytes, or another value that changes with the mask."""
-        ...
-
-    def location(self, row: int, /) -> dict[str, Any]:
-        """An item's ``meta``. For a plane: ``volume``, ``plane``, ``planes`` and ``spacing`` (see
-        `vim_ssl.metrics.volumes`). For a raster: its file, ``raster``, and the ``box`` in it (left,
-        top, width, height in pixels; None for the whole raster)."""
         ...
 
 
@@ -82,7 +83,8 @@ class ImageData(Dataset):
     the same in every run), and, where known, ``label``, ``mask`` (uint8 (h, w): class indices, 255
     = unlabelled), ``boxes`` (float32 (n, 4): left, top, right, bottom in pixels) with
     ``box_labels`` (int64 (n,): class indices) and ``masks`` (uint8 (n, h, w), 1 = object),
-    ``caption`` (one or several: see `captions_of`), ``group`` (str) and ``meta`` (dict).
+    ``caption`` (one or several: see `captions_of`), ``group`` (str) and ``meta`` (dict): ``path``
+    of a file, with boxes also its ``entry`` in the COCO file, or a position; see `Images`.
     Picklable, for DataLoader workers.
 
     Attributes:
@@ -183,8 +185,10 @@ class ImageData(Dataset):
             item["group"] = self.groups[index]
         if isinstance(raw, str | Path):
             item["meta"] = {"path": str(raw)}
-        elif self._masks is not None:
-            item["meta"] = self._masks.location(self._rows[index])
+            if self._objects is not None:
+                item["meta"]["entry"] = self._objects.images[self._rows[index]]
+        elif location := getattr(self._images, "location", None):
+            item["meta"] = location(self._rows[index])
         return item
 
     def _decode(self, raw: str | Path | bytes | np.ndarray) -> Any:

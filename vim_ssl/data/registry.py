@@ -40,8 +40,9 @@ SOURCES: dict[str, str] = {
 # Option → its type; numbers must be above 0. `DataSpec` documents the options listed here.
 OPTIONS: dict[str, type] = {
     "split": str, "image": str, "label": str, "caption": str, "group": str, "axis": str,
-    "window": str, "bands": str, "tile": int, "mpp": float, "shrink": float, "tissue": str,
-    "frames": int, "fps": float, "clips": int, "tones": str, "limit": int, "streaming": bool,
+    "window": str, "bands": str, "tile": int, "overlap": int, "mpp": float, "shrink": float,
+    "tissue": str, "frames": int, "fps": float, "clips": int, "tones": str, "limit": int,
+    "streaming": bool,
 }  # fmt: skip
 
 F = TypeVar("F", bound=Callable[..., Any])

@@ -35,6 +35,8 @@ class DataSpec:
             percentiles, ``0.5%,99.5%``.
         bands: rasters: names or numbers of the bands, in order, ``B04,B03,B02``.
         tile: rasters and slides: side of the square tiles in pixels.
+        overlap: rasters: number of pixels that neighbouring tiles share, which then cover the
+            whole raster.
         mpp: slides: micrometres per pixel of a tile.
         shrink: slides: alternatively, the slide's pixels per pixel of a tile.
         tissue: slides: minimum coloured fraction of a tile; "none" keeps all tiles.
@@ -59,6 +61,7 @@ class DataSpec:
     window: str | None = None
     bands: str | None = None
     tile: int | None = None
+    overlap: int | None = None
     mpp: float | None = None
     shrink: float | None = None
     tissue: str | None = None

@@ -21,7 +21,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from vim_ssl.checkpoints.task_models import load_task, save_task
 from vim_ssl.data.images import clean_image
 from vim_ssl.data.labels import IGNORE
-from vim_ssl.data.sources.geotiff import write_labels
+from vim_ssl.data.sources.geotiff import core_of, write_labels
 from vim_ssl.data.transforms.dense import DensePixels
 from vim_ssl.data.transforms.image import denormalize
 from vim_ssl.metrics.segmentation import SegmentationMetrics
@@ -242,7 +242,7 @@ def evaluate(model: Segmentation, data, folder: Path) -> tuple[dict[str, Any], S
             volumes.add(origin, item["mask"], guess, item.get("group"))
         if "raster" in origin:
             path = folder / "predictions" / origin["name"]
-            write_labels(path, origin["raster"], origin["box"], guess)
+            write_labels(path, origin["raster"], origin["core"], core_of(guess, origin))
         if draws:
             rows.append((model.displayed(item["image"]), item["mask"], guess))
     metrics = {

@@ -370,9 +370,36 @@ def test_a_mask_lies_on_its_raster(tmp_path, query, folder):
         assert np.array_equal(item["image"][..., 0], 100 * item["mask"].astype(int) + 50)
     assert len(data) == (6 if query else 1)
     box = (10, 10, 10, 10) if query else None
-    meta = {"raster": str(tmp_path / "images/a.tif"), "name": "a.tif", "box": box}
+    meta = {"raster": str(tmp_path / "images/a.tif"), "name": "a.tif", "box": box, "core": box}
     assert data[4 if query else 0]["meta"] == meta
-    assert "mask" not in open_data(f"geotiff:{tmp_path}?label=none")[0]
+    bare = open_data(f"geotiff:{tmp_path}{query or '?'}&label=none".replace("?&", "?"))
+    assert "mask" not in bare[0]
+    assert bare[4 if query else 0]["meta"] == meta  # known without masks, for predictions
+
+
+@pytest.mark.parametrize("size", [(20, 30), (20, 21), (7, 9), (10, 10)], ids=str)
+@pytest.mark.parametrize("overlap", [1, 3, 9])
+def test_overlapping_tiles_cover_the_raster_and_their_cores_divide_it(tmp_path, size, overlap):
+    values = scene(2, *size)
+    write(tmp_path / "a.tif", values, **HERE)
+    data = open_data(f"geotiff:{tmp_path}?tile=10&overlap={overlap}")
+    joined, times = np.zeros(size, int), np.zeros(size, int)
+    for item in data:
+        left, top, width, height = item["meta"]["box"]
+        x, y, wide, high = item["meta"]["core"]
+        core = slice(y, y + high), slice(x, x + wide)
+        joined[core] = item["image"][y - top : y - top + high, x - left : x - left + wide, 0]
+        times[core] += 1
+        assert (width, height) == (min(10, size[1]), min(10, size[0]))
+    assert (times == 1).all()
+    assert np.array_equal(joined, values[0])
+
+
+@pytest.mark.parametrize("query", ["overlap=4", "tile=4&overlap=4"])
+def test_an_overlap_needs_larger_tiles(tmp_path, query):
+    pair(tmp_path)
+    with pytest.raises(ValueError, match="overlap=4 needs tile= with a larger number"):
+        open_data(f"geotiff:{tmp_path}?{query}")
 
 
 def test_what_has_no_label_and_what_cannot_be_one(tmp_path):

@@ -146,9 +146,12 @@ def test_a_mask_lies_on_its_plane(tmp_path, axis, folders):
     planes, *sides = {0: (3, 4.0, 3.0), 1: (5, 4.0, 2.0), 2: (4, 3.0, 2.0)}[axis]
     across = {0: 2.0, 1: 3.0, 2: 4.0}[axis]
     place = {"volume": "a.nii.gz", "plane": 1, "planes": planes, "spacing": (across, *sides)}
+    place |= {"file": str(tmp_path / folders[0] / "a.nii.gz"), "axis": axis}
     assert data[1]["meta"] == place
     assert len(data) == planes
-    assert "mask" not in open_data(f"{spec}?label=none&axis={axis}")[0]
+    bare = open_data(f"{spec}?label=none&axis={axis}")[1]
+    assert "mask" not in bare
+    assert bare["meta"] == place  # known without masks, for predictions
 
 
 def test_names_groups_and_class_names(tmp_path):

@@ -436,6 +436,20 @@ class Scan:
     spacing: tuple[float, float, float]
 
 
+class ScanImages(ArrayImages):
+    """The planes of scans."""
+
+    def __init__(self, scans: list[Scan]):
+        super().__init__([image for scan in scans for image in scan.images])
+        self.planes = [(scan, i) for scan in scans for i in range(len(scan.images))]
+
+    def location(self, row: int) -> dict[str, Any]:
+        scan, plane = self.planes[row]
+        return {
+            "volume": scan.name, "plane": plane, "planes": len(scan.images), "spacing": scan.spacing
+        }  # fmt: skip
+
+
 class ScanMasks:
     """The masks of scans, plane by plane."""
 
@@ -449,23 +463,16 @@ class ScanMasks:
     def sizes(self, row: int) -> str:
         return _hash(self.read(row, (0, 0)))
 
-    def location(self, row: int) -> dict[str, Any]:
-        scan, plane = self.planes[row]
-        return {
-            "volume": scan.name, "plane": plane, "planes": len(scan.masks), "spacing": scan.spacing
-        }  # fmt: skip
-
 
 def _scans(spec: DataSpec, scans: list[Scan], classes: list[str] | None) -> Splits:
     """Return the planes of scans, with masks if there are classes."""
-    images = [image for scan in scans for image in scan.images]
+    images = ScanImages(scans)
     scan_of = [scan for scan in scans for _ in scan.images]
     return _split_data(
-        spec, ArrayImages(images),
-        [f"{scan.name}/{i:03d}" for scan in scans for i in range(len(scan.images))],
+        spec, images, [f"{scan.name}/{i:03d}" for scan, i in images.planes],
         (scan.split == "test" for scan in scan_of),
         masks=ScanMasks(scans) if classes else None, classes=classes,
-        groups=[scan.name for scan in scan_of], source_fingerprint=_hash(*images),
+        groups=[scan.name for scan in scan_of], source_fingerprint=_hash(*images.values),
     )  # fmt: skip
 
 

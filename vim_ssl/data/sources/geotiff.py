@@ -3,9 +3,10 @@ BigEarthNet use this module too."""
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,10 @@ from vim_ssl.data.sources.folder import (
 )
 from vim_ssl.data.spec import DataSpec, near
 from vim_ssl.utils.optional import require
+from vim_ssl.utils.tiling import starts
 
 TIFFS = (".tif", ".tiff")
+Box = tuple[int, int, int, int]  # left, top, width, height in pixels of a raster
 BLOCK = 128  # pixels; side of the blocks in written files
 
 
@@ -36,11 +39,13 @@ class Tile:
     Attributes:
         bands: (file relative to the root, band number in it from 1) per band.
         box: (left, top, width, height) in pixels; None for the whole raster.
+        core: the part of the box that no other tile is responsible for; None for all of it.
         side: resample the window to this many pixels per side.
     """
 
     bands: tuple[tuple[str, int], ...]
-    box: tuple[int, int, int, int] | None = None
+    box: Box | None = None
+    core: Box | None = None
     side: int | None = None
 
 
@@ -71,6 +76,16 @@ class RasterImages(OnDisk):
         values[np.ma.getmaskarray(stack)] = np.nan
         return values
 
+    def location(self, row: int) -> dict[str, Any]:
+        """Return ``raster`` (the path), ``name`` (relative to the root), ``box`` and ``core``; see
+        `write_labels`. Empty for tiles that are resampled."""
+        tile = self.rows[row]
+        if tile.side:
+            return {}
+        name = tile.bands[0][0]
+        path = os.path.join(self.root, name)
+        return {"raster": path, "name": name, "box": tile.box, "core": tile.core or tile.box}
+
     def _read(self, name: str, numbers: list[int], tile: Tile) -> np.ma.MaskedArray:
         import_rasterio()
         from rasterio.enums import Resampling
@@ -91,13 +106,11 @@ class RasterMasks(OnDisk):
     """The masks of tiles, one file per raster.
 
     Attributes:
-        images: the root of the rasters.
         mask_of: name of a raster → name of its mask.
         classes: number of classes.
     """
 
     rows: Sequence[Tile]
-    images: str
     mask_of: dict[str, str]
     classes: int
 
@@ -113,13 +126,6 @@ class RasterMasks(OnDisk):
         with _mask(os.path.join(self.root, name)) as file:
             values = _class_numbers(file, Window(*box) if box else None)
         return checked(values, size, name, self.classes).astype(np.uint8)
-
-    def location(self, row: int) -> dict[str, Any]:
-        """Return ``raster`` (its path), ``name`` (relative to the root), and ``box``; see
-        `write_labels`."""
-        name = self.rows[row].bands[0][0]
-        path = os.path.join(self.images, name)
-        return {"raster": path, "name": name, "box": self.rows[row].box}
 
 
 @contextmanager
@@ -173,9 +179,7 @@ def _check_same_grid(file: Any, path: Path) -> None:
             raise BadImage(path.name, "the mask and its raster have different positions")
 
 
-def write_labels(
-    path: Path, like: str, box: tuple[int, int, int, int] | None, labels: np.ndarray
-) -> None:
+def write_labels(path: Path, like: str, box: Box | None, labels: np.ndarray) -> None:
     """Write class numbers, uint8 (h, w), as a GeoTIFF with the position and size of ``like``.
 
     Args:
@@ -203,15 +207,25 @@ def write_labels(
             file.write(labels, 1, window=Window(*box) if box else None)
 
 
-@source("geotiff", extra="remote-sensing", options=("label", "bands", "tile"))
+def core_of(values: np.ndarray, location: Mapping[str, Any]) -> np.ndarray:
+    """Return the part of a tile's values (h, w, ...) in its core; see `RasterImages.location`."""
+    if location["core"] == location["box"]:
+        return values
+    (left, top, *_), (x, y, width, height) = location["box"], location["core"]
+    return values[y - top : y - top + height, x - left : x - left + width]
+
+
+@source("geotiff", extra="remote-sensing", options=("label", "bands", "tile", "overlap"))
 def open_geotiff(spec: DataSpec) -> Splits:
     """Open ``geotiff:PATTERN``: a file, a folder (at any depth) or a glob of rasters with the same
     bands.
 
     ``bands=B04,B03,B02`` selects bands by name or by number, from 1. ``tile=256`` cuts every
     raster into square tiles of 256 pixels, without overlap; the remainder at the right and lower
-    border is dropped. Without ``tile=``, a raster with more pixels than VIM_SSL_MAX_PIXELS is
-    skipped. No-data values become NaN. The group is the file. The ids are the paths, with the
+    border is dropped. With ``overlap=32``, neighbours overlap by 32 pixels and cover the whole
+    raster, as prediction needs: the last tiles end at its border, and a raster smaller than a tile
+    is one tile. Without ``tile=``, a raster with more pixels than VIM_SSL_MAX_PIXELS is skipped.
+    No-data values become NaN. The group is the file. The ids are the paths, with the
     tile's row and column. ``label=folder`` makes the outermost folder the class. Folders are splits
     if all are named train, val or test.
 
@@ -227,6 +241,11 @@ def open_geotiff(spec: DataSpec) -> Splits:
     source = f"geotiff:{spec.location}"
     rasterio = import_rasterio()
     check_option(spec, "label", ("folder", "none"))
+    if spec.overlap and spec.overlap >= (spec.tile or 0):
+        raise ValueError(
+            f"{source}: overlap={spec.overlap} needs tile= with a larger number, such as "
+            f"tile={8 * spec.overlap}; got tile={spec.tile}."
+        )
     root, names, masks_root, mask_of = match_masks(spec, "raster", TIFFS)
 
     def choose(spec: DataSpec) -> ImageData:
@@ -248,11 +267,12 @@ def open_geotiff(spec: DataSpec) -> Splits:
         ids: list[str] = []
         groups: list[str] = []
         for name, raster in rasters.items():
-            boxes = _boxes(raster.width, raster.height, spec.tile)
+            boxes = _boxes(raster.width, raster.height, spec.tile, spec.overlap)
             if not boxes:
                 faults.append(f"{name} ({raster.width}x{raster.height}) is smaller than a tile")
-            tiles += [Tile(tuple((name, number) for number in numbers), box) for _, box in boxes]
-            ids += [name + suffix for suffix, _ in boxes]
+            of_raster = tuple((name, number) for number in numbers)
+            tiles += [Tile(of_raster, box, core) for _, box, core in boxes]
+            ids += [name + suffix for suffix, *_ in boxes]
             groups += [name] * len(boxes)
         if not tiles:
             count = len(layout.names)
@@ -261,7 +281,7 @@ def open_geotiff(spec: DataSpec) -> Splits:
         if masks_root:
             used = [mask_of[name] for name in dict.fromkeys(groups)]
             classes = named_classes(Path(spec.location).expanduser(), masks_root, used, _numbers)
-            masks = RasterMasks(str(masks_root), tiles, str(root), mask_of, len(classes))
+            masks = RasterMasks(str(masks_root), tiles, mask_of, len(classes))
         label_of = layout.label_of
         return ImageData(
             RasterImages(str(root), tiles), ids, name=str(spec), masks=masks,
@@ -381,13 +401,28 @@ def choose_bands(requested: str | None, names: Sequence[str], source: str) -> li
 
 
 def _boxes(
-    width: int, height: int, tile: int | None
-) -> list[tuple[str, tuple[int, int, int, int] | None]]:
-    """Return (id suffix, box) of every tile."""
+    width: int, height: int, tile: int | None, overlap: int | None
+) -> list[tuple[str, Box | None, Box | None]]:
+    """Return (id suffix, box, core) of every tile."""
     if tile is None:
-        return [("", None)]
+        return [("", None, None)]
     return [
-        (f"/{row:03d}-{column:03d}", (column * tile, row * tile, tile, tile))
-        for row in range(height // tile)
-        for column in range(width // tile)
+        (f"/{row:03d}-{column:03d}", *map(_box, zip(across, down, strict=True)))
+        for row, down in enumerate(_spans(height, tile, overlap))
+        for column, across in enumerate(_spans(width, tile, overlap))
     ]
+
+
+def _spans(side: int, tile: int, overlap: int | None) -> list[tuple[range, range]]:
+    """Return (pixels, core) of every tile along one side. Cores do not overlap: each ends in the
+    middle of the overlap with the next tile."""
+    if not overlap:
+        return [(range(i, i + tile),) * 2 for i in range(0, side - tile + 1, tile)]
+    spans = [range(i, min(i + tile, side)) for i in starts(side, tile, tile - overlap)]
+    cuts = [0, *((a.stop + b.start) // 2 for a, b in pairwise(spans)), side]
+    return [(span, range(*ends)) for span, ends in zip(spans, pairwise(cuts), strict=True)]
+
+
+def _box(sides: tuple[range, range]) -> Box:
+    across, down = sides
+    return across.start, down.start, len(across), len(down)

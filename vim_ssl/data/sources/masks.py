@@ -4,7 +4,6 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -52,9 +51,6 @@ class MaskFiles(FileImages):
         if self.zero_is_none:
             values = np.where((values == 0) | (values == IGNORE), IGNORE, values - 1)
         return values.astype(np.uint8)
-
-    def location(self, row: int) -> dict[str, Any]:
-        return {}
 
 
 def read_mask(path: str | Path) -> np.ndarray:

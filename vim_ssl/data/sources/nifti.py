@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
@@ -83,7 +84,7 @@ def open_nifti(spec: DataSpec) -> Splits:
             masks = PlaneMasks(str(masks_root), planes, volumes, axis, len(classes))
         label_of = layout.label_of
         return ImageData(
-            PlaneImages(str(root), planes, axis, window),
+            PlaneImages(str(root), planes, axis, window, volumes),
             [f"{name}/{plane:04d}" for name, plane in planes],
             name=str(spec), labels=[label_of[name] for name, _ in planes] if label_of else None,
             classes=classes, masks=masks, splits=layout.splits,
@@ -126,6 +127,7 @@ class PlaneImages(OnDisk):
 
     axis: int
     window: Window
+    volumes: dict[str, Volume]
 
     def names(self, row: int) -> list[str]:
         return [self.rows[row][0]]
@@ -137,6 +139,16 @@ class PlaneImages(OnDisk):
         except Exception as error:  # readers raise errors of nearly any type
             raise BadImage(name, f"the volume cannot be read ({error})") from error
         return upright(volume, plane, self.axis)
+
+    def location(self, row: int) -> dict[str, Any]:
+        """Return ``volume`` (its name), ``plane``, ``planes``, ``spacing``, and ``file`` and
+        ``axis``; see `vim_ssl.metrics.volumes.VolumeMetrics.add` and `write_volume`."""
+        name, plane = self.rows[row]
+        volume = self.volumes[name]
+        return {
+            "volume": name, "plane": plane, "planes": volume.planes, "spacing": volume.spacing,
+            "file": os.path.join(self.root, name), "axis": self.axis,
+        }  # fmt: skip
 
 
 @dataclass(eq=False)
@@ -159,18 +171,42 @@ class PlaneMasks(OnDisk):
             raise BadImage(name, f"the mask cannot be read ({error})") from error
         return checked(upright(volume, plane, self.axis), size, name, self.classes)
 
-    def location(self, row: int) -> dict[str, Any]:
-        """Return the arguments of `vim_ssl.metrics.volumes.VolumeMetrics.add`."""
-        name, plane = self.rows[row]
-        volume = self.volumes[name]
-        return {"volume": name, "plane": plane, "planes": volume.planes, "spacing": volume.spacing}
-
 
 def upright(volume: np.ndarray, plane: int, axis: int) -> np.ndarray:
     """Return the plane with index ``plane`` along ``axis`` of a volume in canonical (RAS) axes,
     oriented with anterior or superior at the top."""
     # Not take(): with NIfTI's memory order it copies the whole volume.
     return np.array(np.moveaxis(volume, axis, 0)[plane][:, ::-1].T)
+
+
+def write_volume(path: Path, like: str, axis: int, planes: Mapping[int, np.ndarray]) -> None:
+    """Write class numbers as a NIfTI volume with the shape, axes and position of ``like``.
+
+    Args:
+        like: path of a volume.
+        axis: the canonical axis perpendicular to the planes, as in `upright`.
+        planes: index → uint8 (h, w), as from `upright`; missing planes become `IGNORE`. Read one
+            by one.
+    Raises: ValueError for a plane of another size.
+    """
+    nibabel = import_nibabel()
+    source = nibabel.load(like)
+    volume = np.full(_canonical_shape(source), IGNORE, np.uint8)
+    for index in planes:
+        target, values = np.moveaxis(volume, axis, 0)[index], planes[index].T[:, ::-1]
+        if target.shape != values.shape:
+            raise ValueError(
+                f"plane {index} has {values.shape} pixels, those of {like} {target.shape}."
+            )
+        target[...] = values
+    turned = nibabel.io_orientation(source.affine)
+    back = nibabel.orientations.ornt_transform([[0, 1], [1, 1], [2, 1]], turned)
+    image = nibabel.Nifti1Image(nibabel.apply_orientation(volume, back), source.affine)
+    for which in ("qform", "sform"):  # which of both a viewer uses
+        code = int(source.header[f"{which}_code"]) if f"{which}_code" in source.header else 1
+        getattr(image, f"set_{which}")(source.affine, code)
+    image.header.set_xyzt_units(source.header.get_xyzt_units()[0])
+    image.to_filename(path)
 
 
 def _classes(root: Path, masks_root: Path, masks: list[str]) -> list[str]:
