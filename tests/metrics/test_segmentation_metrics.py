@@ -4,6 +4,7 @@ import csv
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from vim_ssl.data.labels import IGNORE
@@ -127,5 +128,9 @@ def test_colours_are_all_different():
     colours = class_colours(255)
     assert colours.shape == (256, 3)
     assert len({tuple(c) for c in colours.tolist()}) == 256
-    # As PASCAL VOC paints its background, its first class, and what has none.
-    assert [colours[i].tolist() for i in (0, 1, -1)] == [[0] * 3, [128, 0, 0], [224, 224, 192]]
+    # As PASCAL VOC paints its background and what has no label; the first classes are vivid.
+    assert [colours[i].tolist() for i in (0, -1)] == [[0] * 3, [224, 224, 192]]
+    first = colours[1:13].int()
+    apart = (first[:, None] - first).abs().sum(-1) + 1000 * torch.eye(12)
+    assert apart.min() > 100
+    assert first.amax(1).min() >= 128

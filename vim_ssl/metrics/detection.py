@@ -3,6 +3,7 @@
 import io
 import json
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -41,19 +42,8 @@ class DetectionMetrics:
         """Add the detections in image ``index``; see `Detection.predict`."""
         self._evaluated.append(index)
         image, _ = self.data.annotated(index)
-        for i, (left, top, right, bottom) in enumerate(detections["boxes"].tolist()):
-            result = {
-                "image_id": image["id"],
-                "category_id": (self.data.categories or [])[int(detections["labels"][i])]["id"],
-                "bbox": [round(x, 2) for x in (left, top, right - left, bottom - top)],
-                "score": round(float(detections["scores"][i]), 5),
-            }
-            if "mask" in self.kinds:
-                mask = np.asfortranarray(detections["masks"][i].astype(np.uint8))
-                rle = mask_tools().encode(mask)
-                size = [int(side) for side in rle["size"]]
-                result["segmentation"] = {"size": size, "counts": rle["counts"].decode()}
-            self.results.append(result)
+        for one in coco_results(detections, self.data.categories or [], "mask" in self.kinds):
+            self.results.append({"image_id": image["id"], **one})
 
     def compute(self) -> dict[str, float | None]:
         """Compute, in per cent rounded to 0.01, for boxes (``box_…``) and masks (``mask_…``):
@@ -104,6 +94,31 @@ class DetectionMetrics:
         columns = {"objects": "objects", "found": "found"}
         columns |= {f"{kind} AP": f"{kind}_ap" for kind in self.kinds}
         return class_table(self.per_class(), "objects", columns)
+
+
+def coco_results(
+    detections: dict[str, np.ndarray], categories: Sequence[dict[str, Any]], masks: bool
+) -> list[dict[str, Any]]:
+    """Convert the detections in an image to COCO's results, without the id of the image.
+
+    Args:
+        detections: see `Detection.predict_image`.
+        categories: the ``id`` of each class.
+        masks: also convert the masks, to compressed RLE.
+    """
+    results = []
+    for i, (left, top, right, bottom) in enumerate(detections["boxes"].tolist()):
+        result = {
+            "category_id": categories[int(detections["labels"][i])]["id"],
+            "bbox": [round(x, 2) for x in (left, top, right - left, bottom - top)],
+            "score": round(float(detections["scores"][i]), 5),
+        }
+        if masks:
+            rle = mask_tools().encode(np.asfortranarray(detections["masks"][i].astype(np.uint8)))
+            size = [int(side) for side in rle["size"]]
+            result["segmentation"] = {"size": size, "counts": rle["counts"].decode()}
+        results.append(result)
+    return results
 
 
 def evaluate_coco(truth: dict[str, Any], results: list[dict[str, Any]], kind: str) -> Any:

@@ -1,4 +1,4 @@
-"""Image grids of ground truth and predictions, with a legend of the classes."""
+"""Drawings of ground truth and predictions: grids, overlays, legends of the classes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,8 +10,17 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 SIDE = 320  # longer side of a panel in pixels
+LARGE = 1024  # maximum longer side of an overlay in pixels
 GAP = 6
 GRID_ROWS = 8  # images per grid
+UNLABELLED = 255  # class number of unlabelled pixels
+OPACITY = 0.5  # of a class over the image
+Colour = tuple[int, int, int]
+# Colours of the classes from 1 on that stay apart on a photograph, in order of contrast.
+VIVID = (
+    (230, 25, 75), (0, 130, 255), (255, 225, 25), (60, 180, 75), (240, 50, 230), (245, 130, 48),
+    (70, 240, 240), (145, 30, 180), (190, 240, 60), (250, 170, 200), (0, 128, 128), (170, 110, 40),
+)  # fmt: skip
 
 
 def image_grid(
@@ -23,7 +32,7 @@ def image_grid(
 
     Args:
         rows: lists of panels; all panels in a row have the same size.
-        titles: titles of the columns.
+        titles: titles of the columns; if all are empty, there is no line for them.
         legend: pairs of colour (red, green, blue, 0 to 255) and name.
     """
     font = ImageFont.load_default(14)
@@ -36,7 +45,7 @@ def image_grid(
             x, y = GAP, y + 20
         entries.append((x, y, colour, name))
         x += need
-    title, below = 24, y + 20 + GAP
+    title, below = 24 if any(titles) else GAP, y + 20 + GAP if legend else 0
     height = title + sum(row[0].height + GAP for row in rows)
     grid = Image.new("RGB", (width, height + below), "white")
     pen = ImageDraw.Draw(grid)
@@ -62,17 +71,68 @@ def panel_size(size: tuple[int, int]) -> tuple[int, int]:
     return width, height
 
 
+def overlay_size(size: tuple[int, int]) -> tuple[int, int]:
+    """Size (width, height) of a single overlay: the image's, unless it is too large, or too small
+    for a legend."""
+    scale = min(LARGE / max(size), max(SIDE / max(size), 1), 8)
+    width, height = (max(round(side * scale), 1) for side in size)
+    return width, height
+
+
 def class_colours(classes: int) -> Tensor:
     """Return class colours, (classes + 1, 3) uint8; the last one is for unlabelled pixels. They are
     distinct for up to 255 classes.
 
-    These are PASCAL VOC's colours: the bits of a class index, spread over red, green and blue. The
-    first class, usually the background, is black; unlabelled pixels (255) are nearly white.
+    The first class, usually the background, is black, the next ones are `VIVID`. The others, and
+    nearly white for unlabelled pixels (255), are PASCAL VOC's: the bits of the class index, spread
+    over red, green and blue.
     """
-    numbers = torch.tensor([*range(classes), 255])
+    numbers = torch.tensor([*range(classes), UNLABELLED])
     shifts = torch.arange(8)
     bits = numbers[:, None, None] >> (3 * shifts + torch.arange(3)[:, None]) & 1  # (n, 3, 8)
-    return (bits << (7 - shifts)).sum(2).to(torch.uint8)
+    colours = (bits << (7 - shifts)).sum(2).to(torch.uint8)
+    vivid = torch.tensor(VIVID[: max(classes - 1, 0)], dtype=torch.uint8)
+    colours[1 : 1 + len(vivid)] = vivid
+    return colours
+
+
+def overlay_mask(image: Image.Image, mask: np.ndarray, classes: int) -> Image.Image:
+    """Paint the classes over an image, with their borders; class 0 stays as it is.
+
+    Args:
+        image: any size and mode.
+        mask: class numbers (h, w), 255 for unlabelled pixels; resized to the image.
+    """
+    size = image.size
+    if mask.shape != (size[1], size[0]):
+        mask = np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
+    colours = class_colours(classes).numpy().astype(np.float32)
+    pixels = np.asarray(image.convert("RGB"), np.float32)
+    number = np.minimum(mask, classes)
+    opacity = np.where(number == 0, 0, OPACITY)
+    border = np.zeros(mask.shape, bool)
+    for axis in (0, 1):
+        differs = np.diff(number, axis=axis) != 0
+        after = [(int(i == axis), 0) for i in (0, 1)]
+        border |= np.pad(differs, after) | np.pad(differs, [pair[::-1] for pair in after])
+    opacity = np.where(border & (number > 0), 1, opacity)[..., None]
+    painted = pixels * (1 - opacity) + colours[number] * opacity
+    return Image.fromarray(painted.round().astype(np.uint8))
+
+
+def mask_legend(pixels: Sequence[int], classes: Sequence[str]) -> list[tuple[Sequence[int], str]]:
+    """Return the legend of an overlay: colour, name and share of the classes that occur.
+
+    Args:
+        pixels: number of pixels of each class, and at the end of unlabelled ones.
+    """
+    colours, total = class_colours(len(classes)).tolist(), max(sum(pixels), 1)
+    names = [f"{name} (not painted)" if not i else name for i, name in enumerate(classes)]
+    return [
+        (colour, f"{name} {100 * count / total:.1f} %")
+        for colour, name, count in zip(colours, [*names, "no prediction"], pixels, strict=True)
+        if count
+    ]
 
 
 def mask_grid(
@@ -109,27 +169,53 @@ def overlay_objects(
     labels: Tensor,
     classes: Sequence[str],
     masks: Tensor | None = None,
+    scores: Sequence[float] | None = None,
 ) -> Tensor:
-    """Draw boxes, and masks if given, over an image in the colours of their classes.
+    """Draw boxes, and masks and scores if given, over an image in the colours of their classes.
 
     Args:
         image: uint8 (c, h, w); unless there are three channels, the first is drawn in grey.
         boxes: (n, 4), left, top, right, bottom in pixels.
         labels: (n,), class indices.
         masks: bool (n, h, w).
+        scores: n numbers. The object with the highest one is drawn last, above the others.
     Returns: uint8 (3, h, w).
     """
-    from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
-
     image = image if len(image) == 3 else image[:1].expand(3, -1, -1)
     if not len(boxes):
         return image
-    palette = _object_colours(len(classes))
+    palette = object_colours(len(classes))
     colours = [tuple(palette[label]) for label in labels.tolist()]
-    if masks is not None:
-        image = draw_segmentation_masks(image, masks, 0.5, colours)
-    names = [classes[label] for label in labels.tolist()]
-    return draw_bounding_boxes(image, boxes, names if len(classes) > 1 else None, colours)
+    order = range(len(boxes)) if scores is None else np.argsort(scores, kind="stable")
+    pixels = image.permute(1, 2, 0).numpy().copy()
+    for i in order if masks is not None else ():
+        inside = masks[i].numpy()
+        blended = (1 - OPACITY) * pixels[inside] + OPACITY * np.array(colours[i])
+        pixels[inside] = blended.round().astype(np.uint8)
+    drawn = Image.fromarray(pixels)
+    for i in order:
+        texts = [classes[labels[i]]] if len(classes) > 1 else []
+        texts += [] if scores is None else [f"{100 * scores[i]:.0f} %"]
+        _draw_box(drawn, boxes[i].tolist(), colours[i], " ".join(texts))
+    return F.pil_to_tensor(drawn)
+
+
+def _draw_box(image: Image.Image, box: Sequence[float], colour: Colour, text: str) -> None:
+    """Draw a box, and its text above it, or inside if there is no room above."""
+    large = max(image.size) >= 2 * SIDE
+    font, width = ImageFont.load_default(14 if large else 10), 2 if large else 1
+    pen = ImageDraw.Draw(image)
+    left, top, right, bottom = (round(value) for value in box)
+    pen.rectangle((left, top, max(right, left + 1), max(bottom, top + 1)), None, colour, width)
+    if not text:
+        return
+    ends = pen.textbbox((0, 0), text, font)
+    wide, high = int(ends[2]) + 4, int(ends[3]) + 3
+    x = max(min(left, image.width - wide), 0)
+    y = top - high if top >= high else max(top, 0)
+    pen.rectangle((x, y, x + wide, y + high), colour)
+    bright = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2] > 140
+    pen.text((x + 2, y + 1), text, "black" if bright else "white", font)
 
 
 def object_grid(
@@ -143,26 +229,42 @@ def object_grid(
     """
     panels, used = [], set()
     for image, item, detections in rows:
-        width, height = panel_size(image.size)
-        pixels = F.pil_to_tensor(image.convert("RGB").resize((width, height)))
-        factors = torch.tensor([width / image.width, height / image.height] * 2)
-        row = []
-        for objects, labels in ((item, item["box_labels"]), (detections, detections["labels"])):
-            masks = objects.get("masks")
-            if masks is not None and len(masks):
-                masks = F.resize(torch.from_numpy(masks.astype(np.uint8)), [height, width]) > 0
-            else:
-                masks = None
-            boxes = torch.from_numpy(objects["boxes"]) * factors
-            panel = overlay_objects(pixels, boxes, torch.from_numpy(labels), classes, masks)
-            row.append(F.to_pil_image(panel))
-            used |= set(labels.tolist())
-        panels.append(row)
-    palette = _object_colours(len(classes))
+        truth = item | {"labels": item["box_labels"]}
+        size = panel_size(image.size)
+        panels.append([object_panel(image, one, classes, size) for one in (truth, detections)])
+        used |= {*truth["labels"].tolist(), *detections["labels"].tolist()}
+    palette = object_colours(len(classes))
     legend = [(palette[i], classes[i]) for i in sorted(used)]
     return image_grid(panels, ("truth", "prediction"), legend)
 
 
-def _object_colours(classes: int) -> list[list[int]]:
+def object_panel(
+    image: Image.Image,
+    objects: dict[str, Any],
+    classes: Sequence[str],
+    size: tuple[int, int],
+    scores: Sequence[float] | None = None,
+) -> Image.Image:
+    """Draw objects over an image resized to ``size`` (width, height).
+
+    Args:
+        objects: ``boxes``, ``labels`` and perhaps ``masks``; see `Detection.predict`.
+        scores: see `overlay_objects`.
+    """
+    width, height = size
+    pixels = F.pil_to_tensor(image.convert("RGB").resize(size))
+    factors = torch.tensor([width / image.width, height / image.height] * 2)
+    masks = objects.get("masks")
+    if masks is not None and len(masks):
+        grey = (Image.fromarray(255 * mask.astype(np.uint8)).resize(size) for mask in masks)
+        masks = torch.from_numpy(np.stack([np.asarray(mask) >= 128 for mask in grey]))
+    else:
+        masks = None
+    boxes, labels = (torch.from_numpy(objects[key]) for key in ("boxes", "labels"))
+    drawn = overlay_objects(pixels, boxes * factors, labels, classes, masks, scores)
+    return F.to_pil_image(drawn)
+
+
+def object_colours(classes: int) -> list[list[int]]:
     """Class colours without black, the colour of the background."""
     return class_colours(classes + 1)[1:].tolist()
