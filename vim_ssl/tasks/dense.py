@@ -145,7 +145,7 @@ def predictions(
 
     Args:
         skipped: receives the errors of images that cannot be read.
-    Yields: the index, the item, the output of ``model.predict``, and whether to draw it.
+    Yields: the index, the item, the output of ``model.predict_image``, and whether to draw it.
     Raises: ValueError if no image can be read.
     """
     training = model.training
@@ -157,7 +157,7 @@ def predictions(
         except BadImage as bad:
             skipped.append(str(bad))
             continue
-        yield i, item, model.predict(item["image"]), i in drawn
+        yield i, item, model.predict_image(item["image"]), i in drawn
     model.train(training)
     if len(skipped) == len(data):
         raise ValueError(f"none of the {len(data)} images could be read: {skipped[:3]}")

@@ -1,12 +1,14 @@
 """Atomic file writes, text files, cache folders."""
 
 import csv
+import json
 import os
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 def atomic_write(path: Path, content: bytes | str) -> None:
@@ -49,6 +51,28 @@ def atomic_path(path: Path, *, shared: bool = True) -> Iterator[Path]:
         if partial.is_dir():
             shutil.rmtree(partial)
         partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON atomically, piece by piece to limit memory: ``content`` is an iterator, which
+    becomes a list, or a dict whose values may be iterators."""
+    with atomic_path(path) as partial, partial.open("w") as file:
+        file.writelines(_json(content))
+
+
+def _json(content: Any) -> Iterator[str]:
+    if isinstance(content, dict) and any(isinstance(x, Iterator) for x in content.values()):
+        for i, (key, value) in enumerate(content.items()):
+            yield f"{',' if i else '{'}\n{json.dumps(key)}: "
+            yield from _json(value)
+        yield "}\n"
+    elif isinstance(content, Iterator):
+        yield "["
+        for i, value in enumerate(content):
+            yield f"{',' if i else ''}\n{json.dumps(value)}"
+        yield "]"
+    else:
+        yield json.dumps(content)
 
 
 def fsync_path(path: Path) -> None:

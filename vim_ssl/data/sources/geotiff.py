@@ -3,7 +3,7 @@ BigEarthNet use this module too."""
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -187,6 +187,19 @@ def write_labels(path: Path, like: str, box: Box | None, labels: np.ndarray) -> 
         box: the part to write (left, top, width, height); None for all. Successive calls write
             boxes of the same raster to the same file; the rest is no-data, 255.
     """
+    with open_labels(path, like, new=box is None) as write:
+        write(box, labels)
+
+
+@contextmanager
+def open_labels(
+    path: Path, like: str, *, new: bool = True
+) -> Iterator[Callable[[Box | None, np.ndarray], None]]:
+    """Open a file of class numbers as `write_labels` does; yield the function that writes a box.
+
+    Args:
+        new: replace an existing file; otherwise continue it, if its size is that of ``like``.
+    """
     rasterio = import_rasterio()
     from rasterio.windows import Window
 
@@ -196,15 +209,29 @@ def write_labels(path: Path, like: str, box: Box | None, labels: np.ndarray) -> 
                    "nodata": IGNORE, "compress": "deflate", "BIGTIFF": "IF_SAFER",
                    # Tiled, since writing a box rewrites every block or strip that it crosses.
                    "tiled": True, "blockxsize": BLOCK, "blockysize": BLOCK}  # fmt: skip
-    new = True
-    if box and path.exists():
+    new = new or not path.exists()
+    if not new:
         with _opened(path) as written:
             new = (written.width, written.height) != (profile["width"], profile["height"])
     path.parent.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
         with rasterio.open(path, "w", **profile) if new else rasterio.open(path, "r+") as file:
-            file.write(labels, 1, window=Window(*box) if box else None)
+
+            def write(box: Box | None, labels: np.ndarray) -> None:
+                file.write(labels, 1, window=Window(*box) if box else None)
+
+            yield write
+
+
+def raster_grid(path: str) -> tuple[int, int, float | None]:
+    """Return the width and height of a raster, and the area of a pixel in square metres; None if
+    its coordinates are not lengths."""
+    with _opened(path) as file:
+        at, area = file.transform, None
+        if file.crs and file.crs.is_projected:
+            area = abs(at.a * at.e - at.b * at.d) * file.crs.linear_units_factor[1] ** 2
+        return file.width, file.height, area
 
 
 def core_of(values: np.ndarray, location: Mapping[str, Any]) -> np.ndarray:

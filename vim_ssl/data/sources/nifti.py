@@ -1,8 +1,9 @@
 """``nifti:``: the planes of NIfTI volumes as 8-bit images."""
 
+import gzip
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
@@ -179,21 +180,22 @@ def upright(volume: np.ndarray, plane: int, axis: int) -> np.ndarray:
     return np.array(np.moveaxis(volume, axis, 0)[plane][:, ::-1].T)
 
 
-def write_volume(path: Path, like: str, axis: int, planes: Mapping[int, np.ndarray]) -> None:
-    """Write class numbers as a NIfTI volume with the shape, axes and position of ``like``.
+def write_volume(
+    path: Path, like: str, axis: int, planes: Iterable[tuple[int, np.ndarray]]
+) -> None:
+    """Write class numbers as a compressed NIfTI volume with the axes and position of ``like``.
 
     Args:
         like: path of a volume.
         axis: the canonical axis perpendicular to the planes, as in `upright`.
-        planes: index → uint8 (h, w), as from `upright`; missing planes become `IGNORE`. Read one
-            by one.
+        planes: index and uint8 (h, w), as from `upright`; missing planes become `IGNORE`.
     Raises: ValueError for a plane of another size.
     """
     nibabel = import_nibabel()
     source = nibabel.load(like)
     volume = np.full(_canonical_shape(source), IGNORE, np.uint8)
-    for index in planes:
-        target, values = np.moveaxis(volume, axis, 0)[index], planes[index].T[:, ::-1]
+    for index, plane in planes:
+        target, values = np.moveaxis(volume, axis, 0)[index], plane.T[:, ::-1]
         if target.shape != values.shape:
             raise ValueError(
                 f"plane {index} has {values.shape} pixels, those of {like} {target.shape}."
@@ -206,7 +208,7 @@ def write_volume(path: Path, like: str, axis: int, planes: Mapping[int, np.ndarr
         code = int(source.header[f"{which}_code"]) if f"{which}_code" in source.header else 1
         getattr(image, f"set_{which}")(source.affine, code)
     image.header.set_xyzt_units(source.header.get_xyzt_units()[0])
-    image.to_filename(path)
+    path.write_bytes(gzip.compress(image.to_bytes(), mtime=0))
 
 
 def _classes(root: Path, masks_root: Path, masks: list[str]) -> list[str]:
