@@ -4,16 +4,21 @@
     python downstream/predict.py --encoder RUN --data photos/ --output classes.csv
     python downstream/predict.py --encoder RUN --data 'wds:shards/*.tar' --output classes.parquet
     python downstream/predict.py --encoder CLIP_RUN --data photos/ --classes cat dog "polar bear"
-    python downstream/predict.py --encoder SEGMENTATION_RUN --data scenes/ --output masks/
+    python downstream/predict.py --encoder SEGMENTATION_RUN --data 'geotiff:scenes/' --output out
+    python downstream/predict.py --encoder DETECTION_RUN --data photos/ --score 0.3 --output out
     python downstream/predict.py --encoder VIDEO_RUN --data clip.mp4
 
-The run determines the output: classes as a table (.csv, .parquet or .jsonl), a mask per image, or
-boxes. Data are a folder, a file, or any data spec; labels are not needed and not used. A path
-without a scheme is read as the training data were, with the same bands, window or frames. All
-images are predicted unless ``?split=`` names a split. Broken images are counted and named. After a
-kill the same command resumes. For slides, ``--data`` is the folder that embed.py wrote.
+The run determines the output: classes as a table (.csv, .parquet or .jsonl); a folder of masks and
+overlays, as GeoTIFF for rasters and NIfTI for volumes (`MaskWriter`); or a folder with a COCO file
+and drawings (`BoxWriter`).
+
+Data are a folder, a file, or any data spec; labels are not needed and not used. A path without a
+scheme is read as the training data were, with the same bands, window or frames. All images are
+predicted unless ``?split=`` names a split. Broken images are counted and named. After a kill the
+same command resumes. For slides, ``--data`` is the folder that embed.py wrote.
 """
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,12 +31,14 @@ from vim_ssl.data.bands import check_bands
 from vim_ssl.data.inputs import open_new
 from vim_ssl.models.encoder import VimEncoder
 from vim_ssl.objectives.zero_shot import TEMPLATES, class_names
+from vim_ssl.tasks.detection import MIN_SCORE
 from vim_ssl.tasks.models import newest_model
+from vim_ssl.tasks.outputs import BoxWriter, MaskWriter
 from vim_ssl.tasks.prediction import Predicted, Writer, predict_data
 from vim_ssl.tasks.slides import read_slides
-from vim_ssl.tasks.tables import TableWriter
+from vim_ssl.tasks.tables import FORMATS, TableWriter
 from vim_ssl.training.run import task_folder
-from vim_ssl.utils.config import opt, parse
+from vim_ssl.utils.config import check_between, opt, parse
 from vim_ssl.utils.distributed import pick_device
 from vim_ssl.utils.files import read_text
 
@@ -56,13 +63,15 @@ class Config:
     templates: tuple[str, ...] = opt(
         TEMPLATES, "image-text runs: sentences about a class; {} is its name"
     )
+    overlays: bool = opt(True, "segmentation, detection: also draw each image with the result")
+    score: float = opt(MIN_SCORE, "detection: minimum score of objects that are drawn and counted")
     batch_size: int = opt(32, "images per batch")
     workers: int = opt(0, "data loading processes")
     device: str = opt("", "cpu, cuda …; default: cuda if available")
 
     def __post_init__(self):
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size is {self.batch_size}; it must be 1 or more.")
+        check_between(self, 1, math.inf, "batch_size")
+        check_between(self, 0, 1, "score")
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -75,7 +84,7 @@ def run(config: Config) -> dict[str, Any]:
         model = name_classes(model, config, data)
     elif config.classes or config.texts:
         raise ValueError(f"{source} has its classes ({_some(model.classes)}); omit --classes.")
-    writer = build_writer(model, config, source)
+    writer = build_writer(model, config, source, data)
     print(f"Model {source}: {model.task}, {len(model.classes):,} classes ({_some(model.classes)})",
           flush=True)  # fmt: skip
     predicted = predict_data(
@@ -103,7 +112,10 @@ def open_for(model: Any, spec: str) -> Any:
                 "--data slide:SLIDES --output FEATURES, with the encoder of the training slides."
             )
         return read_slides(spec, model.made_of)
-    data = open_new(spec, model.trained_on, tiles=model.task == "classification")
+    # A model that resizes by the short side has to read whole rasters, at the scale of training.
+    overlap = model.window if model.task == "segmentation" and not model.pixels.short_side else 0
+    tiles = model.task == "classification"
+    data = open_new(spec, model.trained_on, tiles=tiles, overlap=overlap)
     expected = "video" if getattr(model.encoder, "reads_clips", False) else "image"
     if data.kind != expected:
         raise ValueError(
@@ -132,9 +144,21 @@ def name_classes(clip: Any, config: Config, data: Any) -> Any:
     return clip.classifier(classes, texts=config.texts, templates=config.templates)
 
 
-def build_writer(model: Any, config: Config, source: str) -> Writer:
-    """Return the writer for the model's task and the output."""
+def build_writer(model: Any, config: Config, source: str, data: Any) -> Writer:
+    """Return the writer for the model's task and the output.
+
+    Raises: ValueError for a file as the output of masks or objects.
+    """
     folder = task_folder("predict", source, config.data)
+    if model.task in ("segmentation", "detection"):
+        output = Path(config.output or folder)
+        if output.is_file() or output.suffix in FORMATS:
+            raise ValueError(
+                f"--output is {output}, but {model.task} writes a folder; give a folder."
+            )
+        if model.task == "segmentation":
+            return MaskWriter(output, model, data, overlays=config.overlays)
+        return BoxWriter(output, model, data, score=config.score, drawings=config.overlays)
     output = Path(config.output or folder / TABLE)
     if output.is_dir() or not output.suffix:
         output = output / TABLE

@@ -14,6 +14,7 @@ from vim_ssl import VimEncoder
 from vim_ssl.data import open_data
 from vim_ssl.data.inputs import open_new
 from vim_ssl.data.labels import IGNORE
+from vim_ssl.downstream import predict as predict_script
 from vim_ssl.tasks.detection import Detection
 from vim_ssl.tasks.outputs import BoxWriter, MaskWriter
 from vim_ssl.tasks.prediction import predict_data
@@ -423,3 +424,53 @@ def test_a_real_detector_writes_what_it_detects(tmp_path):
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert len(results) == len(found["boxes"]) > 0
     assert [one["score"] for one in results] == pytest.approx(found["scores"].tolist(), abs=1e-5)
+
+
+# ------------------------------------------------------------------------- the command
+
+
+def run_of(tmp_path, model, data: str) -> str:
+    model.save(tmp_path / "run", {"data": data})
+    return str(tmp_path / "run")
+
+
+def test_a_raster_above_the_limit_is_labelled_by_command(tmp_path, monkeypatch, capsys):
+    """In tiles that nobody asked for, with the margin of a window."""
+    monkeypatch.setenv("VIM_SSL_MAX_PIXELS", "3000")
+    monkeypatch.setattr("vim_ssl.data.inputs.TILE", 48)
+    mask = labels(75, 90)
+    rasterio, place = raster(tmp_path / "in/a.tif", np.stack([GREY[mask]] * 3))
+    model = segmentation(Segmentation)
+    run, out = run_of(tmp_path, model, "geotiff:elsewhere"), tmp_path / "out"
+    argv = ["--encoder", run, "--data", str(tmp_path / "in"), "--output", str(out)]
+    assert predict_script.main(argv) == 0
+    assert "pixels" in capsys.readouterr().out
+    with rasterio.open(out / "masks/a.tif") as file:
+        written = file.read(1)
+        assert file.transform == place["transform"]
+    whole = model.predict_image(Image.fromarray(GREY[mask]).convert("RGB"))
+    assert (written == whole).mean() > 0.9
+    assert (written != IGNORE).all()
+
+
+def test_objects_are_detected_by_command(tmp_path, capsys):
+    Image.fromarray(GREY[labels(50, 70)]).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"broken")
+    run = run_of(tmp_path, detector(Detection), "")
+    argv = ["--encoder", run, "--data", str(tmp_path), "--output", str(tmp_path / "out")]
+    assert predict_script.main([*argv, "--score", "0", "--no-overlays"]) == 0
+    assert "1 could not be read: b.png" in capsys.readouterr().out
+    assert files(tmp_path / "out") == [
+        "classes.csv", "images.csv", "predictions.json", "record.json", "results.json"
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="detection writes a folder; give a folder"):
+        predict_script.main([*argv[:-1], "out.csv"])
+
+
+def test_masks_that_do_not_fit_their_images_do_not_matter(tmp_path):
+    mask = labels()
+    draw(tmp_path / "images/a.png", mask)
+    (tmp_path / "masks").mkdir()
+    Image.fromarray(mask[:9]).save(tmp_path / "masks/a.png")
+    predict(f"masks:{tmp_path}", tmp_path / "out")
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "out/masks/a.png")), mask)

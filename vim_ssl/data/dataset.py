@@ -171,11 +171,11 @@ class ImageData(Dataset):
             item["image"] = self._decode(raw)
             if self._captions is not None:
                 item["caption"] = self._captions[self._rows[index]]
-            if self._masks is not None:
+            if self.has_masks and self._masks is not None:
                 image = item["image"]
                 size = image.shape[1::-1] if isinstance(image, np.ndarray) else image.size
                 item["mask"] = self._masks.read(self._rows[index], size)
-            if self._objects is not None:
+            if self.has_boxes and self._objects is not None:
                 item |= self._objects.read(self._rows[index], item["image"].size)
         except BadImage as error:
             raise BadImage(item["id"], error.reason) from error
@@ -261,6 +261,13 @@ class ImageData(Dataset):
         subset.groups = None if self.groups is None else [self.groups[i] for i in indices]
         return subset
 
+    def images_only(self) -> "ImageData":
+        """Return the same images without masks and boxes: these are not read, and an image whose
+        mask or boxes do not fit it is readable."""
+        images = self.subset(range(len(self)))
+        images.has_masks = images.has_boxes = images.has_outlines = False
+        return images
+
     @property
     def multi_label(self) -> bool:
         """Whether labels are rows of 0 and 1."""
@@ -277,8 +284,8 @@ class ImageData(Dataset):
         for i, row in enumerate(self._rows):
             size = sizes(row) if sizes else ""
             label = "" if self.labels is None else as_key(self.labels[i])
-            for truth in (self._masks, self._objects):
-                label = label if truth is None else truth.sizes(row)
+            for known, truth in ((self.has_masks, self._masks), (self.has_boxes, self._objects)):
+                label = truth.sizes(row) if known and truth is not None else label
             digest.update(f"{self.ids[i]}\0{size}\0{label}\n".encode(errors="surrogateescape"))
         return digest.hexdigest()
 

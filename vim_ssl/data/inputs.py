@@ -22,6 +22,7 @@ SCHEMES: dict[str | tuple[str, ...], str] = {
     TABLES: "csv", ".parquet": "parquet", ".tar": "wds", (".nii", ".nii.gz"): "nifti",
     ".dcm": "dicom", VIDEO_EXTENSIONS: "video", (".svs", ".ndpi"): "slide",
 }  # fmt: skip
+TILE = 2048  # side in pixels of the tiles of large rasters
 # Options that determine how files become images, by the schemes that have them. A model needs the
 # values that it was trained with.
 READING = {
@@ -31,9 +32,9 @@ READING = {
 
 
 def open_new(
-    spec: str | Path, trained_on: str = "", *, tiles: bool = False
+    spec: str | Path, trained_on: str = "", *, tiles: bool = False, overlap: int = 0
 ) -> ImageData | ImageStream:
-    """Open all images that a spec names; labels are not needed.
+    """Open all images that a spec names, without masks and boxes; labels are not needed.
 
     Differences from `open_data`: all splits are opened unless the spec names one, a single file is
     accepted, and a model's training data determine what the spec leaves open. A path without a
@@ -44,6 +45,8 @@ def open_new(
     Args:
         trained_on: the spec of the model's training data, if known.
         tiles: also cut rasters into tiles of the size that the model was trained on.
+        overlap: cut rasters into tiles that cover them and overlap by this many pixels, so that
+            their size is not limited; 0: whole rasters. A spec's ``tile`` and ``overlap`` win.
     Raises: see `open_data`.
     """
     if isinstance(spec, str) and len(sets_of(spec)) > 1:
@@ -58,10 +61,14 @@ def open_new(
         options += ("tile",) if tiles and parsed.scheme == "geotiff" else ()
         missing = [name for name in options if getattr(parsed, name) is None]
         parsed = replace(parsed, **{name: getattr(trained, name) for name in missing})
+    if parsed.scheme == "geotiff" and overlap and not parsed.overlap:
+        tile = parsed.tile or max(TILE, 4 * overlap)
+        parsed = replace(parsed, tile=tile, overlap=max(min(overlap, tile // 2), 1))
     if parsed.scheme == "folder" and path.is_file():
         files = FileImages(str(path.parent), [path.name])
         return ImageData(files, [path.name], name=str(parsed))
-    return open_data(str(parsed), split=parsed.split or "all", streams=True)
+    data = open_data(str(parsed), split=parsed.split or "all", streams=True)
+    return data.images_only() if isinstance(data, ImageData) else data
 
 
 def read_input(x: Any, trained_on: str = "") -> Any:

@@ -58,8 +58,9 @@ class Predictor:
         several = self.read(x)
         images = [x] if several is None else several
         results: list[Any] = []
-        for first in range(0, len(images), BATCH):
-            batch = [self.prepare(self.load(one)) for one in images[first : first + BATCH]]
+        step = BATCH if self.batched else 1
+        for first in range(0, len(images), step):
+            batch = [self.prepare(self.load(one)) for one in images[first : first + step]]
             results += self.predict_prepared(batch)
         return results[0] if several is None else results
 
