@@ -44,7 +44,7 @@ def run_seed(preset: str, seed: int, threads: int, folder: Path, more: list[str]
     train = ("--threads", str(threads))
     if not (out / "report.html").exists():  # not done yet, or interrupted: resume
         script("recipes/mim_pretrain.py", "--preset", preset, "--output", str(out), *train, *more)
-    script("downstream/linear_probe.py", "--encoder", str(out), "--no-cache")
+    script("downstream/linear_probe.py", "--encoder", str(out), "--no-cache", "--knn-k", "20")
     few = ("--encoder", str(out), "--labels-per-class", "10", *train)
     if not (out / "tuned" / "metrics.json").exists():
         script("downstream/finetune.py", *few, "--output", str(out / "tuned"))

@@ -62,7 +62,7 @@ def measure(task: str, encoder: str, seed: int) -> list[dict]:
     data, test_data, _ = TASKS[task]
     with tempfile.TemporaryDirectory() as folder:
         config = linear_probe.Config(
-            encoder=encoder, data=data, test_data=test_data, seed=seed, output=folder
+            encoder=encoder, data=data, test_data=test_data, seed=seed, output=folder, knn_k=20
         )
         result = probe_vit(config) if encoder == VIT else linear_probe.run(config)
     common = {"task": task, "encoder": encoder, "seed": seed}

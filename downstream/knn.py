@@ -5,12 +5,14 @@
     accelerate launch downstream/knn.py --data FOLDER            # images split over ranks
 
 The k training images with the highest cosine similarity vote for their labels, with weights
-exp(similarity / 0.07) (DINO, arXiv:2104.14294). Nothing is selected: every k and every readout is
-printed. By default features are not standardised; ``--standardise`` subtracts the mean of the
-training set and divides by its standard deviation. This is not the papers' protocol, but helps
-encoders trained to predict pixels.
+exp(similarity / 0.07) (DINO, arXiv:2104.14294). Two tables are printed. In the first, readout,
+metric and k are selected on a validation split of the training set, as in `linear_probe.py`, which
+gives the same result; the untrained encoder and raw pixels are compared. In the second, nothing is
+selected: every k and readout has a column or row, with the cosine of plain features as in papers.
+``--standardise`` subtracts the mean of the training set and divides by its standard deviation
+first, in both tables; this helps encoders trained to predict pixels.
 
-The metric is accuracy, or with several labels per image the mean average precision of the votes.
+The result is accuracy, or with several labels per image the mean average precision of the votes.
 """
 
 import sys
@@ -19,10 +21,28 @@ from dataclasses import dataclass
 from typing import Any
 
 from vim_ssl.cli import guarded
-from vim_ssl.evaluation.comparison import METRIC_TITLES, Comparison, ComparisonConfig, pivot
+from vim_ssl.evaluation.comparison import (
+    Comparison,
+    ComparisonConfig,
+    caption,
+    cell,
+    differences,
+    pivot,
+    sentence,
+    settings_table,
+)
 from vim_ssl.evaluation.extract import Features
-from vim_ssl.evaluation.knn import knn_votes, nearest
-from vim_ssl.metrics.classification import answer_metrics
+from vim_ssl.evaluation.knn import (
+    K_GRID,
+    TEMPERATURE,
+    choose_neighbours,
+    evaluate_neighbours,
+    knn_answers,
+    nearest,
+    usable_k,
+)
+from vim_ssl.metrics.bootstrap import Metric
+from vim_ssl.metrics.classification import answer_metrics, metric_columns
 from vim_ssl.tasks.runner import finish_run
 from vim_ssl.utils.config import opt, parse
 
@@ -31,13 +51,16 @@ from vim_ssl.utils.config import opt, parse
 class Config(ComparisonConfig):
     """Weighted nearest neighbours on frozen features."""
 
-    k: tuple[int, ...] = opt((10, 20, 100, 200), "numbers of nearest neighbours")
-    temperature: float = opt(0.07, "temperature of the vote weights; lower is sharper")
-    standardise: bool = opt(False, "standardise the features first")
+    k: tuple[int, ...] = opt(
+        (), f"numbers of nearest neighbours; default: those of {', '.join(map(str, K_GRID))} that "
+        "the training set has"
+    )  # fmt: skip
+    temperature: float = opt(TEMPERATURE, "temperature of the vote weights; lower is sharper")
+    standardise: bool = opt(False, "only use standardised features")
 
     def __post_init__(self):
-        if min(self.k, default=0) < 1:
-            raise ValueError(f"k is {self.k}; expected one or more numbers, each 1 or more.")
+        if min(self.k, default=1) < 1:
+            raise ValueError(f"k is {self.k}; expected numbers, each 1 or more.")
         if self.temperature <= 0:
             raise ValueError(f"temperature is {self.temperature:g}; it must be above 0.")
 
@@ -50,49 +73,87 @@ def vote(
 
     Args:
         readouts: name -> columns of the features.
+    Raises: ValueError if every k exceeds the bank; a k that does is left out.
     """
     rows = []
+    numbers = usable_k(config.k, len(bank.y))
     for readout, columns in readouts.items():
         similarity, neighbours = nearest(
-            bank.x[:, columns], queries.x[:, columns], k=max(config.k),
+            bank.x[:, columns], queries.x[:, columns], k=max(numbers),
             standardise=config.standardise, device=device,
         )  # fmt: skip
-        for k in config.k:
-            votes = knn_votes(
+        for k in numbers:
+            answers = knn_answers(
                 bank.y, similarity[:, :k], neighbours[:, :k], temperature=config.temperature
             )
             row: dict[str, Any] = {"features": name, "readout": readout, "k": k}
-            answer = votes.argmax(1) if bank.y.ndim == 1 else votes
-            for kind, metric in answer_metrics(answer, queries.y).items():
-                key = "knn" if kind == "main" else f"knn_{kind}"
-                row[key] = round(metric.value, 2)
-                row[f"{key}_ci"] = metric.interval(queries.groups, seed=config.seed)
-            rows.append(row)
+            metrics = answer_metrics(answers, queries.y)
+            rows.append(row | metric_columns(metrics, "knn", queries.groups, config.seed))
     return rows
+
+
+def select(
+    name: str, bank: Features, queries: Features, readouts: dict[str, slice], config: Config,
+    device: str,
+) -> tuple[dict[str, Any], dict[str, Metric]]:  # fmt: skip
+    """Return the row of the selected readout, metric and k, and its metrics; see
+    `choose_neighbours`."""
+    chosen, validation = choose_neighbours(
+        bank, readouts, k=config.k, standardise=(True,) if config.standardise else (True, False),
+        validation=config.validation, seed=config.seed, temperature=config.temperature,
+        device=device,
+    )  # fmt: skip
+    _, metrics = evaluate_neighbours(chosen, bank, queries, readouts, device)
+    row = {
+        "features": name, "readout": chosen.readout, "k": chosen.k, "metric": chosen.metric,
+        "validation": round(validation, 2),
+        **metric_columns(metrics, "knn", queries.groups, config.seed),
+    }  # fmt: skip
+    return row, metrics
 
 
 def run(config: Config) -> dict:
     comparison = Comparison("knn", config)
-    rows, skipped = [], []
-    for name, bank, queries, readouts in comparison.features():
-        rows += vote(name, bank, queries, readouts, config, comparison.device)
-        skipped = bank.skipped + queries.skipped
+    usable_k(config.k, len(comparison.train))  # raises before anything is computed
+    rows, selected, metrics = [], [], {}
+    groups, skipped, size = None, [], 0
+    for features in comparison.features():
+        name, bank, queries, _ = features
+        rows += vote(*features, config, comparison.device)
+        row, of_row = select(*features, config, comparison.device)
+        selected.append(row)
+        metrics[name] = {"knn": of_row["main"]}
+        skipped, groups, size = bank.skipped + queries.skipped, queries.groups, len(bank.y)
     if not comparison.main:
         return {}
-    metrics, folder = comparison.record(rows=rows, skipped=skipped)
-    return finish_run(folder, metrics, lambda m: f"{table(m)}\nWritten: {folder / 'metrics.json'}")
+    gains = differences(metrics, groups, config.seed)
+    result, folder = comparison.record(
+        rows=rows, selected=selected, differences=gains, skipped=skipped,
+        k_left_out=[k for k in config.k or K_GRID if k > size],
+        summary=[sentence("kNN", "knn", selected[0]["knn"], gains)],
+    )  # fmt: skip
+    return finish_run(folder, result, lambda m: f"{table(m)}\nWritten: {folder / 'metrics.json'}")
 
 
 def table(metrics: dict[str, Any]) -> str:
-    """Format the rows: a line per readout and a column per k."""
-    numbers = "".join(f"{f'k = {k}':>20}" for k in metrics["protocol"]["k"])
+    """Format both tables: the selected settings; and a line per readout, a column per k."""
+    rows = [
+        (row["features"], "kNN", cell(row, "knn"),
+         f"readout {row['readout']}, k {row['k']}, {row['metric']}")
+        for row in metrics["selected"]
+    ]  # fmt: skip
+    protocol = metrics["protocol"]
+    numbers = dict.fromkeys(row["k"] for row in metrics["rows"])
     cells = [f"{row['knn']:.1f} [{row['knn_ci'][0]:.1f}, {row['knn_ci'][1]:.1f}]"
              for row in metrics["rows"]]  # fmt: skip
-    name = METRIC_TITLES[metrics["figure"]]
-    lines = [f"\n{'features':26} {'readout':10}{numbers}", *pivot(metrics["rows"], cells, 20),
-             f"{name} on the test split in per cent, 95 % interval in brackets."]  # fmt: skip
-    if skipped := metrics["skipped"]:
-        lines += [f"{len(skipped)} images could not be read: {skipped[:3]} …"]
+    way = "cosine of standardised features" if protocol["standardise"] else "cosine, as in papers"
+    heads = "".join(f"{f'k = {k}':>20}" for k in numbers)
+    lines = ["", *settings_table(rows), *caption(metrics), *metrics["summary"]]
+    lines += [f"\nEvery readout and k, nothing selected ({way}), in per cent:"]
+    lines += [f"{'features':26} {'readout':10}{heads}", *pivot(metrics["rows"], cells, 20)]
+    if left_out := metrics["k_left_out"]:
+        what = ", ".join(map(str, left_out))
+        lines += [f"k = {what} left out: more than the {metrics['train']:,} training images."]
     return "\n".join(lines)
 
 

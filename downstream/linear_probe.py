@@ -7,16 +7,16 @@
 
 Logistic regression on standardised features (L-BFGS) and weighted nearest neighbours are compared
 with the untrained encoder and with raw pixels. The readout (class token; mean of the patches; both;
-both plus the means at a quarter, half and three quarters of the depth) and C are selected on a
-validation split of the training set; the test set is used once. If the data has no test split, part
-of it is held out; a run pretrained on the same data has seen these images, but not their labels.
+both plus the means at a quarter, half and three quarters of the depth), C, and for the neighbours
+metric and k are selected on a validation split of the training set; the test set is used once.
+`knn.py` selects in the same way and gives the same result. If the data has no test split, part of
+it is held out; a run pretrained on the same data has seen these images, but not their labels.
 
 The metric is accuracy; with several labels per image, the mean average precision over the classes
 (macro) and over all pairs (micro); for MedMNIST also its AUC and ACC. ``--head lars`` trains MAE's
 head instead, without augmentation.
 """
 
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,26 +25,31 @@ from typing import Any
 
 import torch
 
-from vim_ssl import VimEncoder, create_transform
 from vim_ssl.cli import guarded
 from vim_ssl.data import stratified_split
 from vim_ssl.data.split import few_of_each
-from vim_ssl.data.transforms.clip import ClipTransform
-from vim_ssl.data.transforms.image import Transform
-from vim_ssl.evaluation.comparison import METRIC_TITLES, Comparison, ComparisonConfig, pivot
-from vim_ssl.evaluation.extract import Features, extract_features
-from vim_ssl.evaluation.knn import knn_votes, nearest
+from vim_ssl.evaluation.comparison import (
+    Comparison,
+    ComparisonConfig,
+    caption,
+    cell,
+    differences,
+    pivot,
+    sentence,
+    settings_table,
+)
+from vim_ssl.evaluation.extract import Features
+from vim_ssl.evaluation.knn import choose_neighbours, evaluate_neighbours, usable_k
 from vim_ssl.evaluation.linear_heads import LinearHead, fit_lars, fit_logistic, lars_reach
 from vim_ssl.evaluation.readout import C_GRID, choose_readout
 from vim_ssl.metrics.bootstrap import Metric
-from vim_ssl.metrics.classification import accuracy, answer_metrics
+from vim_ssl.metrics.classification import accuracy, answer_metrics, metric_columns
 from vim_ssl.metrics.medmnist import medmnist_metrics
 from vim_ssl.tasks.runner import finish_run
 from vim_ssl.utils.config import opt, parse
 
-MAX_PIXELS = 64 * 64 * 3  # values per image; above it, regression on raw pixels takes too long
-SHRUNK = 32  # side in pixels to which larger images are resized
 FEW_SHOT_C = 1.0  # fixed, because there are no further labels to select it
+TITLES = {"logistic": "Linear probe", "knn": "kNN"}  # key of a row -> title
 REACH = 5  # required travel of a weight relative to its norm; see `lars_reach`
 
 
@@ -52,7 +57,6 @@ REACH = 5  # required travel of a weight relative to its norm; see `lars_reach`
 class Config(ComparisonConfig):
     """Linear probe and nearest neighbours on frozen features."""
 
-    validation: float = opt(0.2, "fraction of the training set used to select C and readout")
     head: str = opt(
         "logistic", "linear head: logistic regression (L-BFGS) or MAE's LARS-trained head",
         choices=("logistic", "lars"),
@@ -63,13 +67,15 @@ class Config(ComparisonConfig):
     )
     lars_batch: int = opt(16384, "lars: batch size, capped at the number of images")
     lars_epochs: int = opt(90, "lars: passes over the features")
-    knn_k: int = opt(20, "number of nearest neighbours")
+    knn_k: int = opt(0, "number of nearest neighbours; 0: selected, as in knn")
     shots: tuple[int, ...] = opt((), "also train on this many images per class, such as 1 2 4 8 16")
     shot_seeds: int = opt(3, "random draws per number of shots")
 
     def __post_init__(self):
         if min(self.shots, default=1) < 1 or self.shot_seeds < 1:
             raise ValueError("shots and shot_seeds must be 1 or more.")
+        if self.knn_k < 0:
+            raise ValueError(f"knn_k is {self.knn_k}; it must be 1 or more, or 0 to select it.")
         if list(self.c_grid) != sorted(self.c_grid) or min(self.c_grid, default=0) <= 0:
             raise ValueError(
                 f"c_grid is {self.c_grid}; its values must be positive and in ascending order."
@@ -83,16 +89,18 @@ def probe(
     readouts: dict[str, slice],
     config: Config,
     task: str = "",
+    device: str = "cpu",
 ) -> tuple[dict[str, Any], dict[str, Metric]]:
     """Select hyperparameters on a validation split of ``train``, refit on all of ``train`` and
     evaluate once on ``test``.
 
-    For the linear head: the readout, and C if ``head="logistic"``. For kNN: the readout and whether
-    to standardise.
+    For the linear head: the readout, and C if ``head="logistic"``. For kNN: see
+    `choose_neighbours`.
 
     Args:
         readouts: name -> columns of the features.
         task: MedMNIST task; the row then also has the head's ``auc`` and ``acc``.
+        device: where neighbours are searched.
     Returns: the row of the table, and its metrics, for comparison with others.
     """
     rest, held_out = stratified_split(
@@ -107,31 +115,32 @@ def probe(
                   for r, c in readouts.items()}  # fmt: skip
         readout = max(scored, key=lambda r: scored[r])  # ties: the first
         validation = scored[readout]
-    tried = []
-    for name_knn, columns in readouts.items():
-        for standardise in (True, False):
-            answer = _neighbours(x[:, columns], y, x_val[:, columns], standardise, config)
-            tried.append((answer_metrics(answer, y_val)["main"].value, name_knn, standardise))
-    # Ties: the first.
-    _, knn_readout, standardise = max(tried, key=lambda result: result[0])
+    neighbours, knn_validation = choose_neighbours(
+        train, readouts, k=_neighbour_counts(config), validation=config.validation,
+        seed=config.seed, device=device,
+    )  # fmt: skip
     x, x_test = (split.x[:, readouts[readout]] for split in (train, test))
     head = _lars(x, train.y, config) if C is None else fit_logistic(x, train.y, C)
-    columns = readouts[knn_readout]
-    votes = _neighbours(train.x[:, columns], train.y, test.x[:, columns], standardise, config)
-    row: dict[str, Any] = {"features": name, "readout": readout, "dim": x.shape[1], "C": C}
-    row |= {"knn_readout": knn_readout, "knn_standardised": standardise}
-    row["validation"] = round(100 * validation, 2)
+    of_head = answer_metrics(_answer(head, x_test), test.y)
+    _, of_neighbours = evaluate_neighbours(neighbours, train, test, readouts, device)
+    row: dict[str, Any] = {
+        "features": name, "readout": readout, "dim": x.shape[1], "C": C,
+        "knn_readout": neighbours.readout, "knn_standardised": neighbours.standardise,
+        "knn_metric": neighbours.metric, "knn_k": neighbours.k,
+        "validation": round(100 * validation, 2), "knn_validation": round(knn_validation, 2),
+    }  # fmt: skip
     metrics = {}
-    for key, answer in (("logistic", _answer(head, x_test)), ("knn", votes)):
-        for kind, metric in answer_metrics(answer, test.y).items():
-            metrics[key if kind == "main" else f"{key}_{kind}"] = metric
-    for key, metric in metrics.items():
-        row[key] = round(metric.value, 2)
-        row[f"{key}_ci"] = metric.interval(test.groups, seed=config.seed)
+    for key, values in (("logistic", of_head), ("knn", of_neighbours)):
+        row |= metric_columns(values, key, test.groups, config.seed)
+        metrics |= {key if kind == "main" else f"{key}_{kind}": m for kind, m in values.items()}
     if task:
         scores = head.probabilities(x_test, int(train.y.max()) + 1).numpy()
         row |= medmnist_metrics(test.y.numpy(), scores, task, test.groups)
     return row, metrics
+
+
+def _neighbour_counts(config: Config) -> tuple[int, ...]:
+    return (config.knn_k,) if config.knn_k else ()
 
 
 def _lars(x, y, config: Config) -> LinearHead:
@@ -142,12 +151,6 @@ def _lars(x, y, config: Config) -> LinearHead:
 def _answer(head: LinearHead, x: torch.Tensor) -> torch.Tensor:
     """Predict labels (n,), or with several labels per image scores (n, classes)."""
     return head.scores(x) if head.classes is None else head.predict(x)
-
-
-def _neighbours(bank, labels, queries, standardise: bool, config: Config) -> torch.Tensor:
-    """Predict as `_answer` does, by the vote of the nearest neighbours."""
-    votes = knn_votes(labels, *nearest(bank, queries, k=config.knn_k, standardise=standardise))
-    return votes.argmax(1) if labels.ndim == 1 else votes
 
 
 def few_shots(
@@ -181,23 +184,19 @@ def run(config: Config) -> dict:
         raise ValueError(
             f"{train.name} is multi-label; --shots requires exactly one label per image."
         )
+    usable_k(_neighbour_counts(config), len(train))  # raises before anything is computed
     if comparison.main:
         _warn_of_lars(len(train), config)
-    tables = _Tables(config, getattr(test, "task", None) or "")
+    tables = _Tables(config, getattr(test, "task", None) or "", comparison.device)
     for features in comparison.features():
         tables.add(*features)
     if not comparison.main:
         return {}
-    if config.baselines:
-        name, transform = _raw_pixels(comparison.encoder)
-        pixels = [
-            extract_features(torch.nn.Identity(), split, transform, workers=config.workers)
-            for split in (train, test)
-        ]
-        tables.add(name, pixels[0], pixels[1], {"pixels": slice(None)})
+    gains = differences(tables.metrics, tables.groups, config.seed)
+    first = tables.rows[0]
     metrics, folder = comparison.record(
-        rows=tables.rows, differences=tables.differences(), few_shot=tables.few_shot,
-        skipped=tables.skipped,
+        rows=tables.rows, differences=gains, few_shot=tables.few_shot, skipped=tables.skipped,
+        summary=[sentence(title, key, first[key], gains) for key, title in TITLES.items()],
     )  # fmt: skip
     return finish_run(
         folder, metrics, lambda m: f"{table(m)}\nWritten: {folder / 'metrics.json'}",
@@ -205,46 +204,24 @@ def run(config: Config) -> dict:
     )  # fmt: skip
 
 
-def _raw_pixels(encoder: VimEncoder) -> tuple[str, Transform]:
-    """Return name and transform of the raw pixels, resized if too large for a regression."""
-    config = dict(encoder.data_config)
-    if math.prod(encoder.input_shape) <= MAX_PIXELS:
-        return "raw pixels", create_transform(encoder)
-    config["input_size"] = (encoder.in_chans, SHRUNK, SHRUNK)
-    transform = create_transform(config)
-    if encoder.reads_clips:
-        transform = ClipTransform(transform, training=False)
-    return f"raw pixels, {SHRUNK}x{SHRUNK}", transform
-
-
 class _Tables:
-    """Collect the rows of all features and compute their differences."""
+    """Collect the rows of all features."""
 
-    def __init__(self, config: Config, task: str):
-        self.config, self.task = config, task
+    def __init__(self, config: Config, task: str, device: str):
+        self.config, self.task, self.device = config, task, device
         self.rows: list[dict] = []
         self.few_shot: list[dict] = []
         self.skipped: list[str] = []
+        self.groups: list[str] | None = None
         self.metrics: dict[str, dict[str, Metric]] = {}
 
     def add(self, name: str, train: Features, test: Features, readouts: dict[str, slice]) -> None:
-        row, self.metrics[name] = probe(name, train, test, readouts, self.config, self.task)
+        row, self.metrics[name] = probe(
+            name, train, test, readouts, self.config, self.task, self.device
+        )
         self.rows.append(row)
         self.few_shot += few_shots(name, train, test, readouts, self.config)
         self.skipped, self.groups = train.skipped + test.skipped, test.groups
-
-    def differences(self) -> list[dict]:
-        """Return the gains of the first features over each of the others, on the same images."""
-        (first, metrics), *others = self.metrics.items()
-        rows = []
-        for other, theirs in others:
-            row: dict[str, Any] = {"features": first, "over": other}
-            for key, metric in metrics.items():
-                gain = metric - theirs[key]
-                row[key] = round(gain.value, 2)
-                row[f"{key}_ci"] = gain.interval(self.groups, seed=self.config.seed)
-            rows.append(row)
-        return rows
 
 
 def _warn_of_lars(images: int, config: Config) -> None:
@@ -255,25 +232,23 @@ def _warn_of_lars(images: int, config: Config) -> None:
 
 
 def table(metrics: dict[str, Any]) -> str:
-    """Format all rows, differences and few-shot results."""
-    lines = [f"\n{'features':26} {'readout':10} {'linear head':24} {'kNN':22}"]
+    """Format all rows with their settings, few-shot results, and the comparison with baselines."""
+    rows = []
     for row in metrics["rows"]:
-        cells = [f"{row[k]:5.1f} % [{row[f'{k}_ci'][0]:.1f}, {row[f'{k}_ci'][1]:.1f}]"
-                 for k in ("logistic", "knn")]  # fmt: skip
-        lines += [f"{row['features']:26} {row['readout']:10} {cells[0]:24} {cells[1]:22}"]
+        of_head = f"readout {row['readout']}" + ("" if row["C"] is None else f", C {row['C']:g}")
+        rows += [
+            (row["features"], "linear probe", cell(row, "logistic"), of_head),
+            (row["features"], "kNN", cell(row, "knn"),
+             f"readout {row['knn_readout']}, k {row['knn_k']}, {row['knn_metric']}"),
+        ]  # fmt: skip
         if "acc" in row:
             area = "not defined" if row["auc"] is None else f"{row['auc']:.3f}"
-            lines += [f"{'':26} {'':10} MedMNIST's AUC {area}, ACC {row['acc']:.3f}"]
-    lines += [f"{METRIC_TITLES[metrics['figure']]} on the test split, 95 % interval in brackets."]
-    for row in metrics["differences"]:
-        low, high = row["logistic_ci"]
-        lines += [f"{row['features']} over {row['over']}: {row['logistic']:+.1f} [{low:+.1f}, "
-                  f"{high:+.1f}] with the linear head, on the same images."]  # fmt: skip
+            rows += [(row["features"], "linear probe", f"AUC {area}, ACC {row['acc']:.3f}",
+                      "as MedMNIST defines them")]  # fmt: skip
+    lines = ["", *settings_table(rows), *caption(metrics)]
     if metrics["few_shot"]:
         lines += _few_shot_lines(metrics)
-    if skipped := metrics["skipped"]:
-        lines += [f"{len(skipped)} images could not be read: {skipped[:3]} …"]
-    return "\n".join(lines)
+    return "\n".join([*lines, *metrics["summary"]])
 
 
 def _few_shot_lines(metrics: dict[str, Any]) -> list[str]:

@@ -90,7 +90,7 @@ def train(arm: str, config: Config, vit: dict[str, int]):
 def evaluate(encoder, data: str, seed: int) -> dict:
     """Evaluate frozen features; without an encoder, raw pixels."""
     splits = labelled_splits(DATA[data].data, 0.2, seed)
-    config = linear_probe.Config(seed=seed, readouts=("avg", "layers"))
+    config = linear_probe.Config(seed=seed, readouts=("avg", "layers"), knn_k=20)
     if encoder is None:
         data_config = build_model(DATA[data]).data_config
         channels, side, _ = data_config["input_size"]

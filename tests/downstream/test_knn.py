@@ -1,4 +1,4 @@
-"""The neighbours' protocol: every k and readout is shown, by scikit-learn's count."""
+"""Nearest neighbours: every k and readout, votes as scikit-learn counts them, selected settings."""
 
 import json
 from pathlib import Path
@@ -10,12 +10,16 @@ from PIL import Image
 
 from vim_ssl import VimEncoder, cli, save_encoder
 from vim_ssl.data import ImageData
-from vim_ssl.downstream import knn
+from vim_ssl.downstream import knn, linear_probe
 from vim_ssl.evaluation import comparison
 from vim_ssl.evaluation.extract import Features
 
 SMALL = {"img_size": 28, "patch_size": 7, "in_chans": 1, "embed_dim": 16, "depth": 2,
          "num_classes": 0}  # fmt: skip
+
+
+FEATURES = {"pretrained encoder": ("token", "avg"), "same encoder, untrained": ("token", "avg"),
+            "raw pixels": ("pixels",)}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +48,8 @@ def test_every_readout_and_k_is_shown(bands, encoder_file, tmp_path, capsys):
     found = json.loads((tmp_path / "metrics.json").read_text())
     assert [(row["features"], row["readout"], row["k"]) for row in found["rows"]] == [
         (features, readout, k)
-        for features in ("pretrained encoder", "same encoder, untrained")
-        for readout in ("token", "avg")
+        for features, readouts in FEATURES.items()
+        for readout in readouts
         for k in (1, 5)
     ]
     assert (found["task"], found["train"], found["test"]) == ("knn", 48, 24)
@@ -68,9 +72,10 @@ def test_the_votes_are_counted_as_scikit_learn_counts_them():
     bank, queries = (Features(x[s], y[s], [], []) for s in (slice(0, 200), slice(200, 300)))
     config = knn.Config(k=(1, 7, 500), temperature=0.2)
     rows = knn.vote("x", bank, queries, {"all": slice(None)}, config, "cpu")
+    assert [row["k"] for row in rows] == [1, 7]  # there are no 500 neighbours among 200 images
     for row in rows:
         other = KNeighborsClassifier(
-            min(row["k"], 200), metric="cosine", algorithm="brute",
+            row["k"], metric="cosine", algorithm="brute",
             weights=lambda d: np.exp((1 - d) / 0.2),
         ).fit(bank.x.numpy(), bank.y.numpy())  # fmt: skip
         expected = 100 * other.score(queries.x.numpy(), queries.y.numpy())
@@ -91,6 +96,47 @@ def test_images_with_several_labels_are_judged_by_average_precision(
     assert found["figure"] == "mAP"
     assert {"knn", "knn_ci", "knn_micro", "knn_micro_ci"} <= set(found["rows"][0])
     assert "Mean average precision" in capsys.readouterr().out
+
+
+def test_both_commands_give_one_result_for_the_same_features(bands, encoder_file, tmp_path, capsys):
+    argv = ["--encoder", str(encoder_file), "--data", str(bands), "--readouts", "token", "avg"]
+    results, printed = {}, {}
+    for command in ("knn", "linear-probe"):
+        assert cli.main([command, *argv, "--output", str(tmp_path / command)]) == 0
+        printed[command] = capsys.readouterr().out
+        results[command] = json.loads((tmp_path / command / "metrics.json").read_text())
+    neighbours, probe = results["knn"], results["linear-probe"]
+    for one, other in zip(neighbours["selected"], probe["rows"], strict=True):
+        assert one["features"] == other["features"]
+        for key, of_probe in (("knn", "knn"), ("knn_ci", "knn_ci"), ("k", "knn_k"),
+                              ("readout", "knn_readout"), ("metric", "knn_metric"),
+                              ("validation", "knn_validation")):  # fmt: skip
+            assert one[key] == other[of_probe], key
+        line = f"readout {one['readout']}, k {one['k']}, {one['metric']}"
+        assert all(line in text for text in printed.values())
+    assert neighbours["summary"][0] == probe["summary"][1]
+    for key in ("split", "n"):
+        assert neighbours[key] == probe[key]
+    assert (neighbours["split"], neighbours["n"]) == ("test", 23)  # one of 24 is broken
+    for text in printed.values():
+        assert "Accuracy, test split, n = 23 images" in text
+        assert neighbours["summary"][0] in text
+        assert text.count("cache") == 2  # one short line: --no-cache and the folder
+
+
+def test_a_k_above_the_number_of_training_images_is_left_out_or_refused(
+    bands, encoder_file, tmp_path, capsys
+):
+    argv = ["--encoder", str(encoder_file), "--data", str(bands), "--output", str(tmp_path)]
+    argv += ["--readouts", "avg", "--no-baselines"]
+    knn.main(argv)
+    printed = capsys.readouterr().out
+    assert "k = 100, 200 left out: more than the 48 training images." in printed
+    assert "k = 20" in printed
+    assert "no baseline was evaluated" in printed
+    for command, flag in ((knn, "--k"), (linear_probe, "--knn-k")):
+        with pytest.raises(ValueError, match=r"k is 49, .* only 48 training images; use a k of at"):
+            command.main([*argv, flag, "49"])
 
 
 @pytest.mark.parametrize(

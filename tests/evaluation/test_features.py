@@ -51,13 +51,11 @@ def test_features_are_kept_and_found_again(images, cache, capsys):
     data, encoder = open_data(images), make_encoder()
     first = encode_data(encoder, data)
     (file,) = cache.rglob("*.safetensors")
-    shown = capsys.readouterr().out
-    assert str(file) in shown
-    assert "--no-cache" in shown
     for path in images.rglob("*.png"):  # no image is read again
         repaint(path, bytes(path.stat().st_size), later=0)
     again = encode_data(encoder, open_data(images))
-    assert str(file) in capsys.readouterr().out
+    assert not capsys.readouterr().out  # the commands print one line for all of them
+    assert file.exists()
     assert torch.equal(first.x, again.x)
     assert torch.equal(first.y, again.y)
     assert (first.ids, first.skipped) == (again.ids, again.skipped)

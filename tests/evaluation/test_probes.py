@@ -10,8 +10,15 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from vim_ssl import VimEncoder, load_encoder
 from vim_ssl.data import open_data
-from vim_ssl.evaluation.extract import extract_features
-from vim_ssl.evaluation.knn import knn_predict, knn_votes, nearest
+from vim_ssl.evaluation.extract import Features, extract_features
+from vim_ssl.evaluation.knn import (
+    Neighbours,
+    choose_neighbours,
+    knn_predict,
+    knn_votes,
+    nearest,
+    usable_k,
+)
 from vim_ssl.evaluation.linear_heads import fit_logistic
 from vim_ssl.evaluation.online import effective_rank, online_probe
 from vim_ssl.evaluation.readout import (
@@ -119,9 +126,35 @@ def test_near_neighbours_outvote_many_far_ones():
     assert knn_predict(bank, labels, query, k=5, temperature=1e3).item() == 1
 
 
-def test_a_bank_smaller_than_k_votes_as_a_whole():
+def test_a_bank_smaller_than_k_is_refused():
     x, y = blobs(8, classes=2, noise=0.01)
-    assert torch.equal(knn_predict(x, y, x, k=20), y)
+    with pytest.raises(ValueError, match="k is 20, but there are only 8 training images"):
+        knn_predict(x, y, x, k=20)
+    assert torch.equal(knn_predict(x, y, x, k=8), y)
+
+
+@pytest.mark.parametrize(
+    ("given", "bank", "usable"),
+    [((), 150, [10, 20, 100]), ((), 9, [1]), ((5, 50, 500), 100, [5, 50])],
+    ids=str,
+)
+def test_as_many_neighbours_as_the_bank_has(given, bank, usable):
+    assert usable_k(given, bank) == usable
+
+
+def test_settings_of_neighbours_are_chosen_by_the_validation_split():
+    """Plain cosines of the columns that tell the classes are hidden by three large ones."""
+    x, y = blobs(200, noise=0.7)
+    noise = torch.randn(200, 11, generator=torch.Generator().manual_seed(1))
+    train = Features(torch.cat([noise[:, :8], 1000 * noise[:, 8:], x], 1), y, [], [])
+    readouts = {"noise": slice(0, 8), "hidden": slice(8, 19), "again": slice(8, 19)}
+    chosen, score = choose_neighbours(train, readouts, k=(5, 180))
+    assert chosen == Neighbours("hidden", standardise=True, k=5)
+    assert chosen.metric == "cosine of standardised features"
+    assert 60 < score <= 100
+    plain, worse = choose_neighbours(train, readouts, k=(5, 180), standardise=(False,))
+    assert not plain.standardise
+    assert worse < score
 
 
 def test_what_all_images_share_does_not_blur_the_neighbours():

@@ -1,11 +1,12 @@
 """Compare frozen encoders on the same labelled images.
 
-`downstream/linear_probe.py` and `downstream/knn.py` use this for encoders, splits, features and
-metrics.json.
+`downstream/linear_probe.py` and `downstream/knn.py` use this for encoders, splits, features,
+differences and metrics.json.
 """
 
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,23 @@ import torch
 
 from vim_ssl.checkpoints.loading import load_encoder
 from vim_ssl.data import labelled_splits
-from vim_ssl.evaluation.extract import Features
-from vim_ssl.evaluation.features import encode_splits
+from vim_ssl.data.transforms.clip import ClipTransform
+from vim_ssl.data.transforms.image import Transform, create_transform
+from vim_ssl.evaluation.extract import Features, extract_features
+from vim_ssl.evaluation.features import cache_folder, encode_splits
 from vim_ssl.evaluation.readout import READOUTS, available_readouts
+from vim_ssl.metrics.bootstrap import Metric
+from vim_ssl.metrics.sentences import Gain, result_sentence
+from vim_ssl.metrics.titles import measured_on, split_name
+from vim_ssl.models.encoder import VimEncoder
 from vim_ssl.training.run import newest_run, task_folder, trained_on
 from vim_ssl.utils.config import opt, to_dict
 from vim_ssl.utils.distributed import join_processes, pick_device
 from vim_ssl.utils.environment import environment
+
+UNTRAINED = "same encoder, untrained"
+MAX_PIXELS = 64 * 64 * 3  # values per image; above it, regression on raw pixels takes too long
+SHRUNK = 32  # side in pixels to which larger images are resized
 
 
 @dataclass
@@ -32,8 +43,9 @@ class ComparisonConfig:
     test_data: str = opt("", "test on other data with the same classes: another style, site …")
     test: float = opt(0.2, "fraction held out for testing if the data has no test split")
     against: tuple[str, ...] = opt((), "additional encoders to compare on the same images")
-    baselines: bool = opt(
-        True, "also evaluate an untrained encoder and (linear probe only) raw pixels"
+    baselines: bool = opt(True, "also evaluate an untrained encoder and raw pixels")
+    validation: float = opt(
+        0.2, "fraction of the training set used to select readout, C, metric and k"
     )
     readouts: tuple[str, ...] = opt(
         READOUTS, "parts of the encoder's output to use as features", choices=READOUTS
@@ -56,6 +68,7 @@ class Comparison:
         encoder: the first encoder, inflated to 3D if the data are videos.
         train, test: labelled splits of the data.
         main: True on the main process.
+        n: number of readable test images, once `features` has yielded.
     Raises: the errors of `load_encoder` and `labelled_splits`.
     """
 
@@ -63,7 +76,7 @@ class Comparison:
         self.began = time.perf_counter()
         self.task, self.config = task, config
         self.processes, self.device = join_processes(), pick_device(config.device)
-        self.main = self.processes.main
+        self.main, self.n = self.processes.main, 0
         self.source = config.encoder or str(newest_run())
         torch.manual_seed(config.seed)  # for the weights of a preset
         self.encoder = load_encoder(self.source, num_classes=0, device=self.device)
@@ -86,7 +99,9 @@ class Comparison:
             encoders[other] = encoder.for_data(self.train)
         if config.baselines:
             torch.manual_seed(config.seed)
-            encoders["same encoder, untrained"] = type(self.encoder)(**self.encoder.config)
+            encoders[UNTRAINED] = type(self.encoder)(**self.encoder.config)
+        if self.main and config.cache:
+            print(f"Feature cache: {cache_folder()} (--no-cache turns it off)", flush=True)
         for name, encoder in encoders.items():
             splits = encode_splits(
                 encoder.to(self.device).eval(), (self.train, self.test), cache=config.cache,
@@ -94,7 +109,15 @@ class Comparison:
                 processes=self.processes,
             )  # fmt: skip
             if splits is not None:
+                self.n = len(splits[1].y)
                 yield name, splits[0], splits[1], available_readouts(encoder, config.readouts)
+        if self.main and config.baselines:
+            name, transform = raw_pixels(self.encoder)
+            train, test = (
+                extract_features(torch.nn.Identity(), split, transform, workers=config.workers)
+                for split in (self.train, self.test)
+            )
+            yield name, train, test, {"pixels": slice(None)}
 
     def record(self, **results: Any) -> tuple[dict[str, Any], Path]:
         """Return the contents of metrics.json, including ``results``, and its output folder."""
@@ -102,6 +125,7 @@ class Comparison:
         metrics: dict[str, Any] = {
             "task": self.task, "data": self.train.name, "test_data": self.test.name,
             "encoder": self.source, "figure": "mAP" if self.train.multi_label else "accuracy",
+            "split": split_name(self.test, held_out=not config.test_data), "n": self.n,
             "protocol": to_dict(config), "train": len(self.train), "test": len(self.test),
             **results, "seconds": round(time.perf_counter() - self.began, 1), **environment(),
         }  # fmt: skip
@@ -109,8 +133,84 @@ class Comparison:
         return metrics, Path(config.output or task_folder(self.task, self.source, named))
 
 
+def raw_pixels(encoder: VimEncoder) -> tuple[str, Transform]:
+    """Return name and transform of the raw pixels of an encoder's input, as features of a baseline;
+    large images are resized."""
+    config = dict(encoder.data_config)
+    if math.prod(encoder.input_shape) <= MAX_PIXELS:
+        return "raw pixels", create_transform(encoder)
+    config["input_size"] = (encoder.in_chans, SHRUNK, SHRUNK)
+    transform = create_transform(config)
+    if encoder.reads_clips:
+        transform = ClipTransform(transform, training=False)
+    return f"raw pixels, {SHRUNK}x{SHRUNK}", transform
+
+
+def differences(
+    metrics: Mapping[str, Mapping[str, Metric]], groups: Sequence[Hashable] | None, seed: int
+) -> list[dict[str, Any]]:
+    """Return the gains of the first features over each of the others, on the same images.
+
+    Args:
+        metrics: name of the features -> key of the metric -> metric.
+        groups, seed: see `Metric.interval`.
+    Returns: a row for each of the others, with the gain in points and its interval ``KEY_ci``.
+    """
+    (first, base), *others = metrics.items()
+    rows = []
+    for other, theirs in others:
+        row: dict[str, Any] = {"features": first, "over": other}
+        for key in base:
+            gain = base[key] - theirs[key]
+            row[key] = round(gain.value, 2)
+            row[f"{key}_ci"] = gain.interval(groups, seed=seed)
+        rows.append(row)
+    return rows
+
+
+def sentence(name: str, key: str, value: float, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Say how the first features compare with the others, from rows of `differences`."""
+    gains = [
+        Gain("the untrained encoder" if row["over"] == UNTRAINED else row["over"], row[key],
+             row[f"{key}_ci"])
+        for row in rows
+    ]  # fmt: skip
+    return result_sentence(name, value, gains)
+
+
 # The "figure" of metrics.json → its title.
 METRIC_TITLES = {"accuracy": "Accuracy", "mAP": "Mean average precision over the classes"}
+
+
+def caption(metrics: Mapping[str, Any]) -> list[str]:
+    """Return the lines below a table: what was measured, on which images, and how the settings were
+    selected."""
+    where = measured_on(metrics["split"], metrics["n"])
+    share = f"{100 * metrics['protocol']['validation']:g} %"
+    lines = [
+        f"{METRIC_TITLES[metrics['figure']]}, {where}; 95 % interval in brackets.",
+        f"Settings selected on {share} of the {metrics['train']:,} training images.",
+    ]
+    if skipped := metrics["skipped"]:
+        lines += [f"{len(skipped)} images could not be read: {skipped[:3]} …"]
+    return lines
+
+
+def cell(row: Mapping[str, Any], key: str) -> str:
+    """Format a metric with its interval."""
+    low, high = row[f"{key}_ci"]
+    return f"{row[key]:5.1f} % [{low:.1f}, {high:.1f}]"
+
+
+def settings_table(rows: Sequence[tuple[str, str, str, str]]) -> list[str]:
+    """Format rows of features, classifier, metric and its settings; equal features are named
+    once."""
+    lines, last = [f"{'features':24} {'classifier':13} {'result':22} settings"], ""
+    for features, classifier, result, settings in rows:
+        name = "" if features == last else features
+        lines += [f"{name:24} {classifier:13} {result:22} {settings}"]
+        last = features
+    return lines
 
 
 def pivot(rows: list[dict[str, Any]], cells: list[str], width: int) -> list[str]:

@@ -52,7 +52,7 @@ def encode_data(
     processes = processes or Processes()
     check_bands(encoder, data)
     transform = create_transform(encoder)
-    file = user_cache() / "features" / f"{_key(encoder, data, transform)}.safetensors"
+    file = cache_folder() / f"{_key(encoder, data, transform)}.safetensors"
     if processes.broadcast(cache and file.exists()):
         return _load(file, data) if processes.main else None
     local = extract_rows(
@@ -73,6 +73,11 @@ def encode_data(
     if cache:
         _save(file, x, rows, skipped, data.name)
     return features
+
+
+def cache_folder() -> Path:
+    """The folder of cached features; VIM_SSL_CACHE sets the cache."""
+    return user_cache() / "features"
 
 
 def encode_splits(encoder: VimEncoder, splits: Sequence, **options) -> list[Features] | None:
@@ -128,7 +133,6 @@ def _load(file: Path, data) -> Features:
             skipped = json.loads(stored.metadata()["skipped"])
     except SafetensorError as error:
         raise ValueError(f"{file} is damaged ({error}); delete it, or use --no-cache.") from error
-    print(f"Features of {data.name} read from {file} (--no-cache computes them).", flush=True)
     return features_of(data, x, rows, skipped)
 
 
@@ -145,10 +149,5 @@ def _save(file: Path, x: torch.Tensor, rows: list[int], skipped: list[str], name
                 partial,
                 metadata={"skipped": json.dumps(skipped), "data": name},
             )
-        print(
-            f"Features of {name} cached in {file}, {file.stat().st_size / 1e6:,.1f} MB (--no-cache "
-            "turns this off; VIM_SSL_CACHE sets the folder).",
-            flush=True,
-        )
     except (OSError, SafetensorError) as error:
         print(f"Features of {name} cannot be cached: {error}", flush=True)

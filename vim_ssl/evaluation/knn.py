@@ -1,10 +1,123 @@
-"""Nearest-neighbour classification of features: search and vote."""
+"""Nearest-neighbour classification of features: search, vote, and the choice of its settings."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vim_ssl.data.split import stratified_split
+from vim_ssl.evaluation.extract import Features
+from vim_ssl.metrics.bootstrap import Metric
+from vim_ssl.metrics.classification import answer_metrics
+
 QUERIES, BANK = 1024, 2**16  # rows compared at a time: a quarter of a gigabyte
+K_GRID = (10, 20, 100, 200)  # numbers of neighbours to choose from, as in papers
+TEMPERATURE = 0.07
+MAX_VALIDATION = 10_000  # images to choose by, so that a million images take minutes
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """The settings of a kNN classifier.
+
+    Attributes:
+        readout: name of the features.
+        standardise: see `nearest`.
+        k: number of neighbours.
+        temperature: see `knn_votes`.
+    """
+
+    readout: str
+    standardise: bool
+    k: int
+    temperature: float = TEMPERATURE
+
+    @property
+    def metric(self) -> str:
+        return "cosine of standardised features" if self.standardise else "cosine"
+
+
+def usable_k(given: Sequence[int], bank: int) -> list[int]:
+    """Return the numbers of neighbours that ``bank`` images can give: those given, by default
+    `K_GRID`, or 1 if the bank is smaller than all of these.
+
+    Raises: ValueError if all given numbers exceed the bank.
+    """
+    fitting = [k for k in given or K_GRID if k <= bank]
+    if given and not fitting:
+        raise ValueError(
+            f"k is {', '.join(map(str, given))}, but there are only {bank:,} training images; use "
+            f"a k of at most {bank}."
+        )
+    return fitting or [1]
+
+
+def choose_neighbours(
+    train: Features,
+    readouts: dict[str, slice],
+    *,
+    k: Sequence[int] = (),
+    standardise: Sequence[bool] = (True, False),
+    validation: float = 0.2,
+    seed: int = 0,
+    temperature: float = TEMPERATURE,
+    device: str | torch.device = "cpu",
+) -> tuple[Neighbours, float]:
+    """Choose readout, metric and k by their score on a validation split of the training images.
+
+    Args:
+        readouts: name -> columns of the features.
+        k: candidates; see `usable_k`.
+        standardise: candidates for the metric.
+        validation: share of ``train`` in the validation split, which keeps groups together; at most
+            `MAX_VALIDATION` of its images are used.
+        seed: seed of this split.
+    Returns: the first candidate with the best score (ordered by readout, metric, k), and its score
+        in per cent.
+    """
+    rest, held_out = stratified_split(train.y.tolist(), validation, seed, train.groups)
+    held_out = held_out[:: -(-len(held_out) // MAX_VALIDATION)]
+    candidates = usable_k(k, len(train.y))
+    # A given k may exceed the rest, though not the whole training split.
+    tried_k = [min(one, len(rest)) for one in candidates]
+    tried = []
+    for readout, columns in readouts.items():
+        x = train.x[:, columns]
+        for way in standardise:
+            similarity, indices = nearest(
+                x[rest], x[held_out], k=max(tried_k), standardise=way, device=device
+            )
+            for one, number in zip(candidates, tried_k, strict=True):
+                answers = knn_answers(
+                    train.y[rest], similarity[:, :number], indices[:, :number],
+                    temperature=temperature,
+                )  # fmt: skip
+                score = answer_metrics(answers, train.y[held_out])["main"].value
+                tried.append((score, Neighbours(readout, way, one, temperature)))
+    score, best = max(tried, key=lambda one: one[0])
+    return best, score
+
+
+def evaluate_neighbours(
+    chosen: Neighbours,
+    train: Features,
+    test: Features,
+    readouts: dict[str, slice],
+    device: str | torch.device = "cpu",
+) -> tuple[Tensor, dict[str, Metric]]:
+    """Classify the test images with the training images as bank.
+
+    Returns: the answers, see `knn_answers`, and their `answer_metrics`.
+    """
+    columns = readouts[chosen.readout]
+    similarity, indices = nearest(
+        train.x[:, columns], test.x[:, columns], k=chosen.k, standardise=chosen.standardise,
+        device=device,
+    )  # fmt: skip
+    answers = knn_answers(train.y, similarity, indices, temperature=chosen.temperature)
+    return answers, answer_metrics(answers, test.y)
 
 
 def knn_predict(
@@ -13,13 +126,17 @@ def knn_predict(
     queries: Tensor,
     *,
     k: int = 20,
-    temperature: float = 0.07,
+    temperature: float = TEMPERATURE,
     standardise: bool = True,
 ) -> Tensor:
     """Predict the class (m,) int64 with the most votes of the ``k`` nearest neighbours; see
-    `nearest` and `knn_votes`."""
+    `nearest` and `knn_votes`.
+
+    Raises: ValueError if ``k`` exceeds the bank.
+    """
+    usable_k([k], len(bank))
     neighbours = nearest(bank, queries, k=k, standardise=standardise)
-    return knn_votes(labels, *neighbours, temperature=temperature).argmax(1)
+    return knn_answers(labels, *neighbours, temperature=temperature)
 
 
 def nearest(
@@ -71,8 +188,17 @@ def search(
     return torch.cat(similarities), torch.cat(all_indices)
 
 
+def knn_answers(
+    labels: Tensor, similarity: Tensor, indices: Tensor, *, temperature: float = TEMPERATURE
+) -> Tensor:
+    """Return the predicted classes (m,), or with several labels per image their scores (m,
+    classes): the votes of `knn_votes`, which has the same arguments."""
+    votes = knn_votes(labels, similarity, indices, temperature=temperature)
+    return votes.argmax(1) if labels.ndim == 1 else votes
+
+
 def knn_votes(
-    labels: Tensor, similarity: Tensor, indices: Tensor, *, temperature: float = 0.07
+    labels: Tensor, similarity: Tensor, indices: Tensor, *, temperature: float = TEMPERATURE
 ) -> Tensor:
     """Compute each class's share of the neighbours' votes, weighted by exp(similarity /
     temperature).

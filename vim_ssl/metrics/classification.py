@@ -122,6 +122,19 @@ def answer_metrics(answers, truth) -> dict[str, Metric]:
     return {"main": precision["macro"], "micro": precision["micro"]}
 
 
+def metric_columns(
+    metrics: dict[str, Metric], key: str, groups: Sequence[Hashable] | None, seed: int
+) -> dict[str, Any]:
+    """Return the columns of `answer_metrics` in a table: ``KEY`` and its interval ``KEY_ci``, for
+    several labels per image also ``KEY_micro`` and ``KEY_micro_ci``."""
+    row: dict[str, Any] = {}
+    for kind, metric in metrics.items():
+        name = key if kind == "main" else f"{key}_{kind}"
+        row[name] = round(metric.value, 2)
+        row[f"{name}_ci"] = metric.interval(groups, seed=seed)
+    return row
+
+
 def target_metrics(logits: Tensor, labels: Tensor, targets: str) -> dict[str, Metric]:
     """Compute the metrics for a type of target, in per cent.
 
