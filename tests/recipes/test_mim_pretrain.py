@@ -253,6 +253,9 @@ def test_the_loss_falls_and_neighbours_are_asked_where_labels_are(stripes, tmp_p
     assert [row["epoch"] for row in evaluated] == [10, 20]
     assert all(0 <= row["knn_top1"] <= 100 and row["feature_std"] > 0 for row in evaluated)
     assert all(0 <= row["linear_top1"] <= 100 and row["effective_rank"] > 1 for row in evaluated)
+    sizes = {(row["check_images"], row["check_train_images"]) for row in evaluated}
+    assert len(sizes) == 1
+    assert min(*sizes.pop()) > 0
 
 
 @pytest.mark.parametrize(("name", "base_lr"), [("lars", 200.0), ("lamb", 1.0)])

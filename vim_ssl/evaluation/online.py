@@ -13,6 +13,7 @@ from vim_ssl.evaluation.knn import knn_predict
 from vim_ssl.evaluation.linear_heads import fit_logistic
 from vim_ssl.evaluation.readout import all_readouts, readout_columns
 from vim_ssl.metrics.classification import accuracy
+from vim_ssl.metrics.titles import CHECK_SIZE, CHECK_TRAIN, ONLINE_C, ONLINE_K
 from vim_ssl.models.encoder import VimEncoder
 
 ONLINE_TOL = 1e-3  # tolerance of the fit during training
@@ -37,7 +38,10 @@ def online_probe(
 
     Returns: a function without arguments that returns ``feature_std`` (the mean standard deviation
         of a feature over images) and ``effective_rank``, both of the patch means; both fall if the
-        features collapse. With labels also ``knn_top1`` and ``linear_top1``, in per cent.
+        features collapse. With labels also ``knn_top1`` and ``linear_top1``, in per cent, and the
+        numbers of held-out and of other images, ``check_images`` and ``check_train_images``;
+        `vim_ssl.metrics.titles` has their titles. The metrics are not those of the final probe,
+        which selects its settings and uses all images.
     """
     labels = data.labels or []
     known = data.subset(
@@ -67,10 +71,13 @@ def online_probe(
             return metrics
         metrics["effective_rank"] = effective_rank(train.x[:, patches])
         for test in held_out:
-            metrics["knn_top1"] = accuracy(knn_predict(train.x, train.y, test.x), test.y).value
+            k = min(ONLINE_K, len(train.y))
+            predicted = knn_predict(train.x, train.y, test.x, k=k)
+            metrics["knn_top1"] = accuracy(predicted, test.y).value
             if len(train.y.unique()) > 1:  # the subset may lack rare classes
-                linear = fit_logistic(train.x[:, patches], train.y, 0.1, ONLINE_TOL)
+                linear = fit_logistic(train.x[:, patches], train.y, ONLINE_C, ONLINE_TOL)
                 metrics["linear_top1"] = accuracy(linear.predict(test.x[:, patches]), test.y).value
+            metrics |= {CHECK_SIZE: len(test.y), CHECK_TRAIN: len(train.y)}
         return metrics
 
     return evaluate

@@ -44,14 +44,15 @@ RESULTS = {
     "acc": Title("Accuracy as MedMNIST defines it, 0 to 1"),
 }
 
+ONLINE_K, ONLINE_C = 20, 0.1  # fixed settings of the in-training check
 _CHECK = ", in-training check"
 _BATCHES = "training batches"
 _RETRIEVAL = "all pairs of the validation data"
 # The keys of metrics.jsonl, in the order of a report.
 LOGGED = {
     "loss": Title("Loss", "", _BATCHES),
-    "knn_top1": Title(f"kNN accuracy{_CHECK}", " %", "k = 20, features of all layers"),
-    "linear_top1": Title(f"Linear accuracy{_CHECK}", " %", "C = 0.1, mean of the patches"),
+    "knn_top1": Title(f"kNN accuracy{_CHECK}", " %", f"k {ONLINE_K}, all layers"),
+    "linear_top1": Title(f"Linear accuracy{_CHECK}", " %", f"C {ONLINE_C}, mean of the patches"),
     "pixel_mse": Title("Mean squared error of the masked pixels", "", _BATCHES),
     "image_to_text_r1": Title(f"Captions of an image, R@1{_CHECK}", " %", _RETRIEVAL),
     "text_to_image_r1": Title(f"Images of a caption, R@1{_CHECK}", " %", _RETRIEVAL),

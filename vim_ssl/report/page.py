@@ -17,6 +17,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
+from vim_ssl.metrics.titles import CHECK_SIZE, CHECK_TRAIN
 from vim_ssl.report import curve
 from vim_ssl.report.record import EVALUATED, Record, is_number
 from vim_ssl.report.settings import duration, is_finished, settings
@@ -84,7 +85,7 @@ RESULTS = {
     "acc": ("Accuracy as MedMNIST defines it, 0 to 1", ""),
 }
 MAX_CLASSES = 40
-COUNTERS = ("step", "epoch", "seconds", "samples", "bad_steps", "skipped")
+COUNTERS = ("step", "epoch", "seconds", "samples", "bad_steps", "skipped", CHECK_SIZE, CHECK_TRAIN)
 WIDE_RANGE = ("loss", "pixel_mse", "grad_norm")  # may use a logarithmic axis
 SMALL, ENLARGED = 96, 88  # images up to SMALL px wide are drawn ENLARGED px wide
 MIM_COLUMNS = ("original", "masked", "reconstructed", "visible + reconstructed")
