@@ -27,7 +27,7 @@ from vim_ssl.data import boxed_splits
 from vim_ssl.data.sources.coco import mask_tools
 from vim_ssl.data.transforms.dense import LargeScaleJitter
 from vim_ssl.tasks.dense import DenseConfig, DenseTask, fresh_encoder
-from vim_ssl.tasks.detection import HEADS, Detection, evaluate, load_detection
+from vim_ssl.tasks.detection import HEADS, Detection, compare, evaluate, load_detection
 from vim_ssl.training.accelerator import make_accelerator
 from vim_ssl.training.run import newest_run, stored_or, trained_on
 from vim_ssl.utils.config import check_between, opt, parse
@@ -145,7 +145,7 @@ def summary(metrics: dict[str, Any]) -> str:
     )  # fmt: skip
 
 
-TASK = DenseTask("detection", load_detection, evaluate, ("box_ap", "mask_ap"), summary)
+TASK = DenseTask("detection", load_detection, evaluate, ("box_ap", "mask_ap"), summary, compare)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

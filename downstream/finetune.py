@@ -196,7 +196,10 @@ def split_to_evaluate(
             )
         if len(known := labelled_only(data)):
             return known, known.split
-    raise ValueError(f"{data.name} ({data.split}) has no labels; evaluation needs labelled images.")
+    raise ValueError(
+        f"{data.name} ({data.split}) has no labels; evaluation needs labelled images. To predict "
+        f"their classes: vim-ssl predict --encoder {config.encoder or 'RUN'} --data {spec}"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

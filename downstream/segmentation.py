@@ -30,7 +30,7 @@ from vim_ssl.data.bands import band_arguments
 from vim_ssl.data.transforms.dense import DenseCrop
 from vim_ssl.models.heads import NORMS
 from vim_ssl.tasks.dense import DenseConfig, DenseTask, fresh_encoder
-from vim_ssl.tasks.segmentation import HEADS, Segmentation, evaluate, load_segmentation
+from vim_ssl.tasks.segmentation import HEADS, Segmentation, compare, evaluate, load_segmentation
 from vim_ssl.training.accelerator import make_accelerator
 from vim_ssl.training.run import newest_run, stored_or, trained_on
 from vim_ssl.utils.config import check_between, opt, parse
@@ -150,7 +150,9 @@ def summary(metrics: dict[str, Any]) -> str:
     )
 
 
-TASK = DenseTask("segmentation", load_segmentation, evaluate, ("miou", "aacc", "macc"), summary)
+TASK = DenseTask(
+    "segmentation", load_segmentation, evaluate, ("miou", "aacc", "macc"), summary, compare
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

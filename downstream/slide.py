@@ -25,9 +25,11 @@ from torch import Tensor
 from vim_ssl.cli import guarded
 from vim_ssl.data import stratified_split
 from vim_ssl.data.loading.indexed import SeededSamples
+from vim_ssl.evaluation.baselines import MOST_FREQUENT, compare_with, most_frequent
 from vim_ssl.evaluation.embeddings import read_embeddings
 from vim_ssl.evaluation.linear_heads import fit_logistic
-from vim_ssl.metrics.classification import classification_metrics, write_tables
+from vim_ssl.metrics.classification import accuracy, classification_metrics, write_tables
+from vim_ssl.metrics.titles import measured_on
 from vim_ssl.tasks.runner import Training, finish_run, train_run
 from vim_ssl.tasks.slides import (
     FEATURES,
@@ -134,9 +136,8 @@ def run(config: Config) -> dict[str, Any]:
 
     def conclude(training: Training) -> dict[str, Any]:
         training.save()  # also when a finished run of an earlier version is resumed
-        by_mean = classification_metrics(
-            predict_by_mean(train, test, classes), truth(test), "class", test.groups
-        )
+        mean_answers = predict_by_mean(train, test, classes)
+        by_mean = classification_metrics(mean_answers, truth(test), "class", test.groups)
         logits, weights = predict_by_attention(pool, test)
         by_attention = classification_metrics(logits, truth(test), "class", test.groups)
         folder = training.run.folder
@@ -146,10 +147,12 @@ def run(config: Config) -> dict[str, Any]:
             write_attention(folder / "attention.csv", test, weights)
         metrics = {
             "task": "slide", "features": config.features, "train": len(train), "test": len(test),
+            "split": "test" if config.test_features else "held out", "n": len(test),
             "mean": by_mean, "attention": by_attention,
+            **compare(logits, mean_answers, train, test),
             "protocol": to_dict(config), **environment(),
         }  # fmt: skip
-        return finish_run(training.run, metrics, lambda m: f"{summary(m)} · {folder}")
+        return finish_run(training.run, metrics, lambda m: f"{summary(m)}\n{folder}")
 
     return train_run(
         "slide", config, SlideObjective(pool), samples, accelerator, model=pool, data=train.name,
@@ -157,13 +160,27 @@ def run(config: Config) -> dict[str, Any]:
     )  # fmt: skip
 
 
+def compare(logits: Tensor, mean_answers: Tensor, train: Slides, test: Slides) -> dict[str, Any]:
+    """Compare attention with the mean of the tiles and the most frequent class; see
+    `compare_with`."""
+    count = len(test)
+    metric, by_mean, constant = (
+        accuracy(answers, truth(test))
+        for answers in (logits.argmax(1), mean_answers.argmax(1),
+                        most_frequent(truth(train), count))
+    )  # fmt: skip
+    baselines = {"the mean of the tiles": by_mean, MOST_FREQUENT: constant}
+    return compare_with("Attention, top-1 accuracy", metric, baselines, "top1", test.groups)
+
+
 def summary(metrics: dict[str, Any]) -> str:
     lines = []
     for name in ("mean", "attention"):
         low, high = metrics[name]["top1_ci"]
         lines.append(f"{name:10} top-1 {metrics[name]['top1']:.1f} % [{low:.1f}, {high:.1f}]")
-    counts = f"on {metrics['test']:,} test slides, trained on {metrics['train']:,}"
-    return "\n".join([*lines, counts])
+    where = measured_on(metrics["split"], metrics["n"], "slides")
+    counts = f"{where}, trained on {metrics['train']:,}"
+    return "\n".join([*lines, counts, *metrics["summary"]])
 
 
 def truth(slides: Slides) -> Tensor:

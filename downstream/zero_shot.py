@@ -30,6 +30,8 @@ from vim_ssl.data.split import is_known
 from vim_ssl.evaluation.extract import Features, extract_features, features_of
 from vim_ssl.evaluation.retrieval import PairFeatures, embed_pairs, hits_at_k, nearest
 from vim_ssl.metrics.classification import accuracy
+from vim_ssl.metrics.sentences import Gain, result_sentence
+from vim_ssl.metrics.titles import measured_on, shows_top5
 from vim_ssl.objectives.clip import load_clip
 from vim_ssl.objectives.zero_shot import (
     TEMPLATES,
@@ -42,6 +44,7 @@ from vim_ssl.training.run import newest_run, task_folder, trained_on
 from vim_ssl.utils.config import opt, parse, to_dict
 from vim_ssl.utils.environment import environment
 
+WAYS = {"image_to_text": "Captions of an image", "text_to_image": "Image of a caption"}
 EXAMPLES = 8
 SIDE = 96  # maximum side of their images, in pixels
 CAPTION = 80  # maximum characters of a caption in the report
@@ -94,6 +97,14 @@ def _with_interval(name: str, right: Tensor, groups: Sequence[Hashable] | None) 
     """Return the percentage of queries (n,) that are correct, and its interval."""
     share = accuracy(right, True)
     return {name: round(share.value, 2), f"{name}_ci": share.interval(groups)}
+
+
+def _above_chance(title: str, metrics: dict[str, Any], key: str, chance: str = "chance") -> str:
+    """Say how far a metric is above chance, a constant."""
+    expected = metrics[chance]
+    low, high = (bound - expected for bound in metrics[f"{key}_ci"])
+    gain = Gain(f"chance ({expected:g} %)", metrics[key] - expected, (low, high))
+    return result_sentence(title, metrics[key], [gain])
 
 
 def search(pairs: PairFeatures, data: ImageData) -> dict[str, Any]:
@@ -181,8 +192,15 @@ def run(config: Config) -> dict:
             id: [names[i] for i in row[:3]]
             for id, row in zip(features.ids[:EXAMPLES], best.tolist(), strict=False)
         }
+        metrics["summary"] = [_above_chance("Zero-shot top-1", metrics["classification"], "top1")]
+        metrics["n"] = metrics["classification"]["pictures"]
     if pairs is not None:
         metrics["retrieval"], metrics["skipped"] = search(pairs, data), pairs.skipped
+        metrics["n"] = len(pairs.images)
+        metrics["summary"] = metrics.get("summary", []) + [
+            _above_chance(f"{title}, R@1", metrics["retrieval"], f"{way}_r1", "chance_r1")
+            for way, title in WAYS.items()
+        ]
         metrics["examples"] = write_examples(pairs, data, folder / "examples")
     metrics |= {"seconds": round(time.perf_counter() - started, 1), **environment()}
     return finish_run(
@@ -203,18 +221,21 @@ def table(metrics: dict[str, Any]) -> str:
 
     lines = []
     if result := metrics.get("classification"):
-        lines += [f"\n{'':26}{'top-1':24}{'top-5':24}"]
+        keys = {"top1": "top-1"}
+        if shows_top5(result["classes"]):
+            keys["top5"] = "top-5"
+        lines += [f"\n{'':26}" + "".join(title.ljust(24) for title in keys.values())]
         title = f"{result['classes']:,} classes by name"
-        lines += [row(title, result, ("top1", "top5")) + f"chance {result['chance']} %"]
+        lines += [row(title, result, tuple(keys)) + f"chance {result['chance']} %"]
+        lines += [f"Accuracy, {measured_on(metrics['split'], result['pictures'])}."]
     if result := metrics.get("retrieval"):
         lines += [f"\n{'':26}{'R@1':24}{'R@5':24}{'R@10':24}"]
-        for way, title in (
-            ("image_to_text", "captions of an image"), ("text_to_image", "image of a caption")
-        ):  # fmt: skip
+        for way, title in WAYS.items():
             lines += [row(title, result, [f"{way}_r{k}" for k in (1, 5, 10)])]
-        lines += [f"Among {result['pictures']:,} images and {result['captions']:,} captions; "
-                  f"chance at R@1: {result['chance_r1']} %."]  # fmt: skip
-    lines += ["95 % interval in brackets."]
+        where = measured_on(metrics["split"], result["pictures"])
+        lines += [f"Retrieval, {where}, {result['captions']:,} captions; chance at R@1: "
+                  f"{result['chance_r1']} %."]  # fmt: skip
+    lines += ["95 % interval in brackets.", *metrics["summary"]]
     if skipped := metrics["skipped"]:
         lines += [f"{len(skipped)} images were skipped: {skipped[:3]} …"]
     return "\n".join(lines)

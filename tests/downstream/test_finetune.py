@@ -5,6 +5,7 @@ import contextlib
 import csv
 import io
 import json
+import re
 import tarfile
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from vim_ssl.checkpoints.loading import made_by
 from vim_ssl.checkpoints.verify import verify
 from vim_ssl.data import ImageData
 from vim_ssl.downstream import finetune, video
-from vim_ssl.evaluation import validation
+from vim_ssl.evaluation import baselines, validation
 from vim_ssl.tasks import classification, runner
 from vim_ssl.training.run import read_metrics
 
@@ -66,7 +67,7 @@ def first_weights(monkeypatch) -> list[dict]:
     return caught
 
 
-def test_it_learns_and_writes_the_whole_record(run, bands, tmp_path):
+def test_it_learns_and_writes_the_whole_record(run, bands, tmp_path, capsys):
     (bands / "class0" / "broken.png").write_bytes(b"no image")
     argv = ["--encoder", str(run), "--output", str(tmp_path), *QUICK, "--epochs", "12"]
     assert finetune.main([*argv, "--base-lr", "2e-2", "--crop-scale", "1", "1"]) == 0
@@ -81,6 +82,18 @@ def test_it_learns_and_writes_the_whole_record(run, bands, tmp_path):
     assert 75 < metrics["top1"] <= 100  # a guess would be 33
     assert low <= metrics["top1"] <= high
     assert f"{metrics['top1']:.1f} %" in (tmp_path / "report.html").read_text()
+    assert (metrics["split"], metrics["n"]) == ("held out", metrics["test"])
+    assert list(metrics["baselines"]) == ["the most frequent class", "kNN on raw pixels"]
+    assert metrics["baselines"]["the most frequent class"]["top1"] == pytest.approx(33, abs=9)
+    printed = capsys.readouterr().out
+    assert f"held-out images, n = {metrics['n']}, trained on {metrics['train']}" in printed
+    (sentence,) = metrics["summary"]
+    assert sentence in printed
+    assert " points above the most frequent class (95 % interval " in sentence
+    with open(tmp_path / "predictions.csv") as file:
+        for row in csv.DictReader(file):
+            right = row["label"] == row["predicted"]
+            assert (row["label_probability"] == row["confidence"]) == right
 
 
 def test_it_starts_from_the_encoder_of_the_run(run, tmp_path, first_weights):
@@ -158,7 +171,7 @@ def test_images_are_judged_in_batches_by_workers_as_asked(
         asked.append((batch_size, workers))
         return extract(*args, batch_size=batch_size, workers=0, **more)
 
-    for module in (classification, validation):
+    for module in (baselines, classification, validation):
         monkeypatch.setattr(module, "extract_features", watched)
     encoder = ["--eval-only", "--encoder", str(tmp_path / "head")]
     if judged == "trained":
@@ -166,7 +179,8 @@ def test_images_are_judged_in_batches_by_workers_as_asked(
         monkeypatch.setattr(runner, "fit", lambda *_, evaluate, **__: evaluate())
     more = ["--data", str(bands), "--judge-batch", "7", "--workers", "3"]
     finetune.main([*encoder, *QUICK, *more, "--output", str(tmp_path / "out")])
-    assert asked == [(7, 3)] * (2 if judged == "trained" else 1)
+    # The validation, the test, and the raw pixels of both splits; or only the test.
+    assert asked == [(7, 3)] * (4 if judged == "trained" else 1)
 
 
 @pytest.mark.parametrize(
@@ -237,7 +251,8 @@ def test_a_released_file_is_judged_on_all_of_imagenets_validation_part(
         expected = load_encoder(file, num_classes=None)(torch.stack([*map(transform, images)]))
     torch.testing.assert_close(kept["logits"], expected, rtol=1e-4, atol=1e-4)
     shown = capsys.readouterr().out
-    assert "on 3 images (split: val) (Vim-Ti, published: 76.1 on ImageNet)" in shown
+    assert "validation split, n = 3 images (Vim-Ti, published: 76.1 on ImageNet)" in shown
+    assert "top-5" in shown
 
 
 @pytest.mark.parametrize(
@@ -273,7 +288,8 @@ def test_unlabelled_images_are_left_out_and_a_part_of_such_passed_over(head, tmp
     metrics, rows = judge(head, f"csv:{table}", tmp_path / "out")
     assert metrics["split"] == "val"
     assert [row["label"] for row in rows] == ["class0", "class1", "class2"]
-    with pytest.raises(ValueError, match="has no labels; evaluation needs labelled images"):
+    command = f"vim-ssl predict --encoder {head} --data csv:{table}"
+    with pytest.raises(ValueError, match=re.escape(command)):
         judge(head, f"csv:{table}?split=test", tmp_path / "none")
 
 
@@ -332,7 +348,7 @@ def test_shards_are_judged_as_the_same_images_in_a_folder(head, bands, tmp_path,
         ({"labels": [0, 1], "classes": ["a", "c", "b"]}, [], "has ['a', 'c', 'b'] …"),
         ({"labels": [0, 1], "classes": ["a", "b"]}, [], "has 2 classes; evaluate on the classes"),
         ({"labels": [0, 1], "bands": ["B04"]}, [], "has the bands B04, the encoder has L, and"),
-        ({"labels": [-1, -1]}, [], "has no labels; evaluation needs labelled images"),
+        ({"labels": [-1, -1]}, [], "has no labels; evaluation needs labelled images. To predict"),
         (
             {},
             ["--targets", "multi-label", "--labels-per-class", "2"],

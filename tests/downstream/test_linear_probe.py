@@ -15,7 +15,7 @@ from PIL import Image
 from vim_ssl import VimEncoder, cli, save_encoder
 from vim_ssl.data import ImageData
 from vim_ssl.downstream import linear_probe
-from vim_ssl.evaluation import comparison
+from vim_ssl.evaluation import baselines, comparison
 from vim_ssl.evaluation.extract import Features
 from vim_ssl.evaluation.readout import C_GRID
 
@@ -109,8 +109,8 @@ def test_the_table_shows_what_the_record_holds(bands, encoder_file, tmp_path, ca
 
 
 def test_pixels_of_large_images_are_shrunk_first(bands, encoder_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(comparison, "MAX_PIXELS", 27 * 28)
-    monkeypatch.setattr(comparison, "SHRUNK", 7)
+    monkeypatch.setattr(baselines, "MAX_PIXELS", 27 * 28)
+    monkeypatch.setattr(baselines, "SHRUNK", 7)
     argv = ("--encoder", str(encoder_file), "--data", str(bands), "--output", str(tmp_path))
     row = probe(*argv, "--readouts", "avg")["rows"][2]
     assert (row["features"], row["dim"]) == ("raw pixels, 7x7", 7 * 7)

@@ -115,7 +115,15 @@ def test_the_record_is_whole_and_can_be_judged_again(tmp_path, encoder, data, ca
     assert list((run / "images").glob("preview-*.png"))
     rows = read_metrics(run)
     assert "test_miou" in rows[-1]
-    assert "IoU" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "IoU" in printed
+    assert (metrics["split"], metrics["n"]) == ("val", 4)
+    assert "validation split, n = 4 images" in printed
+    (baseline,) = metrics["baselines"].items()
+    assert baseline[0] == "predicting ground everywhere"
+    assert 0 < baseline[1]["miou"] < 34  # of three classes, one is partly right
+    assert baseline[0] in metrics["summary"][0]
+    assert metrics["summary"][0] in printed
 
     argv = ["--eval-only", "--encoder", str(run), "--data", f"masks:{data}"]
     assert segmentation.main([*argv, "--output", str(tmp_path / "again"), "--threads", "1"]) == 0

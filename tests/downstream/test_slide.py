@@ -40,7 +40,7 @@ def vectors(tmp_path) -> Path:
     return folder  # embed.py writes one format; here one after the other is read
 
 
-def test_attention_finds_the_telling_tiles(vectors, tmp_path):
+def test_attention_finds_the_telling_tiles(vectors, tmp_path, capsys):
     argv = ["--features", str(vectors), "--output", str(tmp_path / "run"), "--threads", "1",
             "--epochs", "10", "--warmup-epochs", "1", "--base-lr", "4e-2", "--tiles", "24",
             "--hidden", "16",
@@ -50,6 +50,12 @@ def test_attention_finds_the_telling_tiles(vectors, tmp_path):
     assert (metrics["train"], metrics["test"]) == (48, 12)
     assert metrics["attention"]["top1"] >= 80
     assert {"mean", "protocol", "hardware"} <= set(metrics)
+    assert (metrics["split"], metrics["n"]) == ("held out", 12)
+    assert metrics["baselines"]["the mean of the tiles"]["top1"] == metrics["mean"]["top1"]
+    printed = capsys.readouterr().out
+    assert "held-out slides, n = 12, trained on 48" in printed
+    assert metrics["summary"][0] in printed
+    assert "the most frequent class" in metrics["summary"][0]
     assert "Top-1 accuracy, attention" in (tmp_path / "run" / "report.html").read_text()
     with open(tmp_path / "run" / "predictions.csv", newline="") as file:
         truth = {row["id"]: int(row["label"]) for row in csv.DictReader(file)}

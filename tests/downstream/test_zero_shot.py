@@ -64,7 +64,23 @@ def test_classes_are_told_by_their_names(model, classes, tmp_path, capsys):
     assert found["names"] == ["blue sky", "green", "red"]
     assert len(found["named"]) == 8
     assert "retrieval" not in found
-    assert "3 classes by name" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "3 classes by name" in printed
+    assert "Accuracy, all images, n = 12." in printed
+    assert "top-5" not in printed  # of three classes it is always 100 %
+    (sentence,) = found["summary"]
+    assert sentence in printed
+    assert sentence.startswith(f"Zero-shot top-1 {figures['top1']:.1f} %: ")
+    assert "chance (33.33 %) (95 % interval " in sentence
+
+
+def test_top5_is_printed_for_ten_classes():
+    result = {"classes": 10, "pictures": 40, "chance": 10.0}
+    result |= {key: value for k in (1, 5) for key, value in
+               ((f"top{k}", 50.0), (f"top{k}_ci", (40.0, 60.0)))}  # fmt: skip
+    metrics = {"classification": result, "split": "test", "skipped": [], "summary": []}
+    assert "top-5" in zero_shot.table(metrics)
+    assert "Accuracy, test split, n = 40 images." in zero_shot.table(metrics)
 
 
 def test_images_and_captions_are_found_by_each_other(model, classes, tmp_path, capsys):
@@ -86,7 +102,11 @@ def test_images_and_captions_are_found_by_each_other(model, classes, tmp_path, c
         assert right <= {pair["own"], f"a {name} image"}
     assert not found["trained_on"]
     assert figures["chance_r1"] == 8.333
-    assert "Among 12 images and 24 captions; chance at R@1: 8.333 %" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "Retrieval, all images, n = 12, 24 captions; chance at R@1: 8.333 %" in printed
+    assert len(found["summary"]) == 2
+    assert all(f"chance ({figures['chance_r1']} %)" in one for one in found["summary"])
+    assert all(one in printed for one in found["summary"])
 
 
 def test_without_a_run_of_captions_it_is_told_how_to_make_one(tmp_path, monkeypatch):

@@ -58,6 +58,16 @@ def test_the_figures_are_a_naive_count_over_the_whole_set():
     assert low < figures["miou"] < high
 
 
+def test_a_constant_prediction_is_measured_from_the_counts():
+    pairs = images()
+    counted, whole = scores(pairs).constant(1), scores([(t, np.ones_like(t)) for t, _ in pairs])
+    assert counted.compute() == whole.compute()
+    assert (counted.confusion == whole.confusion).all()
+    difference = scores(pairs).miou - counted.miou
+    low, high = scores(pairs).interval(difference)
+    assert 0 < low < difference.value < high
+
+
 def test_it_is_not_the_mean_of_the_images():
     one, two = np.zeros((2, 2), np.uint8), np.ones((20, 20), np.uint8)
     figures = scores([(one, one), (two, two * 0)]).compute()

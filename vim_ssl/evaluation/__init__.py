@@ -7,6 +7,7 @@ linear_heads.py  logistic regression, and MAE's head trained with LARS
 knn.py           nearest neighbours: search and vote
 online.py        a quick probe during training         validation.py  validation and early stopping
 comparison.py    compare encoders on the same images
+baselines.py     raw pixels and the most frequent class, beside the result of a task
 retrieval.py     retrieve images by captions and captions by images
 embeddings.py    features of any data in files, for use elsewhere
 

@@ -4,7 +4,6 @@
 differences and metrics.json.
 """
 
-import math
 import time
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,23 +14,19 @@ import torch
 
 from vim_ssl.checkpoints.loading import load_encoder
 from vim_ssl.data import labelled_splits
-from vim_ssl.data.transforms.clip import ClipTransform
-from vim_ssl.data.transforms.image import Transform, create_transform
-from vim_ssl.evaluation.extract import Features, extract_features
+from vim_ssl.evaluation.baselines import pixel_features
+from vim_ssl.evaluation.extract import Features
 from vim_ssl.evaluation.features import cache_folder, encode_splits
 from vim_ssl.evaluation.readout import READOUTS, available_readouts
 from vim_ssl.metrics.bootstrap import Metric
 from vim_ssl.metrics.sentences import Gain, result_sentence
 from vim_ssl.metrics.titles import measured_on, split_name
-from vim_ssl.models.encoder import VimEncoder
 from vim_ssl.training.run import newest_run, task_folder, trained_on
 from vim_ssl.utils.config import opt, to_dict
 from vim_ssl.utils.distributed import join_processes, pick_device
 from vim_ssl.utils.environment import environment
 
 UNTRAINED = "same encoder, untrained"
-MAX_PIXELS = 64 * 64 * 3  # values per image; above it, regression on raw pixels takes too long
-SHRUNK = 32  # side in pixels to which larger images are resized
 
 
 @dataclass
@@ -112,12 +107,9 @@ class Comparison:
                 self.n = len(splits[1].y)
                 yield name, splits[0], splits[1], available_readouts(encoder, config.readouts)
         if self.main and config.baselines:
-            name, transform = raw_pixels(self.encoder)
-            train, test = (
-                extract_features(torch.nn.Identity(), split, transform, workers=config.workers)
-                for split in (self.train, self.test)
-            )
-            yield name, train, test, {"pixels": slice(None)}
+            splits = self.train, self.test
+            name, pixels = pixel_features(self.encoder, splits, workers=config.workers)
+            yield name, pixels[0], pixels[1], {"pixels": slice(None)}
 
     def record(self, **results: Any) -> tuple[dict[str, Any], Path]:
         """Return the contents of metrics.json, including ``results``, and its output folder."""
@@ -131,19 +123,6 @@ class Comparison:
         }  # fmt: skip
         named = "-".join(spec for spec in (config.data, config.test_data) if spec)
         return metrics, Path(config.output or task_folder(self.task, self.source, named))
-
-
-def raw_pixels(encoder: VimEncoder) -> tuple[str, Transform]:
-    """Return name and transform of the raw pixels of an encoder's input, as features of a baseline;
-    large images are resized."""
-    config = dict(encoder.data_config)
-    if math.prod(encoder.input_shape) <= MAX_PIXELS:
-        return "raw pixels", create_transform(encoder)
-    config["input_size"] = (encoder.in_chans, SHRUNK, SHRUNK)
-    transform = create_transform(config)
-    if encoder.reads_clips:
-        transform = ClipTransform(transform, training=False)
-    return f"raw pixels, {SHRUNK}x{SHRUNK}", transform
 
 
 def differences(

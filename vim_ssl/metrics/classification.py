@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vim_ssl.metrics.bootstrap import Metric
 from vim_ssl.metrics.tables import per_class, write_csv
+from vim_ssl.metrics.titles import measured_on, shows_top5
 
 TARGETS = ("class", "multi-label", "ordinal")
 MAIN_METRIC = {"class": "top1", "multi-label": "map_macro", "ordinal": "top1"}
@@ -187,39 +188,44 @@ def classification_metrics(
 
 
 def summary(metrics: dict[str, Any]) -> str:
-    """One line of text; it includes the ``split`` for an evaluation without training."""
-    where = f"on {metrics['test']:,} test images"
-    if "split" in metrics:
-        where = f"on {metrics['test']:,} images (split: {metrics['split']})"
+    """One line of text: the metrics, the split and the number of its images, ``n``."""
     key, name = ("top1", "top-1") if "top1" in metrics else ("map_macro", "mAP")
     low, high = metrics[f"{key}_ci"]
     text = f"{name} {metrics[key]:.1f} % [{low:.1f}, {high:.1f}]"
-    if "top5" in metrics:
+    if "top5" in metrics and shows_top5(len(metrics["confusion"])):
         text += f", top-5 {metrics['top5']:.1f} %"
     for name in ("auc", "acc"):
         if metrics.get(name) is not None:
             text += f", {name.upper()} {metrics[name]:.3f}"
-    return f"{text} {where}"
+    return f"{text} · {measured_on(metrics['split'], metrics['n'])}"
 
 
 def write_tables(
     folder: Path, metrics: dict, logits: Tensor, labels: Tensor, ids: list[str],
     classes: list[str], targets: str,
 ) -> None:  # fmt: skip
-    """Write ``predictions.csv`` (one row per image) and, for single labels, ``classes.csv`` (one
-    row per class: samples, recall, precision, F1, the class it is most often confused with)."""
+    """Write ``predictions.csv`` and, for single labels, ``classes.csv``.
+
+    ``predictions.csv`` has a row per image: id, label, prediction, ``confidence`` (the probability
+    of the prediction; for multi-label, of every class) and, for single labels,
+    ``label_probability``. ``classes.csv`` has a row per class: samples, recall, precision, F1, the
+    class it is most often confused with.
+    """
     confidence = logits.softmax(1) if targets == "class" else torch.sigmoid(logits)
     rows: list[list[str]] = []
-    for name, label, guess, row in zip(
-        ids, labels, predicted(logits, targets), confidence, strict=True
-    ):
+    for name, label, guess, row, shares in zip(
+        ids, labels, predicted(logits, targets), confidence, probabilities(logits, targets),
+        strict=True,
+    ):  # fmt: skip
         if targets == "multi-label":
             sets = (_names(values, classes) for values in (label, guess))
-            rows.append([name, *sets, " ".join(f"{p:.4f}" for p in row.tolist())])
+            rows.append([name, *sets, " ".join(f"{p:.4f}" for p in row.tolist()), ""])
         else:
             sure = f"{row.max().item():.4f}" if targets == "class" else ""
-            rows.append([name, classes[int(label)], classes[int(guess)], sure])
-    write_csv(folder / "predictions.csv", ["id", "label", "predicted", "confidence"], rows)
+            of_label = f"{shares[int(label)].item():.4f}"
+            rows.append([name, classes[int(label)], classes[int(guess)], sure, of_label])
+    columns = ["id", "label", "predicted", "confidence", "label_probability"]
+    write_csv(folder / "predictions.csv", columns, rows)
     if targets != "multi-label":
         columns = ["class", "samples", "recall", "precision", "f1", "most_taken_for"]
         keys = ["class", "count", "recall", "precision", "dice", "most_taken_for"]

@@ -75,10 +75,29 @@ class SegmentationMetrics:
             "macc": (hits[labelled] / truth[labelled]).mean(),
             "mdice": (2 * hits[present] / (truth + predicted)[present]).mean(),
         }
-        rows = np.stack(self._counts).reshape(len(self._counts), -1).astype(float)
-        miou = Metric(lambda weights: 100 * mean_iou((weights @ rows).reshape(3, -1)), len(rows))
         values = {name: round(100 * float(share), 2) for name, share in shares.items()}
-        return values | {"miou_ci": miou.group_interval(self._groups, seed)}
+        return values | {"miou_ci": self.interval(self.miou, seed)}
+
+    @property
+    def miou(self) -> Metric:
+        """The mIoU over weighted images, in per cent."""
+        rows = np.stack(self._counts).reshape(len(self._counts), -1).astype(float)
+        return Metric(lambda weights: 100 * mean_iou((weights @ rows).reshape(3, -1)), len(rows))
+
+    def interval(self, metric: Metric, seed: int = 0) -> list[float] | None:
+        """The 95 % interval of a metric of these images, by `Metric.group_interval`."""
+        return metric.group_interval(self._groups, seed)
+
+    def constant(self, index: int) -> "SegmentationMetrics":
+        """Return the metrics of predicting class ``index`` for every pixel of the same images."""
+        other = SegmentationMetrics(self.classes)
+        other.confusion[:, index] = self.confusion.sum(1)
+        other._groups, other._images = self._groups, []
+        for _, truth, _ in self._counts:
+            confusion = np.zeros_like(other.confusion)
+            confusion[:, index] = truth
+            other._counts.append(_counts(confusion))
+        return other
 
     def write(self, folder: Path) -> None:
         """Write ``classes.csv`` (one row per class) and ``predictions.csv`` (one per image)."""

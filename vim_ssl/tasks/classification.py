@@ -21,18 +21,22 @@ from vim_ssl.data.bands import band_arguments
 from vim_ssl.data.loading.indexed import SeededSamples
 from vim_ssl.data.split import stratified_split
 from vim_ssl.data.transforms.image import create_transform
+from vim_ssl.evaluation.baselines import classification_baselines, compare_with
 from vim_ssl.evaluation.embeddings import stream_features
 from vim_ssl.evaluation.extract import extract_features
 from vim_ssl.evaluation.validation import Validation
 from vim_ssl.metrics.classification import (
+    MAIN_METRIC,
     TARGETS,
     classification_metrics,
     outputs,
     probabilities,
     summary,
+    target_metrics,
     write_tables,
 )
 from vim_ssl.metrics.medmnist import medmnist_metrics
+from vim_ssl.metrics.titles import RESULTS, split_name
 from vim_ssl.models.encoder import VimEncoder
 from vim_ssl.objectives.classification import Classification, LabelledTransform, balanced_weights
 from vim_ssl.tasks.runner import Training, finish_run, train_run
@@ -152,6 +156,7 @@ def train_classifier(
         encoder, targets=config.targets, label_smoothing=config.label_smoothing,
         mixup=config.mixup, cutmix=config.cutmix, class_weights=weights,
     )  # fmt: skip
+    labelled = train
     train, validation = _hold_out(config, train, classes)
     loading: dict[str, Any] = {"batch_size": config.judge_batch, "workers": config.workers}
 
@@ -168,11 +173,18 @@ def train_classifier(
         folder = training.run.folder
         metrics = {
             "task": recipe, "data": train.name, "encoder": source, "train": len(train),
-            **evaluate(training.model, test, folder, config.targets, classes, **loading),
+            "split": split_name(test),
+            **evaluate(
+                training.model, test, folder, config.targets, classes, train=labelled, **loading
+            ),
             "protocol": to_dict(config), **environment(),
         }  # fmt: skip
         return finish_run(
-            training.run, metrics, lambda m: f"{summary(m)}, trained on {len(train):,} · {folder}"
+            training.run,
+            metrics,
+            lambda m: (
+                f"{summary(m)}, trained on {len(train):,} · {folder}\n" + "\n".join(m["summary"])
+            ),
         )
 
     if config.targets == "ordinal" and accelerator.is_main_process:
@@ -245,14 +257,17 @@ def _warn_of_unseen(train, test, classes: Sequence[str]) -> None:
 
 
 def evaluate(
-    encoder: VimEncoder, data, folder: Path, targets: str, classes: list[str], **loading: Any
-) -> dict[str, Any]:
+    encoder: VimEncoder, data, folder: Path, targets: str, classes: list[str], *, train=None,
+    **loading: Any,
+) -> dict[str, Any]:  # fmt: skip
     """Evaluate an encoder with a head on labelled images and write the tables to ``folder``.
 
     Args:
         data: map-style data, or a stream.
+        train: the labelled training images, for baselines; None: without baselines.
         loading: arguments of `extract_features`.
-    Returns: the metrics; for MedMNIST also its ``auc`` and ``acc``.
+    Returns: the metrics, with ``n``, the number of images; for MedMNIST also its ``auc`` and
+        ``acc``; with ``train`` also the entries of `compare_with`.
     """
     extract = stream_features if data.is_stream else extract_features
     device = next(encoder.parameters()).device
@@ -263,4 +278,10 @@ def evaluate(
     if task := getattr(data, "task", None):
         scores = probabilities(answers.x, targets).numpy()
         metrics |= medmnist_metrics(answers.y.numpy(), scores, task, answers.groups)
-    return {"test": len(answers.y), **metrics, "skipped": answers.skipped}
+    if train is not None:
+        key = MAIN_METRIC[targets]
+        metric = target_metrics(answers.x, answers.y, targets)[key]
+        baselines = classification_baselines(encoder, train, data, answers.y, **loading)
+        metrics |= compare_with(RESULTS[key].text, metric, baselines, key, answers.groups)
+    count = len(answers.y)
+    return {"test": count, "n": count, **metrics, "skipped": answers.skipped}

@@ -14,6 +14,7 @@ import torch
 from vim_ssl.checkpoints.loading import load_for_bands
 from vim_ssl.data.images import BadImage
 from vim_ssl.data.loading.indexed import SeededSamples
+from vim_ssl.metrics.titles import measured_on, split_name
 from vim_ssl.models.encoder import VimEncoder
 from vim_ssl.tasks.config import TransferConfig
 from vim_ssl.tasks.runner import Training, finish_run, train_run
@@ -69,6 +70,8 @@ class DenseTask:
         evaluate: (model, data, folder) -> metrics, and scores with a ``table``.
         watched: metrics logged in training.
         summary: formats the metrics for printing.
+        compare: (scores, training data) -> entries of metrics.json: ``baselines``, and ``summary``,
+            the sentences that compare the result with them.
     """
 
     name: str
@@ -76,6 +79,7 @@ class DenseTask:
     evaluate: Callable[[Any, Any, Path], tuple[dict[str, Any], Any]]
     watched: tuple[str, ...]
     summary: Callable[[dict[str, Any]], str]
+    compare: Callable[[Any, Any], dict[str, Any]]
 
     def train(
         self, config: DenseConfig, model: Any, source: str, transform, train, test, accelerator
@@ -97,7 +101,7 @@ class DenseTask:
             return evaluate
 
         def conclude(training: Training) -> dict[str, Any]:
-            return self._finish(config, training.model, source, test, training.run, len(train))
+            return self._finish(config, training.model, source, train, test, training.run)
 
         return train_run(
             self.name, config, model, SeededSamples(train, transform, config.seed), accelerator,
@@ -119,21 +123,24 @@ class DenseTask:
                 f"{source} was trained on the classes {model.classes[:5]} …, but {test.name} has "
                 f"{test.classes[:5]} …; evaluate on the classes it was trained on."
             )
-        return self._finish(config, model, source, test, evaluation_folder(config.output), 0)
+        return self._finish(config, model, source, None, test, evaluation_folder(config.output))
 
     def _finish(
-        self, config: DenseConfig, model, source: str, test, where: Run | Path, trained_on: int
+        self, config: DenseConfig, model, source: str, train, test, where: Run | Path
     ) -> dict[str, Any]:
+        """Evaluate, and write the results; without ``train`` the model was trained before."""
         folder = where.folder if isinstance(where, Run) else where
         metrics, scores = self.evaluate(model, test, folder)
+        compared = self.compare(scores, train) if train is not None else {}
         metrics = {
-            "task": self.name, "data": test.name, "encoder": source, "train": trained_on,
-            "classes": model.classes, **metrics, "protocol": to_dict(config), **environment(),
+            "task": self.name, "data": test.name, "encoder": source, "train": len(train or ()),
+            "classes": model.classes, "split": split_name(test), "n": metrics["test"], **metrics,
+            **compared, "protocol": to_dict(config), **environment(),
         }  # fmt: skip
 
         def summary(metrics: dict[str, Any]) -> str:
-            line = f"{self.summary(metrics)} on {metrics['test']:,} test images · {folder}"
-            return f"{scores.table()}\n{line}"
+            line = f"{self.summary(metrics)} · {measured_on(metrics['split'], metrics['n'])}"
+            return "\n".join([scores.table(), f"{line} · {folder}", *metrics.get("summary", [])])
 
         return finish_run(where, metrics, summary)
 

@@ -6,6 +6,7 @@ The maps are the residual stream after the final norm, without class tokens. (Up
 takes the mixers' outputs without a norm.)
 """
 
+import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,12 +20,14 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import to_pil_image
 
 from vim_ssl.checkpoints.task_models import load_task, save_task
-from vim_ssl.data.images import clean_image
+from vim_ssl.data.images import BadImage, clean_image
 from vim_ssl.data.labels import IGNORE
 from vim_ssl.data.sources.geotiff import core_of, write_labels
 from vim_ssl.data.transforms.dense import DensePixels
 from vim_ssl.data.transforms.image import denormalize
 from vim_ssl.metrics.segmentation import SegmentationMetrics
+from vim_ssl.metrics.sentences import Gain, result_sentence
+from vim_ssl.metrics.titles import RESULTS
 from vim_ssl.metrics.volumes import VolumeMetrics
 from vim_ssl.models.encoder import VimEncoder
 from vim_ssl.models.heads import NORMS, FCNHead, FeatureUpsampling, LinearHead, UPerNet
@@ -37,6 +40,7 @@ from vim_ssl.utils.names import did_you_mean
 
 HEADS = ("upernet", "linear")
 FILE = "segmentation.safetensors"
+MASKS_READ = 200  # training masks to find the most frequent class
 AUXILIARY_LEVEL = 2  # the map at stride 16, as in the paper's configuration
 
 
@@ -256,6 +260,31 @@ def evaluate(model: Segmentation, data, folder: Path) -> tuple[dict[str, Any], S
     colours = class_colours(len(model.classes)).numpy()
     mask_grid(rows, model.classes, colours).save(folder / "predictions.png")
     return metrics, scores
+
+
+def most_frequent_class(train, classes: int) -> int:
+    """Return the class with the most pixels in up to `MASKS_READ` evenly spaced training masks."""
+    pixels = np.zeros(IGNORE + 1, np.int64)
+    for i in range(0, len(train), -(-len(train) // MASKS_READ)):
+        with contextlib.suppress(BadImage):
+            pixels += np.bincount(train[i]["mask"].ravel(), minlength=IGNORE + 1)
+    return int(pixels[:classes].argmax())
+
+
+def compare(scores: SegmentationMetrics, train) -> dict[str, Any]:
+    """Compare with the most frequent class of the training masks, predicted for every pixel.
+
+    Returns: entries of metrics.json: ``baselines``, name -> ``miou``, its interval and ``aacc``;
+        and ``summary``, the sentence that compares.
+    """
+    index = most_frequent_class(train, len(scores.classes))
+    name = f"predicting {scores.classes[index]} everywhere"
+    other = scores.constant(index)
+    values = {key: other.compute()[key] for key in ("miou", "miou_ci", "aacc")}
+    difference = scores.miou - other.miou
+    gain = Gain(name, difference.value, scores.interval(difference))
+    sentence = result_sentence(RESULTS["miou"].text, scores.miou.value, [gain])
+    return {"baselines": {name: values}, "summary": [sentence]}
 
 
 def dice_loss(logits: Tensor, truth: Tensor) -> Tensor:
