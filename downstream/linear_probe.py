@@ -129,7 +129,7 @@ def probe(
         "knn_metric": neighbours.metric, "knn_k": neighbours.k,
         "validation": round(100 * validation, 2), "knn_validation": round(knn_validation, 2),
     }  # fmt: skip
-    metrics = {}
+    metrics: dict[str, Metric] = {}
     for key, values in (("logistic", of_head), ("knn", of_neighbours)):
         row |= metric_columns(values, key, test.groups, config.seed)
         metrics |= {key if kind == "main" else f"{key}_{kind}": m for kind, m in values.items()}

@@ -135,7 +135,11 @@ def test_the_record_is_whole_and_can_be_judged_again(tmp_path, encoder, data, ca
     assert Image.open(run / "predictions.png").width > 300
     assert list((run / "images").glob("preview-*.png"))
     assert "test_box_ap" in read_metrics(run)[-1]
-    assert "box AP" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "box AP" in printed
+    assert "validation split, n = 2 images" in printed
+    assert metrics["summary"][0] in printed
+    assert "no trivial baseline" in metrics["summary"][0]
 
     argv = ["--eval-only", "--encoder", str(run), "--data", f"coco:{data}"]
     assert detection.main([*argv, "--output", str(tmp_path / "again"), "--threads", "1"]) == 0

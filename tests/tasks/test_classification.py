@@ -332,7 +332,8 @@ def test_medmnist_is_judged_by_its_own_figures(name, labels, targets, tmp_path, 
     scores = scores.unflatten(0, (count, -1)).mean(1).numpy()  # of a volume's planes
     assert metrics["auc"] == pytest.approx(medmnist_auc(truth, scores, data.task), abs=1e-4)
     assert metrics["acc"] == pytest.approx(medmnist_accuracy(truth, scores, data.task), abs=1e-4)
-    assert f"AUC {metrics['auc']:.3f}, ACC {metrics['acc']:.3f} on " in capsys.readouterr().out
+    printed = f"AUC {metrics['auc']:.3f}, ACC {metrics['acc']:.3f} · test split, n = {len(data)} "
+    assert printed in capsys.readouterr().out
 
 
 def test_a_head_for_other_classes_is_refused(bands, tmp_path):

@@ -107,9 +107,10 @@ class Comparison:
                 self.n = len(splits[1].y)
                 yield name, splits[0], splits[1], available_readouts(encoder, config.readouts)
         if self.main and config.baselines:
-            splits = self.train, self.test
-            name, pixels = pixel_features(self.encoder, splits, workers=config.workers)
-            yield name, pixels[0], pixels[1], {"pixels": slice(None)}
+            name, (train, test) = pixel_features(
+                self.encoder, (self.train, self.test), workers=config.workers
+            )
+            yield name, train, test, {"pixels": slice(None)}
 
     def record(self, **results: Any) -> tuple[dict[str, Any], Path]:
         """Return the contents of metrics.json, including ``results``, and its output folder."""
