@@ -6,14 +6,17 @@ from functools import cached_property
 from hashlib import blake2b
 from itertools import accumulate, groupby
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
 import numpy as np
+from PIL import Image
 from torch.utils.data import Dataset
 
-from vim_ssl.data.images import BadImage, array_image, decode_image
+from vim_ssl.data.images import BadImage, array_image, clean_image, decode_image
 from vim_ssl.data.loading.indexed import SeededSamples
 from vim_ssl.data.split import as_key
+
+RawImage: TypeAlias = str | Path | bytes | np.ndarray | Image.Image
 
 
 class Captions(Protocol):
@@ -34,8 +37,9 @@ class Images(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, row: int, /) -> str | Path | bytes | np.ndarray:
-        """An undecoded image: its path, its bytes, or values (h, w) or (h, w, bands)."""
+    def __getitem__(self, row: int, /) -> RawImage:
+        """An undecoded image: its path, its bytes, values (h, w) or (h, w, bands), or a PIL image
+        of any mode."""
         ...
 
 
@@ -191,14 +195,16 @@ class ImageData(Dataset):
             item["meta"] = location(self._rows[index])
         return item
 
-    def _decode(self, raw: str | Path | bytes | np.ndarray) -> Any:
+    def _decode(self, raw: RawImage) -> Any:
         if isinstance(raw, np.ndarray):
             return array_image(raw)
+        if isinstance(raw, Image.Image):
+            return clean_image(raw)
         dense = self.has_masks or self.has_boxes  # these refer to the full size
         return decode_image(raw, min_side=None if dense else self.min_side, dense=dense)
 
-    def raw(self, index: int) -> str | Path | bytes | np.ndarray:
-        """The undecoded image: a path, the bytes of a file, or values (h, w[, bands])."""
+    def raw(self, index: int) -> RawImage:
+        """The undecoded image; see `Images`."""
         row = self._rows[index]
         try:
             return self._images[row]
@@ -310,7 +316,7 @@ class _Joined:
     def __len__(self) -> int:
         return self.ends[-1]
 
-    def __getitem__(self, row: int) -> str | Path | bytes | np.ndarray:
+    def __getitem__(self, row: int) -> RawImage:
         data, index = self.locate(row)
         return data.raw(index)
 

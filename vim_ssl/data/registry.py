@@ -36,6 +36,7 @@ SOURCES: dict[str, str] = {
     "coco": "vim_ssl.data.sources.coco",
     "video": "vim_ssl.data.sources.video",
     "slide": "vim_ssl.data.sources.slides",
+    "memory": "vim_ssl.data.sources.memory",
 }
 # Option → its type; numbers must be above 0. `DataSpec` documents the options listed here.
 OPTIONS: dict[str, type] = {

@@ -1,7 +1,7 @@
 """``hf:``: Hugging Face datasets: a name on the Hub, or a local folder that `datasets` reads."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,7 +134,7 @@ def _images_of(spec: DataSpec, tables: Mapping[str, Any], root: str) -> ImageDat
         name=str(spec), labels=labels, classes=classes,
         groups=[str(g) for g in TableColumn(table, group).all()] if group else None,
         captions=TableColumn(table, caption) if caption else None,
-        bands=_bands(kind) if arrays else None,
+        bands=name_bands(kind.shape, kind.dtype) if arrays else None,
         dtype=kind.dtype if arrays else None, splits=list(tables), split=split,
         # Image sizes would require reading the whole table; use its fingerprint instead.
         source_fingerprint=" ".join(tables[name]._fingerprint for name in chosen),
@@ -248,8 +248,13 @@ def _load(location: str) -> dict[str, Any]:
         import datasets
 
         loaded = datasets.load_from_disk(loaded)
+    return by_split(loaded)
+
+
+def by_split(loaded: Any) -> dict[str, Any]:
+    """Return the tables of a `Dataset` or `DatasetDict` by split."""
     tables = loaded if isinstance(loaded, dict) else {str(loaded.split or "train"): loaded}
-    # A table may have been saved with a tensor format; read plain values instead.
+    # A table may have a tensor format; read plain values instead.
     return {split: table.with_format(None) for split, table in tables.items()}
 
 
@@ -310,19 +315,24 @@ def _check_arrays(kind: Any, column: str) -> bool:
             f"{column} has type {type(kind).__name__}; expected Image, bytes, paths, or arrays of "
             "type Array2D (h, w) or Array3D (h, w, bands)."
         )
-    first, *last = kind.shape
-    if len(last) == 2 and last[0] == last[1] != first:
-        raise ValueError(
-            f"{column} has arrays of shape {kind.shape}, expected (h, w, bands); if the bands come "
-            "first, save the table with the bands last."
-        )
+    check_bands_last(kind.shape, column)
     return True
 
 
-def _bands(kind: Any) -> list[str] | None:
-    """Return the names of the bands of arrays of this type; None for grey and colour images."""
-    count = (*kind.shape, 1)[2]
-    plain = kind.dtype == "uint8" and count in (1, 3)
+def check_bands_last(shape: Sequence[int], what: str) -> None:
+    """Raise ValueError for the shape of an array whose bands seem to come first."""
+    first, *last = shape
+    if len(last) == 2 and last[0] == last[1] != first:
+        raise ValueError(
+            f"{what} has arrays of shape {tuple(shape)}, expected (h, w, bands); if the bands come "
+            "first, move them to the end, as np.moveaxis(array, 0, -1) does."
+        )
+
+
+def name_bands(shape: Sequence[int], dtype: str) -> list[str] | None:
+    """Return names for the bands of arrays (h, w[, bands]); None for grey and colour images."""
+    count = (*shape, 1)[2]
+    plain = dtype == "uint8" and count in (1, 3)
     return None if plain else [f"band{i}" for i in range(1, count + 1)]
 
 
@@ -399,11 +409,19 @@ def _labels(
         )
     values = [value for table in chosen for value in TableColumn(table, name).all()]
     if names is None:
-        known = {value for table in tables for value in TableColumn(table, name).all()} - {None}
-        number = {value: i for i, value in enumerate(sort_classes(known))}
-        names, values = [str(v) for v in number], [number.get(v) for v in values]
+        return number_labels(values, (v for t in tables for v in TableColumn(t, name).all()))
     labels = [-1 if value is None else int(value) for value in values]
     return (labels, names) if max(labels) >= 0 else (None, None)
+
+
+def number_labels(
+    values: Iterable[Any], all_values: Iterable[Any]
+) -> tuple[list[int] | None, list[str] | None]:
+    """Number classes by the sorted values in all splits, as `_labels` returns them; None is
+    unknown."""
+    number = {value: i for i, value in enumerate(sort_classes(set(all_values) - {None}))}
+    labels = [number.get(value, -1) for value in values]
+    return (labels, [str(v) for v in number]) if max(labels, default=-1) >= 0 else (None, None)
 
 
 def _join(tables: list[Any]) -> Any:
