@@ -179,7 +179,7 @@ class Row:
         pixels: hash of the image; "" if it cannot be read.
         file: path of an image that is a file, else "".
         array: shape and dtype of an image that is an array, else None.
-        is_plain: the image is not an array of bands; see `register`.
+        is_plain: the image is not an array of bands; see `register_data`.
     """
 
     pixels: str = ""
@@ -200,7 +200,7 @@ class Row:
 
 
 def read_row(items: Any, row: int) -> Row:
-    """Read an item. Raises: the errors of `register`; not those of the data set."""
+    """Read an item. Raises: the errors of `register_data`; not those of the data set."""
     try:
         value = items[row]
     except Exception as error:  # a data set may raise anything for a broken file
@@ -252,7 +252,7 @@ def as_mask(mask: Any) -> np.ndarray:
 
 
 def _is_plain(values: np.ndarray) -> bool:
-    """True if the values fit 8 bits, with 1 or 3 channels; see `register`."""
+    """True if the values fit 8 bits, with 1 or 3 channels; see `register_data`."""
     if (*values.shape, 1)[2] not in (1, 3):
         return False
     if values.dtype == np.uint8:

@@ -10,7 +10,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from vim_ssl.data import labelled_splits, masked_splits, open_data
-from vim_ssl.data.sources.memory import register
+from vim_ssl.data.sources.memory import register_data
 from vim_ssl.data.transforms.image import pretrain_transform
 
 GREY = np.arange(4 * 6 * 8, dtype=np.uint8).reshape(4, 6, 8)  # four images, 6 x 8
@@ -65,7 +65,7 @@ LABELLED = {
 
 @pytest.mark.parametrize("form", LABELLED)
 def test_every_form_gives_the_same_images_and_labels(form):
-    spec = register(LABELLED[form]())
+    spec = register_data(LABELLED[form]())
     data = open_data(spec)
     assert (data.classes, data.labels) == (["cat", "dog"], NUMBERS)
     assert data.bands is None
@@ -77,15 +77,15 @@ def test_every_form_gives_the_same_images_and_labels(form):
 
 @pytest.mark.parametrize("form", sorted(set(LABELLED) - {"table"}))
 def test_the_spec_is_a_hash_of_the_content(form):
-    spec = register(LABELLED[form]())
-    assert register(LABELLED[form]()) == spec
-    assert register(spec) == spec
+    spec = register_data(LABELLED[form]())
+    assert register_data(LABELLED[form]()) == spec
+    assert register_data(spec) == spec
 
 
 def test_any_change_of_the_content_changes_the_spec():
     def spec(images=COLOUR, labels=NUMBERS, **columns):
         columns = {"image": list(images), "label": labels, "classes": ["a", "b"]} | columns
-        return register(columns)
+        return register_data(columns)
 
     other = COLOUR.copy()
     other[3, 5, 7, 2] ^= 1
@@ -93,16 +93,16 @@ def test_any_change_of_the_content_changes_the_spec():
         spec(), spec(other), spec(labels=[0, 1, 1, 0]), spec(classes=["a", "c"]),
         spec(caption=["one", "two", "three", "four"]), spec(group=["x", "x", "y", "y"]),
         spec(images=COLOUR[::-1]), spec(id=["a", "b", "c", "d"]),
-        register({"train": {"image": list(COLOUR), "label": NUMBERS, "classes": ["a", "b"]}}),
-        register(COLOUR), register({"image": COLOUR, "mask": GREY % 2}),
-        register({"image": COLOUR, "mask": GREY % 3}),
+        register_data({"train": {"image": list(COLOUR), "label": NUMBERS, "classes": ["a", "b"]}}),
+        register_data(COLOUR), register_data({"image": COLOUR, "mask": GREY % 2}),
+        register_data({"image": COLOUR, "mask": GREY % 3}),
     }  # fmt: skip
     assert len(specs) == 12
 
 
 def test_the_spec_is_the_same_in_every_process():
     """A resume in another process compares it."""
-    assert register((GREY, ["b", "a", "b", None])) == "memory:fb77838b86dbcacd"
+    assert register_data((GREY, ["b", "a", "b", None])) == "memory:fb77838b86dbcacd"
 
 
 def test_images_of_another_process_are_missed_with_a_way_out():
@@ -113,20 +113,22 @@ def test_images_of_another_process_are_missed_with_a_way_out():
 def test_paths_and_specs_are_no_objects_in_memory(tmp_path):
     for row, image in enumerate(pil()):
         image.save(tmp_path / f"{row}.png")
-    assert register(tmp_path) == str(tmp_path)
-    assert register("sample:photos") == "sample:photos"
+    assert register_data(tmp_path) == str(tmp_path)
+    assert register_data("sample:photos") == "sample:photos"
     files = [tmp_path / f"{row}.png" for row in range(4)]
-    data = open_data(register((files, NAMES)))
+    data = open_data(register_data((files, NAMES)))
     assert data[3]["image"].getpixel((0, 0)) == tuple(COLOUR[3, 0, 0])
     assert data.paths(3) == [str(files[3])]
     part = open_data(tmp_path).subset([2, 0])
-    again = open_data(register(part))
+    again = open_data(register_data(part))
     assert again.ids == ["2.png", "0.png"]
-    assert again.name == register(part) != register(part.subset([0]))
+    assert again.name == register_data(part) != register_data(part.subset([0]))
 
 
 def test_splits_of_a_dict():
-    spec = register({"train": (COLOUR, ["b", "a", "b", "a"]), "test": (COLOUR[:2] + 9, ["c", "a"])})
+    spec = register_data(
+        {"train": (COLOUR, ["b", "a", "b", "a"]), "test": (COLOUR[:2] + 9, ["c", "a"])}
+    )
     assert open_data(spec).split == "train"
     everything = open_data(f"{spec}?split=all")
     assert everything.ids == ["train/0", "train/1", "train/2", "train/3", "test/0", "test/1"]
@@ -136,13 +138,13 @@ def test_splits_of_a_dict():
     assert test[0]["image"].getpixel((0, 0)) == tuple(COLOUR[0, 0, 0] + 9)
     tables = {name: datasets.Dataset.from_dict({"image": pil()}).cast_column(
         "image", datasets.Image()) for name in ("train", "test")}  # fmt: skip
-    assert open_data(register(tables)).splits == ["train", "test"]
-    assert open_data(register(datasets.DatasetDict(tables))).splits == ["train", "test"]
+    assert open_data(register_data(tables)).splits == ["train", "test"]
+    assert open_data(register_data(datasets.DatasetDict(tables))).splits == ["train", "test"]
 
 
 def test_labels_of_all_kinds():
     def opened(labels, **more):
-        return open_data(register({"image": COLOUR, "label": labels} | more))
+        return open_data(register_data({"image": COLOUR, "label": labels} | more))
 
     assert (opened([7, 3, None, -1]).labels, opened([7, 3, 3, 3]).classes) == (
         [1, 0, -1, -1],
@@ -160,7 +162,7 @@ def test_labels_of_all_kinds():
 def test_captions_groups_and_masks():
     captions = ["a cat", ["a dog", "an animal"], None, "a fish"]
     data = open_data(
-        register({"image": COLOUR, "caption": captions, "group": ["x", "x", "y", "y"]})
+        register_data({"image": COLOUR, "caption": captions, "group": ["x", "x", "y", "y"]})
     )
     assert data.captions(1) == ["a dog", "an animal"]
     assert data.captions(2) == []
@@ -172,7 +174,7 @@ def test_captions_groups_and_masks():
         (list(zip(COLOUR, torch.from_numpy(masks)[:, None], strict=True)), ["0", "1"]),
         ({"image": COLOUR, "mask": masks, "classes": ["soil", "leaf"]}, ["soil", "leaf"]),
     ):
-        train, test = masked_splits(register(form), 0.25, 0)
+        train, test = masked_splits(register_data(form), 0.25, 0)
         assert (len(train), len(test), train.classes) == (3, 1, classes)
         np.testing.assert_array_equal(train[0]["mask"], masks[int(train.ids[0])])
 
@@ -187,7 +189,7 @@ def test_captions_groups_and_masks():
     ids=["five channels", "reflectances", "negative greys"],
 )
 def test_other_arrays_are_bands_in_their_units(images, bands):
-    data = open_data(register(images))
+    data = open_data(register_data(images))
     assert data.bands == tuple(f"band{i + 1}" for i in range(bands))
     image = images[3].movedim(0, -1).numpy() if torch.is_tensor(images) else images[3]
     np.testing.assert_array_equal(data[3]["image"], np.atleast_3d(image))
@@ -200,18 +202,20 @@ def test_a_broken_item_is_named_and_the_others_are_read(tmp_path):
     Image.fromarray(noise).save(tmp_path / "cut.jpg")
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:-999])
     cut = Image.open(tmp_path / "cut.jpg")
-    data = open_data(register([pil()[0], tmp_path / "short.png", cut, {"image": None}]))
+    data = open_data(register_data([pil()[0], tmp_path / "short.png", cut, {"image": None}]))
     assert data[0]["image"].size == (8, 6)
     for row in (1, 2, 3):
         with pytest.raises(ValueError, match=f"^{row}: "):
             data[row]
     with pytest.raises(ValueError, match="none of the 2 items can be read; item 0: KeyError"):
-        register(type("Odd", (), {"__len__": lambda _: 2, "__getitem__": lambda _, i: {}[i]})())
+        register_data(
+            type("Odd", (), {"__len__": lambda _: 2, "__getitem__": lambda _, i: {}[i]})()
+        )
 
 
 def test_workers_read_them():
     """Under spawn, the images travel to the workers; the registry stays in this process."""
-    data = open_data(register(Pairs(CHANNELS_FIRST)))
+    data = open_data(register_data(Pairs(CHANNELS_FIRST)))
     config = {"input_size": (3, 8, 8), "mean": (0.5,) * 3, "std": (0.5,) * 3}
     samples = data.samples(lambda item: {"image": pretrain_transform(config)(item["image"])})
     expected = [samples[0, i]["image"] for i in range(4)]
@@ -253,14 +257,14 @@ class Noise(Pairs):
 )
 def test_what_does_not_fit_is_refused_with_a_reason(data, error, words):
     with pytest.raises(error, match=words):
-        open_data(register(data))
+        open_data(register_data(data))
 
 
 def test_streams_are_refused_with_a_way_out():
     stream = datasets.Dataset.from_dict({"image": [1, 2]}).to_iterable_dataset()
     with pytest.raises(TypeError, match=r"streaming=true, or a part of it, list\(stream.take"):
-        register(stream)
+        register_data(stream)
     with pytest.raises(TypeError, match="a stream has no index"):
-        register(type("Endless", (torch.utils.data.IterableDataset,), {"__iter__": iter})())
+        register_data(type("Endless", (torch.utils.data.IterableDataset,), {"__iter__": iter})())
     with pytest.raises(ValueError, match="unsupported label=kind; use label=none"):
-        open_data(f"{register(TensorDataset(CHANNELS_FIRST))}?label=kind")
+        open_data(f"{register_data(TensorDataset(CHANNELS_FIRST))}?label=kind")

@@ -1,7 +1,7 @@
 """``memory:``: images in this process, such as those of a notebook.
 
-    spec = register([(image, "cat"), (other, "dog")])            # "memory:5f0c…"
-    spec = register({"train": (images, labels), "test": (test_images, test_labels)})
+    spec = register_data([(image, "cat"), (other, "dog")])            # "memory:5f0c…"
+    spec = register_data({"train": (images, labels), "test": (test_images, test_labels)})
     open_data(spec)
 
 The location is a hash of the content, so a spec names the same images in every process. Another
@@ -35,7 +35,7 @@ _registered: dict[str, Callable[[DataSpec], ImageData | Splits]] = {}  # locatio
 
 @source("memory", options=("image", "label", "caption", "group"))
 def open_memory(spec: DataSpec) -> ImageData | Splits:
-    """Open ``memory:HASH``, the result of `register`.
+    """Open ``memory:HASH``, the result of `register_data`.
 
     ``label=none`` ignores labels. Tables of the datasets library take the options of ``hf:``.
 
@@ -50,7 +50,7 @@ def open_memory(spec: DataSpec) -> ImageData | Splits:
     return _registered[spec.location](spec)
 
 
-def register(data: Any) -> str:
+def register_data(data: Any) -> str:
     """Register images in memory and return the data spec that opens them.
 
     The images are kept, without a copy, until the process ends; do not modify them. Registering
@@ -175,7 +175,7 @@ class Memory:
         splits: name → data, or "" → data without splits.
     Attributes:
         digest: hash of the content.
-    Raises: the errors of `register`.
+    Raises: the errors of `register_data`.
     """
 
     def __init__(self, splits: Mapping[str, Any]):
