@@ -142,7 +142,7 @@ def clip_pretrain(data: Any = None, *, preset: str | None = None, **settings: An
 
     Args:
         data: images with captions, such as a list of {"image": …, "caption": …}.
-        preset: see `pretrain`.
+        preset: name of a preset.
     Returns: the run, with ``encoder()``, and ``model()``, which finds images by words.
     """
     return _train(CLIP, settings, data=data, preset=preset)
@@ -170,9 +170,10 @@ def segmentation(
     """Train an encoder to segment images, as ``vim-ssl segmentation`` does.
 
     Args:
+        encoder: see `vim_ssl.api`; by default the newest run under runs/.
         data: images with masks, such as a list of (image, mask).
-        encoder, preset: see `finetune`.
-    Returns: see `finetune`.
+        preset: name of a preset.
+    Returns: the run, with ``model()``, and the test result in ``metrics``.
     """
     return _train(SEGMENTATION, settings, encoder=encoder, data=data, preset=preset)
 
@@ -184,9 +185,10 @@ def detection(
     """Train an encoder to detect objects, as ``vim-ssl detection`` does.
 
     Args:
+        encoder: see `vim_ssl.api`; by default the newest run under runs/.
         data: images with boxes: ``coco:FOLDER``.
-        encoder, preset: see `finetune`.
-    Returns: see `finetune`.
+        preset: name of a preset.
+    Returns: the run, with ``model()``, and the test result in ``metrics``.
     """
     return _train(DETECTION, settings, encoder=encoder, data=data, preset=preset)
 
@@ -224,7 +226,8 @@ def knn(encoder: Any = None, data: Any = None, **settings: Any) -> Evaluation:
     """Evaluate frozen features by nearest neighbours, as ``vim-ssl knn`` does.
 
     Args:
-        encoder, data: see `linear_probe`.
+        encoder: see `vim_ssl.api`; by default the newest run under runs/.
+        data: labelled images, with or without a test split; by default the run's training data.
     """
     return _evaluate(KNN, settings, encoder=encoder, data=data)
 

@@ -224,14 +224,17 @@ def read_row(items: Any, row: int) -> Row:
         result.pixels = hash_of(raw)
     elif isinstance(raw, np.ndarray):
         result.array, result.is_plain = (raw.shape, raw.dtype), _is_plain(raw)
-        result.pixels = hash_of(f"{raw.shape} {raw.dtype}", raw.tobytes())
+        result.pixels = _hash_values(raw)
     else:
         try:
-            image = clean_image(raw)
-            result.pixels = hash_of(f"{image.size} {image.mode}", image.tobytes())
+            result.pixels = _hash_values(np.asarray(clean_image(raw)))
         except Exception as error:  # a damaged file that is decoded only now
             result.error = f"item {row}: {type(error).__name__}: {error}"
     return result
+
+
+def _hash_values(values: np.ndarray) -> str:
+    return hash_of(f"{values.shape} {values.dtype}", values.tobytes())
 
 
 def as_mask(mask: Any) -> np.ndarray:

@@ -82,6 +82,12 @@ def test_the_spec_is_a_hash_of_the_content(form):
     assert register_data(spec) == spec
 
 
+def test_the_same_pixels_in_another_form_have_the_same_spec():
+    """So that a resume need not give the same object."""
+    forms = pil(), list(COLOUR), COLOUR, CHANNELS_FIRST, tuple(CHANNELS_FIRST)
+    assert len({register_data(images) for images in forms}) == 1
+
+
 def test_any_change_of_the_content_changes_the_spec():
     def spec(images=COLOUR, labels=NUMBERS, **columns):
         columns = {"image": list(images), "label": labels, "classes": ["a", "b"]} | columns
