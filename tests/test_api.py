@@ -200,7 +200,9 @@ def test_captions_in_memory_train_an_image_text_model(tmp_path, capsys):
 
 def test_probes_return_their_table(run, capsys):
     capsys.readouterr()
-    result = vim_ssl.linear_probe(run, (IMAGES, LABELS), knn_k=3, cache=False)
+    result = vim_ssl.linear_probe(
+        run, (IMAGES, LABELS), knn_k=3, c_grid=[1], readouts=["avg"], cache=False
+    )
     assert [row["features"] for row in result.rows][-1] == "raw pixels"
     assert repr(result) == linear_probe.table(result.metrics).strip("\n")
     assert "raw pixels" in result._repr_html_()
