@@ -16,13 +16,14 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from vim_ssl import VimEncoder, create_transform, load_encoder
 from vim_ssl.cli import guarded
@@ -77,6 +78,17 @@ class Config:
 
 
 def run(config: Config) -> dict:
+    with ExitStack() as held:  # after an error, a notebook keeps this frame and thus the lock
+        return write_embeddings(config, held)
+
+
+def write_embeddings(config: Config, held: ExitStack) -> dict:
+    """Run the command.
+
+    Args:
+        held: releases the lock of the folder at the end.
+    Returns: the content of record.json, on the main process.
+    """
     processes = join_processes()
     device = pick_device(config.device)
     source = config.encoder or str(newest_run())
@@ -94,6 +106,7 @@ def run(config: Config) -> dict:
     missing: list[EmbeddingShard] = []
     if processes.main:
         lock = lock_folder(folder, describe(encoder, data, config) | {"dim": dim}, source)
+        held.callback(lock.release)
         missing = [
             s for s in shards if not (folder / "shards" / f"{s.name}.{config.format}").exists()
         ]
@@ -113,7 +126,6 @@ def run(config: Config) -> dict:
         return {}
 
     record = finish(folder, shards, config.format, time.perf_counter() - began)
-    lock.release()
     if record["skipped"]:
         print(f"{len(record['skipped']):,} images could not be read, such as "
               f"{record['skipped'][:3]}; record.json lists all.")  # fmt: skip

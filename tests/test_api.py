@@ -44,7 +44,7 @@ def run(tmp_path_factory) -> vim_ssl.Run:
 def test_a_function_has_the_settings_of_its_command(name):
     command = COMMANDS[name]
     config = import_module(command.script).Config
-    known = {field.name for field in dataclasses.fields(config)} - {"eval_only"}
+    known = {field.name for field in dataclasses.fields(config)} - api.HIDDEN
     parameters = inspect.signature(command).parameters
     assert {*parameters} - {"preset"} == known - {"preset"}
     for field in dataclasses.fields(config):
@@ -223,15 +223,29 @@ def test_embeddings_are_the_encoders_features(run, tmp_path):
         torch.testing.assert_close(embedded.x, encoder(inputs))
     assert embedded.labels == [0, 1, 0]
     assert embedded.ids == ["0", "1", "2"]
-    vim_ssl.embed(run, IMAGES, output=tmp_path / "kept", format="npy")
-    assert list((tmp_path / "kept" / "shards").glob("*.npy"))
+    reads = len(IMAGES) + memory.REREAD + 20
+    with pytest.raises(KeyboardInterrupt) as stopped:  # keeps its frames, as a notebook does
+        vim_ssl.embed(
+            run, Interrupting(reads), output=tmp_path / "kept", shard_rows=8, batch_size=8
+        )
+    files = sorted((tmp_path / "kept" / "shards").glob("*.parquet"))
+    resumed = vim_ssl.embed(run, IMAGES, output=tmp_path / "kept", shard_rows=8, batch_size=8)
+    assert 0 < len(files) < 3
+    assert resumed.x.shape == (24, 8)
+    assert stopped.traceback
 
 
 def test_tasks_in_memory(run, tmp_path):
     settings = TRAINING | {"epochs": 1}
     fitted = vim_ssl.finetune(run, (IMAGES, LABELS), output=tmp_path / "classes", **settings)
     assert fitted.metrics["test"] == 5
-    assert fitted.encoder(num_classes=None).num_classes == 2
+    assert fitted.model().classes == ["dark", "light"]
+    images = [Image.fromarray(image) for image in IMAGES]
+    expected = [prediction.top() for prediction in fitted.model().predict(images)]
+    assert [prediction.top() for prediction in vim_ssl.predict(fitted, IMAGES)] == expected
+    with pytest.warns(UserWarning, match="1 images cannot be read: 1: "):
+        one, none = vim_ssl.predict(fitted.model(), [IMAGES[0], tmp_path / "missing.png"])
+    assert (one.top(), none) == (expected[0], None)
     masks = (IMAGES > 99).astype(np.uint8)
     segmented = vim_ssl.segmentation(
         run.encoder(), {"image": IMAGES, "mask": masks, "classes": ["soil", "leaf"]}, crop=8,
@@ -239,5 +253,5 @@ def test_tasks_in_memory(run, tmp_path):
     )  # fmt: skip
     assert segmented.metrics["classes"] == ["soil", "leaf"]
     assert segmented.images[-1].name == "predictions.png"
-    model = vim_ssl.tasks.segmentation.load_segmentation(segmented)
-    assert model.predict(Image.fromarray(IMAGES[0])).shape == (8, 8)
+    (labels,) = vim_ssl.predict(segmented, [IMAGES[0]])
+    np.testing.assert_array_equal(labels, segmented.model().predict(images[0]))

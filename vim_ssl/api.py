@@ -24,6 +24,7 @@ import os
 import random
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from importlib import import_module
@@ -40,12 +41,14 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 DATA = ("data", "test_data", "val")  # settings that are data specs
-HIDDEN = ("eval_only",)  # a setting with which a script trains nothing
+# Settings that a function lacks: with the first a script trains nothing; the others are of files.
+HIDDEN = {"eval_only", "top_k", "probabilities", "threshold"}
 PRETRAIN, CLIP = "vim_ssl.recipes.mim_pretrain", "vim_ssl.recipes.clip_pretrain"
-FINETUNE, SEGMENTATION, DETECTION, LINEAR_PROBE, KNN, ZERO_SHOT, EMBED = (
+FINETUNE, SEGMENTATION, DETECTION, LINEAR_PROBE, KNN, ZERO_SHOT, EMBED, PREDICT = (
     f"vim_ssl.downstream.{name}"
     for name in (
-        "finetune", "segmentation", "detection", "linear_probe", "knn", "zero_shot", "embed"
+        "finetune", "segmentation", "detection", "linear_probe", "knn", "zero_shot", "embed",
+        "predict",
     )
 )  # fmt: skip
 
@@ -260,6 +263,40 @@ def embed(encoder: Any = None, data: Any = None, **settings: Any) -> "Embedded":
         with _isolated(), contextlib.redirect_stdout(io.StringIO()):
             import_module(EMBED).run(config)
         return read_embeddings(Path(config.output))
+
+
+@command(PREDICT)
+def predict(encoder: Any, data: Any, **settings: Any) -> list[Any]:
+    """Predict images with a fitted model, as ``vim-ssl predict`` does, but without files.
+
+    Args:
+        encoder: a run with a task model, or the model itself; None: the newest run.
+        data: images.
+    Returns: what the model's ``predict`` returns for each image, in their order; None for an image
+        that cannot be read, which a warning names.
+    """
+    from vim_ssl.models.predictor import Predictor
+    from vim_ssl.tasks.models import load_model, newest_model
+    from vim_ssl.tasks.prediction import predict_batch, read_batches
+    from vim_ssl.utils.distributed import pick_device
+
+    module, given = import_module(PREDICT), isinstance(encoder, Predictor)
+    config = _config(PREDICT, settings, encoder=None if given else encoder, data=data)
+    with _isolated():
+        model: Any = encoder
+        if not given:
+            model = load_model(config.encoder or newest_model(), device=pick_device(config.device))
+        opened = module.open_for(model, config.data)
+        if model.task == "clip":
+            model = module.name_classes(model, config, opened)
+        size = config.batch_size if model.batched else 1
+        batches = read_batches(opened, model, (), batch_size=size, workers=config.workers)
+        found = [pair for batch in batches for pair in predict_batch(model, batch)]
+    found.sort(key=lambda pair: pair[0][0])
+    if broken := [f"{id}: {content}" for (_, id, content), _ in found if isinstance(content, str)]:
+        named = "; ".join(broken[:3])
+        warnings.warn(f"{len(broken)} images cannot be read: {named}", stacklevel=3)
+    return [result for _, result in found]
 
 
 # ---------------------------------------------------------------- calls

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from vim_ssl.data.images import BadImage
 from vim_ssl.data.loading.streamed import ImageStream
@@ -171,7 +171,7 @@ def _fill(
     with bar:
         try:
             for batch in batches:
-                _predict_batch(journal, model, writer, batch)
+                _write_batch(journal, model, writer, batch)
                 bar.update(len(batch))
         except KeyboardInterrupt:
             if not quiet:
@@ -181,15 +181,19 @@ def _fill(
 
 
 @torch.no_grad()
-def _predict_batch(journal: Journal, model: Any, writer: Writer, batch: list[Row]) -> None:
-    readable = [content for _, _, content in batch if not isinstance(content, str)]
-    results = iter(model.predict_prepared([item["image"] for item in readable]))
-    for index, id, content in batch:
+def predict_batch(model: Any, batch: list[Row]) -> Iterator[tuple[Row, Any]]:
+    """Yield each row of `read_batches` with its result; None for a broken item."""
+    readable = [content["image"] for _, _, content in batch if not isinstance(content, str)]
+    results = iter(model.predict_prepared(readable))
+    for row in batch:
+        yield row, None if isinstance(row[2], str) else next(results)
+
+
+def _write_batch(journal: Journal, model: Any, writer: Writer, batch: list[Row]) -> None:
+    for (index, id, content), result in predict_batch(model, batch):
         if isinstance(content, str):
             journal.append(index, {"id": id, "error": content})
-            continue
-        result = next(results)
-        if index not in journal:
+        elif index not in journal:
             journal.append(index, {"id": id, "record": writer.write(content, result)})
 
 
