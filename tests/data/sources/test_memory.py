@@ -259,7 +259,7 @@ class Noise(Pairs):
         ({"image": COLOUR, "mask": GREY % 2, "label": NAMES}, ValueError, "labels and masks"),
         ([COLOUR[0] / 3.0, pil()[0]], ValueError, "use one kind"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_does_not_fit_is_refused_with_a_reason(data, error, words):
     with pytest.raises(error, match=words):
