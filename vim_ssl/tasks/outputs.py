@@ -51,6 +51,8 @@ class _FolderWriter(Writer):
         drawings: also draw each image.
     """
 
+    items = "images"
+
     def __init__(self, output: str | Path, model: Any, data: Any = None, *, drawings: bool = True):
         super().__init__(output)
         self.classes, self.drawings = list(model.classes), drawings
@@ -192,9 +194,8 @@ class MaskWriter(_FolderWriter):
         self._save(Image.fromarray(labels), part)
         left, top, right, bottom = _scaled(box, record["size"])
         if self.drawings and right > left and bottom > top:
-            image = core_of(np.asarray(item["image"]), meta)
-            if isinstance(item["image"], Image.Image):
-                image = Image.fromarray(image)
+            core = core_of(np.asarray(item["image"]), meta)
+            image = Image.fromarray(core) if isinstance(item["image"], Image.Image) else core
             drawn = self._small(image, (right - left, bottom - top))
             self._save(drawn, part.with_suffix(".jpg"), quality=95)
         return {**self._counted(labels), **record, "part": str(part), "source": source, "box": box}
@@ -440,7 +441,9 @@ def _hex(colour: Sequence[int]) -> str:
 def _scaled(box: Sequence[int], size: Sequence[int]) -> tuple[int, int, int, int]:
     """Return a box of a raster of ``size`` as left, top, right, bottom in its drawing."""
     left, top, width, height = box
-    across, down = (new / old for new, old in zip(overlay_size(tuple(size)), size, strict=True))
+    across, down = (
+        new / old for new, old in zip(overlay_size((size[0], size[1])), size, strict=True)
+    )
     return (
         round(left * across), round(top * down), round((left + width) * across),
         round((top + height) * down),

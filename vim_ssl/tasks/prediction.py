@@ -37,10 +37,12 @@ class Writer(ABC):
         output: the file or folder to write.
         is_folder: whether ``output`` is a folder.
         unit: what ``counts`` of a record count, in the plural.
+        items: what is predicted, in the plural, if this is not what is counted.
     """
 
     is_folder = True
     unit = "images"
+    items = ""
 
     def __init__(self, output: str | Path):
         self.output = Path(output)
@@ -166,7 +168,7 @@ def _fill(
         print(f"{data.name}: {total:,} items to predict{done}", flush=True)
     size = batch_size if model.batched else 1
     batches = read_batches(data, model, journal, batch_size=size, workers=workers)
-    unit = writer.unit.removesuffix("s")
+    unit = (writer.items or writer.unit).removesuffix("s")
     bar = tqdm(total=total, initial=len(journal), unit=unit, disable=quiet, mininterval=0.5)
     with bar:
         try:

@@ -188,13 +188,14 @@ def overlay_objects(
     colours = [tuple(palette[label]) for label in labels.tolist()]
     order = range(len(boxes)) if scores is None else np.argsort(scores, kind="stable")
     pixels = image.permute(1, 2, 0).numpy().copy()
-    for i in order if masks is not None else ():
-        inside = masks[i].numpy()
-        blended = (1 - OPACITY) * pixels[inside] + OPACITY * np.array(colours[i])
-        pixels[inside] = blended.round().astype(np.uint8)
+    if masks is not None:
+        for i in order:
+            inside = masks[i].numpy()
+            blended = (1 - OPACITY) * pixels[inside] + OPACITY * np.array(colours[i])
+            pixels[inside] = blended.round().astype(np.uint8)
     drawn = Image.fromarray(pixels)
     for i in order:
-        texts = [classes[labels[i]]] if len(classes) > 1 else []
+        texts = [classes[int(labels[i])]] if len(classes) > 1 else []
         texts += [] if scores is None else [f"{100 * scores[i]:.0f} %"]
         _draw_box(drawn, boxes[i].tolist(), colours[i], " ".join(texts))
     return F.pil_to_tensor(drawn)

@@ -434,7 +434,7 @@ def _boxes(
     if tile is None:
         return [("", None, None)]
     return [
-        (f"/{row:03d}-{column:03d}", *map(_box, zip(across, down, strict=True)))
+        (f"/{row:03d}-{column:03d}", _box(across[0], down[0]), _box(across[1], down[1]))
         for row, down in enumerate(_spans(height, tile, overlap))
         for column, across in enumerate(_spans(width, tile, overlap))
     ]
@@ -450,6 +450,5 @@ def _spans(side: int, tile: int, overlap: int | None) -> list[tuple[range, range
     return [(span, range(*ends)) for span, ends in zip(spans, pairwise(cuts), strict=True)]
 
 
-def _box(sides: tuple[range, range]) -> Box:
-    across, down = sides
+def _box(across: range, down: range) -> Box:
     return across.start, down.start, len(across), len(down)
