@@ -61,7 +61,9 @@ def test_defaults_are_shown_where_no_preset_decides():
     assert parameters["knn_k"].annotation is int
     assert inspect.signature(vim_ssl.pretrain).parameters["epochs"].default is ...
     assert "    demo: Handwritten digits" in vim_ssl.pretrain.__doc__
-    assert "knn_k: number of nearest neighbours (default: 20)" in vim_ssl.linear_probe.__doc__
+    assert "knn_k: number of nearest neighbours; 0: selected, as in knn (default: 0)" in (
+        vim_ssl.linear_probe.__doc__
+    )
 
 
 @pytest.mark.parametrize(

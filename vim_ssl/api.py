@@ -73,19 +73,19 @@ class Command:
     @property
     def __signature__(self) -> inspect.Signature:
         signature = inspect.signature(self.function)
-        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-        return signature.replace(parameters=[*own, *self._settings().values()])
+        declared = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        return signature.replace(parameters=[*declared, *self._settings().values()])
 
     def _settings(self) -> dict[str, inspect.Parameter]:
         module = import_module(self.script)
-        hints, own = get_type_hints(module.Config), inspect.signature(self.function).parameters
+        hints, declared = get_type_hints(module.Config), inspect.signature(self.function).parameters
         return {
             field.name: inspect.Parameter(
                 field.name, inspect.Parameter.KEYWORD_ONLY, annotation=hints[field.name],
                 # A preset decides: there is no single default.
                 default=... if hasattr(module, "PRESETS") else _default(field),
             )
-            for field in _fields(module) if field.name not in own
+            for field in _fields(module) if field.name not in declared
         }  # fmt: skip
 
     @property
@@ -291,12 +291,12 @@ def predict(encoder: Any, data: Any, **settings: Any) -> list[Any]:
             model = module.name_classes(model, config, opened)
         size = config.batch_size if model.batched else 1
         batches = read_batches(opened, model, (), batch_size=size, workers=config.workers)
-        found = [pair for batch in batches for pair in predict_batch(model, batch)]
-    found.sort(key=lambda pair: pair[0][0])
-    if broken := [f"{id}: {content}" for (_, id, content), _ in found if isinstance(content, str)]:
+        results = [pair for batch in batches for pair in predict_batch(model, batch)]
+    results.sort(key=lambda pair: pair[0][0])
+    if broken := [f"{id}: {content}" for (_, id, content), _ in results if isinstance(content, str)]:
         named = "; ".join(broken[:3])
         warnings.warn(f"{len(broken)} images cannot be read: {named}", stacklevel=3)
-    return [result for _, result in found]
+    return [result for _, result in results]
 
 
 # ---------------------------------------------------------------- calls

@@ -13,7 +13,7 @@ from vim_ssl.utils.names import number
 if TYPE_CHECKING:
     from vim_ssl.models.encoder import VimEncoder
 
-SHOWN = 8  # metrics in the summary of a run
+LISTED = 8  # metrics in the summary of a run
 
 
 class Run(os.PathLike[str]):
@@ -87,7 +87,7 @@ class Run(os.PathLike[str]):
         rows, last = self.curves, self.metrics
         values = [(k, number(v)) for k, v in last.items()
                   if isinstance(v, int | float) and not isinstance(v, bool)]  # fmt: skip
-        values = [pair for pair in values if pair[0] not in ("step", "lr", "seconds")][:SHOWN]
+        values = [pair for pair in values if pair[0] not in ("step", "lr", "seconds")][:LISTED]
         step = [("step", f"{rows[-1]['step']:,}")] if rows else []
         return [("recipe", self.config.get("recipe", "")), *step, *values]
 
