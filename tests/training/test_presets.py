@@ -113,7 +113,12 @@ def test_a_batch_of_videos_has_about_as_many_tokens_as_one_of_images(tmp_path):
     assert config.batch_size == 64 * 2 // 16
 
 
-def test_the_size_is_the_median_of_shorter_sides():
+@pytest.mark.parametrize(
+    "image",
+    [lambda side: np.zeros((900, side), np.uint8), lambda side: Image.new("L", (side, 900))],
+    ids=["array", "pil"],
+)
+def test_the_size_is_the_median_of_shorter_sides(image):
     class Data:
         is_stream, kind = False, "image"
         sides = (10, 100, 30, 20, 500)
@@ -122,7 +127,7 @@ def test_the_size_is_the_median_of_shorter_sides():
             return len(self.sides)
 
         def raw(self, index):
-            return np.zeros((900, self.sides[index]), np.uint8)
+            return image(self.sides[index])
 
     assert short_side(Data()) == 30
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from vim_ssl.data.clips import still
 from vim_ssl.data.dataset import ImageData
@@ -125,6 +126,8 @@ def _size(data: ImageData, index: int) -> tuple[int, ...]:
     raw = data.raw(index)
     if isinstance(raw, np.ndarray):
         return raw.shape[:2]
+    if isinstance(raw, Image.Image):
+        return raw.size
     if data.kind == "image":
         return image_size(raw)
     return still(data[index]["image"]).size
