@@ -61,9 +61,8 @@ def test_defaults_are_shown_where_no_preset_decides():
     assert parameters["knn_k"].annotation is int
     assert inspect.signature(vim_ssl.pretrain).parameters["epochs"].default is ...
     assert "    demo: Handwritten digits" in vim_ssl.pretrain.__doc__
-    assert "knn_k: number of nearest neighbours; 0: selected, as in knn (default: 0)" in (
-        vim_ssl.linear_probe.__doc__
-    )
+    help = linear_probe.Config.__dataclass_fields__["knn_k"].metadata["help"]
+    assert f"knn_k: {help} (default: {linear_probe.Config.knn_k})" in vim_ssl.linear_probe.__doc__
 
 
 @pytest.mark.parametrize(
@@ -95,6 +94,9 @@ def test_presets_and_defaults_are_those_of_the_command(monkeypatch, tmp_path):
     assert (short.warmup_epochs, short.val) == (0.25, "")  # as the command derives them
     assert short.data == str(tmp_path)
     assert clip_pretrain.emoji_clip().val
+    for images in (IMAGES, [Image.fromarray(image) for image in IMAGES]):
+        small = api._config(api.PRETRAIN, {}, data=images)
+        assert small.preset == ("mae_small_224" if torch.cuda.is_available() else "cpu_mae_32")
     os.makedirs(config.output)
     assert not os.path.exists(api._new_folder("mim_pretrain"))
 

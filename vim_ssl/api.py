@@ -293,7 +293,9 @@ def predict(encoder: Any, data: Any, **settings: Any) -> list[Any]:
         batches = read_batches(opened, model, (), batch_size=size, workers=config.workers)
         results = [pair for batch in batches for pair in predict_batch(model, batch)]
     results.sort(key=lambda pair: pair[0][0])
-    if broken := [f"{id}: {content}" for (_, id, content), _ in results if isinstance(content, str)]:
+    if broken := [
+        f"{id}: {content}" for (_, id, content), _ in results if isinstance(content, str)
+    ]:
         named = "; ".join(broken[:3])
         warnings.warn(f"{len(broken)} images cannot be read: {named}", stacklevel=3)
     return [result for _, result in results]

@@ -78,6 +78,7 @@ def register_data(data: Any) -> str:
     """
     if isinstance(data, str | Path):
         return str(data)
+    opener: Callable[[DataSpec], ImageData | Splits]
     if isinstance(data, ImageData):
         opened = data
         digest, opener = hash_of(data.name, data.fingerprint), lambda spec: _renamed(opened, spec)
@@ -163,9 +164,6 @@ class ItemMasks:
 
     def sizes(self, row: int) -> int:
         return 0  # the hash of the content includes the masks
-
-    def location(self, row: int) -> dict[str, Any]:
-        return {}
 
 
 class Memory:
