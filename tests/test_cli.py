@@ -154,17 +154,10 @@ def test_a_launched_script_says_one_line_of_its_own():
     launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet",
               "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no",
               "--dynamo_backend", "no", str(ROOT / "recipes" / "clip_pretrain.py")]  # fmt: skip
-    for argv, said in (
-        (["--epoch", "1"], "clip_pretrain.py: error: unknown flag --epoch. Did you mean --epochs?"),
-        (
-            ["--data", "pairs:nowhere"],
-            "clip_pretrain.py: error: The folder 'nowhere' does not exist.",
-        ),
-    ):
-        done = subprocess.run([*launch, *argv], capture_output=True, text=True, check=False)
-        assert done.returncode
-        assert done.stderr.startswith(said)
-        assert len(done.stderr.splitlines()) == 1
+    done = subprocess.run([*launch, "--data", "pairs:nowhere"], capture_output=True, text=True)
+    assert done.returncode
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("clip_pretrain.py: error: The folder 'nowhere' does not exist.")
 
 
 def test_a_missing_path_is_a_users_mistake_wherever_it_is_raised(command, capsys):

@@ -2,7 +2,8 @@
 
 Everything is built from a copy of the checkout, without network and without touching what is
 installed. Each form is then tried by a Python that does not run `site` (-S): it sees the form and
-the dependencies, but not the installation that runs these tests.
+the dependencies, but not the installation that runs these tests. One such Python imports torch and
+torchvision, and forks those that try the forms.
 """
 
 import json
@@ -31,6 +32,39 @@ def python(*args: str, paths: list[Path], cwd: Path) -> subprocess.CompletedProc
     return subprocess.run(
         [sys.executable, "-S", *args], env=env, cwd=cwd, capture_output=True, text=True
     )
+
+
+FORKED = """
+import json, os, sys, torch, torchvision
+assert not {"timm", "vim_ssl"} & set(sys.modules)
+for paths, code, argv, cwd, out in json.load(sys.stdin):
+    if (child := os.fork()) == 0:
+        os.dup2(os.open(out, os.O_WRONLY | os.O_CREAT), 1)
+        os.chdir(cwd)
+        sys.path[0:1] = ["", *paths]
+        sys.argv[1:] = argv
+        exec(code, {"__name__": "__main__"})
+        sys.exit()
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def run_forked(folder: Path, tasks: dict[str, tuple[list[Path], str, list[str]]]) -> dict:
+    """Run tasks (name -> paths, code, arguments) as `python` would, one after the other.
+
+    Returns: name -> what the code printed, as JSON."""
+    orders = []
+    for name, (paths, code, argv) in tasks.items():
+        (folder / name).mkdir()
+        orders.append((list(map(str, paths)), code, argv, str(folder / name),
+                       str(folder / f"{name}.json")))  # fmt: skip
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(SITE)}
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", FORKED], env=env, input=json.dumps(orders),
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stdout.split() == ["0"] * len(tasks), done.stdout + done.stderr
+    return {name: json.loads((folder / f"{name}.json").read_text()) for name in tasks}
 
 
 def build(source: Path, out: Path, kind: str) -> Path:
@@ -156,24 +190,46 @@ print(json.dumps({
 """
 
 
+HELP = """
+import contextlib, io, json, os, runpy, sys
+texts = {}
+for script in sys.argv[1:]:
+    sys.argv = [script, "--help"]
+    sys.path.insert(0, os.path.dirname(script))
+    run = runpy.run_path if script.endswith(".py") else runpy.run_module
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
+        run(script, run_name="__main__")
+    texts[script] = out.getvalue()
+    del sys.path[0]
+print(json.dumps(texts))
+"""
+
+
 @pytest.fixture(scope="module")
-def seen(forms, tmp_path_factory) -> dict[str, dict]:
-    """What each form imports, with a foreign `kernels` package behind it on the path."""
-    folder = tmp_path_factory.mktemp("seen")
-    (folder / "kernels").mkdir()
-    (folder / "kernels" / "__init__.py").write_text("MINE = 'foreign'\n")
-    files = sorted(source_files(forms["checkout"]["paths"][0]))
+def tried(forms, tmp_path_factory) -> dict[str, dict]:
+    """What each form imports, with a foreign `kernels` package behind it on the path; and the help
+    of every script, by path in a checkout that is on PYTHONPATH, by module from the wheel."""
+    folder = tmp_path_factory.mktemp("tried")
+    (folder / "foreign" / "kernels").mkdir(parents=True)
+    (folder / "foreign" / "kernels" / "__init__.py").write_text("MINE = 'foreign'\n")
+    checkout = forms["checkout"]["paths"][0]
+    files = sorted(source_files(checkout))
     names = [name[:-3].replace("/", ".") for name in files if name[-3:] == ".py"]
     names = [name.removesuffix(".__init__") for name in names]
-    result = {}
-    for form, how in forms.items():
-        cwd = folder / form
-        cwd.mkdir()
-        code = how["start"] + PROBE
-        done = python("-c", code, *names, paths=[*how["paths"], folder], cwd=cwd)
-        assert done.returncode == 0, f"{form}: {done.stderr}"
-        result[form] = json.loads(done.stdout) | {"root": str(how["paths"][0].parent)}
-    return result
+    tasks = {
+        form: ([*how["paths"], folder / "foreign"], how["start"] + PROBE, names)
+        for form, how in forms.items()
+    }
+    scripts = [path for name in FOLDERS[1:] for path in (checkout / name).glob("[!_]*.py")]
+    modules = [f"vim_ssl.{path.parent.name}.{path.stem}" for path in scripts]
+    for form, targets in (("checkout", list(map(str, scripts))), ("wheel", modules)):
+        tasks[f"help of {form}"] = (forms[form]["paths"], HELP, targets)
+    return run_forked(folder, tasks)
+
+
+@pytest.fixture(scope="module")
+def seen(forms, tried) -> dict[str, dict]:
+    return {form: tried[form] | {"root": str(forms[form]["paths"][0].parent)} for form in FORMS}
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -198,33 +254,12 @@ def test_nothing_else_of_the_checkout_is_importable(seen, form):
     ]
 
 
-HELP = """
-import contextlib, io, json, os, runpy, sys
-texts = {}
-for script in sys.argv[1:]:
-    sys.argv = [script, "--help"]
-    sys.path.insert(0, os.path.dirname(script))
-    run = runpy.run_path if script.endswith(".py") else runpy.run_module
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
-        run(script, run_name="__main__")
-    texts[script] = out.getvalue()
-    del sys.path[0]
-print(json.dumps(texts))
-"""
-
-
 @pytest.mark.parametrize("form", ["checkout", "wheel"])
-def test_every_script_starts(forms, tmp_path, form):
-    """By path in a checkout that is on PYTHONPATH, by module from the wheel; one process for all,
-    since most of a start is importing torch."""
-    root = forms["checkout"]["paths"][0]
-    scripts = [path for folder in FOLDERS[1:] for path in (root / folder).glob("[!_]*.py")]
-    names = [f"vim_ssl.{path.parent.name}.{path.stem}" for path in scripts]
-    targets = names if form == "wheel" else list(map(str, scripts))
-    done = python("-c", HELP, *targets, paths=forms[form]["paths"], cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    texts = json.loads(done.stdout)
-    assert [name for name in targets if "--config FILE" not in texts[name]] == []
+def test_every_script_starts(tried, form):
+    texts = tried[f"help of {form}"]
+    scripts = [path for name in FOLDERS[1:] for path in (ROOT / name).glob("[!_]*.py")]
+    assert len(texts) == len(scripts)
+    assert [name for name, text in texts.items() if "--config FILE" not in text] == []
 
 
 # ------------------------------------------------------------------------------- types

@@ -2,12 +2,10 @@
 
 import importlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import run
 
 from vim_ssl.data import boxed_splits, labelled_splits, masked_splits
 from vim_ssl.downstream import detection, finetune, segmentation, video
@@ -106,11 +104,9 @@ def test_every_option_has_help_with_its_default_and_rows_can_go_elsewhere():
     folder = ROOT / "benchmarks"
     names = [str(folder / f"{name}.py") for name in SCRIPTS]
     names.append(str(folder / "kernels" / "timing.py"))
-    paths = os.pathsep.join(map(str, (ROOT, folder, folder / "learning", folder / "kernels")))
-    done = subprocess.run(
-        [sys.executable, "-c", HELP, *names], capture_output=True, text=True, check=True,
-        env=os.environ | {"PYTHONPATH": paths},
-    )  # fmt: skip
+    paths = [str(path) for path in (ROOT, folder, folder / "learning", folder / "kernels")]
+    done = run(f"import sys; sys.path[:0] = {paths}\n{HELP}", *names)
+    assert done.returncode == 0, done.stderr
     for name, text in zip(names, json.loads(done.stdout), strict=True):
         options = text.split("\n  --")[1:]
         assert any(option.startswith("out FOLDER") for option in options), name

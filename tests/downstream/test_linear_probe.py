@@ -3,14 +3,13 @@
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import finish, start
 
 from vim_ssl import VimEncoder, cli, save_encoder
 from vim_ssl.data import ImageData
@@ -337,28 +336,12 @@ def test_a_setting_that_means_nothing_is_refused(argv, message, capsys):
 # ------------------------------------------------------------------ several processes
 
 
-def launch(processes: int, script: str, *argv: str) -> str:
-    """Run a downstream script by accelerate's launcher; its output."""
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch",
-               "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no",
-               "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
-    if processes > 1:
-        command.append("--multi_gpu")
-    script = str(Path(linear_probe.__file__).with_name(script))
-    done = subprocess.run(
-        [*command, script, *argv], env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=180,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout
-    return done.stdout
-
-
 @pytest.mark.slow
 def test_two_processes_give_the_answer_of_one(bands, encoder_file, tmp_path):
     (bands / "class1" / "broken.png").write_bytes(b"no image")
     argv = ["--encoder", str(encoder_file), "--data", str(bands), "--no-cache", "--batch-size", "7"]
     alone = probe(*argv, "--output", str(tmp_path / "one"))
-    shown = launch(2, "linear_probe.py", *argv, "--output", str(tmp_path / "two"))
+    shown = finish(start(2, linear_probe.__file__, *argv, "--output", str(tmp_path / "two")))
     (bands / "class1" / "broken.png").unlink()
     together = json.loads((tmp_path / "two" / "metrics.json").read_text())
     for key in ("rows", "differences", "skipped", "train", "test"):

@@ -1,12 +1,11 @@
 """Guarantees of the compiled CPU kernels only: operators, threads, forks, and the disk cache."""
 
 import os
-import subprocess
-import sys
 import warnings
 
 import pytest
 import torch
+from processes import run
 from scan_helpers import one_way_inputs, run_scan, two_way_inputs
 
 from vim_ssl.kernels.causal_conv1d import bi_causal_conv1d
@@ -104,14 +103,6 @@ def test_gradients_come_from_another_thread_as_well():
     assert all(torch.equal(r[k], v) for r in results for k, v in expected.items())
 
 
-def python(code: str, **environment: str) -> subprocess.CompletedProcess:
-    """Run code in a fresh interpreter."""
-    return subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | environment,
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
-
-
 SCAN_ONCE = """
 import torch, vim_ssl
 from vim_ssl.kernels import numba_kernels
@@ -125,7 +116,8 @@ print(scan(u, u, -torch.ones(2, 2, 1), n, n, backend="numba").sum().item(),
 
 @pytest.mark.slow
 def test_a_second_process_loads_what_the_first_compiled(tmp_path):
-    runs = [python(SCAN_ONCE, NUMBA_CACHE_DIR=str(tmp_path)) for _ in "12"]
+    runs = [run(SCAN_ONCE, NUMBA_CACHE_DIR=str(tmp_path)) for _ in "12"]
+    assert [done.returncode for done in runs] == [0, 0], runs
     first, second = (done.stdout.split() for done in runs)
     assert first[0] == second[0]
     assert first[1:] == ["0", "1"]

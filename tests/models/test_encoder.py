@@ -1,8 +1,5 @@
 """The encoder against an independent float64 NumPy one, and everything a user may ask of it."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -10,6 +7,7 @@ import torch.nn.functional as F
 from golden_weights import golden_input, golden_state_dict
 from numpy_encoder import encode, predict, resize_table
 from PIL import Image
+from processes import run
 from torch import Tensor, nn
 
 from vim_ssl.checkpoints.loading import save_encoder
@@ -748,5 +746,5 @@ def test_the_first_thing_a_process_does_may_be_compiled_whole():
         "got = torch.compile(encoder, fullgraph=True, backend='eager')(x)\n"
         "torch.testing.assert_close(got, encoder(x))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = run(code)
     assert done.returncode == 0, done.stderr[-2000:]

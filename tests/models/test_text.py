@@ -2,11 +2,11 @@
 
 import json
 import pickle
-import subprocess
 import sys
 
 import pytest
 import torch
+from processes import run
 
 from vim_ssl.models.text import TextEncoder, build_text, first_end, load_hub_text
 from vim_ssl.models.tokenizers import (
@@ -80,7 +80,8 @@ def test_the_same_captions_give_the_same_tokens_in_every_process(tokenizer):
         "from vim_ssl.models.tokenizers import train_bpe\n"
         f"print(train_bpe({CAPTIONS!r}, vocab_size=400).model)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = run(code)
+    assert done.returncode == 0, done.stderr
     assert done.stdout.rstrip("\n") == tokenizer.model
 
 

@@ -12,6 +12,8 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from processes import METHOD
+from torch.multiprocessing import start_processes
 
 import vim_ssl
 from vim_ssl import load_encoder
@@ -234,7 +236,7 @@ def test_two_processes_have_one_processs_loss_and_gradient(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_process, (port, str(tmp_path)), nprocs=2)
+    start_processes(_process, (port, str(tmp_path)), nprocs=2, start_method=METHOD)
     for loss in ("clip", "siglip"):
         whole = small(loss).double()
         expected = step(whole, batches(1, 12))

@@ -3,8 +3,6 @@
 import json
 import math
 import shutil
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +13,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from processes import run
 
 import vim_ssl
 from vim_ssl import cli, load_encoder
@@ -526,14 +525,12 @@ print(json.dumps(shown))
 
 
 @pytest.mark.slow
-def test_scripts_show_their_help_when_called_by_path(tmp_path):
-    """One process for all, since most of a start is importing torch."""
+def test_scripts_show_their_help_when_called_by_path(tmp_path, monkeypatch):
     scripts = ["recipes/mim_pretrain.py", "downstream/linear_probe.py", "downstream/knn.py",
                "downstream/embed.py", "downstream/finetune.py"]  # fmt: skip
     paths = [str(ROOT / script) for script in scripts]
-    done = subprocess.run(
-        [sys.executable, "-c", HELP, *paths], cwd=tmp_path, capture_output=True, text=True
-    )
+    monkeypatch.chdir(tmp_path)
+    done = run(HELP, *paths)
     assert done.returncode == 0, done.stderr
     shown = json.loads(done.stdout)
     assert list(shown) == paths

@@ -16,7 +16,7 @@ import psutil
 import pytest
 import torch
 from PIL import Image
-from processes import finish, start
+from processes import Process, finish, run, start
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 
@@ -337,8 +337,7 @@ for resume in ("never", "auto"):
 
     def meanwhile(module, args):
         if module.calls == 6:
-            command = [sys.executable, "-c", second, str(tmp_path / "run")]
-            refused.append(subprocess.run(command, capture_output=True, text=True))
+            refused.append(run(second, str(tmp_path / "run")))
 
     torch.manual_seed(0)
     train(tmp_path / "alone", Linear(), save_steps=8)
@@ -508,11 +507,11 @@ def arguments(folder: Path, images: Path | str, *more: str) -> list[str]:
     return [*SMALL, "--data", str(images), "--output", str(folder), *more]
 
 
-def start_pretraining(processes: int, *args) -> list[subprocess.Popen]:
+def start_pretraining(processes: int, *args) -> list[Process]:
     return start(processes, ROOT / "recipes" / "mim_pretrain.py", *arguments(*args))
 
 
-def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
+def wait_for_step(folder: Path, step: int, process: Process) -> None:
     for _ in range(3600):  # three minutes: two imports of torch on a busy machine
         log = folder / "metrics.jsonl"
         if log.exists() and len(log.read_text().splitlines()) >= step:
@@ -522,12 +521,12 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
     raise AssertionError("the run did not get going")
 
 
-LONG = ("--epochs", "30", "--save-steps", "5", "--workers", "1")
+LONG = ("--epochs", "20", "--save-steps", "5", "--workers", "1")
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, images) -> list[tuple[int, str]]:
-    """The losses of 90 steps in one go, started as the runs that are compared with them."""
+    """The losses of 60 steps in one go, started as the runs that are compared with them."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     finish(start_pretraining(1, folder, images, *LONG))
     return losses(folder)
@@ -956,8 +955,7 @@ def test_images_that_are_all_broken_are_told_in_one_line(tmp_path, workers, monk
             "--data", str(tmp_path / "data"), "--output", str(tmp_path / "run")]  # fmt: skip
     monkeypatch.delenv("VIM_SSL_TRACEBACK", raising=False)
     if workers:
-        command = [sys.executable, str(ROOT / "recipes" / "mim_pretrain.py"), *argv]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = run(ROOT / "recipes" / "mim_pretrain.py", *argv)
         code, errors = done.returncode, done.stderr
     else:
         code = guarded(mim_pretrain.main, argv)
@@ -1014,12 +1012,9 @@ on_linux = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory) -> tuple[subprocess.CompletedProcess, str]:
-    """One process that imports, and forks those that end; the errors of the first of them."""
+    """One process that forks those that end; the errors of the first of them."""
     errors = tmp_path_factory.mktemp("ended") / "errors.txt"
-    done = subprocess.run(
-        [sys.executable, "-c", ENDS, str(errors)], capture_output=True, text=True, timeout=200
-    )
-    return done, errors.read_text()
+    return run(ENDS, str(errors)), errors.read_text()
 
 
 @on_linux

@@ -160,7 +160,7 @@ def stored_classes(source: str | os.PathLike) -> int:
 
     Raises: the errors of `load_encoder`.
     """
-    config, _ = config_of(checkpoint_files.read(*find_file(source)), {})
+    config, _ = config_of(_describe(source), {})
     return config["num_classes"]
 
 
