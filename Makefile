@@ -14,7 +14,7 @@ LAUNCH := --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backe
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo clip-demo test check offline-rgb kernel-report bench gpu-check clean
+.PHONY: help setup demo clip-demo test check docs offline-rgb kernel-report bench gpu-check clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -48,6 +48,9 @@ check: $(VENV)/.installed-dev ## lint, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/python .ci/check_types.py
 
+docs: $(VENV)/.installed-dev ## build the documentation in site/, warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 SAMPLES := noto-emoji fluent-emoji twemoji aerial
 OFFLINE_RGB := vim_ssl/weights/vim_mini_patch8_96.offline_rgb
 offline-rgb: $(VENV)/.installed-demo ## train the suite's own encoder anew, an hour of one core
@@ -69,7 +72,7 @@ gpu-check: $(VENV)/.installed-test ## everything that wants a GPU, in nine minut
 	$(BIN)/python benchmarks/gpu_check.py $(GPU_CHECK_ARGS)
 
 clean: ## remove .venv and what tools left behind; runs/ stays
-	rm -rf "$(VENV)" build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf "$(VENV)" build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 # The newest run's page.
 define name_report

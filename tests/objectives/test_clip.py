@@ -15,7 +15,6 @@ from PIL import Image
 from processes import METHOD
 from torch.multiprocessing import start_processes
 
-import vim_ssl
 from vim_ssl import load_encoder
 from vim_ssl.models.text import TextEncoder
 from vim_ssl.models.tokenizers import train_bpe
@@ -346,18 +345,3 @@ def test_an_image_must_be_transformed_first():
     message = r"not Image; for an image use clip\.encode_image\(clip\.tr"
     with pytest.raises(TypeError, match=message):
         small().encode_image(Image.new("RGB", (20, 20)))
-
-
-def test_the_readmes_lines_run_as_they_stand(tmp_path, monkeypatch):
-    tokenizer = train_bpe(["a dog", "a cat"] * 3, vocab_size=300, context_length=6)
-    clip = Clip(load_encoder("vim_nano_patch8_64", depth=1, embed_dim=16),
-                TextEncoder(300, eos_id=2, context_length=6, width=16, depth=1, heads=2),
-                embed_dim=DIM, tokenizer=tokenizer)  # fmt: skip
-    save_clip(clip, tmp_path / "runs/a-clip-run")
-    Image.new("RGB", (20, 20), "red").save(tmp_path / "image.png")
-    monkeypatch.chdir(tmp_path)
-    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    code = next(part for part in text.split("```python\n") if part.startswith("clip = "))
-    names = {"vim_ssl": vim_ssl, "Image": Image}
-    exec(code.partition("```")[0], names)
-    assert names["similarity"].shape == (1, 2)

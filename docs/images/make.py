@@ -1,0 +1,130 @@
+"""Draw the images of the documentation from committed measurements; run it once after a change.
+
+    python docs/images/make.py               # all but reconstruction.png and report.png
+    python docs/images/make.py --reconstruct RUN   # reconstruction.png, from the previews of a run
+
+transfer.png    linear probes of the bundled encoder and its baselines (transfer.csv)
+cost.png        seconds per image against its size (efficiency.csv)
+overview.png    reconstruction.png, predicted masks, and the cost, side by side
+scan.svg        the order in which two scans read the patches
+"""
+
+import argparse
+import csv
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean, stdev
+
+import matplotlib
+import numpy as np
+from PIL import Image
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+
+HERE = Path(__file__).parent
+RESULTS = HERE.parents[1] / "benchmarks" / "results"
+COLOURS = {"vim": "#00796b", "other": "#e07b39", "plain": "#9e9e9e", "light": "#b2dfdb"}
+plt.rcParams.update({
+    "font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 150,
+    "axes.titlesize": 12, "svg.fonttype": "none",
+})  # fmt: skip
+# Task of transfer.csv -> its name in the plot; the two smallest sets are left out.
+TASKS = {
+    "digits": "digits",
+    "emoji, 9 categories, Noto to Twemoji": "emoji,\n9 categories",
+    "emoji, 98 subcategories, Noto to Fluent, without skin tones": "emoji,\n98 subcategories",
+    "aerial tiles by number of trees, another photograph": "aerial tiles,\nnumber of trees",
+}
+
+
+def rows(name: str) -> list[dict[str, str]]:
+    with open(RESULTS / name, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def cost(axes) -> None:
+    """Seconds for the features of one image, against its side; medians of the measured points."""
+    titles = {
+        ("vim_tiny", ""): ("Vim-Ti", COLOURS["vim"]),
+        ("deit_tiny", "fused"): ("DeiT-Ti, fused attention", COLOURS["other"]),
+        ("deit_tiny", "plain"): ("DeiT-Ti, plain attention", COLOURS["plain"]),
+    }
+    for (model, attention), (title, colour) in titles.items():
+        points = sorted(
+            (int(row["pixels"]), float(row["seconds"]))
+            for row in rows("efficiency.csv")
+            if (row["model"], row["attention"]) == (model, attention)
+            and row["task"] == "features" and row["state"] == "measured"
+        )  # fmt: skip
+        axes.loglog(*zip(*points, strict=True), "o-", color=colour, label=title, markersize=4)
+    sides = [224, 512, 1024, 2048]
+    axes.set_xticks(sides, [str(side) for side in sides])
+    axes.set_yticks([0.1, 1, 10, 100], ["0.1", "1", "10", "100"])
+    axes.minorticks_off()
+    axes.set(xlabel="side of the image in pixels", ylabel="seconds, one CPU thread")
+    axes.legend(frameon=False, fontsize=9)
+
+
+def draw_transfer(path: Path) -> None:
+    titles = {
+        "pretrained encoder": ("bundled encoder", COLOURS["vim"]),
+        "same encoder, untrained": ("untrained", COLOURS["light"]),
+        "raw pixels, 32x32": ("raw pixels", COLOURS["plain"]),
+        "ViT, MAE for the same time": ("ViT by MAE", COLOURS["other"]),
+    }
+    values: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for row in rows("transfer.csv"):
+        values[row["task"], row["features"]].append(float(row["logistic"]))
+    figure, axes = plt.subplots(figsize=(9, 3.4))
+    for i, (features, (title, colour)) in enumerate(titles.items()):
+        heights = [mean(values[task, features]) for task in TASKS]
+        spreads = [stdev(values[task, features]) for task in TASKS]
+        axes.bar(np.arange(len(TASKS)) + 0.2 * (i - 1.5), heights, 0.19, yerr=spreads, label=title,
+                 color=colour, error_kw={"elinewidth": 1, "ecolor": "#555555"})  # fmt: skip
+    axes.set_xticks(range(len(TASKS)), list(TASKS.values()))
+    axes.set_ylabel("linear probe, accuracy in %")
+    axes.legend(frameon=False, ncols=4, loc="upper right", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def draw_cost(path: Path) -> None:
+    figure, axes = plt.subplots(figsize=(6.5, 3.4))
+    cost(axes)
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def draw_overview(path: Path) -> None:
+    figure, (left, middle, right) = plt.subplots(
+        1, 3, figsize=(13, 3.7), gridspec_kw={"width_ratios": [1, 1.45, 1.5]}
+    )
+    left.imshow(Image.open(HERE / "reconstruction.png"))
+    left.set_title("image · visible patches · reconstruction")
+    lobes = Image.open(RESULTS / "dense_pictures" / "lobes-of-the-brain.png").convert("RGB")
+    middle.imshow(lobes)
+    middle.set_title("image · truth · predicted mask")
+    for axes in (left, middle):
+        axes.axis("off")
+    cost(right)
+    right.set_title("time against image size")
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--reconstruct", metavar="RUN", type=Path, help="run with previews")
+    run = parser.parse_args().reconstruct
+    if run:
+        preview = max((run / "images").glob("preview-*.png"))
+        Image.open(preview).convert("RGB").save(HERE / "reconstruction.png")
+    draw_transfer(HERE / "transfer.png")
+    draw_cost(HERE / "cost.png")
+    if (HERE / "reconstruction.png").exists():
+        draw_overview(HERE / "overview.png")
+
+
+if __name__ == "__main__":
+    main()
