@@ -1,7 +1,13 @@
 """Draw the images of the documentation from committed measurements; run it once after a change.
 
-    python docs/images/make.py               # all but reconstruction.png and report.png
-    python docs/images/make.py --reconstruct RUN   # reconstruction.png, from the previews of a run
+    python docs/images/make.py                     # all that are drawn from committed rows
+    python docs/images/make.py --reconstruct RUN   # reconstruction.png too, by a run of MAE
+
+reconstruction.png needs a decoder, which the bundled weights do not have. RUN is that of
+
+    vim-ssl mim-pretrain --preset offline_rgb --encoder vim_mini_patch8_96.offline_rgb \\
+      --data 'sample:fluent-emoji?split=train&tones=none' --epochs 6 --warmup-epochs 0.3 \\
+      --batch-size 16 --lr-reference-batch 16 --output RUN
 
 transfer.png    linear probes of the bundled encoder and its baselines (transfer.csv)
 cost.png        seconds per image against its size (efficiency.csv)
@@ -113,13 +119,54 @@ def draw_overview(path: Path) -> None:
     figure.savefig(path)
 
 
+def draw_reconstruction(run: Path, path: Path, rows: int = 3, scale: int = 2) -> None:
+    """Held-out emoji: the image, its visible patches, and the prediction for the masked ones."""
+    import json
+
+    import torch
+    from safetensors.torch import load_file
+
+    from vim_ssl.data import create_transform, open_data
+    from vim_ssl.objectives.pixels import denormalize, patchify, unpatchify
+    from vim_ssl.recipes import mim_pretrain
+    from vim_ssl.utils.config import from_dict
+
+    settings = json.loads((run / "config.json").read_text())
+    known = mim_pretrain.Config.__dataclass_fields__
+    config = from_dict(mim_pretrain.Config, {k: v for k, v in settings.items() if k in known})
+    encoder = mim_pretrain.build_model(config)
+    objective = mim_pretrain.build_objective(config, encoder).eval()
+    newest = max((run / "checkpoints").glob("step-*"), key=lambda step: step.stat().st_mtime)
+    objective.load_state_dict(load_file(newest / "model.safetensors"))
+
+    data = open_data("sample:fluent-emoji?split=test&tones=none&limit=60")
+    transform = create_transform(encoder)
+    images = torch.stack([transform(data[i]["image"]) for i in (4, 13, 31)[:rows]])
+    torch.manual_seed(0)
+    patches = encoder.grid_size[0] * encoder.grid_size[1]
+    hidden = torch.rand(len(images), patches).argsort(1) < 0.75 * patches
+    with torch.no_grad():
+        predicted = objective.predict(images, hidden)
+    side, patch = images.shape[-2:], encoder.patch_embed.patch_size
+    true = patchify(images, patch)
+    joined = unpatchify(torch.where(hidden[..., None], predicted, true), patch, side)
+    grey = torch.full_like(true, 0.75)
+    columns = [denormalize(x, encoder.data_config) for x in (images, joined)]
+    shown = patchify(columns[0], patch)
+    columns.insert(1, unpatchify(torch.where(hidden[..., None], grey, shown), patch, side))
+    lines = [torch.cat([x.clamp(0, 1) for x in line], -1) for line in zip(*columns, strict=True)]
+    grid = torch.cat(lines, 1)  # (c, h, w)
+    pixels = (grid.permute(1, 2, 0) * 255).round().byte().numpy()
+    image = Image.fromarray(pixels)
+    image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--reconstruct", metavar="RUN", type=Path, help="run with previews")
+    parser.add_argument("--reconstruct", metavar="RUN", type=Path, help="run of MAE")
     run = parser.parse_args().reconstruct
     if run:
-        preview = max((run / "images").glob("preview-*.png"))
-        Image.open(preview).convert("RGB").save(HERE / "reconstruction.png")
+        draw_reconstruction(run, HERE / "reconstruction.png")
     draw_transfer(HERE / "transfer.png")
     draw_cost(HERE / "cost.png")
     if (HERE / "reconstruction.png").exists():

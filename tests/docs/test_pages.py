@@ -9,6 +9,8 @@ import pytest
 import yaml
 from docs_pages import PAGES, ROOT, text_of
 
+from vim_ssl.data.registry import SOURCES
+
 FOLDERS = ("benchmarks", "kernels", "recipes", "tests")
 OTHERS = [path.relative_to(ROOT).as_posix() for folder in FOLDERS
           for path in sorted((ROOT / folder).rglob("README.md"))]  # fmt: skip
@@ -74,6 +76,15 @@ def test_the_navigation_has_every_page():
     assert sorted(name for name in listed if not name.startswith("files/")) == sorted(pages)
     for name in listed:
         assert (ROOT / name.removeprefix("files/")).exists() or (ROOT / "docs" / name).exists()
+
+
+def test_every_source_is_documented():
+    page, table = text_of("docs/api/sources.md"), text_of("docs/data.md")
+    modules = {SOURCES[scheme].rpartition(".")[2]: scheme for scheme in SOURCES}
+    for module, scheme in modules.items():
+        assert f"::: vim_ssl.data.sources.{module}." in page or scheme == "sample", scheme
+    for scheme in SOURCES.keys() - {"folder"}:
+        assert f"`{scheme}:" in table, scheme
 
 
 def test_figures_of_pages_have_their_rows():

@@ -1,0 +1,112 @@
+"""The examples of every page run, in the order of the page: commands in this process, Python too.
+
+Trainings are cut short by `docs_world.REDUCED`, which is added to the command of the page. Blocks
+that need a GPU, the network or hours are marked (`docs_pages`) and only parsed (test_commands.py).
+"""
+
+import functools
+import importlib
+import os
+import shutil
+
+import docs_world
+import pytest
+from docs_pages import PAGES, RUN_ELSEWHERE, blocks, commands, script
+
+from vim_ssl import cli
+
+# Pages of which a test runs at least one block.
+RUN = [
+    page for page in PAGES
+    if page not in RUN_ELSEWHERE
+    and any(block.language in ("sh", "python") and not block.needs for block in blocks(page))
+]  # fmt: skip
+# Page -> what it needs in addition: (package, the function that writes the data).
+EXTRA = {
+    "docs/medical.md": ("pydicom", docs_world.xrays),
+    "docs/remote-sensing.md": ("rasterio", docs_world.scenes),
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """The data of all pages and, from the five commands of the README, its two runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VIM_SSL_BACKEND", "torch")  # nothing to compile
+        root = tmp_path_factory.mktemp("docs")
+        docs_world.build(root)
+        patch.chdir(root)
+        for words in commands(chain().code):
+            run_command(words)
+        yield root
+
+
+def chain():
+    """The block of the README with the path for one's own images."""
+    (block,) = [b for b in blocks("README.md") if "vim-ssl finetune" in b.code]
+    return block
+
+
+@pytest.fixture
+def here(world, tmp_path, monkeypatch):
+    """A copy of the world for one page, so that pages may run in any order."""
+    root = tmp_path / "world"
+    shutil.copytree(world, root)
+    monkeypatch.chdir(root)
+    monkeypatch.setenv("VIM_SSL_BACKEND", "torch")
+    return root
+
+
+def run_command(words: list[str]) -> None:
+    """Run a command line of a page in this process."""
+    if words[0] == "make":
+        return  # its target exists: test_commands.py
+    if words[:2] == ["python", "-m"] and not script(words):
+        with pytest.raises(SystemExit) as stop:  # --help
+            importlib.import_module(words[2]).main(words[3:])
+        assert stop.value.code == 0
+        return
+    assert script(words), f"no command of the suite: {' '.join(words)}"
+    name, argv = script(words)
+    if name in docs_world.REDUCED and "--output" in argv and "--resume" not in argv:
+        shutil.rmtree(argv[argv.index("--output") + 1], ignore_errors=True)  # of another page
+    assert cli.main([name, *docs_world.reduced(name, argv)]) == 0, " ".join(words)
+
+
+def short(function):
+    """A function of the Python API with the settings that shorten it, as of its command."""
+    argv = docs_world.REDUCED["mim-pretrain" if function == "pretrain" else function]
+    settings, name = {}, ""
+    for word in argv:
+        if word.startswith("--"):
+            name = word[2:].replace("-", "_")
+            settings[name] = []
+        else:
+            settings[name].append(word)
+    return settings
+
+
+@pytest.mark.parametrize("page", [page for page in RUN if page != "README.md"])
+def test_the_examples_of_a_page_run(page, here, monkeypatch):
+    if page in EXTRA:
+        package, write = EXTRA[page]
+        pytest.importorskip(package)
+        write(here)
+    names: dict = {}
+    for block in blocks(page):
+        if block.needs:
+            continue
+        if block.language == "sh":
+            for words in commands(block.code):
+                run_command(words)
+        elif block.language == "python":
+            code = compile("\n" * block.line + block.code, str(block.page), "exec")
+            exec(code, names)
+
+
+def test_the_readme_runs(here):
+    names: dict = {}
+    for block in blocks("README.md"):
+        if block.language == "python" and not block.needs:
+            exec(compile("\n" * block.line + block.code, "README.md", "exec"), names)
+    assert "predictions.csv" in os.listdir()
