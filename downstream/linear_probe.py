@@ -20,6 +20,7 @@ head instead, without augmentation.
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
@@ -38,13 +39,27 @@ from vim_ssl.evaluation.comparison import (
     sentence,
     settings_table,
 )
+from vim_ssl.evaluation.examples import (
+    Viewer,
+    feature_maps,
+    nearest_neighbours,
+    worst_mistakes,
+    write_examples,
+)
 from vim_ssl.evaluation.extract import Features
 from vim_ssl.evaluation.knn import choose_neighbours, evaluate_neighbours, usable_k
 from vim_ssl.evaluation.linear_heads import LinearHead, fit_lars, fit_logistic, lars_reach
 from vim_ssl.evaluation.readout import C_GRID, choose_readout
 from vim_ssl.metrics.bootstrap import Metric
-from vim_ssl.metrics.classification import accuracy, answer_metrics, metric_columns
+from vim_ssl.metrics.classification import (
+    accuracy,
+    answer_metrics,
+    confusion_matrix,
+    metric_columns,
+    write_tables,
+)
 from vim_ssl.metrics.medmnist import medmnist_metrics
+from vim_ssl.tasks.classification import class_names
 from vim_ssl.tasks.runner import finish_run
 from vim_ssl.utils.config import opt, parse
 
@@ -90,7 +105,7 @@ def probe(
     config: Config,
     task: str = "",
     device: str = "cpu",
-) -> tuple[dict[str, Any], dict[str, Metric]]:
+) -> tuple[dict[str, Any], dict[str, Metric], LinearHead]:
     """Select hyperparameters on a validation split of ``train``, refit on all of ``train`` and
     evaluate once on ``test``.
 
@@ -101,7 +116,7 @@ def probe(
         readouts: name -> columns of the features.
         task: MedMNIST task; the row then also has the head's ``auc`` and ``acc``.
         device: where neighbours are searched.
-    Returns: the row of the table, and its metrics, for comparison with others.
+    Returns: the row of the table, its metrics, for comparison with others, and the linear head.
     """
     rest, held_out = stratified_split(
         train.y.tolist(), config.validation, config.seed, train.groups
@@ -136,7 +151,7 @@ def probe(
     if task:
         scores = head.probabilities(x_test, int(train.y.max()) + 1).numpy()
         row |= medmnist_metrics(test.y.numpy(), scores, task, test.groups)
-    return row, metrics
+    return row, metrics, head
 
 
 def _neighbour_counts(config: Config) -> tuple[int, ...]:
@@ -188,9 +203,11 @@ def run(config: Config) -> dict:
     if comparison.main:
         _warn_of_lars(len(train), config)
     tables = _Tables(config, getattr(test, "task", None) or "", comparison.device)
-    for features in comparison.features():
-        tables.add(*features)
-    if not comparison.main:
+    probed: tuple[LinearHead, Features, Features, dict[str, slice]] | None = None
+    for name, *features in comparison.features():
+        head = tables.add(name, *features)
+        probed = probed or (head, *features)
+    if probed is None:  # not the main process
         return {}
     gains = differences(tables.metrics, tables.groups, config.seed)
     first = tables.rows[0]
@@ -198,10 +215,47 @@ def run(config: Config) -> dict:
         rows=tables.rows, differences=gains, few_shot=tables.few_shot, skipped=tables.skipped,
         summary=[sentence(title, key, first[key], gains) for key, title in TITLES.items()],
     )  # fmt: skip
+    explain(folder, comparison, first, *probed)
     return finish_run(
         folder, metrics, lambda m: f"{table(m)}\nWritten: {folder / 'metrics.json'}",
         page=folder.parent,
     )  # fmt: skip
+
+
+def explain(
+    folder: Path, comparison: Comparison, row: dict[str, Any], head: LinearHead, train: Features,
+    test: Features, readouts: dict[str, slice],
+) -> None:  # fmt: skip
+    """Write the predictions of the linear head for the test images, and images for the report: the
+    worst mistakes, nearest neighbours and maps of the patch features.
+
+    Args:
+        row, head, train, test, readouts: of the first encoder.
+    """
+    encoder, multi_label = comparison.encoder, comparison.train.multi_label
+    classes = class_names(comparison.train)
+    if not multi_label:  # the test images may have more
+        classes += [str(i) for i in range(len(classes), int(test.y.max()) + 1)]
+    x = test.x[:, readouts[row["readout"]]]
+    likely = head.probabilities(x, len(classes))
+    view = Viewer(comparison.test, encoder)
+    folder.mkdir(parents=True, exist_ok=True)
+    parts: dict[str, Any] = {"maps": feature_maps(view, encoder, test.ids)}
+    if multi_label:
+        write_tables(
+            folder, {}, head.scores(x), test.y, test.ids, classes, "multi-label", test.groups
+        )
+    else:
+        guess = head.predict(x)
+        counts = {"confusion": confusion_matrix(test.y, guess, len(classes))}
+        write_tables(folder, counts, likely.log(), test.y, test.ids, classes, "class", test.groups)
+        parts["mistakes"] = worst_mistakes(view, test.ids, test.y, guess, likely, classes)
+    columns = readouts[row["knn_readout"]]
+    parts["neighbours"] = nearest_neighbours(
+        Viewer(comparison.train, encoder), view, (train.ids, train.x[:, columns], train.y),
+        (test.ids, test.x[:, columns], test.y), classes, standardise=row["knn_standardised"],
+    )  # fmt: skip
+    write_examples(folder, **parts)
 
 
 class _Tables:
@@ -215,13 +269,16 @@ class _Tables:
         self.groups: list[str] | None = None
         self.metrics: dict[str, dict[str, Metric]] = {}
 
-    def add(self, name: str, train: Features, test: Features, readouts: dict[str, slice]) -> None:
-        row, self.metrics[name] = probe(
+    def add(
+        self, name: str, train: Features, test: Features, readouts: dict[str, slice]
+    ) -> LinearHead:
+        row, self.metrics[name], head = probe(
             name, train, test, readouts, self.config, self.task, self.device
         )
         self.rows.append(row)
         self.few_shot += few_shots(name, train, test, readouts, self.config)
         self.skipped, self.groups = train.skipped + test.skipped, test.groups
+        return head
 
 
 def _warn_of_lars(images: int, config: Config) -> None:

@@ -1,5 +1,6 @@
 """The linear probe: what it writes, how it chooses, and that the test set has no say in it."""
 
+import csv
 import json
 import os
 import re
@@ -73,7 +74,7 @@ def metrics(bands, encoder_file, tmp_path_factory) -> dict:
     output = tmp_path_factory.mktemp("probe") / "deep" / "out"
     found = probe("--encoder", str(encoder_file), "--data", str(bands), "--output", str(output))
     (bands / "class1" / "broken.png").unlink()
-    return found
+    return found | {"folder": output}
 
 
 def test_the_record_says_what_was_done(metrics, bands, encoder_file):
@@ -85,6 +86,23 @@ def test_the_record_says_what_was_done(metrics, bands, encoder_file):
     assert (metrics["split"], metrics["n"]) == ("held out", metrics["test"] - 1)  # one is broken
     assert metrics["protocol"]["knn_k"] == 0
     assert {"hardware", "versions", "seconds"} <= set(metrics)
+
+
+def test_the_predictions_are_those_of_the_table_and_images_explain_them(metrics):
+    with open(metrics["folder"] / "predictions.csv") as file:
+        rows = list(csv.DictReader(file))
+    right = [row["label"] == row["predicted"] for row in rows]
+    assert len(rows) == metrics["n"]
+    assert 100 * sum(right) / len(rows) == pytest.approx(metrics["rows"][0]["logistic"], abs=0.01)
+    assert all(float(row["confidence"]) >= float(row["label_probability"]) for row in rows)
+    examples = json.loads((metrics["folder"] / "examples" / "examples.json").read_text())
+    assert {row["id"] for row in examples["mistakes"]} == {
+        row["id"] for row, hit in zip(rows, right, strict=True) if not hit
+    }
+    assert examples["neighbours"]
+    assert examples["maps"]["rows"]
+    files = {row["image"] for row in (*examples["neighbours"], *examples["maps"]["rows"])}
+    assert all((metrics["folder"] / "examples" / name).is_file() for name in files)
 
 
 def test_there_is_a_row_for_the_encoder_and_for_each_baseline(metrics):
@@ -142,7 +160,7 @@ READERS = {"noise": slice(4, 8), "good": slice(0, 4), "again": slice(0, 4)}
 
 
 def test_validation_chooses_the_readout_and_on_a_tie_the_first():
-    row, _ = linear_probe.probe("x", *parts(), READERS, linear_probe.Config())
+    row, *_ = linear_probe.probe("x", *parts(), READERS, linear_probe.Config())
     assert (row["readout"], row["dim"]) == ("good", 4)
     assert row["logistic"] > 70
 
@@ -151,12 +169,12 @@ def test_validation_chooses_the_readout_and_on_a_tie_the_first():
 def test_the_test_set_has_no_say_in_the_choice(what):
     """Test data made for the noise columns, or test labels turned around, change no choice."""
     train, test = parts()
-    honest, _ = linear_probe.probe("x", train, test, READERS, linear_probe.Config())
+    honest, *_ = linear_probe.probe("x", train, test, READERS, linear_probe.Config())
     if what == "labels":
         test.y = (test.y + 1) % 3
     else:
         test.x = test.x.flip(1)
-    turned, _ = linear_probe.probe("x", train, test, READERS, linear_probe.Config())
+    turned, *_ = linear_probe.probe("x", train, test, READERS, linear_probe.Config())
     chosen = ("readout", "C", "validation", "dim")
     assert [turned[name] for name in chosen] == [honest[name] for name in chosen]
     assert turned["logistic"] < honest["logistic"] - 20

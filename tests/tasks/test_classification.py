@@ -214,12 +214,14 @@ def test_the_tables_name_images_and_classes(tmp_path):
     logits = torch.tensor([[3.0, 1], [0, 2], [0, 2]])
     labels = torch.tensor([0, 1, 0])
     found = classification_metrics(logits, labels, "class")
-    write_tables(tmp_path, found, logits, labels, ["x", "y", "z"], ["cat", "dog"], "class")
+    names = ["x", "y", "z"], ["cat", "dog"]
+    write_tables(tmp_path, found, logits, labels, *names, "class", ["p1", "p1", "p2"])
     with open(tmp_path / "predictions.csv") as file:
         lines = list(csv.DictReader(file))
     assert [(r["id"], r["label"], r["predicted"]) for r in lines] == [
         ("x", "cat", "cat"), ("y", "dog", "dog"), ("z", "cat", "dog"),
     ]  # fmt: skip
+    assert [row["group"] for row in lines] == ["p1", "p1", "p2"]
     with open(tmp_path / "classes.csv") as file:
         cat, dog = csv.DictReader(file)
     assert (cat["samples"], cat["recall"], cat["most_taken_for"]) == ("2", "0.5000", "dog")
@@ -296,6 +298,11 @@ def test_an_encoder_with_a_head_is_judged_as_it_is(bands, tmp_path):
     with open(tmp_path / "out" / "predictions.csv") as file:
         guesses = [row["predicted"] for row in csv.DictReader(file)]
     assert guesses == [data.classes[i] for i in logits.argmax(1)]
+    examples = json.loads((tmp_path / "out" / "examples" / "examples.json").read_text())
+    labels = dict(zip(data.ids, data.labels, strict=True))
+    wrong = [id for id, i in zip(data.ids, logits.argmax(1), strict=True) if i != labels[id]]
+    assert {row["id"] for row in examples["mistakes"]} <= set(wrong)
+    assert len(examples["mistakes"]) == min(len(wrong), 24)
 
 
 @pytest.mark.parametrize(

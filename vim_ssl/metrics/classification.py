@@ -175,16 +175,25 @@ def classification_metrics(
     Args:
         groups: see `Metric.interval`.
     """
-    from sklearn.metrics import confusion_matrix
-
     metrics = target_metrics(logits, labels, targets)
     values: dict[str, Any] = rounded(metrics)
     values |= {f"{name}_ci": metric.interval(groups) for name, metric in metrics.items()}
     if targets == "multi-label":
         return values
-    classes = range(logits.shape[1] + (targets == "ordinal"))
-    confusion = confusion_matrix(labels, predicted(logits, targets), labels=classes)
+    classes = logits.shape[1] + (targets == "ordinal")
+    confusion = confusion_matrix(labels, predicted(logits, targets), classes)
     return values | {"confusion": confusion.tolist()}
+
+
+def confusion_matrix(labels: Tensor, predicted: Tensor, classes: int) -> np.ndarray:
+    """Count the images of each true class (rows) by their predicted class (columns).
+
+    Args:
+        labels, predicted: (n,) int64.
+    Returns: (classes, classes) int64.
+    """
+    pairs = (labels * classes + predicted).numpy()
+    return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
 
 
 def summary(metrics: dict[str, Any]) -> str:
@@ -202,14 +211,14 @@ def summary(metrics: dict[str, Any]) -> str:
 
 def write_tables(
     folder: Path, metrics: dict, logits: Tensor, labels: Tensor, ids: list[str],
-    classes: list[str], targets: str,
+    classes: list[str], targets: str, groups: Sequence[Hashable] | None = None,
 ) -> None:  # fmt: skip
     """Write ``predictions.csv`` and, for single labels, ``classes.csv``.
 
     ``predictions.csv`` has a row per image: id, label, prediction, ``confidence`` (the probability
-    of the prediction; for multi-label, of every class) and, for single labels,
-    ``label_probability``. ``classes.csv`` has a row per class: samples, recall, precision, F1, the
-    class it is most often confused with.
+    of the prediction; for multi-label, of every class), for single labels ``label_probability``,
+    and with ``groups`` also ``group``. ``classes.csv`` has a row per class: samples, recall,
+    precision, F1, the class it is most often confused with.
     """
     confidence = logits.softmax(1) if targets == "class" else torch.sigmoid(logits)
     rows: list[list[str]] = []
@@ -225,6 +234,9 @@ def write_tables(
             of_label = f"{shares[int(label)].item():.4f}"
             rows.append([name, classes[int(label)], classes[int(guess)], sure, of_label])
     columns = ["id", "label", "predicted", "confidence", "label_probability"]
+    if groups is not None:
+        columns.append("group")
+        rows = [[*row, str(group)] for row, group in zip(rows, groups, strict=True)]
     write_csv(folder / "predictions.csv", columns, rows)
     if targets != "multi-label":
         columns = ["class", "samples", "recall", "precision", "f1", "most_taken_for"]

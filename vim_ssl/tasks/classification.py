@@ -23,6 +23,7 @@ from vim_ssl.data.split import stratified_split
 from vim_ssl.data.transforms.image import create_transform
 from vim_ssl.evaluation.baselines import classification_baselines, compare_with
 from vim_ssl.evaluation.embeddings import stream_features
+from vim_ssl.evaluation.examples import Viewer, worst_mistakes, write_examples
 from vim_ssl.evaluation.extract import extract_features
 from vim_ssl.evaluation.validation import Validation
 from vim_ssl.metrics.classification import (
@@ -30,6 +31,7 @@ from vim_ssl.metrics.classification import (
     TARGETS,
     classification_metrics,
     outputs,
+    predicted,
     probabilities,
     summary,
     target_metrics,
@@ -260,7 +262,8 @@ def evaluate(
     encoder: VimEncoder, data, folder: Path, targets: str, classes: list[str], *, train=None,
     **loading: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """Evaluate an encoder with a head on labelled images and write the tables to ``folder``.
+    """Evaluate an encoder with a head on labelled images; write the tables and the worst mistakes
+    to ``folder``.
 
     Args:
         data: map-style data, or a stream.
@@ -274,7 +277,14 @@ def evaluate(
     answers = extract(encoder.eval(), data, create_transform(encoder), device=device, **loading)
     check_labels(data.name, answers.y, targets, classes)  # a stream's labels are known only now
     metrics = classification_metrics(answers.x, answers.y, targets, answers.groups)
-    write_tables(folder, metrics, answers.x, answers.y, answers.ids, classes, targets)
+    write_tables(
+        folder, metrics, answers.x, answers.y, answers.ids, classes, targets, answers.groups
+    )
+    if targets != "multi-label" and not data.is_stream:  # a stream has no access by id
+        guess, likely = predicted(answers.x, targets), probabilities(answers.x, targets)
+        view = Viewer(data, encoder)
+        mistakes = worst_mistakes(view, answers.ids, answers.y, guess, likely, classes)
+        write_examples(folder, mistakes=mistakes)
     if task := getattr(data, "task", None):
         scores = probabilities(answers.x, targets).numpy()
         metrics |= medmnist_metrics(answers.y.numpy(), scores, task, answers.groups)
