@@ -86,7 +86,7 @@ def demo() -> Config:
         encoder="vim_nano_patch4_28", model_args={"depth": 3}, decoder_dim=96, decoder_depth=1,
         norm_pix_loss=False,  # most patches of a digit are flat; normalised, they become noise
         epochs=4, warmup_epochs=1, batch_size=64, base_lr=2e-3, lr_reference_batch=64,
-        workers=0, eval_every=4,
+        workers=0, eval_every=1,
     )  # fmt: skip
 
 

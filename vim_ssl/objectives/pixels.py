@@ -71,8 +71,10 @@ class PixelObjective(PretrainObjective):
         )
 
     def _images(self, images: Tensor, mask: Tensor, restored: Tensor) -> Tensor:
-        """Return (n, 1 or 3, h, 4 w): original | masked | reconstruction | original with the masked
-        patches reconstructed. A clip is a column of frames, the first of each tubelet."""
+        """Return (n, 1 or 3, h, 4 w): original | masked | predictions | original with the masked
+        patches predicted. Masked patches are grey in the second image, visible ones, which are not
+        predicted in training, in the third. A clip is a column of frames, the first of each
+        tubelet."""
         height, width = images.shape[-2:]
         patch = self.encoder.patch_embed.patch_size
         config = self.encoder.data_config
@@ -80,9 +82,12 @@ class PixelObjective(PretrainObjective):
         first = slice(None, None, self.tubelet)
         original = denormalize(images[:, first].float(), config)
         restored = denormalize(unpatchify(restored, patch, (height, width))[:, first], config)
-        hidden = torch.where(gaps, torch.full_like(original, 0.5), original)
-        pasted = torch.where(gaps, restored, original)
-        return torch.cat([original, hidden, restored, pasted], dim=-1).cpu()
+        grey = torch.full_like(original, 0.5)
+        visible, predicted, pasted = (
+            torch.where(gaps, inside, outside)
+            for inside, outside in ((grey, original), (restored, grey), (restored, original))
+        )
+        return torch.cat([original, visible, predicted, pasted], dim=-1).cpu()
 
 
 def refuse_head(encoder: nn.Module) -> None:
