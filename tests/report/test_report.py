@@ -1,21 +1,26 @@
 """The page of a run: whole, self-contained, and drawn from whatever the run has written."""
 
 import base64
+import csv
 import html
 import io
+import itertools
 import json
 import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from vim_ssl import load_encoder, save_encoder
 from vim_ssl.cli import main as cli_main
+from vim_ssl.evaluation.examples import write_examples
 from vim_ssl.report import write_report
+from vim_ssl.report.images import spread
 from vim_ssl.training.run import Run
 
 VOID = {"meta", "link", "img", "br"}
@@ -81,15 +86,17 @@ def make_run(folder: Path, rows: list[dict], **config) -> Path:
 
 
 def add_images(folder: Path, step: int, side: int = 28, chans: int = 1, n: int = 3) -> None:
-    """n rows of four images, the row's number as grey value."""
+    """n rows of four images, grey: the tens are the row's number, the ones the column's, from 1;
+    the last column, which changes, adds the step."""
     (folder / "images").mkdir(exist_ok=True)
-    grey = torch.arange(1, n + 1).view(n, 1, 1, 1) / 255
+    columns = torch.tensor([1, 2, 3, 4 + step]).repeat_interleave(side)
+    grey = (10 * torch.arange(1, n + 1).view(n, 1, 1, 1) + columns) / 255
     Run(folder).save_images("pictures", step, grey.expand(n, chans, side, 4 * side))
 
 
 def decode(attrs: dict) -> Image.Image:
     head, _, data = attrs["src"].partition(",")
-    assert head == "data:image/png;base64"
+    assert head in ("data:image/png;base64", "data:image/jpeg;base64")
     return Image.open(io.BytesIO(base64.b64decode(data)))
 
 
@@ -167,18 +174,62 @@ def test_the_printed_snippet_runs_as_it_stands(finished: Path, monkeypatch: pyte
     assert "vim-ssl linear-probe --encoder run " in page.text
 
 
-def test_first_and_newest_images_stand_side_by_side_in_captioned_columns(finished: Path):
+def test_the_same_images_are_shown_over_the_steps(finished: Path):
     page = Page(write_report(finished))
-    assert "First evaluation, step 20" in page.text
-    assert "Newest evaluation, step 40" in page.text
-    assert "step 30" not in page.text.partition("Curves")[0]
+    (strip,) = [a for a in page.all("div") if "strip" in a.get("class", "")]
+    assert strip["aria-label"] == "original, what the encoder sees, step 20, step 30, step 40"
     cells = [decode(a) for a in page.all("img")]
-    assert len(cells) == 2 * 3 * 4
     assert {cell.size for cell in cells} == {(28, 28)}
-    greys = [cell.convert("L").getextrema() for cell in cells]
-    assert greys == 2 * [(row, row) for row in (1, 2, 3) for _ in range(4)]  # no border left
-    for caption in ("original", "masked", "reconstructed", "visible +"):
-        assert page.text.count(f"{caption}") >= 2
+    greys = [cell.convert("L").getextrema() for cell in cells]  # one value each: no border left
+    assert greys == [
+        (grey, grey)
+        for row in (10, 20, 30)
+        for grey in (row + 1, row + 2, *(row + 4 + step for step in (20, 30, 40)))
+    ]
+    assert "only hidden patches" in page.text
+
+
+@pytest.mark.parametrize("count", [1, 6, 7, 50, 2000])
+def test_of_many_steps_some_are_shown_from_the_first_to_the_last(count: int):
+    chosen = spread(list(range(count)), 6)
+    assert chosen[0] == 0
+    assert chosen[-1] == count - 1
+    assert len(chosen) == min(count, 6)
+    gaps = [b - a for a, b in itertools.pairwise(chosen)]
+    assert gaps == sorted(gaps)  # denser at the start
+
+
+def test_predictions_of_dense_tasks_stand_beside_the_truth_over_the_steps(tmp_path: Path):
+    folder = make_run(tmp_path, [line(1)], recipe="segmentation")
+    (folder / "images").mkdir()
+    for step in (1, 2):
+        Run(folder).save_images("preview", step, torch.full((2, 3, 32, 96), step / 255))
+    page = Page(write_report(folder))
+    assert "image, truth, step 1, step 2" in page.source
+    assert [decode(a).getpixel((0, 0))[0] for a in page.all("img")] == 2 * [2, 2, 1, 2]
+
+
+@pytest.mark.parametrize("frames", [1, 3, 8])
+@pytest.mark.parametrize("samples", [1, 2, 8])
+def test_clips_and_single_samples_are_cut_too(tmp_path: Path, frames: int, samples: int):
+    folder = make_run(tmp_path, [line(1)], model_args={"img_size": 16})
+    (folder / "images").mkdir()
+    Run(folder).save_images("preview", 1, torch.zeros(samples, 3, 16 * frames, 4 * 16))
+    cells = [decode(a) for a in Page(write_report(folder)).all("img")]
+    assert {cell.size for cell in cells} == {(16, 16 * frames)}
+    assert len(cells) == 3 * min(samples, 1 if frames == 8 else 3 if frames == 3 else 8)
+
+
+def test_a_page_with_large_photographs_stays_small(tmp_path: Path):
+    folder = make_run(tmp_path, [line(1)], model_args={"img_size": 224})
+    (folder / "images").mkdir()
+    noise = np.random.default_rng(0).integers(256, size=(8 * 15, 4 * 15, 3), dtype=np.uint8)
+    image = Image.fromarray(noise).resize((4 * 224 + 2, 8 * 225 + 1), Image.Resampling.BILINEAR)
+    for step in range(1, 8):
+        image.save(folder / "images" / f"preview-{step}.png", compress_level=1)
+    page = write_report(folder)
+    assert len(Page(page).all("img")) == 8 * (2 + 6)
+    assert page.stat().st_size < 1_000_000
 
 
 @pytest.mark.parametrize(
@@ -189,7 +240,7 @@ def test_only_small_images_are_enlarged_as_pixels(tmp_path: Path, side: int, pix
     add_images(folder, 1, side=side, chans=3, n=2)
     page = Page(write_report(folder))
     strips = [a for a in page.all("div") if a.get("class", "").startswith("strip")]
-    assert [a["class"] == "strip small" for a in strips] == [pixelated]
+    assert [a["class"] == "strip pixels" for a in strips] == [pixelated]
     assert "image-rendering: pixelated" in page.source
 
 
@@ -206,16 +257,14 @@ def test_previews_of_a_run_that_an_earlier_version_began_are_one_series(tmp_path
     folder = make_run(tmp_path, [line(1), line(2)])
     add_images(folder, 1)  # as pictures-0000001.png
     Run(folder).save_images("preview", 2, torch.zeros(3, 1, 28, 112))
-    text = write_report(folder).read_text()
-    assert "First evaluation, step 1" in text
-    assert "Newest evaluation, step 2" in text
+    assert "original, what the encoder sees, step 1, step 2" in write_report(folder).read_text()
 
 
 def test_an_image_that_is_still_being_written_is_left_out(finished: Path):
     newest = finished / "images" / "pictures-0000040.png"
     newest.write_bytes(newest.read_bytes()[:60])
     page = Page(write_report(finished))
-    assert len(page.all("img")) == 3 * 4
+    assert len(page.all("img")) == 3 * (2 + 2)
 
 
 def test_what_is_evaluated_now_and_then_has_a_point_for_each_evaluation(tmp_path: Path):
@@ -226,7 +275,7 @@ def test_what_is_evaluated_now_and_then_has_a_point_for_each_evaluation(tmp_path
             seen = {"knn_top1": knn[step], "feature_std": step / 10}
         rows.append(line(step, **seen))
     page = Page(write_report(make_run(tmp_path, rows)))
-    steps = [text.partition(" · ")[0] for text in page.readout("Nearest neighbours, accuracy")]
+    steps = [text.partition(" · ")[0] for text in page.readout("kNN accuracy, in-training check")]
     assert steps == ["step 2", "step 4", "step 6"]
     assert len(page.readout("Loss")) == 7
 
@@ -237,6 +286,23 @@ def test_an_error_that_is_the_loss_is_not_drawn_again(tmp_path: Path):
         rows = [line(s, pixel_mse=factor / s) for s in (1, 2)]
         page = Page(write_report(make_run(tmp_path, rows)))
         assert page.text.count(title) == drawn
+
+
+def test_an_accuracy_has_the_interval_of_its_images_and_says_how_many(tmp_path: Path):
+    rows = [line(s, knn_top1=50.0 + s, check_images=n) for s, n in ((1, 500), (2, 500))]
+    page = Page(write_report(make_run(tmp_path, rows)))
+    assert "500 held-out images" in page.text
+    assert "shaded: 95 % interval" in page.text
+    assert len(page.all("polygon")) == 1
+    assert "check_images" not in page.text.partition("Full configuration")[0]
+
+
+def test_a_check_with_gaps_between_its_lines_is_not_called_broken(tmp_path: Path):
+    rows = [line(s, **({"val_top1": 10.0 * s} if s in (2, 4) else {})) for s in range(1, 5)]
+    page = Page(write_report(make_run(tmp_path, rows, recipe="finetune")))
+    title = "Top-1 accuracy, test split, during training"
+    assert page.readout(title) == ["step 2 · epoch 0.2 · 20 %", "step 4 · epoch 0.4 · 40 %"]
+    assert "not finite" not in page.text
 
 
 def test_a_tile_tells_where_a_figure_began_only_if_it_has_moved(tmp_path: Path):
@@ -411,9 +477,10 @@ def test_a_run_on_labels_tells_what_it_is_worth(finished: Path):
     page = Page(write_report(finished))
     assert "AUC as MedMNIST defines it, 0 to 10.988" in page.text  # and not 1.0
     for wanted in (
-        "Result on the test split", "Mean IoU61.2 % 58.0 – 64.5", "61.2 %on the test split",
+        "Final result", "Mean IoU61.2 % 58.0 – 64.5",
+        "95 % interval 58.0 – 64.5 · test split",
         "Pixel accuracy88.0 %", "3.2 mm", "90 to train on, 1,200 to test on, 1 unreadable",
-        "most taken for", EVIL,
+        "most often confused with", EVIL,
     ):  # fmt: skip
         assert wanted in page.text
     assert "Top-1" not in page.text  # there is none
@@ -436,6 +503,129 @@ def test_a_result_that_is_being_written_does_not_cost_the_page(finished: Path, b
     path.write_bytes(path.read_bytes()[:20] + b"\xff,,,\n")
     text = Page(write_report(finished)).text
     assert ("Mean IoU" in text) == (broken != "metrics.json")
+
+
+CLASSES = ("cat", "dog", EVIL)
+# label, predicted, and how often
+ANSWERS = (("cat", "cat", 3), ("cat", "dog", 2), ("dog", "dog", 4), (EVIL, EVIL, 1))
+
+
+def add_predictions(folder: Path, answers=ANSWERS, classes=CLASSES, **metrics) -> None:
+    folder.mkdir(exist_ok=True)
+    figures = {"data": "folder:pets", "train": 40, "test": 10, "split": "test", "n": 10}
+    figures |= {"top1": 80.0, "top1_ci": [49.0, 94.3]} | metrics
+    (folder / "metrics.json").write_text(json.dumps(figures))
+    rows = [(a, b) for a, b, count in answers for _ in range(count)]
+    with (folder / "predictions.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["id", "label", "predicted", "confidence"])
+        table.writerows([f"{i}.png", *row, 0.9] for i, row in enumerate(rows))
+    with (folder / "classes.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["class", "recall"], *([name, 0.6] for name in classes)])
+
+
+def test_a_classifier_has_baselines_a_confusion_matrix_and_recall_per_class(finished: Path):
+    add_predictions(
+        finished, baselines={"kNN on raw pixels": {"top1": 70.0, "top1_ci": [39.7, 89.2]}},
+        summary=["Top-1 accuracy 80.0 %: 10.0 points above kNN on raw pixels."],
+    )  # fmt: skip
+    page = Page(write_report(finished))
+    for wanted in (
+        "10.0 points above", "For comparison: kNN on raw pixels70.0 % 39.7 – 89.2",
+        "2 of 10 test images are classified wrongly by the model", "test split, n = 10 images",
+        "60.0\N{NO-BREAK SPACE}%",
+    ):  # fmt: skip
+        assert wanted in page.text, wanted
+    matrix = page.source[page.source.index('"even matrix"') :].partition("</table>")[0]
+    cells = re.findall(r"<td(?: style=\"--share:(\d+)%\" class=\"(\w+)\")?>(\d*)</td>", matrix)
+    assert cells == [
+        ("60", "hit", "3"), ("40", "wrong", "2"), ("", "", ""),
+        ("", "", ""), ("100", "hit", "4"), ("", "", ""),
+        ("", "", ""), ("", "", ""), ("100", "hit", "1"),
+    ]  # fmt: skip
+
+
+def test_of_many_classes_the_most_frequent_confusions_are_listed(finished: Path):
+    names = [f"class {i:03d}" for i in range(300)]
+    answers = [(name, name, 2) for name in names]
+    add_predictions(finished, [*answers, (names[7], names[9], 3), (names[1], names[2], 1)], names)
+    page = Page(write_report(finished))
+    assert "class 007class 009360 %" in page.text.replace("\n", "")
+    assert "matrix" not in {attrs.get("class", "") for attrs in page.all("table")}
+    assert (finished / "report.html").stat().st_size < 300_000
+
+
+@pytest.mark.parametrize(
+    "answers", [[("a|b", "a", 1)], [("", "", 2)], []], ids=["multi-label", "empty", "no-rows"]
+)
+def test_without_single_labels_there_is_no_confusion_matrix(finished: Path, answers: list):
+    add_predictions(finished, answers)
+    assert "Confusion matrix" not in Page(write_report(finished)).text
+
+
+def test_the_worst_mistakes_neighbours_and_patch_features_are_images_on_the_page(finished: Path):
+    probe = finished / "linear_probe"
+    grey = [Image.new("L", (8, 8), value) for value in (10, 20, 30, 40)]
+    write_examples(
+        probe,
+        mistakes=[{"id": "7.png", "image": grey[0], "label": "cat", "predicted": EVIL,
+                   "predicted_probability": 0.913, "label_probability": 0.05}],
+        neighbours=[{"id": "8.png", "image": grey[1], "label": "cat", "neighbours": [
+            {"id": "9.png", "image": grey[2], "label": "dog", "similarity": 0.87}]}],
+        maps={"share": 0.42, "rows": [{"id": "8.png", "image": grey[1], "map": grey[3]}]},
+    )  # fmt: skip
+    page = Page(write_report(finished))
+    shown = [decode(a).convert("L").getpixel((0, 0)) for a in page.all("img")]
+    assert shown[:5] == [20, 30, 20, 40, 10]
+    assert f"cat taken for {EVIL} 91 %" in page.text
+    assert "dog 0.87" in page.text
+    assert "42 % of the variance" in page.text
+    (probe / "examples" / "000.png").write_bytes(b"cut off")
+    assert "91 %" not in Page(write_report(finished)).text
+
+
+ODD = (None, True, -1, "x", [1, "a", None], {"a": {"b": []}})
+FILES = (
+    "config.json", "encoder.json", "metrics.json", "linear_probe/metrics.json",
+    "zero_shot/metrics.json", "linear_probe/examples/examples.json",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_any_value_in_any_file_gives_a_page(tmp_path: Path, name: str):
+    folder = make_run(tmp_path, [line(10), line(20)], max_steps=5, patience=3)
+    add_images(folder, 20, n=1)
+    add_predictions(folder, summary=["One."], baselines={"pixels": {"top1": 1.0}})
+    add_predictions(folder / "linear_probe", figure="mAP", rows=[{"features": "x", "knn": 1.0}])
+    write_examples(folder / "linear_probe", mistakes=[], neighbours=[], maps={"rows": []})
+    (folder / "zero_shot").mkdir()
+    (folder / "zero_shot" / "metrics.json").write_text(json.dumps(ZERO_SHOT))
+    made = {"made_by": {"hardware": {}}, "config": {"img_size": 28}, "vim_ssl": "0.1"}
+    (folder / "encoder.json").write_text(json.dumps(made))
+    content = json.loads((folder / name).read_text())
+    changes = [dict.fromkeys(content, value) for value in ODD]
+    for key, value in content.items():
+        changes += [{key: odd} for odd in ODD[-3:-1]]
+        if isinstance(value, dict):
+            changes += [{key: dict.fromkeys(value, odd)} for odd in ODD]
+    for change in changes:
+        (folder / name).write_text(json.dumps(content | change))
+        assert write_report(folder).exists()
+
+
+def test_what_is_missing_is_named(tmp_path: Path):
+    folder = make_run(tmp_path, [])
+    (folder / "metrics.json").write_text('{"top1": 5')
+    text = Page(write_report(folder)).text
+    for wanted in (
+        "metrics.jsonl is empty or damaged", "the encoder has not been saved",
+        "metrics.json is empty or damaged",
+    ):  # fmt: skip
+        assert wanted in text
+
+
+def test_a_finished_run_lacks_nothing(finished: Path):
+    assert "Not there yet" not in Page(write_report(finished)).text
 
 
 @pytest.mark.parametrize("exists", [True, False], ids=["empty-folder", "no-folder"])

@@ -2,8 +2,10 @@
 
     run directory -> record.Record -> page.render (templates/page.html) -> report.html
 
-record.py    read the files of the run            settings.py  the lists of settings
-curve.py     the geometry of one curve            page.py      the content of every section
+record.py    read the files of the run            page.py      header and curves of the page
+results.py   results, and what explains them      images.py    images over the steps
+curve.py     the geometry of a plot               settings.py  the lists of settings
+titles.py    names                                compare.py   one page for several runs
 
 Content that the run has not written yet is skipped, so the report can be written at any time.
 """

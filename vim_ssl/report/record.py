@@ -11,13 +11,44 @@ import numpy as np
 
 from vim_ssl.models.encoder import PRESETS
 
-# Metrics of an evaluation; every line repeats them until the next evaluation.
+# Metrics of an in-training check; in the logs of earlier versions every line repeats them until the
+# next check.
 EVALUATED = (
     "knn_top1", "linear_top1", "feature_std", "effective_rank",
     "image_to_text_r1", "text_to_image_r1",
 )  # fmt: skip
+CHECK_PREFIXES = ("val_", "test_")  # of the metrics of other in-training checks
+PROBES, ZERO_SHOTS = "linear_probe*/metrics.json", "zero_shot*/metrics.json"
 MAX_LINES = 50_000  # maximum number of log lines to parse, evenly spread
 PREVIEWS = {"pictures": "preview"}  # prefix in earlier runs -> current prefix
+
+
+class Evaluation:
+    """What an evaluation wrote to its folder; absent or broken files give empty attributes.
+
+    Attributes:
+        metrics: metrics.json.
+        classes: classes.csv, one dict per class.
+        predictions: predictions.csv, one dict per image.
+        examples: examples/examples.json; its files are in ``images``.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.images = folder, folder / "examples"
+        self.metrics = read_json(folder / "metrics.json")
+        self.classes = read_table(folder / "classes.csv") if self.metrics else []
+        self.predictions = read_table(folder / "predictions.csv") if self.metrics else []
+        self.examples = read_json(self.images / "examples.json") if self.metrics else {}
+
+    def counts(self, train: str, test: str) -> str:
+        """Text with the numbers of images, each after a comma."""
+        text = ""
+        for key, what in (("train", train), ("test", test)):
+            if is_number(self.metrics.get(key)):
+                text += f", {self.metrics[key]:,} {what}"
+        if isinstance(skipped := self.metrics.get("skipped"), list) and skipped:
+            text += f", {len(skipped):,} unreadable"
+        return text
 
 
 class Record:
@@ -36,29 +67,38 @@ class Record:
                 f"{folder} is not a run directory (it has neither config.json nor metrics.jsonl); "
                 "give the directory that a recipe printed as 'Run directory'."
             )
-        self.config = _read_json(folder / "config.json")
+        self.config = read_json(folder / "config.json")
         self.log = _read_log(folder / "metrics.jsonl")
         self.previews = _find_previews(folder / "images")
         # Sorting puts the data of the run first, other data by name.
-        probes = sorted(folder.glob("linear_probe*/metrics.json"))
-        self.probe = _read_json(probes[0]) if probes else {}
-        self.zero_shot = [
-            (path.parent, _read_json(path))
-            for path in sorted(folder.glob("zero_shot*/metrics.json"))
-        ]
-        self.result = _read_json(folder / "metrics.json")  # written at the end of supervised runs
-        self.classes = _read_table(folder / "classes.csv") if self.result else []
+        self.probes = [Evaluation(p.parent) for p in sorted(folder.glob(PROBES))]
+        self.zero_shot = [Evaluation(p.parent) for p in sorted(folder.glob(ZERO_SHOTS))]
+        self.result = Evaluation(folder)  # written at the end of supervised runs
         self.predictions = folder / "predictions.png"
-        description = _read_json(folder / "encoder.json")
+        description = read_json(folder / "encoder.json")
         self.saved = bool(description)
-        self.made_by = description.get("made_by") or {}
+        self.made_by = _as_dict(description.get("made_by"))
         self.version = description.get("vim_ssl")
         self.parameters = _count_parameters(folder / "encoder.safetensors")
         # Before the encoder is saved: its configured settings; {} if it started from a checkpoint.
         preset = PRESETS.get(str(self.config.get("encoder")))
-        configured = {} if preset is None else preset | (self.config.get("model_args") or {})
-        self.encoder: dict[str, Any] = description.get("config") or configured
+        configured = {} if preset is None else preset | _as_dict(self.config.get("model_args"))
+        self.encoder: dict[str, Any] = _as_dict(description.get("config")) or configured
         self.shape_known = self.saved or preset is not None
+
+    def missing(self) -> list[str]:
+        """What an unfinished or damaged run lacks, for the reader of the page."""
+        absent = []
+        for name, content in (("config.json", self.config), ("metrics.jsonl", self.log)):
+            if not content:
+                state = "is empty or damaged" if (self.folder / name).is_file() else "is missing"
+                absent.append(f"{name} {state}")
+        if not self.saved:
+            absent.append("the encoder has not been saved")
+        for path in (self.folder / "metrics.json", *self.folder.glob("*/metrics.json")):
+            if path.is_file() and not read_json(path):
+                absent.append(f"{path.relative_to(self.folder)} is empty or damaged")
+        return absent
 
     def last(self, name: str) -> float:
         """The newest finite value of a logged metric; NaN if there is none."""
@@ -67,15 +107,14 @@ class Record:
         return float(finite[-1]) if len(finite) else math.nan
 
     def series(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Steps, epochs and values of a logged metric, each (n,); for the metrics in `EVALUATED`,
-        one entry per evaluation."""
+        """Steps, epochs and values of a logged metric, each (n,); for those of an in-training
+        check, one entry per check."""
         if name not in self.log:
             return (np.empty(0),) * 3
         values = self.log[name]
-        rows = np.ones(len(values), bool)
+        rows = np.isfinite(values) if is_check(name) else np.ones(len(values), bool)
         if name in EVALUATED:
             marks = np.stack([np.nan_to_num(self.log[k]) for k in EVALUATED if k in self.log])
-            rows = np.isfinite(values)
             rows[1:] &= (marks[:, 1:] != marks[:, :-1]).any(0)
         epochs = self.log.get("epoch", np.full(len(values), math.nan))
         return self.log["step"][rows], epochs[rows], values[rows]
@@ -86,7 +125,17 @@ def is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def is_check(name: str) -> bool:
+    """True for a column of metrics.jsonl that an in-training check writes."""
+    return name in EVALUATED or name.startswith(CHECK_PREFIXES)
+
+
+def _as_dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; {} if it is absent, incomplete or something else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):  # missing or incomplete
@@ -94,7 +143,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _read_table(path: Path) -> list[dict[str, str]]:
+def read_table(path: Path) -> list[dict[str, str]]:
+    """The complete rows of a CSV file with a header; [] if it is absent or broken."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
             return [row for row in csv.DictReader(file) if None not in row.values()]

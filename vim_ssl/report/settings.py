@@ -45,7 +45,8 @@ def planned_steps(run: Record) -> int:
     if not (step > 0 and epoch > 0 and is_number(epochs)):
         return 0
     planned = round(step / epoch * epochs)
-    return min(planned, run.config.get("max_steps") or planned)
+    limit = run.config.get("max_steps")
+    return min(planned, limit) if is_number(limit) and limit else planned
 
 
 def is_finished(run: Record) -> bool:

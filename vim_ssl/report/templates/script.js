@@ -3,8 +3,11 @@ for (const svg of document.querySelectorAll("svg[data-points]")) {
   const output = svg.parentNode.querySelector("output");
   svg.addEventListener("pointermove", event => {
     const box = svg.getBoundingClientRect();
-    const x = (event.clientX - box.left) / box.width * svg.viewBox.baseVal.width;
-    const near = points.reduce((a, b) => Math.abs(b[0] - x) < Math.abs(a[0] - x) ? b : a);
+    const scale = svg.viewBox.baseVal.width / box.width;
+    const x = (event.clientX - box.left) * scale, y = (event.clientY - box.top) * scale;
+    // The nearest step; of several curves there, the nearest one.
+    const far = p => Math.abs(p[0] - x) + 1e-3 * Math.abs(p[1] - y);
+    const near = points.reduce((a, b) => far(b) < far(a) ? b : a);
     cursor.setAttribute("cx", near[0]);
     cursor.setAttribute("cy", near[1]);
     cursor.removeAttribute("hidden");
