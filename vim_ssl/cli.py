@@ -36,6 +36,7 @@ TOOLS = {
     "data": Command("vim_ssl.data.check", "main", "Check data: labels, images, splits."),
     "samples": Command("vim_ssl.data.samples.fetch", "main", "List or get small real image sets."),
     "report": Command("vim_ssl.report", "main", "Write the report of a run again."),
+    "compare": Command("vim_ssl.report.compare", "main", "Compare runs on one page."),
 }
 SCRIPTS = {"recipes": "pretraining", "downstream": "tasks"}
 

@@ -1,0 +1,235 @@
+"""One page that compares several runs: results with paired differences, curves, settings.
+
+    vim-ssl compare RUN RUN …                  # writes comparison.html
+    vim-ssl compare RUN RUN … --output FILE
+
+The first run is the reference. The difference to it is paired: it is computed on the same test
+images, from the predictions.csv of both runs.
+"""
+
+import argparse
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vim_ssl.metrics.bootstrap import Metric
+from vim_ssl.metrics.classification import accuracy
+from vim_ssl.report.page import curve_names, plots, templates
+from vim_ssl.report.record import Evaluation, Record, is_check, is_number
+from vim_ssl.report.results import Score, main_results, probe_metric, probe_rows, score
+from vim_ssl.report.settings import duration, is_finished
+from vim_ssl.utils.files import atomic_write
+
+NOT_COMPARED = ("output", "resume")  # settings that always differ
+ABSENT = "–"
+
+
+@dataclass
+class Result:
+    """One metric of all runs.
+
+    Attributes:
+        rows: per run: name, value, difference to the first run, and a remark.
+    """
+
+    title: str
+    data: str
+    rows: list[tuple[str, Score, Score, str]] = field(default_factory=list)
+
+
+@dataclass
+class _Measured:
+    """A metric of one run: its dict and key, and the evaluation that it is from."""
+
+    metrics: dict[str, Any]
+    key: str
+    unit: str
+    evaluation: Evaluation
+
+
+def compare_runs(folders: Sequence[str | Path]) -> str:
+    """Render the HTML page that compares runs, finished or not.
+
+    Raises: ValueError for fewer than two runs, or one given twice; FileNotFoundError for a folder
+        that is not a run directory.
+    """
+    paths = [Path(folder).resolve() for folder in folders]
+    if len(paths) < 2 or len(set(paths)) < len(paths):
+        raise ValueError(
+            f"got the runs {', '.join(map(str, folders)) or '(none)'}; give two or more different "
+            "run directories."
+        )
+    runs = [Record(Path(folder)) for folder in folders]
+    _name(runs)
+    names = curve_names(runs)
+    return templates.get_template("compare.html").render(
+        title=" · ".join(run.name for run in runs),
+        runs=[_row(run) for run in runs],
+        drawn_at=time.strftime("%Y-%m-%d %H:%M"),
+        results=list(_results(runs)),
+        settings=_settings(runs),
+        checks=list(plots(runs, [name for name in names if is_check(name)])),
+        curves=list(plots(runs, [name for name in names if not is_check(name)])),
+    )
+
+
+def _name(runs: list[Record]) -> None:
+    """Name the runs by the parts of their paths that differ."""
+    parts = [run.folder.resolve().parts for run in runs]
+    if len({path[-1] for path in parts}) < len(runs):
+        common = len(os.path.commonpath([run.folder.resolve() for run in runs]).split(os.sep))
+        common -= os.path.commonpath([run.folder.resolve() for run in runs]) == os.sep
+        for run, path in zip(runs, parts, strict=True):
+            run.name = "/".join(path[common:]) or path[-1]
+
+
+def _row(run: Record) -> dict[str, Any]:
+    """State and effort of a run, as text."""
+    seconds, step, samples = map(run.last, ("seconds", "step", "samples"))
+    return {
+        "name": run.name,
+        "encoder": str(run.config.get("encoder") or ABSENT),
+        "parameters": f"{run.parameters / 1e6:.1f} M" if run.parameters else ABSENT,
+        "steps": f"{step:,.0f}" if step >= 0 else ABSENT,
+        "images": f"{samples:,.0f}" if samples >= 0 else ABSENT,
+        "time": duration(seconds) if seconds > 0 else ABSENT,
+        "state": "finished" if is_finished(run) else "unfinished",
+        "missing": run.missing(),
+    }
+
+
+# ---------------------------------------------------------------- results
+
+
+def _results(runs: list[Record]) -> Iterator[Result]:
+    """Yield every metric that at least one run has, on the same data."""
+    measured = [_measured(run) for run in runs]
+    for title, data in dict.fromkeys(key for one in measured for key in one):
+        result = Result(title, data)
+        first = measured[0].get((title, data))
+        for run, one in zip(runs, measured, strict=True):
+            metric = one.get((title, data))
+            if metric is None:
+                result.rows.append((run.name, Score(), Score(""), "not evaluated"))
+                continue
+            value = score(metric.metrics, metric.key, metric.unit)
+            difference, remark = Score(""), "reference"
+            if run is not runs[0]:
+                difference, remark = _difference(first, metric)
+            result.rows.append((run.name, value, difference, remark))
+        yield result
+
+
+def _measured(run: Record) -> dict[tuple[str, str], _Measured]:
+    """(title, data) → metric: the main one of a task, of each probe and of zero-shot."""
+    measured: dict[tuple[str, str], _Measured] = {}
+    for title, metrics, key, unit in main_results(run.result.metrics):
+        data = str(run.result.metrics.get("data", ""))
+        measured[title, data] = _Measured(metrics, key, unit, run.result)
+    for probe in run.probes:
+        for row in probe_rows(probe)[:1]:
+            data = str(probe.metrics.get("data", ""))
+            metric = probe_metric(probe.metrics).lower()
+            for key, title in (("logistic", "Linear probe"), ("knn", "kNN")):
+                if is_number(row.get(key)):
+                    measured[f"{title}, {metric}", data] = _Measured(row, key, " %", probe)
+    for search in run.zero_shot:
+        for part in ("classification", "retrieval"):
+            values = search.metrics.get(part)
+            for key, title in (("top1", "Zero-shot top-1 accuracy"),
+                               ("image_to_text_r1", "Captions of an image, R@1")):  # fmt: skip
+                if isinstance(values, dict) and is_number(values.get(key)):
+                    data = str(search.metrics.get("data", ""))
+                    measured[title, data] = _Measured(values, key, " %", search)
+    return measured
+
+
+def _difference(first: _Measured | None, other: _Measured) -> tuple[Score, str]:
+    """Return the difference to the first run in points, with the interval if it can be paired, and
+    a remark on the images."""
+    if first is None:
+        return Score(""), "the first run was not evaluated"
+    points = other.metrics[other.key] - first.metrics[first.key]
+    plain = Score(_signed(points))
+    if other.key not in ("top1", "logistic"):  # predictions.csv has labels, nothing else
+        return plain, "no interval: not paired"
+    pairs = _paired(first.evaluation.predictions, other.evaluation.predictions)
+    if pairs is None:
+        return plain, "no interval: the predictions are absent, or for other test images"
+    ours, theirs, groups = pairs
+    gain: Metric = ours - theirs
+    low, high = gain.interval(groups)
+    verdict = "no measurable difference" if low <= 0 <= high else "the interval excludes 0"
+    return Score(_signed(gain.value), f"{_signed(low)} to {_signed(high)}"), (
+        f"paired on {gain.n:,} images: {verdict}"
+    )
+
+
+def _signed(points: float) -> str:
+    return f"{points:+.1f}".replace("-", "−")
+
+
+def _paired(first: list[dict], other: list[dict]) -> tuple[Metric, Metric, list[str] | None] | None:
+    """Return the accuracy of the other run and of the first on the same images, and their groups;
+    None unless both have one predicted label for each of the same images."""
+    tables = []
+    for rows in (first, other):
+        if not rows or not {"id", "label", "predicted"} <= rows[0].keys():
+            return None
+        tables.append({row["id"]: row for row in rows})
+    reference, table = tables
+    if reference.keys() != table.keys() or len(reference) != len(first):
+        return None
+    if any(reference[id]["label"] != row["label"] for id, row in table.items()):
+        return None
+    truth = [row["label"] for row in table.values()]
+    ours, theirs = (
+        accuracy(np.array([one[id]["predicted"] for id in table]), np.array(truth))
+        for one in (table, reference)
+    )
+    groups = [row.get("group", "") for row in table.values()]
+    return ours, theirs, groups if all(groups) else None
+
+
+# ---------------------------------------------------------------- settings
+
+
+def _settings(runs: list[Record]) -> list[tuple[str, list[str]]]:
+    """The settings that differ, with the value of each run."""
+    configs = [{k: v for k, v in run.config.items() if k not in NOT_COMPARED} for run in runs]
+    rows = []
+    for key in dict.fromkeys(key for config in configs for key in config):
+        values = [_text(config.get(key)) if key in config else ABSENT for config in configs]
+        if len(set(values)) > 1:
+            rows.append((key, values))
+    return rows
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_text, value)) or "none"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_text(part)}" for key, part in value.items()) or "none"
+    return "none" if value in ("", None) else str(value)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``vim-ssl compare RUN RUN …``."""
+    parser = argparse.ArgumentParser(
+        description="Compare runs on one page: results with paired differences to the first run, "
+        "curves, and the settings that differ."
+    )
+    parser.add_argument("run", nargs="+", help="run directories, two or more")
+    parser.add_argument("--output", default="comparison.html", help="the page to write")
+    args = parser.parse_args(argv)
+    page = compare_runs(args.run)
+    path = Path(args.output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, page.encode(errors="replace"))
+    print(f"Comparison: {path}")
+    return 0
