@@ -4,7 +4,6 @@ Trainings are cut short by `docs_world.REDUCED`, which is added to the command o
 that need a GPU, the network or hours are marked (`docs_pages`) and only parsed (test_commands.py).
 """
 
-import functools
 import importlib
 import os
 import shutil
@@ -13,7 +12,9 @@ import docs_world
 import pytest
 from docs_pages import PAGES, RUN_ELSEWHERE, blocks, commands, script
 
+import vim_ssl
 from vim_ssl import cli
+from vim_ssl.utils.config import parse
 
 # Pages of which a test runs at least one block.
 RUN = [
@@ -73,21 +74,29 @@ def run_command(words: list[str]) -> None:
     assert cli.main([name, *docs_world.reduced(name, argv)]) == 0, " ".join(words)
 
 
-def short(function):
-    """A function of the Python API with the settings that shorten it, as of its command."""
-    argv = docs_world.REDUCED["mim-pretrain" if function == "pretrain" else function]
-    settings, name = {}, ""
-    for word in argv:
-        if word.startswith("--"):
-            name = word[2:].replace("-", "_")
-            settings[name] = []
-        else:
-            settings[name].append(word)
-    return settings
+class Short:
+    """A training function of the Python API with the settings that shorten its command."""
+
+    def __init__(self, name: str, command: str):
+        self.function = getattr(vim_ssl, name)
+        module = importlib.import_module(cli.all_commands()[command].module)
+        argv = docs_world.REDUCED[command]
+        given = vars(parse(module.Config, getattr(module, "PRESETS", {}), argv))
+        flags = {word[2:].replace("-", "_") for word in argv if word.startswith("--")}
+        self.settings = {flag: given[flag] for flag in flags}
+
+    def __call__(self, *args, **settings):
+        return self.function(*args, **(self.settings | settings))
+
+
+@pytest.fixture
+def short_trainings(monkeypatch):
+    for name, command in (("pretrain", "mim-pretrain"), ("finetune", "finetune")):
+        monkeypatch.setattr(vim_ssl, name, Short(name, command), raising=False)
 
 
 @pytest.mark.parametrize("page", [page for page in RUN if page != "README.md"])
-def test_the_examples_of_a_page_run(page, here, monkeypatch):
+def test_the_examples_of_a_page_run(page, here, short_trainings):
     if page in EXTRA:
         package, write = EXTRA[page]
         pytest.importorskip(package)
@@ -104,7 +113,7 @@ def test_the_examples_of_a_page_run(page, here, monkeypatch):
             exec(code, names)
 
 
-def test_the_readme_runs(here):
+def test_the_readme_runs(here, short_trainings):
     names: dict = {}
     for block in blocks("README.md"):
         if block.language == "python" and not block.needs:

@@ -115,7 +115,9 @@ def test_the_site_copies_files_that_pages_link(hooks):
     files = hooks.on_files(get_files(config), config)
     for name in ("LICENSE", "benchmarks/results/transfer.csv", "kernels/selective_scan/README.md"):
         assert (f"files/{name}" in files.src_uris) == (name != "LICENSE"), name
-    assert "files/benchmarks/learning/README.md" in files.src_uris  # linked by a page that is copied
+    assert (
+        "files/benchmarks/learning/README.md" in files.src_uris
+    )  # linked by a page that is copied
     page = SimpleNamespace(file=SimpleNamespace(src_uri="api/x.md"))
     text = "[a](../results.md#digits) ![b](../../benchmarks/results/cpu.csv) [c](https://a.b/c)"
     assert hooks.on_page_markdown(text, page, config, files) == text.replace("../../", "../files/")
