@@ -204,9 +204,9 @@ def run(config: Config) -> dict:
         _warn_of_lars(len(train), config)
     tables = _Tables(config, getattr(test, "task", None) or "", comparison.device)
     probed: tuple[LinearHead, Features, Features, dict[str, slice]] | None = None
-    for name, *features in comparison.features():
-        head = tables.add(name, *features)
-        probed = probed or (head, *features)
+    for name, train_features, test_features, readouts in comparison.features():
+        head = tables.add(name, train_features, test_features, readouts)
+        probed = probed or (head, train_features, test_features, readouts)
     if probed is None:  # not the main process
         return {}
     gains = differences(tables.metrics, tables.groups, config.seed)

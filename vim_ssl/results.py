@@ -136,13 +136,13 @@ def _html_curve(title: str, points: list[tuple[float, float]]) -> str:
     """Draw (x, y) as SVG, with the axes of the report."""
     import numpy as np
 
-    from vim_ssl.report.curve import BOTTOM, HEIGHT, LEFT, RIGHT, WIDTH, draw_curve
+    from vim_ssl.report.curve import BOTTOM, HEIGHT, LEFT, RIGHT, WIDTH, Series, draw_curves
 
     x, y = np.array(points, float).T
-    curve = draw_curve(title, x, np.full(len(x), np.nan), y, allow_log=True)
+    curve = draw_curves(title, [Series(x, np.full(len(x), np.nan), y)], allow_log=True)
     style = 'font-size="11" fill="currentColor"'
     lines = [f'<polyline points="{line}" fill="none" stroke="#2a78d6" stroke-width="1.5"/>'
-             for line in curve.lines]  # fmt: skip
+             for drawn in curve.lines for line in drawn.lines]  # fmt: skip
     lines += [f'<text x="{at:.0f}" y="{HEIGHT - 8}" text-anchor="middle" {style}>{text}</text>'
               for at, text in curve.x_ticks]  # fmt: skip
     lines += [f'<text x="{LEFT - 6}" y="{at + 4:.0f}" text-anchor="end" {style}>{text}</text>'

@@ -33,7 +33,8 @@ def _register(name: str, preset: dict[str, Any]) -> None:
 
         def fit(state: dict[str, Tensor], encoder: VimEncoder) -> dict[str, Tensor]:
             # Only positions: timm adapts channels and drops another head.
-            config, file = DEFAULTS | preset, encoder.pretrained_cfg.get("file", name)
+            stored: Any = encoder.pretrained_cfg
+            config, file = DEFAULTS | preset, stored.get("file", name)
             table = adapt_positions(Path(file), state["pos_embed"], config, encoder)
             return state | {"pos_embed": table}
 
@@ -58,14 +59,14 @@ def _timm_cfg(preset: dict[str, Any], **weights: Any) -> dict[str, Any]:
     return data | head | weights
 
 
-default_cfgs = generate_default_cfgs(
-    {f"{name}.{_UNTRAINED}": _timm_cfg(preset) for name, preset in PRESETS.items()}
-    | {
-        tag: _timm_cfg(
-            PRESETS[tag.partition(".")[0]], file=str(folder / "encoder.safetensors"), num_classes=0
-        )
-        for tag, folder in TAGS.items()
-    }
-)
+_cfgs: dict[str, Any] = {
+    f"{name}.{_UNTRAINED}": _timm_cfg(preset) for name, preset in PRESETS.items()
+} | {
+    tag: _timm_cfg(
+        PRESETS[tag.partition(".")[0]], file=str(folder / "encoder.safetensors"), num_classes=0
+    )
+    for tag, folder in TAGS.items()
+}
+default_cfgs = generate_default_cfgs(_cfgs)
 for _name, _preset in PRESETS.items():
     _register(_name, _preset)

@@ -14,7 +14,6 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from vim_ssl.report.page import render
 from vim_ssl.report.record import Record
 from vim_ssl.training.run import newest_run
 from vim_ssl.utils.files import atomic_write
@@ -26,6 +25,8 @@ def write_report(folder: str | Path) -> Path:
     Returns: the path of the report, which is written atomically.
     Raises: FileNotFoundError if ``folder`` contains neither config.json nor metrics.jsonl.
     """
+    from vim_ssl.report.page import render  # jinja2, only where a page is drawn
+
     run = Record(Path(folder))
     path = run.folder / "report.html"
     # The log may contain file names that are not valid Unicode; the report is written anyway.

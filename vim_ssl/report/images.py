@@ -82,7 +82,8 @@ def _strip(run: Record, evaluations: list[tuple[int, Path]]) -> Strip | None:
     if not images:
         return None
     panels = PANELS.get(str(run.config.get("recipe")))
-    steps, cut = [], []
+    steps: list[int] = []
+    cut: list[list[list[Image.Image]]] = []
     for step, image in images:
         rows = _cut(image, panels.columns, _height(run)) if panels else None
         if rows and (not cut or (len(rows), rows[0][0].size) == (len(cut[0]), cut[0][0][0].size)):

@@ -190,11 +190,8 @@ def sentences(run: Record) -> list[str]:
 def summary(metrics: dict) -> list[str]:
     """The sentences of metrics.json that compare a result with its baselines."""
     value = metrics.get("summary")
-    return [text for text in (value if isinstance(value, list) else [value]) if _is_text(text)]
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value)
+    values = value if isinstance(value, list) else [value]
+    return [text for text in values if text and isinstance(text, str)]
 
 
 # ---------------------------------------------------------------- explanations

@@ -46,7 +46,7 @@ def planned_steps(run: Record) -> int:
         return 0
     planned = round(step / epoch * epochs)
     limit = run.config.get("max_steps")
-    return min(planned, limit) if is_number(limit) and limit else planned
+    return min(planned, int(limit)) if is_number(limit) and limit else planned
 
 
 def is_finished(run: Record) -> bool:
