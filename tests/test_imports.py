@@ -85,10 +85,10 @@ def test_the_public_names_are_light():
     (timm_s, *timm), (ours_s, *ours) = (line.split() for line in run_fresh(IMPORTED)[2])
     assert float(ours_s) < 0.5 * float(timm_s)
 
-    loaded, more = ({name.partition(".")[0] for name in m} for m in (ours, set(ours) - set(timm)))
+    loaded, before = ({name.partition(".")[0] for name in names} for names in (ours, timm))
     assert not loaded & {*USED_LATE, "numba"}  # numba only when it computes
     small = {"PIL", "yaml", "safetensors", "torch", "torchvision"}
-    assert third_party(more) <= small, "each slows every import down; import it where it is used"
+    assert third_party(loaded - before) <= small, "each slows every import down; import it where it is used"
 
 
 def test_the_public_names_are_listed_and_found():
