@@ -88,7 +88,9 @@ def test_the_public_names_are_light():
     loaded, before = ({name.partition(".")[0] for name in names} for names in (ours, timm))
     assert not loaded & {*USED_LATE, "numba"}  # numba only when it computes
     small = {"PIL", "yaml", "safetensors", "torch", "torchvision"}
-    assert third_party(loaded - before) <= small, "each slows every import down; import it where it is used"
+    assert third_party(loaded - before) <= small, (
+        "each slows every import down; import it where it is used"
+    )
 
 
 def test_the_public_names_are_listed_and_found():
