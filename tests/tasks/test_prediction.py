@@ -31,9 +31,10 @@ class Brightness(Predictor, nn.Module):
         self.classes, self.targets, self.calls = list(classes), targets, []
 
     def prepare(self, image):
-        return float(np.asarray(image).flat[0])
+        return torch.tensor(float(np.asarray(image).flat[0]))
 
     def predict_prepared(self, inputs):
+        torch.stack(inputs)  # as models do, which fails for an empty list
         self.calls.append(len(inputs))
         for x in inputs:
             row = torch.linspace(x / 60, 1 - x / 60, len(self.classes)).softmax(0).numpy()
@@ -94,6 +95,11 @@ def test_every_readable_image_is_predicted_once_in_order(tmp_path, make, workers
     counts = {name: sum(row["class"] == name for row in table) for name in NAMES}
     assert predicted.counts == {name: count for name, count in counts.items() if count}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.csv", "out.csv.record.json"]
+
+
+@pytest.mark.parametrize("make", [images, stream])
+def test_a_batch_of_broken_images_is_skipped(tmp_path, make):
+    assert predict(tmp_path / "out.csv", make(), batch_size=1).images == 21
 
 
 class Killed(TableWriter):

@@ -186,7 +186,7 @@ def _fill(
 def predict_batch(model: Any, batch: list[Row]) -> Iterator[tuple[Row, Any]]:
     """Yield each row of `read_batches` with its result; None for a broken item."""
     readable = [content["image"] for _, _, content in batch if not isinstance(content, str)]
-    results = iter(model.predict_prepared(readable))
+    results = iter(model.predict_prepared(readable) if readable else ())
     for row in batch:
         yield row, None if isinstance(row[2], str) else next(results)
 
