@@ -53,6 +53,13 @@ def test_baselines_use_the_splits_of_the_result(several):
     assert found[MOST_FREQUENT].value == pytest.approx(100 / 3 if several else 25)
 
 
+def test_raw_pixels_are_left_out_if_all_training_images_are_of_one_group():
+    train, test = levels(9, [0, 1, 2] * 3, 0), levels(3, [0, 1, 2], 1)
+    train.groups = ["one site"] * 9
+    found = classification_baselines(encoder(), train, test, torch.tensor([0, 1, 2]))
+    assert list(found) == [MOST_FREQUENT]
+
+
 def test_raw_pixels_are_left_out_if_there_are_too_many_images(monkeypatch):
     monkeypatch.setattr(baselines, "MAX_IMAGES", 10)
     monkeypatch.setattr(baselines, "extract_features", None)  # no image is read

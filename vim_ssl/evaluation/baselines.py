@@ -59,7 +59,8 @@ def most_frequent(labels: Tensor, count: int) -> Tensor:
 def classification_baselines(
     encoder: VimEncoder, train, test, truth: Tensor, *, seed: int = 0, **loading: Any
 ) -> dict[str, Metric]:
-    """Evaluate the most frequent class and, if there are few enough images, kNN on raw pixels.
+    """Evaluate the most frequent class and, if there are few enough images, kNN on raw pixels; not
+    if all training images are of one group, since then there is nothing to choose its k on.
 
     Args:
         encoder: determines bands and size of the raw pixels.
@@ -75,8 +76,9 @@ def classification_baselines(
     if len(train) + len(test) <= MAX_IMAGES and values <= MAX_VALUES:
         _, (bank, queries) = pixel_features(encoder, (train, test), **loading)
         readouts = {"pixels": slice(None)}
-        chosen, _ = choose_neighbours(bank, readouts, seed=seed)
-        answers[KNN_PIXELS], _ = evaluate_neighbours(chosen, bank, queries, readouts)
+        if len(set(bank.groups or bank.ids)) > 1:  # k is chosen on a part with other groups
+            chosen, _ = choose_neighbours(bank, readouts, seed=seed)
+            answers[KNN_PIXELS], _ = evaluate_neighbours(chosen, bank, queries, readouts)
     return {name: answer_metrics(answer, truth)["main"] for name, answer in answers.items()}
 
 
