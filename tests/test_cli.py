@@ -1,5 +1,6 @@
 """The command `vim-ssl`: finds the scripts, starts only what is asked for, fails in one line."""
 
+import io
 import socket
 import subprocess
 import sys
@@ -178,3 +179,12 @@ def test_tests_have_no_network():
         socket.getaddrinfo("example.org", 80)
     with socket.create_server(("127.0.0.1", 0)) as server:
         socket.create_connection(server.getsockname()).close()
+
+
+def test_names_that_are_not_utf8_are_printed_in_every_locale(command, monkeypatch):
+    command(lambda argv: print("bad\udcff.png") or 0)
+    screen = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(screen, encoding="utf-8", errors="strict"))
+    assert cli.main(["fake"]) == 0
+    sys.stdout.flush()
+    assert screen.getvalue() == b"bad\\udcff.png\n"

@@ -7,6 +7,7 @@ imported. The overview reads the scripts' docstrings without running them.
 import ast
 import importlib
 import importlib.util
+import io
 import os
 import pkgutil
 import sys
@@ -83,6 +84,8 @@ def guarded(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | N
     `FloatingPointError` if a training diverges), and missing or unreadable paths. The same errors
     raised inside another library are bugs and keep their traceback.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file name may have bytes that are not UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return main(argv)
     except KeyboardInterrupt:
