@@ -139,7 +139,13 @@ def as_raw(image: Any) -> RawImage:
         return image
     if isinstance(image, torch.Tensor):
         values = image.detach().cpu().numpy()
-        values = np.moveaxis(values, 0, -1) if values.ndim == 3 else values
+        if values.ndim == 3:
+            if values.shape[0] == values.shape[1] != values.shape[2]:
+                raise ValueError(
+                    f"a tensor has the shape {values.shape}, expected (c, h, w); if the channels "
+                    "come last, move them to the front, as tensor.movedim(-1, 0) does."
+                )
+            values = np.moveaxis(values, 0, -1)
     elif isinstance(image, np.ndarray):
         values = image
         check_bands_last(values.shape, "the data")
@@ -158,6 +164,8 @@ def as_label(label: Any) -> int | str | tuple[int, ...] | None:
     if isinstance(label, np.ndarray | torch.Tensor | np.generic):
         label = label.tolist()
     if isinstance(label, list | tuple):
+        if len(label) > 1 and any(value not in (0, 1) and not value < 0 for value in label):
+            raise ValueError(f"the label {list(label)!r} is not a row of 0 and 1.")
         label = tuple(map(int, label)) if len(label) > 1 else label[0]  # MedMNIST has rows of one
     if isinstance(label, float) and label.is_integer():
         label = int(label)

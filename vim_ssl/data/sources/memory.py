@@ -9,6 +9,7 @@ process must register them again to open them.
 """
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -196,6 +197,14 @@ class Memory:
             repr(self.classes),
             *(f"{split} {row.hash()}" for split, rows in self.rows.items() for row in rows),
         )
+        # Numbered by split, so that no id is in two of them.
+        self.ids = {
+            name: [row.id or (f"{name}/{i}" if name else str(i)) for i, row in enumerate(rows)]
+            for name, rows in self.rows.items()
+        }
+        (id, times), *_ = Counter(chain(*self.ids.values())).most_common(1)
+        if times > 1:
+            raise ValueError(f"{times} items have the id {id!r}; ids must differ.")
         rows = list(chain(*self.rows.values()))
         self.array = next((row.array for row in rows if not row.is_plain), None)
         if self.array and any(row.pixels and not row.array for row in rows):
@@ -217,9 +226,7 @@ class Memory:
         split = pick_split(spec.split, splits, f"memory:{self.digest}")
         chosen = list(self.items) if split == "all" else [split]
         rows = [row for name in chosen for row in self.rows[name]]
-        # Numbered by split, so that no id is in two of them.
-        ids = [row.id or (f"{name}/{i}" if name else str(i))
-               for name in chosen for i, row in enumerate(self.rows[name])]  # fmt: skip
+        ids = [id for name in chosen for id in self.ids[name]]
         labels, classes = None, self.mask_classes
         if spec.label is None and classes is None:
             every = [row.label for row in chain(*self.rows.values())]
