@@ -11,11 +11,12 @@ from PIL import Image
 
 import vim_ssl
 from vim_ssl import VimEncoder, create_transform, load_encoder, save_encoder
+from vim_ssl.data import BadImage
 from vim_ssl.data.clips import LoadedVideo, Sampling
 from vim_ssl.evaluation.embeddings import Embedded, write_shard
 from vim_ssl.models.predictor import ClassPrediction
 from vim_ssl.models.video import VideoEncoder
-from vim_ssl.objectives.zero_shot import TEMPLATES, text_classifier
+from vim_ssl.objectives.zero_shot import TEMPLATES, imagenet_names, text_classifier
 from vim_ssl.tasks.models import newest_model
 from vim_ssl.tasks.slides import SlideClassifier, load_slide
 
@@ -99,6 +100,31 @@ def test_the_targets_of_a_run_determine_its_predictions(targets, stored, tmp_pat
 def test_names_are_numbers_if_the_run_has_none(tmp_path):
     save_encoder(VimEncoder(**TINY, num_classes=3), tmp_path, record={"classes": None})
     assert vim_ssl.load_model(tmp_path).classes == ["0", "1", "2"]
+
+
+def test_the_names_of_imagenet_differ():
+    """A crane is a bird or a machine; in a table each class has its own column."""
+    names = imagenet_names()
+    assert len(set(names)) == 1000
+    assert [names[0], names[1]] == ["tench", "goldfish"]
+    assert sum(name.startswith("crane") for name in names) == 2
+
+
+@pytest.mark.parametrize("name", ["finetune", "segmentation", "clip"])
+@pytest.mark.parametrize("dtype", [np.float32, np.int64, np.uint16])
+def test_an_array_in_other_units_is_refused(name, dtype):
+    model = vim_ssl.load_model(RUNS / name)
+    options = {"classes": ["a", "b"]} if name == "clip" else {}
+    with pytest.raises(ValueError, match=r"values up to 2\d\d \(.*give 0 to 255 as uint8"):
+        model.predict(ARRAYS[0].astype(dtype), **options)
+    scaled = values(model.predict(ARRAYS[0].astype(np.float32) / 255, **options))
+    np.testing.assert_allclose(scaled, values(model.predict(ARRAYS[0], **options)), atol=1e-3)
+
+
+@pytest.mark.parametrize("array", [np.zeros((0, 4, 3), np.uint8), np.zeros((4, 4), np.int64)])
+def test_an_array_that_is_no_image_is_refused(array):
+    with pytest.raises(BadImage, match="is not an image"):
+        vim_ssl.load_model(RUNS / "finetune").predict(array)
 
 
 # ---------------------------------------------------------------- image and text
@@ -214,13 +240,21 @@ def test_a_dense_run_is_no_classifier():
         vim_ssl.load_classifier(RUNS / "segmentation")
 
 
-def test_the_newest_run_with_a_task_model_is_taken(tmp_path):
+def test_the_newest_run_with_a_task_model_is_taken(tmp_path, capsys):
     with pytest.raises(FileNotFoundError, match="No run with a task model"):
         newest_model(tmp_path)
     for name in ("finetune", "mae"):
         shutil.copytree(RUNS / name, tmp_path / name)
         (tmp_path / name / "encoder.json").touch()  # mae is the last one, and has no head
     assert newest_model(tmp_path).name == "finetune"
+    assert capsys.readouterr().out == ""
+    (tmp_path / "finetune/metrics.json").unlink()
+    config = json.loads((tmp_path / "finetune/config.json").read_text())
+    (tmp_path / "finetune/config.json").write_text(
+        json.dumps(config | {"epochs": 50, "max_steps": 0})
+    )
+    newest_model(tmp_path)
+    assert "finetune, is unfinished: step " in capsys.readouterr().out
     shutil.copytree(RUNS / "clip", tmp_path / "clip")
     (tmp_path / "clip/clip_config.json").touch()
     assert newest_model(tmp_path).name == "clip"

@@ -12,6 +12,8 @@ from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import BadImage
 from vim_ssl.data.transforms.image import as_tensor
 
+FAR = 100  # standard deviations from the mean that no measured value has
+
 
 def band_statistics(data: ImageData, sample: int = 1000) -> dict[str, Any]:
     """Compute the mean and standard deviation of every band over all finite values.
@@ -73,6 +75,23 @@ def check_bands(encoder: nn.Module, data: Any) -> None:
             f"{data.name} has the bands {', '.join(bands)}, the encoder has {', '.join(known)}, "
             f"and the values ({first.dtype}, up to {np.nanmax(first):g}) are not scaled to 0..1; "
             "load and train an encoder with data_config=vim_ssl.data.band_statistics(data)."
+        )
+
+
+def check_scale(encoder: nn.Module, values: np.ndarray) -> None:
+    """Check that an array (h, w, bands) from a user is in the units of an encoder for values within
+    0..1: floats of 0 to 255, for example, are not.
+
+    Raises: ValueError for a value above 2 that is more than `FAR` deviations from the mean.
+    """
+    if values.dtype == np.uint8 or (config := getattr(encoder, "data_config", None)) is None:
+        return  # timm's encoders have none
+    high = float(np.max(values, initial=0, where=np.isfinite(values)))
+    mean, std = (max(map(abs, config[key])) for key in ("mean", "std"))
+    if mean <= 1 and high > max(2, mean + FAR * std):
+        raise ValueError(
+            f"the array has values up to {high:g} ({values.dtype}), but the encoder was trained on "
+            "values of about 0 to 1; give 0 to 255 as uint8, or divide by the maximum."
         )
 
 

@@ -135,14 +135,19 @@ def array_image(values: np.ndarray) -> Image.Image | np.ndarray:
     `clean_image`. Other bands (h, w, bands) stay an array: see
     `vim_ssl.data.transforms.image.as_tensor` for their units.
 
-    Raises: BadImage for another number of dimensions, and for bands without a finite value.
+    Raises: BadImage for another number of dimensions, no pixels, grey of a type that images do not
+        have, such as int64, and bands without a finite value.
     """
+    if values.ndim not in (2, 3) or 0 in values.shape:
+        raise BadImage("image", f"an array of shape {values.shape} is not an image")
     if values.dtype == np.uint8 and values.ndim == 3 and values.shape[2] == 1:
         values = values[..., 0]
     if values.ndim == 2 or (values.dtype == np.uint8 and values.shape[2:] == (3,)):
-        return clean_image(Image.fromarray(values))
-    if values.ndim != 3 or 0 in values.shape:
-        raise BadImage("image", f"an array of shape {values.shape} is not an image")
+        try:
+            return clean_image(Image.fromarray(values))
+        except TypeError:
+            reason = f"grey of type {values.dtype} is not an image; convert it to uint8"
+            raise BadImage("image", reason) from None
     if not np.isfinite(values).any():
         raise BadImage("image", "all its values are missing")
     return values

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from vim_ssl.data.bands import check_scale
 from vim_ssl.data.inputs import read_input
 
 BATCH = 32  # images that `Predictor.predict` holds in memory at once
@@ -44,7 +45,10 @@ class Predictor:
 
     def load(self, x: Any) -> Any:
         """Return an image of `ImageData` for one input of `predict`."""
-        return read_input(x, self.trained_on)
+        image = read_input(x, self.trained_on)
+        if isinstance(x, np.ndarray) and isinstance(image, np.ndarray):
+            check_scale(self.encoder, image)
+        return image
 
     def predict(self, x: Any) -> Any:
         """Predict one input, or each of a list.
@@ -53,7 +57,8 @@ class Predictor:
             x: a PIL image, an array (h, w) or (h, w, bands), or the path of an image; or a list of
                 them.
         Returns: the result, or a list of results.
-        Raises: BadImage for an image that cannot be read; TypeError for anything else.
+        Raises: BadImage for an image that cannot be read; ValueError for an array whose values are
+            far above those of the training images; TypeError for anything else.
         """
         several = self.read(x)
         images = [x] if several is None else several

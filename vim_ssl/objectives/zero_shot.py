@@ -49,17 +49,24 @@ def class_names(data: ImageData, file: str) -> list[str]:
         if twice := [name for name, times in Counter(names).items() if times > 1]:
             raise ValueError(f"{file} has two classes named {twice[0]!r}; names must differ.")
         return names
+    return imagenet_names(classes) or [name.replace("_", " ") for name in classes]
+
+
+def imagenet_names(labels: Sequence[str] | None = None) -> list[str]:
+    """Return readable, different names for labels such as n01440764, by default all of ImageNet-1k
+    in their order; [] if one is not such a label."""
     from timm.data import ImageNetInfo
 
     imagenet = ImageNetInfo()
-    if set(classes) <= set(imagenet.label_names()):  # folder names such as n01440764
-        plain = [imagenet.label_name_to_description(name).split(",")[0] for name in classes]
-        times = Counter(plain)  # ambiguous names (crane: bird, machine) get the definition
-        return [
-            name if times[name] == 1 else imagenet.label_name_to_description(label, detailed=True)
-            for name, label in zip(plain, classes, strict=True)
-        ]
-    return [name.replace("_", " ") for name in classes]
+    labels = imagenet.label_names() if labels is None else labels
+    if not set(labels) <= set(imagenet.label_names()):
+        return []
+    plain = [imagenet.label_name_to_description(label).split(",")[0] for label in labels]
+    times = Counter(plain)  # ambiguous names (crane: bird, machine) get the definition
+    return [
+        name if times[name] == 1 else imagenet.label_name_to_description(label, detailed=True)
+        for name, label in zip(plain, labels, strict=True)
+    ]
 
 
 @torch.no_grad()

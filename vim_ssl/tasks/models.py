@@ -34,8 +34,9 @@ from vim_ssl.models.encoder import PRESETS, VimEncoder
 from vim_ssl.models.predictor import ClassPrediction, Predictor
 from vim_ssl.models.video import VideoEncoder
 from vim_ssl.objectives.clip import load_clip
+from vim_ssl.objectives.zero_shot import imagenet_names
 from vim_ssl.tasks import detection, segmentation, slides
-from vim_ssl.training.run import RUNS
+from vim_ssl.training.run import RUNS, newest_of
 
 # File of a run → the function that loads its model.
 LOADERS: dict[str, Callable[..., Any]] = {
@@ -100,7 +101,8 @@ def load_classifier(
 
 
 def newest_model(root: Path = RUNS) -> Path:
-    """Return the run under ``root`` with a task model that was written last.
+    """Return the run under ``root`` with a task model that was written last. If it is unfinished,
+    this is printed.
 
     Raises: FileNotFoundError if there is none.
     """
@@ -114,7 +116,7 @@ def newest_model(root: Path = RUNS) -> Path:
             f"No run with a task model under {root.resolve()}; train one with vim-ssl finetune, "
             "segmentation, detection, video, slide or clip-pretrain, or name one with --encoder."
         )
-    return max(files, key=lambda path: path.stat().st_mtime).parent
+    return newest_of(files)
 
 
 def _setting(source: str | os.PathLike, key: str) -> Any:
@@ -128,10 +130,7 @@ def _numbered(outputs: int, targets: str | None, released: bool) -> list[str]:
     """Return class names for a head whose names are not stored: those of ImageNet for a released
     checkpoint, otherwise numbers."""
     if released and outputs == IMAGENET_CLASSES:
-        from timm.data import ImageNetInfo
-
-        info = ImageNetInfo()
-        return [info.index_to_description(i).split(",")[0] for i in range(outputs)]
+        return imagenet_names()
     return [str(i) for i in range(outputs + (targets == "ordinal"))]
 
 

@@ -286,7 +286,12 @@ def newest_run(root: Path = RUNS, recipe: str = "pretrain") -> Path:
             f"No run {what} under {root.resolve()}; train one with "
             f"`accelerate launch recipes/{script}.py`, or name one."
         )
-    newest = max(paths, key=lambda path: path.stat().st_mtime).parent
+    return newest_of(paths)
+
+
+def newest_of(files: Iterable[Path]) -> Path:
+    """Return the run of the file that was written last. If it is unfinished, this is printed."""
+    newest = max(files, key=lambda path: path.stat().st_mtime).parent
     if (state := unfinished(newest)) and is_main_rank():
         print(f"The newest run, {newest}, is unfinished: {state}.", flush=True)
     return newest
