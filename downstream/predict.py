@@ -170,7 +170,9 @@ def build_writer(model: Any, config: Config, source: str, data: Any) -> Writer:
 
 def summary(predicted: Predicted) -> str:
     """Return a table of the counts per class, the skipped images, and the written file."""
-    total = sum(predicted.counts.values())
+    total = predicted.images  # with several labels an image counts for each of them
+    if predicted.unit in (MaskWriter.unit, BoxWriter.unit):
+        total = sum(predicted.counts.values())
     most = sorted(predicted.counts.items(), key=lambda item: -item[1])
     width = max([len(name) for name, _ in most[:LISTED]] + [5])
     lines = [f"{'class':{width}}  {predicted.unit:>10}"]

@@ -153,7 +153,7 @@ def test_slides_are_predicted_from_the_features_of_their_tiles(workplace):
     assert_same(table[1], model.predict(x[3:]))
 
 
-def test_labels_above_the_threshold_are_written():
+def test_labels_above_the_threshold_are_written(capsys):
     shutil.copytree("runs/finetune", "runs/several")
     description = json.loads(Path("runs/several/encoder.json").read_text())
     description["made_by"]["targets"] = "multi-label"
@@ -161,6 +161,7 @@ def test_labels_above_the_threshold_are_written():
     argv = ["--encoder", "runs/several", "--data", "new", "--output", "out.csv"]
     predict.main([*argv, "--threshold", "0"])
     assert {row["classes"] for row in rows("out.csv")} == {"plain|steep"}
+    assert capsys.readouterr().out.count("4  100.0 %") == 2  # of the images, not of the labels
     model = vim_ssl.load_model("runs/several")
     assert_same(rows("out.csv")[0], model.predict("new/0.png"))
 
