@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from vim_ssl import VimEncoder
-from vim_ssl.data import open_data
+from vim_ssl.data import ImageData, open_data
 from vim_ssl.data.inputs import open_new
 from vim_ssl.data.labels import IGNORE
 from vim_ssl.downstream import predict as predict_script
@@ -155,6 +155,25 @@ def test_images_of_the_same_name_up_to_the_ending_keep_it(tmp_path):
         draw(tmp_path / "images" / name, labels(seed=i))
     predict(str(tmp_path / "images"), tmp_path / "out", overlays=False)
     assert files(tmp_path / "out/masks") == ["a.bmp.png", "a.png.png", "b.png"]
+
+
+def test_no_image_or_volume_overwrites_another(tmp_path):
+    nibabel = pytest.importorskip("nibabel")
+    names = ["../a.png", "a.png", "a.jpg", "b.png.jpg", "b.png", "b.jpg"]
+    for i, name in enumerate(names):
+        draw(tmp_path / "data/list" / name, labels(seed=i))
+    (tmp_path / "data/list/all.csv").write_text("path\n" + "\n".join(names) + "\n")
+    predict(f"csv:{tmp_path}/data/list/all.csv", tmp_path / "out")
+    written = {row["file"] for row in rows(tmp_path / "out/images.csv")}
+    assert len(written) == len(files(tmp_path / "out/overlays")) == len(names)
+    assert {f"masks/{name}" for name in files(tmp_path / "out/masks")} == written
+    (tmp_path / "scans").mkdir()
+    for i, name in enumerate(["a.nii", "a.nii.gz"]):
+        volume = GREY[labels(8, 8, seed=i)][..., None].repeat(2, 2)
+        nibabel.save(nibabel.Nifti1Image(volume, np.eye(4)), tmp_path / "scans" / name)
+    predict(f"nifti:{tmp_path}/scans?window=0,255", tmp_path / "masked")
+    assert files(tmp_path / "masked/masks") == ["a.nii.gz.nii.gz", "a.nii.nii.gz"]
+    assert len(files(tmp_path / "masked/overlays")) == 2
 
 
 def test_ids_do_not_lead_out_of_the_folder(tmp_path):
@@ -414,6 +433,17 @@ def test_results_of_a_coco_file_have_its_ids(tmp_path):
     assert [(one["image_id"], one["category_id"]) for one in results] == [(77, 9), (77, 4), (77, 9)]
     document = json.loads((tmp_path / "out/predictions.json").read_text())
     assert (document["images"], document["categories"]) == ([entry], categories)
+
+
+def test_objects_are_detected_in_a_raster_with_missing_pixels(tmp_path):
+    bands = (GREY[labels(50, 70)][..., None] / np.float32(255)).repeat(3, 2)
+    bands[:5] = np.nan
+    data = ImageData([bands], ["a.tif"], name="rasters", bands=["R", "G", "B"])
+    predicted = predict(data, tmp_path / "out", detector(Detection, masks=False), BoxWriter)
+    assert predicted.images == 1
+    document = json.loads((tmp_path / "out/predictions.json").read_text())
+    assert [(image["width"], image["height"]) for image in document["images"]] == [(70, 50)]
+    assert files(tmp_path / "out/drawings") == ["a.jpg"]
 
 
 def test_a_real_detector_writes_what_it_detects(tmp_path):

@@ -4,18 +4,24 @@ A model has ``encoder``, ``classes``, ``config`` (the arguments to rebuild it), 
 ``save``.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
+from torchvision.transforms.v2.functional import to_pil_image
 
 from vim_ssl.checkpoints.loading import load_for_bands
-from vim_ssl.data.images import BadImage
+from vim_ssl.data.images import BadImage, clean_image
 from vim_ssl.data.loading.indexed import SeededSamples
+from vim_ssl.data.transforms.dense import DensePixels
+from vim_ssl.data.transforms.image import denormalize
 from vim_ssl.metrics.titles import measured_on, split_name
 from vim_ssl.models.encoder import VimEncoder
+from vim_ssl.models.predictor import Predictor
 from vim_ssl.tasks.config import TransferConfig
 from vim_ssl.tasks.runner import Training, finish_run, train_run
 from vim_ssl.training.run import Run, evaluation_folder
@@ -143,6 +149,35 @@ class DenseTask:
             return "\n".join([scores.table(), f"{line} · {folder}", *metrics.get("summary", [])])
 
         return finish_run(where, metrics, summary)
+
+
+class DensePredictor(Predictor):
+    """What the models of dense tasks have in common.
+
+    Attributes:
+        encoder, pixels: the encoder, and the transform to its input.
+    """
+
+    encoder: VimEncoder
+    pixels: DensePixels
+
+    @property
+    def transform(self) -> DensePixels:
+        """The transform from an image of any size, without cropping, to (c, h, w)."""
+        return self.pixels
+
+    def predict_prepared(self, inputs: Sequence[Any]) -> Iterator[Any]:
+        return map(self.predict_image, inputs)
+
+    def predict_image(self, image: Image.Image | np.ndarray) -> Any:
+        """Predict one image of any size, or bands (h, w, bands)."""
+        raise NotImplementedError
+
+    def displayed(self, image: Image.Image | np.ndarray) -> Image.Image:
+        """Return the upright image that `predict` reads; for other bands a visible rendering."""
+        if isinstance(image, Image.Image):
+            return clean_image(image)
+        return to_pil_image(denormalize(self.pixels(image)[None], self.encoder.data_config)[0])
 
 
 def predictions(

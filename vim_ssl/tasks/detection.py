@@ -7,7 +7,7 @@ no class token and no norm there.)
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,16 +18,14 @@ from torch import Tensor, nn
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from vim_ssl.checkpoints.task_models import load_task, save_task
-from vim_ssl.data.images import clean_image
 from vim_ssl.data.transforms.dense import DensePixels, on_canvas
 from vim_ssl.data.transforms.image import denormalize
 from vim_ssl.metrics.detection import DetectionMetrics
 from vim_ssl.models.encoder import VimEncoder
 from vim_ssl.models.heads import RCNN, SimpleFeaturePyramid
 from vim_ssl.models.heads.rcnn import COARSEST
-from vim_ssl.models.predictor import Predictor
 from vim_ssl.objectives.base import StepOutput
-from vim_ssl.tasks.dense import predictions
+from vim_ssl.tasks.dense import DensePredictor, predictions
 from vim_ssl.utils.drawing import object_grid, overlay_objects
 from vim_ssl.utils.names import did_you_mean
 
@@ -36,7 +34,7 @@ FILE = "detection.safetensors"
 MIN_SCORE = 0.5  # minimum score of an object to be drawn
 
 
-class Detection(Predictor, nn.Module):
+class Detection(DensePredictor, nn.Module):
     """An encoder and a detector; as an objective, its losses.
 
     Args:
@@ -124,17 +122,9 @@ class Detection(Predictor, nn.Module):
             {name.removeprefix("loss_"): loss * count for name, loss in losses.items()},
         )  # fmt: skip
 
-    @property
-    def transform(self) -> DensePixels:
-        """The transform from an image of any size, without cropping, to (c, h, w)."""
-        return self.pixels
-
-    def predict_prepared(self, inputs: Sequence[Any]) -> Iterator[dict[str, np.ndarray]]:
-        return map(self.predict_image, inputs)
-
     @torch.no_grad()
-    def predict_image(self, image: Image.Image) -> dict[str, np.ndarray]:
-        """Detect the objects in an image of any size.
+    def predict_image(self, image: Image.Image | np.ndarray) -> dict[str, np.ndarray]:
+        """Detect the objects in an image of any size, or in bands (h, w, bands).
 
         Returns: ``boxes`` float32 (n, 4), left, top, right, bottom in pixels of the image turned
             upright by its EXIF orientation; ``labels`` int64 (n,), class numbers from 0;
@@ -142,13 +132,14 @@ class Detection(Predictor, nn.Module):
             object.
         Raises: BadImage for images that `clean_image` rejects.
         """
-        image = clean_image(image)  # make it upright before reading its size
         device = next(self.parameters()).device
-        canvas, (height, width) = on_canvas(self.pixels, image, self.size)
+        pixels = self.pixels.read(image)  # upright
+        rows, columns = pixels.shape[1:]
+        canvas, (height, width) = on_canvas(self.pixels, pixels, self.size)
         objects = {k: v.cpu() for k, v in self.detect(canvas[None].to(device))[0][0].items()}
-        factors = torch.tensor([image.width / width, image.height / height] * 2)
+        factors = torch.tensor([columns / width, rows / height] * 2)
         whole = objects["boxes"].float() * factors
-        sides = torch.tensor([image.width, image.height] * 2)
+        sides = torch.tensor([columns, rows] * 2)
         boxes = torch.minimum(whole.clamp(min=0), sides)
         inside = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(1)  # the others lie outside the image
         result = {
@@ -157,14 +148,12 @@ class Detection(Predictor, nn.Module):
             "scores": objects["scores"][inside].float().numpy(),
         }
         if self.masks:
-            masks = np.zeros((len(result["boxes"]), image.height, image.width), bool)
+            masks = np.zeros((len(result["boxes"]), rows, columns), bool)
             # Use the unclipped boxes: a mask covers its whole box, also outside the image.
             likely, corners = objects["masks"][inside].float(), whole[inside]
             for i in range(len(masks)):  # one by one to save memory: the maps are float
                 one = slice(i, i + 1)
-                pasted = paste_masks_in_image(
-                    likely[one], corners[one], (image.height, image.width)
-                )
+                pasted = paste_masks_in_image(likely[one], corners[one], (rows, columns))
                 masks[i] = pasted[0, 0].numpy() >= 0.5
             result["masks"] = masks
         return result

@@ -7,7 +7,7 @@ and planes of a volume are kept in a hidden folder until `Writer.finish` joins t
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby
+from itertools import count, groupby
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -46,8 +46,8 @@ class _FolderWriter(Writer):
     Args:
         output: the folder to write.
         model: the model that predicts.
-        data: the predicted data. It shows which images have the same name up to the ending; their
-            files are named with the ending (``a.jpg.png``).
+        data: the predicted data. It shows which images, rasters or volumes have the same name up
+            to the ending; their files are named with the ending (``a.jpg.png``), or numbered.
         drawings: also draw each image.
     """
 
@@ -56,13 +56,20 @@ class _FolderWriter(Writer):
     def __init__(self, output: str | Path, model: Any, data: Any = None, *, drawings: bool = True):
         super().__init__(output)
         self.classes, self.drawings = list(model.classes), drawings
-        counts = Counter(_stem(id) for id in getattr(data, "ids", ()))
-        self._shared = {stem for stem, count in counts.items() if count > 1}
+        self._displayed = model.displayed
+        wholes = dict.fromkeys(_whole(id) for id in getattr(data, "ids", ()))
+        counts = Counter(map(_stem, wholes))
+        used = {stem for stem, times in counts.items() if times == 1}
+        self._names: dict[str, str] = {}  # of those that would share a file
+        for name in wholes:
+            if counts[_stem(name)] > 1:
+                inside = (f"{_inside(name)}{f'-{i}' if i > 1 else ''}" for i in count(1))
+                self._names[name] = next(one for one in inside if one not in used)
+                used.add(self._names[name])
 
     def _file(self, folder: str, name: str, ending: str) -> Path:
         """Return the path of a file for an image, relative to the output; create its folder."""
-        stem = _stem(name)
-        relative = Path(folder, _inside(name) if stem in self._shared else stem)
+        relative = Path(folder, self._names.get(name) or _stem(name))
         relative = relative.with_name(relative.name + ending)
         (self.output / relative).parent.mkdir(parents=True, exist_ok=True)
         return relative
@@ -108,7 +115,6 @@ class MaskWriter(_FolderWriter):
 
     def __init__(self, output: str | Path, model: Any, data: Any = None, *, overlays: bool = True):
         super().__init__(output, model, data, drawings=overlays)
-        self._displayed = model.displayed
 
     def describe(self) -> dict[str, Any]:
         return {"output": "masks", "overlays": self.drawings}
@@ -250,8 +256,7 @@ class MaskWriter(_FolderWriter):
 
     def _join_planes(self, name: str, planes: Sequence[Record]) -> Record:
         """Write the planes of a volume to one file, and draw some of them."""
-        ending = next((end for end in ENDINGS if name.endswith(end)), "")
-        path = self._file("masks", name.removesuffix(ending), ".nii.gz")
+        path = self._file("masks", name, ".nii.gz")
         whole = _summed(planes) | {"file": str(path)}
         if not (self.output / PARTS).exists():  # joined before a kill
             return whole
@@ -270,7 +275,7 @@ class MaskWriter(_FolderWriter):
             columns = min(COLUMNS, len(panels))
             panels += [Image.new("RGB", panels[0].size, "white")] * (-len(panels) % columns)
             rows = [panels[i : i + columns] for i in range(0, len(panels), columns)]
-            self._draw(name.removesuffix(ending), "overlays", rows, self._legend(whole))
+            self._draw(name, "overlays", rows, self._legend(whole))
         return whole
 
     # ------------------------------------------------------------ tables
@@ -347,7 +352,7 @@ class BoxWriter(_FolderWriter):
 
     def write(self, item: dict[str, Any], result: dict[str, np.ndarray]) -> Record:
         """See `Writer.write`; ``result`` is that of `Detection.predict_image`."""
-        image = item["image"]
+        image = self._displayed(item["image"])
         entry = item.get("meta", {}).get("entry") or {"file_name": item["id"]}
         entry = {**entry, "width": image.width, "height": image.height}
         chosen = result["scores"] >= self.score
@@ -429,9 +434,17 @@ def _inside(name: str) -> str:
 
 
 def _stem(name: str) -> str:
-    """Return the relative path without the ending of an image."""
-    path = PurePosixPath(_inside(name))
-    return str(path.with_suffix("") if path.suffix.lower() in EXTENSIONS else path)
+    """Return the relative path without the ending of an image or volume."""
+    path = _inside(name)
+    file = path.rpartition("/")[2].lower()
+    ending = next((e for e in (*EXTENSIONS, *ENDINGS) if file.endswith(e) and file != e), "")
+    return path[: len(path) - len(ending)]
+
+
+def _whole(id: str) -> str:
+    """Return the raster or volume of the id of a tile or plane, or the id of an image."""
+    parent = id.rpartition("/")[0]
+    return parent if parent.lower().endswith((*TIFFS, *ENDINGS)) else id
 
 
 def _hex(colour: Sequence[int]) -> str:

@@ -8,7 +8,7 @@ takes the mixers' outputs without a norm.)
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.transforms.v2.functional import to_pil_image
 
 from vim_ssl.checkpoints.task_models import load_task, save_task
 from vim_ssl.data.images import BadImage, clean_image
@@ -31,10 +30,9 @@ from vim_ssl.metrics.titles import RESULTS
 from vim_ssl.metrics.volumes import VolumeMetrics
 from vim_ssl.models.encoder import VimEncoder
 from vim_ssl.models.heads import NORMS, FCNHead, FeatureUpsampling, LinearHead, UPerNet
-from vim_ssl.models.predictor import Predictor
 from vim_ssl.models.sliding_window import label_pixels
 from vim_ssl.objectives.base import StepOutput
-from vim_ssl.tasks.dense import predictions
+from vim_ssl.tasks.dense import DensePredictor, predictions
 from vim_ssl.utils.drawing import class_colours, mask_grid
 from vim_ssl.utils.names import did_you_mean
 
@@ -44,7 +42,7 @@ MASKS_READ = 200  # training masks to find the most frequent class
 AUXILIARY_LEVEL = 2  # the map at stride 16, as in the paper's configuration
 
 
-class Segmentation(Predictor, nn.Module):
+class Segmentation(DensePredictor, nn.Module):
     """An encoder and a segmentation head; as an objective, their loss.
 
     Args:
@@ -152,14 +150,6 @@ class Segmentation(Predictor, nn.Module):
             lambda: self._draw(batch["image"], truth, guess),
         )  # fmt: skip
 
-    @property
-    def transform(self) -> DensePixels:
-        """The transform from an image of any size, without cropping, to (c, h, w)."""
-        return self.pixels
-
-    def predict_prepared(self, inputs: Sequence[Any]) -> Iterator[np.ndarray]:
-        return map(self.predict_image, inputs)
-
     def predict_image(self, image: Image.Image | np.ndarray) -> np.ndarray:
         """Predict the class of every pixel of an image of any size, or of bands (h, w, bands).
 
@@ -180,12 +170,6 @@ class Segmentation(Predictor, nn.Module):
             prepare=self.pixels.normalise, dtype=torch.uint8,
         )  # fmt: skip
         return labels.cpu().numpy()
-
-    def displayed(self, image: Image.Image | np.ndarray) -> Image.Image:
-        """Return the upright image that `predict` labels; for other bands a visible rendering."""
-        if isinstance(image, Image.Image):
-            return clean_image(image)
-        return to_pil_image(denormalize(self.pixels(image)[None], self.encoder.data_config)[0])
 
     def _loss(self, logits: Tensor, truth: Tensor) -> Tensor:
         """Return the sum over labelled pixels divided by the number of pixels of one image."""

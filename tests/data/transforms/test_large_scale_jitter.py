@@ -82,7 +82,8 @@ def test_without_masks_boxes_are_cut_at_the_canvas():
 def test_nothing_random_is_what_a_test_sees():
     item = two(40, 60)
     out = LargeScaleJitter(RGB, SIZE, scale=(1.0, 1.0), hflip=0.0)(item)
-    canvas, size = on_canvas(LargeScaleJitter(RGB, SIZE).pixels, item["image"], SIZE)
+    pixels = LargeScaleJitter(RGB, SIZE).pixels
+    canvas, size = on_canvas(pixels, pixels.read(item["image"]), SIZE)
     assert size == [64, 43]
     assert torch.equal(out["image"], canvas)
     assert (canvas[:, :, 43:] == 0).all()  # the mean

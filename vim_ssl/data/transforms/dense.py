@@ -212,12 +212,12 @@ def fitted(size: Sequence[int], side: int, scale: float = 1.0) -> list[int]:
     return [max(round(old * factor), 1) for old in size]
 
 
-def on_canvas(pixels: DensePixels, image: Image.Image, side: int) -> tuple[Tensor, list[int]]:
-    """Resize an image so that its longer side is ``side``, normalise it and pad it at the bottom
-    and right to float32 (c, side, side). The padding is 0, i.e. the mean colour. Also return the
-    resized (height, width)."""
-    size = fitted((image.height, image.width), side)
-    resized = F.resize(pixels.read(image), size, antialias=True)
+def on_canvas(pixels: DensePixels, image: Tensor, side: int) -> tuple[Tensor, list[int]]:
+    """Resize an image of `DensePixels.read` so that its longer side is ``side``, normalise it and
+    pad it at the bottom and right to float32 (c, side, side). The padding is 0, i.e. the mean
+    colour. Also return the resized (height, width)."""
+    size = fitted(image.shape[1:], side)
+    resized = F.resize(image, size, antialias=True)
     return F.pad(pixels.normalise(resized), [0, 0, side - size[1], side - size[0]]), size
 
 
