@@ -143,7 +143,7 @@ def _html_curve(title: str, points: list[tuple[float, float]]) -> str:
     style = 'font-size="11" fill="currentColor"'
     lines = [f'<polyline points="{line}" fill="none" stroke="#2a78d6" stroke-width="1.5"/>'
              for drawn in curve.lines for line in drawn.lines]  # fmt: skip
-    lines += [f'<text x="{at:.0f}" y="{HEIGHT - 8}" text-anchor="middle" {style}>{text}</text>'
+    lines += [f'<text x="{at:.0f}" y="{BOTTOM + 18}" text-anchor="middle" {style}>{text}</text>'
               for at, text in curve.x_ticks]  # fmt: skip
     lines += [f'<text x="{LEFT - 6}" y="{at + 4:.0f}" text-anchor="end" {style}>{text}</text>'
               for at, text in curve.y_ticks]  # fmt: skip
