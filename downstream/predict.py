@@ -170,7 +170,7 @@ def build_writer(model: Any, config: Config, source: str, data: Any) -> Writer:
 
 def summary(predicted: Predicted) -> str:
     """Return a table of the counts per class, the skipped images, and the written file."""
-    total = predicted.images  # with several labels an image counts for each of them
+    total: float = predicted.images  # with several labels an image counts for each of them
     if predicted.unit in (MaskWriter.unit, BoxWriter.unit):
         total = sum(predicted.counts.values())
     most = sorted(predicted.counts.items(), key=lambda item: -item[1])

@@ -25,6 +25,7 @@ class Predictor:
     """
 
     task: str
+    encoder: Any
     classes: list[str]
     trained_on = ""
     batched = False
