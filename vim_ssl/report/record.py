@@ -9,7 +9,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from vim_ssl.models.encoder import PRESETS
+from vim_ssl.models.presets import PRESETS
 
 # Metrics of an in-training check; in the logs of earlier versions every line repeats them until the
 # next check.

@@ -1,6 +1,6 @@
 """Image transforms that follow an encoder's data configuration.
 
-timm and torchvision are imported when a transform is built: opening data takes a third of the time
+timm and torchvision are imported when a transform is built: opening data takes half the time
 without them.
 """
 
