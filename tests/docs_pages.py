@@ -4,6 +4,7 @@ A block of the languages ``sh`` and ``python`` is run by docs/test_examples.py. 
 the line before it, which no reader sees, leaves it out and says what it would need:
 
     <!-- not run: gpu -->      or network, or hours
+    <!-- run by: tests/models/test_transformers.py -->      a test that has imported what it needs
 """
 
 import re
@@ -24,7 +25,8 @@ PAGES = [
 ]
 NEEDS = ("gpu", "network", "hours")
 _BLOCK = re.compile(
-    r"^(?:<!-- not run: (?P<needs>[^\n]*) -->\n)?```(?P<language>\S*)\n(?P<code>.*?)^```$",
+    r"^(?:<!-- (?P<mark>not run|run by): (?P<value>[^\n]*) -->\n)?"
+    r"```(?P<language>\S*)\n(?P<code>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
 
@@ -36,13 +38,15 @@ class Block:
     Attributes:
         line: line of its fence in the page, from 1.
         needs: what it would need to be run; "" if a test runs it.
+        run_by: another test that runs it, or "".
     """
 
     page: str
     line: int
     language: str
     code: str
-    needs: str
+    needs: str = ""
+    run_by: str = ""
 
     def __str__(self) -> str:
         return f"{self.page}:{self.line}"
@@ -54,13 +58,13 @@ def text_of(page: str) -> str:
 
 def blocks(page: str) -> list[Block]:
     """The blocks of a page in order."""
-    text = text_of(page)
-    return [
-        Block(page, text.count("\n", 0, found.end("needs") + 1 if found["needs"] else
-                               found.start()) + 1,
-              found["language"], found["code"], found["needs"] or "")
-        for found in _BLOCK.finditer(text)
-    ]  # fmt: skip
+    text, result = text_of(page), []
+    for found in _BLOCK.finditer(text):
+        fence = text.count("\n", 0, found.start()) + 1 + bool(found["mark"])
+        mark = {"not run": "needs", "run by": "run_by"}.get(found["mark"])
+        marks = {mark: found["value"]} if mark else {}
+        result.append(Block(page, fence, found["language"], found["code"], **marks))
+    return result
 
 
 def commands(code: str) -> list[list[str]]:

@@ -22,10 +22,9 @@ REDUCED = {
     "video": SHORT,
     "segmentation": [*SHORT, "--crop", "16", "--channels", "4", "--auxiliary", "0"],
     "detection": [*SHORT, "--size", "64", "--channels", "4", "--hidden", "4", "--samples", "16"],
-    "linear-probe": ["--shot-seeds", "1", "--c-grid", "0.1", "1"],
+    "linear-probe": ["--shot-seeds", "1", "--c-grid", "1", "--readouts", "token"],
 }  # fmt: skip
 RESUMED = SHORT[:2]  # what a resumed run may change
-EVALUATED = ["--threads", "1"]
 
 
 def reduced(name: str, argv: list[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from docs_pages import blocks
 from timm.models._features import FeatureGetterNet
 
 from vim_ssl import load_encoder
@@ -25,6 +26,13 @@ def build(task: str, out_indices: list[int]):
     backbone = transformers.TimmBackboneConfig(backbone=NAME, out_indices=out_indices)
     config = getattr(transformers, f"{task}Config")(backbone_config=backbone, **settings)
     return getattr(transformers, task + kind)(config).eval()
+
+
+def test_the_lines_of_the_documentation_run():
+    (block,) = [block for block in blocks("docs/dense.md") if block.run_by]
+    names: dict = {}
+    exec(block.code, names)
+    assert isinstance(names["detr"], transformers.DetrForObjectDetection)
 
 
 @pytest.mark.parametrize(
