@@ -69,7 +69,7 @@ def tables(root: Path) -> None:
 
 
 def xrays(root: Path) -> None:
-    """DICOM files of four patients."""
+    """DICOM files of eight patients, and the same in class folders."""
     import pydicom
     from pydicom.dataset import Dataset, FileMetaDataset
     from pydicom.uid import DigitalXRayImageStorageForPresentation, ExplicitVRLittleEndian
@@ -83,13 +83,16 @@ def xrays(root: Path) -> None:
         file.SOPClassUID = DigitalXRayImageStorageForPresentation
         file.file_meta.MediaStorageSOPClassUID = file.SOPClassUID
         file.SOPInstanceUID = pydicom.uid.generate_uid(entropy_srcs=[str(i)])
-        file.PatientID, file.Modality, file.SeriesInstanceUID = f"P-{i // 2}", "DX", f"1.2.{i}"
+        file.PatientID, file.Modality, file.SeriesInstanceUID = f"P-{i}", "DX", f"1.2.{i}"
         file.Rows, file.Columns = values.shape
         file.SamplesPerPixel, file.PhotometricInterpretation = 1, "MONOCHROME2"
         file.BitsAllocated = file.BitsStored = 16
         file.HighBit, file.PixelRepresentation = 15, 0
         file.PixelData = values.tobytes()
         file.save_as(root / f"xrays/{i}.dcm", enforce_file_format=True)
+        folder = root / "labelled-xrays" / ("normal", "tumour")[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(root / f"xrays/{i}.dcm", folder)
 
 
 def scenes(root: Path) -> None:
