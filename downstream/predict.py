@@ -92,7 +92,8 @@ def run(config: Config) -> dict[str, Any]:
     )
     print(summary(predicted))
     if model.task == "classification":
-        print(f"One image from Python: vim_ssl.load_model({source!r}).predict('photo.jpg')")
+        one = "clip.mp4" if predicted.unit == "videos" else "photo.jpg"
+        print(f"From Python: vim_ssl.load_model({source!r}).predict({one!r})")
     return {
         "task": "predict", "output": str(predicted.output), "images": predicted.images,
         "counts": predicted.counts, "skipped": predicted.skipped,

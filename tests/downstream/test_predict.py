@@ -121,7 +121,7 @@ def test_classes_of_the_data_are_the_default_of_an_image_text_run(workplace):
     assert {"p_blue", "p_red square"} <= set(rows("out.csv")[0])
 
 
-def test_videos_are_predicted_with_the_frames_of_training(workplace):
+def test_videos_are_predicted_with_the_frames_of_training(workplace, capsys):
     encoder = VideoEncoder(
         img_size=16, patch_size=8, embed_dim=8, depth=1, num_classes=2, frames=4, tubelet=2
     )
@@ -132,6 +132,7 @@ def test_videos_are_predicted_with_the_frames_of_training(workplace):
         for i in (0, 1, 2, 4):
             shutil.copy(f"new/{i}.png", workplace / "clips" / clip / f"{i}.png")
     predict.main(["--encoder", "runs/video", "--data", "clips", "--output", "out.csv"])
+    assert "vim_ssl.load_model('runs/video').predict('clip.mp4')" in capsys.readouterr().out
     table, model = rows("out.csv"), vim_ssl.load_model("runs/video")
     assert [row["id"] for row in table] == ["x", "y"]
     assert_same(table[1], model.predict("clips/y"))
