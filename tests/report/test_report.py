@@ -8,14 +8,17 @@ import itertools
 import json
 import math
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from earlier_runs import EARLIER
 from PIL import Image
 
+import vim_ssl
 from vim_ssl import load_encoder, save_encoder
 from vim_ssl.cli import main as cli_main
 from vim_ssl.evaluation.examples import write_examples
@@ -172,6 +175,20 @@ def test_the_printed_snippet_runs_as_it_stands(finished: Path, monkeypatch: pyte
     assert scope["features"].shape == (1, 192)
     assert scope["tokens"].shape[::2] == (1, 192)
     assert "vim-ssl linear-probe --encoder run " in page.text
+
+
+@pytest.mark.parametrize("kind", ["finetune", "segmentation", "detection", "clip"])
+def test_the_page_shows_how_to_predict(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    shutil.copytree(EARLIER / "runs" / kind, tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (40, 30), "red").save("image.png")
+    page = Page(write_report("run"))
+    start = page.text.index("import vim_ssl")
+    model, predict = page.text[start : page.text.index("vim-ssl predict")].strip().splitlines()[-2:]
+    scope: dict = {"vim_ssl": vim_ssl}
+    exec(f"{model}\nresult = {predict}", scope)
+    assert scope["result"] is not None
+    assert "vim-ssl predict --encoder run " in page.text
 
 
 def test_the_same_images_are_shown_over_the_steps(finished: Path):

@@ -38,6 +38,16 @@ COUNTERS = (
 )  # fmt: skip
 PALETTE = 6  # colours of curves in style.css; further curves repeat them with dashes
 
+# Recipe -> what its model predicts, for `vim_ssl.load_model`.
+PREDICTED = {
+    "finetune": '"image.png").name',
+    "supervised_pretrain": '"image.png").name',
+    "video": '"video.mp4").name',
+    "segmentation": '"image.png")  # (h, w) class numbers',
+    "detection": '"image.png")  # boxes, labels, scores',
+    "clip_pretrain": '"image.png", classes=["cat", "dog"]).name',
+}
+
 templates = Environment(
     loader=FileSystemLoader(Path(__file__).parent / "templates"),
     autoescape=True,
@@ -76,6 +86,7 @@ def render(run: Record) -> str:
         run_literal=json.dumps(path.as_posix(), ensure_ascii=False),
         run_quoted=shlex.quote(path.as_posix()),
         embed_dim=run.encoder.get("embed_dim", "embed_dim"),
+        prediction=PREDICTED.get(str(run.config.get("recipe")), ""),
     )
 
 
@@ -114,7 +125,8 @@ def _result_tiles(run: Record) -> Iterator[tuple[str, str, str]]:
         yield title, *_with_interval(score(metrics, key, unit), measured(run.result.metrics))
         break
     for name, value in baselines(run.result.metrics):
-        yield name[:1].upper() + name[1:], *_with_interval(value, "for comparison")
+        title = name if name.startswith("kNN") else name[:1].upper() + name[1:]
+        yield title, *_with_interval(value, "for comparison")
 
 
 def _probe_tiles(run: Record) -> Iterator[tuple[str, str, str]]:
