@@ -54,6 +54,13 @@ def fixed_seeds() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def fresh_accelerate() -> None:
+    """No module starts with the precision of the one before: accelerate keeps it by process."""
+    if state := sys.modules.get("accelerate.state"):
+        state.AcceleratorState._reset_state()
+
+
 class NetworkBlockedError(OSError):
     """A test reached for the network; to our code it looks like a machine that is offline."""
 
