@@ -82,7 +82,7 @@ def probe_vit(config: linear_probe.Config) -> dict:
     encoder = anchor.load()
     train, test = encode_splits(encoder, splits)
     readouts = available_readouts(encoder, config.readouts)
-    row, _ = linear_probe.probe("ViT, MAE for the same time", train, test, readouts, config)
+    row, *_ = linear_probe.probe("ViT, MAE for the same time", train, test, readouts, config)
     return {"train": len(splits[0]), "test": len(splits[1]), "rows": [row]}
 
 

@@ -130,7 +130,7 @@ def run(config: Config) -> dict:
     result, folder = comparison.record(
         rows=rows, selected=selected, differences=gains, skipped=skipped,
         k_left_out=[k for k in config.k or K_GRID if k > size],
-        summary=[sentence("kNN", "knn", selected[0]["knn"], gains)],
+        summary=[sentence("kNN", "knn", selected[0]["knn"], gains), *comparison.remarks()],
     )  # fmt: skip
     return finish_run(folder, result, lambda m: f"{table(m)}\nWritten: {folder / 'metrics.json'}")
 

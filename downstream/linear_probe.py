@@ -213,7 +213,10 @@ def run(config: Config) -> dict:
     first = tables.rows[0]
     metrics, folder = comparison.record(
         rows=tables.rows, differences=gains, few_shot=tables.few_shot, skipped=tables.skipped,
-        summary=[sentence(title, key, first[key], gains) for key, title in TITLES.items()],
+        summary=[
+            *(sentence(title, key, first[key], gains) for key, title in TITLES.items()),
+            *comparison.remarks(),
+        ],
     )  # fmt: skip
     explain(folder, comparison, first, *probed)
     return finish_run(

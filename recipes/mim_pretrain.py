@@ -13,6 +13,7 @@ arXiv:2502.00594), `simmim` (arXiv:2111.09886), `ar` (clusters in sequence, arXi
 yet measured.
 """
 
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -323,12 +324,16 @@ def run(config: Config) -> dict[str, Any]:
     def probe(training: Training) -> Callable[[], dict[str, float]]:
         return online_probe(training.model, data, accelerator.device, config.seed)
 
-    return train_run(
+    result = train_run(
         "mim_pretrain", config, objective, samples, accelerator, model=encoder, data=data.name,
         save=partial(save_encoder, encoder), record={"figures": {}},
         prepare=lambda run: run.count_skipped(data.faults),
         evaluate=None if data.is_stream else probe,  # a stream has no held-out images
     )  # fmt: skip
+    if result:  # on the main process
+        folder = shlex.quote(result["run"])
+        print(f"Next: vim-ssl linear-probe (or finetune) --encoder {folder} --data LABELLED_IMAGES")
+    return result
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -42,7 +42,7 @@ def test_sound_data(tmp_path, capsys):
         ["train", "6", "6", "-"],
         ["cat", "3", "2"],
     ]
-    assert "Decoded: 10 images, all." in text
+    assert "Read: 10 images, all." in text
     assert "Modes: RGB 10" in text
     assert "all 8×6" in text
     assert "No problems." in text
@@ -196,7 +196,7 @@ def test_groups_and_ids_on_two_sides(tmp_path):
 def test_a_sample_of_the_images(tmp_path):
     write(tmp_path, *(f"{i}.png" for i in range(20)))
     found = check(tmp_path, sample=5)
-    assert "Decoded: 5 images, of 20." in found.facts
+    assert "Read: 5 images, of 20." in found.facts
     assert found.problems == []
 
 

@@ -179,7 +179,7 @@ def test_the_doctor_is_content_with_what_is_right(reader, tmp_path):
     told = ["train/ has 32"] if reader is imagenet else []  # of 1,281,167
     assert [problem.partition(" of ")[0] for problem in found.problems] == told
     data = open_data(spec, split="all")
-    assert f"Decoded: {len(data):,} images, all." in found.facts
+    assert f"Read: {len(data):,} images, all." in found.facts
     rows = [line.split() for line in found.facts]
     assert ["split", "images", "labelled", "groups"] in rows
     counts = {row[0]: row[1:] for row in rows if len(row) == 4}
@@ -193,7 +193,7 @@ def test_the_doctor_is_content_with_what_is_right(reader, tmp_path):
 def test_the_doctor_is_content_with_a_sample_set():
     found = check("sample:mnist5k", sample=20)
     assert found.problems == []
-    assert "Decoded: 40 images, of 5,000." in found.facts
+    assert "Read: 40 images, of 5,000." in found.facts
 
 
 @pytest.mark.parametrize("reader", READERS, ids=lambda reader: reader.__name__)

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from vim_ssl.training.run import Run, newest_run, resume_command, unfinished
+from vim_ssl.training.run import Run, newest_run, pretrained_on, resume_command, unfinished
 
 
 def make(folder, step: int = 4, recipe: str = "mim_pretrain", **config):
@@ -73,3 +73,24 @@ def test_the_command_to_resume_is_the_one_that_started_the_run(
     run = Run("a run")
     run.recipe = "mim_pretrain"
     assert resume_command(run, processes) == command
+
+
+@pytest.mark.parametrize(
+    ("recipe", "trained", "spec", "split", "seen"),
+    [
+        ("mim_pretrain", "photos", "", "held out", True),
+        ("mim_pretrain", "photos", "photos", "test", False),  # its training split alone
+        ("mim_pretrain", "photos?split=all", "photos", "test", True),
+        ("clip_pretrain", "pairs:photos", "photos", "held out", True),
+        ("mim_pretrain", "photos", "others", "held out", False),
+        ("finetune", "photos", "", "held out", False),  # holds the same images out
+    ],
+)
+def test_pretraining_on_test_images_is_known(
+    recipe, trained, spec, split, seen, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"recipe": recipe, "data": trained}))
+    assert pretrained_on("run", spec, split) is seen

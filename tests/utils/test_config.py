@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -302,6 +303,18 @@ def test_help_fits_a_person(capsys, monkeypatch):
     assert "second paragraph" not in text
     assert text.count("data:\n") == 1, "inherited and own fields of a group stand together"
     assert max(map(len, text.splitlines())) <= 100
+
+
+@pytest.mark.parametrize(
+    ("program", "shown"), [("vim-ssl fine-tune", "vim-ssl fine-tune --data"), ("x.py", "python ")]
+)
+def test_help_of_an_installed_command_names_no_script(program, shown, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [program])
+    with pytest.raises(SystemExit):
+        parse(Named, argv=["--help"], description="    python downstream/fine_tune.py --data X")
+    text = capsys.readouterr().out
+    assert shown in text
+    assert ("downstream/" in text) is (program == "x.py")
 
 
 @pytest.mark.parametrize("name", ["config.json", "config.yaml"])

@@ -23,6 +23,7 @@ from vim_ssl.data.loading.streamed import ImageStream
 from vim_ssl.data.open import Source, open_data, open_source, sets_of
 from vim_ssl.data.registry import SOURCES
 from vim_ssl.data.spec import SPLIT_NAMES, canonical_split
+from vim_ssl.utils.names import plural
 
 NAMED = 3  # number of examples per fault
 LISTED = 20  # maximum number of classes whose counts are listed
@@ -83,7 +84,7 @@ class Report:
                                     ("Remarks", "-", self.remarks)):  # fmt: skip
             if listed:
                 lines += ["", f"{title}:", *(f"  {sign} {line}" for line in listed)]
-        end = f"{len(self.problems)} problem(s)." if self.problems else "No problems."
+        end = f"{plural(len(self.problems), 'problem')}." if self.problems else "No problems."
         return "\n".join([*lines, "", end])
 
 
@@ -368,7 +369,8 @@ def _check_images(splits: list[Split], report: Report) -> None:
     total = sum(len(split.ids) for split in splits)
     decoded = sum(len(split.decoded) for split in splits)
     which = "all" if decoded == total else f"of {total:,}"
-    report.facts += ["", f"Decoded: {decoded:,} images, {which}."]
+    broken = f", {decoded - len(good):,} of them broken" if decoded > len(good) else ""
+    report.facts += ["", f"Read: {decoded:,} images, {which}{broken}."]
     if good:
         modes = Counter(image.mode for image in good).most_common()
         report.facts.append("Modes: " + ", ".join(f"{mode} {count:,}" for mode, count in modes))

@@ -21,10 +21,11 @@ from vim_ssl.evaluation.readout import READOUTS, available_readouts
 from vim_ssl.metrics.bootstrap import Metric
 from vim_ssl.metrics.sentences import Gain, result_sentence
 from vim_ssl.metrics.titles import measured_on, split_name
-from vim_ssl.training.run import newest_run, task_folder, trained_on
+from vim_ssl.training.run import newest_run, pretrained_on, task_folder, trained_on
 from vim_ssl.utils.config import opt, to_dict
 from vim_ssl.utils.distributed import join_processes, pick_device
 from vim_ssl.utils.environment import environment
+from vim_ssl.utils.names import plural
 
 UNTRAINED = "same encoder, untrained"
 
@@ -112,6 +113,14 @@ class Comparison:
             )
             yield name, train, test, {"pixels": slice(None)}
 
+    def remarks(self) -> list[str]:
+        """Return what a reader of the results must know, as sentences; often nothing."""
+        spec = self.config.test_data or self.config.data
+        split = split_name(self.test, held_out=not self.config.test_data)
+        if not pretrained_on(self.source, spec, split):
+            return []
+        return ["Pretraining also read these test images, without their labels."]
+
     def record(self, **results: Any) -> tuple[dict[str, Any], Path]:
         """Return the contents of metrics.json, including ``results``, and its output folder."""
         config = self.config
@@ -172,7 +181,8 @@ def caption(metrics: Mapping[str, Any]) -> list[str]:
         f"Settings selected on {share} of the {metrics['train']:,} training images.",
     ]
     if skipped := metrics["skipped"]:
-        lines += [f"{len(skipped)} images could not be read: {skipped[:3]} …"]
+        named = "; ".join(skipped[:3]) + (" …" if len(skipped) > 3 else "")
+        lines += [f"{plural(len(skipped), 'image')} could not be read: {named}"]
     return lines
 
 

@@ -5,6 +5,7 @@ open the run → fit, saving the model with every checkpoint → conclude → cl
 
 import contextlib
 import json
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -171,6 +172,8 @@ def finish_run(
     print(summary(metrics))
     if run:
         _draw_report(run)
+        folder = shlex.quote(str(run.folder))
+        print(f"Predict new data: vim-ssl predict --encoder {folder} --data NEW_DATA")
     elif page and (page / "metrics.jsonl").exists():
         print(f"Report: {write_report(page)}")
     return metrics

@@ -96,7 +96,11 @@ def fit(
             samples_seen = averages.pop("samples")
             schedule.advance(progress, len(batches), samples_seen, finite)
             run.count_skipped(name for batch in batches for name in batch["skipped"])
-            row = averages | {"lr": optimizer.param_groups[0]["lr"], "grad_norm": norm}
+            row = averages | {
+                # The largest: layer decay lowers those of earlier blocks.
+                "lr": max(group["lr"] for group in optimizer.param_groups),
+                "grad_norm": norm,
+            }
             row |= monitor.step(averages["loss"], samples_seen)
             last = progress.step >= schedule.total_steps
             evaluated = last or schedule.crossed(progress, config.eval_every)

@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from vim_ssl.data.spec import same_data, sets_of
 from vim_ssl.training.checkpoint import Checkpoints
 from vim_ssl.utils.config import to_dict
 from vim_ssl.utils.environment import is_main_rank
@@ -321,6 +322,22 @@ def trained_on(source: str | Path, *keys: str) -> str:
             f"{source} does not say which images it was trained on; give labelled ones by --data."
         )
     return spec
+
+
+def pretrained_on(source: str | Path, spec: str, split: str) -> bool:
+    """True if the run in ``source`` was pretrained without labels on test images.
+
+    Args:
+        spec: the data that are tested on; "" for those of the run.
+        split: their split, or "held out" for images drawn from data without splits.
+    """
+    stored = _stored_config(Path(source)) or {}
+    trained = stored.get("data", "")
+    if stored.get("recipe") not in ("mim_pretrain", "clip_pretrain") or not trained:
+        return False
+    if not same_data(trained, spec or trained):
+        return False
+    return split == "held out" or any(one.split in (split, "all") for _, one in sets_of(trained))
 
 
 def task_folder(task: str, source: str | Path, data: str) -> Path:

@@ -25,6 +25,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import textwrap
@@ -436,6 +437,10 @@ def _print_help(
         source = f"{choice.reason} The defaults shown are those of the preset {choice.preset!r}."
         lines += ["", *textwrap.wrap(source.strip(), 98)]
     parser.description = "\n".join(lines)
+    if sys.argv[0].startswith("vim-ssl "):  # the scripts may be installed without a checkout
+        parser.description = _SCRIPT.sub(
+            lambda match: f"vim-ssl {match[1].replace('_', '-')}", parser.description
+        )
     actions = {action.dest: action for action in parser._actions}
     for field in _flags(config_cls):
         default = base.get(field.name, _default(field))
@@ -447,14 +452,17 @@ def _print_help(
     parser.print_help()
 
 
+_SCRIPT = re.compile(r"(?:accelerate launch|python) (?:recipes|downstream)/(\w+)\.py")
+
+
 def _preset_lines(presets: Presets) -> list[str]:
-    """The first line of each preset's docstring, after its names."""
+    """The first paragraph of each preset's docstring, after its names."""
     names: dict[str, list[str]] = {}
     for name in presets:
         names.setdefault(_first_name(presets, name), []).append(name)
     lines = []
     for first, (_, *aliases) in names.items():
-        text = (presets[first].__doc__ or "").strip().partition("\n")[0]
+        text = " ".join((presets[first].__doc__ or "").partition("\n\n")[0].split())
         also = f" (also {', '.join(aliases)})" if aliases else ""
         lines += textwrap.wrap(
             f"{first}{also}: {text}", 98, initial_indent="  ", subsequent_indent="      "
