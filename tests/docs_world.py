@@ -22,6 +22,7 @@ REDUCED = {
     "video": SHORT,
     "segmentation": [*SHORT, "--crop", "16", "--channels", "4", "--auxiliary", "0"],
     "detection": [*SHORT, "--size", "64", "--channels", "4", "--hidden", "4", "--samples", "16"],
+    "slide": ["--max-steps", "1", "--trackers", "none"],
     "linear-probe": ["--shot-seeds", "1", "--c-grid", "1", "--readouts", "token"],
 }  # fmt: skip
 RESUMED = SHORT[:2]  # what a resumed run may change
@@ -58,6 +59,13 @@ def build(root: Path) -> None:
     for name, run in {"clip": "clip", "cells": "segmentation", "shapes": "detection",
                       "other": "mae"}.items():  # fmt: skip
         shutil.copytree(EARLIER / "runs" / run, root / "runs" / name)
+
+
+def slides(root: Path) -> None:
+    """Labelled slides of two tiles, and new ones."""
+    for i in range(8):
+        name = f"slides/{('benign', 'tumour')[i % 2]}/{i}.bmp" if i < 6 else f"new-slides/{i}.bmp"
+        write(root / name, np.tile(pixels(i, i % 2, 256), (1, 2, 1)))
 
 
 def tables(root: Path) -> None:

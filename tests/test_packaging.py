@@ -155,6 +155,16 @@ def test_sdist_leaves_the_suite_out(built):
         assert (built["sdist"] / name).is_file()
 
 
+def test_the_text_of_the_package_index_needs_no_other_file(built):
+    """The index has README.md alone: a link to docs/ would lead nowhere there."""
+    with zipfile.ZipFile(built["wheel"]) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        text = archive.read(name).decode()
+    assert "# vim_ssl" in text
+    assert "The first hour explains each step." in text
+    assert not re.findall(r"\]\((?!https?:|#)[^)]*\)", text)
+
+
 def test_the_command_starts_from_an_installed_wheel(built, tmp_path):
     """pip writes the script that runs `vim_ssl.cli:main`; outside the checkout it must start."""
     target = tmp_path / "target"

@@ -15,7 +15,7 @@ SHELL = [block for page in PAGES for block in blocks(page) if block.language == 
 ALL = [(block, words) for block in SHELL for words in commands(block.code)]
 OURS = [(f"{block}", words) for block, words in ALL if script(words)]
 # Marked blocks of all pages, by need. A block that can be run should not be marked.
-MARKED = {"gpu": 8, "network": 4, "hours": 4}
+MARKED = {"gpu": 8, "network": 4, "hours": 2}
 
 
 def test_every_block_says_its_language_and_a_known_need():

@@ -25,6 +25,7 @@ RUN = [
 EXTRA = {
     "docs/medical.md": ("pydicom", docs_world.xrays),
     "docs/remote-sensing.md": ("rasterio", docs_world.scenes),
+    "docs/video-slides.md": ("tiffslide", docs_world.slides),
 }
 
 

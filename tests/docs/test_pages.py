@@ -9,6 +9,7 @@ import pytest
 import yaml
 from docs_pages import PAGES, ROOT, text_of
 
+import vim_ssl
 from vim_ssl.data.registry import SOURCES
 
 FOLDERS = ("benchmarks", "kernels", "recipes", "tests")
@@ -85,6 +86,12 @@ def test_every_source_is_documented():
         assert f"::: vim_ssl.data.sources.{module}." in page or scheme == "sample", scheme
     for scheme in SOURCES.keys() - {"folder", "memory"}:  # the two that are not written as a spec
         assert f"`{scheme}:" in table, scheme
+
+
+def test_every_public_name_is_documented():
+    pages = "".join(text_of(page) for page in PAGES if page.startswith("docs/api/"))
+    for name in set(vim_ssl.__all__) - {"__version__"}:
+        assert re.search(rf"^::: vim_ssl\.\S*\.{name}$", pages, re.M), name
 
 
 def test_figures_of_pages_have_their_rows():
