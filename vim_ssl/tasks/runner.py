@@ -172,8 +172,8 @@ def finish_run(
     print(summary(metrics))
     if run:
         _draw_report(run)
-        folder = shlex.quote(str(run.folder))
-        print(f"Predict new data: vim-ssl predict --encoder {folder} --data NEW_DATA")
+        encoder = shlex.quote(str(run.folder))
+        print(f"Predict new data: vim-ssl predict --encoder {encoder} --data NEW_DATA")
     elif page and (page / "metrics.jsonl").exists():
         print(f"Report: {write_report(page)}")
     return metrics
