@@ -1,7 +1,7 @@
 """Evaluate the packaged encoder `offline_rgb` in dense tasks on held-out real data.
 
     python benchmarks/dense_transfer.py                 # 24 runs: an hour of two cores
-    python benchmarks/dense_transfer.py --summary       # the table of the README, from the rows
+    python benchmarks/dense_transfer.py --summary       # the table of docs/results.md, from rows
     python benchmarks/dense_transfer.py --steps 3 --out FOLDER           # test that every run works
 
 Four tasks are trained with downstream/detection.py and segmentation.py on three seeds, from the

@@ -2,7 +2,7 @@
 
     python benchmarks/transfer.py                       # half an hour of one core
     python benchmarks/transfer.py --encoder vit         # then the ViT of learning/anchor.py
-    python benchmarks/transfer.py --summary             # the table of the README, from the rows
+    python benchmarks/transfer.py --summary             # the table of docs/results.md, from rows
 
 Each of three seeds selects C and readout, draws untrained weights and, for sets without a test
 split, splits by group. Baselines are the same encoder untrained, raw pixels at 32 px, and timm's

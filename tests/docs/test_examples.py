@@ -15,6 +15,7 @@ import vim_ssl
 from vim_ssl import cli
 from vim_ssl.utils.config import parse
 
+pytestmark = pytest.mark.slow
 # Pages of which a test runs at least one block.
 RUN = [
     page for page in PAGES
