@@ -358,7 +358,8 @@ def test_images_show_original_gaps_prediction_and_both(objective, norm_pix_loss,
     torch.testing.assert_close(original, truth[:8], **near)
     torch.testing.assert_close(gaps[~hidden], truth[:8][~hidden], **near)
     assert gaps.masked_select(hidden).unique().numel() <= 3  # one grey, in at most three channels
-    torch.testing.assert_close(predicted, torch.full_like(original, 0.25), **near)
+    torch.testing.assert_close(predicted[hidden], torch.full_like(predicted[hidden], 0.25), **near)
+    assert predicted[~hidden].unique().numel() == 1  # grey: visible patches are not predicted
     torch.testing.assert_close(pasted, torch.where(hidden, predicted, original), **near)
 
 
