@@ -131,22 +131,31 @@ def test_a_run_knows_its_results(run):
 
 def test_calls_in_one_process_do_not_affect_each_other(run, tmp_path):
     """Other precision, other state of the process: accelerate keeps the first by itself."""
-    other = vim_ssl.pretrain(IMAGES, precision="bf16", output=tmp_path / "bf16", **PRETRAINING)
+    threads = torch.get_num_threads()
+    other = vim_ssl.pretrain(
+        IMAGES, precision="bf16", threads=threads + 1, output=tmp_path / "bf16", **PRETRAINING
+    )
+    assert torch.get_num_threads() == threads
     random.seed(1)
     np.random.seed(2)  # noqa: NPY002
     torch.manual_seed(3)
     state = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # noqa: NPY002
-    threads = torch.get_num_threads()
     again = vim_ssl.pretrain(
-        [Image.fromarray(image) for image in IMAGES], output=tmp_path / "again",
-        threads=threads + 1, **PRETRAINING,
-    )  # fmt: skip
-    assert torch.get_num_threads() == threads
+        [Image.fromarray(image) for image in IMAGES], output=tmp_path / "again", **PRETRAINING
+    )
     assert random.getstate() == state[0]
     assert np.random.get_state()[1].tolist() == state[1]  # noqa: NPY002
     assert torch.equal(torch.get_rng_state(), state[2])
     assert all(torch.equal(value, weights(run)[name]) for name, value in weights(again).items())
     assert not all(torch.equal(value, weights(run)[name]) for name, value in weights(other).items())
+
+
+@pytest.fixture(autouse=True)
+def default_interrupt():
+    """A process that was started in the background ignores SIGINT, and so do its children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 class Interrupting(torch.utils.data.Dataset):
