@@ -1,7 +1,7 @@
 """The pages of the documentation: their blocks of code, and the commands in these.
 
-A block of the languages ``sh`` and ``python`` is run by docs/test_docs_examples.py. An HTML comment on
-the line before it, which no reader sees, leaves it out and says what it would need:
+A block of the languages ``sh`` and ``python`` is run by docs/test_docs_examples.py. An HTML comment
+on the line before it, which no reader sees, leaves it out and says what it would need:
 
     <!-- not run: gpu -->      or network, or hours
     <!-- run by: tests/models/test_transformers.py -->      a test that has imported what it needs
