@@ -5,7 +5,14 @@ import sys
 
 import pytest
 
-from vim_ssl.training.run import Run, newest_run, pretrained_on, resume_command, unfinished
+from vim_ssl.training.run import (
+    Run,
+    evaluation_folder,
+    newest_run,
+    pretrained_on,
+    resume_command,
+    unfinished,
+)
 
 
 def make(folder, step: int = 4, recipe: str = "mim_pretrain", **config):
@@ -94,3 +101,10 @@ def test_pretraining_on_test_images_is_known(
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text(json.dumps({"recipe": recipe, "data": trained}))
     assert pretrained_on("run", spec, split) is seen
+
+
+def test_evaluations_of_one_second_have_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("time.strftime", lambda _: "20260102-030405")
+    names = [evaluation_folder().name for _ in range(3)]
+    assert names == [f"evaluation-20260102-030405{end}" for end in ("", "-2", "-3")]

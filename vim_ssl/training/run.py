@@ -61,7 +61,7 @@ class Run(Checkpoints):
         from accelerate.utils import broadcast_object_list
 
         _check_trackers(config.trackers)
-        name = config.output or str(RUNS / f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
+        name = config.output or str(_new_folder(recipe))
         (name,) = broadcast_object_list([name])
         run = cls(Path(name), accelerator.is_main_process)
         run.recipe, run._record = recipe, {"recipe": recipe, **to_dict(config)}
@@ -355,8 +355,18 @@ def task_folder(task: str, source: str | Path, data: str) -> Path:
 def evaluation_folder(output: str = "") -> Path:
     """The folder for an evaluation without training: ``output``, or one under ``runs/`` named by
     the time. It is created if needed."""
-    folder = Path(output) if output else RUNS / f"evaluation-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path(output) if output else _new_folder("evaluation")
     folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _new_folder(name: str) -> Path:
+    """A folder under ``runs/`` named by the time, which does not exist."""
+    first = folder = RUNS / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    number = 1
+    while folder.exists():  # of the same second
+        number += 1
+        folder = first.with_name(f"{first.name}-{number}")
     return folder
 
 
