@@ -2,7 +2,7 @@
 
 import pytest
 
-from vim_ssl.utils.files import atomic_path, atomic_write
+from vim_ssl.utils.files import atomic_path, atomic_write, reading
 
 
 @pytest.mark.parametrize(("content", "expected"), [("ä", "ä".encode()), (b"\xff", b"\xff")])
@@ -58,3 +58,19 @@ def test_what_a_killed_process_left_is_overwritten(tmp_path):
         partial.write_text("whole")
     assert path.read_text() == "whole"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [KeyError("name"), ValueError("odd"), EOFError("short")])
+def test_an_error_of_a_reader_names_the_file_and_what_to_do(tmp_path, error):
+    file = tmp_path / "log.jsonl"
+    text = r"log\.jsonl cannot be read as a log .*; delete it\."
+    with pytest.raises(ValueError, match=text), reading(file, "a log", "delete it"):
+        raise error
+
+
+def test_errors_that_name_the_file_pass_unchanged(tmp_path):
+    file = tmp_path / "log.jsonl"
+    with pytest.raises(ValueError, match=r"log\.jsonl: line 3$"), reading(file, "a log"):
+        raise ValueError(f"{file}: line 3")
+    with pytest.raises(FileNotFoundError), reading(file, "a log"):
+        file.read_text()

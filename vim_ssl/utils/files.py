@@ -105,6 +105,35 @@ def user_cache() -> Path:
     return Path(base).expanduser() / "vim_ssl"
 
 
+@contextmanager
+def reading(path: str | os.PathLike, what: str, remedy: str = "") -> Iterator[None]:
+    """Report any error of a library that reads a user's file as a ValueError that names the file.
+
+        with reading(path, "a run's log", "delete it"):
+            rows = [json.loads(line) for line in open(path)]
+
+    Missing files, missing rights, missing libraries, and errors that name the file pass unchanged.
+
+    Args:
+        what: the expected content, with its article.
+        remedy: what to do, as a phrase; default: replace the file.
+    Raises: ValueError, from the library's error.
+    """
+    try:
+        yield
+    except (FileNotFoundError, PermissionError, ImportError, MemoryError):
+        raise
+    except Exception as error:  # readers of damaged files raise errors of nearly any type
+        if str(path) in str(error) and isinstance(error, (ValueError, OSError)):
+            raise
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        reason = " ".join(str(error).split())[:200].rstrip(".")
+        raise ValueError(
+            f"{path} cannot be read as {what} ({kind}{reason}); "
+            f"{remedy or 'replace it by an intact copy'}."
+        ) from error
+
+
 def read_text(file: Path) -> str:
     """The content of a text file. Raises: ValueError naming the line that is not UTF-8."""
     content = file.read_bytes()
