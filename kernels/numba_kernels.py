@@ -19,12 +19,14 @@ which LLVM vectorises. Flags that assume finite numbers are not set, so that inf
 propagate.
 """
 
+import contextlib
 import logging
 
 import numpy as np
 from llvmlite import ir
 from numba import carray, njit, types
 from numba.core import cgutils, event
+from numba.core.caching import FunctionCache
 from numba.core.compiler import Compiler
 from numba.core.dispatcher import Dispatcher
 from numba.extending import intrinsic
@@ -70,10 +72,40 @@ def kernel(function):
     processes load from disk.
     """
     options = {"fastmath": SAFE, "error_model": "numpy", "nogil": True}
-    try:
-        return njit(**options, cache=True)(function)
-    except RuntimeError:  # no writable folder for the cache: compile in every process
-        return njit(**options)(function)
+    compiled = njit(**options)(function)
+    # RuntimeError: no writable folder for the cache, so every process compiles.
+    with contextlib.suppress(RuntimeError):
+        compiled._cache = _Cache(FunctionCache(function))
+    return compiled
+
+
+class _Cache:
+    """numba's disk cache of one kernel. A failure to read or write it is logged, never raised: the
+    kernel is compiled again."""
+
+    def __init__(self, files: FunctionCache):
+        self._files = files
+
+    def __getattr__(self, name: str):
+        return getattr(self._files, name)
+
+    def load_overload(self, signature, target):
+        try:
+            return self._files.load_overload(signature, target)
+        except Exception as error:  # a truncated file gives an error of nearly any type
+            log.warning("numba's cache in %s is damaged (%s)", self.cache_path, error)
+            with contextlib.suppress(Exception):
+                self._files.flush()
+            return None
+
+    def save_overload(self, signature, data):
+        try:
+            self._files.save_overload(signature, data)
+        except Exception as error:  # a full disk, for one
+            log.warning(
+                "numba's cache in %s cannot be written (%s), so every process compiles the CPU "
+                "kernels; set NUMBA_CACHE_DIR to a folder with space", self.cache_path, error,
+            )  # fmt: skip
 
 
 class _CompileNotice(event.Listener):
@@ -86,7 +118,12 @@ class _CompileNotice(event.Listener):
         ours = isinstance(compiled, Dispatcher) and compiled.py_func.__module__ == __name__
         if ours and not self.logged:
             self.logged = True
-            log.warning("compiling the CPU kernels: some 20 seconds, once; later runs load them")
+            often = (
+                "once; later runs load them" if isinstance(compiled._cache, _Cache) else
+                "in every process, since numba's cache has no folder that can be written: set "
+                "NUMBA_CACHE_DIR to one"
+            )  # fmt: skip
+            log.warning("compiling the CPU kernels: some 20 seconds, %s", often)
 
     def on_end(self, event):
         pass

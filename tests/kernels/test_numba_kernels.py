@@ -1,5 +1,6 @@
 """Guarantees of the compiled CPU kernels only: operators, threads, forks, and the disk cache."""
 
+import errno
 import os
 import warnings
 
@@ -125,16 +126,20 @@ def test_a_second_process_loads_what_the_first_compiled(tmp_path):
     assert [done.stderr.count("compiling the CPU kernels") for done in runs] == [1, 0]
 
 
-def test_without_a_writable_cache_folder_it_compiles_in_every_process(monkeypatch):
+def test_without_a_writable_cache_folder_it_compiles_in_every_process(monkeypatch, caplog):
     from numba.core import caching
 
     from vim_ssl.kernels import numba_kernels
 
     monkeypatch.setattr(caching.CodeLibraryCacheImpl, "_locator_classes", [])
     monkeypatch.setattr(caching.CompileResultCacheImpl, "_locator_classes", [])
+    monkeypatch.setattr(numba_kernels._CompileNotice, "logged", False)
+    monkeypatch.setattr(numba_kernels, "__name__", __name__)  # the notice is of its own kernels
     doubled = numba_kernels.kernel(lambda x: 2 * x)
     assert doubled(21) == 42
     assert not doubled.stats.cache_path
+    assert "in every process, since" in caplog.text
+    assert "NUMBA_CACHE_DIR" in caplog.text
 
 
 def test_empty_batch_and_last_state():
@@ -143,3 +148,46 @@ def test_empty_batch_and_last_state():
     assert got["y"].shape == (0, 3, 5)
     assert got["d_A"].shape == (3, 2)
     assert not got["d_A"].any()
+
+
+def doubled_by(cache, monkeypatch, caplog):
+    """Compile a kernel with this cache folder, or load it; return its hits and the log."""
+    from numba.core import config
+
+    from vim_ssl.kernels import numba_kernels
+
+    monkeypatch.setattr(config, "CACHE_DIR", str(cache))
+    caplog.clear()
+    kernel = numba_kernels.kernel(_double)
+    assert kernel(3) == 6
+    return sum(kernel.stats.cache_hits.values()), caplog.text
+
+
+def _double(x):
+    return 2 * x
+
+
+@pytest.mark.parametrize("ending", ["*.nbi", "*.nbc"])
+@pytest.mark.parametrize("damage", [b"", b"\x80\x04torn", "shorter"])
+def test_a_damaged_cache_is_compiled_anew_and_told(tmp_path, monkeypatch, caplog, ending, damage):
+    assert doubled_by(tmp_path, monkeypatch, caplog)[0] == 0
+    for file in tmp_path.rglob(ending):
+        content = file.read_bytes()
+        file.write_bytes(content[: len(content) // 2] if damage == "shorter" else damage)
+    hits, log = doubled_by(tmp_path, monkeypatch, caplog)
+    assert hits == 0
+    assert "numba's cache" in log
+    assert "is damaged" in log
+    assert doubled_by(tmp_path, monkeypatch, caplog) == (1, "")  # it was mended
+
+
+def test_a_cache_on_a_full_disk_is_told_and_the_kernel_runs(tmp_path, monkeypatch, caplog):
+    from numba.core import caching
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(caching.IndexDataCacheFile, "save", full)
+    _, log = doubled_by(tmp_path, monkeypatch, caplog)
+    assert "No space left on device), so every process compiles" in log
+    assert "NUMBA_CACHE_DIR" in log
