@@ -94,11 +94,16 @@ def register(
 def select(op: str, name: str, *tensors: Tensor | None) -> ModuleType:
     """Return the module that runs the operation on these tensors; the first one sets the device.
 
+    Inside a transform of `torch.func`, which cannot look into the compiled kernels, "auto" selects
+    a backend of plain torch operations.
+
     Raises: ValueError as `resolve` does; RuntimeError for dual tensors (forward-mode
         differentiation) if the backend would drop their tangents.
     """
     present = [m for m in tensors if m is not None]
     device = present[0].device.type
+    if name == "auto" and _transformed():
+        name = next(n for n, b in BACKENDS[op].items() if b.forward_mode)
     backend = BACKENDS[op][resolve(op, name, device)]
     if not backend.float64 and any(m.dtype == torch.float64 for m in present):
         backend = BACKENDS[op][resolve(op, "torch", device)]
@@ -111,6 +116,13 @@ def select(op: str, name: str, *tensors: Tensor | None) -> ModuleType:
         )
     assert backend.loaded is not None
     return backend.loaded
+
+
+def _transformed() -> bool:
+    """True inside a transform of `torch.func`, such as grad, jacrev or vmap."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 @torch.compiler.assume_constant_result  # torch.compile cannot trace an import

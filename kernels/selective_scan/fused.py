@@ -17,7 +17,8 @@ In the fused backends, numba and Triton, this function calls the first of two to
     backward(dout, dlast, u, delta, A, B, C, D, z, bias, *kept, softplus, reverse, scale)
         -> gradients of u, delta, A, B, C, D, z (empty without z), bias, h0
 
-kept are results that the backward pass needs, empty unless ``save``. States are flat, for
+kept are results that the backward pass needs, empty unless ``save``; without it, the backward pass
+computes them. States are flat, for
 torch.export: see `torch_backend.py`.
 """
 
@@ -90,12 +91,13 @@ def register_scan_gradient(forward: Any, backward: Any, name: str) -> None:
 
     def gradients(ctx, dout, dlast, *_):
         tensors, (*options, save) = ctx.saved_tensors, ctx.options
-        if not save:
-            raise RuntimeError(f"The {name} scan was called with save=False: it has no gradient.")
+        inputs, kept = tensors[:9], tensors[9:]
+        if not save:  # a program that was exported without gradients
+            _, _, *kept = forward(*inputs, *options, True)
         if dout is None:
-            dout = tensors[0].new_zeros(tensors[0].shape[1:])
-        return backward(dout, dlast, *tensors, *options)
+            dout = inputs[0].new_zeros(inputs[0].shape[1:])
+        return backward(dout, dlast, *inputs[:8], *kept, *options)
 
     register_gradient(
-        forward, backward, f"{name} scan", saved=slice(8), kept=2, gradients=gradients
+        forward, backward, f"{name} scan", saved=slice(9), kept=2, gradients=gradients
     )

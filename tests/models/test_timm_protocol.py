@@ -348,6 +348,16 @@ def test_resolve_data_config_gives_the_presets_statistics():
     assert (config["interpolation"], config["crop_pct"]) == ("bicubic", 0.875)
 
 
+def test_timm_knows_the_data_of_an_encoder_that_it_did_not_make(tmp_path):
+    statistics = {"mean": (0.2, 0.3), "std": (0.4, 0.5)}
+    encoder = load_encoder("vim_nano_patch4_28", in_chans=2, img_size=32, data_config=statistics)
+    save_encoder(encoder, tmp_path)
+    for model in (encoder, load_encoder(tmp_path)):
+        config = resolve_model_data_config(model)
+        assert config["input_size"] == (2, 32, 32)
+        assert {key: config[key] for key in statistics} == statistics
+
+
 def test_transform_of_timm_feeds_the_model():
     model = make()
     transform = create_transform(**resolve_model_data_config(model))

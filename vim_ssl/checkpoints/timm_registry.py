@@ -16,7 +16,7 @@ from typing import Any
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from vim_ssl.data.config import complete_data_config
+from vim_ssl.data.config import complete_data_config, timm_cfg
 from vim_ssl.models.presets import PRESETS, TAGS
 
 _UNTRAINED = "untrained"
@@ -54,9 +54,7 @@ def _register(name: str, preset: dict[str, Any]) -> None:
 def _timm_cfg(preset: dict[str, Any], **weights: Any) -> dict[str, Any]:
     side, chans = preset.get("img_size", 224), preset.get("in_chans", 3)
     data = complete_data_config(preset.get("data_config"), chans, (side, side))
-    del data["bands"]  # timm has no such field
-    head = {"num_classes": 1000, "first_conv": "patch_embed.proj", "classifier": "head"}
-    return data | head | weights
+    return timm_cfg(data, 1000) | weights
 
 
 _cfgs: dict[str, Any] = {

@@ -35,6 +35,14 @@ def complete_data_config(given: dict | None, in_chans: int, img_size: tuple[int,
     return config
 
 
+def timm_cfg(data_config: Mapping[str, Any], num_classes: int) -> dict[str, Any]:
+    """The ``pretrained_cfg`` of an encoder, by which timm knows its input and its first and last
+    layer. timm has no field for bands."""
+    data = {key: value for key, value in data_config.items() if key != "bands"}
+    layers = {"first_conv": "patch_embed.proj", "classifier": "head"}
+    return data | {"num_classes": num_classes} | layers
+
+
 _COLOURS = {
     "R": "R", "RED": "R", "B04": "R", "G": "G", "GREEN": "G", "B03": "G", "B": "B", "BLUE": "B",
     "B02": "B",

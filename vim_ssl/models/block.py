@@ -43,13 +43,17 @@ class RMSNorm(nn.Module):
 
 
 class DepthwiseConv1d(nn.Module):
-    """Weight (d, 1, k) and bias (d,) of one direction's causal convolution."""
+    """One direction's causal convolution: weight (d, 1, k), bias (d,)."""
 
     def __init__(self, dim: int, kernel_size: int):
         super().__init__()
         bound = kernel_size**-0.5  # torch's default for a convolution with this fan-in
         self.weight = nn.Parameter(torch.empty(dim, 1, kernel_size).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(dim).uniform_(-bound, bound))
+
+    def forward(self, x: Tensor, reverse: bool = False) -> Tensor:
+        """(b, l, d) -> silu of the convolution, same shape; see `causal_conv1d`."""
+        return causal_conv1d(x, self.weight.squeeze(1), self.bias, reverse)
 
 
 class VimMixer(nn.Module):
@@ -121,11 +125,13 @@ class VimMixer(nn.Module):
             directions: a subset of the mixer's directions; all of them by default.
         """
         x, z = self.in_proj(hidden).chunk(2, dim=-1)
-        directions = directions or self.directions
-        if directions == "both":
-            y = self._scan_both(x, None if self.layernorm else z)
+        suffixes = DIRECTIONS[directions or self.directions]
+        gate = None if self.layernorm else z
+        if len(suffixes) == 2 and self._can_fuse():
+            y = self._scan_both(x, gate)
         else:
-            y, _ = self._scan_one(x, None if self.layernorm else z, DIRECTIONS[directions][0])
+            y = sum((self._scan_one(x, gate, suffix)[0] for suffix in suffixes), x.new_zeros(()))
+            y = y * self._scale if len(suffixes) == 2 else y
         return self._finish(y, z)
 
     def forward_stream(self, hidden: Tensor, state: MixerState | None) -> tuple[Tensor, MixerState]:
@@ -155,6 +161,20 @@ class VimMixer(nn.Module):
             y = self.layernorm(y) * F.silu(z)
         return self.out_proj(y)
 
+    @property
+    def _scale(self) -> float:
+        """Factor of the sum of both directions."""
+        return 0.5 if self.divide_out or self.layernorm is not None else 1.0
+
+    def _can_fuse(self) -> bool:
+        """True if both directions can share one pass over the weights of their modules; False if
+        one of these was replaced, wrapped or hooked, as by LoRA or quantisation: it is called."""
+        return all(
+            _computes_from_weight(getattr(self, f"{name}{suffix}"))
+            for name in ("conv1d", "x_proj", "dt_proj")
+            for suffix in DIRECTIONS["both"]
+        )
+
     def _scan_both(self, x: Tensor, z: Tensor | None) -> Tensor:
         u = bi_causal_conv1d(
             x, self._pair("conv1d", "weight").squeeze(2), self._pair("conv1d", "bias")
@@ -167,8 +187,7 @@ class VimMixer(nn.Module):
         return bi_selective_scan(
             u, delta, -_wide(a_log).exp(), B, C, _wide(self._pair("D")), z,
             _wide(self._pair("dt_proj", "bias")),
-            scale=0.5 if self.divide_out or self.layernorm is not None else 1.0,
-            backend=self.scan_backend,
+            scale=self._scale, backend=self.scan_backend,
         )  # fmt: skip
 
     def _scan_one(
@@ -177,15 +196,17 @@ class VimMixer(nn.Module):
         """Scan one direction, without dividing by 2. The first ``skip`` tokens of x are context
         for the convolution only. Returns y and the last state."""
         reverse = suffix == "_b"
-        conv = getattr(self, f"conv1d{suffix}")
-        u = causal_conv1d(x, conv.weight.squeeze(1), conv.bias, reverse)[:, skip:]  # (b, l, d)
+        u = getattr(self, f"conv1d{suffix}")(x, reverse)[:, skip:]  # (b, l, d)
         dt, B, C = self._split(getattr(self, f"x_proj{suffix}")(u))
-        dt_proj = getattr(self, f"dt_proj{suffix}")
-        delta = F.linear(dt, dt_proj.weight)
+        dt_proj, bias = getattr(self, f"dt_proj{suffix}"), None
+        if _computes_from_weight(dt_proj):  # the scan adds the bias in float32
+            delta, bias = F.linear(dt, dt_proj.weight), _wide(dt_proj.bias)
+        else:
+            delta = dt_proj(dt)
         a_log = self.A_b_log if reverse else self.A_log
         y, last = selective_scan(
             u.mT, delta.mT, -_wide(a_log).exp(), B.mT, C.mT, _wide(getattr(self, f"D{suffix}")),
-            None if z is None else z.mT, _wide(dt_proj.bias), True, initial_state=start,
+            None if z is None else z.mT, bias, True, initial_state=start,
             return_last_state=True, reverse=reverse, backend=self.scan_backend,
         )  # fmt: skip
         return y.mT, last
@@ -197,6 +218,18 @@ class VimMixer(nn.Module):
         """Stack a parameter of the forward direction with its backward counterpart: (2, ...)."""
         both = [getattr(self, name), getattr(self, twin or f"{name}_b")]
         return torch.stack(both if leaf is None else [getattr(m, leaf) for m in both])
+
+
+def _computes_from_weight(module: nn.Module) -> bool:
+    """True if calling a module only applies its weight and bias, however these are computed."""
+    hooks = (
+        module._forward_hooks, module._forward_pre_hooks, module._backward_hooks,
+        module._backward_pre_hooks,
+    )  # fmt: skip
+    known = type(module).forward in (nn.Linear.forward, DepthwiseConv1d.forward)
+    # A tensor of torchao may support no operation but its layer's.
+    plain = known and not hasattr(module.weight, "__tensor_flatten__")
+    return plain and "forward" not in vars(module) and not any(hooks)
 
 
 def rotate(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from timm.layers import DropPath, build_rotary_pos_embed, resample_abs_pos_embed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vim_ssl.data.config import complete_data_config
+from vim_ssl.data.config import complete_data_config, timm_cfg
 from vim_ssl.models.block import DIRECTIONS, MixerState, RMSNorm, VimBlock
 from vim_ssl.models.presets import PRESETS as PRESETS
 from vim_ssl.models.tokens import (
@@ -177,6 +177,9 @@ class VimEncoder(nn.Module):
             {"module": f"layers.{i}", "num_chs": embed_dim, "reduction": reduction}
             for i in range(depth)
         ]
+        # For timm's resolve_model_data_config; timm.create_model replaces it by its own.
+        self.pretrained_cfg = timm_cfg(self.data_config, num_classes)
+        self.default_cfg = self.pretrained_cfg
         default_pool = "token" if self.cls_names else "avg"
         self.reset_classifier(num_classes, default_pool if global_pool is None else global_pool)
 
@@ -377,7 +380,8 @@ class VimEncoder(nn.Module):
     def _insert_extra_tokens(self, tokens: Tensor) -> Tensor:
         """Insert the class tokens, with their positions added, and the registers."""
         _, cls_pos = self._positions(self.grid_size)
-        cls = [tokens.new_zeros(1, 0, self.embed_dim), *map(self.get_parameter, self.cls_names)]
+        # getattr: replicas, wrappers and parametrisations replace the parameter by a plain tensor.
+        cls = [tokens.new_zeros(1, 0, self.embed_dim), *(getattr(self, n) for n in self.cls_names)]
         joined = torch.cat(cls, dim=1)
         joined = joined if cls_pos is None else joined + cls_pos
         return self._insert_extra(tokens, joined, self.register_tokens)
