@@ -432,7 +432,7 @@ def without_own_conv(state):
         (None, without_own_conv, "v1 block"),
         (NAME.replace("v2", "_bidirectional"), dict, "layer-pair bidirectional"),
         (NAME, lambda s: s | {"rope.freqs_cos": torch.ones(16, 32)}, "another definition"),
-        (NAME, lambda s: {f"blocks.0.attn.{k}": v for k, v in s.items()}, "vision transformer"),
+        (NAME, lambda s: {"blocks.0.attn.qkv.weight": torch.ones(1)}, "vision transformer"),
         (NAME, lambda s: {"layer1.0.conv1.weight": torch.ones(1)}, "a ResNet"),
         (NAME, lambda s: {"w": torch.ones(1)}, "architecture is unknown"),
         (NAME, lambda s: s | {"layers.0.mixer.gamma": torch.ones(32)}, "1 unexpected.*gamma"),
@@ -469,6 +469,68 @@ def test_strict_false_loads_what_fits(tmp_path):
         loaded = load_encoder(path, strict=False)
     torch.testing.assert_close(loaded.cls_token, encoder.cls_token)
     torch.testing.assert_close(loaded.norm_f.weight, torch.ones(32))
+
+
+def _under(prefix: str, state: dict) -> dict:
+    return {f"{prefix}{key}": value for key, value in state.items()}
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    ["_orig_mod.", "module._orig_mod.", "encoder.", "backbone.", "model.encoder.", "module.model.",
+     "_fsdp_wrapped_module.backbone._orig_mod."],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    "container", [None, "model_state_dict", "state_dict", "teacher", "net", "ema"]
+)
+def test_weights_of_a_wrapped_model(tmp_path, prefix, container):
+    encoder, path = small(), tmp_path / "vim.pth"
+    state = _under(prefix, encoder.state_dict())
+    torch.save({container: state, "epoch": 3} if container else state, path)
+    loaded = load_encoder(path, num_classes=None, divide_out=True, cls_position="middle")
+    same(encoder, loaded)
+
+
+def test_weights_of_torchs_average_and_of_a_compiled_model(tmp_path):
+    encoder = small()
+    average = torch.optim.swa_utils.AveragedModel(encoder)
+    torch.save(average.state_dict(), tmp_path / "average.pth")
+    torch.save(torch.compile(encoder).state_dict(), tmp_path / "compiled.pth")
+    for file in ("average.pth", "compiled.pth"):
+        args = {"num_classes": None, "divide_out": True, "cls_position": "middle"}
+        same(encoder, load_encoder(tmp_path / file, **args))
+
+
+def test_the_encoder_of_a_larger_model_is_told(tmp_path):
+    encoder, path = small(), tmp_path / "vim.pth"
+    larger = _under("encoder.", encoder.state_dict()) | {"decoder.weight": torch.ones(2)}
+    torch.save(larger, path)
+    with pytest.warns(UserWarning, match=r"encoder is 'encoder'; 1 other.*decoder\.weight"):
+        loaded = load_encoder(path, num_classes=None, divide_out=True, cls_position="middle")
+    same(encoder, loaded)
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_student_and_teacher(tmp_path, nested):
+    student, teacher, path = small(), VimEncoder(**TINY).eval(), tmp_path / "vim.pth"
+    states = {"student": student.state_dict(), "teacher": teacher.state_dict()}
+    if not nested:
+        states = {
+            k: v for name in states for k, v in _under(f"{name}.backbone.", states[name]).items()
+        }
+    torch.save(states, path)
+    args = {"num_classes": None, "divide_out": True, "cls_position": "middle"}
+    with pytest.warns(UserWarning, match="the student is loaded; ema=True loads the teacher"):
+        same(student, load_encoder(path, **args))
+    with pytest.warns(UserWarning, match="the student is loaded"):
+        same(teacher, load_encoder(path, ema=True, **args))
+
+
+def test_several_encoders_in_a_file_are_refused(tmp_path):
+    state = small().state_dict()
+    torch.save(_under("online.", state) | _under("target.", state), tmp_path / "vim.pth")
+    with pytest.raises(ValueError, match=r"several encoders, under the keys 'online', 'target'"):
+        load_encoder(tmp_path / "vim.pth")
 
 
 def test_ema_of_a_released_file_only_when_asked(tmp_path):

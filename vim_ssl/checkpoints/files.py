@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vim_ssl.checkpoints.wrappers import find_states
+
 FORMAT = 1  # version of encoder.json; increased when older readers could misread newer files
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
 HUB_TIMEOUT_S = 10.0  # for listing a repository; downloads have no limit
@@ -28,7 +30,8 @@ HUB_TIMEOUT_S = 10.0  # for listing a repository; downloads have no limit
 
 @dataclass
 class Stored:
-    """Content of a weights file: one set of weights and its metadata."""
+    """Content of a weights file: one set of weights and its metadata; ``notes`` say which part of
+    the file that is."""
 
     path: Path
     state: dict[str, Tensor]
@@ -38,6 +41,7 @@ class Stored:
     is_ema: bool = False
     has_ema: bool = False
     made_by: dict[str, Any] | None = None
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -331,17 +335,13 @@ def _unsafe_globals(path: Path, message: str) -> str:
 
 
 def _unwrap(content: Any, path: Path, ema: bool | None) -> Stored:
-    """Extract the weights from a training checkpoint: {"model"}, {"state_dict"} or a bare dict."""
+    """Extract the weights from a training checkpoint, in any of the layouts of `find_states`."""
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} contains a {type(content).__name__}, not a dict of weights.")
-    averaged = content.get("model_ema") or content.get("state_dict_ema")
-    averaged = averaged if isinstance(averaged, Mapping) else None
+    weights, averaged, notes = find_states(content, path)
     if ema and averaged is None:
         raise ValueError(f"{path} has no EMA copy (model_ema); omit ema=True.")
-    inner = (content.get(key) for key in ("model", "state_dict"))
-    weights = next((value for value in inner if isinstance(value, Mapping)), content)
-    chosen = averaged if ema and averaged is not None else weights
-    state = {str(key).removeprefix("module."): value for key, value in chosen.items()}
+    state = averaged if ema and averaged is not None else weights
     if other := [key for key, value in state.items() if not isinstance(value, Tensor)]:
         raise ValueError(
             f"{path} has no state dict: {other[0]!r} is a {type(state[other[0]]).__name__}, not a "
@@ -353,7 +353,7 @@ def _unwrap(content: Any, path: Path, ema: bool | None) -> Stored:
     name = args.get("model")
     return Stored(
         path, state, model_name=name if isinstance(name, str) else None, training_args=args,
-        is_ema=bool(ema), has_ema=averaged is not None,
+        is_ema=bool(ema), has_ema=averaged is not None, notes=notes,
     )  # fmt: skip
 
 

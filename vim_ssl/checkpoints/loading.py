@@ -366,6 +366,7 @@ def config_of(stored: Stored, requested: Mapping[str, Any]) -> tuple[dict[str, A
                     f"The config of {stored.path} has {name!r}, which this vim_ssl does not know. "
                     f"{hint}"
                 )
+    assumed = [*stored.notes, *assumed]
     config = DEFAULTS | config
     if not isinstance(config["img_size"], int):
         config["img_size"] = tuple(config["img_size"])  # JSON has lists
