@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from timm.data import resolve_model_data_config
 
-from vim_ssl import VimEncoder
+from vim_ssl import VimEncoder, load_encoder
 from vim_ssl.objectives.distill import Distill
 from vim_ssl.objectives.masking import RandomMask
 
@@ -115,6 +115,18 @@ def test_a_frozen_teacher_sees_the_image_in_its_own_scale_size_and_channels(chan
     assert images.shape == (2, 3, 32, 32)
     torch.testing.assert_close(images[0, :, 16, 16], torch.tensor(expected))
     assert "_frozen" not in " ".join(model.state_dict())
+
+
+@pytest.mark.parametrize(("patch", "stride", "side"), [(8, 8, 32), (8, 4, 20), (8, 2, 14)])
+def test_a_teacher_whose_patches_overlap_sees_images_that_give_the_students_grid(
+    patch, stride, side
+):
+    teacher = load_encoder("vim_nano_patch8_64", depth=1, embed_dim=16, stride=stride)
+    shown = []
+    teacher.patch_embed.register_forward_pre_hook(lambda module, args: shown.append(args[0]))
+    model = Distill(student(), teacher)  # 4 x 4 patches
+    assert model.targets(torch.zeros(1, 3, 16, 16)).shape == (1, 16, 16)
+    assert shown[0].shape[-2:] == (side, side)
 
 
 def test_a_teacher_of_other_channels_is_refused():

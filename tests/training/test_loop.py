@@ -272,6 +272,31 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path):
     assert torch.isfinite(objective.linear.weight).all()
 
 
+def test_a_step_that_is_not_finite_is_skipped_whatever_precision_was_requested(tmp_path):
+    config = TrainConfig(
+        precision="fp16", epochs=2, batch_size=4, workers=0, threads=1, output=str(tmp_path),
+        base_lr=0.1, log_every=1, warmup_epochs=0,
+    )  # fmt: skip
+    accelerator = make_accelerator(dataclasses.replace(config, precision="no"))
+    objective, run = Linear(fail_at=(3,)), Run.open("test", config, accelerator)
+    with contextlib.closing(run):
+        fit(objective, SeededSamples(Numbers(32), noisy, 0), config, run, accelerator)
+    assert read_metrics(tmp_path)[-1]["bad_steps"] == 1
+    assert torch.isfinite(objective.linear.weight).all()
+
+
+def test_a_precision_that_the_device_does_not_have_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"fp16 is not active on this device \(cpu\).*bf16 or no"):
+        train(tmp_path, Linear(), precision="fp16")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_second_run_of_a_process_has_its_own_precision(tmp_path):
+    for precision in ("no", "bf16", "no"):
+        config = TrainConfig(precision=precision)
+        assert make_accelerator(config).mixed_precision == precision
+
+
 def test_a_step_in_which_nothing_counts_is_no_bad_step(tmp_path):
     """As when no pixel of a batch is labelled."""
 

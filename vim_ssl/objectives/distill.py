@@ -188,8 +188,18 @@ def _inputs_for(teacher, images: Tensor, data_config: dict, grid: tuple[int, int
     if images.shape[1] == 1 and channels == 3:
         images = images.expand(-1, 3, -1, -1)
     images = (images - column(target["mean"])) / column(target["std"])
-    stride = teacher.feature_info[-1]["reduction"]
-    size = [side * stride for side in grid]
+    patch, stride = _patch_and_stride(teacher)
+    size = [p + (side - 1) * s for side, p, s in zip(grid, patch, stride, strict=True)]
     if list(images.shape[-2:]) != size:
         images = F.interpolate(images, size=size, mode="bicubic", antialias=True)
     return images
+
+
+def _patch_and_stride(teacher) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Size and stride of a teacher's patches in pixels (rows, columns); patches may overlap."""
+    projection = getattr(getattr(teacher, "patch_embed", None), "proj", None)
+    if isinstance(projection, nn.Conv2d):
+        (rows, columns), (down, right) = projection.kernel_size, projection.stride
+        return (rows, columns), (int(down), int(right))
+    stride = teacher.feature_info[-1]["reduction"]
+    return (stride, stride), (stride, stride)

@@ -17,9 +17,10 @@ def make_accelerator(config: TrainConfig):
     """Return accelerate's Accelerator for this configuration.
 
     Raises: ValueError if the launcher's processes are not connected, for several processes with
-        ``eval_only``, and for ``ema`` under FSDP.
+        ``eval_only``, for a precision that the device does not support, and for ``ema`` under FSDP.
     """
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
     from accelerate.utils import InitProcessGroupKwargs, TorchDynamoPlugin
 
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -34,6 +35,8 @@ def make_accelerator(config: TrainConfig):
     if world > 1 and not torch.cuda.is_available():
         # Without this, accelerate finds no GPU and every process trains alone.
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.precision:
+        AcceleratorState._reset_state()  # an earlier run of this process had another precision
     timeout = InitProcessGroupKwargs(timeout=TIMEOUT)
     accelerator = Accelerator(mixed_precision=config.precision, kwargs_handlers=[timeout])
     # A second Accelerator in a process would keep the plugin of the first.
@@ -44,6 +47,11 @@ def make_accelerator(config: TrainConfig):
             f"The launcher started {world} processes but accelerate sees "
             f"{accelerator.num_processes}: each would train alone and write the same files. "
             "Check `accelerate env` and the launcher's flags."
+        )
+    if config.precision != "no" and not accelerator.native_amp:
+        raise ValueError(
+            f"precision {config.precision} is not active on this device ({accelerator.device.type})"
+            ": autocast and the loss scaler of fp16 need a GPU; use --precision bf16 or no."
         )
     if config.ema and accelerator.distributed_type == "FSDP":
         raise ValueError(

@@ -141,8 +141,12 @@ def optimise(accelerator, model, objective, optimizer, loss, config) -> tuple[fl
     it and the loss are finite."""
     norm = float(accelerator.clip_grad_norm_(model.parameters(), config.clip_grad or math.inf))
     finite = math.isfinite(norm + loss)
-    if finite or config.precision == "fp16":  # the fp16 scaler skips non-finite steps
+    scaler = accelerator.scaler  # None unless fp16 is active, whatever the setting says
+    # With a gradient that is not finite, the scaler skips the step and lowers its scale.
+    if finite or (scaler is not None and not math.isfinite(norm)):
         optimizer.step()
+    elif scaler is not None:
+        scaler.update()
     optimizer.zero_grad()
     if finite and (after_step := getattr(objective, "after_step", None)):
         after_step()
