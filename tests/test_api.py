@@ -2,10 +2,12 @@
 
 import dataclasses
 import inspect
+import io
 import json
 import os
 import random
 import signal
+import sys
 from importlib import import_module
 
 import numpy as np
@@ -127,6 +129,15 @@ def test_a_run_knows_its_results(run):
     assert page.count("data:image/png;base64,") == 1
     assert "<th>loss</th>" in page
     json.dumps(run.curves)
+
+
+def test_a_terminal_without_the_characters_does_not_end_a_training(tmp_path, monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    trained = vim_ssl.pretrain(IMAGES, output=tmp_path / "café", **PRETRAINING | {"epochs": 1})
+    assert trained.folder.is_dir()
+    terminal.flush()
+    assert b"caf\\xe9" in terminal.buffer.getvalue()
 
 
 def test_calls_in_one_process_do_not_affect_each_other(run, tmp_path):

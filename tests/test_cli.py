@@ -48,6 +48,19 @@ def test_arguments_arrive_and_the_exit_code_returns(command):
     assert sys.argv == before
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "cp1251", "cp932"])
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_character_that_the_terminal_lacks_is_replaced(command, monkeypatch, encoding, stream):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, stream, terminal)
+    text = "8 × 8 · 3 → 4 …\udce9"
+    command(lambda argv: print(text, file=getattr(sys, stream), flush=True) or 0)
+    assert cli.main(["fake"]) == 0
+    printed = terminal.buffer.getvalue().decode(encoding)
+    assert printed.startswith("8 ")
+    assert "\\udce9" in printed
+
+
 @pytest.mark.parametrize("argv", [["--help"], ["-h"], []], ids=["help", "h", "nothing"])
 def test_the_overview_lists_every_command(capsys, argv):
     assert cli.main(argv) == (0 if argv else 2)

@@ -34,6 +34,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 from vim_ssl.results import Evaluation, Run
+from vim_ssl.utils.environment import print_any_character
 from vim_ssl.utils.names import did_you_mean
 
 if TYPE_CHECKING:
@@ -401,6 +402,7 @@ def _isolated() -> Iterator[None]:
     import numpy as np
     import torch
 
+    print_any_character()
     states = (random.getstate(), np.random.get_state())  # noqa: NPY002
     threads = torch.get_num_threads()
     try:

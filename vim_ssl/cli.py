@@ -7,7 +7,6 @@ imported. The overview reads the scripts' docstrings without running them.
 import ast
 import importlib
 import importlib.util
-import io
 import os
 import pkgutil
 import sys
@@ -16,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from vim_ssl.utils.environment import __version__, print_any_character
 from vim_ssl.utils.names import did_you_mean
 
 
@@ -50,13 +50,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns: the command's exit code; 2 for a user error, printed in one line (with
         ``VIM_SSL_TRACEBACK=1``, the whole traceback); 130 after Ctrl-C.
     """
+    print_any_character()
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(overview())
         return 0 if argv else 2
     if argv[0] in ("-V", "--version"):
-        from vim_ssl.utils.environment import __version__
-
         print(f"vim-ssl {__version__}")
         return 0
     name, commands = argv[0], all_commands()
@@ -84,8 +83,7 @@ def guarded(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | N
     `FloatingPointError` if a training diverges), and missing or unreadable paths. The same errors
     raised inside another library are bugs and keep their traceback.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a file name may have bytes that are not UTF-8
-        sys.stdout.reconfigure(errors="backslashreplace")
+    print_any_character()
     try:
         return main(argv)
     except KeyboardInterrupt:

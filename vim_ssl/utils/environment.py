@@ -1,7 +1,9 @@
 """Describe the environment of a measurement: versions, commit, hardware."""
 
+import io
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 __version__ = "0.1.0"
@@ -23,6 +25,14 @@ def environment() -> dict[str, str]:
         hardware += f"; {torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     versions = f"vim_ssl {__version__}, torch {torch.__version__}, timm {timm.__version__}"
     return {"hardware": hardware, "versions": f"{versions}, Python {platform.python_version()}"}
+
+
+def print_any_character() -> None:
+    """Let print replace characters that the terminal's encoding lacks (Windows code pages, ASCII,
+    file names that are not UTF-8); by default they end the process."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def is_main_rank() -> bool:
