@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from vim_ssl.data.clips import still
@@ -20,6 +20,7 @@ from vim_ssl.data.dataset import ImageData, captions_of
 from vim_ssl.data.images import BadImage
 from vim_ssl.data.labels import IGNORE
 from vim_ssl.data.loading.streamed import ImageStream
+from vim_ssl.data.loading.workers import Loader
 from vim_ssl.data.open import Source, open_data, open_source, sets_of
 from vim_ssl.data.registry import SOURCES
 from vim_ssl.data.spec import SPLIT_NAMES, canonical_split
@@ -162,7 +163,7 @@ def _splits(
         split = Split(name, images.ids, images.labels, images.groups, images.has_masks, boxes)
         few = min(sample, len(images)) if sample else len(images)
         chosen = images.subset(i * len(images) // few for i in range(few))
-        loader = DataLoader(_Decoding(chosen), 16, num_workers=workers, collate_fn=list)
+        loader = Loader(_Decoding(chosen), 16, num_workers=workers, collate_fn=list)
         with tqdm(total=few, desc=name, unit="images", disable=quiet) as bar:
             for decoded in loader:
                 split.decoded += decoded

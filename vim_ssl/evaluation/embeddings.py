@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import BadImage
 from vim_ssl.data.loading.streamed import ImageStream
+from vim_ssl.data.loading.workers import Loader
 from vim_ssl.data.split import as_key, is_known
 from vim_ssl.data.transforms.image import Transform
 from vim_ssl.evaluation.extract import Features, Readable, encode_batches
@@ -87,14 +88,14 @@ def read_rows(
     """
     if data.is_stream:
         stream = StreamRows(data, shards, transform, batch_size)
-        yield from DataLoader(stream, batch_size=None, num_workers=workers)
+        yield from Loader(stream, batch_size=None, num_workers=workers)
         return
     cuts = [
         (shard, range(begin, min(begin + batch_size, shard.end)))
         for shard in shards
         for begin in range(shard.first, shard.end, batch_size)
     ]
-    loader = DataLoader(
+    loader = Loader(
         Readable(data, transform),
         batch_sampler=[list(indices) for _, indices in cuts],
         num_workers=workers,

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset, Subset
 
 from vim_ssl.data.images import BadImage
+from vim_ssl.data.loading.workers import Loader
 
 
 @dataclass
@@ -83,7 +84,7 @@ def extract_rows(
     """`extract_features` for some images: return the features (n, d) of the readable ones, their
     indices, and the error texts of the others."""
     subset = Subset(Readable(data, transform), indices)
-    loader = DataLoader(subset, batch_size, num_workers=workers, collate_fn=list)
+    loader = Loader(subset, batch_size, num_workers=workers, collate_fn=list)
     x, rows, skipped = encode_batches(encode, loader, device)
     return x, [index for (index,) in rows], skipped
 

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from vim_ssl.data.images import BadImage
+from vim_ssl.data.loading.workers import Loader
 from vim_ssl.evaluation.extract import Readable, encode_batches
 from vim_ssl.evaluation.knn import search
 from vim_ssl.objectives.clip import Clip
@@ -56,9 +56,7 @@ def embed_pairs(
     """
     training = clip.training
     clip.eval()
-    loader = DataLoader(
-        _Pairs(data, clip.transform), batch_size, num_workers=workers, collate_fn=list
-    )
+    loader = Loader(_Pairs(data, clip.transform), batch_size, num_workers=workers, collate_fn=list)
     images, rows, skipped = encode_batches(clip.encode_image, loader, device)
     captions = [caption for texts_of_image, _ in rows for caption in texts_of_image]
     texts = [clip.encode_text(captions[i : i + batch_size]).cpu()

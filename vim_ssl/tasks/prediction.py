@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from tqdm.auto import tqdm
 
 from vim_ssl.data.images import BadImage
 from vim_ssl.data.loading.streamed import ImageStream
+from vim_ssl.data.loading.workers import Loader
 from vim_ssl.evaluation.features import weights_hash
 from vim_ssl.models.predictor import Predictor
 from vim_ssl.utils.environment import commit, environment
@@ -240,14 +241,14 @@ def read_batches(
 
     Batches are always cut at the same indices, so a resumed prediction has the same ones.
     """
-    loader: DataLoader
+    loader: Loader
     if data.is_stream:
         stream = _StreamRows(data, model, done, batch_size)
-        loader = DataLoader(stream, batch_size=None, num_workers=workers)
+        loader = Loader(stream, batch_size=None, num_workers=workers)
     else:
         cuts = [range(i, min(i + batch_size, len(data))) for i in range(0, len(data), batch_size)]
         missing = [list(cut) for cut in cuts if any(i not in done for i in cut)]
-        loader = DataLoader(
+        loader = Loader(
             _Rows(data, model), batch_sampler=missing, num_workers=workers, collate_fn=list
         )
     yield from loader

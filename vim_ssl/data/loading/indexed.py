@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
 from vim_ssl.data.images import BadImage
+from vim_ssl.data.loading.workers import Loader
 
 ATTEMPTS = 20  # consecutive broken images after which loading fails
 
@@ -164,13 +165,13 @@ def collate(samples: list[dict]) -> dict:
 
 def training_loader(
     samples: SeededSamples, batches: Sampler, *, num_workers: int = 0, pin_memory: bool = False
-) -> DataLoader:
+) -> Loader:
     """Return a loader of ``samples.batches(…)``; its workers stay alive between epochs."""
     if num_workers:
         # Not atexit: processes that multiprocessing starts (some launchers use it) skip atexit
         # and would wait forever, and a fork that exits would kill its parent's workers.
         Finalize(None, _kill_workers, exitpriority=0)
-    return DataLoader(
+    return Loader(
         samples,
         batch_sampler=batches,
         num_workers=num_workers,
