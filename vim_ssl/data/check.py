@@ -103,6 +103,7 @@ def check(spec: str | Path, *, sample: int = 0, workers: int = 0, quiet: bool = 
     source, data = _opened(spec)
     splits = list(_splits(source, data, sample, workers, quiet))
     report = Report([f"{spec}: {_layout(data, splits)}", ""], list(data.faults), [])
+    report.remarks += _passed_over(data)
     if not data.splits:
         _check_folders(splits, report)
     _count(splits, report)
@@ -229,6 +230,13 @@ def _layout(data: ImageData | ImageStream, splits: list[Split]) -> str:
     names = ", ".join(split.name for split in splits) if data.splits else "no splits"
     classes = f"{len(data.classes)} classes" if data.classes else "no named classes"
     return f"{what}; {names}; {classes}"
+
+
+def _passed_over(data: ImageData | ImageStream) -> Iterator[str]:
+    """Describe what the source does not read, with examples; the largest count first."""
+    examples = getattr(data.passed_over, "examples", {})
+    for reason, count in sorted(data.passed_over.items(), key=lambda entry: -entry[1]):
+        yield f"passed over: {count:,} {reason}: {_some(examples.get(reason, ()), count)}."
 
 
 def _check_folders(splits: list[Split], report: Report) -> None:
@@ -455,9 +463,9 @@ def _name(label: int, classes: list[str] | None) -> str:
     return classes[label] if classes and 0 <= label < len(classes) else str(label)
 
 
-def _some(names: Iterable[str]) -> str:
+def _some(names: Iterable[str], count: int = 0) -> str:
     names = list(names)
-    return ", ".join(names[:NAMED]) + (" …" if len(names) > NAMED else "")
+    return ", ".join(names[:NAMED]) + (" …" if max(len(names), count) > NAMED else "")
 
 
 if __name__ == "__main__":

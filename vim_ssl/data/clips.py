@@ -15,6 +15,7 @@ from PIL import Image
 
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import EXTENSIONS, BadImage, clean_image, decode_image
+from vim_ssl.data.walk import list_files
 from vim_ssl.utils.optional import require
 
 ROUNDING = 1e-6  # seconds; a time this close before a frame selects that frame
@@ -300,9 +301,7 @@ class VideoData(ImageData):
 
 def images_in(path: str) -> list[str]:
     """Names of the images in a folder, in natural sort order (f2 before f10)."""
-    names = (name for name in os.listdir(path)
-             if name.lower().endswith(EXTENSIONS) and not name.startswith("."))  # fmt: skip
-    return sorted(names, key=_by_number)
+    return sorted(list_files(path, EXTENSIONS), key=_by_number)
 
 
 def _by_number(name: str) -> tuple[list[tuple[int, str]], str]:

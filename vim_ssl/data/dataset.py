@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from vim_ssl.data.images import BadImage, array_image, clean_image, decode_image
 from vim_ssl.data.loading.indexed import SeededSamples
+from vim_ssl.data.passed_over import PassedOver
 from vim_ssl.data.split import as_key
 
 RawImage: TypeAlias = str | Path | bytes | np.ndarray | Image.Image
@@ -107,6 +108,8 @@ class ImageData(Dataset):
         splits: names of the source's splits; empty if it has none.
         split: the open split, or "all".
         faults: descriptions of faults of the source as a whole.
+        passed_over: what -> number of files or folders that the source does not read; see
+            `vim_ssl.data.passed_over`.
         left_out: reason -> number of images of the source that `subset` removed for it.
         min_side: see `decode_image`; None decodes every image at full size.
         is_stream: False; True for an `ImageStream`, whose images are read in order.
@@ -147,6 +150,7 @@ class ImageData(Dataset):
         self.bands = None if bands is None else tuple(bands)
         self.dtype = None if dtype is None else np.dtype(dtype)
         self.min_side: int | None = None
+        self.passed_over: dict[str, int] = PassedOver()
         self.left_out: dict[str, int] = {}
         self._images, self._captions, self._masks = images, captions, masks
         self._objects, self.has_masks = objects, masks is not None
@@ -352,7 +356,7 @@ def join(sets: Sequence[ImageData]) -> ImageData:
     if other := next((data for data in sets if data.kind != "image"), None):
         raise ValueError(f"{other.name} has {other.kind}s; only images can be joined.")
     images, names, first = _Joined(sets), [data.name for data in sets], sets[0]
-    return ImageData(
+    joined = ImageData(
         images,
         [f"{number}/{id}" for number, data in enumerate(sets) for id in data.ids],
         name=" + ".join(_times(name, len(list(same))) for name, same in groupby(names)),
@@ -362,6 +366,9 @@ def join(sets: Sequence[ImageData]) -> ImageData:
         source_fingerprint=" ".join(data.fingerprint for data in sets),
         faults=[fault for data in sets for fault in data.faults],
     )
+    # A set that is repeated counts once.
+    joined.passed_over = sum({data.name: data.passed_over for data in sets}.values(), PassedOver())
+    return joined
 
 
 def _times(name: str, count: int) -> str:

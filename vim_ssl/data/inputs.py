@@ -11,11 +11,12 @@ from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import EXTENSIONS, array_image
 from vim_ssl.data.loading.streamed import ImageStream
 from vim_ssl.data.open import open_data
-from vim_ssl.data.sources.folder import FileImages, walk_files
+from vim_ssl.data.sources.folder import FileImages
 from vim_ssl.data.sources.geotiff import TIFFS
 from vim_ssl.data.sources.video import VIDEO_EXTENSIONS
 from vim_ssl.data.spec import DataSpec, parse_spec, sets_of
 from vim_ssl.data.tables import TABLES
+from vim_ssl.data.walk import walk_files
 
 # Endings of files → the scheme that reads them.
 SCHEMES: dict[str | tuple[str, ...], str] = {

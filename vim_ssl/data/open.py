@@ -103,6 +103,7 @@ def _finished(opened: ImageData | Splits, spec: DataSpec) -> ImageData:
         warn_once(f"{name}: {fault}")
     if (more := len(data.faults) - WARNED) > 0:
         warn_once(f"{name}: {more:,} more faults; `vim-ssl data check` lists them all.")
+    _warn_passed_over(data, name)
     if spec.limit is not None and spec.limit < len(data):
         # Spread evenly, because many data sets are sorted by class.
         data = data.subset(i * len(data) // spec.limit for i in range(spec.limit))
@@ -139,6 +140,11 @@ def open_split(
     return source.open("all")
 
 
+def _warn_passed_over(data: ImageData | ImageStream, name: str) -> None:
+    if data.passed_over:
+        warn_once(f"{name}: passed over: {data.passed_over}; see `vim-ssl data check`.")
+
+
 @cache  # warns once even if the same data is opened again
 def warn_once(fault: str) -> None:
     log.warning(fault)
@@ -160,5 +166,10 @@ def _open_stream(spec: DataSpec, accepted: bool) -> ImageStream:
             f"{spec} is a stream, which only pretraining can read; images are needed by index "
             "here. Give a folder, hf:NAME without streaming=true, or sample:NAME."
         )
-    stream = opener(spec)
-    return stream if spec.limit is None else stream.limited(spec.limit)
+    opened = opener(spec)
+    _warn_passed_over(opened, f"{spec.scheme}:{spec.location}")
+    if spec.limit is None:
+        return opened
+    stream = opened.limited(spec.limit)
+    stream.passed_over = opened.passed_over
+    return stream

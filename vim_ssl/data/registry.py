@@ -13,6 +13,7 @@ from functools import partial
 from importlib import import_module
 from typing import Any, TypeVar
 
+from vim_ssl.data.passed_over import PassedOver, counted
 from vim_ssl.utils.plugins import load_plugins
 
 # Scheme → the module that opens it, imported when the scheme is first used.
@@ -62,14 +63,18 @@ class Opener:
         """Open a `DataSpec`. Raises: ValueError for an option that this source does not accept;
         ImportError for a missing library; any error of the function."""
         spec.takes(*self.options)
-        opened = self._call(self.function, spec)
-        if isinstance(opened, Splits):
-            return Splits(opened.names, partial(self._call, opened.open))
-        return opened
+        return self._call(self.function, PassedOver(), spec)
 
-    def _call(self, function: Callable[..., Any], spec: Any) -> Any:
+    def _call(self, function: Callable[..., Any], before: PassedOver, spec: Any) -> Any:
+        """Call a function of the source, and store what it passes over, here and ``before``."""
         try:
-            return function(spec)
+            with counted() as counts:
+                opened = function(spec)
+            counts = before + counts
+            if isinstance(opened, Splits):
+                return Splits(opened.names, partial(self._call, opened.open, counts))
+            opened.passed_over = counts + opened.passed_over
+            return opened
         except ModuleNotFoundError as error:
             if not self.extra:
                 raise

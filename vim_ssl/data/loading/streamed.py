@@ -29,6 +29,7 @@ from torch.utils.data import Sampler
 
 from vim_ssl.data.images import BadImage, decode_image
 from vim_ssl.data.loading.indexed import ATTEMPTS, SeededSamples, stable_hash
+from vim_ssl.data.passed_over import PassedOver
 
 BUFFER = 1000  # undecoded images in a reader's shuffle buffer
 RETRIES = 3  # retries after a broken connection to a remote shard, after 2, 4 and 8 seconds
@@ -52,13 +53,15 @@ class ImageStream:
         read: maps a shard's name to its samples in order: items of `ImageData` with an undecoded
             ``image`` (a path, the bytes of a file, or a BadImage). Picklable.
         name, classes, splits, split, faults: see `ImageData`.
-    Attributes: the arguments, and ``is_stream``, ``kind``, ``sampling``, ``bands`` of `ImageData`.
+    Attributes: the arguments, and ``is_stream``, ``kind``, ``sampling``, ``bands``,
+        ``passed_over`` of `ImageData`.
     """
 
     is_stream: ClassVar[Literal[True]] = True
     kind: ClassVar[str] = "image"
     sampling: Any = None
     bands: None = None
+    passed_over: dict[str, int] = PassedOver()
 
     def __init__(
         self,

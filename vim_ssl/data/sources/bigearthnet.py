@@ -1,7 +1,6 @@
 """``bigearthnet:``: BigEarthNet in its published layouts, versions 1 and 2."""
 
 import json
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from vim_ssl.data.registry import Splits, source
 from vim_ssl.data.sources.folder import split_views
 from vim_ssl.data.sources.geotiff import RasterImages, Tile, choose_bands, import_rasterio
 from vim_ssl.data.spec import SPLIT_NAMES, DataSpec
+from vim_ssl.data.walk import walk
 
 BIGEARTHNET_BANDS = (
     "B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B11", "B12",
@@ -127,10 +127,10 @@ def _metadata(table: Path, source: str) -> tuple[dict[str, list[str]], dict[str,
 def _patches(top: Path) -> dict[str, Path]:
     """Map the patches to their folders, which are in ``top`` or in its tile folders."""
     patches = {}
-    for folder, below, files in os.walk(top):
-        name = os.path.basename(folder)
-        if any(file.startswith(name) and file.endswith(".tif") for file in files):
-            patches[name] = Path(folder)
+    for prefix, below, files in walk(top):
+        folder = top / prefix
+        if any(file.startswith(folder.name) and file.endswith(".tif") for file in files):
+            patches[folder.name] = folder
             below.clear()
     return patches
 

@@ -17,8 +17,9 @@ import numpy as np
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import BadImage
 from vim_ssl.data.registry import Splits, source
-from vim_ssl.data.sources.folder import FileImages, check_option, contents
+from vim_ssl.data.sources.folder import FileImages, check_option
 from vim_ssl.data.spec import SPLIT_NAMES, DataSpec, canonical_split, pick_split
+from vim_ssl.data.walk import contents, list_files
 from vim_ssl.utils.optional import require
 
 EXAMPLES = 5  # maximum number of names in a message
@@ -372,7 +373,8 @@ def _annotation_files(root: Path) -> dict[str, Path]:
     folder = root / "annotations"
     if not folder.is_dir():
         raise FileNotFoundError(f"{root} has no annotations/; it {contents(root)}. {LAYOUT}")
-    paths = sorted(folder.glob(f"{INSTANCES}*.json")) or sorted(folder.glob("*.json"))
+    files = list_files(folder, (".json",))
+    paths = [folder / file for file in [f for f in files if f.startswith(INSTANCES)] or files]
     if not paths:
         raise FileNotFoundError(f"{folder} contains no .json file. {LAYOUT}")
     splits = defaultdict(list)
@@ -414,10 +416,8 @@ def _image_folder(root: Path, stem: str, split: str, names: list[str]) -> Path:
 
 def _missing(folder: Path, names: list[str]) -> list[str]:
     """Return the files that do not exist; lists each folder only once."""
-    there: dict[str, set[str]] = {}
-    for below in {os.path.dirname(name) for name in names}:
-        path = folder / below
-        there[below] = set(os.listdir(path)) if path.is_dir() else set()
+    tops = {top: folder / top for top in map(os.path.dirname, names)}
+    there = {top: set(os.listdir(at)) if at.is_dir() else set() for top, at in tops.items()}
     return [name for name in names if os.path.basename(name) not in there[os.path.dirname(name)]]
 
 

@@ -1,6 +1,5 @@
 """`eurosat:`: EuroSAT's official folders, RGB or 13 bands."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from vim_ssl.data.sources.geotiff import (
 )
 from vim_ssl.data.spec import DataSpec
 from vim_ssl.data.tables import read_columns
+from vim_ssl.data.walk import walk_files
 
 # EuroSAT's files have band 8A (narrow near infrared) last.
 EUROSAT_BANDS = (
@@ -85,8 +85,7 @@ def _class_files(root: Path, endings: Sequence[str], source: str) -> tuple[Path,
             f"{kind}/{file}"
             for kind in EUROSAT_CLASSES
             if (folder / kind).is_dir()
-            for file in sorted(os.listdir(folder / kind))
-            if file.lower().endswith(tuple(endings))
+            for file in walk_files(folder / kind, endings)[0]
         ]
         if names:
             break

@@ -1,21 +1,18 @@
 """Folders of images, with optional class and split folders; also helpers for other sources that
 read files."""
 
-import glob
 import os
 import re
-from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vim_ssl.data.dataset import ImageData
-from vim_ssl.data.images import EXTENSIONS
 from vim_ssl.data.labels import mask_folders, paired
 from vim_ssl.data.registry import Splits, source
-from vim_ssl.data.samples.fetch import SAMPLES
-from vim_ssl.data.spec import SPLIT_NAMES, DataSpec, near, pick_split
+from vim_ssl.data.spec import SPLIT_NAMES, DataSpec, pick_split
+from vim_ssl.data.walk import find_images, match_files
 
 _SPLIT_FOLDERS = frozenset(name for names in SPLIT_NAMES.values() for name in names)
 
@@ -187,98 +184,6 @@ def check_option(spec: DataSpec, option: str, values: Sequence[str]) -> None:
         )
 
 
-def contents(root: Path) -> str:
-    """Describe the content of a folder for messages: "contains a, b", or "does not exist"."""
-    if not root.is_dir():
-        return "does not exist"
-    return f"contains {', '.join(sorted(path.name for path in root.iterdir())[:8]) or 'nothing'}"
-
-
-def find_images(root: Path, given: str) -> list[str]:
-    """Return the sorted paths of all images below root, relative to it, with forward slashes."""
-    return find_files(root, given, "image", EXTENSIONS)
-
-
-def find_files(root: Path, given: str, what: str, extensions: Sequence[str]) -> list[str]:
-    """Return the sorted paths of all files below root with these extensions, relative to it, with
-    forward slashes.
-
-    Args:
-        given: the root as the user wrote it.
-        what: noun for these files, for messages.
-    Raises: see `open_folder`.
-    """
-    if not root.exists():
-        raise FileNotFoundError(f"The folder {given!r} does not exist.{_hint(given)}")
-    if not root.is_dir():
-        raise NotADirectoryError(f"{given!r} is a file; give the folder that contains the {what}s.")
-    names, others = walk_files(root, extensions)
-    if not names:
-        held = ", ".join(f"{count} × {kind}" for kind, count in others.most_common(5))
-        raise ValueError(
-            f"The folder {given!r} contains no {what} at any depth; it contains "
-            f"{held or 'no files'}. {what.capitalize()}s are files that end in "
-            f"{' '.join(extensions)}."
-        )
-    return names
-
-
-def walk_files(root: Path, extensions: Sequence[str] = ("",)) -> tuple[list[str], Counter[str]]:
-    """Find the files below root with these extensions, except hidden files and folders.
-
-    Returns: their sorted relative paths, with forward slashes; the number of other files per
-        extension.
-    """
-    names: list[str] = []
-    others: Counter[str] = Counter()
-    seen = set()  # follow links, since data sets often consist of links, but not in cycles
-
-    def refuse(error: OSError) -> None:
-        raise error
-
-    for folder, below, files in os.walk(root, onerror=refuse, followlinks=True):
-        identity = os.stat(folder)
-        if identity.st_ino and (identity.st_dev, identity.st_ino) in seen:
-            below.clear()
-            continue
-        seen.add((identity.st_dev, identity.st_ino))
-        below[:] = [name for name in below if not name.startswith(".")]
-        prefix = Path(folder).relative_to(root).as_posix() + "/" if Path(folder) != root else ""
-        for name in files:
-            if name.startswith("."):
-                others["hidden"] += 1
-            elif name.lower().endswith(tuple(extensions)):
-                names.append(prefix + name)
-            else:
-                others[os.path.splitext(name)[1].lower() or "without extension"] += 1
-    return sorted(names), others
-
-
-def match_files(
-    location: str, source: str, what: str, endings: Sequence[str], strict: bool = False
-) -> tuple[Path, list[str]]:
-    """Find the files that a location names: one file, the files in a folder, or those of a glob.
-
-    Args:
-        what: noun for these files, for messages.
-        endings: required endings of files in a folder; with ``strict``, of all files.
-    Returns: a folder, and the sorted paths relative to it.
-    Raises: FileNotFoundError; for a folder, the errors of `find_files`.
-    """
-    path = Path(location).expanduser()
-    if path.is_dir():
-        return path, find_files(path, location, what, endings)
-    files = [path] if path.is_file() else map(Path, glob.glob(str(path), recursive=True))
-    files = [f for f in files if f.is_file() and (not strict or f.name.endswith(tuple(endings)))]
-    if not files:
-        raise FileNotFoundError(
-            f"{source} does not match any file; give a file, a folder or a glob of files that end "
-            f"in {' or '.join(endings)}."
-        )
-    root = Path(os.path.commonpath([file.parent for file in files]))
-    return root, sorted(file.relative_to(root).as_posix() for file in files)
-
-
 def match_masks(
     spec: DataSpec, what: str, endings: Sequence[str], strict: bool = False
 ) -> tuple[Path, list[str], Path | None, dict[str, str]]:
@@ -338,11 +243,3 @@ def _classes(names: list[str], split: bool, label: str | None, root: str) -> set
             )
         return classes
     return classes if len(classes) > 1 and all(len(path) == 2 for path in paths) else None
-
-
-def _hint(given: str) -> str:
-    if guess := near(given, list(SAMPLES)).replace("mean '", "mean 'sample:"):
-        return guess
-    if given.count("/") == 1 and not given.startswith((".", "~", "/")):
-        return f" A data set of the Hugging Face Hub is written 'hf:{given}'."
-    return ""

@@ -1,7 +1,5 @@
 """``imagenet:``: ImageNet-1k in its published layouts."""
 
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 from timm.data import ImageNetInfo
@@ -9,9 +7,10 @@ from timm.data import ImageNetInfo
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import EXTENSIONS
 from vim_ssl.data.registry import Splits, source
-from vim_ssl.data.sources.folder import FileImages, contents
+from vim_ssl.data.sources.folder import FileImages
 from vim_ssl.data.spec import DataSpec, pick_split
 from vim_ssl.data.tables import read_columns
+from vim_ssl.data.walk import contents, walk_files
 
 COUNTS = {"train": 1_281_167, "val": 50_000}
 KAGGLE = "ILSVRC/Data/CLS-LOC"
@@ -81,7 +80,7 @@ def _synsets(root: Path, top: Path, split: str, known: set[str]) -> dict[str, st
 
     Raises: ValueError for folders that are not synsets; the errors of `_flat_labels`.
     """
-    names = list(_images(top, split))
+    names = [f"{split}/{name}" for name in walk_files(top / split, EXTENSIONS)[0]]
     flat = [name for name in names if name.count("/") == 1]
     truth = _flat_labels(root, flat) if flat else {}
     synset_of = {name: truth.get(name) or name.split("/")[1] for name in names}
@@ -92,17 +91,6 @@ def _synsets(root: Path, top: Path, split: str, known: set[str]) -> dict[str, st
             "without imagenet:."
         )
     return synset_of
-
-
-def _images(top: Path, split: str) -> Iterator[str]:
-    """Yield sorted names relative to ``top``: split/image or split/folder/image."""
-    for entry in sorted(os.scandir(top / split), key=lambda entry: entry.name):
-        if entry.is_dir():
-            for name in sorted(os.listdir(entry.path)):
-                if name.lower().endswith(EXTENSIONS):
-                    yield f"{split}/{entry.name}/{name}"
-        elif entry.name.lower().endswith(EXTENSIONS):
-            yield f"{split}/{entry.name}"
 
 
 def _flat_labels(root: Path, names: list[str]) -> dict[str, str]:

@@ -16,11 +16,10 @@ from vim_ssl.data.sources.folder import (
     FileImages,
     by_split,
     check_option,
-    contents,
-    find_images,
     split_folders,
 )
 from vim_ssl.data.spec import DataSpec, pick_split
+from vim_ssl.data.walk import contents, find_images
 
 # Not GIF: writers reorder its palette, and a class number is an index into the palette.
 LOSSLESS = (".bmp", ".png", ".tif", ".tiff")

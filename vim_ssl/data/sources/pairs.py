@@ -9,9 +9,10 @@ from pathlib import Path
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import BadImage
 from vim_ssl.data.registry import Splits, source
-from vim_ssl.data.sources.folder import FileImages, find_images, split_folders
+from vim_ssl.data.sources.folder import FileImages, split_folders
 from vim_ssl.data.spec import DataSpec, pick_split
 from vim_ssl.data.tables import TABLES, find_column, read_rows
+from vim_ssl.data.walk import find_images
 
 IMAGE_COLUMNS = ("image", "path", "filepath", "file_name", "filename", "file", "image_path")
 CAPTION_COLUMNS = ("caption", "text", "title")

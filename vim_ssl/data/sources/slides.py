@@ -21,10 +21,11 @@ from PIL import Image
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import EXTENSIONS, BadImage, decode_image, most_pixels
 from vim_ssl.data.registry import Splits, source
-from vim_ssl.data.sources.folder import FileImages, OnDisk, find_files, folder_splits
+from vim_ssl.data.sources.folder import FileImages, OnDisk, folder_splits
 from vim_ssl.data.sources.tables import read_table
 from vim_ssl.data.spec import DataSpec
 from vim_ssl.data.tables import TABLES
+from vim_ssl.data.walk import find_files
 from vim_ssl.utils.optional import require
 
 TIFFS = (".tif", ".tiff", ".svs", ".ndpi", ".scn", ".bif")

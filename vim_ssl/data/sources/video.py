@@ -12,10 +12,11 @@ from vim_ssl.data.clips import Sampling, VideoData, images_in, import_av
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import EXTENSIONS
 from vim_ssl.data.registry import Splits, source
-from vim_ssl.data.sources.folder import FileImages, check_option, find_files, folder_splits
+from vim_ssl.data.sources.folder import FileImages, check_option, folder_splits
 from vim_ssl.data.sources.tables import read_table
 from vim_ssl.data.spec import DataSpec
 from vim_ssl.data.tables import TABLES
+from vim_ssl.data.walk import find_files
 
 VIDEO_EXTENSIONS = (
     ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".ts",

@@ -7,7 +7,6 @@ Python's `tarfile` reads them; nothing in them is executed. The image, ``cls`` (
 (the caption) and ``json`` are used, all other files are skipped.
 """
 
-import glob
 import json
 import os
 import re
@@ -33,6 +32,7 @@ from vim_ssl.data.loading.streamed import (
 )
 from vim_ssl.data.registry import source
 from vim_ssl.data.spec import DataSpec
+from vim_ssl.data.walk import match_paths
 from vim_ssl.utils.files import atomic_write, user_cache
 
 IMAGES = tuple(extension[1:] for extension in EXTENSIONS)
@@ -179,8 +179,8 @@ def expand(pattern: str, scheme: str = "wds") -> list[str]:
             continue
         path = os.path.expanduser(name)
         if os.path.isdir(path):
-            path = os.path.join(glob.escape(path), KINDS[scheme])
-        files = [path] if os.path.isfile(path) else sorted(glob.glob(path, recursive=True))
+            path = os.path.join(path, KINDS[scheme])
+        files = match_paths(path)
         if not files:
             raise FileNotFoundError(f"{scheme}:{pattern}: no file matches {path!r}.")
         names += files

@@ -1,0 +1,304 @@
+"""The one walk of folders, for all sources: the files below a folder, and those of a glob.
+
+Passed over, and counted (`vim_ssl.data.passed_over`), are hidden and system files, folders that
+this program has written, folders that cannot be read, and files of formats that the source does not
+read. Links are followed, except back to a folder above them.
+"""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatch
+from glob import has_magic
+from pathlib import Path
+
+from vim_ssl.data.images import EXTENSIONS
+from vim_ssl.data.passed_over import EXAMPLES, pass_over
+from vim_ssl.data.samples.fetch import SAMPLES
+from vim_ssl.data.spec import near
+
+HIDDEN = "hidden"
+OUTPUTS = "written by vim-ssl"
+UNREADABLE = "unreadable"
+CIRCLES = "in a circle of links"
+SPECIAL = "not a regular file"
+
+# Files and folders of operating systems, storage systems and archives, in lower case.
+_SYSTEM = frozenset({
+    "$recycle.bin", "recycler", "recycled", "system volume information", "thumbs.db",
+    "ehthumbs.db", "desktop.ini", "found.000", "__macosx", "icon\r", "network trash folder",
+    "temporary items", "lost+found", "lost.dir", "@eadir", "@tmp", "@sharebin", "@recycle",
+    "@recently-snapshot", "#recycle", "#snapshot", "__pycache__",
+})  # fmt: skip
+# Endings of images, videos, volumes and archives. Most sources read a few; the others are counted.
+_MEDIA = frozenset({
+    *EXTENSIONS,
+    ".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dcr", ".dng", ".erf", ".iiq", ".kdc", ".mef", ".mos",
+    ".mrw", ".nef", ".nrw", ".orf", ".pef", ".raf", ".raw", ".rw2", ".rwl", ".sr2", ".srf", ".srw",
+    ".x3f",
+    ".ai", ".apng", ".avifs", ".dds", ".djvu", ".emf", ".eps", ".exr", ".fits", ".fts", ".hdr",
+    ".heic", ".heics", ".heif", ".heifs", ".hif", ".icns", ".ico", ".j2c", ".j2k", ".jng", ".jpc",
+    ".jpf", ".jpm", ".jpx", ".jxl", ".jxr", ".mng", ".mpo", ".pam", ".pcx", ".pdf", ".pfm", ".psb",
+    ".psd", ".qoi", ".sgi", ".svg", ".svgz", ".tga", ".wdp", ".wmf", ".xbm", ".xcf", ".xpm",
+    ".3g2", ".3gp", ".asf", ".avi", ".divx", ".f4v", ".flv", ".m2t", ".m2ts", ".m2v", ".m4v",
+    ".mjpeg", ".mkv", ".mod", ".mov", ".mp4", ".mpe", ".mpeg", ".mpg", ".mpv", ".mts", ".mxf",
+    ".ogg", ".ogm", ".ogv", ".qt", ".rm", ".rmvb", ".ts", ".vob", ".webm", ".wmv",
+    ".bif", ".czi", ".dcm", ".img", ".lif", ".lsm", ".mgh", ".mgz", ".mha", ".mhd", ".mrxs", ".nd2",
+    ".ndpi", ".nhdr", ".nii", ".nrrd", ".oir", ".scn", ".svs", ".svslide", ".vms", ".vmu", ".vsi",
+    ".h5", ".hdf", ".hdf5", ".lmdb", ".mat", ".nc", ".npy", ".npz", ".parquet", ".tfrecord", ".vrt",
+    ".7z", ".bz2", ".gz", ".rar", ".tar", ".tbz2", ".tgz", ".txz", ".xz", ".zip", ".zst",
+})  # fmt: skip
+# First bytes of images; a file with another name for them is counted too.
+_MAGIC = (
+    b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"8BPS", b"\xff\x0a",
+    b"\0\0\0\x0cJXL ", b"\0\0\0\x0cjP  ",
+)  # fmt: skip
+# Records in the folders that this program writes.
+_RECORDS = ("config.json", "metrics.json", "record.json")
+
+
+def walk(root: str | Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Walk the folders below root, except those that are passed over.
+
+    Yields: per folder its path relative to root with a final slash ("" for root itself), and the
+        sorted names of its folders and files; folders that are removed from the list are not
+        entered.
+    Raises: OSError if root cannot be read.
+    """
+    pending: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
+    while pending:
+        prefix, above = pending.pop()
+        path = os.path.join(root, prefix)
+        try:
+            identity = os.stat(path)
+            with os.scandir(path) as entries:
+                folders, files = _sorted(entries, prefix)
+        except OSError:
+            if not prefix:
+                raise
+            pass_over(UNREADABLE, 1, [prefix])
+            continue
+        inode = (identity.st_dev, identity.st_ino)
+        if identity.st_ino and inode in above:
+            pass_over(CIRCLES, 1, [prefix])
+            continue
+        if prefix and is_output(path, files):
+            pass_over(OUTPUTS, 1, [prefix])
+            continue
+        yield prefix, folders, files
+        pending += [(f"{prefix}{name}/", above | {inode}) for name in reversed(folders)]
+
+
+def _sorted(entries: Iterator[os.DirEntry[str]], prefix: str) -> tuple[list[str], list[str]]:
+    """Return the names of folders and files; pass over the hidden and special ones."""
+    folders, files = [], []
+    for entry in sorted(entries, key=lambda entry: entry.name):
+        name = entry.name
+        if is_hidden(name):
+            pass_over(HIDDEN, 1, [prefix + name])
+            continue
+        try:
+            if entry.is_dir():
+                folders.append(name)
+            elif entry.is_file() or entry.is_symlink():  # a broken link fails when it is read
+                files.append(name)
+            else:
+                pass_over(SPECIAL, 1, [prefix + name])
+        except OSError:  # a link to itself
+            pass_over(CIRCLES, 1, [prefix + name])
+    return folders, files
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is hidden, or belongs to a system: ``.x``, ``._x``,
+    ``Thumbs.db``, ``@eaDir``, ``__MACOSX`` …"""
+    return name.startswith((".", "~$")) or name.lower() in _SYSTEM
+
+
+def is_output(folder: str, files: Sequence[str]) -> bool:
+    """Whether a folder with these files was written by this program: a run, an evaluation,
+    predictions or embeddings."""
+    for name in set(files).intersection(_RECORDS):
+        try:
+            with open(os.path.join(folder, name), "rb") as file:
+                record = json.load(file)
+        except (OSError, ValueError):
+            continue
+        if isinstance(record, dict) and (
+            str(record.get("versions", "")).startswith("vim_ssl ")
+            or {"recipe", "seed", "output"} <= record.keys()
+        ):
+            return True
+    return False
+
+
+def contents(root: Path) -> str:
+    """Describe the content of a folder for messages: "contains a, b", or "does not exist"."""
+    if not root.is_dir():
+        return "does not exist"
+    return f"contains {', '.join(sorted(path.name for path in root.iterdir())[:8]) or 'nothing'}"
+
+
+def list_files(folder: str | Path, extensions: Sequence[str] = ("",)) -> list[str]:
+    """Return the sorted names of the files in a folder, not below it, with these extensions, except
+    hidden ones."""
+    with os.scandir(folder) as entries:
+        _, files = _sorted(entries, "")
+    return [name for name in files if name.lower().endswith(tuple(extensions))]
+
+
+def find_images(root: Path, given: str) -> list[str]:
+    """Return the sorted paths of all images below root, relative to it, with forward slashes."""
+    return find_files(root, given, "image", EXTENSIONS)
+
+
+def find_files(root: Path, given: str, what: str, extensions: Sequence[str]) -> list[str]:
+    """Return the sorted paths of all files below root with these extensions, relative to it, with
+    forward slashes.
+
+    Args:
+        given: the root as the user wrote it.
+        what: noun for these files, for messages.
+    Raises: FileNotFoundError, NotADirectoryError; ValueError for a folder without such a file
+        (naming its content).
+    """
+    if not root.exists():
+        raise FileNotFoundError(f"The folder {given!r} does not exist.{_hint(given)}")
+    if not root.is_dir():
+        raise NotADirectoryError(f"{given!r} is a file; give the folder that contains the {what}s.")
+    names, others = walk_files(root, extensions)
+    if not names:
+        held = ", ".join(f"{count} × {kind}" for kind, count in others.most_common(5))
+        raise ValueError(
+            f"The folder {given!r} contains no {what} at any depth; it contains "
+            f"{held or 'no files'}. {what.capitalize()}s are files that end in "
+            f"{' '.join(extensions)}."
+        )
+    return names
+
+
+def walk_files(
+    root: str | Path, extensions: Sequence[str] = ("",)
+) -> tuple[list[str], Counter[str]]:
+    """Find the files below root with these extensions; see `walk`.
+
+    Returns: their sorted relative paths, with forward slashes; the number of other files per
+        extension.
+    Raises: OSError if root cannot be read.
+    """
+    names: list[str] = []
+    others: Counter[str] = Counter()
+    examples: dict[str, list[str]] = {}
+    endings = tuple(extensions)
+    for prefix, _, files in walk(root):
+        for name in files:
+            if name.lower().endswith(endings):
+                names.append(prefix + name)
+                continue
+            ending = os.path.splitext(name)[1].lower() or "without extension"
+            others[ending] += 1
+            if len(few := examples.setdefault(ending, [])) < EXAMPLES:
+                few.append(prefix + name)
+    for ending, few in examples.items():
+        if ending in _MEDIA or any(_is_image(os.path.join(root, name)) for name in few):
+            pass_over(ending.removeprefix(".").upper(), others[ending], few)
+    return sorted(names), others
+
+
+def match_files(
+    location: str, source: str, what: str, endings: Sequence[str], strict: bool = False
+) -> tuple[Path, list[str]]:
+    """Find the files that a location names: one file, the files in a folder, or those of a glob.
+
+    Args:
+        what: noun for these files, for messages.
+        endings: required endings of files in a folder; with ``strict``, of all files.
+    Returns: a folder, and the sorted paths relative to it.
+    Raises: FileNotFoundError; for a folder, the errors of `find_files`.
+    """
+    path = Path(location).expanduser()
+    if path.is_dir():
+        return path, find_files(path, location, what, endings)
+    files = [Path(file) for file in match_paths(str(path))]
+    files = [f for f in files if not strict or f.name.lower().endswith(tuple(endings))]
+    if not files:
+        raise FileNotFoundError(
+            f"{source} does not match any file; give a file, a folder or a glob of files that end "
+            f"in {' or '.join(endings)}."
+        )
+    root = Path(os.path.commonpath([file.parent for file in files]))
+    return root, sorted(file.relative_to(root).as_posix() for file in files)
+
+
+def match_paths(pattern: str) -> list[str]:
+    """Return the sorted files that a path or a glob names; ``**`` is folders at any depth.
+
+    A part of the pattern that exists as it is written, such as ``scans [2020]``, is that file or
+    folder and no pattern. Where a pattern decides, the files of `walk` are passed over, unless it
+    begins with a dot.
+    """
+    if os.path.isfile(pattern):
+        return [pattern]
+    path = Path(pattern)
+    parts = path.parts[1:] if path.anchor else path.parts
+    return sorted(set(_matching(path.anchor, parts)))
+
+
+def _matching(base: str, parts: Sequence[str]) -> Iterator[str]:
+    """Yield the files below ``base`` whose path matches these parts."""
+    if not parts:
+        if os.path.isfile(base):
+            yield base
+        return
+    part, *rest = parts
+    if part == "**":
+        for prefix, _, _ in walk(base or ".") if os.path.isdir(base or ".") else ():
+            yield from _matching(os.path.join(base, prefix), rest or ["*"])
+        return
+    whole = os.path.join(base, part)
+    # A star matches the name "*" itself, and such a file is made by mistake: go on with the others.
+    if not has_magic(part) or ("*" not in part and os.path.lexists(whole)):
+        yield from _matching(whole, rest)
+        return
+    try:
+        with os.scandir(base or ".") as entries:
+            names = sorted(entry.name for entry in entries if fnmatch(entry.name, part))
+    except OSError:
+        if os.path.isdir(base):
+            pass_over(UNREADABLE, 1, [base])
+        return
+    for name in names:
+        path = os.path.join(base, name)
+        if is_hidden(name) and not part.startswith("."):
+            pass_over(HIDDEN, 1, [path])
+        elif rest and os.path.isdir(path) and is_output(path, _names(path)):
+            pass_over(OUTPUTS, 1, [path])
+        else:
+            yield from _matching(path, rest)
+
+
+def _names(folder: str) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []
+
+
+def _is_image(path: str) -> bool:
+    """Whether a file begins like an image of a common format."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(16)
+    except OSError:
+        return False
+    named = head[8:12] == b"WEBP" or (head[4:8] == b"ftyp" and head[8:10] in (b"he", b"av", b"mi"))
+    return named or head.startswith(_MAGIC)
+
+
+def _hint(given: str) -> str:
+    if guess := near(given, list(SAMPLES)).replace("mean '", "mean 'sample:"):
+        return guess
+    if given.count("/") == 1 and not given.startswith((".", "~", "/")):
+        return f" A data set of the Hugging Face Hub is written 'hf:{given}'."
+    return ""
