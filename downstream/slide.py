@@ -40,6 +40,7 @@ from vim_ssl.tasks.slides import (
     Slides,
     check_alike,
     group_tiles,
+    with_classes_of,
 )
 from vim_ssl.training.accelerator import make_accelerator
 from vim_ssl.training.config import NEVER, TrainConfig
@@ -88,7 +89,8 @@ def build_data(config: Config) -> tuple[Slides, Slides, int]:
         other = read_embeddings(Path(config.test_features))
         test = group_tiles(other, config.test_features)
         names = config.features, config.test_features
-        check_alike(names, tiles.made_of, other.made_of, (*FEATURES, "classes"))
+        check_alike(names, tiles.made_of, other.made_of, FEATURES)
+        test = with_classes_of(test, train)
         check_apart(config, train, test)
     elif len(train) < 2:
         raise ValueError(f"{config.features} has {len(train)} labelled slides; expected 2 or more.")

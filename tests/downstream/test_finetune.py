@@ -345,8 +345,8 @@ def test_shards_are_judged_as_the_same_images_in_a_folder(head, bands, tmp_path,
         ({"labels": [[0, 1, 1], [1, 0, 0]]}, [], "Use multi-label for several labels per image"),
         ({"labels": [0, 2]}, ["--targets", "multi-label"], "does not match --targets multi-label"),
         ({"labels": [0, 7]}, [], "labels from 0 to 7; expected 0 to 2 for 3 classes"),
-        ({"labels": [0, 1], "classes": ["a", "c", "b"]}, [], "has ['a', 'c', 'b'] …"),
-        ({"labels": [0, 1], "classes": ["a", "b"]}, [], "has 2 classes; evaluate on the classes"),
+        ({"labels": [0, 1], "classes": ["a", "d", "b"]}, [], "among the 3 of {} (a, b, c): d."),
+        ({"labels": [0, 3], "classes": [*"abcd"]}, [], "among the 3 of {} (a, b, c): d."),
         ({"labels": [0, 1], "bands": ["B04"]}, [], "has the bands B04, the encoder has L, and"),
         ({"labels": [-1, -1]}, [], "has no labels; evaluation needs labelled images. To predict"),
         (
@@ -369,7 +369,22 @@ def test_what_does_not_fit_the_head_is_told_in_one_line(
     argv = ["--eval-only", "--encoder", str(tmp_path), "--data", "pictures", *more]
     with contextlib.suppress(SystemExit):  # of a wrong flag
         assert cli.main(["finetune", *argv, "--output", str(tmp_path / "out")]) == 2
-    assert says in capsys.readouterr().err.strip().splitlines()[-1]
+    assert says.format(tmp_path) in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("names", "truth"),
+    [([*"cab"], [*"cab"]), (["B", "a"], [*"ba"])],
+    ids=["another order", "some, in another letter case"],
+)
+def test_the_classes_of_data_are_those_of_the_head_by_name(names, truth, tmp_path, monkeypatch):
+    save_encoder(VimEncoder(**SMALL | {"num_classes": 3}), tmp_path, record={"classes": [*"abc"]})
+    images = [np.full((28, 28), 40 * i, np.uint8) for i in range(len(names))]
+    ids, labels = [str(i) for i in range(len(names))], list(range(len(names)))
+    part = ImageData(images, ids, name="images", labels=labels, classes=names)
+    monkeypatch.setattr(finetune, "open_split", lambda *_, **__: part)
+    _, rows = judge(tmp_path, "images", tmp_path / "out")
+    assert [row["label"] for row in rows] == truth
 
 
 def test_shards_with_labels_of_other_classes_are_refused(head, tmp_path):

@@ -369,5 +369,20 @@ def test_other_classes_are_refused(tmp_path, encoder, data):
     train(encoder, data, tmp_path / "run", "--epochs", "1")
     (data / "classes.txt").write_text("a\nb\nc\nd")
     argv = ["--eval-only", "--encoder", str(tmp_path / "run"), "--data", f"masks:{data}"]
-    with pytest.raises(ValueError, match="evaluate on the classes it was trained on"):
+    with pytest.raises(ValueError, match=r"4 classes that are not among the 3 of .*: a, b, c, d"):
         segmentation.main(argv)
+
+
+def test_classes_in_another_order_are_evaluated_by_name(tmp_path, encoder, data):
+    metrics = train(encoder, data, tmp_path / "run", "--epochs", "4", "--base-lr", "5e-3")
+    (data / "classes.txt").write_text("square\nground\ndisc")
+    for path in data.glob("masks/*/*.png"):
+        mask = np.array([1, 2, 0], np.uint8)[np.array(Image.open(path))]
+        Image.fromarray(mask).save(path)
+    segmentation.main([
+        "--eval-only", "--encoder", str(tmp_path / "run"), "--data", f"masks:{data}",
+        "--output", str(tmp_path / "again"),
+    ])  # fmt: skip
+    again = json.loads((tmp_path / "again/metrics.json").read_text())
+    assert (again["miou"], again["aacc"]) == (metrics["miou"], metrics["aacc"])
+    assert again["classes"] == NAMES

@@ -127,7 +127,7 @@ def test_slides_go_from_files_to_a_verdict(tmp_path):
     ("made_of", "says"),
     [
         ({}, "60 slides of .* are also in .*, such as 00.tif"),
-        ({"classes": ["b", "a"]}, "were made with different classes"),
+        ({"classes": ["b", "a"]}, r"different classes \(None, \['b', 'a'\]\)"),
         ({"weights": "12ab"}, "were made with different weights"),
     ],
     ids=["same", "classes", "weights"],
@@ -138,6 +138,21 @@ def test_test_slides_are_others_of_the_same_kind(vectors, tmp_path, made_of, say
     config = slide.Config(features=str(vectors), test_features=str(other))
     with pytest.raises(ValueError, match=says):
         slide.build_data(config)
+
+
+def test_test_slides_have_the_classes_of_the_training_slides_by_name(vectors, tmp_path):
+    for folder, classes in (
+        (vectors, ["healthy", "ill"]),
+        (tmp_path / "other", ["ill", "healthy"]),
+    ):
+        (folder / "shards").mkdir(parents=True, exist_ok=True)
+        record = {"finished": True, "made_of": {"classes": classes}}
+        (folder / "record.json").write_text(json.dumps(record))
+    part = Embedded("0", torch.ones(2, 8), ["x.tif@0,0", "y.tif@0,0"], [0, 1], [None, None])
+    write_shard(tmp_path / "other/shards", part, format="npy")
+    config = slide.Config(features=str(vectors), test_features=str(tmp_path / "other"))
+    train, test, _ = slide.build_data(config)
+    assert (test.labels, test.made_of["classes"]) == ([1, 0], train.made_of["classes"])
 
 
 def test_a_patients_slides_stay_together(vectors, tmp_path):

@@ -22,7 +22,7 @@ from vim_ssl.metrics.classification import classification_metrics, outputs, pred
 from vim_ssl.metrics.medmnist import medmnist_accuracy, medmnist_auc
 from vim_ssl.objectives.classification import Classification, balanced_weights
 from vim_ssl.recipes import supervised_pretrain
-from vim_ssl.tasks.classification import ClassificationConfig, check_labels
+from vim_ssl.tasks.classification import ClassificationConfig, build_classifier, check_labels
 from vim_ssl.training.run import read_metrics
 
 SMALL = {"img_size": 28, "patch_size": 7, "in_chans": 1, "embed_dim": 16, "depth": 2}
@@ -378,6 +378,22 @@ def test_a_class_without_training_images_is_named(bands, tmp_path):
     argv = [*QUICK, "--preset", "demo", "--data", str(tmp_path / "data"), "--max-steps", "1"]
     with pytest.warns(UserWarning, match="no training image: unseen"):
         supervised_pretrain.main([*argv, "--output", str(tmp_path / "run")])
+
+
+@pytest.mark.parametrize("targets", ["class", "multi-label"])
+def test_a_stored_head_gives_its_outputs_in_the_order_of_the_data(tmp_path, targets):
+    stored = VimEncoder(**SMALL, num_classes=3)
+    save_encoder(stored, tmp_path, record={"classes": [*"abc"]})
+    config = ClassificationConfig(targets=targets)
+    labels = [[1, 0, 0]] if targets == "multi-label" else [0]
+    data = ImageData(["0"], ["0"], name="x", labels=labels, classes=[*"cab"])
+    encoder = build_classifier(str(tmp_path), data, config)
+    assert torch.equal(encoder.head.weight, stored.head.weight[[2, 0, 1]])
+    assert torch.equal(encoder.head.bias, stored.head.bias[[2, 0, 1]])
+    data.classes = [*"abd"]
+    with pytest.warns(UserWarning, match=r"head for other classes \(a, b, c …\)"):
+        encoder = build_classifier(str(tmp_path), data, config)
+    assert not torch.equal(encoder.head.weight[:2], stored.head.weight[:2])
 
 
 # ------------------------------------------------------------------ the paper's numbers

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 
+from vim_ssl.data.classes import with_classes
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.open import open_source, warn_once
 from vim_ssl.data.spec import canonical_split
@@ -30,21 +31,18 @@ def labelled_splits(
     Args:
         test: share to hold out of a source without splits, in (0, 1).
         seed: seed of this split.
-        test_spec: other data with the same classes; its test split (all images if it has no splits)
-            is tested. Training still uses only the training split of ``spec``, so an image held out
-            in both is never trained on.
-    Raises: ValueError if a split has labels of fewer than two classes, or the classes differ.
+        test_spec: other data with the same classes, in any order, or some of them; its test split
+            (all images if it has no splits) is tested. Training still uses only the training split
+            of ``spec``, so an image held out in both is never trained on.
+    Raises: ValueError if a split has labels of fewer than two classes, or the test split a class
+        that the training data do not name.
     """
     train, other = _labelled(spec, test, seed)
     if test_spec:
         other = _labelled(test_spec, 0.0, seed)[1]
-        if train.classes != other.classes:
-            raise ValueError(
-                f"{spec} has the classes {_few(train.classes)}, {test_spec} has "
-                f"{_few(other.classes)}; test on data with the same classes."
-            )
     elif other is not train:
         _warn_of_overlap(spec, train, other)
+    other = with_classes(other, train.classes, str(spec))
     train, other = labelled_only(train), labelled_only(other)
     for split in (train, other):
         if len({as_key(label) for label in split.labels or []}) < 2:
@@ -79,11 +77,6 @@ def _labelled(spec: str | Path, test: float, seed: int) -> tuple[ImageData, Imag
     return known.subset(first, HELD_OUT), known.subset(second)
 
 
-def _few(classes: Sequence[str] | None) -> str:
-    names = classes or ()
-    return ", ".join(names[:5]) + (f" … ({len(names)})" if len(names) > 5 else "")
-
-
 def masked_splits(spec: str | Path, test: float, seed: int) -> tuple[ImageData, ImageData]:
     """Return the training and the test split of images with masks, as `labelled_splits` does.
 
@@ -99,7 +92,7 @@ def masked_splits(spec: str | Path, test: float, seed: int) -> tuple[ImageData, 
         )
     if not held_out:
         return _cut(train, test, seed)
-    other = source.open(held_out[0])
+    other = with_classes(source.open(held_out[0]), train.classes, str(spec))
     _warn_of_overlap(spec, train, other)
     return train, other
 
@@ -108,10 +101,8 @@ def boxed_splits(spec: str | Path, test: float, seed: int) -> tuple[ImageData, I
     """Return the training and the test split of images with boxes, as `labelled_splits` does. The
     test split is the first of "test" and "validation" that has boxes.
 
-    Raises: ValueError for images without boxes, or splits with different classes.
+    Raises: ValueError for images without boxes, or a class that only the test split has.
     """
-    from vim_ssl.data.sources.coco import check_same_categories  # only boxes need it
-
     source = open_source(spec)
     held_out = _held_out(source.splits)
     if len(source.splits) > 1 and not held_out:
@@ -124,7 +115,7 @@ def boxed_splits(spec: str | Path, test: float, seed: int) -> tuple[ImageData, I
     first = source.open(held_out[0])
     others = chain([first], map(source.open, held_out[1:]))
     other = next((o for o in others if any(map(o.box_count, range(len(o))))), first)
-    check_same_categories(train.categories or [], [other.categories or []])
+    other = with_classes(other, train.classes, str(spec))
     _warn_of_overlap(spec, train, other)
     return train, other
 

@@ -18,6 +18,7 @@ import torch
 
 from vim_ssl.checkpoints.loading import load_for_bands, save_encoder
 from vim_ssl.data.bands import band_arguments
+from vim_ssl.data.classes import match_classes
 from vim_ssl.data.loading.indexed import SeededSamples
 from vim_ssl.data.split import stratified_split
 from vim_ssl.data.transforms.image import create_transform
@@ -122,7 +123,8 @@ def build_classifier(source: str, data, config: ClassificationConfig, **args: An
     """Load an encoder with a head for the classes of ``data`` and inputs for its bands.
 
     An encoder for other bands gets a new patch embedding (see `vim_ssl.checkpoints.adapt`) and the
-    statistics of the data; an encoder for the same bands keeps its statistics.
+    statistics of the data; an encoder for the same bands keeps its statistics. A head for the same
+    classes is kept, its outputs in the order of the data; a head for others is replaced.
 
     Args:
         args: arguments of `load_encoder`.
@@ -132,7 +134,29 @@ def build_classifier(source: str, data, config: ClassificationConfig, **args: An
         "drop_path_rate": config.drop_path,
         "use_mask_token": False,  # it would have no gradient without masks, and DDP would fail
     }
-    return load_for_bands(source, band_arguments(data), **args)
+    encoder = load_for_bands(source, band_arguments(data), **args)
+    _match_head(encoder, source, class_names(data), config.targets)
+    return encoder
+
+
+def _match_head(encoder: VimEncoder, source: str, classes: list[str], targets: str) -> None:
+    """Bring the outputs of a stored head into the order of ``classes``, or replace the head."""
+    stored = encoder.classes
+    if stored is None or stored == classes:
+        return
+    numbers = match_classes(classes, stored)
+    if targets != "ordinal" and sorted(numbers) == list(range(len(stored))):
+        with torch.no_grad():
+            for parameter in encoder.head.parameters():  # (outputs, features), (outputs,)
+                parameter.copy_(parameter[numbers])
+    else:
+        warnings.warn(
+            f"{source} has a head for other classes ({', '.join(stored[:5])} …); it is replaced by "
+            "a fresh one.",
+            stacklevel=3,
+        )
+        encoder.reset_classifier(encoder.num_classes)
+    encoder.classes = list(classes)
 
 
 def train_classifier(

@@ -15,6 +15,7 @@ from PIL import Image
 from torchvision.transforms.v2.functional import to_pil_image
 
 from vim_ssl.checkpoints.loading import load_for_bands
+from vim_ssl.data.classes import with_classes
 from vim_ssl.data.images import BadImage, clean_image
 from vim_ssl.data.loading.indexed import SeededSamples
 from vim_ssl.data.transforms.dense import DensePixels
@@ -120,15 +121,11 @@ class DenseTask:
     ) -> dict[str, Any]:
         """Evaluate a run with the heads and sizes that it was trained with.
 
-        Raises: ValueError if ``test`` has other classes; FileNotFoundError if ``source`` is not a
-            run of this task.
+        Raises: ValueError if ``test`` has a class that the model lacks; FileNotFoundError if
+            ``source`` is not a run of this task.
         """
         model = self.load(source).to(device)
-        if model.classes != test.classes:
-            raise ValueError(
-                f"{source} was trained on the classes {model.classes[:5]} …, but {test.name} has "
-                f"{test.classes[:5]} …; evaluate on the classes it was trained on."
-            )
+        test = with_classes(test, model.classes, source)
         return self._finish(config, model, source, None, test, evaluation_folder(config.output))
 
     def _finish(

@@ -6,7 +6,7 @@ Reference: gated attention pooling, arXiv:1802.04712, equation 9.
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from vim_ssl.checkpoints.task_models import load_head, save_head
+from vim_ssl.data.classes import with_classes
+from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.sources.slides import tile_origin
 from vim_ssl.evaluation.embeddings import Embedded, read_embeddings
 from vim_ssl.evaluation.linear_heads import moments
@@ -107,6 +109,23 @@ def check_alike(
                 f"{names[0]} and {names[1]} were made with different {key} ({one.get(key)}, "
                 f"{other.get(key)}); embed both with the same encoder and classes."
             )
+
+
+def with_classes_of(slides: Slides, others: Slides) -> Slides:
+    """Return the slides with labels numbered by the classes of other slides; see `with_classes`.
+
+    Raises: ValueError for a label of another class, or if only one of them names its classes.
+    """
+    names, known = slides.made_of.get("classes"), others.made_of.get("classes")
+    if names == known:
+        return slides
+    if not names or not known:
+        check_alike((others.name, slides.name), others.made_of, slides.made_of, ("classes",))
+    labels = [slide.label for slide in slides.slides]
+    data = ImageData(slides.ids, slides.ids, name=slides.name, labels=labels, classes=names)
+    numbered = with_classes(data, known, others.name).labels or []
+    renamed = [replace(s, label=n) for s, n in zip(slides.slides, numbered, strict=True)]
+    return Slides(renamed, slides.name, {**slides.made_of, "classes": known})
 
 
 def group_tiles(tiles: Embedded, name: str, *, labelled: bool = True) -> Slides:

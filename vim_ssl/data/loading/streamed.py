@@ -111,6 +111,15 @@ class ImageStream:
             split=self.split, faults=self.faults,
         )  # fmt: skip
 
+    def with_reader(
+        self, read: Callable[[str], Iterator[dict[str, Any]]], classes: Sequence[str]
+    ) -> "ImageStream":
+        """Return the same shards, read in another way, with labels of these classes."""
+        return ImageStream(
+            self.shards, read, name=self.name, classes=classes, splits=self.splits,
+            split=self.split, faults=self.faults,
+        )  # fmt: skip
+
     def records(self, number: int) -> Iterator[dict[str, Any]]:
         """Yield the ``count`` undecoded samples of a shard; an unreadable one is a BadImage.
         After a broken connection, a remote shard is read again and continued where it broke."""

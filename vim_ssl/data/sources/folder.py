@@ -2,8 +2,7 @@
 read files."""
 
 import os
-import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.labels import mask_folders, paired
 from vim_ssl.data.registry import Splits, source
 from vim_ssl.data.spec import SPLIT_NAMES, DataSpec, pick_split
+from vim_ssl.data.values import sort_classes
 from vim_ssl.data.walk import find_images, match_files
 
 _SPLIT_FOLDERS = frozenset(name for names in SPLIT_NAMES.values() for name in names)
@@ -201,12 +201,6 @@ def match_masks(
     _, masks = match_files(str(folders[1]), source, "mask", endings, strict)
     paired_masks = paired(names, masks, *folders, endings if strict else ())
     return root, names, folders[1], dict(zip(names, paired_masks, strict=True))
-
-
-def sort_classes(names: Collection[Any]) -> list[Any]:
-    """Sort class names: numerically if all are integers (9 before 10), else alphabetically."""
-    whole = all(re.fullmatch(r"\s*[+-]?\d+\s*", str(name)) for name in names)
-    return sorted(names, key=lambda name: (int(name) if whole else 0, name))
 
 
 def by_split(names: list[str]) -> dict[str, list[str]]:
