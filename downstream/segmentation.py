@@ -27,6 +27,8 @@ import torch
 from vim_ssl.cli import guarded
 from vim_ssl.data import masked_splits
 from vim_ssl.data.bands import band_arguments
+from vim_ssl.data.labels import absent_classes
+from vim_ssl.data.open import warn_once
 from vim_ssl.data.transforms.dense import DenseCrop
 from vim_ssl.models.heads import NORMS
 from vim_ssl.tasks.dense import DenseConfig, DenseTask, fresh_encoder
@@ -117,6 +119,8 @@ def run(config: Config) -> dict[str, Any]:
     train, test = masked_splits(config.data or trained_on(source), config.test, config.seed)
     if config.eval_only:
         return TASK.evaluate_only(config, source, test, accelerator.device)
+    for fault in absent_classes(train, test):
+        warn_once(fault)
     batch = min(config.batch_size, len(train) // accelerator.num_processes)
     if config.norm == "batch" and config.head == "upernet" and batch < 2:
         raise ValueError(

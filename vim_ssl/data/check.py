@@ -313,6 +313,9 @@ def _check_truth(splits: list[Split], classes: list[str] | None, report: Report)
     names = _list_classes(title, counts, classes, report)
     if all(len(split.decoded) == len(split.ids) for split in splits):
         _compare_classes(counts, names, one, report)
+        absent = [name for i, name in enumerate(classes or ()) if i not in names]
+        if one == "mask" and absent:
+            report.remarks.append(f"no {one} has {len(absent):,} of the classes: {_some(absent)}.")
 
 
 def _list_classes(

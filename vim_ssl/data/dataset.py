@@ -51,6 +51,10 @@ class Masks(Protocol):
         """The mask, uint8 (h, w), of an image of ``size`` (width, height)."""
         ...
 
+    def classes_in(self, row: int, /) -> frozenset[int]:
+        """The class indices in the mask, or in the file that it is part of."""
+        ...
+
     def sizes(self, row: int, /) -> int | str:
         """File size in bytes, or another value that changes with the mask."""
         ...
@@ -246,6 +250,11 @@ class ImageData(Dataset):
             raise ValueError(f"{self.name} has no boxes.")
         row = self._rows[index]
         return self._objects.images[row], self._objects.annotations(row)
+
+    def classes_in_mask(self, index: int) -> frozenset[int]:
+        """The class indices in the file of image ``index``'s mask, which is read once; none if it
+        cannot be read."""
+        return self._masks.classes_in(self._rows[index]) if self._masks else frozenset()
 
     def samples(
         self, transform: Callable[[dict], dict], seed: int = 0, *, repeats: int = 1

@@ -1,16 +1,26 @@
 """Mask files: match them to images, check their values, list their classes."""
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from vim_ssl.data.images import BadImage
+from vim_ssl.data.images import EXTENSIONS, BadImage
 from vim_ssl.utils.files import read_text
 
 IGNORE = 255  # the value of an unlabelled pixel
+SAMPLE = 32  # masks that are read when a file names the classes
+LOOKED_AT = 1000  # masks that are read to find which classes a split has
+MANY_VALUES = 64  # more in one mask are grey levels or objects, not classes
+FEW_USED = 32  # from this number of classes on, a quarter must occur
+NAMED = 3  # examples in a message
+# What programs append to an image's name for its mask.
+MASK_NAME = re.compile(r"[-_. ](masks?|labels?|labelids|gt|seg|segmentation)$", re.IGNORECASE)
+WHITE = f"Save objects as 1 on 0, not as {IGNORE} on 0."
 
 
 def checked(
@@ -36,6 +46,9 @@ def checked(
     return values
 
 
+# ---------------------------------------------------------------- pairs of image and mask
+
+
 def paired(
     names: Sequence[str],
     masks: Sequence[str],
@@ -43,30 +56,58 @@ def paired(
     masks_folder: Path,
     endings: Sequence[str] = (),
 ) -> list[str]:
-    """Match each image to the mask with the same name up to the ending (one of ``endings``, else
-    the part after the last dot).
+    """Match each image to its mask: the one with the same name up to the ending (one of
+    ``endings``, else the part after the last dot). Without it, the mask ``a.jpg.png`` or
+    ``a_mask.png`` belongs to ``a.jpg``, in upper or lower case.
 
-    Raises: FileNotFoundError naming images without a mask; ValueError for masks of the same name.
+    Returns: the masks, in the order of ``names``.
+    Raises: FileNotFoundError naming images without a mask; ValueError for masks of the same name,
+        and for images that share a mask.
     """
+    endings = endings or EXTENSIONS
 
     def stem(name: str) -> str:
         ending = next((e for e in endings if name.lower().endswith(e)), os.path.splitext(name)[1])
         return name.removesuffix(name[len(name) - len(ending) :])
 
+    def loose(name: str) -> str:
+        name = stem(name)
+        return MASK_NAME.sub("", stem(name) if name.lower().endswith(tuple(endings)) else name)
+
+    exact = _by_key(masks, stem, masks_folder)
+    lower: dict[str, str] | None = None
     mask_of: dict[str, str] = {}
-    for name in masks:
-        if (other := mask_of.setdefault(stem(name), name)) != name:
-            raise ValueError(f"{masks_folder} has two masks {other} and {name}; keep one.")
-    # nnU-Net names the first of several channels _0000.
-    matches = [mask_of.get(stem(n)) or mask_of.get(stem(n).removesuffix("_0000")) for n in names]
-    missing = [name for name, match in zip(names, matches, strict=True) if not match]
-    if missing:
-        some = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
+    for name in names:
+        # nnU-Net names the first of several channels _0000.
+        keys = stem(name), name, stem(name).removesuffix("_0000")
+        mask = next((exact[key] for key in keys if key in exact), None)
+        if mask is None:
+            lower = lower or _by_key(masks, lambda name: loose(name).lower(), masks_folder)
+            mask = lower.get(stem(name).lower())
+        if mask is not None:
+            mask_of[name] = mask
+    if missing := [name for name in names if name not in mask_of]:
         raise FileNotFoundError(
             f"{len(missing)} of {len(names)} images in {images_folder} have no mask with the same "
-            f"name in {masks_folder}: {some}"
+            f"name in {masks_folder}: {_some(missing)}"
         )
-    return [match for match in matches if match]
+    image_of: dict[str, str] = {}
+    for name, mask in mask_of.items():
+        if (other := image_of.setdefault(mask, name)) != name:
+            raise ValueError(
+                f"{images_folder} has two images {other} and {name} with the same mask {mask}; "
+                "give each a name and a mask of its own."
+            )
+    return list(mask_of.values())
+
+
+def _by_key(masks: Iterable[str], key: Callable[[str], str], folder: Path) -> dict[str, str]:
+    """Map keys to masks. Raises: ValueError for two masks with the same key."""
+    found: dict[str, str] = {}
+    for name in masks:
+        if (other := found.setdefault(key(name), name)) != name:
+            raise ValueError(f"{folder} has two masks {other} and {name}; keep one.")
+    return found
 
 
 def mask_folders(root: str) -> tuple[Path, Path] | None:
@@ -79,54 +120,260 @@ def mask_folders(root: str) -> tuple[Path, Path] | None:
     return None
 
 
+# ---------------------------------------------------------------- names of classes
+
+
+def read_classes(file: Path) -> list[str]:
+    """Read class names, one per line: line 1 names class 0. Numbers in front, from 0 in steps of
+    one, are left out of the names; empty lines at the end do not count.
+
+    Raises: ValueError for an empty line, a comment or a name that occurs twice, and for numbers
+        that begin at 1 or are in another order.
+    """
+    lines = [line.strip() for line in re.split(r"\r\n?|\n", read_text(file))]
+    while lines and not lines[-1]:
+        lines.pop()
+    for number, line in enumerate(lines, 1):
+        wrong = "is empty" if not line else "is a comment" if line.startswith(("#", "//")) else ""
+        if not wrong and line in lines[: number - 1]:
+            wrong = f"repeats the name {line!r}"
+        if wrong:
+            raise ValueError(
+                f"{file}: line {number} {wrong}. The first line names class 0, the second class 1, "
+                "and so on: write a name of its own into each line, or delete the line if it "
+                "stands for no class."
+            )
+    parts = [re.fullmatch(r"(\d+)(?:\s*[:;,=.)]\s*|\s+)(\S.*)", line) for line in lines]
+    numbers = [int(part[1]) for part in parts if part]
+    if not lines or len(numbers) < len(lines):
+        return lines
+    if numbers == list(range(len(lines))):
+        names = [part[2] for part in parts if part]
+        return names if len(set(names)) == len(names) else lines
+    if sorted(numbers) in (list(range(len(lines))), list(range(1, len(lines) + 1))):
+        raise ValueError(
+            f"{file}: line 1, {lines[0]!r}, names class 0, but its number is {numbers[0]}. Sort "
+            "the lines by class number from 0 on, with a line for every number."
+        )
+    return lines
+
+
 def named_classes(
     root: Path, folder: Path, names: Iterable[str], numbers: Callable[[Path], np.ndarray]
-) -> list[str]:
-    """Return the lines of ``classes.txt`` in ``root``; without this file, name the classes by their
-    values in the masks.
+) -> tuple[list[str], list[str]]:
+    """Return the names in ``classes.txt`` of ``root``, else the class numbers in the masks; see
+    `checked_classes` for the faults."""
+    file = next((f for f in sorted(root.glob("[cC]*")) if f.name.lower() == "classes.txt"), None)
+    classes = read_classes(file) if file else None
+    classes, faults = checked_classes(classes, root, folder, names, numbers)
+    for other in (f for depth in ("*", "*/*") for f in sorted(root.glob(f"{depth}/classes.txt"))):
+        if file is None or read_classes(other) != classes:
+            faults.append(
+                f"{other.relative_to(root).as_posix()} is not read"
+                f"{' and names other classes' if file else ''}; the classes of all splits are "
+                f"named in {root / 'classes.txt'}"
+            )
+    return classes, faults
+
+
+def checked_classes(
+    classes: list[str] | None,
+    root: Path,
+    folder: Path,
+    names: Iterable[str],
+    numbers: Callable[[Path], np.ndarray],
+    first: int = 0,
+) -> tuple[list[str], list[str]]:
+    """Check classes against the values in the masks.
 
     Args:
+        classes: class names, from a file in ``root``, or None to name them by their numbers. With
+            names, only `SAMPLE` masks are read, spread evenly, or all if these are dubious.
         names: file names of the masks in ``folder``.
         numbers: reads the values in a mask; a module-level function; may raise BadImage.
-    Raises: ValueError for fewer than 2 classes or more than 255.
+        first: value of the first class; smaller values are unlabelled.
+    Returns: the names, and the faults of the masks.
+    Raises: ValueError for fewer than 2 classes or more than 255, and for masks whose values cannot
+        be class numbers; see `classes_of`.
     """
-    file = root / "classes.txt"
-    if file.exists():
-        lines = (line.strip() for line in read_text(file).splitlines())
-        classes = [line for line in lines if line]
-    else:
-        classes = _classes_in_use(folder, names, numbers)
-    if not 2 <= len(classes) <= IGNORE:
-        raise ValueError(f"{root} has {len(classes)} classes; expected 2 to {IGNORE}.")
-    return classes
-
-
-def _classes_in_use(
-    folder: Path, names: Iterable[str], numbers: Callable[[Path], np.ndarray]
-) -> list[str]:
-    """The numbers from 0 to the largest value in these masks, as class names; skips broken
-    files."""
-    used: set[int] = set()
-    for name in names:
-        path = folder / name
-        try:
-            file = path.stat()
-            used |= _values_in(numbers, path, file.st_size, file.st_mtime_ns)
-        except (BadImage, OSError):
-            continue
-    if used - {IGNORE} in (set(), {0}):
-        seen = ", ".join(map(str, sorted(used))) or "none"
-        white = " Save objects as 1 on 0, not as 255 on 0." if IGNORE in used else ""
+    if classes is not None and not 2 <= len(classes) <= IGNORE:
         raise ValueError(
-            f"The masks in {folder} have fewer than two classes (values: {seen}). Classes are "
-            f"0, 1, 2 …; {IGNORE} marks unlabelled pixels.{white}"
+            f"{root} has {len(classes)} classes; expected 2 to {IGNORE}, one name per line."
         )
-    if (most := max(used - {IGNORE})) >= IGNORE:
+    names = list(dict.fromkeys(names))
+    few = min(SAMPLE, len(names)) if classes else len(names)
+    for count in (few, len(names)):
+        values: dict[str, frozenset[int]] = {}
+        broken: dict[str, str] = {}
+        for name in (names[i * len(names) // count] for i in range(count)):
+            try:
+                file = (folder / name).stat()
+                values[name] = _values_in(numbers, folder / name, file.st_size, file.st_mtime_ns)
+            except (BadImage, OSError) as error:
+                broken[name] = getattr(error, "reason", "") or str(error)
+        try:
+            known, faults = classes_of(values, classes, f"The masks in {folder}", first, broken)
+        except ValueError:
+            if count == len(names):
+                raise
+            continue
+        return known, faults
+    raise AssertionError("unreachable")
+
+
+def classes_of(
+    values: Mapping[str, frozenset[int]],
+    classes: list[str] | None,
+    where: str,
+    first: int = 0,
+    broken: Mapping[str, str] | None = None,
+) -> tuple[list[str], list[str]]:
+    """Return the class names and the faults of masks with these values.
+
+    Args:
+        values: the values in each mask, by its name.
+        classes, first: see `checked_classes`.
+        where: the subject of messages, such as "The masks in FOLDER".
+        broken: name → reason of each mask that cannot be read.
+    Raises: ValueError if no mask can be read, if none has only classes, and if all labelled pixels
+        are of one class although others are unlabelled; without names also for gaps and for too
+        many values.
+    """
+    broken = broken or {}
+    if broken and not values:
+        name, reason = next(iter(broken.items()))
+        raise ValueError(f"{where} cannot be read: {name}: {reason}.")
+    used = frozenset[int]().union(*values.values())
+    labelled = {value for value in used if value != IGNORE and value >= first}
+    names = _numbered(values, labelled, where) if classes is None else classes
+    beyond = {v: name for name, held in values.items() for v in held & labelled
+              if v >= first + len(names)}  # fmt: skip
+    wrong = [name for name, held in values.items() if held & beyond.keys()]
+    faults = []
+    if wrong:
+        text = (
+            f"contain the value {min(beyond)}; expected {len(names)} classes, {first} to "
+            f"{first + len(names) - 1}, or {IGNORE} for unlabelled pixels ({_some(wrong)}). "
+            f"Renumber the values, or name every class, from {first} on"
+        )
+        if len(wrong) == len(values):
+            raise ValueError(f"{where} {text}.")
+        faults.append(f"{len(wrong):,} of {len(values):,} masks read {text}")
+    white = [name for name, held in values.items() if held == {0, IGNORE} and not first]
+    if len(labelled) < 2:
+        only = [names[value - first] for value in labelled if value < first + len(names)]
+        what = f"no labelled pixel but of class {only[0]!r}" if only else "no labelled pixel"
+        seen = ", ".join(map(str, sorted(used))) or "none"
+        text = f"have {what} (values: {seen}); {_unlabelled(first)}"
+        if classes is None or used - labelled or not used:
+            raise ValueError(f"{where} {text}.{f' {WHITE}' if white else ''}")
+        faults.append(f"{where} {text}")
+    elif white:
+        faults.append(
+            f"{len(white):,} of {len(values):,} masks read have only the values 0 and {IGNORE}, "
+            f"and {IGNORE} is unlabelled: {_some(white)}. {WHITE[:-1]}"
+        )
+    if broken:
+        name, reason = next(iter(broken.items()))
+        faults.append(f"{len(broken):,} masks cannot be read, for example {name}: {reason}")
+    return names, faults
+
+
+def _unlabelled(first: int) -> str:
+    if first:
+        return (
+            f"0 and {IGNORE} mark unlabelled pixels, classes begin at {first}. If 0 is a class, "
+            "read the folder as masks: with images/ and masks/"
+        )
+    return f"classes are 0, 1, 2 …, and {IGNORE} marks unlabelled pixels"
+
+
+def _numbered(values: Mapping[str, frozenset[int]], labelled: set[int], where: str) -> list[str]:
+    """Return the numbers from 0 to the largest value as names. Raises: ValueError."""
+    most = max(labelled, default=0)
+    if len(labelled) < 2:
+        seen = ", ".join(map(str, sorted(frozenset[int]().union(*values.values())))) or "none"
+        white = f" {WHITE}" if any(IGNORE in held for held in values.values()) else ""
         raise ValueError(
-            f"The masks in {folder} contain the value {most}; classes are 0 to {IGNORE - 1}, and "
-            f"{IGNORE} marks unlabelled pixels."
+            f"{where} have fewer than two classes (values: {seen}). Classes are 0, 1, 2 …; "
+            f"{IGNORE} marks unlabelled pixels.{white}"
+        )
+    if most >= IGNORE:
+        raise ValueError(
+            f"{where} contain the value {most}; classes are 0 to {IGNORE - 1}, and {IGNORE} marks "
+            "unlabelled pixels."
+        )
+    name = max(values, key=lambda name: len(values[name]))
+    wrong = ""
+    if len(values[name]) > MANY_VALUES:
+        wrong = f"have up to {len(values[name])} values ({name})"
+    elif most >= FEW_USED and 4 * len(labelled) < most + 1:
+        wrong = f"have only the values {', '.join(map(str, sorted(labelled)))}"
+    if wrong:
+        raise ValueError(
+            f"{where} {wrong}, which look like grey levels and not like class numbers 0, 1, 2 …. "
+            "Number the classes from 0 on, in files without smoothing or lossy compression; if "
+            "the values are class numbers, name all classes in classes.txt."
         )
     return [str(i) for i in range(most + 1)]
+
+
+def classes_in(
+    read: Callable[[Path], np.ndarray], path: str | Path, classes: int, first: int = 0
+) -> frozenset[int]:
+    """Return the indices of the classes in a mask file, read once; none if it cannot be read.
+
+    Args:
+        read: reads the values in a mask; a module-level function; may raise BadImage.
+        classes, first: number of classes, and the value of the first one.
+    """
+    path = Path(path)
+    try:
+        file = path.stat()
+        values = _values_in(read, path, file.st_size, file.st_mtime_ns)
+    except (BadImage, OSError):
+        return frozenset()
+    return frozenset(v - first for v in values if first <= v < first + classes and v != IGNORE)
+
+
+def absent_classes(train: Any, test: Any) -> list[str]:
+    """Describe the classes that no training mask has: they cannot be learned.
+
+    At most `LOOKED_AT` masks of each split are read, and only until all classes are found.
+
+    Args:
+        train, test: `ImageData` with masks.
+    """
+    missing = set(range(len(train.classes or ()))) - _classes_of(train)
+    if not missing:
+        return []
+    tested = missing & _classes_of(test, missing)
+    texts = []
+    which = "" if len(train) <= LOOKED_AT else f" of {LOOKED_AT:,} that were read"
+    for indices, tail in ((tested, ", but test masks have them"), (missing - tested, "")):
+        if indices and (tail or not which):
+            names = [train.classes[i] for i in sorted(indices)]
+            texts.append(
+                f"{train.name}: no training mask{which} has {len(names):,} of the "
+                f"{len(train.classes):,} classes{tail}: {_some(names)}; they cannot be learned"
+            )
+    return texts
+
+
+def _classes_of(data: Any, sought: Collection[int] = ()) -> set[int]:
+    """The classes in up to `LOOKED_AT` masks; stops when all (those ``sought``) are found."""
+    found: set[int] = set()
+    needed = set(sought) or set(range(len(data.classes or ())))
+    few = min(len(data), LOOKED_AT)
+    for i in range(few):
+        found |= data.classes_in_mask(i * len(data) // few)
+        if needed <= found:
+            break
+    return found
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:NAMED]) + (" …" if len(names) > NAMED else "")
 
 
 @lru_cache(maxsize=2**17)  # reading all masks is slow

@@ -78,7 +78,7 @@ def grey_png(rows: list[list[int]], bits: int) -> bytes:
 
 def test_classes_txt_names_them(tmp_path):
     spec = plain(tmp_path, "a")
-    (tmp_path / "classes.txt").write_text("ground\ntree \n\nhouse\nwater\n")
+    (tmp_path / "classes.txt").write_bytes(b"\xef\xbb\xbfground\r\ntree \r\nhouse\r\nwater\r\n\r\n")
     assert open_data(spec).classes == ["ground", "tree", "house", "water"]
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import BadImage, most_pixels
-from vim_ssl.data.labels import IGNORE, checked, named_classes
+from vim_ssl.data.labels import IGNORE, checked, classes_in, named_classes
 from vim_ssl.data.registry import Splits, source
 from vim_ssl.data.sources.folder import (
     OnDisk,
@@ -117,6 +117,9 @@ class RasterMasks(OnDisk):
     def names(self, row: int) -> list[str]:
         return [self.mask_of[self.rows[row].bands[0][0]]]
 
+    def classes_in(self, row: int) -> frozenset[int]:
+        return classes_in(_numbers, self.paths(row)[0], self.classes)
+
     def read(self, row: int, size: tuple[int, int]) -> np.ndarray:
         """See `vim_ssl.data.sources.masks.MaskFiles.read`."""
         import_rasterio()
@@ -155,11 +158,13 @@ def _class_numbers(file: Any, window: Any = None) -> np.ndarray:
 
 
 def _numbers(path: Path) -> np.ndarray:
-    """Return the class numbers in a mask. Reads it in blocks, because it may exceed the memory."""
+    """Return the class numbers in a mask, without no-data. Reads it in blocks, because it may
+    exceed the memory."""
     used: set[int] = set()
     with _mask(path) as file:
         for _, window in file.block_windows(1):
-            used.update(np.unique(_class_numbers(file, window)).tolist())
+            numbers = _class_numbers(file, window)
+            used.update(np.unique(numbers[file.read_masks(1, window=window) > 0]).tolist())
     return np.array(sorted(used))
 
 
@@ -306,8 +311,9 @@ def open_geotiff(spec: DataSpec) -> Splits:
             raise ValueError(f"{source}: none of {count} files has a usable image: {faults[0]}.")
         classes, masks = layout.classes, None
         if masks_root:
-            used = [mask_of[name] for name in dict.fromkeys(groups)]
-            classes = named_classes(Path(spec.location).expanduser(), masks_root, used, _numbers)
+            top, used = Path(spec.location).expanduser(), list(mask_of.values())
+            classes, wrong = named_classes(top, masks_root, used, _numbers)
+            faults += wrong
             masks = RasterMasks(str(masks_root), tiles, mask_of, len(classes))
         label_of = layout.label_of
         return ImageData(

@@ -10,7 +10,14 @@ from PIL import Image
 
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import BadImage
-from vim_ssl.data.labels import IGNORE, checked, named_classes, paired
+from vim_ssl.data.labels import (
+    IGNORE,
+    checked,
+    checked_classes,
+    classes_in,
+    named_classes,
+    paired,
+)
 from vim_ssl.data.registry import Splits, source
 from vim_ssl.data.sources.folder import (
     FileImages,
@@ -20,6 +27,7 @@ from vim_ssl.data.sources.folder import (
 )
 from vim_ssl.data.spec import DataSpec, pick_split
 from vim_ssl.data.walk import contents, find_images
+from vim_ssl.utils.files import read_text
 
 # Not GIF: writers reorder its palette, and a class number is an index into the palette.
 LOSSLESS = (".bmp", ".png", ".tif", ".tiff")
@@ -38,6 +46,9 @@ class MaskFiles(FileImages):
 
     classes: int
     zero_is_none: bool
+
+    def classes_in(self, row: int) -> frozenset[int]:
+        return classes_in(_numbers, self[row], self.classes, int(self.zero_is_none))
 
     def read(self, row: int, size: tuple[int, int]) -> np.ndarray:
         """Read the mask of an image of ``size`` (width, height): uint8 (h, w), 0 to classes - 1, or
@@ -88,7 +99,7 @@ def open_masks(spec: DataSpec) -> Splits:
     Raises: FileNotFoundError that lists everything missing; ValueError for invalid masks.
     """
 
-    def classes(root: Path, names: list[str]) -> list[str]:
+    def classes(root: Path, names: list[str]) -> tuple[list[str], list[str]]:
         return named_classes(root, root / "masks", names, _numbers)
 
     return _open(spec, "masks", classes)
@@ -102,17 +113,21 @@ def open_ade20k(spec: DataSpec) -> Splits:
     Raises: see `open_masks`.
     """
 
-    def classes(root: Path, _: list[str]) -> list[str]:
-        table = root / "objectInfo150.txt"
-        if not table.exists():
-            return [str(i) for i in range(1, ADE20K_CLASSES + 1)]
-        rows = [line.split("\t") for line in table.read_text(encoding="utf-8").splitlines()]
-        named = [row[-1].partition(",")[0].strip() for row in rows if row[0].strip().isdigit()]
-        if len(named) != ADE20K_CLASSES:
-            raise ValueError(f"{table} names {len(named)} classes; expected {ADE20K_CLASSES}.")
-        return named
+    def classes(root: Path, names: list[str]) -> tuple[list[str], list[str]]:
+        return checked_classes(_ade20k_names(root), root, root / "annotations", names, _numbers, 1)
 
     return _open(spec, "annotations", classes, zero_is_none=True)
+
+
+def _ade20k_names(root: Path) -> list[str]:
+    table = root / "objectInfo150.txt"
+    if not table.exists():
+        return [str(i) for i in range(1, ADE20K_CLASSES + 1)]
+    rows = [line.split("\t") for line in read_text(table).splitlines()]
+    named = [row[-1].partition(",")[0].strip() for row in rows if row[0].strip().isdigit()]
+    if len(named) != ADE20K_CLASSES:
+        raise ValueError(f"{table} names {len(named)} classes; expected {ADE20K_CLASSES}.")
+    return named
 
 
 def _numbers(path: Path) -> np.ndarray:
@@ -123,7 +138,7 @@ def _numbers(path: Path) -> np.ndarray:
 def _open(
     spec: DataSpec,
     masks_folder: str,
-    find_classes: Callable[[Path, list[str]], list[str]],
+    find_classes: Callable[[Path, list[str]], tuple[list[str], list[str]]],
     zero_is_none: bool = False,
 ) -> Splits:
     check_option(spec, "group", ("folder",))
@@ -131,7 +146,7 @@ def _open(
     _check_folders(root, masks_folder)
     names = find_images(root / "images", str(root / "images"))
     masks = _masks_of(names, root, masks_folder)
-    classes = find_classes(root, masks)
+    classes, faults = find_classes(root, masks)
     names_of = by_split(names)
     splits = split_folders(names)
     mask_of = dict(zip(names, masks, strict=True))
@@ -144,7 +159,7 @@ def _open(
         )
         return ImageData(
             FileImages(str(root / "images"), chosen), chosen, name=str(spec), masks=files,
-            classes=classes, splits=splits, split=split,
+            classes=classes, splits=splits, split=split, faults=faults,
             groups=[name.rpartition("/")[0] for name in chosen] if spec.group else None,
         )  # fmt: skip
 

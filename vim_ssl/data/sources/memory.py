@@ -22,7 +22,7 @@ from torch.utils.data import ConcatDataset, Dataset
 from vim_ssl.data.dataset import ImageData, RawImage
 from vim_ssl.data.images import BadImage
 from vim_ssl.data.items import Row, as_item, as_items, as_raw, hash_of, read_row
-from vim_ssl.data.labels import IGNORE, checked
+from vim_ssl.data.labels import IGNORE, checked, classes_of
 from vim_ssl.data.registry import Splits, source
 from vim_ssl.data.sources.folder import check_option
 from vim_ssl.data.sources.hub import by_split, name_bands, number_labels, open_tables
@@ -163,6 +163,10 @@ class ItemMasks:
             raise BadImage("mask", "the item has no mask")
         return checked(mask, size, "mask", self.classes)
 
+    def classes_in(self, row: int) -> frozenset[int]:
+        mask = self.masks[row]
+        return frozenset() if mask is None else frozenset(np.unique(mask).tolist()) - {IGNORE}
+
     def sizes(self, row: int) -> int:
         return 0  # the hash of the content includes the masks
 
@@ -209,10 +213,15 @@ class Memory:
         self.array = next((row.array for row in rows if not row.is_plain), None)
         if self.array and any(row.pixels and not row.array for row in rows):
             raise ValueError("some images are arrays of bands, others are not; use one kind.")
-        masks = [row.mask for row in rows if row.mask is not None]
+        masks = {
+            f"item {id}": frozenset(np.unique(row.mask).tolist())
+            for id, row in zip(chain(*self.ids.values()), rows, strict=True) if row.mask is not None
+        }  # fmt: skip
         if masks and any(row.label is not None for row in rows):
             raise ValueError("items have labels and masks; leave one of them out.")
-        self.mask_classes = _mask_classes(masks, self.classes) if masks else None
+        self.mask_classes, self.faults = None, list[str]()
+        if masks:
+            self.mask_classes, self.faults = classes_of(masks, self.classes, "the masks")
 
     def open(self, spec: DataSpec) -> ImageData | Splits:
         """Open a spec; see `open_memory`."""
@@ -244,7 +253,8 @@ class Memory:
             captions=captions if any(captions) else None,
             masks=masks if self.mask_classes else None,
             bands=name_bands(shape, str(dtype)) if shape else None, dtype=dtype,
-            splits=splits, split=split, source_fingerprint=hash_of(*(row.hash() for row in rows)),
+            splits=splits, split=split, faults=self.faults,
+            source_fingerprint=hash_of(*(row.hash() for row in rows)),
         )  # fmt: skip
 
 
@@ -256,22 +266,6 @@ def _check_repeatable(items: Any, rows: Sequence[Row]) -> None:
                 f"item {i} is another image when it is read again; remove random transforms from "
                 "the data set: images are augmented in training, by the run's own settings."
             )
-
-
-def _mask_classes(masks: Sequence[np.ndarray], classes: list[str] | None) -> list[str]:
-    """Return the class names of masks: the given ones, or the numbers up to the largest value."""
-    used = {int(value) for mask in masks for value in np.unique(mask)} - {IGNORE}
-    if classes is None and max(used, default=0) < 1:
-        white = " Give objects as 1 on 0, not as 255 on 0." if used == {0} else ""
-        raise ValueError(
-            f"the masks have fewer than two classes; classes are 0, 1, 2 …, and {IGNORE} marks "
-            f"unlabelled pixels.{white}"
-        )
-    names = classes or [str(i) for i in range(max(used) + 1)]
-    if max(used, default=0) >= len(names):
-        raise ValueError(f"the masks contain the value {max(used)}; expected {len(names)} classes "
-                         f"({', '.join(names[:5])} …), 0 to {len(names) - 1}.")  # fmt: skip
-    return names
 
 
 def _number(

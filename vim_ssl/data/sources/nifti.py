@@ -14,7 +14,7 @@ import numpy as np
 
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import BadImage
-from vim_ssl.data.labels import IGNORE, checked, named_classes
+from vim_ssl.data.labels import IGNORE, checked, checked_classes, classes_in, named_classes
 from vim_ssl.data.registry import Splits, source
 from vim_ssl.data.sources.folder import (
     OnDisk,
@@ -78,10 +78,11 @@ def open_nifti(spec: DataSpec) -> Splits:
     def choose(spec: DataSpec) -> ImageData:
         layout = read_layout(list(volumes), spec.split, spec.label or "none", str(root))
         planes = [(name, plane) for name in layout.names for plane in range(volumes[name].planes)]
-        classes, masks = layout.classes, None
+        classes, masks, more = layout.classes, None, list[str]()
         if masks_root:
             top = Path(spec.location).expanduser()
-            classes = _classes(top, masks_root, [mask_of[name] for name in volumes])
+            used = [mask_of[name] for name in volumes]
+            classes, more = _classes(top, masks_root, used)
             masks = PlaneMasks(str(masks_root), planes, volumes, axis, len(classes))
         label_of = layout.label_of
         return ImageData(
@@ -90,7 +91,7 @@ def open_nifti(spec: DataSpec) -> Splits:
             name=str(spec), labels=[label_of[name] for name, _ in planes] if label_of else None,
             classes=classes, masks=masks, splits=layout.splits,
             groups=[name.rpartition("/")[0] if spec.group else name for name, _ in planes],
-            split=layout.split, faults=faults,
+            split=layout.split, faults=[*faults, *more],
         )  # fmt: skip
 
     return Splits(split_folders(list(volumes)), choose)
@@ -163,6 +164,9 @@ class PlaneMasks(OnDisk):
     def names(self, row: int) -> list[str]:
         return [self.volumes[self.rows[row][0]].mask]
 
+    def classes_in(self, row: int) -> frozenset[int]:
+        return classes_in(_numbers, self.paths(row)[0], self.classes)
+
     def read(self, row: int, size: tuple[int, int]) -> np.ndarray:
         """See `vim_ssl.data.sources.masks.MaskFiles.read`."""
         name, plane = self.rows[row]
@@ -211,11 +215,12 @@ def write_volume(
     path.write_bytes(gzip.compress(image.to_bytes(), mtime=0))
 
 
-def _classes(root: Path, masks_root: Path, masks: list[str]) -> list[str]:
-    """Return the class names from classes.txt or dataset.json, else the numbers in the masks."""
+def _classes(root: Path, masks_root: Path, masks: list[str]) -> tuple[list[str], list[str]]:
+    """Return the class names from classes.txt or dataset.json, else the numbers in the masks, and
+    the faults of the masks."""
     file = root / "dataset.json"
     if file.exists() and not (root / "classes.txt").exists():
-        return _json_classes(file)
+        return checked_classes(_json_classes(file), root, masks_root, masks, _numbers)
     return named_classes(root, masks_root, masks, _numbers)
 
 
