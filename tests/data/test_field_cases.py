@@ -133,9 +133,6 @@ def test_a_blank_line_in_classes_txt_keeps_the_later_names_in_place(tmp_path):
 # ------------------------------------------------------------------------- image files
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="Pillow garbles the colours of such files"
-)
 def test_band_interleaved_16_bit_rgb_tiff_keeps_its_colours(tmp_path):
     tifffile = pytest.importorskip("tifffile")
     bands = draw(0, 65535, (3, 32, 32), np.uint16)
@@ -144,9 +141,6 @@ def test_band_interleaved_16_bit_rgb_tiff_keeps_its_colours(tmp_path):
     assert refused or near(pixels(str(tmp_path)), np.moveaxis(bands >> 8, 0, -1))
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="values below 0 wrap round and become the brightest"
-)
 def test_signed_8_bit_tiff_keeps_the_order_of_its_values(tmp_path):
     tifffile = pytest.importorskip("tifffile")
     rows = np.tile(np.arange(-128, 128, 16).astype(np.int8), (16, 1))

@@ -219,7 +219,9 @@ def describe(id: str, image: Image.Image | np.ndarray) -> Decoded:
     content = f"{mode} {width} {height}".encode() + np.ascontiguousarray(values).tobytes()
     flat = bool((values == values.flat[0]).all())
     pixels = blake2b(content, digest_size=16).digest()
-    return Decoded(id, "", pixels, (width, height), mode, flat, not np.isfinite(values).all())
+    # `vim_ssl.data.pixels.grey_from` counts the missing pixels of a grey image.
+    holes = not np.isfinite(values).all() or bool(getattr(image, "info", {}).get("missing"))
+    return Decoded(id, "", pixels, (width, height), mode, flat, holes)
 
 
 # ---------------------------------------------------------------- checks

@@ -1,35 +1,29 @@
 """Decode image files of common formats to 8-bit "RGB" or "L"."""
 
-import io
 import os
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
-# The size from which Pillow refuses images too; one of this size takes half a gigabyte.
-DEFAULT_MAX_PIXELS = 178_956_970
+from vim_ssl.data.pixels import (
+    DEFAULT_MAX_PIXELS,
+    BadImage,
+    Encoding,
+    encoding_of,
+    grey_from,
+    grey_image,
+    most_pixels,
+    open_image,
+)
+
+__all__ = [
+    "DEFAULT_MAX_PIXELS", "EXTENSIONS", "MODES", "BadImage", "array_image", "clean_image",
+    "decode_image", "image_size", "most_pixels",
+]  # fmt: skip
+
 MODES = ("RGB", "L")
 _ORIENTATION = 0x0112
-# Pillow passes EPS files to Ghostscript, which executes them as programs: unsafe.
-_REFUSED_FORMATS = ("EPS",)
-
-
-class BadImage(ValueError):
-    """An image that cannot be decoded.
-
-    Attributes:
-        id: the image's id in its data set, or its path.
-        reason: description of the fault.
-    """
-
-    # A DataLoader rebuilds a worker's exception from its text only, hence the default.
-    def __init__(self, id: str, reason: str = ""):
-        super().__init__(id, reason)
-        self.id, self.reason = id, reason
-
-    def __str__(self) -> str:
-        return f"{self.id}: {self.reason}" if self.reason else self.id
 
 
 def decode_image(
@@ -43,7 +37,7 @@ def decode_image(
     """Decode one image to a loaded 8-bit image. The content determines the format, not the name.
 
     See `clean_image` for unusual modes. An animation gives its first frame. CMYK JPEGs are read as
-    Adobe writes them (inverted), and converted without a colour profile.
+    Adobe writes them (inverted). Colour profiles are not applied.
 
     Args:
         source: a file, or its bytes.
@@ -65,17 +59,18 @@ def decode_image(
     try:
         if not (len(source) if isinstance(source, bytes) else os.path.getsize(source)):
             raise BadImage(name, "the file is empty")
-        with _open(source, limit) as image:
+        with open_image(source, limit) as image:
             if min_side:
                 image.draft(image.mode, (min_side, min_side))
             if image.width * image.height > limit:
                 raise BadImage(name, _too_large(f"{image.width}×{image.height} pixels", limit))
+            encoding = encoding_of(image)
             if image.format != "TIFF":  # Pillow rotates a TIFF while loading and drops the tag
                 image.load()
             if dense:
                 _check_drawn_upright(image)
             image.load()
-            return clean_image(image, mode)
+            return _cleaned(image, mode, encoding)
     except BadImage as error:
         raise BadImage(name, error.reason) from None
     except Image.DecompressionBombError as error:
@@ -92,8 +87,11 @@ def image_size(source: str | Path | bytes) -> tuple[int, int]:
     Raises: BadImage if Pillow cannot read the header.
     """
     try:
-        with _open(source, most_pixels()) as image:
+        with open_image(source, most_pixels()) as image:
             return image.size
+    except BadImage as error:
+        name = f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
+        raise BadImage(name, error.reason) from None
     except Exception as error:  # as in `decode_image`
         name = f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
         raise BadImage(name, f"{type(error).__name__}: {error}") from error
@@ -104,17 +102,32 @@ def clean_image(image: Image.Image, mode: str | None = None) -> Image.Image:
 
     - The EXIF orientation is applied.
     - Transparency (alpha, or a transparent colour) is composited on white.
-    - Integer grey of 12, 16 or 32 bits maps linearly from its type's full range to 0..255, so
-      the same value is the same grey in every image.
+    - Integer grey of 12, 16 or 32 bits, and signed grey, map linearly from their type's full range
+      to 0..255, so the same value is the same grey in every image. WhiteIsZero is inverted.
     - Float grey within 0..1 is scaled by 255; otherwise the image's finite minimum and maximum
-      become 0 and 255. NaN becomes 0.
+      become 0 and 255. NaN and infinite values become 0.
     - Black and white becomes "L"; palette, CMYK, YCbCr and HSV become "RGB".
 
-    Raises: BadImage for a mode that cannot be converted.
+    Raises: BadImage for a mode that cannot be converted, and for a file that is decoded wrongly;
+        see `vim_ssl.data.pixels.encoding_of`.
     """
+    return _cleaned(image, mode, encoding_of(image))
+
+
+def _cleaned(image: Image.Image, mode: str | None, encoding: Encoding) -> Image.Image:
     image = _upright(image)
-    if image.mode.startswith(("I", "F")):
-        image = _deep_grey_to_8bit(image)
+    signed = image.mode == "L" and encoding.kind == "i"
+    scaled_key = encoding.key is not None and encoding.bits in (2, 4, 16)
+    if scaled_key and image.mode == "RGB":
+        raise BadImage(
+            "image",
+            "a 16-bit image with one transparent colour is not read; save it with 8 bits, or with "
+            "an alpha channel",
+        )
+    missing = 0
+    if image.mode.startswith(("I", "F")) or signed or (scaled_key and image.mode == "L"):
+        image = grey_image(image, encoding)
+        missing = image.info.get("missing", 0)
     plain = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
     try:
         if image.has_transparency_data:
@@ -123,9 +136,12 @@ def clean_image(image: Image.Image, mode: str | None = None) -> Image.Image:
             opaque.paste(image.convert(plain), mask=image.getchannel("A"))
             image = opaque
         mode = mode or plain
-        return image if image.mode == mode else image.convert(plain).convert(mode)
+        image = image if image.mode == mode else image.convert(plain).convert(mode)
     except ValueError as error:
         raise BadImage("image", f"mode {image.mode} has no conversion to {plain}") from error
+    if missing:
+        image.info["missing"] = missing
+    return image
 
 
 def array_image(values: np.ndarray) -> Image.Image | np.ndarray:
@@ -142,32 +158,17 @@ def array_image(values: np.ndarray) -> Image.Image | np.ndarray:
         raise BadImage("image", f"an array of shape {values.shape} is not an image")
     if values.dtype == np.uint8 and values.ndim == 3 and values.shape[2] == 1:
         values = values[..., 0]
-    if values.ndim == 2 or (values.dtype == np.uint8 and values.shape[2:] == (3,)):
-        try:
-            return clean_image(Image.fromarray(values))
-        except TypeError:
+    if values.dtype in (bool, np.uint8) and values.shape[2:] in ((), (3,)):
+        return clean_image(Image.fromarray(values))
+    if values.ndim == 2:
+        kind, bits = values.dtype.kind, 8 * values.dtype.itemsize
+        if kind not in "uif" or (kind in "ui" and bits > 32):
             reason = f"grey of type {values.dtype} is not an image; convert it to uint8"
-            raise BadImage("image", reason) from None
+            raise BadImage("image", reason)
+        return grey_from(values, Encoding(bits, kind))
     if not np.isfinite(values).any():
         raise BadImage("image", "all its values are missing")
     return values
-
-
-def _open(source: str | Path | bytes, limit: int) -> Image.Image:
-    if Image.MAX_IMAGE_PIXELS is not None and limit > DEFAULT_MAX_PIXELS:
-        # The user set a higher limit; Pillow would refuse at its default before ours is checked.
-        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, limit)
-    Image.init()
-    formats = [name for name in Image.OPEN if name not in _REFUSED_FORMATS]
-    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats)
-
-
-def most_pixels() -> int:
-    """The maximum number of pixels of an image to decode: VIM_SSL_MAX_PIXELS or the default."""
-    given = os.environ.get("VIM_SSL_MAX_PIXELS", "")
-    if given and not given.isdigit():
-        raise ValueError(f"VIM_SSL_MAX_PIXELS is {given!r}; expected a whole number of pixels.")
-    return int(given or 0) or DEFAULT_MAX_PIXELS
 
 
 def _too_large(what: str, limit: int) -> str:
@@ -196,36 +197,6 @@ def _upright(image: Image.Image) -> Image.Image:
         return ImageOps.exif_transpose(image)
     except Exception:  # damaged metadata: keep the image as it is
         return image
-
-
-def _deep_grey_to_8bit(image: Image.Image) -> Image.Image:
-    values = np.asarray(image)
-    if image.mode.startswith("F"):
-        finite = values[np.isfinite(values)].astype(np.float64)
-        if not finite.size:
-            raise BadImage("image", "a float image without a finite value")
-        low, high = float(finite.min()), float(finite.max())
-        if low >= 0 and high <= 1:
-            low, high = 0.0, 1.0
-    else:
-        low, high = _integer_range(image)
-        if low == 0 and high == 2**32 - 1:  # Pillow keeps unsigned 32 bits in a signed type
-            values = values.astype(np.int64) & 0xFFFFFFFF
-    scaled = (values.astype(np.float64) - low) * (255 / (high - low or 1))
-    grey = np.nan_to_num(scaled, nan=0, posinf=255, neginf=0).clip(0, 255).round()
-    return Image.fromarray(grey.astype(np.uint8))
-
-
-def _integer_range(image: Image.Image) -> tuple[float, float]:
-    """Minimum and maximum of the file's integer type; Pillow's mode does not determine it."""
-    tags = getattr(image, "tag_v2", None)  # TIFF
-    if tags is not None:
-        bits = tags.get(258, (16,))[0]  # BitsPerSample
-        signed = tags.get(339, (1,))[0] == 2  # SampleFormat
-        return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
-    if image.mode == "I" and image.format is None:  # created in memory: a true 32-bit image
-        return -(2**31), 2**31 - 1
-    return 0, 2**16 - 1  # PNG and PGM; older versions of Pillow open them as "I"
 
 
 EXTENSIONS = (

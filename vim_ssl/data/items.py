@@ -15,6 +15,7 @@ from torch.utils.data import IterableDataset
 from vim_ssl.data.dataset import RawImage
 from vim_ssl.data.images import clean_image
 from vim_ssl.data.labels import IGNORE
+from vim_ssl.data.pixels import label_numbers
 from vim_ssl.data.sources.hub import check_bands_last
 from vim_ssl.utils.names import did_you_mean
 
@@ -247,7 +248,7 @@ def _hash_values(values: np.ndarray) -> str:
 
 def as_mask(mask: Any) -> np.ndarray:
     """Convert an image, array or tensor (h, w) or (1, h, w) of class numbers to uint8 (h, w)."""
-    values = np.asarray(mask)
+    values = label_numbers(mask) if isinstance(mask, Image.Image) else np.asarray(mask)
     values = values[0] if values.ndim == 3 and len(values) == 1 else values
     if values.ndim != 2 or values.dtype.kind not in "bui" or not values.size:
         raise ValueError(

@@ -41,9 +41,3 @@ class Window:
             return 0.0, 1.0
         low, high = np.percentile(finite, (self.low, self.high))
         return float(low), float(high)
-
-
-def to_8bit(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Scale values to uint8: ``low`` and less to 0, ``high`` and more to 255; NaN to 0."""
-    share = (values.astype(np.float64) - low) / ((high - low) or 1.0)
-    return np.nan_to_num(share * 255, nan=0.0).clip(0, 255).round().astype(np.uint8)

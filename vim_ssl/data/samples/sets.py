@@ -18,6 +18,7 @@ from PIL import Image, ImageOps
 
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import decode_image
+from vim_ssl.data.pixels import to_8bit
 from vim_ssl.data.registry import Splits, source
 from vim_ssl.data.samples.fetch import find_sample
 from vim_ssl.data.sources.coco import CocoObjects, read_table
@@ -28,7 +29,6 @@ from vim_ssl.data.sources.nifti import import_nibabel, open_nifti, upright
 from vim_ssl.data.sources.video import open_video
 from vim_ssl.data.spec import DataSpec, pick_split
 from vim_ssl.data.split import hold_out
-from vim_ssl.data.window import to_8bit
 
 SPLITS = ("train", "test")
 TEST_SHARE = 0.2

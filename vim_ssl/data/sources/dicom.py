@@ -16,6 +16,7 @@ import numpy as np
 
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import BadImage
+from vim_ssl.data.pixels import to_8bit
 from vim_ssl.data.registry import Splits, source
 from vim_ssl.data.sources.folder import OnDisk, read_layout, split_folders
 from vim_ssl.data.spec import DataSpec, near

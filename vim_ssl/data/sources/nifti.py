@@ -15,6 +15,7 @@ import numpy as np
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import BadImage
 from vim_ssl.data.labels import IGNORE, checked, checked_classes, classes_in, named_classes
+from vim_ssl.data.pixels import to_8bit
 from vim_ssl.data.registry import Splits, source
 from vim_ssl.data.sources.folder import (
     OnDisk,
@@ -24,7 +25,7 @@ from vim_ssl.data.sources.folder import (
     split_folders,
 )
 from vim_ssl.data.spec import DataSpec
-from vim_ssl.data.window import Window, to_8bit
+from vim_ssl.data.window import Window
 from vim_ssl.utils.files import atomic_path, user_cache
 from vim_ssl.utils.optional import require
 
