@@ -40,6 +40,22 @@ class Run(os.PathLike[str]):
         return json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
 
     @property
+    def plan(self) -> dict[str, Any]:
+        """The numbers of the training: ``effective_batch``, ``peak_lr``, ``epoch_steps`` …; empty
+        for a run of an earlier version."""
+        from vim_ssl.training.state import recorded
+
+        return recorded(self.folder, "plan")
+
+    @property
+    def state(self) -> str:
+        """How the run ended, such as "finished" or "interrupted at step 40 of 400: SIGTERM", or
+        "running"; "" for a run of an earlier version."""
+        from vim_ssl.training.state import state_of
+
+        return str(state_of(self.folder) or "")
+
+    @property
     def curves(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl, for example for ``pandas.DataFrame(run.curves)``."""
         from vim_ssl.training.run import read_metrics

@@ -26,6 +26,7 @@ from vim_ssl.report.settings import duration, is_finished
 from vim_ssl.utils.files import atomic_write
 
 NOT_COMPARED = ("output", "resume")  # settings that always differ
+PLANNED = ("effective_batch", "peak_lr", "epoch_steps", "processes")  # of a run's plan
 ABSENT = "–"
 
 
@@ -98,7 +99,7 @@ def _row(run: Record) -> dict[str, Any]:
         "steps": f"{step:,.0f}" if step >= 0 else ABSENT,
         "images": f"{samples:,.0f}" if samples >= 0 else ABSENT,
         "time": duration(seconds) if seconds > 0 else ABSENT,
-        "state": "finished" if is_finished(run) else "unfinished",
+        "state": str(run.state) if run.state else "finished" if is_finished(run) else "unfinished",
         "missing": run.missing(),
     }
 
@@ -201,7 +202,11 @@ def _paired(first: list[dict], other: list[dict]) -> tuple[Metric, Metric, list[
 
 def _settings(runs: list[Record]) -> list[tuple[str, list[str]]]:
     """The settings that differ, with the value of each run."""
-    configs = [{k: v for k, v in run.config.items() if k not in NOT_COMPARED} for run in runs]
+    configs = [
+        {k: v for k, v in run.config.items() if k not in NOT_COMPARED}
+        | {name.replace("_", " "): run.plan[name] for name in PLANNED if name in run.plan}
+        for run in runs
+    ]
     rows = []
     for key in dict.fromkeys(key for config in configs for key in config):
         values = [_text(config.get(key)) if key in config else ABSENT for config in configs]

@@ -29,7 +29,7 @@ from vim_ssl.report.results import (
     task_result,
     zero_shot,
 )
-from vim_ssl.report.settings import duration, is_finished, settings
+from vim_ssl.report.settings import duration, settings, state_text
 from vim_ssl.report.titles import RECIPES, WIDE_RANGE
 from vim_ssl.utils.names import number
 
@@ -70,7 +70,7 @@ def render(run: Record) -> str:
         title=run.name,
         run=run,
         lede=_lede(run),
-        state="Finished" if is_finished(run) else "Still running, or stopped early",
+        state=state_text(run),
         drawn_at=time.strftime("%Y-%m-%d %H:%M"),
         missing=run.missing(),
         tiles=list(filter(None, _tiles(run))),

@@ -10,6 +10,7 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from vim_ssl.models.presets import PRESETS
+from vim_ssl.training.state import recorded, state_of
 
 # Metrics of an in-training check; in the logs of earlier versions every line repeats them until the
 # next check.
@@ -68,6 +69,7 @@ class Record:
                 "give the directory that a recipe printed as 'Run directory'."
             )
         self.config = read_json(folder / "config.json")
+        self.state, self.plan = state_of(folder), recorded(folder, "plan")
         self.log = _read_log(folder / "metrics.jsonl")
         self.previews = _find_previews(folder / "images")
         # Sorting puts the data of the run first, other data by name.

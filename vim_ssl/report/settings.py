@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from vim_ssl.report.record import Record, is_number
+from vim_ssl.training.state import ENDED, RUNNING
 from vim_ssl.utils.names import number
 
 
@@ -40,20 +41,38 @@ def settings(run: Record) -> dict[str, dict[str, Any]]:
 
 
 def planned_steps(run: Record) -> int:
-    """Return the number of steps in the settings; 0 until the log shows the length of an epoch."""
+    """Return the number of steps that the run plans.
+
+    Of a run of an earlier version this follows from the settings, and is 0 until the log shows the
+    length of an epoch.
+    """
+    if is_number(total := run.plan.get("total_steps")):
+        return int(total)
     step, epoch, epochs = run.last("step"), run.last("epoch"), run.config.get("epochs")
     if not (step > 0 and epoch > 0 and is_number(epochs)):
         return 0
-    planned = round(step / epoch * epochs)
+    planned = step / epoch * epochs
     limit = run.config.get("max_steps")
-    return min(planned, int(limit)) if is_number(limit) and limit else planned
+    planned = min(planned, limit) if is_number(limit) and limit else planned
+    return round(planned) if is_number(planned) else 0
 
 
 def is_finished(run: Record) -> bool:
     """True if all steps are done, or early stopping (``patience``) ended the run."""
+    if run.state is not None:
+        return run.state.name in ENDED
     planned = planned_steps(run)
     early = run.saved and run.config.get("patience")
     return bool(planned) and (run.last("step") >= planned or bool(early))
+
+
+def state_text(run: Record) -> str:
+    """Describe the state of a run, as it recorded it; of a run of an earlier version, as its log
+    shows it."""
+    if run.state is None:
+        return "Finished" if is_finished(run) else "Still running, or stopped early"
+    text = str(run.state)
+    return "Still running" if run.state.name == RUNNING else text[:1].upper() + text[1:]
 
 
 def duration(seconds: float) -> str:
@@ -87,24 +106,57 @@ def _grid(encoder: dict[str, Any]) -> dict[str, str]:
 
 
 def _schedule(run: Record) -> dict[str, str]:
-    """Describe batch, learning rate, epochs and steps. The log gives the number of processes and
-    the length of an epoch."""
-    config, facts = run.config, {}
-    step, epoch, samples, seconds = map(run.last, ("step", "epoch", "samples", "seconds"))
-    batch, times = config.get("batch_size"), config.get("accumulation", 1)
-    if isinstance(batch, int) and isinstance(times, int) and step > 0 and samples > 0:
-        effective = round(samples / step)  # smaller than configured if there are few images
-        processes, rest = divmod(effective, max(batch * times, 1))
-        product = f" = {batch} × {times} (accumulation) × {processes} (processes)"
-        facts["Effective batch"] = f"{effective:,}{'' if rest else product}"
-        base, unit = config.get("base_lr"), config.get("lr_reference_batch")
-        if is_number(base) and is_number(unit):
-            facts["Peak learning rate"] = number(base * effective / unit)
-    if planned := planned_steps(run):
-        facts["Epochs"] = f"{number(epoch, 3)} of {config['epochs']}"
+    """Describe batch, learning rate, epochs and steps."""
+    facts = _planned(run) if run.plan else _logged(run)
+    step, epoch, seconds = map(run.last, ("step", "epoch", "seconds"))
+    if (planned := planned_steps(run)) and step > 0:
+        if epoch > 0 and is_number(epochs := run.config.get("epochs")):
+            facts["Epochs"] = f"{number(epoch, 3)} of {epochs}"
         facts["Steps"] = f"{step:,.0f} of {planned:,}"
     if seconds > 0:
         facts["Time"] = duration(seconds)
+    return facts
+
+
+def _planned(run: Record) -> dict[str, str]:
+    """The numbers that the run recorded before its first step."""
+    plan = {key: value for key, value in run.plan.items() if is_number(value)}
+    facts = {}
+    if (batch := plan.get("effective_batch")) is not None:
+        facts["Effective batch"] = f"{batch:,}"
+        if {"batch_size", "accumulation", "processes"} <= plan.keys():
+            facts["Effective batch"] += _product(*map(plan.get, PRODUCT))
+    if "peak_lr" in plan:
+        facts["Peak learning rate"] = number(plan["peak_lr"])
+    if "images" in plan:
+        facts["Images"] = f"{plan['images']:,}"
+        if left_out := plan.get("left_out"):
+            facts["Images"] += f", {left_out:,} left out of each epoch"
+    if "epoch_steps" in plan:
+        facts["Steps per epoch"] = f"{plan['epoch_steps']:,}"
+    return facts
+
+
+PRODUCT = ("batch_size", "accumulation", "processes")
+
+
+def _product(batch: Any, times: Any, processes: Any) -> str:
+    return f" = {batch} × {times} (accumulation) × {processes} (processes)"
+
+
+def _logged(run: Record) -> dict[str, str]:
+    """The same of a run of an earlier version, from its log: the means over the steps."""
+    config, facts = run.config, {}
+    step, samples = run.last("step"), run.last("samples")
+    batch, times = config.get("batch_size"), config.get("accumulation", 1)
+    if isinstance(batch, int) and isinstance(times, int) and step > 0 and samples > 0:
+        effective = round(min(samples / step, 1e15))
+        processes, rest = divmod(effective, max(batch * times, 1))
+        product = _product(batch, times, processes)
+        facts["Effective batch"] = f"{effective:,}{'' if rest else product}"
+        base, unit = config.get("base_lr"), config.get("lr_reference_batch")
+        if is_number(base) and is_number(unit) and unit > 0:
+            facts["Peak learning rate"] = number(base * effective / unit)
     return facts
 
 

@@ -94,7 +94,7 @@ def train_run(
 
     training = Training(run, model if averaged is None else averaged, save_model)
     result: dict[str, Any] = {}
-    with contextlib.closing(run):
+    with contextlib.closing(run), run.state.recording():
         if accelerator.is_main_process:
             source = source or getattr(config, "encoder", "")
             print(_describe(name, config, objective, model, source, accelerator), flush=True)
@@ -116,6 +116,7 @@ def train_run(
                 if logged:  # empty if the run had ended before
                     save_model(**{"figures": logged})  # the key that encoder.json has
                 _draw_report(run, f"{what.capitalize()}: {run.folder} · report: ")
+            run.state.conclude()
     accelerator.end_training()
     return result
 
@@ -181,4 +182,5 @@ def finish_run(
 
 def _draw_report(run: Run, lead: str = "Report: ") -> None:
     with run.writing("report.html"):
+        run.state.conclude()
         print(f"{lead}{write_report(run.folder)}")

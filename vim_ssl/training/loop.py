@@ -22,6 +22,7 @@ from vim_ssl.training.monitor import Monitor, StepAbandoned
 from vim_ssl.training.optim import build_optimizer, build_schedule
 from vim_ssl.training.run import Run
 from vim_ssl.training.schedule import Progress, Schedule
+from vim_ssl.training.state import STOPPED_EARLY
 
 
 def fit(
@@ -63,6 +64,7 @@ def fit(
     run.resume(accelerator, progress)
     schedule.check_resume(progress)
     run.write_config()
+    run.state.begin(progress.step, schedule.total_steps, schedule.plan, {})
     last = progress.step >= schedule.total_steps
 
     def save() -> None:
@@ -71,6 +73,7 @@ def fit(
         if on_save is not None and accelerator.is_main_process:
             on_save()
         run.save(accelerator, progress, keep=config.keep_checkpoints)
+        run.state.reach(progress.step)
 
     with Monitor(schedule, config, run, accelerator, progress) as monitor:
         if progress.step:
@@ -117,6 +120,10 @@ def fit(
                 break
         if not last:
             monitor.exit_after_save()
+    if progress.step < schedule.total_steps:
+        patience = getattr(config, "patience", 0)
+        why = f"no improvement in {patience} evaluations" if patience else ""
+        run.state.outcome = STOPPED_EARLY, why
     return metrics
 
 

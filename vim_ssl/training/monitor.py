@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from vim_ssl.data.loading.indexed import collate
 from vim_ssl.objectives.base import StepOutput
 from vim_ssl.training.run import resume_command
+from vim_ssl.training.state import INTERRUPTED
 from vim_ssl.utils.distributed import cores
 from vim_ssl.utils.names import number, plural, rough_time
 
@@ -48,6 +49,7 @@ class Monitor:
         self.accelerator, self.progress = accelerator, progress
         self.main = accelerator.is_main_process
         self.stop = self.handlers = None
+        self.signal = 0  # the first one that this process received
         self._may_abandon = False
 
     def __enter__(self):
@@ -85,6 +87,7 @@ class Monitor:
         if self.stop and signum == signal.SIGINT:
             raise KeyboardInterrupt  # a second signal does not wait for the step
         first, self.stop = not self.stop, True
+        self.signal = self.signal or signum
         if first and self.main:  # not print, which may be what the signal interrupted
             os.write(2, b"\nStopping and saving; Ctrl-C ends at once, without saving.\n")
         if self._may_abandon:
@@ -196,7 +199,9 @@ class Monitor:
         return self.stop
 
     def exit_after_save(self) -> None:
-        """Print what is saved, what is left and how to resume; exit with code 0."""
+        """Record and print what is saved, what is left and how to resume; exit with code 0."""
+        name = signal.Signals(self.signal).name if self.signal else "a signal to another process"
+        self.run.state.end(INTERRUPTED, name)
         if self.main:
             step, total = self.progress.step, self.schedule.total_steps
             saved = self.run.checkpoints()[-1:]

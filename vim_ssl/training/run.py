@@ -22,13 +22,13 @@ from torch import Tensor
 
 from vim_ssl.data.spec import same_data, sets_of
 from vim_ssl.training.checkpoint import Checkpoints
+from vim_ssl.training.state import ENDED, LOCK, StateFile, state_of
 from vim_ssl.utils.config import to_dict
 from vim_ssl.utils.environment import is_main_rank
 from vim_ssl.utils.files import atomic_write
 from vim_ssl.utils.names import did_you_mean
 
 RUNS = Path("runs")
-LOCK = ".lock"
 # Settings that may differ when a run is resumed: they change no step (compile: its rounding), or
 # only the length of the run.
 FREE_TO_CHANGE = {
@@ -43,6 +43,7 @@ class Run(Checkpoints):
 
     def __init__(self, folder: Path, main: bool = True):
         super().__init__(folder, main)
+        self.state = StateFile(self.folder, main)
         self.recipe = ""
         self.skipped: set[str] = set()
         self._trackers: list[Any] = []
@@ -301,6 +302,8 @@ def newest_of(files: Iterable[Path]) -> Path:
 def unfinished(folder: Path) -> str:
     """Describe how far an unfinished run got ("step 40 of 400"); "" for a finished run, and if this
     is unknown."""
+    if state := state_of(folder):
+        return "" if state.name in ENDED else str(state)
     stored, checkpoints = _stored_config(folder) or {}, Run(folder).checkpoints()
     if not checkpoints or (folder / "metrics.json").exists():
         return ""

@@ -5,6 +5,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from vim_ssl.data.loading.indexed import SeededSamples, training_loader
 from vim_ssl.training.config import TrainConfig
@@ -49,6 +50,7 @@ class Schedule:
 
     def __init__(self, samples: SeededSamples, config: TrainConfig, accelerator):
         self.config, world = config, accelerator.num_processes
+        self.processes, self.images = world, len(samples)
         # Limit the batch to the size of the data, so that a few images can be trained on.
         self.batch_size = max(min(config.batch_size, len(samples) // world), 1)
         self.workers = min(config.workers, cores())
@@ -67,10 +69,15 @@ class Schedule:
         self.scheduled_steps = self.total_steps = max(round(self.epoch_steps * config.epochs), 1)
         if config.max_steps:
             self.total_steps = min(self.total_steps, config.max_steps)
-        self.warmup_steps = round(self.epoch_steps * config.warmup_epochs)
+        # At least one step has the full rate: an epoch of few steps rounds to more.
+        self.warmup_steps = min(
+            round(self.epoch_steps * config.warmup_epochs), self.scheduled_steps - 1
+        )
         self.fingerprint = getattr(samples.data, "fingerprint", "")
         self.effective_batch = self.batch_size * self.accumulation * world
         self.lr = config.base_lr * self.effective_batch / config.lr_reference_batch
+        self.repeats = getattr(self.batches, "repeats", 1)
+        self.left_out = self._left_out(len(samples), world)
         self.summary = f"{self._data_line(samples, world)}\n{self._steps_line(world)}"
         if self.lr < config.min_lr and accelerator.is_main_process:
             warnings.warn(
@@ -87,17 +94,34 @@ class Schedule:
         line = f"Data {getattr(data, 'name', '')}: {count:,} {kind}".replace(" :", ":")
         if reasons := getattr(data, "left_out", {}):
             line += f" ({', '.join(f'{n:,} {reason}' for reason, n in reasons.items())})"
-        dropped = count - self.epoch_batches * self.batch_size * world
-        if not dropped:
+        if not (dropped := self.left_out):
             return line
         if getattr(data, "is_stream", False):
             return f"{line}; {dropped:,} left out of each epoch: readers have equal, whole batches"
-        line += f"; {dropped:,} left out of each epoch, drawn anew: batches are whole"
+        line += f"; {dropped:,} left out of each epoch, drawn anew: "
+        if self.repeats > 1:
+            return f"{line}an epoch has {self.repeats} copies of each of the others"
+        line += "batches are whole"
         share = count // world
         if (batch := fitting_batch(share, self.batch_size)) == self.batch_size:
             return line
         rest = count - share // batch * batch * world
         return f"{line} (--batch-size {batch} leaves out {rest or 'none'})"
+
+    def _left_out(self, count: int, world: int) -> int:
+        """The number of different images, of ``count``, that an epoch does not draw."""
+        return count - math.ceil(self.epoch_batches * self.batch_size * world / self.repeats)
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        """The numbers that the run trains with, for its records."""
+        return {
+            "batch_size": self.batch_size, "accumulation": self.accumulation,
+            "processes": self.processes, "effective_batch": self.effective_batch,
+            "peak_lr": self.lr, "epoch_steps": self.epoch_steps, "warmup_steps": self.warmup_steps,
+            "scheduled_steps": self.scheduled_steps, "total_steps": self.total_steps,
+            "images": self.images, "left_out": self.left_out, "workers": self.workers,
+        }  # fmt: skip
 
     def _steps_line(self, world: int) -> str:
         """Describe steps, batch and learning rate."""
