@@ -21,7 +21,7 @@ from vim_ssl.data.registry import Splits, source
 from vim_ssl.data.sources.folder import OnDisk, read_layout, split_folders
 from vim_ssl.data.spec import DataSpec, near
 from vim_ssl.data.walk import walk_files
-from vim_ssl.data.window import Window, to_8bit
+from vim_ssl.data.window import Window
 from vim_ssl.utils.optional import require
 
 log = logging.getLogger(__name__)
