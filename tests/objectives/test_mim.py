@@ -159,6 +159,22 @@ def test_the_decoder_puts_every_visible_patch_back_in_its_place():
         torch.testing.assert_close(slots[sample, mask], model.mask_token[0].expand(8, -1))
 
 
+def test_the_decoder_gives_every_patch_of_a_wide_image_its_own_position():
+    """Rows and columns have separate halves: what a step to the right adds is the same in every
+    row, what a step down adds in every column."""
+    model, entered = make("mae"), []
+    model.decoder_layers[0].register_forward_pre_hook(lambda module, args: entered.append(args[0]))
+    torch.nn.init.zeros_(model.decoder_embed.weight)
+    torch.nn.init.zeros_(model.decoder_embed.bias)
+    torch.nn.init.zeros_(model.mask_token)
+    model(make_batch(model, size=(8, 24)))
+    grid = entered[0][0].unflatten(0, (2, 6))
+    right, down = grid[:, 1:] - grid[:, :-1], grid[1:] - grid[:-1]
+    torch.testing.assert_close(right, right[:1].expand_as(right))
+    torch.testing.assert_close(down, down[:, :1].expand_as(down))
+    assert len(grid.flatten(0, 1).round(decimals=4).unique(dim=0)) == 12
+
+
 @both
 def test_samples_of_a_batch_do_not_see_each_other(objective):
     model = make(objective).eval()

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -29,9 +30,10 @@ from vim_ssl.objectives.base import StepOutput
 from vim_ssl.recipes import clip_pretrain, mim_pretrain, supervised_pretrain
 from vim_ssl.training.accelerator import make_accelerator, make_average
 from vim_ssl.training.config import TrainConfig
-from vim_ssl.training.loop import fit
+from vim_ssl.training.loop import fit, forward_backward
 from vim_ssl.training.monitor import bottleneck
 from vim_ssl.training.run import Run, read_metrics
+from vim_ssl.training.schedule import Progress
 from vim_ssl.utils.config import save
 
 ROOT = Path(__file__).parents[2]
@@ -143,6 +145,25 @@ def test_a_sample_does_not_depend_on_the_number_of_workers():
         return torch.cat([batch["x"] for batch in loader])
 
     assert torch.equal(all_samples(0), all_samples(2))
+
+
+def drawn_thrice(item):
+    """A draw of each generator that augmentations use."""
+    legacy = np.random.rand()  # noqa: NPY002 (what timm draws from)
+    return {"torch": torch.rand(()).item(), "numpy": legacy, "random": random.random()}
+
+
+@pytest.mark.parametrize("generator", ["torch", "numpy", "random"])
+def test_a_sample_is_drawn_from_seed_epoch_and_index_alone(generator):
+    def draw(epoch, index, seed=1):
+        samples = SeededSamples(Numbers(12), drawn_thrice, seed)
+        for reseed in (np.random.seed, random.seed, torch.seed):  # as after a resume
+            reseed()
+        return samples[(epoch, index)][generator]
+
+    draws = {key: draw(*key) for key in [(0, 0), (0, 1), (1, 0), (1, 1), (0, 0, 2)]}
+    assert len(set(draws.values())) == len(draws)
+    assert all(draw(*key) == value for key, value in draws.items())
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -289,6 +310,65 @@ def test_a_precision_that_the_device_does_not_have_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"fp16 is not active on this device \(cpu\).*bf16 or no"):
         train(tmp_path, Linear(), precision="fp16")
     assert not list(tmp_path.iterdir())
+
+
+class Dropping(Linear):
+    """Records what dropout kept in each call, and the mode of each call."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept, self.modes = [], []
+
+    def forward(self, batch):
+        self.modes.append(self.training)
+        self.kept.append(torch.nn.functional.dropout(torch.ones(64), training=self.training))
+        return super().forward(batch)
+
+
+def test_dropout_differs_between_steps_and_micro_batches(tmp_path):
+    objective = Dropping()
+    train(tmp_path, objective, size=16, epochs=2, accumulation=2)
+    kept = torch.stack(
+        [kept for kept, mode in zip(objective.kept, objective.modes, strict=True) if mode]
+    )
+    assert len(kept) == 8
+    assert len(kept.unique(dim=0)) == 8
+
+
+def test_previews_are_made_in_eval_mode_and_training_goes_on_in_its_own(tmp_path):
+    objective = Dropping()
+    train(tmp_path, objective, size=16, epochs=2, eval_every=1)
+    assert objective.modes == [True] * 4 + [False] + [True] * 4 + [False]
+    assert objective.training
+
+
+class TwoProcesses:
+    """What `forward_backward` needs of accelerate, in the first of two processes; the other one has
+    the same batch. DDP averages gradients, so the average is this process's."""
+
+    num_processes, process_index, device = 2, 0, torch.device("cpu")
+
+    def backward(self, loss):
+        loss.backward()
+
+    def no_sync(self, model):
+        return contextlib.nullcontext()
+
+    def reduce(self, sums):
+        return 2 * sums
+
+
+def test_the_gradient_of_two_processes_is_that_of_their_joint_batch():
+    objective = Linear()
+    batch = {"x": torch.randn(6, 4), "y": torch.randn(6), "index": torch.arange(6), "skipped": []}
+    halves = [{key: value[:2] for key, value in batch.items()},
+              {key: value[2:] for key, value in batch.items()}]  # fmt: skip
+    forward_backward(TwoProcesses(), objective, objective, halves, TrainConfig(), Progress())
+    gradient = objective.linear.weight.grad.clone()
+    objective.zero_grad()
+    out = objective(batch)
+    (out.loss_sum / 6).backward()
+    torch.testing.assert_close(gradient, objective.linear.weight.grad)
 
 
 def test_a_second_run_of_a_process_has_its_own_precision(tmp_path):
