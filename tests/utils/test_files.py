@@ -2,7 +2,7 @@
 
 import pytest
 
-from vim_ssl.utils.files import atomic_path, atomic_write, reading
+from vim_ssl.utils.files import atomic_path, atomic_write, read_json, read_text, reading
 
 
 @pytest.mark.parametrize(("content", "expected"), [("ä", "ä".encode()), (b"\xff", b"\xff")])
@@ -74,3 +74,27 @@ def test_errors_that_name_the_file_pass_unchanged(tmp_path):
         raise ValueError(f"{file}: line 3")
     with pytest.raises(FileNotFoundError), reading(file, "a log"):
         file.read_text()
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ('{"a": 1,\n "b": [2,]}', "line 2"),
+        ('{"a": 1,\n "b": NaN}', "NaN in line 2; write null"),
+        ('{"a": 1, "a": 2}', "the key 'a' occurs twice in one object"),
+        (b'{"a": "\xe9"}', r"is not UTF-8 \(line 1\)"),
+        ("", "line 1"),
+    ],
+)
+def test_a_json_file_that_cannot_be_meant_is_refused_with_its_line(tmp_path, content, says):
+    path = tmp_path / "a.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=rf"a\.json .*{says}"):
+        read_json(path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_texts_with_a_byte_order_mark_are_read_without_it(tmp_path, encoding):
+    (tmp_path / "a").write_bytes('{"é": 1}\n'.encode(encoding))
+    assert read_text(tmp_path / "a") == '{"é": 1}\n'
+    assert read_json(tmp_path / "a") == {"é": 1}

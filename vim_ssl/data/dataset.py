@@ -16,6 +16,7 @@ from vim_ssl.data.images import BadImage, array_image, clean_image, decode_image
 from vim_ssl.data.loading.indexed import SeededSamples
 from vim_ssl.data.passed_over import PassedOver
 from vim_ssl.data.split import as_key
+from vim_ssl.data.values import name_of
 
 RawImage: TypeAlias = str | Path | bytes | np.ndarray | Image.Image
 
@@ -314,9 +315,10 @@ class ImageData(Dataset):
 
 
 def captions_of(value: Any) -> list[str]:
-    """Convert an item's ``caption`` (one text, several, or none) to a list of non-empty texts."""
+    """Convert an item's ``caption`` (one text, several, or none) to a list of texts, without
+    missing ones; see `vim_ssl.data.values.name_of`."""
     texts = value if isinstance(value, list | tuple) else [value]
-    return [text.strip() for text in texts if isinstance(text, str) and text.strip()]
+    return [text.strip() for text in texts if isinstance(text, str) and name_of(text)]
 
 
 class _Joined:

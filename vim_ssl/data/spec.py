@@ -15,7 +15,7 @@ AND = " + "  # joins specs into one data set
 # Canonical name of a split → the names that data sets use for it.
 SPLIT_NAMES = {
     "train": ("train", "training"),
-    "validation": ("validation", "val", "valid"),
+    "validation": ("validation", "val", "valid", "dev"),
     "test": ("test", "testing"),
 }
 

@@ -1,103 +1,221 @@
-"""Read CSV and TSV files with a header."""
+"""Read CSV and TSV files with a header: the one reader of tables."""
 
 import csv
-import io
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from itertools import chain, repeat
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 from vim_ssl.data.spec import near
-from vim_ssl.utils.files import read_text
+from vim_ssl.utils.files import encoding_of, reading
 
 TABLES = (".csv", ".tsv")
+DELIMITERS = "\t,;|"
+# A line within a quoted field that is a row of its own: an unclosed quote has swallowed it.
+_SWALLOWED = re.compile(
+    r"[\r\n][^\r\n]*\.(jpe?g|png|tiff?|bmp|gif|webp|dcm|nii|gz|mp4|avi|mov|svs)\"?\s*[\t,;|]",
+    re.IGNORECASE,
+)
 
 
-def read_rows(
-    lines: Iterable[str], suffix: str, source: str, strict: bool = False
-) -> tuple[list[str], Iterator[tuple[int, list[str], str]]]:
+class Row(NamedTuple):
+    """A row of a table: the line where it begins, its fields without spaces at their ends, and a
+    description of its fault ("" if there is none)."""
+
+    line: int
+    fields: list[str]
+    fault: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """A whole table without faults.
+
+    Attributes:
+        source: name of the table, for messages.
+        header: names of the columns; "" for a column without a name.
+        rows: the rows that are not empty.
+    """
+
+    source: str
+    header: list[str]
+    rows: list[Row]
+
+    def column(
+        self, requested: str | None, known: Sequence[str], option: str, *, one_line: bool = True
+    ) -> list[str] | None:
+        """Return the values of a column; see `find_column`.
+
+        Args:
+            one_line: refuse values with line breaks.
+        Raises: the errors of `find_column`; ValueError for a line break.
+        """
+        name = find_column(requested, known, self.header, option, self.source)
+        if name is None:
+            return None
+        place = self.header.index(name)
+        if one_line:
+            for row in self.rows:
+                if "\n" in row.fields[place] or "\r" in row.fields[place]:
+                    raise ValueError(
+                        f"{self.source}, line {row.line}: the field {name!r} has a line break; is "
+                        "a quote not closed?"
+                    )
+        return [row.fields[place] for row in self.rows]
+
+    def required(self, known: Sequence[str], option: str) -> list[str]:
+        """Return the values of a column with one of these names. Raises: ValueError without it."""
+        values = self.column(None, known, option)
+        if values is None:
+            raise ValueError(
+                f"{self.source} has no column {' or '.join(known)}; it has {_names(self.header)}."
+            )
+        return values
+
+
+def read_rows(file: Path, source: str) -> tuple[list[str], Iterator[Row]]:
     """Read a table row by row.
 
+    The delimiter is the one of tab, comma, semicolon and "|" that occurs most often in the header.
+    Between tabs, a quote is plain text unless two of them enclose the whole field. Lines may end in
+    any way; a byte order mark, empty lines, and Excel's line ``sep=;`` are skipped.
+
     Args:
-        lines: lines with their line ends.
-        suffix: suffix of the file. The delimiter is the first of tab, "," and ";" that occurs in
-            the header; without any, the suffix determines it.
         source: name of the table, for messages.
-        strict: strip fields, and report a lone quote instead of reading on to the next quote.
-            Tables with tabs are seldom quoted: there a quote is plain text unless two of them
-            enclose the whole field.
-    Returns: the header and, for each non-empty row, the line it begins at, its fields, and a
-        description of its fault ("" if there is none).
-    Raises: ValueError for a header that cannot be read.
-    """
-    lines = iter(lines)
-    first = next(lines, "")
-    delimiter = next(
-        (sign for sign in "\t,;" if sign in first), "\t" if suffix.lower() == ".tsv" else ","
-    )
-    plain = strict and delimiter == "\t"
-    clean = _unquoted if plain else str.strip if strict else str
-    reader = csv.reader(
-        chain([first], lines), delimiter=delimiter, strict=strict,
-        quoting=csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL,
-    )  # fmt: skip
-
-    def rows() -> Iterator[tuple[int, list[str], str]]:
-        while True:
-            line = reader.line_num + 1
-            try:
-                row = next(reader, None)
-            except csv.Error as error:
-                end = reader.line_num  # a lone quote consumes the lines up to the next quote
-                yield line, [], f"{error}{f'; lost down to line {end}' if end > line else ''}"
-                continue
-            if row is None:
-                return
-            if row:
-                yield line, [clean(value) for value in row], ""
-
-    try:
-        header = next(reader, [])
-    except csv.Error as error:
-        raise ValueError(f"{source}: the header cannot be read: {error}") from error
-    return [clean(name).strip() for name in header], rows()
-
-
-def read_columns(file: Path, source: str) -> dict[str, tuple[str, ...]]:
-    """Read a whole table: column name → its values.
-
-    Raises: FileNotFoundError; ValueError for text that is not UTF-8, and for a row whose length
-        differs from the header's.
+    Returns: the header, and the rows that are not empty. Bytes that are not UTF-8 become
+        surrogates.
+    Raises: FileNotFoundError; ValueError for a header that cannot be read.
     """
     if not file.is_file():
         raise FileNotFoundError(f"{source}: the file does not exist.")
-    text = io.StringIO(read_text(file), newline="")
-    header, numbered = read_rows(text, file.suffix, source)
-    rows = []
-    for number, (line, row, fault) in enumerate(numbered, 1):
-        if fault:
-            raise ValueError(f"{source}, line {line}: {fault}")
-        if len(row) != len(header):
-            raise ValueError(
-                f"{source}: row {number} has {len(row)} fields, the header has {len(header)}; "
-                "quote fields that contain the delimiter."
-            )
-        rows.append(row)
-    return dict(zip(header, zip(*rows, strict=True) if rows else repeat(()), strict=False))
+    lines = _lines(file)
+    delimiter, first, before = "", "", 0
+    for first in lines:
+        if told := re.fullmatch(r'"?sep=(.)"?', first.strip()):
+            delimiter = told[1]
+        elif first.strip():
+            break
+        before += 1
+    if "\0" in first:
+        raise ValueError(f"{source} contains NUL bytes, so it is not UTF-8; save it as UTF-8.")
+    delimiter = delimiter or _delimiter(first, file.suffix)
+    plain = delimiter == "\t"
+    reader = csv.reader(
+        chain([first], lines), delimiter=delimiter, strict=True, skipinitialspace=not plain,
+        quoting=csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL,
+    )  # fmt: skip
+    clean = _unquoted if plain else str.strip
+    try:
+        header = [clean(name).strip() for name in next(reader, [])]
+    except csv.Error as error:
+        raise ValueError(f"{source}: the header cannot be read: {_reason(error)}") from error
+
+    def rows() -> Iterator[Row]:
+        while True:
+            line = before + reader.line_num + 1
+            try:
+                fields = next(reader, None)
+            except csv.Error as error:
+                end = before + reader.line_num  # a lone quote consumes lines up to the next quote
+                lost = f"; lost down to line {end}" if end > line else ""
+                yield Row(line, [], f"{_reason(error)}{lost}")
+                continue
+            if fields is None:
+                return
+            fields = [clean(value) for value in fields]
+            if any(fields):
+                yield Row(line, fields, _fault(fields, len(header)))
+
+    return header, rows()
+
+
+def load_table(file: Path, source: str) -> Table:
+    """Read a whole table.
+
+    Raises: FileNotFoundError; ValueError for text that is not UTF-8, and for a row that cannot be
+        read or whose length differs from the header's.
+    """
+    header, rows = read_rows(file, source)
+    kept = []
+    for row in rows:
+        if row.fault:
+            hint = "; quote fields that contain the delimiter" if row.fields else ""
+            raise ValueError(f"{source}, line {row.line}: {row.fault}{hint}.")
+        if not is_text(row.fields):
+            raise ValueError(f"{file} is not UTF-8 (line {row.line}); save it as UTF-8.")
+        kept.append(row)
+    return Table(source, header, kept)
+
+
+def is_text(fields: Iterable[str]) -> bool:
+    """True if all fields were UTF-8; see `read_rows`."""
+    try:
+        for field in fields:
+            if not field.isascii():
+                field.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def find_column(
-    requested: str | None, known: Sequence[str], columns: Collection[str], option: str, source: str
+    requested: str | None, known: Sequence[str], columns: Iterable[str], option: str, source: str
 ) -> str | None:
-    """Return the requested column, else the first known name among the columns, else None.
+    """Return the requested column, else the first known name among the columns, in any letter case,
+    else None. A column without a name is never returned.
 
-    Raises: ValueError if the requested column does not exist.
+    Raises: ValueError if the requested column does not exist, or if two columns have its name.
     """
+    columns = list(columns)
     if requested and requested not in columns:
         raise ValueError(
-            f"{source} has no column {requested!r} for {option}=.{near(requested, list(columns))} "
-            f"It has {', '.join(columns)}."
+            f"{source} has no column {requested!r} for {option}=.{near(requested, columns)} "
+            f"It has {_names(columns)}."
         )
-    return requested or next((name for name in known if name in columns), None)
+    # An exact name goes before one in another letter case.
+    lower = {column.lower(): column for column in reversed(columns)}
+    lower |= {column: column for column in columns}
+    name = requested or next((lower[name] for name in known if name in lower), None)
+    if name and columns.count(name) > 1:
+        raise ValueError(f"{source} has several columns {name!r}; rename all but one.")
+    return name
+
+
+def _names(columns: Iterable[str]) -> str:
+    return ", ".join(column or "(no name)" for column in columns) or "no columns"
+
+
+def _lines(file: Path) -> Iterator[str]:
+    with open(file, "rb") as raw:
+        encoding = encoding_of(raw.read(4))
+    with (
+        reading(file, "a table", "save it as UTF-8"),
+        open(file, encoding=encoding, errors="surrogateescape", newline="") as lines,
+    ):
+        yield from lines
+
+
+def _delimiter(header: str, suffix: str) -> str:
+    plain = re.sub('"[^"]*"', "", header)
+    best = max(DELIMITERS, key=plain.count)  # the first of those that occur equally often
+    return best if best in plain else "\t" if suffix.lower() == ".tsv" else ","
+
+
+def _fault(fields: Sequence[str], columns: int) -> str:
+    if any("\0" in field for field in fields):
+        return "it contains a NUL byte"
+    if any(_SWALLOWED.search(field) for field in fields if "\n" in field or "\r" in field):
+        return "a quoted field contains a further row; is a quote not closed?"
+    if len(fields) != columns:
+        return f"{len(fields)} fields, the header has {columns}"
+    return ""
+
+
+def _reason(error: csv.Error) -> str:
+    text = str(error)
+    return "a quote is not closed" if "unexpected end" in text or "limit" in text else text
 
 
 def _unquoted(value: str) -> str:

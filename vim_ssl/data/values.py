@@ -141,6 +141,11 @@ def number_labels(
     """
     names = Names(every)
     labels = [names.number(value) for value in values]
+    others = [name for name in names.classes if name != "-1"]
+    if "-1" in names.classes and others and all(name.isdigit() for name in others):
+        names.remarks.append(
+            "the label -1 is read as a class; leave the field empty if it means unknown"
+        )
     if max(labels, default=-1) < 0:
         return None, None, names.remarks
     return labels, names.classes, names.remarks

@@ -1,8 +1,10 @@
 """Atomic file writes, text files, cache folders."""
 
+import codecs
 import csv
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -134,14 +136,58 @@ def reading(path: str | os.PathLike, what: str, remedy: str = "") -> Iterator[No
         ) from error
 
 
-def read_text(file: Path) -> str:
-    """The content of a text file. Raises: ValueError naming the line that is not UTF-8."""
-    content = file.read_bytes()
+def encoding_of(start: bytes) -> str:
+    """Return the encoding of a text file from its first bytes: UTF-8 unless a byte order mark says
+    otherwise."""
+    if start.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "utf-32"
+    return "utf-16" if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+
+
+def decode_text(content: bytes, name: Any) -> str:
+    """Decode a text with or without a byte order mark, which is removed.
+
+    Args:
+        name: name of the text, for messages.
+    Raises: ValueError naming the line that is not UTF-8, or for NUL bytes.
+    """
     try:
-        return content.decode("utf-8-sig")
+        text = content.decode(encoding_of(content[:4]))
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{file} is not UTF-8 (line {line}); save it as UTF-8.") from None
+        raise ValueError(f"{name} is not UTF-8 (line {line}); save it as UTF-8.") from None
+    if "\0" in text:
+        raise ValueError(f"{name} contains NUL bytes, so it is not UTF-8 text; save it as UTF-8.")
+    return text
+
+
+def read_text(file: Path) -> str:
+    """The content of a text file. Raises: the errors of `decode_text`."""
+    return decode_text(file.read_bytes(), file)
+
+
+def read_json(file: Path) -> Any:
+    """The content of a JSON file. Raises: ValueError naming the file, and where known the line, for
+    a syntax error, NaN or infinity, and a key that an object has twice."""
+    text = read_text(file)
+
+    def refuse(constant: str) -> Any:
+        match = re.search(rf"[\[:,\s]{constant}\b", text)
+        line = text.count("\n", 0, match.end()) + 1 if match else 1
+        raise ValueError(f"{constant} in line {line}; write null")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        content = dict(pairs)
+        if len(content) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in content if keys.count(key) > 1)
+            raise ValueError(f"the key {twice!r} occurs twice in one object; keep one")
+        return content
+
+    try:
+        return json.loads(text, parse_constant=refuse, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not valid JSON: {error}.") from error
 
 
 def append_rows(path: Path, columns: Sequence[str], rows: Iterable[dict]) -> None:

@@ -65,7 +65,7 @@ def test_split_folders_are_splits(tmp_path):
 def test_a_caption_that_is_no_text_is_found_when_read(tmp_path):
     fill(tmp_path, a=b"caf\xe9", b="fine")
     data = open_data(f"pairs:{tmp_path}")
-    with pytest.raises(BadImage, match=r"a\.png: its caption file a\.txt: is not UTF-8"):
+    with pytest.raises(BadImage, match=r"a\.png: its caption file a\.txt: it is not UTF-8"):
         data[0]
     with pytest.raises(BadImage, match="not UTF-8"):
         data.captions(0)
@@ -139,7 +139,7 @@ def test_a_lone_quote_between_commas_is_a_fault_at_its_line(tmp_path):
     assert [data.captions(i) for i in range(2)] == [["two\nlines"], ["fine"]]
     assert data.faults == [
         "pairs.csv, line 4: ',' expected after '\"'",
-        "pairs.csv, line 6: unexpected end of data; lost down to line 7",
+        "pairs.csv, line 6: a quote is not closed; lost down to line 7",
     ]
 
 

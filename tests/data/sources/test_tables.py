@@ -62,7 +62,7 @@ def test_a_file_that_is_gone_is_named(tmp_path):
         (["where,label", "a.png,1"], "", "no column of paths .* It has where, label"),
         (["path,label", "a.png,1"], "?label=lable", r"no column 'lable'.*mean 'label'"),
         (["path,label", "a.png,1", "a.png,2"], "", "lists 'a.png' twice"),
-        (["path,label", "a.png,1,2"], "", "row 1 has 3 fields, the header has 2"),
+        (["path,label", "a.png,1,2"], "", "line 2: 3 fields, the header has 2"),
         (["path,label"], "", "but no rows"),
     ],
 )
@@ -75,6 +75,145 @@ def test_a_table_that_is_not_utf_8_is_told_with_the_line(tmp_path):
     (tmp_path / "t.csv").write_bytes("image,label\na.png,cat\nb.png,café\n".encode("latin-1"))
     with pytest.raises(ValueError, match=r"t.csv is not UTF-8 \(line 3\); save it as UTF-8"):
         open_data(f"csv:{tmp_path}/t.csv")
+
+
+# ------------------------------------------------------------------ as people write them
+
+
+def of(root, content: bytes | str, name: str = "t.csv"):
+    """The data of a table beside the images pics/0.png to pics/3.png."""
+    table(root, "path", name="unused.csv")
+    (root / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return open_data(f"csv:{root / name}")
+
+
+PLAIN = "path,label\npics/0.png,é\npics/1.png,b\n"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        PLAIN, PLAIN.replace("\n", "\r\n"), PLAIN.replace("\n", "\r"),
+        PLAIN.replace(",", ";"), PLAIN.replace(",", "\t"), PLAIN.replace(",", "|"),
+        PLAIN.encode("utf-8-sig"), PLAIN.encode("utf-16"), PLAIN.encode("utf-32"),
+        "sep=;\n" + PLAIN.replace(",", ";"), "\n\n" + PLAIN, PLAIN + ",\n,\n",
+        PLAIN.replace("path,label", "Path, Label"), PLAIN.replace(",", " , "),
+        PLAIN.replace("é", "e\u0301"), 'path,"label"\n"pics/0.png", "é"\npics/1.png,b',
+        PLAIN.replace("pics/", "pics\\"), PLAIN.replace("pics/", ".\\pics\\"),
+        "label;path\né;pics/0.png\nb;pics/1.png",
+    ],
+    ids=["plain", "crlf", "cr", "semicolons", "tabs", "bars", "utf-8 mark", "utf-16", "utf-32",
+         "excel sep", "blank first", "blank last", "header case", "spaces", "decomposed", "quotes",
+         "backslashes", "dot backslashes", "order"],
+)  # fmt: skip
+def test_tables_of_every_program_are_read(tmp_path, content):
+    data = of(tmp_path, content)
+    assert (data.classes, data.labels, data.faults) == (["b", "é"], [1, 0], [])
+    assert [item["image"].getpixel((0, 0))[0] for item in data] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ('path,label\na,"y\nc,x\nd,y"\ne,x\n', "line 2: the field 'label' has a line break"),
+        ('path,label\n"a\nb",x\n', "line 2: the field 'path' has a line break"),
+        ('path,label\na,x\nb,"y\nc,x\n', "line 3: a quote is not closed; lost down to line 4"),
+        ('path,caption\na,"y\nb.png,x"\n', "line 2: a quoted field contains a further row"),
+        ("path,label,label\na,b,c\n", "several columns 'label'; rename all but one"),
+        ("path,Path,label\na,b,c\n", None),
+        ("path,label\na,x\n./a,y\n", r"lists './a' twice \(lines 2 and 3\)"),
+        ("path,label\nb\\a,x\nb/a,y\n", r"lists 'b/a' twice"),
+        ("path,label\na\n", "line 2: 1 fields, the header has 2"),
+        ("path,label\na\0,x\n", "line 2: it contains a NUL byte"),
+        ("path,label\na,x\n".encode("utf-16-le"), "NUL bytes, so it is not UTF-8; save it as"),
+        (",label\na.png,x\n", r"no column of paths .* It has \(no name\), label"),
+    ],
+    ids=["label", "path", "unclosed", "caption", "repeated", "letter case", "dot", "backslash",
+         "short", "nul", "utf-16", "nameless"],
+)  # fmt: skip
+def test_a_table_that_cannot_be_meant_is_refused_with_its_line(tmp_path, content, says):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/a").touch()
+    if says is None:
+        assert len(of(tmp_path, content)) == 1
+        return
+    with pytest.raises(ValueError, match=says):
+        of(tmp_path, content)
+
+
+def test_missing_values_are_unknown_in_every_column(tmp_path):
+    rows = [
+        "pics/0.png,None,NA,nan,train", "pics/1.png,a,p1,a cat,val", "pics/2.png,b,,,Valid",
+        "pics/3.png,nan, p1 ,null,", "NaN,a,p1,,train", ",b,p1,x,train",
+    ]  # fmt: skip
+    table = "\n".join(["path,label,patient,caption,split", *rows])
+    data = of(tmp_path, table)
+    assert data.splits == ["train", "validation"]
+    (tmp_path / "t.csv").write_text(table)
+    everything = open_data(f"csv:{tmp_path}/t.csv?split=all&group=patient")
+    assert (everything.classes, everything.labels) == (["a", "b"], [-1, 0, 1, -1])
+    assert everything.groups == ["pics/0.png", "p1", "pics/2.png", "p1"]  # or a group of its own
+    assert [everything.captions(i) for i in range(4)] == [[], ["a cat"], [], []]
+    assert len(open_data(f"csv:{tmp_path}/t.csv?split=val")) == 2
+    assert everything.faults == [
+        "2 rows have no path and are skipped: line 6, 7",
+        "1 labels are 'None', which is read as a missing value; rename the label if it is a real "
+        "one",
+        "1 labels are 'nan', which is read as a missing value; rename the label if it is a real "
+        "one",
+        "1 groups are 'NA', which is read as a missing value; rename the group if it is a real one",
+        "1 rows name no split and are in none: line 5",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes", "numbers", "said"),
+    [
+        (["1", "1.0", "2", "2"], ["1", "2"], [0, 0, 1, 1], "'1' and '1.0' are read as one label"),
+        (["1.0", "2.0", "", "1.0"], ["1.0", "2.0"], [0, 1, -1, 0], ""),
+        (["True", "False"] * 2, ["False", "True"], [1, 0, 1, 0], ""),
+        (["007", "7", "07", "10"], ["007", "07", "7", "10"], [0, 2, 1, 3], "'007' and '07'"),
+        (["Cat", "cat", "dog", "dog"], ["Cat", "cat", "dog"], [0, 1, 2, 2], "'Cat' and 'cat'"),
+        (["-1", "0", "1", "1"], ["-1", "0", "1"], [0, 1, 2, 2], "-1 is read as a class"),
+        (["-1.5", "10", "9", "-2"], ["-2", "-1.5", "9", "10"], [1, 3, 2, 0], ""),
+    ],
+)
+def test_labels_of_one_kind_are_one_class(tmp_path, labels, classes, numbers, said):
+    rows = [f"pics/{i}.png,{label}" for i, label in enumerate(labels)]
+    data = of(tmp_path, "\n".join(["path,label", *rows]))
+    assert (data.classes, data.labels) == (classes, numbers)
+    assert len(data.faults) == bool(said)
+    assert said in " ".join(data.faults)
+
+
+def test_splits_in_a_column_of_another_name_are_told(tmp_path):
+    data = of(tmp_path, "path,subset\npics/0.png,train\npics/1.png,test\n")
+    assert data.splits == []
+    assert "the column 'subset' seems to name splits" in data.faults[0]
+
+
+def test_paths_of_all_kinds_are_found_and_the_others_counted(tmp_path, monkeypatch):
+    (tmp_path / "work/pics").mkdir(parents=True)
+    (tmp_path / "work/pics/9.png").write_bytes(png(9))
+    (tmp_path / "work/pics/3.png").write_bytes(png(33))
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    lines = [
+        "path", f"{tmp_path}/pics/0.png", (tmp_path / "pics/1.png").as_uri(), "~/pics/2.png",
+        "pics/3.png", "pics/9.png", "pics/8.png", "C:\\x\\7.png",
+    ]  # fmt: skip
+    data = of(tmp_path, "\n".join(lines))
+    reds = [data[i]["image"].getpixel((0, 0))[0] for i in range(5)]
+    assert reds == [0, 1, 2, 3, 9]
+    assert data.ids == lines[1:]
+    assert [fault.split(",")[0].replace(str(tmp_path), "~") for fault in data.faults] == [
+        "2 of 7 files do not exist",
+        "1 files are not in the table's folder ~ but in the working directory",
+        "1 files are in the table's folder ~ and in the working directory; the former are read",
+    ]
+    assert "pics/8.png (line 7), C:\\x\\7.png (line 8)" in data.faults[0]
+    alone = of(tmp_path, "path\nD:/x/7.png\n")
+    assert "drive letter are of another computer" in alone.faults[0]
 
 
 def test_csv_missing(tmp_path):

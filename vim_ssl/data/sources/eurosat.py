@@ -16,8 +16,9 @@ from vim_ssl.data.sources.geotiff import (
     import_rasterio,
 )
 from vim_ssl.data.spec import DataSpec
-from vim_ssl.data.tables import read_columns
+from vim_ssl.data.tables import load_table
 from vim_ssl.data.walk import walk_files
+from vim_ssl.utils.files import read_text
 
 # EuroSAT's files have band 8A (narrow near infrared) last.
 EUROSAT_BANDS = (
@@ -115,7 +116,7 @@ def _listed_splits(folders: Sequence[Path]) -> dict[str, str]:
 
 def _listed(file: Path) -> list[str]:
     if file.suffix == ".csv":
-        names: Sequence[str] = read_columns(file, str(file))["Filename"]
+        names: Sequence[str] = load_table(file, str(file)).required(("Filename",), "image")
     else:
-        names = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        names = [line.strip() for line in read_text(file).splitlines()]
     return [name for name in names if name]

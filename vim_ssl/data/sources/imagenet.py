@@ -9,7 +9,7 @@ from vim_ssl.data.images import EXTENSIONS
 from vim_ssl.data.registry import Splits, source
 from vim_ssl.data.sources.folder import FileImages
 from vim_ssl.data.spec import DataSpec, pick_split
-from vim_ssl.data.tables import read_columns
+from vim_ssl.data.tables import load_table
 from vim_ssl.data.walk import contents, walk_files
 
 COUNTS = {"train": 1_281_167, "val": 50_000}
@@ -102,9 +102,10 @@ def _flat_labels(root: Path, names: list[str]) -> dict[str, str]:
             "unpack the archive of each synset into a folder with the synset's name."
         )
     if (root / SOLUTION).is_file():
-        columns = read_columns(root / SOLUTION, f"imagenet:{root}: {SOLUTION}")
-        first = (prediction.split()[0] for prediction in columns["PredictionString"])
-        synset = dict(zip(columns["ImageId"], first, strict=True))
+        table = load_table(root / SOLUTION, f"imagenet:{root}: {SOLUTION}")
+        predictions = table.required(("PredictionString",), "label")
+        first = ((prediction.split() or [""])[0] for prediction in predictions)
+        synset = dict(zip(table.required(("ImageId",), "image"), first, strict=True))
     else:
         synset = _devkit(root)
     if missing := [stem for stem in stems.values() if stem not in synset]:

@@ -8,11 +8,14 @@ from pathlib import Path
 
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import BadImage
+from vim_ssl.data.paths import TablePaths
 from vim_ssl.data.registry import Splits, source
 from vim_ssl.data.sources.folder import FileImages, split_folders
 from vim_ssl.data.spec import DataSpec, pick_split
-from vim_ssl.data.tables import TABLES, find_column, read_rows
+from vim_ssl.data.tables import TABLES, find_column, is_text, read_rows
+from vim_ssl.data.values import name_of
 from vim_ssl.data.walk import find_images
+from vim_ssl.utils.files import read_text
 
 IMAGE_COLUMNS = ("image", "path", "filepath", "file_name", "filename", "file", "image_path")
 CAPTION_COLUMNS = ("caption", "text", "title")
@@ -28,9 +31,13 @@ class CaptionFiles:
     def __getitem__(self, row: int) -> list[str]:
         path = caption_file(self.images[row])
         try:
-            text = Path(path).read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            what = "is not UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror
+            text = read_text(Path(path))
+        except (OSError, ValueError) as error:
+            what = (
+                str(error).replace(path, "it", 1)
+                if isinstance(error, ValueError)
+                else (error.strerror)
+            )
             raise BadImage(path, f"its caption file {os.path.basename(path)}: {what}") from error
         return text.splitlines()
 
@@ -104,6 +111,7 @@ def _open_table(spec: DataSpec) -> ImageData:
     if not path.is_file():
         raise FileNotFoundError(f"{source}: the table does not exist.")
     captions: dict[str, list[str]] = {}
+    line_of: dict[str, int] = {}
     faults = []
     digest = blake2b(digest_size=8)
     for line, name, caption, fault in _pairs(path, spec, source):
@@ -111,51 +119,51 @@ def _open_table(spec: DataSpec) -> ImageData:
             faults.append(f"{path.name}, line {line}: {fault}")
             continue
         captions.setdefault(name, []).append(caption)
+        line_of.setdefault(name, line)
         digest.update(f"{name}\0{caption}\n".encode(errors="surrogateescape"))
     if not captions:
         raise ValueError(f"{source} has no image-caption pairs. {' '.join(faults[:3])}".strip())
-    names = list(captions)
-    images = FileImages(str(path.parent), names)
-    if not any(os.path.exists(images[row]) for row in range(min(PROBED, len(names)))):
+    found = TablePaths(str(path.parent), list(captions), list(line_of.values()))
+    first: dict[str, str] = {}  # path → its first spelling
+    for name, file in zip(list(captions), found.paths, strict=True):
+        if (other := first.setdefault(os.path.normpath(file), name)) != name:
+            captions[other] += captions.pop(name)
+    images = FileImages(str(path.parent), list(first))
+    if not any(os.path.exists(images[row]) for row in range(min(PROBED, len(images)))):
         raise FileNotFoundError(
             f"{source}: none of the first images exists, for example {images[0]}; paths are "
             "relative to the table's folder."
         )
     return ImageData(
-        images, names, name=str(spec), captions=list(captions.values()),
-        source_fingerprint=digest.hexdigest(), faults=faults,
+        images, list(captions), name=str(spec), captions=list(captions.values()),
+        source_fingerprint=digest.hexdigest(), faults=[*faults, *found.faults],
     )  # fmt: skip
 
 
 def _pairs(path: Path, spec: DataSpec, source: str) -> Iterator[tuple[int, str, str, str]]:
     """Yield line number, image path, caption and fault ("" if none) of every row."""
-    # Bytes that are not UTF-8 become surrogates: allowed in a path, not in a caption.
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        header, rows = read_rows(file, path.suffix, source, strict=True)
-        columns = []
-        for option, known in (("image", IMAGE_COLUMNS), ("caption", CAPTION_COLUMNS)):
-            name = find_column(getattr(spec, option), known, header, option, source)
-            if name is None:
-                raise ValueError(
-                    f"{source} has no column for {option}s ({', '.join(known)}). Its header is "
-                    f"{', '.join(header) or 'empty'}; select one with ?{option}=COLUMN."
-                )
-            columns.append(header.index(name))
-        for line, row, fault in rows:
-            name = caption = ""
-            if not fault and len(row) != len(header):
-                fault = f"{len(row)} fields, the header has {len(header)}"
-            if not fault:
-                name, caption = (row[column] for column in columns)
-                fault = _fault(name, caption)
-            yield line, name, caption, fault
+    header, rows = read_rows(path, source)
+    columns = []
+    for option, known in (("image", IMAGE_COLUMNS), ("caption", CAPTION_COLUMNS)):
+        name = find_column(getattr(spec, option), known, header, option, source)
+        if name is None:
+            raise ValueError(
+                f"{source} has no column for {option}s ({', '.join(known)}). Its header is "
+                f"{', '.join(header) or 'empty'}; select one with ?{option}=COLUMN."
+            )
+        columns.append(header.index(name))
+    for row in rows:
+        name = caption = ""
+        fault = row.fault
+        if not fault:
+            name, caption = (row.fields[column] for column in columns)
+            fault = _fault(name, caption)
+        yield row.line, name, caption, fault
 
 
 def _fault(name: str, caption: str) -> str:
-    if not name or not caption:
-        return "no caption" if name else "no path"
-    try:
-        caption.encode()
-    except UnicodeEncodeError:
-        return "it is not UTF-8"
-    return ""
+    if not name_of(name) or not name_of(caption):
+        return "no caption" if name_of(name) else "no path"
+    if "\n" in name or "\r" in name:
+        return "the path has a line break; is a quote not closed?"
+    return "" if is_text([caption]) else "it is not UTF-8"

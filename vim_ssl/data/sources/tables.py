@@ -1,17 +1,20 @@
 """Local tables: ``csv:`` files list image paths, ``parquet:`` files contain images or paths."""
 
-from collections import Counter
-from collections.abc import Callable, Sequence
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from vim_ssl.data.dataset import ImageData
+from vim_ssl.data.paths import TablePaths
 from vim_ssl.data.registry import Splits, source
-from vim_ssl.data.sources.folder import FileImages, sort_classes, split_views
+from vim_ssl.data.sources.folder import FileImages, split_views
 from vim_ssl.data.sources.hub import open_tables
 from vim_ssl.data.sources.webdataset import expand
 from vim_ssl.data.spec import SPLIT_NAMES, DataSpec, canonical_split
-from vim_ssl.data.tables import find_column, read_columns
+from vim_ssl.data.tables import Table, load_table
+from vim_ssl.data.values import Names, name_of, number_labels
 
 PATH_NAMES = (
     "image", "path", "file_name", "filename", "file", "filepath", "image_path", "video",
@@ -19,20 +22,25 @@ PATH_NAMES = (
 LABEL_NAMES = ("label", "class", "target")
 CAPTION_NAMES = ("caption", "text")
 SPLIT_COLUMN = "split"
+PROBED = 1000  # rows in which a column of splits is recognised
 
 
 @source("csv", options=("image", "label", "caption", "group"))
 def open_csv(spec: DataSpec) -> Splits:
     """Open ``csv:FILE.csv`` (or .tsv): a header, then one image per row.
 
-    Paths are relative to the table's folder. Columns are recognised by name, or selected with
+    Paths are relative to the table's folder; see `vim_ssl.data.paths.find_path` for those of
+    Windows and others. Columns are recognised by name in any letter case, or selected with
     ``image= label= caption= group=``: the path ("image", "path", "file_name", "filename" …), a
     label ("label", "class" or "target"), a caption ("caption", "text"), and "split". The classes
-    are the sorted labels of all splits, with integers in numeric order; an empty label is unknown.
-    The ids are the paths as written, and must be unique.
+    are the sorted labels of all splits, numbers in the order of their size. A missing label (see
+    `vim_ssl.data.values.MISSING`) is unknown; an image without a group is its own group. The ids
+    are the paths as written; two rows must not name one file. ``faults`` names rows without a path,
+    files that do not exist, and doubtful values.
 
-    Raises: FileNotFoundError; ValueError for columns that do not fit, a duplicate path, a row whose
-        length differs from the header's, or a table without rows.
+    Raises: FileNotFoundError; ValueError for columns that do not fit, a duplicate path, a line
+        break in a label or path, a row whose length differs from the header's, or a table without
+        rows.
     """
     return read_table(spec, ImageData, FileImages)
 
@@ -48,37 +56,100 @@ def read_table(
     """
     file = Path(spec.location).expanduser()
     source = f"{spec.scheme}:{spec.location}"
-    columns = read_columns(file, source)
-    if not any(columns.values()):
-        raise ValueError(f"{source} has a header ({', '.join(columns)}) but no rows.")
+    table = load_table(file, source)
+    if not table.rows:
+        raise ValueError(f"{source} has a header ({', '.join(table.header)}) but no rows.")
 
-    def column(option: str, known: Sequence[str] = ()) -> tuple[str, ...] | None:
+    def column(option: str, known: Sequence[str] = (), one_line: bool = True) -> list[str] | None:
         if (requested := getattr(spec, option)) == "none":
             return None
-        name = find_column(requested, known, columns, option, source)
-        return columns[name] if name else None
+        return table.column(requested, known, option, one_line=one_line)
 
     paths = column("image", PATH_NAMES)
     if paths is None:
         raise ValueError(
             f"{source} has no column of paths ({', '.join(PATH_NAMES)}); select it with image=. "
-            f"It has {', '.join(columns)}."
+            f"It has {', '.join(name or '(no name)' for name in table.header)}."
         )
-    path, count = Counter(paths).most_common(1)[0]
-    if count > 1:
-        raise ValueError(f"{source} lists {path!r} twice; list every image once.")
-    labels = classes = None
-    if names := column("label", LABEL_NAMES):
-        classes = sort_classes(set(names) - {""})
-        number_of = {name: i for i, name in enumerate(classes)}
-        labels = [number_of.get(name, -1) for name in names]
-    split_of = columns.get(SPLIT_COLUMN, ())
+    kept = [i for i, path in enumerate(paths) if name_of(path)]
+    faults = []
+    if gone := len(paths) - len(kept):
+        lines = [str(table.rows[i].line) for i in range(len(paths)) if not name_of(paths[i])]
+        faults.append(f"{gone:,} rows have no path and are skipped: line {', '.join(lines[:3])}")
+    ids, lines = [paths[i] for i in kept], [table.rows[i].line for i in kept]
+    found = TablePaths(str(file.parent), ids, lines)
+    _refuse_copies(source, ids, found.paths, lines)
+
+    def chosen(values: list[str] | None) -> list[str] | None:
+        return values and [values[i] for i in kept]
+
+    labels = classes = groups = None
+    if (names := chosen(column("label", LABEL_NAMES))) is not None:
+        labels, classes, remarks = number_labels(names, names)
+        faults += remarks
+    if (names := chosen(column("group"))) is not None:
+        groups, remarks = own_groups(names, ids)
+        faults += remarks
+    captions = chosen(column("caption", CAPTION_NAMES, one_line=False))
+    split_of, remarks = _splits(table, kept)
     data = data_class(
-        files(str(file.parent), list(paths)), paths, name=str(spec), labels=labels,
-        classes=classes, groups=column("group"), captions=column("caption", CAPTION_NAMES),
-        splits=sorted(set(split_of), key=_split_order),
+        files(str(file.parent), found.paths), ids, name=str(spec), labels=labels, classes=classes,
+        groups=groups, captions=captions, splits=sorted(set(split_of) - {""}, key=_split_order),
+        faults=[*found.faults, *faults, *remarks],
     )  # fmt: skip
     return split_views(data, split_of)
+
+
+def own_groups(values: Sequence[Any], ids: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the groups of a column, and the remarks of `Names`. An image without a group is its
+    own: the group has its id."""
+    names = Names(values, "group")
+    return [names.name(v) or id for v, id in zip(values, ids, strict=True)], names.remarks
+
+
+def _refuse_copies(
+    source: str, texts: Sequence[str], paths: Sequence[str], lines: Sequence[int]
+) -> None:
+    """Raise ValueError if two rows name one file, in any spelling."""
+    first: dict[str, int] = {}
+    for row, path in enumerate(map(os.path.normpath, paths)):
+        if (other := first.setdefault(path, row)) != row:
+            raise ValueError(
+                f"{source} lists {texts[row]!r} twice (lines {lines[other]} and {lines[row]}); "
+                "list every image once."
+            )
+
+
+def _splits(table: Table, kept: Sequence[int]) -> tuple[list[str], list[str]]:
+    """Return the split of each row, "" without one, and remarks. Spellings of one split are one:
+    "Train" and "train", "val" and "valid"."""
+    values = table.column(None, (SPLIT_COLUMN,), "split")
+    if values is None:
+        return [], list(_unread_splits(table))
+    texts = [name_of(values[i]) or "" for i in kept]
+    spellings: dict[str, set[str]] = defaultdict(set)
+    for text in set(texts):
+        spellings[canonical_split(text.lower())].add(text)
+    name = {text: text if len(of) == 1 else canonical
+            for canonical, of in spellings.items() for text in of}  # fmt: skip
+    remarks = []
+    if lacking := texts.count(""):
+        lines = [str(table.rows[i].line) for i, text in zip(kept, texts, strict=True) if not text]
+        remarks.append(
+            f"{lacking:,} rows name no split and are in none: line {', '.join(lines[:3])}"
+        )
+    return [name[text] for text in texts], remarks
+
+
+def _unread_splits(table: Table) -> Iterator[str]:
+    """Tell of columns that are not named "split" but have nothing but names of splits."""
+    for place, name in enumerate(table.header):
+        splits = {row.fields[place] for row in table.rows[:PROBED]}
+        if len(splits) > 1 and all(canonical_split(split) in SPLIT_NAMES for split in splits):
+            yield (
+                f"the column {name!r} seems to name splits, but all rows are read as one split; "
+                f"rename it to {SPLIT_COLUMN!r} to use it"
+            )
 
 
 @source("parquet", options=("image", "label", "caption", "group"))
