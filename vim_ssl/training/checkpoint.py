@@ -11,8 +11,9 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from vim_ssl.utils.files import atomic_write, fsync_path
+from vim_ssl.utils.files import atomic_write, fsync_path, reading
 
 
 class Checkpoints:
@@ -34,6 +35,14 @@ class Checkpoints:
     def has_step(self, step: int) -> bool:
         """True if there is a whole checkpoint of this step."""
         return (self.folder / "checkpoints" / f"step-{step}").is_dir()
+
+    def progress(self) -> dict[str, Any]:
+        """The `Progress` stored in the newest checkpoint; {} without one. Raises: ValueError."""
+        if not (checkpoints := self.checkpoints()):
+            return {}
+        file = checkpoints[-1] / "progress.json"
+        with reading(file, "the progress of a run", "delete this checkpoint"):
+            return dict(json.loads(file.read_text()))
 
     def save(self, accelerator, progress, keep: int) -> None:
         """Save everything that the next step depends on, whole or not at all, and delete all but
@@ -95,7 +104,7 @@ class Checkpoints:
                 f"{newest} does not fit this model; was it saved with other settings than those of "
                 f"{self.folder / 'config.json'}? {' '.join(str(error).split())[:200]} …"
             ) from error
-        vars(progress).update(json.loads((newest / "progress.json").read_text()))
+        vars(progress).update(self.progress())
         log = self.folder / "metrics.jsonl"
         if self.main and log.exists():
             rows = [line for line in log.read_text().splitlines() if _step(line) <= progress.step]

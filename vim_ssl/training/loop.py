@@ -54,7 +54,7 @@ def fit(
         SystemExit(0) after SIGTERM or SIGINT, once the state is saved; KeyboardInterrupt after a
         second SIGINT.
     """
-    schedule = Schedule(samples, config, accelerator)
+    schedule = Schedule(samples, config, accelerator, order=run.progress().get("readers", ""))
     optimizer, lr_schedule = prepare_optimizer(objective, config, schedule)
     model, optimizer = accelerator.prepare(objective, optimizer)
     if average is not None:  # as a second model, so that checkpoints hold it as safetensors

@@ -19,7 +19,7 @@ class Progress:
     epoch.
 
     The counts refer to the same steps only if ``epoch_batches``, ``epoch_steps``, ``data`` (a
-    fingerprint) and ``readers`` (the processes and workers that read a stream) are the same.
+    fingerprint) and ``readers`` (the order of a stream) are the same.
     """
 
     epoch: int = 0
@@ -46,17 +46,22 @@ def fitting_batch(size: int, batch: int) -> int:
 
 
 class Schedule:
-    """Batches, epochs and steps of a run, and the peak learning rate of its effective batch."""
+    """Batches, epochs and steps of a run, and the peak learning rate of its effective batch.
 
-    def __init__(self, samples: SeededSamples, config: TrainConfig, accelerator):
+    Args:
+        order: name of the order of a stream (``Progress.readers``) that the run started with.
+    """
+
+    def __init__(self, samples: SeededSamples, config: TrainConfig, accelerator, order: str = ""):
         self.config, world = config, accelerator.num_processes
         self.processes, self.images = world, len(samples)
         # Limit the batch to the size of the data, so that a few images can be trained on.
         self.batch_size = max(min(config.batch_size, len(samples) // world), 1)
         self.workers = min(config.workers, cores())
         self.batches = samples.batches(
-            self.batch_size, rank=accelerator.process_index, world=world, workers=self.workers
-        )
+            self.batch_size, rank=accelerator.process_index, world=world, workers=self.workers,
+            order=order,
+        )  # fmt: skip
         self.loader = training_loader(
             samples, self.batches, num_workers=self.workers,
             pin_memory=accelerator.device.type == "cuda",
@@ -96,8 +101,6 @@ class Schedule:
             line += f" ({', '.join(f'{n:,} {reason}' for reason, n in reasons.items())})"
         if not (dropped := self.left_out):
             return line
-        if getattr(data, "is_stream", False):
-            return f"{line}; {dropped:,} left out of each epoch: readers have equal, whole batches"
         line += f"; {dropped:,} left out of each epoch, drawn anew: "
         if self.repeats > 1:
             return f"{line}an epoch has {self.repeats} copies of each of the others"
@@ -150,9 +153,11 @@ class Schedule:
         """
         if progress.epoch_batches and progress.readers != self.readers:
             raise ValueError(
-                f"The checkpoint's stream was read by {progress.readers}; {self.readers} would "
-                "read it in another order. Resume with the same number of both, or start a new run "
-                "in another --output."
+                "The checkpoint's data were read in the order of "
+                f"{progress.readers or 'an index'}, now it would be that of "
+                f"{self.readers or 'an index'}. Resume with the same data and batch_size x "
+                "processes (a run of an earlier version: with as many processes and workers), or "
+                "start a new run in another --output."
             )
         names = ("epoch_batches", "epoch_steps")
         before, now = ([getattr(source, name) for name in names] for source in (progress, self))

@@ -16,7 +16,8 @@ from torchvision.transforms.functional import pil_to_tensor
 from vim_ssl.data import BadImage, labelled_splits, open_data
 from vim_ssl.data.loading import streamed as stream_module
 from vim_ssl.data.loading.indexed import training_loader
-from vim_ssl.data.loading.streamed import SlotReader, StreamSamples, buffered_order, share_out
+from vim_ssl.data.loading.order import Segment
+from vim_ssl.data.loading.streamed import SlotReader, StreamSamples
 from vim_ssl.data.sources import webdataset as tars_module
 
 
@@ -105,14 +106,6 @@ def test_every_sample_comes_once_when_counts_divide(tmp_path, world, workers):
     assert sorted(seen) == list(range(24))
 
 
-def test_slots_of_unequal_size_give_equally_many_batches_and_no_sample_twice(tmp_path):
-    spec = write_shards(tmp_path, 9, 5, 4, 2)
-    parts = [batches_of(spec, rank=rank, world=2)[0] for rank in range(2)]
-    assert [len(part) for part in parts] == [4, 4]  # 9 | 5 + 4 + 2 → 9 and 11
-    seen = [index for part in parts for batch in part for index, _, _ in batch]
-    assert len(set(seen)) == len(seen) == 16
-
-
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("workers", [0, 2, 3])
 @pytest.mark.parametrize("start", [1, 4, 5])
@@ -145,40 +138,21 @@ def test_no_and_one_worker_read_alike_and_epochs_differ(tmp_path):
     assert all(draws[0][index] != draws[1][index] for index in draws[0].keys() & draws[1].keys())
 
 
-def test_the_buffer_shuffles_and_never_looks_far_ahead():
-    order = list(buffered_order(100, 10, torch.Generator().manual_seed(0)))
-    assert sorted(order) == list(range(100))
-    assert order != sorted(order)
-    assert all(number < place + 10 for place, number in enumerate(order))
-    assert len(buffered_order(3, 10, torch.Generator())) == 3
-
-
 def test_memory_stays_with_the_buffer_and_used_up_shards_are_not_opened_again(tmp_path):
     stream = open_stream(write_shards(tmp_path, 10, 10, 10, 10))
     opened, read = [], stream.read
     stream.read = lambda name: opened.append(name) or read(name)
-    whole = SlotReader(stream, range(4), seed=3, buffer=7)
+    slot = [Segment(shard, 0, 10) for shard in (2, 0, 3, 1)]
+    whole = SlotReader(stream, slot, torch.Generator().manual_seed(2), buffer=7)
     given = []
     for place in range(40):
         given.append(next(whole.candidates(place))[0])
         assert len(whole._held) < 7
     assert len(opened) == 4
     opened.clear()
-    rest = SlotReader(stream, range(4), seed=3, buffer=7, start=32)
+    rest = SlotReader(stream, slot, torch.Generator().manual_seed(2), buffer=7, start=32)
     assert [next(rest.candidates(place))[0] for place in range(32, 40)] == given[32:]
     assert len(opened) == 2  # what the buffer held, and the last shard
-
-
-def test_shards_are_shared_out_evenly():
-    assert share_out([5, 9, 3, 4, 3], 2) == [[1, 2], [0, 3, 4]]
-    with pytest.raises(ValueError, match=r"3 shard\(s\) are too few for 4 readers .*--workers"):
-        share_out([1, 1, 1], 4)
-
-
-def test_a_slot_that_fills_no_batch_is_refused(tmp_path):
-    spec = write_shards(tmp_path, 9, 3)
-    with pytest.raises(ValueError, match=r"have 3 samples.*--batch-size 3"):
-        batches_of(spec, world=2, batch_size=4)
 
 
 # ------------------------------------------------------------------ damage
@@ -381,6 +355,21 @@ def test_hidden_files_between_a_samples_own_do_not_cut_it(tmp_path):
     files = {"._1.cls": b"x", "1.cls": b"2", "._1.txt": b"x", "1.txt": b"a cat", "1.png": png(1)}
     (item,) = items(open_stream(f"wds:{write_tar(tmp_path / 'a.tar', files)}"))
     assert (item["label"], item["caption"]) == (2, "a cat")
+
+
+def test_a_remote_shard_that_is_gone_is_waited_for_once(tmp_path, monkeypatch):
+    """Else each substitute for one of its samples would wait as long again."""
+    stream, waits = open_stream(write_shards(tmp_path, 6)), []
+
+    def gone(name):
+        raise ConnectionResetError("gone")
+
+    monkeypatch.setattr(stream_module, "is_remote", lambda name: True)
+    monkeypatch.setattr(stream_module.time, "sleep", waits.append)
+    stream.read = gone
+    for _ in range(5):
+        assert all("gone" in str(record["image"]) for record in stream.records(0))
+    assert sum(waits) == 2 + 4 + 8
 
 
 def test_a_remote_shard_that_breaks_off_is_taken_up_again(tmp_path, monkeypatch):

@@ -106,8 +106,9 @@ class SeededSamples(Dataset):
         epoch, index = key
         return self._draw(epoch, self._candidates(index))
 
-    def batches(self, batch_size: int, *, rank: int, world: int, workers: int):
-        """Return the batch sampler of one process; its order does not depend on ``workers``."""
+    def batches(self, batch_size: int, *, rank: int, world: int, workers: int, order: str = ""):
+        """Return the batch sampler of one process; its order does not depend on ``workers``, and
+        ``order`` is for streams."""
         return EpochBatches(
             len(self), batch_size, rank=rank, world=world, seed=self.seed, repeats=self.repeats
         )

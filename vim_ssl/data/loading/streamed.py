@@ -1,20 +1,15 @@
 """Streams: images in shards that are read in order.
 
 A shard is one file, such as a tar or a parquet table, with a known number of samples. Therefore the
-order of an epoch is a function of (seed, epoch), as for indexed images. To resume, request epoch e
-starting at batch s; shards that are finished by then are not opened.
-
-    shards → slots   every worker of every process is a slot; it keeps its shards in all epochs
-    slot → order     its shards are shuffled, then their samples with a shuffle buffer
-    slots → batches  batch n of a process comes from its slot n % workers; all slots give as many
-                     batches as the smallest slot
+order of an epoch is a function of (seed, epoch), as for indexed images; see
+`vim_ssl.data.loading.order`. To resume, request epoch e starting at batch s; shards that are
+finished by then are not opened.
 """
 
 import io
 import re
 import time
 import urllib.request
-from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -28,7 +23,8 @@ import torch
 from torch.utils.data import Sampler
 
 from vim_ssl.data.images import BadImage, decode_image
-from vim_ssl.data.loading.indexed import ATTEMPTS, SeededSamples, stable_hash
+from vim_ssl.data.loading.indexed import ATTEMPTS, SeededSamples
+from vim_ssl.data.loading.order import Order, Segment, buffered_order, stream_order
 from vim_ssl.data.passed_over import PassedOver
 
 BUFFER = 1000  # undecoded images in a reader's shuffle buffer
@@ -78,6 +74,7 @@ class ImageStream:
         self.read, self.name, self.split, self.splits = read, name, split, list(splits)
         self.classes = None if classes is None else list(classes)
         self.faults = list(faults)
+        self._lost: set[int] = set()  # shards that are not waited for again
 
     def __len__(self) -> int:
         return sum(shard.count for shard in self.shards)
@@ -125,7 +122,8 @@ class ImageStream:
         After a broken connection, a remote shard is read again and continued where it broke."""
         shard, done = self.shards[number], 0
         fault = "the shard ends before this sample"
-        for attempt in range(1 + RETRIES if is_remote(shard.name) else 1):
+        again = is_remote(shard.name) and number not in self._lost
+        for attempt in range(1 + RETRIES if again else 1):
             time.sleep(2**attempt if attempt else 0)
             try:
                 for record in islice(self.read(shard.name), done, shard.count):
@@ -135,6 +133,7 @@ class ImageStream:
                 fault = f"the shard cannot be read: {type(error).__name__}: {error}"
             if done == shard.count:
                 return
+        self._lost.add(number)
         for position in range(done, shard.count):
             name = f"{file_name(shard.name)}[{position}]"
             yield {"id": name, "image": BadImage(name, fault)}
@@ -155,78 +154,59 @@ class ImageStream:
         return f"ImageStream({self.name!r}, {len(self)} images in {len(self.shards)} shards)"
 
 
-# ---------------------------------------------------------------- the order of an epoch
-
-
-def share_out(counts: Sequence[int], slots: int) -> list[list[int]]:
-    """Assign shards to slots, the largest first, each to the slot with the fewest samples so far.
-
-    Raises: ValueError for more slots than shards.
-    """
-    if slots > len(counts):
-        raise ValueError(
-            f"{len(counts)} shard(s) are too few for {slots} readers (processes x workers), which "
-            "need at least one each: use fewer --workers or processes, or split the data into more "
-            "shards."
-        )
-    shards_of: list[list[int]] = [[] for _ in range(slots)]
-    loads = [0] * slots
-    for shard in sorted(range(len(counts)), key=lambda number: -counts[number]):
-        slot = loads.index(min(loads))
-        shards_of[slot].append(shard)
-        loads[slot] += counts[shard]
-    return shards_of
-
-
-def buffered_order(size: int, buffer: int, generator: torch.Generator) -> array:
-    """Return the permutation of range(size) that a shuffle buffer gives: the number at position p
-    is below p + buffer.
-
-    At each position, a number is drawn from the buffer and replaced by the next one.
-    """
-    held = list(range(min(buffer, size)))
-    order = array("q")
-    draws = torch.randint(len(held), (size - len(held),), generator=generator)
-    for number, drawn in enumerate(draws.tolist(), start=len(held)):
-        order.append(held[drawn])
-        held[drawn] = number
-    order.extend(held[i] for i in torch.randperm(len(held), generator=generator).tolist())
-    return order
+# ---------------------------------------------------------------- samples
 
 
 class SlotReader:
-    """The samples of one slot in one epoch, starting at position ``start`` of its order.
+    """The samples of one slot in one epoch, from position ``start`` of its order.
 
     The sample at a position depends only on the arguments. Samples are undecoded, with their index;
     those before ``start`` are skipped, and shards that contain no others are never opened.
+
+    Args:
+        segments: the samples of the slot.
+        generator: shuffles them.
+        buffer: number of undecoded images in memory.
     """
 
     def __init__(
-        self, stream: ImageStream, shards: Sequence[int], seed: int, buffer: int, start: int = 0
+        self,
+        stream: ImageStream,
+        segments: Sequence[Segment],
+        generator: torch.Generator,
+        buffer: int,
+        start: int = 0,
     ):
-        generator = torch.Generator().manual_seed(seed)
-        self.stream = stream
-        self.shards = [shards[i] for i in torch.randperm(len(shards), generator=generator).tolist()]
-        counts = [stream.shards[shard].count for shard in self.shards]
-        self.ends = list(accumulate(counts))  # end of each shard among the slot's samples
+        self.stream, self.segments = stream, segments
+        # End of each segment among the slot's samples.
+        self.ends = list(accumulate(segment.end - segment.begin for segment in segments))
         self.order = buffered_order(self.ends[-1], buffer, generator)
-        self._start, self._incoming = start, self._read()
+        self.position, self._incoming = 0, self._read()
+        self._needed = np.ones(self.ends[-1], dtype=bool)
         self._held: dict[int, tuple[int, dict[str, Any]]] = {}
+        self._skip_to(start)
 
     def candidates(self, position: int) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield the sample at a position, then the following ones as substitutes for a broken
         image.
 
-        Positions must be requested in order, starting at ``start``.
+        Positions must be requested in ascending order; those between are skipped.
         """
+        self._skip_to(position)
         sample = self._sample(self.order[position])
-        del self._held[self.order[position]]
+        self._skip_to(position + 1)
         yield sample
         for later in range(position + 1, position + ATTEMPTS):
             if later < len(self.order):
                 yield self._sample(self.order[later])
             else:
                 yield self._read_again(self.order[later % len(self.order)])
+
+    def _skip_to(self, position: int) -> None:
+        for number in self.order[self.position : position]:
+            self._needed[number] = False
+            self._held.pop(number, None)
+        self.position = position
 
     def _sample(self, number: int) -> tuple[int, dict[str, Any]]:
         while number not in self._held:
@@ -235,69 +215,53 @@ class SlotReader:
         return self._held[number]
 
     def _read(self) -> Iterator[tuple[int, tuple[int, dict[str, Any]]]]:
-        """Yield (number in the slot, sample), shard by shard, without those before ``start``."""
-        needed = np.ones(self.ends[-1], dtype=bool)
-        needed[self.order[: self._start]] = False
-        for shard, (begin, end) in zip(self.shards, pairwise([0, *self.ends]), strict=True):
-            if needed[begin:end].any():
-                for number, sample in enumerate(self._read_shard(shard), begin):
-                    if needed[number]:
+        """Yield (number in the slot, sample), shard by shard, without those that are skipped."""
+        bounds = pairwise([0, *self.ends])
+        for segment, (begin, end) in zip(self.segments, bounds, strict=True):
+            if self._needed[begin:end].any():
+                for number, sample in enumerate(self._read_segment(segment), begin):
+                    if self._needed[number]:
                         yield number, sample
 
-    def _read_shard(self, shard: int) -> Iterator[tuple[int, dict[str, Any]]]:
-        return enumerate(self.stream.records(shard), self.stream.starts[shard])
+    def _read_segment(self, segment: Segment) -> Iterator[tuple[int, dict[str, Any]]]:
+        shard, begin, end = segment
+        first = self.stream.starts[shard] + begin
+        return enumerate(islice(self.stream.records(shard), begin, end), first)
 
     def _read_again(self, number: int) -> tuple[int, dict[str, Any]]:
         i = bisect_right(self.ends, number)
         skipped = number - (self.ends[i - 1] if i else 0)
-        return next(islice(self._read_shard(self.shards[i]), skipped, None))
+        return next(islice(self._read_segment(self.segments[i]), skipped, None))
 
 
 class StreamBatches(Sampler):
     """Batches of one process: lists of (epoch, position x slots + slot), for `StreamSamples`.
 
-    Args:
-        sizes: number of samples in each slot of all processes.
-        batch_size: batch size per process.
-        rank, world: index of this process, and number of processes.
-    Set the attributes ``epoch`` and ``start`` (the first batch) before iterating. ``readers``
-    describes the processes and workers that the order depends on.
-    Raises: ValueError if a slot does not fill one batch.
+    Set the attributes ``epoch`` and ``start`` (the first batch) before iterating. ``readers`` is
+    the name of the order.
     """
 
-    def __init__(self, sizes: Sequence[int], batch_size: int, *, rank: int = 0, world: int = 1):
-        self.slots, self.batch_size, self.rank = len(sizes), batch_size, rank
-        self.workers = len(sizes) // world
-        self.readers = f"{world} process(es) x {self.workers} worker(s)"
-        self.rounds = min(sizes) // batch_size
+    def __init__(self, order: Order, rank: int = 0):
+        self.order, self.rank, self.readers = order, rank, order.name
+        self.batches_per_epoch = order.batches
         self.epoch = self.start = 0
-        if self.rounds == 0:
-            raise ValueError(
-                f"With {self.readers}, the shards of one worker have {min(sizes)} samples, fewer "
-                f"than a batch of {batch_size}; use fewer --workers, or --batch-size {min(sizes)}."
-            )
-
-    @property
-    def batches_per_epoch(self) -> int:
-        return self.rounds * self.workers
 
     def __len__(self) -> int:
         return self.batches_per_epoch - self.start
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        slots = self.order.slots
         for batch in range(self.start, self.batches_per_epoch):
-            turn, worker = divmod(batch, self.workers)
-            slot, first = self.rank * self.workers + worker, turn * self.batch_size
-            positions = range(first, first + self.batch_size)
-            yield [(self.epoch, position * self.slots + slot) for position in positions]
+            positions = self.order.positions(batch, self.rank)
+            yield [(self.epoch, position * slots + slot) for slot, position in positions]
 
 
 class StreamSamples(SeededSamples):
     """Samples from a stream, with a random transform applied. A sample's index is (epoch,
     position x slots + slot).
 
-    Consecutive positions are cheap; any other position restarts the reader. A DataLoader gives its
-    batches to its workers in turn, so each worker reads consecutive positions of one slot.
+    Ascending positions of a slot are cheap; any other position restarts its reader. A DataLoader
+    gives its batches to its workers in turn, so each worker reads the same few slots.
 
     Args:
         data, transform, seed: see `SeededSamples`; a broken image is replaced by the next one.
@@ -315,23 +279,33 @@ class StreamSamples(SeededSamples):
     ):
         super().__init__(data, transform, seed)
         self.buffer = buffer
-        self.slots = [list(range(len(data.shards)))]
-        self._reader: SlotReader | None = None
-        self._next = (0, 0, 0)  # epoch, slot and position of the reader
+        self._counts = [shard.count for shard in data.shards]
+        self.order: Order = stream_order(self._counts, 1, world=1, workers=1)
+        self._epoch = 0
+        self._readers: dict[int, SlotReader] = {}  # by slot, of this epoch
 
-    def batches(self, batch_size: int, *, rank: int, world: int, workers: int) -> StreamBatches:
-        counts = [shard.count for shard in self.data.shards]
-        self.slots = share_out(counts, world * max(workers, 1))
-        sizes = [sum(counts[shard] for shard in slot) for slot in self.slots]
-        return StreamBatches(sizes, batch_size, rank=rank, world=world)
+    def batches(
+        self, batch_size: int, *, rank: int, world: int, workers: int, order: str = ""
+    ) -> StreamBatches:
+        """Return the batch sampler of one process.
+
+        Args:
+            order: name of the order that a resumed run started with.
+        """
+        self.order = stream_order(
+            self._counts, batch_size, world=world, workers=max(workers, 1), stored=order
+        )
+        return StreamBatches(self.order, rank)
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         epoch, address = key
-        position, slot = divmod(address, len(self.slots))
-        if self._reader is None or self._next != (epoch, slot, position):
-            self._reader = self._open(epoch, slot, position)
-        self._next = (epoch, slot, position + 1)
-        return self._draw(epoch, self._loaders(self._reader, position))
+        position, slot = divmod(address, self.order.slots)
+        if epoch != self._epoch:
+            self._epoch, self._readers = epoch, {}
+        reader = self._readers.get(slot)
+        if reader is None or position < reader.position:
+            reader = self._readers[slot] = self._open(epoch, slot, position)
+        return self._draw(epoch, self._loaders(reader, position))
 
     def preview(self, count: int) -> list[dict]:
         reader = self._open(0, 0, 0)  # a separate reader: the training reader keeps its position
@@ -339,8 +313,8 @@ class StreamSamples(SeededSamples):
         return [self._draw(0, self._loaders(reader, position)) for position in positions]
 
     def _open(self, epoch: int, slot: int, start: int) -> SlotReader:
-        seed = stable_hash("order", self.seed, epoch, slot)
-        return SlotReader(self.data, self.slots[slot], seed, self.buffer, start)
+        segments, generator = self.order.segments(self.seed, epoch, slot)
+        return SlotReader(self.data, segments, generator, self.buffer, start)
 
     def _loaders(self, reader: SlotReader, position: int) -> Iterator[tuple[int, Callable]]:
         for index, record in reader.candidates(position):
