@@ -226,6 +226,266 @@ def test_the_fingerprint_knows_the_boxes(tmp_path):
     )
 
 
+# ------------------------------------------------------------------------- numbers and ids
+
+
+def floats(value):
+    """As pandas writes a column of numbers with a missing one."""
+    if isinstance(value, dict):
+        return {key: floats(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [floats(one) for one in value]
+    return float(value) if isinstance(value, int) else value
+
+
+def test_numbers_written_as_floats_are_whole(tmp_path):
+    crowd = {"iscrowd": 1, "segmentation": {"size": [HEIGHT, WIDTH], "counts": counts(truth())}}
+    table = content(
+        [image_entry(1), image_entry(2)],
+        [thing(1, 1), thing(2, 2, 90), thing(3, 2, **crowd), thing(4, 1, iscrowd=float("nan"))],
+    )
+    data, as_floats = (
+        open_data(put(tmp_path / name, read)) for name, read in (("a", table), ("b", floats(table)))
+    )
+    assert as_floats.faults == []
+    assert as_floats.categories == data.categories
+    for i in range(2):
+        ours, theirs = as_floats[i], data[i]
+        for key in ("boxes", "box_labels", "masks"):
+            assert np.array_equal(ours[key], theirs[key])
+    assert [a["iscrowd"] for a in ground_truth(as_floats, [0, 1])["annotations"]] == [0, 0, 0, 1]
+    assert [type(image["id"]) for image in ground_truth(as_floats, [0])["images"]] == [int]
+
+
+@pytest.mark.parametrize(
+    ("of_image", "of_annotation"), [(1, "1"), ("1", 1), ("1", 1.0), (1, "1.0")]
+)
+def test_ids_as_text_match_those_as_numbers_and_are_kept(tmp_path, of_image, of_annotation):
+    image = image_entry(of_image, "a.png", width="12", height="8")
+    table = content([image], [thing(1, of_annotation, "7.0")])
+    data = open_data(put(tmp_path, table))
+    assert (data.box_count(0), data.faults) == (1, [])
+    (found,) = ground_truth(data, [0])["annotations"]
+    assert (found["image_id"], found["category_id"]) == (of_image, 7)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("id", 1.5), ("id", True), ("id", float("nan")), ("width", 12.5), ("height", "8px"),
+     ("width", float("nan")), ("height", True), ("file_name", 7)],
+)  # fmt: skip
+def test_what_is_no_whole_number_is_refused(tmp_path, key, value):
+    spec = put(tmp_path, content([image_entry(1) | {key: value}], []))
+    with pytest.raises(ValueError, match=f"an entry image has {key} = "):
+        open_data(spec)
+
+
+def test_an_id_of_no_image_is_not_rounded_to_one(tmp_path):
+    things = [thing(1, 1), thing(2, 1.5), thing(3, True)]
+    data = open_data(put(tmp_path, content([image_entry(1)], things)))
+    assert data.box_count(0) == 1
+    assert "2 annotations belong to images" in data.faults[0]
+    with pytest.raises(ValueError, match=r"unlisted categories: ids 7\.5"):
+        open_data(put(tmp_path / "b", content([image_entry(1)], [thing(1, 1, 7.5)])))
+
+
+@pytest.mark.parametrize(
+    "outline",
+    [
+        [[2, 1], [6, 1], [6, 5], [2, 5]],
+        [[[2, 1], [6, 1], [6, 5], [2, 5]]],
+        {"size": [HEIGHT, WIDTH], "counts": counts(truth())},
+        {"size": [HEIGHT, WIDTH], "counts": encoded(truth())},
+    ],
+    ids=["points", "points of polygons", "rle", "compressed"],
+)
+@pytest.mark.parametrize("crowd", [0, 1])
+def test_the_box_of_every_kind_of_outline(tmp_path, outline, crowd):
+    table = content([image_entry(1)], [thing(1, 1, bbox=None, segmentation=outline, iscrowd=crowd)])
+    data = open_data(put(tmp_path, table))
+    (found,) = ground_truth(data, [0])["annotations"]
+    assert found["bbox"] == BOX
+    assert data[0]["boxes"].tolist() == [[2, 1, 6, 5]] * (1 - crowd)
+
+
+@pytest.mark.parametrize(
+    ("boxes", "words"),
+    [
+        ([[2, 1, 8, 7], [6, 4, 11, 8], [0, 0, 12, 8]], "all fit as [left, top, right, bottom]"),
+        ([[0.2, 0.1, 0.5, 0.5], [0, 0, 1, 1]], "as fractions of the image, such as [0.2, 0.1"),
+        ([[2, 1, 4, 4], [0, 0, 12, 8], [6, 4, 7, 5]], ""),
+        ([[0, 0, 13, 8], [5, 5, 7, 3], [0, 0, 3, 3]], ""),
+    ],
+    ids=["corners", "fractions", "right", "rounded"],
+)
+def test_boxes_in_another_convention_are_told(tmp_path, boxes, words):
+    things = [thing(i, 1, bbox=box) for i, box in enumerate(boxes)]
+    data = open_data(put(tmp_path, content([image_entry(1)], things)))
+    assert [words in fault for fault in data.faults] == ([True] if words else [])
+
+
+# ------------------------------------------------------------------------- layouts and names
+
+
+def lay_out(root, table, file: str, folder: str) -> str:
+    """An annotation file anywhere, and its images in a folder."""
+    (root / file).parent.mkdir(parents=True, exist_ok=True)
+    (root / file).write_text(json.dumps(table))
+    for number, image in enumerate(table["images"]):
+        name = image["file_name"].replace("\\", "/").rpartition("/")[2].replace("%20", " ")
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (WIDTH, HEIGHT), (number, 0, 0)).save(root / folder / name)
+    return f"coco:{root}"
+
+
+@pytest.mark.parametrize(
+    ("files", "splits"),
+    [
+        ({"train": ("train/_annotations.coco.json", "train"),
+          "valid": ("valid/_annotations.coco.json", "valid")}, ["train", "valid"]),
+        ({"": ("result.json", "images")}, ["result"]),
+        ({"": ("annotations/instances_default.json", "images/default")}, ["default"]),
+        ({"": ("annotations/instances_default.json", "images")}, ["default"]),
+        ({"": ("annotations.json", ".")}, ["annotations"]),
+        ({"train": ("instances_train.json", "images/train"),
+          "val": ("instances_val.json", "images/val")}, ["train", "val"]),
+    ],
+    ids=["roboflow", "label studio", "cvat", "cvat flat", "beside", "two beside"],
+)  # fmt: skip
+def test_the_layouts_of_other_programs(tmp_path, files, splits):
+    for id, (file, folder) in enumerate(files.values(), 1):
+        spec = lay_out(tmp_path, content([image_entry(id)], [thing(1, id)]), file, folder)
+        (tmp_path / file).with_name("._x.json").write_bytes(b"\0\5\x16\7")
+        (tmp_path / file).with_name("README.txt").write_text("exported")
+    data = open_data(f"{spec}?split=all")
+    assert (data.splits, data.faults) == (splits, [])
+    assert [data[i]["boxes"].tolist() for i in range(len(files))] == [[[2, 1, 6, 5]]] * len(files)
+    alone = open_data(f"coco:{tmp_path / next(iter(files.values()))[0]}")
+    assert alone[0]["boxes"].tolist() == [[2, 1, 6, 5]]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "sub/a 1.png", "sub\\a 1.png", "sub/a%201.png", "./sub/a 1.png", "images/sub/a 1.png",
+        ".\\images\\sub\\a 1.png", "/home/me/set/images/sub/a 1.png",
+        "C:\\set\\images\\sub\\a 1.png", "d:/set/sub/a 1.png",
+        "https://host.org/media/images/sub/a%201.png?token=3", "s3://bucket/images/sub/a 1.png",
+        "..\\..\\media\\upload\\sub\\a 1.png", "file:///C:/set/sub/a%201.png",
+    ],
+)  # fmt: skip
+def test_file_names_written_elsewhere_name_the_files_here(tmp_path, given):
+    table = content([image_entry(1, given)], [thing(1, 1)])
+    spec = lay_out(tmp_path, content([image_entry(1, "a 1.png")], []), "x.json", "images/sub")
+    (tmp_path / "x.json").write_text(json.dumps(table))
+    data = open_data(spec)
+    assert data.faults == []
+    assert (tmp_path / data.ids[0]).samefile(tmp_path / "images/sub/a 1.png")
+    assert data[0]["boxes"].tolist() == [[2, 1, 6, 5]]
+
+
+def test_no_image_is_taken_for_another_of_its_name(tmp_path):
+    """A missing file is missing though another folder has one of its name; two paths from
+    elsewhere cannot both be the one file of their name."""
+    names = ["sub/a.png", "b.png", "gone/b.png"]
+    table = content([image_entry(i, name) for i, name in enumerate(names)], [])
+    put(tmp_path / "one", table)
+    (tmp_path / "one/train/gone/b.png").unlink()
+    data = open_data(f"coco:{tmp_path / 'one'}")
+    assert data.ids == ["train/sub/a.png", "train/b.png"]
+    names = ["/x/1/a.png", "/x/2/a.png", "/x/1/b.png"]
+    table = content([image_entry(i, name) for i, name in enumerate(names)], [])
+    data = open_data(lay_out(tmp_path / "two", table, "annotations/train.json", "train"))
+    assert data.ids == ["train/b.png"]
+    assert "2 images are missing in train/ and skipped: /x/1/a.png, /x/2/a.png." in data.faults[0]
+
+
+def test_links_of_the_user_are_followed_and_files_outside_are_never_read(tmp_path):
+    Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "secret.png")
+    (tmp_path / "set/annotations").mkdir(parents=True)
+    Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "set/a.png")
+    for name in (
+        "../secret.png",
+        str(tmp_path / "secret.png"),
+        "..\\secret.png",
+        "%2e%2e/secret.png",
+    ):
+        table = content([image_entry(1, "a.png"), image_entry(2, name)], [])
+        (tmp_path / "set/annotations/train.json").write_text(json.dumps(table))
+        data = open_data(f"coco:{tmp_path / 'set'}")
+        assert len(data) == 1
+        assert "1 images are missing" in data.faults[0]
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/a.png").write_bytes((tmp_path / "secret.png").read_bytes())
+    (tmp_path / "linked/annotations").mkdir(parents=True)
+    (tmp_path / "linked/train").symlink_to(tmp_path / "elsewhere")
+    spec = lay_out(tmp_path / "linked", content([], []), "annotations/train.json", "train")
+    (tmp_path / "linked/annotations/train.json").write_text(
+        json.dumps(content([image_entry(1, "a.png")], []))
+    )
+    assert len(open_data(spec)) == 1
+
+
+def test_other_json_files_beside_the_splits_are_told(tmp_path):
+    spec = put(tmp_path, content([image_entry(1)], []))
+    put(tmp_path, "{}", file="holdout.json")
+    data = open_data(spec)
+    assert data.splits == ["train"]
+    assert data.passed_over == {"other JSON files": 1}
+    assert "holdout.json" in str(check(spec))
+
+
+# ------------------------------------------------------------------------- categories
+
+
+def test_classes_of_two_files_are_matched_by_name(tmp_path):
+    put(
+        tmp_path,
+        content([image_entry(1)], [thing(1, 1, 5), thing(2, 1, 6)], [(5, "cat"), (6, "dog")]),
+    )
+    spec = put(
+        tmp_path, content([image_entry(2)], [thing(1, 2, 5), thing(2, 2, 0)],
+                          [(5, "dog"), (0, "cat")]), "val",
+    )  # fmt: skip
+    train, test = boxed_splits(spec, 0.2, 0)
+    assert train.classes == test.classes == ["cat", "dog"]
+    assert test[0]["box_labels"].tolist() == [1, 0]
+    assert test.categories == [{"id": 0, "name": "cat"}, {"id": 5, "name": "dog"}]
+    found = ground_truth(test, [0])["annotations"]
+    assert [a["category_id"] for a in found] == [5, 0]  # the file's own
+    both = open_data(f"{spec}?split=all")
+    assert [both[i]["box_labels"].tolist() for i in range(2)] == [[0, 1], [1, 0]]
+    assert both.categories == train.categories
+    assert [a["category_id"] for a in both.annotated(1)[1]] == [6, 5]
+
+
+@pytest.mark.parametrize(
+    ("categories", "words"),
+    [
+        ([{"id": 0, "name": "objects", "supercategory": "none"},
+          {"id": 7, "name": "cat", "supercategory": "objects"}],
+         "a class without objects that is the supercategory of others: objects"),
+        ([{"id": 7, "name": "cat"}, {"id": 8, "name": "cat"}], "duplicate category names: cat"),
+        ([{"id": 7, "name": "cat", "supercategory": "cat"}], ""),
+        ([{"id": 0, "name": "dog", "supercategory": "animal"},
+          {"id": 7, "name": "cat", "supercategory": "animal"}], ""),
+    ],
+    ids=["roboflow", "twice", "its own", "above"],
+)  # fmt: skip
+def test_classes_that_cannot_be_meant_are_told(tmp_path, categories, words):
+    table = content([image_entry(1)], [thing(1, 1)]) | {"categories": categories}
+    data = open_data(put(tmp_path, table))
+    assert [words in fault for fault in data.faults] == ([True] if words else [])
+
+
+def test_a_file_that_is_listed_twice_is_told(tmp_path):
+    table = content(
+        [image_entry(1, "a.png"), image_entry(2, "./a.png")], [thing(1, 1), thing(2, 2)]
+    )
+    (fault,) = open_data(put(tmp_path, table)).faults
+    assert "1 images are listed more than once" in fault
+
+
 # ------------------------------------------------------------------------- what is left out
 
 
@@ -236,13 +496,21 @@ def test_the_fingerprint_knows_the_boxes(tmp_path):
      ["1", 1, 4, 4]],
     ids=str,
 )  # fmt: skip
-def test_what_is_no_box_is_left_out_and_named(tmp_path, box):
-    spec = put(tmp_path, content([image_entry(1)], [thing(1, 1), thing(33, 1, bbox=box)]))
-    data = open_data(spec)
+def test_what_is_no_box_is_that_of_the_outline_or_left_out_and_named(tmp_path, box):
+    bare = thing(33, 1, bbox=box, segmentation=None)
+    table = content([image_entry(1)], [thing(1, 1, segmentation=None), bare])
+    data = open_data(put(tmp_path / "bare", table))
     assert len(data[0]["boxes"]) == data.box_count(0) == 1
     (fault,) = data.faults
     assert "1 annotations in train.json have no box with a width and a height" in fault
     assert "ids 33" in fault
+    table = content([image_entry(1)], [thing(1, 1), thing(33, 1, bbox=box)])
+    data = open_data(put(tmp_path / "outlined", table))
+    assert data[0]["boxes"].tolist() == [[2, 1, 6, 5]] * 2
+    assert [a["bbox"] for a in ground_truth(data, [0])["annotations"]] == [BOX] * 2
+    told = ["1 annotations in train.json have a box without area inside the image" in fault
+            for fault in data.faults]  # fmt: skip
+    assert told == ([] if box in (None, []) else [True])
 
 
 @pytest.mark.parametrize(
