@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from vim_ssl.data import DataSpec, open_data, parse_spec
-from vim_ssl.data.spec import pick_split, same_data
+from vim_ssl.data.spec import pick_split, same_data, sets_of
 
 
 @pytest.mark.parametrize(
@@ -123,3 +123,53 @@ def test_the_same_data_whatever_its_split_and_spelling(one, other, same, tmp_pat
     assert same_data(one, other) == same_data(other, one) == same
     if one == "x":
         assert same_data(str(tmp_path / "x"), other) == same
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("A + B", [("folder", "A + B")]),
+        ("A + B?label=none", [("folder", "A + B")]),
+        ("A + B/deep", [("folder", "A + B/deep")]),
+        ("geotiff:A + B/*.tif", [("geotiff", "A + B/*.tif")]),
+        ("csv:A + B/t.csv + C", [("csv", "A + B/t.csv"), ("folder", "C")]),
+        ("C + A + B", [("folder", "C"), ("folder", "A + B")]),
+        ("C + 20 * A + B", [("folder", "C"), ("folder", "A + B")]),
+        ("C + hf:owner/x", [("folder", "C"), ("hf", "owner/x")]),
+        ("C+D", [("folder", "C+D")]),
+        ("3 * C", [("folder", "3 * C")]),
+    ],
+)
+def test_a_plus_in_the_name_of_a_path_divides_nothing(tmp_path, monkeypatch, text, expected):
+    monkeypatch.chdir(tmp_path)
+    for name in ("A + B/deep", "C", "C+D"):
+        (tmp_path / name).mkdir(parents=True)
+    sets = sets_of(text)
+    assert [(spec.scheme, spec.location) for _, spec in sets] == expected
+    assert [times for times, _ in sets] == [1] * len(sets[:1]) + [20 if "20" in text else 1] * (
+        len(sets) - 1
+    )
+
+
+@pytest.mark.parametrize("name", ["what?", "a&b", "c#1", "x=1", "is it? yes=no", "50%", "a?b=c"])
+@pytest.mark.parametrize("scheme", ["folder", "csv", "geotiff"])
+def test_signs_of_the_options_in_a_path(tmp_path, monkeypatch, scheme, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir()
+    location = f"{name}/t.csv" if scheme == "csv" else name
+    (tmp_path / name / "t.csv").touch()
+    for text, expected in (
+        (f"{scheme}:{location}", DataSpec(scheme, location)),
+        (f"{scheme}:{location}?label=none", DataSpec(scheme, location, label="none")),
+    ):
+        assert parse_spec(text) == expected
+        assert parse_spec(str(expected)) == expected
+    assert parse_spec(f"{name}?label=none") == DataSpec("folder", name, label="none")
+
+
+@pytest.mark.parametrize("pattern", ["img?.tif", "scans/a?/*.tif"])
+def test_a_question_mark_may_be_part_of_a_glob(pattern):
+    spec = parse_spec(f"geotiff:{pattern}?bands=1")
+    assert (spec.location, spec.bands) == (pattern, "1")
+    assert parse_spec(f"geotiff:{pattern}") == DataSpec("geotiff", pattern)
+    assert parse_spec(str(spec)) == spec

@@ -100,41 +100,76 @@ def parse_spec(spec: str | Path) -> DataSpec:
     """Parse a spec string; a `Path`, and any string that names an existing path, is a folder.
 
     The scheme precedes the first colon and has two letters or more (``C:\\photos`` is a path); the
-    options follow the last question mark. Values may be %-encoded.
+    options follow the last question mark, ``key=value``, unless the location exists with it (or it
+    is one of a glob). Values may be %-encoded.
 
     Raises: ValueError for an unknown scheme, option or value; suggests the closest known name.
     """
     text = str(spec)
     if not text.strip():
         raise ValueError("The data spec is empty; give a folder, or SCHEME:LOCATION.")
-    if isinstance(spec, Path) or os.path.exists(os.path.expanduser(text)):
+    if isinstance(spec, Path):
         return DataSpec("folder", text)
-    head, mark, query = text.rpartition("?")
-    body = head if mark else text
-    match = re.match(r"([A-Za-z][A-Za-z0-9+_.-]+):(.*)", body, re.DOTALL)
-    scheme, location = (match[1].lower(), match[2]) if match else ("folder", body)
+    scheme, location, query = _cut(text)
     if not is_known(scheme):
         raise ValueError(
             f"{text!r}: unknown scheme {scheme!r}.{near(scheme, list(SOURCES))} Use the path of a "
             f"folder, or one of {', '.join(f'{s}:' for s in SOURCES)}."
         )
-    if match and not location:
+    if not location:
         raise ValueError(f"{text!r} has no location; expected {scheme}:LOCATION.")
-    given = _options(query, scheme, text) if mark else {}
+    given = _options(query, scheme, text)
     fields = {key: value for key, value in given.items() if key in DataSpec.__dataclass_fields__}
     more = {key: value for key, value in given.items() if key not in fields}
     return DataSpec(scheme, location, **fields, more=more)
 
 
+def _cut(text: str) -> tuple[str, str, str]:
+    """Return scheme, location and options of a spec. A path that exists is not divided."""
+    if _exists(text):
+        return "folder", text, ""
+    head, mark, query = text.rpartition("?")
+    if not mark or not re.match(r"([A-Za-z_]\w*(=|&|$)|$)", query):
+        head, query = text, ""
+    elif _exists(head):
+        return "folder", head, query
+    match = re.match(r"([A-Za-z][A-Za-z0-9+_.-]+):(.*)", text, re.DOTALL)
+    if not match:
+        return "folder", head, query
+    start, location = match.span(2)[0], match[2]
+    return (match[1].lower(), *((location, "") if _exists(location) else (head[start:], query)))
+
+
+def _exists(path: str) -> bool:
+    return os.path.exists(os.path.expanduser(path))
+
+
 def sets_of(spec: str) -> list[tuple[int, DataSpec]]:
-    """The data sets that a spec joins, with their counts: "A + 20 * B" -> [(1, A), (20, B)]."""
-    if AND not in spec or Path(spec).expanduser().exists():
+    """The data sets that a spec joins, with their counts: "A + 20 * B" -> [(1, A), (20, B)]. A
+    file or folder that has " + " in its name is one set."""
+    pieces, parts = spec.split(AND), []
+    while pieces:
+        ends = (n for n in range(len(pieces), 1, -1) if _is_path(AND.join(pieces[:n])))
+        end = next(ends, 1)
+        parts.append(AND.join(pieces[:end]))
+        del pieces[:end]
+    if len(parts) == 1:
         return [(1, parse_spec(spec))]
-    return [(times, parse_spec(name)) for times, name in map(_times, spec.split(AND))]
+    return [(times, parse_spec(name)) for times, name in map(_times, parts)]
+
+
+def _is_path(part: str) -> bool:
+    """Whether the name that contains the last " + " of a part exists, as a file or a folder."""
+    _, location, _ = _cut(_times(part)[1])
+    path = os.path.expanduser(location)
+    before, plus, after = path.rpartition(AND)
+    return bool(plus) and os.path.lexists(before + plus + re.split(r"[/\\]", after)[0])
 
 
 def _times(part: str) -> tuple[int, str]:
     """ "20 * SPEC" -> (20, "SPEC")"""
+    if _exists(part):
+        return 1, part
     match = re.match(r"\s*([1-9]\d*) \* (.*)", part)
     return (int(match[1]), match[2].strip()) if match else (1, part.strip())
 
