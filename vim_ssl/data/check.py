@@ -17,13 +17,17 @@ from tqdm import tqdm
 
 from vim_ssl.data.clips import still
 from vim_ssl.data.dataset import ImageData, captions_of
+from vim_ssl.data.formats import explain
 from vim_ssl.data.images import BadImage
 from vim_ssl.data.labels import IGNORE
 from vim_ssl.data.loading.streamed import ImageStream
 from vim_ssl.data.loading.workers import Loader
 from vim_ssl.data.open import Source, open_data, open_source, sets_of
+from vim_ssl.data.pages import PAGES, count_pages
+from vim_ssl.data.passed_over import printable
 from vim_ssl.data.registry import SOURCES
-from vim_ssl.data.spec import SPLIT_NAMES, canonical_split
+from vim_ssl.data.spec import canonical_split
+from vim_ssl.data.walk import UNREADABLE
 from vim_ssl.utils.names import plural
 
 NAMED = 3  # number of examples per fault
@@ -40,6 +44,7 @@ class Decoded:
         flat, holes: whether all values are equal; whether some are not finite.
         classes: the class indices in its mask, each once, or one per box.
         captioned: whether it has a caption.
+        pages: number of images in its file.
     """
 
     id: str
@@ -51,6 +56,7 @@ class Decoded:
     holes: bool = False
     classes: tuple[int, ...] = ()
     captioned: bool = False
+    pages: int = 1
 
 
 @dataclass
@@ -103,9 +109,7 @@ def check(spec: str | Path, *, sample: int = 0, workers: int = 0, quiet: bool = 
     source, data = _opened(spec)
     splits = list(_splits(source, data, sample, workers, quiet))
     report = Report([f"{spec}: {_layout(data, splits)}", ""], list(data.faults), [])
-    report.remarks += _passed_over(data)
-    if not data.splits:
-        _check_folders(splits, report)
+    _check_layout(data, report)
     _count(splits, report)
     _check_labels(splits, data.classes, report)
     _check_truth(splits, data.classes, report)
@@ -189,7 +193,14 @@ class _Decoding(Dataset):
             return Decoded(bad.id, bad.reason)
         classes = item.get("box_labels", np.setdiff1d(item.get("mask", ()), IGNORE))
         captioned = bool(captions_of(item.get("caption")))
-        return replace(decoded, classes=tuple(map(int, classes)), captioned=captioned)
+        return replace(
+            decoded, classes=tuple(map(int, classes)), captioned=captioned,
+            pages=_pages(self.data.file(index)),
+        )  # fmt: skip
+
+
+def _pages(file: Any) -> int:
+    return count_pages(file) if isinstance(file, str | Path | bytes) else 1
 
 
 def _decode_stream(stream: ImageStream, quiet: bool) -> Split:
@@ -202,7 +213,8 @@ def _decode_stream(stream: ImageStream, quiet: bool) -> Split:
             try:
                 decoded = describe(record["id"], stream.decode(record)["image"])
                 captioned = bool(captions_of(record.get("caption")))
-                split.decoded.append(replace(decoded, captioned=captioned))
+                pages = _pages(record["image"])
+                split.decoded.append(replace(decoded, captioned=captioned, pages=pages))
             except BadImage as bad:
                 split.decoded.append(Decoded(bad.id, bad.reason))
             bar.update()
@@ -234,23 +246,15 @@ def _layout(data: ImageData | ImageStream, splits: list[Split]) -> str:
     return f"{what}; {names}; {classes}"
 
 
-def _passed_over(data: ImageData | ImageStream) -> Iterator[str]:
-    """Describe what the source does not read, with examples; the largest count first."""
-    examples = getattr(data.passed_over, "examples", {})
-    for reason, count in sorted(data.passed_over.items(), key=lambda entry: -entry[1]):
-        yield f"passed over: {count:,} {reason}: {_some(examples.get(reason, ()), count)}."
-
-
-def _check_folders(splits: list[Split], report: Report) -> None:
-    """Report files or folders beside train/ and test/; with these, they are not read as splits."""
-    tops = {name.split("/")[0] if "/" in name else "" for split in splits for name in split.ids}
-    named = {top for top in tops if canonical_split(top) in SPLIT_NAMES}
-    if len({canonical_split(top) for top in named}) > 1 and (others := sorted(tops - named)):
-        beside = _some([top or "images outside of any folder" for top in others])
-        report.problems.append(
-            f"{', '.join(sorted(named))} are not read as splits, because their parent folder also "
-            f"contains {beside}. All images form one split; move the others away."
-        )
+def _check_layout(data: ImageData | ImageStream, report: Report) -> None:
+    """Report what the source does not read, and doubtful layouts and names."""
+    report.problems += data.passed_over.warnings
+    for reason in data.passed_over.by_count():
+        if not reason.startswith(PAGES):  # these are counted exactly when images are decoded
+            line = explain(data.passed_over, reason)
+            (report.problems if reason == UNREADABLE else report.remarks).append(line)
+    if odd := [id for id in getattr(data, "ids", ()) if printable(id) != id]:
+        report.remarks.append(f"{len(odd):,} names are not UTF-8: {_some(odd)}.")
 
 
 def _count(splits: list[Split], report: Report) -> None:
@@ -394,6 +398,13 @@ def _check_images(splits: list[Split], report: Report) -> None:
         )
         one = f"all {least}" if len(set(by_area)) == 1 else f"{least} to {most}, median {middle}"
         report.facts.append(f"Sizes (width×height): {one}")
+        several = [image for image in good if image.pages > 1]
+        if pages := sum(image.pages - 1 for image in several):
+            names = _some(f"{image.id} ({image.pages})" for image in several)
+            report.remarks.append(
+                f"passed over: {pages:,} {PAGES}, of {len(several):,} files: {names}; only the "
+                "first is read. To use the others, save each as a file; video: reads animations."
+            )
         if captioned := sum(image.captioned for image in good):
             report.facts.append(f"With a caption: {captioned:,} of these images.")
     for split in splits:
@@ -468,9 +479,9 @@ def _name(label: int, classes: list[str] | None) -> str:
     return classes[label] if classes and 0 <= label < len(classes) else str(label)
 
 
-def _some(names: Iterable[str], count: int = 0) -> str:
-    names = list(names)
-    return ", ".join(names[:NAMED]) + (" …" if max(len(names), count) > NAMED else "")
+def _some(names: Iterable[str]) -> str:
+    names = list(map(printable, names))
+    return ", ".join(names[:NAMED]) + (" …" if len(names) > NAMED else "")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,8 @@ class Captions(Protocol):
 class Images(Protocol):
     """Undecoded images by row: picklable; each is read when indexed.
 
-    Optional methods: ``paths(row)`` and ``sizes(row)``, see `vim_ssl.data.sources.folder.OnDisk`;
+    Optional: ``whole_files``, whether each row is a file of its own; methods ``paths(row)`` and
+    ``sizes(row)``, see `vim_ssl.data.sources.folder.OnDisk`;
     ``location(row)``, an item's ``meta``. Of a plane: ``volume``, ``plane``, ``planes`` and
     ``spacing`` (see `vim_ssl.metrics.volumes`); if the volume is a file also ``file`` and ``axis``.
     Of a raster: its file, ``raster``, its ``name``, the ``box`` in it (left, top, width, height in
@@ -113,8 +114,8 @@ class ImageData(Dataset):
         splits: names of the source's splits; empty if it has none.
         split: the open split, or "all".
         faults: descriptions of faults of the source as a whole.
-        passed_over: what -> number of files or folders that the source does not read; see
-            `vim_ssl.data.passed_over`.
+        passed_over: what -> number of files or folders that the source does not read, and warnings
+            about their layout; see `PassedOver`.
         left_out: reason -> number of images of the source that `subset` removed for it.
         min_side: see `decode_image`; None decodes every image at full size.
         is_stream: False; True for an `ImageStream`, whose images are read in order.
@@ -155,7 +156,7 @@ class ImageData(Dataset):
         self.bands = None if bands is None else tuple(bands)
         self.dtype = None if dtype is None else np.dtype(dtype)
         self.min_side: int | None = None
-        self.passed_over: dict[str, int] = PassedOver()
+        self.passed_over = PassedOver()
         self.left_out: dict[str, int] = {}
         self._images, self._captions, self._masks = images, captions, masks
         self._objects, self.has_masks = objects, masks is not None
@@ -226,6 +227,14 @@ class ImageData(Dataset):
         """Paths of the files of image ``index``; [] if it has no file, as in tables of images."""
         paths = getattr(self._images, "paths", None)
         return paths(self._rows[index]) if paths else []
+
+    def file(self, index: int) -> RawImage | None:
+        """The file that holds image ``index`` alone: its path, or its bytes from a table; None for
+        a part of a file, such as a tile, for a video and for an image in memory."""
+        if self.kind != "image" or not getattr(self._images, "whole_files", not self.paths(index)):
+            return None
+        raw = self.raw(index)
+        return raw if isinstance(raw, str | Path | bytes) else None
 
     @property
     def has_captions(self) -> bool:

@@ -9,6 +9,8 @@ from typing import Any, overload
 
 from vim_ssl.data.dataset import ImageData, join
 from vim_ssl.data.loading.streamed import ImageStream
+from vim_ssl.data.pages import PAGES, count_pages, some_of
+from vim_ssl.data.passed_over import PassedOver
 from vim_ssl.data.registry import Splits, find_opener, stream_schemes
 from vim_ssl.data.spec import DataSpec, canonical_split, parse_spec, sets_of
 
@@ -103,6 +105,7 @@ def _finished(opened: ImageData | Splits, spec: DataSpec) -> ImageData:
         warn_once(f"{name}: {fault}")
     if (more := len(data.faults) - WARNED) > 0:
         warn_once(f"{name}: {more:,} more faults; `vim-ssl data check` lists them all.")
+    _pass_over_pages(data)
     _warn_passed_over(data, name)
     if spec.limit is not None and spec.limit < len(data):
         # Spread evenly, because many data sets are sorted by class.
@@ -140,7 +143,21 @@ def open_split(
     return source.open("all")
 
 
+def _pass_over_pages(data: ImageData) -> None:
+    """Count the pages after the first in some of the files; `vim-ssl data check` counts all."""
+    if not len(data) or not data.paths(0) or data.file(0) is None:
+        return
+    chosen = some_of(data.ids)
+    pages = {data.ids[i]: count_pages(data.paths(i)[0]) - 1 for i in chosen}
+    if several := [name for name, more in pages.items() if more]:
+        looked = "" if len(chosen) == len(data) else f" (in {len(chosen):,} files looked at)"
+        data.passed_over = data.passed_over + PassedOver()  # a copy
+        data.passed_over.add(PAGES + looked, sum(pages.values()), several)
+
+
 def _warn_passed_over(data: ImageData | ImageStream, name: str) -> None:
+    for warning in data.passed_over.warnings:
+        warn_once(f"{name}: {warning}")
     if data.passed_over:
         warn_once(f"{name}: passed over: {data.passed_over}; see `vim-ssl data check`.")
 

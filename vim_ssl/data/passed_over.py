@@ -1,7 +1,8 @@
 """Count what a source finds but does not read, so that nothing is left out in silence.
 
-Sources call `pass_over` wherever they skip something; the registry collects the counts while a
-source is opened, and stores them as ``passed_over`` of the data.
+Code that lists files calls `pass_over` wherever it skips something, and `add_warning` where their
+layout is probably not what was meant. The registry collects both while a source is opened, and
+stores them as ``passed_over`` of the data.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,6 +17,7 @@ class PassedOver(dict[str, int]):
 
     Attributes:
         examples: reason -> some of the names.
+        warnings: what is probably wrong with the layout of the files.
     """
 
     def __init__(self, counts: Mapping[str, int] | None = None):
@@ -23,6 +25,7 @@ class PassedOver(dict[str, int]):
         self.examples: dict[str, list[str]] = {
             reason: list(names) for reason, names in getattr(counts, "examples", {}).items()
         }
+        self.warnings: list[str] = list(getattr(counts, "warnings", ()))
 
     def add(self, reason: str, count: int = 1, names: Iterable[str] = ()) -> None:
         """Count ``count`` more files or folders."""
@@ -34,12 +37,25 @@ class PassedOver(dict[str, int]):
         total, examples = PassedOver(self), getattr(other, "examples", {})
         for reason, count in other.items():
             total.add(reason, count, examples.get(reason, ()))
+        warnings = getattr(other, "warnings", ())
+        total.warnings += [text for text in warnings if text not in total.warnings]
         return total
+
+    def by_count(self) -> list[str]:
+        """The reasons, the largest count first."""
+        return sorted(self, key=lambda reason: -self[reason])
 
     def __str__(self) -> str:
         """For example "12 HEIC, 3 hidden"; the largest count first."""
-        ordered = sorted(self.items(), key=lambda entry: -entry[1])
-        return ", ".join(f"{count:,} {reason}" for reason, count in ordered)
+        return ", ".join(f"{self[reason]:,} {reason}" for reason in self.by_count())
+
+
+def printable(name: str) -> str:
+    """Return a file name for messages: bytes that are not UTF-8 as ``\\xe9``."""
+    try:
+        return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # no bytes of a file name
+        return name.encode("utf-8", "backslashreplace").decode()
 
 
 _counting: ContextVar[PassedOver | None] = ContextVar("passed_over", default=None)
@@ -65,3 +81,9 @@ def pass_over(reason: str, count: int = 1, names: Iterable[str] = ()) -> None:
     """
     if (counts := _counting.get()) is not None and count:
         counts.add(reason, count, names)
+
+
+def add_warning(text: str) -> None:
+    """Add a warning about the layout of the source that is being opened."""
+    if (counts := _counting.get()) is not None and text not in counts.warnings:
+        counts.warnings.append(text)

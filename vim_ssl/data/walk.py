@@ -7,14 +7,16 @@ read. Links are followed, except back to a folder above them.
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
 from glob import has_magic
 from pathlib import Path
 
+from vim_ssl.data.formats import ending_of, pass_over_others
 from vim_ssl.data.images import EXTENSIONS
-from vim_ssl.data.passed_over import EXAMPLES, pass_over
+from vim_ssl.data.passed_over import EXAMPLES, add_warning, counted, pass_over
 from vim_ssl.data.samples.fetch import SAMPLES
 from vim_ssl.data.spec import near
 
@@ -23,6 +25,7 @@ OUTPUTS = "written by vim-ssl"
 UNREADABLE = "unreadable"
 CIRCLES = "in a circle of links"
 SPECIAL = "not a regular file"
+EMPTY = "folder without a file to read"
 
 # Files and folders of operating systems, storage systems and archives, in lower case.
 _SYSTEM = frozenset({
@@ -31,29 +34,6 @@ _SYSTEM = frozenset({
     "temporary items", "lost+found", "lost.dir", "@eadir", "@tmp", "@sharebin", "@recycle",
     "@recently-snapshot", "#recycle", "#snapshot", "__pycache__",
 })  # fmt: skip
-# Endings of images, videos, volumes and archives. Most sources read a few; the others are counted.
-_MEDIA = frozenset({
-    *EXTENSIONS,
-    ".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dcr", ".dng", ".erf", ".iiq", ".kdc", ".mef", ".mos",
-    ".mrw", ".nef", ".nrw", ".orf", ".pef", ".raf", ".raw", ".rw2", ".rwl", ".sr2", ".srf", ".srw",
-    ".x3f",
-    ".ai", ".apng", ".avifs", ".dds", ".djvu", ".emf", ".eps", ".exr", ".fits", ".fts", ".hdr",
-    ".heic", ".heics", ".heif", ".heifs", ".hif", ".icns", ".ico", ".j2c", ".j2k", ".jng", ".jpc",
-    ".jpf", ".jpm", ".jpx", ".jxl", ".jxr", ".mng", ".mpo", ".pam", ".pcx", ".pdf", ".pfm", ".psb",
-    ".psd", ".qoi", ".sgi", ".svg", ".svgz", ".tga", ".wdp", ".wmf", ".xbm", ".xcf", ".xpm",
-    ".3g2", ".3gp", ".asf", ".avi", ".divx", ".f4v", ".flv", ".m2t", ".m2ts", ".m2v", ".m4v",
-    ".mjpeg", ".mkv", ".mod", ".mov", ".mp4", ".mpe", ".mpeg", ".mpg", ".mpv", ".mts", ".mxf",
-    ".ogg", ".ogm", ".ogv", ".qt", ".rm", ".rmvb", ".ts", ".vob", ".webm", ".wmv",
-    ".bif", ".czi", ".dcm", ".img", ".lif", ".lsm", ".mgh", ".mgz", ".mha", ".mhd", ".mrxs", ".nd2",
-    ".ndpi", ".nhdr", ".nii", ".nrrd", ".oir", ".scn", ".svs", ".svslide", ".vms", ".vmu", ".vsi",
-    ".h5", ".hdf", ".hdf5", ".lmdb", ".mat", ".nc", ".npy", ".npz", ".parquet", ".tfrecord", ".vrt",
-    ".7z", ".bz2", ".gz", ".rar", ".tar", ".tbz2", ".tgz", ".txz", ".xz", ".zip", ".zst",
-})  # fmt: skip
-# First bytes of images; a file with another name for them is counted too.
-_MAGIC = (
-    b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"8BPS", b"\xff\x0a",
-    b"\0\0\0\x0cJXL ", b"\0\0\0\x0cjP  ",
-)  # fmt: skip
 # Records in the folders that this program writes.
 _RECORDS = ("config.json", "metrics.json", "record.json")
 
@@ -72,16 +52,16 @@ def walk(root: str | Path) -> Iterator[tuple[str, list[str], list[str]]]:
         path = os.path.join(root, prefix)
         try:
             identity = os.stat(path)
+            inode = (identity.st_dev, identity.st_ino)
+            if identity.st_ino and inode in above:
+                pass_over(CIRCLES, 1, [prefix])
+                continue
             with os.scandir(path) as entries:
                 folders, files = _sorted(entries, prefix)
         except OSError:
             if not prefix:
                 raise
             pass_over(UNREADABLE, 1, [prefix])
-            continue
-        inode = (identity.st_dev, identity.st_ino)
-        if identity.st_ino and inode in above:
-            pass_over(CIRCLES, 1, [prefix])
             continue
         if prefix and is_output(path, files):
             pass_over(OUTPUTS, 1, [prefix])
@@ -133,6 +113,24 @@ def is_output(folder: str, files: Sequence[str]) -> bool:
     return False
 
 
+def pass_over_empty(root: Path, names: Sequence[str], splits: Sequence[str]) -> None:
+    """Count the class folders without a file, where all files are in folders.
+
+    Args:
+        names: the files that are read, relative to root.
+        splits: the split folders that contain the class folders; empty if root does.
+    """
+    if any(name.count("/") < (2 if splits else 1) for name in names):
+        return
+    for top in [f"{split}/" for split in splits] or [""]:
+        used = {name[len(top) :].partition("/")[0] for name in names if name.startswith(top)}
+        with counted(), os.scandir(root / top) as entries:  # hidden ones are counted already
+            folders, _ = _sorted(entries, top)
+        for name in folders:
+            if name not in used:
+                pass_over(EMPTY, 1, [f"{top}{name}/"])
+
+
 def contents(root: Path) -> str:
     """Describe the content of a folder for messages: "contains a, b", or "does not exist"."""
     if not root.is_dir():
@@ -175,6 +173,12 @@ def find_files(root: Path, given: str, what: str, extensions: Sequence[str]) -> 
             f"{held or 'no files'}. {what.capitalize()}s are files that end in "
             f"{' '.join(extensions)}."
         )
+    if odd := [name for name in names if "\\" in name]:
+        add_warning(
+            f"{len(odd):,} names contain backslashes, such as {odd[0]}: an archive from Windows "
+            "was unpacked without its folders, so these files are in no class and no split. Unpack "
+            "it with 7z or unzip."
+        )
     return names
 
 
@@ -196,13 +200,11 @@ def walk_files(
             if name.lower().endswith(endings):
                 names.append(prefix + name)
                 continue
-            ending = os.path.splitext(name)[1].lower() or "without extension"
+            ending = ending_of(name)
             others[ending] += 1
             if len(few := examples.setdefault(ending, [])) < EXAMPLES:
                 few.append(prefix + name)
-    for ending, few in examples.items():
-        if ending in _MEDIA or any(_is_image(os.path.join(root, name)) for name in few):
-            pass_over(ending.removeprefix(".").upper(), others[ending], few)
+    pass_over_others(others, examples, str(root))
     return sorted(names), others
 
 
@@ -235,11 +237,10 @@ def match_paths(pattern: str) -> list[str]:
     """Return the sorted files that a path or a glob names; ``**`` is folders at any depth.
 
     A part of the pattern that exists as it is written, such as ``scans [2020]``, is that file or
-    folder and no pattern. Where a pattern decides, the files of `walk` are passed over, unless it
-    begins with a dot.
+    folder and no pattern, except ``*`` and ``*.ending``: a file of such a name is made by mistake,
+    and one of those that match. Where a pattern decides, what `walk` passes over is passed over,
+    unless the pattern begins with a dot.
     """
-    if os.path.isfile(pattern):
-        return [pattern]
     path = Path(pattern)
     parts = path.parts[1:] if path.anchor else path.parts
     return sorted(set(_matching(path.anchor, parts)))
@@ -257,8 +258,7 @@ def _matching(base: str, parts: Sequence[str]) -> Iterator[str]:
             yield from _matching(os.path.join(base, prefix), rest or ["*"])
         return
     whole = os.path.join(base, part)
-    # A star matches the name "*" itself, and such a file is made by mistake: go on with the others.
-    if not has_magic(part) or ("*" not in part and os.path.lexists(whole)):
+    if not has_magic(part) or (os.path.lexists(whole) and not re.fullmatch(r"\*[.\w]*", part)):
         yield from _matching(whole, rest)
         return
     try:
@@ -283,17 +283,6 @@ def _names(folder: str) -> list[str]:
         return os.listdir(folder)
     except OSError:
         return []
-
-
-def _is_image(path: str) -> bool:
-    """Whether a file begins like an image of a common format."""
-    try:
-        with open(path, "rb") as file:
-            head = file.read(16)
-    except OSError:
-        return False
-    named = head[8:12] == b"WEBP" or (head[4:8] == b"ftyp" and head[8:10] in (b"he", b"av", b"mi"))
-    return named or head.startswith(_MAGIC)
 
 
 def _hint(given: str) -> str:

@@ -8,6 +8,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from vim_ssl.data import BadImage, open_data
+from vim_ssl.data.check import check
+from vim_ssl.data.open import warn_once
+from vim_ssl.data.train_test import labelled_splits
 
 
 def fill(root, *names, size=(8, 6)):
@@ -239,3 +242,87 @@ def test_workers(tmp_path, context):
         data, batch_size=3, num_workers=1, collate_fn=list, multiprocessing_context=context
     )
     assert [item["id"] for batch in loader for item in batch] == data.ids
+
+
+CLASSES = ["cat/1.png", "cat/2.png", "dog/3.png", "dog/4.png"]
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        ([*CLASSES, "cover.png"], ("cover.png", "1 of 5", "move them away")),
+        ([*CLASSES, "cat/old/5.png"], ("cat/old/5.png", "label=folder")),
+        ([*(f"train/{n}" for n in CLASSES), "train/x.png", *(f"test/{n}" for n in CLASSES)],
+         ("of train/", "x.png", "1 of 5")),
+        ([*(f"train/{n}" for n in CLASSES), "test/cat/5.png", "x.png"],
+         ("test, train are not read as splits", "x.png")),
+        ([*(f"train/{n}" for n in CLASSES), "test/cat/5.png", "unsorted/x.png"],
+         ("test, train are not read as splits", "unsorted/")),
+        (["train/cat/1.png", "train/dog/2.png", "test/Cat/3.png", "test/dog/4.png"],
+         ("'cat', 'Cat'", "one class")),
+        (["train/cat/1.png", "train/Cat/2.png", "test/cat/3.png"], ("'Cat', 'cat'", "different")),
+        (["cat/1.png", "cat /2.png", "dog/3.png"], ("'cat', 'cat '", "different")),
+        (["caf\u00e9/1.png", "cafe\u0301/2.png"], ("differ only",)),
+        (["train/cat/1.png", "Train/dog/2.png", "test/cat/3.png"], ("Train/", "of one split")),
+        (["val/cat/1.png", "validation/dog/2.png", "train/cat/3.png"], ("validation/, val/",)),
+        ([*CLASSES, "bird\\1.png"], ("bird\\1.png", "Windows", "7z")),
+    ],
+    ids=["stray", "deep", "stray-in-split", "stray-beside-splits", "folder-beside-splits",
+         "case", "case-in-split", "space", "unicode", "two-train", "two-val", "backslash"],
+)  # fmt: skip
+def test_a_layout_that_hides_labels_or_splits_is_reported(tmp_path, names, words, caplog):
+    warn_once.cache_clear()
+    fill(tmp_path, *names)
+    open_data(tmp_path, split="all")
+    told = [record.getMessage() for record in caplog.records]
+    assert any(all(word in line for word in words) for line in told)
+    problems = check(str(tmp_path)).problems
+    assert any(all(word in line for word in words) for line in problems)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [CLASSES, ["1.png", "2.png"], ["2024/05/a.png", "2024/06/b.png", "2025/c.png"],
+     [*(f"train/{n}" for n in CLASSES), "test/1.png"], ["bus/1.png", "train/2.png"],
+     ["1/a.png", "1_1/c.png", "11/d.png"]],
+)  # fmt: skip
+def test_an_ordinary_layout_causes_no_warning(tmp_path, names):
+    data = open_data(fill(tmp_path, *names), split="all")
+    assert (data.passed_over, data.passed_over.warnings) == ({}, [])
+
+
+@pytest.mark.parametrize("split", ["", "train/"])
+def test_class_folders_without_an_image_are_counted(tmp_path, split):
+    fill(tmp_path, *(f"{split}{name}" for name in CLASSES))
+    (tmp_path / f"{split}bird").mkdir()
+    (tmp_path / f"{split}fish").mkdir()
+    (tmp_path / f"{split}fish/1.HEIC").write_bytes(b"content")
+    data = open_data(tmp_path)
+    assert data.classes == ["cat", "dog"]
+    assert data.passed_over == {"folder without a file to read": 2, "HEIC": 1}
+    assert any(f"{split}bird/" in line for line in check(str(tmp_path)).remarks)
+
+
+def test_label_folder_names_the_images_outside_of_the_classes(tmp_path):
+    fill(tmp_path, *CLASSES, "cover.png")
+    with pytest.raises(ValueError, match=r"1 images in .* not in a class folder: cover\.png; move"):
+        open_data(f"{tmp_path}?label=folder")
+
+
+@pytest.mark.parametrize("option", ["", "?label=folder"])
+def test_a_single_class_folder_is_refused_for_its_labels(tmp_path, option):
+    fill(tmp_path, "all/1.png", "all/2.png", "all/3.png")
+    with pytest.raises(ValueError, match="fewer than two classes; put the images of each class"):
+        labelled_splits(f"{tmp_path}{option}", 0.3, 0)
+
+
+@pytest.mark.parametrize("other", ["Cat", "cat ", "CAT", "tabby_cat"])
+def test_class_folders_of_two_splits_are_matched_by_name(tmp_path, other):
+    cat = "tabby cat" if "_" in other else "cat"
+    fill(tmp_path, f"train/{cat}/1.png", "train/dog/2.png", f"test/{other}/3.png", "test/dog/4.png")
+    data = open_data(tmp_path, split="all")
+    assert sorted(data.classes) == sorted([cat, "dog"])
+    true = {f"train/{cat}/1.png": cat, f"test/{other}/3.png": cat}
+    assert [data.classes[label] for label in data.labels] == [
+        true.get(id, "dog") for id in data.ids
+    ]

@@ -57,7 +57,7 @@ class ImageStream:
     kind: ClassVar[str] = "image"
     sampling: Any = None
     bands: None = None
-    passed_over: dict[str, int] = PassedOver()
+    passed_over: PassedOver = PassedOver()
 
     def __init__(
         self,

@@ -2,18 +2,21 @@
 read files."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.labels import mask_folders, paired
+from vim_ssl.data.passed_over import add_warning
 from vim_ssl.data.registry import Splits, source
-from vim_ssl.data.spec import SPLIT_NAMES, DataSpec, pick_split
-from vim_ssl.data.values import sort_classes
-from vim_ssl.data.walk import find_images, match_files
+from vim_ssl.data.spec import SPLIT_NAMES, DataSpec, canonical_split, pick_split
+from vim_ssl.data.values import fold, sort_classes
+from vim_ssl.data.walk import find_images, match_files, pass_over_empty
 
+NAMED = 3  # number of examples in a warning
 _SPLIT_FOLDERS = frozenset(name for names in SPLIT_NAMES.values() for name in names)
 
 
@@ -50,6 +53,8 @@ class OnDisk:
 
 class FileImages(OnDisk):
     """One file per row; a row is its name."""
+
+    whole_files = True
 
     def __getitem__(self, row: int) -> str:
         return os.path.join(self.root, self.rows[row])
@@ -103,7 +108,9 @@ def folder_splits(
         images = files(str(root), layout.names)
         return layout.open(images, str(spec), data_class, groups=groups)
 
-    return Splits(split_folders(names), choose)
+    splits = split_folders(names)
+    pass_over_empty(root, names, splits)
+    return Splits(splits, choose)
 
 
 @dataclass(frozen=True)
@@ -147,13 +154,15 @@ def read_layout(names: list[str], split: str | None, label: str | None, root: st
     names_of = by_split(names)
     splits = split_folders(names)
     classes_of = {s: _classes(held, bool(s), label, root) for s, held in names_of.items()}
+    name_of = _one_spelling({s: held for s, held in classes_of.items() if held})
     split = pick_split(split, splits, f"The folder {root}")
     chosen = [name for name in names_of if split in ("all", name)]
     labels = classes = None
     if all(classes_of[name] for name in chosen):
-        classes = sort_classes({name for held in classes_of.values() for name in held or ()})
+        classes = sort_classes(set(name_of.values()))
         number = {name: i for i, name in enumerate(classes)}
-        labels = [number[name.split("/")[1 if s else 0]] for s in chosen for name in names_of[s]]
+        folders = (name.split("/")[1 if s else 0] for s in chosen for name in names_of[s])
+        labels = [number[name_of[folder]] for folder in folders]
     names = [name for s in chosen for name in names_of[s]]
     return Layout(names, splits, split, labels, classes)
 
@@ -216,8 +225,66 @@ def by_split(names: list[str]) -> dict[str, list[str]]:
 
 
 def split_folders(names: list[str]) -> list[str]:
-    """Return the split folders, train first; [] if the folders are not splits."""
-    return [name for name in by_split(names) if name]
+    """Return the split folders, train first; [] if the folders are not splits. Warns of files and
+    folders that keep others from being splits, and of two folders for one split."""
+    splits = [name for name in by_split(names) if name]
+    if splits:
+        same = Counter(map(canonical_split, splits))
+        if twice := [name for name in splits if same[canonical_split(name)] > 1]:
+            add_warning(
+                f"{', '.join(f'{name}/' for name in twice)} are folders of one split, and only one "
+                "of them is used; move the images into one folder."
+            )
+        return splits
+    tops = {name.split("/")[0] if "/" in name else "" for name in names}
+    known = sorted(top for top in tops if top.lower() in _SPLIT_FOLDERS)
+    if len({canonical_split(top) for top in known}) > 1:
+        flat = [name for name in names if "/" not in name]
+        beside = [*flat[:NAMED], *sorted(f"{top}/" for top in tops - {*known, ""})]
+        more = " …" if len(beside) > NAMED or len(flat) > NAMED else ""
+        add_warning(
+            f"{', '.join(known)} are not read as splits, because their parent folder also contains "
+            f"{', '.join(beside[:NAMED])}{more}. All images form one split; move the others away."
+        )
+    return splits
+
+
+def _one_spelling(classes_of: dict[str, set[str]]) -> dict[str, str]:
+    """Map the class folders of all splits to class names. Folders of two splits whose names differ
+    only in letter case, spaces or the like are one class, as spelled in the first split; two such
+    folders of one split are two classes. Both cause a warning."""
+    name_of = {name: name for held in classes_of.values() for name in sorted(held)}
+    alike: dict[Hashable, list[str]] = {}
+    for name in name_of:
+        alike.setdefault(fold(name), []).append(name)
+    for names in alike.values():
+        if len(names) < 2:
+            continue
+        differing = f"the class folders {', '.join(map(repr, names))} differ only in case or spaces"
+        if any(len(held.intersection(names)) > 1 for held in classes_of.values()):
+            add_warning(f"{differing}, and are different classes; join them if they are one.")
+        else:
+            name_of |= dict.fromkeys(names, names[0])
+            add_warning(f"{differing}, and are read as one class; rename them if they are not.")
+    return name_of
+
+
+def _warn_of_strays(paths: list[list[str]], where: str) -> None:
+    """Warn that images have no labels because of a few that are not in class folders.
+
+    Args:
+        paths: the parts of each image's path, without the split.
+    """
+    classes = {path[0] for path in paths if len(path) == 2}
+    strays = ["/".join(path) for path in paths if len(path) != 2]
+    if len(classes) > 1 and 0 < len(strays) <= len(paths) / 2:
+        outside = any("/" not in name for name in strays)
+        remedy = "move them away" if outside else "add label=folder to use the outermost folders"
+        more = " …" if len(strays) > NAMED else ""
+        add_warning(
+            f"the images {where}have no labels, because {len(strays):,} of {len(paths):,} are not "
+            f"exactly in a class folder: {', '.join(strays[:NAMED])}{more}; {remedy}."
+        )
 
 
 def _classes(names: list[str], split: bool, label: str | None, root: str) -> set[str] | None:
@@ -231,9 +298,13 @@ def _classes(names: list[str], split: bool, label: str | None, root: str) -> set
     paths = [name.split("/")[1 if split else 0 :] for name in names]
     classes = {path[0] for path in paths if len(path) > 1}
     if label == "folder":
-        if flat := sum(len(path) == 1 for path in paths):
+        if flat := [path[0] for path in paths if len(path) == 1]:
             raise ValueError(
-                f"label=folder, but {flat} images in {root} are not in a class folder."
+                f"label=folder, but {len(flat)} images in {root} are not in a class folder: "
+                f"{', '.join(flat[:NAMED])}{' …' if len(flat) > NAMED else ''}; move them away."
             )
         return classes
-    return classes if len(classes) > 1 and all(len(path) == 2 for path in paths) else None
+    if len(classes) > 1 and all(len(path) == 2 for path in paths):
+        return classes
+    _warn_of_strays(paths, f"of {names[0].split('/')[0]}/ " if split else "")
+    return None
