@@ -14,13 +14,14 @@ from vim_ssl.data.open import open_data
 from vim_ssl.data.sources.folder import FileImages
 from vim_ssl.data.sources.geotiff import TIFFS
 from vim_ssl.data.sources.video import VIDEO_EXTENSIONS
+from vim_ssl.data.sources.webdataset import TARS
 from vim_ssl.data.spec import DataSpec, parse_spec, sets_of
 from vim_ssl.data.tables import TABLES
 from vim_ssl.data.walk import walk_files
 
 # Endings of files → the scheme that reads them.
 SCHEMES: dict[str | tuple[str, ...], str] = {
-    TABLES: "csv", ".parquet": "parquet", ".tar": "wds", (".nii", ".nii.gz"): "nifti",
+    TABLES: "csv", ".parquet": "parquet", TARS: "wds", (".nii", ".nii.gz"): "nifti",
     ".dcm": "dicom", VIDEO_EXTENSIONS: "video", (".svs", ".ndpi"): "slide",
 }  # fmt: skip
 TILE = 2048  # side in pixels of the tiles of large rasters

@@ -100,13 +100,8 @@ def open_source(spec: str | Path, *, streams: bool = False) -> Source:
 def _finished(opened: ImageData | Splits, spec: DataSpec) -> ImageData:
     """Select the spec's split and at most ``limit`` images; warn about the source's faults."""
     data = opened.open(spec) if isinstance(opened, Splits) else opened
-    name = f"{spec.scheme}:{spec.location}"
-    for fault in data.faults[:WARNED]:
-        warn_once(f"{name}: {fault}")
-    if (more := len(data.faults) - WARNED) > 0:
-        warn_once(f"{name}: {more:,} more faults; `vim-ssl data check` lists them all.")
     _pass_over_pages(data)
-    _warn_passed_over(data, name)
+    _warn(data, f"{spec.scheme}:{spec.location}")
     if spec.limit is not None and spec.limit < len(data):
         # Spread evenly, because many data sets are sorted by class.
         data = data.subset(i * len(data) // spec.limit for i in range(spec.limit))
@@ -155,7 +150,12 @@ def _pass_over_pages(data: ImageData) -> None:
         data.passed_over.add(PAGES + looked, sum(pages.values()), several)
 
 
-def _warn_passed_over(data: ImageData | ImageStream, name: str) -> None:
+def _warn(data: ImageData | ImageStream, name: str) -> None:
+    """Warn about the faults of a source, and what it passes over."""
+    for fault in data.faults[:WARNED]:
+        warn_once(f"{name}: {fault}")
+    if (more := len(data.faults) - WARNED) > 0:
+        warn_once(f"{name}: {more:,} more faults; `vim-ssl data check` lists them all.")
     for warning in data.passed_over.warnings:
         warn_once(f"{name}: {warning}")
     if data.passed_over:
@@ -184,7 +184,7 @@ def _open_stream(spec: DataSpec, accepted: bool) -> ImageStream:
             "here. Give a folder, hf:NAME without streaming=true, or sample:NAME."
         )
     opened = opener(spec)
-    _warn_passed_over(opened, f"{spec.scheme}:{spec.location}")
+    _warn(opened, f"{spec.scheme}:{spec.location}")
     if spec.limit is None:
         return opened
     stream = opened.limited(spec.limit)

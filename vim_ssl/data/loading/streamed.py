@@ -112,10 +112,12 @@ class ImageStream:
         self, read: Callable[[str], Iterator[dict[str, Any]]], classes: Sequence[str]
     ) -> "ImageStream":
         """Return the same shards, read in another way, with labels of these classes."""
-        return ImageStream(
+        stream = ImageStream(
             self.shards, read, name=self.name, classes=classes, splits=self.splits,
             split=self.split, faults=self.faults,
         )  # fmt: skip
+        stream.passed_over = self.passed_over
+        return stream
 
     def records(self, number: int) -> Iterator[dict[str, Any]]:
         """Yield the ``count`` undecoded samples of a shard; an unreadable one is a BadImage.
