@@ -332,10 +332,10 @@ def _correct_tiff(image: Any, tags: Any) -> None:
 def _check_jpeg2000(image: Any) -> None:
     """Raise BadImage for colour of more than 8 bits, the brightest values of which Pillow turns
     into 0."""
-    place = image.fp.tell()
+    position = image.fp.tell()
     image.fp.seek(0)
     content = image.fp.read()
-    image.fp.seek(place)
+    image.fp.seek(position)
     start = content.find(b"\xff\x4f\xff\x51")  # start of the codestream, and its sizes
     if start < 0 or len(content) < start + 42:
         return

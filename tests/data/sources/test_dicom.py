@@ -247,13 +247,13 @@ def test_what_is_no_image(tmp_path, caplog):
     content = (tmp_path / "cut.dcm").read_bytes()
     (tmp_path / "cut.dcm").write_bytes(content[:-40])
     data = open_data(f"dicom:{tmp_path}")
-    assert "1 × DICOM without pixels" in caplog.text
+    assert data.passed_over["DICOM without pixels"] == 1
     assert len(data) == 2
     for i in range(2):
         with pytest.raises(BadImage, match="its pixels cannot be read") as bad:
             data[i]
         assert "Doe" not in str(bad.value)
-    assert "2 images cannot be decoded" in check(f"dicom:{tmp_path}").problems[0]
+    assert "2 images cannot be decoded" in str(check(f"dicom:{tmp_path}").problems)
 
 
 @pytest.mark.parametrize(

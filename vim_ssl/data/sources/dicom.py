@@ -15,52 +15,51 @@ from typing import Any
 import numpy as np
 
 from vim_ssl.data.dataset import ImageData
+from vim_ssl.data.dicom_pixels import PLAIN, functional, import_pydicom, read_header, read_slice
 from vim_ssl.data.images import BadImage
-from vim_ssl.data.pixels import to_8bit
+from vim_ssl.data.passed_over import pass_over
 from vim_ssl.data.registry import Splits, source
 from vim_ssl.data.sources.folder import OnDisk, read_layout, split_folders
 from vim_ssl.data.spec import DataSpec, near
 from vim_ssl.data.walk import walk_files
 from vim_ssl.data.window import Window
-from vim_ssl.utils.optional import require
-
-log = logging.getLogger(__name__)
 
 # Values of `label=`; none identifies the patient.
 LABELS = {
     "modality": "Modality", "body_part": "BodyPartExamined", "view": "ViewPosition",
     "laterality": "ImageLaterality", "folder": "",
 }  # fmt: skip
-DEFAULT_WINDOW = Window(0.5, 99.5, percent=True)
 _HEADER = [
-    "SOPClassUID", "PatientID", "StudyInstanceUID", "SeriesInstanceUID", "InstanceNumber",
+    "SOPClassUID", "SOPInstanceUID", "ImageType", "PatientID", "StudyInstanceUID",
+    "SeriesInstanceUID", "InstanceNumber",
     "ImagePositionPatient", "ImageOrientationPatient", "NumberOfFrames", "Rows", "Columns",
     "BitsAllocated", "PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence",
     *filter(None, LABELS.values()),
 ]  # fmt: skip
-_VALUES = [
-    "PhotometricInterpretation", "RescaleSlope", "RescaleIntercept", "ModalityLUTSequence",
-    "WindowCenter", "WindowWidth", "VOILUTFunction", "VOILUTSequence", "PixelPaddingValue",
-    "BitsStored", "PixelRepresentation", "SamplesPerPixel", "PerFrameFunctionalGroupsSequence",
-    "SharedFunctionalGroupsSequence",
-    *(f"{colour}PaletteColorLookupTable{part}" for colour in ("Red", "Green", "Blue")
-      for part in ("Descriptor", "Data")),
-    *(f"Segmented{colour}PaletteColorLookupTableData" for colour in ("Red", "Green", "Blue")),
-]  # fmt: skip
-
-# Uncompressed transfer syntaxes: implicit, explicit and big-endian.
-_PLAIN = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2")
+# Storage classes, and modalities, of pixels that are no image of a patient.
+_NO_IMAGES = {
+    "1.2.840.10008.5.1.4.1.1.66.4": "DICOM segmentations",
+    "1.2.840.10008.5.1.4.1.1.66.7": "DICOM segmentations",
+    "1.2.840.10008.5.1.4.1.1.481.2": "DICOM dose grids",
+    "1.2.840.10008.5.1.4.1.1.4.2": "DICOM spectra",
+    "SEG": "DICOM segmentations",
+    "RTDOSE": "DICOM dose grids",
+}
+# What is skipped without being a fault.
+_EXPECTED = ("not DICOM", "DICOM without pixels", *_NO_IMAGES.values())
 
 
 @dataclass(frozen=True)
 class Slice:
-    """One frame of a file. ``patient`` and ``series`` never leave this module."""
+    """One frame of a file. ``patient``, ``series`` and ``instance`` never leave this module."""
 
     name: str
     frame: int
     patient: str
     series: str
-    position: tuple[float, float]  # sort key: position along the normal, then instance number
+    instance: str  # unique identifier of the file
+    # Sort key: localizers last, then position along the normal, then instance number.
+    position: tuple[bool, float, float]
     syntax: str
     label: str
 
@@ -70,14 +69,17 @@ def open_dicom(spec: DataSpec) -> Splits:
     """Open every image of the DICOM files below ``dicom:root``, or of one file, grey or colour,
     8-bit.
 
-    Files are recognised by content, not by name. A file with several frames gives several images, a
-    file without pixels gives none. The slices of a series are sorted by position, else by instance
-    number. Stored values are rescaled (slope and intercept, or a table), windowed with the file's
-    first window, else from the 0.5th to the 99.5th percentile, and inverted for MONOCHROME1.
-    ``window=-160,240`` sets another window, in the rescaled unit (HU for CT).
+    Files are recognised by content, not by name. A file with several frames gives several images.
+    The slices of a series are sorted by position, else by instance number. Stored values are
+    rescaled (slope and intercept, or a table), windowed with the file's first window, else from the
+    0.5th to the 99.5th percentile, and inverted for MONOCHROME1; see
+    `vim_ssl.data.dicom_pixels.read_slice`. ``window=-160,240`` sets another window, in the rescaled
+    unit (HU for CT).
 
-    A file with a broken header, or with fewer frames than declared, is skipped with a warning that
-    contains its name but none of its content.
+    Segmentations, dose grids and files without pixels are passed over. A file with a broken header,
+    with fewer frames than declared, or of a compression that no installed package decodes, is
+    skipped; ``faults`` contains its name but none of its content, and names files that have the
+    identifier of another one. Files without preamble are read. Localizers come last in a series.
 
     The group is the patient, so that no patient is on two sides of a split; it is a number that
     does not reveal the PatientID. Without PatientID the group is the study, else the series, else
@@ -99,10 +101,16 @@ def open_dicom(spec: DataSpec) -> Splits:
     root, files = Path(spec.location).expanduser(), None
     if root.is_file():
         root, files = root.parent, [root.name]
-    slices, others = _ordered(root, LABELS.get(kind or ""), files)
-    _check_syntaxes({one.syntax for one in slices})
-    if others:
-        log.warning("dicom:%s: skipped %s", root, _listed(others))
+    ordered, others = _ordered(root, LABELS.get(kind or ""), files)
+    id_of = dict(zip(ordered, _ids(ordered), strict=True))
+    slices = _decodable(ordered, others, str(root))
+    faults = []
+    for what, names in others.items():
+        if what in _EXPECTED:
+            pass_over(what, len(names), names)
+        else:
+            faults.append(f"skipped {_listed({what: names})}")
+    faults += _copies(slices)
     names = sorted({one.name for one in slices})
     patients = {name: f"patient-{i:05d}"
                 for i, name in enumerate(dict.fromkeys(one.patient for one in slices))}  # fmt: skip
@@ -111,7 +119,7 @@ def open_dicom(spec: DataSpec) -> Splits:
         layout = read_layout(names, spec.split, "folder" if kind == "folder" else "none", str(root))
         inside = set(layout.names)
         chosen = [one for one in slices if one.name in inside]
-        ids = [name for name, one in zip(_ids(slices), slices, strict=True) if one.name in inside]
+        ids = [id_of[one] for one in chosen]
 
         labels, classes = None, layout.classes
         if label_of := layout.label_of:
@@ -123,7 +131,7 @@ def open_dicom(spec: DataSpec) -> Splits:
         return ImageData(
             DicomImages(str(root), rows, window), ids, name=str(spec), labels=labels,
             classes=classes, groups=[patients[one.patient] for one in chosen],
-            splits=layout.splits, split=layout.split,
+            splits=layout.splits, split=layout.split, faults=faults,
         )  # fmt: skip
 
     return Splits(split_folders(names), choose)
@@ -154,66 +162,14 @@ class DicomImages(OnDisk):
                 return read_slice(os.path.join(self.root, name), frame, self.window)
         except FileNotFoundError:
             raise BadImage(name, "the file no longer exists") from None
+        except BadImage as error:
+            raise BadImage(name, error.reason) from None
         except Exception as error:  # decoders raise errors of nearly any type for a broken file
             # The error's message is left out because it may quote the header.
             raise BadImage(name, f"its pixels cannot be read ({type(error).__name__})") from None
 
 
-def read_slice(path: str, frame: int = 0, window: Window | None = None) -> np.ndarray:
-    """Read one frame of a DICOM file as uint8 (h, w) or (h, w, 3); see `open_dicom`.
-
-    Raises: pydicom's errors for an unreadable file.
-    """
-    pydicom = import_pydicom()
-    from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut, pixel_array
-
-    header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_VALUES)
-    stored = pixel_array(path, index=frame)
-    colours = header.get("PhotometricInterpretation", "")
-    if colours == "PALETTE COLOR":
-        coloured = apply_color_lut(stored, header)
-        return to_8bit(coloured, 0, np.iinfo(coloured.dtype).max)
-    if stored.ndim == 3:
-        return to_8bit(stored, 0, 2 ** header.get("BitsStored", 8) - 1)
-
-    scale = _functional(header, frame, "PixelValueTransformationSequence")
-    values = apply_modality_lut(stored, scale).astype(np.float64)
-    if (padding := header.get("PixelPaddingValue")) is not None:
-        values[stored == padding] = np.nan
-    voi = _functional(header, frame, "FrameVOILUTSequence")
-    if window is None and "WindowCenter" not in voi and "VOILUTSequence" in voi:
-        table = apply_voi_lut(np.nan_to_num(values).astype(np.int64), voi)
-        depth = voi.VOILUTSequence[0].LUTDescriptor[2]
-        grey = to_8bit(table, 0, 2**depth - 1)
-    elif window is None and "WindowCenter" in voi and "WindowWidth" in voi:
-        grey = to_8bit(_windowed(values, voi), 0, 1)
-    else:
-        grey = to_8bit(values, *(window or DEFAULT_WINDOW).limits(values))
-    if colours == "MONOCHROME1":
-        return np.where(np.isnan(values), 0, 255 - grey).astype(np.uint8)
-    return grey
-
-
-def _windowed(values: np.ndarray, voi: Any) -> np.ndarray:
-    """Map values to 0..1 with a file's first window: DICOM PS3.3, C.11.2.1.2 and C.11.2.1.3."""
-    centre, width = (
-        float(value if isinstance(value, float | int) else value[0])
-        for value in (voi.WindowCenter, voi.WindowWidth)
-    )
-    function = voi.get("VOILUTFunction", "LINEAR")
-    if function == "SIGMOID":
-        return 1 / (1 + np.exp(-4 * (values - centre) / width))
-    if function == "LINEAR_EXACT":
-        return (values - centre) / width + 0.5
-    return (values - (centre - 0.5)) / max(width - 1, 1e-6) + 0.5
-
-
 # ---------------------------------------------------------------- headers
-
-
-def import_pydicom() -> Any:
-    """Return the module pydicom. Raises: ImportError with the package to install."""
-    return require("pydicom", "medical", "DICOM files (dicom:)")
 
 
 @contextmanager
@@ -237,7 +193,7 @@ def _ordered(
     if not root.is_dir():
         raise FileNotFoundError(f"dicom:{root}: the folder does not exist.")
     names = walk_files(root)[0] if files is None else files
-    names = [name for name in names if name.rpartition("/")[2] != "DICOMDIR"]
+    names = [name for name in names if name.rpartition("/")[2].upper() != "DICOMDIR"]
     others: dict[str, list[str]] = {}
     by_series: dict[str, list[Slice]] = {}
     import_pydicom()
@@ -275,11 +231,16 @@ def _read_header(root: Path, name: str, label: str | None) -> list[Slice] | str:
     pydicom = import_pydicom()
     try:
         with open(root / name, "rb") as file:
-            header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=_HEADER)
+            header = read_header(file, _HEADER)
             left = os.fstat(file.fileno()).st_size - file.tell()
+        for kind in (header.get("SOPClassUID"), header.get("Modality")):
+            if str(kind) in _NO_IMAGES:
+                return _NO_IMAGES[str(kind)]
         if not header.get("Rows"):
             return "DICOM without pixels"
         return _slices(header, name, label, left)
+    except OSError:
+        return "unreadable"
     except pydicom.errors.InvalidDicomError:
         return "not DICOM"
     except Exception:  # readers raise errors of nearly any type for broken headers
@@ -291,28 +252,29 @@ def _slices(header: Any, name: str, label: str | None, left: int) -> list[Slice]
 
     Raises: ValueError, TypeError for invalid values.
     """
-    meta = getattr(header, "file_meta", {})
-    syntax = str(meta.get("TransferSyntaxUID", ""))
+    syntax = str(header.file_meta.TransferSyntaxUID)
     frames = int(header.get("NumberOfFrames") or 1)
     # Compressed frames may have any size; for colour, only one channel is required.
-    least = header.Rows * header.Columns * header.BitsAllocated / 8 if syntax in _PLAIN else 0
+    least = header.Rows * header.Columns * header.BitsAllocated / 8 if syntax in PLAIN else 0
     if frames < 1 or (frames > 1 and frames * least > left):
         return "number of frames differs from the header"
     # If tags are blank (anonymised files), a folder counts as one series of one patient.
     series = str(header.get("SeriesInstanceUID") or name.rpartition("/")[0])
     patient = str(header.get("PatientID") or header.get("StudyInstanceUID") or series)
     text = str(header.get(label) or "").strip().lower() if label else ""
-    number = float(header.get("InstanceNumber") or 0)
+    instance, number = str(header.get("SOPInstanceUID") or ""), header.get("InstanceNumber") or 0
+    localizer = "LOCALIZER" in (header.get("ImageType") or ())
     return [
-        Slice(name, frame, patient, series, (_position(header, frame), number), syntax, text)
+        Slice(name, frame, patient, series, instance,
+              (localizer, _position(header, frame), float(number)), syntax, text)
         for frame in range(frames)
-    ]
+    ]  # fmt: skip
 
 
 def _position(header: Any, frame: int) -> float:
     """Return the position of a slice along the normal of its series (mm); 0 if not declared."""
-    origin = _functional(header, frame, "PlanePositionSequence").get("ImagePositionPatient")
-    axes = _functional(header, frame, "PlaneOrientationSequence").get("ImageOrientationPatient")
+    origin = functional(header, frame, "PlanePositionSequence").get("ImagePositionPatient")
+    axes = functional(header, frame, "PlaneOrientationSequence").get("ImageOrientationPatient")
     if not origin or not axes or len(origin) != 3 or len(axes) != 6:
         return 0.0
     normal = np.cross(np.array(axes[:3], float), np.array(axes[3:], float))
@@ -320,16 +282,6 @@ def _position(header: Any, frame: int) -> float:
     if not np.isfinite(position):  # cannot be sorted
         raise ValueError("no position")
     return position
-
-
-def _functional(header: Any, frame: int, sequence: str) -> Any:
-    """Return the item of an enhanced file that describes a frame; else the header itself."""
-    frames = header.get("PerFrameFunctionalGroupsSequence") or []
-    shared = header.get("SharedFunctionalGroupsSequence") or []
-    for group in (*frames[frame : frame + 1], *shared[:1]):
-        if items := group.get(sequence):
-            return items[0]
-    return header
 
 
 def _ids(slices: Sequence[Slice]) -> list[str]:
@@ -342,19 +294,53 @@ def _ids(slices: Sequence[Slice]) -> list[str]:
     return ids
 
 
-def _check_syntaxes(syntaxes: set[str]) -> None:
-    """Raise ImportError for a compression that no installed package decodes."""
+def _decodable(slices: list[Slice], others: dict[str, list[str]], root: str) -> list[Slice]:
+    """Return the slices that the installed packages decode; add the other files to ``others``.
+
+    Raises: ImportError if no slice is left, and ValueError if no package could decode one.
+    """
     from pydicom.pixels import get_decoder
     from pydicom.uid import UID
 
-    for syntax in sorted(syntaxes - {""}):
+    missing: dict[str, str] = {}
+    needed = []
+    for syntax in sorted({one.syntax for one in slices}):
+        name = UID(syntax).name if UID(syntax).is_transfer_syntax else "unknown"
         try:
             decoder = get_decoder(UID(syntax))
         except NotImplementedError:
-            continue  # its images fail individually when they are decoded
+            missing[syntax] = f"{name}, a transfer syntax that is not read"
+            continue
         if not decoder.is_available:
-            needed = "; or ".join(decoder.missing_dependencies)
-            raise ImportError(
-                f"dicom: files with the transfer syntax {UID(syntax).name} need another package: "
-                f"{needed}. Install most decoders with: pip install 'vim-ssl[medical]'"
+            needed.append(
+                f"{name} need another package: {'; or '.join(decoder.missing_dependencies)}"
             )
+            missing[syntax] = f"files with the transfer syntax {needed[-1]}"
+    kept = [one for one in slices if one.syntax not in missing]
+    if not kept and needed:
+        raise ImportError(
+            f"dicom:{root}: files with the transfer syntax {needed[0]}. Install most decoders "
+            "with: pip install 'vim-ssl[medical]'"
+        )
+    for one in slices:
+        if one.syntax in missing and one.name not in others.setdefault(missing[one.syntax], []):
+            others[missing[one.syntax]].append(one.name)
+    if not kept:
+        raise ValueError(f"dicom:{root} contains no image that can be read: {_listed(others)}.")
+    return kept
+
+
+def _copies(slices: list[Slice]) -> list[str]:
+    """Describe the files that have the identifier of another file."""
+    names: dict[str, list[str]] = {}
+    for one in slices:
+        if one.instance and one.name not in (same := names.setdefault(one.instance, [])):
+            same.append(one.name)
+    copies = [same for same in names.values() if len(same) > 1]
+    if not copies:
+        return []
+    some = ", ".join(" = ".join(same[:2]) for same in copies[:3])
+    return [
+        f"{sum(map(len, copies)) - len(copies):,} files have the SOPInstanceUID of another one, as "
+        f"copies do ({some}{', …' if len(copies) > 3 else ''}); keep one of each"
+    ]
