@@ -414,9 +414,6 @@ def test_hidden_files_and_folders_are_passed_over(tmp_path, scheme, ending, writ
     assert (len(data), data.faults) == (1, [])
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="the numbers of the colours are shown as dark grey"
-)
 def test_a_palette_raster_has_its_colours(tmp_path):
     rasterio = pytest.importorskip("rasterio", reason="needs pip install 'vim-ssl[remote-sensing]'")
     numbers = draw(0, 3, (1, 16, 16))
@@ -435,11 +432,6 @@ def alike(data: ImageData) -> bool:
     return np.allclose(one, other, atol=1e-4)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="the same reflectances differ by 1000, since scale and offset tags are ignored, untold",
-)
 def test_scale_and_offset_of_a_raster_are_applied_or_told(tmp_path):
     rasterio = pytest.importorskip("rasterio", reason="needs pip install 'vim-ssl[remote-sensing]'")
     stored = draw(2000, 5000, (2, 16, 16), np.uint16)
@@ -451,9 +443,6 @@ def test_scale_and_offset_of_a_raster_are_applied_or_told(tmp_path):
     assert told(tmp_path, spec, "scale", "offset", "unit") or alike(open_data(spec))
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="a mask 500 m away is laid on the raster, untold"
-)
 def test_a_mask_whose_world_file_places_it_elsewhere_is_told(tmp_path):
     tifffile = pytest.importorskip("tifffile")
     pytest.importorskip("rasterio", reason="needs pip install 'vim-ssl[remote-sensing]'")
@@ -469,9 +458,6 @@ def test_a_mask_whose_world_file_places_it_elsewhere_is_told(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Dataset has no geotransform")  # of the file before its points
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="the predictions lie nowhere: the points are lost"
-)
 def test_predictions_keep_the_ground_control_points_of_their_raster(tmp_path):
     rasterio = pytest.importorskip("rasterio", reason="needs pip install 'vim-ssl[remote-sensing]'")
     from rasterio.control import GroundControlPoint
@@ -492,9 +478,6 @@ def test_predictions_keep_the_ground_control_points_of_their_raster(tmp_path):
     assert crs == rasterio.CRS.from_epsg(4326)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="a pure blue pixel has no red and no green, only NaN"
-)
 def test_a_colour_with_bands_of_the_no_data_value_is_measured(tmp_path):
     values = draw(1, 200, (3, 16, 16))
     values[:, 0, 0] = 0, 0, 200

@@ -49,6 +49,11 @@ _COLOURS = {
 }  # fmt: skip
 
 
+def colour_of(band: str) -> str:
+    """Return "R", "G" or "B" for a band's name that means this colour, else ""."""
+    return _COLOURS.get(band.upper(), "")
+
+
 def band_positions(known: Sequence[str], requested: Sequence[str]) -> list[int | None] | None:
     """The position of each requested band among the known ones, None for an unknown band. Return
     None instead of the list if all are unknown."""

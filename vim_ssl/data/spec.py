@@ -34,6 +34,8 @@ class DataSpec:
         window: grey deeper than 8 bits: the values mapped to black and white, ``LOW,HIGH``, or
             percentiles, ``0.5%,99.5%``.
         bands: rasters: names or numbers of the bands, in order, ``B04,B03,B02``.
+        values: rasters: ``values=stored`` keeps the numbers in the files, without the scale and
+            offset of their tags, and without palettes.
         tile: rasters and slides: side of the square tiles in pixels.
         overlap: rasters: number of pixels that neighbouring tiles share, which then cover the
             whole raster.
@@ -60,6 +62,7 @@ class DataSpec:
     axis: str | None = None
     window: str | None = None
     bands: str | None = None
+    values: str | None = None
     tile: int | None = None
     overlap: int | None = None
     mpp: float | None = None

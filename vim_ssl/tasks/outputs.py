@@ -192,7 +192,7 @@ class MaskWriter(_FolderWriter):
         if box is None:
             path = self._raster_file(name)
             with atomic_path(self.output / path, shared=False) as partial:
-                write_labels(partial, source, None, labels)
+                write_labels(partial, source, None, labels, self.classes)
             if self.drawings:
                 self._draw_whole(name, item["image"], labels)
             return {**self._counted(labels), **record, "file": str(path)}
@@ -220,7 +220,7 @@ class MaskWriter(_FolderWriter):
         canvas, mask = Image.new("RGB", small, "white"), np.full(small[::-1], IGNORE, np.uint8)
         with (
             atomic_path(self.output / path, shared=False) as partial,
-            open_labels(partial, tiles[0]["source"]) as write,
+            open_labels(partial, tiles[0]["source"], classes=self.classes) as write,
         ):
             for tile in tiles:
                 part = self.output / tile["part"]

@@ -230,7 +230,9 @@ def evaluate(model: Segmentation, data, folder: Path) -> tuple[dict[str, Any], S
             volumes.add(origin, item["mask"], guess, item.get("group"))
         if "raster" in origin:
             path = folder / "predictions" / origin["name"]
-            write_labels(path, origin["raster"], origin["core"], core_of(guess, origin))
+            write_labels(
+                path, origin["raster"], origin["core"], core_of(guess, origin), model.classes
+            )
         if draws:
             rows.append((model.displayed(item["image"]), item["mask"], guess))
     metrics = {

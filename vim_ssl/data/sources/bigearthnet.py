@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vim_ssl.data.dataset import ImageData
+from vim_ssl.data.rasters import choose_bands, import_rasterio
 from vim_ssl.data.registry import Splits, source
 from vim_ssl.data.sources.folder import split_views
-from vim_ssl.data.sources.geotiff import RasterImages, Tile, choose_bands, import_rasterio
+from vim_ssl.data.sources.geotiff import RasterImages, Tile
 from vim_ssl.data.spec import SPLIT_NAMES, DataSpec
 from vim_ssl.data.walk import walk
 

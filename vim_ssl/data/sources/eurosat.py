@@ -6,15 +6,10 @@ from typing import Any
 
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import EXTENSIONS
+from vim_ssl.data.rasters import choose_bands, import_rasterio
 from vim_ssl.data.registry import Splits, source
 from vim_ssl.data.sources.folder import FileImages, split_views
-from vim_ssl.data.sources.geotiff import (
-    TIFFS,
-    RasterImages,
-    Tile,
-    choose_bands,
-    import_rasterio,
-)
+from vim_ssl.data.sources.geotiff import TIFFS, RasterImages, Tile
 from vim_ssl.data.spec import DataSpec
 from vim_ssl.data.tables import load_table
 from vim_ssl.data.walk import walk_files

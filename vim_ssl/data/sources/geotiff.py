@@ -12,9 +12,21 @@ from typing import Any
 
 import numpy as np
 
+from vim_ssl.data.config import colour_of
 from vim_ssl.data.dataset import ImageData
-from vim_ssl.data.images import BadImage, most_pixels
+from vim_ssl.data.images import BadImage
 from vim_ssl.data.labels import IGNORE, checked, classes_in, named_classes
+from vim_ssl.data.rasters import (
+    COLOURS,
+    Box,
+    Raster,
+    describe_mixture,
+    import_rasterio,
+    match_bands,
+    opened,
+    read_bands,
+    read_header,
+)
 from vim_ssl.data.registry import Splits, source
 from vim_ssl.data.sources.folder import (
     OnDisk,
@@ -23,12 +35,11 @@ from vim_ssl.data.sources.folder import (
     read_layout,
     split_folders,
 )
-from vim_ssl.data.spec import DataSpec, near
-from vim_ssl.utils.optional import require
+from vim_ssl.data.spec import DataSpec
+from vim_ssl.utils.drawing import class_colours
 from vim_ssl.utils.tiling import starts
 
 TIFFS = (".tif", ".tiff")
-Box = tuple[int, int, int, int]  # left, top, width, height in pixels of a raster
 BLOCK = 128  # pixels; side of the blocks in written files
 
 
@@ -41,12 +52,16 @@ class Tile:
         box: (left, top, width, height) in pixels; None for the whole raster.
         core: the part of the box that no other tile is responsible for; None for all of it.
         side: resample the window to this many pixels per side.
+        alpha: number of the band that marks missing pixels with 0.
+        stored: see `vim_ssl.data.rasters.read_bands`.
     """
 
     bands: tuple[tuple[str, int], ...]
     box: Box | None = None
     core: Box | None = None
     side: int | None = None
+    alpha: int | None = None
+    stored: bool = False
 
 
 @dataclass(eq=False)
@@ -87,18 +102,10 @@ class RasterImages(OnDisk):
         return {"raster": path, "name": name, "box": tile.box, "core": tile.core or tile.box}
 
     def _read(self, name: str, numbers: list[int], tile: Tile) -> np.ma.MaskedArray:
-        import_rasterio()
-        from rasterio.enums import Resampling
-        from rasterio.windows import Window
-
-        with _opened(os.path.join(self.root, name)) as file:
-            return file.read(
-                numbers,
-                window=Window(*tile.box) if tile.box else None,
-                out_shape=(len(numbers), tile.side, tile.side) if tile.side else None,
-                resampling=Resampling.bilinear,
-                masked=True,
-            )
+        return read_bands(
+            os.path.join(self.root, name), numbers, box=tile.box, side=tile.side, alpha=tile.alpha,
+            stored=tile.stored,
+        )  # fmt: skip
 
 
 @dataclass(eq=False)
@@ -135,7 +142,7 @@ class RasterMasks(OnDisk):
 def _mask(path: str | Path) -> Iterator[Any]:
     """Open a mask. Raises: BadImage, also for errors in the ``with`` block."""
     try:
-        with _opened(path) as file:
+        with opened(path) as file:
             yield file
     except BadImage:
         raise
@@ -148,11 +155,15 @@ def _class_numbers(file: Any, window: Any = None) -> np.ndarray:
 
     Raises: BadImage.
     """
+    name = os.path.basename(file.name)
+    if {"red", "green", "blue"} <= {kind.name for kind in file.colorinterp}:
+        raise BadImage(name, "the mask is a colour image; expected class numbers in one band")
+    if file.compression and file.compression.name == "jpeg":
+        raise BadImage(name, "JPEG compression changes class numbers; save it with deflate")
     band = file.read(1, window=window, masked=True)
     values = np.where(np.ma.getmaskarray(band), IGNORE, band.data)
     good = (values >= 0) & (values < 2**32) & (values == np.floor(values))  # NaN is not
     if not good.all():
-        name = os.path.basename(file.name)
         raise BadImage(name, f"the mask contains {values[~good][0]:g}, which is not a class number")
     return values.astype(np.uint32)
 
@@ -168,60 +179,99 @@ def _numbers(path: Path) -> np.ndarray:
     return np.array(sorted(used))
 
 
-def _check_same_grid(file: Any, path: Path) -> None:
+def check_same_grid(file: Any, path: Path) -> None:
     """Raise BadImage for a mask whose size or position differs from the open raster's."""
-    with _opened(path) as mask:
+    with opened(path) as mask:
         if (mask.width, mask.height) != (file.width, file.height):
             raise BadImage(
                 path.name,
                 f"the mask has {mask.width}×{mask.height} pixels, its raster "
                 f"{file.width}×{file.height}",
             )
-        at = file.transform
-        pixel = max(map(abs, (at.a, at.b, at.d, at.e)))
-        apart = np.abs(np.subtract(mask.transform, file.transform)).max()
-        if mask.crs and file.crs and (mask.crs != file.crs or apart > 0.05 * pixel):
+        if not _same_position(file, mask):
             raise BadImage(path.name, "the mask and its raster have different positions")
 
 
-def write_labels(path: Path, like: str, box: Box | None, labels: np.ndarray) -> None:
+def _same_position(one: Any, other: Any) -> bool:
+    """True if two rasters of the same size have the same position, as far as both have one: the
+    corners are less than a tenth of a pixel apart."""
+    if one.crs and other.crs and one.crs != other.crs:
+        return False
+    points, others = ([(p.row, p.col, p.x, p.y) for p in x.gcps[0]] for x in (one, other))
+    if points and others and sorted(points) != sorted(others):
+        return False
+    if one.transform.is_identity or other.transform.is_identity:
+        return True
+    at = one.transform
+    pixel = min(np.hypot(at.a, at.d), np.hypot(at.b, at.e))
+    apart = np.subtract(one.transform[:6], other.transform[:6]).reshape(2, 3)
+    corners = [(x, y, 1) for x in (0, one.width) for y in (0, one.height)]
+    return bool(np.abs(apart @ np.transpose(corners)).max() < 0.1 * pixel)
+
+
+def write_labels(
+    path: Path, like: str, box: Box | None, labels: np.ndarray, classes: Sequence[str] = ()
+) -> None:
     """Write class numbers, uint8 (h, w), as a GeoTIFF with the position and size of ``like``.
 
     Args:
         like: path of a raster.
         box: the part to write (left, top, width, height); None for all. Successive calls write
             boxes of the same raster to the same file; the rest is no-data, 255.
+        classes: see `open_labels`.
     """
-    with open_labels(path, like, new=box is None) as write:
+    with open_labels(path, like, new=box is None, classes=classes) as write:
         write(box, labels)
 
 
 @contextmanager
 def open_labels(
-    path: Path, like: str, *, new: bool = True
+    path: Path, like: str, *, new: bool = True, classes: Sequence[str] = ()
 ) -> Iterator[Callable[[Box | None, np.ndarray], None]]:
     """Open a file of class numbers as `write_labels` does; yield the function that writes a box.
 
+    The position is that of ``like`` in every form it has: transform, ground control points,
+    rational polynomials, geolocation arrays, and whether it is that of a pixel's area or centre.
+
     Args:
         new: replace an existing file; otherwise continue it, if its size is that of ``like``.
+        classes: names of the classes, stored as a colour table and tags of the band.
     """
     rasterio = import_rasterio()
     from rasterio.windows import Window
 
-    with _opened(like) as file:
-        profile = {"width": file.width, "height": file.height, "crs": file.crs,
-                   "transform": file.transform, "driver": "GTiff", "count": 1, "dtype": "uint8",
-                   "nodata": IGNORE, "compress": "deflate", "BIGTIFF": "IF_SAFER",
+    with opened(like) as file:
+        profile = {"width": file.width, "height": file.height, "driver": "GTiff", "count": 1,
+                   "dtype": "uint8", "nodata": IGNORE, "compress": "deflate",
+                   "BIGTIFF": "IF_SAFER",
                    # Tiled, since writing a box rewrites every block or strip that it crosses.
                    "tiled": True, "blockxsize": BLOCK, "blockysize": BLOCK}  # fmt: skip
+        points, rpcs = file.gcps, file.rpcs
+        if not points[0]:
+            profile |= {"crs": file.crs, "transform": file.transform}
+        of_pixel = {key: file.tags()[key] for key in ("AREA_OR_POINT",) if key in file.tags()}
+        arrays = file.tags(ns="GEOLOCATION")
     new = new or not path.exists()
     if not new:
-        with _opened(path) as written:
+        with opened(path) as written:
             new = (written.width, written.height) != (profile["width"], profile["height"])
     path.parent.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
         with rasterio.open(path, "w", **profile) if new else rasterio.open(path, "r+") as file:
+            if new:
+                file.update_tags(**of_pixel)
+                if points[0]:
+                    file.gcps = points
+                if rpcs:
+                    file.rpcs = rpcs
+                if arrays:
+                    file.update_tags(ns="GEOLOCATION", **arrays)
+                if classes:
+                    colours = enumerate(class_colours(len(classes))[:-1].tolist())
+                    table = {i: (*rgb, 255) for i, rgb in colours}
+                    file.write_colormap(1, table | {IGNORE: (0, 0, 0, 0)})
+                    file.update_tags(1, **{f"CLASS_{i}": name for i, name in enumerate(classes)})
 
             def write(box: Box | None, labels: np.ndarray) -> None:
                 file.write(labels, 1, window=Window(*box) if box else None)
@@ -232,7 +282,7 @@ def open_labels(
 def raster_grid(path: str) -> tuple[int, int, float | None]:
     """Return the width and height of a raster, and the area of a pixel in square metres; None if
     its coordinates are not lengths."""
-    with _opened(path) as file:
+    with opened(path) as file:
         at, area = file.transform, None
         if file.crs and file.crs.is_projected:
             area = abs(at.a * at.e - at.b * at.d) * file.crs.linear_units_factor[1] ** 2
@@ -247,120 +297,134 @@ def core_of(values: np.ndarray, location: Mapping[str, Any]) -> np.ndarray:
     return values[y - top : y - top + height, x - left : x - left + width]
 
 
-@source("geotiff", extra="remote-sensing", options=("label", "bands", "tile", "overlap"))
+@source("geotiff", extra="remote-sensing", options=("label", "bands", "values", "tile", "overlap"))
 def open_geotiff(spec: DataSpec) -> Splits:
     """Open ``geotiff:PATTERN``: a file, a folder (at any depth) or a glob of rasters with the same
     bands.
 
-    ``bands=B04,B03,B02`` selects bands by name or by number, from 1. ``tile=256`` cuts every
-    raster into square tiles of 256 pixels, without overlap; the remainder at the right and lower
-    border is dropped. With ``overlap=32``, neighbours overlap by 32 pixels and cover the whole
-    raster, as prediction needs: the last tiles end at its border, and a raster smaller than a tile
-    is one tile. Without ``tile=``, a raster with more pixels than VIM_SSL_MAX_PIXELS is skipped.
-    No-data values become NaN. The group is the file. The ids are the paths, with the
-    tile's row and column. ``label=folder`` makes the outermost folder the class. Folders are splits
-    if all are named train, val or test.
+    ``bands=B04,B03,B02`` selects bands by name or by number, from 1; files may have them in another
+    order. Scale and offset of the files' tags are applied, palettes become colours, and an alpha
+    band marks missing pixels; ``values=stored`` keeps the numbers and bands in the files.
+
+    ``tile=256`` cuts every raster into square tiles of 256 pixels, without overlap; the remainder
+    at the right and lower border is dropped. With ``overlap=32``, neighbours overlap by 32 pixels
+    and cover the whole raster, as prediction needs: the last tiles end at its border, and a raster
+    smaller than a tile is one tile. Without ``tile=``, a raster with more pixels than
+    VIM_SSL_MAX_PIXELS is skipped. Missing values become NaN; see `read_bands`. The group is the
+    file. The ids are the paths, with the tile's row and column. ``label=folder`` makes the
+    outermost folder the class. Folders are splits if all are named train, val or test.
 
     If the folder contains ``images/`` and ``masks/`` (or ``labels/``) with rasters of the same
     names, each image has a mask: the class numbers in the first band; 255 and no-data mean
     unlabelled. ``classes.txt`` names the classes as for ``masks:``; ``label=none`` ignores the
     masks. A raster whose mask has another size or position is skipped. ``faults`` names the skipped
-    files.
+    files, and in what the rasters of all splits differ: unit, resolution, coordinate system.
 
     Raises: ImportError without rasterio; FileNotFoundError; ValueError for a band or tile that
         the files do not have, and for files whose bands or unit differ from the first file's.
     """
     source = f"geotiff:{spec.location}"
-    rasterio = import_rasterio()
+    import_rasterio()
     check_option(spec, "label", ("folder", "none"))
+    check_option(spec, "values", ("stored",))
     if spec.overlap and spec.overlap >= (spec.tile or 0):
         raise ValueError(
             f"{source}: overlap={spec.overlap} needs tile= with a larger number, such as "
             f"tile={8 * spec.overlap}; got tile={spec.tile}."
         )
     root, names, masks_root, mask_of = match_masks(spec, "raster", TIFFS)
+    stored = spec.values == "stored"
+    rasters, faults = _read_headers(root, names, masks_root, mask_of, spec.tile, stored)
+    numbers, bands = match_bands(rasters, spec.bands, source) if rasters else ({}, [])
+    faults += [*describe_mixture(rasters), *_unlike_images(rasters, bands, spec.bands)]
+    classes: list[str] | None = None
+    if masks_root and rasters:
+        used = [mask_of[name] for name in rasters]
+        top = Path(spec.location).expanduser()
+        classes, wrong = named_classes(top, masks_root, used, _numbers)
+        faults += wrong
 
     def choose(spec: DataSpec) -> ImageData:
         layout = read_layout(names, spec.split, spec.label or "none", str(root))
-        rasters: dict[str, Raster] = {}
-        faults: list[str] = []
-        for name in layout.names:
-            try:
-                raster = _read_header(root / name, masks_root and masks_root / mask_of[name])
-            except (rasterio.errors.RasterioError, BadImage) as error:
-                faults.append(f"{name} cannot be read ({error})")
-                continue
-            if fault := raster.fault(spec.tile):
-                faults.append(f"{name} {fault}")
-            else:
-                rasters[name] = raster
-        numbers, bands = _common_bands(rasters, spec.bands, source) if rasters else ([], [])
+        chosen = {name: rasters[name] for name in layout.names if name in rasters}
         tiles: list[Tile] = []
         ids: list[str] = []
         groups: list[str] = []
-        for name, raster in rasters.items():
+        small: list[str] = []
+        for name, raster in chosen.items():
             boxes = _boxes(raster.width, raster.height, spec.tile, spec.overlap)
             if not boxes:
-                faults.append(f"{name} ({raster.width}x{raster.height}) is smaller than a tile")
-            of_raster = tuple((name, number) for number in numbers)
-            tiles += [Tile(of_raster, box, core) for _, box, core in boxes]
+                small.append(f"{name} ({raster.width}x{raster.height}) is smaller than a tile")
+            of_raster = tuple((name, number) for number in numbers[name])
+            tiles += [
+                Tile(of_raster, box, core, alpha=raster.alpha, stored=stored)
+                for _, box, core in boxes
+            ]
             ids += [name + suffix for suffix, *_ in boxes]
             groups += [name] * len(boxes)
         if not tiles:
-            count = len(layout.names)
-            raise ValueError(f"{source}: none of {count} files has a usable image: {faults[0]}.")
-        classes, masks = layout.classes, None
-        if masks_root:
-            top, used = Path(spec.location).expanduser(), list(mask_of.values())
-            classes, wrong = named_classes(top, masks_root, used, _numbers)
-            faults += wrong
+            fault = [*small, *faults][0]
+            raise ValueError(
+                f"{source}: none of {len(layout.names)} files has a usable image: {fault}."
+            )
+        masks = None
+        if classes is not None and masks_root:
             masks = RasterMasks(str(masks_root), tiles, mask_of, len(classes))
         label_of = layout.label_of
         return ImageData(
             RasterImages(str(root), tiles), ids, name=str(spec), masks=masks,
-            dtype=_common_dtype(list(rasters.values()), len(numbers)),
-            labels=[label_of[name] for name in groups] if label_of else None, classes=classes,
-            groups=groups, bands=bands, splits=layout.splits, split=layout.split, faults=faults,
+            dtype=_common_dtype(list(chosen.values()), len(bands)),
+            labels=[label_of[name] for name in groups] if label_of else None,
+            classes=layout.classes if classes is None else classes, groups=groups, bands=bands,
+            splits=layout.splits, split=layout.split, faults=[*faults, *small],
         )  # fmt: skip
 
     return Splits(split_folders(names), choose)
 
 
-@dataclass(frozen=True)
-class Raster:
-    """The header of a raster: its size, the names and common dtype of its bands, and whether it
-    marks values as no-data."""
+def _read_headers(
+    root: Path,
+    names: Sequence[str],
+    masks_root: Path | None,
+    mask_of: Mapping[str, str],
+    tile: int | None,
+    stored: bool,
+) -> tuple[dict[str, Raster], list[str]]:
+    """Read the headers of all splits, so that these are compared too. Return those of the usable
+    rasters, and the faults of the others."""
+    rasters: dict[str, Raster] = {}
+    faults: list[str] = []
+    for name in names:
+        try:
+            with opened(root / name) as file:
+                if masks_root:
+                    check_same_grid(file, masks_root / mask_of[name])
+                raster = read_header(file, stored=stored)
+        except Exception as error:  # readers raise errors of nearly any type
+            kind = "" if isinstance(error, BadImage) else f"{type(error).__name__}: "
+            faults.append(f"{name} cannot be read ({kind}{error})")
+            continue
+        if fault := raster.fault(tile):
+            faults.append(f"{name} {fault}")
+            continue
+        rasters[name] = raster
+    return rasters, faults
 
-    width: int
-    height: int
-    bands: list[str]
-    dtype: np.dtype
-    has_no_data: bool
 
-    def fault(self, tile: int | None) -> str:
-        """Describe why this raster cannot be an image, or is too large to read; "" if usable."""
-        if self.dtype.kind == "c":
-            return "has complex values, expected real ones"
-        if not tile and self.width * self.height > most_pixels():
-            return (
-                f"has {self.width}x{self.height} pixels, the limit is {most_pixels():,}; cut it "
-                "with tile=, or set VIM_SSL_MAX_PIXELS"
-            )
-        return ""
-
-
-def _read_header(path: Path, mask: Path | None) -> Raster:
-    """Read a raster's header. Raises: RasterioError; BadImage for a mask that does not fit it."""
-    import_rasterio()
-    from rasterio.enums import MaskFlags
-
-    with _opened(path) as file:
-        if mask:
-            _check_same_grid(file, mask)
-        bands = [text or f"band{i}" for i, text in enumerate(file.descriptions, 1)]
-        has_no_data = not all(MaskFlags.all_valid in flags for flags in file.mask_flag_enums)
-        dtype = np.result_type(*file.dtypes)
-        return Raster(file.width, file.height, bands, dtype, has_no_data)
+def _unlike_images(
+    rasters: Mapping[str, Raster], bands: Sequence[str], requested: str | None
+) -> list[str]:
+    """Describe colours that ``bands=`` puts into another order than that of 8-bit images."""
+    colours = [colour_of(band) for band in bands]
+    first = next(iter(rasters.values()), None)
+    if not requested or not first or first.dtype != np.uint8 or sorted(colours) != sorted(COLOURS):
+        return []
+    if colours == list(COLOURS):
+        return []
+    return [
+        f"bands={requested} gives {', '.join(bands)}, but 8-bit images with three bands are taken "
+        "for red, green and blue in this order"
+    ]
 
 
 def _common_dtype(rasters: list[Raster], bands: int) -> np.dtype | None:
@@ -371,66 +435,6 @@ def _common_dtype(rasters: list[Raster], bands: int) -> np.dtype | None:
     dtype = rasters[0].dtype
     plain = dtype == np.uint8 and bands in (1, 3)
     return None if plain and any(raster.has_no_data for raster in rasters) else dtype
-
-
-def _common_bands(
-    rasters: dict[str, Raster], requested: str | None, source: str
-) -> tuple[list[int], list[str]]:
-    """Return the numbers and names of the requested bands; all rasters must have the same bands.
-
-    Raises: ValueError for rasters whose bands or unit differ from the first raster's.
-    """
-    first = next(iter(rasters.values()))
-    numbers = choose_bands(requested, first.bands, source)
-    for name, raster in rasters.items():
-        if np.uint8 in (raster.dtype, first.dtype) and raster.dtype != first.dtype:
-            raise ValueError(
-                f"{source}: {name} is {raster.dtype}, others are {first.dtype}. uint8 is scaled to "
-                "[0, 1], other dtypes are not. Use a file pattern that matches rasters of a single "
-                "dtype."
-            )
-        if raster.bands != first.bands:
-            raise ValueError(
-                f"{source}: {name} has the bands {', '.join(raster.bands)}, others have "
-                f"{', '.join(first.bands)}. Use a file pattern that matches rasters with the same "
-                "bands."
-            )
-    return numbers, [first.bands[number - 1] for number in numbers]
-
-
-def import_rasterio() -> Any:
-    """Return the module rasterio. Raises: ImportError with the package to install."""
-    what = "Rasters (geotiff:, bigearthnet:, 13-band eurosat:)"
-    return require("rasterio", "remote-sensing", what)
-
-
-@contextmanager
-def _opened(path: str | Path) -> Iterator[Any]:
-    """Open a raster; suppress the warning about missing georeferences."""
-    rasterio = import_rasterio()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
-        warnings.simplefilter("ignore", rasterio.errors.NodataShadowWarning)
-        with rasterio.open(path) as file:
-            yield file
-
-
-def choose_bands(requested: str | None, names: Sequence[str], source: str) -> list[int]:
-    """Return the numbers, from 1, of the bands requested by name or number; all by default."""
-    if not requested:
-        return list(range(1, len(names) + 1))
-    numbers = []
-    lower = [name.lower() for name in names]
-    for band in (part.strip() for part in requested.split(",")):
-        if band.lower() in lower:
-            numbers.append(lower.index(band.lower()) + 1)
-        elif band.isdigit() and 1 <= int(band) <= len(names):
-            numbers.append(int(band))
-        else:
-            raise ValueError(
-                f"{source} has no band {band!r}.{near(band, names)} It has {', '.join(names)}."
-            )
-    return numbers
 
 
 def _boxes(
