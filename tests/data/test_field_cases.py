@@ -93,11 +93,6 @@ def test_masks_of_0_and_255_are_told_although_classes_txt_names_the_object(tmp_p
     assert told(tmp_path, spec, "255", "polyp")
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="a WhiteIsZero file is inverted as for display: object and background are swapped",
-)
 def test_boolean_tiff_mask_reads_as_0_and_1(tmp_path):
     tifffile = pytest.importorskip("tifffile")
     mask = np.zeros((16, 16), bool)

@@ -141,7 +141,7 @@ def test_the_reason_why_masks_cannot_be_read_is_told(tmp_path):
     spec = in_masks(tmp_path, [blocks(0, 1), np.zeros((SIDE, SIDE, 3))])
     assert "1 masks cannot be read, for example train/1.png" in complaints(spec)
     (tmp_path / "masks/train/0.png").write_bytes(b"broken")
-    assert "cannot be read: train/0.png: the mask cannot be read" in complaints(spec)
+    assert "masks cannot be read: train/0.png: UnidentifiedImageError" in complaints(spec)
 
 
 # ------------------------------------------------------------------------- classes.txt
@@ -243,3 +243,11 @@ def test_the_mask_of_an_image(image, mask):
 def test_pairs_in_doubt_are_refused(images, masks, words):
     with pytest.raises((ValueError, FileNotFoundError), match=words):
         paired(images, masks, Path("images"), Path("masks"))
+
+
+@NAMED
+def test_masks_without_an_image_are_counted(tmp_path, write):
+    spec = write(tmp_path, [blocks(0, 1), blocks(0, 2)])
+    (file,) = (tmp_path / "images/train").glob("1.*")
+    file.unlink()
+    assert open_data(spec).passed_over == {"masks without an image": 1}

@@ -185,6 +185,14 @@ class RenumberedMasks:
     def read(self, row: int, size: tuple[int, int]) -> np.ndarray:
         return self.table[self.masks.read(row, size)]
 
+    @property
+    def classes_in(self) -> Callable[[int], frozenset[int]] | None:
+        """See `vim_ssl.data.dataset.Masks`."""
+        classes_in = getattr(self.masks, "classes_in", None)
+        if classes_in is None:
+            return None
+        return lambda row: frozenset(self.table[[*classes_in(row)]].tolist()) - {IGNORE}
+
     def sizes(self, row: int) -> int | str:
         return self.masks.sizes(row)
 

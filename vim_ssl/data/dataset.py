@@ -13,6 +13,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from vim_ssl.data.images import BadImage, array_image, clean_image, decode_image
+from vim_ssl.data.labels import IGNORE
 from vim_ssl.data.loading.indexed import SeededSamples
 from vim_ssl.data.passed_over import PassedOver
 from vim_ssl.data.split import as_key
@@ -47,14 +48,14 @@ class Images(Protocol):
 
 
 class Masks(Protocol):
-    """Masks by row."""
+    """Masks by row.
+
+    Optional method: ``classes_in(row)``, the frozenset of the class indices in the mask, or in the
+    file that it is part of, found without decoding the image.
+    """
 
     def read(self, row: int, size: tuple[int, int], /) -> np.ndarray:
         """The mask, uint8 (h, w), of an image of ``size`` (width, height)."""
-        ...
-
-    def classes_in(self, row: int, /) -> frozenset[int]:
-        """The class indices in the mask, or in the file that it is part of."""
         ...
 
     def sizes(self, row: int, /) -> int | str:
@@ -264,7 +265,12 @@ class ImageData(Dataset):
     def classes_in_mask(self, index: int) -> frozenset[int]:
         """The class indices in the file of image ``index``'s mask, which is read once; none if it
         cannot be read."""
-        return self._masks.classes_in(self._rows[index]) if self._masks else frozenset()
+        if classes_in := getattr(self._masks, "classes_in", None):
+            return classes_in(self._rows[index])
+        try:
+            return frozenset(np.unique(self[index]["mask"]).tolist()) - {IGNORE}
+        except BadImage:
+            return frozenset()
 
     def samples(
         self, transform: Callable[[dict], dict], seed: int = 0, *, repeats: int = 1

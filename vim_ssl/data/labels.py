@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from vim_ssl.data.images import EXTENSIONS, BadImage
+from vim_ssl.data.passed_over import pass_over
 from vim_ssl.utils.files import read_text
 
 IGNORE = 255  # the value of an unlabelled pixel
@@ -60,7 +61,7 @@ def paired(
     ``endings``, else the part after the last dot). Without it, the mask ``a.jpg.png`` or
     ``a_mask.png`` belongs to ``a.jpg``, in upper or lower case.
 
-    Returns: the masks, in the order of ``names``.
+    Returns: the masks, in the order of ``names``; masks without an image are counted.
     Raises: FileNotFoundError naming images without a mask; ValueError for masks of the same name,
         and for images that share a mask.
     """
@@ -98,6 +99,8 @@ def paired(
                 f"{images_folder} has two images {other} and {name} with the same mask {mask}; "
                 "give each a name and a mask of its own."
             )
+    bare = [name for name in masks if name not in image_of]
+    pass_over("masks without an image", len(bare), bare)
     return list(mask_of.values())
 
 
@@ -210,7 +213,8 @@ def checked_classes(
                 file = (folder / name).stat()
                 values[name] = _values_in(numbers, folder / name, file.st_size, file.st_mtime_ns)
             except (BadImage, OSError) as error:
-                broken[name] = getattr(error, "reason", "") or str(error)
+                reason = getattr(error, "reason", "") or str(error)
+                broken[name] = reason.removeprefix("the mask cannot be read: ")
         try:
             known, faults = classes_of(values, classes, f"The masks in {folder}", first, broken)
         except ValueError:

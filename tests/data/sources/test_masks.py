@@ -84,8 +84,8 @@ def test_classes_txt_names_them(tmp_path):
 
 def test_each_mask_is_read_once_to_see_how_many_classes_there_are(tmp_path, monkeypatch):
     read = []
-    plain_read = masks.read_mask
-    monkeypatch.setattr(masks, "read_mask", lambda path: read.append(path.name) or plain_read(path))
+    decode = masks.label_numbers
+    monkeypatch.setattr(masks, "label_numbers", lambda path: read.append(path.name) or decode(path))
     spec = plain(tmp_path, "train/a", "train/b", "val/c")
     assert masked_splits(spec, 0.5, 0)[0].classes == ["0", "1", "2"]
     assert sorted(read) == ["a.png", "b.png", "c.png"]
@@ -229,11 +229,14 @@ def test_masks_without_two_classes_are_refused(tmp_path, values, message):
 
 
 def test_a_number_beyond_all_classes_is_refused_at_once(tmp_path):
-    """Read as unsigned, -1 would be four thousand million classes."""
+    """Read as unsigned, -1 would be four thousand million classes; 65,535 would be as many."""
     spec = plain(tmp_path, "a")
     (tmp_path / "masks/a.png").unlink()
     Image.fromarray(np.array([[0, 1, -1]], np.int32)).save(tmp_path / "masks/a.tif")
-    with pytest.raises(ValueError, match="contain the value 4294967295; classes are 0 to 254"):
+    with pytest.raises(ValueError, match=r"a\.tif: it contains -1; class numbers start at 0"):
+        open_data(spec)
+    Image.fromarray(np.array([[0, 1, 65_535]], np.uint16)).save(tmp_path / "masks/a.tif")
+    with pytest.raises(ValueError, match="contain the value 65535; classes are 0 to 254"):
         open_data(spec)
 
 

@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from vim_ssl.data.dataset import ImageData
-from vim_ssl.data.images import BadImage
 from vim_ssl.data.labels import (
     IGNORE,
     checked,
@@ -18,6 +16,7 @@ from vim_ssl.data.labels import (
     named_classes,
     paired,
 )
+from vim_ssl.data.pixels import label_numbers
 from vim_ssl.data.registry import Splits, source
 from vim_ssl.data.sources.folder import (
     FileImages,
@@ -31,7 +30,6 @@ from vim_ssl.utils.files import read_text
 
 # Not GIF: writers reorder its palette, and a class number is an index into the palette.
 LOSSLESS = (".bmp", ".png", ".tif", ".tiff")
-FEW_BITS = {"L;2": 85, "L;4": 17}  # Pillow's factor from grey of 2 and 4 bits to 0..255
 ADE20K_CLASSES = 150
 
 
@@ -57,35 +55,10 @@ class MaskFiles(FileImages):
         Raises: BadImage for an unreadable file, another size, or a number that is not a class.
         """
         first = int(self.zero_is_none)
-        values = checked(read_mask(self[row]), size, self.rows[row], self.classes, first)
+        values = checked(label_numbers(self[row]), size, self.rows[row], self.classes, first)
         if self.zero_is_none:
             values = np.where((values == 0) | (values == IGNORE), IGNORE, values - 1)
         return values.astype(np.uint8)
-
-
-def read_mask(path: str | Path) -> np.ndarray:
-    """Read the numbers in a mask file as unsigned integers (h, w): the indices of a palette file,
-    or 0 and 1 for a black-and-white file.
-
-    Raises: BadImage.
-    """
-    name = Path(path).name
-    try:
-        with Image.open(path) as image:
-            if image.mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
-                raise BadImage(
-                    name,
-                    f"the mask has mode {image.mode}; expected one class number per pixel, in a "
-                    "grey or palette file",
-                )
-            packed = image.tile[0][3] if image.tile else ""
-            packed = packed[0] if isinstance(packed, tuple) else packed
-            values = np.asarray(image) // FEW_BITS.get(str(packed), 1)
-    except BadImage:
-        raise
-    except Exception as error:  # decoders raise errors of nearly any type
-        raise BadImage(name, f"the mask cannot be read: {error}") from error
-    return values.astype(np.uint8 if values.dtype == bool else np.uint32)
 
 
 @source("masks", options=("group",))
@@ -132,7 +105,7 @@ def _ade20k_names(root: Path) -> list[str]:
 
 def _numbers(path: Path) -> np.ndarray:
     """Return the class numbers in a mask file. Raises: BadImage."""
-    return np.unique(read_mask(path))
+    return np.unique(label_numbers(path))
 
 
 def _open(
