@@ -562,9 +562,6 @@ def test_the_red_of_a_bt_709_video(tmp_path):
     np.testing.assert_allclose(colour, [255, 0, 0], atol=3)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="each folder becomes one video without a label"
-)
 def test_class_folders_of_gifs_are_videos_with_labels(tmp_path):
     frames = [Image.new("RGB", (32, 32), (20 * i,) * 3) for i in range(8)]
     for name in ("a/0.gif", "a/1.gif", "b/0.gif", "b/1.gif"):

@@ -45,6 +45,7 @@ class Decoded:
         classes: the class indices in its mask, each once, or one per box.
         captioned: whether it has a caption.
         pages: number of images in its file.
+        notes: in what it is read otherwise than meant; see `vim_ssl.data.clips.note`.
     """
 
     id: str
@@ -57,6 +58,7 @@ class Decoded:
     classes: tuple[int, ...] = ()
     captioned: bool = False
     pages: int = 1
+    notes: tuple[str, ...] = ()
 
 
 @dataclass
@@ -233,7 +235,8 @@ def describe(id: str, image: Image.Image | np.ndarray) -> Decoded:
     pixels = blake2b(content, digest_size=16).digest()
     # `vim_ssl.data.pixels.grey_from` counts the missing pixels of a grey image.
     holes = not np.isfinite(values).all() or bool(getattr(image, "info", {}).get("missing"))
-    return Decoded(id, "", pixels, (width, height), mode, flat, holes)
+    notes = tuple(getattr(image, "info", {}).get("notes", ()))
+    return Decoded(id, "", pixels, (width, height), mode, flat, holes, notes=notes)
 
 
 # ---------------------------------------------------------------- checks
@@ -415,6 +418,9 @@ def _check_images(splits: list[Split], report: Report) -> None:
              report.remarks),
             ("have NaN or infinite values", [image.id for image in split.decoded if image.holes],
              report.remarks),
+            *((f"are {note}", [image.id for image in split.decoded if note in image.notes],
+               report.remarks)
+              for note in sorted({note for image in split.decoded for note in image.notes})),
         ):  # fmt: skip
             if names:
                 lines.append(f"{split.name}: {len(names):,} images {what}: {_some(names)}.")

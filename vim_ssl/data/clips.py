@@ -1,25 +1,36 @@
 """Clips of videos: choose frames, and decode them from files or folders of frames."""
 
+import logging
+import math
 import os
 import re
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from fractions import Fraction
+from functools import cache, lru_cache
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from vim_ssl.data.dataset import ImageData
-from vim_ssl.data.images import EXTENSIONS, BadImage, clean_image, decode_image
+from vim_ssl.data.images import EXTENSIONS, BadImage, clean_image, decode_image, most_pixels
 from vim_ssl.data.walk import list_files
 from vim_ssl.utils.optional import require
 
+log = logging.getLogger(__name__)
+
 ROUNDING = 1e-6  # seconds; a time this close before a frame selects that frame
 FOLDER_FPS = 30.0  # assumed frame rate of a folder of frames
+LEAST_AV = 17  # version of PyAV
+ANIMATIONS = (".gif", ".webp", ".png", ".apng")  # formats of images that can be videos
+HDR = (16, 18)  # transfer functions PQ and HLG
+STRETCHED = 4  # a pixel is at most this many times as wide as high; more is an error in the file
 
 
 @dataclass(frozen=True)
@@ -64,8 +75,10 @@ class Video:
     """An undecoded video: a file, or a folder of frames in natural sort order (frame2 before
     frame10).
 
-    Frames are RGB, with the container's rotation and mirroring applied. An undecodable frame is
-    replaced by the next decodable one, or by the previous one at the end.
+    Frames are RGB, with the container's rotation and mirroring applied, and with square pixels. An
+    undecodable frame is replaced by the next decodable one, or by the previous one at the end.
+    What is shown otherwise than meant (see `vim_ssl.data.clips.note`) is in a frame's
+    ``info["notes"]``.
     """
 
     def __init__(self, path: str | Path, sampling: Sampling):
@@ -94,7 +107,9 @@ class Video:
         return [[frames[number] for number in clip] for clip in clips]
 
     def _open(self) -> Any:
-        return (_Frames if os.path.isdir(self.path) else _File)(self.path)
+        if os.path.isdir(self.path):
+            return _Frames(self.path)
+        return (_Animation if self.path.lower().endswith(ANIMATIONS) else _File)(self.path)
 
     def __repr__(self) -> str:
         return f"Video({self.path!r}, {self.sampling})"
@@ -125,7 +140,7 @@ def still(image: Any) -> Any:
 
 
 class _Frames:
-    """A folder of frames."""
+    """A folder of frames, all of one size."""
 
     def __init__(self, path: str):
         self.path = path
@@ -136,7 +151,7 @@ class _Frames:
 
     def read(self, numbers: Sequence[int]) -> Iterator[tuple[int, Image.Image]]:
         """Yield (number, frame) for these numbers, which must be in ascending order."""
-        last = fault = None
+        last = fault = size = None
         for number in numbers:
             for name in self.names[number:]:  # the next readable frame
                 try:
@@ -146,18 +161,78 @@ class _Frames:
                     fault = bad
             if last is None:
                 raise BadImage(self.path, f"none of its frames can be read: {fault}")
+            if last.size != (size := size or last.size):
+                sizes = " and ".join(f"{width}×{height}" for width, height in (size, last.size))
+                raise BadImage(self.path, f"its frames have several sizes, {sizes} ({name})")
             yield number, last
+
+
+class _Animation:
+    """An animated GIF, WebP or PNG, read with Pillow."""
+
+    def __init__(self, path: str):
+        self.path = path
+        file = _stat(path)
+        self.times = _animation_times(path, file.st_size, file.st_mtime_ns)
+
+    def read(self, numbers: Sequence[int]) -> Iterator[tuple[int, Image.Image]]:
+        """Yield (number, frame) for these numbers, which must be in ascending order."""
+        with Image.open(self.path) as image:
+            for number in numbers:
+                try:
+                    image.seek(number)
+                    frame = clean_image(image.copy(), "RGB")
+                except Exception as error:
+                    raise BadImage(self.path, f"frame {number}: {error}") from error
+                yield number, frame
+
+
+@lru_cache(maxsize=1024)
+def _animation_times(path: str, size: int, changed: int) -> list[float]:
+    """Return the time in seconds of each frame, up to the first damaged one.
+
+    Args:
+        size, changed: size and modification time of the file, as cache keys.
+    """
+    shown: list[float] = []
+    try:
+        with Image.open(path) as image:
+            if (pixels := math.prod(image.size)) > most_pixels():
+                raise BadImage(path, f"it has {pixels:,} pixels, the limit is {most_pixels():,}")
+            for frame in ImageSequence.Iterator(image):
+                frame.load()
+                milliseconds = float(frame.info.get("duration") or 0)
+                # Like browsers: a tenth of a second for a frame without a duration.
+                shown.append(milliseconds / 1000 if milliseconds > 10 else 0.1)
+    except BadImage:
+        raise
+    except Exception as error:  # Pillow raises errors of nearly any type
+        if not shown:
+            raise BadImage(path, f"{type(error).__name__}: {error}") from error
+    return [0.0, *accumulate(shown[:-1])]
+
+
+def is_animated(path: str) -> bool:
+    """True for an image file with several frames."""
+    try:
+        with Image.open(path) as image:
+            return getattr(image, "n_frames", 1) > 1
+    except Exception:  # found when it is read
+        return False
+
+
+def _stat(path: str) -> os.stat_result:
+    try:
+        return os.stat(path)
+    except OSError as error:
+        raise BadImage(path, f"{type(error).__name__}: {error}") from error
 
 
 class _File:
     """A video file; the times of its frames are read from the packets, without decoding."""
 
     def __init__(self, path: str):
-        self.path = path
-        try:
-            file = os.stat(path)
-        except OSError as error:
-            raise BadImage(path, f"{type(error).__name__}: {error}") from error
+        self.path, file = path, _stat(path)
         self.stamps, self.keys, unit, self.counted = _index(path, file.st_size, file.st_mtime_ns)
         self.times = [stamp * unit for stamp in self.stamps]
 
@@ -188,7 +263,7 @@ class _File:
                     last = following
                 if last is None:
                     raise BadImage(self.path, "none of its frames can be decoded")
-                yield number, _image(last)
+                yield number, _image(last, stream.sample_aspect_ratio, self.path)
 
 
 @lru_cache(maxsize=64)  # 7 MB for a two-hour film
@@ -251,15 +326,48 @@ def _decoded(container: Any, stream: Any, stamps: Sequence[int] | None = None) -
                 yield frame
 
 
-def _image(frame: Any) -> Image.Image:
-    image = frame.to_image().convert("RGB")
+def _image(frame: Any, aspect: Fraction | None, path: str) -> Image.Image:
+    """Convert a frame to an upright RGB image with square pixels.
+
+    Args:
+        aspect: width of a pixel in units of its height; None for square ones.
+    """
+    if any(component.is_alpha for component in frame.format.components):
+        image = clean_image(Image.fromarray(frame.to_ndarray(format="rgba"), "RGBA"), "RGB")
+    else:
+        image = frame.to_image().convert("RGB")
+    notes = [note for note, is_so in (
+        ("HDR, shown without tone mapping", frame.color_trc in HDR),
+        ("interlaced", frame.interlaced_frame),
+    ) if is_so]  # fmt: skip
+    if aspect and aspect != 1:
+        if 1 / STRETCHED <= aspect <= STRETCHED:
+            width, height = image.size
+            size = (
+                (round(width * aspect), height) if aspect > 1 else (width, round(height / aspect))
+            )
+            image = image.resize(size, Image.Resampling.BICUBIC)
+        else:
+            notes.append(
+                f"declared to have pixels {aspect} times as wide as high, which is ignored"
+            )
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is not None:
         a, b, _, c, d, *_ = np.frombuffer(matrix, np.int32).tolist()
         if a * d < b * c:  # mirrored: a rotation angle cannot express this
             image = image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
     # Phones record rotations in steps of 90 degrees.
-    return image.rotate(round(frame.rotation / 90) * 90, expand=True)
+    image = image.rotate(round(frame.rotation / 90) * 90, expand=True)
+    for text in notes:
+        note(text, path)
+    image.info["notes"] = notes
+    return image
+
+
+@cache  # once per process and video
+def note(text: str, path: str) -> None:
+    """Warn of something in a video that is read, but not as it is meant."""
+    log.warning("%s: %s", path, text)
 
 
 def _opened(path: str) -> Any:
@@ -271,18 +379,31 @@ def _opened(path: str) -> Any:
 
 
 def _video_stream(container: Any, path: str) -> Any:
-    if not container.streams.video:
+    """Return the first video stream that is not a cover image."""
+    streams = container.streams.video
+    moving = [s for s in streams if not s.disposition & import_av().stream.Disposition.attached_pic]
+    if not moving:
         kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
-        raise BadImage(path, f"it has no video stream; it has {kinds}")
-    stream = container.streams.video[0]
+        cover = ", of which the video is a cover image" if streams else ""
+        raise BadImage(path, f"it has no video stream; it has {kinds}{cover}")
+    stream = moving[0]
     if stream.codec_context is None:
         raise BadImage(path, "FFmpeg has no decoder for its video stream")
     return stream
 
 
 def import_av() -> Any:
-    """Return the module av (PyAV). Raises: ImportError with the package to install."""
-    return require("av", "video", "Videos (video:)")
+    """Return the module av (PyAV).
+
+    Raises: ImportError with the command that installs it, also for a version with wrong colours.
+    """
+    av = require("av", "video", "Videos (video:)")
+    if int(av.__version__.partition(".")[0]) < LEAST_AV:
+        raise ImportError(
+            f"av {av.__version__} decodes the colours of HD videos (BT.709) wrongly; install "
+            f"version {LEAST_AV} or later: pip install 'vim-ssl[video]'"
+        )
+    return av
 
 
 def _errors() -> tuple[type[BaseException], ...]:
@@ -307,3 +428,14 @@ def images_in(path: str) -> list[str]:
 def _by_number(name: str) -> tuple[list[tuple[int, str]], str]:
     pieces = re.findall("([0-9]*)([^0-9]*)", name)
     return [(int(number or -1), text) for number, text in pieces], name
+
+
+def has_gap(names: Sequence[str]) -> bool:
+    """True if numbered frames are missing: most numbers follow at one distance, not all."""
+    last = [re.findall(r"\d+", os.path.splitext(name)[0])[-1:] for name in names]
+    numbers = sorted({int(digits[0]) for digits in last if digits})
+    if len(numbers) < max(len(names), 3):
+        return False
+    steps = Counter(b - a for a, b in pairwise(numbers))
+    usual, count = steps.most_common(1)[0]
+    return len(steps) > 1 and 2 * count > sum(steps.values()) and max(steps) > usual

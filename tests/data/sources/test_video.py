@@ -1,5 +1,6 @@
 """Videos: which frames a clip has, whatever the container; and what is wrong with files."""
 
+import os
 import pickle
 import weakref
 from fractions import Fraction
@@ -16,6 +17,7 @@ from vim_ssl.data import BadImage, create_transform, open_data
 from vim_ssl.data import clips as clips_module
 from vim_ssl.data.check import check
 from vim_ssl.data.clips import Sampling, Video
+from vim_ssl.evaluation.features import _times
 from vim_ssl.models.video import inflate
 
 av = pytest.importorskip("av")
@@ -198,6 +200,171 @@ def test_sound_alone_is_no_video(folder):
         Video(path, Sampling()).clips()
 
 
+class Stream:
+    """A stream of video, as PyAV describes it."""
+
+    type, codec_context = "video", True
+
+    def __init__(self, cover: bool):
+        self.disposition = av.stream.Disposition.attached_pic if cover else 0
+
+
+def container_of(*streams: Stream):
+    """A file with these streams; which comes first depends on the program that wrote it."""
+
+    class Streams(list):
+        video = streams
+
+    class Container:
+        pass
+
+    container = Container()
+    container.streams = Streams(streams)
+    return container
+
+
+def test_a_cover_image_is_no_film(folder):
+    cover, film = Stream(cover=True), Stream(cover=False)
+    for streams in ((cover, film), (film, cover), (cover, film, Stream(cover=False))):
+        assert clips_module._video_stream(container_of(*streams), "a.m4v") is film
+    with pytest.raises(BadImage, match=r"no video stream; it has video, of which .* cover image"):
+        clips_module._video_stream(container_of(cover), "a.mp3")
+
+
+def test_a_film_with_a_cover_image_is_seen(folder):
+    path = folder / "cover.mp4"
+    with av.open(str(path), "w") as container:
+        film = container.add_stream("mpeg4", rate=10)
+        film.width, film.height, film.pix_fmt, film.bit_rate = 48, 32, "yuv420p", 4_000_000
+        cover = container.add_stream("mjpeg", rate=1)
+        cover.width, cover.height, cover.pix_fmt = 20, 20, "yuvj420p"
+        cover.disposition = av.stream.Disposition.attached_pic
+        for i in range(4):
+            container.mux(film.encode(av.VideoFrame.from_ndarray(frame_image(i), format="rgb24")))
+        container.mux(cover.encode(av.VideoFrame.from_image(Image.new("RGB", (20, 20), "blue"))))
+        for stream in (film, cover):
+            container.mux(stream.encode())
+    assert seen(path, frames=4) == [[0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize(
+    ("aspect", "size"), [("16/11", (70, 32)), ("8/9", (48, 36)), ("1/1", (48, 32)), ("9/1", None)]
+)
+def test_pixels_become_square(folder, aspect, size, caplog):
+    path = folder / f"aspect{aspect[0]}.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        stream.codec_context.sample_aspect_ratio = Fraction(aspect)
+        for i in range(3):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame_image(i), format="rgb24")))
+        container.mux(stream.encode())
+    (clip,) = Video(path, Sampling(frames=1)).clips()
+    assert clip[0].size == (size or (48, 32))
+    assert ("9 times as wide as high, which is ignored" in caplog.text) == (size is None)
+
+
+def test_what_is_not_shown_as_meant_is_told(folder, caplog):
+    path = folder / "hdr.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p10le"
+        stream.codec_context.color_trc = 16  # PQ
+        stream.codec_context.color_primaries = stream.codec_context.colorspace = 9  # BT.2020
+        for i in range(2):
+            frame = av.VideoFrame.from_ndarray(frame_image(i + 5), format="rgb24")
+            container.mux(stream.encode(frame.reformat(format="yuv420p10le")))
+        container.mux(stream.encode())
+    (clip,) = Video(path, Sampling(frames=2)).clips()
+    assert clip[0].info["notes"] == ["HDR, shown without tone mapping"]
+    assert caplog.text.count("hdr.mkv: HDR") == 1
+    remark = "all: 1 images are HDR, shown without tone mapping: hdr.mkv."
+    assert remark in check(f"video:{path}").remarks
+
+
+def test_transparency_is_white_as_in_images(folder):
+    path = folder / "clear.mov"
+    values = np.zeros((32, 48, 4), np.uint8)
+    values[:, 24:] = (0, 0, 255, 255)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("png", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "rgba"
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(values, format="rgba")))
+        container.mux(stream.encode())
+    (clip,) = Video(path, Sampling(frames=1)).clips()
+    assert [clip[0].getpixel((x, 9)) for x in (3, 40)] == [(255, 255, 255), (0, 0, 255)]
+
+
+def test_an_old_decoder_is_refused_with_the_command_for_a_new_one(monkeypatch):
+    monkeypatch.setattr(av, "__version__", "16.1.0")
+    with pytest.raises(
+        ImportError, match=r"av 16\.1\.0 .* colours .*pip install 'vim-ssl\[video\]'"
+    ):
+        clips_module.import_av()
+    monkeypatch.setattr(av, "__version__", "17.0.0")
+    assert clips_module.import_av() is av
+
+
+@pytest.mark.parametrize("name", ["a.MTS", "a.3gp", "a.m2ts", "a.TS", "a.MOV", "a.3G2", "a.Mp4"])
+def test_files_of_cameras_and_phones_are_videos(tmp_path, name):
+    ending = name.lower()[1:]
+    kind = ".ts" if ending in (".mts", ".m2ts", ".ts") else ".mp4"
+    write(tmp_path / f"b{kind}", count=4, codec="mpeg2video" if kind == ".ts" else "mpeg4")
+    (tmp_path / f"b{kind}").rename(tmp_path / name)
+    data = open_data(f"video:{tmp_path}?frames=2")
+    assert data.ids == [name]
+    assert [numbers(clip) for clip in data[0]["image"].clips()] == [[1, 3]]
+
+
+# ---------------------------------------------------------------- animations
+
+
+def animate(path: Path, count: int = 8, duration=100) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    frames = [Image.fromarray(frame_image(i)) for i in range(count)]
+    more = {"lossless": True} if path.suffix == ".webp" else {}
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=duration, **more)
+    return path
+
+
+@pytest.mark.parametrize("ending", ["gif", "webp", "png", "apng"])
+def test_an_animation_is_a_video_of_its_frames(tmp_path, ending):
+    path = animate(tmp_path / f"a.{ending}")
+    assert seen(path, frames=4) == [[1, 3, 5, 7]]
+    assert seen(path, frames=2, clips=2) == [[1, 5], [3, 7]]
+    assert open_data(f"video:{path}").ids == [path.name]
+    slow = animate(tmp_path / f"slow.{ending}", duration=[100] * 4 + [1000] + [100] * 3)
+    assert seen(slow, frames=4) == [[2, 4, 4, 5]]
+    assert seen(animate(tmp_path / f"one.{ending}", count=1), frames=2) == [[0, 0]]
+
+
+def test_of_a_cut_animation_the_whole_frames_are_used(tmp_path):
+    path = animate(tmp_path / "a.gif")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+    (clip,) = seen(path, frames=8)
+    assert clip == sorted(clip)
+    assert 2 <= clip[-1] <= 6
+    for name, content in (("b.gif", b"GIF89a"), ("c.gif", b"")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(BadImage, match=name):
+            Video(tmp_path / name, Sampling()).clips()
+
+
+def test_class_folders_hold_animations_and_what_is_beside_them_is_counted(tmp_path):
+    for name in ("a/0.gif", "a/1.gif", "b/0.GIF", "b/1.webp", "c/0.gif"):
+        animate(tmp_path / name, count=1 if name == "a/1.gif" else 8)
+    for name in ("a/poster.png", "b/0.jpg", "top.png"):
+        Image.new("RGB", (48, 32)).save(tmp_path / name)
+    for i in range(3):  # frames that are GIFs
+        (tmp_path / "c/frames").mkdir(exist_ok=True)
+        Image.fromarray(frame_image(i)).save(tmp_path / f"c/frames/{i}.gif")
+    data = open_data(f"video:{tmp_path}?frames=2")
+    assert data.ids == ["a/0.gif", "a/1.gif", "b/0.GIF", "b/1.webp", "c/0.gif", "c/frames"]
+    assert (data.classes, data.labels) == (["a", "b", "c"], [0, 0, 1, 1, 2, 2])
+    assert data.passed_over == {"images that are not in a folder of frames": 3}
+    assert [len(item["image"].clips()[0]) for item in data] == [2] * 6
+
+
 # ---------------------------------------------------------------- folders and tables
 
 
@@ -234,6 +401,41 @@ def test_frames_without_leading_zeros_follow_one_another(tmp_path):
     for i in range(12):
         Image.fromarray(frame_image(i)).save(tmp_path / f"frame{i}.png")
     assert seen(tmp_path, frames=12) == [list(range(12))]
+
+
+def test_a_frame_that_is_overwritten_changes_what_caches_go_by(tmp_path):
+    """Frames of equal size, as BMPs are: their folder stays as it was."""
+    for i in range(3):
+        (tmp_path / "clips/a").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(frame_image(i)).save(tmp_path / f"clips/a/{i}.bmp")
+    data = open_data(f"video:{tmp_path / 'clips'}")
+    before = _times(data)
+    assert len(before) == 3
+    Image.fromarray(frame_image(9)).save(tmp_path / "clips/a/1.bmp")
+    os.utime(tmp_path / "clips/a/1.bmp", ns=(0, 10**18))
+    assert _times(data) != before
+
+
+def test_frames_that_are_missing_or_of_another_size_are_told(tmp_path):
+    for name, kept in (("whole", range(1, 9)), ("every fifth", range(0, 50, 5)),
+                       ("gap", (1, 2, 3, 4, 7, 8))):  # fmt: skip
+        (tmp_path / name).mkdir()
+        for i in kept:
+            Image.fromarray(frame_image(1)).save(tmp_path / name / f"img_{i}.png")
+    data = open_data(f"video:{tmp_path}?frames=8")
+    (fault,) = data.faults
+    assert "1 folders of frames skip numbers, such as gap/" in fault
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "whole" / "img_9.png")
+    with pytest.raises(BadImage, match=r"whole: its frames have several sizes, 48×32 and 20×20"):
+        Video(tmp_path / "whole", Sampling(frames=9)).clips()
+
+
+def test_a_video_that_a_table_names_and_is_not_there_is_named(classes, tmp_path):
+    (tmp_path / "t.csv").write_text(f"path,label\n{classes}/jump/0.mp4,a\ngone.mp4,b\nno/dir,a\n")
+    report = check(f"video:{tmp_path / 't.csv'}?frames=2")
+    (problem,) = [line for line in report.problems if "cannot be decoded" in line]
+    assert "2 images" in problem
+    assert "gone.mp4 (FileNotFoundError" in problem
 
 
 def test_a_table_and_a_single_file(classes, tmp_path):
