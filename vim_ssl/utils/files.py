@@ -7,6 +7,7 @@ import os
 import re
 import secrets
 import shutil
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,11 +18,15 @@ def atomic_write(path: Path, content: bytes | str) -> None:
     """Replace a file atomically: after a crash it has either the old or the new content.
 
     Args:
-        content: bytes, or a string, which is written as UTF-8.
+        content: bytes, or a string, which is written as UTF-8; bytes of file names that are not
+            UTF-8 become backslash escapes.
     Raises: OSError; the old content is kept and no temporary file remains.
     """
     with atomic_path(path) as partial:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        encoded = (
+            content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
+        )
+        partial.write_bytes(encoded)
 
 
 @contextmanager
@@ -58,7 +63,7 @@ def atomic_path(path: Path, *, shared: bool = True) -> Iterator[Path]:
 def write_json(path: Path, content: Any) -> None:
     """Write JSON atomically, piece by piece to limit memory: ``content`` is an iterator, which
     becomes a list, or a dict whose values may be iterators."""
-    with atomic_path(path) as partial, partial.open("w") as file:
+    with atomic_path(path) as partial, partial.open("w", encoding="utf-8") as file:
         file.writelines(_json(content))
 
 
@@ -136,6 +141,26 @@ def reading(path: str | os.PathLike, what: str, remedy: str = "") -> Iterator[No
         ) from error
 
 
+@contextmanager
+def optional_output(what: str) -> Iterator[None]:
+    """Warn if a part of the results cannot be written, so that the others are.
+
+        with optional_output("predictions.csv"):
+            write_csv(…)
+
+    Only for what explains a result; the result itself must not be lost silently.
+    """
+    try:
+        yield
+    except Exception as error:  # drawing and writing raise errors of nearly any type
+        reason = " ".join(str(error).split())[:200].rstrip(".")
+        warnings.warn(
+            f"{what} could not be written ({type(error).__name__}: {reason}); the other results "
+            "are complete.",
+            stacklevel=3,
+        )
+
+
 def encoding_of(start: bytes) -> str:
     """Return the encoding of a text file from its first bytes: UTF-8 unless a byte order mark says
     otherwise."""
@@ -194,7 +219,7 @@ def append_rows(path: Path, columns: Sequence[str], rows: Iterable[dict]) -> Non
     """Append rows to a CSV file, flushing each, so that an interrupted benchmark keeps its rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
-    with open(path, "a", newline="") as file:
+    with open(path, "a", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.DictWriter(file, columns)
         if new:
             writer.writeheader()

@@ -1,6 +1,7 @@
 """Names and numbers in messages."""
 
 import difflib
+import re
 from collections.abc import Iterable
 
 # What other projects call it -> our name.
@@ -64,6 +65,19 @@ def number(value: float, digits: int = 4) -> str:
         mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
         return f"{float(mantissa):g}e{int(exponent)}"
     return f"{value:.{digits}g}"
+
+
+def printable(text: str) -> str:
+    """Escape the bytes of a file name that are not UTF-8, as ``\\udce9``; see `original`.
+
+    Tables, JSON and parquet files hold names in this form, because they must be UTF-8.
+    """
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def original(text: str) -> str:
+    """Return the file name that `printable` escaped."""
+    return re.sub(r"\\(udc[89a-f][0-9a-f])", lambda match: chr(int(match[1][1:], 16)), text)
 
 
 def plural(count: float, noun: str) -> str:
