@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from vim_ssl.checkpoints.wrappers import find_states
+from vim_ssl.utils.numbers import require_finite
 
 FORMAT = 1  # version of encoder.json; increased when older readers could misread newer files
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
@@ -241,6 +242,32 @@ def _read_ours(folder: Folder, name: str, ema: bool | None, tensors: bool) -> St
         path, _load_safetensors(path) if tensors else {}, record["config"],
         is_ema=ema, has_ema=record["ema"] is not None, made_by=record["made_by"],
     )  # fmt: skip
+
+
+def check_values(
+    path: str | os.PathLike, state: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> None:
+    """Check the values of stored weights; keys and shapes are not compared.
+
+    Half precision is accepted, because loading converts it.
+
+    Args:
+        path: the file, for messages.
+        expected: the state dict of the model that the weights are for.
+    Raises: ValueError for values that are not finite, and for integers where the model has
+        floating-point numbers or the reverse.
+    """
+    for key in (key for key in state if key in expected):
+        given, model = state[key], expected[key]
+        if given.is_floating_point() != model.is_floating_point() or given.is_complex():
+            raise ValueError(
+                f"{path}: {key} has the number type {given.dtype}, expected {model.dtype}; "
+                "quantised weights must be converted to floating point first."
+            )
+        given = given.float() if given.element_size() < 2 else given  # 8-bit floats
+        if bool(model.isfinite().all()):  # a buffer may hold -inf, such as a mask
+            require_finite(given, f"{path}: {key}", "these weights cannot be used; copy them again "
+                           "from an intact run, or train again")  # fmt: skip
 
 
 def _read_json(path: Path) -> dict[str, Any]:

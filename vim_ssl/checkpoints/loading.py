@@ -93,8 +93,9 @@ def load_encoder(
     Raises:
         FileNotFoundError: no such path, file or repository. ConnectionError: no Hub.
         TypeError: an argument that `VimEncoder` does not have; the nearest name is suggested.
-        ValueError: an unknown name; a file that is broken, unsafe, of another architecture, or
-            that contradicts the arguments; several files to choose from.
+        ValueError: an unknown name; a file that is broken, unsafe, of another architecture, with
+            values that are not finite, or that contradicts the arguments; several files to choose
+            from.
     """
     _check_arguments(model_args, num_classes, img_size, device, dtype)
     by_default = isinstance(num_classes, _Default)
@@ -325,6 +326,7 @@ def _build(
     target = _apply(config, requested)
     target["num_classes"] = config["num_classes"] if num_classes is None else num_classes
     encoder = encoder_class(target)(**target)
+    checkpoint_files.check_values(stored.path, stored.state, encoder.state_dict())
     state = adapt_state(stored.path, stored.state, config, encoder)
     missing, unexpected, misshapen = compare_keys(encoder, state)
     if misshapen:

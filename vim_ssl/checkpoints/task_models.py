@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from vim_ssl.checkpoints.files import check_values
 from vim_ssl.checkpoints.loading import load_encoder, save_encoder
 from vim_ssl.utils.files import atomic_write
 
@@ -55,6 +56,7 @@ def load_task(
     """
     config, state = load_head(folder, file, task)
     model = make(load_encoder(folder), config.pop("classes"), **config)
+    check_values(Path(folder) / file, state, model.state_dict())
     result = model.load_state_dict(state, strict=False)
     wrong = [key for key in result.missing_keys if not key.startswith("encoder.")]
     wrong += result.unexpected_keys

@@ -29,7 +29,7 @@ class Report:
 
     @property
     def loads(self) -> bool:
-        """True if every key matches, every value is finite, and a forward pass works."""
+        """True if every key matches, every value is a finite number, and a forward pass works."""
         return not self.problems
 
     def __str__(self) -> str:
@@ -111,6 +111,11 @@ def _check_copy(report: Report, which: str, stored: Stored, config: dict[str, An
         f"{which}: non-finite values: {key}"
         for key, tensor in state.items()
         if not torch.isfinite(tensor).all()
+    ]
+    wrong += [
+        f"{which}: number type {state[key].dtype}: {key}"
+        for key, tensor in encoder.state_dict().items()
+        if key in state and state[key].is_floating_point() != tensor.is_floating_point()
     ]
     if not wrong:
         encoder.load_state_dict(state)

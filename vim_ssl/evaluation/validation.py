@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+from vim_ssl.checkpoints.files import check_values
 from vim_ssl.data.transforms.image import create_transform
 from vim_ssl.evaluation.extract import extract_features
 from vim_ssl.metrics.classification import MAIN_METRIC, rounded, target_metrics
@@ -65,7 +66,9 @@ class Validation:
         """Load the best weights into the encoder."""
         from safetensors.torch import load_file
 
-        self.encoder.load_state_dict(load_file(self.folder / BEST))
+        state = load_file(self.folder / BEST)
+        check_values(self.folder / BEST, state, self.encoder.state_dict())
+        self.encoder.load_state_dict(state)
 
     def _logged(self) -> list[float]:
         # Read the log, which a resumed run continues: resuming truncates it to the checkpoint.

@@ -23,6 +23,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vim_ssl.checkpoints.files import check_values
 from vim_ssl.checkpoints.loading import load_encoder, save_encoder
 from vim_ssl.data.transforms.image import Transform, create_transform
 from vim_ssl.models.encoder import VimEncoder
@@ -365,8 +366,8 @@ def load_clip(run: str | Path, *, device: str | torch.device | None = None) -> C
     """Load the model of a clip_pretrain run in eval mode, with ``encode_image``, ``encode_text``,
     ``tokenizer`` and ``transform``.
 
-    Raises: FileNotFoundError for a folder without a model; ImportError if its tokenizer or text
-        tower needs a package that is not installed.
+    Raises: FileNotFoundError for a folder without a model; ValueError for weights that are not
+        finite; ImportError if its tokenizer or text tower needs a package that is not installed.
     """
     from safetensors.torch import load_file
 
@@ -390,5 +391,6 @@ def load_clip(run: str | Path, *, device: str | torch.device | None = None) -> C
     state = load_file(folder / "clip.safetensors")
     if stored["image"] is None:
         state |= {f"encoder.{key}": value for key, value in encoder.state_dict().items()}
+    check_values(folder / "clip.safetensors", state, clip.state_dict())
     clip.load_state_dict(state)
     return clip.to(device).eval()

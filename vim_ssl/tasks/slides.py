@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from vim_ssl.checkpoints.files import check_values
 from vim_ssl.checkpoints.task_models import load_head, save_head
 from vim_ssl.data.classes import with_classes
 from vim_ssl.data.dataset import ImageData
@@ -25,6 +26,7 @@ from vim_ssl.evaluation.embeddings import Embedded, read_embeddings
 from vim_ssl.evaluation.linear_heads import moments
 from vim_ssl.models.predictor import ClassPrediction, Predictor
 from vim_ssl.objectives.base import StepOutput
+from vim_ssl.utils.numbers import require_finite
 
 FILE = "slide.safetensors"
 FEATURES = ("weights", "readout", "transform")  # of `embed.py`; they determine the features
@@ -287,6 +289,7 @@ class SlideClassifier(Predictor, nn.Module):
             raise ValueError(
                 f"a slide's features have shape {tuple(x.shape)}; expected (tiles, {self.dim})."
             )
+        require_finite(x, "the features of a slide", "embed it again")
         return x
 
     @torch.no_grad()
@@ -310,5 +313,6 @@ def load_slide(
     """
     config, state = load_head(folder, FILE, "slide")
     model = SlideClassifier(config.pop("classes"), **config)
+    check_values(Path(folder) / FILE, state, model.state_dict())
     model.load_state_dict(state)
     return model.to(device).eval()
