@@ -41,13 +41,14 @@ from vim_ssl.evaluation.embeddings import (
     write_shard,
 )
 from vim_ssl.evaluation.extract import encode_views
-from vim_ssl.evaluation.features import weights_hash
+from vim_ssl.evaluation.features import times_hash, weights_hash
 from vim_ssl.evaluation.readout import READOUTS, all_readouts, readout_columns
 from vim_ssl.training.run import newest_run, task_folder, trained_on
 from vim_ssl.utils.config import opt, parse
 from vim_ssl.utils.distributed import join_processes, pick_device
 from vim_ssl.utils.environment import commit, environment
-from vim_ssl.utils.resumable import claim_output, write_record
+from vim_ssl.utils.numbers import finite_rows
+from vim_ssl.utils.resumable import IMAGE_FILES, claim_output, write_record
 
 POOLED = "pooled"
 
@@ -127,7 +128,7 @@ def write_embeddings(config: Config, held: ExitStack) -> dict:
 
     record = finish(folder, shards, config.format, time.perf_counter() - began)
     if record["skipped"]:
-        print(f"{len(record['skipped']):,} images could not be read, such as "
+        print(f"{len(record['skipped']):,} images were skipped, such as "
               f"{record['skipped'][:3]}; record.json lists all.")  # fmt: skip
     print(f"Written: {record['rows']:,} embeddings of {dim} values in {folder}")
     return record
@@ -146,6 +147,7 @@ def describe(encoder: VimEncoder, data: ImageData | ImageStream, config: Config)
     return {
         "weights": weights_hash(encoder), "readout": config.readout,
         "data": data.name, "fingerprint": data.fingerprint, "classes": data.classes,
+        IMAGE_FILES: times_hash(data),
         "transform": repr(create_transform(encoder)), "format": config.format,
         "shard_rows": config.shard_rows,
     }  # fmt: skip
@@ -180,24 +182,33 @@ def embed(
 ) -> Iterator[Embedded]:
     """Yield the content of each file once its last row is embedded; see `read_rows`.
 
+    An image whose embedding is not finite is skipped.
+
     Args:
         total: number of images, for a progress bar; None: no bar.
     """
-    unfinished: dict[str, Embedded] = {}
+    unfinished: dict[str, tuple[Embedded, list[Tensor]]] = {}
     with tqdm(total=total, unit="image", disable=total is None, mininterval=0.5) as bar:
         for shard, batch, last in rows:
-            content = unfinished.setdefault(shard.name, Embedded(shard.name, torch.empty(0, dim)))
+            empty = Embedded(shard.name, torch.empty(0, dim)), list[Tensor]()
+            content, xs = unfinished.setdefault(shard.name, empty)
             content.skipped += [row for row in batch if isinstance(row, str)]
             if readable := [row for row in batch if not isinstance(row, str)]:
-                ids, labels, groups, images = zip(*readable, strict=True)
-                x = encode_views(encode, torch.stack(images).to(device)).float().cpu()
-                content.x = torch.cat([content.x, x])
-                content.ids += ids
-                content.labels += labels
-                content.groups += groups
+                images = torch.stack([image for *_, image in readable]).to(device)
+                x = encode_views(encode, images).float().cpu()
+                finite = finite_rows(x)
+                xs.append(x[finite])
+                for (id, label, group, _), usable in zip(readable, finite.tolist(), strict=True):
+                    if not usable:
+                        content.skipped.append(f"{id}: its embedding is not finite (NaN, infinity)")
+                        continue
+                    content.ids.append(id)
+                    content.labels.append(label)
+                    content.groups.append(group)
             bar.update(len(batch))
             if last:
-                yield unfinished.pop(shard.name)
+                content.x = torch.cat([content.x, *xs])
+                yield unfinished.pop(shard.name)[0]
 
 
 def finish(
@@ -206,7 +217,7 @@ def finish(
     """Count the rows of all files, mark the record as finished and return it."""
     file = folder / "record.json"
     summaries = [read_summary(folder / "shards", shard.name, format) for shard in shards]
-    record = json.loads(file.read_text())
+    record = json.loads(file.read_text(encoding="utf-8"))
     record |= {
         "finished": True,
         "files": len(shards),

@@ -2,8 +2,10 @@
 
 import io
 import json
+import os
 import tarfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +17,9 @@ from processes import finish, start
 from vim_ssl import VimEncoder, cli, create_transform, load_encoder, save_encoder
 from vim_ssl.data import ImageData, open_data
 from vim_ssl.downstream import embed
-from vim_ssl.evaluation.embeddings import read_embeddings
+from vim_ssl.evaluation.embeddings import Embedded, read_embeddings, write_shard
 from vim_ssl.evaluation.readout import all_readouts, available_readouts
+from vim_ssl.utils.names import original
 
 SMALL = {"img_size": 16, "patch_size": 8, "in_chans": 1, "embed_dim": 8, "depth": 1,
          "num_classes": 0}  # fmt: skip
@@ -296,6 +299,91 @@ def test_other_embeddings_are_not_mixed_in(change, images, encoder_file, tmp_pat
         ValueError, match=r"contains embeddings with different .*choose another --output"
     ):
         run(encoder_file, spec, tmp_path / "out", *argv)
+
+
+@pytest.mark.parametrize("kind", ["finished", "unfinished", "shards"])
+def test_an_image_replaced_by_one_of_the_same_size_is_noticed(kind, encoder_file, tmp_path):
+    """Its old vector must not be kept as if it were that of the new image."""
+    spec = str(tmp_path / "in")
+    if kind == "shards":
+        spec = f"wds:{tmp_path}/in/*.tar"
+    path = tmp_path / "in" / ("a.tar" if kind == "shards" else "a.bmp")
+    path.parent.mkdir()
+
+    def write(value: int) -> None:
+        buffer = io.BytesIO()
+        Image.new("L", (16, 16), value).save(buffer, "BMP")
+        if kind != "shards":
+            path.write_bytes(buffer.getvalue())
+        else:
+            with tarfile.open(path, "w") as tar:
+                member = tarfile.TarInfo("a.bmp")
+                member.size = len(buffer.getvalue())
+                tar.addfile(member, io.BytesIO(buffer.getvalue()))
+        os.utime(path, ns=(0, 10**18 + value))
+
+    write(10)
+    record = tmp_path / "out/record.json"
+    run(encoder_file, spec, tmp_path / "out")
+    run(encoder_file, spec, tmp_path / "out")
+    content = json.loads(record.read_text())
+    if kind == "unfinished":
+        record.write_text(json.dumps(content | {"finished": False}))
+    write(200)
+    with pytest.raises(ValueError, match="contains embeddings of other image files"):
+        run(encoder_file, spec, tmp_path / "out")
+    del content["made_of"]["image_files"]  # as of an earlier version
+    record.write_text(json.dumps(content))
+    run(encoder_file, spec, tmp_path / "out")
+
+
+def test_an_embedding_that_is_not_finite_is_skipped_and_named(encoder_file, images, tmp_path):
+    rows = embed.read_rows(open_data(images), embed.plan_shards(open_data(images), 4), lambda _: 
+                           torch.zeros(1, 2, 2), batch_size=3)  # fmt: skip
+
+    def encode(x: torch.Tensor) -> torch.Tensor:
+        seen.append(len(x))
+        x = torch.ones(len(x), 2)
+        x[0, 1] = float("nan") if len(seen) == 1 else float("inf") if len(seen) == 2 else 1
+        return x
+
+    seen: list[int] = []
+    shards = list(embed.embed(encode, rows, 2, "cpu", None))
+    assert sum(len(shard.x) for shard in shards) == sum(len(shard.ids) for shard in shards) == 19
+    assert all(shard.x.isfinite().all() for shard in shards)
+    assert [text for shard in shards for text in shard.skipped if "not finite" in text] == [
+        f"{name}: its embedding is not finite (NaN, infinity)" for name in ("a/00.png", "a/06.png")
+    ]
+    write_shard(tmp_path / "shards", replace(shards[0], x=shards[0].x * float("nan")),
+                format="npy")  # fmt: skip
+    (tmp_path / "record.json").write_text('{"finished": true}')
+    with pytest.raises(ValueError, match=r"the embeddings in .* not finite"):
+        read_embeddings(tmp_path)
+
+
+def test_the_rows_of_a_file_are_copied_once(images, monkeypatch):
+    """However many batches it has: not again for every batch."""
+    data, copied = open_data(images), []
+    whole = torch.cat
+    rows = embed.read_rows(data, embed.plan_shards(data, 100), lambda _: torch.zeros(1, 2, 2),
+                           batch_size=1)  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "cat", lambda parts, *args: copied.append(parts) or whole(parts))
+        (shard,) = embed.embed(lambda x: torch.ones(len(x), 2), rows, 2, "cpu", None)
+    assert (len(shard.x), len(copied)) == (21, 1)
+
+
+@pytest.mark.parametrize("format", ["parquet", "npy"])
+def test_names_that_are_not_utf_8_are_written_and_read(tmp_path, format):
+    names = [os.fsdecode(b"caf\xe9.png"), 'a,"b"\nc.png', "=1+1.png"]
+    shard = Embedded("0", torch.ones(3, 2), names, [0, 1, None], [names[0], None, "p"], names[:1])
+    (tmp_path / "shards").mkdir()
+    write_shard(tmp_path / "shards", shard, format=format)
+    (tmp_path / "record.json").write_text('{"finished": true}')
+    found = read_embeddings(tmp_path)
+    assert found.ids == ["caf\\udce9.png", *names[1:]]
+    assert [original(name) for name in found.ids] == names
+    assert (found.labels, found.groups) == ([0, 1, None], ["caf\\udce9.png", None, "p"])
 
 
 def test_a_folder_of_something_else_is_not_written_into(images, encoder_file, tmp_path):

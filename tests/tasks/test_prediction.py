@@ -2,19 +2,22 @@
 
 import csv
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from filelock import FileLock
+from PIL import Image
 from torch import nn
 
-from vim_ssl.data import BadImage, ImageData
+from vim_ssl.data import BadImage, ImageData, open_data
 from vim_ssl.data.loading.streamed import ImageStream, Shard
 from vim_ssl.models.predictor import ClassPrediction, Predictor
 from vim_ssl.tasks.prediction import Writer, predict_data
 from vim_ssl.tasks.tables import TableWriter
+from vim_ssl.utils.names import original
 
 NAMES = ["dark", "light", "wei|ß"]
 BROKEN = {4, 9}
@@ -158,6 +161,56 @@ def test_other_predictions_are_not_mixed_in(tmp_path, change, message):
     made_of = {"prompt": 2 if change == "made_of" else 1}
     with pytest.raises(ValueError, match=rf"contains predictions with different .*{message}"):
         predict(writer.output, data, model, writer, made_of=made_of)
+
+
+def test_an_image_replaced_by_one_of_the_same_size_is_noticed(tmp_path):
+    for i in range(3):
+        Image.new("L", (4, 4), 50 * i).save(tmp_path / f"{i}.bmp")
+    spec, output = str(tmp_path), tmp_path / "out/out.csv"
+    predict(output, open_data(spec))
+    predict(output, open_data(spec))
+    Image.new("L", (4, 4), 255).save(tmp_path / "1.bmp")
+    os.utime(tmp_path / "1.bmp", ns=(0, 10**18))
+    with pytest.raises(ValueError, match="contains predictions of other image files"):
+        predict(output, open_data(spec))
+
+
+class Overflowing(Brightness):
+    """Its probabilities of images 6 and 7 are NaN."""
+
+    def predict_prepared(self, inputs):
+        for x, result in zip(inputs, super().predict_prepared(inputs), strict=True):
+            if x in (6, 7):
+                result.probabilities[1] = float("nan")
+            yield result
+
+
+def test_a_prediction_that_is_not_finite_is_skipped_and_named(tmp_path):
+    predicted = predict(tmp_path / "out.csv", model=Overflowing())
+    reasons = dict(text.split(": ", 1) for text in predicted.skipped)
+    assert list(reasons) == ["04é.png", "06é.png", "07é.png", "09é.png"]
+    assert "not finite" in reasons["06é.png"]
+    assert predicted.images == len(rows(tmp_path / "out.csv")) == 19
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+def test_names_that_are_not_utf_8_do_not_lose_the_table(tmp_path, ending):
+    """A class folder's and an image's."""
+    name = os.fsdecode(b"caf\xe9")
+    data = ImageData(Values(1, ()), [f"{name}\n,=.png"], name="test:images")
+    model = Brightness([name, "b", "c"])
+    predict(tmp_path / f"out.{ending}", data, model)
+    if ending == "csv":
+        (row,) = rows(tmp_path / "out.csv")
+    elif ending == "jsonl":
+        row = json.loads((tmp_path / "out.jsonl").read_text(encoding="utf-8"))
+    else:
+        from pyarrow import parquet
+
+        (row,) = parquet.read_table(tmp_path / "out.parquet").to_pylist()
+    assert original(row["id"]) == data.ids[0]
+    assert {original(row[key]) for key in ("class", "class_2", "class_3")} == set(model.classes)
+    assert "p_caf\\udce9" in row
 
 
 def test_a_file_of_something_else_is_kept(tmp_path):

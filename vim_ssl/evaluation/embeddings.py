@@ -24,7 +24,9 @@ from vim_ssl.data.loading.workers import Loader
 from vim_ssl.data.split import as_key, is_known
 from vim_ssl.data.transforms.image import Transform
 from vim_ssl.evaluation.extract import Features, Readable, encode_batches
-from vim_ssl.utils.files import atomic_path
+from vim_ssl.utils.files import atomic_path, reading
+from vim_ssl.utils.names import printable
+from vim_ssl.utils.numbers import require_finite
 
 FORMATS = ("parquet", "npy")
 KNOWN = ("ids", "labels", "groups")  # stored for every row
@@ -69,8 +71,8 @@ def local_shards(
     order, the files of every ``world``-th shard."""
     if not streamed:
         return list(shards[rank::world])
-    sources = sorted({shard.source for shard in shards})[rank::world]
-    return [shard for shard in shards if shard.source in sources]
+    ours = set(sorted({shard.source for shard in shards})[rank::world])
+    return [shard for shard in shards if shard.source in ours]
 
 
 def read_rows(
@@ -124,9 +126,12 @@ class StreamRows(IterableDataset):
     def __iter__(self) -> Iterator[tuple[EmbeddingShard, list[Row], bool]]:
         worker = get_worker_info()
         index, count = (worker.id, worker.num_workers) if worker else (0, 1)
-        for source in sorted({shard.source for shard in self.shards})[index::count]:
+        by_source: dict[int, list[EmbeddingShard]] = {}
+        for shard in self.shards:
+            by_source.setdefault(shard.source, []).append(shard)
+        for source in sorted(by_source)[index::count]:
             records = enumerate(self.data.records(source))
-            for shard in (shard for shard in self.shards if shard.source == source):
+            for shard in by_source[source]:
                 rows: list[Row] = []
                 for number, record in records:
                     if number < shard.first:  # belongs to a file that already exists
@@ -212,13 +217,16 @@ def write_shard(folder: Path, part: Embedded, *, format: str, multi_label: bool 
 
     ``NAME.parquet`` has the columns id, label (null if unknown; a list for multi-label data), group
     (null if unknown) and embedding. ``NAME.npy`` has the embeddings; ``NAME.json``, written first,
-    has the rest.
+    has the rest. Bytes of a file name that are not UTF-8 are escaped (`printable`).
 
     Args:
         format: one of `FORMATS`.
     """
     if format == "npy":
-        text = json.dumps({key: getattr(part, key) for key in ("skipped", *KNOWN)})
+        content = {key: getattr(part, key) for key in ("skipped", *KNOWN)}
+        content["ids"] = list(map(printable, part.ids))
+        content["groups"] = [group and printable(group) for group in part.groups]
+        text = json.dumps(content)
         with atomic_path(folder / f"{part.name}.json", shared=False) as path:
             path.write_text(text, encoding="utf-8")
         with (
@@ -235,8 +243,9 @@ def write_shard(folder: Path, part: Embedded, *, format: str, multi_label: bool 
         pa.array(part.x.numpy().reshape(-1)), part.x.shape[1]
     )
     columns = {
-        "id": pa.array(part.ids, pa.string()), "label": pa.array(part.labels, kind),
-        "group": pa.array(part.groups, pa.string()),
+        "id": pa.array(map(printable, part.ids), pa.string()),
+        "label": pa.array(part.labels, kind),
+        "group": pa.array([group and printable(group) for group in part.groups], pa.string()),
     }  # fmt: skip
     table = pa.table(columns | {"embedding": values}).replace_schema_metadata(
         {"skipped": json.dumps(part.skipped)}
@@ -262,7 +271,8 @@ def read_embeddings(folder: Path) -> Embedded:
 
     Args:
         folder: folder that contains ``record.json`` and ``shards/``.
-    Raises: FileNotFoundError for a folder without embeddings; ValueError for an unfinished one.
+    Raises: FileNotFoundError for a folder without embeddings; ValueError for an unfinished one, a
+        damaged file, and values that are not finite.
     """
     record = folder / "record.json"
     if not record.is_file():
@@ -270,20 +280,23 @@ def read_embeddings(folder: Path) -> Embedded:
             f"{str(folder)!r} contains no embeddings (record.json); write them with "
             "downstream/embed.py --output."
         )
-    stored = json.loads(record.read_text())
+    with reading(record, "a record of embeddings"):
+        stored = json.loads(record.read_text(encoding="utf-8"))
     if not stored.get("finished"):
         raise ValueError(f"the embeddings in {folder} are incomplete; run embed.py until it ends.")
     result = Embedded(folder.name, torch.empty(0, 0), made_of=stored.get("made_of", {}))
     xs = []
     for file in sorted((folder / "shards").glob("*.npy")):
-        rest = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
-        xs.append(torch.from_numpy(np.load(file)))
+        with reading(file, "embeddings", "delete it and run embed.py again"):
+            rest = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
+            xs.append(torch.from_numpy(np.load(file)))
         for key in ("skipped", *KNOWN):
             getattr(result, key).extend(rest[key])
     for file in sorted((folder / "shards").glob("*.parquet")):
         from pyarrow import parquet
 
-        table = parquet.read_table(file)
+        with reading(file, "embeddings", "delete it and run embed.py again"):
+            table = parquet.read_table(file)
         values, width = table["embedding"].combine_chunks(), table.schema.field("embedding").type
         rows = values.flatten().to_numpy().reshape(len(table), width.list_size)
         xs.append(torch.from_numpy(rows.copy()))
@@ -292,4 +305,8 @@ def read_embeddings(folder: Path) -> Embedded:
         result.skipped += json.loads(table.schema.metadata[b"skipped"])
     if xs:
         result.x = torch.cat(xs)
+    if len(result.x) != len(result.ids):
+        raise ValueError(f"{folder} has {len(result.x)} embeddings and {len(result.ids)} ids; "
+                         "run embed.py again.")  # fmt: skip
+    require_finite(result.x, f"the embeddings in {folder}", "embed the data again")
     return result

@@ -23,6 +23,7 @@ from vim_ssl.evaluation.readout import all_readouts
 from vim_ssl.models.encoder import VimEncoder
 from vim_ssl.utils.distributed import Processes
 from vim_ssl.utils.files import atomic_path, user_cache
+from vim_ssl.utils.names import printable
 
 FORMAT = 1  # increase it when the meaning of `all_readouts` or of the file changes
 
@@ -114,10 +115,21 @@ def _key(encoder: VimEncoder, data, transform) -> str:
     return blake2b(repr(parts).encode(errors="surrogateescape"), digest_size=12).hexdigest()
 
 
+def times_hash(data) -> str:
+    """Return a hash (16 hex digits) of the modification times of all files, to detect images that
+    were replaced by others of the same size, which a fingerprint does not show."""
+    return blake2b(repr(_times(data)).encode(), digest_size=8).hexdigest()
+
+
 def _times(data) -> list[int]:
-    """Return the modification time of every image file (ns; 0 for a missing file), to detect
-    changed images of the same size."""
-    times = dict.fromkeys((path for i in range(len(data)) for path in data.paths(i)), 0)
+    """Return the modification time of every image file, or local shard of a stream (ns; 0 for a
+    missing file)."""
+    if data.is_stream:
+        paths = (shard.name for shard in data.shards)
+    else:
+        of_item = getattr(data, "paths", lambda _: ())  # slides have none: their features count
+        paths = (path for i in range(len(data)) for path in of_item(i))
+    times = dict.fromkeys(paths, 0)
     for path in times:
         with suppress(OSError):
             times[path] = os.stat(path).st_mtime_ns
@@ -147,7 +159,7 @@ def _save(file: Path, x: torch.Tensor, rows: list[int], skipped: list[str], name
             save_file(
                 {"x": x.contiguous(), "rows": torch.tensor(rows)},
                 partial,
-                metadata={"skipped": json.dumps(skipped), "data": name},
+                metadata={"skipped": json.dumps(skipped), "data": printable(name)},
             )
     except (OSError, SafetensorError) as error:
         print(f"Features of {name} cannot be cached: {error}", flush=True)

@@ -22,10 +22,11 @@ from tqdm.auto import tqdm
 from vim_ssl.data.images import BadImage
 from vim_ssl.data.loading.streamed import ImageStream
 from vim_ssl.data.loading.workers import Loader
-from vim_ssl.evaluation.features import weights_hash
-from vim_ssl.models.predictor import Predictor
+from vim_ssl.evaluation.features import times_hash, weights_hash
+from vim_ssl.models.predictor import ClassPrediction, Predictor
 from vim_ssl.utils.environment import commit, environment
-from vim_ssl.utils.resumable import Journal, claim_output, write_record
+from vim_ssl.utils.numbers import NotFinite, require_finite
+from vim_ssl.utils.resumable import IMAGE_FILES, Journal, claim_output, write_record
 
 # Index in the data, id, and the item with its prepared image, or the error text of a broken image.
 Row = tuple[int, str, dict[str, Any] | str]
@@ -123,6 +124,7 @@ def predict_data(
     settings = {
         "task": model.task, "weights": weights_hash(model), "classes": model.classes,
         "transform": repr(model.transform), "data": data.name, "images": data.fingerprint,
+        IMAGE_FILES: times_hash(data),
         **(made_of or {}), **writer.describe(),
     }  # fmt: skip
     settings = json.loads(json.dumps(settings))  # as it is read from a record: lists, no tuples
@@ -185,11 +187,21 @@ def _fill(
 
 @torch.no_grad()
 def predict_batch(model: Any, batch: list[Row]) -> Iterator[tuple[Row, Any]]:
-    """Yield each row of `read_batches` with its result; None for a broken item."""
+    """Yield each row of `read_batches` with its result; None for a broken item, and for one whose
+    result is not finite, with the reason in place of the item."""
     readable = [content["image"] for _, _, content in batch if not isinstance(content, str)]
     results = iter(model.predict_prepared(readable) if readable else ())
-    for row in batch:
-        yield row, None if isinstance(row[2], str) else next(results)
+    for index, id, content in batch:
+        if isinstance(content, str):
+            yield (index, id, content), None
+            continue
+        try:
+            result = next(results)
+            if isinstance(result, ClassPrediction):
+                require_finite(result.probabilities, "the probabilities")
+            yield (index, id, content), result
+        except NotFinite as error:
+            yield (index, id, str(error)), None
 
 
 def _write_batch(journal: Journal, model: Any, writer: Writer, batch: list[Row]) -> None:

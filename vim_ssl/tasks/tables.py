@@ -10,6 +10,7 @@ from typing import Any
 from vim_ssl.models.predictor import ClassPrediction
 from vim_ssl.tasks.prediction import Writer
 from vim_ssl.utils.files import atomic_path
+from vim_ssl.utils.names import printable
 
 FEW = 20  # classes up to which each has a column of probabilities
 CHUNK = 10_000  # rows of a parquet file in memory at once
@@ -18,7 +19,8 @@ DIGITS = 6  # decimals of a probability
 
 class TableWriter(Writer):
     """Writes a row per image: ``id``, ``class``, ``probability``, then ``class_2``,
-    ``probability_2`` … and ``p_NAME`` for each class.
+    ``probability_2`` … and ``p_NAME`` for each class. Bytes of names that are not UTF-8 are escaped
+    (`printable`).
 
     With multi-label targets ``classes`` has all labels above ``threshold``, joined by "|", and
     ``class`` is the most probable one.
@@ -81,7 +83,13 @@ class TableWriter(Writer):
         return {"row": row, "counts": dict.fromkeys(names, 1)}
 
     def finish(self, records: Iterable[dict[str, Any]]) -> Path:
-        rows = ({"id": _printable(record["id"]), **record["row"]} for record in records)
+        rows = (
+            {
+                printable(key): printable(value) if isinstance(value, str) else value
+                for key, value in {"id": record["id"], **record["row"]}.items()
+            }
+            for record in records
+        )
         with atomic_path(self.output, shared=False) as partial:
             FORMATS[self.output.suffix](partial, rows)
         return self.output
@@ -89,11 +97,6 @@ class TableWriter(Writer):
 
 def _rounded(probability: float) -> float:
     return round(float(probability), DIGITS)
-
-
-def _printable(id: str) -> str:
-    """Escape bytes of a file name that are not UTF-8."""
-    return id.encode("utf-8", "backslashreplace").decode()
 
 
 def _write_csv(path: Path, rows: Iterator[dict[str, Any]]) -> None:

@@ -6,7 +6,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from vim_ssl.utils.files import atomic_path
+from vim_ssl.utils.files import atomic_path, reading
+
+# The times of the image files; the records of earlier versions do not have it.
+IMAGE_FILES = "image_files"
 
 
 def claim_output(
@@ -37,8 +40,17 @@ def claim_output(
     from filelock import FileLock, Timeout
 
     if record.exists():
-        stored = json.loads(record.read_text()).get("made_of", {})
-        if differing := [key for key, value in made_of.items() if stored.get(key) != value]:
+        with reading(record, f"a record of {what}", "choose another --output, or delete it"):
+            stored = json.loads(record.read_text(encoding="utf-8")).get("made_of", {})
+        if IMAGE_FILES not in stored:
+            stored = stored | {IMAGE_FILES: made_of.get(IMAGE_FILES)}
+        differing = [key for key, value in made_of.items() if stored.get(key) != value]
+        if differing == [IMAGE_FILES]:
+            raise ValueError(
+                f"{output} contains {what} of other image files: some were written again since, "
+                "though their names and sizes are the same. Choose another --output, or delete it."
+            )
+        if differing:
             raise ValueError(
                 f"{output} contains {what} with different {', '.join(differing)}; use the "
                 f"settings in {record.name} to resume, or choose another --output."
@@ -63,7 +75,7 @@ def claim_output(
 def write_record(file: Path, record: Mapping[str, Any]) -> None:
     """Write a record atomically. Only the process that holds the lock may do this."""
     with atomic_path(file, shared=False) as partial:
-        partial.write_text(json.dumps(record, indent=2) + "\n")
+        partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 class Journal:
