@@ -134,5 +134,6 @@ def _difference(
     if ours is None or theirs is None:
         return ""
     difference = ours - theirs
-    low, high = difference.interval(results.groups(concepts, question))
-    return f"{difference.value:+.1f} [{low:+.1f}, {high:+.1f}]"
+    bounds = difference.interval(results.groups(concepts, question))
+    interval = "none" if bounds is None else f"{bounds[0]:+.1f}, {bounds[1]:+.1f}"
+    return f"{difference.value:+.1f} [{interval}]"

@@ -71,7 +71,7 @@ def measure(task: str, encoder: str, seed: int) -> list[dict]:
     for row in result["rows"]:
         rows.append(common | {key: row[key] for key in ("features", "logistic", "readout", "knn")})
         for metric in METRICS:
-            low, high = row[f"{metric}_ci"]
+            low, high = row[f"{metric}_ci"] or ("", "")  # none of fewer than five groups
             rows[-1] |= {f"{metric}_low": low, f"{metric}_high": high}
     return rows
 

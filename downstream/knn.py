@@ -25,7 +25,6 @@ from vim_ssl.evaluation.comparison import (
     Comparison,
     ComparisonConfig,
     caption,
-    cell,
     differences,
     pivot,
     sentence,
@@ -37,12 +36,13 @@ from vim_ssl.evaluation.knn import (
     TEMPERATURE,
     choose_neighbours,
     evaluate_neighbours,
-    knn_answers,
+    knn_votes,
     nearest,
     usable_k,
 )
 from vim_ssl.metrics.bootstrap import Metric
 from vim_ssl.metrics.classification import answer_metrics, metric_columns
+from vim_ssl.metrics.sentences import interval_text, metric_text
 from vim_ssl.tasks.runner import finish_run
 from vim_ssl.utils.config import opt, parse
 
@@ -69,7 +69,7 @@ def vote(
     name: str, bank: Features, queries: Features, readouts: dict[str, slice], config: Config,
     device: str,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Return a row per readout and k: ``knn`` in per cent with its interval ``knn_ci``.
+    """Return a row per readout and k: ``knn`` in per cent with its `Metric.entries`.
 
     Args:
         readouts: name -> columns of the features.
@@ -83,7 +83,7 @@ def vote(
             standardise=config.standardise, device=device,
         )  # fmt: skip
         for k in numbers:
-            answers = knn_answers(
+            answers = knn_votes(
                 bank.y, similarity[:, :k], neighbours[:, :k], temperature=config.temperature
             )
             row: dict[str, Any] = {"features": name, "readout": readout, "k": k}
@@ -138,14 +138,17 @@ def run(config: Config) -> dict:
 def table(metrics: dict[str, Any]) -> str:
     """Format both tables: the selected settings; and a line per readout, a column per k."""
     rows = [
-        (row["features"], "kNN", cell(row, "knn"),
+        (row["features"], "kNN", metric_text(row, "knn", width=5),
          f"readout {row['readout']}, k {row['k']}, {row['metric']}")
         for row in metrics["selected"]
     ]  # fmt: skip
     protocol = metrics["protocol"]
     numbers = dict.fromkeys(row["k"] for row in metrics["rows"])
-    cells = [f"{row['knn']:.1f} [{row['knn_ci'][0]:.1f}, {row['knn_ci'][1]:.1f}]"
-             for row in metrics["rows"]]  # fmt: skip
+    cells = [
+        "undefined" if row["knn"] is None
+        else f"{row['knn']:.1f} {interval_text(row, 'knn', reason=False)}"
+        for row in metrics["rows"]
+    ]  # fmt: skip
     way = "cosine of standardised features" if protocol["standardise"] else "cosine, as in papers"
     heads = "".join(f"{f'k = {k}':>20}" for k in numbers)
     lines = ["", *settings_table(rows), *caption(metrics), *metrics["summary"]]

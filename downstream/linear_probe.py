@@ -33,7 +33,6 @@ from vim_ssl.evaluation.comparison import (
     Comparison,
     ComparisonConfig,
     caption,
-    cell,
     differences,
     pivot,
     sentence,
@@ -59,9 +58,11 @@ from vim_ssl.metrics.classification import (
     write_tables,
 )
 from vim_ssl.metrics.medmnist import medmnist_metrics
+from vim_ssl.metrics.sentences import metric_text
 from vim_ssl.tasks.classification import class_names
 from vim_ssl.tasks.runner import finish_run
 from vim_ssl.utils.config import opt, parse
+from vim_ssl.utils.files import optional_output
 
 FEW_SHOT_C = 1.0  # fixed, because there are no further labels to select it
 TITLES = {"logistic": "Linear probe", "knn": "kNN"}  # key of a row -> title
@@ -218,7 +219,8 @@ def run(config: Config) -> dict:
             *comparison.remarks(),
         ],
     )  # fmt: skip
-    explain(folder, comparison, first, *probed)
+    with optional_output("the tables or examples"):
+        explain(folder, comparison, first, *probed)
     return finish_run(
         folder, metrics, lambda m: f"{table(m)}\nWritten: {folder / 'metrics.json'}",
         page=folder.parent,
@@ -297,8 +299,8 @@ def table(metrics: dict[str, Any]) -> str:
     for row in metrics["rows"]:
         of_head = f"readout {row['readout']}" + ("" if row["C"] is None else f", C {row['C']:g}")
         rows += [
-            (row["features"], "linear probe", cell(row, "logistic"), of_head),
-            (row["features"], "kNN", cell(row, "knn"),
+            (row["features"], "linear probe", metric_text(row, "logistic", width=5), of_head),
+            (row["features"], "kNN", metric_text(row, "knn", width=5),
              f"readout {row['knn_readout']}, k {row['knn_k']}, {row['knn_metric']}"),
         ]  # fmt: skip
         if "acc" in row:

@@ -12,7 +12,6 @@ is trained here. The run contains metrics.json, predictions.csv (a row per test 
 report.html.
 """
 
-import csv
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +28,8 @@ from vim_ssl.evaluation.baselines import MOST_FREQUENT, compare_with, most_frequ
 from vim_ssl.evaluation.embeddings import read_embeddings
 from vim_ssl.evaluation.linear_heads import fit_logistic
 from vim_ssl.metrics.classification import accuracy, classification_metrics, write_tables
+from vim_ssl.metrics.sentences import metric_text
+from vim_ssl.metrics.tables import write_csv
 from vim_ssl.metrics.titles import measured_on
 from vim_ssl.tasks.runner import Training, finish_run, train_run
 from vim_ssl.tasks.slides import (
@@ -47,6 +48,7 @@ from vim_ssl.training.config import NEVER, TrainConfig
 from vim_ssl.training.run import stored_or
 from vim_ssl.utils.config import opt, parse, to_dict
 from vim_ssl.utils.environment import environment
+from vim_ssl.utils.files import optional_output
 
 MEAN_C = 1.0  # C of the logistic regression; there are too few slides to select it
 
@@ -143,7 +145,7 @@ def run(config: Config) -> dict[str, Any]:
         logits, weights = predict_by_attention(pool, test)
         by_attention = classification_metrics(logits, truth(test), "class", test.groups)
         folder = training.run.folder
-        with training.run.writing("predictions.csv and attention.csv"):
+        with optional_output("predictions.csv or attention.csv"):
             ids, names = [slide.id for slide in test.slides], [str(i) for i in range(classes)]
             write_tables(folder, by_attention, logits, truth(test), ids, names, "class")
             write_attention(folder / "attention.csv", test, weights)
@@ -178,8 +180,7 @@ def compare(logits: Tensor, mean_answers: Tensor, train: Slides, test: Slides) -
 def summary(metrics: dict[str, Any]) -> str:
     lines = []
     for name in ("mean", "attention"):
-        low, high = metrics[name]["top1_ci"]
-        lines.append(f"{name:10} top-1 {metrics[name]['top1']:.1f} % [{low:.1f}, {high:.1f}]")
+        lines.append(f"{name:10} top-1 {metric_text(metrics[name], 'top1')}")
     where = measured_on(metrics["split"], metrics["n"], "slides")
     counts = f"{where}, trained on {metrics['train']:,}"
     return "\n".join([*lines, counts, *metrics["summary"]])
@@ -208,14 +209,12 @@ def predict_by_attention(pool: AttentionPool, test: Slides) -> tuple[Tensor, lis
 
 def write_attention(path: Path, test: Slides, weights: list[Tensor]) -> None:
     """Write a row per tile of the test slides: its position and weight."""
-    with path.open("w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["id", "left", "top", "weight"])
-        for slide, of_tiles in zip(test.slides, weights, strict=True):
-            for (left, top), weight in zip(
-                slide.positions.tolist(), of_tiles.tolist(), strict=True
-            ):
-                table.writerow([slide.id, left, top, f"{weight:.6f}"])
+    rows = (
+        [slide.id, left, top, f"{weight:.6f}"]
+        for slide, of_tiles in zip(test.slides, weights, strict=True)
+        for (left, top), weight in zip(slide.positions.tolist(), of_tiles.tolist(), strict=True)
+    )
+    write_csv(path, ["id", "left", "top", "weight"], rows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,7 +13,7 @@ Metrics and examples are written to a folder in the run, one per data spec, and 
 
 import sys
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +28,10 @@ from vim_ssl.data.open import open_split
 from vim_ssl.data.spec import canonical_split, same_data
 from vim_ssl.data.split import is_known
 from vim_ssl.evaluation.extract import Features, extract_features, features_of
-from vim_ssl.evaluation.retrieval import PairFeatures, embed_pairs, hits_at_k, nearest
-from vim_ssl.metrics.classification import accuracy
-from vim_ssl.metrics.sentences import Gain, result_sentence
+from vim_ssl.evaluation.retrieval import PairFeatures, chance, embed_pairs, hits_at_k, nearest
+from vim_ssl.metrics.classification import proportion
+from vim_ssl.metrics.ranking import COSINE_TIE, top_k
+from vim_ssl.metrics.sentences import Gain, metric_text, result_sentence
 from vim_ssl.metrics.titles import measured_on, shows_top5
 from vim_ssl.objectives.clip import load_clip
 from vim_ssl.objectives.zero_shot import (
@@ -43,6 +44,7 @@ from vim_ssl.tasks.runner import finish_run
 from vim_ssl.training.run import newest_run, task_folder, trained_on
 from vim_ssl.utils.config import opt, parse, to_dict
 from vim_ssl.utils.environment import environment
+from vim_ssl.utils.files import optional_output
 
 WAYS = {"image_to_text": "Captions of an image", "text_to_image": "Image of a caption"}
 EXAMPLES = 8
@@ -78,37 +80,35 @@ def was_trained_on(source: str | Path, spec: str, data: ImageData) -> bool:
 
 def classify(features: Features, classifier: Tensor) -> tuple[dict[str, Any], Tensor]:
     """Return top-1 and top-5 accuracy in per cent with 95 % intervals, and the five best classes
-    (n, 5).
+    (n, 5). Classes with equal features count as in random order.
 
     Images without a label (-1) are skipped.
     """
     known = features.y >= 0
     groups = features.groups and [features.groups[i] for i in known.nonzero()[:, 0]]
-    best = nearest(features.x[known], classifier, 5)
-    right = best == features.y[known][:, None]
+    x, y = features.x[known], features.y[known]
+    best = nearest(x, classifier, 5)
+    hits = top_k(x @ classifier.T, y, (1, 5), tolerance=COSINE_TIE)
     metrics: dict[str, Any] = {"classes": len(classifier), "pictures": int(known.sum())}
-    for k in (1, 5):
-        metrics |= _with_interval(f"top{k}", right[:, :k].any(1), groups)
+    for k, right in zip((1, 5), hits, strict=True):
+        metrics |= proportion(right).entries(f"top{k}", groups)
     metrics["chance"] = round(100 / len(classifier), 2)
     return metrics, best
 
 
-def _with_interval(name: str, right: Tensor, groups: Sequence[Hashable] | None) -> dict[str, Any]:
-    """Return the percentage of queries (n,) that are correct, and its interval."""
-    share = accuracy(right, True)
-    return {name: round(share.value, 2), f"{name}_ci": share.interval(groups)}
-
-
 def _above_chance(title: str, metrics: dict[str, Any], key: str, chance: str = "chance") -> str:
     """Say how far a metric is above chance, a constant."""
-    expected = metrics[chance]
-    low, high = (bound - expected for bound in metrics[f"{key}_ci"])
-    gain = Gain(f"chance ({expected:g} %)", metrics[key] - expected, (low, high))
-    return result_sentence(title, metrics[key], [gain])
+    expected, bounds = metrics[chance], metrics[f"{key}_ci"]
+    interval = bounds and tuple(bound - expected for bound in bounds)
+    points, reason = metrics[key] - expected, metrics.get(f"{key}_ci_none", "")
+    return result_sentence(
+        title, metrics[key], [Gain(f"chance ({expected:g} %)", points, interval, reason)]
+    )
 
 
 def search(pairs: PairFeatures, data: ImageData) -> dict[str, Any]:
-    """Return R@1, R@5 and R@10 in both directions with 95 % intervals, and R@1 of chance.
+    """Return R@1, R@5 and R@10 in both directions with 95 % intervals, and R@1 of chance: of both,
+    and the larger one, ``chance_r1``.
 
     The bootstrap resamples whole groups, including all captions of their images.
     """
@@ -117,8 +117,11 @@ def search(pairs: PairFeatures, data: ImageData) -> dict[str, Any]:
     of_texts = [of_images[i] for i in pairs.owner.tolist()]
     metrics: dict[str, Any] = {"pictures": len(pairs.images), "captions": len(pairs.texts)}
     for name, right in hits_at_k(pairs).items():
-        metrics |= _with_interval(name, right, of_images if name.startswith("image") else of_texts)
-    metrics["chance_r1"] = round(100 / len(pairs.images), 3)
+        groups = of_images if name.startswith("image") else of_texts
+        metrics |= proportion(right).entries(name, groups)
+    by_chance = {way: round(value, 3) for way, value in chance(pairs).items()}
+    metrics |= {f"{way}_chance_r1": value for way, value in by_chance.items()}
+    metrics["chance_r1"] = max(by_chance.values())
     return metrics
 
 
@@ -144,7 +147,7 @@ def write_examples(pairs: PairFeatures, data: ImageData, folder: Path) -> dict[s
             "id": pairs.ids[i], "picture": f"{folder.name}/{number}.png",
             "own": _cut(pairs.captions[caption]),
             "nearest": [_cut(pairs.captions[j]) for j in best],
-            "right": [int(pairs.owner[j]) == i for j in best],
+            "right": [pairs.is_caption(i, j) for j in best],
         })  # fmt: skip
     return {"pairs": rows, "cosines": [[round(x, 4) for x in row] for row in cosines.tolist()]}
 
@@ -198,10 +201,11 @@ def run(config: Config) -> dict:
         metrics["retrieval"], metrics["skipped"] = search(pairs, data), pairs.skipped
         metrics["n"] = len(pairs.images)
         metrics["summary"] = metrics.get("summary", []) + [
-            _above_chance(f"{title}, R@1", metrics["retrieval"], f"{way}_r1", "chance_r1")
+            _above_chance(f"{title}, R@1", metrics["retrieval"], f"{way}_r1", f"{way}_chance_r1")
             for way, title in WAYS.items()
         ]
-        metrics["examples"] = write_examples(pairs, data, folder / "examples")
+        with optional_output("the examples"):
+            metrics["examples"] = write_examples(pairs, data, folder / "examples")
     metrics |= {"seconds": round(time.perf_counter() - started, 1), **environment()}
     return finish_run(
         folder, metrics, lambda m: f"{table(m)}\nWritten: {folder / 'metrics.json'}",
@@ -215,8 +219,7 @@ def table(metrics: dict[str, Any]) -> str:
     def row(title: str, values: dict[str, Any], names: Sequence[str]) -> str:
         cells = []
         for name in names:
-            low, high = values[f"{name}_ci"]
-            cells.append(f"{values[name]:5.1f} % [{low:.1f}, {high:.1f}]".ljust(24))
+            cells.append(metric_text(values, name, width=5).ljust(24))
         return title.ljust(26) + "".join(cells)
 
     lines = []

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import torch
 from vim_ssl import VimEncoder, cli, save_encoder
 from vim_ssl.downstream import embed, slide
 from vim_ssl.evaluation.embeddings import Embedded, read_embeddings, write_shard
-from vim_ssl.tasks.slides import AttentionPool, DrawTiles, group_tiles
+from vim_ssl.tasks.slides import AttentionPool, DrawTiles, Slide, Slides, group_tiles
+from vim_ssl.utils.names import original
 
 
 @pytest.fixture
@@ -69,6 +71,16 @@ def test_attention_finds_the_telling_tiles(vectors, tmp_path, capsys):
     telling = [{int(name[:2]) % 20, int(name[:2]) % 20 + 1} for name in told]
     found = [max(weights[n], key=weights[n].get) in t for n, t in zip(told, telling, strict=True)]
     assert sum(found) >= 0.8 * len(found)
+
+
+def test_a_slides_name_that_is_not_utf_8_does_not_lose_the_attention(tmp_path):
+    name = os.fsdecode(b"caf\xe9,\n.svs")
+    one = Slide(name, torch.zeros(2, 3), torch.tensor([[0, 0], [64, 0]]), 0, name)
+    slide.write_attention(tmp_path / "a.csv", Slides([one], "x"), [torch.tensor([0.25, 0.75])])
+    with open(tmp_path / "a.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [original(row["id"]) for row in rows] == [name] * 2
+    assert [row["weight"] for row in rows] == ["0.250000", "0.750000"]
 
 
 def test_slides_hold_what_the_files_say(vectors):

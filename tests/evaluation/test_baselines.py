@@ -82,6 +82,6 @@ def test_the_record_and_the_sentence_have_paired_intervals():
     assert low < 50 < high
     (sentence,) = written["summary"]
     assert sentence.startswith(
-        "Top-1 accuracy 90.0 %: no measurable difference from same (95 % interval 0.0 to 0.0), "
+        "Top-1 accuracy 90.0 %: no measurable difference from same (95 % interval −8.8 to 8.8), "
         "40.0 points above constant ("
     )

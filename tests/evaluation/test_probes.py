@@ -349,3 +349,28 @@ def test_a_probe_while_training_leaves_several_labels_alone(grey_steps):
     whole.labels = [[1, 0]] * len(whole)
     figures = online_probe(make_encoder(), whole, "cpu", 0)()
     assert set(figures) == {"feature_std", "effective_rank"}
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_probe_while_training_measures_in_eval_mode_and_restores_the_mode(grey_steps, training):
+    """Stochastic depth would drop blocks of the encoder."""
+    data = open_data(grey_steps)
+    whole = data.subset(i for i, name in enumerate(data.ids) if name[2] not in "37")
+    torch.manual_seed(0)
+    encoder = make_encoder(drop_path_rate=0.9)
+    watch = online_probe(encoder.train(training), whole, "cpu", 0)
+    first = watch()
+    assert encoder.training == training
+    assert watch() == first
+    assert online_probe(encoder.eval(), whole, "cpu", 0)() == first
+
+
+def test_a_bank_of_one_image_is_its_answer_and_an_empty_one_refused():
+    bank, label = torch.tensor([[1.0, 2, 3]]), torch.tensor([2])
+    for standardise in (True, False):
+        found = knn_predict(bank, label, torch.randn(4, 3), k=1, standardise=standardise)
+        assert found.tolist() == [2] * 4
+    with pytest.raises(ValueError, match="bank of neighbours is empty"):
+        nearest(bank[:0], bank, k=1)
+    with pytest.raises(ValueError, match=r"without a label \(-1\)"):
+        knn_predict(bank, torch.tensor([-1]), bank, k=1)

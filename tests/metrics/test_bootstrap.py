@@ -4,8 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from vim_ssl.metrics.bootstrap import wilson_interval
-from vim_ssl.metrics.classification import accuracy, mean_average_precision
+from vim_ssl.metrics.bootstrap import Metric, wilson_interval
+from vim_ssl.metrics.classification import (
+    accuracy,
+    balanced_accuracy,
+    classification_metrics,
+    mean_average_precision,
+)
+from vim_ssl.metrics.medmnist import MULTI_CLASS, medmnist_metrics
+from vim_ssl.metrics.segmentation import SegmentationMetrics
+from vim_ssl.metrics.volumes import VolumeMetrics
 
 
 def ranking(n: int = 200, classes: int = 4, ties: bool = False):
@@ -62,9 +70,21 @@ def test_images_of_one_group_count_as_one():
     assert grouped[1] - grouped[0] > 4 * (plain[1] - plain[0])
 
 
-def test_of_a_single_group_the_images_are_drawn():
+def test_of_few_groups_there_is_no_interval():
+    """Ten images of one patient, or of four, say next to nothing of other patients."""
     figure = accuracy([i < 7 for i in range(10)], [True] * 10)
-    assert figure.interval(["one"] * 10) == figure.interval() == wilson_interval(70.0, 10)
+    for groups in (["one"] * 10, [str(i % 4) for i in range(10)]):
+        assert figure.estimate(groups) == (None, "fewer than 5 groups")
+    assert figure.interval([str(i % 5) for i in range(10)]) is not None
+
+
+def test_images_without_a_group_are_groups_of_their_own():
+    figure = accuracy([i < 7 for i in range(20)], [True] * 20)
+    for nothing in ("", None):
+        some = ["patient"] * 2 + [nothing] * 18
+        low, high = figure.interval(some)
+        assert (low, high) == figure.interval(["patient"] * 2 + [f"x{i}" for i in range(10, 28)])
+    assert figure.interval([None] * 20) == figure.interval()
 
 
 def test_a_difference_on_the_same_images_is_surer_than_two_intervals():
@@ -81,3 +101,118 @@ def test_the_same_seed_draws_the_same_interval():
     figure = mean_average_precision(*ranking())["macro"]
     assert figure.interval(seed=3) == figure.interval(seed=3)
     assert figure.interval(seed=3) != figure.interval(seed=4)
+
+
+@pytest.mark.parametrize("n", [100, 400])
+def test_a_bootstrap_covers_95_percent(n):
+    """Of a mean of 0 and 100 the standard error is 50 / √n; at 90 % it would be 1.645 of them."""
+    values = 100.0 * (np.arange(n) % 2)
+    low, high = Metric(lambda w: float(w @ values / w.sum()), n).interval()
+    assert (high - low) / 2 == pytest.approx(1.96 * 50 / n**0.5, rel=0.06)
+
+
+# ------------------------------------------------------------------------- never a point
+
+
+def classes_of(n: int, right: bool) -> dict:
+    labels = torch.arange(n) % 3
+    logits = torch.nn.functional.one_hot(labels if right else (labels + 1) % 3, 7).float()
+    return classification_metrics(logits, labels, "class")
+
+
+def ordinal_of(n: int, right: bool) -> dict:
+    labels = torch.arange(n) % 3
+    logits = (labels[:, None] > torch.arange(2)).float() - 0.5
+    return classification_metrics(logits if right else 0 * logits - 1, labels, "ordinal")
+
+
+def several_labels_of(n: int, right: bool) -> dict:
+    labels = torch.nn.functional.one_hot(torch.arange(n) % 3, 3)
+    logits = labels - 0.5 if right else 0.5 - labels
+    return classification_metrics(logits, labels, "multi-label")
+
+
+def masks_of(n: int, right: bool) -> dict:
+    scores, mask = SegmentationMetrics(["a", "b"]), np.eye(4, dtype=np.uint8)
+    for i in range(n):
+        scores.add(str(i), mask, mask if right else 1 - mask)
+    return scores.compute()
+
+
+def volumes_of(n: int, right: bool) -> dict:
+    scores, mask = VolumeMetrics(["none", "organ"]), np.eye(4, dtype=np.uint8)
+    for i in range(n):
+        plane = {"volume": str(i), "plane": 0, "planes": 1, "spacing": (1, 1, 1)}
+        scores.add(plane, mask, mask if right else 1 - mask)
+    return scores.compute()
+
+
+def medmnist_of(n: int, right: bool) -> dict:
+    truth = np.arange(n) % 3
+    scores = np.eye(3)[truth if right else (truth + 1) % 3]
+    return medmnist_metrics(truth, scores, MULTI_CLASS)
+
+
+@pytest.mark.parametrize("right", [True, False], ids=["right", "wrong"])
+@pytest.mark.parametrize("n", [1, 3, 5, 30])
+@pytest.mark.parametrize(
+    "figures", [classes_of, ordinal_of, several_labels_of, masks_of, volumes_of, medmnist_of]
+)
+def test_no_interval_is_a_point(figures, n, right):
+    found = figures(n, right)
+    intervals = [name for name in found if name.endswith("_ci")]
+    assert intervals
+    for name in intervals:
+        if found[name] is None:
+            assert found[f"{name}_none"]
+            continue
+        low, high = found[name]
+        assert low < high
+        assert low <= found[name.removesuffix("_ci")] <= high
+
+
+def test_one_reason_stands_beside_each_missing_interval():
+    found = classes_of(3, True)
+    assert found["top1_ci"] == wilson_interval(100, 3) == (43.85, 100)
+    assert found["balanced_accuracy_ci_none"] == "fewer than 5 images"
+    assert classes_of(30, True)["balanced_accuracy_ci_none"] == "the resamples have the same value"
+
+
+def test_groups_that_are_all_right_are_as_sure_as_their_number():
+    groups = [str(i // 8) for i in range(80)]
+    sure = accuracy([1] * 80, [1] * 80).interval(groups)
+    assert sure == wilson_interval(100, 10)
+    halves = accuracy([i % 2 for i in range(80)], [1] * 80)  # half of each group
+    assert halves.interval(groups) == wilson_interval(50, 10)
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(1, 1), (1, 0), (0, 1), (0, 0)])
+def test_a_difference_without_variation_is_that_of_tango(ours, theirs):
+    """statsmodels' and Tango's score interval; that of independent images, too, and of groups."""
+    n, z = 20, 1.96
+    gain = accuracy([ours] * n, [1] * n) - accuracy([theirs] * n, [1] * n)
+    half = 100 * z * z / (n + z * z)
+    value = 100 * (ours - theirs)
+    expected = (-half, half) if not value else sorted((value, value - np.sign(value) * 2 * half))
+    assert gain.interval() == pytest.approx(expected, abs=0.006)
+    wide = gain.interval([str(i // 2) for i in range(n)])
+    assert wide[1] - wide[0] > gain.interval()[1] - gain.interval()[0]
+    few = accuracy([ours] * 4, [1] * 4) - accuracy([theirs] * 4, [1] * 4)
+    assert few.estimate() == (None, "fewer than 5 images")
+
+
+def test_a_difference_too_small_for_two_decimals_is_rounded_outwards():
+    """As of one image in a million."""
+    right = np.arange(20) > 0
+    gain = Metric(lambda w: 1e-4 * float(w @ right / w.sum()) - 1e-4, 20)
+    low, high = gain.interval()
+    assert low < gain.value < high
+
+
+def test_an_undefined_metric_has_no_interval():
+    truth = np.zeros((6, 2), int)
+    found = mean_average_precision(np.random.default_rng(0).random((6, 2)), truth)["macro"]
+    assert found.entries("map") == {
+        "map": None, "map_ci": None, "map_ci_none": "the value is undefined"
+    }  # fmt: skip
+    assert balanced_accuracy(np.array([0, 1] * 3), np.array([0, 1, 1] * 2)).interval() is not None

@@ -7,6 +7,8 @@ from vim_ssl.data.sources.medmnist import BINARY, MULTI_CLASS, MULTI_LABEL
 from vim_ssl.metrics.medmnist import (
     ORDINAL,
     TASKS,
+    _checked,
+    _metrics,
     medmnist_accuracy,
     medmnist_auc,
     medmnist_metrics,
@@ -83,6 +85,24 @@ def test_a_volume_has_the_mean_score_of_its_planes():
     truth, volumes = np.array([0, 1, 0, 1, 1]), ["b", "a", "b", "a", "a"]
     found = medmnist_metrics(truth, planes, BINARY, volumes)
     wholes = np.array([[0.65, 0.35], [1.3 / 3, 1.7 / 3]])
-    assert found == medmnist_metrics(np.array([0, 1]), wholes, BINARY) == {"auc": 1.0, "acc": 1.0}
-    assert medmnist_metrics(truth, planes, BINARY) == {"auc": 0.75, "acc": 0.6}
-    assert medmnist_metrics(truth[:1], planes[:1], BINARY) == {"auc": None, "acc": 1.0}
+    assert found == medmnist_metrics(np.array([0, 1]), wholes, BINARY)
+    assert (found["auc"], found["acc"]) == (1.0, 1.0)
+    found = medmnist_metrics(truth, planes, BINARY)
+    assert (found["auc"], found["acc"]) == (0.75, 0.6)
+    found = medmnist_metrics(truth[:1], planes[:1], BINARY)
+    assert (found["auc"], found["acc"]) == (None, 1.0)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_area_over_weighted_samples_is_scikit_learns(task):
+    from sklearn.metrics import roc_auc_score
+
+    truth, scores = _checked(*case(task), task)
+    weights = np.random.default_rng(1).integers(0, 3, len(truth)).astype(float)
+    weights[:15] += 1  # so that every class has some
+    found = _metrics(truth, scores, task)["auc"].weighted(weights)
+    if task in (MULTI_CLASS, ORDINAL):
+        truth = truth[:, None] == np.arange(scores.shape[1])
+    columns = zip(truth.reshape(60, -1).T, scores.reshape(60, -1).T, strict=True)
+    areas = [roc_auc_score(*pair, sample_weight=weights) for pair in columns]
+    assert found == pytest.approx(100 * np.mean(areas), abs=1e-9)

@@ -63,9 +63,9 @@ def test_a_constant_prediction_is_measured_from_the_counts():
     counted, whole = scores(pairs).constant(1), scores([(t, np.ones_like(t)) for t, _ in pairs])
     assert counted.compute() == whole.compute()
     assert (counted.confusion == whole.confusion).all()
-    difference = scores(pairs).miou - counted.miou
-    low, high = scores(pairs).interval(difference)
-    assert 0 < low < difference.value < high
+    gain = scores(pairs).gain("one class", counted)
+    low, high = gain.interval
+    assert 0 < low < gain.points < high
 
 
 def test_it_is_not_the_mean_of_the_images():
@@ -91,6 +91,14 @@ def test_what_is_not_labelled_does_not_count():
         scores([(truth, truth * 0)]).compute()
     labelled = np.array([[0, 1]], np.uint8)
     assert scores([(truth, truth * 0), (labelled, labelled)]).compute()["miou"] == 100
+
+
+@pytest.mark.parametrize("value", [4, 254])
+def test_a_class_that_does_not_exist_is_named(value):
+    wrong, right = np.full((2, 2), value, np.uint8), np.zeros((2, 2), np.uint8)
+    for pair, what in (((wrong, right), "truth"), ((right, wrong), "prediction")):
+        with pytest.raises(ValueError, match=f"0.jpg: the {what} has .* {value}; expected 0 to 3"):
+            scores([pair])
 
 
 def test_sizes_must_agree():

@@ -89,8 +89,8 @@ EQUAL = Gain("chance", -0.3, (-1.02, 0.4))
                          "(0.5 to 3.5)."),
         ([EQUAL, ABOVE], ": no measurable difference from chance (95 % interval −1.0 to 0.4), 3.1 "
                          "points above raw pixels (1.0 to 5.2)."),
-        ([Gain("one class", 4.0)], ": 4.0 points above one class (too few groups for an "
-                                   "interval)."),
+        ([Gain("one class", 4.0)], ": 4.0 points above one class (no interval: too few "
+                                   "groups)."),
         ([], "; no baseline was evaluated."),
     ],
 )  # fmt: skip

@@ -61,7 +61,15 @@ def test_the_difference_to_the_first_run_is_paired(tmp_path: Path):
 
 def test_equal_predictions_make_no_difference(tmp_path: Path):
     page = text(compare_runs([make_run(tmp_path / name, WORSE) for name in "ab"]))
-    assert "+0.0 +0.0 to +0.0 paired on 200 images: no measurable difference" in page
+    assert "+0.0 −1.9 to +1.9 paired on 200 images: no measurable difference" in page
+
+
+def test_of_four_patients_no_interval_is_claimed(tmp_path: Path):
+    runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b")]
+    for run, right in zip(runs, (WORSE, BETTER), strict=True):
+        add_probe(run / "linear_probe", right, groups=[str(i // 50) for i in range(200)])
+    page = text(compare_runs(runs))
+    assert "+25.0 no interval: fewer than 5 groups" in page
 
 
 def test_groups_of_the_images_widen_the_interval(tmp_path: Path):

@@ -18,11 +18,23 @@ from vim_ssl.data.loading.indexed import EpochBatches, SeededSamples
 from vim_ssl.data.sources.eurosat import EUROSAT_CLASSES
 from vim_ssl.downstream import finetune
 from vim_ssl.evaluation.validation import BEST, Validation
-from vim_ssl.metrics.classification import classification_metrics, outputs, predicted, write_tables
+from vim_ssl.metrics.classification import (
+    MAIN_METRIC,
+    classification_metrics,
+    confusion_matrix,
+    outputs,
+    predicted,
+    write_tables,
+)
 from vim_ssl.metrics.medmnist import medmnist_accuracy, medmnist_auc
 from vim_ssl.objectives.classification import Classification, balanced_weights
 from vim_ssl.recipes import supervised_pretrain
-from vim_ssl.tasks.classification import ClassificationConfig, build_classifier, check_labels
+from vim_ssl.tasks.classification import (
+    ClassificationConfig,
+    build_classifier,
+    check_labels,
+    evaluate,
+)
 from vim_ssl.training.run import read_metrics
 
 SMALL = {"img_size": 28, "patch_size": 7, "in_chans": 1, "embed_dim": 16, "depth": 2}
@@ -281,6 +293,63 @@ def test_the_best_weights_are_those_taken(bands, tmp_path):
     watch()  # not better: one class for all
     watch.take_best()
     assert torch.equal(encoder.head.weight, kept)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_figures_are_measured_in_eval_mode(bands, tmp_path, training):
+    """Of validation and of the test; stochastic depth would drop blocks of the encoder."""
+    torch.manual_seed(0)
+    encoder = VimEncoder(**SMALL | {"depth": 4, "drop_path_rate": 0.9}, num_classes=4).eval()
+    data, transform = open_data(bands, split="test"), create_transform(encoder)
+    with torch.no_grad():
+        logits = encoder(torch.stack([transform(item["image"]) for item in data]))
+    expected = classification_metrics(logits, torch.tensor(data.labels), "class")
+    encoder.train(training)
+    watch = Validation(encoder, data, tmp_path, "class", keep_best=False, patience=0)
+    assert watch()["val_top1"] == expected["top1"]
+    assert encoder.training == training
+    found = evaluate(encoder, data, tmp_path, "class", data.classes)
+    assert found["confusion"] == expected["confusion"]
+    with open(tmp_path / "predictions.csv", encoding="utf-8") as file:
+        sure = [float(row["confidence"]) for row in csv.DictReader(file)]
+    assert sure == pytest.approx(logits.softmax(1).amax(1).tolist(), abs=1e-4)
+
+
+def test_the_result_is_written_although_a_table_or_the_page_fails(bands, tmp_path, monkeypatch):
+    def fail(*_args, **_options):
+        raise RuntimeError("no ink")
+
+    encoder = VimEncoder(**SMALL, num_classes=4).eval()
+    save_encoder(encoder, tmp_path / "encoder")
+    for what in ("classification.write_tables", "classification.write_examples",
+                 "runner.write_report"):  # fmt: skip
+        monkeypatch.setattr(f"vim_ssl.tasks.{what}", fail)
+    argv = ["--eval-only", "--encoder", str(tmp_path / "encoder"), "--data", str(bands)]
+    with (
+        pytest.warns(UserWarning, match="the worst mistakes could not be written"),
+        pytest.warns(UserWarning, match=r"predictions.csv .* could not be written .*no ink"),
+    ):
+        finetune.main([*argv, "--output", str(tmp_path / "out")])
+    assert json.loads((tmp_path / "out/metrics.json").read_text(encoding="utf-8"))["n"] == 32
+
+
+@pytest.mark.parametrize(
+    ("labels", "says"),
+    [([0, 1, -1], "from -1 to 1"), ([0, 1, 3], "from 0 to 3; expected 0 to 2"), ([], "0 labels")],
+)
+def test_labels_that_are_none_of_the_classes_are_refused(labels, says):
+    for targets, columns in (("class", 3), ("ordinal", 2)):
+        with pytest.raises(ValueError, match=says):
+            classification_metrics(torch.zeros(len(labels), columns), torch.tensor(labels), targets)
+
+
+def test_counts_do_not_overflow_and_half_precision_is_read():
+    labels = torch.full((300,), 40, dtype=torch.uint8)
+    assert confusion_matrix(labels, labels, 41)[40, 40] == 300
+    logits = torch.eye(3)[torch.arange(300) % 3].bfloat16()
+    for targets, truth in (("class", torch.arange(300) % 3), ("multi-label", logits.long())):
+        found = classification_metrics(logits, truth, targets)
+        assert found[MAIN_METRIC[targets]] == 100
 
 
 def test_an_encoder_with_a_head_is_judged_as_it_is(bands, tmp_path):

@@ -85,15 +85,14 @@ def classification_baselines(
 def compare_with(
     title: str, metric: Metric, baselines: dict[str, Metric], key: str, groups: Any, seed: int = 0
 ) -> dict[str, Any]:
-    """Return entries of metrics.json: ``baselines``, name -> ``key`` and its interval ``KEY_ci``,
-    and ``summary``, the sentence that compares ``metric`` with them.
+    """Return entries of metrics.json: ``baselines``, name -> the `Metric.entries` of ``key``, and
+    ``summary``, the sentence that compares ``metric`` with them.
 
     Args:
-        groups, seed: see `Metric.interval`.
+        groups, seed: see `Metric.estimate`.
     """
     rows, gains = {}, []
     for name, other in baselines.items():
-        rows[name] = {key: round(other.value, 2), f"{key}_ci": other.interval(groups, seed=seed)}
-        gain = metric - other
-        gains.append(Gain(name, gain.value, gain.interval(groups, seed=seed)))
+        rows[name] = other.entries(key, groups, seed=seed)
+        gains.append(Gain.of(name, metric - other, groups, seed=seed))
     return {"baselines": rows, "summary": [result_sentence(title, metric.value, gains)]}

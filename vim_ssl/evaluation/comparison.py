@@ -4,6 +4,7 @@
 differences and metrics.json.
 """
 
+import math
 import time
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -142,26 +143,25 @@ def differences(
 
     Args:
         metrics: name of the features -> key of the metric -> metric.
-        groups, seed: see `Metric.interval`.
-    Returns: a row for each of the others, with the gain in points and its interval ``KEY_ci``.
+        groups, seed: see `Metric.estimate`.
+    Returns: a row for each of the others, with the `Metric.entries` of the gain in points.
     """
     (first, base), *others = metrics.items()
     rows = []
     for other, theirs in others:
         row: dict[str, Any] = {"features": first, "over": other}
         for key in base:
-            gain = base[key] - theirs[key]
-            row[key] = round(gain.value, 2)
-            row[f"{key}_ci"] = gain.interval(groups, seed=seed)
+            row |= (base[key] - theirs[key]).entries(key, groups, seed=seed)
         rows.append(row)
     return rows
 
 
-def sentence(name: str, key: str, value: float, rows: Sequence[Mapping[str, Any]]) -> str:
+def sentence(name: str, key: str, value: float | None, rows: Sequence[Mapping[str, Any]]) -> str:
     """Say how the first features compare with the others, from rows of `differences`."""
     gains = [
-        Gain("the untrained encoder" if row["over"] == UNTRAINED else row["over"], row[key],
-             row[f"{key}_ci"])
+        Gain("the untrained encoder" if row["over"] == UNTRAINED else row["over"],
+             math.nan if row[key] is None else row[key], row[f"{key}_ci"],
+             row.get(f"{key}_ci_none", ""))
         for row in rows
     ]  # fmt: skip
     return result_sentence(name, value, gains)
@@ -184,12 +184,6 @@ def caption(metrics: Mapping[str, Any]) -> list[str]:
         named = "; ".join(skipped[:3]) + (" …" if len(skipped) > 3 else "")
         lines += [f"{plural(len(skipped), 'image')} could not be read: {named}"]
     return lines
-
-
-def cell(row: Mapping[str, Any], key: str) -> str:
-    """Format a metric with its interval."""
-    low, high = row[f"{key}_ci"]
-    return f"{row[key]:5.1f} % [{low:.1f}, {high:.1f}]"
 
 
 def settings_table(rows: Sequence[tuple[str, str, str, str]]) -> list[str]:

@@ -19,6 +19,7 @@ from vim_ssl.data.transforms.image import create_transform, denormalize
 from vim_ssl.evaluation.knn import nearest
 from vim_ssl.models.encoder import VimEncoder
 from vim_ssl.utils.files import atomic_write
+from vim_ssl.utils.numbers import REMEDY, require_finite
 
 SIDE = 128  # longer side of a stored image in pixels
 MISTAKES = 24
@@ -158,6 +159,7 @@ def principal_colours(maps: Tensor) -> tuple[np.ndarray, float]:
 
     Returns: uint8 (n, h, w, 3), and the share of the variance in these components, 0 to 1.
     """
+    require_finite(maps, "the patch features", REMEDY)
     n, d, h, w = maps.shape
     x = maps.permute(0, 2, 3, 1).reshape(-1, d).double()
     x = x - x.mean(0)

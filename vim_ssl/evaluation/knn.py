@@ -11,6 +11,7 @@ from vim_ssl.data.split import stratified_split
 from vim_ssl.evaluation.extract import Features
 from vim_ssl.metrics.bootstrap import Metric
 from vim_ssl.metrics.classification import answer_metrics
+from vim_ssl.utils.numbers import REMEDY, require_finite
 
 QUERIES, BANK = 1024, 2**16  # rows compared at a time: a quarter of a gigabyte
 K_GRID = (10, 20, 100, 200)  # numbers of neighbours to choose from, as in papers
@@ -90,7 +91,7 @@ def choose_neighbours(
                 x[rest], x[held_out], k=max(tried_k), standardise=way, device=device
             )
             for one, number in zip(candidates, tried_k, strict=True):
-                answers = knn_answers(
+                answers = knn_votes(
                     train.y[rest], similarity[:, :number], indices[:, :number],
                     temperature=temperature,
                 )  # fmt: skip
@@ -109,15 +110,15 @@ def evaluate_neighbours(
 ) -> tuple[Tensor, dict[str, Metric]]:
     """Classify the test images with the training images as bank.
 
-    Returns: the answers, see `knn_answers`, and their `answer_metrics`.
+    Returns: the answers, see `knn_answers`, and the `answer_metrics` of the votes.
     """
     columns = readouts[chosen.readout]
     similarity, indices = nearest(
         train.x[:, columns], test.x[:, columns], k=chosen.k, standardise=chosen.standardise,
         device=device,
     )  # fmt: skip
-    answers = knn_answers(train.y, similarity, indices, temperature=chosen.temperature)
-    return answers, answer_metrics(answers, test.y)
+    votes = knn_votes(train.y, similarity, indices, temperature=chosen.temperature)
+    return _answers(train.y, votes), answer_metrics(votes, test.y)
 
 
 def knn_predict(
@@ -154,9 +155,15 @@ def nearest(
         standardise: first standardise every feature with the bank's mean and standard deviation;
             otherwise a component common to all images makes every cosine nearly 1.
     Returns: see `search`.
+    Raises: ValueError for an empty bank, and for features that are not finite.
     """
+    if not len(bank):
+        raise ValueError("the bank of neighbours is empty; expected at least one image.")
+    require_finite(bank, "the features of the bank", REMEDY)
+    require_finite(queries, "the features of the queries", REMEDY)
     if standardise:
-        mean, std = bank.mean(0), bank.std(0) + 1e-6
+        # A single image has no deviation.
+        mean, std = bank.mean(0), bank.std(0, correction=min(1, len(bank) - 1)) + 1e-6
         bank, queries = (bank - mean) / std, (queries - mean) / std
     bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
     return search(bank, queries, k=k, device=device)
@@ -170,7 +177,10 @@ def search(
     At most `QUERIES` x `BANK` similarities are in memory at a time, so a million images fit.
 
     Returns: similarities and indices into the bank, (m, min(k, n)), most similar first, on the CPU.
+    Raises: ValueError for values that are not finite.
     """
+    require_finite(bank, "the features of the bank", REMEDY)
+    require_finite(queries, "the features of the queries", REMEDY)
     k = min(k, len(bank))
     results = []
     for query in queries.split(QUERIES):
@@ -193,7 +203,10 @@ def knn_answers(
 ) -> Tensor:
     """Return the predicted classes (m,), or with several labels per image their scores (m,
     classes): the votes of `knn_votes`, which has the same arguments."""
-    votes = knn_votes(labels, similarity, indices, temperature=temperature)
+    return _answers(labels, knn_votes(labels, similarity, indices, temperature=temperature))
+
+
+def _answers(labels: Tensor, votes: Tensor) -> Tensor:
     return votes.argmax(1) if labels.ndim == 1 else votes
 
 
@@ -209,6 +222,8 @@ def knn_votes(
     Returns: (m, classes).
     Reference: DINO's protocol, arXiv:2104.14294; k and temperature as in DINOv2.
     """
+    if labels.ndim == 1 and int(labels.min()) < 0:
+        raise ValueError("the bank has images without a label (-1); vote with labelled ones only.")
     weight = (similarity / temperature).softmax(1)
     if labels.ndim == 1:
         votes = weight.new_zeros(len(weight), int(labels.max()) + 1)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vim_ssl.data.loading.indexed import EpochBatches
 from vim_ssl.metrics.classification import answer_metrics
 from vim_ssl.training.optim import build_schedule
+from vim_ssl.utils.numbers import REMEDY, require_finite
 
 MANY = int(5e7)  # number of values from which a matrix product benefits from several threads
 LARGE = 100_000  # number of images above which scikit-learn takes hours
@@ -38,6 +39,7 @@ class LinearHead:
     def scores(self, x: Tensor | np.ndarray) -> Tensor:
         """Logits (n, k) of features (n, d)."""
         x = torch.as_tensor(x, dtype=self.weight.dtype)
+        require_finite(x, "the features", REMEDY)
         parts = ((part - self.mean) / self.std @ self.weight for part in x.split(CHUNK))
         return torch.cat([part + self.bias for part in parts])
 
@@ -84,9 +86,10 @@ def fit_logistic(
         x: (n, d).  y: (n,) labels, or (n, k) of 0 and 1.
         tol: tolerance of the gradient; a ten times larger one halves the time.
         start: a head fitted to the same data with another C; speeds up a sweep over ascending C.
-    Raises: ValueError if all labels are equal.
+    Raises: ValueError if all labels are equal, or a feature is not finite.
     """
     x, y = torch.as_tensor(x, dtype=torch.float32), torch.as_tensor(y)
+    require_finite(x, "the features", REMEDY)
     mean, std = (start.mean, start.std) if start else moments(x)
     classes = None
     if y.ndim == 1:
@@ -188,6 +191,7 @@ def fit_lars(
     """
     from timm.optim import create_optimizer_v2
 
+    require_finite(x, "the features", REMEDY)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     classes = None
     if y.ndim == 1:

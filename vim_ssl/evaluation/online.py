@@ -67,8 +67,8 @@ def online_probe(
         )
         encoder.train(training)
         metrics = {"feature_std": train.x.std(0, correction=0).mean().item()}
-        if not math.isfinite(metrics["feature_std"]):
-            return metrics
+        if not all(bool(split.x.isfinite().all()) for split in (train, *held_out)):
+            return {"feature_std": math.nan}  # training goes on, and the loss tells
         metrics["effective_rank"] = effective_rank(train.x[:, patches])
         for test in held_out:
             k = min(ONLINE_K, len(train.y))

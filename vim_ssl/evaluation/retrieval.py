@@ -1,6 +1,8 @@
 """Retrieve images by captions, and captions by images."""
 
+import unicodedata
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -9,7 +11,10 @@ from vim_ssl.data.images import BadImage
 from vim_ssl.data.loading.workers import Loader
 from vim_ssl.evaluation.extract import Readable, encode_batches
 from vim_ssl.evaluation.knn import search
+from vim_ssl.metrics.ranking import COSINE_TIE, ROWS, hit_chances
+from vim_ssl.models.tokenizers import clean
 from vim_ssl.objectives.clip import Clip
+from vim_ssl.utils.numbers import REMEDY, require_finite
 
 
 @dataclass
@@ -23,6 +28,25 @@ class PairFeatures:
     ids: list[str]
     captions: list[str]
     skipped: list[str]
+
+    @cached_property
+    def texts_of_images(self) -> tuple[Tensor, Tensor]:
+        """The number of each caption's text, (m,), equal for equal texts; and the different pairs
+        of such a number and an image, (2, p), sorted."""
+        numbers: dict[str, int] = {}
+        which = torch.tensor([numbers.setdefault(_plain(text), len(numbers))
+                              for text in self.captions], dtype=torch.int64)  # fmt: skip
+        return which, torch.stack([which, self.owner]).unique(dim=1)
+
+    def is_caption(self, image: int, caption: int) -> bool:
+        """Whether the image has a caption with this text."""
+        which, _ = self.texts_of_images
+        return bool((which[self.owner == image] == which[caption]).any())
+
+
+def _plain(text: str) -> str:
+    """A text without differences of case and spacing, which most tokenizers drop."""
+    return unicodedata.normalize("NFC", clean(text)).casefold()
 
 
 class _Pairs(Readable):
@@ -78,20 +102,60 @@ def nearest(queries: Tensor, keys: Tensor, k: int) -> Tensor:
 
 def hits_at_k(pairs: PairFeatures, ks: tuple[int, ...] = (1, 5, 10)) -> dict[str, Tensor]:
     """Return whether each query has a match among its k nearest, in both directions: (n,) and (m,)
-    bool.
+    float64, 0 or 1; in between if a match is as near as others (see `hit_chances`).
 
-    An image matches each of its captions. The keys are ``image_to_text_r1``, ``text_to_image_r1`` …
+    An image matches each of its captions, and every caption with the same text. The keys are
+    ``image_to_text_r1``, ``text_to_image_r1`` …
+
+    Raises: ValueError for features that are not finite.
     """
-    texts_of = pairs.owner[nearest(pairs.images, pairs.texts, max(ks))]  # (n, k), image indices
-    images_of = nearest(pairs.texts, pairs.images, max(ks))  # (m, k)
-    index = torch.arange(len(pairs.images))
-    ways = {
-        "image_to_text": texts_of == index[:, None],
-        "text_to_image": images_of == pairs.owner[:, None],
+    for what, features in (("images", pairs.images), ("captions", pairs.texts)):
+        require_finite(features, f"the features of the {what}", REMEDY)
+    which, (texts, images) = pairs.texts_of_images
+    of_images = _hits(pairs.images, pairs.texts, (images, texts), None, which, ks)
+    of_texts = _hits(pairs.texts, pairs.images, (texts, images), which, None, ks)
+    ways = {"image_to_text": of_images, "text_to_image": of_texts}
+    return {
+        f"{way}_r{k}": row for way, rows in ways.items() for k, row in zip(ks, rows, strict=True)
     }
-    return {f"{way}_r{k}": hits[:, :k].any(1) for way, hits in ways.items() for k in ks}
+
+
+def _hits(
+    queries: Tensor, keys: Tensor, matches: tuple[Tensor, Tensor], of_queries: Tensor | None,
+    of_keys: Tensor | None, ks: tuple[int, ...],
+) -> Tensor:  # fmt: skip
+    """`hit_chances` (len(ks), queries), some queries at a time.
+
+    Args:
+        matches: numbers of queries and keys that match, (p,) each.
+        of_queries, of_keys: the number of each query and key; None: its position.
+    """
+    of_queries = torch.arange(len(queries)) if of_queries is None else of_queries
+    of_keys = torch.arange(len(keys)) if of_keys is None else of_keys
+    step = max(ROWS // len(keys), 1)
+    found = []
+    for part, numbers in zip(queries.split(step), of_queries.split(step), strict=True):
+        known, row = numbers.unique(return_inverse=True)
+        ours = torch.isin(matches[0], known)
+        right = torch.zeros(len(known), int(of_keys.max()) + 1, dtype=torch.bool)
+        right[torch.searchsorted(known, matches[0][ours]), matches[1][ours]] = True
+        scores = (part @ keys.T).cpu()
+        found.append(hit_chances(scores, right[row][:, of_keys], ks, tolerance=COSINE_TIE))
+    return torch.cat(found, 1)
+
+
+def chance(pairs: PairFeatures) -> dict[str, float]:
+    """R@1 of random ranking in per cent: ``image_to_text`` and ``text_to_image``."""
+    which, (texts, _) = pairs.texts_of_images
+    captions_of = which.bincount()  # of each text
+    images_of = texts.bincount()
+    n, m = len(pairs.images), len(pairs.texts)
+    return {
+        "image_to_text": 100 * int(captions_of[texts].sum()) / (n * m),
+        "text_to_image": 100 * int(images_of[which].sum()) / (n * m),
+    }
 
 
 def recall(pairs: PairFeatures, ks: tuple[int, ...] = (1, 5, 10)) -> dict[str, float]:
-    """Recall at k: the percentage of queries for which `hits_at_k` is True."""
-    return {name: 100 * hits.double().mean().item() for name, hits in hits_at_k(pairs, ks).items()}
+    """Recall at k: the mean of `hits_at_k` over the queries, in per cent."""
+    return {name: 100 * hits.mean().item() for name, hits in hits_at_k(pairs, ks).items()}

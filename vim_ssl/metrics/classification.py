@@ -6,7 +6,7 @@ multi-label  (b, classes) of 0 and 1   the labels with logits above 0
 ordinal      (b,) int64, ordered       the number of logits above 0, out of classes - 1
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vim_ssl.metrics.bootstrap import Metric
+from vim_ssl.metrics.bootstrap import Groups, Metric
+from vim_ssl.metrics.ranking import top_k
+from vim_ssl.metrics.sentences import metric_text
 from vim_ssl.metrics.tables import per_class, write_csv
 from vim_ssl.metrics.titles import measured_on, shows_top5
+from vim_ssl.utils.numbers import require_finite
 
 TARGETS = ("class", "multi-label", "ordinal")
 MAIN_METRIC = {"class": "top1", "multi-label": "map_macro", "ordinal": "top1"}
@@ -54,7 +57,12 @@ def probabilities(logits: Tensor, targets: str) -> Tensor:
 
 def accuracy(predicted, truth) -> Metric:
     """Proportion of the images (n,) for which ``predicted`` equals ``truth``."""
-    right = 100.0 * (np.asarray(predicted) == np.asarray(truth))
+    return proportion(np.asarray(predicted) == np.asarray(truth))
+
+
+def proportion(right) -> Metric:
+    """Mean of ``right`` (n,), bool or between 0 and 1, such as `vim_ssl.metrics.ranking.top_k`."""
+    right = 100.0 * np.asarray(right, dtype=np.float64)
     return Metric(lambda weights: float(weights @ right / weights.sum()), len(right), True)
 
 
@@ -64,8 +72,12 @@ def mean_average_precision(scores, truth) -> dict[str, Metric]:
 
     Args:
         scores, truth: (n, classes); a higher score is more certain; truth is 0 or 1.
+    Raises: ValueError for scores that are not finite, or another shape of the truth.
     """
     scores, truth = np.asarray(scores), np.asarray(truth)
+    require_finite(scores, "the scores")
+    if scores.shape != truth.shape:
+        raise ValueError(f"scores have shape {scores.shape}, the truth {truth.shape}.")
     n, classes = truth.shape
     each = [_average_precision(scores[:, c], truth[:, c]) for c in range(classes)]
     pairs = _average_precision(scores.reshape(-1), truth.reshape(-1))
@@ -115,24 +127,29 @@ def balanced_accuracy(predicted: np.ndarray, truth: np.ndarray) -> Metric:
 
 
 def answer_metrics(answers, truth) -> dict[str, Metric]:
-    """``main``: the accuracy for labels (n,), or the macro mAP for scores (n, classes), which also
-    have ``micro``."""
+    """``main``: for single labels (n,) the accuracy of predicted labels (n,) or of scores (n,
+    classes); for several labels per image the macro mAP, which also has ``micro``.
+
+    Raises: ValueError for scores that are not finite.
+    """
     if np.ndim(truth) == 1:
-        return {"main": accuracy(answers, truth)}
+        if np.ndim(answers) == 1:
+            return {"main": accuracy(answers, truth)}
+        first = top_k(torch.as_tensor(answers), torch.as_tensor(truth), (1,))[0]
+        return {"main": proportion(first)}
     precision = mean_average_precision(answers, truth)
     return {"main": precision["macro"], "micro": precision["micro"]}
 
 
 def metric_columns(
-    metrics: dict[str, Metric], key: str, groups: Sequence[Hashable] | None, seed: int
+    metrics: dict[str, Metric], key: str, groups: Groups, seed: int
 ) -> dict[str, Any]:
-    """Return the columns of `answer_metrics` in a table: ``KEY`` and its interval ``KEY_ci``, for
-    several labels per image also ``KEY_micro`` and ``KEY_micro_ci``."""
+    """Return the columns of `answer_metrics` in a table: the `Metric.entries` of ``KEY``, for
+    several labels per image also those of ``KEY_micro``."""
     row: dict[str, Any] = {}
     for kind, metric in metrics.items():
         name = key if kind == "main" else f"{key}_{kind}"
-        row[name] = round(metric.value, 2)
-        row[f"{name}_ci"] = metric.interval(groups, seed=seed)
+        row |= metric.entries(name, groups, seed=seed)
     return row
 
 
@@ -144,40 +161,66 @@ def target_metrics(logits: Tensor, labels: Tensor, targets: str) -> dict[str, Me
         labels: (n,) int64, or (n, classes) of 0 and 1.
     Returns: ``top1``, ``top5`` (with at least six classes), ``balanced_accuracy`` and, for ordinal
         targets, ``mean_error`` in classes; for multi-label ``map_macro``, ``map_micro`` and
-        ``exact`` (all labels correct).
+        ``exact`` (all labels correct). Equal logits count as in random order.
+    Raises: ValueError for logits that are not finite, labels outside of the classes, or no image.
     """
+    check_answers(logits, labels, targets)
     guess = predicted(logits, targets)
     if targets == "multi-label":
-        precision = mean_average_precision(logits.numpy(), labels.numpy())
+        precision = mean_average_precision(logits.float().numpy(), labels.numpy())
         metrics = {f"map_{how}": metric for how, metric in precision.items()}
         return metrics | {"exact": accuracy((guess == labels).all(1), True)}
     metrics = {"top1": accuracy(guess, labels)}
-    if targets == "class" and logits.shape[1] > 5:
-        among_five = logits.topk(5, dim=1).indices == labels[:, None]
-        metrics["top5"] = accuracy(among_five.any(1), True)
+    if targets == "class":
+        first, five = top_k(logits, labels, (1, 5))
+        metrics["top1"] = proportion(first)
+        if logits.shape[1] > 5:
+            metrics["top5"] = proportion(five)
     if targets == "ordinal":
         error = (guess - labels).abs().double().numpy()
         metrics["mean_error"] = Metric(lambda w: float(w @ error / w.sum()), len(error))
     return metrics | {"balanced_accuracy": balanced_accuracy(guess.numpy(), labels.numpy())}
 
 
+def check_answers(logits: Tensor, labels: Tensor, targets: str) -> None:
+    """Raise ValueError unless there is an image, the logits are finite, and the labels are those of
+    their classes."""
+    if not len(labels) or len(logits) != len(labels):
+        raise ValueError(f"{len(logits)} predictions for {len(labels)} labels; expected one each.")
+    require_finite(logits, "the logits")
+    if targets == "multi-label":
+        return
+    classes = logits.shape[1] + (targets == "ordinal")
+    low, high = int(labels.min()), int(labels.max())
+    if not 0 <= low <= high < classes:
+        raise ValueError(
+            f"labels are from {low} to {high}; expected 0 to {classes - 1} for {classes} classes. "
+            "Images without a label (-1) cannot be evaluated."
+        )
+
+
 def rounded(metrics: dict[str, Metric]) -> dict[str, float]:
     """Return the values: percentages rounded to 0.01, ``mean_error`` to 0.0001."""
-    return {k: round(m.value, 4 if k == "mean_error" else 2) for k, m in metrics.items()}
+    return {name: round(metric.value, _digits(name)) for name, metric in metrics.items()}
+
+
+def _digits(name: str) -> int:
+    return 4 if name == "mean_error" else 2
 
 
 def classification_metrics(
-    logits: Tensor, labels: Tensor, targets: str, groups: Sequence[Hashable] | None = None
+    logits: Tensor, labels: Tensor, targets: str, groups: Groups = None
 ) -> dict[str, Any]:
-    """Evaluate predictions: return the values of `target_metrics`, their 95 % intervals ``NAME_ci``
-    and, for single labels, the ``confusion`` matrix (rows: truth, columns: prediction).
+    """Evaluate predictions: return the `Metric.entries` of `target_metrics` and, for single labels,
+    the ``confusion`` matrix (rows: truth, columns: prediction).
 
     Args:
-        groups: see `Metric.interval`.
+        groups: see `Metric.estimate`.
+    Raises: the errors of `target_metrics`.
     """
-    metrics = target_metrics(logits, labels, targets)
-    values: dict[str, Any] = rounded(metrics)
-    values |= {f"{name}_ci": metric.interval(groups) for name, metric in metrics.items()}
+    values: dict[str, Any] = {}
+    for name, metric in target_metrics(logits, labels, targets).items():
+        values |= metric.entries(name, groups, digits=_digits(name))
     if targets == "multi-label":
         return values
     classes = logits.shape[1] + (targets == "ordinal")
@@ -192,15 +235,14 @@ def confusion_matrix(labels: Tensor, predicted: Tensor, classes: int) -> np.ndar
         labels, predicted: (n,) int64.
     Returns: (classes, classes) int64.
     """
-    pairs = (labels * classes + predicted).numpy()
+    pairs = (labels.long() * classes + predicted.long()).numpy()
     return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
 
 
 def summary(metrics: dict[str, Any]) -> str:
     """One line of text: the metrics, the split and the number of its images, ``n``."""
     key, name = ("top1", "top-1") if "top1" in metrics else ("map_macro", "mAP")
-    low, high = metrics[f"{key}_ci"]
-    text = f"{name} {metrics[key]:.1f} % [{low:.1f}, {high:.1f}]"
+    text = f"{name} {metric_text(metrics, key)}"
     if "top5" in metrics and shows_top5(len(metrics["confusion"])):
         text += f", top-5 {metrics['top5']:.1f} %"
     for name in ("auc", "acc"):
@@ -211,7 +253,7 @@ def summary(metrics: dict[str, Any]) -> str:
 
 def write_tables(
     folder: Path, metrics: dict, logits: Tensor, labels: Tensor, ids: list[str],
-    classes: list[str], targets: str, groups: Sequence[Hashable] | None = None,
+    classes: list[str], targets: str, groups: Groups = None,
 ) -> None:  # fmt: skip
     """Write ``predictions.csv`` and, for single labels, ``classes.csv``.
 

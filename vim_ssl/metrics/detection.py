@@ -13,6 +13,7 @@ import numpy as np
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.sources.coco import ground_truth, mask_tools
 from vim_ssl.metrics.tables import class_table, write_csv
+from vim_ssl.utils.numbers import REMEDY, require_finite
 
 KINDS = {"box": "bbox", "mask": "segm"}  # our names, pycocotools' names
 # Positions in pycocotools' twelve statistics; "ap" is the mean over IoU 0.5 to 0.95.
@@ -39,7 +40,12 @@ class DetectionMetrics:
         self._by_class: dict[str, list[float]] = {}
 
     def add(self, index: int, detections: dict[str, np.ndarray]) -> None:
-        """Add the detections in image ``index``; see `Detection.predict`."""
+        """Add the detections in image ``index``; see `Detection.predict`.
+
+        Raises: ValueError for boxes or scores that are not finite.
+        """
+        for what in ("boxes", "scores"):
+            require_finite(detections[what], f"{self.data.ids[index]}: the {what}", REMEDY)
         self._evaluated.append(index)
         image, _ = self.data.annotated(index)
         for one in coco_results(detections, self.data.categories or [], "mask" in self.kinds):
@@ -85,7 +91,7 @@ class DetectionMetrics:
 
     def write(self, folder: Path) -> None:
         """Write ``results.json`` and ``classes.csv`` (one row per class)."""
-        (folder / "results.json").write_text(json.dumps(self.results))
+        (folder / "results.json").write_text(json.dumps(self.results), encoding="utf-8")
         rows = self.per_class()
         cells = [[str(v) if isinstance(v, float) else v for v in row.values()] for row in rows]
         write_csv(folder / "classes.csv", list(rows[0]), cells)

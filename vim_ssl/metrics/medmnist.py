@@ -5,11 +5,14 @@ published ones.
 """
 
 import warnings
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import numpy as np
 
 from vim_ssl.data.sources.medmnist import BINARY, MULTI_CLASS, MULTI_LABEL, ORDINAL
+from vim_ssl.metrics.bootstrap import Metric
+from vim_ssl.utils.numbers import require_finite
 
 TASKS = (BINARY, MULTI_CLASS, MULTI_LABEL, ORDINAL)
 
@@ -25,7 +28,8 @@ def medmnist_auc(truth: np.ndarray, scores: np.ndarray, task: str) -> float:
         scores: (n, classes); binary: also (n,).
         task: one of `TASKS`.
     Returns: the area; NaN if a class has no samples, or all samples.
-    Raises: ValueError for an unknown task, and for shapes that do not fit.
+    Raises: ValueError for an unknown task, shapes that do not fit, no sample, and scores that are
+        not finite.
     """
     from sklearn.metrics import roc_auc_score
 
@@ -51,12 +55,14 @@ def medmnist_accuracy(truth: np.ndarray, scores: np.ndarray, task: str) -> float
 
 def medmnist_metrics(
     truth: np.ndarray, scores: np.ndarray, task: str, groups: Sequence[Hashable] | None = None
-) -> dict[str, float | None]:
-    """``auc`` (None if undefined) and ``acc``, 0 to 1, rounded to 0.0001.
+) -> dict[str, Any]:
+    """``auc`` (None if undefined) and ``acc``, 0 to 1, rounded to 0.0001, with their 95 % intervals
+    ``auc_ci`` and ``acc_ci``; see `Metric.entries`.
 
     Args:
         truth, scores, task: see `medmnist_auc` and `medmnist_accuracy`.
         groups: the volume of each plane; scores are averaged over the planes of a volume.
+    Raises: the errors of `medmnist_auc`.
     """
     if groups is not None:
         _, first, volume = np.unique(np.asarray(groups), return_index=True, return_inverse=True)
@@ -68,7 +74,55 @@ def medmnist_metrics(
         warnings.simplefilter("ignore")  # scikit-learn warns about classes without samples
         area = medmnist_auc(truth, scores, task)
     right = medmnist_accuracy(truth, scores, task)
-    return {"auc": None if np.isnan(area) else round(area, 4), "acc": round(right, 4)}
+    metrics = _metrics(*_checked(truth, scores, task), task)
+    values = {"auc": None if np.isnan(area) else round(area, 4), "acc": round(right, 4)}
+    return _as_fractions(metrics) | values
+
+
+def _metrics(truth: np.ndarray, scores: np.ndarray, task: str) -> dict[str, Metric]:
+    """``auc`` and ``acc`` in per cent over weighted samples, from the output of `_checked`."""
+    n = len(truth)
+    if task in (BINARY, MULTI_LABEL):
+        right = truth == (scores > 0.5)
+    else:
+        right = truth == scores.argmax(1)
+        truth = truth[:, None] == np.arange(scores.shape[1])
+    areas = [
+        _area(*pair) for pair in zip(scores.reshape(n, -1).T, truth.reshape(n, -1).T, strict=True)
+    ]
+    each = right.reshape(n, -1).mean(1)
+    return {
+        "auc": Metric(lambda weights: 100 * float(np.mean([area(weights) for area in areas])), n),
+        "acc": Metric(lambda w: 100 * float(w @ each / w.sum()), n, share=True),
+    }
+
+
+def _area(scores: np.ndarray, positive: np.ndarray) -> Callable[[np.ndarray], float]:
+    """Return a function from weights (n,) to the area under the ROC curve, 0 to 1; NaN if a class
+    has no weight. Sorts only once; of two equal scores each is the higher one half of the time."""
+    order = np.argsort(scores, kind="stable")
+    starts = np.flatnonzero(np.append(True, np.diff(scores[order]) != 0))
+    positive = positive[order] > 0
+
+    def area(weights: np.ndarray) -> float:
+        weights = weights[order]
+        ours, theirs = (np.add.reduceat(weights * part, starts) for part in (positive, ~positive))
+        pairs = ours.sum() * theirs.sum()
+        below = np.cumsum(theirs) - theirs / 2
+        return float(ours @ below / pairs) if pairs else float("nan")
+
+    return area
+
+
+def _as_fractions(metrics: dict[str, Metric]) -> dict[str, Any]:
+    """The entries of metrics in per cent as 0 to 1."""
+    made: dict[str, Any] = {}
+    for name, metric in metrics.items():
+        entries = metric.entries(name)
+        if (bounds := entries[f"{name}_ci"]) is not None:
+            entries[f"{name}_ci"] = tuple(round(bound / 100, 4) for bound in bounds)
+        made |= entries
+    return made
 
 
 def _checked(truth: np.ndarray, scores: np.ndarray, task: str) -> tuple[np.ndarray, np.ndarray]:
@@ -85,4 +139,7 @@ def _checked(truth: np.ndarray, scores: np.ndarray, task: str) -> tuple[np.ndarr
     fits = (truth.ndim, scores.ndim) == dims and len(truth) == len(scores)
     if not fits or (task == MULTI_LABEL and truth.shape != scores.shape):
         raise ValueError(f"{shapes} do not fit the task {task!r}; expected one row per sample.")
+    if not len(truth):
+        raise ValueError("there are no samples; expected one or more.")
+    require_finite(scores, "the scores")
     return truth, scores

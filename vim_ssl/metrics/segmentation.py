@@ -5,7 +5,7 @@ means of metrics per image.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 
 from vim_ssl.data.labels import IGNORE
 from vim_ssl.metrics.bootstrap import Metric
+from vim_ssl.metrics.sentences import Gain
 from vim_ssl.metrics.tables import class_table, per_class, write_csv
 
 
@@ -40,14 +41,20 @@ class SegmentationMetrics:
             truth: (h, w), class indices, and 255 for pixels to ignore.
             guess: (h, w), predicted class indices.
             group: images of the same group are not independent samples.
-        Raises: ValueError if the sizes differ.
+        Raises: ValueError if the sizes differ, and for other class indices.
         """
         if truth.shape != guess.shape:
             raise ValueError(
                 f"{name}: the truth has shape {truth.shape}, the prediction {guess.shape}."
             )
         n, labelled = len(self.classes), truth != IGNORE
-        pairs = truth[labelled].astype(np.int64) * n + guess[labelled]
+        for what, values in (("truth", truth[labelled]), ("prediction", guess[labelled])):
+            if values.size and not 0 <= int(values.min()) <= int(values.max()) < n:
+                raise ValueError(
+                    f"{name}: the {what} has classes from {values.min()} to {values.max()}; "
+                    f"expected 0 to {n - 1}, and 255 in the truth for pixels to ignore."
+                )
+        pairs = truth[labelled].astype(np.int64) * n + guess[labelled].astype(np.int64)
         confusion = np.bincount(pairs, minlength=n * n).reshape(n, n)
         self.confusion += confusion
         counts = _counts(confusion)
@@ -58,35 +65,38 @@ class SegmentationMetrics:
         self._images.append((name, pixels, float(accuracy), mean_iou(counts)))
 
     def compute(self, seed: int = 0) -> dict[str, Any]:
-        """Compute, in per cent rounded to 0.01, ``miou``, ``aacc`` (pixel accuracy), ``macc`` (mean
-        recall of the classes), ``mdice``, and ``miou_ci``: the middle 95 % of 1,000 bootstrap
-        resamples of the images or groups, or None if there are fewer than five.
+        """Compute ``miou``, ``aacc`` (pixel accuracy), ``macc`` (mean recall of the classes) and
+        ``mdice``, with the `Metric.entries` over the images or groups.
 
         A class counts for mIoU and mDice if it occurs in the truth or a prediction, and for mAcc if
         it occurs in the truth.
         """
-        hits, truth, predicted = counts = _counts(self.confusion)
-        if not truth.sum():
+        if not self.confusion.sum():
             raise ValueError("the images have no labelled pixels; evaluation needs at least one.")
-        present, labelled = truth + predicted > 0, truth > 0
-        shares = {
-            "miou": mean_iou(counts),
-            "aacc": hits.sum() / truth.sum(),
-            "macc": (hits[labelled] / truth[labelled]).mean(),
-            "mdice": (2 * hits[present] / (truth + predicted)[present]).mean(),
-        }
-        values = {name: round(100 * float(share), 2) for name, share in shares.items()}
-        return values | {"miou_ci": self.interval(self.miou, seed)}
+        values: dict[str, Any] = {}
+        for name, metric in self.metrics().items():
+            values |= metric.entries(name, self._groups, seed=seed)
+        return values
+
+    def metrics(self) -> dict[str, Metric]:
+        """The metrics of `compute` over weighted images, in per cent."""
+        rows = np.stack(self._counts).reshape(len(self._counts), -1).astype(np.float64)
+
+        def metric(of_counts: Callable[[np.ndarray], float]) -> Metric:
+            return Metric(
+                lambda weights: 100 * of_counts((weights @ rows).reshape(3, -1)), len(rows)
+            )
+
+        parts = {"miou": mean_iou, "aacc": _accuracy, "macc": _mean_recall, "mdice": _mean_dice}
+        return {name: metric(of_counts) for name, of_counts in parts.items()}
 
     @property
     def miou(self) -> Metric:
-        """The mIoU over weighted images, in per cent."""
-        rows = np.stack(self._counts).reshape(len(self._counts), -1).astype(float)
-        return Metric(lambda weights: 100 * mean_iou((weights @ rows).reshape(3, -1)), len(rows))
+        return self.metrics()["miou"]
 
-    def interval(self, metric: Metric, seed: int = 0) -> list[float] | None:
-        """The 95 % interval of a metric of these images, by `Metric.group_interval`."""
-        return metric.group_interval(self._groups, seed)
+    def gain(self, over: str, other: "SegmentationMetrics", seed: int = 0) -> Gain:
+        """The gain in mIoU over other predictions of the same images."""
+        return Gain.of(over, self.miou - other.miou, self._groups, seed=seed)
 
     def constant(self, index: int) -> "SegmentationMetrics":
         """Return the metrics of predicting class ``index`` for every pixel of the same images."""
@@ -125,3 +135,21 @@ def mean_iou(counts: np.ndarray) -> float:
     union = truth + predicted - hits
     present = union > 0
     return float((hits[present] / union[present]).mean()) if present.any() else math.nan
+
+
+def _accuracy(counts: np.ndarray) -> float:
+    hits, truth, _ = counts
+    return float(hits.sum() / truth.sum()) if truth.sum() else math.nan
+
+
+def _mean_recall(counts: np.ndarray) -> float:
+    hits, truth, _ = counts
+    labelled = truth > 0
+    return float((hits[labelled] / truth[labelled]).mean()) if labelled.any() else math.nan
+
+
+def _mean_dice(counts: np.ndarray) -> float:
+    hits, truth, predicted = counts
+    present = truth + predicted > 0
+    shares = 2 * hits[present] / (truth + predicted)[present]
+    return float(shares.mean()) if present.any() else math.nan

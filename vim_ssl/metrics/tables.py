@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from vim_ssl.utils.files import atomic_path
+
 Row = dict[str, Any]
 
 
@@ -39,12 +41,16 @@ def per_class(confusion: np.ndarray, classes: Sequence[str]) -> list[Row]:
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence]) -> None:
-    """Write a table; floats get four decimals.
+    """Write a table in UTF-8; floats get four decimals.
 
-    Bytes of a file name that are not UTF-8 become backslash escapes, so that the table can always
-    be written.
+    Bytes of a file name that are not UTF-8 become backslash escapes, which
+    `vim_ssl.utils.names.original` reverses; names with commas, quotes or line breaks are quoted.
+    The file is replaced only once all rows are written.
     """
-    with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+    with (
+        atomic_path(path) as partial,
+        open(partial, "w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+    ):
         table = csv.writer(file)
         table.writerow(columns)
         table.writerows([f"{v:.4f}" if isinstance(v, float) else v for v in row] for row in rows)

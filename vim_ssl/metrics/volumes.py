@@ -71,18 +71,20 @@ class VolumeMetrics:
     def compute(self, seed: int = 0) -> dict[str, Any]:
         """Compute ``volumes`` (number of volumes), ``volume_dice`` in per cent and ``volume_hd95``
         in millimetres: for each class the mean over the volumes where it is defined, then the mean
-        over the classes; None if undefined. ``volume_dice_ci`` is the middle 95 % of 1,000
-        bootstrap resamples of the volumes or groups; None if there are fewer than five."""
+        over the classes; with the `Metric.entries` over the volumes or groups."""
         self.close()
         shape = len(self._rows), 2, len(self.classes) - 1
-        rows = np.array([row for *_, row in self._rows]).reshape(shape)
-        mean_dice, mean_distance = _mean(rows, np.ones(len(rows)))
-        metric = Metric(lambda weights: 100 * _mean(rows[:, :1], weights)[0], len(rows))
+        rows = np.array([row for *_, row in self._rows], dtype=np.float64).reshape(shape)
+        groups = [group for _, group, _ in self._rows]
+
+        def metric(row: int, scale: float) -> Metric:
+            part = rows[:, row : row + 1]
+            return Metric(lambda weights: scale * _mean(part, weights)[0], len(rows))
+
         return {
             "volumes": len(rows), "volumes_incomplete": self.incomplete,
-            "volume_dice": None if math.isnan(mean_dice) else round(100 * mean_dice, 2),
-            "volume_dice_ci": metric.group_interval([group for _, group, _ in self._rows], seed),
-            "volume_hd95": None if math.isnan(mean_distance) else round(mean_distance, 2),
+            **metric(0, 100).entries("volume_dice", groups, seed=seed),
+            **metric(1, 1).entries("volume_hd95", groups, seed=seed),
         }  # fmt: skip
 
     def write(self, folder: Path) -> None:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vim_ssl.utils.numbers import REMEDY, require_finite
 from vim_ssl.utils.tiling import starts
 
 MAX_VALUES = 2**27  # maximum logits in memory (0.5 GB of float32), for any image size
@@ -43,6 +44,7 @@ def label_pixels(
             the image is smaller than a window.
         dtype: dtype of the result.
     Returns: (height, width) on the image's device.
+    Raises: ValueError for logits that are not finite.
     """
     if not 0 < stride <= window:
         raise ValueError(f"stride {stride} is not between 1 and the window's {window} pixels.")
@@ -61,6 +63,7 @@ def label_pixels(
                 padded_logits, image, (top.first, top.stop), (left.first, left.stop),
                 classes, window, stride, batch_size,
             )  # fmt: skip
+            require_finite(sums, "the logits of the pixels", REMEDY)
             step = max(max_values // (8 * classes * len(column)), 1)  # rows resized at a time
             for first in range(row.start, row.stop, step):
                 rows_now = range(first, min(first + step, row.stop))

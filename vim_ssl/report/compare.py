@@ -164,7 +164,10 @@ def _difference(first: _Measured | None, other: _Measured) -> tuple[Score, str]:
         return plain, "no interval: the predictions are absent, or for other test images"
     ours, theirs, groups = pairs
     gain: Metric = ours - theirs
-    low, high = gain.interval(groups)
+    bounds, reason = gain.estimate(groups)
+    if bounds is None:
+        return Score(_signed(gain.value)), f"no interval: {reason}"
+    low, high = bounds
     verdict = "no measurable difference" if low <= 0 <= high else "the interval excludes 0"
     return Score(_signed(gain.value), f"{_signed(low)} to {_signed(high)}"), (
         f"paired on {gain.n:,} images: {verdict}"
@@ -194,7 +197,7 @@ def _paired(first: list[dict], other: list[dict]) -> tuple[Metric, Metric, list[
         for one in (table, reference)
     )
     groups = [row.get("group", "") for row in table.values()]
-    return ours, theirs, groups if all(groups) else None
+    return ours, theirs, groups if any(groups) else None
 
 
 # ---------------------------------------------------------------- settings

@@ -67,7 +67,7 @@ class Explained:
 
 
 def score(metrics: dict, key: str, unit: str = " %") -> Score:
-    """Format a metric and its 95 % interval."""
+    """Format a metric and its 95 % interval, or why there is none."""
     value: Any = metrics.get(key)
     ci: Any = metrics.get(f"{key}_ci")
     result = Score()
@@ -77,7 +77,13 @@ def score(metrics: dict, key: str, unit: str = " %") -> Score:
             digits = ".3f"
         result.text = f"{value:{digits}}{unit}"
     if isinstance(ci, list) and len(ci) == 2 and all(map(is_number, ci)):
-        result.interval = f"{ci[0]:.1f} – {ci[1]:.1f}"
+        bounds = ".1f" if unit else ".3f"
+        result.interval = f"{ci[0]:{bounds}} – {ci[1]:{bounds}}"
+        if ci[0] == ci[1]:  # of an earlier version
+            result.interval = "none (the resamples have the same value)"
+    elif ci is None and f"{key}_ci" in metrics and is_number(value):
+        why = metrics.get(f"{key}_ci_none")
+        result.interval = f"none ({why})" if isinstance(why, str) else "none"
     return result
 
 

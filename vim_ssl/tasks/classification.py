@@ -46,6 +46,7 @@ from vim_ssl.tasks.runner import Training, finish_run, train_run
 from vim_ssl.training.augmentation import AugmentationConfig, training_transform
 from vim_ssl.utils.config import opt, to_dict
 from vim_ssl.utils.environment import environment
+from vim_ssl.utils.files import optional_output
 
 
 @dataclass
@@ -301,14 +302,16 @@ def evaluate(
     answers = extract(encoder.eval(), data, create_transform(encoder), device=device, **loading)
     check_labels(data.name, answers.y, targets, classes)  # a stream's labels are known only now
     metrics = classification_metrics(answers.x, answers.y, targets, answers.groups)
-    write_tables(
-        folder, metrics, answers.x, answers.y, answers.ids, classes, targets, answers.groups
-    )
+    with optional_output("predictions.csv or classes.csv"):
+        write_tables(
+            folder, metrics, answers.x, answers.y, answers.ids, classes, targets, answers.groups
+        )
     if targets != "multi-label" and not data.is_stream:  # a stream has no access by id
         guess, likely = predicted(answers.x, targets), probabilities(answers.x, targets)
-        view = Viewer(data, encoder)
-        mistakes = worst_mistakes(view, answers.ids, answers.y, guess, likely, classes)
-        write_examples(folder, mistakes=mistakes)
+        with optional_output("the worst mistakes"):
+            view = Viewer(data, encoder)
+            mistakes = worst_mistakes(view, answers.ids, answers.y, guess, likely, classes)
+            write_examples(folder, mistakes=mistakes)
     if task := getattr(data, "task", None):
         scores = probabilities(answers.x, targets).numpy()
         metrics |= medmnist_metrics(answers.y.numpy(), scores, task, answers.groups)

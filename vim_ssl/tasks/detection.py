@@ -27,7 +27,9 @@ from vim_ssl.models.heads.rcnn import COARSEST
 from vim_ssl.objectives.base import StepOutput
 from vim_ssl.tasks.dense import DensePredictor, predictions
 from vim_ssl.utils.drawing import object_grid, overlay_objects
+from vim_ssl.utils.files import optional_output
 from vim_ssl.utils.names import did_you_mean
+from vim_ssl.utils.numbers import REMEDY, require_finite
 
 HEADS = ("cascade", "rcnn")
 FILE = "detection.safetensors"
@@ -102,6 +104,8 @@ class Detection(DensePredictor, nn.Module):
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
         """Return detections of `RCNN` in images (b, c, size, size), or in training its losses."""
         (last,) = self.encoder.forward_intermediates(images, 1, norm=True, intermediates_only=True)
+        if not self.training:  # torchvision drops boxes whose score is NaN without a word
+            require_finite(last, "the features", REMEDY)
         return self.detector(images, self.pyramid(last), targets)
 
     def forward(self, batch: dict[str, Any]) -> StepOutput:
@@ -214,8 +218,10 @@ def evaluate(model: Detection, data, folder: Path) -> tuple[dict[str, Any], Dete
             sure = {k: v[objects["scores"] >= MIN_SCORE] for k, v in objects.items()}
             rows.append((item["image"], item, sure))
     metrics = {"test": len(data) - len(skipped), **scores.compute(), "skipped": skipped}
-    scores.write(folder)
-    object_grid(rows, model.classes).save(folder / "predictions.png")
+    with optional_output("results.json or classes.csv"):
+        scores.write(folder)
+    with optional_output("predictions.png"):
+        object_grid(rows, model.classes).save(folder / "predictions.png")
     return metrics, scores
 
 

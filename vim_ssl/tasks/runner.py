@@ -21,7 +21,7 @@ from vim_ssl.training.config import TrainConfig
 from vim_ssl.training.loop import fit
 from vim_ssl.training.run import Run
 from vim_ssl.utils.environment import environment
-from vim_ssl.utils.files import atomic_write
+from vim_ssl.utils.files import atomic_write, optional_output
 from vim_ssl.utils.names import number, plural
 
 
@@ -170,13 +170,16 @@ def finish_run(
         folder.mkdir(parents=True, exist_ok=True)
         # Lone surrogates (from undecodable file names) become JSON escapes.
         atomic_write(folder / "metrics.json", text.encode("utf-8", "backslashreplace"))
-    print(summary(metrics))
+    with optional_output("the summary"):
+        print(summary(metrics))
     if run:
-        _draw_report(run)
+        with optional_output("report.html"):
+            _draw_report(run)
         encoder = shlex.quote(str(run.folder))
         print(f"Predict new data: vim-ssl predict --encoder {encoder} --data NEW_DATA")
     elif page and (page / "metrics.jsonl").exists():
-        print(f"Report: {write_report(page)}")
+        with optional_output("report.html"):
+            print(f"Report: {write_report(page)}")
     return metrics
 
 

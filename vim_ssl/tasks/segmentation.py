@@ -25,7 +25,7 @@ from vim_ssl.data.sources.geotiff import core_of, write_labels
 from vim_ssl.data.transforms.dense import DensePixels
 from vim_ssl.data.transforms.image import denormalize
 from vim_ssl.metrics.segmentation import SegmentationMetrics
-from vim_ssl.metrics.sentences import Gain, result_sentence
+from vim_ssl.metrics.sentences import result_sentence
 from vim_ssl.metrics.titles import RESULTS
 from vim_ssl.metrics.volumes import VolumeMetrics
 from vim_ssl.models.encoder import VimEncoder
@@ -34,6 +34,7 @@ from vim_ssl.models.sliding_window import label_pixels
 from vim_ssl.objectives.base import StepOutput
 from vim_ssl.tasks.dense import DensePredictor, predictions
 from vim_ssl.utils.drawing import class_colours, mask_grid
+from vim_ssl.utils.files import optional_output
 from vim_ssl.utils.names import did_you_mean
 
 HEADS = ("upernet", "linear")
@@ -237,14 +238,18 @@ def evaluate(model: Segmentation, data, folder: Path) -> tuple[dict[str, Any], S
             rows.append((model.displayed(item["image"]), item["mask"], guess))
     metrics = {
         "test": len(data) - len(skipped), **scores.compute(), "skipped": skipped,
-        "miou_ci_is": "middle 95 % of 1,000 bootstrap resamples of the images, or their groups",
+        "miou_ci_is": "middle 95 % of 1,000 bootstrap resamples of the images, or their groups; "
+        "none of fewer than five, or if the resamples do not differ",
     }  # fmt: skip
-    scores.write(folder)
     if volumes:
         metrics |= volumes.compute()
-        volumes.write(folder)
-    colours = class_colours(len(model.classes)).numpy()
-    mask_grid(rows, model.classes, colours).save(folder / "predictions.png")
+    with optional_output("the tables"):
+        scores.write(folder)
+        if volumes:
+            volumes.write(folder)
+    with optional_output("predictions.png"):
+        colours = class_colours(len(model.classes)).numpy()
+        mask_grid(rows, model.classes, colours).save(folder / "predictions.png")
     return metrics, scores
 
 
@@ -260,15 +265,14 @@ def most_frequent_class(train, classes: int) -> int:
 def compare(scores: SegmentationMetrics, train) -> dict[str, Any]:
     """Compare with the most frequent class of the training masks, predicted for every pixel.
 
-    Returns: entries of metrics.json: ``baselines``, name -> ``miou``, its interval and ``aacc``;
-        and ``summary``, the sentence that compares.
+    Returns: entries of metrics.json: ``baselines``, name -> ``miou`` and ``aacc`` with their
+        intervals; and ``summary``, the sentence that compares.
     """
     index = most_frequent_class(train, len(scores.classes))
     name = f"predicting {scores.classes[index]} everywhere"
     other = scores.constant(index)
-    values = {key: other.compute()[key] for key in ("miou", "miou_ci", "aacc")}
-    difference = scores.miou - other.miou
-    gain = Gain(name, difference.value, scores.interval(difference))
+    values = {key: value for key, value in other.compute().items() if key[:4] in ("miou", "aacc")}
+    gain = scores.gain(name, other)
     sentence = result_sentence(RESULTS["miou"].text, scores.miou.value, [gain])
     return {"baselines": {name: values}, "summary": [sentence]}
 
