@@ -26,6 +26,7 @@ SCRIPTS = (
     "long_video",
     "objectives",
     "presets",
+    "readers",
     "resume",
     "transfer",
     "slides",

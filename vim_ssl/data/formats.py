@@ -21,7 +21,7 @@ volume svslide vms vmu vrt vsi
 table h5 hdf hdf5 lmdb mat nc npy npz parquet tfrecord zarr
 archive 7z bz2 gz rar tar tar.gz tbz2 tgz txz xz zip zst
 """
-_KINDS = dict.fromkeys(EXTENSIONS, "plain") | {
+MEDIA = dict.fromkeys(EXTENSIONS, "plain") | {
     f".{ending}": kind
     for kind, *endings in map(str.split, _FORMATS.strip().splitlines())
     for ending in endings
@@ -45,7 +45,7 @@ _MAGIC = (
 def ending_of(name: str) -> str:
     """Return the ending of a file name in lower case, ".nii.gz" as one; `NO_EXTENSION` for none."""
     stem, ending = os.path.splitext(name.lower())
-    if ending == ".gz" and (double := os.path.splitext(stem)[1] + ending) in _KINDS:
+    if ending == ".gz" and (double := os.path.splitext(stem)[1] + ending) in MEDIA:
         return double
     return ending or NO_EXTENSION
 
@@ -65,7 +65,7 @@ def pass_over_others(
     for ending, count in others.items():
         names = examples.get(ending, ())
         paths = (os.path.join(root, name) for name in names) if root is not None else ()
-        if ending in _KINDS or any(map(_is_image, paths)):
+        if ending in MEDIA or any(map(_is_image, paths)):
             pass_over(ending if ending == NO_EXTENSION else ending[1:].upper(), count, names)
 
 
@@ -75,7 +75,7 @@ def explain(passed_over: PassedOver, reason: str) -> str:
     if names := list(map(printable, passed_over.examples.get(reason, ()))):
         line += f": {', '.join(names)}{' …' if passed_over[reason] > len(names) else ''}"
     if reason == NO_EXTENSION or reason == reason.upper():  # a format
-        line += f"; to use them, {_REMEDIES[_KINDS.get(f'.{reason.lower()}', '')]}"
+        line += f"; to use them, {_REMEDIES[MEDIA.get(f'.{reason.lower()}', '')]}"
     return f"{line}."
 
 
