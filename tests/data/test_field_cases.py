@@ -205,9 +205,6 @@ def label_names(data: ImageData) -> list[str]:
     return [data.classes[label] for label in data.labels]
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="the test labels are named by the training list"
-)
 def test_parquet_parts_that_order_their_classes_differently_keep_the_names(tmp_path):
     datasets = pytest.importorskip("datasets")
     for part, names, labels in (

@@ -35,6 +35,31 @@ def match_classes(names: Sequence[str], known: Sequence[str]) -> list[int]:
     return numbers
 
 
+def unite_classes(
+    lists: Sequence[Sequence[str]],
+) -> tuple[list[str], list[list[int]], list[str]]:
+    """Return the class names of all lists, each once, in the order of the first list that has them.
+
+    Returns: the names; for each list the number of each of its names; a remark if spellings differ.
+    """
+    known: list[str] = []
+    numbers, guessed = [], {}
+    for names in lists:
+        if list(names) == known:
+            numbers.append(list(range(len(known))))
+            continue
+        own = match_classes(names, known)
+        for i, name in enumerate(names):
+            if own[i] < 0:
+                known.append(name)
+                own[i] = len(known) - 1
+            elif class_key(name) != class_key(known[own[i]]):
+                guessed[name] = known[own[i]]
+        numbers.append(own)
+    few = [f"{name!r} as {known!r}" for name, known in list(guessed.items())[:LISTED]]
+    return known, numbers, [f"classes are read as others: {', '.join(few)}"] if few else []
+
+
 def with_classes(data: Any, classes: Sequence[str] | None, source: str) -> Any:
     """Return the data with labels, masks and boxes numbered by the classes of another source.
 

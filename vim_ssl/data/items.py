@@ -17,6 +17,7 @@ from vim_ssl.data.images import clean_image
 from vim_ssl.data.labels import IGNORE
 from vim_ssl.data.pixels import label_numbers
 from vim_ssl.data.sources.hub import check_bands_last
+from vim_ssl.data.values import MISSING, name_of, text_of
 from vim_ssl.utils.names import did_you_mean
 
 FIELDS = ("image", "label", "caption", "mask", "group", "id")
@@ -173,6 +174,8 @@ def as_label(label: Any) -> int | str | tuple[int, ...] | None:
     if label is None or isinstance(label, str):
         return label
     if not isinstance(label, int | tuple):
+        if text_of(label) in MISSING:  # NaN, and pandas' NA and NaT
+            return None
         raise ValueError(
             f"the label {label!r} is not a class number, a class name, or a row of 0 and 1."
         )
@@ -219,7 +222,7 @@ def read_row(items: Any, row: int) -> Row:
     result = Row(
         label=as_label(item.get("label")), caption=item.get("caption"),
         mask=None if mask is None else as_mask(mask),
-        group=None if group is None else str(group), id=None if id is None else str(id),
+        group=name_of(group), id=None if id is None else str(id),
     )  # fmt: skip
     if (image := item["image"]) is None:
         result.error = f"item {row}: it has no image"

@@ -8,7 +8,7 @@ fold("Golden_Retriever") == fold("golden retriever")              probably one c
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Collection, Hashable, Iterable
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from decimal import Decimal
 from typing import Any, TypeVar
 
@@ -28,9 +28,9 @@ def text_of(value: Any) -> str:
     """Return a value as text: without spaces and invisible signs at its ends, accents composed,
     whole numbers without a decimal point; "" for None and NaN."""
     value = value.item() if hasattr(value, "item") else value  # numpy and torch numbers
-    if value is None or value != value:
+    if value is None:
         return ""
-    if isinstance(value, float) and value.is_integer():
+    if isinstance(value, float) and not value % 1:  # nan % 1 and inf % 1 are nan, which is true
         return str(int(value))
     text = str(value)
     if text.isascii():
@@ -149,6 +149,14 @@ def number_labels(
     if max(labels, default=-1) < 0:
         return None, None, names.remarks
     return labels, names.classes, names.remarks
+
+
+def own_groups(values: Iterable[Any], ids: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the groups of a column, and the remarks of `Names`. An image without a group is its
+    own: the group has its id."""
+    values = list(values)
+    names = Names(values, "group")
+    return [names.name(v) or id for v, id in zip(values, ids, strict=True)], names.remarks
 
 
 def _listed(groups: list[list[str]], most: int = 3) -> str:

@@ -32,6 +32,7 @@ def table(rows: int = 4, **columns):
 
 
 TEXT, INTEGER = datasets.Value("string"), datasets.Value("int64")
+FLOAT = datasets.Value("float64")
 ANIMALS = datasets.ClassLabel(names=["cat", "dog"])
 
 
@@ -81,8 +82,9 @@ def test_splits(tmp_path):
     assert everything.labels == [0, 1, 1, 1, -1, -1]
     assert everything.ids[2:4] == ["validation/0", "validation/1"]
     assert everything[3]["image"].getpixel((0, 0)) == (1, 0, 0)
-    with pytest.raises(ValueError, match="no split 'dev'"):
-        open_data(spec, split="dev")
+    assert open_data(spec, split="dev").split == "validation"
+    with pytest.raises(ValueError, match="no split 'fold1'"):
+        open_data(spec, split="fold1")
 
 
 def test_columns_by_name(tmp_path):
@@ -318,3 +320,100 @@ def test_a_config_is_passed_on(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *args: asked.append(args) or table())
     assert len(open_data("hf:a/b:large")) == 4
     assert asked == [("a/b", "large")]
+
+
+# ------------------------------------------------------------------ classes by name
+
+
+def animals(names: str, labels: list[int]):
+    """A table whose classes have one letter each."""
+    return table(len(labels), label=(labels, datasets.ClassLabel(names=list(names))))
+
+
+def named(data) -> str:
+    """The class of each image, by name; "-" if it is unknown."""
+    return "".join(data.classes[label] if label >= 0 else "-" for label in data.labels)
+
+
+def saved_to_disk(folder, parts):
+    datasets.DatasetDict(parts).save_to_disk(folder / "saved")
+    return f"hf:{folder}/saved"
+
+
+def parquet(folder, parts):
+    for name, part in parts.items():
+        part.to_parquet(folder / f"{name}.parquet")
+    return f"parquet:{folder}"
+
+
+def folder_of_parquet(folder, parts):
+    return parquet(folder, parts).replace("parquet:", "hf:")
+
+
+@pytest.mark.parametrize("write", [saved_to_disk, parquet, folder_of_parquet])
+def test_splits_that_order_their_classes_differently_agree_by_name(tmp_path, write):
+    spec = write(tmp_path, {"train": animals("abc", [0, 1, 2]), "test": animals("cba", [0, 1, -1])})
+    train, test = open_data(spec), open_data(spec, split="test")
+    assert train.classes == test.classes == ["a", "b", "c"]
+    assert (named(train), named(test)) == ("abc", "cb-")
+    assert named(open_data(spec, split="all")) == "abccb-"
+
+
+@pytest.mark.parametrize("write", [saved_to_disk, parquet])
+def test_splits_with_more_or_fewer_classes_agree_by_name(tmp_path, write):
+    spec = write(tmp_path, {"train": animals("ab", [0, 1]), "test": animals("cxb", [0, 1, 2])})
+    assert open_data(spec, split="test").classes == ["a", "b", "c", "x"]
+    assert named(open_data(spec, split="test")) == "cxb"
+
+
+def test_files_of_one_split_that_order_their_classes_differently_agree_by_name(tmp_path):
+    parts = {"train-00000": animals("ab", [0, 1, 1]), "train-00001": animals("ba", [0, 1])}
+    spec = parquet(tmp_path, parts)
+    assert named(open_data(spec)) == "abbba"
+    stream = open_data(f"hf:{tmp_path}?streaming=true", streams=True)
+    records = [record for shard in range(2) for record in stream.records(shard)]
+    assert "".join(stream.classes[record["label"]] for record in records) == "abbba"
+
+
+def test_lists_of_classes_agree_by_name(tmp_path):
+    parts = {name: table(2, tags=([[0], [0, 1]], datasets.List(datasets.ClassLabel(names=names))))
+             for name, names in (("train", ["a", "b"]), ("test", ["b", "c"]))}  # fmt: skip
+    test = open_data(saved_to_disk(tmp_path, parts), split="test")
+    assert (test.classes, test.labels) == (["a", "b", "c"], [[0, 1, 0], [0, 1, 1]])
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "labels", "classes"),
+    [
+        (["a ", "a", "", "nan"], TEXT, [0, 0, -1, -1], ["a"]),
+        ([2.0, None, float("nan"), 10.0], FLOAT, [0, -1, -1, 1], ["2", "10"]),
+        (["1", "1.0", "2", None], TEXT, [0, 0, 1, -1], ["1", "2"]),
+        ([True, False, None, True], datasets.Value("bool"), [1, 0, -1, 1], ["False", "True"]),
+    ],
+)
+def test_missing_and_equal_labels_are_those_of_any_table(tmp_path, values, kind, labels, classes):
+    data = open_data(saved(tmp_path, table(y=(values, kind))) + "?label=y")
+    assert (data.labels, data.classes) == (labels, classes)
+
+
+def test_rows_without_a_group_are_groups_of_their_own(tmp_path):
+    data = table(who=(["p", None, "nan", " p"], TEXT), part=([0.5, 1.0, 1.0, 2.0], FLOAT))
+    spec = saved(tmp_path, data)
+    assert open_data(f"{spec}?group=who").groups == ["p", "train/1", "train/2", "p"]
+    with pytest.raises(ValueError, match=r"label=part: 0\.5 is not a class"):
+        open_data(f"{spec}?label=part")
+
+
+def test_a_damaged_table_is_named(tmp_path):
+    (tmp_path / "train.parquet").write_bytes(b"PAR1 no table PAR1")
+    (tmp_path / "test.parquet").write_bytes(b"PAR1 no table PAR1")
+    for scheme in ("parquet", "hf"):
+        with pytest.raises(ValueError, match=rf"{tmp_path}.* cannot be read as"):
+            open_data(f"{scheme}:{tmp_path}")
+
+
+def test_paths_with_backslashes_name_files(tmp_path):
+    (tmp_path / "pics").mkdir()
+    (tmp_path / "pics/0.png").write_bytes(png(7))
+    datasets.Dataset.from_dict({"image": ["pics\\0.png"]}).to_parquet(tmp_path / "a.parquet")
+    assert open_data(f"parquet:{tmp_path}/a.parquet")[0]["image"].getpixel((0, 0))[0] == 7

@@ -4,6 +4,7 @@ import pickle
 
 import datasets
 import numpy as np
+import pandas
 import pytest
 import torch
 from PIL import Image
@@ -163,6 +164,54 @@ def test_labels_of_all_kinds():
     assert opened(np.array([[1], [0], [1], [0]])).labels == [1, 0, 1, 0]  # as MedMNIST has them
     assert opened(["b", "a", "b", "a"], classes=["b", "a"]).labels == [0, 1, 0, 1]
     assert opened([None] * 4).labels is None
+
+
+@pytest.mark.parametrize(
+    ("labels", "numbers", "classes"),
+    [
+        ([1, 1.0, True, "1"], [0, 0, 0, 0], ["1"]),
+        (["2", 10, "10", 2.0], [0, 1, 1, 0], ["2", "10"]),
+        ([1.0, np.nan, None, float("nan")], [0, -1, -1, -1], ["1"]),
+        (np.array(["a", None, np.nan, "a "], dtype=object), [0, -1, -1, 0], ["a"]),
+        (pandas.Series([3, None, 5, pandas.NA], dtype="Int64"), [0, -1, 1, -1], ["3", "5"]),
+        (pandas.Series([3.0, np.nan, 5.0, 3.0]), [0, -1, 1, 0], ["3", "5"]),
+        (["a", "", "nan", "None"], [0, -1, -1, -1], ["a"]),
+    ],
+    ids=["one", "texts", "nan", "objects", "Int64", "floats", "missing"],
+)
+def test_labels_of_one_kind_are_one_class_and_missing_ones_unknown(labels, numbers, classes):
+    data = open_data(register_data({"image": COLOUR, "label": labels}))
+    assert (data.labels, data.classes) == (numbers, classes)
+
+
+def test_a_declared_class_may_have_the_name_of_a_missing_value():
+    labels = {"image": COLOUR, "label": ["None", "a", None, "a "], "classes": ["None", "a"]}
+    assert open_data(register_data(labels)).labels == [0, 1, -1, 1]
+
+
+def test_splits_that_order_their_classes_differently_agree_by_name():
+    def split(images, labels, classes):
+        return {"image": images, "label": labels, "classes": classes}
+
+    train, test = (COLOUR[:2], [0, 1], ["cat", "dog"]), (COLOUR[2:], [0, 1], ["dog", "cow"])
+    spec = register_data({"train": split(*train), "test": split(*test)})
+    assert open_data(spec, split="test").labels == [1, 2]
+    assert open_data(spec, split="all").classes == ["cat", "dog", "cow"]
+    masks = [GREY[:2] % 2, GREY[2:] % 2]
+    both = {
+        name: {"image": COLOUR[:2], "mask": mask, "classes": classes}
+        for name, mask, classes in zip(
+            ("train", "test"), masks, (["cat", "dog"], ["dog", "cat"]), strict=True
+        )
+    }
+    item = open_data(register_data(both), split="test")[0]
+    np.testing.assert_array_equal(item["mask"], 1 - masks[1][0])
+
+
+def test_images_without_a_group_are_groups_of_their_own():
+    groups = ["x", "", "nan", None]
+    data = open_data(register_data({"image": COLOUR, "group": groups}))
+    assert data.groups == ["x", "1", "2", "3"]
 
 
 def test_captions_groups_and_masks():

@@ -1,7 +1,7 @@
 """``hf:``: Hugging Face datasets: a name on the Hub, or a local folder that `datasets` reads."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,17 +9,19 @@ from typing import Any
 
 import numpy as np
 
+from vim_ssl.data.classes import unite_classes
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import BadImage
 from vim_ssl.data.loading.streamed import ImageStream, Shard
+from vim_ssl.data.paths import find_path
 from vim_ssl.data.registry import Splits, source
-from vim_ssl.data.sources.folder import sort_classes
+from vim_ssl.data.sources.hub_labels import Parts, listed_classes, parquet_parts, read_labels
 from vim_ssl.data.spec import DataSpec, pick_split
-from vim_ssl.data.split import is_known
 from vim_ssl.data.tables import find_column
+from vim_ssl.data.values import own_groups
+from vim_ssl.utils.files import reading
 
 _LABEL_NAMES = ("label", "labels", "fine_label")
-_LABEL_TYPES = ("int", "uint", "bool", "string", "large_string")
 _CAPTION_NAMES = ("caption", "captions", "text")
 _NO_IMAGE = "the table has no image in this row"
 
@@ -53,12 +55,16 @@ class TableImages(TableColumn):
 
     def __getitem__(self, row: int) -> str | bytes:
         image = _image(super().__getitem__(row), row)
-        return os.path.join(self.root, image) if isinstance(image, str) else image
+        return self._path(image) if isinstance(image, str) else image
 
     def paths(self, row: int) -> list[str]:
         """Return the file of a row if the column contains paths, else []."""
         name = super().__getitem__(row) if self.named else None
-        return [os.path.join(self.root, name)] if name else []
+        return [self._path(name)] if name else []
+
+    def _path(self, name: str) -> str:
+        odd = "\\" in name or name.startswith("~") or name.lower().startswith("file:")
+        return os.path.join(self.root, find_path(self.root, name)[0] if odd else name)
 
 
 class TableArrays(TableColumn):
@@ -85,24 +91,31 @@ def open_hub(spec: DataSpec) -> Splits:
     of lists of ClassLabel, which become rows of 0 and 1. Captions come from a column of strings or
     lists of strings named "caption", "captions" or "text". ``image= label= caption= group=`` select
     other columns. Any column of integers or strings can be the label; the classes are then its
-    sorted values in all splits. The ids are ``split/row``.
+    sorted values in all splits. Class names of splits, and of files, are matched by name. The ids
+    are ``split/row``.
 
     Raises: FileNotFoundError for a missing local path; ConnectionError if the Hub cannot be
         reached; ValueError for an unknown or gated name, and for columns that do not fit.
     """
-    return open_tables(_load(spec.location))
+    return open_tables(*_load(spec.location))
 
 
-def open_tables(tables: Mapping[str, Any], root: str = "") -> Splits:
+def open_tables(tables: Mapping[str, Any], parts: Parts | None = None, root: str = "") -> Splits:
     """Open `datasets` tables by split, as `open_hub` describes.
 
     Args:
+        parts: by split, the number of rows and the features of the files that its table was made
+            of, in order; by default each table is one part.
         root: folder that paths in the image column are relative to.
     """
-    return Splits(list(tables), lambda spec: _images_of(spec, tables, root))
+    own = {name: [(len(table), table.features)] for name, table in tables.items()}
+    for name, of_split in (parts or {}).items():
+        if name in tables and sum(rows for rows, _ in of_split) == len(tables[name]):
+            own[name] = list(of_split)
+    return Splits(list(tables), lambda spec: _images_of(spec, tables, own, root))
 
 
-def _images_of(spec: DataSpec, tables: Mapping[str, Any], root: str) -> ImageData:
+def _images_of(spec: DataSpec, tables: Mapping[str, Any], parts: Parts, root: str) -> ImageData:
     source = f"{spec.scheme}:{spec.location}"
     split = pick_split(spec.split, list(tables), source)
     chosen = list(tables) if split == "all" else [split]
@@ -115,24 +128,36 @@ def _images_of(spec: DataSpec, tables: Mapping[str, Any], root: str) -> ImageDat
     label = _label_column(spec.label, first.features, source)
     caption = _caption_column(spec.caption, first.features, source)
     group = find_column(spec.group, (), first.features, "group", source)
+    used = [column for column in (image, caption, group) if column]
+    for name in chosen:
+        if lacking := [column for column in used if column not in tables[name].features]:
+            raise ValueError(
+                f"{source}: the split {name!r} has no column {lacking[0]!r}, which {chosen[0]!r} "
+                "has; open the splits one by one."
+            )
 
     import datasets
 
     kind = first.features[image]
     if isinstance(kind, dict | datasets.Image):
         undecoded = datasets.Image(decode=False)
-        table = _join([tables[n].cast_column(image, undecoded) for n in chosen])
+        table = _join(
+            [tables[n].select_columns(used).cast_column(image, undecoded) for n in chosen]
+        )
     else:
-        table = _join([tables[n] for n in chosen])
+        table = _join([tables[n].select_columns(used) for n in chosen])
     arrays = _check_arrays(kind, f"{source}: image={image}")
-    labels = classes = None
+    labels = classes = groups = None
+    faults: list[str] = []
+    ids = [f"{name}/{row}" for name in chosen for row in range(len(tables[name]))]
     if label:
-        labels, classes = _labels(label, [tables[n] for n in chosen], tables.values())
+        labels, classes, faults = read_labels(label, chosen, tables, parts)
+    if group:
+        groups, remarks = own_groups(TableColumn(table, group).all(), ids)
+        faults = faults + remarks
     return ImageData(
-        TableArrays(table, image) if arrays else TableImages(table, image, root),
-        [f"{name}/{row}" for name in chosen for row in range(len(tables[name]))],
-        name=str(spec), labels=labels, classes=classes,
-        groups=[str(g) for g in TableColumn(table, group).all()] if group else None,
+        TableArrays(table, image) if arrays else TableImages(table, image, root), ids,
+        name=str(spec), labels=labels, classes=classes, groups=groups, faults=faults,
         captions=TableColumn(table, caption) if caption else None,
         bands=name_bands(kind.shape, kind.dtype) if arrays else None,
         dtype=kind.dtype if arrays else None, splits=list(tables), split=split,
@@ -149,6 +174,7 @@ class ParquetReader:
     image: str
     label: str | None
     caption: str | None
+    numbers: dict[str, list[int]]  # the numbers of the classes of each file
 
     def __call__(self, name: str) -> Iterator[dict[str, Any]]:
         import fsspec
@@ -167,7 +193,8 @@ class ParquetReader:
                     record["image"] = bad
                 if self.label:
                     label = values[self.label]
-                    record["label"] = -1 if label is None else int(label)
+                    known = label is not None and label >= 0
+                    record["label"] = self.numbers[name][label] if known else -1
                 if self.caption:
                     record["caption"] = values[self.caption]
                 yield record
@@ -227,6 +254,14 @@ def stream_hub(spec: DataSpec) -> ImageStream:
             f"{source}: label={label} is not of type ClassLabel, which a stream needs; remove "
             "streaming=true, or use label=none."
         )
+    numbers: dict[str, list[int]] = {}
+    faults: list[str] = []
+    if label and classes is not None:
+        own = {name: Features.from_arrow_schema(f.schema.to_arrow_schema()).get(label)
+               for name, f in footers.items()}  # fmt: skip
+        lists = [getattr(kind, "names", None) or classes for kind in own.values()]
+        classes, of_files, faults = unite_classes([classes, *lists])
+        numbers = dict(zip(own, of_files[1:], strict=True))
     begins = {}
     for s in chosen:
         row = 0
@@ -236,19 +271,24 @@ def stream_hub(spec: DataSpec) -> ImageStream:
     caption = _caption_column(spec.caption, features, source)
     shards = [Shard(name, f.num_rows, str(f.serialized_size)) for name, f in footers.items()]
     return ImageStream(
-        shards, ParquetReader(begins, image, label, caption), name=str(spec), classes=classes,
-        splits=list(files), split=split,
+        shards, ParquetReader(begins, image, label, caption, numbers), name=str(spec),
+        classes=classes, splits=list(files), split=split, faults=faults,
     )  # fmt: skip
 
 
-def _load(location: str) -> dict[str, Any]:
-    """Return the tables by split."""
-    loaded = _located(location, "load_dataset")
-    if isinstance(loaded, Path):
-        import datasets
+def _load(location: str) -> tuple[dict[str, Any], Parts]:
+    """Return the tables by split, and the parts of those that are local parquet files."""
+    import datasets
 
-        loaded = datasets.load_from_disk(loaded)
-    return by_split(loaded)
+    path = Path(location).expanduser()
+    with reading(location, "tables"):
+        loaded = _located(location, "load_dataset")
+        if isinstance(loaded, Path):
+            return by_split(datasets.load_from_disk(loaded)), {}
+    if not path.is_dir() or not any(path.rglob("*.parquet")):
+        return by_split(loaded), {}
+    files = datasets.load_dataset_builder(str(path)).config.data_files or {}
+    return by_split(loaded), parquet_parts({str(s): list(names) for s, names in files.items()})
 
 
 def by_split(loaded: Any) -> dict[str, Any]:
@@ -373,55 +413,10 @@ def _label_column(name: str | None, features: Any, source: str) -> str | None:
     if requested := find_column(name, (), features, "label", source):
         return requested
     names = [n for n, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
-    names = names or [n for n, kind in features.items() if _listed_classes(kind)]
+    names = names or [n for n, kind in features.items() if listed_classes(kind)]
     if len(names) == 1:
         return names[0]
     return next((n for n in _LABEL_NAMES if n in names), None)
-
-
-def _listed_classes(kind: Any) -> list[str] | None:
-    """Return the class names of a column of lists of ClassLabel."""
-    import datasets
-
-    inner = getattr(kind, "feature", None)
-    return inner.names if isinstance(inner, datasets.ClassLabel) else None
-
-
-def _row(numbers: list[int] | None, count: int) -> list[int]:
-    """Convert a list of classes to a row of 0 and 1, or a row of -1 if they are unknown."""
-    if numbers is None or min(numbers, default=0) < 0:
-        return [-1] * count
-    return [int(i in numbers) for i in range(count)]
-
-
-def _labels(
-    name: str, chosen: list[Any], tables: Iterable[Any]
-) -> tuple[list[Any] | None, list[str] | None]:
-    """Return the labels of the chosen tables and the class names; None for withheld labels."""
-    kind = chosen[0].features[name]
-    if listed := _listed_classes(kind):
-        rows = [_row(value, len(listed)) for t in chosen for value in TableColumn(t, name).all()]
-        return (rows, listed) if any(map(is_known, rows)) else (None, None)
-    names = getattr(kind, "names", None)
-    if names is None and not str(getattr(kind, "dtype", "")).startswith(_LABEL_TYPES):
-        raise ValueError(
-            f"label={name}: the column must contain integers, strings or lists of ClassLabel."
-        )
-    values = [value for table in chosen for value in TableColumn(table, name).all()]
-    if names is None:
-        return number_labels(values, (v for t in tables for v in TableColumn(t, name).all()))
-    labels = [-1 if value is None else int(value) for value in values]
-    return (labels, names) if max(labels) >= 0 else (None, None)
-
-
-def number_labels(
-    values: Iterable[Any], all_values: Iterable[Any]
-) -> tuple[list[int] | None, list[str] | None]:
-    """Number classes by the sorted values in all splits, as `_labels` returns them; None is
-    unknown."""
-    number = {value: i for i, value in enumerate(sort_classes(set(all_values) - {None}))}
-    labels = [number.get(value, -1) for value in values]
-    return (labels, [str(v) for v in number]) if max(labels, default=-1) >= 0 else (None, None)
 
 
 def _join(tables: list[Any]) -> Any:

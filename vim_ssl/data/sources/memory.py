@@ -19,14 +19,16 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import ConcatDataset, Dataset
 
+from vim_ssl.data.classes import unite_classes
 from vim_ssl.data.dataset import ImageData, RawImage
 from vim_ssl.data.images import BadImage
 from vim_ssl.data.items import Row, as_item, as_items, as_raw, hash_of, read_row
 from vim_ssl.data.labels import IGNORE, checked, classes_of
 from vim_ssl.data.registry import Splits, source
 from vim_ssl.data.sources.folder import check_option
-from vim_ssl.data.sources.hub import by_split, name_bands, number_labels, open_tables
+from vim_ssl.data.sources.hub import by_split, name_bands, open_tables
 from vim_ssl.data.spec import DataSpec, pick_split
+from vim_ssl.data.values import name_of, number_labels, number_of, text_of
 from vim_ssl.utils.names import did_you_mean
 
 REREAD = 8  # items of a torch data set that are read twice, to detect random transforms
@@ -184,7 +186,7 @@ class Memory:
     def __init__(self, splits: Mapping[str, Any]):
         self.items: dict[str, Any] = {}
         self.rows: dict[str, list[Row]] = {}
-        named: list[list[str]] = []
+        named: dict[str, list[str]] = {}
         for split, data in splits.items():
             items, classes = as_items(data)
             rows = [read_row(items, row) for row in range(len(items))]
@@ -193,10 +195,9 @@ class Memory:
             if isinstance(data, Dataset):
                 _check_repeatable(items, rows)
             self.items[split], self.rows[split] = items, rows
-            named += [] if classes is None else [classes]
-        if any(classes != named[0] for classes in named):
-            raise ValueError(f"the splits {', '.join(splits)} name different classes.")
-        self.classes = named[0] if named else None
+            if classes is not None:
+                named[split] = classes
+        self.classes = _unite(named, self.rows)
         self.digest = hash_of(
             repr(self.classes),
             *(f"{split} {row.hash()}" for split, rows in self.rows.items() for row in rows),
@@ -237,9 +238,10 @@ class Memory:
         rows = [row for name in chosen for row in self.rows[name]]
         ids = [id for name in chosen for id in self.ids[name]]
         labels, classes = None, self.mask_classes
+        faults: list[str] = []
         if spec.label is None and classes is None:
             every = [row.label for row in chain(*self.rows.values())]
-            labels, classes = _number([row.label for row in rows], every, self.classes)
+            labels, classes, faults = _number([row.label for row in rows], every, self.classes)
         groups, captions = [row.group for row in rows], [row.caption for row in rows]
         masks = ItemMasks([row.mask for row in rows], len(self.mask_classes or ()))
         shape, dtype = self.array or (None, None)
@@ -253,7 +255,7 @@ class Memory:
             captions=captions if any(captions) else None,
             masks=masks if self.mask_classes else None,
             bands=name_bands(shape, str(dtype)) if shape else None, dtype=dtype,
-            splits=splits, split=split, faults=self.faults,
+            splits=splits, split=split, faults=[*self.faults, *faults],
             source_fingerprint=hash_of(*(row.hash() for row in rows)),
         )  # fmt: skip
 
@@ -268,18 +270,40 @@ def _check_repeatable(items: Any, rows: Sequence[Row]) -> None:
             )
 
 
+def _unite(named: Mapping[str, list[str]], rows: Mapping[str, list[Row]]) -> list[str] | None:
+    """Return the classes that the splits name; number labels and masks of all splits by them."""
+    classes, numbers, _ = unite_classes(list(named.values()))
+    for split, own in zip(named, numbers, strict=True):
+        if own == list(range(len(classes))):
+            continue
+        table = np.arange(IGNORE + 1, dtype=np.uint8)
+        table[: len(own)] = own
+        for row in rows[split]:
+            if isinstance(row.label, int) and row.label < len(own):
+                row.label = own[row.label]
+            elif isinstance(row.label, tuple) and len(row.label) == len(own):
+                of = dict(zip(own, row.label, strict=True))
+                row.label = tuple(of.get(i, 0) for i in range(len(classes)))
+            if row.mask is not None:
+                row.mask = table[row.mask]
+    return classes or None
+
+
 def _number(
     labels: Sequence[Any], every: Sequence[Any], classes: list[str] | None
-) -> tuple[list[Any] | None, list[str] | None]:
-    """Return labels for `ImageData`, and the class names; None for unknown labels.
+) -> tuple[list[Any] | None, list[str] | None, list[str]]:
+    """Return labels for `ImageData`, the class names, and remarks; None for unknown labels.
 
     Args:
         every: labels of all splits.
         classes: names of the classes; by default the sorted labels of all splits.
     Raises: ValueError for labels of several kinds, or that are not among the classes.
     """
-    known = [label for label in every if label is not None]
+    known = [label for label in every if label is not None and _is_known(label, classes)]
     kinds = {type(label).__name__: label for label in known}
+    if set(kinds) == {"int", "str"} and all(number_of(str(label)) is not None for label in known):
+        kinds = {"int": known[0]}
+        labels, every, known = map(_as_numbers, (labels, every, known))
     if len(kinds) > 1:
         raise ValueError(
             f"labels have several kinds, such as {' and '.join(map(repr, kinds.values()))}."
@@ -288,12 +312,28 @@ def _number(
         widths = sorted({len(label) for label in known} | ({len(classes)} if classes else set()))
         if len(widths) > 1:
             raise ValueError(f"rows of labels and classes differ in number: {widths}.")
-        return [[-1] * widths[0] if row is None else list(row) for row in labels], classes
+        return [[-1] * widths[0] if row is None else list(row) for row in labels], classes, []
     if classes is None or not known:
-        return number_labels(labels, known)
-    number = {name: i for i, name in enumerate(classes)} if "str" in kinds else range(len(classes))
+        return number_labels(labels, every)
+    number = {name: i for i, name in enumerate(classes if "str" in kinds else range(len(classes)))}
     for label in known:
-        if label not in number:
+        if _in_classes(label, number) < 0:
             raise ValueError(f"the label {label!r} is not among the {len(classes)} classes. "
                              f"{did_you_mean(str(label), map(str, number))}")  # fmt: skip
-    return [-1 if label is None else number[label] for label in labels], classes
+    return [_in_classes(label, number) for label in labels], classes, []
+
+
+def _is_known(label: Any, classes: Sequence[str] | None) -> bool:
+    """Whether a label is not missing; a declared class may be called "None"."""
+    return not isinstance(label, str) or label in (classes or ()) or name_of(label) is not None
+
+
+def _in_classes(label: Any, number: Mapping[Any, int]) -> int:
+    """Return the number of a label, which may have spaces round it; -1 if it is missing."""
+    return number.get(label, number.get(text_of(label), -1))
+
+
+def _as_numbers(labels: Sequence[Any]) -> list[Any]:
+    """Convert labels that are written as numbers, such as "1", to whole numbers."""
+    numbers = [number_of(label) if isinstance(label, str) else label for label in labels]
+    return [n if n is None or n != int(n) else int(n) for n in numbers]

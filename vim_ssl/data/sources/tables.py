@@ -11,10 +11,11 @@ from vim_ssl.data.paths import TablePaths
 from vim_ssl.data.registry import Splits, source
 from vim_ssl.data.sources.folder import FileImages, split_views
 from vim_ssl.data.sources.hub import open_tables
+from vim_ssl.data.sources.hub_labels import parquet_parts, united_features
 from vim_ssl.data.sources.webdataset import expand
 from vim_ssl.data.spec import SPLIT_NAMES, DataSpec, canonical_split
 from vim_ssl.data.tables import Table, load_table
-from vim_ssl.data.values import Names, name_of, number_labels
+from vim_ssl.data.values import name_of, number_labels, own_groups
 
 PATH_NAMES = (
     "image", "path", "file_name", "filename", "file", "filepath", "image_path", "video",
@@ -100,13 +101,6 @@ def read_table(
     return split_views(data, split_of)
 
 
-def own_groups(values: Sequence[Any], ids: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the groups of a column, and the remarks of `Names`. An image without a group is its
-    own: the group has its id."""
-    names = Names(values, "group")
-    return [names.name(v) or id for v, id in zip(values, ids, strict=True)], names.remarks
-
-
 def _refuse_copies(
     source: str, texts: Sequence[str], paths: Sequence[str], lines: Sequence[int]
 ) -> None:
@@ -171,8 +165,9 @@ def open_parquet(spec: DataSpec) -> Splits:
         files[split].append(name)
     import datasets
 
-    tables = datasets.load_dataset("parquet", data_files=files)
-    return open_tables(tables, root=str(Path(names[0]).parent))
+    parts = parquet_parts(files)
+    tables = datasets.load_dataset("parquet", data_files=files, features=united_features(parts))
+    return open_tables(tables, parts, root=str(Path(names[0]).parent))
 
 
 def _split_order(name: str) -> tuple[int, str]:
