@@ -346,9 +346,6 @@ def write_volume(path: Path, values: np.ndarray) -> None:
     nibabel.save(nibabel.Nifti1Image(values, np.eye(4)), path)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=FileNotFoundError, reason="the set is refused: A_0001 has no mask"
-)
 def test_several_channels_of_nnunet_share_a_mask(tmp_path):
     for channel in range(2):
         values = draw(0, 9, (6, 6, 4), np.int16, seed=channel)

@@ -29,7 +29,7 @@ TILE = 2048  # side in pixels of the tiles of large rasters
 # values that it was trained with.
 READING = {
     "video": ("frames", "fps", "clips"), "slide": ("tile", "mpp", "shrink", "tissue"),
-    "geotiff": ("bands", "values"), "nifti": ("axis", "window"), "dicom": ("window",),
+    "geotiff": ("bands", "values"), "nifti": ("axis", "window", "channel"), "dicom": ("window",),
 }  # fmt: skip
 
 

@@ -79,8 +79,8 @@ def paired(
     lower: dict[str, str] | None = None
     mask_of: dict[str, str] = {}
     for name in names:
-        # nnU-Net names the first of several channels _0000.
-        keys = stem(name), name, stem(name).removesuffix("_0000")
+        # nnU-Net names channels _0000, _0001 …
+        keys = stem(name), name, re.sub(r"_\d{4}$", "", stem(name))
         mask = next((exact[key] for key in keys if key in exact), None)
         if mask is None:
             lower = lower or _by_key(masks, lambda name: loose(name).lower(), masks_folder)

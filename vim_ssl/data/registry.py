@@ -44,7 +44,7 @@ OPTIONS: dict[str, type] = {
     "split": str, "image": str, "label": str, "caption": str, "group": str, "axis": str,
     "window": str, "bands": str, "tile": int, "overlap": int, "mpp": float, "shrink": float,
     "tissue": str, "frames": int, "fps": float, "clips": int, "tones": str, "limit": int,
-    "streaming": bool, "values": str,
+    "streaming": bool, "values": str, "channel": str,
 }  # fmt: skip
 
 F = TypeVar("F", bound=Callable[..., Any])

@@ -31,6 +31,7 @@ class DataSpec:
         image, label, caption, group: columns (for "wds": file extensions) with these contents.
             ``label=none`` skips labels.
         axis: volumes: the axis (0, 1, 2) perpendicular to the planes.
+        channel: volumes: the channel of nnU-Net that is read, from 0.
         window: grey deeper than 8 bits: the values mapped to black and white, ``LOW,HIGH``, or
             percentiles, ``0.5%,99.5%``.
         bands: rasters: names or numbers of the bands, in order, ``B04,B03,B02``.
@@ -60,6 +61,7 @@ class DataSpec:
     caption: str | None = None
     group: str | None = None
     axis: str | None = None
+    channel: str | None = None
     window: str | None = None
     bands: str | None = None
     values: str | None = None

@@ -1,7 +1,9 @@
 """NIfTI volumes as planes: turned upright, windowed, one volume on one side."""
 
+import gzip
 import json
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import pytest
 nibabel = pytest.importorskip("nibabel", reason="needs pip install 'vim-ssl[medical]'")
 
 from vim_ssl.data import BadImage, labelled_splits, masked_splits, open_data  # noqa: E402
+from vim_ssl.data.sources.nifti import upright  # noqa: E402
 
 VOLUME = np.arange(3 * 4 * 5, dtype=np.int16).reshape(3, 4, 5)  # right, anterior, superior
 
@@ -21,7 +24,8 @@ def cache(tmp_path_factory, monkeypatch):
 
 def write(path, values=VOLUME, affine=None):
     path.parent.mkdir(parents=True, exist_ok=True)
-    nibabel.save(nibabel.Nifti1Image(values, np.eye(4) if affine is None else affine), path)
+    affine = np.eye(4) if affine is None else affine
+    nibabel.save(nibabel.Nifti1Image(values, affine, dtype=values.dtype), path)
     return path
 
 
@@ -231,3 +235,183 @@ def test_masks_that_do_not_fit_are_named(tmp_path):
     (tmp_path / "masks/good.nii").unlink()
     with pytest.raises(FileNotFoundError, match=r"1 of 4 images .* have no mask .*: good\.nii\.gz"):
         open_data(spec)
+
+
+# ------------------------------------------------------------------------- files of the field
+
+
+def channels(root, folder="imagesTr"):
+    """Two cases of three channels; the values say which."""
+    for case in ("A", "B"):
+        for number in range(3):
+            values = np.full((3, 4, 5), 50 * (number + 1), np.int16)
+            write(root / folder / f"{case}_{number:04}.nii.gz", values)
+
+
+@pytest.mark.parametrize(("query", "grey"), [("", 50), ("&channel=0", 50), ("&channel=2", 150)])
+def test_one_channel_of_a_case_is_read_with_its_mask(tmp_path, query, grey):
+    channels(tmp_path)
+    for case in ("A", "B"):
+        write(tmp_path / f"labelsTr/{case}.nii.gz", ORGAN)
+    data = open_data(f"nifti:{tmp_path}?window=0,255{query}")
+    assert (len(data), len(set(data.groups))) == (10, 2)
+    assert data.passed_over == {"of other channels": 4}
+    assert np.unique(np.asarray(data[7]["image"])).tolist() == [grey]
+    assert np.array_equal(data[7]["mask"], upright(ORGAN, 2, 2))
+
+
+def test_a_channel_that_no_volume_has_is_refused(tmp_path):
+    channels(tmp_path)
+    for case in ("A", "B"):
+        write(tmp_path / f"labelsTr/{case}.nii.gz", ORGAN)
+    with pytest.raises(ValueError, match=r"channel=7; there are the channels 0, 1, 2"):
+        open_data(f"nifti:{tmp_path}?channel=7")
+    with pytest.raises(ValueError, match="unsupported channel=first"):
+        open_data(f"nifti:{tmp_path}?channel=first")
+
+
+def test_channels_without_masks_are_reported_or_chosen(tmp_path):
+    channels(tmp_path, "imagesTs")
+    data = open_data(f"nifti:{tmp_path}/imagesTs")
+    assert len(data) == 30
+    assert "channels 0, 1, 2 of a case are read as separate volumes; channel=0" in data.faults[0]
+    data = open_data(f"nifti:{tmp_path}/imagesTs?channel=1&window=0,255")
+    assert (len(data), data.faults) == (10, [])
+    assert np.unique(np.asarray(data[0]["image"])).tolist() == [100]
+    for number in range(3):  # numbered patients are no channels
+        write(tmp_path / f"scans/p_{number:04}.nii")
+    assert open_data(f"nifti:{tmp_path}/scans").faults == []
+
+
+@pytest.mark.parametrize("name", ["A.NII.GZ", "A.Nii", "A.HDR", "a.hdr"])
+def test_endings_in_upper_case_and_pairs(tmp_path, name):
+    ending = name[1:].lower()
+    path = tmp_path / f"x{ending}"
+    kind = nibabel.Nifti1Pair if ending == ".hdr" else nibabel.Nifti1Image
+    nibabel.save(kind(VOLUME, np.eye(4)), path)
+    path.rename(tmp_path / name)
+    if ending == ".hdr":
+        (tmp_path / "x.img").rename(tmp_path / name.replace("hdr", "img").replace("HDR", "IMG"))
+    data = open_data(f"nifti:{tmp_path}?window=0,255")
+    assert (len(data), data.passed_over) == (5, {})
+    np.testing.assert_array_equal(np.asarray(data[1]["image"]), VOLUME[:, ::-1, 1].T)
+    assert data.paths(0)[0] == str(tmp_path / name)
+
+
+def test_compression_is_known_by_the_content(tmp_path):
+    content = nibabel.Nifti1Image(VOLUME, np.eye(4)).to_bytes()
+    (tmp_path / "a.nii").write_bytes(gzip.compress(content))
+    (tmp_path / "b.nii.gz").write_bytes(content)
+    one, other = np.split(np.stack(images(f"nifti:{tmp_path}?window=0,255")), 2)
+    np.testing.assert_array_equal(one, other)
+    np.testing.assert_array_equal(one[1], VOLUME[:, ::-1, 1].T)
+
+
+def test_a_pair_with_a_mask_that_is_a_pair(tmp_path):
+    for folder, values in (("images", VOLUME), ("masks", ORGAN)):
+        (tmp_path / folder).mkdir()
+        nibabel.save(nibabel.Nifti1Pair(values, np.eye(4)), tmp_path / folder / "a.hdr")
+    data = open_data(f"nifti:{tmp_path}")
+    assert np.array_equal(data[1]["mask"], upright(ORGAN, 1, 2))
+    before = data.fingerprint
+    (tmp_path / "images/a.img").write_bytes((tmp_path / "images/a.img").read_bytes() + b"more")
+    assert open_data(f"nifti:{tmp_path}").fingerprint != before
+
+
+def test_the_volumes_of_a_series_are_counted(tmp_path):
+    write(tmp_path / "a.nii", np.stack([VOLUME] * 4, -1))
+    write(tmp_path / "b.nii", np.zeros((3, 4, 5, 1, 3), np.float32) + VOLUME[..., None, None])
+    assert open_data(f"nifti:{tmp_path}").passed_over == {"further volumes of a series": 5}
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("slope", [0, np.nan, 2])
+def test_scales_and_byte_orders(tmp_path, order, slope):
+    """A slope of 0 or NaN means that values are not scaled."""
+    header = nibabel.Nifti1Header(endianness=order)
+    header.set_data_dtype(np.int16)
+    content = bytearray(nibabel.Nifti1Image(VOLUME, np.eye(4), header).to_bytes())
+    content[112:120] = np.array([slope, 5], f"{order}f4").tobytes()
+    (tmp_path / "a.nii").write_bytes(content)
+    expected = VOLUME * 2 + 5 if slope == 2 else VOLUME
+    np.testing.assert_array_equal(
+        images(f"nifti:{tmp_path}?window=0,255")[1], expected[:, ::-1, 1].T
+    )
+
+
+def test_values_that_are_not_finite_are_black(tmp_path):
+    values = VOLUME.astype(np.float32)
+    values[0, 0, 0], values[1, 0, 0], values[2, 0, 0] = np.nan, np.inf, -np.inf
+    write(tmp_path / "a.nii", values)
+    assert images(f"nifti:{tmp_path}?window=-10,100")[0][-1].tolist() == [0, 0, 0]
+    write(tmp_path / "b.nii", np.full((3, 4, 5), np.nan, np.float32))
+    with pytest.raises(BadImage, match=r"b\.nii/0000: .*none of its values is finite"):
+        open_data(f"nifti:{tmp_path}")[5]
+
+
+def colour_volume() -> np.ndarray:
+    return np.zeros((3, 4, 5), np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")]))
+
+
+@pytest.mark.parametrize(
+    ("values", "affine", "reason"),
+    [
+        (colour_volume(), None, "expected real numbers"),
+        (VOLUME.astype(np.complex64), None, "expected real numbers"),
+        (VOLUME[0], None, r"shape \(4, 5\) is not a volume"),
+    ],
+    ids=["RGB", "complex", "2D"],
+)
+def test_what_is_no_volume_of_grey_is_named(tmp_path, values, affine, reason):
+    write(tmp_path / "good.nii")
+    write(tmp_path / "odd.nii", values, affine)
+    data = open_data(f"nifti:{tmp_path}")
+    assert len(data) == 5
+    assert any(re.search(f"odd.nii cannot be read.*{reason}", fault) for fault in data.faults)
+
+
+def test_damaged_and_foreign_files_are_named(tmp_path):
+    write(tmp_path / "good.nii")
+    nibabel.save(nibabel.AnalyzeImage(VOLUME, np.eye(4)), tmp_path / "old.hdr")
+    draw = np.random.default_rng(0).integers(0, 2000, (30, 30, 30)).astype(np.int16)
+    content = write(tmp_path / "short.nii.gz", draw).read_bytes()
+    (tmp_path / "short.nii.gz").write_bytes(content[: len(content) // 2])
+    flat = bytearray(nibabel.Nifti1Image(VOLUME, np.eye(4)).to_bytes())
+    flat[280:328] = np.zeros(12, np.float32).tobytes()  # every axis has the size 0
+    (tmp_path / "flat.nii").write_bytes(flat)
+    data = open_data(f"nifti:{tmp_path}")
+    text = " ".join(data.faults)
+    assert re.search(r"old\.hdr cannot be read .*does not say which side is left", text)
+    assert re.search(r"flat\.nii cannot be read .*no direction or size", text)
+    with pytest.raises(BadImage, match=r"short\.nii\.gz/0000: the volume cannot be read"):
+        data[data.ids.index("short.nii.gz/0000")]
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        (ORGAN.astype(np.float64), ""),
+        (ORGAN.astype(np.int64), ""),
+        (ORGAN - np.float32(1e-4), ""),
+        (np.stack([ORGAN], -1), ""),
+        (np.stack([ORGAN == 0, ORGAN > 0], -1).astype(np.uint8), "its mask has 2 volumes"),
+    ],
+    ids=["float", "int64", "1.9999", "one-volume", "one-hot"],
+)
+def test_masks_of_other_types(tmp_path, values, reason):
+    pair(tmp_path, "good")
+    spec = pair(tmp_path, "odd", values)
+    data = open_data(spec)
+    if reason:
+        assert reason in " ".join(data.faults)
+    else:
+        assert data.faults == []
+        first = data.groups.index("odd.nii.gz")
+        assert np.array_equal(data[first]["mask"], data[0]["mask"])
+
+
+def test_a_dataset_json_with_a_byte_order_mark(tmp_path):
+    spec = pair(tmp_path)
+    labels = {"labels": {"0": "background", "1": "liver", "2": "cancer"}}
+    (tmp_path / "dataset.json").write_text("\ufeff" + json.dumps(labels), encoding="utf-8")
+    assert open_data(spec).classes == ["background", "liver", "cancer"]

@@ -194,10 +194,17 @@ def check_option(spec: DataSpec, option: str, values: Sequence[str]) -> None:
 
 
 def match_masks(
-    spec: DataSpec, what: str, endings: Sequence[str], strict: bool = False
+    spec: DataSpec,
+    what: str,
+    endings: Sequence[str],
+    strict: bool = False,
+    choose: Callable[[list[str], list[str] | None], list[str]] | None = None,
 ) -> tuple[Path, list[str], Path | None, dict[str, str]]:
     """Find the files that a spec names, as `match_files` does, and the mask of each.
 
+    Args:
+        choose: names of files, and of their masks (None without masks) → the names to read; also
+            called for the masks, with None.
     Returns: folder and names of the images; folder of the masks, and image name → mask name.
         Without `mask_folders`, or with ``label=``, the last two are None and {}.
     """
@@ -205,9 +212,11 @@ def match_masks(
     folders = mask_folders(spec.location) if spec.label != "folder" else None
     images = str(folders[0]) if folders else spec.location
     root, names = match_files(images, source, what, endings, strict)
+    choose = choose or (lambda names, masks: names)
     if not folders or spec.label:
-        return root, names, None, {}
-    _, masks = match_files(str(folders[1]), source, "mask", endings, strict)
+        return root, choose(names, None), None, {}
+    masks = choose(match_files(str(folders[1]), source, "mask", endings, strict)[1], None)
+    names = choose(names, masks)
     paired_masks = paired(names, masks, *folders, endings if strict else ())
     return root, names, folders[1], dict(zip(names, paired_masks, strict=True))
 
