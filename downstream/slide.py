@@ -13,6 +13,7 @@ report.html.
 """
 
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,7 @@ from vim_ssl.tasks.slides import (
     SlideObjective,
     Slides,
     check_alike,
+    copies,
     group_tiles,
     with_classes_of,
 )
@@ -99,6 +101,12 @@ def build_data(config: Config) -> tuple[Slides, Slides, int]:
     else:
         rest, held_out = stratified_split(train.labels, config.test, config.seed, train.groups)
         train, test = train.subset(rest), train.subset(held_out)
+        if same := copies(train, test):
+            warnings.warn(
+                f"{len(same)} held-out slides have the features of a training slide, such as "
+                f"{same[0][1]} those of {same[0][0]}: copies. Remove them, or give them one group.",
+                stacklevel=2,
+            )
     if len(set(train.labels)) < 2:
         raise ValueError(f"the training slides of {config.features} have only one class.")
     return train, test, max(train.labels + test.labels) + 1
@@ -106,12 +114,12 @@ def build_data(config: Config) -> tuple[Slides, Slides, int]:
 
 def check_apart(config: Config, train: Slides, test: Slides) -> None:
     """Raise ValueError if a slide or group is in both the training and the test slides."""
-    known = {slide.id: slide.x for slide in train.slides}
-    same = [s.id for s in test.slides if s.id in known and torch.equal(s.x, known[s.id])]
-    if same:
+    if same := copies(train, test):
+        there, here = same[0]
+        named = f" (named {there} there)" if there != here else ""
         raise ValueError(
             f"{len(same)} slides of {config.test_features} are also in {config.features}, such as "
-            f"{same[0]}; test on others."
+            f"{here}{named}; test on others."
         )
     # Without patients each slide is its own group, and equal names do not imply one patient.
     if both := {s.group for s in test.slides if s.group != s.id}.intersection(train.groups):

@@ -13,7 +13,14 @@ import torch
 from vim_ssl import VimEncoder, cli, save_encoder
 from vim_ssl.downstream import embed, slide
 from vim_ssl.evaluation.embeddings import Embedded, read_embeddings, write_shard
-from vim_ssl.tasks.slides import AttentionPool, DrawTiles, Slide, Slides, group_tiles
+from vim_ssl.tasks.slides import (
+    AttentionPool,
+    DrawTiles,
+    Slide,
+    SlideClassifier,
+    Slides,
+    group_tiles,
+)
 from vim_ssl.utils.names import original
 
 
@@ -165,6 +172,52 @@ def test_test_slides_have_the_classes_of_the_training_slides_by_name(vectors, tm
     config = slide.Config(features=str(vectors), test_features=str(tmp_path / "other"))
     train, test, _ = slide.build_data(config)
     assert (test.labels, test.made_of["classes"]) == ([1, 0], train.made_of["classes"])
+
+
+def embedded(folder: Path, slides: dict[str, torch.Tensor]) -> Path:
+    """Features of slides, a label for every second one."""
+    (folder / "shards").mkdir(parents=True)
+    (folder / "record.json").write_text('{"finished": true}')
+    ids = [f"{name}@{64 * i},0" for name, x in slides.items() for i in range(len(x))]
+    labels = [number % 2 for number, x in enumerate(slides.values()) for _ in x]
+    rows = torch.cat(list(slides.values()))
+    write_shard(
+        folder / "shards", Embedded("0", rows, ids, labels, [None] * len(ids)), format="npy"
+    )
+    return folder
+
+
+def test_a_copy_of_a_slide_is_found_whatever_its_name(tmp_path):
+    """Also in another order of the tiles, and with the rounding of another batch."""
+    torch.manual_seed(0)
+    slides = {f"{i}.tif": torch.randn(9, 8) for i in range(6)}
+    copy = slides["3.tif"].flip(0) + 1e-5 * torch.randn(9, 8)
+    one = embedded(tmp_path / "one", slides)
+    for name, others, says in (
+        ("copied", {"x.svs": torch.randn(9, 8), "y.svs": copy}, r"1 slides .* y\.svs \(named 3"),
+        ("apart", {"3.tif": torch.randn(9, 8), "y.svs": slides["3.tif"][:8]}, ""),
+    ):  # fmt: skip
+        other = embedded(tmp_path / name, others)
+        config = slide.Config(features=str(one), test_features=str(other))
+        if says:
+            with pytest.raises(ValueError, match=says):
+                slide.build_data(config)
+        else:
+            assert [len(split) for split in slide.build_data(config)[:2]] == [6, 2]
+    both = embedded(tmp_path / "both", slides | {f"copy of {n}": x for n, x in slides.items()})
+    with pytest.warns(UserWarning, match=r"held-out slides have the features of a training slide"):
+        slide.build_data(slide.Config(features=str(both), test=0.3))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_features_that_are_not_finite_are_refused(tmp_path, value):
+    slides = {f"{i}.tif": torch.randn(4, 8) for i in range(4)}
+    slides["2.tif"][1, 3] = value
+    folder = embedded(tmp_path / "x", slides)
+    with pytest.raises(ValueError, match=r"x: the features of 1 tiles are not finite.*2\.tif@64,0"):
+        slide.build_data(slide.Config(features=str(folder)))
+    with pytest.raises(ValueError, match="1 of a slide's features are not finite"):
+        SlideClassifier(["a", "b"], dim=8).predict(slides["2.tif"])
 
 
 def test_a_patients_slides_stay_together(vectors, tmp_path):

@@ -5,6 +5,7 @@ Reference: gated attention pooling, arXiv:1802.04712, equation 9.
 
 import os
 import warnings
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -30,6 +31,7 @@ from vim_ssl.utils.numbers import require_finite
 
 FILE = "slide.safetensors"
 FEATURES = ("weights", "readout", "transform")  # of `embed.py`; they determine the features
+SAME = 0.01  # distance of equal features, in units of their spread over the slides
 
 
 @dataclass
@@ -137,7 +139,8 @@ def group_tiles(tiles: Embedded, name: str, *, labelled: bool = True) -> Slides:
         tiles: embeddings of ``slide:`` data, whose ids contain the positions of tiles.
         name: name of the data in messages.
         labelled: skip slides without a label, with a warning.
-    Raises: ValueError for other ids, and for a slide whose tiles have several labels or groups.
+    Raises: ValueError for other ids, for features that are not finite, and for a slide whose tiles
+        have several labels or groups.
     """
     rows: dict[str, list[int]] = {}
     positions = []
@@ -150,6 +153,13 @@ def group_tiles(tiles: Embedded, name: str, *, labelled: bool = True) -> Slides:
             ) from None
         rows.setdefault(slide, []).append(row)
         positions.append((left, top))
+    finite = tiles.x.isfinite().all(1)
+    if not finite.all():
+        bad = [id for id, good in zip(tiles.ids, finite.tolist(), strict=True) if not good]
+        raise ValueError(
+            f"{name}: the features of {len(bad):,} tiles are not finite, such as those of "
+            f"{bad[0]}; embed them again, or without these slides."
+        )
     slides, unknown = [], []
     for slide, of_slide in sorted(rows.items()):
         labels, groups = ({of[row] for row in of_slide} for of in (tiles.labels, tiles.groups))
@@ -169,6 +179,32 @@ def group_tiles(tiles: Embedded, name: str, *, labelled: bool = True) -> Slides:
             stacklevel=2,
         )
     return Slides(slides, name, tiles.made_of)
+
+
+def copies(one: Slides, other: Slides) -> list[tuple[str, str]]:
+    """Return pairs of slides, one of each, with equal features, whatever their names.
+
+    Features are equal but for the rounding of another batch or device: the slides have as many
+    tiles, with the same mean and standard deviation.
+    """
+    of_size: dict[int, list[int]] = defaultdict(list)
+    for i, slide in enumerate(one.slides):
+        of_size[len(slide.x)].append(i)
+    if not one.slides or not other.slides:
+        return []
+    first, second = (torch.stack([_moments(s.x) for s in split.slides]) for split in (one, other))
+    spread = first.std(0, correction=0).clamp_min(first.abs().max() * 1e-4)
+    pairs = []
+    for j, slide in enumerate(other.slides):
+        rows = of_size.get(len(slide.x), [])
+        apart = ((first[rows] - second[j]).abs() / spread).amax(1) if rows else torch.ones(1)
+        if apart.min() < SAME:
+            pairs.append((one.slides[rows[int(apart.argmin())]].id, slide.id))
+    return pairs
+
+
+def _moments(x: Tensor) -> Tensor:
+    return torch.cat([x.double().mean(0), x.double().std(0, correction=0)])
 
 
 class DrawTiles:

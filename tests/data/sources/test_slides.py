@@ -124,6 +124,64 @@ def test_a_resolution_of_printing_is_no_magnification(tmp_path):
     assert len(open_data(f"slide:{path}?tile=64")) == len(PINK)
 
 
+def write_sizes(path: Path, x: float, y: float) -> Path:
+    """A slide whose header declares these pixel sizes, in micrometres."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tifffile.imwrite(path, slide(), tile=(32, 32), photometric="rgb",
+                     resolution=(1e4 / x, 1e4 / y), resolutionunit="CENTIMETER")  # fmt: skip
+    return path
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "says"),
+    [(0.5, 1.0, "0.5 x 1 micrometres, which are not square"),
+     (1e-4, 1e-4, r"declares pixels of 0\.0001 micro.*shrunk 5000 times")],
+)  # fmt: skip
+def test_pixel_sizes_that_cannot_be_meant_are_named(tmp_path, x, y, says):
+    path = write_sizes(tmp_path / "a.tif", x, y)
+    with pytest.raises(ValueError, match=says):
+        open_data(f"slide:{path}?tile=64&mpp=0.5")
+    assert len(open_data(f"slide:{path}?tile=64")) == len(PINK)
+
+
+@pytest.mark.parametrize("value", [None, "0", "nan", "inf", "-0.25", "unknown", ""])
+def test_a_pixel_size_that_is_none_counts_as_missing(tmp_path, value, monkeypatch):
+    tiffslide = pytest.importorskip("tiffslide")
+    path = write_sizes(tmp_path / "a.tif", 0.5, 0.5)
+    real = tiffslide.TiffSlide.properties.func
+    sizes = {f"tiffslide.mpp-{axis}": value for axis in "xy"}
+    monkeypatch.setattr(
+        tiffslide.TiffSlide, "properties", property(lambda self: {**real(self), **sizes})
+    )
+    assert len(open_data(f"slide:{path}?tile=64")) == len(PINK)
+    with pytest.raises(ValueError, match="does not declare its pixel size"):
+        open_data(f"slide:{path}?tile=64&mpp=0.5")
+
+
+def test_slides_of_several_resolutions_are_told(tmp_path):
+    write_sizes(tmp_path / "a.tif", 0.25, 0.25)
+    write_sizes(tmp_path / "b.tif", 0.252, 0.252)
+    assert open_data(f"slide:{tmp_path}?tile=64").faults == []
+    write_sizes(tmp_path / "c.tif", 0.5, 0.5)
+    (fault,) = open_data(f"slide:{tmp_path}?tile=64").faults
+    assert "pixels of 0.25 (a.tif) to 0.5 micrometres (c.tif)" in fault
+    assert open_data(f"slide:{tmp_path}?tile=64&mpp=0.5").faults == []
+
+
+def test_thumbnails_and_labels_beside_a_slide_are_counted(tmp_path):
+    write_tiff(tmp_path / "TCGA-A1.2b.uuid.tif")
+    write_tiff(tmp_path / "macro.tif")
+    pink = Image.new("RGB", (TILE, TILE), (255, 90, 120))
+    others = ["TCGA-A1.2b.uuid_thumbnail.jpg", "TCGA-A1.2b.uuid-label.png", "macro.png",
+              "TCGA-A1.2b.uuid_macro.tif", "TCGA-A1.2b.uuid.jpg"]  # fmt: skip
+    for name in [*others, "other_label.png"]:  # of no slide here: an image of its own
+        pink.save(tmp_path / name)
+    data = open_data(f"slide:{tmp_path}?tile={TILE}")
+    assert set(data.groups) == {"TCGA-A1.2b.uuid.tif", "macro.tif", "other_label.png"}
+    (count,) = data.passed_over.values()
+    assert count == len(others)
+
+
 def test_slides_have_classes_and_stay_together(folder):
     data = open_data(f"slide:{folder}?tile={TILE}")
     assert data.classes == ["normal", "tumour"]

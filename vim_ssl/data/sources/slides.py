@@ -8,6 +8,7 @@ in pieces, so that memory is bounded for a tile of any size.
 
 import math
 import os
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from PIL import Image
 
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import EXTENSIONS, BadImage, decode_image, most_pixels
+from vim_ssl.data.passed_over import pass_over
 from vim_ssl.data.registry import Splits, source
 from vim_ssl.data.sources.folder import FileImages, OnDisk, folder_splits
 from vim_ssl.data.sources.tables import read_table
@@ -35,7 +37,13 @@ COLOURS = ("MINISBLACK", "RGB", "YCBCR")  # tiffslide returns others, such as pa
 OVERVIEW = 16  # pixels across a tile, enough to detect tissue
 TILE, TISSUE = 256, 0.1
 PIECE = 2**26  # pixels read at once at most, 0.2 GB
-ENLARGED = 4  # times at most: a larger factor means that the file's pixel size is wrong
+# Larger factors mean that the file's pixel size is wrong.
+ENLARGED, SHRUNK = 4, 1000
+ALIKE = 1.1  # factor between two pixel sizes that count as equal
+# Endings of the names of images that scanners and viewers write beside a slide.
+BESIDE = re.compile(
+    r"[-_. ](thumb(nail)?|label|macro|map|overview|preview|mask|slide_?(label|thumbnail))s?$", re.I
+)
 
 
 @dataclass(frozen=True)
@@ -94,6 +102,7 @@ class _Plain:
     """A slide that is decoded completely."""
 
     mpp: float | None = None
+    mpp_y: float | None = None
     downsamples: Sequence[float] = (1.0,)
 
     def __init__(self, path: str):
@@ -115,8 +124,8 @@ class _Tiled:
         try:
             self.slide = tiffslide.TiffSlide(path)
             self.width, self.height = self.slide.dimensions
-            mpp = self.slide.properties.get("tiffslide.mpp-x")
-            self.mpp = float(mpp) if mpp else None
+            sizes = [self.slide.properties.get(f"tiffslide.mpp-{axis}") for axis in "xy"]
+            self.mpp, self.mpp_y = map(_micrometres, sizes)
             self.downsamples = self.slide.level_downsamples
             series = self.slide.properties.get("tiffslide.series-index", 0)
             page = self.slide.ts_tifffile.series[series].levels[0].pages[0]
@@ -148,6 +157,15 @@ class _Tiled:
         if values.dtype != np.uint8:
             raise BadImage(self.path, f"its pixels are {values.dtype}; expected uint8")
         return values[..., :3] if values.shape[2] >= 3 else np.repeat(values[..., :1], 3, axis=2)
+
+
+def _micrometres(value: Any) -> float | None:
+    """Return a declared pixel size; None for one that is missing or none."""
+    try:
+        size = float(str(value).replace(",", "."))
+    except ValueError:
+        return None
+    return size if 0 < size < math.inf else None
 
 
 def open_image(path: str) -> Any:
@@ -202,24 +220,38 @@ def tissue(path: str, side: int) -> np.ndarray:
 def _positions(
     path: str, changed: int, pixels: int, mpp: float | None, shrink: float, least: float | None
 ) -> Any:
-    """Return the side of a tile at full resolution, and (left, top) of each kept tile."""
+    """Return the side of a tile at full resolution, (left, top) of each kept tile, and the declared
+    pixel size in micrometres."""
     slide = open_image(path)
     side = max(round(pixels * shrink), 1)
     if mpp is not None:
-        if slide.mpp is None:
-            raise BadImage(path, "it does not declare its pixel size; remove mpp=")
-        if slide.mpp > ENLARGED * mpp:
-            raise BadImage(
-                path,
-                f"its header declares pixels of {slide.mpp:g} micrometres; at mpp={mpp:g} they "
-                f"would be enlarged {slide.mpp / mpp:.0f} times; remove mpp=",
-            )
+        _check_pixel_size(path, slide, mpp)
         side = max(round(pixels * mpp / slide.mpp), 1)
     if least is None:
         kept = np.ones((slide.height // side, slide.width // side), bool)
     else:
         kept = tissue(path, side) >= least
-    return side, [(int(x) * side, int(y) * side) for y, x in np.argwhere(kept)]
+    return side, [(int(x) * side, int(y) * side) for y, x in np.argwhere(kept)], slide.mpp
+
+
+def _check_pixel_size(path: str, slide: _Plain | _Tiled, mpp: float) -> None:
+    """Raise BadImage unless the declared pixel size can be meant."""
+    if slide.mpp is None:
+        raise BadImage(path, "it does not declare its pixel size; remove mpp=")
+    declared = f"its header declares pixels of {slide.mpp:g}"
+    if slide.mpp_y and not 1 / ALIKE < slide.mpp / slide.mpp_y < ALIKE:
+        raise BadImage(
+            path, f"{declared} x {slide.mpp_y:g} micrometres, which are not square; remove mpp="
+        )
+    for factor, most, verb in (
+        (slide.mpp / mpp, ENLARGED, "enlarged"), (mpp / slide.mpp, SHRUNK, "shrunk"),
+    ):  # fmt: skip
+        if factor > most:
+            raise BadImage(
+                path,
+                f"{declared} micrometres; at mpp={mpp:g} they would be {verb} {factor:.0f} times; "
+                "remove mpp=",
+            )
 
 
 @source(
@@ -251,18 +283,25 @@ def open_slide(spec: DataSpec) -> Splits:
         tiles: list[SlideTile] = []
         slide_of: list[int] = []
         faults: list[str] = []
+        sizes: dict[str, float] = {}
         for number, name in enumerate(slides.ids):
             path = os.path.join(root, name)
             try:
                 changed = os.stat(path).st_mtime_ns if os.path.exists(path) else 0
-                side, corners = _positions(path, changed, pixels, spec.mpp, spec.shrink or 1, least)
+                side, corners, mpp = _positions(
+                    path, changed, pixels, spec.mpp, spec.shrink or 1, least
+                )
             except BadImage as bad:
                 faults.append(f"{name} cannot be read ({bad.reason})")
                 continue
+            if mpp:
+                sizes[name] = mpp
             if not corners:
                 faults.append(f"{name} has no tile of {side} pixels with tissue")
             tiles += [SlideTile(name, left, top, side) for left, top in corners]
             slide_of += [number] * len(corners)
+        if spec.mpp is None:
+            faults += _several_sizes(sizes)
         if not tiles:
             raise ValueError(f"{spec}: none of {len(slides)} slides has a tile: {faults[0]}.")
         return ImageData(
@@ -277,7 +316,8 @@ def open_slide(spec: DataSpec) -> Splits:
 
 def _slides(spec: DataSpec) -> tuple[str, Splits]:
     """Return the root that names are relative to, and the slides with labels and splits."""
-    path = Path(spec.location).expanduser()
+    given = spec.location
+    path = Path(given).expanduser()
     if path.suffix.lower() in TABLES:
         spec.takes("tile", "mpp", "shrink", "tissue", "image", "label", "group")
         return str(path.parent), read_table(spec, ImageData, FileImages)
@@ -285,8 +325,34 @@ def _slides(spec: DataSpec) -> tuple[str, Splits]:
     if path.is_file():
         root, names = path.parent, [path.name]
     else:
-        root, names = path, find_files(path, spec.location, "slide", SLIDE_EXTENSIONS)
+        root, names = path, _without_thumbnails(find_files(path, given, "slide", SLIDE_EXTENSIONS))
     return str(root), folder_splits(root, names)
+
+
+def _without_thumbnails(names: list[str]) -> list[str]:
+    """Pass over images that belong to a slide beside them: its thumbnail, label or overview by
+    their names, and a plain image of its name."""
+    stems = {os.path.splitext(name)[0] for name in names}
+    tiled = {os.path.splitext(name)[0] for name in names if name.lower().endswith(TIFFS)}
+    kept, others = [], []
+    for name in names:
+        stem = os.path.splitext(name)[0]
+        base = BESIDE.sub("", stem)
+        copy = stem in tiled and not name.lower().endswith(TIFFS)
+        (others if copy or (base != stem and base in stems) else kept).append(name)
+    pass_over("thumbnails, labels and other images of a slide beside them", len(others), others)
+    return kept
+
+
+def _several_sizes(sizes: dict[str, float]) -> list[str]:
+    """Describe slides whose pixels have several sizes, in micrometres."""
+    if not sizes or max(sizes.values()) < ALIKE * min(sizes.values()):
+        return []
+    fine, coarse = (choose(sizes, key=sizes.__getitem__) for choose in (min, max))
+    return [
+        f"the slides have pixels of {sizes[fine]:g} ({fine}) to {sizes[coarse]:g} micrometres "
+        f"({coarse}), so that tiles differ in scale; mpp={sizes[coarse]:.2g} reads them alike"
+    ]
 
 
 def _least(spec: DataSpec) -> float | None:
