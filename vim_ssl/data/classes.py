@@ -229,9 +229,12 @@ class RenumberedObjects:
         self.objects, self.numbers = objects, np.asarray(numbers)
         self.outlines, self.images = objects.outlines, objects.images
         own = dict(zip(numbers, objects.categories, strict=True))
-        free = 1 + max(category["id"] for category in objects.categories)
+        ids = [category["id"] for category in objects.categories]
+        # Ids of classes that the file lacks; all ids of a file have one type.
+        free = [f"{max(ids)}/{i}" if isinstance(ids[0], str) else max(ids) + 1 + i
+                for i in range(len(classes))]  # fmt: skip
         self.categories = [
-            own.get(i) or {"id": free + i, "name": name} for i, name in enumerate(classes)
+            own.get(i) or {"id": free[i], "name": name} for i, name in enumerate(classes)
         ]
 
     def read(self, row: int, size: tuple[int, int]) -> dict[str, np.ndarray]:

@@ -459,6 +459,18 @@ def test_classes_of_two_files_are_matched_by_name(tmp_path):
     assert [a["category_id"] for a in both.annotated(1)[1]] == [6, 5]
 
 
+@pytest.mark.parametrize("ids", [(4, 9), ("four", "nine")], ids=["numbers", "texts"])
+def test_a_test_file_may_have_some_of_the_classes(tmp_path, ids):
+    put(tmp_path, content([image_entry(1)], [], [(1, "ape"), (2, "cat"), (3, "dog")]))
+    table = content([image_entry(2)], [thing(1, 2, ids[0])], [(ids[0], "dog"), (ids[1], "ape")])
+    _, test = boxed_splits(put(tmp_path, table, "val"), 0.2, 0)
+    assert test.classes == ["ape", "cat", "dog"]
+    assert test[0]["box_labels"].tolist() == [2]
+    found = [category["id"] for category in test.categories]
+    assert (found[0], found[2]) == (ids[1], ids[0])
+    assert len(set(found)) == len({type(one) for one in found}) + 2 == 3
+
+
 @pytest.mark.parametrize(
     ("categories", "words"),
     [

@@ -282,6 +282,17 @@ def test_what_is_not_shown_as_meant_is_told(folder, caplog):
     assert remark in check(f"video:{path}").remarks
 
 
+def test_interlaced_frames_are_told(folder):
+    path = folder / "interlaced.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg2video", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        stream.options = {"flags": "+ildct+ilme"}
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(frame_image(4), format="rgb24")))
+        container.mux(stream.encode())
+    assert "all: 1 images are interlaced: interlaced.mkv." in check(f"video:{path}").remarks
+
+
 def test_transparency_is_white_as_in_images(folder):
     path = folder / "clear.mov"
     values = np.zeros((32, 48, 4), np.uint8)

@@ -69,7 +69,8 @@ def open_coco(spec: DataSpec) -> Splits:
         chosen = {name: path for name, path in files.items() if split in ("all", name)}
         tables = [_read(str(path), path.stat().st_mtime_ns) for path in chosen.values()]
         tables = [with_categories(table, tables[0].categories) for table in tables]
-        names, faults = [], [fault for table in tables for fault in table.faults]
+        names: list[str] = []
+        faults = [fault for table in tables for fault in table.faults]
         missing: set[int] = set()
         for (name, path), table in zip(chosen.items(), tables, strict=True):
             listed = [image["file_name"] for image in table.images]
@@ -226,7 +227,7 @@ class _Folder:
         once = {given[i]: file for i, file in ends.items()}
         times = Counter(filter(None, [*found, *once.values()]))
         for i, file in ends.items():
-            found[i] = file if times[file] == 1 else None
+            found[i] = file if file and times[file] == 1 else None
         return found
 
 

@@ -334,7 +334,8 @@ def _without_thumbnails(names: list[str]) -> list[str]:
     their names, and a plain image of its name."""
     stems = {os.path.splitext(name)[0] for name in names}
     tiled = {os.path.splitext(name)[0] for name in names if name.lower().endswith(TIFFS)}
-    kept, others = [], []
+    kept: list[str] = []
+    others: list[str] = []
     for name in names:
         stem = os.path.splitext(name)[0]
         base = BESIDE.sub("", stem)

@@ -75,10 +75,11 @@ def open_video(spec: DataSpec) -> Splits:
         ValueError for a folder without videos.
     """
     location = Path(spec.location).expanduser()
+    faults: list[str] = []
     sampling = Sampling(spec.frames or Sampling.frames, spec.fps, spec.clips or Sampling.clips)
     if location.suffix.lower() in TABLES:
         spec.takes("frames", "fps", "clips", "image", "label", "caption", "group")
-        videos, faults = read_table(spec, VideoData, VideoFiles), []
+        videos = read_table(spec, VideoData, VideoFiles)
     else:
         spec.takes("frames", "fps", "clips", "label")
         videos, faults = _open_folder(spec, location)
@@ -86,7 +87,7 @@ def open_video(spec: DataSpec) -> Splits:
     def choose(spec: DataSpec) -> ImageData:
         data = videos.open(spec)
         data.sampling = sampling
-        data.faults += faults
+        data.faults = [*data.faults, *faults]
         first = str(data.raw(0)) if len(data) else ""
         if first and not os.path.isdir(first) and not first.lower().endswith(ANIMATIONS):
             import_av()
@@ -98,8 +99,9 @@ def open_video(spec: DataSpec) -> Splits:
 def _open_folder(spec: DataSpec, root: Path) -> tuple[Splits, list[str]]:
     """Return the videos of a folder, and their faults."""
     check_option(spec, "label", ("folder", "none"))
+    faults: list[str] = []
     if root.is_file():
-        root, names, faults = root.parent, [root.name], []
+        root, names = root.parent, [root.name]
     else:
         files = find_files(root, spec.location, "video or frame", VIDEO_EXTENSIONS + EXTENSIONS)
         names, faults = _videos(root, files)
