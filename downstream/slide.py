@@ -155,7 +155,9 @@ def run(config: Config) -> dict[str, Any]:
         folder = training.run.folder
         with optional_output("predictions.csv or attention.csv"):
             ids, names = [slide.id for slide in test.slides], [str(i) for i in range(classes)]
-            write_tables(folder, by_attention, logits, truth(test), ids, names, "class")
+            write_tables(
+                folder, by_attention, logits, truth(test), ids, names, "class", test.groups
+            )
             write_attention(folder / "attention.csv", test, weights)
         metrics = {
             "task": "slide", "features": config.features, "train": len(train), "test": len(test),

@@ -354,6 +354,7 @@ def test_an_embedding_that_is_not_finite_is_skipped_and_named(encoder_file, imag
     assert [text for shard in shards for text in shard.skipped if "not finite" in text] == [
         f"{name}: its embedding is not finite (NaN, infinity)" for name in ("a/00.png", "a/06.png")
     ]
+    (tmp_path / "shards").mkdir()
     write_shard(tmp_path / "shards", replace(shards[0], x=shards[0].x * float("nan")),
                 format="npy")  # fmt: skip
     (tmp_path / "record.json").write_text('{"finished": true}')

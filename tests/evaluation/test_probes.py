@@ -365,6 +365,17 @@ def test_a_probe_while_training_measures_in_eval_mode_and_restores_the_mode(grey
     assert online_probe(encoder.eval(), whole, "cpu", 0)() == first
 
 
+def test_a_validation_split_without_any_label_is_refused():
+    """Of several labels per image; its score would be NaN, and any setting the best."""
+    x, y = torch.randn(20, 3), torch.zeros(20, 2, dtype=torch.int64)
+    train = Features(x, y, [str(i) for i in range(20)], [])
+    says = "none of the 4 images of the validation split has a label"
+    with pytest.raises(ValueError, match=says):
+        choose_neighbours(train, {"all": slice(None)})
+    with pytest.raises(ValueError, match=says):
+        choose_readout(x[4:], y[4:] + 1, x[:4], y[:4], {"all": slice(None)})
+
+
 def test_a_bank_of_one_image_is_its_answer_and_an_empty_one_refused():
     bank, label = torch.tensor([[1.0, 2, 3]]), torch.tensor([2])
     for standardise in (True, False):

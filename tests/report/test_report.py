@@ -22,7 +22,7 @@ import vim_ssl
 from vim_ssl import load_encoder, save_encoder
 from vim_ssl.cli import main as cli_main
 from vim_ssl.evaluation.examples import write_examples
-from vim_ssl.report import write_report
+from vim_ssl.report import curve, write_report
 from vim_ssl.report.images import spread
 from vim_ssl.training.run import Run
 
@@ -314,6 +314,15 @@ def test_an_accuracy_has_the_interval_of_its_images_and_says_how_many(tmp_path: 
     assert "check_images" not in page.text.partition("Full configuration")[0]
 
 
+def test_the_interval_of_a_check_is_that_of_its_groups(tmp_path: Path, monkeypatch):
+    sizes = set()
+    monkeypatch.setattr(curve, "wilson_interval", lambda value, n: sizes.add(n) or (value, value))
+    rows = [line(s, knn_top1=50.0 + s, check_images=500, check_groups=8) for s in (1, 2)]
+    page = Page(write_report(make_run(tmp_path, rows)))
+    assert sizes == {8}
+    assert "check_groups" not in page.text.partition("Full configuration")[0]
+
+
 def test_a_check_with_gaps_between_its_lines_is_not_called_broken(tmp_path: Path):
     rows = [line(s, **({"val_top1": 10.0 * s} if s in (2, 4) else {})) for s in range(1, 5)]
     page = Page(write_report(make_run(tmp_path, rows, recipe="finetune")))
@@ -503,6 +512,22 @@ def test_a_run_on_labels_tells_what_it_is_worth(finished: Path):
     assert "Top-1" not in page.text  # there is none
     (grid,) = (image for image in page.all("img") if image.get("class") == "grid")
     assert decode(grid).size == (40, 30)
+
+
+@pytest.mark.parametrize(
+    ("more", "shown"),
+    [
+        ({"miou_ci": None, "miou_ci_none": "fewer than 5 groups"}, "none (fewer than 5 groups)"),
+        ({"miou_ci": None}, "none"),
+        ({"miou_ci": [61.23, 61.23]}, "none (the resamples have the same value)"),
+        ({"auc_ci": [0.9812, 0.9931]}, "0.981 – 0.993"),
+    ],
+    ids=["reason", "earlier", "point", "fraction"],
+)
+def test_an_interval_is_shown_or_why_there_is_none(finished: Path, more, shown):
+    (finished / "metrics.json").write_text(json.dumps(RESULT | more))
+    title = "0.988" if "auc_ci" in more else "61.2 %"
+    assert f"{title} {shown}" in Page(write_report(finished)).text
 
 
 def test_of_many_classes_the_page_shows_the_first(finished: Path):

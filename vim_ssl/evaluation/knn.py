@@ -10,7 +10,7 @@ from torch import Tensor
 from vim_ssl.data.split import stratified_split
 from vim_ssl.evaluation.extract import Features
 from vim_ssl.metrics.bootstrap import Metric
-from vim_ssl.metrics.classification import answer_metrics
+from vim_ssl.metrics.classification import answer_metrics, require_labels
 from vim_ssl.utils.numbers import REMEDY, require_finite
 
 QUERIES, BANK = 1024, 2**16  # rows compared at a time: a quarter of a gigabyte
@@ -80,6 +80,7 @@ def choose_neighbours(
     """
     rest, held_out = stratified_split(train.y.tolist(), validation, seed, train.groups)
     held_out = held_out[:: -(-len(held_out) // MAX_VALIDATION)]
+    require_labels(train.y[held_out], "the validation split")
     candidates = usable_k(k, len(train.y))
     # A given k may exceed the rest, though not the whole training split.
     tried_k = [min(one, len(rest)) for one in candidates]

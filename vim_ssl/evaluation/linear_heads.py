@@ -41,7 +41,9 @@ class LinearHead:
         x = torch.as_tensor(x, dtype=self.weight.dtype)
         require_finite(x, "the features", REMEDY)
         parts = ((part - self.mean) / self.std @ self.weight for part in x.split(CHUNK))
-        return torch.cat([part + self.bias for part in parts])
+        scores = torch.cat([part + self.bias for part in parts])
+        require_finite(scores, "the scores of the linear head", REMEDY)
+        return scores
 
     def probabilities(self, x: Tensor | np.ndarray, count: int) -> Tensor:
         """Probabilities (n, count) of all classes; 0 for classes without training data."""

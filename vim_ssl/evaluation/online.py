@@ -13,7 +13,7 @@ from vim_ssl.evaluation.knn import knn_predict
 from vim_ssl.evaluation.linear_heads import fit_logistic
 from vim_ssl.evaluation.readout import all_readouts, readout_columns
 from vim_ssl.metrics.classification import accuracy
-from vim_ssl.metrics.titles import CHECK_SIZE, CHECK_TRAIN, ONLINE_C, ONLINE_K
+from vim_ssl.metrics.titles import CHECK_GROUPS, CHECK_SIZE, CHECK_TRAIN, ONLINE_C, ONLINE_K
 from vim_ssl.models.encoder import VimEncoder
 
 ONLINE_TOL = 1e-3  # tolerance of the fit during training
@@ -39,7 +39,8 @@ def online_probe(
     Returns: a function without arguments that returns ``feature_std`` (the mean standard deviation
         of a feature over images) and ``effective_rank``, both of the patch means; both fall if the
         features collapse. With labels also ``knn_top1`` and ``linear_top1``, in per cent, and the
-        numbers of held-out and of other images, ``check_images`` and ``check_train_images``;
+        numbers of held-out and of other images, ``check_images`` and ``check_train_images``, and
+        for data with groups that of the held-out ones, ``check_groups``;
         `vim_ssl.metrics.titles` has their titles. The metrics are not those of the final probe,
         which selects its settings and uses all images.
     """
@@ -78,6 +79,8 @@ def online_probe(
                 linear = fit_logistic(train.x[:, patches], train.y, ONLINE_C, ONLINE_TOL)
                 metrics["linear_top1"] = accuracy(linear.predict(test.x[:, patches]), test.y).value
             metrics |= {CHECK_SIZE: len(test.y), CHECK_TRAIN: len(train.y)}
+            if test.groups is not None:
+                metrics[CHECK_GROUPS] = len(set(test.groups))
         return metrics
 
     return evaluate

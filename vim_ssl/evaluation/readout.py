@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from vim_ssl.evaluation.linear_heads import MANY, fit_logistic
+from vim_ssl.metrics.classification import require_labels
 from vim_ssl.models.encoder import VimEncoder
 
 READOUTS = ("token", "avg", "token+avg", "layers")
@@ -66,8 +67,11 @@ def choose_readout(
 
     Small problems are fitted in parallel, one per core.
     Returns: (readout, C, score of `LinearHead`); the first one in case of a tie.
+    Raises: ValueError if no validation image has one of several labels.
     """
     from threadpoolctl import threadpool_limits
+
+    require_labels(y_val, "the validation split")
 
     def search(columns: slice) -> tuple[float, float]:
         return choose_C(x[:, columns], y, x_val[:, columns], y_val, grid)

@@ -141,6 +141,16 @@ def answer_metrics(answers, truth) -> dict[str, Metric]:
     return {"main": precision["macro"], "micro": precision["micro"]}
 
 
+def require_labels(truth: Tensor, name: str) -> None:
+    """Raise ValueError if no image has one of several labels (n, classes): mean average precision
+    is undefined then."""
+    if truth.ndim == 2 and not truth.any():
+        raise ValueError(
+            f"none of the {len(truth)} images of {name} has a label, so average precision is not "
+            "defined; hold out more images, or use another --seed."
+        )
+
+
 def metric_columns(
     metrics: dict[str, Metric], key: str, groups: Groups, seed: int
 ) -> dict[str, Any]:

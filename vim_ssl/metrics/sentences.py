@@ -70,6 +70,8 @@ def _compared(gain: Gain) -> str:
         return f"undefined difference from {gain.over}"
     size = f"{abs(gain.points):.1f} points"
     if gain.interval is None:
+        if abs(gain.points) < 0.05:
+            return f"no difference from {gain.over} (no interval: {gain.reason})"
         way = "above" if gain.points >= 0 else "below"
         return f"{size} {way} {gain.over} (no interval: {gain.reason})"
     low, high = gain.interval

@@ -67,9 +67,9 @@ LOGGED = {
     "feature_std": Title("Standard deviation of the features"),
     "effective_rank": Title("Effective rank of the features"),
 }
-# Numbers in metrics.jsonl that describe a check and are not metrics: n of the held-out images, and
-# the number of images that its classifiers were fitted to.
-CHECK_SIZE, CHECK_TRAIN = "check_images", "check_train_images"
+# Numbers in metrics.jsonl that describe a check and are not metrics: n of the held-out images, the
+# number of their groups, if there are any, and of images that its classifiers were fitted to.
+CHECK_SIZE, CHECK_GROUPS, CHECK_TRAIN = "check_images", "check_groups", "check_train_images"
 
 
 def logged_title(

@@ -8,6 +8,7 @@ import numpy as np
 
 from vim_ssl.data.bands import check_scale
 from vim_ssl.data.inputs import read_input
+from vim_ssl.utils.numbers import REMEDY, require_finite
 
 BATCH = 32  # images that `Predictor.predict` holds in memory at once
 
@@ -59,7 +60,8 @@ class Predictor:
                 them.
         Returns: the result, or a list of results.
         Raises: BadImage for an image that cannot be read; ValueError for an array whose values are
-            far above those of the training images; TypeError for anything else.
+            far above those of the training images, and for probabilities that are not finite;
+            TypeError for anything else.
         """
         several = self.read(x)
         images = [x] if several is None else several
@@ -68,6 +70,9 @@ class Predictor:
         for first in range(0, len(images), step):
             batch = [self.prepare(self.load(one)) for one in images[first : first + step]]
             results += self.predict_prepared(batch)
+        for result in results:
+            if isinstance(result, ClassPrediction):
+                require_finite(result.probabilities, "the probabilities", REMEDY)
         return results[0] if several is None else results
 
 

@@ -12,7 +12,14 @@ from pathlib import Path
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from vim_ssl.metrics.titles import CHECK_SIZE, CHECK_TRAIN, LOGGED, Title, logged_title
+from vim_ssl.metrics.titles import (
+    CHECK_GROUPS,
+    CHECK_SIZE,
+    CHECK_TRAIN,
+    LOGGED,
+    Title,
+    logged_title,
+)
 from vim_ssl.report import curve
 from vim_ssl.report.images import strips
 from vim_ssl.report.record import Record, is_check, is_number
@@ -34,7 +41,8 @@ from vim_ssl.report.titles import RECIPES, WIDE_RANGE
 from vim_ssl.utils.names import number
 
 COUNTERS = (
-    "step", "epoch", "seconds", "samples", "bad_steps", "skipped", CHECK_SIZE, CHECK_TRAIN,
+    "step", "epoch", "seconds", "samples", "bad_steps", "skipped", CHECK_SIZE, CHECK_GROUPS,
+    CHECK_TRAIN,
 )  # fmt: skip
 PALETTE = 6  # colours of curves in style.css; further curves repeat them with dashes
 
@@ -195,8 +203,10 @@ def plots(runs: list[Record], names: list[str]) -> Iterator[tuple[curve.Plot, st
 
 
 def _check_images(run: Record, name: str) -> int:
-    """The number of images of an accuracy that an in-training check measured; 0 if unknown."""
-    count = run.last(CHECK_SIZE)
+    """The number of images, or of their groups, of an accuracy that an in-training check measured;
+    0 if unknown."""
+    groups = run.last(CHECK_GROUPS)
+    count = groups if groups > 0 else run.last(CHECK_SIZE)
     return round(count) if is_check(name) and name.endswith("_top1") and count > 0 else 0
 
 

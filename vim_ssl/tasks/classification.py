@@ -34,6 +34,7 @@ from vim_ssl.metrics.classification import (
     outputs,
     predicted,
     probabilities,
+    require_labels,
     summary,
     target_metrics,
     write_tables,
@@ -258,11 +259,7 @@ def check_labels(name: str, labels: Any, targets: str, classes: Sequence[str]) -
             f"{name} has {labels.shape[1]} labels per image; expected one for each of "
             f"{len(classes)} classes."
         )
-    if labels.dim() == 2 and not labels.any():
-        raise ValueError(
-            f"none of the {len(labels)} images of {name} has a label, so average precision is not "
-            "defined; hold out more images, or use another --seed."
-        )
+    require_labels(labels, name)
     if labels.dim() == 1 and not 0 <= int(labels.min()) <= int(labels.max()) < len(classes):
         raise ValueError(
             f"{name} has labels from {int(labels.min())} to {int(labels.max())}; expected 0 to "
