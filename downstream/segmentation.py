@@ -30,6 +30,7 @@ from vim_ssl.data.bands import band_arguments
 from vim_ssl.data.labels import absent_classes
 from vim_ssl.data.open import warn_once
 from vim_ssl.data.transforms.dense import DenseCrop
+from vim_ssl.metrics.sentences import metric_text
 from vim_ssl.models.heads import NORMS
 from vim_ssl.tasks.dense import DenseConfig, DenseTask, fresh_encoder
 from vim_ssl.tasks.segmentation import HEADS, Segmentation, compare, evaluate, load_segmentation
@@ -146,10 +147,8 @@ def summary(metrics: dict[str, Any]) -> str:
             for key in ("volume_dice", "volume_hd95")
         )
         text = f"{metrics['volumes']:,} volumes: Dice {dice} %, 95 % Hausdorff distance {hd95} mm\n"
-    low_high = metrics["miou_ci"]
-    interval = f" [{low_high[0]:.1f}, {low_high[1]:.1f}]" if low_high else ""
     return text + (
-        f"mIoU {metrics['miou']:.1f} %{interval}, pixels {metrics['aacc']:.1f} %, mean recall "
+        f"mIoU {metric_text(metrics, 'miou')}, pixels {metrics['aacc']:.1f} %, mean recall "
         f"{metrics['macc']:.1f} %, mean Dice {metrics['mdice']:.1f} %"
     )
 

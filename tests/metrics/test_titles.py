@@ -91,8 +91,8 @@ EQUAL = Gain("chance", -0.3, (-1.02, 0.4))
                          "points above raw pixels (1.0 to 5.2)."),
         ([Gain("one class", 4.0)], ": 4.0 points above one class (no interval: too few "
                                    "groups)."),
-        ([Gain("one class", 0.0, None, "all alike")], ": no difference from one class (no interval: "
-                                                      "all alike)."),
+        ([Gain("one class", 0.0, None, "all alike")], ": no difference from one class (no "
+                                                      "interval: all alike)."),
         ([], "; no baseline was evaluated."),
     ],
 )  # fmt: skip
