@@ -115,8 +115,9 @@ def build_model(
 def run(config: Config) -> dict[str, Any]:
     accelerator = make_accelerator(config)
     mask_tools()  # fail now if pycocotools is missing, not at the end of a long run
-    source = config.encoder or str(newest_run())
-    train, test = boxed_splits(config.data or trained_on(source), config.test, config.seed)
+    source = config.encoder = config.encoder or str(newest_run())
+    config.data = config.data or trained_on(source)
+    train, test = boxed_splits(config.data, config.test, config.seed)
     if not any(test.box_count(i) for i in range(len(test))):
         raise ValueError(
             f"none of the {len(test):,} test images of {test.name} contains an object; there is "

@@ -12,7 +12,6 @@ output folder contains ``shards/`` (read with ``pyarrow.parquet.read_table("vect
 kill the same command resumes: finished files are kept.
 """
 
-import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -48,7 +47,7 @@ from vim_ssl.utils.config import opt, parse
 from vim_ssl.utils.distributed import join_processes, pick_device
 from vim_ssl.utils.environment import commit, environment
 from vim_ssl.utils.numbers import finite_rows
-from vim_ssl.utils.resumable import IMAGE_FILES, claim_output, write_record
+from vim_ssl.utils.resumable import IMAGE_FILES, claim_output, read_record, write_record
 
 POOLED = "pooled"
 
@@ -217,7 +216,7 @@ def finish(
     """Count the rows of all files, mark the record as finished and return it."""
     file = folder / "record.json"
     summaries = [read_summary(folder / "shards", shard.name, format) for shard in shards]
-    record = json.loads(file.read_text(encoding="utf-8"))
+    record = read_record(file)
     record |= {
         "finished": True,
         "files": len(shards),

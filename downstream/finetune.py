@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from vim_ssl import load_encoder
+from vim_ssl.checkpoints.identity import model_hash
 from vim_ssl.checkpoints.loading import made_by
 from vim_ssl.checkpoints.released import RELEASED_FILES
 from vim_ssl.cli import guarded
@@ -111,8 +112,8 @@ PRESETS = {f.__name__: f for f in (ssl_224, finer_224)}
 
 def run(config: Config) -> dict[str, Any]:
     accelerator = make_accelerator(config)
-    source = config.encoder or str(newest_run())
-    spec = config.data or trained_on(source)
+    source = config.encoder = config.encoder or str(newest_run())
+    spec = config.data = config.data or trained_on(source)
     if config.eval_only:
         return evaluate_only(config, source, spec, accelerator.device)
     train, test = labelled_splits(spec, config.test, config.seed)
@@ -133,6 +134,7 @@ def evaluate_only(config: Config, source: str, spec: str, device) -> dict[str, A
     Args:
         spec: labelled data; see `split_to_evaluate`.
     """
+    weights = model_hash(source)
     encoder = load_encoder(source, num_classes=None, img_size=config.img_size or None).to(device)
     origin = made_by(source)
     test, split = split_to_evaluate(config, spec, origin.get("data"))
@@ -148,9 +150,11 @@ def evaluate_only(config: Config, source: str, spec: str, device) -> dict[str, A
     if not test.is_stream:
         check_labels(test.name, test.labels, config.targets, classes)
     check_bands(encoder, test)
-    folder = evaluation_folder(config.output)
+    identity = to_dict(config) | {"encoder": source, "data": spec}
+    folder = evaluation_folder(config.output, "evaluation", identity)
     metrics: dict[str, Any] = {
         "task": "evaluation", "data": test.name, "split": split, "encoder": source,
+        "weights": weights, "fingerprints": {"test": test.fingerprint},
     }  # fmt: skip
     metrics |= evaluate(
         encoder, test, folder, config.targets, classes, batch_size=config.judge_batch,

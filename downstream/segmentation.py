@@ -116,8 +116,9 @@ def build_model(
 
 def run(config: Config) -> dict[str, Any]:
     accelerator = make_accelerator(config)
-    source = config.encoder or str(newest_run())
-    train, test = masked_splits(config.data or trained_on(source), config.test, config.seed)
+    source = config.encoder = config.encoder or str(newest_run())
+    config.data = config.data or trained_on(source)
+    train, test = masked_splits(config.data, config.test, config.seed)
     if config.eval_only:
         return TASK.evaluate_only(config, source, test, accelerator.device)
     for fault in absent_classes(train, test):

@@ -32,7 +32,7 @@ from vim_ssl.metrics.classification import accuracy, classification_metrics, wri
 from vim_ssl.metrics.sentences import metric_text
 from vim_ssl.metrics.tables import write_csv
 from vim_ssl.metrics.titles import measured_on
-from vim_ssl.tasks.runner import Training, finish_run, train_run
+from vim_ssl.tasks.runner import Training, fingerprints, finish_run, train_run
 from vim_ssl.tasks.slides import (
     FEATURES,
     AttentionPool,
@@ -164,13 +164,13 @@ def run(config: Config) -> dict[str, Any]:
             "split": "test" if config.test_features else "held out", "n": len(test),
             "mean": by_mean, "attention": by_attention,
             **compare(logits, mean_answers, train, test),
-            "protocol": to_dict(config), **environment(),
+            **fingerprints(train, test), "protocol": to_dict(config), **environment(),
         }  # fmt: skip
         return finish_run(training.run, metrics, lambda m: f"{summary(m)}\n{folder}")
 
     return train_run(
         "slide", config, SlideObjective(pool), samples, accelerator, model=pool, data=train.name,
-        save=save, what="model", conclude=conclude,
+        save=save, what="model", conclude=conclude, depends_on={"test data": test.fingerprint},
     )  # fmt: skip
 
 

@@ -81,7 +81,7 @@ PRESETS = {f.__name__: f for f in (kinetics_small,)}
 
 def run(config: Config) -> dict[str, Any]:
     accelerator = make_accelerator(config)
-    source = config.encoder or str(newest_run())
+    source = config.encoder = config.encoder or str(newest_run())
     train, test = labelled_splits(config.data, config.test, config.seed)
     if train.kind != "video":
         raise ValueError(f"{config.data} does not contain videos; use video:FOLDER.")

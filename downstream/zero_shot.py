@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vim_ssl.checkpoints.identity import model_hash
 from vim_ssl.cli import guarded
 from vim_ssl.data import ImageData
 from vim_ssl.data.open import open_split
@@ -41,6 +42,7 @@ from vim_ssl.objectives.zero_shot import (
     text_classifier,
 )
 from vim_ssl.tasks.runner import finish_run
+from vim_ssl.training.folders import claim
 from vim_ssl.training.run import newest_run, task_folder, trained_on
 from vim_ssl.utils.config import opt, parse, to_dict
 from vim_ssl.utils.environment import environment
@@ -160,6 +162,7 @@ def run(config: Config) -> dict:
     started = time.perf_counter()
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     source = config.encoder or newest_run(recipe="clip_pretrain")
+    weights = model_hash(source)  # before it is loaded: a training may replace it meanwhile
     clip = load_clip(source, device=device)
     spec = config.data or trained_on(source, "val", "data")
     data = open_split(spec)
@@ -175,11 +178,14 @@ def run(config: Config) -> dict:
     loading: dict[str, Any] = {
         "batch_size": config.batch_size, "workers": config.workers, "device": device,
     }  # fmt: skip
-    folder = Path(config.output or task_folder("zero_shot", source, config.data))
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = claim(
+        Path(config.output or task_folder("zero_shot", source, config.data)), "zero_shot",
+        to_dict(config) | {"encoder": str(source)}, named=bool(config.output), weights=weights,
+    )  # fmt: skip
     metrics: dict[str, Any] = {
         "task": "zero_shot", "data": data.name, "split": data.split, "encoder": str(source),
-        "trained_on": seen, "protocol": to_dict(config),
+        "trained_on": seen, "protocol": to_dict(config), "weights": weights,
+        "fingerprints": {"test": data.fingerprint},
     }  # fmt: skip
     pairs = embed_pairs(clip, data, **loading) if data.has_captions else None
     if labelled:

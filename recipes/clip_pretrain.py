@@ -243,11 +243,11 @@ def build_tokenizer(config: Config, data: ImageData | ImageStream, accelerator) 
     """Return the tokenizer of a resumed run, or a new one, trained on the main process."""
     from accelerate.utils import broadcast_object_list
 
-    if config.resume == "auto" and config.output and Run(Path(config.output)).checkpoints():
-        return load_tokenizer(config.output)
     name = config.tokenizer or (config.text if config.text.startswith("hf:") else "bpe")
     if name != "bpe":
         return named_tokenizer(name, config.context_length)
+    if config.resume == "auto" and config.output and Run(Path(config.output)).checkpoints():
+        return load_tokenizer(config.output)
     models = [""]
     if accelerator.is_main_process:
         models = [
@@ -316,6 +316,7 @@ def run(config: Config) -> dict[str, Any]:
         data=data.name, what="model", record={"figures": {}}, prepare=prepare,
         save=partial(save_clip, objective, image=image and image | {"pretrained": False}),
         evaluate=None if val is None else retrieval,
+        depends_on={} if val is None else {"validation data": val.fingerprint},
     )  # fmt: skip
 
 

@@ -23,12 +23,10 @@ import io
 import os
 import random
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from importlib import import_module
-from itertools import count
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
@@ -386,14 +384,12 @@ def _saved(encoder: Any) -> str:
 
 
 def _new_folder(recipe: str) -> str:
-    """Return the name of a new run directory under runs/."""
-    from vim_ssl.training.run import RUNS
+    """Create a run directory under runs/ and return its name."""
+    from vim_ssl.training.folders import new_folder
 
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("several processes need the same run directory; set output=FOLDER.")
-    name = f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
-    names = (f"{name}-{i}" if i > 1 else name for i in count(1))
-    return str(next(RUNS / name for name in names if not (RUNS / name).exists()))
+    return str(new_folder(recipe))
 
 
 @contextlib.contextmanager

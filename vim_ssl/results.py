@@ -3,11 +3,11 @@
 import base64
 import dataclasses
 import html
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vim_ssl.utils.files import read_object
 from vim_ssl.utils.names import number
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class Run(os.PathLike[str]):
     @property
     def config(self) -> dict[str, Any]:
         """The settings, with the name of the ``recipe``."""
-        return json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        return read_object(self.folder / "config.json", "the settings of a run")
 
     @property
     def plan(self) -> dict[str, Any]:
@@ -64,16 +64,22 @@ class Run(os.PathLike[str]):
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """The results: metrics.json of a task, else the last row of the curves."""
+        """The results: metrics.json of a task, else the last row of the curves.
+
+        ``stale`` is added, as True, to results of weights that the run no longer has.
+        """
         file = self.folder / "metrics.json"
-        if file.exists():
-            return json.loads(file.read_text(encoding="utf-8"))
-        return self.curves[-1] if self.curves else {}
+        if not file.exists():
+            return self.curves[-1] if self.curves else {}
+        from vim_ssl.report.record import Record
+
+        metrics = read_object(file, "the results of a run")
+        return metrics | ({"stale": True} if Record(self.folder).result.stale else {})
 
     @property
     def images(self) -> list[Path]:
         """The images that were drawn in training, oldest first, and those of the test."""
-        drawn = sorted((self.folder / "images").glob("*.png"), key=lambda path: path.name)
+        drawn = sorted((self.folder / "images").glob("[!.]*.png"), key=lambda path: path.name)
         return drawn + sorted(self.folder.glob("predictions.png"))
 
     @property
@@ -115,7 +121,7 @@ class Run(os.PathLike[str]):
             parts.append(_html_curve("loss", losses))
         for path in self.images[-1:]:
             data = base64.b64encode(path.read_bytes()).decode()
-            parts.append(f'<img alt="{path.name}" src="data:image/png;base64,{data}">')
+            parts.append(f'<img alt="{html.escape(path.name)}" src="data:image/png;base64,{data}">')
         return "\n".join(parts)
 
 

@@ -216,7 +216,7 @@ def test_an_encoder_without_class_token_is_read_by_its_patches(bands, tmp_path):
     row = probe("--encoder", str(run), "--output", str(tmp_path / "out"))["rows"][0]
     assert row["readout"] in ("avg", "layers")
     with pytest.raises(ValueError, match="needs a class token"):
-        probe("--encoder", str(run), "--output", str(tmp_path / "out"), "--readouts", "token")
+        probe("--encoder", str(run), "--output", str(tmp_path / "other"), "--readouts", "token")
 
 
 # ------------------------------------------------------------------ heads, few labels, several

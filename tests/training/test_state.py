@@ -5,59 +5,13 @@ import json
 import signal
 
 import pytest
-import torch
+from small_run import train
 
-from vim_ssl.data import ImageData
-from vim_ssl.objectives.base import StepOutput
 from vim_ssl.report import write_report
 from vim_ssl.report.compare import compare_runs
 from vim_ssl.results import Run
-from vim_ssl.tasks.runner import train_run
-from vim_ssl.training.accelerator import make_accelerator
-from vim_ssl.training.config import TrainConfig
 from vim_ssl.training.run import unfinished
 from vim_ssl.training.state import read_state, state_of
-
-
-class Mean(torch.nn.Module):
-    """Fits one number; ``at`` (step -> action) is called in the forward pass of a step."""
-
-    def __init__(self, at=None):
-        super().__init__()
-        self.weight, self.at, self.calls = torch.nn.Parameter(torch.zeros(1)), at or {}, 0
-
-    def forward(self, batch):
-        self.calls += 1
-        self.at.get(self.calls, lambda: None)()
-        error = (self.weight - batch["index"].float()).square()
-        return StepOutput(error.sum(), len(error))
-
-
-class Numbers(torch.utils.data.Dataset):
-    name, kind = "numbers", "image"
-
-    def __init__(self, size):
-        self.size, self.fingerprint = size, f"{size} numbers"
-
-    def __len__(self):
-        return self.size
-
-    def __getitem__(self, index):
-        return {"x": torch.zeros(1)}
-
-
-def train(folder, at=None, size=32, repeats=1, stop=None, **settings):
-    """Train on ``size`` numbers; eight steps in two epochs by default."""
-    config = TrainConfig(**{
-        "epochs": 2, "batch_size": 8, "workers": 0, "threads": 1, "log_every": 1,
-        "warmup_epochs": 0.0, "trackers": ("none",), "output": str(folder), **settings,
-    })  # fmt: skip
-    samples = ImageData.samples(Numbers(size), dict, repeats=repeats)
-    model = Mean(at)
-    return train_run(
-        "mim_pretrain", config, model, samples, make_accelerator(config), model=model,
-        data="numbers", save=None, should_stop=stop,
-    )  # fmt: skip
 
 
 def fail():

@@ -29,7 +29,7 @@ from vim_ssl.models.encoder import VimEncoder
 from vim_ssl.models.presets import PRESETS, TAGS
 from vim_ssl.models.video import VideoEncoder
 from vim_ssl.utils.environment import __version__
-from vim_ssl.utils.files import atomic_write
+from vim_ssl.utils.files import atomic_write, reading
 from vim_ssl.utils.names import did_you_mean
 
 log = logging.getLogger(__name__)
@@ -325,7 +325,14 @@ def _build(
     _check_contradictions(stored.path, config, requested)
     target = _apply(config, requested)
     target["num_classes"] = config["num_classes"] if num_classes is None else num_classes
-    encoder = encoder_class(target)(**target)
+    try:
+        encoder = encoder_class(target)(**target)
+    except Exception:
+        if stored.config:  # is it the file's fault, or that of the arguments?
+            file = stored.path.with_name(f"{stored.path.stem.removesuffix('_ema')}.json")
+            with reading(file, "the settings of an encoder"), torch.device("meta"):
+                encoder_class(stored.config)(**stored.config)
+        raise
     checkpoint_files.check_values(stored.path, stored.state, encoder.state_dict())
     state = adapt_state(stored.path, stored.state, config, encoder)
     missing, unexpected, misshapen = compare_keys(encoder, state)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from vim_ssl.checkpoints.files import check_values
-from vim_ssl.checkpoints.loading import load_encoder, save_encoder
-from vim_ssl.utils.files import atomic_write
+from vim_ssl.checkpoints.loading import load_encoder, made_by, save_encoder
+from vim_ssl.utils.files import atomic_write, reading
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -55,15 +55,16 @@ def load_task(
         fit the encoder in the folder.
     """
     config, state = load_head(folder, file, task)
-    model = make(load_encoder(folder), config.pop("classes"), **config)
+    with reading(Path(folder) / file, f"the model of a {task} run", "copy the run again"):
+        classes = config.pop("classes")
+        model = make(load_encoder(folder), classes, **config)
     check_values(Path(folder) / file, state, model.state_dict())
     result = model.load_state_dict(state, strict=False)
     wrong = [key for key in result.missing_keys if not key.startswith("encoder.")]
     wrong += result.unexpected_keys
     if wrong:
         raise ValueError(f"{Path(folder) / file} does not fit its encoder: {wrong[:5]}.")
-    record = json.loads((Path(folder) / "encoder.json").read_text(encoding="utf-8"))
-    model.trained_on = (record.get("made_by") or {}).get("data", "")  # type: ignore[assignment]
+    model.trained_on = made_by(folder).get("data", "")  # type: ignore[assignment]
     return model.to(device).eval()
 
 
@@ -81,8 +82,9 @@ def load_head(
             f"{folder} has no {file}, which a {task} run contains; give a run of "
             f"downstream/{task}.py."
         )
-    with safe_open(path, "pt") as opened:
-        stored = opened.metadata() or {}
-    if "config" not in stored:
-        raise ValueError(f"{path} was not written by downstream/{task}.py.")
-    return json.loads(stored["config"]), load_file(path)
+    with reading(path, f"the model of a {task} run", "copy the run again"):
+        with safe_open(path, "pt") as opened:
+            stored = opened.metadata() or {}
+        if "config" not in stored:
+            raise ValueError(f"{path} was not written by downstream/{task}.py.")
+        return json.loads(stored["config"]), load_file(path)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from vim_ssl.checkpoints.identity import encoder_hash
 from vim_ssl.checkpoints.loading import load_encoder
 from vim_ssl.data import labelled_splits
 from vim_ssl.evaluation.baselines import pixel_features
@@ -22,6 +23,7 @@ from vim_ssl.evaluation.readout import READOUTS, available_readouts
 from vim_ssl.metrics.bootstrap import Metric
 from vim_ssl.metrics.sentences import Gain, result_sentence
 from vim_ssl.metrics.titles import measured_on, split_name
+from vim_ssl.training.folders import claim
 from vim_ssl.training.run import newest_run, pretrained_on, task_folder, trained_on
 from vim_ssl.utils.config import opt, to_dict
 from vim_ssl.utils.distributed import join_processes, pick_device
@@ -76,15 +78,26 @@ class Comparison:
         self.main, self.n = self.processes.main, 0
         self.source = config.encoder or str(newest_run())
         torch.manual_seed(config.seed)  # for the weights of a preset
+        # Before the encoder is loaded: a training may replace it in the meantime.
+        self.weights = encoder_hash(self.source) if self.main else ""
         self.encoder = load_encoder(self.source, num_classes=0, device=self.device)
         self.train, self.test = labelled_splits(
             config.data or trained_on(self.source), config.test, config.seed, config.test_data
         )
         self.encoder = self.encoder.for_data(self.train)
+        self.folder = self._claim_folder() if self.main else Path()
         if self.main:
             tested = f" of {self.test.name}" if config.test_data else ""
             print(f"Encoder {self.source} · {self.train.name}: {len(self.train):,} train, "
                   f"{len(self.test):,} test{tested}", flush=True)  # fmt: skip
+
+    def _claim_folder(self) -> Path:
+        """Create the output folder; see `claim`."""
+        config = self.config
+        named = "-".join(spec for spec in (config.data, config.test_data) if spec)
+        folder = Path(config.output or task_folder(self.task, self.source, named))
+        settings = to_dict(config) | {"encoder": self.source}
+        return claim(folder, self.task, settings, named=bool(config.output), weights=self.weights)
 
     def features(self) -> Iterator[tuple[str, Features, Features, dict[str, slice]]]:
         """Yield name, features of both splits, and the columns of every readout, for each encoder;
@@ -129,11 +142,12 @@ class Comparison:
             "task": self.task, "data": self.train.name, "test_data": self.test.name,
             "encoder": self.source, "figure": "mAP" if self.train.multi_label else "accuracy",
             "split": split_name(self.test, held_out=not config.test_data), "n": self.n,
+            **({"weights": self.weights} if self.weights else {}),
+            "fingerprints": {"train": self.train.fingerprint, "test": self.test.fingerprint},
             "protocol": to_dict(config), "train": len(self.train), "test": len(self.test),
             **results, "seconds": round(time.perf_counter() - self.began, 1), **environment(),
         }  # fmt: skip
-        named = "-".join(spec for spec in (config.data, config.test_data) if spec)
-        return metrics, Path(config.output or task_folder(self.task, self.source, named))
+        return metrics, self.folder
 
 
 def differences(

@@ -24,9 +24,10 @@ from vim_ssl.data.loading.workers import Loader
 from vim_ssl.data.split import as_key, is_known
 from vim_ssl.data.transforms.image import Transform
 from vim_ssl.evaluation.extract import Features, Readable, encode_batches
-from vim_ssl.utils.files import atomic_path, reading
+from vim_ssl.utils.files import atomic_path, read_object, reading
 from vim_ssl.utils.names import printable
 from vim_ssl.utils.numbers import require_finite
+from vim_ssl.utils.resumable import read_record
 
 FORMATS = ("parquet", "npy")
 KNOWN = ("ids", "labels", "groups")  # stored for every row
@@ -266,6 +267,22 @@ def read_summary(folder: Path, name: str, format: str) -> tuple[int, list[str]]:
         return file.metadata.num_rows, json.loads(metadata[b"skipped"])
 
 
+EMBED_AGAIN = "delete it and run embed.py again"
+
+
+def _read_parquet(file: Path, result: Embedded) -> torch.Tensor:
+    """Add the columns of a file to ``result`` and return its features (n, d)."""
+    from pyarrow import parquet
+
+    table = parquet.read_table(file)
+    values, width = table["embedding"].combine_chunks(), table.schema.field("embedding").type
+    rows = values.flatten().to_numpy().reshape(len(table), width.list_size)
+    for key in KNOWN:
+        getattr(result, key).extend(table[key.removesuffix("s")].to_pylist())
+    result.skipped += json.loads(table.schema.metadata[b"skipped"])
+    return torch.from_numpy(rows.copy())
+
+
 def read_embeddings(folder: Path) -> Embedded:
     """Read all files in a folder, in order.
 
@@ -280,29 +297,21 @@ def read_embeddings(folder: Path) -> Embedded:
             f"{str(folder)!r} contains no embeddings (record.json); write them with "
             "downstream/embed.py --output."
         )
-    with reading(record, "a record of embeddings"):
-        stored = json.loads(record.read_text(encoding="utf-8"))
+    stored = read_record(record)
     if not stored.get("finished"):
         raise ValueError(f"the embeddings in {folder} are incomplete; run embed.py until it ends.")
     result = Embedded(folder.name, torch.empty(0, 0), made_of=stored.get("made_of", {}))
     xs = []
-    for file in sorted((folder / "shards").glob("*.npy")):
-        with reading(file, "embeddings", "delete it and run embed.py again"):
-            rest = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
+    # Names of our own files: no hidden files, such as "._0.npy".
+    for file in sorted((folder / "shards").glob("[!.]*.npy")):
+        rest = read_object(file.with_suffix(".json"), "the ids of embeddings", EMBED_AGAIN)
+        with reading(file, "embeddings", EMBED_AGAIN):
             xs.append(torch.from_numpy(np.load(file)))
-        for key in ("skipped", *KNOWN):
-            getattr(result, key).extend(rest[key])
-    for file in sorted((folder / "shards").glob("*.parquet")):
-        from pyarrow import parquet
-
-        with reading(file, "embeddings", "delete it and run embed.py again"):
-            table = parquet.read_table(file)
-        values, width = table["embedding"].combine_chunks(), table.schema.field("embedding").type
-        rows = values.flatten().to_numpy().reshape(len(table), width.list_size)
-        xs.append(torch.from_numpy(rows.copy()))
-        for key in KNOWN:
-            getattr(result, key).extend(table[key.removesuffix("s")].to_pylist())
-        result.skipped += json.loads(table.schema.metadata[b"skipped"])
+            for key in ("skipped", *KNOWN):
+                getattr(result, key).extend(rest[key])
+    for file in sorted((folder / "shards").glob("[!.]*.parquet")):
+        with reading(file, "embeddings", EMBED_AGAIN):
+            xs.append(_read_parquet(file, result))
     if xs:
         result.x = torch.cat(xs)
     if len(result.x) != len(result.ids):

@@ -11,18 +11,17 @@ from collections.abc import Sequence
 from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
 
+from vim_ssl.checkpoints.identity import weights_hash
 from vim_ssl.data.bands import check_bands
 from vim_ssl.data.transforms.image import create_transform
 from vim_ssl.evaluation.extract import Features, extract_rows, features_of
 from vim_ssl.evaluation.readout import all_readouts
 from vim_ssl.models.encoder import VimEncoder
 from vim_ssl.utils.distributed import Processes
-from vim_ssl.utils.files import atomic_path, user_cache
+from vim_ssl.utils.files import atomic_path, reading, user_cache
 from vim_ssl.utils.names import printable
 
 FORMAT = 1  # increase it when the meaning of `all_readouts` or of the file changes
@@ -94,20 +93,6 @@ def local_indices(size: int, batch_size: int, processes: Processes) -> list[int]
     return [i for begin in begins for i in range(begin, min(begin + batch_size, size))]
 
 
-def weights_hash(encoder: nn.Module) -> str:
-    """Return a hash (16 hex digits) of an encoder's tensors and settings."""
-    digest = blake2b(digest_size=8)
-    config: dict[str, Any] = getattr(encoder, "config", {})
-    # The kernel backend depends on the machine and is left out.
-    settings = {name: value for name, value in config.items() if name != "scan_backend"}
-    digest.update(json.dumps([type(encoder).__name__, settings], default=str).encode())
-    for name, value in sorted(encoder.state_dict().items()):
-        value = value.detach().cpu().contiguous()
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def _key(encoder: VimEncoder, data, transform) -> str:
     # The fingerprint covers files, but not options such as image=COLUMN that select their content.
     images = [data.name, data.fingerprint, data.min_side, _times(data)]
@@ -137,15 +122,13 @@ def _times(data) -> list[int]:
 
 
 def _load(file: Path, data) -> Features:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    try:
+    with reading(file, "cached features", "delete it, or use --no-cache"):
         with safe_open(file, "pt") as stored:
             x, rows = stored.get_tensor("x"), stored.get_tensor("rows").tolist()
             skipped = json.loads(stored.metadata()["skipped"])
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged ({error}); delete it, or use --no-cache.") from error
-    return features_of(data, x, rows, skipped)
+        return features_of(data, x, rows, skipped)
 
 
 def _save(file: Path, x: torch.Tensor, rows: list[int], skipped: list[str], name: str) -> None:

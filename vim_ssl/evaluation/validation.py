@@ -9,7 +9,7 @@ from vim_ssl.evaluation.extract import extract_features
 from vim_ssl.metrics.classification import MAIN_METRIC, rounded, target_metrics
 from vim_ssl.models.encoder import VimEncoder
 from vim_ssl.training.run import read_metrics
-from vim_ssl.utils.files import atomic_path
+from vim_ssl.utils.files import atomic_path, reading
 
 BEST = "best.safetensors"
 
@@ -66,9 +66,10 @@ class Validation:
         """Load the best weights into the encoder."""
         from safetensors.torch import load_file
 
-        state = load_file(self.folder / BEST)
-        check_values(self.folder / BEST, state, self.encoder.state_dict())
-        self.encoder.load_state_dict(state)
+        with reading(self.folder / BEST, "the best weights of this run", "train anew"):
+            state = load_file(self.folder / BEST)
+            check_values(self.folder / BEST, state, self.encoder.state_dict())
+            self.encoder.load_state_dict(state)
 
     def _logged(self) -> list[float]:
         # Read the log, which a resumed run continues: resuming truncates it to the checkpoint.

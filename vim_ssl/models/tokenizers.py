@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vim_ssl.utils.files import atomic_write
+from vim_ssl.utils.files import atomic_write, read_object, reading
 from vim_ssl.utils.optional import require
 
 CONTEXT_LENGTH = 77  # CLIP's
@@ -76,6 +76,13 @@ class Tokenizer:
         record: dict[str, Any] = {"name": self.name, "context_length": self.context_length}
         text = json.dumps(record | self._stored(), ensure_ascii=False)
         atomic_write(Path(folder) / "tokenizer.json", text.encode())
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that the rows depend on, as JSON."""
+        sample = [self.ids(text) for text in ("A b,c 1.", "Ünïcode\u0301 ﬁ 漢字 😀")]
+        ends = [self.vocab_size, self.bos_id, self.eos_id, self.pad_id]
+        known = {"context_length": self.context_length, "ends": ends, "sample": sample}
+        return known | self._stored()
 
     def _stored(self) -> dict[str, Any]:
         return {}
@@ -161,6 +168,9 @@ class HubTokenizer(Tokenizer):
         self.eos_id, self.bos_id = eos, None if bos == eos else bos
         self.pad_id = eos if pad is None else pad
 
+    def identity(self) -> dict[str, Any]:
+        return super().identity() | {"vocabulary": sorted(self._model.get_vocab().items())}
+
     def ids(self, text: str) -> list[int]:
         return self._model.encode(text, add_special_tokens=False, split_special_tokens=True)
 
@@ -213,10 +223,12 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     path = Path(folder) / "tokenizer.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no tokenizer.json.")
-    stored = json.loads(path.read_text(encoding="utf-8"))
-    if stored["name"] == "bpe":
-        return BytePairs(json.dumps(stored["model"]), stored["context_length"])
-    return named_tokenizer(stored["name"], stored["context_length"])
+    stored = read_object(path, "a tokenizer", "copy it again from its run")
+    with reading(path, "a tokenizer", "copy it again from its run"):
+        name, length = str(stored["name"]), int(stored["context_length"])
+        if name == "bpe":
+            return BytePairs(json.dumps(stored["model"]), length)
+    return named_tokenizer(name, length)
 
 
 def named_tokenizer(name: str, context_length: int = CONTEXT_LENGTH) -> Tokenizer:

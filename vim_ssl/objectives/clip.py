@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vim_ssl.checkpoints.files import check_values
+from vim_ssl.checkpoints.identity import hash_of
 from vim_ssl.checkpoints.loading import load_encoder, save_encoder
 from vim_ssl.data.transforms.image import Transform, create_transform
 from vim_ssl.models.encoder import VimEncoder
@@ -32,7 +33,7 @@ from vim_ssl.models.tokenizers import Tokenizer, load_tokenizer
 from vim_ssl.objectives.base import StepOutput
 from vim_ssl.objectives.pixels import refuse_head
 from vim_ssl.objectives.zero_shot import TEMPLATES, TextClassifier
-from vim_ssl.utils.files import atomic_write
+from vim_ssl.utils.files import atomic_write, read_object, reading
 
 LOSSES = ("clip", "siglip")
 MAX_SCALE = 100.0
@@ -106,6 +107,15 @@ class Clip(nn.Module):
         start = 1 / 0.07 if loss == "clip" else 10.0
         self.logit_scale = nn.Parameter(torch.tensor([math.log(start)]))
         self.logit_bias = nn.Parameter(torch.tensor([-10.0])) if loss == "siglip" else None
+
+    def dependencies(self) -> dict[str, str]:
+        """Return hashes of what training reads but a checkpoint does not contain."""
+        text = dict(self.text.config)
+        if text.pop("hf", None):  # a place, as are two entries of transformers' settings
+            places = ("_name_or_path", "transformers_version")
+            text["model"] = {k: v for k, v in text["model"].items() if k not in places}
+        tokenizer = self.tokenizer and self.tokenizer.identity()
+        return {"text": hash_of(text), "tokenizer": hash_of(tokenizer)}
 
     def train(self, mode: bool = True) -> "Clip":
         super().train(mode)
@@ -362,6 +372,9 @@ def save_clip(
         save_encoder(clip.encoder, folder, ema=ema, record=record)
 
 
+COPY_AGAIN = "copy it again from its run"
+
+
 def load_clip(run: str | Path, *, device: str | torch.device | None = None) -> Clip:
     """Load the model of a clip_pretrain run in eval mode, with ``encode_image``, ``encode_text``,
     ``tokenizer`` and ``transform``.
@@ -377,20 +390,24 @@ def load_clip(run: str | Path, *, device: str | torch.device | None = None) -> C
             f"{run} has no clip_config.json; give the directory of a clip_pretrain run. "
             "To load only the image encoder of any run, use load_encoder."
         )
-    stored = json.loads((folder / "clip_config.json").read_text())
-    if stored["image"] is None:
-        encoder: nn.Module = load_encoder(folder, ema=False)
-    else:
-        import timm
+    described = folder / "clip_config.json"
+    stored = read_object(described, "the settings of an image-text model", COPY_AGAIN)
+    tokenizer = load_tokenizer(folder)
+    encoder: Any = load_encoder(folder, ema=False) if stored.get("image") is None else None
+    with reading(described, "the settings of an image-text model", COPY_AGAIN):
+        if encoder is None:
+            import timm
 
-        encoder = timm.create_model(**stored["image"])
-    clip = Clip(
-        encoder, build_text(stored["text"]), embed_dim=stored["embed_dim"], loss=stored["loss"],
-        tokenizer=load_tokenizer(folder),
-    )  # fmt: skip
-    state = load_file(folder / "clip.safetensors")
-    if stored["image"] is None:
+            encoder = timm.create_model(**stored["image"])
+        clip = Clip(
+            encoder, build_text(stored["text"]), embed_dim=stored["embed_dim"],
+            loss=stored["loss"], tokenizer=tokenizer,
+        )  # fmt: skip
+    with reading(folder / "clip.safetensors", "the weights of an image-text model", COPY_AGAIN):
+        state = load_file(folder / "clip.safetensors")
+    if stored.get("image") is None:
         state |= {f"encoder.{key}": value for key, value in encoder.state_dict().items()}
     check_values(folder / "clip.safetensors", state, clip.state_dict())
-    clip.load_state_dict(state)
+    with reading(folder / "clip.safetensors", "weights of this model", COPY_AGAIN):
+        clip.load_state_dict(state)
     return clip.to(device).eval()

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vim_ssl.checkpoints.identity import weights_hash
 from vim_ssl.checkpoints.loading import load_encoder
 from vim_ssl.models.encoder import VimEncoder
 from vim_ssl.objectives.base import PretrainObjective, StepOutput
@@ -91,6 +92,10 @@ class Distill(PretrainObjective):
     def used_settings(cls, config: Any) -> set[str]:
         unused = {"teacher_momentum"} if config.teacher != "ema" else set()
         return super().used_settings(config) - unused
+
+    def dependencies(self) -> dict[str, str]:
+        """Return a hash of what training reads but a checkpoint does not contain."""
+        return {"teacher": weights_hash(self._frozen[0])} if self._frozen else {}
 
     def train(self, mode: bool = True) -> "Distill":
         super().train(mode)

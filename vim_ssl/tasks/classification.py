@@ -43,7 +43,7 @@ from vim_ssl.metrics.medmnist import medmnist_metrics
 from vim_ssl.metrics.titles import RESULTS, split_name
 from vim_ssl.models.encoder import VimEncoder
 from vim_ssl.objectives.classification import Classification, LabelledTransform, balanced_weights
-from vim_ssl.tasks.runner import Training, finish_run, train_run
+from vim_ssl.tasks.runner import Training, fingerprints, finish_run, train_run
 from vim_ssl.training.augmentation import AugmentationConfig, training_transform
 from vim_ssl.utils.config import opt, to_dict
 from vim_ssl.utils.environment import environment
@@ -87,8 +87,6 @@ class ClassificationConfig(AugmentationConfig):
     def __post_init__(self):
         super().__post_init__()
         mixed = self.mixup > 0 or self.cutmix > 0
-        if mixed and self.batch_size % 2:
-            raise ValueError(f"mixup and cutmix mix pairs: batch_size {self.batch_size} is odd.")
         if self.targets != "class" and (mixed or self.label_smoothing or self.class_weights):
             raise ValueError(
                 "mixup, cutmix, label_smoothing and class_weights cannot be used with targets "
@@ -205,7 +203,7 @@ def train_classifier(
             **evaluate(
                 training.model, test, folder, config.targets, classes, train=labelled, **loading
             ),
-            "protocol": to_dict(config), **environment(),
+            **fingerprints(train, test), "protocol": to_dict(config), **environment(),
         }  # fmt: skip
         return finish_run(
             training.run,
@@ -218,6 +216,9 @@ def train_classifier(
     if config.targets == "ordinal" and accelerator.is_main_process:
         print(f"ranks: {' < '.join(classes)}", flush=True)
     validates = validation is not None or config.eval_every <= config.epochs
+    outside_data = {"test data": test.fingerprint}
+    if validation is not None:
+        outside_data["validation data"] = validation.fingerprint
     transform = LabelledTransform(training_transform(encoder, config))
     return train_run(
         recipe, config, objective,
@@ -226,7 +227,7 @@ def train_classifier(
         record={"classes": train.classes, "targets": config.targets},
         save=partial(save_encoder, encoder), evaluate=validate if validates else None,
         should_stop=(lambda training: training.evaluator.should_stop()) if validates else None,
-        conclude=conclude,
+        conclude=conclude, depends_on=outside_data,
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2.functional import to_pil_image
 
+from vim_ssl.checkpoints.identity import model_hash
 from vim_ssl.checkpoints.loading import load_for_bands
 from vim_ssl.data.classes import with_classes
 from vim_ssl.data.images import BadImage, clean_image
@@ -24,7 +25,7 @@ from vim_ssl.metrics.titles import measured_on, split_name
 from vim_ssl.models.encoder import VimEncoder
 from vim_ssl.models.predictor import Predictor
 from vim_ssl.tasks.config import TransferConfig
-from vim_ssl.tasks.runner import Training, finish_run, train_run
+from vim_ssl.tasks.runner import Training, fingerprints, finish_run, train_run
 from vim_ssl.training.run import Run, evaluation_folder
 from vim_ssl.utils.config import check_between, opt, to_dict
 from vim_ssl.utils.drawing import GRID_ROWS
@@ -114,6 +115,7 @@ class DenseTask:
             self.name, config, model, SeededSamples(train, transform, config.seed), accelerator,
             model=model, data=train.name, source=source, save=save, what="model",
             conclude=conclude, evaluate=validate if config.eval_every <= config.epochs else None,
+            depends_on={"test data": test.fingerprint},
         )  # fmt: skip
 
     def evaluate_only(
@@ -124,12 +126,22 @@ class DenseTask:
         Raises: ValueError if ``test`` has a class that the model lacks; FileNotFoundError if
             ``source`` is not a run of this task.
         """
+        weights = model_hash(source)
         model = self.load(source).to(device)
         test = with_classes(test, model.classes, source)
-        return self._finish(config, model, source, None, test, evaluation_folder(config.output))
+        identity = to_dict(config) | {"encoder": source}
+        folder = evaluation_folder(config.output, self.name, identity)
+        return self._finish(config, model, source, None, test, folder, {"weights": weights})
 
     def _finish(
-        self, config: DenseConfig, model, source: str, train, test, where: Run | Path
+        self,
+        config: DenseConfig,
+        model,
+        source: str,
+        train,
+        test,
+        where: Run | Path,
+        more: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Evaluate, and write the results; without ``train`` the model was trained before."""
         folder = where.folder if isinstance(where, Run) else where
@@ -138,7 +150,8 @@ class DenseTask:
         metrics = {
             "task": self.name, "data": test.name, "encoder": source, "train": len(train or ()),
             "classes": model.classes, "split": split_name(test), "n": metrics["test"], **metrics,
-            **compared, "protocol": to_dict(config), **environment(),
+            **compared, **fingerprints(train, test), **(more or {}), "protocol": to_dict(config),
+            **environment(),
         }  # fmt: skip
 
         def summary(metrics: dict[str, Any]) -> str:

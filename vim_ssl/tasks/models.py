@@ -12,7 +12,6 @@ slide.safetensors         `SlideClassifier`: classes of whole slides
 an encoder with a head    `Classifier`, or `VideoClassifier`
 """
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -37,6 +36,7 @@ from vim_ssl.objectives.clip import load_clip
 from vim_ssl.objectives.zero_shot import imagenet_names
 from vim_ssl.tasks import detection, segmentation, slides
 from vim_ssl.training.run import RUNS, newest_of
+from vim_ssl.utils.files import read_object
 
 # File of a run → the function that loads its model.
 LOADERS: dict[str, Callable[..., Any]] = {
@@ -108,8 +108,9 @@ def newest_model(root: Path = RUNS) -> Path:
     """
     files = [path for file in LOADERS for path in root.glob(f"*/{file}")]
     for path in root.glob("*/encoder.json"):
-        with suppress(ValueError):  # a damaged file of another run
-            if json.loads(path.read_text(encoding="utf-8"))["config"].get("num_classes"):
+        with suppress(ValueError, OSError):  # a damaged file of another run
+            config = read_object(path, "an encoder").get("config")
+            if isinstance(config, dict) and config.get("num_classes"):
                 files.append(path)
     if not files:
         raise FileNotFoundError(
@@ -123,7 +124,7 @@ def _setting(source: str | os.PathLike, key: str) -> Any:
     """Return a setting of a run, or None."""
     path = Path(source)
     file = (path if path.is_dir() else path.parent) / "config.json"
-    return json.loads(file.read_text(encoding="utf-8")).get(key) if file.is_file() else None
+    return read_object(file, "the settings of a run").get(key) if file.is_file() else None
 
 
 def _numbered(outputs: int, targets: str | None, released: bool) -> list[str]:

@@ -26,7 +26,13 @@ from vim_ssl.evaluation.features import times_hash, weights_hash
 from vim_ssl.models.predictor import ClassPrediction, Predictor
 from vim_ssl.utils.environment import commit, environment
 from vim_ssl.utils.numbers import NotFinite, require_finite
-from vim_ssl.utils.resumable import IMAGE_FILES, Journal, claim_output, write_record
+from vim_ssl.utils.resumable import (
+    IMAGE_FILES,
+    Journal,
+    claim_output,
+    read_record,
+    write_record,
+)
 
 # Index in the data, id, and the item with its prepared image, or the error text of a broken image.
 Row = tuple[int, str, dict[str, Any] | str]
@@ -134,7 +140,7 @@ def predict_data(
         strangers=_strangers(writer, {record, lock}),
     )  # fmt: skip
     try:
-        stored = json.loads(record.read_text())
+        stored = read_record(record)
         if not (stored["finished"] and output.exists()):
             with closing(Journal(lines)) as journal:
                 _fill(journal, model, data, writer, batch_size, workers, quiet)

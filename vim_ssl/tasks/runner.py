@@ -6,7 +6,7 @@ open the run → fit, saving the model with every checkpoint → conclude → cl
 import contextlib
 import json
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from vim_ssl.checkpoints.identity import encoder_hash, model_hash
 from vim_ssl.report import write_report
 from vim_ssl.training.accelerator import make_average
 from vim_ssl.training.config import TrainConfig
 from vim_ssl.training.loop import fit
+from vim_ssl.training.resume import outside
 from vim_ssl.training.run import Run
 from vim_ssl.utils.environment import environment
 from vim_ssl.utils.files import atomic_write, optional_output
@@ -59,6 +61,7 @@ def train_run(
     evaluate: Callable[[Training], Callable[[], dict[str, float]]] | None = None,
     should_stop: Callable[[Training], bool] | None = None,
     conclude: Callable[[Training], dict[str, Any]] | None = None,
+    depends_on: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Train ``objective`` in the run directory of ``config``; resume if ``config.resume`` is auto.
 
@@ -78,10 +81,15 @@ def train_run(
         should_stop: called on the main process after each evaluation; True ends the training.
         conclude: called on the main process after the last step; returns the result. By default
             the model is saved again with the last metrics in its record, and the report is written.
+        depends_on: hashes of further content outside the run that it depends on, such as test data;
+            see `vim_ssl.training.resume`.
     Returns: the result of ``conclude``, empty on other ranks; by default the metrics logged last,
         and ``run``, the directory.
     Raises: the errors of `Run.open` and `fit`.
     """
+    source = source or getattr(config, "encoder", "")
+    given = {"encoder": encoder_hash(source) if source else "", **(depends_on or {})}
+    needed = outside(objective, model, {what: known for what, known in given.items() if known})
     average = make_average(model, config)
     averaged: Any = None if average is None else average.module
     run = Run.open(name, config, accelerator)
@@ -96,7 +104,6 @@ def train_run(
     result: dict[str, Any] = {}
     with contextlib.closing(run), run.state.recording():
         if accelerator.is_main_process:
-            source = source or getattr(config, "encoder", "")
             print(_describe(name, config, objective, model, source, accelerator), flush=True)
             if prepare is not None:
                 prepare(run)
@@ -105,7 +112,7 @@ def train_run(
         logged = fit(
             objective.train(), samples, config, run, accelerator, average=average,
             evaluate=training.evaluator, on_save=save_model,
-            should_stop=should_stop and partial(should_stop, training),
+            should_stop=should_stop and partial(should_stop, training), depends_on=needed,
         )  # fmt: skip
         if conclude is None:
             result = {"run": str(run.folder), **logged}
@@ -148,6 +155,12 @@ def _parameters(module: nn.Module) -> str:
     return f"{number(sum(p.numel() for p in module.parameters()) / 1e6, 2)} M"
 
 
+def fingerprints(train: Any, test: Any) -> dict[str, dict[str, str]]:
+    """Return the entry of metrics.json that identifies the images of a result."""
+    known = {"train": train, "test": test}
+    return {"fingerprints": {name: data.fingerprint for name, data in known.items() if data}}
+
+
 def finish_run(
     where: Run | Path,
     metrics: dict[str, Any],
@@ -161,9 +174,11 @@ def finish_run(
         where: an open run, or the folder of an evaluation (created if missing).
         summary: metrics -> text to print.
         page: folder of the run that was evaluated; if it is a run, its report is written again.
-    Returns: the metrics.
+    Returns: the metrics; those of a run with ``weights``, the hash of the model in its folder.
     """
     run = where if isinstance(where, Run) else None
+    if run and (weights := model_hash(run.folder)):
+        metrics |= {"weights": weights}
     folder = where.folder if isinstance(where, Run) else where
     text = json.dumps(metrics, indent=2, ensure_ascii=False) + "\n"
     with run.writing("metrics.json") if run else contextlib.nullcontext():

@@ -1,19 +1,24 @@
 """The checkpoints of a training run: `Run.save` writes them, `Run.resume` loads the newest one.
 
-checkpoints/step-N/   what accelerate saves (model, optimiser, scaler, random states), and
-                      progress.json
+checkpoints/step-N/      what accelerate saves (model, optimiser, scaler, random states), and
+                         progress.json, with the sizes of these files
+checkpoints/damaged-…    one that was found damaged when the run was resumed
 """
 
 import contextlib
 import json
 import os
+import re
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vim_ssl.utils.files import atomic_write, fsync_path, reading
+from vim_ssl.utils.files import atomic_write, fsync_path, read_object
+
+_STEP = re.compile(r"step-(\d+)")
 
 
 class Checkpoints:
@@ -26,23 +31,25 @@ class Checkpoints:
 
     def __init__(self, folder: Path, main: bool = True):
         self.folder, self.main = Path(folder), main
+        self.skipped: set[str] = set()  # images that could not be read
 
     def checkpoints(self) -> list[Path]:
-        """Whole checkpoints, oldest first. (A partial one never gets its final name.)"""
+        """Checkpoints, oldest first. A partial one never gets its final name; other files and
+        folders, such as copies, are passed over."""
         paths = (self.folder / "checkpoints").glob("step-*")
-        return sorted(paths, key=lambda path: int(path.name.removeprefix("step-")))
+        steps = {path: match for path in paths if (match := _STEP.fullmatch(path.name))}
+        return sorted(filter(Path.is_dir, steps), key=lambda path: int(steps[path][1]))
+
+    def progress(self) -> dict[str, Any]:
+        """The content of progress.json in the newest checkpoint; {} without one that is whole."""
+        for path in reversed(self.checkpoints()):
+            with contextlib.suppress(ValueError, OSError):
+                return read_progress(path)
+        return {}
 
     def has_step(self, step: int) -> bool:
         """True if there is a whole checkpoint of this step."""
         return (self.folder / "checkpoints" / f"step-{step}").is_dir()
-
-    def progress(self) -> dict[str, Any]:
-        """The `Progress` stored in the newest checkpoint; {} without one. Raises: ValueError."""
-        if not (checkpoints := self.checkpoints()):
-            return {}
-        file = checkpoints[-1] / "progress.json"
-        with reading(file, "the progress of a run", "delete this checkpoint"):
-            return dict(json.loads(file.read_text()))
 
     def save(self, accelerator, progress, keep: int) -> None:
         """Save everything that the next step depends on, whole or not at all, and delete all but
@@ -61,7 +68,12 @@ class Checkpoints:
         accelerator.wait_for_everyone()
         if self.main and not final.exists():
             with self.writing(f"the checkpoint of step {progress.step}", partial):
-                (partial / "progress.json").write_text(json.dumps(vars(progress)))
+                content = {
+                    **vars(progress),
+                    "skipped": sorted(self.skipped),
+                    "files": _sizes(partial),
+                }
+                (partial / "progress.json").write_text(json.dumps(content))
                 for file in partial.rglob("*"):
                     fsync_path(file)
                 os.replace(partial, final)
@@ -90,13 +102,14 @@ class Checkpoints:
             ) from error
 
     def resume(self, accelerator, progress) -> None:
-        """Load the newest checkpoint, if there is one, and cut the log back to its step.
+        """Load the newest whole checkpoint, if there is one, and cut the log back to its step. A
+        damaged one is reported, and renamed.
 
-        Raises: ValueError for a checkpoint of another model.
+        Raises: ValueError for a checkpoint of another model, and if all are damaged.
         """
-        if not (checkpoints := self.checkpoints()):
+        newest = self._newest_whole(accelerator)
+        if newest is None:
             return
-        newest = checkpoints[-1]
         try:
             accelerator.load_state(str(newest))
         except RuntimeError as error:
@@ -104,20 +117,107 @@ class Checkpoints:
                 f"{newest} does not fit this model; was it saved with other settings than those of "
                 f"{self.folder / 'config.json'}? {' '.join(str(error).split())[:200]} …"
             ) from error
-        vars(progress).update(self.progress())
+        stored = read_progress(newest)
+        self.skipped |= set(stored.get("skipped", ()))
+        vars(progress).update({k: v for k, v in stored.items() if k in vars(progress)})
         log = self.folder / "metrics.jsonl"
         if self.main and log.exists():
-            rows = [line for line in log.read_text().splitlines() if _step(line) <= progress.step]
+            lines = log.read_bytes().decode(errors="replace").splitlines()
+            rows = [line for line in lines if _step(line) <= progress.step]
             atomic_write(log, "".join(row + "\n" for row in rows))
         if self.main:
             print(f"Resumed at step {progress.step:,} from {newest}", flush=True)
 
+    def _newest_whole(self, accelerator) -> Path | None:
+        """Return the newest checkpoint that is whole, for all processes; rename damaged ones."""
+        from accelerate.utils import broadcast_object_list
+
+        found: list[Any] = [None, ""]  # the name of the checkpoint, and what is wrong with others
+        for path in reversed(self.checkpoints()) if self.main else ():
+            if not (fault := damage(path)):
+                found[0] = path.name
+                break
+            found[1] += f"{path} is damaged ({fault}). "
+        broadcast_object_list(found)
+        name, faults = found
+        if name is None:
+            if faults:
+                raise ValueError(
+                    f"{faults}There is no older one: restore it from a copy, or start a new run in "
+                    "another --output."
+                )
+            return None
+        chosen = self.folder / "checkpoints" / name
+        if faults and self.main:
+            print(f"{faults}The run continues from the older {name}.", flush=True)
+            for path in self.checkpoints():
+                if int(path.name[5:]) > int(name[5:]):
+                    target = path.with_name(f"damaged-{path.name}")
+                    shutil.rmtree(target, ignore_errors=True)
+                    path.rename(target)
+        return chosen
+
+
+def _sizes(checkpoint: Path) -> dict[str, int]:
+    """The sizes of the files that training needs to continue; random states are drawn anew."""
+    files = (path for path in checkpoint.rglob("*") if path.is_file())
+    return {
+        path.relative_to(checkpoint).as_posix(): path.stat().st_size
+        for path in files
+        if not path.name.startswith("random_states")
+    }
+
+
+def _expected(checkpoint: Path) -> dict[str, None]:
+    """The files, of unknown size, that a checkpoint of an earlier version needs."""
+    sharded = any(checkpoint.glob("*fsdp*"))
+    return {} if sharded else dict.fromkeys(("model.safetensors", "optimizer.bin"))
+
+
+def read_progress(checkpoint: Path) -> dict[str, Any]:
+    """Return the content of a checkpoint's progress.json. Raises: OSError; ValueError for a file
+    with other content."""
+    path = checkpoint / "progress.json"
+    content = read_object(path, "the progress of a run")
+    if not isinstance(content.get("step"), int):
+        raise ValueError(f"{path} has no step.")
+    return content
+
+
+def damage(checkpoint: Path) -> str:
+    """Return what is wrong with the files of a checkpoint; "" if it is whole."""
+    from safetensors import safe_open
+
+    path = checkpoint / "progress.json"
+    try:
+        sizes = read_progress(checkpoint).get("files")
+        for name, size in (sizes if isinstance(sizes, dict) else _expected(checkpoint)).items():
+            path = checkpoint / name
+            if (now := path.stat().st_size) != size and size is not None:
+                return f"{name} has {now:,} bytes instead of {size:,}"
+        for path in sorted(p for p in checkpoint.rglob("*") if p.is_file()):
+            if path.suffix == ".safetensors":
+                with safe_open(path, "pt") as file:
+                    file.keys()
+            elif path.name == "optimizer.bin":  # torch's archive, with checksums
+                with zipfile.ZipFile(path) as archive:
+                    if broken := archive.testzip():
+                        return f"{path.name}: {broken} is broken"
+    except FileNotFoundError:
+        return f"{path.name} is missing"
+    except Exception as error:  # readers of damaged files raise errors of nearly any type
+        reason = " ".join(str(error).split())[:120].rstrip(".")
+        return f"{path.name}: {reason}"
+    return ""
+
 
 def _step(line: str) -> int:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):  # cut off by a kill in the middle of writing
-        return 2**62
+    """The step of a line of metrics.jsonl; a large number for a line without one, which a kill in
+    the middle of writing has cut off."""
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        if isinstance(step := json.loads(line)["step"], int):
+            return step
+    return 2**62
 
 
 def _reason(error: BaseException, folder: Path) -> str:

@@ -9,7 +9,8 @@
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,9 +21,9 @@ from vim_ssl.training.accelerator import Average
 from vim_ssl.training.config import TrainConfig
 from vim_ssl.training.monitor import Monitor, StepAbandoned
 from vim_ssl.training.optim import build_optimizer, build_schedule
+from vim_ssl.training.resume import begin
 from vim_ssl.training.run import Run
-from vim_ssl.training.schedule import Progress, Schedule
-from vim_ssl.training.state import STOPPED_EARLY
+from vim_ssl.training.schedule import Schedule
 
 
 def fit(
@@ -36,6 +37,7 @@ def fit(
     evaluate: Callable[[], dict[str, float]] | None = None,
     should_stop: Callable[[], bool] | None = None,
     on_save: Callable[[], object] | None = None,
+    depends_on: Mapping[str, str] | None = None,
 ) -> dict[str, float]:
     """Train ``objective`` on ``samples`` and return the metrics logged last.
 
@@ -49,6 +51,7 @@ def fit(
         should_stop: called on the main process after each evaluation and on resume; True ends the
             training.
         on_save: called before every checkpoint on the main process, to write the encoder.
+        depends_on: hashes of what a step depends on outside the checkpoint and the data.
     Raises: ValueError if the checkpoint was made with other data, batches or model;
         FloatingPointError after ``max_bad_steps`` consecutive non-finite steps;
         SystemExit(0) after SIGTERM or SIGINT, once the state is saved; KeyboardInterrupt after a
@@ -59,12 +62,9 @@ def fit(
     model, optimizer = accelerator.prepare(objective, optimizer)
     if average is not None:  # as a second model, so that checkpoints hold it as safetensors
         accelerator.prepare_model(average.module, evaluation_mode=True)
-    progress = Progress()
     metrics: dict[str, float] = {}
-    run.resume(accelerator, progress)
-    schedule.check_resume(progress)
-    run.write_config()
-    run.state.begin(progress.step, schedule.total_steps, schedule.plan, {})
+    rate = partial(rates_around, optimizer, lr_schedule)
+    progress = begin(run, accelerator, schedule, depends_on or {}, rate)
     last = progress.step >= schedule.total_steps
 
     def save() -> None:
@@ -72,6 +72,7 @@ def fit(
         # a run killed after its last checkpoint would never write its encoder.
         if on_save is not None and accelerator.is_main_process:
             on_save()
+        run.gather_skipped(accelerator)
         run.save(accelerator, progress, keep=config.keep_checkpoints)
         run.state.reach(progress.step)
 
@@ -110,6 +111,7 @@ def fit(
             if evaluated:
                 row |= monitor.evaluate(objective, samples, evaluate)
             if evaluated or progress.step % config.log_every == 0:
+                run.gather_skipped(accelerator)
                 run.log(progress, schedule.epoch_float(progress), row)
             if evaluated:
                 last = monitor.broadcast_decision(should_stop) or last
@@ -120,11 +122,15 @@ def fit(
                 break
         if not last:
             monitor.exit_after_save()
-    if progress.step < schedule.total_steps:
-        patience = getattr(config, "patience", 0)
-        why = f"no improvement in {patience} evaluations" if patience else ""
-        run.state.outcome = STOPPED_EARLY, why
+    run.state.outcome = schedule.outcome(progress)
     return metrics
+
+
+def rates_around(optimizer, lr_schedule, step: int) -> tuple[float, float]:
+    """Return the learning rate in the optimiser, and that of ``step``, which it has afterwards."""
+    before = max(group["lr"] for group in optimizer.param_groups)
+    lr_schedule.step_update(step)
+    return before, max(group["lr"] for group in optimizer.param_groups)
 
 
 def prepare_optimizer(objective, config: TrainConfig, schedule: Schedule):

@@ -6,12 +6,10 @@ images/      report.html    trackers/ (of TensorBoard and others)
 
 import io
 import json
-import re
+import os
 import shlex
 import shutil
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -22,20 +20,16 @@ from torch import Tensor
 
 from vim_ssl.data.spec import same_data, sets_of
 from vim_ssl.training.checkpoint import Checkpoints
-from vim_ssl.training.state import ENDED, LOCK, StateFile, state_of
+from vim_ssl.training.folders import RUNS as RUNS
+from vim_ssl.training.folders import check_writable, new_folder
+from vim_ssl.training.folders import evaluation_folder as evaluation_folder
+from vim_ssl.training.folders import task_folder as task_folder
+from vim_ssl.training.resume import DATA, PLACES, check_settings, located
+from vim_ssl.training.state import ENDED, LOCK, StateFile, read_state, recorded, state_of
 from vim_ssl.utils.config import to_dict
 from vim_ssl.utils.environment import is_main_rank
-from vim_ssl.utils.files import atomic_write
+from vim_ssl.utils.files import atomic_write, read_object, reading, writable
 from vim_ssl.utils.names import did_you_mean
-
-RUNS = Path("runs")
-# Settings that may differ when a run is resumed: they change no step (compile: its rounding), or
-# only the length of the run.
-FREE_TO_CHANGE = {
-    "recipe", "preset", "output", "resume", "epochs", "workers", "threads", "log_every",
-    "eval_every", "save_every", "save_steps", "keep_checkpoints", "max_steps", "max_bad_steps",
-    "trackers", "compile", "grad_checkpointing",
-}  # fmt: skip
 
 
 class Run(Checkpoints):
@@ -45,10 +39,12 @@ class Run(Checkpoints):
         super().__init__(folder, main)
         self.state = StateFile(self.folder, main)
         self.recipe = ""
-        self.skipped: set[str] = set()
+        self._gathered: set[str] = set()  # of `skipped`: those that every process knows
         self._trackers: list[Any] = []
         self._lock: Any = None
-        self._record: dict = {}
+        # The settings of this call with the recipe, and those that the folder had.
+        self.record: dict[str, Any] = {}
+        self.stored: dict[str, Any] = {}
 
     @classmethod
     def open(cls, recipe: str, config, accelerator) -> "Run":
@@ -62,10 +58,12 @@ class Run(Checkpoints):
         from accelerate.utils import broadcast_object_list
 
         _check_trackers(config.trackers)
-        name = config.output or str(_new_folder(recipe))
+        name = config.output
+        if not name and accelerator.is_main_process:
+            name = str(new_folder(recipe))
         (name,) = broadcast_object_list([name])
         run = cls(Path(name), accelerator.is_main_process)
-        run.recipe, run._record = recipe, {"recipe": recipe, **to_dict(config)}
+        run.recipe, run.record = recipe, {"recipe": recipe, **to_dict(config)}
         if run.checkpoints() and config.resume != "auto":
             raise FileExistsError(
                 f"{run.folder} already holds a run; go on with --resume auto, or choose another "
@@ -73,18 +71,15 @@ class Run(Checkpoints):
             )
         if run.folder.is_dir() and not run._is_new():
             run._check_same(name)
+            if not run.checkpoints() and run._has_model():
+                raise FileExistsError(
+                    f"{run.folder} contains a trained model, but no checkpoint to resume from; it "
+                    "is not overwritten. Choose another --output."
+                )
         accelerator.wait_for_everyone()
         if run.main:
-            try:
+            with writable(run.folder):
                 run._create_folders(name)
-            except BlockingIOError:
-                raise
-            except OSError as error:
-                reason = error.strerror or error
-                raise OSError(
-                    f"{error.filename or name} cannot be written: {reason}. Choose another "
-                    "--output, or make it a folder in which this user may write."
-                ) from error
             if not run.checkpoints():
                 run.write_config()
                 (run.folder / "metrics.jsonl").unlink(missing_ok=True)
@@ -108,8 +103,7 @@ class Run(Checkpoints):
                 f"another process is training in {name}; wait for it, or choose another --output."
             ) from None
         for folder in folders:
-            with tempfile.TemporaryFile(dir=folder) as probe:
-                probe.write(b"1")
+            check_writable(folder)
         for partial in (self.folder / "checkpoints").glob("partial-*"):  # of a killed save
             shutil.rmtree(partial)
 
@@ -121,25 +115,27 @@ class Run(Checkpoints):
             for path in self.folder.iterdir()
         )
 
+    def _has_model(self) -> bool:
+        """True if weights of a training are there, other than those of a first, failed save."""
+        models = [*self.folder.glob("*.safetensors"), *self.folder.glob("metrics.json")]
+        return bool(models) and read_state(self.folder).get("step") != 0
+
     def _check_same(self, name: str) -> None:
         """Refuse a folder with other content, and settings that would change the run's steps."""
         stored = _stored_config(self.folder)
         if stored is None or "recipe" not in stored:  # other programs write config.json too
             raise FileExistsError(f"{name} holds files, but no run; choose another --output.")
-        if not self.checkpoints():
-            return
-        for key in stored.keys() & self._record.keys() - FREE_TO_CHANGE:
-            if stored[key] != self._record[key]:
-                raise ValueError(
-                    f"{name} was trained with {key} = {stored[key]!r}, not {self._record[key]!r}; "
-                    "resume without that flag and --preset, or start anew in another --output."
-                )
+        if self.checkpoints():
+            self.stored = stored
+            known = recorded(self.folder, "depends_on")
+            known |= {DATA: self.progress().get("data", "")}
+            check_settings(name, stored, self.record, known)
 
     def write_config(self) -> None:
         """Write config.json; when resuming, after `resume` has checked that the model fits."""
-        if self.main and self._record:
+        if self.main and self.record:
             with self.writing("config.json"):
-                atomic_write(self.folder / "config.json", json.dumps(self._record, indent=2) + "\n")
+                atomic_write(self.folder / "config.json", json.dumps(self.record, indent=2) + "\n")
 
     # ---------------------------------------------------------------- metrics and images
 
@@ -184,11 +180,19 @@ class Run(Checkpoints):
                 print(f"\nThe tracker {tracker.name} failed and is dropped: {error}", flush=True)
 
     def count_skipped(self, names: Iterable[str]) -> None:
-        """Count images that could not be read, by name; the first ten are printed."""
+        """Count images that could not be read, by name; the main process prints the first ten."""
         for name in names:
-            if name not in self.skipped and len(self.skipped) < 10:
+            if self.main and name not in self.skipped and len(self.skipped) < 10:
                 print(f"\nskipped: {name}", flush=True)
             self.skipped.add(name)
+
+    def gather_skipped(self, accelerator) -> None:
+        """Count those of all processes, which all have to call this."""
+        from accelerate.utils import gather_object
+
+        if accelerator.num_processes > 1:
+            self.count_skipped(gather_object(sorted(self.skipped - self._gathered)))
+            self._gathered = set(self.skipped)
 
     def _start_trackers(self, names: tuple[str, ...]) -> None:
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
@@ -238,7 +242,12 @@ def stored_or(default):
                 raise ValueError("--resume auto needs --output RUN, the run to resume.")
             if (stored := _stored_config(Path(given["output"]))) is not None:
                 once = {"recipe", "output", "resume", "max_steps"}
-                return {key: value for key, value in stored.items() if key not in once}
+                began = read_state(given["output"]).get("folder", "")
+                return {
+                    key: located(value, began) if key in PLACES else value
+                    for key, value in stored.items()
+                    if key not in once
+                }
         if given.get("eval_only") and given.get("encoder"):
             stored = _stored_config(Path(given["encoder"])) or {}
             if held_out := {key: stored[key] for key in ("test", "seed") if key in stored}:
@@ -259,14 +268,11 @@ def resume_command(run: Run, processes: int = 1) -> str:
     return f"{command} {rest}"
 
 
-def _stored_config(folder: Path) -> dict | None:
+def _stored_config(folder: Path) -> dict[str, Any] | None:
     record = folder / "config.json"
     if not record.is_file():
         return None
-    try:
-        return json.loads(record.read_text())
-    except ValueError as error:
-        raise ValueError(f"{record} is broken: {error}. Choose another --output.") from error
+    return read_object(record, "the settings of a run", "restore it, or choose another --output")
 
 
 def newest_run(root: Path = RUNS, recipe: str = "pretrain") -> Path:
@@ -281,7 +287,7 @@ def newest_run(root: Path = RUNS, recipe: str = "pretrain") -> Path:
     paths = [
         path
         for path in root.glob(f"*/{model}.safetensors")
-        if (_stored_config(path.parent) or {}).get("recipe", "").endswith(recipe)
+        if _recipe_of(path.parent).endswith(recipe)
     ]
     if not paths:
         raise FileNotFoundError(
@@ -289,6 +295,14 @@ def newest_run(root: Path = RUNS, recipe: str = "pretrain") -> Path:
             f"`accelerate launch recipes/{script}.py`, or name one."
         )
     return newest_of(paths)
+
+
+def _recipe_of(folder: Path) -> str:
+    """The recipe of a run; "" for other folders, and for a damaged one."""
+    try:
+        return str((_stored_config(folder) or {}).get("recipe", ""))
+    except (ValueError, OSError):
+        return ""
 
 
 def newest_of(files: Iterable[Path]) -> Path:
@@ -307,10 +321,11 @@ def unfinished(folder: Path) -> str:
     stored, checkpoints = _stored_config(folder) or {}, Run(folder).checkpoints()
     if not checkpoints or (folder / "metrics.json").exists():
         return ""
-    progress = json.loads((checkpoints[-1] / "progress.json").read_text())
+    progress = Run(folder).progress()
     total = round(progress.get("epoch_steps", 0) * stored.get("epochs", 0))
     total = min(total, stored.get("max_steps") or total)
-    return f"step {progress['step']:,} of {total:,}" if progress["step"] < total else ""
+    step = progress.get("step", total)
+    return f"step {step:,} of {total:,}" if step < total else ""
 
 
 def trained_on(source: str | Path, *keys: str) -> str:
@@ -343,36 +358,19 @@ def pretrained_on(source: str | Path, spec: str, split: str) -> bool:
     return split == "held out" or any(one.split in (split, "all") for _, one in sets_of(trained))
 
 
-def task_folder(task: str, source: str | Path, data: str) -> Path:
-    """The default output of a task on an encoder: a folder in its run, named after the data if
-    these are not the run's; under ``runs/`` for a preset or Hub id."""
-    slug = "-" + re.sub(r"\W+", "-", data).strip("-") if data else ""
-    folder = Path(source)
-    if folder.is_file():
-        folder = folder.parent
-    if folder.is_dir():
-        return folder / f"{task}{slug}"
-    return RUNS / f"{task}-{folder.name}{slug}"
+def read_metrics(folder: str | os.PathLike) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl. A last line that a kill has cut off is left out.
 
-
-def evaluation_folder(output: str = "") -> Path:
-    """The folder for an evaluation without training: ``output``, or one under ``runs/`` named by
-    the time. It is created if needed."""
-    folder = Path(output) if output else _new_folder("evaluation")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def _new_folder(name: str) -> Path:
-    """A folder under ``runs/`` named by the time, which does not exist."""
-    first = folder = RUNS / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    number = 1
-    while folder.exists():  # of the same second
-        number += 1
-        folder = first.with_name(f"{first.name}-{number}")
-    return folder
-
-
-def read_metrics(folder: Path) -> list[dict]:
-    """The lines of metrics.jsonl."""
-    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    Raises: FileNotFoundError; ValueError, naming the line, for other content.
+    """
+    path, rows = Path(folder) / "metrics.jsonl", []
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
+        if not line or (number == len(lines) and not line.endswith(b"}")):
+            continue
+        with reading(f"{path}, line {number},", "a row of metrics", "delete that line"):
+            row = json.loads(line.decode())
+            if not isinstance(row, dict):
+                raise ValueError(f"it is a {type(row).__name__}")
+            rows.append(row)
+    return rows

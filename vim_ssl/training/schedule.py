@@ -9,6 +9,7 @@ from typing import Any
 
 from vim_ssl.data.loading.indexed import SeededSamples, training_loader
 from vim_ssl.training.config import TrainConfig
+from vim_ssl.training.state import FINISHED, STOPPED_EARLY
 from vim_ssl.utils.distributed import cores
 from vim_ssl.utils.names import plural
 
@@ -19,7 +20,8 @@ class Progress:
     epoch.
 
     The counts refer to the same steps only if ``epoch_batches``, ``epoch_steps``, ``data`` (a
-    fingerprint) and ``readers`` (the order of a stream) are the same.
+    fingerprint), ``readers`` (the order of a stream) and ``effective_batch`` are the same.
+    Checkpoints of earlier versions have no ``processes`` and ``effective_batch``.
     """
 
     epoch: int = 0
@@ -33,6 +35,8 @@ class Progress:
     epoch_steps: int = 0
     data: str = ""
     readers: str = ""
+    processes: int = 0
+    effective_batch: int = 0
 
 
 def fitting_batch(size: int, batch: int) -> int:
@@ -43,6 +47,10 @@ def fitting_batch(size: int, batch: int) -> int:
         return batch
     smaller = size // (size // batch + 1)
     return smaller if size % smaller < size % batch else batch
+
+
+def _processes(count: int) -> str:
+    return f"{count} process{'es' * (count != 1)}"
 
 
 class Schedule:
@@ -146,12 +154,34 @@ class Schedule:
             f"{lr} · {plural(self.workers, 'worker')}"
         )
 
-    def check_resume(self, progress: Progress) -> None:
+    def check_resume(self, progress: Progress) -> str:
         """Check that a checkpoint's counts refer to the same steps here; record the new values.
 
+        Returns: a remark if the number of processes differs, with the same effective batch.
         Raises: ValueError for other data, batches or readers.
         """
-        if progress.epoch_batches and progress.readers != self.readers:
+        remark = ""
+        if progress.epoch_batches:
+            if progress.data != self.fingerprint:
+                raise ValueError(
+                    "The images are not those of the checkpoint: their names, sizes or labels "
+                    "differ. Resume with the same data, or start a new run in another --output."
+                )
+            self._check_batches(progress)
+            if progress.processes not in (0, self.processes):
+                remark = (
+                    f"The run began with {_processes(progress.processes)}, now "
+                    f"{self.processes}: the effective batch is the same, but drop path and dropout "
+                    "draw other masks."
+                )
+        progress.data, progress.readers = self.fingerprint, self.readers
+        progress.epoch_batches, progress.epoch_steps = self.epoch_batches, self.epoch_steps
+        progress.processes, progress.effective_batch = self.processes, self.effective_batch
+        return remark
+
+    def _check_batches(self, progress: Progress) -> None:
+        """Raise ValueError if the steps of a checkpoint had other batches or readers."""
+        if progress.readers != self.readers:
             raise ValueError(
                 "The checkpoint's data were read in the order of "
                 f"{progress.readers or 'an index'}, now it would be that of "
@@ -161,19 +191,31 @@ class Schedule:
             )
         names = ("epoch_batches", "epoch_steps")
         before, now = ([getattr(source, name) for name in names] for source in (progress, self))
-        if progress.epoch_batches and before != now:
+        if before == now and progress.effective_batch in (0, self.effective_batch):
+            return
+        steps = (
+            f"An epoch of the checkpoint has {before[0]} batches in {before[1]} steps, now "
+            f"{now[0]} in {now[1]}"
+        )
+        if progress.processes not in (0, self.processes):
+            began = _processes(progress.processes)
             raise ValueError(
-                f"An epoch of the checkpoint has {before[0]} batches in {before[1]} steps, now "
-                f"{now[0]} in {now[1]}. Resume with the same data, accumulation and batch_size x "
-                "processes, or start a new run in another --output."
+                f"The run began with {began}, now {self.processes}, and its effective batch was "
+                f"{progress.effective_batch}, now {self.effective_batch}. Resume with {began} "
+                f"(accelerate launch --num_processes {progress.processes} …), or start a new run "
+                "in another --output."
             )
-        if progress.epoch_batches and progress.data != self.fingerprint:
-            raise ValueError(
-                "The images are not those of the checkpoint: their names, sizes or labels differ. "
-                "Resume with the same data, or start a new run in another --output."
-            )
-        progress.data, progress.readers = self.fingerprint, self.readers
-        progress.epoch_batches, progress.epoch_steps = self.epoch_batches, self.epoch_steps
+        raise ValueError(
+            f"{steps}. Resume with the same data and the same number of processes, or start a new "
+            "run in another --output."
+        )
+
+    def outcome(self, progress: Progress) -> tuple[str, str]:
+        """Return the state of a run that has ended here, and its reason; see `StateFile`."""
+        if progress.step >= self.total_steps:
+            return FINISHED, ""
+        patience = getattr(self.config, "patience", 0)
+        return STOPPED_EARLY, f"no improvement in {patience} evaluations" if patience else ""
 
     def steps(self, progress: Progress) -> Iterator[list[dict]]:
         """Yield the micro-batches of each remaining optimiser step."""

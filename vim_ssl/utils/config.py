@@ -37,7 +37,7 @@ import yaml
 
 from vim_ssl.utils.environment import is_main_rank
 from vim_ssl.utils.field_types import check_choice, convert, from_text, is_supported, split_type
-from vim_ssl.utils.files import atomic_write
+from vim_ssl.utils.files import atomic_write, reading
 from vim_ssl.utils.names import closest, did_you_mean
 
 C = TypeVar("C")
@@ -225,11 +225,8 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
 
     Raises: OSError if the file cannot be read; ValueError if it does not contain a mapping.
     """
-    try:
+    with reading(path, "a YAML or JSON file with settings", "correct it"):
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path} is not a YAML file: {reason}") from error
     if values is None:  # empty, or only comments
         return {}
     if not isinstance(values, dict):

@@ -161,6 +161,29 @@ def optional_output(what: str) -> Iterator[None]:
         )
 
 
+@contextmanager
+def writable(folder: Path) -> Iterator[None]:
+    """Report a failed write in ``folder`` in one line that says what to do. Raises: OSError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # it has a message of its own
+            raise
+        raise OSError(
+            f"{error.filename or folder} cannot be written: {error.strerror}. Choose another "
+            "--output, or make it a folder in which this user may write."
+        ) from error
+
+
+def read_object(path: Path, what: str, remedy: str = "") -> dict[str, Any]:
+    """Read a JSON file with one object. Arguments and errors: see `reading`."""
+    with reading(path, what, remedy):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"it contains a {type(content).__name__}, not an object")
+    return content
+
+
 def encoding_of(start: bytes) -> str:
     """Return the encoding of a text file from its first bytes: UTF-8 unless a byte order mark says
     otherwise."""

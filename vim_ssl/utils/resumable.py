@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from vim_ssl.utils.files import atomic_path, reading
+from vim_ssl.utils.files import atomic_path, read_object, reading, writable
 
 # The times of the image files; the records of earlier versions do not have it.
 IMAGE_FILES = "image_files"
@@ -40,8 +40,8 @@ def claim_output(
     from filelock import FileLock, Timeout
 
     if record.exists():
-        with reading(record, f"a record of {what}", "choose another --output, or delete it"):
-            stored = json.loads(record.read_text(encoding="utf-8")).get("made_of", {})
+        stored = read_record(record).get("made_of")
+        stored = stored if isinstance(stored, dict) else {}
         if IMAGE_FILES not in stored:
             stored = stored | {IMAGE_FILES: made_of.get(IMAGE_FILES)}
         differing = [key for key, value in made_of.items() if stored.get(key) != value]
@@ -59,10 +59,12 @@ def claim_output(
         raise FileExistsError(
             f"{stranger} exists, but no record of {what} ({record.name}); choose another --output."
         )
-    record.parent.mkdir(parents=True, exist_ok=True)
+    with writable(record.parent):
+        record.parent.mkdir(parents=True, exist_ok=True)
     held = FileLock(lock)
     try:
-        held.acquire(timeout=0)
+        with writable(record.parent):
+            held.acquire(timeout=0)
     except Timeout:
         raise BlockingIOError(
             f"another process is writing {output}; wait for it, or choose another --output."
@@ -70,6 +72,11 @@ def claim_output(
     if not record.exists():
         write_record(record, {**origin, "made_of": made_of, "finished": False})
     return held
+
+
+def read_record(file: Path) -> dict[str, Any]:
+    """Read a record. Raises: ValueError for a damaged one."""
+    return read_object(file, "the record of an output", "delete it with its output")
 
 
 def write_record(file: Path, record: Mapping[str, Any]) -> None:
@@ -96,7 +103,8 @@ class Journal:
         for line in self._file:
             if not line.endswith(b"\n"):
                 break
-            self._note(json.loads(line), end)
+            with reading(path, "finished items", "delete it to start anew"):
+                self._note(json.loads(line), end)
             end += len(line)
         self._file.truncate(end)
 
