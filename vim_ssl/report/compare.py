@@ -21,7 +21,7 @@ from vim_ssl.metrics.bootstrap import Metric
 from vim_ssl.metrics.classification import accuracy
 from vim_ssl.report.page import curve_names, plots, templates
 from vim_ssl.report.record import Evaluation, Record, is_check, is_number
-from vim_ssl.report.results import Score, main_results, probe_metric, probe_rows, score
+from vim_ssl.report.results import EARLIER, Score, main_results, probe_metric, probe_rows, score
 from vim_ssl.report.settings import duration, is_finished
 from vim_ssl.utils.files import atomic_write
 
@@ -122,6 +122,8 @@ def _results(runs: list[Record]) -> Iterator[Result]:
             difference, remark = Score(""), "reference"
             if run is not runs[0]:
                 difference, remark = _difference(first, metric)
+            if metric.evaluation.stale:
+                remark += f"; {EARLIER[0].lower()}{EARLIER[1:]}"
             result.rows.append((run.name, value, difference, remark))
         yield result
 
@@ -237,7 +239,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     page = compare_runs(args.run)
     path = Path(args.output)
+    replaced = " (replaces an earlier one)" if path.exists() else ""
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, page.encode(errors="replace"))
-    print(f"Comparison: {path}")
+    print(f"Comparison: {path}{replaced}")
     return 0

@@ -161,7 +161,8 @@ def read_image(path: Path) -> Image.Image | None:
     try:
         with Image.open(path) as file:
             return file.convert("RGB")
-    except (OSError, SyntaxError, ValueError):  # being written, or broken
+    except (OSError, SyntaxError, ValueError, MemoryError, Image.DecompressionBombError):
+        # being written, broken, or too large
         return None
 
 

@@ -6,11 +6,12 @@
 import json
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from vim_ssl.metrics.titles import (
     CHECK_GROUPS,
@@ -27,6 +28,7 @@ from vim_ssl.report.results import (
     Score,
     baselines,
     main_results,
+    mark,
     measured,
     probe_metric,
     probe_rows,
@@ -68,34 +70,63 @@ templates.filters["px"] = "{:.1f}".format
 
 
 def render(run: Record) -> str:
-    """Render the HTML of a run's report."""
+    """Render the HTML of a run's report. What a damaged file makes impossible to draw is left out
+    and named."""
+    page, parts = templates.get_template("page.html"), _always(run)
+    drawn: dict[str, Any] = {}
+    for name, (draw, empty) in SECTIONS.items():
+        drawn[name] = empty
+        try:
+            drawn[name] = draw(run)
+        except Exception as error:  # whatever the values in a user's files lead to
+            parts["missing"] += [_undrawn(name, error)]
+    try:
+        return page.render(**parts, **drawn)
+    except Exception:
+        return page.render(**parts, **_renderable(page, parts, drawn))
+
+
+def _renderable(page: Template, parts: dict[str, Any], drawn: dict[str, Any]) -> dict[str, Any]:
+    """Replace the sections that the template cannot render by empty ones, and name them."""
+    kept = {name: empty for name, (_, empty) in SECTIONS.items()}
+    for name, section in drawn.items():
+        try:
+            page.render(**parts, **(kept | {name: section}))
+            kept[name] = section
+        except Exception as error:  # as above
+            parts["missing"] += [_undrawn(name, error)]
+    return kept
+
+
+def _undrawn(name: str, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:120] or type(error).__name__
+    return f"the section {name.replace('_', ' ')} cannot be drawn ({reason})"
+
+
+def _always(run: Record) -> dict[str, Any]:
+    """The parts of a page that any run has."""
     path = run.folder.resolve()
     if path.is_relative_to(Path.cwd()):
         path = path.relative_to(Path.cwd())
-    checks = [name for name in curve_names([run]) if is_check(name)]
-    training = [name for name in curve_names([run]) if not is_check(name)]
-    return templates.get_template("page.html").render(
-        title=run.name,
-        run=run,
-        lede=_lede(run),
-        state=state_text(run),
-        drawn_at=time.strftime("%Y-%m-%d %H:%M"),
-        missing=run.missing(),
-        tiles=list(filter(None, _tiles(run))),
-        sentences=sentences(run),
-        result=task_result(run),
-        strips=strips(run),
-        probes=probes(run),
-        zero_shot=list(filter(None, map(zero_shot, run.zero_shot))),
-        checks=list(plots([run], checks)),
-        curves=list(plots([run], training)),
-        settings=settings(run),
-        config_json=json.dumps(run.config, indent=2, ensure_ascii=False) if run.config else "",
-        run_literal=json.dumps(path.as_posix(), ensure_ascii=False),
-        run_quoted=shlex.quote(path.as_posix()),
-        embed_dim=run.encoder.get("embed_dim", "embed_dim"),
-        prediction=PREDICTED.get(str(run.config.get("recipe")), ""),
-    )
+    return {
+        "title": run.name,
+        "run": run,
+        "drawn_at": time.strftime("%Y-%m-%d %H:%M"),
+        "missing": run.missing(),
+        "run_literal": json.dumps(path.as_posix(), ensure_ascii=False),
+        "run_quoted": shlex.quote(path.as_posix()),
+        "embed_dim": str(run.encoder.get("embed_dim", "embed_dim")),
+        "prediction": PREDICTED.get(str(run.config.get("recipe")), ""),
+    }
+
+
+def _curves(run: Record, checks: bool) -> list[tuple[curve.Plot, str]]:
+    """The curves of the in-training checks, or those of the training."""
+    return list(plots([run], [name for name in curve_names([run]) if is_check(name) == checks]))
+
+
+def _config_json(run: Record) -> str:
+    return json.dumps(run.config, indent=2, ensure_ascii=False) if run.config else ""
 
 
 # ---------------------------------------------------------------- header
@@ -130,7 +161,8 @@ def _tiles(run: Record) -> Iterator[tuple[str, str, str] | None]:
 
 def _result_tiles(run: Record) -> Iterator[tuple[str, str, str]]:
     for title, metrics, key, unit in main_results(run.result.metrics):
-        yield title, *_with_interval(score(metrics, key, unit), measured(run.result.metrics))
+        note = mark(run.result, measured(run.result.metrics))
+        yield title, *_with_interval(score(metrics, key, unit), note)
         break
     for name, value in baselines(run.result.metrics):
         title = name if name.startswith("kNN") else name[:1].upper() + name[1:]
@@ -144,7 +176,7 @@ def _probe_tiles(run: Record) -> Iterator[tuple[str, str, str]]:
         if not rows:
             return
         metric = probe_metric(probe.metrics).lower()
-        note = measured(probe.metrics)
+        note = mark(probe, measured(probe.metrics))
         yield f"Linear probe, {metric}", *_with_interval(score(rows[0], "logistic"), note)
         for row in rows[1:]:
             yield (
@@ -222,3 +254,20 @@ def _is_pixel_error(run: Record) -> bool:
     return {"loss", "pixel_mse"} <= run.log.keys() and np.allclose(
         run.log["pixel_mse"], run.log["loss"], rtol=1e-6, atol=0, equal_nan=True
     )
+
+
+# Part of the template → the function that draws it, and its value if nothing can be drawn.
+SECTIONS: dict[str, tuple[Callable[[Record], Any], Any]] = {
+    "lede": (_lede, ""),
+    "state": (state_text, ""),
+    "tiles": (lambda run: list(filter(None, _tiles(run))), []),
+    "sentences": (sentences, []),
+    "result": (task_result, {}),
+    "strips": (strips, []),
+    "probes": (probes, []),
+    "zero_shot": (lambda run: list(filter(None, map(zero_shot, run.zero_shot))), []),
+    "checks": (lambda run: _curves(run, True), []),
+    "curves": (lambda run: _curves(run, False), []),
+    "settings": (settings, {}),
+    "config_json": (_config_json, ""),
+}

@@ -4,11 +4,15 @@ import csv
 import itertools
 import json
 import math
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
+from vim_ssl.checkpoints.identity import hashes_of_run
 from vim_ssl.models.presets import PRESETS
 from vim_ssl.training.state import recorded, state_of
 
@@ -19,7 +23,11 @@ EVALUATED = (
     "image_to_text_r1", "text_to_image_r1",
 )  # fmt: skip
 CHECK_PREFIXES = ("val_", "test_")  # of the metrics of other in-training checks
-PROBES, ZERO_SHOTS = "linear_probe*/metrics.json", "zero_shot*/metrics.json"
+# Folders with results, by the names that `vim_ssl.training.folders` gives: no copies such as
+# "linear_probe (1)" or "linear_probe.bak".
+PROBES, ZERO_SHOTS = re.compile(r"linear_probe(-[\w-]+)?"), re.compile(r"zero_shot(-[\w-]+)?")
+LARGEST = 1e300  # further numbers are treated as damaged: their products are infinite
+MAX_BYTES = 256 * 2**20  # of a file that is read whole
 MAX_LINES = 50_000  # maximum number of log lines to parse, evenly spread
 PREVIEWS = {"pictures": "preview"}  # prefix in earlier runs -> current prefix
 
@@ -32,7 +40,10 @@ class Evaluation:
         classes: classes.csv, one dict per class.
         predictions: predictions.csv, one dict per image.
         examples: examples/examples.json; its files are in ``images``.
+        stale: the run has other weights now than those that were evaluated.
     """
+
+    stale = False
 
     def __init__(self, folder: Path):
         self.folder, self.images = folder, folder / "examples"
@@ -73,10 +84,11 @@ class Record:
         self.log = _read_log(folder / "metrics.jsonl")
         self.previews = _find_previews(folder / "images")
         # Sorting puts the data of the run first, other data by name.
-        self.probes = [Evaluation(p.parent) for p in sorted(folder.glob(PROBES))]
-        self.zero_shot = [Evaluation(p.parent) for p in sorted(folder.glob(ZERO_SHOTS))]
+        self.probes = [Evaluation(path) for path in _folders(folder, PROBES)]
+        self.zero_shot = [Evaluation(path) for path in _folders(folder, ZERO_SHOTS)]
         self.result = Evaluation(folder)  # written at the end of supervised runs
         self.predictions = folder / "predictions.png"
+        self._mark_stale()
         description = read_json(folder / "encoder.json")
         self.saved = bool(description)
         self.made_by = _as_dict(description.get("made_by"))
@@ -87,6 +99,19 @@ class Record:
         configured = {} if preset is None else preset | _as_dict(self.config.get("model_args"))
         self.encoder: dict[str, Any] = _as_dict(description.get("config")) or configured
         self.shape_known = self.saved or preset is not None
+
+    def _mark_stale(self) -> None:
+        """Compare the weights of every result with those that the run has now."""
+        for whole, results in ((False, self.probes), (True, [self.result, *self.zero_shot])):
+            hashed = [one for one in results if isinstance(one.metrics.get("weights"), str)]
+            if not hashed:
+                continue
+            try:
+                now = hashes_of_run(self.folder, whole)
+            except (ValueError, OSError, SafetensorError):  # being written, or damaged
+                continue
+            for one in hashed:
+                one.stale = bool(now) and one.metrics["weights"] not in now
 
     def missing(self) -> list[str]:
         """What an unfinished or damaged run lacks, for the reader of the page."""
@@ -122,9 +147,17 @@ class Record:
         return self.log["step"][rows], epochs[rows], values[rows]
 
 
+def _folders(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
+    """The folders with a metrics.json whose names match, sorted."""
+    names = (path.parent for path in folder.glob("*/metrics.json"))
+    return sorted(path for path in names if pattern.fullmatch(path.name))
+
+
 def is_number(value: Any) -> TypeGuard[float]:
     """True for finite numbers; False for bools and everything else."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return abs(value) <= LARGEST  # False for NaN; an int may be larger than any float
 
 
 def is_check(name: str) -> bool:
@@ -139,17 +172,23 @@ def _as_dict(value: Any) -> dict[str, Any]:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; {} if it is absent, incomplete or something else."""
     try:
+        if path.stat().st_size > MAX_BYTES:
+            return {}
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # missing or incomplete
+    except (OSError, ValueError, RecursionError):  # missing or incomplete
         return {}
     return content if isinstance(content, dict) else {}
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
-    """The complete rows of a CSV file with a header; [] if it is absent or broken."""
+    """The rows of a CSV file that have as many cells as its header; [] if it is absent or
+    broken."""
     try:
+        if path.stat().st_size > MAX_BYTES:
+            return []
         with path.open(newline="", encoding="utf-8") as file:
-            return [row for row in csv.DictReader(file) if None not in row.values()]
+            rows: Iterable[dict] = csv.DictReader(file)
+            return [row for row in rows if None not in row and None not in row.values()]
     except (OSError, ValueError, csv.Error):
         return []
 
@@ -170,20 +209,22 @@ def _read_log(path: Path) -> dict[str, np.ndarray]:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError:  # incomplete: the run is writing it, or was killed
+            except (ValueError, RecursionError):  # incomplete: being written, or of a killed run
                 continue
             if isinstance(row, dict) and isinstance(row.get("step"), int):
-                rows.append({k: v for k, v in row.items() if isinstance(v, int | float)})
+                rows.append({k: _value(v) for k, v in row.items() if isinstance(v, int | float)})
     names = dict.fromkeys(itertools.chain.from_iterable(rows))
     return {name: np.array([row.get(name, math.nan) for row in rows], float) for name in names}
+
+
+def _value(number: float) -> float:
+    return number if is_number(number) or isinstance(number, bool) else math.nan
 
 
 def _count_parameters(path: Path) -> int:
     """Number of values in a safetensors file, from its header; 0 without a complete file."""
     if not path.is_file():
         return 0
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(path, "pt") as file:
             shapes = [file.get_slice(key).get_shape() for key in list(file.keys())]
@@ -195,7 +236,7 @@ def _count_parameters(path: Path) -> int:
 def _find_previews(folder: Path) -> dict[str, list[tuple[int, Path]]]:
     """Find NAME-STEP.png files; return name -> [(step, path)], sorted by step."""
     previews: dict[str, list[tuple[int, Path]]] = {}
-    for path in folder.glob("*-*.png"):
+    for path in folder.glob("[!.]*-*.png"):
         name, _, step = path.stem.rpartition("-")
         if step.isdecimal():
             previews.setdefault(PREVIEWS.get(name, name), []).append((int(step), path))

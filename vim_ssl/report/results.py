@@ -66,6 +66,14 @@ class Explained:
     share: str = ""
 
 
+EARLIER = "Of earlier weights, which the run no longer has"
+
+
+def mark(evaluation: Evaluation, text: str) -> str:
+    """Say before ``text`` if the evaluation is of earlier weights of the run."""
+    return f"{EARLIER}: {text}" if evaluation.stale else text
+
+
 def score(metrics: dict, key: str, unit: str = " %") -> Score:
     """Format a metric and its 95 % interval, or why there is none."""
     value: Any = metrics.get(key)
@@ -120,8 +128,11 @@ def task_result(run: Record) -> dict[str, Any]:
     return {
         "rows": rows,
         "baselines": baselines(metrics),
-        "note": f"{data}{run.result.counts('to train on', 'to test on')}; {measured(metrics)}",
-        "sentences": summary(metrics),
+        "note": mark(
+            run.result,
+            f"{data}{run.result.counts('to train on', 'to test on')}; {measured(metrics)}",
+        ),
+        "sentences": [mark(run.result, text) for text in summary(metrics)],
         "image": "" if image is None else data_url(image),
         "explained": explain(run.result),
     }
@@ -166,8 +177,8 @@ def probes(run: Record) -> list[dict[str, Any]]:
             made.append({
                 "rows": rows,
                 "metric": probe_metric(metrics),
-                "data": data + evaluation.counts("for training", "for testing"),
-                "sentences": summary(metrics),
+                "data": mark(evaluation, data + evaluation.counts("for training", "for testing")),
+                "sentences": [mark(evaluation, text) for text in summary(metrics)],
                 "explained": explain(evaluation),
             })  # fmt: skip
     return made
@@ -190,7 +201,7 @@ def probe_metric(metrics: dict) -> str:
 def sentences(run: Record) -> list[str]:
     """What the results are worth, in one sentence each."""
     evaluations = (run.result, *run.probes[:1], *run.zero_shot[:1])
-    return [text for one in evaluations for text in summary(one.metrics)]
+    return [mark(one, text) for one in evaluations for text in summary(one.metrics)]
 
 
 def summary(metrics: dict) -> list[str]:
@@ -318,9 +329,9 @@ def zero_shot(evaluation: Evaluation) -> dict[str, Any]:
     if not rows:
         return {}
     return {
-        "data": metrics.get("data", "data not recorded"),
+        "data": mark(evaluation, f"{metrics.get('data', 'data not recorded')}"),
         "trained_on": metrics.get("trained_on") is True,
-        "sentences": summary(metrics),
+        "sentences": [mark(evaluation, text) for text in summary(metrics)],
         "rows": rows,
         "examples": _similarities(evaluation),
     }
