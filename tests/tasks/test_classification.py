@@ -117,7 +117,6 @@ def test_mixup_follows_from_the_seed_and_leaves_evaluation_and_the_batch_alone()
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"mixup": 0.8, "batch_size": 3}, "batch_size 3 is odd"),
         ({"mixup": 0.8, "targets": "ordinal"}, "cannot be used with targets ordinal"),
         ({"patience": 3}, "patience needs a validation fraction"),
         (

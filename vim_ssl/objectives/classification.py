@@ -75,7 +75,7 @@ class Classification(nn.Module):
         if self.targets == "class" and self.mix is not None and self.training:
             # timm draws from numpy's generator, which the trainer does not seed per step.
             np.random.seed(int(torch.randint(2**31, ())))  # noqa: NPY002
-            images, soft = self.mix(images.clone(), labels)
+            images, soft = self._mixed(images, labels)
             return StepOutput(self._cross_entropy(self.encoder(images).float(), soft), len(images))
         logits = self.encoder(images).float()
         if self.targets == "class":
@@ -89,6 +89,13 @@ class Classification(nn.Module):
         hits = (predicted(logits, self.targets) == labels).float()
         hits = hits.mean(1) if hits.dim() > 1 else hits
         return StepOutput(loss, len(logits), {"top1": 100.0 * hits.sum()})
+
+    def _mixed(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mix each image with another one; timm takes an even number, so one may be repeated."""
+        odd = len(images) % 2
+        images = torch.cat([images, images[:odd]])
+        images, soft = self.mix(images, torch.cat([labels, labels[:odd]]))
+        return images[: len(labels)], soft[: len(labels)]
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         smoothing = self.label_smoothing if labels.dim() == 1 else 0.0  # Mixup already smooths

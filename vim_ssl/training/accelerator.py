@@ -8,6 +8,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from vim_ssl.training.config import TrainConfig
+from vim_ssl.training.optim import check_step
 from vim_ssl.utils.distributed import cores
 
 TIMEOUT = timedelta(hours=2)  # for ranks waiting while rank 0 evaluates; NCCL's default is 10 min
@@ -57,7 +58,43 @@ def make_accelerator(config: TrainConfig):
         raise ValueError(
             "ema keeps a full copy of the encoder, which FSDP shards; use --ema 0, or DDP."
         )
+    check_step(config, accelerator.device)
+    if accelerator.is_main_process:
+        for remark in unused_settings(config, accelerator.distributed_type):
+            print(remark, flush=True)
     return accelerator
+
+
+def unused_settings(config: TrainConfig, distributed_type: str) -> list[str]:
+    """Return a sentence about each setting of ``accelerate launch`` that a run does not use."""
+    env, remarks = os.environ, []
+    precision = env.get("ACCELERATE_MIXED_PRECISION", config.precision).lower()
+    if precision not in ("no", config.precision):
+        remarks.append(
+            f"The launcher's mixed_precision {precision} is not used, but --precision "
+            f"{config.precision}."
+        )
+    steps = env.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if steps not in ("1", "auto", str(config.accumulation)):
+        remarks.append(
+            f"The launcher's gradient_accumulation_steps {steps} is not used, but --accumulation "
+            f"{config.accumulation}."
+        )
+    backend = env.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    if backend != "no" and not config.compile:
+        remarks.append(f"The launcher's dynamo_backend {backend} is not used; --compile is off.")
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        asked = env.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true", "yes")
+        if asked and str(getattr(distributed_type, "value", distributed_type)) != name:
+            remarks.append(f"The launcher's {name} settings are not used on this device.")
+    launched = "ACCELERATE_MIXED_PRECISION" in env
+    if launched and "MASTER_ADDR" in env and "WORLD_SIZE" not in env:
+        # accelerate starts several processes on CPUs only through mpirun.
+        remarks.append(
+            "The launcher started one process instead of several; use torchrun --nproc_per_node N, "
+            "or accelerate's --multi_gpu on GPUs."
+        )
+    return remarks
 
 
 class Average:

@@ -117,6 +117,30 @@ def check_optimizer(opt: str) -> None:
         raise ValueError(f"timm has no optimizer {opt!r}. {did_you_mean(opt.lower(), known)}")
 
 
+def check_step(config: Any, device: torch.device) -> None:
+    """Build the optimiser of a `TrainConfig` and let it make a step on ``device``.
+
+    Raises: ValueError for one that cannot, because it needs second derivatives, a closure, another
+        device or a library.
+    """
+    with torch.random.fork_rng(devices=[]):
+        layer = nn.Linear(2, 2).to(device)
+    try:
+        optimizer = build_optimizer(
+            layer, opt=config.optimizer, lr=config.base_lr, weight_decay=config.weight_decay,
+            betas=config.betas, eps=config.eps,
+        )  # fmt: skip
+        for weight in layer.parameters():
+            weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    except Exception as error:  # each library raises another one
+        reason = " ".join(str(error).split())[:150].rstrip(".") or type(error).__name__
+        raise ValueError(
+            f"the optimizer {config.optimizer!r} cannot be used for this training on "
+            f"{device.type} ({reason}); choose another, such as adamw."
+        ) from error
+
+
 def build_schedule(
     optimizer: torch.optim.Optimizer,
     *,
