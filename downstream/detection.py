@@ -23,9 +23,11 @@ from typing import Any
 import torch
 
 from vim_ssl.cli import guarded
-from vim_ssl.data import boxed_splits
+from vim_ssl.data import ImageData, boxed_splits
 from vim_ssl.data.sources.coco import mask_tools
+from vim_ssl.data.train_test import boxed_split
 from vim_ssl.data.transforms.dense import LargeScaleJitter
+from vim_ssl.evaluation.seen import earlier_trainings
 from vim_ssl.tasks.dense import DenseConfig, DenseTask, fresh_encoder
 from vim_ssl.tasks.detection import HEADS, Detection, compare, evaluate, load_detection
 from vim_ssl.training.accelerator import make_accelerator
@@ -117,14 +119,11 @@ def run(config: Config) -> dict[str, Any]:
     mask_tools()  # fail now if pycocotools is missing, not at the end of a long run
     source = config.encoder = config.encoder or str(newest_run())
     config.data = config.data or trained_on(source)
-    train, test = boxed_splits(config.data, config.test, config.seed)
-    if not any(test.box_count(i) for i in range(len(test))):
-        raise ValueError(
-            f"none of the {len(test):,} test images of {test.name} contains an object; there is "
-            "nothing to evaluate. Annotate some, or hold out others (--test, --seed)."
-        )
     if config.eval_only:
-        return TASK.evaluate_only(config, source, test, accelerator.device)
+        return TASK.evaluate_only(config, source, config.data, accelerator.device)
+    trainings = earlier_trainings(config, source)
+    train, test = boxed_splits(config.data, config.test, config.seed, trainings)
+    check_objects(test)
     if not config.empty:
         train = train.subset(i for i in range(len(train)) if train.box_count(i))
     if not len(train):
@@ -137,6 +136,21 @@ def run(config: Config) -> dict[str, Any]:
     return TASK.train(config, model, source, transform, train, test, accelerator)
 
 
+def open_test(spec: str) -> ImageData:
+    """`boxed_split`; raises ValueError if no image contains an object."""
+    return check_objects(boxed_split(spec))
+
+
+def check_objects(test: ImageData) -> ImageData:
+    """Raise ValueError if no test image contains an object."""
+    if not any(test.box_count(i) for i in range(len(test))):
+        raise ValueError(
+            f"none of the {len(test):,} test images of {test.name} contains an object; there is "
+            "nothing to evaluate. Annotate some, or hold out others (--test, --seed)."
+        )
+    return test
+
+
 def summary(metrics: dict[str, Any]) -> str:
     """Format the average precision of boxes and, if present, masks."""
     return "; ".join(
@@ -146,7 +160,10 @@ def summary(metrics: dict[str, Any]) -> str:
     )  # fmt: skip
 
 
-TASK = DenseTask("detection", load_detection, evaluate, ("box_ap", "mask_ap"), summary, compare)
+TASK = DenseTask(
+    "detection", load_detection, boxed_splits, open_test, evaluate,
+    ("box_ap", "mask_ap"), summary, compare,
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

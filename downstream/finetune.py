@@ -29,13 +29,13 @@ from vim_ssl.checkpoints.identity import model_hash
 from vim_ssl.checkpoints.loading import made_by
 from vim_ssl.checkpoints.released import RELEASED_FILES
 from vim_ssl.cli import guarded
-from vim_ssl.data import ImageData, ImageStream, labelled_splits, parse_spec
+from vim_ssl.data import ImageData, ImageStream, labelled_splits
 from vim_ssl.data.bands import check_bands
 from vim_ssl.data.classes import with_classes
 from vim_ssl.data.open import open_split
-from vim_ssl.data.spec import same_data
 from vim_ssl.data.split import few_of_each
 from vim_ssl.data.train_test import labelled_only
+from vim_ssl.evaluation.seen import Exposure, earlier_trainings, part_to_evaluate
 from vim_ssl.metrics.classification import outputs, summary
 from vim_ssl.tasks.classification import (
     ClassificationConfig,
@@ -116,7 +116,8 @@ def run(config: Config) -> dict[str, Any]:
     spec = config.data = config.data or trained_on(source)
     if config.eval_only:
         return evaluate_only(config, source, spec, accelerator.device)
-    train, test = labelled_splits(spec, config.test, config.seed)
+    trainings = earlier_trainings(config, source)
+    train, test = labelled_splits(spec, config.test, config.seed, "", trainings)
     if config.labels_per_class:
         train = train.subset(few_of_each(train.labels or [], config.labels_per_class, config.seed))
     torch.manual_seed(config.seed)
@@ -137,7 +138,7 @@ def evaluate_only(config: Config, source: str, spec: str, device) -> dict[str, A
     weights = model_hash(source)
     encoder = load_encoder(source, num_classes=None, img_size=config.img_size or None).to(device)
     origin = made_by(source)
-    test, split = split_to_evaluate(config, spec, origin.get("data"))
+    test, split, exposure = split_to_evaluate(config, spec, source)
     count = encoder.num_classes + (config.targets == "ordinal")
     known = origin.get("classes")
     test = with_classes(test, known, source)
@@ -165,38 +166,33 @@ def evaluate_only(config: Config, source: str, spec: str, device) -> dict[str, A
         metrics["published_top1"] = published[1]
     metrics |= {"protocol": to_dict(config), **environment()}
     beside = f" ({published[0]}, published: {published[1]} on ImageNet)" if published else ""
-    return finish_run(folder, metrics, lambda m: f"{summary(m)}{beside} · {folder}")
+    return finish_run(
+        folder, metrics, exposure=exposure,
+        summary=lambda m: "\n".join([f"{summary(m)}{beside} · {folder}", *m.get("summary", [])]),
+    )  # fmt: skip
 
 
 def split_to_evaluate(
-    config: Config, spec: str, training_spec: str | None
-) -> tuple[ImageData | ImageStream, str]:
-    """Return the labelled images to evaluate on, and the name of their split.
+    config: Config, spec: str, source: str
+) -> tuple[ImageData | ImageStream, str, Exposure]:
+    """Return the labelled images to evaluate on, the name of their split, and what the encoder has
+    seen of them.
 
     This is the split that ``spec`` names, otherwise the test split, otherwise the validation split,
-    otherwise all images. If the encoder was trained on these data and they have no splits, only the
-    images held out in training are returned.
+    otherwise all images; of data without splits that the encoder was trained on, the images held
+    out in training, see `part_to_evaluate`.
 
-    Args:
-        training_spec: spec of the encoder's training data, if known.
     Raises: ValueError if there are no labels.
     """
-    named = parse_spec(spec).split is not None
     for preferred in (("test", "validation"), ("validation", "test")):
         data = open_split(spec, preferred, streams=True)
-        if data.is_stream:  # its labels are not known yet
-            return data, data.split
-        if not (named or data.splits) and training_spec and same_data(spec, training_spec):
-            held_out = set(labelled_splits(training_spec, config.test, config.seed)[1].ids)
-            unseen = data.subset(i for i, id in enumerate(data.ids) if id in held_out)
-            if len(known := labelled_only(unseen)):
-                return known, "held out"
-            raise ValueError(
-                f"the encoder was trained on {training_spec}, and no labelled image of {spec} was "
-                "held out; evaluate other images, or add ?split=all to evaluate these."
-            )
-        if len(known := labelled_only(data)):
-            return known, known.split
+        if not data.is_stream:  # a stream's labels are not known yet
+            data = labelled_only(data)
+        if len(data):
+            return part_to_evaluate(
+                data, spec, source,
+                lambda trained: labelled_splits(trained, config.test, config.seed)[1].ids,
+            )  # fmt: skip
     raise ValueError(
         f"{data.name} ({data.split}) has no labels; evaluation needs labelled images. To predict "
         f"their classes: vim-ssl predict --encoder {config.encoder or 'RUN'} --data {spec}"

@@ -29,7 +29,9 @@ from vim_ssl.data import masked_splits
 from vim_ssl.data.bands import band_arguments
 from vim_ssl.data.labels import absent_classes
 from vim_ssl.data.open import warn_once
+from vim_ssl.data.train_test import masked_split
 from vim_ssl.data.transforms.dense import DenseCrop
+from vim_ssl.evaluation.seen import earlier_trainings
 from vim_ssl.metrics.sentences import metric_text
 from vim_ssl.models.heads import NORMS
 from vim_ssl.tasks.dense import DenseConfig, DenseTask, fresh_encoder
@@ -118,9 +120,10 @@ def run(config: Config) -> dict[str, Any]:
     accelerator = make_accelerator(config)
     source = config.encoder = config.encoder or str(newest_run())
     config.data = config.data or trained_on(source)
-    train, test = masked_splits(config.data, config.test, config.seed)
     if config.eval_only:
-        return TASK.evaluate_only(config, source, test, accelerator.device)
+        return TASK.evaluate_only(config, source, config.data, accelerator.device)
+    trainings = earlier_trainings(config, source)
+    train, test = masked_splits(config.data, config.test, config.seed, trainings)
     for fault in absent_classes(train, test):
         warn_once(fault)
     batch = min(config.batch_size, len(train) // accelerator.num_processes)
@@ -155,8 +158,9 @@ def summary(metrics: dict[str, Any]) -> str:
 
 
 TASK = DenseTask(
-    "segmentation", load_segmentation, evaluate, ("miou", "aacc", "macc"), summary, compare
-)
+    "segmentation", load_segmentation, masked_splits, masked_split, evaluate,
+    ("miou", "aacc", "macc"), summary, compare,
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -22,6 +22,7 @@ import torch
 
 from vim_ssl.cli import guarded
 from vim_ssl.data import ImageData, labelled_splits
+from vim_ssl.evaluation.seen import earlier_trainings
 from vim_ssl.models.encoder import VimEncoder
 from vim_ssl.models.video import INFLATIONS
 from vim_ssl.tasks.classification import ClassificationConfig, build_classifier, train_classifier
@@ -82,7 +83,8 @@ PRESETS = {f.__name__: f for f in (kinetics_small,)}
 def run(config: Config) -> dict[str, Any]:
     accelerator = make_accelerator(config)
     source = config.encoder = config.encoder or str(newest_run())
-    train, test = labelled_splits(config.data, config.test, config.seed)
+    trainings = earlier_trainings(config, source)
+    train, test = labelled_splits(config.data, config.test, config.seed, "", trainings)
     if train.kind != "video":
         raise ValueError(f"{config.data} does not contain videos; use video:FOLDER.")
     torch.manual_seed(config.seed)

@@ -25,11 +25,13 @@ from torch import Tensor
 from vim_ssl.checkpoints.identity import model_hash
 from vim_ssl.cli import guarded
 from vim_ssl.data import ImageData
+from vim_ssl.data.identity import compare
 from vim_ssl.data.open import open_split
 from vim_ssl.data.spec import canonical_split, same_data
 from vim_ssl.data.split import is_known
 from vim_ssl.evaluation.extract import Features, extract_features, features_of
 from vim_ssl.evaluation.retrieval import PairFeatures, chance, embed_pairs, hits_at_k, nearest
+from vim_ssl.evaluation.seen import Exposure, trainings_of
 from vim_ssl.metrics.classification import proportion
 from vim_ssl.metrics.ranking import COSINE_TIE, top_k
 from vim_ssl.metrics.sentences import Gain, metric_text, result_sentence
@@ -71,13 +73,16 @@ class Config:
         check_templates(self.templates)
 
 
-def was_trained_on(source: str | Path, spec: str, data: ImageData) -> bool:
-    """Return True if the run may have been trained on these images: same data, not held out."""
-    if canonical_split(data.split) in ("test", "validation"):
-        return False
-    with suppress(ValueError):  # a model without a run
-        return same_data(spec, trained_on(source))
-    return False
+def what_was_seen(source: str | Path, spec: str, data: ImageData) -> Exposure:
+    """Count the images that the model was trained on: by content, or for a run that does not record
+    its images by the data spec, all or none."""
+    trainings = trainings_of(source)
+    result = Exposure.of(compare(data, trainings))
+    held_out = canonical_split(data.split) in ("test", "validation")
+    if not any(training.by for training in trainings) and not held_out:
+        with suppress(ValueError):  # a model without a run
+            result.pixels = result.n * same_data(spec, trained_on(source))
+    return result
 
 
 def classify(features: Features, classifier: Tensor) -> tuple[dict[str, Any], Tensor]:
@@ -173,8 +178,11 @@ def run(config: Config) -> dict:
             "per image, or with captions."
         )
     print(f"Model {source} · {data.name}: {len(data):,} images", flush=True)
-    if seen := was_trained_on(source, spec, data):
-        print("The model was trained on these images; this is not a test.", flush=True)
+    exposure = what_was_seen(source, spec, data)
+    if seen := exposure.pixels:
+        which = "these" if seen == len(data) else f"{seen:,} of these {len(data):,}"
+        remark = f"The model was trained on {which} images; this is not a test."
+        print(remark, flush=True)
     loading: dict[str, Any] = {
         "batch_size": config.batch_size, "workers": config.workers, "device": device,
     }  # fmt: skip
@@ -184,8 +192,8 @@ def run(config: Config) -> dict:
     )  # fmt: skip
     metrics: dict[str, Any] = {
         "task": "zero_shot", "data": data.name, "split": data.split, "encoder": str(source),
-        "trained_on": seen, "protocol": to_dict(config), "weights": weights,
-        "fingerprints": {"test": data.fingerprint},
+        "trained_on": bool(seen), "seen": exposure.record(), "protocol": to_dict(config),
+        "weights": weights, "fingerprints": {"test": data.fingerprint},
     }  # fmt: skip
     pairs = embed_pairs(clip, data, **loading) if data.has_captions else None
     if labelled:
@@ -212,6 +220,8 @@ def run(config: Config) -> dict:
         ]
         with optional_output("the examples"):
             metrics["examples"] = write_examples(pairs, data, folder / "examples")
+    if seen:
+        metrics["summary"].append(remark)
     metrics |= {"seconds": round(time.perf_counter() - started, 1), **environment()}
     return finish_run(
         folder, metrics, lambda m: f"{table(m)}\nWritten: {folder / 'metrics.json'}",

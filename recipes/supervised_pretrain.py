@@ -19,6 +19,7 @@ import torch
 
 from vim_ssl.cli import guarded
 from vim_ssl.data import ImageData, labelled_splits
+from vim_ssl.evaluation.seen import earlier_trainings
 from vim_ssl.tasks.classification import ClassificationConfig, build_classifier, train_classifier
 from vim_ssl.training.accelerator import make_accelerator
 from vim_ssl.training.presets import Defaults
@@ -105,7 +106,8 @@ default_preset = Defaults(
 
 def run(config: Config) -> dict[str, Any]:
     accelerator = make_accelerator(config)
-    train, test = labelled_splits(config.data, config.test, config.seed)
+    trainings = earlier_trainings(config, config.encoder)
+    train, test = labelled_splits(config.data, config.test, config.seed, "", trainings)
     torch.manual_seed(config.seed)  # for the initial weights
     encoder = build_classifier(config.encoder, train, config, **config.model_args)
     return train_classifier(

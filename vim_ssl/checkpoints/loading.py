@@ -209,6 +209,8 @@ def save_encoder(
         )
     if encoder.classes:
         record = {"classes": encoder.classes} | (record or {})
+    if encoder.trainings:
+        record = {"trainings": encoder.trainings} | (record or {})
     state = _plain(encoder.state_dict())
     if ema is not None:
         ema = _plain(ema.state_dict() if isinstance(ema, VimEncoder) else ema)
@@ -353,6 +355,7 @@ def _build(
     encoder.load_state_dict(state, strict=False)
     if encoder.num_classes and encoder.num_classes == config["num_classes"]:
         encoder.classes = (stored.made_by or {}).get("classes")
+    encoder.trainings = (stored.made_by or {}).get("trainings") or []
     return encoder, assumed
 
 

@@ -91,7 +91,8 @@ def _describe(report: Report, stored: Stored, config: Mapping[str, Any]) -> None
     if "frames" in config:
         report.facts["clips"] = f"{config['frames']} frames, {config['tubelet']} per tubelet"
     if stored.made_by:
-        made = {key: value for key, value in stored.made_by.items() if key != "classes"}
+        hidden = ("classes", "trainings")
+        made = {key: value for key, value in stored.made_by.items() if key not in hidden}
         report.facts["made by"] = json.dumps(made)
     if stored.path.name in RELEASED_FILES:
         model, top1 = RELEASED_FILES[stored.path.name]

@@ -32,7 +32,8 @@ class Images(Protocol):
     """Undecoded images by row: picklable; each is read when indexed.
 
     Optional: ``whole_files``, whether each row is a file of its own; methods ``paths(row)`` and
-    ``sizes(row)``, see `vim_ssl.data.sources.folder.OnDisk`;
+    ``sizes(row)``, see `vim_ssl.data.sources.folder.OnDisk`; ``part(row)``, the place of an image
+    in its files, if it is not all of them: a text that is the same wherever the files lie;
     ``location(row)``, an item's ``meta``. Of a plane: ``volume``, ``plane``, ``planes`` and
     ``spacing`` (see `vim_ssl.metrics.volumes`); if the volume is a file also ``file`` and ``axis``.
     Of a raster: its file, ``raster``, its ``name``, the ``box`` in it (left, top, width, height in
@@ -236,6 +237,28 @@ class ImageData(Dataset):
             return None
         raw = self.raw(index)
         return raw if isinstance(raw, str | Path | bytes) else None
+
+    def part(self, index: int) -> str | None:
+        """The part of its files that image ``index`` is, such as a plane or a tile; None if it is
+        a whole file, or has none."""
+        part = getattr(self._images, "part", None)
+        return part(self._rows[index]) if part else None
+
+    @property
+    def images(self) -> Images | Sequence[str]:
+        """The undecoded images of the source, which all its splits share; see `row`."""
+        return self._images
+
+    def row(self, index: int) -> int:
+        """The position of image ``index`` in `images`."""
+        return self._rows[index]
+
+    def locate(self, index: int) -> tuple["ImageData", int]:
+        """The data set that image ``index`` comes from, and its index there; see `join`."""
+        if not isinstance(self._images, _Joined):
+            return self, index
+        data, inner = self._images.locate(self._rows[index])
+        return data.locate(inner)
 
     @property
     def has_captions(self) -> bool:

@@ -1,12 +1,13 @@
-"""Training and test splits of images with labels, masks or boxes."""
+"""TrainingRecord and test splits of images with labels, masks or boxes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 
 from vim_ssl.data.classes import with_classes
 from vim_ssl.data.dataset import ImageData
-from vim_ssl.data.open import open_source, warn_once
+from vim_ssl.data.identity import TrainingRecord, compare
+from vim_ssl.data.open import open_source, open_split, warn_once
 from vim_ssl.data.spec import canonical_split
 from vim_ssl.data.split import as_key, is_known, stratified_split
 
@@ -20,8 +21,9 @@ def labelled_only(data: ImageData) -> ImageData:
 
 
 def labelled_splits(
-    spec: str | Path, test: float, seed: int, test_spec: str = ""
-) -> tuple[ImageData, ImageData]:
+    spec: str | Path, test: float, seed: int, test_spec: str = "",
+    trainings: Sequence[TrainingRecord] = (),
+) -> tuple[ImageData, ImageData]:  # fmt: skip
     """Return the training and the test split of labelled images.
 
     The source's test split, else its validation split, is the test split, whatever split ``spec``
@@ -34,10 +36,12 @@ def labelled_splits(
         test_spec: other data with the same classes, in any order, or some of them; its test split
             (all images if it has no splits) is tested. Training still uses only the training split
             of ``spec``, so an image held out in both is never trained on.
+        trainings: earlier trainings of the encoder. What they held out is held out again; else
+            images whose labels they learnt are not drawn for testing (`hold_out_again`).
     Raises: ValueError if a split has labels of fewer than two classes, or the test split a class
         that the training data do not name.
     """
-    train, other = _labelled(spec, test, seed)
+    train, other = _labelled(spec, test, seed, trainings)
     if test_spec:
         other = _labelled(test_spec, 0.0, seed)[1]
     elif other is not train:
@@ -53,7 +57,9 @@ def labelled_splits(
     return train, other
 
 
-def _labelled(spec: str | Path, test: float, seed: int) -> tuple[ImageData, ImageData]:
+def _labelled(
+    spec: str | Path, test: float, seed: int, trainings: Sequence[TrainingRecord] = ()
+) -> tuple[ImageData, ImageData]:
     """Both splits, with or without labels. If ``test`` is 0 and the source has no splits, both are
     all its images."""
     source = open_source(spec)
@@ -67,7 +73,8 @@ def _labelled(spec: str | Path, test: float, seed: int) -> tuple[ImageData, Imag
         return everything, everything
     known = labelled_only(everything)
     labels = known.labels or []
-    first, second = stratified_split(labels, test, seed, known.groups)
+    drawn = stratified_split(labels, test, seed, known.groups)
+    first, second = hold_out_again(known, drawn, trainings)
     if not known.multi_label and (left := set(labels) - {labels[i] for i in second}):
         name = known.classes[min(left)] if known.classes else min(left)
         warn_once(
@@ -77,27 +84,44 @@ def _labelled(spec: str | Path, test: float, seed: int) -> tuple[ImageData, Imag
     return known.subset(first, HELD_OUT), known.subset(second)
 
 
-def masked_splits(spec: str | Path, test: float, seed: int) -> tuple[ImageData, ImageData]:
+def masked_splits(
+    spec: str | Path, test: float, seed: int, trainings: Sequence[TrainingRecord] = ()
+) -> tuple[ImageData, ImageData]:
     """Return the training and the test split of images with masks, as `labelled_splits` does.
 
     Raises: ValueError for images without masks.
     """
     source = open_source(spec)
     held_out = _held_out(source.splits)
-    train = source.open("train" if held_out else "all")
-    if not train.has_masks:
-        raise ValueError(
-            f"{spec} has no masks; give a folder that contains images/ and masks/ as masks:FOLDER "
-            "(nifti:FOLDER, geotiff:FOLDER), or ade20k:ROOT."
-        )
+    train = _with_masks(spec, source.open("train" if held_out else "all"))
     if not held_out:
-        return _cut(train, test, seed)
+        return _cut(train, test, seed, trainings)
     other = with_classes(source.open(held_out[0]), train.classes, str(spec))
     _warn_of_overlap(spec, train, other)
     return train, other
 
 
-def boxed_splits(spec: str | Path, test: float, seed: int) -> tuple[ImageData, ImageData]:
+def masked_split(spec: str) -> ImageData:
+    """Return the images with masks to evaluate a trained model on: the split that ``spec`` names,
+    else the test split, else the validation split, else all images.
+
+    Raises: ValueError for images without masks.
+    """
+    return _with_masks(spec, open_split(spec))
+
+
+def _with_masks(spec: str | Path, data: ImageData) -> ImageData:
+    if not data.has_masks:
+        raise ValueError(
+            f"{spec} has no masks; give a folder that contains images/ and masks/ as masks:FOLDER "
+            "(nifti:FOLDER, geotiff:FOLDER), or ade20k:ROOT."
+        )
+    return data
+
+
+def boxed_splits(
+    spec: str | Path, test: float, seed: int, trainings: Sequence[TrainingRecord] = ()
+) -> tuple[ImageData, ImageData]:
     """Return the training and the test split of images with boxes, as `labelled_splits` does. The
     test split is the first of "test" and "validation" that has boxes.
 
@@ -107,17 +131,36 @@ def boxed_splits(spec: str | Path, test: float, seed: int) -> tuple[ImageData, I
     held_out = _held_out(source.splits)
     if len(source.splits) > 1 and not held_out:
         source.open(None)  # raises if the spec names no split and none is for training
-    train = source.open("train" if held_out else "all")
-    if not train.has_boxes:
-        raise ValueError(f"{spec} has no boxes; give a folder in COCO's layout as coco:ROOT.")
+    train = _with_boxes(spec, source.open("train" if held_out else "all"))
     if not held_out:
-        return _cut(train, test, seed)
-    first = source.open(held_out[0])
-    others = chain([first], map(source.open, held_out[1:]))
-    other = next((o for o in others if any(map(o.box_count, range(len(o))))), first)
+        return _cut(train, test, seed, trainings)
+    other = _first_with_boxes(map(source.open, held_out))
     other = with_classes(other, train.classes, str(spec))
     _warn_of_overlap(spec, train, other)
     return train, other
+
+
+def boxed_split(spec: str) -> ImageData:
+    """`masked_split` for images with boxes.
+
+    Raises: ValueError for images without boxes.
+    """
+    names = (("test", "validation"), ("validation", "test"))
+    return _with_boxes(spec, _first_with_boxes(open_split(spec, requested) for requested in names))
+
+
+def _first_with_boxes(splits: Iterable[ImageData]) -> ImageData:
+    """Return the first split in which an image has boxes, else the first split."""
+    splits = iter(splits)
+    first = next(splits)  # the labels of a test split are often withheld
+    with_boxes = (s for s in chain([first], splits) if any(map(s.box_count, range(len(s)))))
+    return next(with_boxes, first)
+
+
+def _with_boxes(spec: str | Path, data: ImageData) -> ImageData:
+    if not data.has_boxes:
+        raise ValueError(f"{spec} has no boxes; give a folder in COCO's layout as coco:ROOT.")
+    return data
 
 
 def _warn_of_overlap(spec: str | Path, train: ImageData, other: ImageData) -> None:
@@ -131,8 +174,31 @@ def _warn_of_overlap(spec: str | Path, train: ImageData, other: ImageData) -> No
             )
 
 
-def _cut(everything: ImageData, test: float, seed: int) -> tuple[ImageData, ImageData]:
-    first, second = stratified_split([0] * len(everything), test, seed, everything.groups)
+def hold_out_again(
+    data: ImageData, drawn: tuple[list[int], list[int]], trainings: Sequence[TrainingRecord]
+) -> tuple[list[int], list[int]]:
+    """Return the training and the test indices of data without splits, after earlier trainings.
+
+    What these held out is the test part. If they held nothing of it out, the images whose labels
+    they learnt are moved from the drawn test part to the training part, unless none would be left.
+    """
+    if not any(training.labels for training in trainings):
+        return drawn
+    seen = compare(data, trainings)
+    if seen.labels.any() and seen.held_out.any():
+        tested = set(seen.held_out.nonzero()[0].tolist())
+    else:
+        tested = {i for i in drawn[1] if not seen.labels[i] and not seen.by_group[i]}
+    if not tested or tested == set(drawn[1]):
+        return drawn
+    return [i for i in range(len(data)) if i not in tested], sorted(tested)
+
+
+def _cut(
+    everything: ImageData, test: float, seed: int, trainings: Sequence[TrainingRecord]
+) -> tuple[ImageData, ImageData]:
+    drawn = stratified_split([0] * len(everything), test, seed, everything.groups)
+    first, second = hold_out_again(everything, drawn, trainings)
     return everything.subset(first, HELD_OUT), everything.subset(second)
 
 

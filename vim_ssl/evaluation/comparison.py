@@ -16,15 +16,17 @@ import torch
 from vim_ssl.checkpoints.identity import encoder_hash
 from vim_ssl.checkpoints.loading import load_encoder
 from vim_ssl.data import labelled_splits
+from vim_ssl.data.identity import TrainingRecord
 from vim_ssl.evaluation.baselines import pixel_features
 from vim_ssl.evaluation.extract import Features
 from vim_ssl.evaluation.features import cache_folder, encode_splits
 from vim_ssl.evaluation.readout import READOUTS, available_readouts
+from vim_ssl.evaluation.seen import exposure, labels_seen, trainings_of
 from vim_ssl.metrics.bootstrap import Metric
 from vim_ssl.metrics.sentences import Gain, result_sentence
 from vim_ssl.metrics.titles import measured_on, split_name
 from vim_ssl.training.folders import claim
-from vim_ssl.training.run import newest_run, pretrained_on, task_folder, trained_on
+from vim_ssl.training.run import newest_run, task_folder, trained_on
 from vim_ssl.utils.config import opt, to_dict
 from vim_ssl.utils.distributed import join_processes, pick_device
 from vim_ssl.utils.environment import environment
@@ -81,15 +83,18 @@ class Comparison:
         # Before the encoder is loaded: a training may replace it in the meantime.
         self.weights = encoder_hash(self.source) if self.main else ""
         self.encoder = load_encoder(self.source, num_classes=0, device=self.device)
+        trainings = trainings_of(self.source)
         self.train, self.test = labelled_splits(
-            config.data or trained_on(self.source), config.test, config.seed, config.test_data
-        )
+            config.data or trained_on(self.source), config.test, config.seed, config.test_data,
+            trainings,
+        )  # fmt: skip
         self.encoder = self.encoder.for_data(self.train)
         self.folder = self._claim_folder() if self.main else Path()
         if self.main:
             tested = f" of {self.test.name}" if config.test_data else ""
             print(f"Encoder {self.source} · {self.train.name}: {len(self.train):,} train, "
                   f"{len(self.test):,} test{tested}", flush=True)  # fmt: skip
+            self._look_at_trainings(trainings)
 
     def _claim_folder(self) -> Path:
         """Create the output folder; see `claim`."""
@@ -129,11 +134,21 @@ class Comparison:
 
     def remarks(self) -> list[str]:
         """Return what a reader of the results must know, as sentences; often nothing."""
-        spec = self.config.test_data or self.config.data
-        split = split_name(self.test, held_out=not self.config.test_data)
-        if not pretrained_on(self.source, spec, split):
-            return []
-        return ["Pretraining also read these test images, without their labels."]
+        return self.notes
+
+    def _look_at_trainings(self, trainings: Sequence[TrainingRecord]) -> None:
+        """Compare the test images with those of the encoders' trainings, and print remarks."""
+        config = self.config
+        self.seen = exposure(
+            trainings, self.test, self.train, source=self.source,
+            spec=config.test_data or config.data,
+            split=split_name(self.test, held_out=not config.test_data),
+        )  # fmt: skip
+        self.notes = self.seen.remarks()
+        for other in config.against:
+            self.notes += labels_seen(other, self.test)
+        for note in self.notes:
+            print(note, flush=True)
 
     def record(self, **results: Any) -> tuple[dict[str, Any], Path]:
         """Return the contents of metrics.json, including ``results``, and its output folder."""
@@ -145,7 +160,8 @@ class Comparison:
             **({"weights": self.weights} if self.weights else {}),
             "fingerprints": {"train": self.train.fingerprint, "test": self.test.fingerprint},
             "protocol": to_dict(config), "train": len(self.train), "test": len(self.test),
-            **results, "seconds": round(time.perf_counter() - self.began, 1), **environment(),
+            "seen": self.seen.record(), **results,
+            "seconds": round(time.perf_counter() - self.began, 1), **environment(),
         }  # fmt: skip
         return metrics, self.folder
 

@@ -97,6 +97,7 @@ class VimEncoder(nn.Module):
 
     Attributes:
         classes: class names of a head that `load_encoder` read from a run; otherwise None.
+        trainings: which images its weights were trained on; see `vim_ssl.data.identity`.
 
     Raises: ValueError for values that do not fit together.
     """
@@ -143,6 +144,7 @@ class VimEncoder(nn.Module):
         args.pop("data_config")
         self._args = args | {"img_size": self.img_size}
         self.in_chans, self.num_classes = in_chans, num_classes
+        self.trainings: list[dict] = []
         self.embed_dim = embed_dim
         self.cls_position, self.directions = cls_position, directions
         self.num_registers, self.rope = num_registers, rope

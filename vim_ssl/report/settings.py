@@ -31,7 +31,7 @@ def settings(run: Record) -> dict[str, dict[str, Any]]:
         "Images skipped": _largest(run, "skipped"),
     }
     for key, value in run.made_by.items():
-        if key not in ("recipe", "data", "classes", "figures", "config"):
+        if key not in ("recipe", "data", "classes", "figures", "config", "trainings"):
             health[key[:1].upper() + key[1:].replace("_", " ")] = _flat(value)
     health["vim_ssl"] = run.version
     return {

@@ -211,6 +211,7 @@ def train_classifier(
             lambda m: (
                 f"{summary(m)}, trained on {len(train):,} · {folder}\n" + "\n".join(m["summary"])
             ),
+            exposure=training.exposure,
         )
 
     if config.targets == "ordinal" and accelerator.is_main_process:
@@ -223,7 +224,7 @@ def train_classifier(
     return train_run(
         recipe, config, objective,
         SeededSamples(train, transform, config.seed, repeats=config.repeats), accelerator,
-        model=encoder, data=train.name, source=source,
+        model=encoder, data=train.name, splits=(labelled, test), source=source,
         record={"classes": train.classes, "targets": config.targets},
         save=partial(save_encoder, encoder), evaluate=validate if validates else None,
         should_stop=(lambda training: training.evaluator.should_stop()) if validates else None,

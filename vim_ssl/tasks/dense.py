@@ -21,6 +21,7 @@ from vim_ssl.data.images import BadImage, clean_image
 from vim_ssl.data.loading.indexed import SeededSamples
 from vim_ssl.data.transforms.dense import DensePixels
 from vim_ssl.data.transforms.image import denormalize
+from vim_ssl.evaluation.seen import Exposure, part_to_evaluate
 from vim_ssl.metrics.titles import measured_on, split_name
 from vim_ssl.models.encoder import VimEncoder
 from vim_ssl.models.predictor import Predictor
@@ -75,6 +76,8 @@ class DenseTask:
     Attributes:
         name: script name.
         load: loads a model from a run directory.
+        open_splits, open_split: open the training and test split of a spec, and the images of a
+            spec to evaluate.
         evaluate: (model, data, folder) -> metrics, and scores with a ``table``.
         watched: metrics logged in training.
         summary: formats the metrics for printing.
@@ -84,6 +87,8 @@ class DenseTask:
 
     name: str
     load: Callable[[str], Any]
+    open_splits: Callable[..., tuple[Any, Any]]
+    open_split: Callable[[str], Any]
     evaluate: Callable[[Any, Any, Path], tuple[dict[str, Any], Any]]
     watched: tuple[str, ...]
     summary: Callable[[dict[str, Any]], str]
@@ -109,29 +114,37 @@ class DenseTask:
             return evaluate
 
         def conclude(training: Training) -> dict[str, Any]:
-            return self._finish(config, training.model, source, train, test, training.run)
+            return self._finish(
+                config, training.model, source, train, test, training.run, training.exposure
+            )
 
         return train_run(
             self.name, config, model, SeededSamples(train, transform, config.seed), accelerator,
-            model=model, data=train.name, source=source, save=save, what="model",
+            model=model, data=train.name, splits=(train, test), source=source, save=save,
+            what="model",
             conclude=conclude, evaluate=validate if config.eval_every <= config.epochs else None,
             depends_on={"test data": test.fingerprint},
         )  # fmt: skip
 
     def evaluate_only(
-        self, config: DenseConfig, source: str, test, device: torch.device
+        self, config: DenseConfig, source: str, spec: str, device: torch.device
     ) -> dict[str, Any]:
-        """Evaluate a run with the heads and sizes that it was trained with.
+        """Evaluate a run with the heads and sizes that it was trained with, on the images that
+        `part_to_evaluate` returns.
 
-        Raises: ValueError if ``test`` has a class that the model lacks; FileNotFoundError if
+        Raises: ValueError if the images have a class that the model lacks; FileNotFoundError if
             ``source`` is not a run of this task.
         """
-        weights = model_hash(source)
+        opened, weights = self.open_split(spec), model_hash(source)
         model = self.load(source).to(device)
-        test = with_classes(test, model.classes, source)
+        test, split, exposure = part_to_evaluate(
+            with_classes(opened, model.classes, source), spec, source,
+            lambda trained: self.open_splits(trained, config.test, config.seed)[1].ids,
+        )  # fmt: skip
         identity = to_dict(config) | {"encoder": source}
         folder = evaluation_folder(config.output, self.name, identity)
-        return self._finish(config, model, source, None, test, folder, {"weights": weights})
+        more = {"split": split, "weights": weights}
+        return self._finish(config, model, source, None, test, folder, exposure, more)
 
     def _finish(
         self,
@@ -141,6 +154,7 @@ class DenseTask:
         train,
         test,
         where: Run | Path,
+        exposure: Exposure | None,
         more: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Evaluate, and write the results; without ``train`` the model was trained before."""
@@ -158,7 +172,7 @@ class DenseTask:
             line = f"{self.summary(metrics)} · {measured_on(metrics['split'], metrics['n'])}"
             return "\n".join([scores.table(), f"{line} · {folder}", *metrics.get("summary", [])])
 
-        return finish_run(where, metrics, summary)
+        return finish_run(where, metrics, summary, exposure=exposure)
 
 
 class DensePredictor(Predictor):

@@ -16,6 +16,10 @@ import torch
 from torch import nn
 
 from vim_ssl.checkpoints.identity import encoder_hash, model_hash
+from vim_ssl.data.dataset import ImageData
+from vim_ssl.data.identity import TrainingRecord, describe_training
+from vim_ssl.evaluation.seen import Exposure, earlier_trainings, exposure, record_of
+from vim_ssl.metrics.titles import split_name
 from vim_ssl.report import write_report
 from vim_ssl.training.accelerator import make_average
 from vim_ssl.training.config import TrainConfig
@@ -36,12 +40,14 @@ class Training:
         model: the model to evaluate: the moving average if there is one.
         save: writes the model into the run; keyword arguments are added to its record.
         evaluator: the result of ``evaluate`` of `train_run`.
+        exposure: what earlier trainings used of the test images.
     """
 
     run: Run
     model: Any
     save: Callable[..., None]
     evaluator: Any = None
+    exposure: Exposure | None = None
 
 
 def train_run(
@@ -53,6 +59,7 @@ def train_run(
     *,
     model: nn.Module,
     data: str,
+    splits: tuple[ImageData, ImageData] | None = None,
     source: str = "",
     save: Callable[..., object] | None,
     what: str = "encoder",
@@ -70,6 +77,8 @@ def train_run(
         objective, samples: see `fit`.
         model: the model to average and save: an encoder, or an objective with its heads.
         data: name of the training data, for the record.
+        splits: the images whose labels are learnt, and the test images; which these are is stored
+            with the weights. Without it, the images of ``samples`` are stored, at the end.
         source: the run, preset or file that the encoder came from; default: ``config.encoder``.
         save: ``save(folder, ema=average or None, record=dict)`` writes the model. It is called on
             the main process with every checkpoint.
@@ -102,8 +111,19 @@ def train_run(
 
     training = Training(run, model if averaged is None else averaged, save_model)
     result: dict[str, Any] = {}
+    earlier = earlier_trainings(config, source)
     with contextlib.closing(run), run.state.recording():
         if accelerator.is_main_process:
+            present = TrainingRecord(name, data, labels=False)
+            if splits is not None:
+                present = describe_training(name, *splits)
+                training.exposure = exposure(
+                    earlier, splits[1], splits[0], source=source, spec=getattr(config, "data", ""),
+                    split=split_name(splits[1]),
+                )  # fmt: skip
+                for remark in training.exposure.remarks():
+                    print(remark, flush=True)
+            origin["trainings"] = record_of(earlier, present)
             print(_describe(name, config, objective, model, source, accelerator), flush=True)
             if prepare is not None:
                 prepare(run)
@@ -121,6 +141,9 @@ def train_run(
                 result = conclude(training)
             else:
                 if logged:  # empty if the run had ended before
+                    if isinstance(samples.data, ImageData):
+                        present = describe_training(name, samples.data)
+                    origin["trainings"] = record_of(earlier, present)
                     save_model(**{"figures": logged})  # the key that encoder.json has
                 _draw_report(run, f"{what.capitalize()}: {run.folder} · report: ")
             run.state.conclude()
@@ -167,6 +190,7 @@ def finish_run(
     summary: Callable[[dict[str, Any]], str],
     *,
     page: Path | None = None,
+    exposure: Exposure | None = None,
 ) -> dict[str, Any]:
     """Write metrics.json, print the summary, and write the report of the run.
 
@@ -174,8 +198,14 @@ def finish_run(
         where: an open run, or the folder of an evaluation (created if missing).
         summary: metrics -> text to print.
         page: folder of the run that was evaluated; if it is a run, its report is written again.
+        exposure: what the weights have seen of the test images; its remarks are added to the
+            ``summary`` of the metrics.
     Returns: the metrics; those of a run with ``weights``, the hash of the model in its folder.
     """
+    if exposure is not None:
+        metrics = metrics | {"seen": exposure.record()}
+        if remarks := exposure.remarks():
+            metrics["summary"] = [*metrics.get("summary", []), *remarks]
     run = where if isinstance(where, Run) else None
     if run and (weights := model_hash(run.folder)):
         metrics |= {"weights": weights}

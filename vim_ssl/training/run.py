@@ -249,7 +249,8 @@ def stored_or(default):
                     if key not in once
                 }
         if given.get("eval_only") and given.get("encoder"):
-            stored = _stored_config(Path(given["encoder"])) or {}
+            source = Path(given["encoder"])
+            stored = _stored_config(source.parent if source.is_file() else source) or {}
             if held_out := {key: stored[key] for key in ("test", "seed") if key in stored}:
                 return held_out
         return default(given) if callable(default) else default

@@ -155,6 +155,9 @@ class DicomImages(OnDisk):
     def names(self, row: int) -> list[str]:
         return [self.rows[row][0]]
 
+    def part(self, row: int) -> str:
+        return f"frame {self.rows[row][1]}"
+
     def __getitem__(self, row: int) -> np.ndarray:
         name, frame = self.rows[row]
         try:

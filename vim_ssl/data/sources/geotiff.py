@@ -74,6 +74,9 @@ class RasterImages(OnDisk):
     def names(self, row: int) -> list[str]:
         return list(dict.fromkeys(name for name, _ in self.rows[row].bands))
 
+    def part(self, row: int) -> str:
+        return str(self.rows[row].box)
+
     def __getitem__(self, row: int) -> np.ndarray:
         tile = self.rows[row]
         by_file: dict[str, list[int]] = {}

@@ -230,6 +230,9 @@ class PlaneImages(OnDisk):
     def names(self, row: int) -> list[str]:
         return _files(self.rows[row][0])
 
+    def part(self, row: int) -> str:
+        return f"axis {self.axis} plane {self.rows[row][1]}"
+
     def __getitem__(self, row: int) -> np.ndarray:
         name, plane = self.rows[row]
         try:

@@ -77,6 +77,10 @@ class SlideTiles(OnDisk):
     def names(self, row: int) -> list[str]:
         return [self.rows[row].name]
 
+    def part(self, row: int) -> str:
+        tile = self.rows[row]
+        return f"{tile.left},{tile.top} side {tile.side}"
+
     def __getitem__(self, row: int) -> np.ndarray:
         tile = self.rows[row]
         slide = open_image(os.path.join(self.root, tile.name))

@@ -1,0 +1,432 @@
+"""Which images are the same, by their content: never by a name, a path or a spec.
+
+content_keys(data, by)   a key of 48 bits per image
+TrainingRecord                 the images of one training, by key; travels with the weights
+compare(data, trainings) which images of ``data`` these trainings used, and which they held out
+"""
+
+import base64
+import os
+import sqlite3
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from vim_ssl.data.clips import images_in
+from vim_ssl.data.dataset import ImageData
+from vim_ssl.data.images import BadImage, clean_image, decode_image
+from vim_ssl.data.loading.streamed import ImageStream
+from vim_ssl.utils.files import user_cache
+
+# How images are compared: by decoded pixels, which are the same in a file, a table and in memory;
+# or by the bytes of files, if there are too many to decode.
+PIXELS, FILES = "pixels", "files"
+PIXELS_UP_TO = 2**27  # bytes of files to decode: 128 MB, a few seconds
+RECORDED_UP_TO = 2**31  # bytes of images without labels, 2 GB
+WHOLE = 2**20  # bytes; of a larger file, evenly spaced pieces are read
+PIECES, PIECE = 16, 2**16
+KEY_BYTES = 6  # comparing 50,000 images with a million, one wrong match in 5,000 times
+CACHED_FROM = 500  # files; the keys of fewer are not kept in the user's cache
+UNKNOWN = 0  # the key of an image that cannot be read; it equals no other
+
+
+# ---------------------------------------------------------------- keys
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Keys of n images.
+
+    Attributes:
+        images: uint64 (n,), one per image; `UNKNOWN` if it cannot be read.
+        files: for an image that is a part of files, such as a plane or a tile, the keys of these
+            files; else ().
+    """
+
+    images: np.ndarray
+    files: list[tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where an image is: in ``files`` (all of them, or a ``part``), or known by its ``key``."""
+
+    files: tuple[str, ...] = ()
+    part: str | None = None
+    decoded: bool = False
+    key: int = UNKNOWN
+
+
+def content_keys(data: ImageData | ImageStream, by: str, *, quiet: bool = False) -> Keys:
+    """Return the keys of all images.
+
+    Planes and tiles are identified by the bytes of their files and their place in them, videos by
+    the bytes of their files, all other images as ``by`` says.
+
+    Args:
+        by: `PIXELS` or `FILES`; images that are not in files are always compared by pixels.
+        quiet: show no progress bar; else one appears after a few seconds.
+    """
+    if data.is_stream:
+        records = (r for shard in range(len(data.shards)) for r in data.records(shard))
+        found = _keys_at([_place_of(record["image"], by) for record in records], quiet)
+    else:
+        wanted = [data.locate(i) for i in range(len(data))]
+        known = {id(inner): _known_keys(inner, by) for inner, _ in wanted}
+        new = {(id(inner), row): (inner, row) for inner, row in wanted
+               if inner.row(row) not in known[id(inner)]}  # fmt: skip
+        places = [_place(inner, row, by) for inner, row in new.values()]
+        for (inner, row), keys in zip(new.values(), _keys_at(places, quiet), strict=True):
+            known[id(inner)][inner.row(row)] = keys
+        found = [known[id(inner)][inner.row(row)] for inner, row in wanted]
+    return Keys(np.array([key for key, _ in found], np.uint64), [files for _, files in found])
+
+
+# Images → how they are compared → row → its key, and the keys of its files.
+_known: "WeakKeyDictionary[Any, dict[str, dict[int, tuple[int, tuple[int, ...]]]]]"
+_known = WeakKeyDictionary()
+
+
+def _known_keys(data: ImageData, by: str) -> dict[int, tuple[int, tuple[int, ...]]]:
+    """The keys that are known already, by row; splits of one data set share them."""
+    try:
+        return _known.setdefault(data.images, {}).setdefault(by, {})
+    except TypeError:  # a list cannot be referred to weakly
+        return {}
+
+
+def _keys_at(places: Sequence[_Place], quiet: bool) -> list[tuple[int, tuple[int, ...]]]:
+    jobs = dict.fromkeys((file, place.decoded) for place in places for file in place.files)
+    keys = dict(zip(jobs, _file_keys(list(jobs), quiet), strict=True))
+    found = []
+    for place in places:
+        files = tuple(keys[file, place.decoded] for file in place.files)
+        if place.part is None:
+            found.append((files[0] if files else place.key, ()))
+        elif UNKNOWN in files:
+            found.append((UNKNOWN, ()))
+        else:
+            found.append((_hash(repr((sorted(files), place.part)).encode()), files))
+    return found
+
+
+def _place(data: ImageData, index: int, by: str) -> _Place:
+    if (part := data.part(index)) is not None:
+        return _Place(tuple(data.paths(index)), part)
+    try:
+        return _place_of(data.raw(index), FILES if data.kind == "video" else by)
+    except BadImage:
+        return _Place()
+
+
+def _place_of(raw: Any, by: str) -> _Place:
+    if isinstance(raw, str | Path):
+        return _Place((str(raw),), decoded=by == PIXELS)
+    if isinstance(raw, bytes) and by == FILES:
+        return _Place(key=_hash(raw))
+    return _Place(key=UNKNOWN if isinstance(raw, BadImage) else pixels_key(raw))
+
+
+def pixels_key(image: Any) -> int:
+    """Return the key of an image's values: a PIL image, an array, or the bytes or path of a file.
+
+    Grey images have the same key as images with three equal channels. A file that cannot be
+    decoded is identified by its bytes.
+    """
+    with suppress(BadImage):
+        if isinstance(image, bytes | str | Path):
+            image = decode_image(image)
+        values = np.asarray(clean_image(image) if isinstance(image, Image.Image) else image)
+        if values.ndim == 3 and (values == values[..., :1]).all():
+            values = values[..., 0]
+        return _hash(f"{values.shape} {values.dtype}".encode(), np.ascontiguousarray(values))
+    return _hash(image) if isinstance(image, bytes) else UNKNOWN
+
+
+def _hash(*parts: Any) -> int:
+    digest = blake2b(digest_size=KEY_BYTES)
+    for part in parts:
+        digest.update(part)
+    return int.from_bytes(digest.digest(), "little") or 1
+
+
+# ---------------------------------------------------------------- files
+
+
+def _file_keys(jobs: Sequence[tuple[str, bool]], quiet: bool) -> list[int]:
+    """Return the keys of (file or folder, whether to decode it), `UNKNOWN` for a missing one."""
+    with closing(_Cache(len(jobs) >= CACHED_FROM)) as cache, ThreadPoolExecutor(8) as pool:
+        keys = pool.map(lambda job: cache.get(*job) or _file_key(*job), jobs)
+        bar = tqdm(keys, "comparing images", len(jobs), unit="files", delay=3, disable=quiet)
+        return cache.keep(jobs, list(bar))
+
+
+def _file_key(path: str, decoded: bool) -> int:
+    try:
+        if os.path.isdir(path):  # the frames of a video
+            frames = (_file_key(os.path.join(path, name), False) for name in images_in(path))
+            return _hash(repr(list(frames)).encode())
+        if decoded and (key := pixels_key(path)):
+            return key
+        size = os.path.getsize(path)
+        with open(path, "rb") as file:
+            if size <= WHOLE:
+                return _hash(file.read())
+            pieces = [str(size).encode()]
+            for number in range(PIECES):
+                file.seek(number * (size - PIECE) // (PIECES - 1))
+                pieces.append(file.read(PIECE))
+            return _hash(*pieces)
+    except OSError:
+        return UNKNOWN
+
+
+class _Cache:
+    """Keys of unchanged files in the user's cache. An unusable cache is ignored."""
+
+    def __init__(self, used: bool):
+        self.known: dict[bytes, int] = {}
+        self.database: sqlite3.Connection | None = None
+        self.names: dict[tuple[str, bool], bytes] = {}
+        if not used:
+            return
+        with suppress(OSError, sqlite3.Error):
+            user_cache().mkdir(parents=True, exist_ok=True)
+            self.database = sqlite3.connect(user_cache() / "identity.sqlite", timeout=5)
+            self.database.execute("create table if not exists keys (file blob primary key, key)")
+            self.known = dict(self.database.execute("select file, key from keys"))
+
+    def _name(self, path: str, decoded: bool) -> bytes | None:
+        """A hash of the path and state of a file; None for a folder or a missing file."""
+        with suppress(OSError):
+            stat = os.stat(path)
+            if os.path.isfile(path):
+                state = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, decoded)
+                text = repr((os.path.realpath(path), *state))
+                return blake2b(text.encode(errors="surrogateescape"), digest_size=12).digest()
+        return None
+
+    def get(self, path: str, decoded: bool) -> int:
+        """The stored key of a file, else `UNKNOWN`."""
+        if self.database is None or (name := self._name(path, decoded)) is None:
+            return UNKNOWN
+        self.names[path, decoded] = name
+        return self.known.get(name, UNKNOWN)
+
+    def keep(self, jobs: Sequence[tuple[str, bool]], keys: list[int]) -> list[int]:
+        """Store the keys that are new; return all."""
+        if self.database is not None:
+            new = {
+                self.names[job]: key for job, key in zip(jobs, keys, strict=True)
+                if job in self.names and key and self.names[job] not in self.known
+            }  # fmt: skip
+            with suppress(sqlite3.Error), self.database:
+                self.database.executemany("insert or replace into keys values (?, ?)", new.items())
+        return keys
+
+    def close(self) -> None:
+        if self.database is not None:
+            self.database.close()
+
+
+def how_to_compare(*sets: ImageData) -> str:
+    """Return `PIXELS`, or `FILES` for images whose files are too large to be decoded for it."""
+    return PIXELS if sum(map(_total_bytes, sets)) <= PIXELS_UP_TO else FILES
+
+
+def _total_bytes(data: ImageData) -> float:
+    """Estimate the size of all files or encoded images, from 64 of them."""
+    chosen = sorted({i * len(data) // 64 for i in range(64)}) if len(data) else []
+    sizes = [0]
+    for inner, row in map(data.locate, chosen):
+        with suppress(OSError, BadImage):
+            if inner.part(row) is not None:
+                continue
+            raw = inner.raw(row)
+            if isinstance(raw, str | Path):
+                sizes.append(os.path.getsize(raw))
+            elif isinstance(raw, bytes):
+                sizes.append(len(raw))
+    return len(data) * sum(sizes) / max(len(chosen), 1)
+
+
+# ---------------------------------------------------------------- trainings
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingRecord:
+    """The images of one training.
+
+    Attributes:
+        recipe, data: name of the script, and spec of the training data, for messages.
+        labels: whether it learnt from labels, masks, boxes or captions.
+        by: how its keys were made; "" if its images are not recorded.
+        trained, held_out: sorted keys of the images it was trained on, and of its test images.
+        files: keys of the files of which it was trained on parts.
+        groups: keys of the names of its training groups.
+        split: "held out" if it held out images of data without splits.
+    """
+
+    recipe: str
+    data: str
+    labels: bool
+    by: str = ""
+    trained: np.ndarray = field(default_factory=lambda: _sorted(()))
+    held_out: np.ndarray = field(default_factory=lambda: _sorted(()))
+    files: np.ndarray = field(default_factory=lambda: _sorted(()))
+    groups: np.ndarray = field(default_factory=lambda: _sorted(()))
+    split: str = ""
+
+    def same_images(self, other: "TrainingRecord") -> bool:
+        """Whether two trainings used and held out the same images."""
+        return (self.recipe, self.by) == (other.recipe, other.by) and all(
+            np.array_equal(getattr(self, name), getattr(other, name)) for name in _ARRAYS
+        )
+
+    def record(self) -> dict[str, Any]:
+        """Return the entry of encoder.json; arrays become base64, `KEY_BYTES` bytes per key."""
+        values = {name: _packed(getattr(self, name)) for name in _ARRAYS}
+        fields = {"recipe": self.recipe, "data": self.data, "labels": self.labels}
+        more = {"by": self.by, "split": self.split, **values}
+        return fields | {key: value for key, value in more.items() if value}
+
+    @classmethod
+    def of_record(cls, entry: Any) -> "TrainingRecord":
+        """Read an entry of encoder.json. Raises: ValueError for another content."""
+        try:
+            arrays = {name: _unpacked(entry.get(name, "")) for name in _ARRAYS}
+            texts = {key: str(entry.get(key, "")) for key in ("recipe", "data", "by", "split")}
+            return cls(labels=bool(entry["labels"]), **texts, **arrays)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"the record of the images that an encoder was trained on is damaged ({error!r}); "
+                "copy encoder.json again from its run."
+            ) from error
+
+
+_ARRAYS = ("trained", "held_out", "files", "groups")
+
+
+def describe_training(
+    recipe: str, train: ImageData, test: ImageData | None = None
+) -> TrainingRecord:
+    """Return the record of a training.
+
+    Args:
+        test: the images that it is tested on; None for one without labels, whose images are
+            recorded up to `RECORDED_UP_TO`.
+    """
+    if test is None and _total_bytes(train) > RECORDED_UP_TO:
+        return TrainingRecord(recipe, train.name, False)
+    by = how_to_compare(train, *([] if test is None else [test]))
+    keys = content_keys(train, by)
+    tested = () if test is None else content_keys(test, by).images
+    return TrainingRecord(
+        recipe, train.name, test is not None, by, _sorted(keys.images), _sorted(tested),
+        _sorted([key for files in keys.files for key in files]), _sorted(_group_keys(train)),
+        "held out" if test is not None and test.split == "all" else "",
+    )  # fmt: skip
+
+
+@dataclass
+class Seen:
+    """How trainings used the n images of a data set. All arrays are bool (n,).
+
+    Attributes:
+        labels: their labels, masks, boxes or captions were learnt.
+        pixels: their pixels were, with or without labels.
+        held_out: a training with labels held them out, and no other learnt their labels.
+        copies: held out, but with a copy among the images of the same training.
+        by_group: not used, but another image of their group was.
+        unrecorded: trainings whose images are not known.
+    """
+
+    labels: np.ndarray
+    pixels: np.ndarray
+    held_out: np.ndarray
+    copies: np.ndarray
+    by_group: np.ndarray
+    unrecorded: list[TrainingRecord] = field(default_factory=list)
+
+
+def compare(
+    data: ImageData | ImageStream, trainings: Sequence[TrainingRecord], *, quiet: bool = False
+) -> Seen:
+    """Compare images with those of trainings.
+
+    An image that a training held out counts as not used by it, even if a copy was: the test at the
+    end of that training counts it too.
+    """
+    keys: dict[str, Keys] = {}
+    count = len(data)
+    seen = Seen(*(np.zeros(count, bool) for _ in range(5)))
+    for training in trainings:
+        if not training.by:
+            seen.unrecorded.append(training)
+            continue
+        if training.by not in keys:
+            keys[training.by] = content_keys(data, training.by, quiet=quiet)
+        images, files = keys[training.by].images, keys[training.by].files
+        known = images != UNKNOWN
+        held = np.isin(images, training.held_out) & known
+        among = np.isin(images, training.trained) & known
+        used = among & ~held
+        if len(training.files):
+            parts = set(training.files.tolist())
+            used |= np.array([not parts.isdisjoint(of) for of in files]) & ~held
+        seen.pixels |= used
+        if training.labels:
+            seen.labels |= used
+            seen.held_out |= held
+            seen.copies |= held & among
+            seen.by_group |= _in_used_groups(data, used, training) & ~held
+    seen.held_out &= ~seen.labels
+    seen.by_group &= ~seen.labels
+    return seen
+
+
+def _in_used_groups(
+    data: ImageData | ImageStream, used: np.ndarray, training: TrainingRecord
+) -> np.ndarray:
+    """Whether the group of an image was used: another image of it, or its name in a table."""
+    groups = None if data.is_stream else data.groups
+    if groups is None:
+        return np.zeros(len(data), bool)
+    names = {group for group, was_used in zip(groups, used, strict=True) if was_used and group}
+    named = np.isin(np.array(_group_keys(data, each=True), np.uint64), training.groups)
+    return np.array([group in names for group in groups], bool) | named
+
+
+def _group_keys(data: ImageData, each: bool = False) -> list[int]:
+    """Keys of the groups' names, of distinct ones unless ``each``. Names that a source numbers, or
+    takes from ids, say nothing about other data; they are left out (`UNKNOWN` with ``each``)."""
+    groups = list(data.groups or ())
+    if not each:
+        groups = list(dict.fromkeys(groups))
+    if data.name.startswith("dicom:") or "group=" not in data.name:
+        return [UNKNOWN] * len(groups) if each else []
+    return [_hash(group.encode(errors="surrogateescape")) if group else UNKNOWN for group in groups]
+
+
+def _sorted(keys: Any) -> np.ndarray:
+    values = np.unique(np.asarray(keys, np.uint64))
+    return values[values != UNKNOWN]
+
+
+def _packed(keys: np.ndarray) -> str:
+    values = keys.astype("<u8").view(np.uint8).reshape(-1, 8)[:, :KEY_BYTES]
+    return base64.b64encode(values.tobytes()).decode()
+
+
+def _unpacked(text: str) -> np.ndarray:
+    values = np.frombuffer(base64.b64decode(text, validate=True), np.uint8).reshape(-1, KEY_BYTES)
+    return np.pad(values, ((0, 0), (0, 8 - KEY_BYTES))).reshape(-1).view("<u8").astype(np.uint64)

@@ -1,0 +1,214 @@
+"""What an encoder has seen of the images that it is evaluated on, from the record of its trainings.
+
+trainings_of(source)           the trainings that weights went through
+exposure(trainings, test, …)   how many test images they used, and sentences that say so
+part_to_evaluate(data, …)      the images that a trained model may be evaluated on
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vim_ssl.checkpoints.files import WEIGHT_SUFFIXES
+from vim_ssl.checkpoints.loading import made_by
+from vim_ssl.data.dataset import ImageData
+from vim_ssl.data.identity import (
+    UNKNOWN,
+    Seen,
+    TrainingRecord,
+    compare,
+    content_keys,
+    how_to_compare,
+)
+from vim_ssl.data.spec import parse_spec, same_data
+from vim_ssl.models.presets import PRESETS
+from vim_ssl.training.run import pretrained_on
+from vim_ssl.utils.names import plural
+
+WITHOUT_LABELS = ("mim_pretrain", "clip_pretrain")  # recipes; captions are no labels
+CLIP = "clip_config.json"
+
+
+def trainings_of(source: str | Path) -> list[TrainingRecord]:
+    """Return the trainings that the weights of ``source`` went through, the last one last.
+
+    A run of an earlier version has one without its images; a preset and a released file have none.
+
+    Raises: ValueError for a damaged record; the errors of `load_encoder`.
+    """
+    if source in PRESETS or (str(source).endswith(WEIGHT_SUFFIXES[1:]) and Path(source).exists()):
+        return []
+    clip = Path(source) / CLIP
+    if clip.is_file():
+        record = json.loads(clip.read_text()).get("made_by") or {}
+    else:
+        record = made_by(source)
+    if entries := record.get("trainings"):
+        return [TrainingRecord.of_record(entry) for entry in entries]
+    if "recipe" in record and record.get("data"):
+        recipe = str(record["recipe"])
+        return [TrainingRecord(recipe, str(record["data"]), recipe not in WITHOUT_LABELS)]
+    return []
+
+
+@dataclass
+class Exposure:
+    """What an encoder's trainings used of ``n`` test images, in numbers of images.
+
+    Attributes:
+        labels: their labels, masks or boxes were learnt.
+        pixels: their pixels were, with or without labels.
+        groups: not used, but other images of their groups were.
+        copies: an exact copy is among the training images.
+        left_out: neither trained on nor held out, or in groups that were trained on; not evaluated.
+        unrecorded: trainings with labels that do not record their images.
+    """
+
+    n: int
+    labels: int = 0
+    pixels: int = 0
+    groups: int = 0
+    copies: int = 0
+    left_out: int = 0
+    unrecorded: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, seen: Seen, among: np.ndarray | None = None) -> "Exposure":
+        """Count what was seen, among the images where a bool array (n,) is True."""
+        rows = np.ones(len(seen.labels), bool) if among is None else among
+        counts = (int(values[rows].sum()) for values in
+                  (seen.labels, seen.pixels, seen.by_group, seen.copies))  # fmt: skip
+        trained = [f"{t.recipe} on {t.data}" for t in seen.unrecorded if t.labels]
+        return cls(int(rows.sum()), *counts, unrecorded=trained)
+
+    def record(self) -> dict[str, Any]:
+        """Return the entry ``seen`` of metrics.json."""
+        return asdict(self)
+
+    def remarks(self, encoder: str = "The encoder") -> list[str]:
+        """Return what a reader of the results must know, as sentences; often nothing."""
+        unlabelled, of_test = self.pixels - self.labels, f"of these {self.n:,} test images"
+        which = "these test images" if unlabelled == self.n else f"{unlabelled:,} {of_test}"
+        sentences = (
+            (self.labels, f"{encoder} was trained with the labels of {self.labels:,} {of_test}: "
+             "this is no test on new images."),
+            (self.groups, f"{encoder} was trained on other images of the groups of "
+             f"{self.groups:,} {of_test}."),
+            (unlabelled, f"Pretraining also read {which}, without their labels."),
+            (self.copies, f"{self.copies:,} {of_test} have exact copies among the training "
+             "images; ?group=COLUMN keeps copies together."),
+            (self.left_out, f"{plural(self.left_out, 'image')} of the data neither trained on nor "
+             "held out, or in groups that were trained on: not evaluated."),
+            (len(self.unrecorded), "It is not recorded which images were trained on by "
+             f"{', '.join(self.unrecorded)}; test images may be among them."),
+        )  # fmt: skip
+        return [sentence for count, sentence in sentences if count]
+
+
+def exposure(
+    trainings: Sequence[TrainingRecord], test: ImageData, train: ImageData, *, source: str,
+    spec: str, split: str,
+) -> Exposure:  # fmt: skip
+    """Count what earlier trainings used of the test images, and their copies in ``train``.
+
+    Args:
+        source, spec, split: if no training has a record (it ended early, read a stream, or is of an
+            earlier version), arguments of `pretrained_on`.
+    """
+    result = Exposure.of(compare(test, trainings))
+    if not any(training.by for training in trainings):
+        result.pixels = result.n * pretrained_on(source, spec, split)
+    by = how_to_compare(train, test)
+    keys, tested = (content_keys(data, by).images for data in (train, test))
+    result.copies = int((np.isin(tested, keys) & (tested != UNKNOWN)).sum())
+    return result
+
+
+def labels_seen(source: str, test: ImageData) -> list[str]:
+    """Return remarks on a further encoder that is compared on the same test images."""
+    seen = Exposure.of(compare(test, trainings_of(source)))
+    return Exposure(seen.n, seen.labels, seen.labels).remarks(source)
+
+
+def earlier_trainings(config: Any, source: str) -> list[TrainingRecord]:
+    """Return the trainings before the one that ``config`` describes: those of the run itself if it
+    is resumed, else those of the weights that it starts from, and of its teacher."""
+    run = Path(config.output)
+    has_weights = any((run / name).is_file() for name in ("encoder.json", CLIP))
+    if config.output and config.resume == "auto" and has_weights:
+        return trainings_of(run)
+    sources = [] if getattr(config, "from_scratch", False) else [source]
+    teacher = getattr(config, "teacher", "")
+    sources += [teacher] if teacher and Path(teacher).exists() else []
+    return [training for name in filter(None, sources) for training in trainings_of(name)]
+
+
+def record_of(earlier: Sequence[TrainingRecord], present: TrainingRecord) -> list[dict[str, Any]]:
+    """Return the entry ``trainings`` of encoder.json; the last of the earlier trainings may be the
+    present one, resumed."""
+    last = earlier[-1:]
+    if (
+        last
+        and last[0].recipe == present.recipe
+        and (not last[0].by or last[0].same_images(present))
+    ):
+        earlier = earlier[:-1]
+    return [training.record() for training in (*earlier, present)]
+
+
+def part_to_evaluate(
+    data: Any, spec: str, source: str, redraw: Callable[[str], Sequence[str]]
+) -> tuple[Any, str, Exposure]:
+    """Return the images to evaluate a trained model on, the name of their split, and what was seen
+    of them.
+
+    These are all images of ``data``. But if these have no splits, ``spec`` names none, and some
+    were trained on, they are those that were held out, else those that are new.
+
+    Args:
+        data: the opened images, or a stream; see `vim_ssl.data.open.open_split`.
+        source: the model.
+        redraw: the ids that a training on a spec held out, for runs of earlier versions, which do
+            not record them.
+    Raises: ValueError if no image is left.
+    """
+    seen = compare(data, trainings_of(source))
+    if not (data.is_stream or data.splits or parse_spec(spec).split is not None):
+        unrecorded = (t.data for t in seen.unrecorded if t.labels and same_data(spec, t.data))
+        if trained := next(unrecorded, None):
+            held_out = set(_drawn_again(source, trained, redraw))
+            kept = np.array([id in held_out for id in data.ids])
+            seen.unrecorded = []
+        elif seen.labels.any() or seen.by_group.any():
+            kept = seen.held_out if seen.held_out.any() else ~seen.labels & ~seen.by_group
+        else:
+            kept = np.ones(len(data), bool)
+        if not kept.any():
+            raise ValueError(
+                f"the encoder was trained on images of {spec}, and none of its {len(data):,} "
+                "images was held out; evaluate other images, or add ?split=all to evaluate these."
+            )
+        if not kept.all():
+            result = Exposure.of(seen, kept)
+            if not trained:
+                result.left_out = len(data) - result.n - int((seen.labels & ~kept).sum())
+            return data.subset(kept.nonzero()[0]), "held out", result
+    return data, data.split, Exposure.of(seen)
+
+
+def _drawn_again(
+    source: str, trained: str, redraw: Callable[[str], Sequence[str]]
+) -> Sequence[str]:
+    """The ids that a run of an earlier version held out, by the settings in its config.json."""
+    folder = Path(source) if Path(source).is_dir() else Path(source).parent
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{source} was trained on {trained}, but does not record which of these images it held "
+            "out. Give its run directory, with config.json, as --encoder; or add ?split=all to "
+            "evaluate all images, with those that it was trained on."
+        )
+    return redraw(trained)
