@@ -12,8 +12,8 @@ run contains metrics.json, predictions.csv (a row per image) and classes.csv (a 
 
 --eval-only evaluates all labelled images of the split that --data names. Without ?split=, it uses
 the test split if there is one, otherwise the validation split, otherwise all images. This also
-holds for wds: shards. If the data are the run's own training data and have no splits, only the
-images held out in training are evaluated.
+holds for wds: shards. If the encoder was trained on some of these images, and they have no splits,
+only the images held out in training are evaluated.
 """
 
 import sys

@@ -10,7 +10,8 @@ with the untrained encoder and with raw pixels. The readout (class token; mean o
 both plus the means at a quarter, half and three quarters of the depth), C, and for the neighbours
 metric and k are selected on a validation split of the training set; the test set is used once.
 `knn.py` selects in the same way and gives the same result. If the data has no test split, part of
-it is held out; a run pretrained on the same data has seen these images, but not their labels.
+it is held out, for an encoder trained with these labels the part that it held out; a run pretrained
+on the same data has seen these images, but not their labels.
 
 The metric is accuracy; with several labels per image, the mean average precision over the classes
 (macro) and over all pairs (micro); for MedMNIST also its AUC and ACC. ``--head lars`` trains MAE's

@@ -3,7 +3,7 @@
 import argparse
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from itertools import combinations
@@ -16,21 +16,22 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from vim_ssl.data.clips import still
+from vim_ssl.data.copies import alike_images, equal_images
 from vim_ssl.data.dataset import ImageData, captions_of
 from vim_ssl.data.formats import explain
 from vim_ssl.data.images import BadImage
 from vim_ssl.data.labels import IGNORE
 from vim_ssl.data.loading.streamed import ImageStream
 from vim_ssl.data.loading.workers import Loader
+from vim_ssl.data.lookalikes import MISSING, Look, look_of
 from vim_ssl.data.open import Source, open_data, open_source, sets_of
 from vim_ssl.data.pages import PAGES, count_pages
-from vim_ssl.data.passed_over import printable
+from vim_ssl.data.passed_over import printable, some_of
 from vim_ssl.data.registry import SOURCES
 from vim_ssl.data.spec import canonical_split
 from vim_ssl.data.walk import UNREADABLE
 from vim_ssl.utils.names import plural
 
-NAMED = 3  # number of examples per fault
 LISTED = 20  # maximum number of classes whose counts are listed
 
 
@@ -46,6 +47,7 @@ class Decoded:
         captioned: whether it has a caption.
         pages: number of images in its file.
         notes: in what it is read otherwise than meant; see `vim_ssl.data.clips.note`.
+        look: what it looks like; None for a blank image, for bands, and without imagehash.
     """
 
     id: str
@@ -59,6 +61,7 @@ class Decoded:
     captioned: bool = False
     pages: int = 1
     notes: tuple[str, ...] = ()
+    look: Look | None = None
 
 
 @dataclass
@@ -119,7 +122,11 @@ def check(spec: str | Path, *, sample: int = 0, workers: int = 0, quiet: bool = 
     if getattr(data, "has_captions", False):
         _check_captions(splits, report)
     _check_groups(splits, report)
-    _check_duplicates(splits, report)
+    if MISSING:
+        report.facts.append("Resized or cropped copies are not searched for: pip install imagehash")
+    for problems, remarks in (equal_images(splits), alike_images(splits)):
+        report.problems += problems
+        report.remarks += remarks
     return report
 
 
@@ -236,7 +243,8 @@ def describe(id: str, image: Image.Image | np.ndarray) -> Decoded:
     # `vim_ssl.data.pixels.grey_from` counts the missing pixels of a grey image.
     holes = not np.isfinite(values).all() or bool(getattr(image, "info", {}).get("missing"))
     notes = tuple(getattr(image, "info", {}).get("notes", ()))
-    return Decoded(id, "", pixels, (width, height), mode, flat, holes, notes=notes)
+    look = None if flat else look_of(image)
+    return Decoded(id, "", pixels, (width, height), mode, flat, holes, notes=notes, look=look)
 
 
 # ---------------------------------------------------------------- checks
@@ -257,7 +265,7 @@ def _check_layout(data: ImageData | ImageStream, report: Report) -> None:
             line = explain(data.passed_over, reason)
             (report.problems if reason == UNREADABLE else report.remarks).append(line)
     if odd := [id for id in getattr(data, "ids", ()) if printable(id) != id]:
-        report.remarks.append(f"{len(odd):,} names are not UTF-8: {_some(odd)}.")
+        report.remarks.append(f"{len(odd):,} names are not UTF-8: {some_of(odd)}.")
 
 
 def _count(splits: list[Split], report: Report) -> None:
@@ -284,7 +292,7 @@ def _count(splits: list[Split], report: Report) -> None:
         for name in split.ids:
             splits_of[name].append(split.name)
     if twice := [name for name, names in splits_of.items() if len(names) > 1]:
-        report.problems.append(f"{len(twice):,} ids occur more than once: {_some(twice)}.")
+        report.problems.append(f"{len(twice):,} ids occur more than once: {some_of(twice)}.")
 
 
 def _check_labels(splits: list[Split], classes: list[str] | None, report: Report) -> None:
@@ -324,7 +332,9 @@ def _check_truth(splits: list[Split], classes: list[str] | None, report: Report)
         _compare_classes(counts, names, one, report)
         absent = [name for i, name in enumerate(classes or ()) if i not in names]
         if one == "mask" and absent:
-            report.remarks.append(f"no {one} has {len(absent):,} of the classes: {_some(absent)}.")
+            report.remarks.append(
+                f"no {one} has {len(absent):,} of the classes: {some_of(absent)}."
+            )
 
 
 def _list_classes(
@@ -354,11 +364,11 @@ def _compare_classes(
     for name, count in counts.items() if train else ():
         if new := [names[label] for label in count if not train.get(label)]:
             report.problems.append(
-                f"{name} has {len(new):,} classes that the training split lacks: {_some(new)}."
+                f"{name} has {len(new):,} classes that the training split lacks: {some_of(new)}."
             )
         if absent := [names[label] for label in train if not count.get(label)]:
             report.remarks.append(
-                f"{name} has no {one} of {len(absent):,} classes: {_some(absent)}."
+                f"{name} has no {one} of {len(absent):,} classes: {some_of(absent)}."
             )
 
 
@@ -380,7 +390,7 @@ def _class_counts(split: Split, classes: list[str] | None, report: Report) -> Co
     if wrong:
         allowed = f"0 to {len(classes) - 1}" if classes is not None else "0 and up"
         report.problems.append(
-            f"{split.name}: {len(wrong):,} labels are out of range, {allowed}: {_some(wrong)}."
+            f"{split.name}: {len(wrong):,} labels are out of range, {allowed}: {some_of(wrong)}."
         )
     return count
 
@@ -403,7 +413,7 @@ def _check_images(splits: list[Split], report: Report) -> None:
         report.facts.append(f"Sizes (width×height): {one}")
         several = [image for image in good if image.pages > 1]
         if pages := sum(image.pages - 1 for image in several):
-            names = _some(f"{image.id} ({image.pages})" for image in several)
+            names = some_of(f"{image.id} ({image.pages})" for image in several)
             report.remarks.append(
                 f"passed over: {pages:,} {PAGES}, of {len(several):,} files: {names}; only the "
                 "first is read. To use the others, save each as a file; video: reads animations."
@@ -423,14 +433,14 @@ def _check_images(splits: list[Split], report: Report) -> None:
               for note in sorted({note for image in split.decoded for note in image.notes})),
         ):  # fmt: skip
             if names:
-                lines.append(f"{split.name}: {len(names):,} images {what}: {_some(names)}.")
+                lines.append(f"{split.name}: {len(names):,} images {what}: {some_of(names)}.")
 
 
 def _check_captions(splits: list[Split], report: Report) -> None:
     for split in splits:
         if bare := [im.id for im in split.decoded if not im.fault and not im.captioned]:
             report.problems.append(
-                f"{split.name}: {len(bare):,} images have no caption: {_some(bare)}."
+                f"{split.name}: {len(bare):,} images have no caption: {some_of(bare)}."
             )
 
 
@@ -439,42 +449,8 @@ def _check_groups(splits: list[Split], report: Report) -> None:
     for one, other in combinations(splits, 2):
         if shared := sorted(set(one.groups or ()) & set(other.groups or ())):
             report.problems.append(
-                f"{len(shared):,} groups are in {one.name} and in {other.name}: {_some(shared)}."
+                f"{len(shared):,} groups are in {one.name} and in {other.name}: {some_of(shared)}."
             )
-
-
-def _check_duplicates(splits: list[Split], report: Report) -> None:
-    """Report identical images in two splits, twice in one split, or with different labels."""
-    label_of: dict[str, Any] = {}
-    for split in splits:
-        if split.labels is not None:
-            label_of.update(zip(split.ids, split.labels, strict=True))
-    copies: dict[bytes, list[tuple[str, str]]] = defaultdict(list)
-    for split in splits:
-        for image in split.decoded:
-            # Images with a single value (blank) are not counted as duplicates.
-            if not image.fault and not image.flat:
-                copies[image.pixels].append((split.name, image.id))
-    across, within, relabelled = [], [], []
-    for same in (same for same in copies.values() if len(same) > 1):
-        ids = " = ".join(id for _, id in same[:4])
-        in_splits = len({name for name, _ in same})
-        if in_splits > 1:
-            across.append(" = ".join(f"{name}:{id}" for name, id in same[:4]))
-        if len(same) > in_splits:
-            within.append(ids)
-        if len({str(label_of.get(id)) for _, id in same}) > 1:
-            relabelled.append(ids)
-    if across:
-        report.problems.append(
-            f"{len(across):,} images are in more than one split: {_some(across)}."
-        )
-    if within:
-        report.remarks.append(f"{len(within):,} images are duplicates: {_some(within)}.")
-    if relabelled:
-        report.remarks.append(
-            f"{len(relabelled):,} images have copies with another label: {_some(relabelled)}."
-        )
 
 
 def _unknown(label: Any) -> bool:
@@ -483,11 +459,6 @@ def _unknown(label: Any) -> bool:
 
 def _name(label: int, classes: list[str] | None) -> str:
     return classes[label] if classes and 0 <= label < len(classes) else str(label)
-
-
-def _some(names: Iterable[str]) -> str:
-    names = list(map(printable, names))
-    return ", ".join(names[:NAMED]) + (" …" if len(names) > NAMED else "")
 
 
 if __name__ == "__main__":

@@ -58,6 +58,12 @@ def printable(name: str) -> str:
         return name.encode("utf-8", "backslashreplace").decode()
 
 
+def some_of(names: Iterable[str], count: int = 3) -> str:
+    """List the first names, printable: "a, b, c …"."""
+    texts = list(map(printable, names))
+    return ", ".join(texts[:count]) + (" …" if len(texts) > count else "")
+
+
 _counting: ContextVar[PassedOver | None] = ContextVar("passed_over", default=None)
 
 
