@@ -16,6 +16,7 @@ from PIL import Image
 from vim_ssl.data import open_data
 from vim_ssl.data.check import check
 from vim_ssl.data.dataset import join
+from vim_ssl.data.inputs import open_new
 from vim_ssl.data.open import warn_once
 from vim_ssl.data.walk import match_paths
 
@@ -376,3 +377,9 @@ def test_the_pages_of_a_few_of_many_files_are_counted(tmp_path):
     assert open_data(tmp_path).passed_over == {
         "further pages or frames (in 64 files looked at)": 64
     }
+
+
+def test_the_pages_of_a_single_file_are_counted(tmp_path):
+    first, *others = frames(3)
+    first.save(tmp_path / "a.tif", save_all=True, append_images=others)
+    assert open_new(tmp_path / "a.tif").passed_over == {"further pages or frames": 2}

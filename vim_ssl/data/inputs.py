@@ -10,7 +10,7 @@ from PIL import Image
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import EXTENSIONS, array_image
 from vim_ssl.data.loading.streamed import ImageStream
-from vim_ssl.data.open import open_data
+from vim_ssl.data.open import finished, open_data
 from vim_ssl.data.sources.folder import FileImages
 from vim_ssl.data.sources.geotiff import TIFFS
 from vim_ssl.data.sources.video import VIDEO_EXTENSIONS
@@ -68,7 +68,7 @@ def open_new(
         parsed = replace(parsed, tile=tile, overlap=max(min(overlap, tile // 2), 1))
     if parsed.scheme == "folder" and path.is_file():
         files = FileImages(str(path.parent), [path.name])
-        return ImageData(files, [path.name], name=str(parsed))
+        return finished(ImageData(files, [path.name], name=str(parsed)), parsed)
     data = open_data(str(parsed), split=parsed.split or "all", streams=True)
     return data.images_only() if isinstance(data, ImageData) else data
 

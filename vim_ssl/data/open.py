@@ -57,7 +57,7 @@ def open_data(
     opener = find_opener(parsed.scheme)
     if parsed.streaming or opener is None:
         return _open_stream(parsed, streams)
-    return _finished(opener(parsed), parsed)
+    return finished(opener(parsed), parsed)
 
 
 @dataclass(frozen=True)
@@ -82,13 +82,13 @@ def open_source(spec: str | Path, *, streams: bool = False) -> Source:
     if isinstance(opened, Splits):
 
         def choose(split: str | None) -> ImageData:
-            return _finished(opened, replace(parsed, split=split or parsed.split))
+            return finished(opened, replace(parsed, split=split or parsed.split))
 
         return Source(opened.names, choose)
     everything = (
         open_data(spec, split="all", streams=streams)
         if opened is None  # several sets, or a stream
-        else _finished(opened, parsed)
+        else finished(opened, parsed)
     )
 
     def reopen(split: str | None) -> ImageData | ImageStream:
@@ -97,8 +97,9 @@ def open_source(spec: str | Path, *, streams: bool = False) -> Source:
     return Source(everything.splits, reopen)
 
 
-def _finished(opened: ImageData | Splits, spec: DataSpec) -> ImageData:
-    """Select the spec's split and at most ``limit`` images; warn about the source's faults."""
+def finished(opened: ImageData | Splits, spec: DataSpec) -> ImageData:
+    """Select the spec's split and at most ``limit`` images; warn about the source's faults and what
+    it passes over."""
     data = opened.open(spec) if isinstance(opened, Splits) else opened
     _pass_over_pages(data)
     _warn(data, f"{spec.scheme}:{spec.location}")
