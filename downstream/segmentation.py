@@ -26,7 +26,7 @@ import torch
 
 from vim_ssl.cli import guarded
 from vim_ssl.data import masked_splits
-from vim_ssl.data.bands import band_arguments
+from vim_ssl.data.bands import band_arguments, check_bands
 from vim_ssl.data.labels import absent_classes
 from vim_ssl.data.open import warn_once
 from vim_ssl.data.train_test import masked_split
@@ -133,6 +133,7 @@ def run(config: Config) -> dict[str, Any]:
         )
     torch.manual_seed(config.seed)
     model = build_model(config, source, train.classes or [], band_arguments(train))
+    check_bands(model.encoder, test)
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     transform = DenseCrop(

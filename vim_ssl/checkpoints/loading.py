@@ -23,6 +23,7 @@ from vim_ssl.checkpoints import files as checkpoint_files
 from vim_ssl.checkpoints.adapt import adapt_state
 from vim_ssl.checkpoints.files import FORMAT, WEIGHT_SUFFIXES, Stored
 from vim_ssl.checkpoints.released import released_config
+from vim_ssl.data.bands import check_unit
 from vim_ssl.data.config import IMAGENET_DATA, adapt_data
 from vim_ssl.data.transforms import image as image_transforms
 from vim_ssl.models.encoder import VimEncoder
@@ -172,10 +173,14 @@ def load_for_bands(source: str, bands: Mapping[str, Any], **args: Any) -> VimEnc
         bands: from `vim_ssl.data.bands.band_arguments`. An encoder for the same bands keeps its
             statistics.
         args: arguments of `load_encoder`.
+    Raises: ValueError for the same bands in another unit.
     """
     encoder = load_encoder(source, **args)
-    if bands and tuple(encoder.data_config["bands"]) != tuple(bands["data_config"]["bands"]):
-        encoder = load_encoder(source, **args, **bands)
+    if not bands:
+        return encoder
+    if tuple(encoder.data_config["bands"]) != tuple(bands["data_config"]["bands"]):
+        return load_encoder(source, **args, **bands)
+    check_unit(encoder.data_config, bands["data_config"], "the training data")
     return encoder
 
 

@@ -1,5 +1,6 @@
 """Bands of rasters: statistics, and the matching arguments of an encoder."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -7,12 +8,16 @@ import torch
 from PIL import Image
 from torch import nn
 
-from vim_ssl.data.config import data_config_of
+from vim_ssl.data.config import colour_of, data_config_of
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import BadImage
+from vim_ssl.data.open import warn_once
 from vim_ssl.data.transforms.image import as_tensor
 
 FAR = 100  # standard deviations from the mean that no measured value has
+UNLIKE = 100  # values of one unit do not differ by this factor from those an encoder has seen
+ORDERS = 1000  # images of one data set do not differ by this factor
+SEEN = 3  # images that are read to see the unit
 
 
 def band_statistics(data: ImageData, sample: int = 1000) -> dict[str, Any]:
@@ -26,6 +31,7 @@ def band_statistics(data: ImageData, sample: int = 1000) -> dict[str, Any]:
     Raises: ValueError if no image can be read, or their numbers of bands differ.
     """
     few = min(sample, len(data))
+    sizes: dict[str, float] = {}
     count = total = squares = torch.zeros(())
     for i in range(few):
         try:
@@ -39,11 +45,17 @@ def band_statistics(data: ImageData, sample: int = 1000) -> dict[str, Any]:
                 f"{data.name} has images with {len(count)} and with {len(x)} bands; expected the "
                 "same number in all."
             )
+        sizes[data.ids[i * len(data) // few]] = float(mean_size(np.atleast_3d(values)).max())
         known = x.isfinite()
         x = x.where(known, 0)
         count, total, squares = count + known.sum(1), total + x.sum(1), squares + x.square().sum(1)
     if not count.ndim or (count == 0).any():
         raise ValueError(f"{data.name}: at least one band has no values in the {few} images read.")
+    if others := in_other_unit(sizes):
+        warn_once(
+            f"{data.name}: the values of {len(others):,} of {len(sizes):,} images, for example "
+            f"{others[0]}, are over {ORDERS:,} times larger or smaller than most: another unit?"
+        )
     mean = total / count
     std = (squares / count - mean.square()).clamp(min=0).sqrt()
     names = data.bands or {1: ("L",), 3: ("R", "G", "B")}.get(len(mean))
@@ -63,19 +75,94 @@ def band_arguments(data: Any) -> dict[str, Any]:
 
 
 def check_bands(encoder: nn.Module, data: Any) -> None:
-    """Raise ValueError if the encoder's mean and std do not fit the bands: their names differ, and
-    their values are not scaled to 0..1. 8-bit values fit any encoder with as many channels.
+    """Check that images of bands have the encoder's bands, in its order and unit.
+
+    Reads up to `SEEN` images unless they have 8 bits. Images in grey or colour fit any encoder with
+    as many channels.
+
+    Raises: ValueError for the encoder's bands in another order or another unit, and for other bands
+        whose values are not scaled to 0..1.
     """
-    known, bands = tuple(data_config_of(encoder).get("bands", ())), getattr(data, "bands", None)
-    if bands is None or tuple(bands) == known or data.dtype == np.uint8 or not _has_arrays(data):
+    config, bands = data_config_of(encoder), getattr(data, "bands", None)
+    if bands is None or not _has_arrays(data):
         return
-    first = _first(data)  # the dtype does not determine whether values are scaled
-    if isinstance(first, np.ndarray) and first.dtype != np.uint8 and np.nanmax(first) > 1:
+    known = tuple(config.get("bands", ()))
+    local, keys = ([colour_of(name) or name.lower() for name in names] for names in (bands, known))
+    if sorted(local) == sorted(keys) and local != keys:
+        order = ",".join(bands[local.index(key)] for key in keys)
+        raise ValueError(
+            f"{data.name} has the bands {', '.join(bands)}, the encoder has {', '.join(known)}, "
+            f"in another order; open rasters with ?bands={order}."
+        )
+    if data.dtype == np.uint8:
+        return
+    few = min(len(data), SEEN)
+    read = (_array(data, i * len(data) // few) for i in range(few))
+    images = (values for values in read if values is not None)
+    if local == keys:
+        sizes = [mean_size(values) for values in images]
+        if sizes and all(_is_other_unit(config, size) for size in sizes):
+            raise ValueError(_unit_message(data.name, config, sizes[0]))
+        return
+    first = next(iter(images), None)  # the dtype does not determine whether values are scaled
+    if first is not None and first.dtype != np.uint8 and np.nanmax(first) > 1:
         raise ValueError(
             f"{data.name} has the bands {', '.join(bands)}, the encoder has {', '.join(known)}, "
             f"and the values ({first.dtype}, up to {np.nanmax(first):g}) are not scaled to 0..1; "
             "load and train an encoder with data_config=vim_ssl.data.band_statistics(data)."
         )
+
+
+def check_unit(config: Mapping[str, Any], measured: Mapping[str, Any], name: str) -> None:
+    """Raise ValueError if ``mean`` and ``std`` of data called ``name`` are in another unit than
+    those of an encoder's ``data_config``."""
+    size = np.abs(measured["mean"]) + np.array(measured["std"])
+    if _is_other_unit(config, size):
+        raise ValueError(_unit_message(name, config, size))
+
+
+def mean_size(values: np.ndarray) -> np.ndarray:
+    """Return the mean absolute value of every band of an array (h, w, bands), as `as_tensor` scales
+    it, from at most about 256 x 256 pixels; NaN for a band without a finite value."""
+    step = max(min(values.shape[:2]) // 256, 1)
+    few = np.abs(values[::step, ::step].astype(np.float64)) / (
+        255 if values.dtype == np.uint8 else 1
+    )
+    known = np.isfinite(few)
+    count = known.sum((0, 1))
+    return np.where(count, np.where(known, few, 0).sum((0, 1)) / np.maximum(count, 1), np.nan)
+
+
+def in_other_unit(sizes: Mapping[str, float]) -> list[str]:
+    """Return the images whose values are over `ORDERS` times larger or smaller than the median.
+
+    Args:
+        sizes: the largest `mean_size` of each image, by its id.
+    """
+    known = {id: size for id, size in sizes.items() if size > 0}  # NaN is not
+    if not known:
+        return []
+    median = float(np.median(list(known.values())))
+    return [id for id, size in known.items() if not 1 / ORDERS < size / median < ORDERS]
+
+
+def _is_other_unit(config: Mapping[str, Any], size: np.ndarray) -> bool:
+    """True if mean absolute values differ from those of a data_config by a factor of more than
+    `UNLIKE`, in all bands in the same direction."""
+    known = np.abs(config["mean"]) + np.array(config["std"])
+    if len(known) != len(size) or not np.nanmax(size, initial=0) > 0:
+        return False
+    ratio = size / known
+    return bool(np.nanmin(ratio) > UNLIKE or np.nanmax(ratio) < 1 / UNLIKE)
+
+
+def _unit_message(name: str, config: Mapping[str, Any], size: np.ndarray) -> str:
+    known = np.abs(config["mean"]) + np.array(config["std"])
+    return (
+        f"{name} has values of about {np.nanmedian(size):.3g}, but the encoder was trained on "
+        f"values of about {np.median(known):.3g}: another unit. Convert them; for rasters, "
+        "?values=stored reads the numbers without the scale and offset of their tags."
+    )
 
 
 def check_scale(encoder: nn.Module, values: np.ndarray) -> None:
@@ -103,6 +190,15 @@ def _has_arrays(data: Any) -> bool:
     if data.dtype is None:
         return isinstance(_first(data), np.ndarray)
     return data.dtype != np.uint8 or len(data.bands) not in (1, 3)
+
+
+def _array(data: ImageData, index: int) -> np.ndarray | None:
+    """An image of bands; None if it cannot be read."""
+    try:
+        image = data[index]["image"]
+    except BadImage:
+        return None
+    return image if isinstance(image, np.ndarray) else None
 
 
 def _first(data: ImageData) -> Image.Image | np.ndarray | None:

@@ -15,6 +15,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from vim_ssl.data.bands import ORDERS, in_other_unit, mean_size
 from vim_ssl.data.clips import still
 from vim_ssl.data.copies import alike_images, equal_images
 from vim_ssl.data.dataset import ImageData, captions_of
@@ -43,6 +44,7 @@ class Decoded:
         pixels: hash of mode, size and values.
         size: (width, height).
         flat, holes: whether all values are equal; whether some are not finite.
+        measure: of bands, the largest mean absolute value; else NaN.
         classes: the class indices in its mask, each once, or one per box.
         captioned: whether it has a caption.
         pages: number of images in its file.
@@ -57,6 +59,7 @@ class Decoded:
     mode: str = ""
     flat: bool = False
     holes: bool = False
+    measure: float = np.nan
     classes: tuple[int, ...] = ()
     captioned: bool = False
     pages: int = 1
@@ -244,7 +247,10 @@ def describe(id: str, image: Image.Image | np.ndarray) -> Decoded:
     holes = not np.isfinite(values).all() or bool(getattr(image, "info", {}).get("missing"))
     notes = tuple(getattr(image, "info", {}).get("notes", ()))
     look = None if flat else look_of(image)
-    return Decoded(id, "", pixels, (width, height), mode, flat, holes, notes=notes, look=look)
+    measure = float(np.nanmax(mean_size(values))) if isinstance(image, np.ndarray) else np.nan
+    return Decoded(
+        id, "", pixels, (width, height), mode, flat, holes, measure, notes=notes, look=look
+    )
 
 
 # ---------------------------------------------------------------- checks
@@ -330,8 +336,7 @@ def _check_truth(splits: list[Split], classes: list[str] | None, report: Report)
     names = _list_classes(title, counts, classes, report)
     if all(len(split.decoded) == len(split.ids) for split in splits):
         _compare_classes(counts, names, one, report)
-        absent = [name for i, name in enumerate(classes or ()) if i not in names]
-        if one == "mask" and absent:
+        if one == "mask" and (absent := [n for i, n in enumerate(classes or ()) if i not in names]):
             report.remarks.append(
                 f"no {one} has {len(absent):,} of the classes: {some_of(absent)}."
             )
@@ -420,6 +425,7 @@ def _check_images(splits: list[Split], report: Report) -> None:
             )
         if captioned := sum(image.captioned for image in good):
             report.facts.append(f"With a caption: {captioned:,} of these images.")
+    others = in_other_unit({image.id: image.measure for image in good})
     for split in splits:
         for what, names, lines in (
             ("cannot be decoded", [f"{image.id} ({image.fault})" for image in split.decoded
@@ -428,6 +434,8 @@ def _check_images(splits: list[Split], report: Report) -> None:
              report.remarks),
             ("have NaN or infinite values", [image.id for image in split.decoded if image.holes],
              report.remarks),
+            (f"have values over {ORDERS:,} times larger or smaller than most (another unit?)",
+             [image.id for image in split.decoded if image.id in others], report.problems),
             *((f"are {note}", [image.id for image in split.decoded if note in image.notes],
                report.remarks)
               for note in sorted({note for image in split.decoded for note in image.notes})),

@@ -106,11 +106,11 @@ def paired(
 
 def _by_key(masks: Iterable[str], key: Callable[[str], str], folder: Path) -> dict[str, str]:
     """Map keys to masks. Raises: ValueError for two masks with the same key."""
-    found: dict[str, str] = {}
+    result: dict[str, str] = {}
     for name in masks:
-        if (other := found.setdefault(key(name), name)) != name:
+        if (other := result.setdefault(key(name), name)) != name:
             raise ValueError(f"{folder} has two masks {other} and {name}; keep one.")
-    return found
+    return result
 
 
 def mask_folders(root: str) -> tuple[Path, Path] | None:
@@ -343,7 +343,7 @@ def classes_in(
 def absent_classes(train: Any, test: Any) -> list[str]:
     """Describe the classes that no training mask has: they cannot be learned.
 
-    At most `LOOKED_AT` masks of each split are read, and only until all classes are found.
+    At most `LOOKED_AT` masks of each split are read, and only until every class has occurred.
 
     Args:
         train, test: `ImageData` with masks.
@@ -365,15 +365,15 @@ def absent_classes(train: Any, test: Any) -> list[str]:
 
 
 def _classes_of(data: Any, sought: Collection[int] = ()) -> set[int]:
-    """The classes in up to `LOOKED_AT` masks; stops when all (those ``sought``) are found."""
-    found: set[int] = set()
+    """The classes in up to `LOOKED_AT` masks; stops when all (those ``sought``) occurred."""
+    result: set[int] = set()
     needed = set(sought) or set(range(len(data.classes or ())))
     few = min(len(data), LOOKED_AT)
     for i in range(few):
-        found |= data.classes_in_mask(i * len(data) // few)
-        if needed <= found:
+        result |= data.classes_in_mask(i * len(data) // few)
+        if needed <= result:
             break
-    return found
+    return result
 
 
 def _some(names: Sequence[str]) -> str:

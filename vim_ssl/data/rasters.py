@@ -125,9 +125,9 @@ def read_header(file: Any, *, stored: bool = False) -> Raster:
 
 
 def _alpha_band(file: Any) -> int | None:
-    """The number of an alpha band. GDAL declares the fourth of four 8-bit bands as alpha unless
-    told otherwise: a band with a name of its own, or with other values than 0 and the maximum in a
-    tenth of the pixels, is measured."""
+    """The number of an alpha band. By default GDAL declares the fourth of four 8-bit bands as
+    alpha: a band with a name of its own, or with other values than 0 and the maximum in a tenth of
+    the pixels, is measured."""
     for number, (kind, text) in enumerate(zip(file.colorinterp, file.descriptions, strict=True), 1):
         if kind.name == "alpha" and (text or "").lower() in ALPHA and file.count > 1:
             size = min(file.height, 64), min(file.width, 64)
@@ -202,17 +202,17 @@ def read_bands(
     with opened(path) as file:
         palette = None if stored else _palette(file)
         everything = [n for n in file.indexes if n != alpha]
-        joint = _is_joint(file, everything)
-        wanted = everything if joint or palette is not None else list(numbers)
+        together = _all_bands_count(file, everything)
+        needed = everything if together or palette is not None else list(numbers)
         where = {"window": Window(*box) if box else None}
         shape = (side, side) if side else None
         nearest = palette is not None
         values = file.read(
-            wanted, **where, out_shape=(len(wanted), *shape) if shape else None,
+            needed, **where, out_shape=(len(needed), *shape) if shape else None,
             resampling=Resampling.nearest if nearest else Resampling.bilinear,
         )  # fmt: skip
-        missing = _is_no_data(file, wanted, values)
-        if joint:
+        missing = _is_no_data(file, needed, values)
+        if together:
             missing = np.broadcast_to(missing.all(0), values.shape)
         marked = _marked(file, alpha, {**where, "out_shape": shape})
         if marked is not None:
@@ -220,8 +220,8 @@ def read_bands(
         if palette is not None:
             colours = palette[np.minimum(values[0], len(palette) - 1)]  # (h, w, 4)
             missing = np.broadcast_to(missing | (colours[..., 3] == 0), (3, *missing.shape[1:]))
-            values, wanted = np.moveaxis(colours[..., :3], -1, 0), [1, 2, 3]
-        rows = [wanted.index(number) for number in numbers]
+            values, needed = np.moveaxis(colours[..., :3], -1, 0), [1, 2, 3]
+        rows = [needed.index(number) for number in numbers]
         values, missing = values[rows], missing[rows]
         if not stored and palette is None and _is_scaled(file):
             scale, offset = (
@@ -232,7 +232,7 @@ def read_bands(
         return np.ma.MaskedArray(values, missing)
 
 
-def _is_joint(file: Any, numbers: Sequence[int]) -> bool:
+def _all_bands_count(file: Any, numbers: Sequence[int]) -> bool:
     """True if a pixel is missing only where all of these bands have their no-data value."""
     if len(numbers) < 2 or all(value is None for value in file.nodatavals):
         return False
@@ -336,9 +336,9 @@ def match_bands(
         same = raster.keys == first.keys
         if not same and len(set(first.keys)) < len(first.keys):
             raise ValueError(f"{source}: {name} has other bands of the same name than the others.")
-        own = [n if same else raster.keys.index(first.keys[n - 1]) + 1 for n in chosen]
+        local = [n if same else raster.keys.index(first.keys[n - 1]) + 1 for n in chosen]
         # An alpha band between the others has a number too.
-        numbers[name] = [n + (raster.alpha is not None and n >= raster.alpha) for n in own]
+        numbers[name] = [n + (raster.alpha is not None and n >= raster.alpha) for n in local]
     return numbers, [first.bands[number - 1] for number in chosen]
 
 
@@ -372,15 +372,15 @@ def describe_mixture(rasters: Mapping[str, Raster]) -> list[str]:
 def mixed_baselines(names: Sequence[str] | Mapping[str, Any]) -> list[str]:
     """Describe files of Sentinel-2 products whose names say that their reflectances differ by an
     offset of 1000."""
-    found: dict[bool, str] = {}
+    examples: dict[bool, str] = {}
     for name in names:
         if (match := BASELINE.search(name)) and match[1] != "9999":
-            found.setdefault(int(match[1]) >= OFFSET_BASELINE, name)
-    if len(found) < 2:
+            examples.setdefault(int(match[1]) >= OFFSET_BASELINE, name)
+    if len(examples) < 2:
         return []
     return [
         "Sentinel-2 products of both kinds: from processing baseline 04.00 on (_N0400_), 1000 is "
-        f"added to reflectances ({found[True]}, not {found[False]}); subtract it first"
+        f"added to reflectances ({examples[True]}, not {examples[False]}); subtract it first"
     ]
 
 

@@ -140,6 +140,9 @@ def test_values_in_another_unit_than_the_encoders_are_told(tmp_path):
     )
     with pytest.raises(ValueError, match=r"the bands B02, B03, B04, the encoder has R, G, B"):
         encode_data(encoder, open_data(f"geotiff:{tmp_path}/a.tif"), cache=False)
+    rgb = open_data(f"geotiff:{tmp_path}/a.tif?bands=B04,B03,B02")
+    with pytest.raises(ValueError, match=r"on values of about .*: another unit"):
+        encode_data(encoder, rgb, cache=False)
     assert len(encode_data(encoder, open_data(f"geotiff:{tmp_path}/8bit"), cache=False).x) == 1
 
 
