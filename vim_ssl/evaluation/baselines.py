@@ -71,7 +71,7 @@ def classification_baselines(
     Returns: name -> accuracy, or macro mAP for several labels per image.
     """
     labels = torch.as_tensor(train.labels)
-    found = {MOST_FREQUENT: answer_metrics(most_frequent(labels, len(truth)), truth)["main"]}
+    metrics_of = {MOST_FREQUENT: answer_metrics(most_frequent(labels, len(truth)), truth)["main"]}
     values = len(train) * min(math.prod(encoder.input_shape), MAX_PIXELS)
     if len(train) + len(test) <= MAX_IMAGES and values <= MAX_VALUES:
         _, (bank, queries) = pixel_features(encoder, (train, test), **loading)
@@ -79,8 +79,8 @@ def classification_baselines(
         if len(set(bank.groups or bank.ids)) > 1:  # k is chosen on a part with other groups
             chosen, _ = choose_neighbours(bank, readouts, seed=seed)
             _, metrics = evaluate_neighbours(chosen, bank, queries, readouts)
-            found[KNN_PIXELS] = metrics["main"]
-    return found
+            metrics_of[KNN_PIXELS] = metrics["main"]
+    return metrics_of
 
 
 def compare_with(

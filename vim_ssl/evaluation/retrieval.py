@@ -133,15 +133,15 @@ def _hits(
     of_queries = torch.arange(len(queries)) if of_queries is None else of_queries
     of_keys = torch.arange(len(keys)) if of_keys is None else of_keys
     step = max(ROWS // len(keys), 1)
-    found = []
+    chances = []
     for part, numbers in zip(queries.split(step), of_queries.split(step), strict=True):
         known, row = numbers.unique(return_inverse=True)
         ours = torch.isin(matches[0], known)
         right = torch.zeros(len(known), int(of_keys.max()) + 1, dtype=torch.bool)
         right[torch.searchsorted(known, matches[0][ours]), matches[1][ours]] = True
         scores = (part @ keys.T).cpu()
-        found.append(hit_chances(scores, right[row][:, of_keys], ks, tolerance=COSINE_TIE))
-    return torch.cat(found, 1)
+        chances.append(hit_chances(scores, right[row][:, of_keys], ks, tolerance=COSINE_TIE))
+    return torch.cat(chances, 1)
 
 
 def chance(pairs: PairFeatures) -> dict[str, float]:

@@ -40,9 +40,9 @@ def hit_chances(
         left = (tied_wrong - j).clamp(min=0)
         misses.append(misses[-1] * left / (tied_wrong + tied_right - j).clamp(min=1))
     table = torch.stack(misses, 1)
-    found = tied_right > 0
+    has_match = tied_right > 0
     return torch.stack([
-        (1 - table.gather(1, (k - ahead).clamp(0, max(ks))[:, None])[:, 0]) * found for k in ks
+        (1 - table.gather(1, (k - ahead).clamp(0, max(ks))[:, None])[:, 0]) * has_match for k in ks
     ])  # fmt: skip
 
 
