@@ -244,6 +244,20 @@ def test_a_raster_is_labelled_where_it_lies(tmp_path, query, bands):
     assert sum(predicted.counts.values()) == seen.sum() + (1600 if query != "?tile=32" else 1024)
 
 
+@pytest.mark.parametrize("query", ["", "?tile=16&overlap=4"])
+def test_rasters_of_the_same_name_up_to_the_ending_have_files_of_their_own(tmp_path, query):
+    masks = {name: labels(20, 30, seed) for seed, name in enumerate(("a.tif", "a.jp2", "b/a.tif"))}
+    for name, mask in masks.items():
+        rasterio, _ = raster(tmp_path / "in" / name, np.stack([GREY[mask]] * 3))
+    predict(f"geotiff:{tmp_path}/in/**/a.*{query}", tmp_path / "out")
+    written = {row["id"]: row["file"] for row in rows(tmp_path / "out/images.csv")}
+    assert len(set(written.values())) == 3
+    for name, mask in masks.items():
+        with rasterio.open(tmp_path / "out" / written[name]) as file:
+            assert np.array_equal(file.read(1), mask), name
+            assert [file.tags(1)[f"CLASS_{i}"] for i in range(3)] == CLASSES
+
+
 def test_pixels_without_data_have_no_prediction(tmp_path):
     values = np.stack([GREY[labels(20, 30)]] * 3)
     values[:, :5] = 0
@@ -288,6 +302,27 @@ def test_a_volume_is_labelled_in_its_axes_and_position(tmp_path, axis, turned):
     assert [int(row[name]) for name in CLASSES] == np.bincount(truth.ravel()).tolist()
     assert (row["id"], row["pixel_size"], row["unit"]) == ("p1/scan.nii", "24", "mm3")
     assert row["no_prediction"] == "0"
+
+
+@pytest.mark.parametrize("codes", [(1, 2), (1, 0), (0, 2), (0, 0)])
+def test_a_volume_keeps_both_of_its_positions(tmp_path, codes):
+    nibabel = pytest.importorskip("nibabel", reason="needs pip install 'vim-ssl[medical]'")
+    scanner, aligned = np.diag([2.0, 3, 4, 1]), np.diag([2.0, 3, 4, 1])
+    aligned[:3, 3] = 5, 6, 7
+    image = nibabel.Nifti1Image(GREY[labels(5, 7)[..., None].repeat(2, 2)], None)
+    image.header.set_zooms((2, 3, 4))
+    image.set_qform(scanner if codes[0] else None, codes[0])
+    image.set_sform(aligned if codes[1] else None, codes[1])
+    nibabel.save(image, tmp_path / "a.nii.gz")
+    predict(f"nifti:{tmp_path}/a.nii.gz?window=0,255", tmp_path / "out")
+    source, written = (nibabel.load(tmp_path / path) for path in ("a.nii.gz", "out/masks/a.nii.gz"))
+    np.testing.assert_allclose(written.affine, source.affine)
+    assert written.header.get_zooms() == source.header.get_zooms()
+    for get in ("get_qform", "get_sform"):
+        (here, code), (there, expected) = (getattr(x, get)(coded=True) for x in (written, source))
+        assert code == expected
+        if code:
+            np.testing.assert_allclose(here, there, atol=1e-6)
 
 
 def test_a_plane_that_was_not_predicted_has_no_class(tmp_path):

@@ -4,6 +4,7 @@ Each writer fills a folder with one file per image and tables over all of them. 
 and planes of a volume are kept in a hidden folder until `Writer.finish` joins them.
 """
 
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -36,6 +37,7 @@ from vim_ssl.utils.drawing import (
 from vim_ssl.utils.files import atomic_path, atomic_write, write_json
 
 PARTS = ".parts"  # folder of tiles and planes
+TILE = re.compile(r"\d{3,}-\d{3,}")  # row and column, at the end of a tile's id
 ROWS, COLUMNS = 3, 4  # planes in the drawing of a volume
 Record = dict[str, Any]
 
@@ -443,8 +445,10 @@ def _stem(name: str) -> str:
 
 def _whole(id: str) -> str:
     """Return the raster or volume of the id of a tile or plane, or the id of an image."""
-    parent = id.rpartition("/")[0]
-    return parent if parent.lower().endswith((*TIFFS, *ENDINGS)) else id
+    parent, _, last = id.rpartition("/")
+    # Rasters of a pattern may have any ending; tiles of all are named by row and column.
+    part = parent.lower().endswith((*TIFFS, *ENDINGS)) or TILE.fullmatch(last)
+    return parent if parent and part else id
 
 
 def _hex(colour: Sequence[int]) -> str:

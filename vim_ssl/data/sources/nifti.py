@@ -312,9 +312,10 @@ def write_volume(
     turned = nibabel.io_orientation(source.affine)
     back = nibabel.orientations.ornt_transform([[0, 1], [1, 1], [2, 1]], turned)
     image = nibabel.Nifti1Image(nibabel.apply_orientation(volume, back), source.affine)
-    for which in ("qform", "sform"):  # which of both a viewer uses
-        code = int(source.header[f"{which}_code"]) if f"{which}_code" in source.header else 1
-        getattr(image, f"set_{which}")(source.affine, code)
+    for which in ("qform", "sform"):  # viewers differ in which of both they use
+        get = getattr(source, f"get_{which}", None)
+        affine, code = get(coded=True) if get else (source.affine, 1)
+        getattr(image, f"set_{which}")(source.affine if affine is None else affine, int(code))
     image.header.set_xyzt_units(source.header.get_xyzt_units()[0])
     path.write_bytes(gzip.compress(image.to_bytes(), mtime=0))
 
@@ -353,6 +354,8 @@ def _json_classes(file: Path) -> list[str]:
             f"class. Unlabelled voxels must be {IGNORE}: renumber them in the masks, and remove "
             'the entry from "labels".'
         )
+    if twice := {name for name in classes if classes.count(name) > 1}:
+        raise ValueError(f"{file} has several classes {min(twice)!r}; give each another name.")
     if not 2 <= len(classes) <= IGNORE:
         raise ValueError(f"{file} names {len(classes)} classes; expected 2 to {IGNORE}.")
     return classes
