@@ -13,14 +13,7 @@ import torch
 from vim_ssl import VimEncoder, cli, save_encoder
 from vim_ssl.downstream import embed, slide
 from vim_ssl.evaluation.embeddings import Embedded, read_embeddings, write_shard
-from vim_ssl.tasks.slides import (
-    AttentionPool,
-    DrawTiles,
-    Slide,
-    SlideClassifier,
-    Slides,
-    group_tiles,
-)
+from vim_ssl.tasks.slides import AttentionPool, DrawTiles, Slide, Slides, group_tiles
 from vim_ssl.utils.names import original
 
 
@@ -207,17 +200,6 @@ def test_a_copy_of_a_slide_is_found_whatever_its_name(tmp_path):
     both = embedded(tmp_path / "both", slides | {f"copy of {n}": x for n, x in slides.items()})
     with pytest.warns(UserWarning, match=r"held-out slides have the features of a training slide"):
         slide.build_data(slide.Config(features=str(both), test=0.3))
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_features_that_are_not_finite_are_refused(tmp_path, value):
-    slides = {f"{i}.tif": torch.randn(4, 8) for i in range(4)}
-    slides["2.tif"][1, 3] = value
-    folder = embedded(tmp_path / "x", slides)
-    with pytest.raises(ValueError, match=r"x: the features of 1 tiles are not finite.*2\.tif@64,0"):
-        slide.build_data(slide.Config(features=str(folder)))
-    with pytest.raises(ValueError, match="1 of a slide's features are not finite"):
-        SlideClassifier(["a", "b"], dim=8).predict(slides["2.tif"])
 
 
 def test_a_patients_slides_stay_together(vectors, tmp_path):

@@ -139,8 +139,7 @@ def group_tiles(tiles: Embedded, name: str, *, labelled: bool = True) -> Slides:
         tiles: embeddings of ``slide:`` data, whose ids contain the positions of tiles.
         name: name of the data in messages.
         labelled: skip slides without a label, with a warning.
-    Raises: ValueError for other ids, for features that are not finite, and for a slide whose tiles
-        have several labels or groups.
+    Raises: ValueError for other ids, and for a slide whose tiles have several labels or groups.
     """
     rows: dict[str, list[int]] = {}
     positions = []
@@ -153,13 +152,6 @@ def group_tiles(tiles: Embedded, name: str, *, labelled: bool = True) -> Slides:
             ) from None
         rows.setdefault(slide, []).append(row)
         positions.append((left, top))
-    finite = tiles.x.isfinite().all(1)
-    if not finite.all():
-        bad = [id for id, good in zip(tiles.ids, finite.tolist(), strict=True) if not good]
-        raise ValueError(
-            f"{name}: the features of {len(bad):,} tiles are not finite, such as those of "
-            f"{bad[0]}; embed them again, or without these slides."
-        )
     slides, unknown = [], []
     for slide, of_slide in sorted(rows.items()):
         labels, groups = ({of[row] for row in of_slide} for of in (tiles.labels, tiles.groups))
