@@ -107,7 +107,7 @@ def _decoded(path: str | Path, header: Any, syntax: str, frame: int) -> np.ndarr
     from pydicom.pixels import pixel_array
 
     # Unused bits are kept where they may hold a padding value.
-    options = {} if syntax in _CODED_DEPTH else {"correct_unused_bits": False}
+    options: dict[str, Any] = {} if syntax in _CODED_DEPTH else {"correct_unused_bits": False}
     if syntax == DEFLATED:
         whole = import_pydicom().dcmread(path)
         whole.file_meta.TransferSyntaxUID = EXPLICIT

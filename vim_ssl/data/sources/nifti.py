@@ -130,7 +130,9 @@ def _choose(names: list[str], masks: list[str] | None, channel: int | None) -> l
     if masks is None and channel is None:
         return names
     cases = None if masks is None else {_stem(mask) for mask in masks}
-    kept, others, numbers = [], [], set()
+    kept: list[str] = []
+    others: list[str] = []
+    numbers: set[int] = set()
     for name in names:
         match = CHANNEL.fullmatch(_stem(name))
         has_channels = match and (cases is None or (_stem(name) not in cases and match[1] in cases))
