@@ -313,7 +313,7 @@ def test_images_with_several_labels_are_judged_by_average_precision(
     assert "Mean average precision" in printed
     assert "100.0 % [none: the resamples have the same value]" in printed
     with pytest.raises(ValueError, match=r"is multi-label; --shots"):
-        probe(*argv, "--shots", "1")
+        probe(*argv[:-1], str(tmp_path / "other"), "--shots", "1")
 
 
 @pytest.mark.parametrize(
