@@ -30,7 +30,8 @@ def find_states(
 
     Raises: ValueError for several encoders under names that do not say which is the average.
     """
-    raw, notes = _opened(content, (*CONTAINERS, *AVERAGES)), []
+    raw = _opened(content, (*CONTAINERS, *AVERAGES))
+    notes: list[str] = []
     averaged = _opened({k: content[k] for k in AVERAGES if k in content}, (*AVERAGES, *CONTAINERS))
     firsts = {part.partition(".")[0] for part in _parts(raw)}
     if {"student", "teacher"} <= firsts:  # both in one state dict

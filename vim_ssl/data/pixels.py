@@ -187,7 +187,7 @@ def encoding_of(image: Image.Image) -> Encoding:
             white_is_zero and bits <= 8, tags.get(_SAMPLES, 1),
             lossy=tags.get(_COMPRESSION) in _LOSSY,
         )  # fmt: skip
-    if image.format == "JPEG2000" and image.tile:
+    if image.format == "JPEG2000" and getattr(image, "tile", None):
         _check_jpeg2000(image)
     if image.mode == "I" and image.format is None:  # created in memory: a true 32-bit image
         return Encoding(32, "i")
@@ -300,7 +300,8 @@ def _label_numbers(image: Image.Image) -> np.ndarray:
 
 def _raw_mode(image: Image.Image) -> str:
     """Pillow's name of the way in which the pixels are stored; "" once the image is decoded."""
-    arguments = image.tile[0][3] if getattr(image, "tile", None) else ""
+    tiles = getattr(image, "tile", None)
+    arguments = tiles[0][3] if tiles else ""
     return str(arguments[0] if isinstance(arguments, tuple) and arguments else arguments)
 
 

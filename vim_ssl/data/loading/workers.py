@@ -21,8 +21,9 @@ class Loader(DataLoader):
         for example by a system without memory.
     """
 
-    def __init__(self, *args: Any, num_workers: int = 0, **options: Any):
-        super().__init__(*args, num_workers=num_workers, **options)
+    def __init__(self, dataset: Any, *args: Any, num_workers: int = 0, **options: Any):
+        options["num_workers"] = num_workers
+        super().__init__(dataset, *args, **options)
         if num_workers:
             self.collate_fn = _Fitting(self.collate_fn, num_workers)
 
