@@ -48,14 +48,14 @@ def unite_classes(
         if list(names) == known:
             numbers.append(list(range(len(known))))
             continue
-        own = match_classes(names, known)
+        local = match_classes(names, known)
         for i, name in enumerate(names):
-            if own[i] < 0:
+            if local[i] < 0:
                 known.append(name)
-                own[i] = len(known) - 1
-            elif class_key(name) != class_key(known[own[i]]):
-                guessed[name] = known[own[i]]
-        numbers.append(own)
+                local[i] = len(known) - 1
+            elif class_key(name) != class_key(known[local[i]]):
+                guessed[name] = known[local[i]]
+        numbers.append(local)
     few = [f"{name!r} as {known!r}" for name, known in list(guessed.items())[:LISTED]]
     return known, numbers, [f"classes are read as others: {', '.join(few)}"] if few else []
 
@@ -134,12 +134,12 @@ def _check(
         unknown = [i for i in unknown if i in used]
     if unknown:
         raise ValueError(_refusal(data.name, [names[i] for i in unknown], classes, source))
-    found = Counter(number for number in numbers if number >= 0)
-    if twice := [classes[number] for number, times in found.items() if times > 1]:
+    matched = Counter(number for number in numbers if number >= 0)
+    if twice := [classes[number] for number, times in matched.items() if times > 1]:
         raise ValueError(
             f"{data.name} has several classes that match {_few(twice)} of {source}; rename them."
         )
-    lacking = [name for i, name in enumerate(classes) if i not in found]
+    lacking = [name for i, name in enumerate(classes) if i not in matched]
     if lacking and not data.is_stream and data.multi_label and any(map(is_known, data.labels)):
         raise ValueError(
             f"{data.name} has no labels for {_few(lacking)}, of the {len(classes)} classes of "
@@ -158,9 +158,9 @@ def _refusal(name: str, unknown: Sequence[str], classes: Sequence[str], source: 
 def _warn(
     name: str, names: Sequence[str], classes: Sequence[str], numbers: Sequence[int], source: str
 ) -> None:
-    for own, number in zip(names, numbers, strict=True):
-        if number >= 0 and class_key(own) != class_key(classes[number]):
-            _warn_once(f"{name}: its class {own!r} is read as {classes[number]!r} of {source}.")
+    for local, number in zip(names, numbers, strict=True):
+        if number >= 0 and class_key(local) != class_key(classes[number]):
+            _warn_once(f"{name}: its class {local!r} is read as {classes[number]!r} of {source}.")
     lacking = [known for i, known in enumerate(classes) if i not in set(numbers)]
     if lacking:
         _warn_once(
@@ -228,13 +228,13 @@ class RenumberedObjects:
     def __init__(self, objects: Any, classes: Sequence[str], numbers: Sequence[int]):
         self.objects, self.numbers = objects, np.asarray(numbers)
         self.outlines, self.images = objects.outlines, objects.images
-        own = dict(zip(numbers, objects.categories, strict=True))
+        local = dict(zip(numbers, objects.categories, strict=True))
         ids = [category["id"] for category in objects.categories]
         # Ids of classes that the file lacks; all ids of a file have one type.
         free = [f"{max(ids)}/{i}" if isinstance(ids[0], str) else max(ids) + 1 + i
                 for i in range(len(classes))]  # fmt: skip
         self.categories = [
-            own.get(i) or {"id": free[i], "name": name} for i, name in enumerate(classes)
+            local.get(i) or {"id": free[i], "name": name} for i, name in enumerate(classes)
         ]
 
     def read(self, row: int, size: tuple[int, int]) -> dict[str, np.ndarray]:

@@ -55,15 +55,15 @@ class Table:
         name = find_column(requested, known, self.header, option, self.source)
         if name is None:
             return None
-        place = self.header.index(name)
+        position = self.header.index(name)
         if one_line:
             for row in self.rows:
-                if "\n" in row.fields[place] or "\r" in row.fields[place]:
+                if "\n" in row.fields[position] or "\r" in row.fields[position]:
                     raise ValueError(
                         f"{self.source}, line {row.line}: the field {name!r} has a line break; is "
                         "a quote not closed?"
                     )
-        return [row.fields[place] for row in self.rows]
+        return [row.fields[position] for row in self.rows]
 
     def required(self, known: Sequence[str], option: str) -> list[str]:
         """Return the values of a column with one of these names. Raises: ValueError without it."""
@@ -93,8 +93,8 @@ def read_rows(file: Path, source: str) -> tuple[list[str], Iterator[Row]]:
     lines = _lines(file)
     delimiter, first, before = "", "", 0
     for first in lines:
-        if told := re.fullmatch(r'"?sep=(.)"?', first.strip()):
-            delimiter = told[1]
+        if match := re.fullmatch(r'"?sep=(.)"?', first.strip()):
+            delimiter = match[1]
         elif first.strip():
             break
         before += 1

@@ -27,15 +27,19 @@ N = TypeVar("N")
 def text_of(value: Any) -> str:
     """Return a value as text: without spaces and invisible signs at its ends, accents composed,
     whole numbers without a decimal point; "" for None and NaN."""
+    text = value if isinstance(value, str) else _text_of_object(value)
+    if text.isascii():
+        return text.strip()
+    return _EDGES.sub("", unicodedata.normalize("NFC", text))
+
+
+def _text_of_object(value: Any) -> str:
     value = value.item() if hasattr(value, "item") else value  # numpy and torch numbers
     if value is None:
         return ""
     if isinstance(value, float) and not value % 1:  # nan % 1 and inf % 1 are nan, which is true
         return str(int(value))
-    text = str(value)
-    if text.isascii():
-        return text.strip()
-    return _EDGES.sub("", unicodedata.normalize("NFC", text))
+    return str(value)
 
 
 def name_of(value: Any) -> str | None:
@@ -151,7 +155,7 @@ def number_labels(
     return labels, names.classes, names.remarks
 
 
-def own_groups(values: Iterable[Any], ids: Sequence[str]) -> tuple[list[str], list[str]]:
+def groups_or_ids(values: Iterable[Any], ids: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return the groups of a column, and the remarks of `Names`. An image without a group is its
     own: the group has its id."""
     values = list(values)

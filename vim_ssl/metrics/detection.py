@@ -82,10 +82,13 @@ class DetectionMetrics:
         )
         matches = Counter(result["category_id"] for result in self.results)
         ids = [category["id"] for category in self.data.categories or []]
-        place = {id: k for k, id in enumerate(sorted(ids))}  # pycocotools sorts classes by id
+        position = {id: k for k, id in enumerate(sorted(ids))}  # pycocotools sorts classes by id
         return [
             {"class": name, "objects": objects[ids[i]], "found": matches[ids[i]]}
-            | {f"{kind}_ap": _percent(self._by_class[kind][place[ids[i]]]) for kind in self.kinds}
+            | {
+                f"{kind}_ap": _percent(self._by_class[kind][position[ids[i]]])
+                for kind in self.kinds
+            }
             for i, name in enumerate(self.classes)
         ]
 

@@ -18,7 +18,7 @@ from vim_ssl.data.registry import Splits, source
 from vim_ssl.data.sources.hub_labels import Parts, listed_classes, parquet_parts, read_labels
 from vim_ssl.data.spec import DataSpec, pick_split
 from vim_ssl.data.tables import find_column
-from vim_ssl.data.values import own_groups
+from vim_ssl.data.values import groups_or_ids
 from vim_ssl.utils.files import reading
 
 _LABEL_NAMES = ("label", "labels", "fine_label")
@@ -108,11 +108,11 @@ def open_tables(tables: Mapping[str, Any], parts: Parts | None = None, root: str
             of, in order; by default each table is one part.
         root: folder that paths in the image column are relative to.
     """
-    own = {name: [(len(table), table.features)] for name, table in tables.items()}
+    local = {name: [(len(table), table.features)] for name, table in tables.items()}
     for name, of_split in (parts or {}).items():
         if name in tables and sum(rows for rows, _ in of_split) == len(tables[name]):
-            own[name] = list(of_split)
-    return Splits(list(tables), lambda spec: _images_of(spec, tables, own, root))
+            local[name] = list(of_split)
+    return Splits(list(tables), lambda spec: _images_of(spec, tables, local, root))
 
 
 def _images_of(spec: DataSpec, tables: Mapping[str, Any], parts: Parts, root: str) -> ImageData:
@@ -153,7 +153,7 @@ def _images_of(spec: DataSpec, tables: Mapping[str, Any], parts: Parts, root: st
     if label:
         labels, classes, faults = read_labels(label, chosen, tables, parts)
     if group:
-        groups, remarks = own_groups(TableColumn(table, group).all(), ids)
+        groups, remarks = groups_or_ids(TableColumn(table, group).all(), ids)
         faults = faults + remarks
     return ImageData(
         TableArrays(table, image) if arrays else TableImages(table, image, root), ids,
@@ -257,11 +257,11 @@ def stream_hub(spec: DataSpec) -> ImageStream:
     numbers: dict[str, list[int]] = {}
     faults: list[str] = []
     if label and classes is not None:
-        own = {name: Features.from_arrow_schema(f.schema.to_arrow_schema()).get(label)
+        local = {name: Features.from_arrow_schema(f.schema.to_arrow_schema()).get(label)
                for name, f in footers.items()}  # fmt: skip
-        lists = [getattr(kind, "names", None) or classes for kind in own.values()]
+        lists = [getattr(kind, "names", None) or classes for kind in local.values()]
         classes, of_files, faults = unite_classes([classes, *lists])
-        numbers = dict(zip(own, of_files[1:], strict=True))
+        numbers = dict(zip(local, of_files[1:], strict=True))
     begins = {}
     for s in chosen:
         row = 0

@@ -273,16 +273,16 @@ def _check_repeatable(items: Any, rows: Sequence[Row]) -> None:
 def _unite(named: Mapping[str, list[str]], rows: Mapping[str, list[Row]]) -> list[str] | None:
     """Return the classes that the splits name; number labels and masks of all splits by them."""
     classes, numbers, _ = unite_classes(list(named.values()))
-    for split, own in zip(named, numbers, strict=True):
-        if own == list(range(len(classes))):
+    for split, local in zip(named, numbers, strict=True):
+        if local == list(range(len(classes))):
             continue
         table = np.arange(IGNORE + 1, dtype=np.uint8)
-        table[: len(own)] = own
+        table[: len(local)] = local
         for row in rows[split]:
-            if isinstance(row.label, int) and row.label < len(own):
-                row.label = own[row.label]
-            elif isinstance(row.label, tuple) and len(row.label) == len(own):
-                of = dict(zip(own, row.label, strict=True))
+            if isinstance(row.label, int) and row.label < len(local):
+                row.label = local[row.label]
+            elif isinstance(row.label, tuple) and len(row.label) == len(local):
+                of = dict(zip(local, row.label, strict=True))
                 row.label = tuple(of.get(i, 0) for i in range(len(classes)))
             if row.mask is not None:
                 row.mask = table[row.mask]

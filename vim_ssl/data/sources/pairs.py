@@ -123,9 +123,9 @@ def _open_table(spec: DataSpec) -> ImageData:
         digest.update(f"{name}\0{caption}\n".encode(errors="surrogateescape"))
     if not captions:
         raise ValueError(f"{source} has no image-caption pairs. {' '.join(faults[:3])}".strip())
-    found = TablePaths(str(path.parent), list(captions), list(line_of.values()))
+    files = TablePaths(str(path.parent), list(captions), list(line_of.values()))
     first: dict[str, str] = {}  # path → its first spelling
-    for name, file in zip(list(captions), found.paths, strict=True):
+    for name, file in zip(list(captions), files.paths, strict=True):
         if (other := first.setdefault(os.path.normpath(file), name)) != name:
             captions[other] += captions.pop(name)
     images = FileImages(str(path.parent), list(first))
@@ -136,7 +136,7 @@ def _open_table(spec: DataSpec) -> ImageData:
         )
     return ImageData(
         images, list(captions), name=str(spec), captions=list(captions.values()),
-        source_fingerprint=digest.hexdigest(), faults=[*faults, *found.faults],
+        source_fingerprint=digest.hexdigest(), faults=[*faults, *files.faults],
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from vim_ssl.data.sources.hub_labels import parquet_parts, united_features
 from vim_ssl.data.sources.webdataset import expand
 from vim_ssl.data.spec import SPLIT_NAMES, DataSpec, canonical_split
 from vim_ssl.data.tables import Table, load_table
-from vim_ssl.data.values import name_of, number_labels, own_groups
+from vim_ssl.data.values import groups_or_ids, name_of, number_labels
 
 PATH_NAMES = (
     "image", "path", "file_name", "filename", "file", "filepath", "image_path", "video",
@@ -75,11 +75,11 @@ def read_table(
     kept = [i for i, path in enumerate(paths) if name_of(path)]
     faults = []
     if gone := len(paths) - len(kept):
-        lines = [str(table.rows[i].line) for i in range(len(paths)) if not name_of(paths[i])]
-        faults.append(f"{gone:,} rows have no path and are skipped: line {', '.join(lines[:3])}")
+        bare = [str(table.rows[i].line) for i in range(len(paths)) if not name_of(paths[i])]
+        faults.append(f"{gone:,} rows have no path and are skipped: line {', '.join(bare[:3])}")
     ids, lines = [paths[i] for i in kept], [table.rows[i].line for i in kept]
-    found = TablePaths(str(file.parent), ids, lines)
-    _refuse_copies(source, ids, found.paths, lines)
+    located = TablePaths(str(file.parent), ids, lines)
+    _refuse_copies(source, ids, located.paths, lines)
 
     def chosen(values: list[str] | None) -> list[str] | None:
         return values and [values[i] for i in kept]
@@ -89,14 +89,14 @@ def read_table(
         labels, classes, remarks = number_labels(names, names)
         faults += remarks
     if (names := chosen(column("group"))) is not None:
-        groups, remarks = own_groups(names, ids)
+        groups, remarks = groups_or_ids(names, ids)
         faults += remarks
     captions = chosen(column("caption", CAPTION_NAMES, one_line=False))
     split_of, remarks = _splits(table, kept)
     data = data_class(
-        files(str(file.parent), found.paths), ids, name=str(spec), labels=labels, classes=classes,
+        files(str(file.parent), located.paths), ids, name=str(spec), labels=labels, classes=classes,
         groups=groups, captions=captions, splits=sorted(set(split_of) - {""}, key=_split_order),
-        faults=[*found.faults, *faults, *remarks],
+        faults=[*located.faults, *faults, *remarks],
     )  # fmt: skip
     return split_views(data, split_of)
 
@@ -137,8 +137,8 @@ def _splits(table: Table, kept: Sequence[int]) -> tuple[list[str], list[str]]:
 
 def _unread_splits(table: Table) -> Iterator[str]:
     """Tell of columns that are not named "split" but have nothing but names of splits."""
-    for place, name in enumerate(table.header):
-        splits = {row.fields[place] for row in table.rows[:PROBED]}
+    for position, name in enumerate(table.header):
+        splits = {row.fields[position] for row in table.rows[:PROBED]}
         if len(splits) > 1 and all(canonical_split(split) in SPLIT_NAMES for split in splits):
             yield (
                 f"the column {name!r} seems to name splits, but all rows are read as one split; "

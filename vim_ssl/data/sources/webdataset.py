@@ -44,7 +44,7 @@ IMAGES = tuple(extension[1:] for extension in EXTENSIONS)
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 KINDS = {"wds": TARS, "parquet": (".parquet",)}  # endings of files read from a folder, by scheme
 DEREFERENCE = "pack the files themselves, with tar --dereference --hard-dereference"
-# What is told of a tar, by kind.
+# What is reported of a tar, by kind.
 FAULTS = {
     "alone": "labels, captions or json files have no image beside them and are lost; the files of "
     "a sample must have one name and follow each other",
@@ -135,7 +135,7 @@ class TarReader:
                 record["meta"] = meta
             for key, default in (("label", "cls"), ("caption", "txt")):
                 field = getattr(self, key) or default
-                value = None
+                value: Any = None
                 if field in files:
                     value = _text(files, field).strip()
                 elif isinstance(meta, dict):
@@ -370,12 +370,12 @@ def count_shards(
 def _faults(rows: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     """Describe the faults of all shards, one line for each kind."""
     for kind, text in FAULTS.items():
-        found = {file_name(name): row["faults"][kind]
+        counts = {file_name(name): row["faults"][kind]
                  for name, row in rows.items() if kind in row["faults"]}  # fmt: skip
-        if found:
-            name, (_, example) = next(iter(found.items()))
+        if counts:
+            name, (_, example) = next(iter(counts.items()))
             where = "/".join(filter(None, (name, example)))
-            yield f"{sum(n for n, _ in found.values()):,} {text}, for example {where}"
+            yield f"{sum(n for n, _ in counts.values()):,} {text}, for example {where}"
 
 
 def count(name: str, reader: TarReader) -> dict[str, Any]:
