@@ -127,7 +127,7 @@ def _obstacle(folder: Path, identity: Mapping[str, Any]) -> str | None:
         # One that was killed, or failed, has left nothing to protect.
         if process == _process() or not _is_running(process):
             return None
-        return f"an evaluation in progress (process {process[1]} on {process[0]})"
+        return f"an evaluation in progress (process and machine: {process})"
     if not known:
         metrics = _read(folder / "metrics.json")  # of an earlier version
         known = {"task": metrics.get("task"), "settings": _identifying(metrics.get("protocol"))}

@@ -161,17 +161,19 @@ def optional_output(what: str) -> Iterator[None]:
         )
 
 
+OTHER_OUTPUT = "Choose another --output, or make it a folder in which this user may write."
+
+
 @contextmanager
-def writable(folder: Path) -> Iterator[None]:
+def writable(folder: Path, remedy: str = OTHER_OUTPUT) -> Iterator[None]:
     """Report a failed write in ``folder`` in one line that says what to do. Raises: OSError."""
     try:
         yield
     except OSError as error:
         if error.errno is None:  # it has a message of its own
             raise
-        raise OSError(
-            f"{error.filename or folder} cannot be written: {error.strerror}. Choose another "
-            "--output, or make it a folder in which this user may write."
+        raise type(error)(
+            f"{error.filename or folder} cannot be written: {error.strerror}. {remedy}"
         ) from error
 
 

@@ -250,3 +250,18 @@ def test_parquet(tmp_path, kind):
 def test_parquet_missing(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"parquet:.*no file matches"):
         open_data(f"parquet:{tmp_path}")
+
+
+def test_a_cache_that_cannot_be_written_is_named_with_what_to_do(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+
+    def refused(*_, **__):
+        raise PermissionError(13, "Permission denied", "/home/them/.cache")
+
+    monkeypatch.setattr(datasets, "load_dataset", refused)
+    monkeypatch.setattr("vim_ssl.data.sources.tables.parquet_parts", lambda files: {})
+    monkeypatch.setattr("vim_ssl.data.sources.tables.united_features", lambda parts: None)
+    (tmp_path / "table.parquet").touch()
+    for spec in (f"parquet:{tmp_path}/table.parquet", f"hf:{tmp_path}", "hf:owner/name"):
+        with pytest.raises(OSError, match=r"them/\.cache cannot be written: .* Set HF_HOME to a f"):
+            open_data(spec)

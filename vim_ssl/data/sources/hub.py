@@ -1,8 +1,10 @@
 """``hf:``: Hugging Face datasets: a name on the Hub, or a local folder that `datasets` reads."""
 
+import errno
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,11 @@ from vim_ssl.data.sources.hub_labels import Parts, listed_classes, parquet_parts
 from vim_ssl.data.spec import DataSpec, pick_split
 from vim_ssl.data.tables import find_column
 from vim_ssl.data.values import groups_or_ids
-from vim_ssl.utils.files import reading
+from vim_ssl.utils.files import reading, writable
 
 _LABEL_NAMES = ("label", "labels", "fine_label")
 _CAPTION_NAMES = ("caption", "captions", "text")
+UNWRITABLE = (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EPERM)
 _NO_IMAGE = "the table has no image in this row"
 
 
@@ -298,6 +301,22 @@ def by_split(loaded: Any) -> dict[str, Any]:
     return {split: table.with_format(None) for split, table in tables.items()}
 
 
+@contextmanager
+def tables_cache() -> Iterator[None]:
+    """Say what to do if `datasets` cannot write its cache, into which it converts every table."""
+    import datasets
+
+    remedy = "Set HF_HOME to a folder in which this user may write."
+    folder = Path(datasets.config.HF_DATASETS_CACHE)
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        with writable(folder, remedy):
+            raise
+
+
 def _located(location: str, function: str) -> Any:
     """Call a function of `datasets` with the location and return its result. For a table saved with
     ``save_to_disk``, which these functions do not read, return its path."""
@@ -307,11 +326,13 @@ def _located(location: str, function: str) -> Any:
     path = Path(location).expanduser()
     if path.exists():
         saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
-        return path if saved else load(str(path))
+        with tables_cache():
+            return path if saved else load(str(path))
     if location.startswith(("/", ".", "~")) or "\\" in location or location.count("/") > 1:
         raise FileNotFoundError(f"hf:{location}: the local path does not exist.")
     name, _, config = location.partition(":")
-    return _load_from_hub(load, name, config or None)
+    with tables_cache():
+        return _load_from_hub(load, name, config or None)
 
 
 def _load_from_hub(load: Callable, name: str, config: str | None) -> Any:
@@ -325,6 +346,8 @@ def _load_from_hub(load: Callable, name: str, config: str | None) -> Any:
             "gated data set, accept its terms on its page and run 'hf auth login'."
         ) from error
     except (ConnectionError, OSError) as error:
+        if error.errno in UNWRITABLE:
+            raise
         raise ConnectionError(
             f"hf:{name} is neither a local folder nor cached, and the Hub cannot be reached: "
             f"{error}"

@@ -10,7 +10,7 @@ from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.paths import TablePaths
 from vim_ssl.data.registry import Splits, source
 from vim_ssl.data.sources.folder import FileImages, split_views
-from vim_ssl.data.sources.hub import open_tables
+from vim_ssl.data.sources.hub import open_tables, tables_cache
 from vim_ssl.data.sources.hub_labels import parquet_parts, united_features
 from vim_ssl.data.sources.webdataset import expand
 from vim_ssl.data.spec import SPLIT_NAMES, DataSpec, canonical_split
@@ -166,7 +166,9 @@ def open_parquet(spec: DataSpec) -> Splits:
     import datasets
 
     parts = parquet_parts(files)
-    tables = datasets.load_dataset("parquet", data_files=files, features=united_features(parts))
+    with tables_cache():
+        features = united_features(parts)
+        tables = datasets.load_dataset("parquet", data_files=files, features=features)
     return open_tables(tables, parts, root=str(Path(names[0]).parent))
 
 
