@@ -136,7 +136,7 @@ def test_a_k_above_the_number_of_training_images_is_left_out_or_refused(
     assert "no baseline was evaluated" in printed
     for command, flag in ((knn, "--k"), (linear_probe, "--knn-k")):
         with pytest.raises(ValueError, match=r"k is 49, .* only 48 training images; use a k of at"):
-            command.main([*argv, flag, "49"])
+            command.main([*argv, flag, "49", "--output", str(tmp_path / flag)])
 
 
 @pytest.mark.parametrize(

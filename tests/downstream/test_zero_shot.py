@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -202,12 +203,17 @@ def test_the_runs_own_training_images_are_told_apart(model, classes, tmp_path, c
     assert shoot("--encoder", str(run), "--output", str(tmp_path / "out"))["trained_on"]
     assert "trained on these images; this is not a test" in capsys.readouterr().out
     some = f"{classes}?limit=6"
-    argv = ["--encoder", str(run), "--output", str(tmp_path / "some"), "--data"]
-    assert shoot(*argv, some)["trained_on"]
+    outputs = (str(tmp_path / f"out{i}") for i in count())
+
+    def trained_on(spec: str) -> bool:
+        argv = ["--encoder", str(run), "--output", next(outputs), "--data", spec]
+        return shoot(*argv)["trained_on"]
+
+    assert trained_on(some)
     (run / "config.json").write_text(json.dumps({"data": f"folder:{tmp_path} + 2 * pairs:{some}"}))
-    assert shoot(*argv, f"pairs:{classes}")["trained_on"]
+    assert trained_on(f"pairs:{classes}")
     (run / "config.json").write_text(json.dumps({"data": f"pairs:{tmp_path}"}))
-    assert not shoot(*argv, some)["trained_on"]
+    assert not trained_on(some)
     both = f"{classes}?limit=3 + {classes}"
     assert len(open_split(both)) == 15
 

@@ -330,7 +330,7 @@ def test_the_nearest_are_found_chunk_by_chunk(monkeypatch):
 
 def test_recall_counts_any_caption_of_an_image():
     """Image 0 is nearest to its second caption; image 1 to the first of image 0."""
-    texts = torch.tensor([[0.0, 1.0], [1.0, 0.0], [-1.0, 0.0]])
+    texts = torch.tensor([[0.0, 1.0], [1.0, 0.0], [-1.0, -0.1]])
     images = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     pairs = PairFeatures(images, texts, torch.tensor([0, 0, 1]), ["a", "b"], ["x", "y", "z"], [])
     found = recall(pairs, ks=(1, 2))

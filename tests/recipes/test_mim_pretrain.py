@@ -6,6 +6,7 @@ import shutil
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -413,8 +414,9 @@ def test_a_paper_presets_learning_rate_has_the_papers_curve(preset, monkeypatch)
         num_processes=effective_batch // config.batch_size, process_index=3,
         is_main_process=False, device=torch.device("cpu"),
     )  # fmt: skip
+    new: Any = SimpleNamespace(progress=dict)  # a run without checkpoints
     with pytest.raises(ScheduleIsBuiltError):
-        training.fit(objective, SeededSamples(ImageNet(), dict), config, None, processes)
+        training.fit(objective, SeededSamples(ImageNet(), dict), config, new, processes)
     optimizer, schedule = built
     assert isinstance(optimizer, torch.optim.AdamW)
     assert {group["betas"] for group in optimizer.param_groups} == {numbers["betas"]}

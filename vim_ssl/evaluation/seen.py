@@ -40,7 +40,10 @@ def trainings_of(source: str | Path) -> list[TrainingRecord]:
 
     Raises: ValueError for a damaged record; the errors of `load_encoder`.
     """
-    if source in PRESETS or (str(source).endswith(WEIGHT_SUFFIXES[1:]) and Path(source).exists()):
+    foreign = str(source).startswith("timm:") or (
+        str(source).endswith(WEIGHT_SUFFIXES[1:]) and Path(source).exists()
+    )
+    if foreign or source in PRESETS:
         return []
     clip = Path(source) / CLIP
     if clip.is_file():
