@@ -233,9 +233,9 @@ def main() -> int:
     for source in args.only:
         before: float | None = None
         for items in (max(int(size * args.scale), 1) for size in SOURCES[source][1]):
-            wanted = (source, str(items), here["commit"])
+            requested = (source, str(items), here["commit"])
             rows = read_rows(args.out / FILE)
-            known = [r for r in rows if (r["source"], r["items"], r["commit"]) == wanted]
+            known = [r for r in rows if (r["source"], r["items"], r["commit"]) == requested]
             if known:
                 seconds, ratio = float(known[-1]["cpu_seconds"]), float(known[-1]["ratio"] or 0)
             else:

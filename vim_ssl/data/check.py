@@ -27,11 +27,11 @@ from vim_ssl.data.loading.workers import Loader
 from vim_ssl.data.lookalikes import MISSING, Look, look_of
 from vim_ssl.data.open import Source, open_data, open_source, sets_of
 from vim_ssl.data.pages import PAGES, count_pages
-from vim_ssl.data.passed_over import printable, some_of
+from vim_ssl.data.passed_over import some_of
 from vim_ssl.data.registry import SOURCES
 from vim_ssl.data.spec import canonical_split
 from vim_ssl.data.walk import UNREADABLE
-from vim_ssl.utils.names import plural
+from vim_ssl.utils.names import plural, printable
 
 LISTED = 20  # maximum number of classes whose counts are listed
 
@@ -418,9 +418,9 @@ def _check_images(splits: list[Split], report: Report) -> None:
         report.facts.append(f"Sizes (width×height): {one}")
         several = [image for image in good if image.pages > 1]
         if pages := sum(image.pages - 1 for image in several):
-            names = some_of(f"{image.id} ({image.pages})" for image in several)
+            examples = some_of(f"{image.id} ({image.pages})" for image in several)
             report.remarks.append(
-                f"passed over: {pages:,} {PAGES}, of {len(several):,} files: {names}; only the "
+                f"passed over: {pages:,} {PAGES}, of {len(several):,} files: {examples}; only the "
                 "first is read. To use the others, save each as a file; video: reads animations."
             )
         if captioned := sum(image.captioned for image in good):

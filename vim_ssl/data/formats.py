@@ -4,7 +4,8 @@ import os
 from collections.abc import Mapping, Sequence
 
 from vim_ssl.data.images import EXTENSIONS
-from vim_ssl.data.passed_over import PassedOver, pass_over, printable
+from vim_ssl.data.passed_over import PassedOver, pass_over
+from vim_ssl.utils.names import printable
 
 NO_EXTENSION = "without extension"
 # Raw files of cameras, other images, videos, volumes and slides, tables, archives.

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+from vim_ssl.utils.names import printable
+
 EXAMPLES = 3  # names that are kept per reason
 
 
@@ -48,14 +50,6 @@ class PassedOver(dict[str, int]):
     def __str__(self) -> str:
         """For example "12 HEIC, 3 hidden"; the largest count first."""
         return ", ".join(f"{self[reason]:,} {reason}" for reason in self.by_count())
-
-
-def printable(name: str) -> str:
-    """Return a file name for messages: bytes that are not UTF-8 as ``\\xe9``."""
-    try:
-        return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    except UnicodeEncodeError:  # no bytes of a file name
-        return name.encode("utf-8", "backslashreplace").decode()
 
 
 def some_of(names: Iterable[str], count: int = 3) -> str:
