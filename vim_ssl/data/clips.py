@@ -194,7 +194,7 @@ def _animation_times(path: str, size: int, changed: int) -> list[float]:
     Args:
         size, changed: size and modification time of the file, as cache keys.
     """
-    shown: list[float] = []
+    seconds: list[float] = []
     try:
         with Image.open(path) as image:
             if (pixels := math.prod(image.size)) > most_pixels():
@@ -203,13 +203,13 @@ def _animation_times(path: str, size: int, changed: int) -> list[float]:
                 frame.load()
                 milliseconds = float(frame.info.get("duration") or 0)
                 # Like browsers: a tenth of a second for a frame without a duration.
-                shown.append(milliseconds / 1000 if milliseconds > 10 else 0.1)
+                seconds.append(milliseconds / 1000 if milliseconds > 10 else 0.1)
     except BadImage:
         raise
     except Exception as error:  # Pillow raises errors of nearly any type
-        if not shown:
+        if not seconds:
             raise BadImage(path, f"{type(error).__name__}: {error}") from error
-    return [0.0, *accumulate(shown[:-1])]
+    return [0.0, *accumulate(seconds[:-1])]
 
 
 def is_animated(path: str) -> bool:

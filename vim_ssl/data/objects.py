@@ -368,7 +368,7 @@ def _needed(entries: list[dict], keys: Sequence[str], what: str, name: str) -> l
         an empty list.
     """
     readers = {"id": _id, "width": _side, "height": _side}
-    found = []
+    rows = []
     for entry in entries:
         row = {}
         for key in keys:
@@ -377,18 +377,18 @@ def _needed(entries: list[dict], keys: Sequence[str], what: str, name: str) -> l
                 raise ValueError(
                     f"{name}: an entry {what} has {key} = {entry.get(key)!r}: {str(entry)[:100]}"
                 )
-        found.append(row)
-    if not found:
+        rows.append(row)
+    if not rows:
         raise ValueError(f"{name} has no {what}.")
-    if twice := [key for key, n in Counter(x["id"] for x in found).items() if n > 1]:
+    if twice := [key for key, n in Counter(x["id"] for x in rows).items() if n > 1]:
         raise ValueError(f"{name} has duplicate {what} ids: {some(twice)}.")
-    of_types = {isinstance(x["id"], str): x["id"] for x in found}
+    of_types = {isinstance(x["id"], str): x["id"] for x in rows}
     if len(of_types) > 1:
         raise ValueError(
             f"{name} has {what} ids that are numbers and others that are strings, such as "
             f"{of_types[False]} and {of_types[True]!r}; pycocotools cannot sort them, use one type."
         )
-    return found
+    return rows
 
 
 def _text(value: Any) -> str | None:

@@ -87,11 +87,11 @@ class SlotOrder:
 
     def positions(self, batch: int, rank: int) -> list[tuple[int, int]]:
         first = (batch * self.world + rank) * self.batch_size
-        found = []
+        result = []
         for sample in range(first, first + self.batch_size):
             turn, slot = divmod(sample // self.unit, self.slots)
-            found.append((slot, turn * self.unit + sample % self.unit))
-        return found
+            result.append((slot, turn * self.unit + sample % self.unit))
+        return result
 
     def segments(self, seed: int, epoch: int, slot: int) -> tuple[list[Segment], torch.Generator]:
         circle = torch.Generator().manual_seed(stable_hash("circle", seed, epoch))
@@ -99,15 +99,15 @@ class SlotOrder:
         shift = int(torch.randint(self.total, (), generator=circle))
         ends = list(accumulate(self.counts[shard] for shard in shards))
         begin, end = (at + shift for at in self.ranges[slot])
-        found = []
+        result = []
         while begin < end:
             at = begin % self.total
             i = bisect_right(ends, at)
             skipped = at - (ends[i - 1] if i else 0)
             count = min(ends[i] - at, end - begin)
-            found.append(Segment(shards[i], skipped, skipped + count))
+            result.append(Segment(shards[i], skipped, skipped + count))
             begin += count
-        return found, torch.Generator().manual_seed(stable_hash("order", seed, epoch, slot))
+        return result, torch.Generator().manual_seed(stable_hash("order", seed, epoch, slot))
 
 
 class FixedShards:

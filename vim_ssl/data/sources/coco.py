@@ -76,20 +76,22 @@ def open_coco(spec: DataSpec) -> Splits:
             listed = [image["file_name"] for image in table.images]
             folder = _image_folder(root, path, name, listed)
             below = folder.path.relative_to(root).as_posix()
-            found = folder.find_all(listed)
-            if absent := [i for i, file in enumerate(found) if file is None]:
+            matches = folder.find_all(listed)
+            if absent := [i for i, file in enumerate(matches) if file is None]:
                 faults.append(
                     f"{len(absent):,} images are missing in {below}/ and skipped: "
                     f"{some(listed[i] for i in absent)}."
                 )
-            times = Counter(os.path.normpath(file) for file in found if file)
+            times = Counter(os.path.normpath(file) for file in matches if file)
             if twice := [file for file, n in times.items() if n > 1]:
                 faults.append(
                     f"{len(twice):,} images are listed more than once, each time with only some "
                     f"of their objects: {some(twice)}; join these entries."
                 )
             missing |= {len(names) + i for i in absent}
-            names += [f"{below}/{file or given}" for file, given in zip(found, listed, strict=True)]
+            names += [
+                f"{below}/{file or given}" for file, given in zip(matches, listed, strict=True)
+            ]
         outlines = spec.label is None and any(any(table.outlines) for table in tables)
         bare = sum(sum(table.boxes) - sum(table.outlines) for table in tables)
         if outlines and bare:
@@ -163,12 +165,12 @@ def _json_files(folder: Path) -> list[Path]:
 def _in_split_folders(root: Path) -> list[Path]:
     """Return the JSON file of each split folder, as Roboflow writes them."""
     names = sorted(os.listdir(root)) if root.is_dir() else []
-    found = []
+    matches = []
     for name in names:
         if canonical_split(name) in SPLIT_NAMES:
             files = _json_files(root / name)
-            found += [path for path in files if path.stem == ROBOFLOW] or files[:1]
-    return found
+            matches += [path for path in files if path.stem == ROBOFLOW] or files[:1]
+    return matches
 
 
 def _split_name(path: Path) -> str:
@@ -183,7 +185,7 @@ def _split_name(path: Path) -> str:
 
 
 class _Folder:
-    """A folder of images, in which files are found by the names that a file of annotations gives
+    """A folder of images, whose files are known by the names that a file of annotations gives
     them. Each folder is listed only once, and nothing outside of it is read."""
 
     def __init__(self, path: Path):
@@ -217,18 +219,18 @@ class _Folder:
         Paths from another place are matched by their endings: those that leave this folder, and all
         if no name is right as it is. A file that several such names end in is the file of none.
         """
-        found = [self.find(name, endings=False) for name in given]
-        foreign = not any(found)
+        matches = [self.find(name, endings=False) for name in given]
+        foreign = not any(matches)
         ends = {
             i: self.find(name)
-            for i, (name, file) in enumerate(zip(given, found, strict=True))
+            for i, (name, file) in enumerate(zip(given, matches, strict=True))
             if file is None and (foreign or _leaves(_plain(name)))
         }
         once = {given[i]: file for i, file in ends.items()}
-        times = Counter(filter(None, [*found, *once.values()]))
+        times = Counter(filter(None, [*matches, *once.values()]))
         for i, file in ends.items():
-            found[i] = file if file and times[file] == 1 else None
-        return found
+            matches[i] = file if file and times[file] == 1 else None
+        return matches
 
 
 def _plain(name: str) -> str:
