@@ -51,7 +51,8 @@ def equal_images(splits: Sequence[Any]) -> tuple[list[str], list[str]]:
 def alike_images(splits: Sequence[Any]) -> tuple[list[str], list[str]]:
     """Return problems and remarks on images that look alike but are not equal, except those of one
     group; see `vim_ssl.data.lookalikes`."""
-    seen, groups = [], {}
+    seen: list[tuple[str, Any]] = []
+    groups: dict[tuple[str, str], str] = {}
     for split in splits:
         named = zip(split.ids, split.groups or (), strict=False)
         groups |= {(split.name, id): group for id, group in named}

@@ -107,7 +107,7 @@ def _known_keys(data: ImageData, by: str) -> dict[int, tuple[int, tuple[int, ...
 def _keys_at(places: Sequence[_Place], quiet: bool) -> list[tuple[int, tuple[int, ...]]]:
     jobs = dict.fromkeys((file, place.decoded) for place in places for file in place.files)
     keys = dict(zip(jobs, _file_keys(list(jobs), quiet), strict=True))
-    found = []
+    found: list[tuple[int, tuple[int, ...]]] = []
     for place in places:
         files = tuple(keys[file, place.decoded] for file in place.files)
         if place.part is None:
@@ -303,9 +303,9 @@ class TrainingRecord:
     def of_record(cls, entry: Any) -> "TrainingRecord":
         """Read an entry of encoder.json. Raises: ValueError for another content."""
         try:
-            arrays = {name: _unpacked(entry.get(name, "")) for name in _ARRAYS}
-            texts = {key: str(entry.get(key, "")) for key in ("recipe", "data", "by", "split")}
-            return cls(labels=bool(entry["labels"]), **texts, **arrays)
+            values: dict[str, Any] = {name: _unpacked(entry.get(name, "")) for name in _ARRAYS}
+            values |= {key: str(entry.get(key, "")) for key in ("recipe", "data", "by", "split")}
+            return cls(labels=bool(entry["labels"]), **values)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"the record of the images that an encoder was trained on is damaged ({error!r}); "
@@ -368,7 +368,8 @@ def compare(
     """
     keys: dict[str, Keys] = {}
     count = len(data)
-    seen = Seen(*(np.zeros(count, bool) for _ in range(5)))
+    labels, pixels, held_out, copies, by_group = (np.zeros(count, bool) for _ in range(5))
+    seen = Seen(labels, pixels, held_out, copies, by_group)
     for training in trainings:
         if not training.by:
             seen.unrecorded.append(training)
@@ -398,8 +399,7 @@ def _in_used_groups(
     data: ImageData | ImageStream, used: np.ndarray, training: TrainingRecord
 ) -> np.ndarray:
     """Whether the group of an image was used: another image of it, or its name in a table."""
-    groups = None if data.is_stream else data.groups
-    if groups is None:
+    if data.is_stream or (groups := data.groups) is None:
         return np.zeros(len(data), bool)
     names = {group for group, was_used in zip(groups, used, strict=True) if was_used and group}
     named = np.isin(np.array(_group_keys(data, each=True), np.uint64), training.groups)

@@ -83,10 +83,12 @@ class Exposure:
     def of(cls, seen: Seen, among: np.ndarray | None = None) -> "Exposure":
         """Count what was seen, among the images where a bool array (n,) is True."""
         rows = np.ones(len(seen.labels), bool) if among is None else among
-        counts = (int(values[rows].sum()) for values in
-                  (seen.labels, seen.pixels, seen.by_group, seen.copies))  # fmt: skip
-        trained = [f"{t.recipe} on {t.data}" for t in seen.unrecorded if t.labels]
-        return cls(int(rows.sum()), *counts, unrecorded=trained)
+        return cls(
+            n=int(rows.sum()), labels=int(seen.labels[rows].sum()),
+            pixels=int(seen.pixels[rows].sum()), groups=int(seen.by_group[rows].sum()),
+            copies=int(seen.copies[rows].sum()),
+            unrecorded=[f"{t.recipe} on {t.data}" for t in seen.unrecorded if t.labels],
+        )  # fmt: skip
 
     def record(self) -> dict[str, Any]:
         """Return the entry ``seen`` of metrics.json."""

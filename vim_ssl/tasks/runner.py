@@ -102,7 +102,7 @@ def train_run(
     average = make_average(model, config)
     averaged: Any = None if average is None else average.module
     run = Run.open(name, config, accelerator)
-    origin = {"recipe": name, "data": data, **(record or {}), **environment()}
+    origin: dict[str, Any] = {"recipe": name, "data": data, **(record or {}), **environment()}
 
     def save_model(**more: Any) -> None:
         if save is not None:
