@@ -1,7 +1,7 @@
 """Hashes of weights: of an encoder in memory, and of the files that a result was computed from.
 
-A figure is recorded with the hash of its weights, so that it can be told from a figure of other
-weights whatever the files are called.
+A figure is recorded with the hash of its weights, which distinguishes it from figures of other
+weights, whatever the files are called.
 """
 
 import json

@@ -57,7 +57,7 @@ class Keys:
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Position:
     """Where an image is: in ``files`` (all of them, or a ``part``), or known by its ``key``."""
 
     files: tuple[str, ...] = ()
@@ -69,8 +69,8 @@ class _Place:
 def content_keys(data: ImageData | ImageStream, by: str, *, quiet: bool = False) -> Keys:
     """Return the keys of all images.
 
-    Planes and tiles are identified by the bytes of their files and their place in them, videos by
-    the bytes of their files, all other images as ``by`` says.
+    Planes and tiles are identified by the bytes of their files and their position in them, videos
+    by the bytes of their files, all other images as ``by`` says.
 
     Args:
         by: `PIXELS` or `FILES`; images that are not in files are always compared by pixels.
@@ -78,17 +78,17 @@ def content_keys(data: ImageData | ImageStream, by: str, *, quiet: bool = False)
     """
     if data.is_stream:
         records = (r for shard in range(len(data.shards)) for r in data.records(shard))
-        found = _keys_at([_place_of(record["image"], by) for record in records], quiet)
+        result = _keys_at([_position_of(record["image"], by) for record in records], quiet)
     else:
-        wanted = [data.locate(i) for i in range(len(data))]
-        known = {id(inner): _known_keys(inner, by) for inner, _ in wanted}
-        new = {(id(inner), row): (inner, row) for inner, row in wanted
+        requested = [data.locate(i) for i in range(len(data))]
+        known = {id(inner): _known_keys(inner, by) for inner, _ in requested}
+        new = {(id(inner), row): (inner, row) for inner, row in requested
                if inner.row(row) not in known[id(inner)]}  # fmt: skip
-        places = [_place(inner, row, by) for inner, row in new.values()]
-        for (inner, row), keys in zip(new.values(), _keys_at(places, quiet), strict=True):
+        positions = [_position(inner, row, by) for inner, row in new.values()]
+        for (inner, row), keys in zip(new.values(), _keys_at(positions, quiet), strict=True):
             known[id(inner)][inner.row(row)] = keys
-        found = [known[id(inner)][inner.row(row)] for inner, row in wanted]
-    return Keys(np.array([key for key, _ in found], np.uint64), [files for _, files in found])
+        result = [known[id(inner)][inner.row(row)] for inner, row in requested]
+    return Keys(np.array([key for key, _ in result], np.uint64), [files for _, files in result])
 
 
 # Images → how they are compared → row → its key, and the keys of its files.
@@ -104,36 +104,38 @@ def _known_keys(data: ImageData, by: str) -> dict[int, tuple[int, tuple[int, ...
         return {}
 
 
-def _keys_at(places: Sequence[_Place], quiet: bool) -> list[tuple[int, tuple[int, ...]]]:
-    jobs = dict.fromkeys((file, place.decoded) for place in places for file in place.files)
+def _keys_at(positions: Sequence[_Position], quiet: bool) -> list[tuple[int, tuple[int, ...]]]:
+    jobs = dict.fromkeys(
+        (file, position.decoded) for position in positions for file in position.files
+    )
     keys = dict(zip(jobs, _file_keys(list(jobs), quiet), strict=True))
-    found: list[tuple[int, tuple[int, ...]]] = []
-    for place in places:
-        files = tuple(keys[file, place.decoded] for file in place.files)
-        if place.part is None:
-            found.append((files[0] if files else place.key, ()))
+    result: list[tuple[int, tuple[int, ...]]] = []
+    for position in positions:
+        files = tuple(keys[file, position.decoded] for file in position.files)
+        if position.part is None:
+            result.append((files[0] if files else position.key, ()))
         elif UNKNOWN in files:
-            found.append((UNKNOWN, ()))
+            result.append((UNKNOWN, ()))
         else:
-            found.append((_hash(repr((sorted(files), place.part)).encode()), files))
-    return found
+            result.append((_hash(repr((sorted(files), position.part)).encode()), files))
+    return result
 
 
-def _place(data: ImageData, index: int, by: str) -> _Place:
+def _position(data: ImageData, index: int, by: str) -> _Position:
     if (part := data.part(index)) is not None:
-        return _Place(tuple(data.paths(index)), part)
+        return _Position(tuple(data.paths(index)), part)
     try:
-        return _place_of(data.raw(index), FILES if data.kind == "video" else by)
+        return _position_of(data.raw(index), FILES if data.kind == "video" else by)
     except BadImage:
-        return _Place()
+        return _Position()
 
 
-def _place_of(raw: Any, by: str) -> _Place:
+def _position_of(raw: Any, by: str) -> _Position:
     if isinstance(raw, str | Path):
-        return _Place((str(raw),), decoded=by == PIXELS)
+        return _Position((str(raw),), decoded=by == PIXELS)
     if isinstance(raw, bytes) and by == FILES:
-        return _Place(key=_hash(raw))
-    return _Place(key=UNKNOWN if isinstance(raw, BadImage) else pixels_key(raw))
+        return _Position(key=_hash(raw))
+    return _Position(key=UNKNOWN if isinstance(raw, BadImage) else pixels_key(raw))
 
 
 def pixels_key(image: Any) -> int:

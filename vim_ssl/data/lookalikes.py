@@ -83,7 +83,7 @@ def lookalikes(looks: Sequence[Look]) -> list[tuple[int, int]]:
     greys = np.stack([look.grey for look in looks])
     colours = np.stack([look.colour for look in looks])
     small = np.array([look.small for look in looks])
-    found: set[tuple[int, int]] = set()
+    matches: set[tuple[int, int]] = set()
     for begin in range(0, len(pairs), 4096):
         whole, other, crop = pairs[begin : begin + 4096].T
         alike = np.abs(colours[whole] - colours[other]).max(1) < COLOUR
@@ -91,9 +91,9 @@ def lookalikes(looks: Sequence[Look]) -> list[tuple[int, int]]:
         alike &= ~one_small | (crop == 0)  # a pixel is much of a small image
         likeness = _correlation(greys[whole], _cropped(greys[other], crop))
         alike &= likeness >= np.where(one_small, SMALL_ALIKE, ALIKE)
-        found |= {(min(a, b), max(a, b)) for a, b in
-                  zip(whole[alike].tolist(), other[alike].tolist(), strict=True)}  # fmt: skip
-    return sorted(found)
+        matches |= {(min(a, b), max(a, b)) for a, b in
+                    zip(whole[alike].tolist(), other[alike].tolist(), strict=True)}  # fmt: skip
+    return sorted(matches)
 
 
 def _candidates(hashes: np.ndarray) -> Iterator[np.ndarray]:

@@ -111,9 +111,9 @@ class Clip(nn.Module):
     def dependencies(self) -> dict[str, str]:
         """Return hashes of what training reads but a checkpoint does not contain."""
         text = dict(self.text.config)
-        if text.pop("hf", None):  # a place, as are two entries of transformers' settings
-            places = ("_name_or_path", "transformers_version")
-            text["model"] = {k: v for k, v in text["model"].items() if k not in places}
+        if text.pop("hf", None):  # a path, as are two entries of transformers' settings
+            paths = ("_name_or_path", "transformers_version")
+            text["model"] = {k: v for k, v in text["model"].items() if k not in paths}
         tokenizer = self.tokenizer and self.tokenizer.identity()
         return {"text": hash_of(text), "tokenizer": hash_of(tokenizer)}
 

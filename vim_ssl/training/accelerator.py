@@ -84,8 +84,8 @@ def unused_settings(config: TrainConfig, distributed_type: str) -> list[str]:
     if backend != "no" and not config.compile:
         remarks.append(f"The launcher's dynamo_backend {backend} is not used; --compile is off.")
     for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        asked = env.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true", "yes")
-        if asked and str(getattr(distributed_type, "value", distributed_type)) != name:
+        requested = env.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true", "yes")
+        if requested and str(getattr(distributed_type, "value", distributed_type)) != name:
             remarks.append(f"The launcher's {name} settings are not used on this device.")
     launched = "ACCELERATE_MIXED_PRECISION" in env
     if launched and "MASTER_ADDR" in env and "WORLD_SIZE" not in env:

@@ -2,7 +2,7 @@
 
 checkpoints/step-N/      what accelerate saves (model, optimiser, scaler, random states), and
                          progress.json, with the sizes of these files
-checkpoints/damaged-…    one that was found damaged when the run was resumed
+checkpoints/damaged-…    one that turned out damaged when the run was resumed
 """
 
 import contextlib
@@ -132,14 +132,14 @@ class Checkpoints:
         """Return the newest checkpoint that is whole, for all processes; rename damaged ones."""
         from accelerate.utils import broadcast_object_list
 
-        found: list[Any] = [None, ""]  # the name of the checkpoint, and what is wrong with others
+        intact: list[Any] = [None, ""]  # the name of the checkpoint, and what is wrong with others
         for path in reversed(self.checkpoints()) if self.main else ():
             if not (fault := damage(path)):
-                found[0] = path.name
+                intact[0] = path.name
                 break
-            found[1] += f"{path} is damaged ({fault}). "
-        broadcast_object_list(found)
-        name, faults = found
+            intact[1] += f"{path} is damaged ({fault}). "
+        broadcast_object_list(intact)
+        name, faults = intact
         if name is None:
             if faults:
                 raise ValueError(

@@ -1,7 +1,7 @@
 """What a resumed run must have in common with its beginning.
 
-Settings that change a step have to be the same. A setting that names a place (data, a teacher …)
-may name another one with the same content: places are compared by hashes, which the run recorded
+Settings that change a step have to be the same. A setting that names a path (data, a teacher …)
+may name another one with the same content: paths are compared by hashes, which the run recorded
 in its checkpoints (the data) and in state.json (everything else outside the checkpoint).
 """
 
@@ -23,9 +23,9 @@ FREE_TO_CHANGE = {
     "eval_every", "save_every", "save_steps", "keep_checkpoints", "max_steps", "max_bad_steps",
     "trackers", "compile", "grad_checkpointing",
 }  # fmt: skip
-# Setting that names a place → what is recorded of its content.
+# Setting that names a path → what is recorded of its content.
 DATA = "data"
-PLACES = {
+PATHS = {
     "data": DATA, "features": DATA, "encoder": "encoder", "teacher": "teacher", "text": "text",
     "tokenizer": "tokenizer", "val": "validation data", "test_features": "test data",
 }  # fmt: skip
@@ -48,11 +48,11 @@ def check_settings(
     Args:
         name: the run, for messages.
         stored, now: its settings, and those of this call.
-        known: hashes of what its places contained; a place without one has to keep its name.
+        known: hashes of what its paths contained; a path without one has to keep its name.
     Raises: ValueError.
     """
     for key in stored.keys() & now.keys() - FREE_TO_CHANGE:
-        if stored[key] == now[key] or known.get(PLACES.get(key, "")):
+        if stored[key] == now[key] or known.get(PATHS.get(key, "")):
             continue
         if key in ("encoder", "data") and not stored[key]:
             continue  # runs of earlier versions did not record which default they chose
@@ -75,7 +75,7 @@ def check_dependencies(
     """
     remarks = []
     for what, before in recorded(folder, "depends_on").items():
-        keys = [key for key, content in PLACES.items() if content == what]
+        keys = [key for key, content in PATHS.items() if content == what]
         renamed = [key for key in keys if stored.get(key) != now.get(key)]
         after = depends_on.get(what, "")
         if after == before or not (after or renamed):
@@ -103,10 +103,10 @@ def outside(objective: Any, model: Any, given: Mapping[str, str]) -> dict[str, s
         given: those that the caller knows.
     """
     encoder = getattr(model, "encoder", None) or model
-    found = dict(given) | getattr(objective, "dependencies", dict)()
+    needed = dict(given) | getattr(objective, "dependencies", dict)()
     if config := getattr(encoder, "data_config", None):
-        found["input of the encoder"] = _text(config)
-    return found | {"versions": environment()["versions"]}
+        needed["input of the encoder"] = _text(config)
+    return needed | {"versions": environment()["versions"]}
 
 
 def _text(value: Any) -> str:

@@ -24,7 +24,7 @@ from vim_ssl.training.folders import RUNS as RUNS
 from vim_ssl.training.folders import check_writable, new_folder
 from vim_ssl.training.folders import evaluation_folder as evaluation_folder
 from vim_ssl.training.folders import task_folder as task_folder
-from vim_ssl.training.resume import DATA, PLACES, check_settings, located
+from vim_ssl.training.resume import DATA, PATHS, check_settings, located
 from vim_ssl.training.state import ENDED, LOCK, StateFile, read_state, recorded, state_of
 from vim_ssl.utils.config import to_dict
 from vim_ssl.utils.environment import is_main_rank
@@ -244,7 +244,7 @@ def stored_or(default):
                 once = {"recipe", "output", "resume", "max_steps"}
                 began = read_state(given["output"]).get("folder", "")
                 return {
-                    key: located(value, began) if key in PLACES else value
+                    key: located(value, began) if key in PATHS else value
                     for key, value in stored.items()
                     if key not in once
                 }
