@@ -5,7 +5,6 @@ exposure(trainings, test, …)   how many test images they used, and sentences t
 part_to_evaluate(data, …)      the images that a trained model may be evaluated on
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,6 +26,7 @@ from vim_ssl.data.identity import (
 from vim_ssl.data.spec import parse_spec, same_data
 from vim_ssl.models.presets import PRESETS
 from vim_ssl.training.run import pretrained_on
+from vim_ssl.utils.files import read_object
 from vim_ssl.utils.names import plural
 
 WITHOUT_LABELS = ("mim_pretrain", "clip_pretrain")  # recipes; captions are no labels
@@ -47,7 +47,7 @@ def trainings_of(source: str | Path) -> list[TrainingRecord]:
         return []
     clip = Path(source) / CLIP
     if clip.is_file():
-        record = json.loads(clip.read_text()).get("made_by") or {}
+        record = read_object(clip, "the settings of an image-text model").get("made_by") or {}
     else:
         record = made_by(source)
     if entries := record.get("trainings"):

@@ -146,7 +146,8 @@ class Run(Checkpoints):
         row = {"step": progress.step, "epoch": round(epoch, 4), **metrics}
         row |= {"seconds": round(progress.seconds, 2), "samples": progress.samples}
         row |= {"bad_steps": progress.bad_steps, "skipped": len(self.skipped)}
-        with self.writing("metrics.jsonl"), open(self.folder / "metrics.jsonl", "a") as file:
+        path = self.folder / "metrics.jsonl"
+        with self.writing("metrics.jsonl"), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         self._track(lambda tracker: tracker.log(metrics, step=progress.step))
 

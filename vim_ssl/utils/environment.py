@@ -18,7 +18,11 @@ def environment() -> dict[str, str]:
 
     processor = platform.processor() or platform.machine()
     if (info := Path("/proc/cpuinfo")).exists():
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line
+            for line in info.read_text(encoding="utf-8").splitlines()
+            if line.startswith("model name")
+        ]
         processor = names[0].partition(":")[2].strip() if names else processor
     hardware = f"{processor}, {os.cpu_count()} cores"
     if torch.cuda.is_available():

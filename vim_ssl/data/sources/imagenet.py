@@ -11,6 +11,7 @@ from vim_ssl.data.sources.folder import FileImages
 from vim_ssl.data.spec import DataSpec, pick_split
 from vim_ssl.data.tables import load_table
 from vim_ssl.data.walk import contents, walk_files
+from vim_ssl.utils.files import read_text, reading
 
 COUNTS = {"train": 1_281_167, "val": 50_000}
 KAGGLE = "ILSVRC/Data/CLS-LOC"
@@ -127,7 +128,9 @@ def _devkit(root: Path) -> dict[str, str]:
         )
     from scipy.io import loadmat  # executes nothing
 
-    table = loadmat(folder / META, squeeze_me=True)["synsets"]
-    synset = dict(zip(table["ILSVRC2012_ID"].tolist(), table["WNID"].tolist(), strict=True))
-    truth = (folder / TRUTH).read_text().split()
-    return {f"ILSVRC2012_val_{i:08d}": synset[int(line)] for i, line in enumerate(truth, 1)}
+    with reading(folder / META, "the table of ImageNet's classes"):
+        table = loadmat(folder / META, squeeze_me=True)["synsets"]
+        synset = dict(zip(table["ILSVRC2012_ID"].tolist(), table["WNID"].tolist(), strict=True))
+    with reading(folder / TRUTH, "a list of class numbers"):
+        truth = read_text(folder / TRUTH).split()
+        return {f"ILSVRC2012_val_{i:08d}": synset[int(line)] for i, line in enumerate(truth, 1)}

@@ -331,8 +331,8 @@ def count_shards(
     key = blake2b(repr((names, used, "tally")).encode(), digest_size=12).hexdigest()
     cache = user_cache() / "shards" / f"{key}.json"
     known: dict[str, Any] = {}
-    with suppress(OSError, ValueError):
-        known = json.loads(cache.read_text())
+    with suppress(OSError, TypeError, ValueError):
+        known = dict(json.loads(cache.read_text(encoding="utf-8")))
     sizes = {folder: _sizes(folder) for folder in {n.rpartition("/")[0] for n in names}}
 
     def look(name: str) -> dict[str, Any]:
