@@ -26,9 +26,10 @@ CROPS = (
 DISTANCE = 4  # bits of 64 in which the hashes of copies differ at most
 BANDS = DISTANCE + 1  # of these, at least one has no differing bit
 CROWDED = 1000  # images with equal bits in a band; more have them in common, not as copies
-ALIKE, SMALL_ALIKE = 0.95, 0.985  # correlation of copies; of images with a side below SMALL
-SMALL = 64  # pixels
-COLOUR = 0.04  # difference of the shares of red, green and blue
+# Correlation of the small copies, in grey and in colour. Those of a crop do not fit exactly.
+ALIKE, ALIKE_CROPPED = (0.99, 0.99), (0.985, 0.955)
+SMALL = 64  # pixels; a crop is not recognised in an image with a shorter side
+COLOUR_SIDE = 16  # pixels of the small copies in colour
 CONTRAST = 4.0  # grey levels; a lower deviation is a blank image
 
 
@@ -39,7 +40,7 @@ class Look:
     Attributes:
         hashes: uint64 (len(CROPS),).
         grey: uint8 (SIDE, SIDE).
-        colour: shares of red, green and blue, float (3,).
+        colour: uint8 (COLOUR_SIDE, COLOUR_SIDE, 3).
         small: whether a side is below `SMALL`.
     """
 
@@ -60,7 +61,7 @@ def look_of(image: Any) -> Look | None:
     small = min(image.size) < SMALL
     if max(image.size) > 4 * SIDE:
         image = image.resize((4 * SIDE, 4 * SIDE), Image.Resampling.BOX)
-    colour = np.asarray(image.convert("RGB").resize((1, 1), Image.Resampling.BOX), float)[0, 0] + 1
+    colour = image.convert("RGB").resize((COLOUR_SIDE, COLOUR_SIDE), Image.Resampling.BOX)
     grey = image.convert("L")
     sides = np.array([grey.width, grey.height, grey.width, grey.height])
     copies = [
@@ -71,7 +72,7 @@ def look_of(image: Any) -> Look | None:
     if values.std() < CONTRAST:
         return None
     hashes = [int(str(imagehash.phash(copy)), 16) for copy in copies]
-    return Look(np.array(hashes, np.uint64), values, colour / colour.sum(), small)
+    return Look(np.array(hashes, np.uint64), values, np.asarray(colour), small)
 
 
 def lookalikes(looks: Sequence[Look]) -> list[tuple[int, int]]:
@@ -86,11 +87,12 @@ def lookalikes(looks: Sequence[Look]) -> list[tuple[int, int]]:
     matches: set[tuple[int, int]] = set()
     for begin in range(0, len(pairs), 4096):
         whole, other, crop = pairs[begin : begin + 4096].T
-        alike = np.abs(colours[whole] - colours[other]).max(1) < COLOUR
-        one_small = small[whole] | small[other]
-        alike &= ~one_small | (crop == 0)  # a pixel is much of a small image
-        likeness = _correlation(greys[whole], _cropped(greys[other], crop))
-        alike &= likeness >= np.where(one_small, SMALL_ALIKE, ALIKE)
+        cropped = crop != 0
+        alike = ~cropped | ~(small[whole] | small[other])
+        in_grey = _correlation(greys[whole], _cropped(greys[other], crop))
+        in_colour = _correlation(*(colours[rows].astype(np.float32) for rows in (whole, other)))
+        for likeness, exact, loose in zip((in_grey, in_colour), ALIKE, ALIKE_CROPPED, strict=True):
+            alike &= likeness >= np.where(cropped, loose, exact)
         matches |= {(min(a, b), max(a, b)) for a, b in
                     zip(whole[alike].tolist(), other[alike].tolist(), strict=True)}  # fmt: skip
     return sorted(matches)
@@ -148,8 +150,8 @@ def _resampling(low: float, high: float) -> np.ndarray:
 
 
 def _correlation(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Return the correlation (n,) of small copies (n, SIDE, SIDE)."""
-    x, y = (v.reshape(len(v), SIDE * SIDE).astype(np.float32) for v in (one, other))
+    """Return the correlation (n,) of small copies (n, …)."""
+    x, y = (v.reshape(len(v), -1).astype(np.float32) for v in (one, other))
     x, y = x - x.mean(1, keepdims=True), y - y.mean(1, keepdims=True)
     norm = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
     return (x * y).sum(1) / np.maximum(norm, 1e-6)
