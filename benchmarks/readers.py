@@ -223,7 +223,7 @@ def measure_size(source: str, items: int, rounds: int) -> dict[str, Any]:
 def main() -> int:
     parser = results_parser(__doc__, FILE)
     add = parser.add_argument
-    add("--only", nargs="*", choices=list(SOURCES), default=list(SOURCES), metavar="SOURCE")
+    add("--only", nargs="+", choices=tuple(SOURCES), default=tuple(SOURCES), help="to measure")
     add(
         "--rounds", type=int, default=3, help="measurements of each size, of which the least counts"
     )

@@ -136,7 +136,7 @@ def eurosat(root):
         values = image(i, 13).transpose(2, 0, 1).astype(np.uint16) * 20
         raster(root / EUROSAT_CLASSES[i % 4] / f"{i}.tif", values)
     for name in EUROSAT_CLASSES[4:]:
-        raster(root / name / "x.tif", np.ones((13, SIDE, SIDE), np.uint16))
+        raster(root / name / "x.tif", np.full((13, SIDE, SIDE), 1000, np.uint16))
     return f"eurosat:{root}"
 
 
