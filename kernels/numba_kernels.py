@@ -129,7 +129,8 @@ class _CompileNotice(event.Listener):
         pass
 
 
-event.register("numba:compile", _CompileNotice())
+NOTICE = _CompileNotice()
+event.register("numba:compile", NOTICE)
 
 
 # --- elementary functions --------------------------------------------------------------------

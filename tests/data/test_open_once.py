@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from vim_ssl.data import ImageData, labelled_splits, open_data, registry
-from vim_ssl.data.bands import band_arguments, check_bands
+from vim_ssl.data.bands import SEEN, band_arguments, check_bands
 from vim_ssl.data.check import check
 from vim_ssl.data.open import open_source, open_split
 from vim_ssl.models.encoder import VimEncoder
@@ -80,8 +80,11 @@ def test_a_linear_probe_opens_its_data_once(make, splits, tmp_path, counts):
     assert (len(train), len(test)) == ((8, 2) if splits == ("",) else (10, 10))
     encoder = VimEncoder(**SMALL, in_chans=4 if train.bands else 3)
     encoder.data_config["bands"] = train.bands or ("R", "G", "B")
+    if train.bands:
+        encoder.data_config |= {"mean": (900,) * 4, "std": (1,) * 4}
     check_bands(encoder, train)
-    assert counts == {"opened": 1}
+    assert counts["opened"] == 1
+    assert counts["decoded"] == (min(len(train), SEEN) if train.bands else 0)  # to see their unit
 
 
 @pytest.mark.parametrize("make", [folder, table, raster])

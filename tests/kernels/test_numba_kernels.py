@@ -133,7 +133,7 @@ def test_without_a_writable_cache_folder_it_compiles_in_every_process(monkeypatc
 
     monkeypatch.setattr(caching.CodeLibraryCacheImpl, "_locator_classes", [])
     monkeypatch.setattr(caching.CompileResultCacheImpl, "_locator_classes", [])
-    monkeypatch.setattr(numba_kernels._CompileNotice, "logged", False)
+    monkeypatch.setattr(numba_kernels.NOTICE, "logged", False)
     monkeypatch.setattr(numba_kernels, "__name__", __name__)  # the notice is of its own kernels
     doubled = numba_kernels.kernel(lambda x: 2 * x)
     assert doubled(21) == 42

@@ -36,7 +36,6 @@ from vim_ssl.data.sources.folder import (
     split_folders,
 )
 from vim_ssl.data.spec import DataSpec
-from vim_ssl.utils.drawing import class_colours
 from vim_ssl.utils.tiling import starts
 
 TIFFS = (".tif", ".tiff")
@@ -271,6 +270,8 @@ def open_labels(
                 if arrays:
                     file.update_tags(ns="GEOLOCATION", **arrays)
                 if classes:
+                    from vim_ssl.utils.drawing import class_colours  # it imports torchvision
+
                     colours = enumerate(class_colours(len(classes))[:-1].tolist())
                     table = {i: (*rgb, 255) for i, rgb in colours}
                     file.write_colormap(1, table | {IGNORE: (0, 0, 0, 0)})
