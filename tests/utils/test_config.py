@@ -270,7 +270,7 @@ def test_a_wrong_flag_is_named_in_one_line(capsys, argv, parts):
         ("objective: clip", ["objective", "mae, simmim"]),
         ("model_args: [depth]", ["model_args", "mapping"]),
         ("- lr", ["list", "key: value"]),
-        ("lr: [1", ["not a YAML file"]),
+        ("lr: [1", ["cannot be read as a YAML"]),
     ],
     ids=lambda value: value.replace(":", "") if isinstance(value, str) else "",
 )
