@@ -140,6 +140,14 @@ def test_each_hidden_or_system_name_is_passed_over(tmp_path, name):
     assert open_data(tmp_path).ids == ["seen.png"]
 
 
+@pytest.mark.parametrize("name", ["Recycled", "recycler", "Trash", "backup", "Temporary Items"])
+def test_words_that_may_be_classes_are_no_system_folders(tmp_path, name):
+    write(tmp_path, f"{name}/a.png", "glass/a.png")
+    data = open_data(tmp_path)
+    assert sorted(data.classes) == sorted([name, "glass"])
+    assert data.passed_over == {}
+
+
 @pytest.mark.parametrize("source", WALKED, ids=lambda source: source.__name__)
 def test_own_outputs_below_the_data_are_passed_over_in_every_source(tmp_path, source):
     spec, folder = source(tmp_path / "data")

@@ -27,12 +27,12 @@ CIRCLES = "in a circle of links"
 SPECIAL = "not a regular file"
 EMPTY = "folder without a file to read"
 
-# Files and folders of operating systems, storage systems and archives, in lower case.
+# Files and folders of operating systems, storage systems and archives, in lower case. Plain words
+# such as "recycled" are left out: they may be classes.
 _SYSTEM = frozenset({
-    "$recycle.bin", "recycler", "recycled", "system volume information", "thumbs.db",
-    "ehthumbs.db", "desktop.ini", "found.000", "__macosx", "icon\r", "network trash folder",
-    "temporary items", "lost+found", "lost.dir", "@eadir", "@tmp", "@sharebin", "@recycle",
-    "@recently-snapshot", "#recycle", "#snapshot", "__pycache__",
+    "$recycle.bin", "system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini",
+    "found.000", "__macosx", "icon\r", "network trash folder", "lost+found", "lost.dir", "@eadir",
+    "@tmp", "@sharebin", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "__pycache__",
 })  # fmt: skip
 # Records in the folders that this program writes.
 _RECORDS = ("config.json", "metrics.json", "record.json")
