@@ -22,6 +22,13 @@ from vim_ssl.data.values import Names, name_of, sort_classes
         (["a", "A"], ["b", "A"], [-1, 1]),  # a is no spelling of A here
         (["Cat"], ["cat", "CAT"], [-1]),  # which of them?
         (["7"], ["07"], [0]),
+        (["1.10", "1.2"], ["1.1", "1.10", "1.2"], [1, 2]),
+        (["1.0", "True"], ["1", "1.0"], [1, 0]),
+        (["1", "1.0"], ["1"], [0, -1]),  # two classes on one side
+        (["250"], ["250.0", "250.1"], [-1]),  # codes
+        (["1.10"], ["1.1"], [-1]),
+        (["100", "1,000"], ["1E2", "1"], [-1, -1]),
+        (["3", "-2.0"], ["3.0", "-2"], [0, 1]),
     ],
 )
 def test_names_are_matched(names, known, numbers):
@@ -64,6 +71,28 @@ def test_spellings_of_one_name_are_one_class_and_doubtful_ones_are_told():
         "'Cat' and 'cat' are different labels",
     ]
     assert Names(["cat", "dog", "", None]).remarks == []
+
+
+@pytest.mark.parametrize(
+    "codes",
+    [["1.1", "1.10", "1.2"], ["250.0", "250.00", "250.1"], ["100", "1E2"], ["1", "1,000"],
+     ["1", "1.0", "1.5"], ["07", "7"], ["1.0", "1.00"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_codes_and_versions_that_are_equal_as_numbers_are_different_classes(codes):
+    names = Names(codes)
+    assert sorted(names.classes) == sorted(codes)
+    assert not any("read as one" in remark for remark in names.remarks)
+
+
+def test_class_folders_with_names_of_versions_keep_their_names(tmp_path, caplog):
+    for folder in ("train/1.1", "train/1.10", "test/1.10", "test/1.2"):
+        (tmp_path / folder).mkdir(parents=True)
+        Image.new("L", (4, 4)).save(tmp_path / folder / "a.png")
+    train, test = labelled_splits(str(tmp_path), 0.3, 0)
+    assert [train.classes[label] for label in train.labels] == ["1.1", "1.10"]
+    assert [test.classes[label] for label in test.labels] == ["1.10", "1.2"]
+    assert "differ only" not in caplog.text
 
 
 # ------------------------------------------------------------------ data
@@ -112,7 +141,11 @@ def test_labels_rows_masks_and_boxes_are_numbered_by_other_classes():
         ({"labels": [0, 1], "classes": ["a", "c"]}, ["a", "b"], "not among the 2 of run .*: c"),
         ({"masks": Mask(), "classes": ["a", "c"]}, ["a", "b"], "not among the 2 of run .*: c"),
         ({"labels": [[0, 1]], "classes": ["a", "b"]}, [*"abc"], "no labels for c, of the 3"),
-        ({"labels": [0, 1], "classes": ["a", "1", "1.0"]}, ["a", "1"], "several .* match 1 of run"),
+        (
+            {"labels": [0, 1], "classes": ["a", "1.0", "True"]},
+            ["a", "1"],
+            "several .* match 1 of run",
+        ),
         ({"labels": [4]}, ["5", "3"], "not among the 2 of run .*: 4"),
     ],
     ids=["labels", "masks", "rows", "twice", "numbers"],

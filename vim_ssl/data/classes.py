@@ -12,7 +12,7 @@ import numpy as np
 from vim_ssl.data.images import BadImage
 from vim_ssl.data.labels import IGNORE
 from vim_ssl.data.split import is_known
-from vim_ssl.data.values import class_key, fold
+from vim_ssl.data.values import class_keys, fold, same_class
 
 log = logging.getLogger(__name__)
 LISTED = 5  # names of classes in a message
@@ -21,17 +21,27 @@ LISTED = 5  # names of classes in a message
 def match_classes(names: Sequence[str], known: Sequence[str]) -> list[int]:
     """Return the index in ``known`` of each name; -1 if it is not there.
 
-    Names match if they are equal, or spellings of one number ("1", "1.0"); otherwise if they differ
-    only in letter case, spaces, "_", "-" or leading zeros, and no other name does.
+    Equal names match. Of the others, spellings of one number match ("1", "1.0"; see `class_keys`);
+    of the rest, those that differ only in letter case, spaces, "_", "-" or leading zeros, if no
+    other name does.
     """
-    number = {class_key(name): i for i, name in reversed(list(enumerate(known)))}
-    numbers = [number.get(class_key(name), -1) for name in names]
-    taken = set(numbers)
-    free = {fold(name): i for i, name in enumerate(known) if i not in taken}
-    times = Counter(map(fold, known)) | Counter(map(fold, names))
-    for i, name in enumerate(names):
-        if numbers[i] < 0 and times[fold(name)] == 1:
-            numbers[i] = free.get(fold(name), -1)
+    keys = class_keys({*names, *known})
+    numbers = [-1] * len(names)
+
+    def match(key: Callable[[str], str], only: Callable[[str], bool] = lambda name: True) -> None:
+        taken = set(numbers)
+        free = {key(name): i for i, name in reversed(list(enumerate(known))) if i not in taken}
+        for i, name in enumerate(names):
+            if numbers[i] < 0 and only(name):
+                numbers[i] = free.get(key(name), -1)
+
+    def folded(name: str) -> str:
+        return fold(keys[name])
+
+    match(str)
+    match(keys.__getitem__)
+    times = Counter(map(folded, known)) | Counter(map(folded, names))
+    match(folded, lambda name: times[folded(name)] == 1)
     return numbers
 
 
@@ -53,7 +63,7 @@ def unite_classes(
             if local[i] < 0:
                 known.append(name)
                 local[i] = len(known) - 1
-            elif class_key(name) != class_key(known[local[i]]):
+            elif not same_class(name, known[local[i]]):
                 guessed[name] = known[local[i]]
         numbers.append(local)
     few = [f"{name!r} as {known!r}" for name, known in list(guessed.items())[:LISTED]]
@@ -159,7 +169,7 @@ def _warn(
     name: str, names: Sequence[str], classes: Sequence[str], numbers: Sequence[int], source: str
 ) -> None:
     for local, number in zip(names, numbers, strict=True):
-        if number >= 0 and class_key(local) != class_key(classes[number]):
+        if number >= 0 and not same_class(local, classes[number]):
             _warn_once(f"{name}: its class {local!r} is read as {classes[number]!r} of {source}.")
     lacking = [known for i, known in enumerate(classes) if i not in set(numbers)]
     if lacking:

@@ -1,7 +1,8 @@
 """Values of labels, groups and splits as people write them: one rule for all sources.
 
 name_of(" cat "), name_of(1.0), name_of(None), name_of("nan")     "cat", "1", None, None
-class_key("1") == class_key("1.0") == class_key("True")           one class
+class_keys(["1", "1.0", "True"])                                  one class: the key "1"
+class_keys(["1", "1.0", "1.5"])                                   three classes
 fold("Golden_Retriever") == fold("golden retriever")              probably one class
 """
 
@@ -19,7 +20,9 @@ MISSING = frozenset({
 })  # fmt: skip
 _EDGES = re.compile("^[\\s\ufeff\u200b\u2060]+|[\\s\ufeff\u200b\u2060]+$")
 _NUMBER = re.compile(r"[+-]?(\d+([.,]\d*)?|[.,]\d+)([eE][+-]?\d+)?")
-_TRUTH = {"true": Decimal(1), "false": Decimal(0)}
+_WHOLE = re.compile(r"(-?(?:0|[1-9]\d*))(?:\.0)?")  # "1.0" is what pandas makes of 1
+_PLAIN = re.compile(r"[+-]?\d+(\.0)?")
+_TRUTH = {"true": "1", "false": "0"}
 
 N = TypeVar("N")
 
@@ -55,22 +58,44 @@ def number_of(name: str) -> Decimal | None:
     return Decimal(name.strip().replace(",", "."))
 
 
-def class_key(name: str) -> Hashable:
-    """Return a key that is the same for two spellings of one class: "1", "1.0" and "True".
+def whole_number_of(name: str) -> int | None:
+    """Return the whole number that a text is, such as "12", "012" or "12.0"; None for others."""
+    match = re.fullmatch(r"([+-]?\d+)(\.0*)?", name.strip())
+    return int(match[1]) if match else None
 
-    Numbers with leading zeros are codes: "007" is not "7".
+
+def class_keys(names: Collection[str]) -> dict[str, str]:
+    """Return a key of each name, the same for spellings of one class: "1", "1.0" and "True".
+
+    If any name is another number, such as "1.10", "250.00" or "1E2", the names are codes or
+    versions, and "1.0" is not "1". Numbers with leading zeros are codes: "007" is not "7".
     """
-    if name.lower() in _TRUTH:
-        return _TRUTH[name.lower()]
-    number = None if re.match(r"[+-]?0\d", name) else number_of(name)
-    return unicodedata.normalize("NFC", name) if number is None else number
+    codes = any(number_of(name) is not None and not _PLAIN.fullmatch(name) for name in names)
+
+    def key(name: str) -> str:
+        if name.lower() in _TRUTH:
+            return _TRUTH[name.lower()]
+        match = None if codes else _WHOLE.fullmatch(name)
+        return match[1] if match else unicodedata.normalize("NFC", name)
+
+    return {name: key(name) for name in names}
 
 
-def fold(name: str) -> Hashable:
-    """Return a key that ignores letter case, spaces, "_" and "-", and leading zeros."""
-    number = number_of(name)
+def same_class(name: str, other: str) -> bool:
+    """Whether two names are spellings of one class, if no others say that they are codes."""
+    keys = class_keys((name, other))
+    return keys[name] == keys[other]
+
+
+def fold(name: str) -> str:
+    """Return a key that ignores letter case, spaces, "_" and "-", and leading zeros of whole
+    numbers."""
     text = unicodedata.normalize("NFKC", name).casefold()
-    return " ".join(re.split(r"[\s_-]+", text)).strip() if number is None else number
+    if text.strip().isdecimal():
+        return text.strip().lstrip("0") or "0"
+    if number_of(text) is not None:  # the sign and the fraction are more than spelling
+        return text.strip()
+    return " ".join(re.split(r"[\s_-]+", text)).strip()
 
 
 def sort_classes(names: Collection[N]) -> list[N]:
@@ -95,9 +120,9 @@ class Names:
     def __init__(self, values: Iterable[Any], what: str = "label"):
         counts = Counter(map(text_of, values))
         spellings: dict[Hashable, list[str]] = defaultdict(list)
-        for text in sorted(counts, key=lambda text: (-counts[text], text)):
-            if text not in MISSING:
-                spellings[class_key(text)].append(text)
+        keys = class_keys(counts.keys() - MISSING)
+        for text in sorted(keys, key=lambda text: (-counts[text], text)):
+            spellings[keys[text]].append(text)
         self._name = {text: texts[0] for texts in spellings.values() for text in texts}
         self.classes = sort_classes({texts[0] for texts in spellings.values()})
         self._number = {name: i for i, name in enumerate(self.classes)}
@@ -124,7 +149,7 @@ class Names:
             yield f"{_listed(merged)} are read as one {what}; write it in one way"
         alike: dict[Hashable, list[str]] = defaultdict(list)
         for name in self.classes:
-            alike[fold(name)].append(name)
+            alike[fold(re.sub(r"(?<=\d)\.0$", "", name))].append(name)
         if several := [names for names in alike.values() if len(names) > 1]:
             yield (
                 f"{_listed(several)} are different {what}s, though only letter case, spaces or "

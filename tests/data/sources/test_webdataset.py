@@ -111,7 +111,7 @@ def test_labels_that_are_whole_numbers_or_missing(label, number):
     assert whole_number(label) == number
 
 
-@pytest.mark.parametrize("label", [3.7, True, "3.7", "cat", [3], {"a": 1}, "1e-3"])
+@pytest.mark.parametrize("label", [3.7, True, "3.7", "cat", [3], {"a": 1}, "1e-3", "1,000", "1e3"])
 def test_labels_that_are_not_whole_numbers_are_refused(label):
     with pytest.raises(ValueError, match="is not a whole number"):
         whole_number(label)

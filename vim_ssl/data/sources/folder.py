@@ -3,7 +3,7 @@ read files."""
 
 import os
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from vim_ssl.data.labels import mask_folders, paired
 from vim_ssl.data.passed_over import add_warning
 from vim_ssl.data.registry import Splits, source
 from vim_ssl.data.spec import SPLIT_NAMES, DataSpec, canonical_split, pick_split
-from vim_ssl.data.values import fold, sort_classes
+from vim_ssl.data.values import class_keys, fold, sort_classes
 from vim_ssl.data.walk import find_images, match_files, pass_over_empty
 
 NAMED = 3  # number of examples in a warning
@@ -263,9 +263,9 @@ def _one_spelling(classes_of: dict[str, set[str]]) -> dict[str, str]:
     only in letter case, spaces or the like are one class, as spelled in the first split; two such
     folders of one split are two classes. Both cause a warning."""
     name_of = {name: name for held in classes_of.values() for name in sorted(held)}
-    alike: dict[Hashable, list[str]] = {}
-    for name in name_of:
-        alike.setdefault(fold(name), []).append(name)
+    alike: dict[str, list[str]] = {}
+    for name, key in class_keys(name_of.keys()).items():
+        alike.setdefault(fold(key), []).append(name)
     for names in alike.values():
         if len(names) < 2:
             continue

@@ -28,7 +28,7 @@ from vim_ssl.data.registry import Splits, source
 from vim_ssl.data.sources.folder import check_option
 from vim_ssl.data.sources.hub import by_split, name_bands, open_tables
 from vim_ssl.data.spec import DataSpec, pick_split
-from vim_ssl.data.values import name_of, number_labels, number_of, text_of
+from vim_ssl.data.values import name_of, number_labels, number_of, text_of, whole_number_of
 from vim_ssl.utils.names import did_you_mean
 
 REREAD = 8  # items of a torch data set that are read twice, to detect random transforms
@@ -335,5 +335,9 @@ def _in_classes(label: Any, number: Mapping[Any, int]) -> int:
 
 def _as_numbers(labels: Sequence[Any]) -> list[Any]:
     """Convert labels that are written as numbers, such as "1", to whole numbers."""
-    numbers = [number_of(label) if isinstance(label, str) else label for label in labels]
-    return [n if n is None or n != int(n) else int(n) for n in numbers]
+
+    def convert(label: Any) -> Any:
+        number = whole_number_of(label) if isinstance(label, str) else None
+        return label if number is None else number
+
+    return [convert(label) for label in labels]

@@ -36,7 +36,7 @@ from vim_ssl.data.open import warn_once
 from vim_ssl.data.passed_over import pass_over
 from vim_ssl.data.registry import source
 from vim_ssl.data.spec import DataSpec
-from vim_ssl.data.values import name_of, number_of
+from vim_ssl.data.values import name_of, whole_number_of
 from vim_ssl.data.walk import HIDDEN, is_hidden, list_files, match_paths
 from vim_ssl.utils.files import atomic_write, decode_text, user_cache
 
@@ -157,10 +157,10 @@ def whole_number(label: Any) -> int | None:
     name = repr(label) if isinstance(label, bool | list | dict) else name_of(label)
     if name is None:
         return None
-    number = number_of(name)
-    if number is None or number != int(number):
+    number = whole_number_of(name)
+    if number is None:
         raise ValueError(f"the label {label!r} is not a whole number")
-    return int(number)
+    return number
 
 
 def _text(files: Mapping[str, Content], extension: str) -> str:
