@@ -2,17 +2,20 @@
 
 import csv
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from vim_ssl.data.spec import near
+from vim_ssl.data.spec import SPLIT_NAMES, canonical_split, near
+from vim_ssl.data.values import name_of
 from vim_ssl.utils.files import encoding_of, reading
 
 TABLES = (".csv", ".tsv")
 DELIMITERS = "\t,;|"
+SPLIT_COLUMN = "split"
 # A line within a quoted field that is a row of its own: an unclosed quote has swallowed it.
 _SWALLOWED = re.compile(
     r"[\r\n][^\r\n]*\.(jpe?g|png|tiff?|bmp|gif|webp|dcm|nii|gz|mp4|avi|mov|svs)\"?\s*[\t,;|]",
@@ -73,6 +76,69 @@ class Table:
                 f"{self.source} has no column {' or '.join(known)}; it has {_names(self.header)}."
             )
         return values
+
+    def splits(self, kept: Sequence[int]) -> tuple[list[str], list[str]]:
+        """Return the split of each kept row, and remarks; see `read_splits`. Without a column of
+        splits the former is empty."""
+        values = self.column(None, (SPLIT_COLUMN,), "split")
+        if values is None:
+            return [], list(unread_splits(
+                (name, (row.fields[i] for row in self.rows)) for i, name in enumerate(self.header)
+            ))  # fmt: skip
+        lines = [f"line {self.rows[i].line}" for i in kept]
+        return read_splits([values[i] for i in kept], lines)
+
+
+def read_splits(values: Iterable[Any], rows: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the split of each row, "" without one, and remarks. Spellings of one split are one:
+    "Train" and "train", "val" and "valid".
+
+    Args:
+        values: the column of splits.
+        rows: what a message calls each row.
+    """
+    texts = [name_of(value) or "" for value in values]
+    spellings: dict[str, set[str]] = defaultdict(set)
+    for text in set(texts):
+        spellings[canonical_split(text.lower())].add(text)
+    name = {text: text if len(of) == 1 else canonical
+            for canonical, of in spellings.items() for text in of}  # fmt: skip
+    remarks = []
+    if lacking := texts.count(""):
+        bare = [row for row, text in zip(rows, texts, strict=True) if not text]
+        remarks.append(f"{lacking:,} rows name no split and are in none: {', '.join(bare[:3])}")
+    return [name[text] for text in texts], remarks
+
+
+def sort_splits(split_of: Iterable[str]) -> list[str]:
+    """Return the different names of splits but "": train, validation and test first."""
+    order = list(SPLIT_NAMES)
+
+    def position(name: str) -> tuple[int, str]:
+        split = canonical_split(name)
+        return (order.index(split) if split in order else len(order), name)
+
+    return sorted(set(split_of) - {""}, key=position)
+
+
+def unread_splits(columns: Iterable[tuple[str, Iterable[Any]]]) -> Iterator[str]:
+    """Describe the columns that are not named "split" but have only names of splits, several.
+
+    Args:
+        columns: name and values of each.
+    """
+    for column, values in columns:
+        splits: set[str] = set()
+        for name in filter(None, map(name_of, values)):
+            if canonical_split(name) not in SPLIT_NAMES:
+                break
+            splits.add(canonical_split(name))
+        else:
+            if len(splits) > 1:
+                yield (
+                    f"the column {column!r} seems to name splits, but all rows are read as one "
+                    f"split; rename it to {SPLIT_COLUMN!r} to use it"
+                )
 
 
 def read_rows(file: Path, source: str) -> tuple[list[str], Iterator[Row]]:

@@ -167,7 +167,7 @@ def test_spaces_within_quotes_between_tabs_belong_to_the_caption(tmp_path):
         ("path,words\na.png,dog\n", "?caption=word", ValueError, "Did you mean 'words'"),
         ("path,caption\n", "", ValueError, "has no image-caption pairs"),
         ("path,caption\nx/a.png,dog\n", "", FileNotFoundError, "none of the first images"),
-        ("path,caption\na.png,dog\n", "?split=val", ValueError, "has no splits"),
+        ("path,caption\na.png,dog\n", "?split=val", ValueError, "has no split 'val'"),
     ],
 )
 def test_a_table_that_does_not_fit_is_refused(tmp_path, text, options, error, says):

@@ -77,6 +77,72 @@ def test_a_table_that_is_not_utf_8_is_told_with_the_line(tmp_path):
         open_data(f"csv:{tmp_path}/t.csv")
 
 
+SPLIT_ROWS = [{"image": f"pics/{i}.png", "caption": f"photo {i}", "label": i % 2,
+               "split": ["train", "Train", "val", None][i]} for i in range(4)]  # fmt: skip
+
+
+def of_text(root, rows, scheme):
+    lines = [",".join("" if v is None else str(v) for v in row.values()) for row in rows]
+    return scheme + table(root, ",".join(rows[0]), *lines).removeprefix("csv")
+
+
+def of_arrow(root, rows):
+    import datasets
+
+    table(root, "path")
+    read = [{**row, "image": (root / row["image"]).read_bytes()} for row in rows]
+    (root / "h").mkdir()
+    datasets.Dataset.from_list(read).to_parquet(root / "h/t.parquet")
+    return root / "h"
+
+
+SPLIT_TABLES = {
+    "csv": lambda root, rows: of_text(root, rows, "csv"),
+    "pairs": lambda root, rows: of_text(root, rows, "pairs"),
+    "parquet": lambda root, rows: f"parquet:{of_arrow(root, rows)}/t.parquet?image=image",
+    "hf": lambda root, rows: f"hf:{of_arrow(root, rows)}?image=image",
+}
+
+
+@pytest.mark.parametrize("write", SPLIT_TABLES.values(), ids=SPLIT_TABLES)
+def test_a_column_of_splits_divides_every_kind_of_table(tmp_path, write):
+    spec = write(tmp_path, SPLIT_ROWS)
+    mark = "&" if "?" in spec else "?"
+    train = open_data(spec)
+    assert (train.splits, train.split, len(train)) == (["train", "val"], "train", 2)
+    assert [fault for fault in train.faults if "name no split" in fault]
+    val = open_data(f"{spec}{mark}split=val")
+    assert [val[i]["caption"] for i in range(len(val))] in (["photo 2"], [["photo 2"]])
+    assert len(open_data(f"{spec}{mark}split=all")) == 4
+
+
+@pytest.mark.parametrize("write", SPLIT_TABLES.values(), ids=SPLIT_TABLES)
+def test_a_column_that_seems_to_name_splits_is_reported_wherever_they_begin(tmp_path, write):
+    rows = [{"image": f"pics/{i}.png", "caption": "a", "label": 1,
+             "set": "train" if i < 1200 else "test"} for i in range(1203)]  # fmt: skip
+    (tmp_path / "pics").mkdir()
+    for i in range(len(rows)):
+        (tmp_path / f"pics/{i}.png").touch()
+    data = open_data(write(tmp_path, rows))
+    assert [fault for fault in data.faults if "'set' seems to name splits" in fault]
+
+
+def test_a_column_of_splits_that_differs_from_the_files_is_reported(tmp_path):
+    import datasets
+
+    table(tmp_path, "path")
+    for split, value in (("train", "train"), ("test", "val")):
+        row = {"image": png(0), "split": value}
+        datasets.Dataset.from_list([row]).to_parquet(tmp_path / f"h/{split}.parquet")
+    for scheme in ("parquet", "hf"):
+        data = open_data(f"{scheme}:{tmp_path}/h?image=image")
+        assert data.splits == ["train", "test"]
+        assert ["'split' is not used" in fault for fault in data.faults] == [True]
+    (tmp_path / "h/test.parquet").unlink()
+    stream = open_data(f"hf:{tmp_path}/h?image=image&streaming=true", streams=True)
+    assert ["'split' is not used in a stream" in fault for fault in stream.faults] == [True]
+
+
 # ------------------------------------------------------------------ as people write them
 
 

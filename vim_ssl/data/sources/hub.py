@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,17 @@ from vim_ssl.data.images import BadImage
 from vim_ssl.data.loading.streamed import ImageStream, Shard
 from vim_ssl.data.paths import find_path
 from vim_ssl.data.registry import Splits, source
+from vim_ssl.data.sources.folder import split_views
 from vim_ssl.data.sources.hub_labels import Parts, listed_classes, parquet_parts, read_labels
-from vim_ssl.data.spec import DataSpec, pick_split
-from vim_ssl.data.tables import find_column
+from vim_ssl.data.spec import DataSpec, canonical_split, pick_split
+from vim_ssl.data.tables import SPLIT_COLUMN, find_column, read_splits, sort_splits, unread_splits
 from vim_ssl.data.values import groups_or_ids
 from vim_ssl.utils.files import reading, writable
 
 _LABEL_NAMES = ("label", "labels", "fine_label")
 _CAPTION_NAMES = ("caption", "captions", "text")
 UNWRITABLE = (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EPERM)
+BATCH = 10_000  # values of a column read at once
 _NO_IMAGE = "the table has no image in this row"
 
 
@@ -94,8 +96,8 @@ def open_hub(spec: DataSpec) -> Splits:
     of lists of ClassLabel, which become rows of 0 and 1. Captions come from a column of strings or
     lists of strings named "caption", "captions" or "text". ``image= label= caption= group=`` select
     other columns. Any column of integers or strings can be the label; the classes are then its
-    sorted values in all splits. Class names of splits, and of files, are matched by name. The ids
-    are ``split/row``.
+    sorted values in all splits. Class names of splits, and of files, are matched by name. A column
+    named "split" divides a single table into splits. The ids are ``table/row``.
 
     Raises: FileNotFoundError for a missing local path; ConnectionError if the Hub cannot be
         reached; ValueError for an unknown or gated name, and for columns that do not fit.
@@ -115,7 +117,49 @@ def open_tables(tables: Mapping[str, Any], parts: Parts | None = None, root: str
     for name, of_split in (parts or {}).items():
         if name in tables and sum(rows for rows, _ in of_split) == len(tables[name]):
             local[name] = list(of_split)
-    return Splits(list(tables), lambda spec: _images_of(spec, tables, local, root))
+    split_of, remarks = _column_of_splits(tables)
+
+    def choose(spec: DataSpec) -> ImageData:
+        data = _images_of(replace(spec, split="all") if split_of else spec, tables, local, root)
+        data.faults = [*data.faults, *remarks]
+        if not split_of:
+            return data
+        data.splits = names
+        return split_views(data, split_of).open(spec)
+
+    names = sort_splits(split_of) if split_of else list(tables)
+    return Splits(names, choose)
+
+
+def _column_of_splits(tables: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Return the split of each row of a single table, and remarks, as for tables of text. Several
+    tables are splits themselves, so the former is empty."""
+    first = next(iter(tables.values()))
+    name = find_column(None, (SPLIT_COLUMN,), first.features, "split", "the table")
+    if len(tables) > 1:
+        differing = [
+            split
+            for split, table in tables.items()
+            if name in table.features
+            and set(map(canonical_split, _texts(table, name))) != {canonical_split(split)}
+        ]
+        return [], [
+            f"the column {name!r} is not used, because the tables are the splits "
+            f"{', '.join(tables)}; its values differ in {split}" for split in differing[:1]
+        ]  # fmt: skip
+    if name is None:
+        return [], list(unread_splits((name, _texts(first, name)) for name in first.features
+                                      if _is_text(first.features[name]) or
+                                      getattr(first.features[name], "names", None)))  # fmt: skip
+    return read_splits(_texts(first, name), [f"row {row}" for row in range(len(first))])
+
+
+def _texts(table: Any, name: str) -> Iterator[Any]:
+    """Yield the values of a column; of one of classes, their names."""
+    column, names = table.select_columns([name]), getattr(table.features[name], "names", None)
+    for start in range(0, len(column), BATCH):
+        for value in column[start : start + BATCH][name]:
+            yield names[value] if names and value is not None and value >= 0 else value
 
 
 def _images_of(spec: DataSpec, tables: Mapping[str, Any], parts: Parts, root: str) -> ImageData:
@@ -271,6 +315,9 @@ def stream_hub(spec: DataSpec) -> ImageStream:
         for name in files[s]:
             begins[name] = (s, row)
             row += footers[name].num_rows
+    name = find_column(None, (SPLIT_COLUMN,), features, "split", source)
+    if name and len(files) == 1:
+        faults = [*faults, f"the column {name!r} is not used in a stream, which reads all rows"]
     caption = _caption_column(spec.caption, features, source)
     shards = [Shard(name, f.num_rows, str(f.serialized_size)) for name, f in footers.items()]
     return ImageStream(

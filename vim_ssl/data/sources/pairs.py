@@ -1,7 +1,7 @@
 """``pairs:``: images with captions, as files side by side in a folder or as rows of a table."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -10,9 +10,19 @@ from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import BadImage
 from vim_ssl.data.paths import TablePaths
 from vim_ssl.data.registry import Splits, source
-from vim_ssl.data.sources.folder import FileImages, split_folders
+from vim_ssl.data.sources.folder import FileImages, split_folders, split_views
 from vim_ssl.data.spec import DataSpec, pick_split
-from vim_ssl.data.tables import TABLES, find_column, is_text, read_rows
+from vim_ssl.data.tables import (
+    SPLIT_COLUMN,
+    TABLES,
+    Row,
+    find_column,
+    is_text,
+    read_rows,
+    read_splits,
+    sort_splits,
+    unread_splits,
+)
 from vim_ssl.data.values import name_of
 from vim_ssl.data.walk import find_images
 from vim_ssl.utils.files import read_text
@@ -65,7 +75,7 @@ def open_pairs(spec: DataSpec) -> ImageData | Splits:
       contains one caption per line. Folders named train, val and test are splits, as in any folder.
     - A table with a header (.csv or .tsv): each row has an image's path, relative to the table's
       folder, and a caption; ``image=`` and ``caption=`` name their columns. Rows with the same
-      path are captions of one image.
+      path are captions of one image. A column named "split" has the split of each image.
 
     Skipped are: images without a text file, and rows that are too long or too short, have no path
     or caption, or are not UTF-8; ``faults`` names them. An empty text file is reported when read.
@@ -102,24 +112,27 @@ def open_pairs(spec: DataSpec) -> ImageData | Splits:
     return Splits(splits, choose)
 
 
-def _open_table(spec: DataSpec) -> ImageData:
+def _open_table(spec: DataSpec) -> Splits:
     spec.takes("image", "caption")
     source = f"pairs:{spec.location}"
-    if spec.split not in (None, "all"):
-        raise ValueError(f"{source} has no splits; put {spec.split!r} into a separate table.")
     path = Path(spec.location).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"{source}: the table does not exist.")
     captions: dict[str, list[str]] = {}
     line_of: dict[str, int] = {}
+    split_of: dict[str, str] = {}
     faults = []
     digest = blake2b(digest_size=8)
-    for line, name, caption, fault in _pairs(path, spec, source):
+    header, rows = read_rows(path, source)
+    for line, name, caption, split, fault in _pairs(header, rows, spec, source):
+        if not fault and split_of.get(name, split) != split:
+            fault = f"{name} is in the splits {split_of[name]!r} and {split!r}; the first is used"
         if fault:
             faults.append(f"{path.name}, line {line}: {fault}")
             continue
         captions.setdefault(name, []).append(caption)
         line_of.setdefault(name, line)
+        split_of.setdefault(name, split)
         digest.update(f"{name}\0{caption}\n".encode(errors="surrogateescape"))
     if not captions:
         raise ValueError(f"{source} has no image-caption pairs. {' '.join(faults[:3])}".strip())
@@ -134,15 +147,33 @@ def _open_table(spec: DataSpec) -> ImageData:
             f"{source}: none of the first images exists, for example {images[0]}; paths are "
             "relative to the table's folder."
         )
-    return ImageData(
+    splits, remarks = _splits(path, source, header, split_of, captions)
+    data = ImageData(
         images, list(captions), name=str(spec), captions=list(captions.values()),
-        source_fingerprint=digest.hexdigest(), faults=[*faults, *files.faults],
+        source_fingerprint=digest.hexdigest(), faults=[*faults, *files.faults, *remarks],
+        splits=sort_splits(splits),
     )  # fmt: skip
+    return split_views(data, splits)
 
 
-def _pairs(path: Path, spec: DataSpec, source: str) -> Iterator[tuple[int, str, str, str]]:
-    """Yield line number, image path, caption and fault ("" if none) of every row."""
-    header, rows = read_rows(path, source)
+def _splits(
+    path: Path, source: str, header: list[str], split_of: dict[str, str], names: Iterable[str]
+) -> tuple[list[str], list[str]]:
+    """Return the splits of images, and remarks, as for ``csv:``."""
+    if find_column(None, (SPLIT_COLUMN,), header, "split", source):
+        return read_splits([split_of[name] for name in names], list(names))
+
+    def column(position: int) -> Iterator[str]:
+        rows = read_rows(path, source)[1]
+        return (row.fields[position] for row in rows if not row.fault)
+
+    return [], list(unread_splits((name, column(i)) for i, name in enumerate(header)))
+
+
+def _pairs(
+    header: list[str], rows: Iterable[Row], spec: DataSpec, source: str
+) -> Iterator[tuple[int, str, str, str, str]]:
+    """Yield line number, image path, caption, split and fault ("" if none) of every row."""
     columns = []
     for option, known in (("image", IMAGE_COLUMNS), ("caption", CAPTION_COLUMNS)):
         name = find_column(getattr(spec, option), known, header, option, source)
@@ -152,13 +183,15 @@ def _pairs(path: Path, spec: DataSpec, source: str) -> Iterator[tuple[int, str, 
                 f"{', '.join(header) or 'empty'}; select one with ?{option}=COLUMN."
             )
         columns.append(header.index(name))
+    divided = find_column(None, (SPLIT_COLUMN,), header, "split", source)
     for row in rows:
-        name = caption = ""
+        name = caption = split = ""
         fault = row.fault
         if not fault:
             name, caption = (row.fields[column] for column in columns)
+            split = row.fields[header.index(divided)] if divided else ""
             fault = _fault(name, caption)
-        yield row.line, name, caption, fault
+        yield row.line, name, caption, split, fault
 
 
 def _fault(name: str, caption: str) -> str:

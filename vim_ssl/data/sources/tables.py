@@ -1,8 +1,7 @@
 """Local tables: ``csv:`` files list image paths, ``parquet:`` files contain images or paths."""
 
 import os
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from vim_ssl.data.sources.hub import open_tables, tables_cache
 from vim_ssl.data.sources.hub_labels import parquet_parts, united_features
 from vim_ssl.data.sources.webdataset import expand
 from vim_ssl.data.spec import SPLIT_NAMES, DataSpec, canonical_split
-from vim_ssl.data.tables import Table, load_table
+from vim_ssl.data.tables import load_table, sort_splits
 from vim_ssl.data.values import groups_or_ids, name_of, number_labels
 
 PATH_NAMES = (
@@ -22,8 +21,6 @@ PATH_NAMES = (
 )  # fmt: skip
 LABEL_NAMES = ("label", "class", "target")
 CAPTION_NAMES = ("caption", "text")
-SPLIT_COLUMN = "split"
-PROBED = 1000  # rows in which a column of splits is recognised
 
 
 @source("csv", options=("image", "label", "caption", "group"))
@@ -92,10 +89,10 @@ def read_table(
         groups, remarks = groups_or_ids(names, ids)
         faults += remarks
     captions = chosen(column("caption", CAPTION_NAMES, one_line=False))
-    split_of, remarks = _splits(table, kept)
+    split_of, remarks = table.splits(kept)
     data = data_class(
         files(str(file.parent), located.paths), ids, name=str(spec), labels=labels, classes=classes,
-        groups=groups, captions=captions, splits=sorted(set(split_of) - {""}, key=_split_order),
+        groups=groups, captions=captions, splits=sort_splits(split_of),
         faults=[*located.faults, *faults, *remarks],
     )  # fmt: skip
     return split_views(data, split_of)
@@ -114,45 +111,13 @@ def _refuse_copies(
             )
 
 
-def _splits(table: Table, kept: Sequence[int]) -> tuple[list[str], list[str]]:
-    """Return the split of each row, "" without one, and remarks. Spellings of one split are one:
-    "Train" and "train", "val" and "valid"."""
-    values = table.column(None, (SPLIT_COLUMN,), "split")
-    if values is None:
-        return [], list(_unread_splits(table))
-    texts = [name_of(values[i]) or "" for i in kept]
-    spellings: dict[str, set[str]] = defaultdict(set)
-    for text in set(texts):
-        spellings[canonical_split(text.lower())].add(text)
-    name = {text: text if len(of) == 1 else canonical
-            for canonical, of in spellings.items() for text in of}  # fmt: skip
-    remarks = []
-    if lacking := texts.count(""):
-        lines = [str(table.rows[i].line) for i, text in zip(kept, texts, strict=True) if not text]
-        remarks.append(
-            f"{lacking:,} rows name no split and are in none: line {', '.join(lines[:3])}"
-        )
-    return [name[text] for text in texts], remarks
-
-
-def _unread_splits(table: Table) -> Iterator[str]:
-    """Tell of columns that are not named "split" but have nothing but names of splits."""
-    for position, name in enumerate(table.header):
-        splits = {row.fields[position] for row in table.rows[:PROBED]}
-        if len(splits) > 1 and all(canonical_split(split) in SPLIT_NAMES for split in splits):
-            yield (
-                f"the column {name!r} seems to name splits, but all rows are read as one split; "
-                f"rename it to {SPLIT_COLUMN!r} to use it"
-            )
-
-
 @source("parquet", options=("image", "label", "caption", "group"))
 def open_parquet(spec: DataSpec) -> Splits:
     """Open ``parquet:FILES``: a file, a folder of files, a glob or a brace range.
 
     The image column contains bytes, Hugging Face's ``{bytes, path}``, or paths relative to the
     first file's folder. Files are splits if all are named ``train…``, ``val…`` or ``test…``.
-    Columns and ids are as for ``hf:``.
+    Columns, of splits too, and ids are as for ``hf:``.
 
     Raises: see `open_hub`.
     """
@@ -170,9 +135,3 @@ def open_parquet(spec: DataSpec) -> Splits:
         features = united_features(parts)
         tables = datasets.load_dataset("parquet", data_files=files, features=features)
     return open_tables(tables, parts, root=str(Path(names[0]).parent))
-
-
-def _split_order(name: str) -> tuple[int, str]:
-    order = list(SPLIT_NAMES)
-    split = canonical_split(name)
-    return (order.index(split) if split in order else len(order), name)
