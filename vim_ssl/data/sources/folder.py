@@ -10,6 +10,7 @@ from typing import Any
 
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.labels import mask_folders, paired
+from vim_ssl.data.layouts import warn_of_layout
 from vim_ssl.data.passed_over import add_warning
 from vim_ssl.data.registry import Splits, source
 from vim_ssl.data.spec import SPLIT_NAMES, DataSpec, canonical_split, pick_split
@@ -235,8 +236,10 @@ def by_split(names: list[str]) -> dict[str, list[str]]:
 
 def split_folders(names: list[str]) -> list[str]:
     """Return the split folders, train first; [] if the folders are not splits. Warns of files and
-    folders that keep others from being splits, and of two folders for one split."""
+    folders that keep others from being splits, of two folders for one split, and as
+    `warn_of_layout`."""
     splits = [name for name in by_split(names) if name]
+    warn_of_layout(names, splits)
     if splits:
         same = Counter(map(canonical_split, splits))
         if twice := [name for name in splits if same[canonical_split(name)] > 1]:
