@@ -14,9 +14,19 @@ import numpy as np
 
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import BadImage
-from vim_ssl.data.outlines import clipped, mask_tools, outline_box, read_outline, to_rle, whole
+from vim_ssl.data.outlines import (
+    MISFITS,
+    clipped,
+    mask_tools,
+    misfit,
+    outline_box,
+    read_outline,
+    to_rle,
+    whole,
+)
 
 EXAMPLES = 5  # maximum number of names in a message
+ENCODED = 1000  # run-length encodings that are compared to their boxes; decoding them is slow
 BEYOND = 2.0  # pixels by which a box may reach beyond its image because of rounding
 
 
@@ -126,7 +136,7 @@ def read_table(content: Any, name: str) -> Table:
     categories.sort(key=lambda category: category["id"])
     usable, faults = _usable(lists["annotations"], images, [x["id"] for x in categories], name)
     single = [[a for a in row if not a.get("iscrowd")] for row in usable]
-    faults += _strange_boxes(usable, images, name)
+    faults += _strange_boxes(usable, images, name) or _strange_outlines(usable, images, name)
     faults += _repeated(usable, categories, name)
     faults += _supercategories(lists["categories"], usable, name)
     return Table(
@@ -249,6 +259,25 @@ def _strange_boxes(usable: list[list[dict]], images: list[dict], name: str) -> l
             "them."
         ]
     return []
+
+
+def _strange_outlines(usable: list[list[dict]], images: list[dict], name: str) -> list[str]:
+    """Describe outlines that do not fit their boxes: all polygons, and `ENCODED` RLEs."""
+    rows = zip(images, usable, strict=True)
+    pairs = [(a, image) for image, row in rows for a in row if a["segmentation"] is not None]
+    encoded = [pair for pair in pairs if isinstance(pair[0]["segmentation"], dict)]
+    few = [encoded[i] for i in range(0, len(encoded), len(encoded) // ENCODED + 1)]
+    ids: dict[str, list] = {}
+    for annotation, image in [p for p in pairs if isinstance(p[0]["segmentation"], list)] + few:
+        sides = image["height"], image["width"]
+        if kind := misfit(annotation["segmentation"], annotation["bbox"], *sides):
+            ids.setdefault(kind, []).append(annotation.get("id"))
+    compared = len(pairs) - len(encoded) + len(few)
+    return [
+        f"{len(ids[kind]):,} of {compared:,} {MISFITS[kind].format(name)}: ids {some(ids[kind])}."
+        for kind in MISFITS
+        if kind in ids
+    ]
 
 
 def _repeated(usable: list[list[dict]], categories: list[dict], name: str) -> list[str]:

@@ -1,11 +1,15 @@
 """Outlines of objects: polygons and run-length encodings (RLE) as in COCO's format."""
 
 import math
+from operator import mul
 from typing import Any
 
 import numpy as np
 
 from vim_ssl.utils.optional import require
+
+NEAR = 2.0  # pixels by which an outline may miss its box because of rounding
+TINY = 0.01  # an outline that extends over less of its box's area is not its
 
 
 def mask_tools() -> Any:
@@ -82,6 +86,65 @@ def outline_box(outline: list | dict | None, height: int, width: int) -> list[fl
         return None
     low, high = points.clip(0, [width, height]).min(0), points.clip(0, [width, height]).max(0)
     return [*low.tolist(), *(high - low).tolist()]
+
+
+# What an outline may have to do with its box -> a description.
+MISFITS = {
+    "size": "outlines in {} are RLEs of another size than their image, [height, width] in pixels",
+    "fractions": (
+        "outlines in {} lie within 0 to 1, as fractions of the image; COCO's are in pixels. "
+        "Multiply them by the size of their image"
+    ),
+    "empty": "outlines in {} contain no pixel of their image",
+    "apart": "outlines in {} do not overlap their box",
+    "small": f"outlines in {{}} extend over less than {TINY:.0%} of their box",
+}
+
+
+def misfit(outline: list | dict, box: list[float], height: int, width: int) -> str:
+    """Return the key in `MISFITS` of an outline that cannot be that of the box (left, top, width,
+    height); "" for one that can, and for one that is refused when it is read."""
+    if isinstance(outline, dict) and outline.get("size") != [height, width]:
+        return "size"
+    edges = clipped(box, width, height)
+    try:
+        extent, area = _extent(outline, height, width)
+        if edges is None or not all(map(math.isfinite, (*extent, area))):
+            return ""
+        left, top, right, bottom = extent
+        wide, high = edges[2] - edges[0], edges[3] - edges[1]
+        within_1 = isinstance(outline, list) and 0 <= min(left, top) <= max(right, bottom) <= 1
+        if within_1 and max(wide, high) > 2:
+            return "fractions"
+        outside = min(right, bottom) <= 0 or left >= width or top >= height
+        if outside or (area < 1 and not mask_tools().area(to_rle(outline, height, width))):
+            return "empty"
+    except (TypeError, ValueError, OverflowError, ImportError):
+        return ""
+    across = min(right, edges[2]) - max(left, edges[0])
+    down = min(bottom, edges[3]) - max(top, edges[1])
+    if min(across, down) < -NEAR:
+        return "apart"
+    return "small" if (right - left) * (bottom - top) < TINY * wide * high else ""
+
+
+def _extent(
+    outline: list | dict, height: int, width: int
+) -> tuple[tuple[float, float, float, float], float]:
+    """Return left, top, right and bottom of an outline, not clipped, and about its area."""
+    if isinstance(outline, dict):
+        rle = to_rle(outline, height, width)
+        left, top, wide, high = mask_tools().toBbox(rle).tolist()
+        return (left, top, left + wide, top + high), float(mask_tools().area(rle))
+    xs = [x for polygon in outline for x in polygon[::2]]
+    ys = [y for polygon in outline for y in polygon[1::2]]
+    # Without numpy, which is slow for lists as short as these.
+    area = sum(abs(_twice_area(p[::2], p[1::2])) for p in outline) / 2
+    return (min(xs), min(ys), max(xs), max(ys)), area
+
+
+def _twice_area(xs: list[float], ys: list[float]) -> float:
+    return sum(map(mul, xs, [*ys[1:], ys[0]])) - sum(map(mul, ys, [*xs[1:], xs[0]]))
 
 
 def _points(polygons: list) -> list[np.ndarray]:

@@ -324,6 +324,42 @@ def test_boxes_in_another_convention_are_told(tmp_path, boxes, words):
     assert [words in fault for fault in data.faults] == ([True] if words else [])
 
 
+def far(left: float, top: float, side: float) -> list[list[float]]:
+    return [[left, top, left + side, top, left + side, top + side, left, top + side]]
+
+
+@pytest.mark.parametrize(
+    ("outline", "words"),
+    [
+        (far(0.1, 0.1, 0.2), "lie within 0 to 1, as fractions of the image"),
+        (far(9, 1, 3), "do not overlap their box"),
+        ([[2, 1, 6, 5, 6, 5]], "contain no pixel"),
+        (far(20, 20, 5), "contain no pixel"),
+        (far(3, 3, 0.3), "contain no pixel"),
+        ({"size": [WIDTH, HEIGHT], "counts": [9, 9, 78]}, "of another size"),
+        ({"size": [HEIGHT, WIDTH], "counts": [80, 16]}, "do not overlap their box"),
+        ({"size": [HEIGHT, WIDTH], "counts": [96]}, "contain no pixel"),
+        (far(2, 1, 4), ""),
+        (far(4, 3, 2), ""),
+        ({"size": [HEIGHT, WIDTH], "counts": counts(truth())}, ""),
+    ],
+)
+@pytest.mark.parametrize("crowd", [0, 1])
+def test_an_outline_that_is_not_that_of_its_box_is_a_fault(tmp_path, outline, words, crowd):
+    fits = thing(1, 1)
+    other = thing(62, 1, segmentation=outline, iscrowd=crowd)
+    data = open_data(put(tmp_path, content([image_entry(1)], [fits, other])))
+    assert [words in fault and "ids 62." in fault for fault in data.faults] == [True] * bool(words)
+
+
+def test_an_outline_that_covers_almost_none_of_its_box_is_a_fault(tmp_path):
+    image = image_entry(1, width=400, height=400)
+    boxes = [thing(i, 1, bbox=[10, 10, 200, 200], segmentation=far(50, 50, side))
+             for i, side in enumerate((15, 40))]  # fmt: skip
+    (fault,) = open_data(put(tmp_path, content([image], boxes))).faults
+    assert fault == "1 of 2 outlines in train.json extend over less than 1% of their box: ids 0."
+
+
 # ------------------------------------------------------------------------- layouts and names
 
 
