@@ -140,7 +140,8 @@ def test_without_the_cache_nothing_is_written_or_read(images, cache, capsys):
     (file,) = cache.rglob("*.safetensors")
     file.write_bytes(b"broken")
     assert torch.equal(encode_data(encoder, data, cache=False).x, kept.x)
-    with pytest.raises(ValueError, match=r"cannot be read as cached features .* delete it, or use --no-cache"):
+    damaged = r"cannot be read as cached features .* delete it, or use --no-cache"
+    with pytest.raises(ValueError, match=damaged):
         encode_data(encoder, data)
 
 

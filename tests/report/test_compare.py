@@ -85,20 +85,74 @@ def test_groups_of_the_images_widen_the_interval(tmp_path: Path):
     assert widths[1] > 1.5 * widths[0]
 
 
-@pytest.mark.parametrize("what", ["other-images", "other-number", "no-file", "cut-off"])
+@pytest.mark.parametrize("what", ["no-file", "cut-off"])
 def test_without_the_same_images_no_interval_is_claimed(tmp_path: Path, what: str):
     first, other = make_run(tmp_path / "a", WORSE), make_run(tmp_path / "b")
-    add_probe(other / "linear_probe", BETTER, first=1 if what == "other-images" else 0)
+    add_probe(other / "linear_probe", BETTER)
     path = other / "linear_probe" / "predictions.csv"
-    lines = path.read_text().splitlines(keepends=True)
     if what == "no-file":
         path.unlink()
-    elif what == "other-number":
-        path.write_text("".join(lines[:-1]))
     elif what == "cut-off":
         path.write_text("id,la")
     page = text(compare_runs([first, other]))
     assert "+25.0 no interval: the predictions are absent, or for other test images" in page
+
+
+def amend(folder: Path, **more):
+    """Add entries to the metrics.json of an evaluation."""
+    path = folder / "metrics.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | more))
+
+
+@pytest.mark.parametrize("what", ["ids", "number of ids", "fingerprint", "n"])
+def test_results_on_other_test_images_are_not_subtracted(tmp_path: Path, what: str):
+    runs = [make_run(tmp_path / "a", WORSE), make_run(tmp_path / "b")]
+    probes = [run / "linear_probe" for run in runs]
+    right = BETTER[:-4] if what == "number of ids" else BETTER
+    add_probe(probes[1], right, first=1 if what == "ids" else 0)
+    for folder, digest, n in zip(probes, "12", (200, 199), strict=True):
+        if what == "fingerprint":
+            amend(folder, fingerprints={"test": digest})
+        elif what == "n":
+            amend(folder, n=n)
+            (folder / "predictions.csv").unlink()
+    page = text(compare_runs(runs))
+    assert "+25.0" not in page
+    assert "folder:pets · test images 1 of 2" in page
+    assert "b – evaluated on other test images" in page
+    assert re.search(r"b 75\.\d % 1.0 – 99.0 the first run was evaluated on other test", page)
+
+
+def test_two_evaluations_of_one_spec_are_both_compared(tmp_path: Path):
+    """The folder had other images later: linear_probe-2 is not a repetition."""
+    runs = []
+    for name, offset in (("a", 0), ("b", 25)):
+        runs.append(make_run(tmp_path / name))
+        for folder, right in (("linear_probe", WORSE[: 100 + offset]), ("linear_probe-2", BETTER)):
+            add_probe(runs[-1] / folder, right)
+            amend(runs[-1] / folder, fingerprints={"test": f"{folder} {offset}"})
+    for run in runs:
+        amend(run / "linear_probe-2", fingerprints={"test": "same"})
+    page = text(compare_runs(runs))
+    assert "test images 2 of 3" in page
+    assert page.count("paired on 200 images: no measurable difference") == 1
+
+
+def test_a_difference_is_in_the_metric_of_its_heading(tmp_path: Path):
+    """predictions.csv of several labels gives exact matches, and of AUC nothing."""
+    runs = [make_run(tmp_path / "a", WORSE), make_run(tmp_path / "b", BETTER)]
+    for run, precision, auc in zip(runs, (61.0, 64.5), (0.912, 0.934), strict=True):
+        row = {"features": "pretrained encoder", "logistic": precision, "knn": precision + 1}
+        amend(run / "linear_probe", figure="mAP", rows=[row])
+        (run / "metrics.json").write_text(json.dumps({"data": "d", "top1": precision, "auc": auc}))
+        lines = (run / "linear_probe" / "predictions.csv").read_text()
+        (run / "predictions.csv").write_text(lines)
+    page = text(compare_runs(runs))
+    assert "Linear probe, mean average precision folder:pets" in page
+    assert "64.5 % +3.5 no interval: not paired" in page
+    assert "0.934 +0.022 no interval: not paired" in page
+    assert "64.5 % +3.5 no interval: predictions.csv does not give these values" in page
+    assert "+25.0" not in page
 
 
 def test_only_settings_that_differ_are_listed(tmp_path: Path):

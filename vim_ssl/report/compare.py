@@ -28,6 +28,8 @@ from vim_ssl.utils.files import atomic_write
 NOT_COMPARED = ("output", "resume")  # settings that always differ
 PLANNED = ("effective_batch", "peak_lr", "epoch_steps", "processes")  # of a run's plan
 ABSENT = "–"
+OTHERS = "evaluated on other test images"
+ROUNDING = 0.02  # of the difference of two metrics of metrics.json, in points
 
 
 @dataclass
@@ -108,76 +110,130 @@ def _row(run: Record) -> dict[str, Any]:
 
 
 def _results(runs: list[Record]) -> Iterator[Result]:
-    """Yield every metric that at least one run has, on the same data."""
+    """Yield every metric that at least one run has, on the same test images."""
     measured = [_measured(run) for run in runs]
     for title, data in dict.fromkeys(key for one in measured for key in one):
-        result = Result(title, data)
-        first = measured[0].get((title, data))
-        for run, one in zip(runs, measured, strict=True):
-            metric = one.get((title, data))
-            if metric is None:
-                result.rows.append((run.name, Score(), Score(""), "not evaluated"))
-                continue
-            value = score(metric.metrics, metric.key, metric.unit)
-            difference, remark = Score(""), "reference"
-            if run is not runs[0]:
-                difference, remark = _difference(first, metric)
-            if metric.evaluation.stale:
-                remark += f"; {EARLIER[0].lower()}{EARLIER[1:]}"
-            result.rows.append((run.name, value, difference, remark))
-        yield result
+        several = _by_images([one.get((title, data), []) for one in measured])
+        for number, metrics in enumerate(several, 1):
+            part = f" · test images {number} of {len(several)}" if len(several) > 1 else ""
+            result = Result(title, data + part)
+            for i, run in enumerate(runs):
+                if metric := metrics.get(i):
+                    result.rows.append((run.name, *_row_of(metric, metrics.get(0), several)))
+                else:
+                    absent = "not evaluated" if not any(i in one for one in several) else OTHERS
+                    result.rows.append((run.name, Score(), Score(""), absent))
+            yield result
 
 
-def _measured(run: Record) -> dict[tuple[str, str], _Measured]:
-    """(title, data) → metric: the main one of a task, of each probe and of zero-shot."""
-    measured: dict[tuple[str, str], _Measured] = {}
+def _row_of(
+    metric: _Measured, first: _Measured | None, several: list[dict[int, _Measured]]
+) -> tuple[Score, Score, str]:
+    """Return the value of a metric, its difference to the ``first`` run, and a remark."""
+    difference, remark = Score(""), "reference"
+    if first is None:
+        evaluated = any(0 in one for one in several)
+        remark = f"the first run was {OTHERS if evaluated else 'not evaluated'}"
+    elif metric is not first:
+        difference, remark = _difference(first, metric)
+    if metric.evaluation.stale:
+        remark += f"; {EARLIER[0].lower()}{EARLIER[1:]}"
+    return score(metric.metrics, metric.key, metric.unit), difference, remark
+
+
+def _by_images(measured: Sequence[Sequence[_Measured]]) -> list[dict[int, _Measured]]:
+    """Group the metrics of all runs by their test images: number of the run → metric. Of several
+    metrics of one run on the same images, the last counts."""
+    several: list[dict[int, _Measured]] = []
+    for number, metrics in enumerate(measured):
+        for metric in metrics:
+            for known in several:
+                if _same_images(next(iter(known.values())).evaluation, metric.evaluation):
+                    known[number] = metric
+                    break
+            else:
+                several.append({number: metric})
+    return several
+
+
+def _same_images(one: Evaluation, other: Evaluation) -> bool:
+    """False if two evaluations recorded other test images: by their fingerprint, their ids or, in
+    earlier versions, their number alone."""
+    for recorded in (_fingerprint, _ids, _count):
+        known, now = recorded(one), recorded(other)
+        if known and now and known != now:
+            return False
+    return True
+
+
+def _fingerprint(evaluation: Evaluation) -> str:
+    known = evaluation.metrics.get("fingerprints")
+    return str(known.get("test") or "") if isinstance(known, dict) else ""
+
+
+def _ids(evaluation: Evaluation) -> list[str]:
+    return sorted(row["id"] for row in evaluation.predictions if "id" in row)
+
+
+def _count(evaluation: Evaluation) -> float:
+    count = evaluation.metrics.get("n", evaluation.metrics.get("test"))
+    return count if is_number(count) else 0
+
+
+def _measured(run: Record) -> dict[tuple[str, str], list[_Measured]]:
+    """(title, data) → metrics: the main one of a task, of each probe and of zero-shot."""
+    measured: dict[tuple[str, str], list[_Measured]] = {}
+
+    def add(title: str, values: dict, key: str, unit: str, evaluation: Evaluation) -> None:
+        data = str(evaluation.metrics.get("data", ""))
+        metric = _Measured(values, key, unit, evaluation)
+        measured.setdefault((title, data), []).append(metric)
+
     for title, metrics, key, unit in main_results(run.result.metrics):
-        data = str(run.result.metrics.get("data", ""))
-        measured[title, data] = _Measured(metrics, key, unit, run.result)
+        add(title, metrics, key, unit, run.result)
     for probe in run.probes:
         for row in probe_rows(probe)[:1]:
-            data = str(probe.metrics.get("data", ""))
             metric = probe_metric(probe.metrics).lower()
             for key, title in (("logistic", "Linear probe"), ("knn", "kNN")):
                 if is_number(row.get(key)):
-                    measured[f"{title}, {metric}", data] = _Measured(row, key, " %", probe)
+                    add(f"{title}, {metric}", row, key, " %", probe)
     for search in run.zero_shot:
         for part in ("classification", "retrieval"):
             values = search.metrics.get(part)
             for key, title in (("top1", "Zero-shot top-1 accuracy"),
                                ("image_to_text_r1", "Captions of an image, R@1")):  # fmt: skip
                 if isinstance(values, dict) and is_number(values.get(key)):
-                    data = str(search.metrics.get("data", ""))
-                    measured[title, data] = _Measured(values, key, " %", search)
+                    add(title, values, key, " %", search)
     return measured
 
 
-def _difference(first: _Measured | None, other: _Measured) -> tuple[Score, str]:
-    """Return the difference to the first run in points, with the interval if it can be paired, and
-    a remark on the images."""
-    if first is None:
-        return Score(""), "the first run was not evaluated"
+def _difference(first: _Measured, other: _Measured) -> tuple[Score, str]:
+    """Return the difference to the first run in the metric of both, in points or its unit, with the
+    interval if it can be paired, and a remark on the images."""
     points = other.metrics[other.key] - first.metrics[first.key]
-    plain = Score(_signed(points))
-    if other.key not in ("top1", "logistic"):  # predictions.csv has labels, nothing else
+    plain = Score(_signed(points, other.unit))
+    # predictions.csv has labels, nothing else: it gives the accuracy of single labels only.
+    if other.key not in ("top1", "logistic") or other.evaluation.metrics.get("figure") == "mAP":
         return plain, "no interval: not paired"
     pairs = _paired(first.evaluation.predictions, other.evaluation.predictions)
     if pairs is None:
         return plain, "no interval: the predictions are absent, or for other test images"
     ours, theirs, groups = pairs
     gain: Metric = ours - theirs
+    if abs(gain.value - points) > ROUNDING:  # of another classifier, or of an earlier result
+        return plain, "no interval: predictions.csv does not give these values"
     bounds, reason = gain.estimate(groups)
     if bounds is None:
-        return Score(_signed(gain.value)), f"no interval: {reason}"
+        return plain, f"no interval: {reason}"
     low, high = bounds
     verdict = "no measurable difference" if low <= 0 <= high else "the interval excludes 0"
-    return Score(_signed(gain.value), f"{_signed(low)} to {_signed(high)}"), (
+    return Score(plain.text, f"{_signed(low)} to {_signed(high)}"), (
         f"paired on {gain.n:,} images: {verdict}"
     )
 
 
-def _signed(points: float) -> str:
-    return f"{points:+.1f}".replace("-", "−")
+def _signed(points: float, unit: str = " %") -> str:
+    return f"{points:+{'.1f' if unit else '.3f'}}".replace("-", "−")  # no unit: from 0 to 1
 
 
 def _paired(first: list[dict], other: list[dict]) -> tuple[Metric, Metric, list[str] | None] | None:
