@@ -125,7 +125,11 @@ def run(config: Config) -> dict[str, Any]:
     train, test = boxed_splits(config.data, config.test, config.seed, trainings)
     check_objects(test)
     if not config.empty:
-        train = train.subset(i for i in range(len(train)) if train.box_count(i))
+        filled = [i for i in range(len(train)) if train.box_count(i)]
+        if empty := len(train) - len(filled):
+            print(f"{empty:,} of {len(train):,} training images have no box and are left out; "
+                  "--empty trains on them too.", flush=True)  # fmt: skip
+        train = train.subset(filled)
     if not len(train):
         raise ValueError(f"no image of {train.name} contains an object; there is nothing to learn.")
     torch.manual_seed(config.seed)

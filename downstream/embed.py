@@ -110,7 +110,10 @@ def write_embeddings(config: Config, held: ExitStack) -> dict:
         missing = [
             s for s in shards if not (folder / "shards" / f"{s.name}.{config.format}").exists()
         ]
-        print(f"Encoder {source} · {data.name}: {len(data):,} images in {len(shards):,} files, "
+        others = ", ".join(split for split in data.splits if split != data.split)
+        part = f" of the split {data.split} (?split=all adds {others})"
+        print(f"Encoder {source} · {data.name}: {len(data):,} images"
+              f"{part * bool(others and data.split != 'all')}, {len(shards):,} files, "
               f"{len(shards) - len(missing):,} already done", flush=True)  # fmt: skip
     missing = processes.broadcast(missing)
     began = time.perf_counter()

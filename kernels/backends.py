@@ -8,6 +8,7 @@ that its entry point names (see `plugins.py`).
 import difflib
 import logging
 import os
+import sys
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
@@ -154,6 +155,13 @@ def _find(op: str, name: str, device: str) -> Backend:
     if reason := backends[name].why_not(device):
         raise ValueError(reason)
     return backends[name]
+
+
+def is_compiling() -> bool:
+    """True while a CPU kernel is being compiled; an exception of a signal handler would leave LLVM
+    in a state in which the process crashes at its end."""
+    module = sys.modules.get("vim_ssl.kernels.numba_kernels")
+    return module is not None and module.NOTICE.running > 0
 
 
 def available_backends(device: str | torch.device = "cpu", op: str = "selective_scan") -> list[str]:

@@ -109,11 +109,15 @@ class _Cache:
 
 
 class _CompileNotice(event.Listener):
-    """Log once that kernels of this file are being compiled, which takes seconds."""
+    """Log once that kernels of this file are being compiled, which takes seconds.
 
-    logged = False
+    ``running`` counts compilations in progress: LLVM may crash if one is left by an exception.
+    """
+
+    logged, running = False, 0
 
     def on_start(self, event):  # not called for a kernel loaded from disk
+        self.running += 1
         compiled = event.data["dispatcher"]
         ours = isinstance(compiled, Dispatcher) and compiled.py_func.__module__ == __name__
         if ours and not self.logged:
@@ -126,7 +130,7 @@ class _CompileNotice(event.Listener):
             log.warning("compiling the CPU kernels: some 20 seconds, %s", often)
 
     def on_end(self, event):
-        pass
+        self.running -= 1
 
 
 NOTICE = _CompileNotice()

@@ -36,6 +36,12 @@ def test_a_test_split_without_labels_is_passed_over(tmp_path):
     assert labelled_splits(spec, test=0.2, seed=0)[1].split == "val"
 
 
+def test_a_class_without_a_test_image_is_reported(tmp_path, caplog):
+    names = [f"train/{name}/{i}.png" for name in "abc" for i in range(2)]
+    labelled_splits(fill(tmp_path, *names, "test/a/4.png", "test/b/5.png"), test=0.2, seed=0)
+    assert "1 of 3 classes, for example c, have no image in test" in caplog.text
+
+
 def test_groups_stay_whole(tmp_path):
     names = [f"{name}/p{i}/{k}.png" for name in "ab" for i in range(5) for k in range(3)]
     spec = fill(tmp_path, *names) + "?label=folder&group=folder"

@@ -193,6 +193,8 @@ def test_two_class_folders_that_link_to_one_folder_are_both_read(tmp_path):
     ]  # fmt: skip
     assert data.classes == ["cat", "dog", "other"]
     assert data.passed_over == {}
+    (warning,) = data.passed_over.warnings
+    assert warning.startswith("1 folders are read more than once, through links: dog/ is cat/;")
 
 
 def test_circles_of_links_are_passed_over_and_reported(tmp_path):

@@ -191,3 +191,29 @@ def test_a_cache_on_a_full_disk_is_told_and_the_kernel_runs(tmp_path, monkeypatc
     _, log = doubled_by(tmp_path, monkeypatch, caplog)
     assert "No space left on device), so every process compiles" in log
     assert "NUMBA_CACHE_DIR" in log
+
+
+def test_compilations_in_progress_are_known():
+    from numba.core import event
+
+    from vim_ssl.kernels import numba_kernels
+    from vim_ssl.kernels.backends import is_compiling
+
+    seen = []
+
+    class Watch(event.Listener):
+        def on_start(self, event):
+            seen.append(is_compiling())
+
+        def on_end(self, event):
+            pass
+
+    watch = Watch()
+    event.register("numba:compile", watch)
+    try:
+        assert numba_kernels.kernel(lambda x: 3 * x)(2) == 6
+    finally:
+        event.unregister("numba:compile", watch)
+    assert seen
+    assert all(seen)
+    assert not is_compiling()

@@ -879,6 +879,22 @@ def test_a_signal_ends_a_long_step_at_once_and_the_run_resumes_exactly(
         assert torch.equal(parts[name], value), name
 
 
+def test_a_signal_lets_a_compilation_of_kernels_end(tmp_path, monkeypatch):
+    """LLVM may crash the process otherwise; the step ends before the run stops."""
+    from vim_ssl.kernels import numba_kernels
+
+    class Signalled(Linear):
+        def forward(self, batch):
+            if self.calls == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().forward(batch)
+
+    monkeypatch.setattr(numba_kernels.NOTICE, "running", 1)
+    with pytest.raises(SystemExit):
+        train(tmp_path, Signalled(), epochs=2, accumulation=2)
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1]
+
+
 @pytest.mark.parametrize(
     ("micro_batch", "says"),
     [

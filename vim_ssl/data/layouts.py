@@ -15,8 +15,8 @@ from vim_ssl.data.spec import SPLIT_NAMES, canonical_split
 
 _SPLIT = r"training|train|validation|valid|val|dev|testing|test"
 _MASK = (
-    r"masks?|labels?|lbls?|annotations?|annots?|annos?|ground[-_ ]?truths?|gts?|segmentations?|segs?|"
-    r"trimaps?|mattes?"
+    r"masks?|labels?|lbls?|annotations?|annots?|annos?|ground[-_ ]?truths?|gts?|segmentations?|"
+    r"segs?|trimaps?|mattes?"
 )
 _IMAGE = r"images?|imgs?|inputs?|photos?|originals?|leftimg"
 # Words that do not say what a folder contains; numbers and single letters are left out too.

@@ -48,6 +48,8 @@ def labelled_splits(
         _warn_of_overlap(spec, train, other)
     other = with_classes(other, train.classes, str(spec))
     train, other = labelled_only(train), labelled_only(other)
+    if test_spec or other.splits:
+        _warn_of_absent_classes(spec, train, other)
     for split in (train, other):
         if len({as_key(label) for label in split.labels or []}) < 2:
             raise ValueError(
@@ -55,6 +57,17 @@ def labelled_splits(
                 "images of each class into a folder, or name a column of labels with ?label=."
             )
     return train, other
+
+
+def _warn_of_absent_classes(spec: str | Path, train: ImageData, other: ImageData) -> None:
+    """Warn about classes of the training images that no test image has."""
+    if train.multi_label or not train.classes:
+        return
+    if absent := set(train.labels or ()) - set(other.labels or ()):
+        warn_once(
+            f"{spec}: {len(absent):,} of {len(train.classes):,} classes, for example "
+            f"{train.classes[min(absent)]}, have no image in {other.split} and are not tested."
+        )
 
 
 def _labelled(

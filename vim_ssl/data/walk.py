@@ -16,7 +16,7 @@ from pathlib import Path
 
 from vim_ssl.data.formats import ending_of, pass_over_others
 from vim_ssl.data.images import EXTENSIONS
-from vim_ssl.data.passed_over import EXAMPLES, add_warning, counted, pass_over
+from vim_ssl.data.passed_over import EXAMPLES, add_warning, counted, pass_over, some_of
 from vim_ssl.data.samples.fetch import SAMPLES
 from vim_ssl.data.spec import near
 
@@ -47,6 +47,8 @@ def walk(root: str | Path) -> Iterator[tuple[str, list[str], list[str]]]:
     Raises: OSError if root cannot be read.
     """
     pending: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
+    first: dict[tuple[int, int], str] = {}
+    twice: list[str] = []
     while pending:
         prefix, above = pending.pop()
         path = os.path.join(root, prefix)
@@ -66,8 +68,15 @@ def walk(root: str | Path) -> Iterator[tuple[str, list[str], list[str]]]:
         if prefix and is_output(path, files):
             pass_over(OUTPUTS, 1, [prefix])
             continue
+        if identity.st_ino and first.setdefault(inode, prefix) != prefix:
+            twice.append(f"{prefix} is {first[inode]}")
         yield prefix, folders, files
         pending += [(f"{prefix}{name}/", above | {inode}) for name in reversed(folders)]
+    if twice:
+        add_warning(
+            f"{len(twice):,} folders are read more than once, through links: {some_of(twice)}; "
+            "remove the links that are not meant."
+        )
 
 
 def _sorted(entries: Iterator[os.DirEntry[str]], prefix: str) -> tuple[list[str], list[str]]:
@@ -164,7 +173,12 @@ def find_files(root: Path, given: str, what: str, extensions: Sequence[str]) -> 
     if not root.exists():
         raise FileNotFoundError(f"The folder {given!r} does not exist.{_hint(given)}")
     if not root.is_dir():
-        raise NotADirectoryError(f"{given!r} is a file; give the folder that contains the {what}s.")
+        table = Path(given).suffix.lower() in (".csv", ".tsv", ".txt", ".parquet")
+        scheme = "parquet" if given.lower().endswith(".parquet") else "csv"
+        remedy = f"; a table is read as {scheme}:{given}, with captions as pairs:{given}"
+        raise NotADirectoryError(
+            f"{given!r} is a file; give the folder that contains the {what}s{remedy * table}."
+        )
     names, others = walk_files(root, extensions)
     if not names:
         held = ", ".join(f"{count} × {kind}" for kind, count in others.most_common(5))

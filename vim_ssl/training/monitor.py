@@ -12,6 +12,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from vim_ssl.data.loading.indexed import collate
+from vim_ssl.kernels.backends import is_compiling
 from vim_ssl.objectives.base import StepOutput
 from vim_ssl.training.run import resume_command
 from vim_ssl.training.state import INTERRUPTED
@@ -90,7 +91,7 @@ class Monitor:
         self.signal = self.signal or signum
         if first and self.main:  # not print, which may be what the signal interrupted
             os.write(2, b"\nStopping and saving; Ctrl-C ends at once, without saving.\n")
-        if self._may_abandon:
+        if self._may_abandon and not is_compiling():
             raise StepAbandoned
 
     @contextlib.contextmanager
