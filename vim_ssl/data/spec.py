@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
@@ -233,6 +234,27 @@ def canonical_split(name: str) -> str:
         if name.lower() in names:
             return canonical
     return name
+
+
+def splits_of_files(names: Sequence[str]) -> list[str]:
+    """Return the canonical split that the name of each file says, or else one of its folders below
+    those that all files share; "" if none or several do: train-00000.parquet, my_test.tar,
+    val/0000.parquet."""
+    parents = [Path(name).parent.parts for name in names]
+    ends = zip(min(parents), max(parents), strict=False)
+    shared = len(list(takewhile(lambda pair: pair[0] == pair[1], ends)))
+
+    def split_of(text: str) -> str:
+        words = [canonical_split(word) for word in re.split(r"[^A-Za-z]+", text)]
+        if words[0] in SPLIT_NAMES:
+            return words[0]
+        known = set(words) & set(SPLIT_NAMES)
+        return known.pop() if len(known) == 1 else ""
+
+    return [
+        next(filter(None, map(split_of, (Path(name).stem, *reversed(folders[shared:])))), "")
+        for name, folders in zip(names, parents, strict=True)
+    ]
 
 
 def near(word: str, known: Sequence[str]) -> str:

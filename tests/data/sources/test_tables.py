@@ -143,6 +143,45 @@ def test_a_column_of_splits_that_differs_from_the_files_is_reported(tmp_path):
     assert ["'split' is not used in a stream" in fault for fault in stream.faults] == [True]
 
 
+@pytest.mark.parametrize(
+    ("files", "splits", "warns"),
+    [
+        (["train-0", "test-0"], ["train", "test"], ""),
+        (["my_train", "my_val"], ["train", "validation"], ""),
+        (["train/0000", "test/0000"], ["train", "test"], ""),
+        (["train-0", "test-0", "unsupervised-0"], ["train", "test", "unsupervised"], "in none"),
+        (["train", "more"], ["train"], "more.parquet are read as training images"),
+        (["0000", "0001"], ["train"], ""),
+    ],
+)
+def test_parquet_files_are_the_splits_of_their_names_and_folders(tmp_path, files, splits, warns):
+    import datasets
+
+    for file in files:
+        datasets.Dataset.from_list([{"image": png(0)}]).to_parquet(tmp_path / f"{file}.parquet")
+    data = open_data(f"parquet:{tmp_path}/**/*.parquet?image=image&split=all")
+    assert (data.splits, len(data)) == (splits, len(files))
+    assert [text for text in data.passed_over.warnings if warns in text] == (
+        data.passed_over.warnings
+    )
+    assert bool(warns) == bool(data.passed_over.warnings)
+
+
+def test_parquet_files_that_hf_does_not_read_are_reported(tmp_path):
+    import datasets
+
+    for file in ("train-0", "test-0", "unsupervised-0"):
+        datasets.Dataset.from_list([{"image": png(0)}]).to_parquet(tmp_path / f"{file}.parquet")
+    (warning,) = open_data(f"hf:{tmp_path}?image=image").passed_over.warnings
+    assert warning.startswith("unsupervised-0.parquet are in none of the splits train, test")
+
+
+def test_a_damaged_parquet_file_is_named(tmp_path):
+    (tmp_path / "t.parquet").write_bytes(b"PAR1 and nothing else")
+    with pytest.raises(ValueError, match=r"t\.parquet cannot be read as"):
+        open_data(f"parquet:{tmp_path}/t.parquet")
+
+
 # ------------------------------------------------------------------ as people write them
 
 

@@ -148,3 +148,12 @@ def test_remote_shards_are_counted_by_an_index_beside_them(tmp_path, caplog):
     shards = [{"url": f"{i}.tar", "nsamples": 5 + i} for i in range(2)]
     (tmp_path / "index.json").write_text(json.dumps({"shardlist": shards}))
     assert [shard.count for shard in opened(spec).shards] == [5, 6]
+
+
+def test_shards_of_several_splits_are_all_read_and_reported(tmp_path):
+    for split in ("train", "test"):
+        tar(tmp_path / f"{split}-000.tar", ("a.png", png(0)))
+    (warning,) = opened(f"wds:{tmp_path}").passed_over.warnings
+    assert warning.startswith("the shards of test and train are all read")
+    for quiet in (f"{tmp_path}?split=all", f"{tmp_path}/train-*.tar"):
+        assert opened(f"wds:{quiet}").passed_over.warnings == []

@@ -15,19 +15,26 @@ from vim_ssl.data.classes import unite_classes
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import BadImage
 from vim_ssl.data.loading.streamed import ImageStream, Shard
+from vim_ssl.data.passed_over import add_warning, some_of
 from vim_ssl.data.paths import find_path
 from vim_ssl.data.registry import Splits, source
 from vim_ssl.data.sources.folder import split_views
-from vim_ssl.data.sources.hub_labels import Parts, listed_classes, parquet_parts, read_labels
-from vim_ssl.data.spec import DataSpec, canonical_split, pick_split
-from vim_ssl.data.tables import SPLIT_COLUMN, find_column, read_splits, sort_splits, unread_splits
+from vim_ssl.data.sources.hub_labels import (
+    Parts,
+    column_of_splits,
+    is_text_column,
+    listed_classes,
+    parquet_parts,
+    read_labels,
+)
+from vim_ssl.data.spec import DataSpec, pick_split
+from vim_ssl.data.tables import SPLIT_COLUMN, find_column, sort_splits
 from vim_ssl.data.values import groups_or_ids
 from vim_ssl.utils.files import reading, writable
 
 _LABEL_NAMES = ("label", "labels", "fine_label")
 _CAPTION_NAMES = ("caption", "captions", "text")
 UNWRITABLE = (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EPERM)
-BATCH = 10_000  # values of a column read at once
 _NO_IMAGE = "the table has no image in this row"
 
 
@@ -56,7 +63,7 @@ class TableImages(TableColumn):
 
     def __init__(self, table: Any, name: str, root: str):
         super().__init__(table, name)
-        self.root, self.named = root, _is_text(table.features[name])
+        self.root, self.named = root, is_text_column(table.features[name])
 
     def __getitem__(self, row: int) -> str | bytes:
         image = _image(super().__getitem__(row), row)
@@ -69,7 +76,10 @@ class TableImages(TableColumn):
 
     def _path(self, name: str) -> str:
         odd = "\\" in name or name.startswith("~") or name.lower().startswith("file:")
-        return os.path.join(self.root, find_path(self.root, name)[0] if odd else name)
+        path = os.path.join(self.root, name)
+        if odd or not os.path.exists(path):
+            return os.path.join(self.root, find_path(self.root, name)[0])
+        return path
 
 
 class TableArrays(TableColumn):
@@ -117,7 +127,7 @@ def open_tables(tables: Mapping[str, Any], parts: Parts | None = None, root: str
     for name, of_split in (parts or {}).items():
         if name in tables and sum(rows for rows, _ in of_split) == len(tables[name]):
             local[name] = list(of_split)
-    split_of, remarks = _column_of_splits(tables)
+    split_of, remarks = column_of_splits(tables)
 
     def choose(spec: DataSpec) -> ImageData:
         data = _images_of(replace(spec, split="all") if split_of else spec, tables, local, root)
@@ -129,37 +139,6 @@ def open_tables(tables: Mapping[str, Any], parts: Parts | None = None, root: str
 
     names = sort_splits(split_of) if split_of else list(tables)
     return Splits(names, choose)
-
-
-def _column_of_splits(tables: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Return the split of each row of a single table, and remarks, as for tables of text. Several
-    tables are splits themselves, so the former is empty."""
-    first = next(iter(tables.values()))
-    name = find_column(None, (SPLIT_COLUMN,), first.features, "split", "the table")
-    if len(tables) > 1:
-        differing = [
-            split
-            for split, table in tables.items()
-            if name in table.features
-            and set(map(canonical_split, _texts(table, name))) != {canonical_split(split)}
-        ]
-        return [], [
-            f"the column {name!r} is not used, because the tables are the splits "
-            f"{', '.join(tables)}; its values differ in {split}" for split in differing[:1]
-        ]  # fmt: skip
-    if name is None:
-        return [], list(unread_splits((name, _texts(first, name)) for name in first.features
-                                      if _is_text(first.features[name]) or
-                                      getattr(first.features[name], "names", None)))  # fmt: skip
-    return read_splits(_texts(first, name), [f"row {row}" for row in range(len(first))])
-
-
-def _texts(table: Any, name: str) -> Iterator[Any]:
-    """Yield the values of a column; of one of classes, their names."""
-    column, names = table.select_columns([name]), getattr(table.features[name], "names", None)
-    for start in range(0, len(column), BATCH):
-        for value in column[start : start + BATCH][name]:
-            yield names[value] if names and value is not None and value >= 0 else value
 
 
 def _images_of(spec: DataSpec, tables: Mapping[str, Any], parts: Parts, root: str) -> ImageData:
@@ -338,6 +317,14 @@ def _load(location: str) -> tuple[dict[str, Any], Parts]:
     if not path.is_dir() or not any(path.rglob("*.parquet")):
         return by_split(loaded), {}
     files = datasets.load_dataset_builder(str(path)).config.data_files or {}
+    read = {os.path.realpath(name) for names in files.values() for name in names}
+    unread = [file.relative_to(path).as_posix() for file in sorted(path.rglob("*.parquet"))
+              if os.path.realpath(file) not in read]  # fmt: skip
+    if unread:
+        add_warning(
+            f"{some_of(unread)} are in none of the splits {', '.join(map(str, files))} and are not "
+            "read; open them with parquet:, or rename them"
+        )
     return by_split(loaded), parquet_parts({str(s): list(names) for s, names in files.items()})
 
 
@@ -447,14 +434,8 @@ def name_bands(shape: Sequence[int], dtype: str) -> list[str] | None:
 
 
 def _caption_column(name: str | None, features: Any, source: str) -> str | None:
-    known = [n for n in _CAPTION_NAMES if _is_text(features.get(n))]
+    known = [n for n in _CAPTION_NAMES if is_text_column(features.get(n))]
     return find_column(name, known, features, "caption", source)
-
-
-def _is_text(kind: Any) -> bool:
-    """Return whether a column contains strings or lists of strings."""
-    inner = getattr(kind, "feature", kind)
-    return getattr(inner, "dtype", "") in ("string", "large_string")
 
 
 def _image_column(name: str | None, features: Any, source: str) -> str:

@@ -1,17 +1,21 @@
-"""Labels of Hugging Face tables: class names of splits and of files are matched by name."""
+"""Labels and splits of Hugging Face tables: class names of splits and of files are matched by
+name."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, islice
 from typing import Any, TypeAlias
 
 from vim_ssl.data.classes import unite_classes
+from vim_ssl.data.spec import canonical_split
 from vim_ssl.data.split import is_known
+from vim_ssl.data.tables import SPLIT_COLUMN, find_column, read_splits, unread_splits
 from vim_ssl.data.values import number_labels
 from vim_ssl.utils.files import reading
 
 _LABEL_TYPES = ("int", "uint", "bool", "float", "string", "large_string")
+BATCH = 10_000  # values of a column read at once
 # By split, the number of rows and the features of the files that its table was made of, in order.
 Parts: TypeAlias = Mapping[str, Sequence[tuple[int, Any]]]
 
@@ -139,3 +143,40 @@ def _refuse_fractions(name: str, values: Iterable[Any]) -> None:
                 f"label={name}: {value} is not a class; the column must contain integers, strings "
                 "or lists of ClassLabel."
             )
+
+
+def column_of_splits(tables: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Return the split of each row of a single table, and remarks, as for tables of text. Several
+    tables are splits themselves, so the former is empty."""
+    first = next(iter(tables.values()))
+    name = find_column(None, (SPLIT_COLUMN,), first.features, "split", "the table")
+    if len(tables) > 1:
+        differing = [
+            split
+            for split, table in tables.items()
+            if name in table.features
+            and set(map(canonical_split, _texts(table, name))) != {canonical_split(split)}
+        ]
+        return [], [
+            f"the column {name!r} is not used, because the tables are the splits "
+            f"{', '.join(tables)}; its values differ in {split}" for split in differing[:1]
+        ]  # fmt: skip
+    if name is None:
+        return [], list(unread_splits((name, _texts(first, name)) for name in first.features
+                                      if is_text_column(first.features[name]) or
+                                      getattr(first.features[name], "names", None)))  # fmt: skip
+    return read_splits(_texts(first, name), [f"row {row}" for row in range(len(first))])
+
+
+def _texts(table: Any, name: str) -> Iterator[Any]:
+    """Yield the values of a column; of one of classes, their names."""
+    column, names = table.select_columns([name]), getattr(table.features[name], "names", None)
+    for start in range(0, len(column), BATCH):
+        for value in column[start : start + BATCH][name]:
+            yield names[value] if names and value is not None and value >= 0 else value
+
+
+def is_text_column(kind: Any) -> bool:
+    """Return whether a column contains strings or lists of strings."""
+    inner = getattr(kind, "feature", kind)
+    return getattr(inner, "dtype", "") in ("string", "large_string")

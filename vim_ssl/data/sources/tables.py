@@ -1,20 +1,23 @@
 """Local tables: ``csv:`` files list image paths, ``parquet:`` files contain images or paths."""
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from vim_ssl.data.dataset import ImageData
+from vim_ssl.data.passed_over import add_warning, some_of
 from vim_ssl.data.paths import TablePaths
 from vim_ssl.data.registry import Splits, source
 from vim_ssl.data.sources.folder import FileImages, split_views
-from vim_ssl.data.sources.hub import open_tables, tables_cache
+from vim_ssl.data.sources.hub import UNWRITABLE, open_tables, tables_cache
 from vim_ssl.data.sources.hub_labels import parquet_parts, united_features
 from vim_ssl.data.sources.webdataset import expand
-from vim_ssl.data.spec import SPLIT_NAMES, DataSpec, canonical_split
+from vim_ssl.data.spec import DataSpec, canonical_split, splits_of_files
 from vim_ssl.data.tables import load_table, sort_splits
 from vim_ssl.data.values import groups_or_ids, name_of, number_labels
+from vim_ssl.utils.files import reading
 
 PATH_NAMES = (
     "image", "path", "file_name", "filename", "file", "filepath", "image_path", "video",
@@ -116,22 +119,55 @@ def open_parquet(spec: DataSpec) -> Splits:
     """Open ``parquet:FILES``: a file, a folder of files, a glob or a brace range.
 
     The image column contains bytes, Hugging Face's ``{bytes, path}``, or paths relative to the
-    first file's folder. Files are splits if all are named ``train…``, ``val…`` or ``test…``.
+    first file's folder. Files are splits if their names, or those of their folders, say so:
+    ``train…``, ``val…``, ``test…``; further files are then splits of their names.
     Columns, of splits too, and ids are as for ``hf:``.
 
     Raises: see `open_hub`.
     """
     names = expand(spec.location, "parquet")
-    split_of = [canonical_split(Path(name).stem.replace("_", "-").split("-")[0]) for name in names]
-    if not set(split_of) <= set(SPLIT_NAMES):
-        split_of = ["train"] * len(names)
-    files: dict[str, list[str]] = {split: [] for split in SPLIT_NAMES if split in split_of}
+    split_of = _splits_of(names)
+    files: dict[str, list[str]] = {split: [] for split in sort_splits(split_of)}
     for name, split in zip(names, split_of, strict=True):
         files[split].append(name)
     import datasets
 
     parts = parquet_parts(files)
-    with tables_cache():
-        features = united_features(parts)
-        tables = datasets.load_dataset("parquet", data_files=files, features=features)
+    try:
+        with tables_cache():
+            features = united_features(parts)
+            tables = datasets.load_dataset("parquet", data_files=files, features=features)
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in UNWRITABLE:
+            raise
+        with reading(names[0] if len(names) == 1 else spec.location, "parquet files"):
+            raise
     return open_tables(tables, parts, root=str(Path(names[0]).parent))
+
+
+def _splits_of(names: Sequence[str]) -> list[str]:
+    """Return the split of each file: "train" for all if the names tell of no other."""
+    split_of = splits_of_files(names)
+    if len(set(split_of)) == 1 and not all(
+        canonical_split(re.split("[^A-Za-z]", Path(name).stem)[0]) == split_of[0] for name in names
+    ):
+        return ["train"] * len(names)  # one split, whatever word is in its names
+    others = [name for name, split in zip(names, split_of, strict=True) if not split]
+    if set(split_of) <= {"", "train"}:
+        if 0 < len(others) < len(names):
+            add_warning(f"{some_of(others)} are read as training images, as the other files are")
+        return ["train"] * len(names)
+    if others:
+        add_warning(
+            f"{some_of(others)} are in none of the splits {', '.join(sort_splits(split_of))}, and "
+            "are splits of their names; move them away, or rename them"
+        )
+    return [split or _name_of_split(name) for name, split in zip(names, split_of, strict=True)]
+
+
+def _name_of_split(file: str) -> str:
+    """Return the words of a file's name, or of its folder's, that precede a number."""
+    for part in (Path(file).stem, Path(file).parent.name):
+        if word := re.sub(r"\W+", "_", re.split(r"[-_.]*\d", part)[0]).strip("_"):
+            return word
+    return "other"

@@ -33,9 +33,9 @@ from vim_ssl.data.loading.streamed import (
     open_file,
 )
 from vim_ssl.data.open import warn_once
-from vim_ssl.data.passed_over import pass_over
+from vim_ssl.data.passed_over import add_warning, pass_over
 from vim_ssl.data.registry import source
-from vim_ssl.data.spec import DataSpec
+from vim_ssl.data.spec import DataSpec, splits_of_files
 from vim_ssl.data.values import name_of, whole_number_of
 from vim_ssl.data.walk import HIDDEN, is_hidden, list_files, match_paths
 from vim_ssl.utils.files import atomic_write, decode_text, user_cache
@@ -268,6 +268,12 @@ def stream_tars(spec: DataSpec) -> ImageStream:
             f"{spec.split!r}."
         )
     names = expand(spec.location)
+    splits = sorted(set(splits_of_files(names)) - {""})
+    if len(splits) > 1 and spec.split != "all":
+        add_warning(
+            f"the shards of {' and '.join(splits)} are all read; use a pattern that matches those "
+            "of one split, or add split=all"
+        )
     reader = TarReader(spec.image, spec.label, spec.caption)
     shards, faults, others = count_shards(names, reader)
     if not any(shard.count for shard in shards):
