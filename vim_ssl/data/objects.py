@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -131,6 +132,9 @@ def read_table(content: Any, name: str) -> Table:
                 "and categories."
             )
         lists[key] = entries
+    for image in lists["images"]:  # LVIS lists only URLs
+        if "file_name" not in image and isinstance(image.get("coco_url"), str):
+            image["file_name"] = urlsplit(image["coco_url"]).path.lstrip("/")
     images = _needed(lists["images"], ("id", "file_name", "width", "height"), "image", name)
     categories = _needed(lists["categories"], ("id", "name"), "category", name)
     categories.sort(key=lambda category: category["id"])

@@ -4,6 +4,7 @@ import json
 import pickle
 import shutil
 import sys
+import unicodedata
 
 import numpy as np
 import pytest
@@ -780,3 +781,31 @@ def test_without_pycocotools_boxes_alone_can_be_read(spec, monkeypatch):
 def test_an_unknown_kind_of_label_is_refused(spec):
     with pytest.raises(ValueError, match="use label=boxes"):
         open_data(f"{spec}?label=masks")
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_names_with_other_accents_or_another_letter_case_are_matched(tmp_path, form):
+    names = [f"\u00e9{i}.PNG" for i in range(2)]
+    given = [unicodedata.normalize(form, name) for name in names]
+    table = content([image_entry(i, name) for i, name in enumerate(given)], [thing(1, 0)])
+    spec = put(tmp_path, table)
+    for name in given:  # on disk: the other form, and another case for the second
+        other = unicodedata.normalize("NFD" if form == "NFC" else "NFC", name)
+        file = tmp_path / "train" / name
+        file.rename(file.with_name(other.lower() if name == given[1] else other))
+    data = open_data(spec)
+    assert len(data) == 2
+    assert data[1]["image"].size == (WIDTH, HEIGHT)
+    (fault,) = data.faults
+    assert fault.startswith("the names of 1 images in train/ are in another letter case")
+
+
+def test_images_that_are_listed_by_their_urls_only_as_in_lvis(tmp_path):
+    images = [image_entry(i) for i in range(2)]
+    spec = put(tmp_path, content(images, [thing(1, 0)]))
+    for image in images:
+        image["coco_url"] = f"http://images.cocodataset.org/train2017/{image.pop('file_name')}"
+    (tmp_path / "annotations/train.json").write_text(json.dumps(content(images, [thing(1, 0)])))
+    assert open_data(spec).ids == ["train/0.png", "train/1.png"]
+    (tmp_path / "train").rename(tmp_path / "train2017")  # as COCO is unpacked
+    assert open_data(spec).ids == ["./train2017/0.png", "./train2017/1.png"]

@@ -370,3 +370,51 @@ def test_a_cache_that_cannot_be_written_is_named_with_what_to_do(tmp_path, monke
     for spec in (f"parquet:{tmp_path}/table.parquet", f"hf:{tmp_path}", "hf:owner/name"):
         with pytest.raises(OSError, match=r"them/\.cache cannot be written: .* Set HF_HOME to a f"):
             open_data(spec)
+
+
+def names_in_csv(root, names):
+    (root / "t.csv").write_text("\n".join(["path,label", *(f"{n},a" for n in names)]), "utf-8")
+    return f"csv:{root}/t.csv"
+
+
+def names_in_pairs(root, names):
+    (root / "t.csv").write_text("\n".join(["path,caption", *(f"{n},a" for n in names)]), "utf-8")
+    return f"pairs:{root}/t.csv"
+
+
+def names_in_parquet(root, names):
+    import datasets
+
+    datasets.Dataset.from_list([{"path": n} for n in names]).to_parquet(root / "t.parquet")
+    return f"parquet:{root}/t.parquet?image=path"
+
+
+@pytest.mark.parametrize("write", [names_in_csv, names_in_pairs, names_in_parquet])
+@pytest.mark.parametrize(
+    ("given", "on_disk", "warns"),
+    [
+        ("d\u00e9/caf\u00e9.png", "de\u0301/cafe\u0301.png", False),
+        ("de\u0301/cafe\u0301.png", "d\u00e9/caf\u00e9.png", False),
+        ("d/img.png", "D/IMG.PNG", True),
+        ("d/x1", "d/x1.png", False),
+        ("d/x1.5", "d/x1.5.png", False),
+    ],
+)
+def test_files_of_another_spelling_are_matched(tmp_path, write, given, on_disk, warns):
+    for name in (on_disk, "other/b.png"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(png(3))
+    (tmp_path / on_disk).with_suffix(".txt").touch()
+    data = open_data(write(tmp_path, [given, "other/b.png"]))
+    assert data[0]["image"].size == (6, 4)
+    if write is not names_in_parquet:
+        assert ["another letter case" in fault for fault in data.faults] == [True] * warns
+
+
+def test_files_that_differ_only_in_case_or_ending_are_named_but_not_matched(tmp_path):
+    for name in ("A.png", "a.PNG", "x.jpg"):
+        (tmp_path / name).write_bytes(png(0))
+    for given, near in (("a.png", "A.png and a.PNG"), ("x.png", "x.jpg")):
+        (fault,) = open_data(names_in_csv(tmp_path, [given])).faults
+        assert fault.startswith(f"1 of 1 files do not exist, for example {given}")
+        assert fault.endswith(f" There is {near}.")

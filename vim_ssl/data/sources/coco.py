@@ -6,6 +6,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -21,6 +22,7 @@ from vim_ssl.data.objects import (
 )
 from vim_ssl.data.outlines import clipped, mask_tools, to_rle
 from vim_ssl.data.passed_over import pass_over
+from vim_ssl.data.paths import differs_in_case, find_spelling, forget_names
 from vim_ssl.data.registry import Splits, source
 from vim_ssl.data.sources.folder import FileImages, check_option
 from vim_ssl.data.spec import SPLIT_NAMES, DataSpec, canonical_split, pick_split
@@ -77,6 +79,13 @@ def open_coco(spec: DataSpec) -> Splits:
             folder = _image_folder(root, path, name, listed)
             below = folder.path.relative_to(root).as_posix()
             matches = folder.find_all(listed)
+            cased = [file for file, given in zip(matches, listed, strict=True)
+                     if file and differs_in_case(given, file)]  # fmt: skip
+            if cased:
+                faults.append(
+                    f"the names of {len(cased):,} images in {below}/ are in another letter case "
+                    f"than in {path.name}: {some(cased)}; other systems do not find them so."
+                )
             if absent := [i for i, file in enumerate(matches) if file is None]:
                 faults.append(
                     f"{len(absent):,} images are missing in {below}/ and skipped: "
@@ -199,11 +208,12 @@ class _Folder:
             self._listed[folder] = set(os.listdir(path)) if path.is_dir() else set()
         return file in self._listed[folder]
 
-    def find(self, given: str, *, endings: bool = True) -> str | None:
+    def find(self, given: str, *, endings: bool = True, spellings: bool = True) -> str | None:
         """Return the file that a name means, relative to this folder; None if there is none.
 
         Args:
             endings: accept a file that the name ends in.
+            spellings: accept another spelling of the name; see `find_spelling`.
         """
         names = dict.fromkeys((given, _plain(given), _plain(unquote(given))))
         inside = [name for name in names if not _leaves(name)]
@@ -211,7 +221,10 @@ class _Folder:
             for name in names:
                 parts = [part for part in name.split("/") if part not in ("", ".", "..")]
                 inside += ["/".join(parts[i:]) for i in range(len(parts))]
-        return next(filter(self.has, inside), None)
+        if exact := next(filter(self.has, inside), None):
+            return exact
+        near = (find_spelling(str(self.path), name) for name in inside if name and spellings)
+        return next(filter(None, near), None)
 
     def find_all(self, given: Sequence[str]) -> list[str | None]:
         """Return the file of each name.
@@ -253,9 +266,11 @@ def _image_folder(root: Path, file: Path, split: str, names: list[str]) -> _Fold
     if file.parent not in (root, root / "annotations"):
         paths.insert(0, file.parent)
     folders = [_Folder(path) for path in dict.fromkeys(paths)]
-    for endings in (False, True):
+    forget_names()
+    for spellings, endings in product((False, True), (False, True)):
         counts = [
-            sum(folder.find(n, endings=endings) is not None for n in few) for folder in folders
+            sum(folder.find(n, endings=endings, spellings=spellings) is not None for n in few)
+            for folder in folders
         ]
         if any(counts):
             return folders[counts.index(max(counts))]
