@@ -1,9 +1,11 @@
 """A training and a test part of labelled images, whatever splits the source has."""
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from vim_ssl.data import ImageData, labelled_splits, masked_splits, open_data, registry
+from vim_ssl.data.check import check
 
 
 def fill(root, *names) -> str:
@@ -64,6 +66,37 @@ def test_a_group_on_both_sides_of_the_sources_own_split_is_told(tmp_path, caplog
     labelled_splits(f"csv:{tmp_path / 't.csv'}?group={group}", test=0.2, seed=0)
     told = "1 groups are in both train and test, for example p2; test results"
     assert (told in caplog.text) == (group == "patient")
+
+
+@pytest.mark.parametrize("scheme", ["folder", "masks", "nifti"])
+def test_a_group_folder_in_two_splits_is_reported(tmp_path, caplog, scheme):
+    """The group is the folder without its split: a/p1 for train/a/p1."""
+    names = [f"{s}/{c}/p{i}/{s}" for s, first in (("train", 1), ("test", 2)) for c in "ab"
+             for i in (first, first + 1)]  # fmt: skip
+    if scheme == "nifti":
+        nibabel = pytest.importorskip("nibabel")
+        for name in names:
+            (tmp_path / name).parent.mkdir(parents=True)
+            volume = nibabel.Nifti1Image(np.ones((4, 4, 2), np.uint8), np.eye(4))
+            nibabel.save(volume, tmp_path / f"{name}.nii")
+    else:
+        tops = ("images/", "masks/") if scheme == "masks" else ("",)
+        fill(tmp_path, *(f"{top}{name}.png" for name in names for top in tops))
+        (tmp_path / "classes.txt").write_text("one\ntwo")
+    spec = f"{scheme}:{tmp_path}?group=folder" + "&label=folder" * (scheme != "masks")
+    train, test = (masked_splits if scheme == "masks" else labelled_splits)(spec, 0.2, 0)
+    assert (set(train.groups), set(test.groups)) == (
+        {"a/p1", "a/p2", "b/p1", "b/p2"}, {"a/p2", "a/p3", "b/p2", "b/p3"})  # fmt: skip
+    assert "2 groups are in both train and test, for example a/p2" in caplog.text
+    assert any("2 groups are in train and in test" in line for line in check(spec).problems)
+
+
+@pytest.mark.parametrize("names", [("train/a/1", "train/b/1", "test/a/2"), ("train/1", "test/2")])
+def test_class_folders_and_split_folders_are_no_groups_of_two_splits(tmp_path, names):
+    spec = fill(tmp_path, *(f"{name}.png" for name in names))
+    label = "folder" if "a" in names[0].split("/") else "none"
+    data = open_data(f"{spec}?split=all&group=folder&label={label}")
+    assert data.groups == [name.rpartition("/")[0] for name in names]
 
 
 def test_a_group_on_both_sides_is_told_of_images_with_masks(monkeypatch, caplog):

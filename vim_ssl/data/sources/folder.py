@@ -105,7 +105,7 @@ def folder_splits(
 
     def choose(spec: DataSpec) -> ImageData:
         layout = read_layout(names, spec.split, spec.label, str(root))
-        groups = [name.rpartition("/")[0] for name in layout.names] if spec.group else None
+        groups = folder_groups(layout.names, splits, layout.labels) if spec.group else None
         images = files(str(root), layout.names)
         return layout.open(images, str(spec), data_class, groups=groups)
 
@@ -166,6 +166,26 @@ def read_layout(names: list[str], split: str | None, label: str | None, root: st
         labels = [number[name_of[folder]] for folder in folders]
     names = [name for s in chosen for name in names_of[s]]
     return Layout(names, splits, split, labels, classes)
+
+
+def folder_groups(
+    names: Sequence[str], splits: Sequence[str], labels: Sequence[int] | None = None
+) -> list[str]:
+    """Return the folder of each file, without its split folder: a group of two splits has one name.
+
+    Split folders that directly contain files are groups of their split, and so are class folders:
+    they are not the same group because two splits have the same class.
+
+    Args:
+        names: paths relative to the root, with forward slashes.
+        splits: the split folders; empty if the folders are not splits.
+        labels: the labels by outermost folder, None without.
+    """
+    groups = [name.rpartition("/")[0] for name in names]
+    depth = 2 if labels is not None else 1  # of the split folders and class folders
+    if not splits:
+        return groups
+    return [g.partition("/")[2] if g.count("/") >= depth else g for g in groups]
 
 
 def split_views(data: ImageData, split_of: Sequence[str]) -> Splits:

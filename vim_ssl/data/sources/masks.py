@@ -22,6 +22,7 @@ from vim_ssl.data.sources.folder import (
     FileImages,
     by_split,
     check_option,
+    folder_groups,
     split_folders,
 )
 from vim_ssl.data.spec import DataSpec, pick_split
@@ -133,7 +134,7 @@ def _open(
         return ImageData(
             FileImages(str(root / "images"), chosen), chosen, name=str(spec), masks=files,
             classes=classes, splits=splits, split=split, faults=faults,
-            groups=[name.rpartition("/")[0] for name in chosen] if spec.group else None,
+            groups=folder_groups(chosen, splits) if spec.group else None,
         )  # fmt: skip
 
     return Splits(splits, choose)

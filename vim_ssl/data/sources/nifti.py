@@ -23,6 +23,7 @@ from vim_ssl.data.registry import Splits, source
 from vim_ssl.data.sources.folder import (
     OnDisk,
     check_option,
+    folder_groups,
     match_masks,
     read_layout,
     split_folders,
@@ -99,12 +100,14 @@ def open_nifti(spec: DataSpec) -> Splits:
             classes, more = _classes(top, masks_root, used)
             masks = PlaneMasks(str(masks_root), planes, volumes, axis, len(classes))
         label_of = layout.label_of
+        folders = folder_groups(layout.names, layout.splits, layout.labels)
+        group_of = dict(zip(layout.names, folders if spec.group else layout.names, strict=True))
         return ImageData(
             PlaneImages(str(root), planes, axis, window, volumes),
             [f"{name}/{plane:04d}" for name, plane in planes],
             name=str(spec), labels=[label_of[name] for name, _ in planes] if label_of else None,
             classes=classes, masks=masks, splits=layout.splits,
-            groups=[name.rpartition("/")[0] if spec.group else name for name, _ in planes],
+            groups=[group_of[name] for name, _ in planes],
             split=layout.split, faults=[*faults, *more],
         )  # fmt: skip
 
