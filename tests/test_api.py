@@ -19,6 +19,7 @@ import vim_ssl
 from vim_ssl import api
 from vim_ssl.data.sources import memory
 from vim_ssl.downstream import linear_probe
+from vim_ssl.evaluation.seen import trainings_of
 from vim_ssl.recipes import clip_pretrain, mim_pretrain
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (24, 8, 8), dtype=np.uint8)
@@ -278,3 +279,11 @@ def test_tasks_in_memory(run, tmp_path):
     assert segmented.images[-1].name == "predictions.png"
     (labels,) = vim_ssl.predict(segmented, [IMAGES[0]])
     np.testing.assert_array_equal(labels, segmented.model().predict(images[0]))
+
+
+def test_an_encoder_in_memory_keeps_its_record_after_equal_weights_without_one():
+    encoder = vim_ssl.load_encoder("vim_nano_patch8_64", depth=1, embed_dim=16)
+    bare = api._saved(encoder)
+    encoder.trainings = [{"recipe": "finetune", "data": "x", "labels": True}]
+    assert [t.data for t in trainings_of(api._saved(encoder))] == ["x"]
+    assert trainings_of(bare) == []

@@ -20,12 +20,14 @@ import dataclasses
 import functools
 import inspect
 import io
+import json
 import os
 import random
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatchcase
+from hashlib import blake2b
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -372,12 +374,15 @@ def _plain(name: str, value: Any) -> Any:
 
 
 def _saved(encoder: Any) -> str:
-    """Save an encoder in the user's cache, named by its weights, and return the folder."""
+    """Save an encoder in the user's cache, named by its weights and by the record of its trainings,
+    which equal weights may lack; return the folder."""
     from vim_ssl.checkpoints.loading import save_encoder
     from vim_ssl.evaluation.features import weights_hash
     from vim_ssl.utils.files import user_cache
 
-    folder = user_cache() / "encoders" / weights_hash(encoder)
+    known = [getattr(encoder, name, None) or None for name in ("trainings", "classes")]
+    record = blake2b(json.dumps(known).encode(), digest_size=4).hexdigest()
+    folder = user_cache() / "encoders" / f"{weights_hash(encoder)}-{record}"
     if not (folder / "encoder.json").exists():
         save_encoder(encoder, folder)
     return str(folder)
