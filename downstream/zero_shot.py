@@ -14,7 +14,6 @@ Metrics and examples are written to a folder in the run, one per data spec, and 
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,13 +24,11 @@ from torch import Tensor
 from vim_ssl.checkpoints.identity import model_hash
 from vim_ssl.cli import guarded
 from vim_ssl.data import ImageData
-from vim_ssl.data.identity import compare
 from vim_ssl.data.open import open_split
-from vim_ssl.data.spec import canonical_split, same_data
 from vim_ssl.data.split import is_known
 from vim_ssl.evaluation.extract import Features, extract_features, features_of
 from vim_ssl.evaluation.retrieval import PairFeatures, chance, embed_pairs, hits_at_k, nearest
-from vim_ssl.evaluation.seen import Exposure, trainings_of
+from vim_ssl.evaluation.seen import Exposure, exposure_of_pairs
 from vim_ssl.metrics.classification import proportion
 from vim_ssl.metrics.ranking import COSINE_TIE, top_k
 from vim_ssl.metrics.sentences import Gain, metric_text, result_sentence
@@ -71,18 +68,6 @@ class Config:
 
     def __post_init__(self):
         check_templates(self.templates)
-
-
-def what_was_seen(source: str | Path, spec: str, data: ImageData) -> Exposure:
-    """Count the images that the model was trained on: by content, or for a run that does not record
-    its images by the data spec, all or none."""
-    trainings = trainings_of(source)
-    result = Exposure.of(compare(data, trainings))
-    held_out = canonical_split(data.split) in ("test", "validation")
-    if not any(training.by for training in trainings) and not held_out:
-        with suppress(ValueError):  # a model without a run
-            result.pixels = result.n * same_data(spec, trained_on(source))
-    return result
 
 
 def classify(features: Features, classifier: Tensor) -> tuple[dict[str, Any], Tensor]:
@@ -178,10 +163,12 @@ def run(config: Config) -> dict:
             "per image, or with captions."
         )
     print(f"Model {source} · {data.name}: {len(data):,} images", flush=True)
-    exposure = what_was_seen(source, spec, data)
+    exposure = exposure_of_pairs(source, spec, data)
+    remarks = Exposure(len(data), unrecorded=exposure.unrecorded).remarks()
     if seen := exposure.pixels:
         which = "these" if seen == len(data) else f"{seen:,} of these {len(data):,}"
-        remark = f"The model was trained on {which} images; this is not a test."
+        remarks.insert(0, f"The model was trained on {which} images; this is not a test.")
+    for remark in remarks:
         print(remark, flush=True)
     loading: dict[str, Any] = {
         "batch_size": config.batch_size, "workers": config.workers, "device": device,
@@ -220,8 +207,7 @@ def run(config: Config) -> dict:
         ]
         with optional_output("the examples"):
             metrics["examples"] = write_examples(pairs, data, folder / "examples")
-    if seen:
-        metrics["summary"].append(remark)
+    metrics["summary"] += remarks
     metrics |= {"seconds": round(time.perf_counter() - started, 1), **environment()}
     return finish_run(
         folder, metrics, lambda m: f"{table(m)}\nWritten: {folder / 'metrics.json'}",

@@ -218,6 +218,20 @@ def test_the_runs_own_training_images_are_told_apart(model, classes, tmp_path, c
     assert len(open_split(both)) == 15
 
 
+def test_a_training_that_did_not_record_its_images_is_named(model, classes, tmp_path, capsys):
+    run = shutil.copytree(model, tmp_path / "run")
+    settings = json.loads((run / "clip_config.json").read_text())
+    entry = {"recipe": "clip_pretrain", "data": "wds:x.tar", "labels": False}
+    settings["made_by"] = {"trainings": [entry]}
+    (run / "clip_config.json").write_text(json.dumps(settings))
+    (run / "config.json").write_text(json.dumps({"data": "wds:x.tar"}))
+    metrics = shoot("--encoder", str(run), "--data", str(classes), "--output", str(tmp_path / "o"))
+    remark = "It is not recorded which images were trained on by clip_pretrain on wds:x.tar"
+    assert not metrics["trained_on"]
+    assert metrics["summary"][-1].startswith(remark)
+    assert capsys.readouterr().out.count(remark) == 2  # at the start, and at the end
+
+
 @pytest.mark.parametrize(
     ("folders", "spec", "split"),
     [

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,11 @@ import torch
 from PIL import Image
 
 from vim_ssl import VimEncoder, load_encoder, save_encoder
+from vim_ssl.data import identity
 from vim_ssl.data.identity import TrainingRecord
 from vim_ssl.data.sources.memory import register_data
 from vim_ssl.downstream import finetune, knn, linear_probe, segmentation
+from vim_ssl.evaluation.seen import record_of
 from vim_ssl.recipes import mim_pretrain, supervised_pretrain
 from vim_ssl.report import write_report
 from vim_ssl.tasks import runner
@@ -346,3 +349,55 @@ def test_a_record_survives_json_and_is_small():
     assert again.same_images(record)
     with pytest.raises(ValueError, match=r"copy encoder\.json again from its run"):
         TrainingRecord.of_record({"labels": True, "trained": "abc"})
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize("recorded", [False, True])
+def test_only_a_resumed_training_replaces_the_entry_before_it(resumed, recorded):
+    first = TrainingRecord("finetune", "x", True)
+    second = TrainingRecord("finetune", "y", True, *(["pixels", np.array([7])] * recorded))
+    names = [entry["data"] for entry in record_of([first], second, resumed)]
+    assert names == (["x", "y"] if not resumed else ["y"] if recorded else ["x"])
+
+
+def forget(run: Path) -> None:
+    """Make the run one of an earlier version, which does not record its images."""
+    record = json.loads((run / "encoder.json").read_text())
+    del record["made_by"]["trainings"]
+    (run / "encoder.json").write_text(json.dumps(record))
+
+
+def test_an_unrecorded_training_is_named_after_any_further_one(trained):
+    forget(trained)
+    fill(Path("q"), range(50, 70))
+    argv = ["--encoder", "run", "--data", "q", "--output", "second", *QUICK]
+    assert finetune.main(argv) == 0
+    argv = ["--encoder", "second", "--no-baselines", "--no-cache", "--device", "cpu"]
+    assert knn.main([*argv, "--data", "p", "--output", "o", "--against", "second"]) == 0
+    metrics = metrics_of("o")
+    assert metrics["seen"]["unrecorded"] == ["finetune on folder:p?split=all"]
+    first, other = metrics["summary"][-2:]
+    assert "not recorded which images were trained on by finetune on folder:p?split=all;" in first
+    assert "folder:p?split=all (second);" in other
+
+
+@pytest.mark.parametrize("limit", [0, 2**31], ids=["remote", "local"])
+def test_a_pretraining_on_a_stream_is_recorded_or_named_to_the_end(limit, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(identity, "RECORDED_UP_TO", limit)
+    fill(Path("p"))
+    fill(Path("q"), range(50, 70))
+    with tarfile.open("p.tar", "w") as tar:
+        for path in sorted(Path("p").glob("*/*")):
+            tar.add(path, path.name)
+    argv = ["--encoder", "vim_nano_patch8_64", *TINY, *QUICK, "--preset", "mae_minute"]
+    assert mim_pretrain.main([*argv, "--data", "wds:p.tar", "--output", "run"]) == 0
+    argv = ["--encoder", "run", "--data", "q", "--output", "second", *QUICK]
+    assert finetune.main(argv) == 0
+    for run in ("run", "second"):
+        argv = ["--encoder", run, "--no-baselines", "--no-cache", "--device", "cpu"]
+        assert knn.main([*argv, "--data", "p", "--output", f"o-{run}"]) == 0
+        metrics = metrics_of(f"o-{run}")
+        assert metrics["seen"]["pixels"] == (metrics["n"] if limit else 0)
+        expected = "Pretraining also read these" if limit else "mim_pretrain on wds:p.tar"
+        assert expected in metrics["summary"][-1]

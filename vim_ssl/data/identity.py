@@ -6,6 +6,7 @@ compare(data, trainings) which images of ``data`` these trainings used, and whic
 """
 
 import base64
+import math
 import os
 import sqlite3
 from collections.abc import Sequence
@@ -240,13 +241,19 @@ class _Cache:
             self.database.close()
 
 
-def how_to_compare(*sets: ImageData) -> str:
+def how_to_compare(*sets: ImageData | ImageStream) -> str:
     """Return `PIXELS`, or `FILES` for images whose files are too large to be decoded for it."""
     return PIXELS if sum(map(_total_bytes, sets)) <= PIXELS_UP_TO else FILES
 
 
-def _total_bytes(data: ImageData) -> float:
-    """Estimate the size of all files or encoded images, from 64 of them."""
+def _total_bytes(data: ImageData | ImageStream) -> float:
+    """Estimate the size of all files or encoded images, from 64 of them. Remote shards count as
+    infinitely large: they are not read again."""
+    if data.is_stream:
+        try:
+            return sum(os.path.getsize(shard.name) for shard in data.shards)
+        except OSError:
+            return math.inf
     chosen = sorted({i * len(data) // 64 for i in range(64)}) if len(data) else []
     sizes = [0]
     for inner, row in map(data.locate, chosen):
@@ -319,13 +326,13 @@ _ARRAYS = ("trained", "held_out", "files", "groups")
 
 
 def describe_training(
-    recipe: str, train: ImageData, test: ImageData | None = None
+    recipe: str, train: ImageData | ImageStream, test: ImageData | None = None
 ) -> TrainingRecord:
     """Return the record of a training.
 
     Args:
         test: the images that it is tested on; None for one without labels, whose images are
-            recorded up to `RECORDED_UP_TO`.
+            recorded up to `RECORDED_UP_TO`; those of a stream if its shards are local.
     """
     if test is None and _total_bytes(train) > RECORDED_UP_TO:
         return TrainingRecord(recipe, train.name, False)
@@ -408,10 +415,10 @@ def _in_used_groups(
     return np.array([group in names for group in groups], bool) | named
 
 
-def _group_keys(data: ImageData, each: bool = False) -> list[int]:
+def _group_keys(data: ImageData | ImageStream, each: bool = False) -> list[int]:
     """Keys of the groups' names, of distinct ones unless ``each``. Names that a source numbers, or
     takes from ids, say nothing about other data; they are left out (`UNKNOWN` with ``each``)."""
-    groups = list(data.groups or ())
+    groups = list((not data.is_stream and data.groups) or ())
     if not each:
         groups = list(dict.fromkeys(groups))
     if data.name.startswith("dicom:") or "group=" not in data.name:

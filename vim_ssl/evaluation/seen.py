@@ -23,9 +23,9 @@ from vim_ssl.data.identity import (
     content_keys,
     how_to_compare,
 )
-from vim_ssl.data.spec import parse_spec, same_data
+from vim_ssl.data.spec import canonical_split, parse_spec, same_data
 from vim_ssl.models.presets import PRESETS
-from vim_ssl.training.run import pretrained_on
+from vim_ssl.training.run import pretrained_on, trained_on
 from vim_ssl.utils.files import read_object
 from vim_ssl.utils.names import plural
 
@@ -68,7 +68,7 @@ class Exposure:
         groups: not used, but other images of their groups were.
         copies: an exact copy is among the training images.
         left_out: neither trained on nor held out, or in groups that were trained on; not evaluated.
-        unrecorded: trainings with labels that do not record their images.
+        unrecorded: trainings that do not record their images, such as on a stream.
     """
 
     n: int
@@ -87,7 +87,7 @@ class Exposure:
             n=int(rows.sum()), labels=int(seen.labels[rows].sum()),
             pixels=int(seen.pixels[rows].sum()), groups=int(seen.by_group[rows].sum()),
             copies=int(seen.copies[rows].sum()),
-            unrecorded=[f"{t.recipe} on {t.data}" for t in seen.unrecorded if t.labels],
+            unrecorded=list(dict.fromkeys(map(_named, seen.unrecorded))),
         )  # fmt: skip
 
     def record(self) -> dict[str, Any]:
@@ -121,47 +121,105 @@ def exposure(
     """Count what earlier trainings used of the test images, and their copies in ``train``.
 
     Args:
-        source, spec, split: if no training has a record (it ended early, read a stream, or is of an
-            earlier version), arguments of `pretrained_on`.
+        source, spec, split: if the last training has no record (it ended early, read a stream, or
+            is of an earlier version), arguments of `pretrained_on`.
     """
-    result = Exposure.of(compare(test, trainings))
-    if not any(training.by for training in trainings):
-        result.pixels = result.n * pretrained_on(source, spec, split)
+    seen = compare(test, trainings)
+    read_all = _reads_all_by_spec(
+        seen, trainings, source, spec, lambda: pretrained_on(source, spec, split)
+    )
+    result = Exposure.of(seen)
+    if read_all:
+        result.pixels = result.n
     by = how_to_compare(train, test)
     keys, tested = (content_keys(data, by).images for data in (train, test))
     result.copies = int((np.isin(tested, keys) & (tested != UNKNOWN)).sum())
     return result
 
 
+def exposure_of_pairs(source: str | Path, spec: str, data: ImageData) -> Exposure:
+    """Count the images that an image-text model was trained on: by content, or for a run that does
+    not record its images by the data spec, all or none."""
+    trainings = trainings_of(source)
+    seen = compare(data, trainings)
+    held_out = canonical_split(data.split) in ("test", "validation")
+    read_all = _reads_all_by_spec(seen, trainings, source, spec, lambda: not held_out)
+    result = Exposure.of(seen)
+    if read_all:
+        result.pixels = result.n
+    return result
+
+
+def _reads_all_by_spec(
+    seen: Seen, trainings: Sequence[TrainingRecord], source: str | Path, spec: str,
+    reads_split: Callable[[], bool],
+) -> bool:  # fmt: skip
+    """Whether the last training, without labels and without a record, read all test images, as the
+    specs say. Other unrecorded trainings, and one on other data, stay in ``seen.unrecorded``.
+
+    Args:
+        spec: the data that are tested on; "" for those of the run.
+        reads_split: whether a training on the same data read the test split.
+    """
+    last = trainings[-1] if trainings else None
+    if last is not None and (last.by or last.labels):
+        return False
+    try:
+        trained = trained_on(source)
+        same = same_data(trained, spec or trained)
+    except ValueError:  # weights without a run
+        return False
+    if same:
+        seen.unrecorded = [training for training in seen.unrecorded if training is not last]
+    return same and reads_split()
+
+
+def _named(training: TrainingRecord) -> str:
+    return f"{training.recipe} on {training.data}" + ("" if training.labels else " without labels")
+
+
 def labels_seen(source: str, test: ImageData) -> list[str]:
     """Return remarks on a further encoder that is compared on the same test images."""
     seen = Exposure.of(compare(test, trainings_of(source)))
-    return Exposure(seen.n, seen.labels, seen.labels).remarks(source)
+    return Exposure(
+        seen.n, seen.labels, seen.labels, seen.groups,
+        unrecorded=[f"{training} ({source})" for training in seen.unrecorded],
+    ).remarks(source)  # fmt: skip
+
+
+def is_resumed(config: Any) -> bool:
+    """Whether the run that ``config`` describes has saved a model and goes on. Ask before it
+    saves."""
+    run = Path(config.output)
+    has_weights = any((run / name).is_file() for name in ("encoder.json", CLIP))
+    return bool(config.output) and config.resume == "auto" and has_weights
 
 
 def earlier_trainings(config: Any, source: str) -> list[TrainingRecord]:
     """Return the trainings before the one that ``config`` describes: those of the run itself if it
     is resumed, else those of the weights that it starts from, and of its teacher."""
-    run = Path(config.output)
-    has_weights = any((run / name).is_file() for name in ("encoder.json", CLIP))
-    if config.output and config.resume == "auto" and has_weights:
-        return trainings_of(run)
+    if is_resumed(config):
+        return trainings_of(config.output)
     sources = [] if getattr(config, "from_scratch", False) else [source]
     teacher = getattr(config, "teacher", "")
     sources += [teacher] if teacher and Path(teacher).exists() else []
     return [training for name in filter(None, sources) for training in trainings_of(name)]
 
 
-def record_of(earlier: Sequence[TrainingRecord], present: TrainingRecord) -> list[dict[str, Any]]:
-    """Return the entry ``trainings`` of encoder.json; the last of the earlier trainings may be the
-    present one, resumed."""
-    last = earlier[-1:]
-    if (
-        last
-        and last[0].recipe == present.recipe
-        and (not last[0].by or last[0].same_images(present))
-    ):
-        earlier = earlier[:-1]
+def record_of(
+    earlier: Sequence[TrainingRecord], present: TrainingRecord, resumed: bool = False
+) -> list[dict[str, Any]]:
+    """Return the entry ``trainings`` of encoder.json.
+
+    Args:
+        resumed: the last of the earlier trainings is the present one, as it was saved before.
+    """
+    if earlier and earlier[-1].recipe == present.recipe:
+        last = earlier[-1]
+        if resumed and not present.by:
+            present = last
+        if (last.by and last.same_images(present)) or (resumed and not last.by):
+            earlier = earlier[:-1]
     return [training.record() for training in (*earlier, present)]
 
 
@@ -183,11 +241,11 @@ def part_to_evaluate(
     """
     seen = compare(data, trainings_of(source))
     if not (data.is_stream or data.splits or parse_spec(spec).split is not None):
-        unrecorded = (t.data for t in seen.unrecorded if t.labels and same_data(spec, t.data))
+        unrecorded = (t for t in seen.unrecorded if t.labels and same_data(spec, t.data))
         if trained := next(unrecorded, None):
-            held_out = set(_drawn_again(source, trained, redraw))
+            held_out = set(_drawn_again(source, trained.data, redraw))
             kept = np.array([id in held_out for id in data.ids])
-            seen.unrecorded = []
+            seen.unrecorded.remove(trained)
         elif seen.labels.any() or seen.by_group.any():
             kept = seen.held_out if seen.held_out.any() else ~seen.labels & ~seen.by_group
         else:

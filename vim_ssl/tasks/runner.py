@@ -18,7 +18,8 @@ from torch import nn
 from vim_ssl.checkpoints.identity import encoder_hash, model_hash
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.identity import TrainingRecord, describe_training
-from vim_ssl.evaluation.seen import Exposure, earlier_trainings, exposure, record_of
+from vim_ssl.data.loading.streamed import ImageStream
+from vim_ssl.evaluation.seen import Exposure, earlier_trainings, exposure, is_resumed, record_of
 from vim_ssl.metrics.titles import split_name
 from vim_ssl.report import write_report
 from vim_ssl.training.accelerator import make_average
@@ -111,7 +112,7 @@ def train_run(
 
     training = Training(run, model if averaged is None else averaged, save_model)
     result: dict[str, Any] = {}
-    earlier = earlier_trainings(config, source)
+    earlier, resumed = earlier_trainings(config, source), is_resumed(config)
     with contextlib.closing(run), run.state.recording():
         if accelerator.is_main_process:
             present = TrainingRecord(name, data, labels=False)
@@ -123,7 +124,7 @@ def train_run(
                 )  # fmt: skip
                 for remark in training.exposure.remarks():
                     print(remark, flush=True)
-            origin["trainings"] = record_of(earlier, present)
+            origin["trainings"] = record_of(earlier, present, resumed)
             print(_describe(name, config, objective, model, source, accelerator), flush=True)
             if prepare is not None:
                 prepare(run)
@@ -141,9 +142,9 @@ def train_run(
                 result = conclude(training)
             else:
                 if logged:  # empty if the run had ended before
-                    if isinstance(samples.data, ImageData):
+                    if isinstance(samples.data, ImageData | ImageStream):
                         present = describe_training(name, samples.data)
-                    origin["trainings"] = record_of(earlier, present)
+                    origin["trainings"] = record_of(earlier, present, resumed)
                     save_model(**{"figures": logged})  # the key that encoder.json has
                 _draw_report(run, f"{what.capitalize()}: {run.folder} · report: ")
             run.state.conclude()
