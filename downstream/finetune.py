@@ -152,7 +152,7 @@ def evaluate_only(config: Config, source: str, spec: str, device) -> dict[str, A
         check_labels(test.name, test.labels, config.targets, classes)
     check_bands(encoder, test)
     identity = to_dict(config) | {"encoder": source, "data": spec}
-    folder = evaluation_folder(config.output, "evaluation", identity)
+    folder = evaluation_folder(config.output, "evaluation", identity, {"test": test.fingerprint})
     metrics: dict[str, Any] = {
         "task": "evaluation", "data": test.name, "split": split, "encoder": source,
         "weights": weights, "fingerprints": {"test": test.fingerprint},

@@ -176,6 +176,7 @@ def run(config: Config) -> dict:
     folder = claim(
         Path(config.output or task_folder("zero_shot", source, config.data)), "zero_shot",
         to_dict(config) | {"encoder": str(source)}, named=bool(config.output), weights=weights,
+        images={"test": data.fingerprint},
     )  # fmt: skip
     metrics: dict[str, Any] = {
         "task": "zero_shot", "data": data.name, "split": data.split, "encoder": str(source),

@@ -91,6 +91,33 @@ def test_one_encoder_has_one_identity_under_any_spelling(tmp_path, monkeypatch):
         assert claim(tmp_path / "out", "knn", {"encoder": spelling}, named=True)
 
 
+@pytest.mark.parametrize("what", ["working directory", "images added", "against"])
+def test_one_text_may_mean_other_data_which_do_not_replace_a_result(
+    tmp_path, monkeypatch, capsys, what
+):
+    for site in ("a", "b"):
+        (tmp_path / site / "photos").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a")
+    key = "against" if what == "against" else "data"
+    settings, images = {key: "photos" if key == "data" else ["photos"]}, {"train": "1", "test": "2"}
+    first = tmp_path / "knn"
+    assert claim(first, "knn", settings, named=False, images=images) == first
+    finish(first)
+    assert claim(first, "knn", settings, named=False, images=images) == first
+    if what == "images added":
+        images = {"train": "1", "test": "3"}
+        (first / ".evaluation.json").unlink()  # as of an earlier version
+        finish(first, fingerprints={"train": "1", "test": "2"}, protocol=settings)
+    else:
+        monkeypatch.chdir(tmp_path / "b")
+    with pytest.raises(FileExistsError, match=r"contains a result .*not overwritten"):
+        claim(first, "knn", settings, named=True, images=images)
+    assert claim(first, "knn", settings, named=False, images=images) == tmp_path / "knn-2"
+    assert "writing to" in capsys.readouterr().out
+    finish(tmp_path / "knn-2")
+    assert claim(first, "knn", settings, named=False, images=images) == tmp_path / "knn-2"
+
+
 def test_folders_begun_in_the_same_second_differ(tmp_path, monkeypatch):
     """As of a job array, whose processes may be on several machines."""
     monkeypatch.setattr("time.strftime", lambda _: "20260102-030405")

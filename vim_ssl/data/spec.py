@@ -198,6 +198,14 @@ def _locations(spec: str) -> set[tuple[str, str]]:
     return locations
 
 
+def existing_paths(spec: str) -> list[str]:
+    """The resolved paths of the files and folders that a spec names; [] if it is no spec."""
+    try:
+        return [path for scheme, path in _locations(spec) if not scheme]
+    except ValueError:
+        return []
+
+
 def pick_split(requested: str | None, splits: Sequence[str], source: str) -> str:
     """Return the name of the split to open, as the source spells it, or "all".
 

@@ -102,7 +102,13 @@ class Comparison:
         named = "-".join(spec for spec in (config.data, config.test_data) if spec)
         folder = Path(config.output or task_folder(self.task, self.source, named))
         settings = to_dict(config) | {"encoder": self.source}
-        return claim(folder, self.task, settings, named=bool(config.output), weights=self.weights)
+        return claim(
+            folder, self.task, settings, named=bool(config.output), weights=self.weights,
+            images=self._fingerprints(),
+        )  # fmt: skip
+
+    def _fingerprints(self) -> dict[str, str]:
+        return {"train": self.train.fingerprint, "test": self.test.fingerprint}
 
     def features(self) -> Iterator[tuple[str, Features, Features, dict[str, slice]]]:
         """Yield name, features of both splits, and the columns of every readout, for each encoder;
@@ -158,7 +164,7 @@ class Comparison:
             "encoder": self.source, "figure": "mAP" if self.train.multi_label else "accuracy",
             "split": split_name(self.test, held_out=not config.test_data), "n": self.n,
             **({"weights": self.weights} if self.weights else {}),
-            "fingerprints": {"train": self.train.fingerprint, "test": self.test.fingerprint},
+            "fingerprints": self._fingerprints(),
             "protocol": to_dict(config), "train": len(self.train), "test": len(self.test),
             "seen": self.seen.record(), **results,
             "seconds": round(time.perf_counter() - self.began, 1), **environment(),

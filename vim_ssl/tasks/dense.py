@@ -142,7 +142,7 @@ class DenseTask:
             lambda trained: self.open_splits(trained, config.test, config.seed)[1].ids,
         )  # fmt: skip
         identity = to_dict(config) | {"encoder": source}
-        folder = evaluation_folder(config.output, self.name, identity)
+        folder = evaluation_folder(config.output, self.name, identity, {"test": test.fingerprint})
         more = {"split": split, "weights": weights}
         return self._finish(config, model, source, None, test, folder, exposure, more)
 

@@ -11,6 +11,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from vim_ssl.data.spec import existing_paths
 from vim_ssl.utils.files import atomic_write, writable
 
 RUNS = Path("runs")
@@ -63,21 +64,32 @@ def task_folder(task: str, source: str | Path, data: str) -> Path:
     return RUNS / f"{task}-{folder.name}{slug}"
 
 
-def evaluation_folder(output: str = "", task: str = "", settings: Any = None) -> Path:
+def evaluation_folder(
+    output: str = "", task: str = "", settings: Any = None, images: Mapping[str, str] | None = None
+) -> Path:
     """Create the folder for an evaluation without training: ``output``, or one under ``runs/``
     named by the time.
 
     Raises: the errors of `claim`.
     """
-    return claim(Path(output), task, settings, named=True) if output else new_folder("evaluation")
+    if not output:
+        return new_folder("evaluation")
+    return claim(Path(output), task, settings, named=True, images=images)
 
 
 def claim(
-    folder: Path, task: str, settings: Mapping[str, Any] | None, *, named: bool, weights: str = ""
+    folder: Path,
+    task: str,
+    settings: Mapping[str, Any] | None,
+    *,
+    named: bool,
+    weights: str = "",
+    images: Mapping[str, str] | None = None,
 ) -> Path:
     """Create the folder of an evaluation before it is computed.
 
-    The same evaluation may be repeated in its folder; one of other settings is never overwritten.
+    The same evaluation may be repeated in its folder; one of other settings, or of other images
+    under the same name, is never overwritten.
 
     Args:
         folder: the requested folder, or the default one.
@@ -86,9 +98,15 @@ def claim(
         named: the user chose the folder. If it has other content, this is an error; instead of a
             default folder, the next free one is used: NAME-2, NAME-3 …
         weights: hash of the weights; a result of others that is replaced is reported.
+        images: the fingerprint of each split: the same text may mean other images later, or from
+            another working directory.
     Raises: FileExistsError for a folder with another result; OSError if nothing can be written.
     """
-    identity = {"task": task, "settings": _identifying(settings or {})}
+    identity = {
+        "task": task, "settings": _identifying(settings or {}), "images": dict(images or {}),
+        "locations": _locations(settings or {}),
+    }  # fmt: skip
+    why = ""
     for candidate in [folder] if named else _numbered(folder):
         with writable(candidate):
             candidate.parent.mkdir(parents=True, exist_ok=True)
@@ -103,12 +121,13 @@ def claim(
             raise FileExistsError(
                 f"{candidate} contains {obstacle}; it is not overwritten. Choose another --output."
             )
+        why = why or obstacle
     check_writable(candidate)
     before = _read(candidate / "metrics.json").get("weights")
     if before and weights and before != weights:
         print(f"{candidate}: the result of earlier weights will be replaced.", flush=True)
     if candidate != folder:
-        print(f"{folder} contains another result; writing to {candidate}.", flush=True)
+        print(f"{folder} contains {why}; writing to {candidate}.", flush=True)
     mark = identity | {"process": _process()}
     atomic_write(candidate / MARK, json.dumps(mark, indent=2) + "\n")
     return candidate
@@ -121,28 +140,48 @@ def _obstacle(folder: Path, identity: Mapping[str, Any]) -> str | None:
         return "a file of that name"
     if any((folder / name).exists() for name in ("config.json", "checkpoints")):
         return "a run, with the result of its training"
-    known = _read(folder / MARK)
+    known, metrics = _read(folder / MARK), _read(folder / "metrics.json")
     if known and not (folder / "metrics.json").exists():
         process = known.get("process")
         # One that was killed, or failed, has left nothing to protect.
         if process == _process() or not _is_running(process):
             return None
         return f"an evaluation in progress (process and machine: {process})"
-    if not known:
-        metrics = _read(folder / "metrics.json")  # of an earlier version
+    if not known:  # of an earlier version
         known = {"task": metrics.get("task"), "settings": _identifying(metrics.get("protocol"))}
         if not metrics:
             there = next((name for name in RESULTS if (folder / name).exists()), None)
             return there and f"{there}, which no evaluation has recorded"
     if known.get("task") != identity["task"]:
         return f"a result of {known.get('task')}"
-    before, now = known.get("settings"), identity["settings"]
-    if not isinstance(before, dict):
+    if not isinstance(known.get("settings"), dict):
         return "a result of unknown settings"
-    for key in before.keys() & now.keys():
-        if before[key] != now[key]:
-            return f"a result with {key} = {before[key]!r}, not {now[key]!r}"
+    if key := _different(known["settings"], identity["settings"]):
+        before, now = (content["settings"][key] for content in (known, identity))
+        return f"a result with {key} = {before!r}, not {now!r}"
+    if key := _different(known.get("locations"), identity["locations"]):
+        return f"a result with {key} in {known['locations'][key]}"
+    images = known.get("images") or metrics.get("fingerprints")
+    if key := _different(images, identity["images"]):
+        return f"a result on other {key} images under the same name"
     return None
+
+
+def _different(before: Any, now: Mapping[str, Any]) -> str:
+    """The first key that two mappings share, with another value; "" if there is none."""
+    known: Mapping[str, Any] = before if isinstance(before, Mapping) else {}
+    return next((key for key in now if key in known and known[key] != now[key]), "")
+
+
+def _locations(settings: Mapping[str, Any]) -> dict[str, str]:
+    """The absolute paths of the data, and of the encoders to compare with, that exist here."""
+    locations = {}
+    for key in ("data", "test_data", "against"):
+        given = settings.get(key) or ()
+        specs = [given] if isinstance(given, str) else given
+        if paths := sorted(path for spec in specs for path in existing_paths(str(spec))):
+            locations[key] = ", ".join(paths)
+    return locations
 
 
 def _process() -> list[Any]:
