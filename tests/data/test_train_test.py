@@ -44,6 +44,28 @@ def test_a_class_without_a_test_image_is_reported(tmp_path, caplog):
     assert "1 of 3 classes, for example c, have no image in test" in caplog.text
 
 
+@pytest.mark.parametrize("scheme", ["folder", "csv"])
+@pytest.mark.parametrize("query", ["", "?split=train"])
+def test_without_labels_to_test_on_a_share_of_train_is_held_out(tmp_path, caplog, scheme, query):
+    names = [*classes("train/"), *(f"test/{i}.png" for i in range(3))]
+    spec = fill(tmp_path, *names)
+    if scheme == "csv":
+        parts = [name.split("/") for name in names]
+        rows = [f"{'/'.join(p)},{p[0]},{p[1] if p[2:] else ''}" for p in parts]
+        (tmp_path / "t.csv").write_text("\n".join(["path,split,label", *rows]))
+        spec = f"csv:{tmp_path / 't.csv'}"
+    train, test = labelled_splits(spec + query, 0.2, 0)
+    assert (len(train), sorted(test.labels), test.split) == (8, [0, 1], "all")
+    assert all(name.startswith("train/") for name in train.ids + test.ids)
+    assert not set(train.ids) & set(test.ids)
+    assert "test cannot be tested on without labels; images of train are held out" in caplog.text
+    lines = [line.split() for line in check(spec).facts]
+    assert ["a", "5"] in [line[:2] for line in lines]
+    assert ["b", "5"] in [line[:2] for line in lines]
+    drawn = labelled_splits(fill(tmp_path / "alone", *classes("")), 0.2, 0)[1]
+    assert [f"train/{name}" for name in drawn.ids] == test.ids  # as without a test split
+
+
 def test_groups_stay_whole(tmp_path):
     names = [f"{name}/p{i}/{k}.png" for name in "ab" for i in range(5) for k in range(3)]
     spec = fill(tmp_path, *names) + "?label=folder&group=folder"

@@ -74,6 +74,7 @@ class Split:
     Attributes:
         masks: whether the images have masks.
         boxes: number of boxes per image; None for data without boxes.
+        classes: names of the classes that the labels number.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Split:
     groups: list[str] | None
     masks: bool = False
     boxes: list[int] | None = None
+    classes: list[str] | None = None
     decoded: list[Decoded] = field(default_factory=list)
 
 
@@ -116,11 +118,13 @@ def check(spec: str | Path, *, sample: int = 0, workers: int = 0, quiet: bool = 
     """
     source, data = _opened(spec)
     splits = list(_splits(source, data, sample, workers, quiet))
-    report = Report([f"{spec}: {_layout(data, splits)}", ""], list(data.faults), [])
+    # All images together have no classes if those of one split have no labels.
+    classes = data.classes or next((s.classes for s in splits if s.classes), None)
+    report = Report([f"{spec}: {_layout(data, splits, classes)}", ""], list(data.faults), [])
     _check_layout(data, report)
     _count(splits, report)
-    _check_labels(splits, data.classes, report)
-    _check_truth(splits, data.classes, report)
+    _check_labels(splits, classes, report)
+    _check_truth(splits, classes, report)
     _check_images(splits, report)
     if getattr(data, "has_captions", False):
         _check_captions(splits, report)
@@ -177,7 +181,9 @@ def _splits(
     for name in data.splits if data.split == "all" and data.splits else [data.split]:
         images = data if name == data.split else source.open(name)
         boxes = [images.box_count(i) for i in range(len(images))] if images.has_boxes else None
-        split = Split(name, images.ids, images.labels, images.groups, images.has_masks, boxes)
+        split = Split(
+            name, images.ids, images.labels, images.groups, images.has_masks, boxes, images.classes
+        )  # fmt: skip
         few = min(sample, len(images)) if sample else len(images)
         chosen = images.subset(i * len(images) // few for i in range(few))
         loader = Loader(_Decoding(chosen), 16, num_workers=workers, collate_fn=list)
@@ -256,11 +262,10 @@ def describe(id: str, image: Image.Image | np.ndarray) -> Decoded:
 # ---------------------------------------------------------------- checks
 
 
-def _layout(data: ImageData | ImageStream, splits: list[Split]) -> str:
+def _layout(data: ImageData | ImageStream, splits: list[Split], classes: list[str] | None) -> str:
     what = "read in order, shard by shard" if data.is_stream else "read by index"
     names = ", ".join(split.name for split in splits) if data.splits else "no splits"
-    classes = f"{len(data.classes)} classes" if data.classes else "no named classes"
-    return f"{what}; {names}; {classes}"
+    return f"{what}; {names}; {f'{len(classes)} classes' if classes else 'no named classes'}"
 
 
 def _check_layout(data: ImageData | ImageStream, report: Report) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from vim_ssl.data.classes import with_classes
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.identity import TrainingRecord, compare
-from vim_ssl.data.open import open_source, open_split, warn_once
+from vim_ssl.data.open import Source, open_source, open_split, warn_once
 from vim_ssl.data.spec import canonical_split
 from vim_ssl.data.split import as_key, is_known, stratified_split
 
@@ -28,7 +28,8 @@ def labelled_splits(
 
     The source's test split, else its validation split, is the test split, whatever split ``spec``
     names; images or groups in both splits cause a warning. A source without splits is split here:
-    stratified, with groups kept together. Images without a label are skipped.
+    stratified, with groups kept together; so is the training split if no other has a label. Images
+    without a label are skipped.
 
     Args:
         test: share to hold out of a source without splits, in (0, 1).
@@ -77,11 +78,11 @@ def _labelled(
     all its images."""
     source = open_source(spec)
     if held_out := _held_out(source.splits):
-        first = source.open(held_out[0])
-        others = chain([first], map(source.open, held_out[1:]))
         # The labels of a test split are often withheld.
-        return source.open("train"), next((o for o in others if o.labels is not None), first)
-    everything = source.open("all")
+        others = map(source.open, held_out)
+        if other := next((o for o in others if any(map(is_known, o.labels or ()))), None):
+            return source.open("train"), other
+    everything = _train_alone(source, spec, "labels") if held_out else source.open("all")
     if everything.labels is None or not test:
         return everything, everything
     known = labelled_only(everything)
@@ -95,6 +96,19 @@ def _labelled(
             "the held-out images and not tested: they have too few images or a single group."
         )
     return known.subset(first, HELD_OUT), known.subset(second)
+
+
+def _train_alone(source: Source, spec: str | Path, what: str) -> ImageData:
+    """Return the training split as data without splits, because no other split has what is tested;
+    warn of that."""
+    train = source.open("train")
+    data = train.subset(range(len(train)))
+    data.split = "all"
+    warn_once(
+        f"{spec}: {' and '.join(name for name in source.splits if name != train.split)} cannot be "
+        f"tested on without {what}; images of {train.split} are held out instead."
+    )
+    return data
 
 
 def masked_splits(
@@ -148,6 +162,8 @@ def boxed_splits(
     if not held_out:
         return _cut(train, test, seed, trainings)
     other = _first_with_boxes(map(source.open, held_out))
+    if not _any_box(other):
+        return _cut(_with_boxes(spec, _train_alone(source, spec, "boxes")), test, seed, trainings)
     other = with_classes(other, train.classes, str(spec))
     _warn_of_overlap(spec, train, other)
     return train, other
@@ -166,8 +182,11 @@ def _first_with_boxes(splits: Iterable[ImageData]) -> ImageData:
     """Return the first split in which an image has boxes, else the first split."""
     splits = iter(splits)
     first = next(splits)  # the labels of a test split are often withheld
-    with_boxes = (s for s in chain([first], splits) if any(map(s.box_count, range(len(s)))))
-    return next(with_boxes, first)
+    return next(filter(_any_box, chain([first], splits)), first)
+
+
+def _any_box(data: ImageData) -> bool:
+    return any(map(data.box_count, range(len(data))))
 
 
 def _with_boxes(spec: str | Path, data: ImageData) -> ImageData:
