@@ -300,6 +300,12 @@ def _count(splits: list[Split], report: Report) -> None:
         if split.labels is not None and labelled < len(split.ids):
             missing = len(split.ids) - labelled
             report.remarks.append(f"{split.name}: {missing:,} images have no label.")
+        truth = split.labels is not None or split.masks or split.boxes is not None
+        if truth and len(splits) == 1 and len(set(split.groups or "ab")) == 1 < len(split.ids):
+            report.problems.append(
+                "all images are in one group, so none can be held out for a test; name smaller "
+                "groups by ?group=, or leave it out."
+            )
         for name in split.ids:
             splits_of[name].append(split.name)
     if twice := [name for name, names in splits_of.items() if len(names) > 1]:

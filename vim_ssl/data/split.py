@@ -56,8 +56,13 @@ def stratified_split(
     for i in range(len(labels)):
         members[i if groups is None else groups[i]].append(i)
     if len(members) < 2:
-        what = "image" if groups is None else "group"
-        raise ValueError(f"Splitting needs at least two {what}s; got {len(members)}.")
+        if groups is None:
+            raise ValueError(f"Splitting needs at least two images; got {len(members)}.")
+        raise ValueError(
+            f"Splitting needs at least two groups; got {len(members)}. Name smaller groups by "
+            "?group= (a column of a table; folder; of DICOM files study or series), leave group= "
+            "out, or make folders train/ and test/."
+        )
 
     strata: dict[Any, list[list[int]]] = defaultdict(list)
     for group in members.values():

@@ -190,6 +190,34 @@ def test_files_whose_identity_was_blanked_stay_together(tmp_path):
     assert [int(np.asarray(item["image"])[0, 0]) for item in data] == [2, 1, 0] * 2
 
 
+@pytest.mark.parametrize("patient", ["ANONYMOUS", ""])
+@pytest.mark.parametrize(("studies", "group"), [(3, "study"), (1, "series")])
+def test_files_of_one_patient_are_grouped_by_study_or_series(tmp_path, patient, studies, group):
+    for i in range(6):
+        ds = dataset(RAMP + i, PatientID=patient, StudyInstanceUID=f"1.{i % studies}",
+                     SeriesInstanceUID=f"2.{i % 3}", InstanceNumber=i)  # fmt: skip
+        write(tmp_path / ("ab"[i < 3]) / f"{i}.dcm", ds)
+    spec = f"dicom:{tmp_path}?label=folder"
+    data = open_data(spec)
+    if not patient and studies > 1:
+        group = "patient"  # without PatientID, a study counts as one
+    assert set(data.groups) == {f"{group}-0000{i}" for i in range(3)}
+    if group != "patient":
+        assert f"the group is the {group}" in data.faults[0]
+        assert f"the group is the {group}" in check(spec).problems[0]
+    train, test = labelled_splits(spec, 0.4, 0)
+    assert not set(train.groups) & set(test.groups)
+    everything = f"{spec}&group=patient"
+    assert len(set(open_data(f"{spec}&group=series").groups)) == 3
+    assert set(open_data(everything).groups) <= {f"patient-0000{i}" for i in range(studies)}
+    if patient:
+        assert "all images are in one group" in " ".join(check(everything).problems)
+        with pytest.raises(ValueError, match=r"at least two groups; got 1. Name smaller groups"):
+            labelled_splits(everything, 0.4, 0)
+    with pytest.raises(ValueError, match="unsupported group=name"):
+        open_data(f"{spec}&group=name")
+
+
 def test_no_header_is_quoted_in_warnings(tmp_path, recwarn):
     write(tmp_path / "one.dcm", dataset(SeriesInstanceUID="1.2.3"))
     content = (tmp_path / "one.dcm").read_bytes()

@@ -19,7 +19,7 @@ from vim_ssl.data.dicom_pixels import PLAIN, functional, import_pydicom, read_he
 from vim_ssl.data.images import BadImage
 from vim_ssl.data.passed_over import pass_over
 from vim_ssl.data.registry import Splits, source
-from vim_ssl.data.sources.folder import OnDisk, read_layout, split_folders
+from vim_ssl.data.sources.folder import OnDisk, check_option, read_layout, split_folders
 from vim_ssl.data.spec import DataSpec, near
 from vim_ssl.data.walk import walk_files
 from vim_ssl.data.window import Window
@@ -29,6 +29,7 @@ LABELS = {
     "modality": "Modality", "body_part": "BodyPartExamined", "view": "ViewPosition",
     "laterality": "ImageLaterality", "folder": "",
 }  # fmt: skip
+GROUPS = ("patient", "study", "series")  # values of `group=`
 _HEADER = [
     "SOPClassUID", "SOPInstanceUID", "ImageType", "PatientID", "StudyInstanceUID",
     "SeriesInstanceUID", "InstanceNumber",
@@ -51,11 +52,13 @@ _EXPECTED = ("not DICOM", "DICOM without pixels", *_NO_IMAGES.values())
 
 @dataclass(frozen=True)
 class Slice:
-    """One frame of a file. ``patient``, ``series`` and ``instance`` never leave this module."""
+    """One frame of a file. ``patient``, ``study``, ``series`` and ``instance`` never leave this
+    module."""
 
     name: str
     frame: int
     patient: str
+    study: str
     series: str
     instance: str  # unique identifier of the file
     # Sort key: localizers last, then position along the normal, then instance number.
@@ -64,7 +67,7 @@ class Slice:
     label: str
 
 
-@source("dicom", extra="medical", options=("label", "window"))
+@source("dicom", extra="medical", options=("label", "window", "group"))
 def open_dicom(spec: DataSpec) -> Splits:
     """Open every image of the DICOM files below ``dicom:root``, or of one file, grey or colour,
     8-bit.
@@ -83,13 +86,16 @@ def open_dicom(spec: DataSpec) -> Splits:
 
     The group is the patient, so that no patient is on two sides of a split; it is a number that
     does not reveal the PatientID. Without PatientID the group is the study, else the series, else
-    the folder. An id is ``hash of the series/index in it``; `locate` returns its file. ``label=``
-    takes modality, body_part, view, laterality or folder (the outermost). Folders are splits if all
-    are named train, val or test.
+    the folder. If all files have the same PatientID, as after some anonymisations, the group is the
+    study, or the series if there is one study; ``faults`` says so. ``group=patient``, ``study`` or
+    ``series`` chooses. An id is ``hash of the series/index in it``; `locate` returns its file.
+    ``label=`` takes modality, body_part, view, laterality or folder (the outermost). Folders are
+    splits if all are named train, val or test.
 
     Raises: ImportError without pydicom, or without a decoder for these files; FileNotFoundError;
         ValueError for a folder without a DICOM image.
     """
+    check_option(spec, "group", GROUPS)
     window = Window.parse(spec.window) if spec.window else None
     kind = None if spec.label == "none" else spec.label
     if kind and kind not in LABELS:
@@ -112,8 +118,9 @@ def open_dicom(spec: DataSpec) -> Splits:
             faults.append(f"skipped {_listed({what: names})}")
     faults += _copies(slices)
     names = sorted({one.name for one in slices})
-    patients = {name: f"patient-{i:05d}"
-                for i, name in enumerate(dict.fromkeys(one.patient for one in slices))}  # fmt: skip
+    group = spec.group or _finest_needed(slices, faults)
+    keys = dict.fromkeys(getattr(one, group) for one in slices)
+    number_of = {key: f"{group}-{i:05d}" for i, key in enumerate(keys)}
 
     def choose(spec: DataSpec) -> ImageData:
         layout = read_layout(names, spec.split, "folder" if kind == "folder" else "none", str(root))
@@ -130,7 +137,7 @@ def open_dicom(spec: DataSpec) -> Splits:
         rows = [(one.name, one.frame) for one in chosen]
         return ImageData(
             DicomImages(str(root), rows, window), ids, name=str(spec), labels=labels,
-            classes=classes, groups=[patients[one.patient] for one in chosen],
+            classes=classes, groups=[number_of[getattr(one, group)] for one in chosen],
             splits=layout.splits, split=layout.split, faults=faults,
         )  # fmt: skip
 
@@ -263,12 +270,13 @@ def _slices(header: Any, name: str, label: str | None, left: int) -> list[Slice]
         return "number of frames differs from the header"
     # If tags are blank (anonymised files), a folder counts as one series of one patient.
     series = str(header.get("SeriesInstanceUID") or name.rpartition("/")[0])
-    patient = str(header.get("PatientID") or header.get("StudyInstanceUID") or series)
+    study = str(header.get("StudyInstanceUID") or series)
+    patient = str(header.get("PatientID") or study)
     text = str(header.get(label) or "").strip().lower() if label else ""
     instance, number = str(header.get("SOPInstanceUID") or ""), header.get("InstanceNumber") or 0
     localizer = "LOCALIZER" in (header.get("ImageType") or ())
     return [
-        Slice(name, frame, patient, series, instance,
+        Slice(name, frame, patient, study, series, instance,
               (localizer, _position(header, frame), float(number)), syntax, text)
         for frame in range(frames)
     ]  # fmt: skip
@@ -331,6 +339,19 @@ def _decodable(slices: list[Slice], others: dict[str, list[str]], root: str) -> 
     if not kept:
         raise ValueError(f"dicom:{root} contains no image that can be read: {_listed(others)}.")
     return kept
+
+
+def _finest_needed(slices: Sequence[Slice], faults: list[str]) -> str:
+    """Return what groups the slices: the patient, or, if all have the same, the study or series;
+    ``faults`` then says so."""
+    group = next((g for g in GROUPS if len({getattr(one, g) for one in slices}) > 1), GROUPS[0])
+    if group != GROUPS[0]:
+        faults.append(
+            "all files have the same PatientID, or none, as after anonymisation; the group is the "
+            f"{group}, so images of one patient may be in training and in test. group=patient "
+            "keeps all together."
+        )
+    return group
 
 
 def _copies(slices: list[Slice]) -> list[str]:
