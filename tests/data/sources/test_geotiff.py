@@ -60,6 +60,20 @@ def test_bands(tmp_path):
     np.testing.assert_array_equal(some[0]["image"], values[[3, 0, 2]].transpose(1, 2, 0))
 
 
+def test_further_pages_are_counted(tmp_path):
+    write(tmp_path / "a.tif", scene(), NAMES)
+    for number in range(3):
+        more = {"APPEND_SUBDATASET": "YES"} if number else {}
+        write(tmp_path / "b.tif", scene(seed=number), NAMES, **more)
+    with rasters.opened(tmp_path / "a.tif"), rasterio.open(tmp_path / "a.tif", "r+") as file:
+        file.build_overviews([2])  # smaller versions are no pages
+    data = open_data(f"geotiff:{tmp_path}")
+    assert data.passed_over == {"further pages of rasters": 2}
+    np.testing.assert_array_equal(data[1]["image"], scene(seed=0).transpose(1, 2, 0))
+    remarks = " ".join(check(f"geotiff:{tmp_path}").remarks)
+    assert "passed over: 2 further pages of rasters: b.tif" in remarks
+
+
 def test_images_of_8_bits_are_images(tmp_path):
     write(tmp_path / "rgb.tif", scene(3, dtype=np.uint8))
     data = open_data(f"geotiff:{tmp_path}")

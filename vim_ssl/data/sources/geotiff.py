@@ -16,6 +16,7 @@ from vim_ssl.data.config import colour_of
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import BadImage
 from vim_ssl.data.labels import IGNORE, checked, classes_in, named_classes
+from vim_ssl.data.passed_over import pass_over
 from vim_ssl.data.rasters import (
     COLOURS,
     Box,
@@ -314,7 +315,8 @@ def open_geotiff(spec: DataSpec) -> Splits:
     at the right and lower border is dropped. With ``overlap=32``, neighbours overlap by 32 pixels
     and cover the whole raster, as prediction needs: the last tiles end at its border, and a raster
     smaller than a tile is one tile. Without ``tile=``, a raster with more pixels than
-    VIM_SSL_MAX_PIXELS is skipped. Missing values become NaN; see `read_bands`. The group is the
+    VIM_SSL_MAX_PIXELS is skipped. Of a file with several pages, the first is read; the others are
+    counted in ``passed_over``. Missing values become NaN; see `read_bands`. The group is the
     file. The ids are the paths, with the tile's row and column. ``label=folder`` makes the
     outermost folder the class. Folders are splits if all are named train, val or test.
 
@@ -404,6 +406,7 @@ def _read_headers(
                 if masks_root:
                     check_same_grid(file, masks_root / mask_of[name])
                 raster = read_header(file, stored=stored)
+                pages = len(file.subdatasets)  # of one page, none is listed
         except Exception as error:  # readers raise errors of nearly any type
             kind = "" if isinstance(error, BadImage) else f"{type(error).__name__}: "
             faults.append(f"{name} cannot be read ({kind}{error})")
@@ -412,6 +415,7 @@ def _read_headers(
             faults.append(f"{name} {fault}")
             continue
         rasters[name] = raster
+        pass_over("further pages of rasters", pages - 1 if pages else 0, [name])
     return rasters, faults
 
 
