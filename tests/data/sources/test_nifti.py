@@ -11,6 +11,7 @@ import pytest
 nibabel = pytest.importorskip("nibabel", reason="needs pip install 'vim-ssl[medical]'")
 
 from vim_ssl.data import BadImage, labelled_splits, masked_splits, open_data  # noqa: E402
+from vim_ssl.data.check import check  # noqa: E402
 from vim_ssl.data.sources.nifti import upright  # noqa: E402
 
 VOLUME = np.arange(3 * 4 * 5, dtype=np.int16).reshape(3, 4, 5)  # right, anterior, superior
@@ -238,6 +239,21 @@ def test_masks_that_do_not_fit_are_named(tmp_path):
 
 
 # ------------------------------------------------------------------------- files of the field
+
+
+def test_masks_and_modalities_of_a_case_are_reported(tmp_path):
+    for case in ("case_1", "case_2"):
+        for kind in ("t1", "flair", "seg"):
+            write(tmp_path / case / f"{case}_{kind}.nii.gz")
+    data = open_data(f"nifti:{tmp_path}")
+    assert len(set(data.groups)) == 6
+    modalities, masks = sorted(data.passed_over.warnings, reverse=True)
+    assert modalities.startswith("the modalities of a case are separate groups")
+    assert "case_1/case_1, case_2/case_2. Put each case into a folder" in modalities
+    assert masks.startswith("2 of 6 files look like masks of others, but are read as images")
+    assert len(check(f"nifti:{tmp_path}").problems) >= 2
+    data = open_data(f"nifti:{tmp_path}/*/*_t1.nii.gz?group=folder")
+    assert (len(set(data.groups)), data.passed_over.warnings) == (2, [])
 
 
 def channels(root, folder="imagesTr"):

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -17,7 +18,7 @@ import numpy as np
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import BadImage
 from vim_ssl.data.labels import IGNORE, checked, checked_classes, classes_in, named_classes
-from vim_ssl.data.passed_over import pass_over
+from vim_ssl.data.passed_over import add_warning, pass_over, some_of
 from vim_ssl.data.pixels import to_8bit
 from vim_ssl.data.registry import Splits, source
 from vim_ssl.data.sources.folder import (
@@ -37,6 +38,11 @@ ENDINGS = (".nii", ".nii.gz", ".hdr", ".img")  # the last two are header and val
 AXES = ("0", "1", "2")
 DEFAULT_WINDOW = Window(0.5, 99.5, percent=True)
 CHANNEL = re.compile(r"(.+)_(\d{4})")  # nnU-Net: case and channel
+# A volume's modality at the end of its name, after that of its case.
+MODALITY = re.compile(
+    r"(.+)[-_. ](t1|t1w|t1n|t1c|t1ce|t1gd|t2|t2w|t2f|flair|dwi|adc|pd|swi|bold|ct|cta|pet|mr|mri)",
+    re.IGNORECASE,
+)
 NNUNET = ("imagesTr", "imagesTs", "imagesVal")  # its folders
 
 
@@ -76,6 +82,8 @@ def open_nifti(spec: DataSpec) -> Splits:
     root, names, masks_root, mask_of = match_masks(
         spec, "volume", ENDINGS, strict=True, choose=partial(_choose, channel=channel)
     )
+    if not spec.group:
+        _warn_of_modalities(names)
     volumes: dict[str, Volume] = {}
     faults = [] if masks_root or channel is not None else _channels(root, names)
     for name in names:
@@ -163,6 +171,17 @@ def _channels(root: Path, names: list[str]) -> list[str]:
         f"the channels {', '.join(map(str, numbers))} of a case are read as separate volumes; "
         "channel=0 reads one"
     ]
+
+
+def _warn_of_modalities(names: list[str]) -> None:
+    """Warn of volumes of one case, such as a_t1.nii and a_flair.nii, that are separate groups."""
+    cases = Counter(match[1] for match in map(MODALITY.fullmatch, map(_stem, names)) if match)
+    if several := [case for case, count in cases.items() if count > 1]:
+        add_warning(
+            f"the modalities of a case are separate groups and may be in training and in test: "
+            f"{some_of(several)}. Put each case into a folder and add group=folder, or give one "
+            "modality, such as *_t1.nii.gz."
+        )
 
 
 @dataclass(frozen=True)
