@@ -4,21 +4,26 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_run import Mean, train
+from small_run import Mean, Numbers, train
 
 from vim_ssl import load_encoder, save_encoder
+from vim_ssl.data import ImageData
+from vim_ssl.data.open import open_split
 from vim_ssl.models.text import TextEncoder
 from vim_ssl.models.tokenizers import train_bpe
 from vim_ssl.objectives.clip import Clip
 from vim_ssl.objectives.distill import Distill
 from vim_ssl.recipes import mim_pretrain
+from vim_ssl.training.config import TrainConfig
 from vim_ssl.training.resume import check_dependencies, check_settings, located
 from vim_ssl.training.run import read_metrics
+from vim_ssl.training.schedule import Progress, Schedule
 from vim_ssl.training.state import recorded
 
 TINY = ["depth=1", "embed_dim=8", "d_state=4", "img_size=16", "patch_size=8"]
@@ -151,6 +156,21 @@ def test_relative_places_are_found_from_another_folder(tmp_path, monkeypatch, va
     assert located(value, str(start)) == value
 
 
+def test_a_folder_of_the_same_first_name_does_not_hide_the_data(tmp_path, monkeypatch):
+    start, elsewhere = tmp_path / "start", tmp_path / "elsewhere"
+    (start / "data/X").mkdir(parents=True)
+    (elsewhere / "data").mkdir(parents=True)
+    monkeypatch.chdir(elsewhere)
+    assert located("data/X", str(start)) == f"{start}/data/X"
+    assert located("geotiff:data/X/*.tif?split=all", str(start)) == (
+        f"geotiff:{start}/data/X/*.tif?split=all"
+    )
+    assert located("./data/X", str(start)) == f"{start}/data/X"
+    assert located("data/Y", str(start)) == "data/Y"
+    (elsewhere / "data/X").mkdir()
+    assert located("data/X", str(start)) == "data/X"
+
+
 def test_a_run_goes_on_from_another_folder_and_after_its_data_moved(photos, tmp_path, monkeypatch):
     start = tmp_path / "start"
     start.mkdir()
@@ -167,6 +187,50 @@ def test_a_run_goes_on_from_another_folder_and_after_its_data_moved(photos, tmp_
     (tmp_path / "moved/photos/0.bmp").unlink()
     with pytest.raises(ValueError, match="images are not those of the checkpoint"):
         mim_pretrain.main([*there, "--batch-size", "4"])
+
+
+@pytest.mark.parametrize("kind", ["bmp", "tiff", "masks", "captions"])
+def test_images_written_again_with_the_same_sizes_are_refused_and_a_copy_is_not(tmp_path, kind):
+    """As a conversion does that is started once more with other settings."""
+    here, extension = tmp_path / "here", kind if kind == "tiff" else "bmp"
+    rng = np.random.default_rng(0)
+    spec = {"masks": "masks:", "captions": "pairs:"}.get(kind, "")
+    images, masks = (here / "images", here / "masks") if kind == "masks" else (here, here)
+    images.mkdir(parents=True)
+    masks.mkdir(exist_ok=True)
+
+    def write(i: int, change: int) -> None:
+        pixels = rng.integers(0, 255, (16, 16), np.uint8)
+        if kind in ("bmp", "tiff") or not change:
+            Image.fromarray(pixels).save(images / f"{i}.{extension}")
+        if kind == "masks":
+            Image.fromarray(pixels % 2).save(masks / f"{i}.bmp")
+        if kind == "captions":
+            (here / f"{i}.txt").write_text(f"a house, {change}")
+
+    for i in range(8):
+        write(i, 0)
+    shutil.copytree(here, tmp_path / "copy", copy_function=shutil.copyfile)
+    one = SimpleNamespace(
+        num_processes=1, process_index=0, is_main_process=True, device=torch.device("cpu")
+    )
+
+    def begin(folder: Path, progress: Progress) -> None:
+        data = open_split(f"{spec}{folder}")
+        config = TrainConfig(batch_size=4, workers=0, warmup_epochs=0)
+        Schedule(data.samples(dict), config, one).check_resume(progress)
+
+    progress = Progress()
+    begin(here, progress)
+    begin(tmp_path / "copy", progress)
+    before = open_split(f"{spec}{here}").fingerprint
+    for i in range(8):
+        write(i, 1)
+    assert open_split(f"{spec}{here}").fingerprint == before
+    with pytest.raises(ValueError, match=r"same names, sizes and labels, but another content"):
+        begin(here, progress)
+    progress.content = ""  # of an earlier version
+    begin(here, progress)
 
 
 def test_the_encoder_that_a_run_started_from_is_known_by_its_weights(photos, tmp_path, capsys):
@@ -215,14 +279,6 @@ def processes(schedule, progress, count: int, batch: int):
 
 
 def test_another_number_of_processes_needs_the_same_effective_batch():
-    from types import SimpleNamespace
-
-    from small_run import Numbers
-
-    from vim_ssl.data import ImageData
-    from vim_ssl.training.config import TrainConfig
-    from vim_ssl.training.schedule import Progress, Schedule
-
     one = SimpleNamespace(
         num_processes=1, process_index=0, is_main_process=True, device=torch.device("cpu")
     )

@@ -230,6 +230,11 @@ class ImageData(Dataset):
         paths = getattr(self._images, "paths", None)
         return paths(self._rows[index]) if paths else []
 
+    def mask_paths(self, index: int) -> list[str]:
+        """Paths of the files of the mask of image ``index``; [] if it has none."""
+        paths = getattr(self._masks, "paths", None) if self.has_masks else None
+        return paths(self._rows[index]) if paths else []
+
     def file(self, index: int) -> RawImage | None:
         """The file that holds image ``index`` alone: its path, or its bytes from a table; None for
         a part of a file, such as a tile, for a video and for an image in memory."""

@@ -160,10 +160,20 @@ def located(value: Any, folder: str) -> Any:
     parts = []
     for part in value.split(" + "):
         location = match[1] if (match := _LOCATION.match(part)) else ""
-        # What stands below the first folder may be a pattern.
-        first = location if location.startswith(".") else location.partition("/")[0]
-        moved = first and not os.path.isabs(location) and not os.path.exists(first)
-        if moved and os.path.exists(os.path.join(folder, first)):
+        if location and not os.path.isabs(location) and _is_there_only(location, folder):
             part = part.replace(location, os.path.normpath(os.path.join(folder, location)), 1)
         parts.append(part)
     return " + ".join(parts)
+
+
+def _is_there_only(location: str, folder: str) -> bool:
+    """True if a relative location exists below ``folder`` and not here. Of a pattern, and of a
+    location that exists in neither, as much of its beginning is compared as exists."""
+    names = location.split("/")
+    for count in range(len(names), 0, -1):
+        path = "/".join(names[:count])
+        if os.path.exists(path):
+            return False
+        if os.path.exists(os.path.join(folder, path)):
+            return True
+    return False

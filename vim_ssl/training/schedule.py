@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from vim_ssl.data.content import content_hash
 from vim_ssl.data.loading.indexed import SeededSamples, training_loader
 from vim_ssl.training.config import TrainConfig
 from vim_ssl.training.state import FINISHED, STOPPED_EARLY
@@ -20,8 +21,9 @@ class Progress:
     epoch.
 
     The counts refer to the same steps only if ``epoch_batches``, ``epoch_steps``, ``data`` (a
-    fingerprint), ``readers`` (the order of a stream) and ``effective_batch`` are the same.
-    Checkpoints of earlier versions have no ``processes`` and ``effective_batch``.
+    fingerprint), ``content`` (see `content_hash`), ``readers`` (the order of a stream) and
+    ``effective_batch`` are the same. Checkpoints of earlier versions have no ``processes``,
+    ``effective_batch`` and ``content``.
     """
 
     epoch: int = 0
@@ -34,6 +36,7 @@ class Progress:
     epoch_batches: int = 0
     epoch_steps: int = 0
     data: str = ""
+    content: str = ""
     readers: str = ""
     processes: int = 0
     effective_batch: int = 0
@@ -87,6 +90,7 @@ class Schedule:
             round(self.epoch_steps * config.warmup_epochs), self.scheduled_steps - 1
         )
         self.fingerprint = getattr(samples.data, "fingerprint", "")
+        self.content = content_hash(samples.data)
         self.effective_batch = self.batch_size * self.accumulation * world
         self.lr = config.base_lr * self.effective_batch / config.lr_reference_batch
         self.repeats = getattr(self.batches, "repeats", 1)
@@ -167,6 +171,12 @@ class Schedule:
                     "The images are not those of the checkpoint: their names, sizes or labels "
                     "differ. Resume with the same data, or start a new run in another --output."
                 )
+            if progress.content and progress.content != self.content:
+                raise ValueError(
+                    "The images are not those of the checkpoint: their files have the same names, "
+                    "sizes and labels, but another content. Restore them, or start a new run in "
+                    "another --output."
+                )
             self._check_batches(progress)
             if progress.processes not in (0, self.processes):
                 remark = (
@@ -174,7 +184,8 @@ class Schedule:
                     f"{self.processes}: the effective batch is the same, but drop path and dropout "
                     "draw other masks."
                 )
-        progress.data, progress.readers = self.fingerprint, self.readers
+        progress.data, progress.content = self.fingerprint, self.content
+        progress.readers = self.readers
         progress.epoch_batches, progress.epoch_steps = self.epoch_batches, self.epoch_steps
         progress.processes, progress.effective_batch = self.processes, self.effective_batch
         return remark
