@@ -16,6 +16,16 @@ from vim_ssl.utils.files import encoding_of, reading
 TABLES = (".csv", ".tsv")
 DELIMITERS = "\t,;|"
 SPLIT_COLUMN = "split"
+# First bytes of files that people give as tables -> what they are, and what to do.
+PACKED = {
+    b"\x1f\x8b": ("compressed with gzip", "unpack it with gunzip"),
+    b"PK\x03\x04": ("a zip archive or an Excel file", "unpack it, or save it as CSV in UTF-8"),
+    b"\xd0\xcf\x11\xe0": ("an old Excel file", "save it as CSV in UTF-8"),
+    b"BZh": ("compressed with bzip2", "unpack it with bunzip2"),
+    b"\xfd7zXZ": ("compressed with xz", "unpack it with unxz"),
+    b"\x28\xb5\x2f\xfd": ("compressed with zstd", "unpack it with unzstd"),
+    b"PAR1": ("a parquet file", "open it with parquet:"),
+}
 # A line within a quoted field that is a row of its own: an unclosed quote has swallowed it.
 _SWALLOWED = re.compile(
     r"[\r\n][^\r\n]*\.(jpe?g|png|tiff?|bmp|gif|webp|dcm|nii|gz|mp4|avi|mov|svs)\"?\s*[\t,;|]",
@@ -156,6 +166,7 @@ def read_rows(file: Path, source: str) -> tuple[list[str], Iterator[Row]]:
     """
     if not file.is_file():
         raise FileNotFoundError(f"{source}: the file does not exist.")
+    _refuse_packed(file, source)
     lines = _lines(file)
     delimiter, first, before = "", "", 0
     for first in lines:
@@ -251,6 +262,14 @@ def find_column(
 
 def _names(columns: Iterable[str]) -> str:
     return ", ".join(column or "(no name)" for column in columns) or "no columns"
+
+
+def _refuse_packed(file: Path, source: str) -> None:
+    with open(file, "rb") as raw:
+        begin = raw.read(max(map(len, PACKED)))
+    for mark, (kind, remedy) in PACKED.items():
+        if begin.startswith(mark):
+            raise ValueError(f"{source} is {kind}, not a table of text; {remedy}.")
 
 
 def _lines(file: Path) -> Iterator[str]:

@@ -1,5 +1,7 @@
 """Local tables: csv files that name images, parquet files that hold them."""
 
+import bz2
+import gzip
 import io
 
 import pytest
@@ -418,3 +420,28 @@ def test_files_that_differ_only_in_case_or_ending_are_named_but_not_matched(tmp_
         (fault,) = open_data(names_in_csv(tmp_path, [given])).faults
         assert fault.startswith(f"1 of 1 files do not exist, for example {given}")
         assert fault.endswith(f" There is {near}.")
+
+
+@pytest.mark.parametrize("scheme", ["csv", "pairs"])
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("t.csv.gz", gzip.compress(b"path,label"), "compressed with gzip.*gunzip"),
+        ("t.csv", bz2.compress(b"path,label"), "compressed with bzip2"),
+        ("t.xlsx", b"PK\x03\x04rest", "an Excel file.*save it as CSV"),
+        ("t.parquet", b"PAR1rest", "a parquet file.* open it with parquet:"),
+    ],
+)
+def test_a_compressed_table_says_what_it_is(tmp_path, scheme, name, content, says):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=says):
+        open_data(f"{scheme}:{tmp_path}/{name}")
+
+
+def test_captions_in_a_text_file_are_a_table(tmp_path):
+    for i in range(2):
+        (tmp_path / f"{i}.jpg").write_bytes(png(i))
+    lines = "image,caption\n0.jpg,one\n0.jpg,two\n1.jpg,three\n"  # as Flickr8k has them
+    (tmp_path / "captions.txt").write_text(lines)
+    data = open_data(f"pairs:{tmp_path}/captions.txt")
+    assert [data.captions(i) for i in range(2)] == [["one", "two"], ["three"]]

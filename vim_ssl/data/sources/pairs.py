@@ -73,19 +73,19 @@ def open_pairs(spec: DataSpec) -> ImageData | Splits:
 
     - A folder: images at any depth, each with a text file of the same name (a.jpg, a.txt) that
       contains one caption per line. Folders named train, val and test are splits, as in any folder.
-    - A table with a header (.csv or .tsv): each row has an image's path, relative to the table's
-      folder, and a caption; ``image=`` and ``caption=`` name their columns. Rows with the same
-      path are captions of one image. A column named "split" has the split of each image.
-
+    - A table with a header (.csv, .tsv or another text file): each row has an image's path,
+      relative to the table's folder, and a caption; ``image=`` and ``caption=`` name their columns.
+      Rows with the same path are captions of one image. A column named "split" has the split of
+      each image.
     Skipped are: images without a text file, and rows that are too long or too short, have no path
     or caption, or are not UTF-8; ``faults`` names them. An empty text file is reported when read.
 
     Raises: FileNotFoundError; ValueError for a folder or table without image-caption pairs.
     """
-    if spec.location.lower().endswith(TABLES):
+    root = Path(spec.location).expanduser()
+    if spec.location.lower().endswith(TABLES) or root.is_file():
         return _open_table(spec)
     spec.takes()
-    root = Path(spec.location).expanduser()
     every = find_images(root, spec.location)
     names = [name for name in every if os.path.isfile(root / caption_file(name))]
     if not names:
