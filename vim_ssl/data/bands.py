@@ -12,6 +12,7 @@ from vim_ssl.data.config import colour_of, data_config_of
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import BadImage
 from vim_ssl.data.open import warn_once
+from vim_ssl.data.ranges import fills, undeclared
 from vim_ssl.data.transforms.image import as_tensor
 
 FAR = 100  # standard deviations from the mean that no measured value has
@@ -32,6 +33,7 @@ def band_statistics(data: ImageData, sample: int = 1000) -> dict[str, Any]:
     """
     few = min(sample, len(data))
     sizes: dict[str, float] = {}
+    probable: dict[str, tuple[float, ...]] = {}
     count = total = squares = torch.zeros(())
     for i in range(few):
         try:
@@ -46,6 +48,7 @@ def band_statistics(data: ImageData, sample: int = 1000) -> dict[str, Any]:
                 "same number in all."
             )
         sizes[data.ids[i * len(data) // few]] = float(mean_size(np.atleast_3d(values)).max())
+        probable[data.ids[i * len(data) // few]] = fills(values)
         known = x.isfinite()
         x = x.where(known, 0)
         count, total, squares = count + known.sum(1), total + x.sum(1), squares + x.square().sum(1)
@@ -56,6 +59,8 @@ def band_statistics(data: ImageData, sample: int = 1000) -> dict[str, Any]:
             f"{data.name}: the values of {len(others):,} of {len(sizes):,} images, for example "
             f"{others[0]}, are over {ORDERS:,} times larger or smaller than most: another unit?"
         )
+    if fault := undeclared(probable):
+        warn_once(f"{data.name}: {fault}.")
     mean = total / count
     std = (squares / count - mean.square()).clamp(min=0).sqrt()
     names = data.bands or {1: ("L",), 3: ("R", "G", "B")}.get(len(mean))

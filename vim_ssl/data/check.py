@@ -28,6 +28,7 @@ from vim_ssl.data.lookalikes import MISSING, Look, look_of
 from vim_ssl.data.open import Source, open_data, open_source, sets_of
 from vim_ssl.data.pages import PAGES, count_pages
 from vim_ssl.data.passed_over import some_of
+from vim_ssl.data.ranges import fills, levels_of, narrow, undeclared
 from vim_ssl.data.registry import SOURCES
 from vim_ssl.data.spec import canonical_split
 from vim_ssl.data.walk import UNREADABLE
@@ -50,6 +51,7 @@ class Decoded:
         pages: number of images in its file.
         notes: in what it is read otherwise than meant; see `vim_ssl.data.clips.note`.
         look: what it looks like; None for a blank image, for bands, and without imagehash.
+        fills, levels: see `vim_ssl.data.ranges`.
     """
 
     id: str
@@ -65,6 +67,8 @@ class Decoded:
     pages: int = 1
     notes: tuple[str, ...] = ()
     look: Look | None = None
+    fills: tuple[float, ...] = ()
+    levels: tuple[int, int] | None = None
 
 
 @dataclass
@@ -254,9 +258,11 @@ def describe(id: str, image: Image.Image | np.ndarray) -> Decoded:
     notes = tuple(getattr(image, "info", {}).get("notes", ()))
     look = None if flat else look_of(image)
     measure = float(np.nanmax(mean_size(values))) if isinstance(image, np.ndarray) else np.nan
+    probable = fills(values) or getattr(image, "info", {}).get("fills", ())
     return Decoded(
-        id, "", pixels, (width, height), mode, flat, holes, measure, notes=notes, look=look
-    )
+        id, "", pixels, (width, height), mode, flat, holes, measure, notes=notes, look=look,
+        fills=probable, levels=levels_of(image),
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------- checks
@@ -436,6 +442,8 @@ def _check_images(splits: list[Split], report: Report) -> None:
             )
         if captioned := sum(image.captioned for image in good):
             report.facts.append(f"With a caption: {captioned:,} of these images.")
+    for fault in (undeclared({im.id: im.fills for im in good}), narrow(im.levels for im in good)):
+        report.problems += [f"{fault}."] if fault else []
     others = in_other_unit({image.id: image.measure for image in good})
     for split in splits:
         for what, names, lines in (

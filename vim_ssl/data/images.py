@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -97,6 +98,21 @@ def image_size(source: str | Path | bytes) -> tuple[int, int]:
         raise BadImage(name, f"{type(error).__name__}: {error}") from error
 
 
+def has_many_bits(file: str | Path) -> bool:
+    """True if the header of an image file says that it has integers of more than 8 bits.
+
+    Raises: BadImage if Pillow cannot read the header.
+    """
+    try:
+        with open_image(file, most_pixels()) as image:
+            encoding = encoding_of(image)
+    except BadImage:
+        raise
+    except Exception as error:  # as in `decode_image`
+        raise BadImage(str(file), f"{type(error).__name__}: {error}") from error
+    return encoding.bits > 8 and encoding.kind != "f"
+
+
 def clean_image(image: Image.Image, mode: str | None = None) -> Image.Image:
     """Convert any Pillow image to 8-bit "RGB" or "L", upright and opaque.
 
@@ -124,10 +140,10 @@ def _cleaned(image: Image.Image, mode: str | None, encoding: Encoding) -> Image.
             "a 16-bit image with one transparent colour is not read; save it with 8 bits, or with "
             "an alpha channel",
         )
-    missing = 0
+    stored: dict[str, Any] = {}
     if image.mode.startswith(("I", "F")) or signed or (scaled_key and image.mode == "L"):
         image = grey_image(image, encoding)
-        missing = image.info.get("missing", 0)
+        stored = {key: image.info[key] for key in ("missing", "fills") if key in image.info}
     plain = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
     try:
         if image.has_transparency_data:
@@ -139,8 +155,9 @@ def _cleaned(image: Image.Image, mode: str | None, encoding: Encoding) -> Image.
         image = image if image.mode == mode else image.convert(plain).convert(mode)
     except ValueError as error:
         raise BadImage("image", f"mode {image.mode} has no conversion to {plain}") from error
-    if missing:
-        image.info["missing"] = missing
+    if encoding.bits > 8 and encoding.kind != "f":
+        stored["bits"] = encoding.bits
+    image.info |= stored
     return image
 
 

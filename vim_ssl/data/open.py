@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any, overload
 
 from vim_ssl.data.dataset import ImageData, join
+from vim_ssl.data.images import BadImage, decode_image, has_many_bits
 from vim_ssl.data.loading.streamed import ImageStream
 from vim_ssl.data.pages import PAGES, count_pages, some_of
 from vim_ssl.data.passed_over import PassedOver
+from vim_ssl.data.ranges import LOOKED_AT, levels_of, narrow
 from vim_ssl.data.registry import Splits, find_opener, stream_schemes
 from vim_ssl.data.spec import DataSpec, canonical_split, parse_spec, sets_of
 
@@ -103,6 +105,7 @@ def finished(opened: ImageData | Splits, spec: DataSpec) -> ImageData:
     data = opened.open(spec) if isinstance(opened, Splits) else opened
     _pass_over_pages(data)
     _warn(data, f"{spec.scheme}:{spec.location}")
+    _warn_of_narrow(data, f"{spec.scheme}:{spec.location}")
     if spec.limit is not None and spec.limit < len(data):
         # Spread evenly, because many data sets are sorted by class.
         data = data.subset(i * len(data) // spec.limit for i in range(spec.limit))
@@ -149,6 +152,24 @@ def _pass_over_pages(data: ImageData) -> None:
         looked = "" if len(chosen) == len(data) else f" (in {len(chosen):,} files looked at)"
         data.passed_over = data.passed_over + PassedOver()  # a copy
         data.passed_over.add(PAGES + looked, sum(pages.values()), several)
+
+
+def _warn_of_narrow(data: ImageData, name: str) -> None:
+    """Warn if some of the images use a small part of their type's range. None is decoded if the
+    header of the first one has 8 bits, or if it is not a file."""
+    if not len(data) or not data.paths(0) or data.file(0) is None:
+        return
+    few, levels = min(len(data), LOOKED_AT), []
+    for i in range(few):
+        try:
+            file = data.file(i * len(data) // few)
+            if not isinstance(file, str | Path) or not has_many_bits(file):
+                return
+            levels.append(levels_of(decode_image(file)))
+        except (BadImage, OSError):
+            continue
+    if fault := narrow(levels):
+        warn_once(f"{name}: {fault}.")
 
 
 def _warn(data: ImageData | ImageStream, name: str) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, TiffImagePlugin
 
+from vim_ssl.data.ranges import fills
+
 # The size from which Pillow refuses images too; one of this size takes half a gigabyte.
 DEFAULT_MAX_PIXELS = 178_956_970
 # Pillow passes EPS files to Ghostscript, which executes them as programs: unsafe. Of FITS files it
@@ -230,7 +232,8 @@ def grey_from(values: np.ndarray, encoding: Encoding) -> Image.Image:
 
     Integers map linearly from the range of their type to 0..255, floats within 0..1 by 255, other
     floats from their finite minimum and maximum. Non-finite pixels become 0; ``info["missing"]``
-    counts them.
+    counts them, ``info["fills"]`` lists `vim_ssl.data.ranges.fills`, and ``info["bits"]`` is the
+    depth of integers.
 
     Raises: BadImage for floats without a finite value.
     """
@@ -240,6 +243,10 @@ def grey_from(values: np.ndarray, encoding: Encoding) -> Image.Image:
         grey.putalpha(Image.fromarray(np.where(values == encoding.key, 0, 255).astype(np.uint8)))
     if encoding.kind == "f" and (missing := int((~np.isfinite(values)).sum())):
         grey.info["missing"] = missing
+    if probable := fills(values):
+        grey.info["fills"] = probable
+    if encoding.kind != "f":
+        grey.info["bits"] = encoding.bits
     return grey
 
 
