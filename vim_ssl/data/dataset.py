@@ -34,6 +34,7 @@ class Images(Protocol):
     Optional: ``whole_files``, whether each row is a file of its own; methods ``paths(row)`` and
     ``sizes(row)``, see `vim_ssl.data.sources.folder.OnDisk`; ``part(row)``, the place of an image
     in its files, if it is not all of them: a text that is the same wherever the files lie;
+    ``contents``, how these files are read to compare them, see `vim_ssl.data.contents.READERS`;
     ``location(row)``, an item's ``meta``. Of a plane: ``volume``, ``plane``, ``planes`` and
     ``spacing`` (see `vim_ssl.metrics.volumes`); if the volume is a file also ``file`` and ``axis``.
     Of a raster: its file, ``raster``, its ``name``, the ``box`` in it (left, top, width, height in

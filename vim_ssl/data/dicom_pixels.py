@@ -103,7 +103,14 @@ def functional(header: Any, frame: int, sequence: str) -> Any:
     return header
 
 
-def _decoded(path: str | Path, header: Any, syntax: str, frame: int) -> np.ndarray:
+def stored_frames(path: str | Path) -> np.ndarray:
+    """Return the stored numbers of all frames of a DICOM file. Raises: see `read_slice`."""
+    with open(path, "rb") as file:
+        header = read_header(file, TAGS)
+    return _decoded(path, header, str(header.file_meta.TransferSyntaxUID), None)
+
+
+def _decoded(path: str | Path, header: Any, syntax: str, frame: int | None) -> np.ndarray:
     from pydicom.pixels import pixel_array
 
     # Unused bits are kept where they may hold a padding value.

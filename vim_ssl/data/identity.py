@@ -6,16 +6,18 @@ compare(data, trainings) which images of ``data`` these trainings used, and whic
 """
 
 import base64
+import logging
 import math
 import os
 import sqlite3
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
-from dataclasses import dataclass, field
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -23,6 +25,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from vim_ssl.data.clips import images_in
+from vim_ssl.data.contents import READERS, sampled, sampled_file
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import BadImage, clean_image, decode_image
 from vim_ssl.data.loading.streamed import ImageStream
@@ -30,11 +33,12 @@ from vim_ssl.utils.files import user_cache
 
 # How images are compared: by decoded pixels, which are the same in a file, a table and in memory;
 # or by the bytes of files, if there are too many to decode.
-PIXELS, FILES = "pixels", "files"
+PIXELS, FILES = "pixels-2", "files-2"
+# In records of earlier versions: all bytes of an image in a table are hashed, and the files of
+# parts are known by their bytes.
+EARLIER = {"pixels": PIXELS, "files": FILES}
 PIXELS_UP_TO = 2**27  # bytes of files to decode: 128 MB, a few seconds
 RECORDED_UP_TO = 2**31  # bytes of images without labels, 2 GB
-WHOLE = 2**20  # bytes; of a larger file, evenly spaced pieces are read
-PIECES, PIECE = 16, 2**16
 KEY_BYTES = 6  # comparing 50,000 images with a million, one wrong match in 5,000 times
 CACHED_FROM = 500  # files; the keys of fewer are not kept in the user's cache
 UNKNOWN = 0  # the key of an image that cannot be read; it equals no other
@@ -51,30 +55,44 @@ class Keys:
         images: uint64 (n,), one per image; `UNKNOWN` if it cannot be read.
         files: for an image that is a part of files, such as a plane or a tile, the keys of these
             files; else ().
+        in_memory: bool (n,), whether the key is of pixels though files are compared by their bytes.
     """
 
     images: np.ndarray
     files: list[tuple[int, ...]]
+    in_memory: np.ndarray
+
+
+class _Known(NamedTuple):
+    """The key of an image, and the two others of `Keys`."""
+
+    key: int
+    files: tuple[int, ...] = ()
+    in_memory: bool = False
 
 
 @dataclass(frozen=True)
 class _Position:
-    """Where an image is: in ``files`` (all of them, or a ``part``), or known by its ``key``."""
+    """Where an image is: in ``files`` (all of them, or a ``part``), which are read as ``how`` says
+    ("pixels", or one of `READERS`), or known by its ``key``."""
 
     files: tuple[str, ...] = ()
     part: str | None = None
-    decoded: bool = False
+    how: str = "bytes"
     key: int = UNKNOWN
+    in_memory: bool = False
 
 
 def content_keys(data: ImageData | ImageStream, by: str, *, quiet: bool = False) -> Keys:
     """Return the keys of all images.
 
-    Planes and tiles are identified by the bytes of their files and their position in them, videos
-    by the bytes of their files, all other images as ``by`` says.
+    Planes and tiles are identified by the contents of their files and their position in them,
+    videos by the bytes of their files, all other images as ``by`` says. The content of a volume is
+    that of its decompressed file; of rasters and DICOM, it is their values, with `FILES` the bytes.
 
     Args:
-        by: `PIXELS` or `FILES`; images that are not in files are always compared by pixels.
+        by: `PIXELS` or `FILES`, or one of `EARLIER`; images that are not in files are always
+            compared by pixels.
         quiet: show no progress bar; else one appears after a few seconds.
     """
     if data.is_stream:
@@ -89,15 +107,16 @@ def content_keys(data: ImageData | ImageStream, by: str, *, quiet: bool = False)
         for (inner, row), keys in zip(new.values(), _keys_at(positions, quiet), strict=True):
             known[id(inner)][inner.row(row)] = keys
         result = [known[id(inner)][inner.row(row)] for inner, row in requested]
-    return Keys(np.array([key for key, _ in result], np.uint64), [files for _, files in result])
+    keys, files, in_memory = zip(*result, strict=True) if result else ((), (), ())
+    return Keys(np.array(keys, np.uint64), list(files), np.array(in_memory, bool))
 
 
 # Images → how they are compared → row → its key, and the keys of its files.
-_known: "WeakKeyDictionary[Any, dict[str, dict[int, tuple[int, tuple[int, ...]]]]]"
+_known: "WeakKeyDictionary[Any, dict[str, dict[int, _Known]]]"
 _known = WeakKeyDictionary()
 
 
-def _known_keys(data: ImageData, by: str) -> dict[int, tuple[int, tuple[int, ...]]]:
+def _known_keys(data: ImageData, by: str) -> dict[int, _Known]:
     """The keys that are known already, by row; splits of one data set share them."""
     try:
         return _known.setdefault(data.images, {}).setdefault(by, {})
@@ -105,38 +124,48 @@ def _known_keys(data: ImageData, by: str) -> dict[int, tuple[int, tuple[int, ...
         return {}
 
 
-def _keys_at(positions: Sequence[_Position], quiet: bool) -> list[tuple[int, tuple[int, ...]]]:
-    jobs = dict.fromkeys(
-        (file, position.decoded) for position in positions for file in position.files
-    )
+def _keys_at(positions: Sequence[_Position], quiet: bool) -> list[_Known]:
+    jobs = dict.fromkeys((file, position.how) for position in positions for file in position.files)
     keys = dict(zip(jobs, _file_keys(list(jobs), quiet), strict=True))
-    result: list[tuple[int, tuple[int, ...]]] = []
+    result: list[_Known] = []
     for position in positions:
-        files = tuple(keys[file, position.decoded] for file in position.files)
+        files = tuple(keys[file, position.how] for file in position.files)
         if position.part is None:
-            result.append((files[0] if files else position.key, ()))
+            key = files[0] if files else position.key
+            result.append(_Known(key, (), position.in_memory))
         elif UNKNOWN in files:
-            result.append((UNKNOWN, ()))
+            result.append(_Known(UNKNOWN))
         else:
-            result.append((_hash(repr((sorted(files), position.part)).encode()), files))
+            result.append(_Known(_hash(repr((sorted(files), position.part)).encode()), files))
     return result
 
 
 def _position(data: ImageData, index: int, by: str) -> _Position:
     if (part := data.part(index)) is not None:
-        return _Position(tuple(data.paths(index)), part)
+        how = "bytes" if by in EARLIER else getattr(data.images, "contents", "bytes")
+        if by == FILES and how != "volume":
+            how = "bytes"
+        return _Position(tuple(data.paths(index)), part, how)
     try:
-        return _position_of(data.raw(index), FILES if data.kind == "video" else by)
+        if data.kind == "video":
+            return replace(_position_of(data.raw(index), FILES), in_memory=False)
+        return _position_of(data.raw(index), by)
     except BadImage:
         return _Position()
 
 
 def _position_of(raw: Any, by: str) -> _Position:
     if isinstance(raw, str | Path):
-        return _Position((str(raw),), decoded=by == PIXELS)
-    if isinstance(raw, bytes) and by == FILES:
-        return _Position(key=_hash(raw))
-    return _Position(key=UNKNOWN if isinstance(raw, BadImage) else pixels_key(raw))
+        return _Position((str(raw),), how="pixels" if _by_pixels(by) else "bytes")
+    if isinstance(raw, bytes) and not _by_pixels(by):
+        return _Position(key=_hash(raw) if by in EARLIER else _hash(*sampled(raw)))
+    if isinstance(raw, BadImage):
+        return _Position()
+    return _Position(key=pixels_key(raw), in_memory=not _by_pixels(by))
+
+
+def _by_pixels(by: str) -> bool:
+    return EARLIER.get(by, by) == PIXELS
 
 
 def pixels_key(image: Any) -> int:
@@ -152,7 +181,7 @@ def pixels_key(image: Any) -> int:
         if values.ndim == 3 and (values == values[..., :1]).all():
             values = values[..., 0]
         return _hash(f"{values.shape} {values.dtype}".encode(), np.ascontiguousarray(values))
-    return _hash(image) if isinstance(image, bytes) else UNKNOWN
+    return _hash(*sampled(image)) if isinstance(image, bytes) else UNKNOWN
 
 
 def _hash(*parts: Any) -> int:
@@ -165,30 +194,41 @@ def _hash(*parts: Any) -> int:
 # ---------------------------------------------------------------- files
 
 
-def _file_keys(jobs: Sequence[tuple[str, bool]], quiet: bool) -> list[int]:
-    """Return the keys of (file or folder, whether to decode it), `UNKNOWN` for a missing one."""
-    with closing(_Cache(len(jobs) >= CACHED_FROM)) as cache, ThreadPoolExecutor(8) as pool:
+def _file_keys(jobs: Sequence[tuple[str, str]], quiet: bool) -> list[int]:
+    """Return the keys of (file or folder, how to read it), `UNKNOWN` for a missing one."""
+    with (
+        closing(_Cache(len(jobs) >= CACHED_FROM)) as cache, _silenced(),
+        ThreadPoolExecutor(8) as pool,
+    ):  # fmt: skip
         keys = pool.map(lambda job: cache.get(*job) or _file_key(*job), jobs)
         bar = tqdm(keys, "comparing images", len(jobs), unit="files", delay=3, disable=quiet)
         return cache.keep(jobs, list(bar))
 
 
-def _file_key(path: str, decoded: bool) -> int:
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """Suppress what decoders say of a file: opening the data said it, and pydicom's messages quote
+    header values."""
+    logger = logging.getLogger("pydicom")
+    before, logger.disabled = logger.disabled, True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.disabled = before
+
+
+def _file_key(path: str, how: str) -> int:
     try:
         if os.path.isdir(path):  # the frames of a video
-            frames = (_file_key(os.path.join(path, name), False) for name in images_in(path))
+            frames = (_file_key(os.path.join(path, name), "bytes") for name in images_in(path))
             return _hash(repr(list(frames)).encode())
-        if decoded and (key := pixels_key(path)):
+        if how == "pixels" and (key := pixels_key(path)):
             return key
-        size = os.path.getsize(path)
-        with open(path, "rb") as file:
-            if size <= WHOLE:
-                return _hash(file.read())
-            pieces = [str(size).encode()]
-            for number in range(PIECES):
-                file.seek(number * (size - PIECE) // (PIECES - 1))
-                pieces.append(file.read(PIECE))
-            return _hash(*pieces)
+        with suppress(Exception):  # decoders raise errors of nearly any type for a broken file
+            return _hash(*READERS.get(how, sampled_file)(path))
+        return _hash(*sampled_file(path))
     except OSError:
         return UNKNOWN
 
@@ -199,7 +239,7 @@ class _Cache:
     def __init__(self, used: bool):
         self.known: dict[bytes, int] = {}
         self.database: sqlite3.Connection | None = None
-        self.names: dict[tuple[str, bool], bytes] = {}
+        self.names: dict[tuple[str, str], bytes] = {}
         if not used:
             return
         with suppress(OSError, sqlite3.Error):
@@ -208,24 +248,25 @@ class _Cache:
             self.database.execute("create table if not exists keys (file blob primary key, key)")
             self.known = dict(self.database.execute("select file, key from keys"))
 
-    def _name(self, path: str, decoded: bool) -> bytes | None:
+    def _name(self, path: str, how: str) -> bytes | None:
         """A hash of the path and state of a file; None for a folder or a missing file."""
         with suppress(OSError):
             stat = os.stat(path)
             if os.path.isfile(path):
-                state = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, decoded)
+                kind = {"pixels": True, "bytes": False}.get(how, how)  # as in earlier versions
+                state = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, kind)
                 text = repr((os.path.realpath(path), *state))
                 return blake2b(text.encode(errors="surrogateescape"), digest_size=12).digest()
         return None
 
-    def get(self, path: str, decoded: bool) -> int:
+    def get(self, path: str, how: str) -> int:
         """The stored key of a file, else `UNKNOWN`."""
-        if self.database is None or (name := self._name(path, decoded)) is None:
+        if self.database is None or (name := self._name(path, how)) is None:
             return UNKNOWN
-        self.names[path, decoded] = name
+        self.names[path, how] = name
         return self.known.get(name, UNKNOWN)
 
-    def keep(self, jobs: Sequence[tuple[str, bool]], keys: list[int]) -> list[int]:
+    def keep(self, jobs: Sequence[tuple[str, str]], keys: list[int]) -> list[int]:
         """Store the keys that are new; return all."""
         if self.database is not None:
             new = {
@@ -243,7 +284,17 @@ class _Cache:
 
 def how_to_compare(*sets: ImageData | ImageStream) -> str:
     """Return `PIXELS`, or `FILES` for images whose files are too large to be decoded for it."""
-    return PIXELS if sum(map(_total_bytes, sets)) <= PIXELS_UP_TO else FILES
+    total = sum(_total_bytes(data) + _bytes_of_parts(data) for data in sets)
+    return PIXELS if total <= PIXELS_UP_TO else FILES
+
+
+def _bytes_of_parts(data: ImageData | ImageStream) -> int:
+    """The size of the files whose parts are images and that are decoded for it."""
+    files: set[str] = set()
+    for inner, row in map(data.locate, range(len(data))) if not data.is_stream else ():
+        if getattr(inner.images, "contents", "volume") != "volume":
+            files.update(inner.paths(row))
+    return sum(os.path.getsize(file) for file in files if os.path.isfile(file))
 
 
 def _total_bytes(data: ImageData | ImageStream) -> float:
@@ -356,6 +407,7 @@ class Seen:
         held_out: a training with labels held them out, and no other learnt their labels.
         copies: held out, but with a copy among the images of the same training.
         by_group: not used, but another image of their group was.
+        uncompared: in memory, and a training is recorded by the bytes of its files.
         unrecorded: trainings whose images are not known.
     """
 
@@ -364,6 +416,7 @@ class Seen:
     held_out: np.ndarray
     copies: np.ndarray
     by_group: np.ndarray
+    uncompared: np.ndarray
     unrecorded: list[TrainingRecord] = field(default_factory=list)
 
 
@@ -377,8 +430,7 @@ def compare(
     """
     keys: dict[str, Keys] = {}
     count = len(data)
-    labels, pixels, held_out, copies, by_group = (np.zeros(count, bool) for _ in range(5))
-    seen = Seen(labels, pixels, held_out, copies, by_group)
+    seen = Seen(*(np.zeros(count, bool) for _ in range(6)))
     for training in trainings:
         if not training.by:
             seen.unrecorded.append(training)
@@ -393,6 +445,7 @@ def compare(
         if len(training.files):
             parts = set(training.files.tolist())
             used |= np.array([not parts.isdisjoint(of) for of in files]) & ~held
+        seen.uncompared |= keys[training.by].in_memory & ~used & ~held
         seen.pixels |= used
         if training.labels:
             seen.labels |= used

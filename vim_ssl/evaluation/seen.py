@@ -68,6 +68,7 @@ class Exposure:
         groups: not used, but other images of their groups were.
         copies: an exact copy is among the training images.
         left_out: neither trained on nor held out, or in groups that were trained on; not evaluated.
+        uncompared: in memory, while a training is recorded by the bytes of its files.
         unrecorded: trainings that do not record their images, such as on a stream.
     """
 
@@ -77,6 +78,7 @@ class Exposure:
     groups: int = 0
     copies: int = 0
     left_out: int = 0
+    uncompared: int = 0
     unrecorded: list[str] = field(default_factory=list)
 
     @classmethod
@@ -86,7 +88,7 @@ class Exposure:
         return cls(
             n=int(rows.sum()), labels=int(seen.labels[rows].sum()),
             pixels=int(seen.pixels[rows].sum()), groups=int(seen.by_group[rows].sum()),
-            copies=int(seen.copies[rows].sum()),
+            copies=int(seen.copies[rows].sum()), uncompared=int(seen.uncompared[rows].sum()),
             unrecorded=list(dict.fromkeys(map(_named, seen.unrecorded))),
         )  # fmt: skip
 
@@ -108,6 +110,9 @@ class Exposure:
              "images; ?group=COLUMN keeps copies together."),
             (self.left_out, f"{plural(self.left_out, 'image')} of the data neither trained on nor "
              "held out, or in groups that were trained on: not evaluated."),
+            (self.uncompared, f"{self.uncompared:,} {of_test} are in memory and could not be "
+             "compared with training images that are recorded by the bytes of their files; "
+             "evaluate files."),
             (len(self.unrecorded), "It is not recorded which images were trained on by "
              f"{', '.join(self.unrecorded)}; test images may be among them."),
         )  # fmt: skip
@@ -182,7 +187,7 @@ def labels_seen(source: str, test: ImageData) -> list[str]:
     """Return remarks on a further encoder that is compared on the same test images."""
     seen = Exposure.of(compare(test, trainings_of(source)))
     return Exposure(
-        seen.n, seen.labels, seen.labels, seen.groups,
+        seen.n, seen.labels, seen.labels, seen.groups, uncompared=seen.uncompared,
         unrecorded=[f"{training} ({source})" for training in seen.unrecorded],
     ).remarks(source)  # fmt: skip
 
@@ -218,8 +223,8 @@ def record_of(
         last = earlier[-1]
         if resumed and not present.by:
             present = last
-        if (last.by and last.same_images(present)) or (resumed and not last.by):
-            earlier = earlier[:-1]
+        alike = last.same_images(present) if last.by and last.by == present.by else resumed
+        earlier = earlier[:-1] if alike else earlier
     return [training.record() for training in (*earlier, present)]
 
 

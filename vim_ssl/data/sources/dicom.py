@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -158,6 +158,7 @@ class DicomImages(OnDisk):
     """Slices as uint8 (h, w) or (h, w, 3); a row is (file name, frame)."""
 
     window: Window | None
+    contents: ClassVar[str] = "dicom"
 
     def names(self, row: int) -> list[str]:
         return [self.rows[row][0]]

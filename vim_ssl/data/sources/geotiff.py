@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -70,6 +70,7 @@ class RasterImages(OnDisk):
     with NaN for these; its uint8 values are scaled to 0..1."""
 
     rows: Sequence[Tile]
+    contents: ClassVar[str] = "raster"
 
     def names(self, row: int) -> list[str]:
         return list(dict.fromkeys(name for name, _ in self.rows[row].bands))

@@ -11,7 +11,7 @@ from functools import lru_cache, partial
 from hashlib import blake2b
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -250,6 +250,7 @@ class PlaneImages(OnDisk):
     axis: int
     window: Window
     volumes: dict[str, Volume]
+    contents: ClassVar[str] = "volume"
 
     def names(self, row: int) -> list[str]:
         return _files(self.rows[row][0])
