@@ -110,13 +110,19 @@ class Run(os.PathLike[str]):
         values = [(k, number(v)) for k, v in last.items()
                   if isinstance(v, int | float) and not isinstance(v, bool)]  # fmt: skip
         values = [pair for pair in values if pair[0] not in ("step", "lr", "seconds")][:LISTED]
-        step = [("step", f"{rows[-1]['step']:,}")] if rows else []
-        return [("recipe", self.config.get("recipe", "")), *step, *values]
+        at = rows[-1].get("step") if rows else None
+        step = [("step", f"{at:,}")] if isinstance(at, int) else []
+        return [("recipe", str(self.config.get("recipe") or "")), *step, *values]
 
     def _repr_html_(self) -> str:
         """The summary, the loss and the newest images, for notebooks."""
+        from vim_ssl.report.record import is_number
+
         parts = [f"<p><b>{html.escape(str(self.folder))}</b></p>", _html_table(self._summary())]
-        losses = [(row["step"], row["loss"]) for row in self.curves if "loss" in row]
+        losses = [
+            (row["step"], row["loss"]) for row in self.curves
+            if is_number(row.get("step")) and is_number(row.get("loss"))
+        ]  # fmt: skip
         if len(losses) > 1:
             parts.append(_html_curve("loss", losses))
         for path in self.images[-1:]:

@@ -162,6 +162,15 @@ def test_names_of_images_are_no_markup_in_a_notebook(run):
     assert 'alt="&quot;onerror' in Run(run)._repr_html_()
 
 
+@pytest.mark.parametrize("row", [{"step": 1, "loss": 0.5}, {"step": None, "loss": "x"}, {}])
+def test_a_run_of_null_values_has_a_display(run, row):
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(dict.fromkeys(config | {"recipe": 0})))
+    (run / "metrics.jsonl").write_text(2 * (json.dumps(row) + "\n"))
+    assert str(run) in repr(Run(run))
+    assert "<table>" in Run(run)._repr_html_()
+
+
 # ---------------------------------------------------------------- whose weights
 
 
