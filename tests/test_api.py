@@ -40,6 +40,84 @@ def run(tmp_path_factory) -> vim_ssl.Run:
     return vim_ssl.pretrain(IMAGES, output=tmp_path_factory.mktemp("run"), **PRETRAINING)
 
 
+def tiny(cls=vim_ssl.VimEncoder) -> vim_ssl.VimEncoder:
+    args = {"img_size": 8, "patch_size": 4, "embed_dim": 8, "depth": 2, "d_state": 4}
+    return cls(**args, in_chans=1, num_classes=0, drop_path_rate=0.1).eval()
+
+
+class Negative(vim_ssl.VimEncoder):
+    def forward_features(self, x, *args, **more):
+        return super().forward_features(-x, *args, **more)
+
+
+class Scaled(torch.nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+class Wrapped(torch.nn.Linear):
+    pass
+
+
+def linear(encoder, cls=torch.nn.Linear):
+    return cls(encoder.embed_dim, encoder.embed_dim)
+
+
+CHANGES = {
+    "hook": (lambda e: e.patch_embed.register_forward_hook(lambda m, i, o: -o), "a forward hook"),
+    "pre-hook": (lambda e: e.register_forward_pre_hook(lambda m, i: None), "a forward hook"),
+    "forward": (lambda e: setattr(e, "forward", e.embed), "another function forward"),
+    "features": (lambda e: setattr(e, "forward_features", e.embed), "function forward_features"),
+    "block": (lambda e: setattr(e.layers[0], "forward", e.embed), r"layers.0 .* function forward"),
+    "parametrisation": (
+        lambda e: torch.nn.utils.parametrize.register_parametrization(
+            e.layers[0].mixer.in_proj, "weight", Scaled()
+        ),
+        r"layers.0.mixer.in_proj of the encoder in memory is a Parametrized",
+    ),
+    "replaced": (lambda e: setattr(e, "norm_f", torch.nn.Identity()), "norm_f .* is a Identity"),
+    "wrapped": (
+        lambda e: setattr(e.layers[1].mixer, "out_proj", linear(e, Wrapped)), "is a Wrapped",
+    ),
+    "head": (lambda e: setattr(e, "head", linear(e)), "head of the encoder in memory is a Linear"),
+    "added": (lambda e: setattr(e, "adapter", linear(e)), "adapter was added"),
+    "setting": (lambda e: setattr(e, "cls_position", "none"), "cls_position .* is 'none', not"),
+    "NaN": (lambda e: e.cls_token.data.fill_(float("nan")), "cls_token of the encoder in memory"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_an_encoder_that_its_file_cannot_represent_is_refused(change, tmp_path):
+    encoder = tiny()
+    alter, message = CHANGES[change]
+    alter(encoder)
+    with pytest.raises(ValueError, match=message) as error:
+        vim_ssl.knn(encoder, IMAGES)
+    assert "encoders" not in str(error.value)  # no file of the cache
+    if change != "NaN":
+        with pytest.warns(UserWarning, match=r"in memory.*; its file will not have that"):
+            vim_ssl.save_encoder(encoder, tmp_path)
+
+
+def test_a_subclass_in_memory_is_refused():
+    with pytest.raises(ValueError, match=r"is a Negative, .* compute the features yourself"):
+        vim_ssl.embed(tiny(Negative), IMAGES)
+
+
+def test_what_a_file_has_may_change(tmp_path, recwarn):
+    encoder = tiny().train()
+    encoder.set_grad_checkpointing()
+    encoder.reset_classifier(3, "avg")
+    encoder.prune_intermediate_layers([0], prune_head=False)
+    encoder.data_config = dict(encoder.data_config, mean=(0.1,))
+    encoder.classes = ["a", "b", "c"]
+    encoder.register_full_backward_hook(lambda *_: None)
+    saved = vim_ssl.load_encoder(api._saved(encoder.half()), num_classes=None)
+    assert saved.global_pool == "avg"
+    assert saved.data_config["mean"] == (0.1,)
+    assert not [w for w in recwarn if "in memory" in str(w.message)]
+
+
 # ---------------------------------------------------------------- settings
 
 

@@ -375,11 +375,28 @@ def _plain(name: str, value: Any) -> Any:
 
 def _saved(encoder: Any) -> str:
     """Save an encoder in the user's cache, named by its weights and by the record of its trainings,
-    which equal weights may lack; return the folder."""
-    from vim_ssl.checkpoints.loading import save_encoder
-    from vim_ssl.evaluation.features import weights_hash
-    from vim_ssl.utils.files import user_cache
+    which equal weights may lack; return the folder.
 
+    Raises: ValueError for an encoder that its file cannot represent, and for weights that are not
+        finite.
+    """
+    from vim_ssl.checkpoints.loading import save_encoder
+    from vim_ssl.checkpoints.representable import not_saved
+    from vim_ssl.evaluation.features import weights_hash
+    from vim_ssl.models.encoder import VimEncoder
+    from vim_ssl.utils.files import user_cache
+    from vim_ssl.utils.numbers import require_finite
+
+    if isinstance(encoder, VimEncoder):
+        if lost := not_saved(encoder):
+            raise ValueError(
+                f"{lost}; a call reads its settings and weights, and would pass over that. Merge "
+                "it into the weights and give a plain VimEncoder (wrappers such as LoRA have a "
+                "function for that), or compute the features yourself, with "
+                "encoder.forward_features."
+            )
+        for name, weight in encoder.state_dict().items():
+            require_finite(weight, f"{name} of the encoder in memory", "load other weights")
     known = [getattr(encoder, name, None) or None for name in ("trainings", "classes")]
     record = blake2b(json.dumps(known).encode(), digest_size=4).hexdigest()
     folder = user_cache() / "encoders" / f"{weights_hash(encoder)}-{record}"

@@ -23,6 +23,7 @@ from vim_ssl.checkpoints import files as checkpoint_files
 from vim_ssl.checkpoints.adapt import adapt_state
 from vim_ssl.checkpoints.files import FORMAT, WEIGHT_SUFFIXES, Stored
 from vim_ssl.checkpoints.released import released_config
+from vim_ssl.checkpoints.representable import not_saved
 from vim_ssl.data.bands import check_unit
 from vim_ssl.data.config import IMAGENET_DATA, adapt_data
 from vim_ssl.data.transforms import image as image_transforms
@@ -204,6 +205,7 @@ def save_encoder(
     Returns: the path of encoder.safetensors.
     Raises: TypeError for a model that is not a `VimEncoder` or a record that is not JSON;
         ValueError for an EMA copy with other keys.
+    Warns: if the encoder has what a file of settings and weights cannot represent, such as a hook.
     """
     from safetensors.torch import save
 
@@ -212,6 +214,8 @@ def save_encoder(
             f"save_encoder takes a VimEncoder, not a {type(encoder).__name__}; unwrap it first "
             "(.module of DDP, ._orig_mod of torch.compile)."
         )
+    if lost := not_saved(encoder):
+        warnings.warn(f"{lost}; its file will not have that.", stacklevel=2)
     if encoder.classes:
         record = {"classes": encoder.classes} | (record or {})
     if encoder.trainings:

@@ -154,7 +154,8 @@ def column_of_splits(tables: Mapping[str, Any]) -> tuple[list[str], list[str]]:
         differing = [
             split
             for split, table in tables.items()
-            if name in table.features
+            if name is not None
+            and name in table.features
             and set(map(canonical_split, _texts(table, name))) != {canonical_split(split)}
         ]
         return [], [
