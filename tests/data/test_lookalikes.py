@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageEnhance
 
-from vim_ssl.data import check
+from vim_ssl.data import check, lookalikes
 
 pytest.importorskip("imagehash")
 
@@ -78,6 +78,22 @@ def test_other_images_do_not_look_alike(folder):
         digit.save(target / f"digit{i}.png")
     report = check.check(str(folder))
     assert not any("≈" in line for line in report.problems + report.remarks)
+
+
+def test_every_near_hash_is_a_candidate_and_few_others_are_compared(monkeypatch):
+    rng = np.random.default_rng(0)
+    hashes = rng.integers(0, 2**63, (3000, 2), dtype=np.uint64)
+    for i in range(1000):  # copies that differ in 0 to 4 bits anywhere
+        bits = rng.choice(64, i % 5, replace=False)
+        hashes[i + 1000, 0] = hashes[i, 0] ^ np.uint64(sum(1 << int(bit) for bit in bits))
+    compared = []
+    count = lookalikes._bits_set
+    monkeypatch.setattr(lookalikes, "_bits_set", lambda x: compared.append(len(x)) or count(x))
+    pairs = np.concatenate(list(lookalikes._candidates(hashes)))
+    assert {(a, b) for a, b, crop in pairs.tolist() if crop == 0} == {
+        (i, i + 1000) for i in range(1000)
+    }
+    assert sum(compared[1::2]) < 1000  # of the other hash; one band of 13 bits has about 5,500
 
 
 def test_what_is_not_searched_without_the_library_is_said(folder, monkeypatch):

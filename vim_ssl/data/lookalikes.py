@@ -7,7 +7,7 @@ linear in the number of images; small grey copies of the two images confirm them
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import Any
 
 import numpy as np
@@ -24,8 +24,10 @@ CROPS = (
     (0.05, 0.0, 1.0, 1.0), (0.0, 0.0, 0.95, 1.0), (0.0, 0.05, 1.0, 1.0), (0.0, 0.0, 1.0, 0.95),
 )  # fmt: skip
 DISTANCE = 4  # bits of 64 in which the hashes of copies differ at most
-BANDS = DISTANCE + 1  # of these, at least one has no differing bit
-CROWDED = 1000  # images with equal bits in a band; more have them in common, not as copies
+EQUAL = 2  # bands of a hash that are compared at once: few others have the same bits in both
+BANDS = DISTANCE + EQUAL  # of these, at least so many have no differing bit
+CROWDED = 1000  # images with equal bits in these bands; more have them in common, not as copies
+BLOCK = 2**20  # pairs that are compared at once
 # Correlation of the small copies, in grey and in colour. Those of a crop do not fit exactly.
 ALIKE, ALIKE_CROPPED = (0.99, 0.99), (0.985, 0.955)
 SMALL = 64  # pixels; a crop is not recognised in an image with a shorter side
@@ -107,21 +109,40 @@ def _candidates(hashes: np.ndarray) -> Iterator[np.ndarray]:
     """
     yield np.zeros((0, 3), np.int64)
     edges = [64 * band // BANDS for band in range(BANDS + 1)]
-    for low, high in pairwise(edges):
-        bits = (hashes >> np.uint64(low)) & np.uint64((1 << (high - low)) - 1)
-        order = np.argsort(bits[:, 0], kind="stable")
-        ranked = bits[order, 0]
+    for bands in combinations(pairwise(edges), EQUAL):
+        keys = np.zeros_like(hashes)
+        for low, high in bands:
+            width = np.uint64(high - low)
+            keys = keys << width | (hashes >> np.uint64(low)) & (
+                (np.uint64(1) << width) - np.uint64(1)
+            )
+        order = np.argsort(keys[:, 0], kind="stable")
+        ranked = keys[order, 0]
         for crop in range(hashes.shape[1]):
-            first = np.searchsorted(ranked, bits[:, crop], "left")
-            count = np.searchsorted(ranked, bits[:, crop], "right") - first
+            first = np.searchsorted(ranked, keys[:, crop], "left")
+            count = np.searchsorted(ranked, keys[:, crop], "right") - first
             count[count > CROWDED] = 0
-            other = np.repeat(np.arange(len(hashes)), count)
-            within = np.arange(len(other)) - np.repeat(np.cumsum(count) - count, count)
-            whole = order[np.repeat(first, count) + within]
-            near = _bits_set(hashes[whole, 0] ^ hashes[other, crop]) <= DISTANCE
-            near &= (whole < other) if crop == 0 else (whole != other)
-            chosen = np.stack([whole[near], other[near]], 1)
-            yield np.concatenate([chosen, np.full((len(chosen), 1), crop)], 1)
+            for rows in np.array_split(np.flatnonzero(count), int(count.sum()) // BLOCK + 1):
+                yield _near(hashes, order, rows, first[rows], count[rows], crop)
+
+
+def _near(
+    hashes: np.ndarray,
+    order: np.ndarray,
+    rows: np.ndarray,
+    first: np.ndarray,
+    count: np.ndarray,
+    crop: int,
+) -> np.ndarray:
+    """Return the candidates among images ``rows`` and the ``count`` images from ``first`` on in
+    ``order``; see `_candidates`."""
+    other = np.repeat(rows, count)
+    within = np.arange(len(other)) - np.repeat(np.cumsum(count) - count, count)
+    whole = order[np.repeat(first, count) + within]
+    near = _bits_set(hashes[whole, 0] ^ hashes[other, crop]) <= DISTANCE
+    near &= (whole < other) if crop == 0 else (whole != other)
+    chosen = np.stack([whole[near], other[near]], 1)
+    return np.concatenate([chosen, np.full((len(chosen), 1), crop)], 1)
 
 
 _SET = np.array([bin(value).count("1") for value in range(256)], np.uint8)
