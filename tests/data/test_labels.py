@@ -155,6 +155,8 @@ def test_the_reason_why_masks_cannot_be_read_is_told(tmp_path):
         ("0 background\n1 road\n", ["background", "road"]),
         ("0: background\n1:road", ["background", "road"]),
         ("10 m\n20 m\n30 m", ["10 m", "20 m", "30 m"]),
+        ("grade 1\ngrade 2\n", ["grade 1", "grade 2"]),
+        ("name\nroad", ["name", "road"]),
         ("a\u2028b\nc", ["a\u2028b", "c"]),
     ],
 )
@@ -171,6 +173,11 @@ def test_the_line_number_is_the_class_number(tmp_path, text, names):
         ("a\nb\na\n", "line 3 repeats the name 'a'"),
         ("1 road\n2 house\n", "its number is 1"),
         ("1: road\n0: ground\n", "its number is 1"),
+        ("road 1\nbackground 0\n", "a number behind each name"),
+        ("road: 1\nbackground: 0\n", "a number behind each name"),
+        ("road,1\nbackground,2\n", "a number behind each name"),
+        ("name,number\nbackground,0\nroad,1\n", "is a header"),
+        ("id name\n0 background\n1 road\n", "is a header"),
     ],
 )
 def test_lines_that_are_no_names_are_refused(tmp_path, text, words):

@@ -18,6 +18,9 @@ SAMPLE = 32  # masks that are read when a file names the classes
 LOOKED_AT = 1000  # masks that are read to find which classes a split has
 MANY_VALUES = 64  # more in one mask are grey levels or objects, not classes
 FEW_USED = 32  # from this number of classes on, a quarter must occur
+# Words of a first line that names columns.
+HEADER = {"id", "ids", "index", "number", "value", "label", "class", "name", "names", "colour",
+          "color", "r", "g", "b", "red", "green", "blue"}  # fmt: skip
 NAMED = 3  # examples in a message
 # What programs append to an image's name for its mask.
 MASK_NAME = re.compile(r"[-_. ](masks?|labels?|labelids|gt|seg|segmentation)$", re.IGNORECASE)
@@ -130,8 +133,8 @@ def read_classes(file: Path) -> list[str]:
     """Read class names, one per line: line 1 names class 0. Numbers in front, from 0 in steps of
     one, are left out of the names; empty lines at the end do not count.
 
-    Raises: ValueError for an empty line, a comment or a name that occurs twice, and for numbers
-        that begin at 1 or are in another order.
+    Raises: ValueError for an empty line, a comment, a header or a name that occurs twice, and for
+        numbers in front or behind that begin at 1 or are in another order.
     """
     lines = [line.strip() for line in re.split(r"\r\n?|\n", read_text(file))]
     while lines and not lines[-1]:
@@ -146,6 +149,8 @@ def read_classes(file: Path) -> list[str]:
                 "and so on: write a name of its own into each line, or delete the line if it "
                 "stands for no class."
             )
+    if len(lines) > 1:
+        _check_only_names(file, lines)
     parts = [re.fullmatch(r"(\d+)(?:\s*[:;,=.)]\s*|\s+)(\S.*)", line) for line in lines]
     numbers = [int(part[1]) for part in parts if part]
     if not lines or len(numbers) < len(lines):
@@ -159,6 +164,28 @@ def read_classes(file: Path) -> list[str]:
             "the lines by class number from 0 on, with a line for every number."
         )
     return lines
+
+
+def _check_only_names(file: Path, lines: Sequence[str]) -> None:
+    """Raise ValueError for a header, and for class numbers behind the names in another order than
+    that of the lines."""
+    header = re.split(r"[\s,;:]+", lines[0].lower())
+    numbered = all(re.match(r"\d", line) or re.search(r"\d$", line) for line in lines[1:])
+    if len(header) > 1 and numbered and set(header) <= HEADER:
+        wrong = f"line 1, {lines[0]!r}, is a header"
+    else:
+        matches = [re.fullmatch(r"(\D.*?)(?:\s*[:;,=]\s*|\s+)(\d+)", line) for line in lines]
+        parts = [(part[1], int(part[2])) for part in matches if part]
+        numbers = [number for _, number in parts]
+        orders = [list(range(i, i + len(lines))) for i in (0, 1)]
+        # "grade 1" and "grade 2" are names; numbers from 0 on in order are harmless.
+        if numbers == orders[0] or sorted(numbers) not in orders or len(dict(parts)) < len(lines):
+            return
+        wrong = f"there is a number behind each name ({lines[0]!r})"
+    raise ValueError(
+        f"{file}: {wrong}. Write only the names, one per line: the first line names class 0, the "
+        "second class 1, and so on."
+    )
 
 
 def named_classes(
