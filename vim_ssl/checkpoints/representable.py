@@ -54,5 +54,5 @@ def _differences(encoder: VimEncoder) -> Iterator[str]:
         if key not in weights or key not in needed:
             yield f"{key} is {'missing from' if key in needed else 'new in'} the encoder in memory"
         elif weights[key].shape != needed[key].shape:
-            now, before = tuple(weights[key].shape), tuple(needed[key].shape)
-            yield f"{key} of the encoder in memory is {now}, not {before}"
+            shape, expected_shape = tuple(weights[key].shape), tuple(needed[key].shape)
+            yield f"{key} of the encoder in memory is {shape}, not {expected_shape}"

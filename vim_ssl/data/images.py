@@ -157,7 +157,7 @@ def _cleaned(image: Image.Image, mode: str | None, encoding: Encoding) -> Image.
         raise BadImage("image", f"mode {image.mode} has no conversion to {plain}") from error
     if encoding.bits > 8 and encoding.kind != "f":
         stored["bits"] = encoding.bits
-    image.info |= stored
+    image.info.update(stored.items())
     return image
 
 
