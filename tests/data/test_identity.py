@@ -195,3 +195,16 @@ def test_keys_of_many_files_are_kept_until_a_file_changes(photos, monkeypatch):
     (photos / "2.png").write_bytes(buffer.getvalue())
     assert [a == b for a, b in zip(keys(str(photos)), first, strict=True)] == [1, 1, 0, 1]
     assert len(read) == 1
+
+
+def test_groups_of_a_table_and_in_memory_are_recorded_by_their_names(photos):
+    paths = sorted(photos.iterdir())
+    rows = [f"{path},{'ab'[i % 2]},{'p1' if i < 2 else ''}" for i, path in enumerate(paths)]
+    table = photos.parent / "t.csv"
+    table.write_text("\n".join(["path,label,patient", *rows]))
+    items = [{"image": Image.new("L", (8, 8), i), "group": ("p1", None)[i % 2]} for i in range(4)]
+    here, there = open_data(register_data(items)), open_data(f"csv:{table}?group=patient")
+    for trained, new, expected in ((here, there, [1, 1, 0, 0]), (there, here, [1, 0, 1, 0])):
+        training = describe_training("finetune", trained, trained.subset([]))
+        assert len(training.groups) == 1  # not the ids of images without a group
+        assert identity.compare(new, [training]).by_group.tolist() == expected

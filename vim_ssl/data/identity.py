@@ -470,12 +470,17 @@ def _in_used_groups(
 
 def _group_keys(data: ImageData | ImageStream, each: bool = False) -> list[int]:
     """Keys of the groups' names, of distinct ones unless ``each``. Names that a source numbers, or
-    takes from ids, say nothing about other data; they are left out (`UNKNOWN` with ``each``)."""
-    groups = list((not data.is_stream and data.groups) or ())
+    takes from ids or files, say nothing about other data; they are left out (`UNKNOWN` with
+    ``each``)."""
+    if data.is_stream or data.groups is None:
+        return []
+    named = "group=" in data.name or data.name.startswith("memory:")
+    if data.name.startswith("dicom:") or not named:
+        return [UNKNOWN] * len(data) if each else []
+    pairs = zip(data.groups, data.ids, strict=True)
+    groups = ["" if group == id else group for group, id in pairs]
     if not each:
         groups = list(dict.fromkeys(groups))
-    if data.name.startswith("dicom:") or "group=" not in data.name:
-        return [UNKNOWN] * len(groups) if each else []
     return [_hash(group.encode(errors="surrogateescape")) if group else UNKNOWN for group in groups]
 
 
