@@ -42,6 +42,7 @@ from vim_ssl.evaluation.embeddings import (
 from vim_ssl.evaluation.extract import encode_views
 from vim_ssl.evaluation.features import times_hash, weights_hash
 from vim_ssl.evaluation.readout import READOUTS, all_readouts, readout_columns
+from vim_ssl.evaluation.seen import learnt_by_encoder
 from vim_ssl.training.run import newest_run, task_folder, trained_on
 from vim_ssl.utils.config import opt, parse
 from vim_ssl.utils.distributed import join_processes, pick_device
@@ -105,7 +106,10 @@ def write_embeddings(config: Config, held: ExitStack) -> dict:
     shards = plan_shards(data, config.shard_rows)
     missing: list[EmbeddingShard] = []
     if processes.main:
-        lock = lock_folder(folder, describe(encoder, data, config) | {"dim": dim}, source)
+        new = not (folder / "record.json").exists()
+        learnt = learnt_by_encoder(source, data) if new else {}
+        made_of = describe(encoder, data, config) | {"dim": dim}
+        lock = lock_folder(folder, made_of, source, learnt)
         held.callback(lock.release)
         missing = [
             s for s in shards if not (folder / "shards" / f"{s.name}.{config.format}").exists()
@@ -155,9 +159,11 @@ def describe(encoder: VimEncoder, data: ImageData | ImageStream, config: Config)
     }  # fmt: skip
 
 
-def lock_folder(folder: Path, made_of: dict[str, Any], source: str):
+def lock_folder(folder: Path, made_of: dict[str, Any], source: str, learnt: dict[str, Any]):
     """Create the folder, or resume in it, and lock it against other processes.
 
+    Args:
+        learnt: what the encoder was trained on, for a new record.
     Returns: the lock.
     Raises: the errors of `claim_output`.
     """
@@ -165,7 +171,7 @@ def lock_folder(folder: Path, made_of: dict[str, Any], source: str):
     leftovers = {".lock", "shards", f".{record.name}.part"}  # from a kill before the record
     present = list(folder.iterdir()) if folder.exists() else []
     strangers = [path for path in present if path.name not in leftovers] + list(shards.glob("*"))
-    origin = {"task": "embed", "encoder": source, "commit": commit(), **environment()}
+    origin = {"task": "embed", "encoder": source, **learnt, "commit": commit(), **environment()}
     lock = claim_output(
         folder, record, made_of, origin,
         what="embeddings", lock=folder / ".lock", strangers=strangers,

@@ -28,6 +28,7 @@ from vim_ssl.data.loading.indexed import SeededSamples
 from vim_ssl.evaluation.baselines import MOST_FREQUENT, compare_with, most_frequent
 from vim_ssl.evaluation.embeddings import read_embeddings
 from vim_ssl.evaluation.linear_heads import fit_logistic
+from vim_ssl.evaluation.seen import remarks_on_features
 from vim_ssl.metrics.classification import accuracy, classification_metrics, write_tables
 from vim_ssl.metrics.sentences import metric_text
 from vim_ssl.metrics.tables import write_csv
@@ -132,6 +133,9 @@ def check_apart(config: Config, train: Slides, test: Slides) -> None:
 def run(config: Config) -> dict[str, Any]:
     accelerator = make_accelerator(config)
     train, test, classes = build_data(config)
+    remarks = remarks_on_features(config.test_features or config.features)
+    for remark in remarks if accelerator.is_main_process else ():
+        print(remark, flush=True)
     torch.manual_seed(config.seed)
     names = (train.made_of.get("classes") or list(map(str, range(classes))))[:classes]
     made_of = {key: train.made_of.get(key) for key in (*FEATURES, "data")} if train.made_of else {}
@@ -166,6 +170,7 @@ def run(config: Config) -> dict[str, Any]:
             **compare(logits, mean_answers, train, test),
             **fingerprints(train, test), "protocol": to_dict(config), **environment(),
         }  # fmt: skip
+        metrics["summary"] += remarks
         return finish_run(training.run, metrics, lambda m: f"{summary(m)}\n{folder}")
 
     return train_run(

@@ -57,6 +57,9 @@ def test_attention_finds_the_telling_tiles(vectors, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "held-out slides, n = 12, trained on 48" in printed
     assert metrics["summary"][0] in printed
+    unknown = f"It is not recorded what the encoder of {vectors} was trained on."
+    assert metrics["summary"][-1] == unknown
+    assert printed.count(unknown) == 2  # at the start, and at the end
     assert "the most frequent class" in metrics["summary"][0]
     assert "Top-1 accuracy, attention" in (tmp_path / "run" / "report.html").read_text()
     with open(tmp_path / "run" / "predictions.csv", newline="") as file:

@@ -15,8 +15,9 @@ from vim_ssl import VimEncoder, load_encoder, save_encoder
 from vim_ssl.data import identity
 from vim_ssl.data.identity import TrainingRecord
 from vim_ssl.data.sources.memory import register_data
-from vim_ssl.downstream import finetune, knn, linear_probe, segmentation
-from vim_ssl.evaluation.seen import record_of
+from vim_ssl.downstream import embed, finetune, knn, linear_probe, segmentation
+from vim_ssl.evaluation import seen
+from vim_ssl.evaluation.seen import record_of, remarks_on_features
 from vim_ssl.recipes import mim_pretrain, supervised_pretrain
 from vim_ssl.report import write_report
 from vim_ssl.tasks import runner
@@ -401,3 +402,21 @@ def test_a_pretraining_on_a_stream_is_recorded_or_named_to_the_end(limit, tmp_pa
         assert metrics["seen"]["pixels"] == (metrics["n"] if limit else 0)
         expected = "Pretraining also read these" if limit else "mim_pretrain on wds:p.tar"
         assert expected in metrics["summary"][-1]
+
+
+def test_embeddings_say_what_their_encoder_was_trained_on(trained, monkeypatch):
+    count = COUNT - len(ids_of(trained))
+    argv = ["--encoder", "run", "--data", "p?split=all", "--device", "cpu", "--output"]
+    assert embed.main([*argv, "v"]) == 0
+    record = json.loads(Path("v/record.json").read_text())
+    assert [entry["recipe"] for entry in record["trainings"]] == ["finetune"]
+    assert (record["seen"]["labels"], record["seen"]["n"]) == (count, COUNT)
+    (remark,) = remarks_on_features("v")
+    assert f"with the labels of {count} of its {COUNT} images" in remark
+    monkeypatch.setattr(seen, "RECORD_UP_TO", 10)
+    monkeypatch.setattr(identity, "PIXELS_UP_TO", 0)
+    assert embed.main([*argv, "w"]) == 0
+    record = json.loads(Path("w/record.json").read_text())
+    assert set(record["trainings"][0]) == {"recipe", "data", "labels"}
+    (remark,) = remarks_on_features("w")
+    assert "was trained by finetune on folder:p?split=all; test images may be" in remark

@@ -5,6 +5,7 @@ exposure(trainings, test, …)   how many test images they used, and sentences t
 part_to_evaluate(data, …)      the images that a trained model may be evaluated on
 """
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from vim_ssl.checkpoints.files import WEIGHT_SUFFIXES
 from vim_ssl.checkpoints.loading import made_by
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.identity import (
+    PIXELS,
     UNKNOWN,
     Seen,
     TrainingRecord,
@@ -23,6 +25,7 @@ from vim_ssl.data.identity import (
     content_keys,
     how_to_compare,
 )
+from vim_ssl.data.loading.streamed import ImageStream
 from vim_ssl.data.spec import canonical_split, parse_spec, same_data
 from vim_ssl.models.presets import PRESETS
 from vim_ssl.training.run import pretrained_on, trained_on
@@ -31,6 +34,7 @@ from vim_ssl.utils.names import plural
 
 WITHOUT_LABELS = ("mim_pretrain", "clip_pretrain")  # recipes; captions are no labels
 CLIP = "clip_config.json"
+RECORD_UP_TO = 2**20  # bytes of trainings in the record of embeddings, of 130,000 images
 
 
 def trainings_of(source: str | Path) -> list[TrainingRecord]:
@@ -190,6 +194,42 @@ def labels_seen(source: str, test: ImageData) -> list[str]:
         seen.n, seen.labels, seen.labels, seen.groups, uncompared=seen.uncompared,
         unrecorded=[f"{training} ({source})" for training in seen.unrecorded],
     ).remarks(source)  # fmt: skip
+
+
+def learnt_by_encoder(source: str, data: ImageData | ImageStream) -> dict[str, Any]:
+    """Return what a record of embeddings says of their encoder: its ``trainings``, and if they can
+    be compared with the embedded images within seconds, ``seen``; see `remarks_on_features`.
+
+    Images of trainings are left out above `RECORD_UP_TO` bytes.
+    """
+    trainings = trainings_of(source)
+    entries = [training.record() for training in trainings]
+    if len(json.dumps(entries)) > RECORD_UP_TO:
+        entries = [{key: one[key] for key in ("recipe", "data", "labels")} for one in entries]
+    if data.is_stream or how_to_compare(data) != PIXELS:
+        return {"trainings": entries}
+    return {"trainings": entries, "seen": Exposure.of(compare(data, trainings)).record()}
+
+
+def remarks_on_features(folder: str | Path) -> list[str]:
+    """Return remarks on the encoder of embeddings, on some of which a classifier is tested."""
+    record = read_object(Path(folder) / "record.json", "the record of embeddings")
+    encoder, tested = f"The encoder of {folder}", "test images may be among them."
+    if (entries := record.get("trainings")) is None:
+        return [f"It is not recorded what the encoder of {folder} was trained on."]
+    trainings = [TrainingRecord.of_record(entry) for entry in entries]
+    if (seen := record.get("seen")) is None:
+        names = ", ".join(map(_named, trainings))
+        return [f"{encoder} was trained by {names}; {tested}"] if names else []
+    labels, pixels, n = (int(seen.get(key, 0)) for key in ("labels", "pixels", "n"))
+    unknown = ", ".join(map(str, seen.get("unrecorded", ())))
+    sentences = (
+        (labels, f"{encoder} was trained with the labels of {labels:,} of its {n:,} images; "),
+        (pixels - labels, f"Pretraining of this encoder read {pixels - labels:,} of the {n:,} "
+         f"images of {folder}, without their labels; "),
+        (unknown, f"It is not recorded which images were trained on by {unknown}; "),
+    )  # fmt: skip
+    return [sentence + tested for count, sentence in sentences if count]
 
 
 def is_resumed(config: Any) -> bool:
