@@ -164,8 +164,9 @@ def run(config: Config) -> dict:
         )
     print(f"Model {source} · {data.name}: {len(data):,} images", flush=True)
     exposure = exposure_of_pairs(source, spec, data)
-    unknown = {"uncompared": exposure.uncompared, "unrecorded": exposure.unrecorded}
-    remarks = Exposure(len(data), **unknown).remarks()
+    remarks = Exposure(
+        len(data), uncompared=exposure.uncompared, unrecorded=exposure.unrecorded
+    ).remarks()
     if seen := exposure.pixels:
         which = "these" if seen == len(data) else f"{seen:,} of these {len(data):,}"
         remarks.insert(0, f"The model was trained on {which} images; this is not a test.")

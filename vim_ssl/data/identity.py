@@ -107,8 +107,10 @@ def content_keys(data: ImageData | ImageStream, by: str, *, quiet: bool = False)
         for (inner, row), keys in zip(new.values(), _keys_at(positions, quiet), strict=True):
             known[id(inner)][inner.row(row)] = keys
         result = [known[id(inner)][inner.row(row)] for inner, row in requested]
-    keys, files, in_memory = zip(*result, strict=True) if result else ((), (), ())
-    return Keys(np.array(keys, np.uint64), list(files), np.array(in_memory, bool))
+    return Keys(
+        np.array([key for key, _, _ in result], np.uint64), [files for _, files, _ in result],
+        np.array([in_memory for _, _, in_memory in result], bool),
+    )  # fmt: skip
 
 
 # Images → how they are compared → row → its key, and the keys of its files.
@@ -430,7 +432,8 @@ def compare(
     """
     keys: dict[str, Keys] = {}
     count = len(data)
-    seen = Seen(*(np.zeros(count, bool) for _ in range(6)))
+    none: list[np.ndarray] = [np.zeros(count, bool) for _ in range(6)]
+    seen = Seen(none[0], none[1], none[2], none[3], none[4], none[5])
     for training in trainings:
         if not training.by:
             seen.unrecorded.append(training)

@@ -751,7 +751,9 @@ def test_images_in_both_parts_are_told(tmp_path, caplog):
 
 def test_parts_of_different_classes_are_refused(tmp_path):
     put(tmp_path, content([image_entry(1)], [], [(1, "cat")]))
-    spec = put(tmp_path, content([image_entry(2)], [thing(1, 2, 2)], [(1, "cat"), (2, "dog")]), "val")
+    spec = put(
+        tmp_path, content([image_entry(2)], [thing(1, 2, 2)], [(1, "cat"), (2, "dog")]), "val"
+    )
     with pytest.raises(ValueError, match=r"1 classes that are not among the 1 of .*: dog"):
         boxed_splits(spec, 0.2, 0)
 
