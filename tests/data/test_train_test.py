@@ -222,3 +222,24 @@ def test_one_source_is_trained_on_and_another_tested_on(tmp_path):
     others = fill(tmp_path / "others", *(f"{c}/{i}.png" for c in "ac" for i in range(3)))
     with pytest.raises(ValueError, match=r"1 classes that are not among the 2 of .* \(a, b\): c"):
         labelled_splits(here, 0.2, 0, others)
+
+
+@pytest.mark.parametrize("name", ["holdout", "extra"])
+def test_a_split_of_another_name_is_neither_trained_on_nor_tested(tmp_path, caplog, name):
+    rows = [f"{i}.png,{'ab'[i % 2]},{name if i > 15 else 'train'}" for i in range(20)]
+    fill(tmp_path, *(f"{i}.png" for i in range(20)))
+    (tmp_path / "t.csv").write_text("\n".join(["path,label,split", *rows]))
+    spec = f"csv:{tmp_path / 't.csv'}"
+    train, test = labelled_splits(spec, 0.25, 0)
+    assert sorted(train.ids + test.ids) == sorted(f"{i}.png" for i in range(16))
+    assert f"{name} is neither a test nor a validation split" in caplog.text
+    train, test = labelled_splits(f"{spec}?split=all", 0.25, 0)
+    assert len(train) + len(test) == 20
+
+
+def test_classes_that_a_limit_loses_are_reported(tmp_path, caplog):
+    rows = [f"{i}.png,{'abcd'[i % 4]}" for i in range(16)]
+    fill(tmp_path, *(f"{i}.png" for i in range(16)))
+    (tmp_path / "t.csv").write_text("\n".join(["path,label", *rows]))
+    open_data(f"csv:{tmp_path / 't.csv'}?limit=8")
+    assert "limit=8 keeps no image of 2 classes" in caplog.text

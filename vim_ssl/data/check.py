@@ -308,7 +308,7 @@ def _count(splits: list[Split], report: Report) -> None:
             report.remarks.append(f"{split.name}: {missing:,} images have no label.")
         truth = split.labels is not None or split.masks or split.boxes is not None
         if truth and len(splits) == 1 and len(set(split.groups or "ab")) == 1 < len(split.ids):
-            report.problems.append(
+            report.remarks.append(
                 "all images are in one group, so none can be held out for a test; name smaller "
                 "groups by ?group=, or leave it out."
             )

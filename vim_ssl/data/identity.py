@@ -1,8 +1,8 @@
 """Which images are the same, by their content: never by a name, a path or a spec.
 
-content_keys(data, by)   a key of 48 bits per image
-TrainingRecord                 the images of one training, by key; travels with the weights
-compare(data, trainings) which images of ``data`` these trainings used, and which they held out
+content_keys(data, by)    a key of 48 bits per image
+TrainingRecord            the images of one training, by key; travels with the weights
+compare(data, trainings)  which images of ``data`` these trainings used, and which they held out
 """
 
 import base64
@@ -114,8 +114,7 @@ def content_keys(data: ImageData | ImageStream, by: str, *, quiet: bool = False)
 
 
 # Images → how they are compared → row → its key, and the keys of its files.
-_known: "WeakKeyDictionary[Any, dict[str, dict[int, _Known]]]"
-_known = WeakKeyDictionary()
+_known: "WeakKeyDictionary[Any, dict[str, dict[int, _Known]]]" = WeakKeyDictionary()
 
 
 def _known_keys(data: ImageData, by: str) -> dict[int, _Known]:
@@ -488,8 +487,7 @@ def _group_keys(data: ImageData | ImageStream, each: bool = False) -> list[int]:
 
 
 def _sorted(keys: Any) -> np.ndarray:
-    values = np.unique(np.asarray(keys, np.uint64))
-    return values[values != UNKNOWN]
+    return np.setdiff1d(np.asarray(keys, np.uint64), np.array([UNKNOWN], np.uint64))
 
 
 def _packed(keys: np.ndarray) -> str:

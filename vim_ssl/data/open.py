@@ -108,7 +108,14 @@ def finished(opened: ImageData | Splits, spec: DataSpec) -> ImageData:
     _warn_of_narrow(data, f"{spec.scheme}:{spec.location}")
     if spec.limit is not None and spec.limit < len(data):
         # Spread evenly, because many data sets are sorted by class.
-        data = data.subset(i * len(data) // spec.limit for i in range(spec.limit))
+        chosen = data.subset(i * len(data) // spec.limit for i in range(spec.limit))
+        single = data.labels is not None and not data.multi_label
+        if single and (lost := set(data.labels or ()) - set(chosen.labels or ())):
+            warn_once(
+                f"{spec}: limit={spec.limit} keeps no image of {len(lost):,} classes; choose "
+                "another limit, or shuffle the rows."
+            )
+        data = chosen
     return data
 
 

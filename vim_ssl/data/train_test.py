@@ -8,7 +8,7 @@ from vim_ssl.data.classes import with_classes
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.identity import TrainingRecord, compare
 from vim_ssl.data.open import Source, open_source, open_split, warn_once
-from vim_ssl.data.spec import canonical_split
+from vim_ssl.data.spec import canonical_split, parse_spec
 from vim_ssl.data.split import as_key, is_known, stratified_split
 
 HELD_OUT = "held out for testing"
@@ -82,7 +82,7 @@ def _labelled(
         others = map(source.open, held_out)
         if other := next((o for o in others if any(map(is_known, o.labels or ()))), None):
             return source.open("train"), other
-    everything = _train_alone(source, spec, "labels") if held_out else source.open("all")
+    everything = _train_alone(source, spec, "labels") if held_out else _undivided(source, spec)
     if everything.labels is None or not test:
         return everything, everything
     known = labelled_only(everything)
@@ -102,12 +102,34 @@ def _train_alone(source: Source, spec: str | Path, what: str) -> ImageData:
     """Return the training split as data without splits, because no other split has what is tested;
     warn of that."""
     train = source.open("train")
-    data = train.subset(range(len(train)))
-    data.split = "all"
+    others = " and ".join(name for name in source.splits if name != train.split)
     warn_once(
-        f"{spec}: {' and '.join(name for name in source.splits if name != train.split)} cannot be "
-        f"tested on without {what}; images of {train.split} are held out instead."
+        f"{spec}: {others} cannot be tested on without {what}; images of {train.split} are held "
+        "out instead."
     )
+    return _as_all(train)
+
+
+def _undivided(source: Source, spec: str | Path) -> ImageData:
+    """Return the images of a source without a test split, to be divided here: those of the training
+    split, as others may be meant for other uses, unless the spec asks for all; warn of the rest."""
+    known = [canonical_split(name) for name in source.splits]
+    everything = len(known) < 2 or "train" not in known or parse_spec(spec).split == "all"
+    if everything:
+        return source.open("all")
+    train = source.open("train")
+    others = " and ".join(name for name in source.splits if name != train.split)
+    warn_once(
+        f"{spec}: {others} is neither a test nor a validation split, so it is not used; images of "
+        f"{train.split} are held out for testing. ?split=all divides all images."
+    )
+    return _as_all(train)
+
+
+def _as_all(data: ImageData) -> ImageData:
+    """The images as data without splits."""
+    data = data.subset(range(len(data)))
+    data.split = "all"
     return data
 
 
@@ -120,7 +142,7 @@ def masked_splits(
     """
     source = open_source(spec)
     held_out = _held_out(source.splits)
-    train = _with_masks(spec, source.open("train" if held_out else "all"))
+    train = _with_masks(spec, source.open("train") if held_out else _undivided(source, spec))
     if not held_out:
         return _cut(train, test, seed, trainings)
     other = with_classes(source.open(held_out[0]), train.classes, str(spec))
@@ -158,7 +180,7 @@ def boxed_splits(
     held_out = _held_out(source.splits)
     if len(source.splits) > 1 and not held_out:
         source.open(None)  # raises if the spec names no split and none is for training
-    train = _with_boxes(spec, source.open("train" if held_out else "all"))
+    train = _with_boxes(spec, source.open("train") if held_out else _undivided(source, spec))
     if not held_out:
         return _cut(train, test, seed, trainings)
     other = _first_with_boxes(map(source.open, held_out))

@@ -211,7 +211,7 @@ def test_files_of_one_patient_are_grouped_by_study_or_series(tmp_path, patient, 
     assert len(set(open_data(f"{spec}&group=series").groups)) == 3
     assert set(open_data(everything).groups) <= {f"patient-0000{i}" for i in range(studies)}
     if patient:
-        assert "all images are in one group" in " ".join(check(everything).problems)
+        assert "all images are in one group" in " ".join(check(everything).remarks)
         with pytest.raises(ValueError, match=r"at least two groups; got 1. Name smaller groups"):
             labelled_splits(everything, 0.4, 0)
     with pytest.raises(ValueError, match="unsupported group=name"):

@@ -157,3 +157,12 @@ def test_shards_of_several_splits_are_all_read_and_reported(tmp_path):
     assert warning.startswith("the shards of test and train are all read")
     for quiet in (f"{tmp_path}?split=all", f"{tmp_path}/train-*.tar"):
         assert opened(f"wds:{quiet}").passed_over.warnings == []
+
+
+def test_several_images_of_a_sample_are_reported(tmp_path):
+    files = [("a.jpg", png(1)), ("a.png", png(2)), ("b.png", png(3)), ("b.jpg", png(4))]
+    spec = tar(tmp_path / "a.tar", *files)
+    (fault,) = opened(spec).faults
+    assert "2 samples have several images" in fault
+    assert "image=" in fault
+    assert opened(f"{spec}?image=png").faults == []

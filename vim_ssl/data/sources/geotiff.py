@@ -4,7 +4,7 @@ BigEarthNet use this module too."""
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -170,6 +170,20 @@ def _class_numbers(file: Any, window: Any = None) -> np.ndarray:
     if not good.all():
         raise BadImage(name, f"the mask contains {values[~good][0]:g}, which is not a class number")
     return values.astype(np.uint32)
+
+
+def _lost_classes(root: Path, names: Sequence[str], classes: Sequence[str]) -> list[str]:
+    """Report masks whose no-data value is a class number, from at most 16 of them."""
+    lost: dict[float, str] = {}
+    for name in names[:: max(len(names) // 16, 1)]:
+        with suppress(Exception), opened(root / name) as file:  # reported where it is read
+            if file.nodata is not None and 0 <= file.nodata < len(classes):
+                lost.setdefault(file.nodata, name)
+    return [
+        f"{name} declares {value:g} as no data, so class {classes[int(value)]!r} is read as "
+        "unlabelled; if these pixels are labelled, remove the tag (gdal_edit.py -unsetnodata)"
+        for value, name in lost.items()
+    ]
 
 
 def _numbers(path: Path) -> np.ndarray:
@@ -349,7 +363,7 @@ def open_geotiff(spec: DataSpec) -> Splits:
         used = [mask_of[name] for name in rasters]
         top = Path(spec.location).expanduser()
         classes, wrong = named_classes(top, masks_root, used, _numbers)
-        faults += wrong
+        faults += [*wrong, *_lost_classes(masks_root, used, classes)]
 
     def choose(spec: DataSpec) -> ImageData:
         layout = read_layout(names, spec.split, spec.label or "none", str(root))

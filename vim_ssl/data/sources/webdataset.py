@@ -48,6 +48,8 @@ DEREFERENCE = "pack the files themselves, with tar --dereference --hard-derefere
 FAULTS = {
     "alone": "labels, captions or json files have no image beside them and are lost; the files of "
     "a sample must have one name and follow each other",
+    "images": "samples have several images, of which the first in the tar is read; choose one by "
+    "its extension with image=",
     "twice": "samples have the name of an earlier sample of their tar",
     "dots": "images are not read, because a name ends at its first dot; rename them",
     "outside": "files are skipped, because their names are absolute or contain '..'",
@@ -116,7 +118,7 @@ class TarReader:
 
     def _is_sample(self, name: str, files: Mapping[str, Content], tally: "Tally") -> bool:
         is_sample = self._image(files) is not None
-        tally.add_sample(name, files, is_sample)
+        tally.add_sample(name, files, is_sample, choose=self.image is None)
         return is_sample
 
     def _used(self) -> tuple[str | None, ...]:
@@ -232,13 +234,21 @@ class Tally:
         if extension.rpartition(".")[2] in IMAGES and not _is_second_image(extension):
             self.add("dots", name)
 
-    def add_sample(self, name: str, files: Mapping[str, Content], is_sample: bool) -> None:
-        """Count a sample, or files without an image beside them."""
+    def add_sample(
+        self, name: str, files: Mapping[str, Content], is_sample: bool, choose: bool
+    ) -> None:
+        """Count a sample, or files without an image beside them.
+
+        Args:
+            choose: whether the image is the first one of the sample.
+        """
         if not is_sample:
             for extension in files:
                 self.add("alone", f"{name}.{extension}")
         elif name in self._names:
             self.add("twice", name)
+        elif choose and sum(extension in IMAGES for extension in files) > 1:
+            self.add("images", name)
         else:
             self._names.add(name)
 
