@@ -82,7 +82,7 @@ def _labelled(
         others = map(source.open, held_out)
         if other := next((o for o in others if any(map(is_known, o.labels or ()))), None):
             return source.open("train"), other
-    everything = _train_alone(source, spec, "labels") if held_out else _undivided(source, spec)
+    everything = _train_alone(source, spec) if held_out else _undivided(source, spec)
     if everything.labels is None or not test:
         return everything, everything
     known = labelled_only(everything)
@@ -98,13 +98,13 @@ def _labelled(
     return known.subset(first, HELD_OUT), known.subset(second)
 
 
-def _train_alone(source: Source, spec: str | Path, what: str) -> ImageData:
-    """Return the training split as data without splits, because no other split has what is tested;
-    warn of that."""
+def _train_alone(source: Source, spec: str | Path) -> ImageData:
+    """Return the training split as data without splits, because no other split has labels; warn of
+    that."""
     train = source.open("train")
     others = " and ".join(name for name in source.splits if name != train.split)
     warn_once(
-        f"{spec}: {others} cannot be tested on without {what}; images of {train.split} are held "
+        f"{spec}: {others} cannot be tested on without labels; images of {train.split} are held "
         "out instead."
     )
     return _as_all(train)
@@ -184,8 +184,6 @@ def boxed_splits(
     if not held_out:
         return _cut(train, test, seed, trainings)
     other = _first_with_boxes(map(source.open, held_out))
-    if not _any_box(other):
-        return _cut(_with_boxes(spec, _train_alone(source, spec, "boxes")), test, seed, trainings)
     other = with_classes(other, train.classes, str(spec))
     _warn_of_overlap(spec, train, other)
     return train, other
