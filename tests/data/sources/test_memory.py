@@ -328,3 +328,11 @@ def test_streams_are_refused_with_a_way_out():
         register_data(type("Endless", (torch.utils.data.IterableDataset,), {"__iter__": iter})())
     with pytest.raises(ValueError, match="unsupported label=kind; use label=none"):
         open_data(f"{register_data(TensorDataset(CHANNELS_FIRST))}?label=kind")
+
+
+@pytest.mark.parametrize("other", [(5, np.uint16), (4, np.uint8)], ids=["dtype", "bands"])
+def test_arrays_of_several_kinds_are_refused(other):
+    first = np.ones((4, 4, 5), np.uint8)
+    with pytest.raises(ValueError, match=r"are arrays of .* and .*; use one dtype"):
+        open_data(register_data([first, np.ones((4, 4, other[0]), other[1])]))
+    assert len(open_data(register_data([first, np.ones((6, 4, 5), np.uint8)]))) == 2  # of any size

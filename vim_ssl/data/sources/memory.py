@@ -214,6 +214,13 @@ class Memory:
         self.array = next((row.array for row in rows if not row.is_plain), None)
         if self.array and any(row.pixels and not row.array for row in rows):
             raise ValueError("some images are arrays of bands, others are not; use one kind.")
+        kinds = {(row.array[0][-1], row.array[1]) for row in rows if row.array}
+        if self.array and len(kinds) > 1:
+            listed = " and ".join(sorted(f"{dtype} with {bands} bands" for bands, dtype in kinds))
+            raise ValueError(
+                f"the images are arrays of {listed}, whose values have other units; use one dtype "
+                "and the same bands."
+            )
         masks = {
             f"item {id}": frozenset(np.unique(row.mask).tolist())
             for id, row in zip(chain(*self.ids.values()), rows, strict=True) if row.mask is not None
