@@ -326,7 +326,7 @@ def test_embeddings_are_the_encoders_features(run, tmp_path):
     assert embedded.labels == [0, 1, 0]
     assert embedded.ids == ["0", "1", "2"]
     # Registered, compared with the images of the trainings, and embedded in part.
-    reads = 2 * len(IMAGES) + memory.REREAD + 20
+    reads = 2 * len(IMAGES) + memory.REREAD + 43
     with pytest.raises(KeyboardInterrupt) as stopped:  # keeps its frames, as a notebook does
         vim_ssl.embed(
             run, Interrupting(reads), output=tmp_path / "kept", shard_rows=8, batch_size=8
