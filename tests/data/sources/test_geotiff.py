@@ -432,7 +432,7 @@ def test_what_has_no_label_and_what_cannot_be_one(tmp_path):
     data = open_data(spec)
     assert data.groups == ["a.tif", "b.tif", "c.tif"]
     told = " ".join(data.faults)
-    assert "d.tif: the mask and its raster have different positions" in told
+    assert "d.tif: the mask lies elsewhere: it and its raster have different positions" in told
     assert "e.tif: the mask has 20×20 pixels, its raster 30×20" in told
     for i, reason in (
         (1, r"contains 0\.5, which is not a class"),

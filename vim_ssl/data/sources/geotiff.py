@@ -207,7 +207,9 @@ def check_same_grid(file: Any, path: Path) -> None:
                 f"{file.width}×{file.height}",
             )
         if not _same_position(file, mask):
-            raise BadImage(path.name, "the mask and its raster have different positions")
+            raise BadImage(
+                path.name, "the mask lies elsewhere: it and its raster have different positions"
+            )
 
 
 def _same_position(one: Any, other: Any) -> bool:
