@@ -1,5 +1,9 @@
 """The pixels of DICOM files as 8-bit images: how their header says that numbers are to be shown."""
 
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -298,3 +302,16 @@ def _by_segments(numbers: np.ndarray, header: Any, signed: bool) -> tuple[np.nda
     ramp = np.arange(entries % 2**16 or 2**16, dtype=np.int64) + first
     table = apply_color_lut(ramp, header)[..., :3]
     return to_8bit(look_up(numbers, table, first), 0, np.iinfo(table.dtype).max), first
+
+
+@contextmanager
+def silenced() -> Iterator[None]:
+    """Suppress pydicom's warnings and log messages, because they quote header values."""
+    logger = logging.getLogger("pydicom")
+    before, logger.disabled = logger.disabled, True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.disabled = before

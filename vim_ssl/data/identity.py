@@ -6,14 +6,12 @@ compare(data, trainings)  which images of ``data`` these trainings used, and whi
 """
 
 import base64
-import logging
 import math
 import os
 import sqlite3
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -27,6 +25,7 @@ from tqdm import tqdm
 from vim_ssl.data.clips import images_in
 from vim_ssl.data.contents import READERS, sampled, sampled_file
 from vim_ssl.data.dataset import ImageData
+from vim_ssl.data.dicom_pixels import silenced
 from vim_ssl.data.images import BadImage, clean_image, decode_image
 from vim_ssl.data.loading.streamed import ImageStream
 from vim_ssl.utils.files import user_cache
@@ -198,26 +197,12 @@ def _hash(*parts: Any) -> int:
 def _file_keys(jobs: Sequence[tuple[str, str]], quiet: bool) -> list[int]:
     """Return the keys of (file or folder, how to read it), `UNKNOWN` for a missing one."""
     with (
-        closing(_Cache(len(jobs) >= CACHED_FROM)) as cache, _silenced(),
+        closing(_Cache(len(jobs) >= CACHED_FROM)) as cache, silenced(),
         ThreadPoolExecutor(8) as pool,
     ):  # fmt: skip
         keys = pool.map(lambda job: cache.get(*job) or _file_key(*job), jobs)
         bar = tqdm(keys, "comparing images", len(jobs), unit="files", delay=3, disable=quiet)
         return cache.keep(jobs, list(bar))
-
-
-@contextmanager
-def _silenced() -> Iterator[None]:
-    """Suppress what decoders say of a file: opening the data said it, and pydicom's messages quote
-    header values."""
-    logger = logging.getLogger("pydicom")
-    before, logger.disabled = logger.disabled, True
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.disabled = before
 
 
 def _file_key(path: str, how: str) -> int:

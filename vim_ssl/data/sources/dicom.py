@@ -1,12 +1,9 @@
 """``dicom:``: slices of DICOM files as 8-bit images, without patient information."""
 
-import logging
 import os
-import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -15,7 +12,14 @@ from typing import Any, ClassVar
 import numpy as np
 
 from vim_ssl.data.dataset import ImageData
-from vim_ssl.data.dicom_pixels import PLAIN, functional, import_pydicom, read_header, read_slice
+from vim_ssl.data.dicom_pixels import (
+    PLAIN,
+    functional,
+    import_pydicom,
+    read_header,
+    read_slice,
+    silenced,
+)
 from vim_ssl.data.images import BadImage
 from vim_ssl.data.passed_over import pass_over
 from vim_ssl.data.registry import Splits, source
@@ -169,7 +173,7 @@ class DicomImages(OnDisk):
     def __getitem__(self, row: int) -> np.ndarray:
         name, frame = self.rows[row]
         try:
-            with _silenced():
+            with silenced():
                 return read_slice(os.path.join(self.root, name), frame, self.window)
         except FileNotFoundError:
             raise BadImage(name, "the file no longer exists") from None
@@ -181,19 +185,6 @@ class DicomImages(OnDisk):
 
 
 # ---------------------------------------------------------------- headers
-
-
-@contextmanager
-def _silenced() -> Iterator[None]:
-    """Suppress pydicom's warnings and log messages, because they quote header values."""
-    logger = logging.getLogger("pydicom")
-    before, logger.disabled = logger.disabled, True
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.disabled = before
 
 
 def _ordered(
@@ -208,7 +199,7 @@ def _ordered(
     others: dict[str, list[str]] = {}
     by_series: dict[str, list[Slice]] = {}
     import_pydicom()
-    with _silenced(), ThreadPoolExecutor(8) as pool:
+    with silenced(), ThreadPoolExecutor(8) as pool:
         read = pool.map(lambda name: _read_header(root, name, label), names)
         for name, result in zip(names, read, strict=True):
             if isinstance(result, str):
