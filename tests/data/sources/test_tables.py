@@ -431,6 +431,7 @@ def test_files_that_differ_only_in_case_or_ending_are_named_but_not_matched(tmp_
         ("t.xlsx", b"PK\x03\x04rest", "an Excel file.*save it as CSV"),
         ("t.parquet", b"PAR1rest", "a parquet file.* open it with parquet:"),
     ],
+    ids=["gzip", "bzip2", "xlsx", "parquet"],
 )
 def test_a_compressed_table_says_what_it_is(tmp_path, scheme, name, content, says):
     (tmp_path / name).write_bytes(content)
