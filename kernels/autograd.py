@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# A parameter of s directions: stacked (s, …), or a tensor for each direction.
+Parameter = Tensor | tuple[Tensor, ...]
+
 
 def operator(name: str, *, fake: Callable, device_types: str | None = None) -> Callable:
     """Return a decorator that registers a function as `torch.ops.vim_ssl.<name>`.
@@ -98,3 +101,14 @@ def channels_contiguous(m: Any) -> Any:
     """Return m unchanged if its last axis has stride 1 (e.g. half of a projection's output), else a
     contiguous copy."""
     return m if m is None or m.stride(-1) == 1 else m.contiguous()
+
+
+def per_direction(m: Parameter | None) -> tuple[Any, Any]:
+    """Return direction 0's and 1's part of a parameter, contiguous; None where there is none."""
+    parts = () if m is None else [one.contiguous() for one in m]
+    return (*parts, None, None)[:2]
+
+
+def address(m: Tensor | None) -> int:
+    """Return the address for a kernel: 0 for None, as for an empty tensor."""
+    return 0 if m is None else m.data_ptr()

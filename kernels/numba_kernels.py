@@ -12,7 +12,8 @@ Everything is float32. Kernels take tensors as addresses (``tensor.data_ptr()``)
 one: passing a NumPy array costs a microsecond, and slicing one a reference count. So a kernel has
 one signature of integers and floats and is compiled once; later processes load it from numba's disk
 cache (beside this file, or in the user's cache folder if that is read-only; ``NUMBA_CACHE_DIR``
-moves it).
+moves it). The parameters of two directions have an address each (``A_0``, ``A_1``), so they need
+not be stacked; that of direction 1 is 0 if there is one direction.
 
 numba from PyPI includes no vector library, so exp2 and log1p are short polynomials in this file,
 which LLVM vectorises. Flags that assume finite numbers are not set, so that infinities and NaN
@@ -368,15 +369,15 @@ def scan_forward_rows(n: int) -> int:
 
 @kernel
 def scan_forward(
-    u, delta, A, B, C, D, z, bias, h0, out, last, states,
-    directions, batch, length, d, n, z_b, z_l, softplus, reversed_first, scale,
+    u, delta, A_0, A_1, B, C, D_0, D_1, z, bias_0, bias_1, h0, out, last, states,
+    directions, batch, length, d, n, bc_s, bc_b, bc_l, z_b, z_l, softplus, reversed_first, scale,
     scratch, first, end,
 ):  # fmt: skip
     """Tasks [first, end) of batch * blocks.
 
     Tensors:
-        u, delta (s, b, l, d), A (s, d, n), B, C (s, b, l, n), D, bias (s, d), h0 (s, b, d, n),
-        z (b, l, d) with strides z_b, z_l, 1.
+        u, delta (s, b, l, d), h0 (s, b, d, n); for each direction A (d, n), D, bias (d,).
+        B, C (s, b, l, n) with strides bc_s, bc_b, bc_l, 1; z (b, l, d) with strides z_b, z_l, 1.
         out (b, l, d): scale * sum over directions * silu(z).
         last (s, b, d, n).  states (s, b, blocks, chunks, n, LANES): h before each chunk.
     Direction 0 reads last to first if `reversed_first`, direction 1 always does.
@@ -392,12 +393,12 @@ def scan_forward(
         e0 = block * LANES
         width = min(LANES, d - e0)
         for s in range(directions):
-            sb, sd = s * batch + b, s * d + e0
-            final = s == directions - 1
-            _load_state(A + sd * n * FLOAT, width, n, LOG2E, A2)
+            A, D, bias = (A_1, D_1, bias_1) if s == 1 else (A_0, D_0, bias_0)
+            sb, final = s * batch + b, s == directions - 1
+            _load_state(A + e0 * n * FLOAT, width, n, LOG2E, A2)
             _load_state(h0 + (sb * d + e0) * n * FLOAT if h0 else 0, width, n, ONE, h)
-            _load(D + sd * FLOAT if D else 0, width, D_row)
-            _load(bias + sd * FLOAT if bias else 0, width, bias_row)
+            _load(D + e0 * FLOAT if D else 0, width, D_row)
+            _load(bias + e0 * FLOAT if bias else 0, width, bias_row)
             for i in range(length):
                 if states and i % CHUNK == 0:
                     checkpoint = ((sb * blocks + block) * chunks + i // CHUNK) * n
@@ -408,7 +409,7 @@ def scan_forward(
                 u_row = _read(u + offset, width, pads)
                 delta_row = _read(delta + offset, width, pads + ROW)
                 _step_size(softplus, *at((u_row, delta_row, D_row, bias_row, dt, x, y)))
-                bc = token * n * FLOAT
+                bc = (s * bc_s + b * bc_b + t * bc_l) * FLOAT
                 _step(n, *at((dt, x, B + bc, C + bc, A2, h, y)))
 
                 offset = ((b * length + t) * d + e0) * FLOAT
@@ -541,16 +542,17 @@ def scan_backward_rows(n: int) -> int:
 
 @kernel
 def scan_backward(
-    dout, dlast, u, delta, A, B, C, D, z, bias, states,
+    dout, dlast, u, delta, A_0, A_1, B, C, D_0, D_1, z, bias_0, bias_1, states,
     du, ddelta, dA, dB, dC, dD, dz, dbias, dh0,
-    directions, batch, length, d, n, z_b, z_l, softplus, reversed_first, scale,
-    scratch, first, end,
+    directions, batch, length, d, n, bc_s, bc_b, bc_l, z_b, z_l, dz_b, dz_l,
+    softplus, reversed_first, scale, scratch, first, end,
 ):  # fmt: skip
     """Tasks [first, end) of batch * blocks; the arguments of `scan_forward`, and
 
-    dout (b, l, d), dlast (s, b, d, n). Outputs are du, ddelta, dz, dh0 in the shapes of u, delta, z
-    and h0, and the contributions of each task to sums: dA (s, b, d, n), dD, dbias (s, b, d), to be
-    summed over b, and dB, dC (s, b, l, blocks, n), over the blocks.
+    dout (b, l, d), dlast (s, b, d, n). Outputs are du, ddelta, dh0 in the shapes of u, delta and
+    h0, dz (b, l, d) with strides dz_b, dz_l, 1, and the contributions of each task to sums: dA
+    (s, b, d, n), dD, dbias (s, b, d), to be summed over b, and dB, dC (s, b, l, blocks, n), over
+    the blocks.
     """
     scale = f32(scale)
     blocks, chunks = (d + LANES - 1) // LANES, (length + CHUNK - 1) // CHUNK
@@ -569,13 +571,14 @@ def scan_backward(
         e0 = block * LANES
         width = min(LANES, d - e0)
         for s in range(directions):
-            sb, sd = s * batch + b, s * d + e0
+            A, D, bias = (A_1, D_1, bias_1) if s == 1 else (A_0, D_0, bias_0)
+            sb = s * batch + b
             state = (sb * d + e0) * n * FLOAT
-            _load_state(A + sd * n * FLOAT, width, n, LOG2E, A2)
+            _load_state(A + e0 * n * FLOAT, width, n, LOG2E, A2)
             _load_state(dlast + state if dlast else 0, width, n, ONE, g)
             _load_state(0, width, n, ONE, A_sum)
-            _load(D + sd * FLOAT if D else 0, width, D_row)
-            _load(bias + sd * FLOAT if bias else 0, width, bias_row)
+            _load(D + e0 * FLOAT if D else 0, width, D_row)
+            _load(bias + e0 * FLOAT if bias else 0, width, bias_row)
             _load(0, width, D_sum)
             _load(0, width, bias_sum)
             for chunk in range(chunks - 1, -1, -1):
@@ -583,14 +586,15 @@ def scan_backward(
                 _copy(states + ((sb * blocks + block) * chunks + chunk) * n * ROW, n, h)
                 for i in range(start, stop):
                     j = (i - start) * ROW
-                    token = sb * length + (length - 1 - i if s == 1 or reversed_first else i)
-                    offset = (token * d + e0) * FLOAT
+                    t = length - 1 - i if s == 1 or reversed_first else i
+                    bc = (s * bc_s + b * bc_b + t * bc_l) * FLOAT
+                    offset = ((sb * length + t) * d + e0) * FLOAT
                     u_row = _read(u + offset, width, pads)
                     delta_row = _read(delta + offset, width, pads + ROW)
                     dt, slope, x = dts + j, slopes + j, xs + j
                     decay, decayed = decays + j * n, decayeds + j * n
                     _step_size_with_slope(softplus, *at((u_row, delta_row, bias_row, dt, slope, x)))
-                    _recompute(n, *at((dt, x, B + token * n * FLOAT, A2, h, decay, decayed)))
+                    _recompute(n, *at((dt, x, B + bc, A2, h, decay, decayed)))
                 for i in range(stop - 1, start - 1, -1):
                     j = (i - start) * ROW
                     t = length - 1 - i if s == 1 or reversed_first else i
@@ -606,20 +610,22 @@ def scan_backward(
                     token = sb * length + t
                     u_row = _read(u + (token * d + e0) * FLOAT, width, pads + 2 * ROW)
                     _skip(*at((D_row, u_row, y)))
-                    bc, part = token * n * FLOAT, (token * blocks + block) * n * FLOAT
+                    bc = (s * bc_s + b * bc_b + t * bc_l) * FLOAT
+                    part = (token * blocks + block) * n * FLOAT
                     dt, slope, x = dts + j, slopes + j, xs + j
                     decay, decayed = decays + j * n, decayeds + j * n
                     _adjoint_step(n, *at((dt, x, dy, B + bc, C + bc, A2, decay, decayed, g, A_sum,
                                     y, gB, qA, dB + part, dC + part)))  # fmt: skip
                     if z:
+                        dz_here = dz + (b * dz_b + t * dz_l + e0) * FLOAT
                         if s > 0:  # dz holds direction 0's y until direction 1's is added
-                            _add(*at((y, _read(dz + offset, width, pads + 3 * ROW))))
+                            _add(*at((y, _read(dz_here, width, pads + 3 * ROW))))
                         if s == directions - 1:
-                            target = dz + offset if width == LANES else pads + 3 * ROW
+                            target = dz_here if width == LANES else pads + 3 * ROW
                             _z_gradient(scale, *at((dout_row, z_row, y, target)))
-                            _write(target, width, dz + offset)
+                            _write(target, width, dz_here)
                         else:
-                            _write(y, width, dz + offset)
+                            _write(y, width, dz_here)
                     offset = (token * d + e0) * FLOAT
                     du_row = du + offset if width == LANES else pads + 4 * ROW
                     ddelta_row = ddelta + offset if width == LANES else pads + 5 * ROW
@@ -628,7 +634,8 @@ def scan_backward(
                     _write(du_row, width, du + offset)
                     _write(ddelta_row, width, ddelta + offset)
             _store_state(A_sum, width, n, dA + state)
-            _store_state(g, width, n, dh0 + state)
+            if dh0:
+                _store_state(g, width, n, dh0 + state)
             _write(D_sum, width, dD + (sb * d + e0) * FLOAT)
             _write(bias_sum, width, dbias + (sb * d + e0) * FLOAT)
 
@@ -747,10 +754,11 @@ def _scatter_taps(k, width, source, target):
 
 @kernel
 def conv_forward(
-    x, weight, bias, out, directions, batch, length, d, k, x_b, x_l, reverse,
+    x, weight_0, weight_1, bias_0, bias_1, out, directions, batch, length, d, k, x_b, x_l, reverse,
     scratch, first, end,
 ):  # fmt: skip
-    """Tasks [first, end) of batch * blocks: x (b, l, d) with strides x_b, x_l, 1."""
+    """Tasks [first, end) of batch * blocks: x (b, l, d) with strides x_b, x_l, 1; for each
+    direction weight (d, k) and bias (d,); out (s, b, l, d)."""
     blocks = (d + LANES - 1) // LANES
     xs, taps = scratch, scratch + (length + 2 * (k - 1)) * ROW
     bias_row, ys = taps + k * ROW, taps + (k + 1) * ROW
@@ -760,9 +768,9 @@ def conv_forward(
         source = x + (b * x_b + e0) * FLOAT
         _gather(length, x_l, width, *at((source, xs + (k - 1) * ROW)))
         for s in range(directions):
-            sd = s * d + e0
-            _gather_taps(d, k, width, *at((weight + sd * k * FLOAT, taps)))
-            _gather_taps(d, 1, width, *at((bias + sd * FLOAT, bias_row)))
+            weight, bias = (weight_1, bias_1) if s == 1 else (weight_0, bias_0)
+            _gather_taps(d, k, width, *at((weight + e0 * k * FLOAT, taps)))
+            _gather_taps(d, 1, width, *at((bias + e0 * FLOAT, bias_row)))
             _convolve(length, k, s == 1 or reverse, *at((xs, taps, bias_row, ys)))
             target = out + ((s * batch + b) * length * d + e0) * FLOAT
             _silu_out(length, d, width, *at((ys, target)))
@@ -770,11 +778,11 @@ def conv_forward(
 
 @kernel
 def conv_backward(
-    dout, x, weight, bias, dx, dweight, dbias,
-    directions, batch, length, d, k, x_b, x_l, reverse, scratch, first, end,
+    dout, x, weight_0, weight_1, bias_0, bias_1, dx, dweight, dbias,
+    directions, batch, length, d, k, x_b, x_l, dx_b, dx_l, reverse, scratch, first, end,
 ):  # fmt: skip
-    """Outputs are dx (b, l, d) and each task's contribution to sums over b: dweight (s, b, d, k),
-    dbias (s, b, d)."""
+    """Outputs are dx (b, l, d) with strides dx_b, dx_l, 1 and each task's contribution to sums over
+    b: dweight (s, b, d, k), dbias (s, b, d)."""
     blocks = (d + LANES - 1) // LANES
     padded = length + 2 * (k - 1)
     xs, dys = scratch, scratch + padded * ROW
@@ -790,9 +798,10 @@ def conv_backward(
         _clear(length, *at((dxs,)))
         for s in range(directions):
             ahead = s == 1 or reverse
-            sd, sb = s * d + e0, s * batch + b
-            _gather_taps(d, k, width, *at((weight + sd * k * FLOAT, taps)))
-            _gather_taps(d, 1, width, *at((bias + sd * FLOAT, bias_row)))
+            sb = s * batch + b
+            weight, bias = (weight_1, bias_1) if s == 1 else (weight_0, bias_0)
+            _gather_taps(d, k, width, *at((weight + e0 * k * FLOAT, taps)))
+            _gather_taps(d, 1, width, *at((bias + e0 * FLOAT, bias_row)))
             _gather(length, d, width, *at((dout + (sb * length * d + e0) * FLOAT, douts)))
             _convolve(length, k, ahead, *at((xs, taps, bias_row, inner)))
             _silu_gradient(length, *at((inner, douts)))
@@ -803,4 +812,4 @@ def conv_backward(
             part = sb * d + e0
             _scatter_taps(k, width, *at((dtaps, dweight + part * k * FLOAT)))
             _scatter_taps(1, width, *at((dbias_row, dbias + part * FLOAT)))
-        _scatter(length, d, width, *at((dxs, dx + (b * length * d + e0) * FLOAT)))
+        _scatter(length, dx_l, width, *at((dxs, dx + (b * dx_b + e0) * FLOAT)))

@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from vim_ssl.kernels import numba_kernels
-from vim_ssl.kernels.autograd import channels_contiguous, contiguous, operator, register_gradient
+from vim_ssl.kernels.autograd import (
+    Parameter,
+    address,
+    channels_contiguous,
+    contiguous,
+    operator,
+    per_direction,
+    register_gradient,
+)
 from vim_ssl.kernels.numba_kernels import LANES
 from vim_ssl.kernels.numba_threads import run_tasks
 
@@ -24,23 +32,58 @@ def conv_silu(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool = False) ->
     return out.to(x.dtype)
 
 
-@operator(
-    "conv_forward", fake=lambda x, w, *_: x.new_empty(w.shape[0], *x.shape), device_types="cpu"
-)
-def conv_forward(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
-    """float32 `conv_silu`."""
-    x, weight, bias = channels_contiguous(x), contiguous(weight), contiguous(bias)
-    (b, l, d), (s, _, k) = x.shape, weight.shape
+def forward(x: Tensor, weight: Parameter, bias: Parameter, reverse: bool) -> Tensor:
+    """`conv_silu` without the operator: no gradients, no autocast, float32 only.
+
+    weight (s, d, k) and bias (s, d) may be tuples of a tensor for each direction, (d, k) or
+    (d, 1, k) and (d,). x is read where it lies if its last axis is contiguous.
+    """
+    s = len(weight)
+    x, weight, bias = channels_contiguous(x), per_direction(weight), per_direction(bias)
+    (b, l, d), k = x.shape, weight[0].shape[-1]
     out = x.new_empty(s, b, l, d)
-    addresses = (m.data_ptr() for m in (x, weight, bias, out))
     run_tasks(
         numba_kernels.conv_forward,
-        (*addresses, s, b, l, d, k, *x.stride()[:2], reverse),
+        (*map(address, (x, *weight, *bias, out)), s, b, l, d, k, *x.stride()[:2], reverse),
         tasks=b * -(-d // LANES),
         work_per_task=s * l * LANES * NANOSECONDS[0],
         scratch_rows=2 * l + 3 * k,
     )
     return out
+
+
+def backward(
+    dout: Tensor, x: Tensor, weight: Parameter, bias: Parameter, reverse: bool,
+    *, dx: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, weight (s, d, k) and bias (s, d), without the operator; see `forward`.
+
+    Args:
+        dx: a tensor in x's shape for x's gradient, perhaps a part of a wider one; its last axis is
+            contiguous. It is one of the results.
+    """
+    dout, weight, bias = contiguous(dout), per_direction(weight), per_direction(bias)
+    x = channels_contiguous(x)
+    (b, l, d), k, s = x.shape, weight[0].shape[-1], len(dout)
+    dx = x.new_empty(b, l, d) if dx is None else dx
+    dweight, dbias = x.new_empty(s, b, d, k), x.new_empty(s, b, d)
+    addresses = map(address, (dout, x, *weight, *bias, dx, dweight, dbias))
+    run_tasks(
+        numba_kernels.conv_backward,
+        (*addresses, s, b, l, d, k, *x.stride()[:2], *dx.stride()[:2], reverse),
+        tasks=b * -(-d // LANES),
+        work_per_task=s * l * LANES * NANOSECONDS[1],
+        scratch_rows=4 * l + 6 * k,
+    )
+    return dx, dweight.sum(1), dbias.sum(1)
+
+
+@operator(
+    "conv_forward", fake=lambda x, w, *_: x.new_empty(w.shape[0], *x.shape), device_types="cpu"
+)
+def conv_forward(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
+    """float32 `conv_silu`."""
+    return forward(x, weight, bias, reverse)
 
 
 @operator(
@@ -52,19 +95,7 @@ def conv_backward(
     dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor, reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias."""
-    dout, weight, bias = map(contiguous, (dout, weight, bias))
-    x = channels_contiguous(x)
-    (b, l, d), (s, _, k) = x.shape, weight.shape
-    dx, dweight, dbias = x.new_empty(b, l, d), x.new_empty(s, b, d, k), x.new_empty(s, b, d)
-    addresses = (m.data_ptr() for m in (dout, x, weight, bias, dx, dweight, dbias))
-    run_tasks(
-        numba_kernels.conv_backward,
-        (*addresses, s, b, l, d, k, *x.stride()[:2], reverse),
-        tasks=b * -(-d // LANES),
-        work_per_task=s * l * LANES * NANOSECONDS[1],
-        scratch_rows=4 * l + 6 * k,
-    )
-    return dx, dweight.sum(1), dbias.sum(1)
+    return backward(dout, x, weight, bias, reverse)
 
 
 register_gradient(conv_forward, conv_backward, "numba convolution")

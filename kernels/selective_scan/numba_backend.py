@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from vim_ssl.kernels import numba_kernels
-from vim_ssl.kernels.autograd import channels_contiguous, contiguous, gradient_required, operator
+from vim_ssl.kernels.autograd import (
+    Parameter,
+    address,
+    channels_contiguous,
+    contiguous,
+    gradient_required,
+    operator,
+    per_direction,
+)
 from vim_ssl.kernels.numba_kernels import CHUNK, LANES
 from vim_ssl.kernels.numba_threads import run_tasks
 from vim_ssl.kernels.selective_scan import torch_backend
@@ -34,9 +42,37 @@ selective_scan, bi_selective_scan = public_scans(_scan, float64=torch_backend.sc
 # --- forward ---------------------------------------------------------------------------------
 
 
-def _empty_results(u, A, save):
+def forward(
+    u: Tensor, delta: Tensor, A: Parameter, B: Tensor, C: Tensor, D: Parameter | None,
+    z: Tensor | None, bias: Parameter | None, h0: Tensor | None, softplus: bool, reverse: bool,
+    scale: float, save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Run the kernel without the operator: no gradients, no autocast, float32 only.
+
+    A (s, d, n) and D, bias (s, d) may be tuples of a tensor for each direction. B, C and z may be
+    parts of wider tensors: they are read where they lie if their last axis is contiguous (and B and
+    C have the same strides). Returns what `scan_forward` returns.
+    """
     s, b, l, d = u.shape
-    n, blocks, chunks = A.shape[-1], -(-d // LANES), -(-l // CHUNK)
+    u, delta, h0, z = contiguous(u), contiguous(delta), contiguous(h0), channels_contiguous(z)
+    A, D, bias = per_direction(A), per_direction(D), per_direction(bias)
+    B, C = _same_strides(B, C)
+    n, blocks = B.shape[-1], -(-d // LANES)
+    out, last, states = _empty_results(u, n, save)
+    addresses = map(address, (u, delta, *A, B, C, *D, z, *bias, h0, out, last, states))
+    run_tasks(
+        numba_kernels.scan_forward,
+        (*addresses, s, b, l, d, n, *B.stride()[:3], *_strides(z), softplus, reverse, scale),
+        tasks=b * blocks,
+        work_per_task=s * l * LANES * n * NANOSECONDS[0],
+        scratch_rows=numba_kernels.scan_forward_rows(n),
+    )
+    return out, last, states
+
+
+def _empty_results(u, n, save):
+    s, b, l, d = u.shape
+    blocks, chunks = -(-d // LANES), -(-l // CHUNK)
     return (
         u.new_empty(b, l, d),
         u.new_empty(s, b, d, n),
@@ -46,7 +82,7 @@ def _empty_results(u, A, save):
 
 @operator(
     "scan_forward",
-    fake=lambda u, delta, A, *rest: _empty_results(u, A, save=rest[-1]),
+    fake=lambda u, delta, A, *rest: _empty_results(u, A.shape[-1], save=rest[-1]),
     device_types="cpu",
 )
 def scan_forward(
@@ -55,23 +91,47 @@ def scan_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """See `fused.py`; the kept result contains the states (s, b, blocks, chunks, n, LANES) before
     each chunk, flat; empty unless `save`."""
-    s, b, l, d = u.shape
-    u, delta, A, B, C, D, bias, h0 = map(contiguous, (u, delta, A, B, C, D, bias, h0))
-    z = channels_contiguous(z)
-    out, last, states = _empty_results(u, A, save)
-    addresses = map(_address, (u, delta, A, B, C, D, z, bias, h0, out, last, states))
-    blocks, n = -(-d // LANES), A.shape[-1]
-    run_tasks(
-        numba_kernels.scan_forward,
-        (*addresses, s, b, l, d, n, *_strides(z), softplus, reverse, scale),
-        tasks=b * blocks,
-        work_per_task=s * l * LANES * n * NANOSECONDS[0],
-        scratch_rows=numba_kernels.scan_forward_rows(n),
-    )
-    return out, last, states
+    return forward(u, delta, A, B, C, D, z, bias, h0, softplus, reverse, scale, save)
 
 
 # --- backward --------------------------------------------------------------------------------
+
+
+def backward(
+    dout: Tensor, dlast: Tensor | None, u: Tensor, delta: Tensor, A: Parameter, B: Tensor,
+    C: Tensor, D: Parameter | None, z: Tensor | None, bias: Parameter | None, states: Tensor,
+    softplus: bool, reverse: bool, scale: float, *, dz: Tensor | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Run the kernel without the operator; arguments as in `forward`.
+
+    Args:
+        dz: a tensor in z's shape for z's gradient, perhaps a part of a wider one; its last axis is
+            contiguous. It is one of the results.
+    Returns: what `scan_backward` returns; gradients of parameters are stacked.
+    """
+    s, b, l, d = u.shape
+    dout, dlast, u, delta = map(contiguous, (dout, dlast, u, delta))
+    z = channels_contiguous(z)
+    A, D, bias = per_direction(A), per_direction(D), per_direction(bias)
+    B, C = _same_strides(B, C)
+    n, blocks = B.shape[-1], -(-d // LANES)
+    if dz is None:
+        dz = u.new_empty(0 if z is None else z.shape)
+    du, ddelta = torch.empty_like(u), torch.empty_like(u)
+    dA, dD, dbias = u.new_empty(s, b, d, n), u.new_empty(s, b, d), u.new_empty(s, b, d)
+    dB, dC = u.new_empty(s, b, l, blocks, n), u.new_empty(s, b, l, blocks, n)
+    dh0 = u.new_empty(s, b, d, n)
+    addresses = map(address, (dout, dlast, u, delta, *A, B, C, *D, z, *bias, states,
+                              du, ddelta, dA, dB, dC, dD, dz, dbias, dh0))  # fmt: skip
+    strides = (*B.stride()[:3], *_strides(z), *_strides(None if z is None else dz))
+    run_tasks(
+        numba_kernels.scan_backward,
+        (*addresses, s, b, l, d, n, *strides, softplus, reverse, scale),
+        tasks=b * blocks,
+        work_per_task=s * l * LANES * n * NANOSECONDS[1],
+        scratch_rows=numba_kernels.scan_backward_rows(n),
+    )
+    return du, ddelta, dA.sum(1), dB.sum(3), dC.sum(3), dD.sum(1), dz, dbias.sum(1), dh0
 
 
 def _empty_gradients(dout, dlast, u, delta, A, B, C, D, z, bias, states, softplus, reverse, scale):
@@ -89,30 +149,10 @@ def scan_backward(
     reverse: bool, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of u, delta, A, B, C, D, z (empty without z), bias and h0."""
-    s, b, l, d = u.shape
-    dout, dlast, u, delta, A, B, C, D, bias = map(
-        contiguous, (dout, dlast, u, delta, A, B, C, D, bias)
+    du, ddelta, dA, dB, dC, dD, dz, dbias, dh0 = backward(
+        dout, dlast, u, delta, A, B, C, D, z, bias, states, softplus, reverse, scale
     )
-    z = channels_contiguous(z)
-    blocks, n = -(-d // LANES), A.shape[-1]
-    du, ddelta, dz = (
-        torch.empty_like(u),
-        torch.empty_like(u),
-        u.new_empty(0 if z is None else z.shape),
-    )
-    dA, dD, dbias = u.new_empty(s, b, d, n), u.new_empty(s, b, d), u.new_empty(s, b, d)
-    dB, dC = u.new_empty(s, b, l, blocks, n), u.new_empty(s, b, l, blocks, n)
-    dh0 = u.new_empty(s, b, d, n)
-    addresses = map(_address, (dout, dlast, u, delta, A, B, C, D, z, bias, states,
-                               du, ddelta, dA, dB, dC, dD, dz, dbias, dh0))  # fmt: skip
-    run_tasks(
-        numba_kernels.scan_backward,
-        (*addresses, s, b, l, d, n, *_strides(z), softplus, reverse, scale),
-        tasks=b * blocks,
-        work_per_task=s * l * LANES * n * NANOSECONDS[1],
-        scratch_rows=numba_kernels.scan_backward_rows(n),
-    )
-    return du, ddelta, dA.sum(1), dB.sum(3), dC.sum(3), dD.sum(1), dz, dbias.sum(1), dh0
+    return du, ddelta, dA, dB, dC, dD, dz, dbias, dh0
 
 
 register_scan_gradient(scan_forward, scan_backward, "numba")
@@ -121,10 +161,12 @@ register_scan_gradient(scan_forward, scan_backward, "numba")
 # --- tensors for the kernels -----------------------------------------------------------------
 
 
-def _strides(z: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if z is None else (z.stride(0), z.stride(1))
+def _strides(m: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if m is None else (m.stride(0), m.stride(1))
 
 
-def _address(m: Tensor | None) -> int:
-    """Return the address for a kernel: 0 for None, as for an empty tensor."""
-    return 0 if m is None else m.data_ptr()
+def _same_strides(B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    """B and C (s, b, l, n) with the same strides and contiguous states."""
+    if B.stride(-1) == 1 and B.stride() == C.stride():
+        return B, C
+    return B.contiguous(), C.contiguous()

@@ -47,6 +47,58 @@ def test_conv_operators_pass_opcheck():
     torch.library.opcheck(torch.ops.vim_ssl.conv_forward.default, (*m, False))
 
 
+def strided(shape, seed):
+    """The second half of a wider tensor."""
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape[:-1], 2 * shape[-1], generator=g)[..., shape[-1] :]
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("d", [5, 64, 70])
+class TestParametersApartAndPartsOfWiderTensors:
+    """The plain functions give the operators' results, without stacking or copying anything."""
+
+    def test_convolution(self, directions, d):
+        from vim_ssl.kernels.causal_conv1d import numba_backend
+
+        b, l, k = 2, 9, 4
+        x, wide = strided((b, l, d), 0), torch.zeros(b, l, 3 * d)
+        weight, bias = torch.randn(directions, d, k), torch.randn(directions, d)
+        apart = tuple(weight[:, :, None].clone()), tuple(bias.clone())  # (d, 1, k), as in a block
+        out = numba_backend.forward(x, *apart, False)
+        assert torch.equal(out, torch.ops.vim_ssl.conv_forward(x, weight, bias, False))
+        got = numba_backend.backward(out, x, *apart, False, dx=wide[..., d : 2 * d])
+        expected = torch.ops.vim_ssl.conv_backward(out, x, weight, bias, False)
+        assert all(map(torch.equal, got, expected))
+        assert torch.equal(wide[..., d : 2 * d], expected[0])
+        assert not wide[..., :d].any()
+        assert not wide[..., 2 * d :].any()
+
+    def test_scan(self, directions, d):
+        from vim_ssl.kernels.selective_scan import numba_backend
+
+        b, l, n = 2, 40, 3
+        m = {name: v[:directions] for name, v in two_way_inputs(b, l, d, n).items() if name != "z"}
+        u, delta, parameters = m["u"], m["delta"], (m["A"], m["D"], m["delta_bias"])
+        (A, D, bias), z, wide = parameters, strided((b, l, d), 1), torch.zeros(b, l, 3 * d)
+        apart = (tuple(v.clone()) for v in parameters)
+        A_apart, D_apart, bias_apart = apart
+        B, C = strided((directions, b, l, 2 * n), 2).split(n, dim=-1)
+        options = True, directions == 1, 0.5
+        args, whole = (u, delta, A_apart, B, C, D_apart, z), (u, delta, A, B, C, D, z)
+        got = numba_backend.forward(*args, bias_apart, None, *options, True)
+        expected = torch.ops.vim_ssl.scan_forward(*whole, bias, None, *options, True)
+        assert all(map(torch.equal, got, expected))
+        out, last, states = expected
+        dz = wide[..., d : 2 * d]
+        got = numba_backend.backward(out, last, *args, bias_apart, states, *options, dz=dz)
+        expected = torch.ops.vim_ssl.scan_backward(out, last, *whole, bias, states, *options)
+        assert all(map(torch.equal, got, expected))
+        assert torch.equal(dz, expected[6])
+        assert not wide[..., :d].any()
+        assert not wide[..., 2 * d :].any()
+
+
 def test_two_threads_take_part_and_change_nothing(two_threads, monkeypatch):
     from vim_ssl.kernels import numba_threads
 
