@@ -24,6 +24,8 @@ from functools import partial
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import vim_ssl.utils.openmp  # noqa: F401 (before torch)
+
 import torch
 from process import peak_mib, run_apart
 from rows import ORIGIN, append_rows, origin, results_parser

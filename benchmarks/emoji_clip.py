@@ -35,6 +35,8 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
+import vim_ssl.utils.openmp  # noqa: F401 (before torch)
+
 import torch
 import torch.nn.functional as F
 from campaign import costs, fit_seconds, run_jobs

@@ -25,6 +25,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import vim_ssl.utils.openmp  # noqa: F401 (before torch)
+
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "kernels"))  # for `ceilings` and `timing`

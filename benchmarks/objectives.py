@@ -10,6 +10,8 @@ presets. `distill` is its own teacher. Rows are appended to results/objectives.c
 import statistics
 import time
 
+import vim_ssl.utils.openmp  # noqa: F401 (before torch)
+
 import torch
 from rows import ORIGIN, append_rows, origin, results_parser
 

@@ -20,6 +20,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "learning"))  # for `anchor`
 
+import vim_ssl.utils.openmp  # noqa: F401 (before torch)
+
 import anchor
 import torch
 from rows import (

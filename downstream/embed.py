@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import vim_ssl.utils.openmp  # noqa: F401 (before torch)
+
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm

@@ -25,6 +25,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import vim_ssl.utils.openmp  # noqa: F401 (before torch)
+
 import torch
 
 from vim_ssl.cli import guarded

@@ -18,6 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import vim_ssl.utils.openmp  # noqa: F401 (before torch)
+
 import torch
 
 from vim_ssl.cli import guarded

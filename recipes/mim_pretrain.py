@@ -20,6 +20,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import vim_ssl.utils.openmp  # noqa: F401 (before torch)
+
 import torch
 
 from vim_ssl import VimEncoder, load_encoder, save_encoder

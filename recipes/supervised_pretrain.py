@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import vim_ssl.utils.openmp  # noqa: F401 (before torch)
+
 import torch
 
 from vim_ssl.cli import guarded

@@ -21,6 +21,8 @@ atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 for _name in [name for name in os.environ if name.lower().endswith("_proxy")]:
     del os.environ[_name]
 
+import vim_ssl.utils.openmp  # noqa: E402, F401 (before torch)
+
 import torch  # noqa: E402
 
 # Triton reads this when it is imported, which timm does: its kernels are interpreted without a GPU.

@@ -11,6 +11,8 @@ help) does not import torch.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from vim_ssl.utils.openmp import prepare_openmp
+
 from vim_ssl.utils.environment import __version__
 from vim_ssl.utils.registration import import_after, register_folders
 
@@ -108,5 +110,6 @@ def __dir__() -> list[str]:
     return __all__
 
 
+prepare_openmp()  # before torch is imported
 register_folders(__name__, "kernels", "recipes", "downstream")
 import_after("timm", "vim_ssl.checkpoints.timm_registry")  # adds the presets

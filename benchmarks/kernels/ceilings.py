@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
+import vim_ssl.utils.openmp  # noqa: F401 (before torch)
+
 import torch
 import triton
 import triton.language as tl

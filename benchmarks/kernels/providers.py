@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import vim_ssl.utils.openmp  # noqa: F401 (before torch)
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -24,6 +24,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for `process` and `rows`
 
+import vim_ssl.utils.openmp  # noqa: F401 (before torch)
+
 import torch
 from process import peak_mib, proc_mib, reset_peak
 from providers import Provider, Shape, providers

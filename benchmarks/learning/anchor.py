@@ -14,6 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import vim_ssl.utils.openmp  # noqa: F401 (before torch)
+
 import study
 import torch
 from campaign import costs

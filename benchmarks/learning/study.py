@@ -22,6 +22,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import vim_ssl.utils.openmp  # noqa: F401 (before torch)
+
 import torch
 from campaign import costs, fit_seconds, run_jobs
 from rows import ORIGIN, append_rows, origin, read_rows, results_parser

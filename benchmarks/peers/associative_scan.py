@@ -10,6 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))  # for `providers`
 
+import vim_ssl.utils.openmp  # noqa: F401 (before torch)
+
 import torch
 import triton
 import triton.language as tl

@@ -9,7 +9,8 @@ from torch import nn
 
 from vim_ssl.training.config import TrainConfig
 from vim_ssl.training.optim import check_step
-from vim_ssl.utils.distributed import cores
+from vim_ssl.utils import openmp
+from vim_ssl.utils.cores import cores
 
 TIMEOUT = timedelta(hours=2)  # for ranks waiting while rank 0 evaluates; NCCL's default is 10 min
 
@@ -60,6 +61,7 @@ def make_accelerator(config: TrainConfig):
         )
     check_step(config, accelerator.device)
     if accelerator.is_main_process:
+        openmp.remark_on_spinning()
         for remark in unused_settings(config, accelerator.distributed_type):
             print(remark, flush=True)
     return accelerator

@@ -16,7 +16,7 @@ from vim_ssl.kernels.backends import is_compiling
 from vim_ssl.objectives.base import StepOutput
 from vim_ssl.training.run import resume_command
 from vim_ssl.training.state import INTERRUPTED
-from vim_ssl.utils.distributed import cores
+from vim_ssl.utils.cores import cores
 from vim_ssl.utils.names import number, plural, rough_time
 
 ESTIMATED_AFTER = 5.0  # seconds of timed steps after which the time left is printed

@@ -11,7 +11,7 @@ from vim_ssl.data.content import content_hash
 from vim_ssl.data.loading.indexed import SeededSamples, training_loader
 from vim_ssl.training.config import TrainConfig
 from vim_ssl.training.state import FINISHED, STOPPED_EARLY
-from vim_ssl.utils.distributed import cores
+from vim_ssl.utils.cores import cores
 from vim_ssl.utils.names import plural
 
 

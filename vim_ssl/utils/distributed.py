@@ -14,6 +14,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from vim_ssl.utils import openmp
+from vim_ssl.utils.cores import cores as cores
+
 PATIENCE = timedelta(days=1)  # the other ranks wait while the main one fits a probe
 
 
@@ -46,6 +49,7 @@ class Processes:
 
 def join_processes() -> Processes:
     """Join the processes that the launcher started; without a launcher, only this process."""
+    openmp.remark_on_spinning()
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
         return Processes()
@@ -60,8 +64,3 @@ def pick_device(device: str = "") -> str:
     """Return the requested device, else this process's GPU, else the CPU."""
     default = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     return device or default
-
-
-def cores() -> int:
-    """Number of CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
