@@ -1,7 +1,8 @@
 # `make demo` and `make test` need Python 3.11 or newer and make, nothing else: they make .venv.
 # `make clip-demo` fetches its images by npm.
 # Settings: make demo PYTHON=python3.12 · make test PYTEST_ARGS="-k scan" ·
-#   make gpu-check GPU_CHECK_ARGS="--only kernels" · VENV=folder
+#   make gpu-check GPU_CHECK_ARGS="--only kernels" · VENV=folder ·
+#   make bench BASE=main BENCH_ARGS="--only step data"
 
 VENV ?= .venv
 PYTEST_ARGS ?=
@@ -64,9 +65,13 @@ offline-rgb: $(VENV)/.installed-demo ## train the suite's own encoder anew, an h
 kernel-report: $(VENV)/.installed-demo ## check every scan backend of this machine against float64
 	$(BIN)/python -m vim_ssl.kernels.selective_scan.accuracy
 
-bench: $(VENV)/.installed-demo ## time the scan and the CPU path; rows go to benchmarks/results/
+bench: $(VENV)/.installed-demo ## time the scan and the CPU path; BASE=COMMIT: what got slower since
+ifdef BASE
+	$(BIN)/python benchmarks/compare_commits.py $(BASE) $(BENCH_ARGS)
+else
 	$(BIN)/python benchmarks/kernels/timing.py --device cpu
 	$(call run_if_built,benchmarks/cpu.py,benchmarks/cpu.py)
+endif
 
 gpu-check: $(VENV)/.installed-test ## everything that wants a GPU, in nine minutes
 	$(BIN)/python benchmarks/gpu_check.py $(GPU_CHECK_ARGS)

@@ -14,6 +14,7 @@ from vim_ssl.training import loop as training
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = (
+    "compare_commits",
     "cpu",
     "dense",
     "dense_transfer",
