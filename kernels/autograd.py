@@ -17,17 +17,20 @@ from torch import Tensor
 Parameter = Tensor | tuple[Tensor, ...]
 
 
-def operator(name: str, *, fake: Callable, device_types: str | None = None) -> Callable:
+def operator(
+    name: str, *, fake: Callable, device_types: str | None = None, schema: str | None = None
+) -> Callable:
     """Return a decorator that registers a function as `torch.ops.vim_ssl.<name>`.
 
     Args:
         fake: returns empty results with the right shapes and dtypes, given the same arguments.
         device_types: the only device type that it supports; None for all.
+        schema: "(Tensor x, ...) -> Tensor", if the function's annotations do not say it.
     """
 
     def decorate(function: Callable) -> Any:
         registered = torch.library.custom_op(
-            f"vim_ssl::{name}", function, mutates_args=(), device_types=device_types
+            f"vim_ssl::{name}", function, mutates_args=(), device_types=device_types, schema=schema
         )
         registered.register_fake(fake)
         return registered

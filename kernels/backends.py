@@ -50,7 +50,7 @@ class Backend:
 
 # Operation -> name -> backend. Every operation has "torch".
 BACKENDS: dict[str, dict[str, Backend]] = {
-    op: {} for op in ("selective_scan", "causal_conv1d", "rms_norm")
+    op: {} for op in ("selective_scan", "causal_conv1d", "rms_norm", "mixer")
 }
 
 
@@ -68,7 +68,7 @@ def register(
     """Add a backend to an operation.
 
     Args:
-        op: "selective_scan", "causal_conv1d" or "rms_norm".
+        op: "selective_scan", "causal_conv1d", "rms_norm" or "mixer".
         name: the value of ``backend`` that selects it.
         module: import path of the implementation, imported when the backend is first selected. It
             defines the same functions as the operation's module ``torch_backend``.
@@ -200,6 +200,9 @@ _TABLE: tuple[tuple[str, str, str, str | None, int, dict], ...] = (
      {"requires": "triton", "float64": False}),
     ("rms_norm", "torch", "torch_backend", None, 0, {"forward_mode": True}),
     ("rms_norm", "triton", "triton_backend", "cuda", 1, {"requires": "triton", "float64": False}),
+    ("mixer", "torch", "torch_backend", None, 0, {"forward_mode": True}),
+    ("mixer", "numba", "numba_backend", "cpu", 1, {"requires": "numba", "float64": False}),
+    ("mixer", "triton", "triton_backend", "cuda", 1, {"requires": "triton", "float64": False}),
 )  # fmt: skip
 for _op, _name, _module, _device, _priority, _options in _TABLE:
     register(op=_op, name=_name, module=f"vim_ssl.kernels.{_op}.{_module}", device=_device,

@@ -13,7 +13,8 @@ exponential counts as one, per token, channel, state and direction:
                g + C dy, h dy + …, g x + …, <g, B>, <q, A>, dt q + …        2 each   12
                q = g a h, g a                                               1 each    2
 
-The reference is a plain loop of torch operations; torch counts those that it knows.
+The reference is a plain loop of torch operations; torch counts those that it knows. A fused mixer
+is counted with its two projections and the delta that its backward pass computes again.
 """
 
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from vim_ssl.kernels.backends import BACKENDS, available_backends, resolve
+from vim_ssl.kernels.mixer import Direction
 
 FORWARD, BACKWARD = 7, 19
 
@@ -67,22 +69,47 @@ def flop_counter(device: str | torch.device = "cpu", **options: Any) -> Any:
     """
     from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_flop_formula
 
-    for name in available_backends(device):
-        resolve("selective_scan", name, torch.device(device).type)
-        # Names in torch.ops.vim_ssl. In both the first and third argument, or result of a backward
-        # pass, are (s, b, l, d) and (s, d, n).
-        operators = getattr(BACKENDS["selective_scan"][name].loaded, "OPERATORS", ())
-        for operator, formula in zip(operators, (_forward, _backward), strict=False):
-            packet = getattr(torch.ops.vim_ssl, operator)
-            if packet not in flop_registry:
-                register_flop_formula(packet, get_raw=True)(formula)
+    for op, formulas in FORMULAS.items():
+        for name in available_backends(device, op):
+            resolve(op, name, torch.device(device).type)
+            # Names in torch.ops.vim_ssl: forward, backward.
+            operators = getattr(BACKENDS[op][name].loaded, "OPERATORS", ())
+            for operator, formula in zip(operators, formulas, strict=False):
+                packet = getattr(torch.ops.vim_ssl, operator)
+                if packet not in flop_registry:
+                    register_flop_formula(packet, get_raw=True)(formula)
     return FlopCounterMode(**options)
 
 
-def _forward(first: Tensor, second: Tensor, A: Tensor, *args, **more) -> int:
-    return FORWARD * first.numel() * A.shape[-1]  # u or dt (s, b, l, d); A (s, d, n)
+# Both the first and third argument of a scan, or result of its backward pass, are (s, b, l, d) and
+# (s, d, n).
+def _scan_forward(first: Tensor, second: Tensor, A: Tensor, *args, **more) -> int:
+    return FORWARD * first.numel() * A.shape[-1]
 
 
-def _backward(*args, out_val, **more) -> int:
-    first, _, dA, *_ = out_val  # the gradients of these
+def _scan_backward(*args, out_val, **more) -> int:
+    first, _, dA, *_ = out_val
     return BACKWARD * first.numel() * dA.shape[-1]
+
+
+def _mixer_forward(xz: Tensor, *rest, **more) -> int:
+    projections, recurrence = _mixer(xz, Direction(*rest[: len(Direction._fields)]))
+    return sum(projections) + FORWARD * recurrence
+
+
+def _mixer_backward(dout: Tensor, xz: Tensor, *rest, **more) -> int:
+    projections, recurrence = _mixer(xz, Direction(*rest[: len(Direction._fields)]))
+    return 2 * sum(projections) + projections[1] + BACKWARD * recurrence  # delta is recomputed
+
+
+def _mixer(xz: Tensor, one: Direction) -> tuple[list[int], int]:
+    """Return operations of x_proj and dt_proj, and the elements of the recurrence."""
+    tokens = 2 * xz.shape[0] * xz.shape[1]
+    projections = [2 * tokens * m.numel() for m in (one.x_proj, one.dt_proj)]
+    return projections, tokens * one.A_log.numel()
+
+
+FORMULAS = {
+    "selective_scan": (_scan_forward, _scan_backward),
+    "mixer": (_mixer_forward, _mixer_backward),
+}

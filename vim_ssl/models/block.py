@@ -19,9 +19,11 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from vim_ssl.kernels.causal_conv1d import bi_causal_conv1d, causal_conv1d
+from vim_ssl.kernels.causal_conv1d import causal_conv1d
+from vim_ssl.kernels.mixer import Direction, bi_mixer
+from vim_ssl.kernels.mixer.torch_backend import wide
 from vim_ssl.kernels.rms_norm import add_rms_norm
-from vim_ssl.kernels.selective_scan import bi_selective_scan, selective_scan
+from vim_ssl.kernels.selective_scan import selective_scan
 
 # State of a block between the pieces of a stream: the convolution's last inputs
 # (b, d_conv - 1, d_inner) and the scan's state (b, d_inner, d_state), float32 at least.
@@ -124,11 +126,15 @@ class VimMixer(nn.Module):
         Args:
             directions: a subset of the mixer's directions; all of them by default.
         """
-        x, z = self.in_proj(hidden).chunk(2, dim=-1)
+        xz = self.in_proj(hidden)
+        x, z = xz.chunk(2, dim=-1)
         suffixes = DIRECTIONS[directions or self.directions]
         gate = None if self.layernorm else z
-        if len(suffixes) == 2 and self._can_fuse():
-            y = self._scan_both(x, gate)
+        if len(suffixes) == 2 and is_plain(self):
+            y = bi_mixer(
+                xz, self._direction(""), self._direction("_b"),
+                gated=gate is not None, scale=self._scale, backend=self.scan_backend,
+            )  # fmt: skip
         else:
             y = sum((self._scan_one(x, gate, suffix)[0] for suffix in suffixes), x.new_zeros(()))
             y = y * self._scale if len(suffixes) == 2 else y
@@ -166,28 +172,11 @@ class VimMixer(nn.Module):
         """Factor of the sum of both directions."""
         return 0.5 if self.divide_out or self.layernorm is not None else 1.0
 
-    def _can_fuse(self) -> bool:
-        """True if both directions can share one pass over the weights of their modules; False if
-        one of these was replaced, wrapped or hooked, as by LoRA or quantisation: it is called."""
-        return all(
-            _computes_from_weight(getattr(self, f"{name}{suffix}"))
-            for name in ("conv1d", "x_proj", "dt_proj")
-            for suffix in DIRECTIONS["both"]
-        )
-
-    def _scan_both(self, x: Tensor, z: Tensor | None) -> Tensor:
-        u = bi_causal_conv1d(
-            x, self._pair("conv1d", "weight").squeeze(2), self._pair("conv1d", "bias")
-        )  # (2, b, l, d)
-        tokens = u.flatten(1, 2)  # batched matmul, because einsum would add copies
-        dt, B, C = self._split(tokens @ self._pair("x_proj", "weight").mT)
-        delta = dt @ self._pair("dt_proj", "weight").mT
-        delta, B, C = (m.unflatten(1, u.shape[1:3]) for m in (delta, B, C))
-        a_log = self._pair("A_log", twin="A_b_log")
-        return bi_selective_scan(
-            u, delta, -_wide(a_log).exp(), B, C, _wide(self._pair("D")), z,
-            _wide(self._pair("dt_proj", "bias")),
-            scale=self._scale, backend=self.scan_backend,
+    def _direction(self, suffix: str) -> Direction:
+        conv, dt_proj = getattr(self, f"conv1d{suffix}"), getattr(self, f"dt_proj{suffix}")
+        return Direction(
+            conv.weight, conv.bias, getattr(self, f"x_proj{suffix}").weight, dt_proj.weight,
+            dt_proj.bias, self.A_b_log if suffix else self.A_log, getattr(self, f"D{suffix}"),
         )  # fmt: skip
 
     def _scan_one(
@@ -200,12 +189,12 @@ class VimMixer(nn.Module):
         dt, B, C = self._split(getattr(self, f"x_proj{suffix}")(u))
         dt_proj, bias = getattr(self, f"dt_proj{suffix}"), None
         if _computes_from_weight(dt_proj):  # the scan adds the bias in float32
-            delta, bias = F.linear(dt, dt_proj.weight), _wide(dt_proj.bias)
+            delta, bias = F.linear(dt, dt_proj.weight), wide(dt_proj.bias)
         else:
             delta = dt_proj(dt)
         a_log = self.A_b_log if reverse else self.A_log
         y, last = selective_scan(
-            u.mT, delta.mT, -_wide(a_log).exp(), B.mT, C.mT, _wide(getattr(self, f"D{suffix}")),
+            u.mT, delta.mT, -wide(a_log).exp(), B.mT, C.mT, wide(getattr(self, f"D{suffix}")),
             None if z is None else z.mT, bias, True, initial_state=start,
             return_last_state=True, reverse=reverse, backend=self.scan_backend,
         )  # fmt: skip
@@ -214,10 +203,15 @@ class VimMixer(nn.Module):
     def _split(self, x_dbl: Tensor) -> tuple[Tensor, ...]:
         return x_dbl.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
 
-    def _pair(self, name: str, leaf: str | None = None, twin: str | None = None) -> Tensor:
-        """Stack a parameter of the forward direction with its backward counterpart: (2, ...)."""
-        both = [getattr(self, name), getattr(self, twin or f"{name}_b")]
-        return torch.stack(both if leaf is None else [getattr(m, leaf) for m in both])
+
+def is_plain(mixer: "VimMixer") -> bool:
+    """True if both directions can be computed from their weights, in one operator; False if a
+    module was replaced, wrapped or hooked, as by LoRA or quantisation: then it is called."""
+    return all(
+        _computes_from_weight(getattr(mixer, f"{name}{suffix}"))
+        for name in ("conv1d", "x_proj", "dt_proj")
+        for suffix in DIRECTIONS["both"]
+    )
 
 
 def _computes_from_weight(module: nn.Module) -> bool:
@@ -236,11 +230,6 @@ def rotate(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
     """Rotate each pair of channels of x (…, d) by its angle; sin, cos broadcast to x."""
     swapped = torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
     return (x * cos + swapped * sin).to(x.dtype)
-
-
-def _wide(parameter: Tensor) -> Tensor:
-    """Cast to float32 at least: in half precision the dynamics of the scan would drift."""
-    return parameter.to(torch.promote_types(parameter.dtype, torch.float32))
 
 
 class VimBlock(nn.Module):

@@ -1,0 +1,60 @@
+"""The mixer of a Vim block between its two outer projections: convolution, x_proj, dt_proj, scan
+and gate, in both directions.
+
+`torch_backend.py` is the readable form. The fused backends compute the same as one operator, which
+saves little for the backward pass: see `fused.py`.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from vim_ssl.kernels.backends import BACKENDS, resolve, select
+
+
+class Direction(NamedTuple):
+    """The parameters of one direction: d channels (d_inner), n states, k taps, r = dt_rank."""
+
+    conv_weight: Tensor  # (d, 1, k)
+    conv_bias: Tensor  # (d,)
+    x_proj: Tensor  # (r + 2 n, d)
+    dt_proj: Tensor  # (d, r)
+    dt_bias: Tensor  # (d,)
+    A_log: Tensor  # (d, n); A = -exp(A_log)
+    D: Tensor  # (d,)
+
+
+def bi_mixer(
+    xz: Tensor,
+    forward: Direction,
+    backward: Direction,
+    *,
+    gated: bool = True,
+    scale: float = 1.0,
+    backend: str = "auto",
+) -> Tensor:
+    """Mix tokens in both directions.
+
+    Dims: b batch, l tokens, d channels (d_inner).
+
+    Args:
+        xz: (b, l, 2 d), the output of ``in_proj``: x, then the gate z.
+        forward, backward: parameters of the direction that reads first to last, and last to first.
+        gated: multiply by silu(z); otherwise z is ignored.
+        scale: 0.5 for models that average their directions.
+        backend: of the scan, as in `selective_scan`; a backend without a fused mixer runs its scan
+            between operations of torch.
+
+    Returns: (b, l, d) in xz's dtype.
+    Raises: ValueError for an unknown backend, and for shapes that do not fit.
+    Reference: Vision Mamba, arXiv:2401.09417, Algorithm 1, lines 4 to 16.
+    """
+    if xz.dim() != 3 or xz.shape[-1] != 2 * len(forward.D):
+        raise ValueError(
+            f"xz has shape {tuple(xz.shape)}; expected (b, l, 2 d) with d = {len(forward.D)}."
+        )
+    name = resolve("selective_scan", backend, xz.device.type)
+    module = select(
+        "mixer", backend if name in BACKENDS["mixer"] else "torch", xz, *forward, *backward
+    )
+    return module.bi_mixer(xz, forward, backward, gated, scale, backend)
