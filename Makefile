@@ -8,10 +8,6 @@ VENV ?= .venv
 PYTEST_ARGS ?=
 GPU_CHECK_ARGS ?=
 BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
-CORES := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
-# What accelerate would otherwise warn about, and all cores for the one process (it gives one).
-LAUNCH := --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-  --num_cpu_threads_per_process $(CORES)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -23,13 +19,13 @@ help: ## show this list
 setup: $(VENV)/.installed-dev ## make .venv and install everything, the tools for `make check` too
 
 demo: $(VENV)/.installed-demo ## pretrain on real digits, probe what was learned, leave a report
-	$(BIN)/accelerate launch $(LAUNCH) recipes/mim_pretrain.py
+	$(BIN)/python recipes/mim_pretrain.py
 	$(BIN)/python downstream/linear_probe.py
 	$(name_report)
 
 clip-demo: $(VENV)/.installed-demo ## pretrain on emoji of two vendors and their names, search a third's
 	$(BIN)/vim-ssl samples get noto-emoji twemoji fluent-emoji
-	$(BIN)/accelerate launch $(LAUNCH) recipes/clip_pretrain.py --preset emoji_clip
+	$(BIN)/python recipes/clip_pretrain.py --preset emoji_clip
 	@echo; echo "A third vendor's drawings of emoji that training had of the other two:"
 	$(BIN)/python downstream/zero_shot.py --templates '{}' \
 	  --data 'sample:fluent-emoji?split=train&tones=none'
@@ -56,7 +52,7 @@ SAMPLES := noto-emoji fluent-emoji twemoji aerial
 OFFLINE_RGB := vim_ssl/weights/vim_mini_patch8_96.offline_rgb
 offline-rgb: $(VENV)/.installed-demo ## train the suite's own encoder anew, an hour of one core
 	$(BIN)/vim-ssl samples get $(SAMPLES)
-	$(BIN)/accelerate launch $(LAUNCH) recipes/mim_pretrain.py --preset offline_rgb \
+	$(BIN)/python recipes/mim_pretrain.py --preset offline_rgb \
 	  --output runs/offline_rgb --resume auto
 	mkdir -p $(OFFLINE_RGB)
 	cd runs/offline_rgb && cp encoder.json encoder.safetensors config.json metrics.jsonl \
