@@ -110,6 +110,55 @@ def test_parametrisations_and_pruning_act(images, name):
         assert (pruned(images) - half(images)).abs().max() < 1e-5
 
 
+def edit(encoder):
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.mul_(1.25)
+
+
+def step(encoder):
+    for parameter in encoder.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    torch.optim.SGD(encoder.parameters(), lr=0.1).step()
+
+
+def load(encoder):
+    encoder.load_state_dict({k: 1.25 * v for k, v in encoder.state_dict().items()})
+
+
+def swap(encoder):
+    for mixer, part in [*parts_of(encoder)]:
+        setattr(mixer, part, copy.deepcopy(getattr(mixer, part)))
+    edit(encoder)
+
+
+def assign(encoder):
+    for module in encoder.modules():
+        for name, parameter in [*module.named_parameters(recurse=False)]:
+            setattr(module, name, nn.Parameter(1.25 * parameter.detach()))
+
+
+def set_data(encoder):
+    for parameter in encoder.parameters():
+        parameter.data = 1.25 * parameter.data
+
+
+@pytest.mark.parametrize("change", [edit, step, load, swap, assign, set_data])
+@pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
+def test_a_change_of_the_weights_is_followed(images, change, train):
+    """The same as an encoder that gets the changed weights before it is first used."""
+    used, fresh = tiny(), tiny()
+    with torch.set_grad_enabled(train):
+        before = used(images)
+        change(used)
+        fresh.load_state_dict(used.state_dict())
+        assert torch.equal(used(images), fresh(images))
+        assert not torch.equal(used(images), before)
+        double = used.double()(images.double())
+        assert (double - fresh(images)).abs().max() < 1e-4
+        assert torch.equal(used.float()(images), fresh(images))
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_dynamic_quantisation_runs(images):
     encoder = torch.ao.quantization.quantize_dynamic(tiny(), {nn.Linear}, torch.qint8)
