@@ -1,259 +1,328 @@
-"""Measure performance on a CPU: the compiled scan, Vim-Ti and DeiT-Ti, memory of a training step.
+"""Measure performance on a CPU: waiting threads, Vim-Ti beside DeiT-Ti, the scan, training, memory.
 
-    python benchmarks/cpu.py                              # a quarter of an hour on one core
+    python benchmarks/cpu.py                              # two cores without other work, an hour
     python benchmarks/cpu.py --only scan --sketch SCAN.so
 
-Everything runs on one thread. Compared calls alternate in one process and are timed with the
-thread's CPU clock; short calls repeat within a turn. Each value is a median, each ratio the median
-of the ratios per turn. Memory is the increase of the peak resident set during a step, in a fresh
-process after a step on a tiny image. Rows are appended to results/cpu.csv, or to --out.
+    waiting    images/s of the demo's training on two threads, alone and beside one and two busy
+               processes: threads that wait passively (the suite's setting), actively, and as
+               OpenMP's default, a spin of milliseconds
+    encoder    features of Vim-Ti and DeiT-Ti at 224 px in batches of 1 and 8
+    crossover  the same at sizes up to 1248 px, and the size from which on Vim-Ti is faster
+    scan       the compiled scan, the torch loop and, with --sketch, C++ (see cpu_scan.py)
+    step       a training step of two presets through the trainer, and of Vim-Ti and DeiT-Ti
+    memory     what autograd saves for a backward pass, and the peak of a training step
 
-``--sketch`` adds a scan in C++: a shared library with ``scan_fwd`` and ``scan_bwd``, whose
-arguments are those in `sketched`. Compile it with g++ -O3 -march=native -fopenmp -ffast-math
--fno-associative-math -shared -fPIC: associative mathematics would remove the rounding from its
-exponential. Its results are checked before it is timed.
+All but `waiting` run on one thread. Every measurement has a fresh process. Compared calls alternate
+in one process and are timed with the thread's CPU clock; short calls repeat within a turn. A value
+is a median over the turns, each ratio the median of the ratios per turn. The runs of a part are
+repeated in turns; each is a row, and so is the median. Memory is measured once.
+
+Rows are appended to results/cpu.csv, or to --out, as they come; the same command at the same commit
+resumes. The end of the output compares the medians with the targets.
 """
 
-import ctypes
+import math
 import os
 import statistics
+import subprocess
 import sys
-import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"
+from vim_ssl.utils.openmp import POLICIES
 
-import vim_ssl.utils.openmp  # noqa: F401 (before torch)
+from cpu_models import crossing, saved_memory, step_memory, time_encoder, time_step
+from cpu_scan import CONDITIONS as SCAN
+from cpu_scan import time_scan
+from cpu_training import images_per_second, step_seconds
+from process import run_apart
+from rows import ORIGIN, append_rows, origin, read_rows, results_parser
+from turns import Values
 
-import torch
-from process import peak_mib, run_apart
-from rows import ORIGIN, append_rows, origin, results_parser
-from torch import Tensor
-
-from vim_ssl.kernels.selective_scan import selective_scan
-
+FILE = "cpu.csv"
 COLUMNS = (*ORIGIN, "what", "value", "unit", "conditions")
-SCAN = (1, 197, 384, 16)  # b, l, d, n: one direction of Vim-Ti at 224 px
-VIM, DEIT = "vim_tiny_patch16_224", "deit_tiny_patch16_224"
-TURN_SECONDS = 0.02  # duration of a turn for one kind of call, or one call if it takes longer
-Row = dict[str, str | float]
+PARTS = ("waiting", "encoder", "crossover", "scan", "step", "memory")
+# What `vim_ssl` sets unless there is a variable, what a user may set, and what OpenMP would do:
+# GNU's spins 300,000 times, LLVM's 200 ms.
+WAITING: dict[str, dict[str, str]] = {
+    "passive": {},
+    "active": {"OMP_WAIT_POLICY": "active"},
+    "default": {"GOMP_SPINCOUNT": "300000", "KMP_BLOCKTIME": "200"},
+}
+BESIDE = {0: "alone", 1: "beside 1 busy process", 2: "beside 2 busy processes"}
+DEMO = "demo, batch 64, 2 threads"
+SIZES = (512, 640, 720, 768, 800, 896, 1024, 1248)  # px
+INFERENCE = "float32, inference, DeiT with fused attention, 1 thread"
+TRAINING = "float32, AdamW, DeiT with fused attention, 1 thread"
+MEMORY = "Vim-Ti, 224 px, float32, AdamW"
+SAVED = "224 px, float32"
+Key = tuple[str, str]  # what, conditions
 
 
-def in_turns(calls: dict[str, Callable[[], object]], turns: int) -> dict[str, list[float]]:
-    """Return CPU seconds per call, for each call and turn."""
-    repeats = {name: max(int(TURN_SECONDS / _seconds(call, 2)), 1) for name, call in calls.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(turns):
-        for name, call in calls.items():
-            seconds[name].append(_seconds(call, repeats[name]))
-    return seconds
+@dataclass(frozen=True)
+class Measurement:
+    """What one process measures.
+
+    Attributes:
+        what: in the rows, the name of each value follows it.
+        value: the name of one of its values; an earlier row of it counts as measured.
+        function: of a module beside this one; returns the values.
+        runs: how often it is repeated.
+        variables: environment variables of its process, in place of `POLICIES`; None: as here.
+        busy: other processes beside it, each of which keeps a core busy.
+    """
+
+    part: str
+    what: str
+    conditions: str
+    value: str
+    function: Callable[..., Values]
+    arguments: tuple
+    runs: int = 1
+    variables: dict[str, str] | None = None
+    busy: int = 0
+
+    def rows(self, run: int) -> list[dict]:
+        """Measure, and return a row for every value."""
+        with environment(self.variables), neighbours(self.busy):
+            values = run_apart(self.function, *self.arguments)
+        return [row(f"{self.what}, {name}", value, unit, self.conditions_of(run))
+                for name, (value, unit) in values.items()]  # fmt: skip
+
+    def conditions_of(self, run: int) -> str:
+        return f"{self.conditions}; run {run} of {self.runs}" if self.runs > 1 else self.conditions
 
 
-def _seconds(call: Callable[[], object], repeats: int) -> float:
-    """CPU seconds, the mean of `repeats` calls after one that warms the caches."""
-    call()
-    started = time.thread_time()
-    for _ in range(repeats):
-        call()
-    return (time.thread_time() - started) / repeats
+@dataclass
+class Table:
+    """Values by what, and conditions without the run: run -> value."""
+
+    values: dict[Key, dict[int, float]] = field(default_factory=dict)
+    units: dict[Key, str] = field(default_factory=dict)
+
+    def add(self, one: dict) -> None:
+        conditions, _, run = one["conditions"].partition("; run ")
+        key = (one["what"], conditions)
+        self.values.setdefault(key, {})[int(run.partition(" ")[0] or 1)] = float(one["value"])
+        self.units[key] = one["unit"]
+
+    def median(self, key: Key) -> float:
+        """Return the median of the runs; nan if there are none."""
+        return statistics.median(self.values.get(key, {0: math.nan}).values())
+
+    def ratio(self, a: Key, b: Key) -> float:
+        """Return the median over the runs that both have of a / b; nan if there are none."""
+        first, second = self.values.get(a, {}), self.values.get(b, {})
+        ratios = [first[run] / second[run] for run in first.keys() & second.keys()]
+        return statistics.median(ratios or [math.nan])
+
+    def conditions_of(self, key: Key) -> str:
+        """Return the conditions of the median of this key."""
+        runs = len(self.values.get(key, {}))
+        return f"{key[1]}; median of {runs} runs" if runs > 1 else key[1]
 
 
-def row(what: str, value: float, unit: str, conditions: str) -> Row:
+@contextmanager
+def environment(variables: dict[str, str] | None) -> Iterator[None]:
+    """Start processes with ``variables`` in place of `POLICIES`; None changes nothing."""
+    before = dict(os.environ)
+    if variables is not None:
+        for name in POLICIES:
+            os.environ.pop(name, None)
+        os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@contextmanager
+def neighbours(count: int) -> Iterator[None]:
+    """Run ``count`` processes that each keep a core busy."""
+    endless = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"
+    command = [sys.executable, "-c", endless]
+    processes = [subprocess.Popen(command) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+# --- what is measured ------------------------------------------------------------------------
+
+
+def plan(runs: int, turns: int, seconds: float, sketch: str) -> list[Measurement]:
+    """Return all measurements; those of a part are repeated in turns."""
+    few = max(turns // 10, 3)
+    return [
+        *(Measurement("waiting", f"waiting, {policy}, {BESIDE[busy]}", DEMO, "speed",
+                      images_per_second, ("demo", 2, seconds), runs,
+                      variables | {"OMP_NUM_THREADS": "2"}, busy)
+          for busy in BESIDE for policy, variables in WAITING.items()),
+        *(Measurement("encoder", "encoder 224 px", f"batch {batch}, {INFERENCE}", "Vim-Ti",
+                      time_encoder, (224, batch, turns if batch == 1 else few), runs)
+          for batch in (1, 8)),
+        *(Measurement("crossover", f"encoder {size} px", f"batch 1, {INFERENCE}", "Vim-Ti",
+                      time_encoder, (size, 1, few), min(runs, 3)) for size in SIZES),
+        Measurement("scan", "scan", SCAN, f"forward, {'C++' if sketch else 'numba'}",
+                    time_scan, (sketch, turns), runs),
+        *(Measurement("step", f"training, {preset}", "batch 64, 1 thread, with data loading",
+                      "step", step_seconds, (preset, seconds), runs)
+          for preset in ("demo", "cpu_mae")),
+        Measurement("step", "training step 224 px", f"batch 8, {TRAINING}", "Vim-Ti",
+                    time_step, (224, 8, few), runs),
+        *(Measurement("memory", "saved for a backward pass, batch 8", SAVED, variant,
+                      saved_memory, (variant, 8))
+          for variant in ("numba", "numba, recomputing", "torch", "DeiT-Ti")),
+        *(Measurement("memory", f"memory of a step, batch {batch}", MEMORY, variant,
+                      step_memory, (variant, batch))
+          for batch, variant in ((8, "numba"), (8, "numba, recomputing"), (8, "torch"),
+                                 (1, "numba"), (1, "reference"))),  # which keeps every state
+    ]  # fmt: skip
+
+
+def ratios() -> Iterator[tuple[str, Key, Key]]:
+    """Yield what compares the values of two processes, and the two."""
+
+    def speed(policy: str, busy: int) -> Key:
+        return f"waiting, {policy}, {BESIDE[busy]}, speed", DEMO
+
+    yield "waiting, passive / default, alone", speed("passive", 0), speed("default", 0)
+    for busy in (1, 2):
+        for policy in WAITING:
+            what = f"waiting, {policy}, {BESIDE[busy]} / alone"
+            yield what, speed(policy, busy), speed(policy, 0)
+    for part, conditions, a, b in (
+        ("saved for a backward pass, batch 8", SAVED, "numba", "DeiT-Ti"),
+        ("saved for a backward pass, batch 8", SAVED, "numba, recomputing", "DeiT-Ti"),
+        ("saved for a backward pass, batch 8", SAVED, "numba", "torch"),
+        ("memory of a step, batch 8", MEMORY, "numba", "torch"),
+        ("memory of a step, batch 8", MEMORY, "numba, recomputing", "torch"),
+        ("memory of a step, batch 1", MEMORY, "numba", "reference"),
+    ):
+        yield f"{part}, {a} / {b}", (f"{part}, {a}", conditions), (f"{part}, {b}", conditions)
+
+
+def derived(table: Table) -> list[dict]:
+    """Return the rows of the medians, of the ratios, and of the crossover."""
+    rows = [row(key[0], table.median(key), table.units[key], table.conditions_of(key))
+            for key, runs in table.values.items() if len(runs) > 1]  # fmt: skip
+    rows += [row(what, table.ratio(a, b), "times", table.conditions_of(a))
+             for what, a, b in ratios()]  # fmt: skip
+    keys = {size: (f"encoder {size} px, Vim-Ti / DeiT-Ti", f"batch 1, {INFERENCE}")
+            for size in SIZES}  # fmt: skip
+    pixels = crossing({size: table.median(key) for size, key in keys.items()})
+    rows.append(row("crossover with DeiT-Ti", pixels, "px", table.conditions_of(keys[SIZES[0]])))
+    measured = [one for one in rows if not math.isnan(one["value"])]
+    return [one | {"value": round(one["value"], 3)} for one in measured]
+
+
+# What -> the largest value, or the smallest if it is to be above. Batches of 8 have the same aim.
+AT_MOST, AT_LEAST = "at most", "at least"
+TARGETS = {
+    "waiting, passive / default, alone": (AT_LEAST, 1.0),
+    "waiting, passive, beside 1 busy process / alone": (AT_LEAST, 0.45),
+    "waiting, passive, beside 2 busy processes / alone": (AT_LEAST, 0.30),
+    "encoder 224 px, Vim-Ti / DeiT-Ti": (AT_MOST, 1.85),
+    "crossover with DeiT-Ti": (AT_MOST, 800),
+    "scan, forward, numba / C++": (AT_MOST, 1.15),
+    "saved for a backward pass, batch 8, numba / DeiT-Ti": (AT_MOST, 1.4),
+    "saved for a backward pass, batch 8, numba / torch": (AT_MOST, 1 / 3),
+}
+
+
+def verdict(what: str, value: float) -> str:
+    """Return the target and whether the value meets it; "" without a target."""
+    if what not in TARGETS:
+        return ""
+    kind, limit = TARGETS[what]
+    met = value <= limit if kind == AT_MOST else value >= limit
+    return f"{kind} {limit:.3g}: {'met' if met else 'missed'}"
+
+
+# --- measuring -------------------------------------------------------------------------------
+
+
+def in_order(measurements: Sequence[Measurement]) -> Iterator[tuple[int, Measurement]]:
+    """Yield (run, measurement): part by part, the first run of all before the second of any."""
+    for part in PARTS:
+        ours = [one for one in measurements if one.part == part]
+        for run in range(1, 1 + max((one.runs for one in ours), default=0)):
+            yield from ((run, one) for one in ours if run <= one.runs)
+
+
+def measure_all(
+    measurements: Sequence[Measurement], known: list[dict], keep: Callable[[list[dict]], None]
+) -> Table:
+    """Measure what has no row yet.
+
+    Args:
+        known: rows of earlier measurements of the same commit and machine.
+        keep: called with the rows of each measurement.
+    """
+    table = Table()
+    for one in known:
+        table.add(one)
+    measured = {(one["what"], one["conditions"]) for one in known}
+    for run, one in in_order(measurements):
+        if (f"{one.what}, {one.value}", one.conditions_of(run)) in measured:
+            continue
+        rows = one.rows(run)
+        for each in rows:
+            table.add(each)
+            print_row(each)
+        keep(rows)
+    return table
+
+
+def row(what: str, value: float, unit: str, conditions: str) -> dict:
     return {"what": what, "value": value, "unit": unit, "conditions": conditions}
 
 
-def rows_of(
-    part: str, seconds: dict[str, list[float]], ratios: list[tuple[str, str]], conditions: str
-) -> list[Row]:
-    """Return one row per time, and one per (slower, faster) ratio."""
-    rows = [row(f"{part}, {name}", round(1e3 * statistics.median(s), 3), "ms", conditions)
-            for name, s in seconds.items()]  # fmt: skip
-    for a, b in ratios:
-        if a in seconds and b in seconds:
-            ratio = statistics.median(x / y for x, y in zip(seconds[a], seconds[b], strict=True))
-            rows.append(row(f"{part}, {a} / {b}", round(ratio, 2), "times", conditions))
-    return rows
-
-
-# --- the scan --------------------------------------------------------------------------------
-
-
-def scan_inputs() -> dict[str, Tensor]:
-    """Channel-last tensors with the dynamics of a Vim at initialisation."""
-    b, l, d, n = SCAN
-    g = torch.Generator().manual_seed(0)
-    m = {name: torch.randn(b, l, d, generator=g) for name in ("u", "delta", "z")}
-    m["delta"] *= 0.5
-    m |= {name: torch.randn(b, l, n, generator=g) for name in ("B", "C")}
-    m["A"] = -torch.arange(1.0, n + 1).repeat(d, 1)
-    dt = 10 ** (torch.rand(d, generator=g) * 2 - 3)  # 0.001 to 0.1
-    m |= {"D": torch.ones(d), "delta_bias": dt + torch.log(-torch.expm1(-dt))}
-    return m
-
-
-def channels_first(m: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: v.mT if v.dim() == 3 else v for name, v in m.items()}
-
-
-def time_scan(sketch: str | None, turns: int) -> list[Row]:
-    from vim_ssl.kernels.selective_scan import numba_backend  # noqa: F401 (registers the operator)
-
-    m = scan_inputs()
-    first = channels_first(m)
-    leaves = {name: v.clone().requires_grad_() for name, v in m.items()}
-    dy = torch.randn_like(m["u"]).mT
-
-    def forward(backend: str) -> Tensor:
-        with torch.no_grad():
-            return selective_scan(**first, delta_softplus=True, backend=backend)
-
-    def backward_of(backend: str) -> Callable[[], object]:
-        y = selective_scan(**channels_first(leaves), delta_softplus=True, backend=backend)
-        return lambda: torch.autograd.grad(y, list(leaves.values()), dy, retain_graph=True)
-
-    forwards: dict[str, Callable[[], object]] = {
-        name: partial(forward, name) for name in ("numba", "torch")
-    }
-    lead = [m[name][None] for name in ("u", "delta", "A", "B", "C", "D")]
-    operator = partial(
-        torch.ops.vim_ssl.scan_forward, *lead, m["z"], m["delta_bias"][None], None,
-        True, False, 1.0, False,
-    )  # fmt: skip
-    forwards["numba's operator"] = torch.no_grad()(operator)  # without checks and transposes
-    backwards = {name: backward_of(name) for name in ("numba", "torch")}
-    if sketch:
-        forwards["C++"], backwards["C++"] = sketched(sketch, m, forward("torch").mT)
-    ratios = [("torch", "numba"), ("numba", "C++"), ("numba's operator", "C++")]
-    conditions = "b {}, l {}, d {}, n {}, one direction, float32, 1 thread".format(*SCAN)
-    return [
-        *rows_of("scan forward", in_turns(forwards, turns), ratios, conditions),
-        *rows_of("scan backward", in_turns(backwards, turns), ratios, conditions),
-    ]
-
-
-def sketched(path: str, m: dict[str, Tensor], expected: Tensor) -> tuple[Callable, Callable]:
-    """Load the forward and backward pass of a scan in C++; see the docstring of this file.
-
-    Raises: ValueError if its output is not ``expected``.
-    """
-    library = ctypes.CDLL(os.path.abspath(path))
-    (b, l, d, n), chunk, lanes = SCAN, 16, 64
-    sizes = [ctypes.c_int64(k) for k in (b, l, d)]
-    blocks, chunks = -(-d // lanes), -(-l // chunk)
-    inputs = [m[name] for name in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")]
-    states = torch.empty(b, chunks, blocks, n, lanes)
-    dy = torch.randn(b, l, d)
-
-    def addresses(*tensors: Tensor | None) -> list[ctypes.c_void_p]:
-        return [ctypes.c_void_p(0 if t is None else t.data_ptr()) for t in tensors]
-
-    def forward(keep: Tensor | None = None) -> Tensor:
-        y = torch.empty(b, l, d)
-        library.scan_fwd(*addresses(*inputs, y, keep), chunk, *sizes, 0, 1)
-        return y
-
-    def backward() -> list[Tensor]:
-        grads = [torch.empty(b, l, d) for _ in range(3)]
-        grads += [torch.empty(b, l, blocks, n) for _ in range(2)]
-        grads += [torch.empty(b, d, n), torch.empty(b, d), torch.empty(b, d)]
-        library.scan_bwd(*addresses(*inputs, dy, states), chunk, *addresses(*grads), *sizes, 0, 1)
-        du, ddelta, dz, dB, dC, dA, dD, dbias = grads
-        return [du, ddelta, dz, dB.sum(2), dC.sum(2), dA.sum(0), dD.sum(0), dbias.sum(0)]
-
-    error = (forward(states) - expected).abs().max().item()
-    if not error < 1e-4:
-        raise ValueError(f"{path} is off by {error:g}: its exponential was optimised away.")
-    return forward, backward
-
-
-# --- the whole encoder -----------------------------------------------------------------------
-
-
-@torch.inference_mode()
-def time_encoder(size: int, turns: int) -> list[Row]:
-    import timm
-
-    from vim_ssl import load_encoder
-
-    vim = load_encoder(VIM).eval()
-    deit = timm.create_model(DEIT, num_classes=0, img_size=size).eval()
-    x = torch.randn(1, 3, size, size)
-    seconds = in_turns({"Vim-Ti": lambda: vim(x), "DeiT-Ti": lambda: deit(x)}, turns)
-    conditions = "batch 1, float32, inference, DeiT with fused attention, 1 thread"
-    return rows_of(f"encoder {size} px", seconds, [("Vim-Ti", "DeiT-Ti")], conditions)
-
-
-# --- memory of a training step ---------------------------------------------------------------
-
-
-def step_memory(backend: str, batch: int, recompute: bool) -> float:
-    """Return the increase in MiB of the peak resident set by a training step at 224 px.
-
-    ``recompute``: use gradient checkpointing.
-    """
-    from vim_ssl import load_encoder
-
-    os.environ["VIM_SSL_BACKEND"] = backend
-    encoder = load_encoder(VIM).train()
-    encoder.set_grad_checkpointing(recompute)
-    optimizer = torch.optim.AdamW(encoder.parameters())
-
-    def step(b: int, size: int) -> None:
-        encoder(torch.randn(b, 3, size, size)).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    step(1, 32)  # compiles, and allocates the optimiser's state
-    before = peak_mib()
-    step(batch, 224)
-    return peak_mib() - before
-
-
-def measure_memory(variants: list[str], batch: int) -> list[Row]:
-    """Compare the variants with the last one.
-
-    A variant is a backend, or "numba, recomputing" with gradient checkpointing.
-    """
-    part, conditions = f"memory of a step, batch {batch}", "Vim-Ti, 224 px, float32, AdamW"
-    mib: dict[str, float] = {}
-    for variant in variants:
-        backend, _, recompute = variant.partition(", ")
-        mib[variant] = run_apart(step_memory, backend, batch, bool(recompute))
-    rows = [row(f"{part}, {name}", round(v), "MiB", conditions) for name, v in mib.items()]
-    *others, last = variants
-    for name in others:
-        ratio = round(mib[name] / mib[last], 3)
-        rows.append(row(f"{part}, {name} / {last}", ratio, "times", conditions))
-    return rows
-
-
-PARTS = ("scan", "encoder", "memory")
+def print_row(one: dict, remark: str = "") -> None:
+    print(f"{one['what']:58} {one['value']:>10} {one['unit']:8} {one['conditions']}  {remark}",
+          flush=True)  # fmt: skip
 
 
 def main() -> int:
-    parser = results_parser(__doc__, "cpu.csv")
+    parser = results_parser(__doc__, FILE)
     add = parser.add_argument
     add("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to run")
-    add("--sketch", help="shared library of a scan in C++ to compare with")
-    add("--turns", type=int, default=30, help="turns per comparison")
-    add("--dry-run", action="store_true", help="print the table, append no rows")
+    add("--sketch", default="", help="shared library of a scan in C++ to compare with")
+    add("--runs", type=int, default=5, help="processes per measurement, except of memory")
+    add("--turns", type=int, default=30, help="turns per comparison; a tenth for long calls")
+    add("--seconds", type=float, default=8.0, help="duration of a training")
+    add("--dry-run", action="store_true", help="print the values, append no rows")
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    rows: list[Row] = []
-    if "scan" in args.only:
-        rows += time_scan(args.sketch, args.turns)
-    if "encoder" in args.only:
-        rows += time_encoder(224, args.turns)
-        rows += time_encoder(1248, max(args.turns // 10, 3))
-    if "memory" in args.only:
-        rows += measure_memory(["numba", "numba, recomputing", "torch"], batch=8)
-        rows += measure_memory(["numba", "reference"], batch=1)  # the plain loop keeps every state
-    for one in rows:
-        print(f"{one['what']:45} {one['value']:10} {one['unit']:6} {one['conditions']}")
-    if args.dry_run:
-        return 0
-    append_rows(args.out / "cpu.csv", COLUMNS, [origin() | one for one in rows])
+    path: Path = args.out / FILE
+    here = origin()
+    known = [] if args.dry_run else [
+        row for row in read_rows(path)
+        if (row["commit"], row["hardware"]) == (here["commit"], here["hardware"])
+    ]  # fmt: skip
+
+    def keep(rows: list[dict]) -> None:
+        if not args.dry_run:
+            append_rows(path, COLUMNS, [here | one for one in rows])
+
+    measurements = plan(args.runs, args.turns, args.seconds, args.sketch)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    if hasattr(os, "getloadavg"):  # not on Windows; above 0.5 the machine is not quiet
+        load = row("load before", round(os.getloadavg()[0], 2), "tasks", " ".join(args.only))
+        print_row(load)
+        keep([load])
+    table = measure_all([one for one in measurements if one.part in args.only], known, keep)
+    print()
+    before = {(one["what"], one["conditions"]) for one in known}
+    for one in derived(table):
+        print_row(one, verdict(one["what"], one["value"]))
+        if (one["what"], one["conditions"]) not in before:
+            keep([one])
     return 0
 
 
