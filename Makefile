@@ -69,7 +69,7 @@ else
 	$(call run_if_built,benchmarks/cpu.py,benchmarks/cpu.py)
 endif
 
-gpu-check: $(VENV)/.installed-test ## everything that wants a GPU, in nine minutes
+gpu-check: $(VENV)/.installed-test ## everything that needs a GPU, in 14 minutes
 	$(BIN)/python benchmarks/gpu_check.py $(GPU_CHECK_ARGS)
 
 clean: ## remove .venv and what tools left behind; runs/ stays

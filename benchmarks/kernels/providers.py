@@ -5,7 +5,7 @@ benchmarks/peers/.
 """
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -68,8 +68,19 @@ class Provider:
     capture: bool = False
 
 
-def providers(device: str, compiled: bool = True) -> tuple[list[Provider], list[str]]:
-    """Every provider that runs on this kind of device, and a line for each that does not."""
+def providers(
+    device: str, groups: Collection[str] | None = None
+) -> tuple[list[Provider], list[str]]:
+    """The providers that run on this kind of device, and a line for each that does not.
+
+    Args:
+        groups: names of backends, "compiled" (by torch.compile) and, on a GPU, names of the files
+            in benchmarks/peers/; None for all.
+    """
+
+    def requested(group: str) -> bool:
+        return groups is None or group in groups
+
     names, skipped = runnable(device)
     if device == "cuda":
         names = [name for name in names if name != "reference"]  # a slower torch loop
@@ -81,10 +92,16 @@ def providers(device: str, compiled: bool = True) -> tuple[list[Provider], list[
             capture=name == "triton",
             why_not=limits.get(name, _always),
         )
-        for name in sorted(names, key=BACKENDS.index, reverse=True)
+        for name in sorted(filter(requested, names), key=BACKENDS.index, reverse=True)
     ]
     torch._functorch.config.donated_buffer = False  # a backward pass is called many times here
-    if compiled:
+    peers = sorted(PEERS.glob("*.py")) if device == "cuda" else []
+    for path in (path for path in peers if requested(path.stem)):
+        try:
+            available += load_peer(path).providers()
+        except Exception as error:  # of any type: a third party's kernel is built here
+            skipped.append(f"skipped: {path.stem}. {type(error).__name__}: {str(error)[:300]}")
+    if requested("compiled"):
         loop = partial(chunked_loop, torch.compile(_chunk, dynamic=False))
         mode = "pointwise" if device == "cuda" else "generic"
         scan = torch.compile(partial(associative_scan, combine_mode=mode), dynamic=False)
@@ -92,11 +109,6 @@ def providers(device: str, compiled: bool = True) -> tuple[list[Provider], list[
             Provider("compiled loop", loop, why_not=_forward_only, compiles=True),
             Provider("compiled associative_scan", scan, why_not=_small_only, compiles=True),
         ]
-    for path in sorted(PEERS.glob("*.py")) if device == "cuda" else ():
-        try:
-            available += load_peer(path).providers()
-        except Exception as error:  # of any type: a third party's kernel is built here
-            skipped.append(f"skipped: {path.stem}. {type(error).__name__}: {str(error)[:300]}")
     return available, skipped
 
 

@@ -15,7 +15,8 @@ import gc
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -26,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for `process` and `rows`
 
 import vim_ssl.utils.openmp  # noqa: F401 (before torch)
 
+import compiles
 import torch
 from process import peak_mib, proc_mib, reset_peak
 from providers import Provider, Shape, providers
@@ -85,7 +87,7 @@ def check(provider: Provider, dtype: str, device: str) -> str | None:
     try:
         results = _results(m, provider.scan, provider)
     except Exception as failure:
-        return f"{type(failure).__name__}: {(str(failure).splitlines() or [''])[0][:300]}"
+        return _first_line(failure)
     loop = partial(bi_selective_scan, backend="reference")
     exact = _results({k: v.double().cpu() for k, v in m.items()}, loop, None)
     for name, value in results.items():
@@ -113,24 +115,29 @@ def _results(m: Tensors, scan: Callable[..., Tensor], provider: Provider | None)
 
 @dataclass
 class Timed:
-    """A call to be timed, and its measurements."""
+    """A call to be timed, and its measurements.
+
+    Attributes:
+        timing: "calls", or "graph": replayed, without waiting for launches.
+        call: called with the index of the input set.
+        compile_s: seconds of the first call, if it compiled anything.
+        capture: returns the same call as a graph.
+    """
 
     provider: str
-    timing: str  # "calls", or "graph": replayed, without waiting for launches
-    call: Callable[[int], object]  # with the number of the input set
+    timing: str
+    call: Callable[[int], object]
     peak_mb: float | None = None
     compile_s: float | None = None
+    capture: "Callable[[], Timed] | None" = None
     ms: list[float] = field(default_factory=list)
 
 
 def prepare_calls(
-    provider: Provider,
-    direction: str,
-    sets: Sequence[Tensors],
-    device: str,
-    say: Callable[[str], object],
-) -> list[Timed]:
-    """Run a provider once on the first set, measure its memory, and return the calls to time.
+    provider: Provider, direction: str, sets: Sequence[Tensors], device: str
+) -> Timed | None:
+    """Run a provider once on the first set, measure its memory, and return the call to time; None
+    if it has no backward pass.
 
     The peak of a backward pass includes the tensors that the forward pass saved for it.
     """
@@ -139,13 +146,11 @@ def prepare_calls(
         {k: v.detach().requires_grad_(backward) for k, v in provider.prepare(m).items()}
         for m in sets
     ]
-    with torch.set_grad_enabled(backward):
+    with torch.set_grad_enabled(backward), _compilations() as compiled:
         started = time.perf_counter()
         first = provider.scan(**layouts[0])
-        wait(device)
-        compile_s = round(time.perf_counter() - started, 1) if provider.compiles else None
         if backward and not first.requires_grad:
-            return []
+            return None
         weights = torch.randn_like(first)
         del first
 
@@ -155,14 +160,25 @@ def prepare_calls(
                 torch.autograd.grad(y, list(layouts[0].values()), weights)
 
         once()
-        peak = _peak_mb(once, device)
-        timed = [Timed(provider.name, "calls", _call(provider, layouts, weights), peak, compile_s)]
+        wait(device)
+        seconds = round(time.perf_counter() - started, 1)
+        timed = Timed(
+            provider.name, "calls", _call(provider, layouts, weights), _peak_mb(once, device),
+            compile_s=seconds if provider.compiles or compiled else None,
+        )  # fmt: skip
     if provider.capture and device == "cuda":
-        try:
-            timed.append(Timed(provider.name, "graph", _replay(provider, layouts, weights), peak))
-        except Exception as error:  # the time of its calls stays
-            say(f"skipped: {provider.name} in a CUDA graph. {type(error).__name__}: {error}")
+        timed.capture = lambda: Timed(
+            provider.name, "graph", _replay(provider, layouts, weights), timed.peak_mb
+        )
     return timed
+
+
+@contextmanager
+def _compilations() -> Iterator[list[compiles.Compilation]]:
+    """The variants of Triton kernels that are compiled inside, not read from a cache."""
+    compiled: list[compiles.Compilation] = []
+    with compiles.heard(lambda one: None if one.cached else compiled.append(one)):
+        yield compiled
 
 
 def _call(
@@ -273,20 +289,23 @@ def measure(
     dtypes: Sequence[str],
     budget_s: float = 2.0,
     ceilings=None,
-    compiled: bool = True,
+    groups: Collection[str] | None = None,
     say: Callable[[str], object] = print,
     until: float = float("inf"),
 ) -> Iterator[dict]:
     """Check, then time; yield each row as soon as it is measured.
 
+    A case that fails is reported and left out.
+
     Args:
         budget_s: seconds of timing for one shape, dtype and direction.
         ceilings: a `ceilings.Ceilings`, for the lower bounds.
-        compiled: include the providers by torch.compile, which takes minutes.
+        groups: see `providers`; None for all. Those by torch.compile take minutes.
         until: a `time.monotonic()` after which no new case begins.
-    Raises: RuntimeError if one of our own backends is wrong, before anything is timed.
+    Raises: RuntimeError if one of our own backends is wrong, before anything is timed; at the end,
+        if one of them failed.
     """
-    available, skipped = providers(device, compiled)
+    available, skipped = providers(device, groups)
     for line in skipped:
         say(line)
     correct: dict[str, list[Provider]] = {dtype: [] for dtype in dtypes}
@@ -298,41 +317,62 @@ def measure(
                 say(f"skipped: {provider.name}, {dtype}. {problem}")
             else:
                 correct[dtype].append(provider)
-    common = origin(device)
+    common, failures = origin(device), []
     cases = [(d, s, way) for d in dtypes for s in shapes for way in ("forward", "backward")]
     for dtype, shape, direction in cases:
         if time.monotonic() > until:
             say(f"cut off before {shape}, {dtype}, {direction}: the time is up")
-            return
-        # More than a cache holds, so that no input stays in it.
-        sets = [inputs(shape, dtype, device, seed) for seed in range(3 if device == "cuda" else 2)]
+            break
         floor = ceilings and ceilings.floor_ms(direction, **vars(shape))
         # On a GPU one provider after the other: all at once would not fit into its memory.
-        groups = [[p] for p in correct[dtype]] if device == "cuda" else [correct[dtype]]
-        for group in groups:
-            timed = _calls(group, shape, dtype, direction, device, sets, say)
-            time_calls(timed, len(sets), device, budget_s)
-            for one in timed:
-                yield _row(one, shape, dtype, direction, floor) | common
-            del timed
+        groups_of_one = [[p] for p in correct[dtype]]
+        for group in groups_of_one if device == "cuda" else [correct[dtype]]:
+            try:
+                for one in _timed(group, shape, dtype, direction, device, budget_s, say):
+                    yield _row(one, shape, dtype, direction, floor) | common
+            except Exception as error:
+                names = ", ".join(provider.name for provider in group)
+                say(f"FAILED: {names}, {shape}, {dtype}, {direction}. {_first_line(error)}")
+                failures += [p.name for p in group if p.name in BACKENDS]
             if device == "cuda":
                 torch.cuda.empty_cache()
+    if failures:
+        raise RuntimeError(f"{len(failures)} cases failed: {', '.join(sorted(set(failures)))}.")
 
 
-def _calls(group, shape, dtype, direction, device, sets, say) -> list[Timed]:
-    """Return the calls to time; say why a provider is skipped."""
-    timed = []
+def _timed(group, shape, dtype, direction, device, budget_s, say) -> Iterator[Timed]:
+    """Time the calls of these providers in turns, then each captured in a graph."""
+    # More than a cache holds, so that no input stays in it.
+    sets = [inputs(shape, dtype, device, seed) for seed in range(3 if device == "cuda" else 2)]
     torch._dynamo.reset()  # torch.compile gives up on a function after eight shapes
+    timed = []
     for provider in group:
         reason = provider.why_not(shape, direction)
         if reason is None:
             try:
-                timed += prepare_calls(provider, direction, sets, device, say)
+                one = prepare_calls(provider, direction, sets, device)
+                timed += [one] if one else []
             except Exception as error:
-                reason = f"{type(error).__name__}: {str(error)[:300]}"
+                if provider.name in BACKENDS and len(group) == 1:
+                    raise
+                reason = _first_line(error)
         if reason is not None:
             say(f"skipped: {provider.name}, {shape}, {dtype}, {direction}. {reason}")
-    return timed
+    time_calls(timed, len(sets), device, budget_s)
+    yield from timed
+    for one in timed:
+        if one.capture is None:
+            continue
+        try:
+            graph = one.capture()
+            time_calls([graph], len(sets), device, budget_s)
+            yield graph
+        except Exception as error:  # the time of its calls stays
+            say(f"skipped: {one.provider} in a CUDA graph. {_first_line(error)}")
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
 
 
 def _row(one: Timed, shape: Shape, dtype: str, direction: str, floor: float | None) -> dict:

@@ -18,6 +18,7 @@ import timing  # noqa: E402
 from providers import Shape  # noqa: E402
 
 TINY = Shape(1, 6, 4, 2)
+CPU = ["numba", "torch", "reference"]
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +29,7 @@ def uninterpreted(monkeypatch):
 
 def test_rows_tell_what_was_measured_where(tmp_path, capsys):
     rows = timing.measure(
-        "cpu", shapes=[TINY], dtypes=["fp32"], budget_s=0.01, compiled=False, say=print
+        "cpu", shapes=[TINY], dtypes=["fp32"], budget_s=0.01, groups=CPU, say=print
     )
     timing.append_rows(tmp_path / "kernels.csv", timing.COLUMNS, rows)
     with open(tmp_path / "kernels.csv", newline="") as file:
@@ -61,10 +62,33 @@ def test_a_peer_that_is_wrong_is_left_out_with_words(monkeypatch):
     assert said[0].startswith("skipped: peer, fp32. y is wrong")
 
 
+def test_a_case_that_fails_is_left_out_and_reported_at_the_end(monkeypatch):
+    """As for want of memory: the other cases are timed."""
+    inputs = timing.inputs
+
+    def failing(shape, dtype, device, seed=0):
+        if shape == Shape(1, 7, 4, 2):
+            raise MemoryError("too long")
+        return inputs(shape, dtype, device, seed)
+
+    monkeypatch.setattr(timing, "inputs", failing)
+    said = []
+    shapes = [TINY, Shape(1, 7, 4, 2), Shape(1, 8, 4, 2)]
+    rows = timing.measure(
+        "cpu", shapes=shapes, dtypes=["fp32"], budget_s=0.0, groups=["torch"], say=said.append
+    )
+    timed = [next(rows)["shape"] for _ in range(4)]
+    assert timed == ["b1-l6-d4-n2"] * 2 + ["b1-l8-d4-n2"] * 2
+    with pytest.raises(RuntimeError, match="2 cases failed: torch"):
+        next(rows)
+    assert said[-1] == "FAILED: torch, b1-l7-d4-n2, fp32, backward. MemoryError: too long"
+
+
 def test_what_is_cut_off_says_so():
     said = []
-    rows = timing.measure("cpu", shapes=[TINY], dtypes=["fp32"], compiled=False,
-                             until=0.0, say=said.append)  # fmt: skip
+    rows = timing.measure(
+        "cpu", shapes=[TINY], dtypes=["fp32"], groups=CPU, until=0.0, say=said.append
+    )
     assert list(rows) == []
     assert said[-1] == "cut off before b1-l6-d4-n2, fp32, forward: the time is up"
 
