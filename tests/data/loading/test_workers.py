@@ -1,5 +1,6 @@
 """Worker processes that cannot go on say so."""
 
+import importlib
 import os
 import shutil
 import signal
@@ -47,3 +48,20 @@ def test_a_full_shared_memory_is_told_with_its_remedy(monkeypatch):
 def test_a_killed_worker_is_told():
     with pytest.raises(OSError, match=r"was killed \(DataLoader worker .*fewer --workers than 1"):
         list(Loader(Squares(killed=True), 2, num_workers=1))
+
+
+@pytest.mark.parametrize("listed", [["__main__"], ["numpy"]], ids=["default", "the user's"])
+def test_a_fork_server_imports_once_what_workers_need(monkeypatch, listed):
+    """A list that the user set is kept."""
+    forkserver = pytest.importorskip("multiprocessing.forkserver", exc_type=ImportError)
+    server = forkserver.ForkServer()
+    server.set_forkserver_preload(listed)
+    monkeypatch.setattr(forkserver, "_forkserver", server)
+    Loader(Squares(), 2)
+    assert server._preload_modules == listed  # no workers
+    Loader(Squares(), 2, num_workers=1)
+    added = server._preload_modules[len(listed) :]
+    assert server._preload_modules[: len(listed)] == listed
+    assert bool(added) == (listed == ["__main__"])
+    for name in added:
+        importlib.import_module(name)

@@ -1,5 +1,7 @@
-"""A DataLoader whose workers end with one line where they would hang or die unexplained."""
+"""A DataLoader whose workers start fast, and end with one line where they would hang or die
+unexplained."""
 
+import multiprocessing
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +13,7 @@ from torch.utils.data import DataLoader
 
 SHARED_MEMORY = Path("/dev/shm")
 PATIENCE_S = 10.0  # for other batches to be consumed
+PRELOADED = ("vim_ssl.data", "timm")  # what workers need; the import takes seconds
 
 
 class Loader(DataLoader):
@@ -25,6 +28,7 @@ class Loader(DataLoader):
         options["num_workers"] = num_workers
         super().__init__(dataset, *args, **options)
         if num_workers:
+            preload()
             self.collate_fn = _Fitting(self.collate_fn, num_workers)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
@@ -40,6 +44,17 @@ class Loader(DataLoader):
             ) from error
         except _SharedMemoryFull as error:  # its text starts with the worker's traceback
             raise OSError(str(error).strip().rpartition("\n")[2].partition(": ")[2]) from error
+
+
+def preload() -> None:
+    """Let a fork server, with which Python 3.14 starts processes on Linux, import `PRELOADED` once;
+    every worker would import it again. A list of modules that the user set is kept."""
+    if "forkserver" in multiprocessing.get_all_start_methods():
+        from multiprocessing import forkserver
+
+        server: Any = forkserver._forkserver  # type: ignore[attr-defined]
+        if server._preload_modules == ["__main__"]:  # Python's default
+            server.set_forkserver_preload(["__main__", *PRELOADED])
 
 
 class _SharedMemoryFull(OSError):
