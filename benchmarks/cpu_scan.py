@@ -39,8 +39,8 @@ def channels_first(m: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: v.mT if v.dim() == 3 else v for name, v in m.items()}
 
 
-def time_scan(sketch: str, turns: int) -> Values:
-    """Time the forward and backward pass; with C++ if ``sketch`` is the path of its library."""
+def time_scan(direction: str, sketch: str, turns: int) -> Values:
+    """Time the "forward" or the "backward" pass; with C++ if ``sketch`` is its library's path."""
     from vim_ssl.kernels.selective_scan import numba_backend  # noqa: F401 (registers the operator)
 
     torch.set_num_threads(1)
@@ -57,23 +57,21 @@ def time_scan(sketch: str, turns: int) -> Values:
         y = selective_scan(**channels_first(leaves), delta_softplus=True, backend=backend)
         return lambda: torch.autograd.grad(y, list(leaves.values()), dy, retain_graph=True)
 
-    forwards: dict[str, Callable[[], object]] = {
-        name: partial(forward, name) for name in ("numba", "torch")
+    calls: dict[str, Callable[[], object]] = {
+        name: partial(forward, name) if direction == "forward" else backward_of(name)
+        for name in ("numba", "torch")
     }
-    lead = [m[name][None] for name in ("u", "delta", "A", "B", "C", "D")]
-    operator = partial(
-        torch.ops.vim_ssl.scan_forward, *lead, m["z"], m["delta_bias"][None], None,
-        True, False, 1.0, False,
-    )  # fmt: skip
-    forwards["numba's operator"] = torch.no_grad()(operator)  # without checks and transposes
-    backwards = {name: backward_of(name) for name in ("numba", "torch")}
+    if direction == "forward":
+        lead = [m[name][None] for name in ("u", "delta", "A", "B", "C", "D")]
+        operator = partial(
+            torch.ops.vim_ssl.scan_forward, *lead, m["z"], m["delta_bias"][None], None,
+            True, False, 1.0, False,
+        )  # fmt: skip
+        calls["numba's operator"] = torch.no_grad()(operator)  # without checks and transposes
     if sketch:
-        forwards["C++"], backwards["C++"] = sketched(sketch, m, forward("torch").mT)
-    values = {}
-    for direction, calls in (("forward", forwards), ("backward", backwards)):
-        timed = medians(in_turns(calls, turns), RATIOS)
-        values |= {f"{direction}, {name}": value for name, value in timed.items()}
-    return values
+        both = sketched(sketch, m, forward("torch").mT)
+        calls["C++"] = both[direction == "backward"]
+    return medians(in_turns(calls, turns), RATIOS)
 
 
 def sketched(path: str, m: dict[str, Tensor], expected: Tensor) -> tuple[Callable, Callable]:

@@ -152,7 +152,7 @@ def test_a_value_is_compared_with_its_target(cpu, what, value, text):
 def test_targets_are_those_of_values_that_are_measured(cpu):
     known = {f"{one.what}, {one.value}" for one in cpu.plan(5, 30, 8.0, "scan.so")}
     known |= {what for what, *_ in cpu.ratios()} | {"crossover with DeiT-Ti"}
-    by_ratio = {"encoder 224 px, Vim-Ti / DeiT-Ti", "scan, forward, numba / C++"}
+    by_ratio = {"encoder 224 px, Vim-Ti / DeiT-Ti", "scan forward, numba's operator / C++"}
     assert cpu.TARGETS.keys() <= known | by_ratio
 
 
