@@ -233,6 +233,29 @@ def test_a_damaged_cache_is_compiled_anew_and_told(tmp_path, monkeypatch, caplog
     assert doubled_by(tmp_path, monkeypatch, caplog) == (1, "")  # it was mended
 
 
+@pytest.mark.parametrize(("changed", "kept"), [("version", 0), ("processor", 1), ("features", 1)])
+def test_a_cache_of_another_numba_or_processor_is_not_loaded(
+    tmp_path, monkeypatch, caplog, changed, kept
+):
+    """Processors may share a folder, as in a cluster; versions of numba replace one another."""
+    import numba
+    from numba.core.registry import cpu_target
+
+    codegen = cpu_target.target_context.codegen()
+    assert doubled_by(tmp_path, monkeypatch, caplog)[0] == 0
+    assert doubled_by(tmp_path, monkeypatch, caplog)[0] == 1
+    with monkeypatch.context() as other:
+        if changed == "version":
+            other.setattr(numba, "__version__", "0.1")
+        elif changed == "processor":
+            other.setattr(codegen, "_get_host_cpu_name", lambda: "another")
+        else:
+            other.setattr(codegen, "_tm_features", "-avx2")
+        assert doubled_by(tmp_path, monkeypatch, caplog)[0] == 0
+        assert doubled_by(tmp_path, monkeypatch, caplog)[0] == 1
+    assert doubled_by(tmp_path, monkeypatch, caplog)[0] == kept
+
+
 def test_a_cache_on_a_full_disk_is_told_and_the_kernel_runs(tmp_path, monkeypatch, caplog):
     from numba.core import caching
 
