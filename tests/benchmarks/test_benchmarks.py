@@ -29,6 +29,7 @@ SCRIPTS = (
     "presets",
     "readers",
     "resume",
+    "step_profile",
     "transfer",
     "slides",
 )
