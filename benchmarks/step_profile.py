@@ -107,7 +107,7 @@ def trainer(preset: str, count: int) -> tuple[Callable[[int], None], list[Any], 
     objective = mim_pretrain.build_objective(config, model)
     _, samples = mim_pretrain.build_data(config, model, data)
     plan, progress = schedule.Schedule(samples, config, prepared), schedule.Progress()
-    optimizer, rates = loop.prepare_optimizer(objective, config, plan)
+    optimizer, rates = loop.prepare_optimizer(objective, config, plan, prepared)
     objective, optimizer = prepared.prepare(objective, optimizer)
     steps = plan.steps(progress)
     next(steps)  # the first reads files

@@ -8,7 +8,7 @@ from torch import nn
 
 from vim_ssl.models.block import VimBlock
 from vim_ssl.models.encoder import VimEncoder
-from vim_ssl.training.optim import build_optimizer, build_schedule, param_groups
+from vim_ssl.training.optim import build_optimizer, build_schedule, param_groups, use_fused
 
 DEPTH = 3
 DECAY, LAYER_DECAY = 0.05, 0.5
@@ -250,3 +250,34 @@ def test_a_schedule_in_steps_falls_at_the_steps_of_the_whole_run(step, lr):
     assert optimizer.param_groups[0]["lr"] == pytest.approx(lr)
     with pytest.raises(ValueError, match="divides the rate by 10 and ignores min_lr"):
         build_schedule(optimizer, total_steps=TOTAL, min_lr=1e-5, schedule="steps")
+
+
+# ---------------------------------------------------------------- one pass over the parameters
+
+
+@pytest.mark.parametrize("opt", ["adamw", "adam", "sgd", "lamb"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_fused_steps_are_those_of_separate_operators(opt, threads):
+    """With any number of threads the same bits; other optimisers stay as they are."""
+
+    def trained(fuse: bool) -> torch.Tensor:
+        torch.manual_seed(0)
+        model = nn.Linear(401, 251)  # odd sizes: the threads' shares have remainders
+        optimizer = build_optimizer(model, opt=opt, lr=1e-2, weight_decay=DECAY)
+        if fuse:
+            use_fused(optimizer)
+        for _ in range(3):
+            for p in model.parameters():
+                p.grad = torch.randn_like(p)
+            optimizer.step()
+        return model.weight.detach()
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        fused = trained(fuse=True)
+        torch.set_num_threads(1)
+        assert torch.equal(fused, trained(fuse=True))
+        torch.testing.assert_close(fused, trained(fuse=False), rtol=1e-5, atol=1e-6)
+    finally:
+        torch.set_num_threads(before)

@@ -20,7 +20,7 @@ from vim_ssl.data.loading.indexed import SeededSamples, stable_hash
 from vim_ssl.training.accelerator import Average
 from vim_ssl.training.config import TrainConfig
 from vim_ssl.training.monitor import Monitor, StepAbandoned
-from vim_ssl.training.optim import build_optimizer, build_schedule
+from vim_ssl.training.optim import build_optimizer, build_schedule, use_fused
 from vim_ssl.training.resume import begin
 from vim_ssl.training.run import Run
 from vim_ssl.training.schedule import Schedule
@@ -58,7 +58,7 @@ def fit(
         second SIGINT.
     """
     schedule = Schedule(samples, config, accelerator, order=run.progress().get("readers", ""))
-    optimizer, lr_schedule = prepare_optimizer(objective, config, schedule)
+    optimizer, lr_schedule = prepare_optimizer(objective, config, schedule, accelerator)
     model, optimizer = accelerator.prepare(objective, optimizer)
     if average is not None:  # as a second model, so that checkpoints hold it as safetensors
         accelerator.prepare_model(average.module, evaluation_mode=True)
@@ -133,7 +133,7 @@ def rates_around(optimizer, lr_schedule, step: int) -> tuple[float, float]:
     return before, max(group["lr"] for group in optimizer.param_groups)
 
 
-def prepare_optimizer(objective, config: TrainConfig, schedule: Schedule):
+def prepare_optimizer(objective, config: TrainConfig, schedule: Schedule, accelerator):
     """Return the optimiser and its learning-rate schedule; switch on gradient checkpointing."""
     if config.grad_checkpointing:
         encoder: Any = objective.encoder
@@ -142,6 +142,8 @@ def prepare_optimizer(objective, config: TrainConfig, schedule: Schedule):
         objective, opt=config.optimizer, lr=schedule.lr, weight_decay=config.weight_decay,
         betas=config.betas, eps=config.eps, layer_decay=config.layer_decay,
     )  # fmt: skip
+    if accelerator.device.type == "cpu":  # on a GPU torch's default is fast
+        use_fused(optimizer)
     lr_schedule = build_schedule(
         optimizer, total_steps=schedule.scheduled_steps, min_lr=config.min_lr,
         warmup_steps=schedule.warmup_steps, warmup_lr=config.warmup_lr, schedule=config.schedule,

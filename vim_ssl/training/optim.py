@@ -110,6 +110,17 @@ def build_optimizer(
     )  # fmt: skip
 
 
+def use_fused(optimizer: Any) -> None:
+    """Let torch's optimisers that can do so (SGD, Adam, AdamW) update all parameters in one pass.
+
+    Rounding differs from that of separate operators. A checkpoint keeps the setting, so a run
+    that began without it resumes without it.
+    """
+    for group in optimizer.param_groups:
+        if "fused" in group:
+            group["fused"] = True
+
+
 def check_optimizer(opt: str) -> None:
     """Raise ValueError for a name that timm does not know."""
     known = cast(list[str], list_optimizers())
