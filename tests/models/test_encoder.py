@@ -337,10 +337,42 @@ IDS = torch.tensor([[1, 2, 5, 9, 14], [0, 3, 4, 13, 15]])
 @pytest.mark.parametrize("cls_position", ["middle", "first", "double", "none"])
 def test_ids_keep_equals_numpy(cls_position, rope):
     encoder = make(cls_position=cls_position, num_registers=2, rope=rope)
-    out = encoder.forward_tokens(encoder.embed(images()), ids_keep=IDS)
     expected = encode(arrays(encoder), encoder.config, images().numpy(), ids_keep=IDS.numpy())
-    assert out.shape == expected.shape
-    assert relative_error(out, expected) <= 1e-4
+    visible, _ = encoder.forward_visible(images(), IDS)
+    for out in (encoder.forward_tokens(encoder.embed(images()), ids_keep=IDS), visible):
+        assert out.shape == expected.shape
+        assert relative_error(out, expected) <= 1e-4
+
+
+KINDS = {
+    "image": lambda: (make(), images()),
+    "overlap": lambda: (make(stride=4, patch_size=8), images()),
+    "clip": lambda: (
+        VideoEncoder(**SMALL, frames=6, tubelet=2).eval(), torch.randn(2, 3, 6, 32, 32)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("ids", [None, IDS.flip(1)], ids=["all", "some"])
+def test_embedded_patches_are_those_of_the_convolution(kind, ids):
+    """In any order, with the same gradients; positions are those of the patches."""
+    encoder, x = KINDS[kind]()
+    encoder, x = encoder.double(), x.double().requires_grad_()
+    out = encoder.embed(x, ids_keep=ids)
+    expected = encoder.patch_embed.proj(x).flatten(2).mT
+    expected = expected + (encoder.embed(x) - encoder.patch_embed(x))
+    if ids is not None:
+        expected = expected[torch.arange(2)[:, None], ids]
+    weight = torch.randn_like(out)
+    leaves = [x, *encoder.patch_embed.parameters(), encoder.pos_embed]
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    for got, want in zip(
+        torch.autograd.grad((out * weight).sum(), leaves),
+        torch.autograd.grad((expected * weight).sum(), leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 
 
 def test_visible_tokens_come_in_order_with_the_class_token_in_their_middle(monkeypatch):

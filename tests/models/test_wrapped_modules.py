@@ -83,6 +83,22 @@ def test_a_layer_that_is_wrapped_acts(images, name, way):
             assert (wrapped(0.5) - scaled(images)).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("way", ["replaced", "hooked", "parametrised"])
+def test_a_patch_embedding_that_is_wrapped_acts(images, way):
+    with torch.no_grad():
+        encoder, doubled = tiny(), tiny()
+        patch = encoder.patch_embed
+        if way == "replaced":
+            patch.proj = LowRank(patch.proj, 1.0)
+        elif way == "hooked":
+            patch.proj.register_forward_hook(lambda module, args, out: 2 * out)
+        else:
+            parametrize.register_parametrization(patch.proj, "weight", Doubled())
+        for p in doubled.patch_embed.parameters():  # the bias is 0
+            p.mul_(2)
+        assert (encoder(images) - doubled(images)).abs().max() < 1e-6
+
+
 class Doubled(nn.Module):
     def forward(self, weight):
         return 2 * weight

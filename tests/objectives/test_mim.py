@@ -115,13 +115,13 @@ def test_the_order_is_given_up_only_when_asked():
     """`keep_order=False` reads the same patches, shuffled in every image in its own way."""
     model = MAE(make_encoder(), decoder_dim=16, decoder_depth=1, keep_order=False)
     read = []
-    forward_tokens = model.encoder.forward_tokens
+    forward_visible = model.encoder.forward_visible
 
-    def spy(tokens, *, ids_keep, **more):
+    def spy(images, ids_keep):
         read.append(ids_keep)
-        return forward_tokens(tokens, ids_keep=ids_keep, **more)
+        return forward_visible(images, ids_keep)
 
-    model.encoder.forward_tokens = spy
+    model.encoder.forward_visible = spy
     batch = make_batch(model, b=8)
     batch["mask"] = batch["mask"][:1].expand(8, -1)
     assert torch.isfinite(model(batch).loss_sum)

@@ -214,13 +214,18 @@ def is_plain(mixer: "VimMixer") -> bool:
     )
 
 
+_APPLY_WEIGHT = (
+    nn.Linear.forward, nn.Conv2d.forward, nn.Conv3d.forward, DepthwiseConv1d.forward,
+)  # fmt: skip
+
+
 def _computes_from_weight(module: nn.Module) -> bool:
     """True if calling a module only applies its weight and bias, however these are computed."""
     hooks = (
         module._forward_hooks, module._forward_pre_hooks, module._backward_hooks,
         module._backward_pre_hooks,
     )  # fmt: skip
-    known = type(module).forward in (nn.Linear.forward, DepthwiseConv1d.forward)
+    known = type(module).forward in _APPLY_WEIGHT
     # A tensor of torchao may support no operation but its layer's.
     plain = known and not hasattr(module.weight, "__tensor_flatten__")
     return plain and "forward" not in vars(module) and not any(hooks)

@@ -10,19 +10,28 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, cast, overload
 
 import torch
+import torch.nn.functional as F
 from timm.layers import DropPath, build_rotary_pos_embed, resample_abs_pos_embed_nhwc, trunc_normal_
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vim_ssl.data.config import complete_data_config, timm_cfg
-from vim_ssl.models.block import DIRECTIONS, MixerState, RMSNorm, VimBlock
+from vim_ssl.models.block import (
+    DIRECTIONS,
+    MixerState,
+    RMSNorm,
+    VimBlock,
+    _computes_from_weight,
+)
 from vim_ssl.models.presets import PRESETS as PRESETS
 from vim_ssl.models.tokens import (
     CLS_TOKENS,
     cls_slots,
+    cut_patches,
     insert_tokens,
     register_slots,
     remove_tokens,
+    select_tokens,
     split_pos_embed,
 )
 
@@ -52,9 +61,15 @@ class PatchEmbed(nn.Module):
                 raise ValueError(f"img_size {side} is not {rule}; use {use}.")
         return (height - p) // s + 1, (width - p) // s + 1
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(b, in_chans, h, w) -> (b, rows * columns, embed_dim), row by row."""
-        return self.proj(x).flatten(2).mT
+    def forward(self, x: Tensor, ids_keep: Tensor | None = None) -> Tensor:
+        """(b, in_chans, h, w) -> (b, rows * columns, embed_dim), row by row; with ``ids_keep``,
+        (b, k) integers, only these patches."""
+        proj = self.proj
+        if _computes_from_weight(proj) and proj.kernel_size == proj.stride:
+            # Without overlap the convolution is a product, whose backward pass is faster.
+            patches = select_tokens(cut_patches(x, proj.kernel_size), ids_keep)
+            return F.linear(patches, proj.weight.flatten(1), proj.bias)
+        return select_tokens(proj(x).flatten(2).mT, ids_keep)
 
 
 class _NoNorm(nn.Module):
@@ -207,12 +222,14 @@ class VimEncoder(nn.Module):
 
     # ---------------------------------------------------------------- tokens: the core
 
-    def embed(self, x: Tensor) -> Tensor:
+    def embed(self, x: Tensor, *, ids_keep: Tensor | None = None) -> Tensor:
         """Embed images as patch tokens with positions added.
 
         Args:
             x: (b, in_chans, h, w), of any size that is a whole number of patches.
-        Returns: (b, m, embed_dim) in raster order; the grid is ``grid(h, w)``.
+            ids_keep: (b, k) integers: indices of the patches to embed; all by default.
+        Returns: (b, m, embed_dim) in raster order; the grid is ``grid(h, w)``. With ``ids_keep``
+            (b, k, embed_dim) in its order.
         Raises: ValueError that names the nearest sizes that fit; TypeError for an image that is not
             a tensor.
         """
@@ -222,9 +239,9 @@ class VimEncoder(nn.Module):
                 f"images have shape {tuple(x.shape)}; expected (b, {self.in_chans}, h, w)."
             )
         grid = self.grid(*x.shape[-2:])
-        tokens = self.patch_embed(x)
+        tokens = self.patch_embed(x, ids_keep)
         pos, _ = self._positions(grid)
-        return tokens if pos is None else tokens + pos.to(tokens.dtype)
+        return tokens if pos is None else tokens + select_tokens(pos, ids_keep).to(tokens.dtype)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Return rows and columns of patches for an image of this size in pixels."""
@@ -269,8 +286,32 @@ class VimEncoder(nn.Module):
             list of taps, same shape, before any norm.
         Raises: ValueError for shapes, directions or indices that do not fit.
         """
-        out, taps = self._run(tokens, ids_keep, mask, directions, indices or (), grid)
+        b, m, _ = tokens.shape
+        if mask is not None:
+            tokens = self._hide(tokens, mask, self._grid_of(m, grid))
+        if ids_keep is not None and (ids_keep.dim() != 2 or ids_keep.shape[0] != b):
+            raise ValueError(f"ids_keep has shape {tuple(ids_keep.shape)}; expected ({b}, k).")
+        out, taps = self._run(
+            select_tokens(tokens, ids_keep), self._rotation(m, grid, ids_keep), directions,
+            indices or (),
+        )  # fmt: skip
         return out if indices is None else (out, taps)
+
+    def forward_visible(
+        self, x: Tensor, ids_keep: Tensor, *, directions: str | None = None,
+        indices: Sequence[int] = (),
+    ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+        """Encode the visible patches of images; the others are not even embedded.
+
+        Args:
+            x: (b, in_chans, h, w), or clips; see `embed`.
+            ids_keep, directions, indices: see `forward_tokens`.
+        Returns: (b, k + class tokens, embed_dim) after the final norm, and the list of taps: those
+            of ``forward_tokens(embed(x), ids_keep=ids_keep)``.
+        """
+        tokens, grid = self.embed(x, ids_keep=ids_keep), self.grid(*x.shape[-2:])
+        rotation = self._rotation(grid[0] * grid[1], grid, ids_keep)
+        return self._run(tokens, rotation, directions, indices)
 
     def forward_stream(
         self, tokens: Tensor, state: list[MixerState] | None = None
@@ -322,9 +363,10 @@ class VimEncoder(nn.Module):
             after.append(new)
         return self.norm_f(self.drop_path(hidden), residual)[0], after
 
-    def _run(self, tokens, ids_keep, mask, directions, indices, grid, stop_early=False):
-        """Like `forward_tokens`, but always return taps and optionally skip the last blocks."""
-        b, m, d = tokens.shape
+    def _run(self, tokens, rotation, directions, indices, stop_early=False):
+        """Like `forward_tokens` for tokens (b, k, d) and their rotation, but always return taps and
+        optionally skip the last blocks."""
+        _, k, d = tokens.shape
         if directions is not None:
             _check_choice("directions", directions, DIRECTIONS)
             if self.directions not in ("both", directions):
@@ -332,16 +374,6 @@ class VimEncoder(nn.Module):
                     f"directions {directions!r} requested, but the encoder has only "
                     f"{self.directions!r}; load it with directions='both' to initialise the other."
                 )
-        if mask is not None:
-            tokens = self._hide(tokens, mask, self._grid_of(m, grid))
-        rotation = self._rotation(self._grid_of(m, grid)) if self.rope else None
-        if ids_keep is not None:
-            if ids_keep.dim() != 2 or ids_keep.shape[0] != b:
-                raise ValueError(f"ids_keep has shape {tuple(ids_keep.shape)}; expected ({b}, k).")
-            tokens = tokens.gather(1, ids_keep[..., None].expand(-1, -1, d))
-            if rotation is not None:
-                rotation = tuple(table[0, ids_keep] for table in rotation)  # (b, k, d)
-        k = tokens.shape[1]
         hidden = self._insert_extra_tokens(tokens)
         if rotation is not None:  # class tokens and registers are not rotated: sin 0, cos 1
             fill = (tokens.new_full((1, 1, d), value) for value in (0.0, 1.0))
@@ -415,13 +447,18 @@ class VimEncoder(nn.Module):
         """Return the position embeddings of m patches on this grid, (1, m, d)."""
         return self._positions(grid)[0]
 
-    def _rotation(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Return sin and cos for every patch on this grid, (1, m, embed_dim) each."""
+    def _rotation(
+        self, m: int, grid: tuple[int, int] | None, ids_keep: Tensor | None = None
+    ) -> tuple[Tensor, ...] | None:
+        """Return sin and cos for the m patches on this grid, (1, m, embed_dim) each, or for those
+        of ``ids_keep``, (b, k, embed_dim); None without ``rope``."""
+        if not self.rope:
+            return None
         tables = build_rotary_pos_embed(
-            list(grid), dim=self.embed_dim, in_pixels=False,
+            list(self._grid_of(m, grid)), dim=self.embed_dim, in_pixels=False,
             device=self.patch_embed.proj.weight.device,
         )  # fmt: skip
-        return tuple(table[None] for table in tables)
+        return tuple(select_tokens(table[None], ids_keep) for table in tables)
 
     def _grid_of(self, m: int, grid: tuple[int, int] | None) -> tuple[int, int]:
         side = round(m**0.5)
@@ -493,9 +530,8 @@ class VimEncoder(nn.Module):
         check_tensor(x)
         rows, columns = self.grid(*x.shape[-2:])
         taken = _resolve_indices(indices, len(self.layers), int_means_last=True)
-        final, taps = self._run(
-            self.embed(x), None, None, None, taken, (rows, columns), stop_early=stop_early
-        )
+        rotation = self._rotation(rows * columns, (rows, columns))
+        final, taps = self._run(self.embed(x), rotation, None, taken, stop_early)
         maps = []
         for tap in taps:
             tap = (self.norm_f(tap)[0] if norm else tap).to(final.dtype)

@@ -1,6 +1,9 @@
-"""Class and register tokens among patch tokens, and the position table."""
+"""Patches, class and register tokens among patch tokens, and the position table."""
+
+from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # cls_position -> the names of the class tokens, in scan order.
@@ -10,6 +13,26 @@ CLS_TOKENS = {
     "double": ("cls_token_head", "cls_token_tail"),
     "none": (),
 }
+
+
+def cut_patches(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Cut images (b, c, h, w), or clips (b, c, t, h, w), into patches of this size: (b, m, pixels),
+    in raster order, the pixels of a patch channel by channel, as the weights of a convolution."""
+    n = len(size)
+    for i, side in enumerate(size):
+        x = x.unflatten(2 + 2 * i, (-1, side))  # (b, c, rows, side, columns, side)
+    order = (0, *range(2, 2 + 2 * n, 2), 1, *range(3, 3 + 2 * n, 2))
+    return x.permute(order).flatten(1 + n).flatten(1, n)
+
+
+def select_tokens(tokens: Tensor, ids: Tensor | None) -> Tensor:
+    """Select tokens of (b, m, d), or of a table for all sequences (1, m, d), by indices (b, k): (b,
+    k, d). Without indices return all."""
+    if ids is None:
+        return tokens
+    if len(tokens) == 1:
+        return F.embedding(ids, tokens[0])
+    return tokens.gather(1, ids[..., None].expand(-1, -1, tokens.shape[2]))
 
 
 def cls_slots(m: int, cls_position: str) -> list[int]:

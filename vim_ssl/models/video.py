@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vim_ssl.models.encoder import PatchEmbed, VimEncoder, check_tensor
+from vim_ssl.models.tokens import select_tokens
 
 INFLATIONS = ("centre", "mean")
 
@@ -65,15 +66,20 @@ class VideoEncoder(VimEncoder):
             )
         return self
 
-    def embed(self, x: Tensor, *, first: int = 0, frames: int | None = None) -> Tensor:
+    def embed(
+        self, x: Tensor, *, ids_keep: Tensor | None = None, first: int = 0,
+        frames: int | None = None,
+    ) -> Tensor:  # fmt: skip
         """Embed clips, or pieces of a longer clip for `forward_stream`, with positions and times.
 
         Args:
             x: (b, in_chans, t, h, w), t a multiple of ``tubelet``.
+            ids_keep: (b, k) integers: indices of the tokens to embed; all by default.
             first: number of frames before this piece, a multiple of ``tubelet``.
             frames: length of the whole clip, to which the time table is resampled; by default
                 first + t, the number of frames so far.
-        Returns: (b, t / tubelet · rows · columns, embed_dim), frame by frame, row by row.
+        Returns: (b, t / tubelet · rows · columns, embed_dim), frame by frame, row by row; with
+            ``ids_keep`` (b, k, embed_dim) in its order.
         Raises: ValueError for a shape or piece that does not fit.
         """
         check_tensor(x)
@@ -91,9 +97,10 @@ class VideoEncoder(VimEncoder):
                 f"frames must be multiples of {self.tubelet}, and first + t at most frames."
             )
         grid = self.grid(*x.shape[-2:])
-        tokens = self.patch_embed(x)
+        tokens = self.patch_embed(x, ids_keep)
         piece = slice(first // self.tubelet, end // self.tubelet)
-        return tokens + self._space_time(whole // self.tubelet, grid, piece).to(tokens.dtype)
+        pos = self._space_time(whole // self.tubelet, grid, piece)
+        return tokens + select_tokens(pos, ids_keep).to(tokens.dtype)
 
     def _space_time(self, times: int, grid: tuple[int, int], piece: slice = slice(None)) -> Tensor:
         """Return the positions of all tokens, (1, times · rows · columns, embed_dim), or only those

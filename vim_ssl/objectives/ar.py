@@ -112,10 +112,9 @@ class AutoRegressive(PixelObjective):
         order = self.order(grid, images.device)
         context, target = order[:-size], order[size:]
         b, m = mask.shape
-        last, taps = self.encoder.forward_tokens(
-            self.encoder.embed(images), ids_keep=context.expand(b, -1), directions="forward",
-            indices=sorted(set(self.taps)), grid=grid,
-        )  # fmt: skip
+        last, taps = self.encoder.forward_visible(
+            images, context.expand(b, -1), directions="forward", indices=sorted(set(self.taps))
+        )
         levels = dict(zip(sorted(set(self.taps)), taps, strict=True))
         patches = [
             norm(self.encoder.split_tokens(levels[tap])[0])

@@ -4,6 +4,7 @@ decoder inserts mask tokens and predicts the pixels of the masked patches."""
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers import build_sincos2d_pos_embed, trunc_normal_
 from torch import Tensor, nn
 
@@ -66,17 +67,19 @@ class MAE(PixelObjective):
         keep = visible_ids(mask)
         if not self.keep_order:
             keep = keep.gather(1, torch.rand(keep.shape, device=keep.device).argsort(1))
-        tokens = self.encoder.forward_tokens(self.encoder.embed(images), ids_keep=keep, grid=grid)
+        tokens, _ = self.encoder.forward_visible(images, keep)
         patches, _ = self.encoder.split_tokens(tokens)
         patches = self.decoder_embed(patches)  # (b, k, decoder_dim)
-        b, _, d = patches.shape
-        hidden = self.mask_token.to(patches.dtype).expand(b, mask.shape[1], -1)
-        hidden = hidden.scatter(1, keep[..., None].expand(-1, -1, d), patches)
+        b, k, d = patches.shape
+        # Look up every patch in a table of the visible ones, with the mask token as its last row.
+        numbers = torch.arange(b * k, device=keep.device).view(b, k)
+        rows = torch.full_like(mask, b * k, dtype=torch.long).scatter(1, keep, numbers)
+        hidden = F.embedding(rows, torch.cat([patches.flatten(0, 1), self.mask_token[0]]))
         like: dict[str, Any] = {"dim": d, "device": hidden.device, "dtype": hidden.dtype}
         positions = build_sincos2d_pos_embed(list(grid), **like)
         if (times := mask.shape[1] // len(positions)) > 1:  # clips
             positions = build_sincos2d_pos_embed([times, 1], **like)[:, None] + positions
-        hidden, residual = hidden + positions.flatten(0, -2), None
+        hidden, residual = (hidden + positions.flatten(0, -2)).to(patches.dtype), None
         for layer in self.decoder_layers:
             hidden, residual = layer(hidden, residual)
         return self.decoder_pred(self.decoder_norm(hidden, residual)[0])
