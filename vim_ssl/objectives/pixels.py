@@ -42,7 +42,7 @@ class PixelObjective(PretrainObjective):
 
     def patch_loss(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Two (b, m, pixels) float32 -> (b, m): the mean squared error, as in MAE."""
-        return (prediction - target).square().mean(-1)
+        return F.mse_loss(prediction, target, reduction="none").mean(-1)
 
     def forward(self, batch: dict[str, Tensor]) -> StepOutput:
         """Return the mean loss over each sample's hidden patches, summed over samples."""
@@ -51,23 +51,19 @@ class PixelObjective(PretrainObjective):
         mask = self.hidden(batch, (images.shape[-2] // patch, images.shape[-1] // patch))
         prediction = self.predict(batch["image"], mask).float()
         pixels = patchify(images.float(), patch)  # float32 targets
-        target = pixels
-        mean: Tensor | float = 0.0
-        std: Tensor | float = 1.0
+        target, mean, std = pixels, pixels.new_zeros(1), pixels.new_ones(1)
         if self.norm_pix_loss:
-            mean = pixels.mean(-1, keepdim=True)
-            std = (pixels.var(-1, keepdim=True) + 1e-6).sqrt()
-            target = (pixels - mean) / std
-        per_patch = self.patch_loss(prediction, target)
-        loss = (per_patch * mask).sum(1) / mask.sum(1)  # (b,)
-        with torch.no_grad():
-            restored = prediction * std + mean  # undo norm_pix, with statistics of the true patch
-            error = ((restored - pixels).square().mean(-1) * mask).sum(1) / mask.sum(1)
+            target, mean, std = standardize(pixels)
+        weights = mask / mask.sum(1, keepdim=True)  # of every patch in its sample's loss
+        loss = self.patch_loss(prediction, target) * weights  # (b, m)
+        detached = prediction.detach()
+        # In the scale of the pixels, as std is that of the true patch.
+        error = PixelObjective.patch_loss(self, detached, target) * std.squeeze(-1).square()
         return StepOutput(
             loss_sum=loss.sum(),
             weight=len(images),
-            metrics={"pixel_mse": error.sum()},
-            images=lambda: self._images(images[:8], mask[:8], restored[:8]),
+            metrics={"pixel_mse": (error * weights).sum()},
+            images=lambda: self._images(images[:8], mask[:8], (detached * std + mean)[:8]),
         )
 
     def _images(self, images: Tensor, mask: Tensor, restored: Tensor) -> Tensor:
@@ -108,11 +104,22 @@ def fold_time(images: Tensor, tubelet: int = 1) -> Tensor:
     return images.unflatten(2, (-1, tubelet)).transpose(2, 3).flatten(1, 2).flatten(2, 3)
 
 
+def standardize(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(…, n) -> the same with mean 0 and deviation 1 over the last dimension, means and deviations
+    (…, 1). The variance is unbiased and increased by 1e-6, as in MAE."""
+    mean = patches.mean(-1, keepdim=True)
+    centred = patches - mean
+    variance = torch.linalg.vector_norm(centred, dim=-1, keepdim=True).square() / (
+        patches.shape[-1] - 1
+    )
+    std = (variance + 1e-6).sqrt()
+    return centred.div_(std), mean, std
+
+
 def patchify(images: Tensor, patch_size: int) -> Tensor:
     """(b, c, h, w) -> (b, m, patch_size² c), patches in raster order, pixel by pixel."""
-    return F.pixel_unshuffle(images, patch_size).unflatten(1, (images.shape[1], -1)).flatten(
-        3
-    ).permute(0, 3, 2, 1).flatten(2)  # fmt: skip
+    tiles = images.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))
+    return tiles.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
 
 def unpatchify(patches: Tensor, patch_size: int, size: tuple[int, int]) -> Tensor:
