@@ -130,7 +130,7 @@ class VimMixer(nn.Module):
         x, z = xz.chunk(2, dim=-1)
         suffixes = DIRECTIONS[directions or self.directions]
         gate = None if self.layernorm else z
-        if len(suffixes) == 2 and is_plain(self):
+        if len(suffixes) == 2 and self._is_plain():
             y = bi_mixer(
                 xz, self._direction(""), self._direction("_b"),
                 gated=gate is not None, scale=self._scale, backend=self.scan_backend,
@@ -179,6 +179,15 @@ class VimMixer(nn.Module):
             dt_proj.bias, self.A_b_log if suffix else self.A_log, getattr(self, f"D{suffix}"),
         )  # fmt: skip
 
+    def _is_plain(self) -> bool:
+        """True if both directions can be computed from their weights, in one operator; False if a
+        module was replaced, wrapped or hooked, as by LoRA or quantisation: then it is called."""
+        return all(
+            is_plain(getattr(self, f"{name}{suffix}"))
+            for name in ("conv1d", "x_proj", "dt_proj")
+            for suffix in DIRECTIONS["both"]
+        )
+
     def _scan_one(
         self, x: Tensor, z: Tensor | None, suffix: str, skip: int = 0, start: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -188,7 +197,7 @@ class VimMixer(nn.Module):
         u = getattr(self, f"conv1d{suffix}")(x, reverse)[:, skip:]  # (b, l, d)
         dt, B, C = self._split(getattr(self, f"x_proj{suffix}")(u))
         dt_proj, bias = getattr(self, f"dt_proj{suffix}"), None
-        if _computes_from_weight(dt_proj):  # the scan adds the bias in float32
+        if is_plain(dt_proj):  # the scan adds the bias in float32
             delta, bias = F.linear(dt, dt_proj.weight), wide(dt_proj.bias)
         else:
             delta = dt_proj(dt)
@@ -204,22 +213,12 @@ class VimMixer(nn.Module):
         return x_dbl.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
 
 
-def is_plain(mixer: "VimMixer") -> bool:
-    """True if both directions can be computed from their weights, in one operator; False if a
-    module was replaced, wrapped or hooked, as by LoRA or quantisation: then it is called."""
-    return all(
-        _computes_from_weight(getattr(mixer, f"{name}{suffix}"))
-        for name in ("conv1d", "x_proj", "dt_proj")
-        for suffix in DIRECTIONS["both"]
-    )
-
-
 _APPLY_WEIGHT = (
     nn.Linear.forward, nn.Conv2d.forward, nn.Conv3d.forward, DepthwiseConv1d.forward,
 )  # fmt: skip
 
 
-def _computes_from_weight(module: nn.Module) -> bool:
+def is_plain(module: nn.Module) -> bool:
     """True if calling a module only applies its weight and bias, however these are computed."""
     hooks = (
         module._forward_hooks, module._forward_pre_hooks, module._backward_hooks,

@@ -21,7 +21,7 @@ from vim_ssl.models.block import (
     MixerState,
     RMSNorm,
     VimBlock,
-    _computes_from_weight,
+    is_plain,
 )
 from vim_ssl.models.presets import PRESETS as PRESETS
 from vim_ssl.models.tokens import (
@@ -65,7 +65,7 @@ class PatchEmbed(nn.Module):
         """(b, in_chans, h, w) -> (b, rows * columns, embed_dim), row by row; with ``ids_keep``,
         (b, k) integers, only these patches."""
         proj = self.proj
-        if _computes_from_weight(proj) and proj.kernel_size == proj.stride:
+        if is_plain(proj) and proj.kernel_size == proj.stride:
             # Without overlap the convolution is a product, whose backward pass is faster.
             patches = select_tokens(cut_patches(x, proj.kernel_size), ids_keep)
             return F.linear(patches, proj.weight.flatten(1), proj.bias)
