@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -31,9 +32,18 @@ def run_apart(function: Callable[..., Result], *args) -> Result:
 
 
 def _print_to(path: str) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     log = os.open(path, os.O_WRONLY | os.O_APPEND)
     os.dup2(log, 1)  # stdout
     os.dup2(log, 2)  # stderr
+
+
+def _end_with_parent() -> None:
+    """A pool's process would wait for work for ever if its parent is killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def launcher(processes: int) -> list[str]:

@@ -3,7 +3,9 @@
 import importlib
 import math
 import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,32 @@ def test_a_failure_shows_the_output(process):
         process.run_apart(exec, code)
     with pytest.raises(RuntimeError, match="_exit failed"):  # as if killed for its memory
         process.run_apart(os._exit, 9)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_the_process_ends_if_its_parent_is_killed(tmp_path):
+    code = "import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(600)"
+    parent = subprocess.Popen(
+        [sys.executable, "-c", f"from process import run_apart; run_apart(exec, {code!r})"],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT / "benchmarks")},
+    )  # fmt: skip
+
+    def running() -> bool:
+        stat = Path("/proc", (tmp_path / "pid").read_text(), "stat")
+        return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+    wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+    assert running()
+    parent.kill()
+    parent.wait()
+    wait_until(lambda: not running())
+
+
+def wait_until(condition) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak can be reset on Linux alone")
