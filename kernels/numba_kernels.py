@@ -1,69 +1,61 @@
-"""The CPU kernels, compiled by numba: the scan and the convolution, forward and backward.
+"""The CPU kernels, compiled by numba: scan, convolution and norm, forward and backward.
 
 All are in one file because numba's disk cache detects changes only in the file of the kernel.
 
-A task is one image and one block of `LANES` channels; it iterates over the tokens of one direction
-after the other, so nothing is flipped and no two tasks write the same memory. Channels are
-innermost everywhere, also in the state (n, LANES), so every inner loop is a vector loop of fixed
-length. A last block with fewer channels is processed in padded rows. The mathematics of the scan is
-in `selective_scan/torch_backend.py`; in this file A carries a factor log2(e), since 2^x is cheap.
+A task of the scan and the convolution is one image and one block of `LANES` channels; it iterates
+over the tokens of one direction after the other, so nothing is flipped and no two tasks write the
+same memory. Channels are innermost everywhere, also in the state (n, LANES), so every inner loop
+has a fixed length: it is written with vectors of 16 channels. A last block with fewer channels is
+processed in padded rows. The mathematics of the scan is in `selective_scan/torch_backend.py`; in
+this file A carries a factor log2(e), since 2^x is cheap.
 
-Everything is float32. Kernels take tensors as addresses (``tensor.data_ptr()``), 0 for an absent
-one: passing a NumPy array costs a microsecond, and slicing one a reference count. So a kernel has
-one signature of integers and floats and is compiled once; later processes load it from numba's disk
+Everything is float32. Tensors are addresses (``tensor.data_ptr()``) in bytes, 0 for an absent one:
+passing a NumPy array costs a microsecond, and slicing one a reference count. So a kernel has one
+signature of integers and floats and is compiled once; later processes load it from numba's disk
 cache (beside this file, or in the user's cache folder if that is read-only; ``NUMBA_CACHE_DIR``
 moves it). The parameters of two directions have an address each (``A_0``, ``A_1``), so they need
 not be stacked; that of direction 1 is 0 if there is one direction.
 
-numba from PyPI includes no vector library, so exp2 and log1p are short polynomials in this file,
-which LLVM vectorises. Flags that assume finite numbers are not set, so that infinities and NaN
-propagate.
+numba from PyPI includes no vector library, so 2^x and the softplus are short polynomials in this
+file. Flags that assume finite numbers are not set, so that infinities and NaN propagate.
 """
 
 import contextlib
 import logging
+import operator
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, njit, types
+from numba import njit, types
 from numba.core import cgutils, event
 from numba.core.caching import FunctionCache
-from numba.core.compiler import Compiler
 from numba.core.dispatcher import Dispatcher
-from numba.extending import intrinsic
+from numba.core.typing import signature
+from numba.core.typing.templates import ConcreteTemplate, infer_global
+from numba.extending import intrinsic, lower_builtin, models, register_model
 
 log = logging.getLogger(__name__)
 f32 = np.float32
-ZERO, ONE, TWO = f32(0), f32(1), f32(2)
+ZERO, ONE = f32(0), f32(1)
 LOG2E, LN2 = f32(1.4426950408889634), f32(0.6931471805599453)
-LANES = 64  # channels of a block; a multiple of every vector width
+LANES = 64  # channels of a block; a multiple of WIDTH
+WIDTH = 16  # floats of a vector
 FLOAT = 4  # bytes
-ROW = LANES * FLOAT
+VECTOR, ROW = WIDTH * FLOAT, LANES * FLOAT
 
 CHUNK = 32  # tokens between saved states; one chunk's states and decays stay in the L2 cache
-THRESHOLD = f32(20)  # above it softplus(v) is v, as in torch
 
 # No 'reassoc': it would fold the rounding trick (x + ROUND) - ROUND into x.
-SAFE = {"contract", "nsz", "arcp"}
+SAFE = ("contract", "nsz")
 
 
-class _NoAlias(Compiler):
-    """Tell LLVM that memory behind a function's pointers does not overlap (`noalias`)."""
-
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.state.flags.noalias = True
+def jit(function):
+    """`numba.njit` for functions that kernels call."""
+    return njit(fastmath=set(SAFE), error_model="numpy")(function)
 
 
-def jit(*, sums: bool = False, **options):
-    """`numba.njit` for functions that kernels call. Memory written through one of a function's
-    pointers must not be accessed through another.
-
-    Args:
-        sums: allow reordering of sums, which a vectorised reduction needs.
-    """
-    flags = SAFE | {"reassoc"} if sums else SAFE
-    return njit(fastmath=flags, error_model="numpy", pipeline_class=_NoAlias, **options)
+def inlined(function):
+    return njit(fastmath=set(SAFE), error_model="numpy", forceinline=True)(function)
 
 
 def kernel(function):
@@ -72,7 +64,7 @@ def kernel(function):
     The arguments are always integers, booleans and floats, so there is one compilation, which later
     processes load from disk.
     """
-    options = {"fastmath": SAFE, "error_model": "numpy", "nogil": True}
+    options = {"fastmath": set(SAFE), "error_model": "numpy", "nogil": True}
     compiled = njit(**options)(function)
     # RuntimeError: no writable folder for the cache, so every process compiles.
     with contextlib.suppress(RuntimeError):
@@ -138,233 +130,439 @@ NOTICE = _CompileNotice()
 event.register("numba:compile", NOTICE)
 
 
+# --- vectors ---------------------------------------------------------------------------------
+#
+# A vector is 16 floats: two registers of AVX2, one of AVX-512, four of NEON. LLVM would vectorise
+# loops over floats too, but one register after the other: the operations of an exponential depend
+# on each other, and a processor looks ahead by only a few of them. A vector is one value, so LLVM
+# computes its registers side by side.
+
+
+class _Floats(types.Type):
+    """The numba type of a vector."""
+
+
+class _Flags(types.Type):
+    """The numba type of a comparison of vectors."""
+
+
+V, FLAGS, F = _Floats("floats"), _Flags("flags"), types.float32
+IR_V, IR_INTS, IR_FLAGS = (
+    ir.VectorType(kind, WIDTH) for kind in (ir.FloatType(), ir.IntType(32), ir.IntType(1))
+)
+register_model(_Floats)(lambda manager, kind: models.PrimitiveModel(manager, kind, IR_V))
+register_model(_Flags)(lambda manager, kind: models.PrimitiveModel(manager, kind, IR_FLAGS))
+
+
+def _vectors(builder, values, kinds):
+    """Vectors as they are; a number becomes a vector of equal floats."""
+    undefined, first = ir.Constant(IR_V, ir.Undefined), ir.Constant(ir.IntType(32), 0)
+    return [
+        value if kind == V else builder.shuffle_vector(
+            builder.insert_element(undefined, value, first), undefined, ir.Constant(IR_INTS, None)
+        )
+        for value, kind in zip(values, kinds, strict=True)
+    ]  # fmt: skip
+
+
+def _define(symbol, result, instruction):
+    """Define a binary operator for two vectors, or a vector and a number."""
+    pairs = ((V, V), (V, F), (F, V))
+    cases = [signature(result, *pair) for pair in pairs]
+    infer_global(symbol)(type(symbol.__name__, (ConcreteTemplate,), {"cases": cases}))
+
+    def codegen(context, builder, sig, args):
+        return instruction(builder, *_vectors(builder, args, sig.args))
+
+    for pair in pairs:
+        lower_builtin(symbol, *pair)(codegen)
+
+
+_define(operator.add, V, lambda builder, a, b: builder.fadd(a, b, flags=SAFE))
+_define(operator.sub, V, lambda builder, a, b: builder.fsub(a, b, flags=SAFE))
+_define(operator.mul, V, lambda builder, a, b: builder.fmul(a, b, flags=SAFE))
+_define(operator.truediv, V, lambda builder, a, b: builder.fdiv(a, b, flags=SAFE))
+_define(operator.lt, FLAGS, lambda builder, a, b: builder.fcmp_ordered("<", a, b))
+_define(operator.gt, FLAGS, lambda builder, a, b: builder.fcmp_ordered(">", a, b))
+
+
+def _call(builder, name, result, args, **options):
+    """Call a function of LLVM's that takes vectors."""
+    kind = ir.FunctionType(result, [arg.type for arg in args])
+    function = cgutils.get_or_insert_function(builder.module, kind, f"{name}.v{WIDTH}f32")
+    return builder.call(function, args, **options)
+
+
+@intrinsic
+def load(typingctx, address):
+    """The vector at an address."""
+
+    def codegen(context, builder, sig, args):
+        return builder.load(builder.inttoptr(args[0], IR_V.as_pointer()), align=FLOAT)
+
+    return V(address), codegen
+
+
+@intrinsic
+def number(typingctx, address):
+    """The float at an address."""
+
+    def codegen(context, builder, sig, args):
+        return builder.load(builder.inttoptr(args[0], ir.FloatType().as_pointer()))
+
+    return F(address), codegen
+
+
+@intrinsic
+def store(typingctx, address, value):
+    """Write a vector or a float to an address."""
+
+    def codegen(context, builder, sig, args):
+        pointer = builder.inttoptr(args[0], args[1].type.as_pointer())
+        builder.store(args[1], pointer, align=FLOAT)
+        return context.get_dummy_value()
+
+    return types.void(address, value), codegen
+
+
+@intrinsic
+def prefetch(typingctx, address):
+    """Ask for the memory of a vector, perhaps in vain: the address may be invalid."""
+
+    def codegen(context, builder, sig, args):
+        byte, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, flag, flag, flag])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+        read_keep_data = [ir.Constant(flag, value) for value in (0, 3, 1)]
+        builder.call(function, [builder.inttoptr(args[0], byte), *read_keep_data])
+        return context.get_dummy_value()
+
+    return types.void(address), codegen
+
+
+@intrinsic
+def vector(typingctx, number):
+    """A vector of equal floats."""
+
+    def codegen(context, builder, sig, args):
+        return _vectors(builder, args, sig.args)[0]
+
+    return V(number), codegen
+
+
+@intrinsic
+def where(typingctx, flags, a, b):
+    def codegen(context, builder, sig, args):
+        return builder.select(args[0], *_vectors(builder, args[1:], sig.args[1:]))
+
+    return V(flags, a, b), codegen
+
+
+@intrinsic
+def everywhere(typingctx, flags):
+    """True if all flags are."""
+
+    def codegen(context, builder, sig, args):
+        bits = builder.bitcast(args[0], ir.IntType(WIDTH))
+        return builder.icmp_unsigned("==", bits, ir.Constant(bits.type, 2**WIDTH - 1))
+
+    return types.boolean(flags), codegen
+
+
+@intrinsic
+def total(typingctx, v):
+    """The sum of a vector's floats."""
+
+    def codegen(context, builder, sig, args):
+        zero = ir.Constant(ir.FloatType(), 0.0)
+        options = {"fastmath": (*SAFE, "reassoc")}
+        return _call(builder, "llvm.vector.reduce.fadd", ir.FloatType(), [zero, *args], **options)
+
+    return F(v), codegen
+
+
+@intrinsic
+def fma(typingctx, a, b, c):
+    """a b + c, rounded once."""
+
+    def codegen(context, builder, sig, args):
+        return _call(builder, "llvm.fma", IR_V, _vectors(builder, args, sig.args))
+
+    return V(a, b, c), codegen
+
+
+@intrinsic
+def absolute(typingctx, v):
+    def codegen(context, builder, sig, args):
+        return _call(builder, "llvm.fabs", IR_V, args)
+
+    return V(v), codegen
+
+
+@intrinsic
+def power(typingctx, rounded):
+    """2^i, where the low bits of `rounded` are i plus the exponent's bias."""
+
+    def codegen(context, builder, sig, args):
+        bits = builder.bitcast(args[0], IR_INTS)
+        return builder.bitcast(builder.shl(bits, ir.Constant(IR_INTS, [23] * WIDTH)), IR_V)
+
+    return V(rounded), codegen
+
+
+@intrinsic
+def add_exponent(typingctx, v, rounded):
+    """2^i v by an addition of integers, where the low bits of `rounded` are i."""
+
+    def codegen(context, builder, sig, args):
+        bits, low = (builder.bitcast(arg, IR_INTS) for arg in args)
+        exponent = builder.shl(low, ir.Constant(IR_INTS, [23] * WIDTH))
+        return builder.bitcast(builder.add(bits, exponent), IR_V)
+
+    return V(v, rounded), codegen
+
+
 # --- elementary functions --------------------------------------------------------------------
 
-
-@intrinsic
-def _as_float(typingctx, bits):
-    def codegen(context, builder, signature, args):
-        return builder.bitcast(args[0], ir.FloatType())
-
-    return types.float32(types.int32), codegen
-
-
-@intrinsic
-def _as_bits(typingctx, number):
-    def codegen(context, builder, signature, args):
-        return builder.bitcast(args[0], ir.IntType(32))
-
-    return types.int32(types.float32), codegen
-
-
-# Adding 1.5 * 2^23 rounds a number to an integer in the low bits; 127 is the exponent's bias.
-ROUND = f32(12582912.0 + 127.0)
-MANTISSA_BITS = np.int32(23)
-SQRT_HALF_BITS = np.int32(0x3F3504F3)
-LOWEST, HIGHEST = f32(-126.5), f32(128.0)  # beyond them 2^x is 0 and infinity
+ROUND = f32(12582912)  # adding 1.5 * 2^23 rounds a number to an integer in the low bits
+BIASED = f32(12582912 + 127)  # with the exponent's bias
+LOWEST, HIGHEST = f32(-127), f32(128)  # where the exponent's bits make 0 and infinity
+NEAR = f32(125)  # |x| below it needs no care
 # Minimax on [-1/2, 1/2] with the first two terms exact: products of thousands of decays near 1 need
 # 2^0 = 1 and an exact slope at 0.
 E1, E2, E3, E4, E5 = LN2, f32(0.24022282), f32(0.0555056), f32(0.00966971), f32(0.00133003)
+# log(1 + w) / w on [0, 1], minimax
+P0, P1, P2, P3, P4, P5, P6, P7, P8 = (f32(p) for p in (
+    0.9999999403953552, -0.4999949336051941, 0.3331909775733948, -0.2484298199415207,
+    0.19106008112430573, -0.13663247227668762, 0.07822596281766891, -0.02950524352490902,
+    0.005232694558799267,
+))  # fmt: skip
 
 
-@jit(forceinline=True)
+@inlined
+def _fraction_power(f):
+    """2^f for f in [-1/2, 1/2]."""
+    return ((((f * E5 + E4) * f + E3) * f + E2) * f + E1) * f + ONE
+
+
+@inlined
+def exp2_below(x):
+    """2^x for x < HIGHEST, to 2e-7 relative and 0 below -126.5: the integer part becomes the
+    exponent, a polynomial does the rest."""
+    x = where(x < LOWEST, LOWEST, x)  # comparisons are written so that NaN propagates
+    rounded = x + BIASED
+    return _fraction_power(x - (rounded - BIASED)) * power(rounded)
+
+
+@inlined
 def exp2(x):
-    """2^x to 2e-7 relative: the integer part becomes the exponent, a polynomial does the rest."""
-    clipped = HIGHEST if x > HIGHEST else x  # comparisons are written so that NaN propagates
-    rounded = clipped + ROUND
-    power = _as_float(np.int32(_as_bits(rounded) << MANTISSA_BITS))
-    f = clipped - (rounded - ROUND)  # in [-1/2, 1/2]
-    p = E5 * f + E4
-    p = p * f + E3
-    p = p * f + E2
-    p = p * f + E1
-    p = p * f + ONE
-    return ZERO if x < LOWEST else p * power
+    return exp2_below(where(x > HIGHEST, HIGHEST, x))
 
 
-@jit(forceinline=True)
-def log1p(x):
-    """log(1 + x) for x >= 0 with full relative accuracy near 0: it adds what 1 + x rounds off."""
-    v = ONE + x
-    lost = x - (v - ONE)
-    bits = _as_bits(v)
-    k = (bits - SQRT_HALF_BITS) >> MANTISSA_BITS
-    m = _as_float(np.int32(bits - (k << MANTISSA_BITS)))  # v / 2^k, in [sqrt(1/2), sqrt(2)]
-    s = (m - ONE) / (m + ONE)
-    s2 = s * s
-    p = s2 * f32(1 / 9) + f32(1 / 7)  # 2 artanh(s) = log(m)
-    p = p * s2 + f32(1 / 5)
-    p = p * s2 + f32(1 / 3)
-    p = p * s2 + ONE
-    return TWO * s * p + f32(k) * LN2 + lost / v
+@inlined
+def near_exp2(a, b):
+    """2^(a b) where |a b| < NEAR: without the limits, and the product is not rounded."""
+    rounded = fma(a, b, ROUND)
+    return add_exponent(_fraction_power(fma(a, b, ROUND - rounded)), rounded)
 
 
-@jit(forceinline=True)
-def sigmoid(x):
-    return ONE / (ONE + exp2(-x * LOG2E))
+@inlined
+def shrunk(v):
+    """e^-|v|"""
+    return exp2_below(absolute(v) * -LOG2E)
+
+
+@inlined
+def softplus_of(v, w):
+    """log(1 + e^v), given w = e^-|v|, with full relative accuracy for very negative v. Above
+    torch's threshold of 20, w is too small to change v."""
+    p = ((((P8 * w + P7) * w + P6) * w + P5) * w + P4) * w + P3
+    p = ((p * w + P2) * w + P1) * w + P0
+    return where(v < ZERO, ZERO, v) + p * w
+
+
+@inlined
+def sigmoid_of(v, w):
+    """1 / (1 + e^-v), given w = e^-|v|."""
+    return where(v < ZERO, w, ONE) / (ONE + w)
+
+
+@inlined
+def silu(v):
+    return v * sigmoid_of(v, shrunk(v))
+
+
+@inlined
+def silu_slope(v):
+    s = sigmoid_of(v, shrunk(v))
+    return s * (ONE + v * (ONE - s))
 
 
 # --- rows ------------------------------------------------------------------------------------
+#
+# A row is LANES floats. Vectors of a row are at its address + e, e in range(0, ROW, VECTOR).
 
 
-@intrinsic
-def at(typingctx, addresses):
-    """A tuple of addresses as pointers to float32, for a function made by `jit`."""
-    pointers = types.UniTuple(types.CPointer(types.float32), len(addresses))
-
-    def codegen(context, builder, signature, args):
-        numbers = cgutils.unpack_tuple(builder, args[0], len(addresses))
-        as_pointers = [builder.inttoptr(a, ir.FloatType().as_pointer()) for a in numbers]
-        return context.make_tuple(builder, pointers, as_pointers)
-
-    return pointers(addresses), codegen
-
-
-@jit(forceinline=True)
-def row(pointer):
-    """`LANES` floats at the pointer, as an array that does not own them."""
-    return carray(pointer, (LANES,))
-
-
-@jit(forceinline=True)
-def rows(pointer, n):
-    """n rows: (n, LANES)."""
-    return carray(pointer, (n, LANES))
-
-
-@jit(forceinline=True)
-def floats(pointer, n):
-    return carray(pointer, (n,))
-
-
-# --- scan: rows ------------------------------------------------------------------------------
-
-
-@jit()
+@jit
 def _read(source, width, pad):
     """The address of a full row: the source, or a copy in `pad` if it is shorter than LANES."""
     if width == LANES:
         return source
-    a, b = at((source, pad))
-    short, full = floats(a, width), row(b)
-    for e in range(width):
-        full[e] = short[e]
+    for e in range(0, width * FLOAT, FLOAT):
+        store(pad + e, number(source + e))
     return pad
 
 
-@jit()
+@jit
 def _write(source, width, target):
     """Copy a row to the target, unless it was written there directly."""
     if source != target:
-        a, b = at((source, target))
-        full, short = row(a), floats(b, width)
-        for e in range(width):
-            short[e] = full[e]
+        for e in range(0, width * FLOAT, FLOAT):
+            store(target + e, number(source + e))
 
 
-@jit()
+@jit
+def _clear(n, target):
+    """Zeros in n rows."""
+    for e in range(0, n * ROW, VECTOR):
+        store(target + e, vector(ZERO))
+
+
+@jit
+def _prefetch(source):
+    """Ask for a row. Rows of a tensor lie apart, which the processor does not foresee."""
+    for e in range(0, ROW, VECTOR):
+        prefetch(source + e)
+
+
+@jit
+def _copy(source, target):
+    for e in range(0, ROW, VECTOR):
+        store(target + e, load(source + e))
+
+
+@jit
 def _load(source, width, target):
     """Copy a row of `width` floats, or none without a source; zeros in the rest."""
-    a, b = at((source, target))
-    full = row(b)
-    for e in range(LANES):
-        full[e] = ZERO
+    _clear(1, target)
     if source:
-        short = floats(a, width)
-        for e in range(width):
-            full[e] = short[e]
+        _write(source, width, target)
 
 
-@jit()
-def _load_state(source, width, n, factor, target):
-    """(width, n) -> n rows, channels innermost; zeros beyond `width` and without a source."""
-    a, b = at((source, target))
-    full = floats(b, n * LANES)
-    for i in range(n * LANES):
-        full[i] = ZERO
+@jit
+def _load_columns(source, width, n, factor, target, step):
+    """(width, n) -> n rows, each `step` bytes after the other, channels innermost; zeros beyond
+    `width` and without a source."""
+    for k in range(n):
+        if width < LANES or source == 0:
+            _clear(1, target + k * step)
     if source:
-        m = floats(a, width * n)
         for e in range(width):
             for k in range(n):
-                full[k * LANES + e] = factor * m[e * n + k]
+                here = source + (e * n + k) * FLOAT
+                store(target + k * step + e * FLOAT, factor * number(here))
 
 
-@jit()
-def _store_state(source, width, n, target):
-    """n rows -> (width, n)."""
-    a, b = at((source, target))
-    full, m = floats(a, n * LANES), floats(b, width * n)
+@jit
+def _store_columns(source, step, width, n, target):
+    """n rows, each `step` bytes after the other -> (width, n)."""
     for e in range(width):
         for k in range(n):
-            m[e * n + k] = full[k * LANES + e]
+            here = source + k * step + e * FLOAT
+            store(target + (e * n + k) * FLOAT, number(here))
 
 
-@jit()
-def _copy(source, n, target):
-    """n whole rows."""
-    a, b = at((source, target))
-    a, b = floats(a, n * LANES), floats(b, n * LANES)
-    for i in range(n * LANES):
-        b[i] = a[i]
+# --- scan ------------------------------------------------------------------------------------
+#
+# Rows that a loop uses together have one address, since a processor has few registers for
+# addresses. These are their offsets in bytes:
+
+# of a block of channels
+SKIP, BIAS, PEAK, SKIP_SUM, BIAS_SUM, CHANNEL_ROWS = (i * ROW for i in range(6))
+# of a token: the step size, its slope, x = dt u, the gradient of y
+DT, SLOPE, X, DY, TOKEN_ROWS = (i * ROW for i in range(5))
+# of one of n states, forward: A log2(e) and h; backward: A log2(e), the adjoint, A's gradient
+A2, H, FORWARD_ROWS = (i * ROW for i in range(3))
+A2, G, A_SUM, BACKWARD_ROWS = (i * ROW for i in range(4))
+# of one of n states at a token: a_t and h_t
+DECAY, AFTER, SAVED_ROWS = (i * ROW for i in range(3))
+# of the sums over n: <g, B> and <q, A2>
+GB, QA, SUM_ROWS = (i * ROW for i in range(3))
+
+
+@jit
+def _load_channels(A, D, bias, width, n, of_n, step, channels):
+    """Parameters of a block of channels; PEAK is max |A2| over n, NaN if one is not finite."""
+    _load_columns(A, width, n, LOG2E, of_n + A2, step)
+    _load(D, width, channels + SKIP)
+    _load(bias, width, channels + BIAS)
+    _clear(3, channels + PEAK)  # and the sums
+    for k in range(n):
+        for e in range(0, ROW, VECTOR):
+            a, peak = absolute(load(of_n + k * step + A2 + e)), load(channels + PEAK + e)
+            store(channels + PEAK + e, where(peak < a, a, peak) + a * ZERO)
 
 
 # --- scan: forward ---------------------------------------------------------------------------
 
 
-@jit()
-def _step_size(softplus, u, delta, D, bias, dt, x, y):
-    """dt = softplus(delta + bias), x = dt u, y = D u."""
-    u, delta, D, bias, dt, x, y = row(u), row(delta), row(D), row(bias), row(dt), row(x), row(y)
-    if softplus:
-        for e in range(LANES):
-            v = delta[e] + bias[e]
-            small = log1p(exp2((THRESHOLD if v > THRESHOLD else v) * LOG2E))
-            dt[e] = v if v > THRESHOLD else small
-    else:
-        for e in range(LANES):
-            dt[e] = delta[e] + bias[e]
-    for e in range(LANES):
-        x[e] = dt[e] * u[e]
-        y[e] = D[e] * u[e]
+@jit
+def _step_size(softplus, u, delta, channels, token, y):
+    """dt = softplus(delta + bias), x = dt u, y = D u. Returns whether `near_exp2` can compute the
+    token's decays, 2^(dt A2)."""
+    near = True
+    for e in range(0, ROW, VECTOR):
+        dt, u_e = load(delta + e) + load(channels + BIAS + e), load(u + e)
+        if softplus:
+            dt = softplus_of(dt, shrunk(dt))
+        store(token + DT + e, dt)
+        store(token + X + e, dt * u_e)
+        store(y + e, load(channels + SKIP + e) * u_e)
+        near &= everywhere(absolute(dt) * load(channels + PEAK + e) < NEAR)
+    return near
 
 
-@jit()
-def _step(n, dt, x, B, C, A2, h, y):
-    """h = a h + x B and y += C h, for one token."""
-    dt, x, y = row(dt), row(x), row(y)
-    B, C, A2, h = floats(B, n), floats(C, n), rows(A2, n), rows(h, n)
+@inlined
+def _advance(decay, h, x, b, c, y):
+    """The next h = decay h + x B, and y += C h."""
+    h = decay * h + x * b
+    store(y, load(y) + h * c)
+    return h
+
+
+@jit
+def _step(n, near, token, B, C, of_n, y):
+    """One token of the recurrence."""
     for k in range(n):
-        b, c, A_k, h_k = B[k], C[k], A2[k], h[k]
-        for e in range(LANES):
-            v = exp2(dt[e] * A_k[e]) * h_k[e] + x[e] * b
-            h_k[e] = v
-            y[e] += v * c
+        b, c, i = number(B + k * FLOAT), number(C + k * FLOAT), of_n + k * FORWARD_ROWS
+        if near:
+            for e in range(0, ROW, VECTOR):
+                decay = near_exp2(load(token + DT + e), load(i + A2 + e))
+                h = _advance(decay, load(i + H + e), load(token + X + e), b, c, y + e)
+                store(i + H + e, h)
+        else:
+            for e in range(0, ROW, VECTOR):
+                decay = exp2(load(token + DT + e) * load(i + A2 + e))
+                h = _advance(decay, load(i + H + e), load(token + X + e), b, c, y + e)
+                store(i + H + e, h)
 
 
-@jit()
-def _add(y, other):
-    y, other = row(y), row(other)
-    for e in range(LANES):
-        y[e] += other[e]
-
-
-@jit()
-def _scale(scale, y, out):
-    y, out = row(y), row(out)
-    for e in range(LANES):
-        out[e] = scale * y[e]
-
-
-@jit()
-def _gate(scale, y, z, out):
-    y, z, out = row(y), row(z), row(out)
-    for e in range(LANES):
-        out[e] = scale * y[e] * (z[e] * sigmoid(z[e]))
+@jit
+def _gate(scale, y, other, z, out):
+    """scale (y + other) silu(z); other and z may be absent."""
+    for e in range(0, ROW, VECTOR):
+        v = load(y + e)
+        if other:
+            v = v + load(other + e)
+        v = v * scale
+        if z:
+            v = v * silu(load(z + e))
+        store(out + e, v)
 
 
 def scan_forward_rows(n: int) -> int:
     """Rows of scratch memory that `scan_forward` needs."""
-    return 9 + 2 * n
+    return (CHANNEL_ROWS + TOKEN_ROWS + n * FORWARD_ROWS) // ROW + 4
 
 
 @kernel
@@ -384,10 +582,9 @@ def scan_forward(
     """
     scale = f32(scale)
     blocks, chunks = (d + LANES - 1) // LANES, (length + CHUNK - 1) // CHUNK
-    dt, x, y, D_row, bias_row = (scratch, scratch + ROW, scratch + 2 * ROW,
-                                 scratch + 3 * ROW, scratch + 4 * ROW)  # fmt: skip
-    pads = scratch + 5 * ROW
-    A2, h = scratch + 9 * ROW, scratch + (9 + n) * ROW
+    y_row, pads, channels = scratch, scratch + ROW, scratch + 4 * ROW
+    token = channels + CHANNEL_ROWS
+    of_n = token + TOKEN_ROWS
     for task in range(first, end):
         b, block = task // blocks, task % blocks
         e0 = block * LANES
@@ -395,149 +592,140 @@ def scan_forward(
         for s in range(directions):
             A, D, bias = (A_1, D_1, bias_1) if s == 1 else (A_0, D_0, bias_0)
             sb, final = s * batch + b, s == directions - 1
-            _load_state(A + e0 * n * FLOAT, width, n, LOG2E, A2)
-            _load_state(h0 + (sb * d + e0) * n * FLOAT if h0 else 0, width, n, ONE, h)
-            _load(D + e0 * FLOAT if D else 0, width, D_row)
-            _load(bias + e0 * FLOAT if bias else 0, width, bias_row)
+            state = (sb * d + e0) * n * FLOAT
+            _load_channels(A + e0 * n * FLOAT, D + e0 * FLOAT if D else 0,
+                           bias + e0 * FLOAT if bias else 0, width, n, of_n, FORWARD_ROWS,
+                           channels)  # fmt: skip
+            _load_columns(h0 + state if h0 else 0, width, n, ONE, of_n + H, FORWARD_ROWS)
             for i in range(length):
                 if states and i % CHUNK == 0:
-                    checkpoint = ((sb * blocks + block) * chunks + i // CHUNK) * n
-                    _copy(h, n, states + checkpoint * ROW)
+                    target = states + ((sb * blocks + block) * chunks + i // CHUNK) * n * ROW
+                    for k in range(n):
+                        _copy(of_n + k * FORWARD_ROWS + H, target + k * ROW)
                 t = length - 1 - i if s == 1 or reversed_first else i
-                token = sb * length + t
-                offset = (token * d + e0) * FLOAT
+                here = out + ((b * length + t) * d + e0) * FLOAT
+                # out holds direction 0 until direction 1 is added
+                y = here if width == LANES and not final else y_row
+                offset = ((sb * length + t) * d + e0) * FLOAT
                 u_row = _read(u + offset, width, pads)
                 delta_row = _read(delta + offset, width, pads + ROW)
-                _step_size(softplus, *at((u_row, delta_row, D_row, bias_row, dt, x, y)))
-                bc = (s * bc_s + b * bc_b + t * bc_l) * FLOAT
-                _step(n, *at((dt, x, B + bc, C + bc, A2, h, y)))
-
-                offset = ((b * length + t) * d + e0) * FLOAT
-                if s > 0:
-                    _add(*at((y, _read(out + offset, width, pads))))
-                if not final:  # out holds direction 0 until direction 1 is added
-                    _write(y, width, out + offset)
-                else:
-                    target = out + offset if width == LANES else pads + 2 * ROW
+                near = _step_size(softplus, u_row, delta_row, channels, token, y)
+                ahead = -1 if s == 1 or reversed_first else 1
+                _prefetch(u + offset + ahead * d * FLOAT)
+                _prefetch(delta + offset + ahead * d * FLOAT)
+                if final:
+                    _prefetch(here + ahead * d * FLOAT)
                     if z:
-                        z_here = z + (b * z_b + t * z_l + e0) * FLOAT
-                        _gate(scale, *at((y, _read(z_here, width, pads), target)))
-                    else:
-                        _scale(scale, *at((y, target)))
-                    _write(target, width, out + offset)
+                        _prefetch(z + (b * z_b + (t + ahead) * z_l + e0) * FLOAT)
+                bc = (s * bc_s + b * bc_b + t * bc_l) * FLOAT
+                _step(n, near, token, B + bc, C + bc, of_n, y)
+                if final:
+                    z_here = z + (b * z_b + t * z_l + e0) * FLOAT
+                    z_row = _read(z_here, width, pads) if z else 0
+                    other = _read(here, width, pads + ROW) if s > 0 else 0
+                    y = here if width == LANES else pads + 2 * ROW
+                    _gate(scale, y_row, other, z_row, y)
+                _write(y, width, here)
             if last:
-                _store_state(h, width, n, last + (sb * d + e0) * n * FLOAT)
+                _store_columns(of_n + H, FORWARD_ROWS, width, n, last + state)
 
 
 # --- scan: backward --------------------------------------------------------------------------
 
 
-@jit()
-def _skip(D, u, y):
-    """The skip connection: y = D u."""
-    D, u, y = row(D), row(u), row(y)
-    for e in range(LANES):
-        y[e] = D[e] * u[e]
+@jit
+def _prepare(softplus, scale, u, delta, dout, z, channels, token, y):
+    """`_step_size`, the slope of dt by delta, and the gradient of y, scale dout silu(z)."""
+    near = True
+    for e in range(0, ROW, VECTOR):
+        dt, u_e = load(delta + e) + load(channels + BIAS + e), load(u + e)
+        slope, dy = vector(ONE), load(dout + e) * scale
+        if softplus:
+            w = shrunk(dt)
+            slope = sigmoid_of(dt, w)
+            dt = softplus_of(dt, w)
+        if z:
+            dy = dy * silu(load(z + e))
+        store(token + DT + e, dt)
+        store(token + SLOPE + e, slope)
+        store(token + X + e, dt * u_e)
+        store(token + DY + e, dy)
+        store(y + e, load(channels + SKIP + e) * u_e)
+        near &= everywhere(absolute(dt) * load(channels + PEAK + e) < NEAR)
+    return near
 
 
-@jit()
-def _step_size_with_slope(softplus, u, delta, bias, dt, slope, x):
-    """dt, its derivative by delta (a sigmoid where dt is a softplus), and x = dt u."""
-    u, delta, bias, dt, slope, x = row(u), row(delta), row(bias), row(dt), row(slope), row(x)
-    if softplus:
-        for e in range(LANES):
-            v = delta[e] + bias[e]
-            grown = exp2((THRESHOLD if v > THRESHOLD else v) * LOG2E)
-            small, flat = log1p(grown), grown / (ONE + grown)
-            dt[e] = v if v > THRESHOLD else small
-            slope[e] = ONE if v > THRESHOLD else flat
-    else:
-        for e in range(LANES):
-            dt[e] = delta[e] + bias[e]
-            slope[e] = ONE
-    for e in range(LANES):
-        x[e] = dt[e] * u[e]
-
-
-@jit()
-def _recompute(n, dt, x, B, A2, h, decay, decayed):
-    """Recompute one token of the recurrence, keeping a_t and a_t h_{t-1}."""
-    dt, x, B, A2 = row(dt), row(x), floats(B, n), rows(A2, n)
-    h, decay, decayed = rows(h, n), rows(decay, n), rows(decayed, n)
+@jit
+def _step_saving(n, near, token, B, C, of_n, saved, y):
+    """`_step` from the states of the token before, at `saved` - n SAVED_ROWS, to those of this one,
+    saving the decays too."""
     for k in range(n):
-        b, A_k, h_k, decay_k, decayed_k = B[k], A2[k], h[k], decay[k], decayed[k]
-        for e in range(LANES):
-            a = exp2(dt[e] * A_k[e])
-            v = a * h_k[e]
-            decay_k[e] = a
-            decayed_k[e] = v
-            h_k[e] = v + x[e] * b
+        b, c, i = number(B + k * FLOAT), number(C + k * FLOAT), of_n + k * BACKWARD_ROWS
+        now = saved + k * SAVED_ROWS
+        before = now - n * SAVED_ROWS
+        if near:
+            for e in range(0, ROW, VECTOR):
+                decay = near_exp2(load(token + DT + e), load(i + A2 + e))
+                h = _advance(decay, load(before + AFTER + e), load(token + X + e), b, c, y + e)
+                store(now + DECAY + e, decay)
+                store(now + AFTER + e, h)
+        else:
+            for e in range(0, ROW, VECTOR):
+                decay = exp2(load(token + DT + e) * load(i + A2 + e))
+                h = _advance(decay, load(before + AFTER + e), load(token + X + e), b, c, y + e)
+                store(now + DECAY + e, decay)
+                store(now + AFTER + e, h)
 
 
-@jit()
-def _gate_gradient(scale, dout, z, dy):
-    dout, z, dy = row(dout), row(z), row(dy)
-    for e in range(LANES):
-        dy[e] = dout[e] * scale * (z[e] * sigmoid(z[e]))
+@jit
+def _z_gradient(scale, dout, z, y, other, dz):
+    """scale dout (y + other) silu'(z); other may be absent."""
+    for e in range(0, ROW, VECTOR):
+        v = load(y + e)
+        if other:
+            v = v + load(other + e)
+        store(dz + e, load(dout + e) * scale * v * silu_slope(load(z + e)))
 
 
-@jit()
-def _z_gradient(scale, dout, z, y, dz):
-    dout, z, y, dz = row(dout), row(z), row(y), row(dz)
-    for e in range(LANES):
-        s = sigmoid(z[e])
-        dz[e] = dout[e] * scale * y[e] * (s * (ONE + z[e] * (ONE - s)))
-
-
-@jit(sums=True)
-def _adjoint_step(n, dt, x, dy, B, C, A2, decay, decayed, g, A_sum, y, gB, qA, dB, dC):
-    """One token of the adjoint: g becomes a_t g_t; dB, dC over the channels, gB, qA over n.
-
-    C h is added to y too, which dz needs: recomputing it is cheaper than saving it.
-    """
-    dt, x, dy, y, gB, qA = row(dt), row(x), row(dy), row(y), row(gB), row(qA)
-    B, C, dB, dC = floats(B, n), floats(C, n), floats(dB, n), floats(dC, n)
-    A2, decay, decayed = rows(A2, n), rows(decay, n), rows(decayed, n)
-    g, A_sum = rows(g, n), rows(A_sum, n)
-    for e in range(LANES):
-        gB[e] = ZERO
-        qA[e] = ZERO
+@jit
+def _adjoint_step(n, token, B, C, of_n, saved, sums, dB, dC):
+    """One token of the adjoint: G becomes a_t g_t; dB, dC over the channels, GB, QA over n."""
+    _clear(2, sums)
     for k in range(n):
-        b, c, g_k, A_k, sum_k = B[k], C[k], g[k], A2[k], A_sum[k]
-        decay_k, decayed_k = decay[k], decayed[k]
-        sum_b, sum_c = ZERO, ZERO
-        for e in range(LANES):
-            before = decayed_k[e]
-            h = before + x[e] * b
-            full = g_k[e] + dy[e] * c
-            y[e] += h * c
-            sum_c += dy[e] * h
-            sum_b += full * x[e]
-            gB[e] += full * b
-            q = full * before
-            qA[e] += q * A_k[e]
-            sum_k[e] += q * dt[e]
-            g_k[e] = full * decay_k[e]
-        dB[k], dC[k] = sum_b, sum_c
+        b, c, i = number(B + k * FLOAT), number(C + k * FLOAT), of_n + k * BACKWARD_ROWS
+        now = saved + k * SAVED_ROWS
+        before = now - n * SAVED_ROWS
+        sum_b, sum_c = vector(ZERO), vector(ZERO)
+        for e in range(0, ROW, VECTOR):
+            dy, decay = load(token + DY + e), load(now + DECAY + e)
+            g = load(i + G + e) + dy * c
+            q = g * (decay * load(before + AFTER + e))
+            sum_c = sum_c + dy * load(now + AFTER + e)
+            sum_b = sum_b + g * load(token + X + e)
+            store(i + G + e, g * decay)
+            store(i + A_SUM + e, load(i + A_SUM + e) + q * load(token + DT + e))
+            store(sums + GB + e, load(sums + GB + e) + g * b)
+            store(sums + QA + e, load(sums + QA + e) + q * load(i + A2 + e))
+        store(dB + k * FLOAT, total(sum_b))
+        store(dC + k * FLOAT, total(sum_c))
 
 
-@jit()
-def _finish(u, dt, slope, dy, D, gB, qA, du, ddelta, D_sum, bias_sum):
-    u, dt, slope, dy, D, gB, qA = (
-        row(u), row(dt), row(slope), row(dy), row(D), row(gB), row(qA)
-    )  # fmt: skip
-    du, ddelta, D_sum, bias_sum = row(du), row(ddelta), row(D_sum), row(bias_sum)
-    for e in range(LANES):
-        du[e] = dy[e] * D[e] + gB[e] * dt[e]
-        r = (gB[e] * u[e] + qA[e] * LN2) * slope[e]
-        ddelta[e] = r
-        bias_sum[e] += r
-        D_sum[e] += dy[e] * u[e]
+@jit
+def _finish(u, channels, token, sums, du, ddelta):
+    """The gradients of u and delta, and one token's part of those of D and bias."""
+    for e in range(0, ROW, VECTOR):
+        u_e, dy, gB = load(u + e), load(token + DY + e), load(sums + GB + e)
+        gradient = (gB * u_e + load(sums + QA + e) * LN2) * load(token + SLOPE + e)
+        store(du + e, dy * load(channels + SKIP + e) + gB * load(token + DT + e))
+        store(ddelta + e, gradient)
+        store(channels + BIAS_SUM + e, load(channels + BIAS_SUM + e) + gradient)
+        store(channels + SKIP_SUM + e, load(channels + SKIP_SUM + e) + dy * u_e)
 
 
 def scan_backward_rows(n: int) -> int:
     """Rows of scratch memory that `scan_backward` needs."""
-    return 14 + 4 * n + CHUNK * (3 + 2 * n)
+    of_chunk = CHUNK * TOKEN_ROWS + (CHUNK + 1) * n * SAVED_ROWS
+    return (CHANNEL_ROWS + SUM_ROWS + n * BACKWARD_ROWS + of_chunk) // ROW + 6
 
 
 @kernel
@@ -553,19 +741,18 @@ def scan_backward(
     h0, dz (b, l, d) with strides dz_b, dz_l, 1, and the contributions of each task to sums: dA
     (s, b, d, n), dD, dbias (s, b, d), to be summed over b, and dB, dC (s, b, l, blocks, n), over
     the blocks.
+
+    Chunk by chunk, last to first: the recurrence is recomputed from the saved state, which also
+    gives dz, then the adjoint runs back.
     """
     scale = f32(scale)
     blocks, chunks = (d + LANES - 1) // LANES, (length + CHUNK - 1) // CHUNK
-    dy, gB, qA, y = scratch, scratch + ROW, scratch + 2 * ROW, scratch + 13 * ROW
-    D_row, bias_row, D_sum, bias_sum = (scratch + 3 * ROW, scratch + 4 * ROW,
-                                        scratch + 5 * ROW, scratch + 6 * ROW)  # fmt: skip
-    pads = scratch + 7 * ROW
-    A2 = scratch + 14 * ROW
-    h, g, A_sum = A2 + n * ROW, A2 + 2 * n * ROW, A2 + 3 * n * ROW
-    dts = A2 + 4 * n * ROW
-    xs, slopes = dts + CHUNK * ROW, dts + 2 * CHUNK * ROW
-    decays = dts + 3 * CHUNK * ROW
-    decayeds = decays + CHUNK * n * ROW
+    y, pads, channels = scratch, scratch + ROW, scratch + 6 * ROW
+    sums = channels + CHANNEL_ROWS
+    of_n = sums + SUM_ROWS
+    tokens = of_n + n * BACKWARD_ROWS
+    start_state = tokens + CHUNK * TOKEN_ROWS
+    saveds = start_state + n * SAVED_ROWS
     for task in range(first, end):
         b, block = task // blocks, task % blocks
         e0 = block * LANES
@@ -574,182 +761,163 @@ def scan_backward(
             A, D, bias = (A_1, D_1, bias_1) if s == 1 else (A_0, D_0, bias_0)
             sb = s * batch + b
             state = (sb * d + e0) * n * FLOAT
-            _load_state(A + e0 * n * FLOAT, width, n, LOG2E, A2)
-            _load_state(dlast + state if dlast else 0, width, n, ONE, g)
-            _load_state(0, width, n, ONE, A_sum)
-            _load(D + e0 * FLOAT if D else 0, width, D_row)
-            _load(bias + e0 * FLOAT if bias else 0, width, bias_row)
-            _load(0, width, D_sum)
-            _load(0, width, bias_sum)
+            _load_channels(A + e0 * n * FLOAT, D + e0 * FLOAT if D else 0,
+                           bias + e0 * FLOAT if bias else 0, width, n, of_n, BACKWARD_ROWS,
+                           channels)  # fmt: skip
+            _load_columns(dlast + state if dlast else 0, width, n, ONE, of_n + G, BACKWARD_ROWS)
+            _load_columns(0, width, n, ONE, of_n + A_SUM, BACKWARD_ROWS)
             for chunk in range(chunks - 1, -1, -1):
                 start, stop = chunk * CHUNK, min((chunk + 1) * CHUNK, length)
-                _copy(states + ((sb * blocks + block) * chunks + chunk) * n * ROW, n, h)
+                source = states + ((sb * blocks + block) * chunks + chunk) * n * ROW
+                for k in range(n):
+                    _copy(source + k * ROW, start_state + k * SAVED_ROWS + AFTER)
                 for i in range(start, stop):
-                    j = (i - start) * ROW
+                    token = tokens + (i - start) * TOKEN_ROWS
                     t = length - 1 - i if s == 1 or reversed_first else i
-                    bc = (s * bc_s + b * bc_b + t * bc_l) * FLOAT
                     offset = ((sb * length + t) * d + e0) * FLOAT
                     u_row = _read(u + offset, width, pads)
                     delta_row = _read(delta + offset, width, pads + ROW)
-                    dt, slope, x = dts + j, slopes + j, xs + j
-                    decay, decayed = decays + j * n, decayeds + j * n
-                    _step_size_with_slope(softplus, *at((u_row, delta_row, bias_row, dt, slope, x)))
-                    _recompute(n, *at((dt, x, B + bc, A2, h, decay, decayed)))
-                for i in range(stop - 1, start - 1, -1):
-                    j = (i - start) * ROW
-                    t = length - 1 - i if s == 1 or reversed_first else i
-                    offset = ((b * length + t) * d + e0) * FLOAT
-                    dout_row = _read(dout + offset, width, pads)
+                    dout_here = dout + ((b * length + t) * d + e0) * FLOAT
+                    dout_row = _read(dout_here, width, pads + 2 * ROW)
+                    z_here = z + (b * z_b + t * z_l + e0) * FLOAT
+                    z_row = _read(z_here, width, pads + 3 * ROW) if z else 0
+                    near = _prepare(
+                        softplus, scale, u_row, delta_row, dout_row, z_row, channels, token, y
+                    )
+                    ahead = -1 if s == 1 or reversed_first else 1
+                    _prefetch(u + offset + ahead * d * FLOAT)
+                    _prefetch(delta + offset + ahead * d * FLOAT)
+                    _prefetch(dout_here + ahead * d * FLOAT)
                     if z:
-                        z_here = z + (b * z_b + t * z_l + e0) * FLOAT
-                        z_row = _read(z_here, width, pads + ROW)
-                        _gate_gradient(scale, *at((dout_row, z_row, dy)))
-                    else:
-                        z_row = 0
-                        _scale(scale, *at((dout_row, dy)))
-                    token = sb * length + t
-                    u_row = _read(u + (token * d + e0) * FLOAT, width, pads + 2 * ROW)
-                    _skip(*at((D_row, u_row, y)))
+                        _prefetch(z + (b * z_b + (t + ahead) * z_l + e0) * FLOAT)
+                        _prefetch(dz + (b * dz_b + (t + ahead) * dz_l + e0) * FLOAT)
                     bc = (s * bc_s + b * bc_b + t * bc_l) * FLOAT
-                    part = (token * blocks + block) * n * FLOAT
-                    dt, slope, x = dts + j, slopes + j, xs + j
-                    decay, decayed = decays + j * n, decayeds + j * n
-                    _adjoint_step(n, *at((dt, x, dy, B + bc, C + bc, A2, decay, decayed, g, A_sum,
-                                    y, gB, qA, dB + part, dC + part)))  # fmt: skip
+                    saved = saveds + (i - start) * n * SAVED_ROWS
+                    _step_saving(n, near, token, B + bc, C + bc, of_n, saved, y)
                     if z:
-                        dz_here = dz + (b * dz_b + t * dz_l + e0) * FLOAT
-                        if s > 0:  # dz holds direction 0's y until direction 1's is added
-                            _add(*at((y, _read(dz_here, width, pads + 3 * ROW))))
-                        if s == directions - 1:
-                            target = dz_here if width == LANES else pads + 3 * ROW
-                            _z_gradient(scale, *at((dout_row, z_row, y, target)))
-                            _write(target, width, dz_here)
+                        here = dz + (b * dz_b + t * dz_l + e0) * FLOAT
+                        if s < directions - 1:  # dz holds direction 0's y until direction 1's
+                            _write(y, width, here)
                         else:
-                            _write(y, width, dz_here)
-                    offset = (token * d + e0) * FLOAT
-                    du_row = du + offset if width == LANES else pads + 4 * ROW
-                    ddelta_row = ddelta + offset if width == LANES else pads + 5 * ROW
-                    _finish(*at((u_row, dt, slope, dy, D_row, gB, qA, du_row, ddelta_row,
-                                D_sum, bias_sum)))  # fmt: skip
+                            other = _read(here, width, pads) if s > 0 else 0
+                            target = here if width == LANES else pads + 4 * ROW
+                            _z_gradient(scale, dout_row, z_row, y, other, target)
+                            _write(target, width, here)
+                for i in range(stop - 1, start - 1, -1):
+                    token = tokens + (i - start) * TOKEN_ROWS
+                    t = length - 1 - i if s == 1 or reversed_first else i
+                    bc = (s * bc_s + b * bc_b + t * bc_l) * FLOAT
+                    saved = saveds + (i - start) * n * SAVED_ROWS
+                    part = ((sb * length + t) * blocks + block) * n * FLOAT
+                    offset = ((sb * length + t) * d + e0) * FLOAT
+                    _prefetch(u + offset)
+                    _prefetch(du + offset)
+                    _prefetch(ddelta + offset)
+                    _adjoint_step(n, token, B + bc, C + bc, of_n, saved, sums, dB + part, dC + part)
+                    u_row = _read(u + offset, width, pads)
+                    du_row = du + offset if width == LANES else pads + ROW
+                    ddelta_row = ddelta + offset if width == LANES else pads + 2 * ROW
+                    _finish(u_row, channels, token, sums, du_row, ddelta_row)
                     _write(du_row, width, du + offset)
                     _write(ddelta_row, width, ddelta + offset)
-            _store_state(A_sum, width, n, dA + state)
+            _store_columns(of_n + A_SUM, BACKWARD_ROWS, width, n, dA + state)
             if dh0:
-                _store_state(g, width, n, dh0 + state)
-            _write(D_sum, width, dD + (sb * d + e0) * FLOAT)
-            _write(bias_sum, width, dbias + (sb * d + e0) * FLOAT)
+                _store_columns(of_n + G, BACKWARD_ROWS, width, n, dh0 + state)
+            _write(channels + SKIP_SUM, width, dD + (sb * d + e0) * FLOAT)
+            _write(channels + BIAS_SUM, width, dbias + (sb * d + e0) * FLOAT)
 
 
 # --- convolution -----------------------------------------------------------------------------
 #
-# A task's tokens are first copied into rows of scratch with k - 1 rows of zeros at either end, so
-# that no tap needs a boundary check. Row i of x's copy is token i - (k - 1); tap j of
-# token t is then row t + j looking back, and row t + 2 (k - 1) - j looking ahead.
+# Row `lag` of a direction's taps is the weight of the token `lag` steps back (or ahead). Taps are
+# taken in groups of four, the last of them padded with zeros; a token beyond the ends is a row of
+# zeros. x is read where it lies, except for a block of fewer than LANES channels, which is copied
+# to rows.
 
 
-@jit()
-def _gather(length, stride, width, source, target):
-    """Tokens of a strided (length, d) matrix -> the first `width` lanes of rows."""
-    full = rows(target, length)
-    short = floats(source, (length - 1) * stride + width)
-    for t in range(length):
-        for e in range(width):
-            full[t, e] = short[t * stride + e]
-
-
-@jit()
-def _gather_taps(d, k, width, source, target):
-    """(width, k) -> k rows; lanes beyond are zero."""
-    full, short = rows(target, k), floats(source, width * k)
-    for j in range(k):
-        for e in range(LANES):
-            full[j, e] = short[e * k + j] if e < width else ZERO
-
-
-@jit()
-def _convolve(length, k, ahead, x, w, bias, y):
-    """y_t = bias + the taps, for every token."""
-    x, w, bias, y = rows(x, length + 2 * (k - 1)), rows(w, k), row(bias), rows(y, length)
-    for t in range(length):
-        y_t, w_0, x_0 = y[t], w[0], x[t + (2 * (k - 1) if ahead else 0)]
-        for e in range(LANES):  # LLVM turns a loop that only copies the bias into scalar moves
-            y_t[e] = bias[e] + w_0[e] * x_0[e]
-        for j in range(1, k):
-            w_j, x_j = w[j], x[t + (2 * (k - 1) - j if ahead else j)]
-            for e in range(LANES):
-                y_t[e] += w_j[e] * x_j[e]
-
-
-@jit()
-def _silu_out(length, d, width, y, out):
-    y, out = rows(y, length), floats(out, (length - 1) * d + width)
-    for t in range(length):
-        y_t = y[t]
-        for e in range(LANES):
-            y_t[e] = y_t[e] * sigmoid(y_t[e])
-        for e in range(width):
-            out[t * d + e] = y_t[e]
-
-
-@jit()
-def _silu_gradient(length, y, dout):
-    """Replace the pre-activation y by its gradient."""
-    y, dout = rows(y, length), rows(dout, length)
-    for t in range(length):
-        y_t, dout_t = y[t], dout[t]
-        for e in range(LANES):
-            s = sigmoid(y_t[e])
-            y_t[e] = dout_t[e] * (s * (ONE + y_t[e] * (ONE - s)))
-
-
-@jit()
-def _correlate(length, k, ahead, x, dy, dw, dbias):
-    """dw_j = sum_t dy_t x_(tap j of t), dbias = sum_t dy_t; both start from zeros."""
-    x, dy, dw, dbias = rows(x, length + 2 * (k - 1)), rows(dy, length), rows(dw, k), row(dbias)
-    for t in range(length):
-        dy_t = dy[t]
-        for e in range(LANES):
-            dbias[e] += dy_t[e]
-        for j in range(k):
-            dw_j, x_j = dw[j], x[t + (2 * (k - 1) - j if ahead else j)]
-            for e in range(LANES):
-                dw_j[e] += dy_t[e] * x_j[e]
-
-
-@jit()
-def _convolve_transposed(length, k, ahead, dy, w, dx):
-    """dx_t += sum_j w_j dy of the token whose tap j is t; dy has k - 1 zero rows at either end."""
-    dy, w, dx = rows(dy, length + 2 * (k - 1)), rows(w, k), rows(dx, length)
-    for t in range(length):
-        dx_t = dx[t]
-        for j in range(k):
-            w_j, dy_j = w[j], dy[t + (j if ahead else 2 * (k - 1) - j)]
-            for e in range(LANES):
-                dx_t[e] += w_j[e] * dy_j[e]
-
-
-@jit()
-def _clear(n, target):
-    m = floats(target, n * LANES)
-    for i in range(n * LANES):
-        m[i] = ZERO
-
-
-@jit()
-def _scatter(length, d, width, source, target):
-    """Rows -> the first `width` columns of a (length, d) matrix."""
-    full, short = rows(source, length), floats(target, (length - 1) * d + width)
-    for t in range(length):
-        for e in range(width):
-            short[t * d + e] = full[t, e]
-
-
-@jit()
-def _scatter_taps(k, width, source, target):
-    full, short = rows(source, k), floats(target, width * k)
+@jit
+def _load_taps(source, width, k, groups, target):
+    """(width, k) -> 4 * groups rows; zeros beyond."""
+    _clear(4 * groups, target)
     for e in range(width):
         for j in range(k):
-            short[e * k + j] = full[j, e]
+            here = target + (k - 1 - j) * ROW + e * FLOAT
+            store(here, number(source + (e * k + j) * FLOAT))
+
+
+@jit
+def _store_taps(source, width, k, target):
+    """Rows -> (width, k)."""
+    for e in range(width):
+        for j in range(k):
+            here = source + (k - 1 - j) * ROW + e * FLOAT
+            store(target + (e * k + j) * FLOAT, number(here))
+
+
+@jit
+def _rows_of(source, stride, length, width, target):
+    """The address and the stride, in bytes, of the tokens as full rows."""
+    if width == LANES:
+        return source, stride * FLOAT
+    for t in range(length):
+        _load(source + t * stride * FLOAT, width, target + t * ROW)
+    return target, ROW
+
+
+@inlined
+def _token(tokens, stride, t, length, zeros):
+    return tokens + t * stride if 0 <= t < length else zeros
+
+
+@inlined
+def _four_tokens(tokens, stride, t, step, length, zeros):
+    """The addresses of tokens t, t + step, t + 2 step, t + 3 step."""
+    return (
+        _token(tokens, stride, t, length, zeros),
+        _token(tokens, stride, t + step, length, zeros),
+        _token(tokens, stride, t + 2 * step, length, zeros),
+        _token(tokens, stride, t + 3 * step, length, zeros),
+    )
+
+
+@jit
+def _convolve(final, start, x, taps, target):
+    """start + the sum of four taps, and its silu if `final`."""
+    x_0, x_1, x_2, x_3 = x
+    for e in range(0, ROW, VECTOR):
+        y = load(start + e) + load(taps + e) * load(x_0 + e)
+        y = y + load(taps + ROW + e) * load(x_1 + e)
+        y = y + load(taps + 2 * ROW + e) * load(x_2 + e)
+        y = y + load(taps + 3 * ROW + e) * load(x_3 + e)
+        if final:
+            y = silu(y)
+        store(target + e, y)
+
+
+@jit
+def _silu_gradient(y, dout, dy, dbias):
+    """dy = dout silu'(y), also added to dbias."""
+    for e in range(0, ROW, VECTOR):
+        gradient = load(dout + e) * silu_slope(load(y + e))
+        store(dy + e, gradient)
+        store(dbias + e, load(dbias + e) + gradient)
+
+
+@jit
+def _correlate(dy, x, dtaps):
+    """dtaps += dy x, for four taps."""
+    x_0, x_1, x_2, x_3 = x
+    for e in range(0, ROW, VECTOR):
+        dy_e = load(dy + e)
+        store(dtaps + e, load(dtaps + e) + dy_e * load(x_0 + e))
+        store(dtaps + ROW + e, load(dtaps + ROW + e) + dy_e * load(x_1 + e))
+        store(dtaps + 2 * ROW + e, load(dtaps + 2 * ROW + e) + dy_e * load(x_2 + e))
+        store(dtaps + 3 * ROW + e, load(dtaps + 3 * ROW + e) + dy_e * load(x_3 + e))
+
+
+def conv_forward_rows(length: int, d: int, k: int) -> int:
+    """Rows of scratch memory that `conv_forward` needs."""
+    return 3 + 2 * (1 + k + 3) + (length if d % LANES else 0)
 
 
 @kernel
@@ -759,21 +927,35 @@ def conv_forward(
 ):  # fmt: skip
     """Tasks [first, end) of batch * blocks: x (b, l, d) with strides x_b, x_l, 1; for each
     direction weight (d, k) and bias (d,); out (s, b, l, d)."""
-    blocks = (d + LANES - 1) // LANES
-    xs, taps = scratch, scratch + (length + 2 * (k - 1)) * ROW
-    bias_row, ys = taps + k * ROW, taps + (k + 1) * ROW
+    blocks, groups = (d + LANES - 1) // LANES, (k + 3) // 4
+    zeros, y, pad, biases = scratch, scratch + ROW, scratch + 2 * ROW, scratch + 3 * ROW
+    all_taps = biases + 2 * ROW
+    xs = all_taps + 8 * groups * ROW
     for task in range(first, end):
         b, e0 = task // blocks, task % blocks * LANES
         width = min(LANES, d - e0)
-        source = x + (b * x_b + e0) * FLOAT
-        _gather(length, x_l, width, *at((source, xs + (k - 1) * ROW)))
+        tokens, stride = _rows_of(x + (b * x_b + e0) * FLOAT, x_l, length, width, xs)
         for s in range(directions):
             weight, bias = (weight_1, bias_1) if s == 1 else (weight_0, bias_0)
-            _gather_taps(d, k, width, *at((weight + e0 * k * FLOAT, taps)))
-            _gather_taps(d, 1, width, *at((bias + e0 * FLOAT, bias_row)))
-            _convolve(length, k, s == 1 or reverse, *at((xs, taps, bias_row, ys)))
-            target = out + ((s * batch + b) * length * d + e0) * FLOAT
-            _silu_out(length, d, width, *at((ys, target)))
+            _load_taps(weight + e0 * k * FLOAT, width, k, groups, all_taps + s * 4 * groups * ROW)
+            _load(bias + e0 * FLOAT, width, biases + s * ROW)
+        for t in range(length):
+            for s in range(directions):
+                step = 1 if s == 1 or reverse else -1
+                here = out + (((s * batch + b) * length + t) * d + e0) * FLOAT
+                target = here if width == LANES else pad
+                for group in range(groups):
+                    final, lag = group == groups - 1, 4 * group
+                    x_4 = _four_tokens(tokens, stride, t + lag * step, step, length, zeros)
+                    taps = all_taps + (s * groups + group) * 4 * ROW
+                    start = y if group else biases + s * ROW
+                    _convolve(final, start, x_4, taps, target if final else y)
+                _write(target, width, here)
+
+
+def conv_backward_rows(length: int, d: int, k: int) -> int:
+    """Rows of scratch memory that `conv_backward` needs."""
+    return 6 + 2 * (k + 3) + length * (2 if d % LANES else 1)
 
 
 @kernel
@@ -783,33 +965,44 @@ def conv_backward(
 ):  # fmt: skip
     """Outputs are dx (b, l, d) with strides dx_b, dx_l, 1 and each task's contribution to sums over
     b: dweight (s, b, d, k), dbias (s, b, d)."""
-    blocks = (d + LANES - 1) // LANES
-    padded = length + 2 * (k - 1)
-    xs, dys = scratch, scratch + padded * ROW
-    douts, dxs = dys + padded * ROW, dys + (padded + length) * ROW
-    taps = dxs + length * ROW
-    bias_row, dtaps, dbias_row = taps + k * ROW, taps + (k + 1) * ROW, taps + (2 * k + 1) * ROW
-    inner = dys + (k - 1) * ROW
+    blocks, groups = (d + LANES - 1) // LANES, (k + 3) // 4
+    zeros, y, pads = scratch, scratch + ROW, scratch + 2 * ROW
+    bias_row, dbias_row, taps = scratch + 4 * ROW, scratch + 5 * ROW, scratch + 6 * ROW
+    dtaps = taps + 4 * groups * ROW
+    dys = dtaps + 4 * groups * ROW
+    xs = dys + length * ROW
     for task in range(first, end):
         b, e0 = task // blocks, task % blocks * LANES
         width = min(LANES, d - e0)
-        source = x + (b * x_b + e0) * FLOAT
-        _gather(length, x_l, width, *at((source, xs + (k - 1) * ROW)))
-        _clear(length, *at((dxs,)))
+        tokens, stride = _rows_of(x + (b * x_b + e0) * FLOAT, x_l, length, width, xs)
         for s in range(directions):
-            ahead = s == 1 or reverse
-            sb = s * batch + b
             weight, bias = (weight_1, bias_1) if s == 1 else (weight_0, bias_0)
-            _gather_taps(d, k, width, *at((weight + e0 * k * FLOAT, taps)))
-            _gather_taps(d, 1, width, *at((bias + e0 * FLOAT, bias_row)))
-            _gather(length, d, width, *at((dout + (sb * length * d + e0) * FLOAT, douts)))
-            _convolve(length, k, ahead, *at((xs, taps, bias_row, inner)))
-            _silu_gradient(length, *at((inner, douts)))
-            _clear(k, *at((dtaps,)))
-            _clear(1, *at((dbias_row,)))
-            _correlate(length, k, ahead, *at((xs, inner, dtaps, dbias_row)))
-            _convolve_transposed(length, k, ahead, *at((dys, taps, dxs)))
+            step, sb = 1 if s == 1 or reverse else -1, s * batch + b
+            _load_taps(weight + e0 * k * FLOAT, width, k, groups, taps)
+            _load(bias + e0 * FLOAT, width, bias_row)
+            _clear(4 * groups, dtaps)
+            _clear(1, dbias_row)
+            for t in range(length):
+                for group in range(groups):
+                    lag, start = 4 * group, y if group else bias_row
+                    x_4 = _four_tokens(tokens, stride, t + lag * step, step, length, zeros)
+                    _convolve(False, start, x_4, taps + lag * ROW, y)
+                here = dout + ((sb * length + t) * d + e0) * FLOAT
+                _silu_gradient(y, _read(here, width, pads), dys + t * ROW, dbias_row)
+                for group in range(groups):
+                    lag = 4 * group
+                    x_4 = _four_tokens(tokens, stride, t + lag * step, step, length, zeros)
+                    _correlate(dys + t * ROW, x_4, dtaps + lag * ROW)
+            for t in range(length):
+                here = dx + (b * dx_b + t * dx_l + e0) * FLOAT
+                target = here if width == LANES else pads
+                start = _read(here, width, pads + ROW) if s > 0 else zeros
+                for group in range(groups):
+                    lag = 4 * group
+                    dy_4 = _four_tokens(dys, ROW, t - lag * step, -step, length, zeros)
+                    _convolve(False, start, dy_4, taps + lag * ROW, target)
+                    start = target
+                _write(target, width, here)
             part = sb * d + e0
-            _scatter_taps(k, width, *at((dtaps, dweight + part * k * FLOAT)))
-            _scatter_taps(1, width, *at((dbias_row, dbias + part * FLOAT)))
-        _scatter(length, dx_l, width, *at((dxs, dx + (b * dx_b + e0) * FLOAT)))
+            _store_taps(dtaps, width, k, dweight + part * k * FLOAT)
+            _write(dbias_row, width, dbias + part * FLOAT)

@@ -47,7 +47,7 @@ def forward(x: Tensor, weight: Parameter, bias: Parameter, reverse: bool) -> Ten
         (*map(address, (x, *weight, *bias, out)), s, b, l, d, k, *x.stride()[:2], reverse),
         tasks=b * -(-d // LANES),
         work_per_task=s * l * LANES * NANOSECONDS[0],
-        scratch_rows=2 * l + 3 * k,
+        scratch_rows=numba_kernels.conv_forward_rows(l, d, k),
     )
     return out
 
@@ -73,7 +73,7 @@ def backward(
         (*addresses, s, b, l, d, k, *x.stride()[:2], *dx.stride()[:2], reverse),
         tasks=b * -(-d // LANES),
         work_per_task=s * l * LANES * NANOSECONDS[1],
-        scratch_rows=4 * l + 6 * k,
+        scratch_rows=numba_kernels.conv_backward_rows(l, d, k),
     )
     return dx, dweight.sum(1), dbias.sum(1)
 

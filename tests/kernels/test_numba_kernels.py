@@ -10,7 +10,11 @@ from processes import run
 from scan_helpers import one_way_inputs, run_scan, two_way_inputs
 
 from vim_ssl.kernels.causal_conv1d import bi_causal_conv1d
-from vim_ssl.kernels.selective_scan import available_backends, bi_selective_scan
+from vim_ssl.kernels.selective_scan import (
+    available_backends,
+    bi_selective_scan,
+    selective_scan,
+)
 
 pytestmark = pytest.mark.skipif("numba" not in available_backends("cpu"), reason="needs numba")
 
@@ -97,6 +101,51 @@ class TestParametersApartAndPartsOfWiderTensors:
         assert torch.equal(dz, expected[6])
         assert not wide[..., :d].any()
         assert not wide[..., 2 * d :].any()
+
+
+def scan_of(delta, A, tokens, softplus):
+    """y of one image, (channels, tokens): u is 1 at the first token and 0 after it, B = C = 1."""
+    delta = delta[None, :, None].expand(1, len(delta), tokens)
+    u = torch.zeros_like(delta).index_fill(2, torch.tensor(0), 1.0)
+    ones = torch.ones(1, A.shape[1], tokens)
+    return selective_scan(u, delta, A, ones, ones, None, None, None, softplus, backend="numba")[0]
+
+
+def test_a_step_size_has_full_relative_accuracy_however_small():
+    v = torch.linspace(-100, 100, 4001).double()
+    v = torch.cat([v, torch.linspace(-1e-3, 1e-3, 99).double()]).float()
+    dt = scan_of(v.requires_grad_(), torch.zeros(len(v), 1), 1, True)[:, 0]
+    (slope,) = torch.autograd.grad(dt.sum(), v)
+    exact = v.detach().double()
+    for got, expected in (
+        (dt, torch.nn.functional.softplus(exact)),
+        (slope, torch.sigmoid(exact)),
+    ):
+        error = (got.double() / expected - 1).abs()
+        assert error[exact > -87].max() < 5e-6
+        assert got[exact < -88].abs().max() < 1e-38
+    assert torch.equal(dt[v >= 20], v[v >= 20])
+
+
+@pytest.mark.parametrize("also", [0.5, 200.0], ids=["near", "with-one-far"])
+def test_decays_are_exact_at_zero_and_right_to_underflow(also):
+    """In one row of channels, with decays of e^0 to e^-86; a far one takes another path."""
+    x = torch.linspace(0, 86, 63).double().float()
+    A = -torch.cat([x, torch.tensor([also])])[:, None]
+    decays = scan_of(torch.ones(64), A, 2, False)[:, 1]
+    assert decays[0] == 1
+    exact = A[:, 0].double().exp()
+    torch.testing.assert_close(decays[:63].double(), exact[:63], rtol=5e-6, atol=0)
+    torch.testing.assert_close(decays[63].double(), exact[63], rtol=1e-6, atol=1e-38)
+
+
+@pytest.mark.parametrize("step", [200.0, -80.0, torch.nan], ids=["vanishes", "grows", "nan"])
+def test_a_step_far_from_zero_changes_its_channel_only(step):
+    steps = torch.tensor([0.5, step, 0.5])
+    got = scan_of(steps, torch.full((3, 2), -1.0), 2, False)[:, 1]
+    torch.testing.assert_close(
+        got, 2 * steps * (-steps).exp(), rtol=5e-6, atol=1e-30, equal_nan=True
+    )
 
 
 def test_two_threads_take_part_and_change_nothing(two_threads, monkeypatch):
