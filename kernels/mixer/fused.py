@@ -142,7 +142,8 @@ def _split(xz: Tensor, parameters: Sequence[Tensor], gated: bool):
     """Return x, z or None, and the parameters as pairs."""
     x, z = xz.chunk(2, dim=-1)
     count = len(Direction._fields)
-    pairs = Direction(*zip(parameters[:count], parameters[count:], strict=True))
+    both: Any = zip(parameters[:count], parameters[count:], strict=True)
+    pairs = Direction(*both)
     return x, z if gated else None, pairs
 
 

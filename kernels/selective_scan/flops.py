@@ -17,6 +17,7 @@ The reference is a plain loop of torch operations; torch counts those that it kn
 is counted with its two projections and the delta that its backward pass computes again.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,7 +110,7 @@ def _mixer(xz: Tensor, one: Direction) -> tuple[list[int], int]:
     return projections, tokens * one.A_log.numel()
 
 
-FORMULAS = {
+FORMULAS: dict[str, tuple[Callable[..., int], Callable[..., int]]] = {
     "selective_scan": (_scan_forward, _scan_backward),
     "mixer": (_mixer_forward, _mixer_backward),
 }
