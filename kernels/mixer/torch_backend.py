@@ -25,4 +25,4 @@ def bi_mixer(xz, forward, backward, gated: bool, scale: float, backend: str) -> 
 
 def wide(parameter: Tensor) -> Tensor:
     """Cast to float32 at least: in half precision the dynamics of the scan would drift."""
-    return parameter.to(torch.promote_types(parameter.dtype, torch.float32))
+    return parameter if parameter.dtype in (torch.float32, torch.float64) else parameter.float()
