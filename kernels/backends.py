@@ -17,7 +17,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
+from torch.autograd import forward_ad
 
 from vim_ssl.kernels.plugins import load_plugins
 
@@ -108,9 +108,10 @@ def select(op: str, name: str, *tensors: Tensor | None) -> ModuleType:
     backend = BACKENDS[op][resolve(op, name, device)]
     if not backend.float64 and any(m.dtype == torch.float64 for m in present):
         backend = BACKENDS[op][resolve(op, "torch", device)]
-    if not (backend.forward_mode or torch.compiler.is_compiling()) and any(
-        unpack_dual(m).tangent is not None for m in present
-    ):
+    dual = not (backend.forward_mode or torch.compiler.is_compiling()) and (
+        forward_ad._current_level >= 0  # dual tensors exist only inside `dual_level`
+    )
+    if dual and any(forward_ad.unpack_dual(m).tangent is not None for m in present):
         raise RuntimeError(
             "the compiled kernels do not support forward-mode differentiation (dual tensors); set "
             "VIM_SSL_BACKEND=reference for it."
@@ -199,6 +200,7 @@ _TABLE: tuple[tuple[str, str, str, str | None, int, dict], ...] = (
     ("causal_conv1d", "triton", "triton_backend", "cuda", 1,
      {"requires": "triton", "float64": False}),
     ("rms_norm", "torch", "torch_backend", None, 0, {"forward_mode": True}),
+    ("rms_norm", "numba", "numba_backend", "cpu", 1, {"requires": "numba", "float64": False}),
     ("rms_norm", "triton", "triton_backend", "cuda", 1, {"requires": "triton", "float64": False}),
     ("mixer", "torch", "torch_backend", None, 0, {"forward_mode": True}),
     ("mixer", "numba", "numba_backend", "cpu", 1, {"requires": "numba", "float64": False}),

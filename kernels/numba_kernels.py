@@ -45,6 +45,8 @@ VECTOR, ROW = WIDTH * FLOAT, LANES * FLOAT
 
 CHUNK = 32  # tokens between saved states; one chunk's states and decays stay in the L2 cache
 
+NORM_TOKENS = 32  # tokens of a task of the norm's backward pass
+
 # No 'reassoc': it would fold the rounding trick (x + ROUND) - ROUND into x.
 SAFE = ("contract", "nsz")
 
@@ -1006,3 +1008,85 @@ def conv_backward(
             part = sb * d + e0
             _store_taps(dtaps, width, k, dweight + part * k * FLOAT)
             _write(dbias_row, width, dbias + part * FLOAT)
+
+
+# --- norm ------------------------------------------------------------------------------------
+
+
+@jit
+def _norm_row(d, hidden, residual, weight, normed, result, eps):
+    """One token: result = hidden + residual, normed = result * weight / rms. Returns 1 / rms."""
+    whole, size = d // WIDTH * VECTOR, d * FLOAT
+    sums, rest = vector(ZERO), ZERO
+    for e in range(0, whole, VECTOR):
+        v = load(hidden + e)
+        if residual:
+            v = v + load(residual + e)
+        store(result + e, v)
+        sums = sums + v * v
+    for e in range(whole, size, FLOAT):
+        v = number(hidden + e)
+        if residual:
+            v += number(residual + e)
+        store(result + e, v)
+        rest += v * v
+    scale = ONE / np.sqrt((total(sums) + rest) / f32(d) + eps)
+    for e in range(0, whole, VECTOR):
+        store(normed + e, load(result + e) * scale * load(weight + e))
+    for e in range(whole, size, FLOAT):
+        store(normed + e, number(result + e) * scale * number(weight + e))
+    return scale
+
+
+@kernel
+def norm_forward(hidden, residual, weight, normed, result, scales, d, eps, scratch, first, end):
+    """Tasks [first, end) of the tokens: hidden, residual, normed and result (tokens, d), weight
+    (d,), scales (tokens,), 1 / rms."""
+    eps = f32(eps)
+    for token in range(first, end):
+        e = token * d * FLOAT
+        other = residual + e if residual else 0
+        scale = _norm_row(d, hidden + e, other, weight, normed + e, result + e, eps)
+        store(scales + token * FLOAT, scale)
+
+
+@jit
+def _norm_row_gradient(d, dnormed, dresult, result, scale, weight, dinput, dweight):
+    """One token; its part of the weight's gradient is added to dweight."""
+    whole, size = d // WIDTH * VECTOR, d * FLOAT
+    sums, rest = vector(ZERO), ZERO
+    for e in range(0, whole, VECTOR):
+        sums = sums + load(dnormed + e) * load(weight + e) * load(result + e)
+    for e in range(whole, size, FLOAT):
+        rest += number(dnormed + e) * number(weight + e) * number(result + e)
+    mean = (total(sums) + rest) * scale / f32(d)
+    for e in range(0, whole, VECTOR):
+        unit, gradient = load(result + e) * scale, load(dnormed + e)
+        store(dweight + e, load(dweight + e) + gradient * unit)
+        v = (gradient * load(weight + e) - unit * mean) * scale
+        if dresult:
+            v = v + load(dresult + e)
+        store(dinput + e, v)
+    for e in range(whole, size, FLOAT):
+        unit, gradient = number(result + e) * scale, number(dnormed + e)
+        store(dweight + e, number(dweight + e) + gradient * unit)
+        v = (gradient * number(weight + e) - unit * mean) * scale
+        if dresult:
+            v += number(dresult + e)
+        store(dinput + e, v)
+
+
+@kernel
+def norm_backward(
+    dnormed, dresult, result, scales, weight, dinput, dweight, tokens, d, scratch, first, end
+):
+    """Tasks [first, end) of the groups of NORM_TOKENS tokens; dweight (groups, d)."""
+    for group in range(first, end):
+        part = dweight + group * d * FLOAT
+        for e in range(0, d * FLOAT, FLOAT):
+            store(part + e, ZERO)
+        for token in range(group * NORM_TOKENS, min((group + 1) * NORM_TOKENS, tokens)):
+            e = token * d * FLOAT
+            other = dresult + e if dresult else 0
+            scale = number(scales + token * FLOAT)
+            _norm_row_gradient(d, dnormed + e, other, result + e, scale, weight, dinput + e, part)

@@ -28,7 +28,8 @@ if hasattr(os, "register_at_fork"):
 def _zero_rows(n: int) -> torch.Tensor:
     """Aligned zeros. Not torch.zeros: it may start OpenMP, which a forked child must not."""
     rows = torch.empty(n, LANES, dtype=torch.float32)
-    ctypes.memset(rows.data_ptr(), 0, rows.nbytes)
+    if n:
+        ctypes.memset(rows.data_ptr(), 0, rows.nbytes)
     return rows
 
 

@@ -4,7 +4,6 @@ Two float32 operators, `vim_ssl::conv_forward` and `vim_ssl::conv_backward`, aro
 `kernels/numba_kernels.py`.
 """
 
-import torch
 from torch import Tensor
 
 from vim_ssl.kernels import numba_kernels
@@ -28,7 +27,7 @@ def conv_silu(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool = False) ->
 
     Direction 0 looks back, or ahead with `reverse`; direction 1 looks ahead.
     """
-    out = torch.ops.vim_ssl.conv_forward(x.float(), weight.float(), bias.float(), reverse)
+    out = conv_forward(x.float(), weight.float(), bias.float(), reverse)
     return out.to(x.dtype)
 
 

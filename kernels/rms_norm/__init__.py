@@ -17,7 +17,7 @@ def add_rms_norm(
 
     Args:
         hidden: (b, l, d).  residual: same shape, or None in the first block.  weight: (d,).
-        backend: "auto", "torch" or "triton" (CUDA); see `kernels/backends.py`.
+        backend: "auto", "torch", "numba" (CPU) or "triton" (CUDA); see `kernels/backends.py`.
     Returns: (normed in hidden's dtype, the new residual in float32 or wider).
     Raises: ValueError for shapes that do not fit.
     Reference: RMSNorm, arXiv:1910.07467.

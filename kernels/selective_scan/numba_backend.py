@@ -32,7 +32,7 @@ NANOSECONDS = (0.25, 1.0)  # forward, backward; per token, channel and state
 def _scan(u, delta, A, B, C, D, z, bias, h0, softplus, reverse, scale) -> tuple[Tensor, Tensor]:
     tensors = [None if m is None else m.float() for m in (u, delta, A, B, C, D, z, bias, h0)]
     save = gradient_required(tensors)
-    out, last, _ = torch.ops.vim_ssl.scan_forward(*tensors, softplus, reverse, scale, save)
+    out, last, _ = scan_forward(*tensors, softplus, reverse, scale, save)
     return out, last
 
 

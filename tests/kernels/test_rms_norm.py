@@ -8,9 +8,10 @@ from scan_helpers import relative_error
 from vim_ssl.kernels.rms_norm import add_rms_norm
 
 EPS = 1e-5
+FAST = ["numba", "triton"]
 
 
-@pytest.fixture(params=["torch", "triton"])
+@pytest.fixture(params=["torch", *FAST])
 def device(request, monkeypatch):
     """The device of one implementation, which runs for the test."""
     return use(request.param, monkeypatch)
@@ -70,18 +71,19 @@ def test_the_residual_stream_is_never_narrower_than_float32(device, dtype):
     torch.testing.assert_close(total.double(), expected_total, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("narrow_weight", [False, True], ids=["float32-weight", "narrow-weight"])
 @pytest.mark.parametrize("with_residual", [True, False], ids=["add", "first-block"])
 def test_half_precision_is_within_twice_the_plain_path(
-    dtype, narrow_weight, with_residual, monkeypatch
+    backend, dtype, narrow_weight, with_residual, monkeypatch
 ):
     hidden, residual, weight = inputs(dtype, shape=(4, 65))
     m = [hidden, residual if with_residual else None, weight.to(dtype) if narrow_weight else weight]
     exact = results(by_formula, [None if v is None else v.double() for v in m])
     use("torch", monkeypatch)
     plain = results(add_rms_norm, m)
-    device = use("triton", monkeypatch)
+    device = use(backend, monkeypatch)
     got = results(add_rms_norm, [None if v is None else v.to(device) for v in m])
     for value, reference, expected in zip(got, plain, exact, strict=True):
         assert value.dtype == reference.dtype
@@ -115,12 +117,13 @@ def test_an_all_zero_row_is_finite_with_finite_gradients(device):
     assert all(g.isfinite().all() for g in grads)
 
 
+@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e30], ids=str)
 @pytest.mark.parametrize("place", ["hidden", "residual", "weight"])
-def test_what_is_not_finite_goes_where_it_goes_in_plain_torch(place, value, monkeypatch):
+def test_what_is_not_finite_goes_where_it_goes_in_plain_torch(backend, place, value, monkeypatch):
     """1e30 is finite, but its square is not."""
     finite = []
-    for name in ("torch", "triton"):
+    for name in ("torch", backend):
         device = use(name, monkeypatch)
         m = dict(zip(("hidden", "residual", "weight"), inputs(device=device), strict=True))
         m[place][(0, 3, 5) if place != "weight" else 5] = value
@@ -136,10 +139,11 @@ def test_compiles_in_one_graph(device):
         torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("shape", [(2, 7, 12), (1, 1, 1), (40, 300)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-def test_triton_writes_every_element_the_same_twice(shape, dtype, monkeypatch):
-    device = use("triton", monkeypatch)
+def test_a_kernel_writes_every_element_the_same_twice(backend, shape, dtype, monkeypatch):
+    device = use(backend, monkeypatch)
     m = inputs(dtype, shape=shape, device=device)
     poison_new_tensors(monkeypatch)
     for one, other in zip(results(add_rms_norm, m), results(add_rms_norm, m), strict=True):
@@ -175,8 +179,37 @@ def test_triton_operators_pass_opcheck(with_residual, monkeypatch):
     )
 
 
-def test_triton_refuses_double_backward_with_a_reason(monkeypatch):
-    device = use("triton", monkeypatch)
+@pytest.mark.parametrize("with_residual", [True, False], ids=["add", "first-block"])
+def test_numba_operators_pass_opcheck(with_residual, monkeypatch):
+    use("numba", monkeypatch)
+    hidden, residual, weight = inputs(shape=(3, 20))
+    add_rms_norm(hidden, residual, weight)  # registers the operators
+    ops = torch.ops.vim_ssl
+    args = [v.requires_grad_() for v in (hidden, residual, weight)]
+    if not with_residual:
+        args[1] = None
+    torch.library.opcheck(ops.rms_norm_forward, (*args, EPS))
+    normed, total, scales = (v.detach() for v in ops.rms_norm_forward(*args, EPS))
+    dtotal = torch.ones_like(total) if with_residual else None
+    torch.library.opcheck(ops.rms_norm_backward, (normed, dtotal, total, scales, weight.detach()))
+
+
+def test_numba_gives_the_same_on_any_number_of_threads(monkeypatch):
+    use("numba", monkeypatch)
+    m, before = inputs(shape=(700, 200)), torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        together = results(add_rms_norm, m)
+        torch.set_num_threads(1)
+        alone = results(add_rms_norm, m)
+    finally:
+        torch.set_num_threads(before)
+    assert all(map(torch.equal, together, alone))
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_double_backward_is_refused_with_a_reason(backend, monkeypatch):
+    device = use(backend, monkeypatch)
     m = [v.requires_grad_() for v in inputs(device=device)]
     (grad,) = torch.autograd.grad(add_rms_norm(*m)[0].square().sum(), m[0], create_graph=True)
     with pytest.raises(RuntimeError, match="double backward"):
