@@ -1,5 +1,6 @@
 """Transforms give what the encoder expects, of any image."""
 
+import pickle
 import random
 
 import numpy as np
@@ -52,6 +53,21 @@ def test_any_mode_becomes_the_encoders(mode, config):
     else:
         image = image.convert("L").convert(mode) if mode in ("F", "LA") else image.convert(mode)
     assert create_transform(config)(image).shape == config["input_size"]
+
+
+@pytest.mark.parametrize("config", [RGB, GREY], ids=["rgb", "grey"])
+def test_values_are_those_of_torchvision_bit_for_bit(config):
+    from torchvision.transforms import functional
+
+    levels = np.arange(3 * 32 * 32, dtype=np.uint16).reshape(32, 32, 3) % 256  # all 256 of each
+    image = Image.fromarray(levels.astype(np.uint8))
+    image = image.crop((0, 0, 28, 28)).convert("L") if config is GREY else image
+    expected = functional.normalize(functional.to_tensor(image), config["mean"], config["std"])
+    whole = pretrain_transform(config, crop_scale=(1, 1), hflip=0)
+    training = create_transform(config, is_training=True, no_aug=True)
+    for transform in (create_transform(config), whole, training):
+        assert torch.equal(transform(image), expected)
+        assert torch.equal(pickle.loads(pickle.dumps(transform))(image), expected)
 
 
 def test_evaluation_values_are_normalised_pixels():
