@@ -15,6 +15,7 @@ from vim_ssl.training import loop as training
 ROOT = Path(__file__).parents[2]
 SCRIPTS = (
     "compare_commits",
+    "costs",
     "cpu",
     "dense",
     "dense_transfer",
