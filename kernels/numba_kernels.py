@@ -284,11 +284,11 @@ def total(typingctx, v):
 
 
 @intrinsic
-def fma(typingctx, a, b, c):
-    """a b + c, rounded once."""
+def multiply_add(typingctx, a, b, c):
+    """a b + c, rounded once if the processor can."""
 
     def codegen(context, builder, sig, args):
-        return _call(builder, "llvm.fma", IR_V, _vectors(builder, args, sig.args))
+        return _call(builder, "llvm.fmuladd", IR_V, _vectors(builder, args, sig.args))
 
     return V(a, b, c), codegen
 
@@ -364,8 +364,8 @@ def exp2(x):
 @inlined
 def near_exp2(a, b):
     """2^(a b) where |a b| < NEAR: without the limits, and the product is not rounded."""
-    rounded = fma(a, b, ROUND)
-    return add_exponent(_fraction_power(fma(a, b, ROUND - rounded)), rounded)
+    rounded = multiply_add(a, b, ROUND)
+    return add_exponent(_fraction_power(multiply_add(a, b, ROUND - rounded)), rounded)
 
 
 @inlined
