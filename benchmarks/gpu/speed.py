@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import compiles
+import timing
 import torch
 from process import peak_mib, reset_peak
 from rows import ORIGIN
@@ -21,8 +22,6 @@ MODEL_COLUMNS = (*ORIGIN, "model", "mode", "what", "px", "batch", "dtype", "p20_
 
 def kernels(section: Section) -> None:
     """Time the Triton scan: bfloat16 before float32, small models before large ones."""
-    import timing
-
     if not section.dry:  # the kernels do not depend on the width
         shapes = [shape for shape in timing.CUDA_SHAPES if shape.d == timing.CUDA_SHAPES[0].d]
         compile_ahead(section, compile_scan, [
@@ -34,8 +33,6 @@ def kernels(section: Section) -> None:
 
 def compile_scan(device: str, shape, dtype: str, direction: str) -> list[compiles.Compilation]:
     """Run a scan once for its compilations."""
-    import timing
-
     provider, *_ = timing.providers(device, ["triton"])[0]
     compilations: list[compiles.Compilation] = []
     with compiles.heard(compilations.append):
@@ -61,8 +58,6 @@ def mamba(section: Section) -> None:
 
 
 def _time_kernels(section: Section, groups: list[str]) -> None:
-    import timing
-
     tiny = [timing.Shape(1, 8, 4, 2)]
     rows = timing.measure(
         section.device,
@@ -132,8 +127,8 @@ def _time_model(section: Section, name: str, px: int, mode: str) -> None:
         try:
             row = _measure_model(section, name, px, batch, mode, what)
         except Exception as error:
-            section.say(f"FAILED: {name}, {px} px, {mode}, {what}. {type(error).__name__}: "
-                        f"{str(error)[:300]}")  # fmt: skip
+            what_failed = f"{name}, {px} px, {mode}, {what}"
+            section.say(f"FAILED: {what_failed}. {timing.first_line(error)}")
             section.failures += 1
             continue
         section.row("models.csv", MODEL_COLUMNS, row, (
@@ -144,8 +139,6 @@ def _time_model(section: Section, name: str, px: int, mode: str) -> None:
 
 
 def _measure_model(section: Section, name: str, px: int, batch: int, mode: str, what: str) -> dict:
-    import timing
-
     torch.manual_seed(0)
     device = section.device
     model, x = _build(name, px, batch, device, depth=1 if section.dry else None)

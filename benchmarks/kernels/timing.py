@@ -87,7 +87,7 @@ def check(provider: Provider, dtype: str, device: str) -> str | None:
     try:
         results = _results(m, provider.scan, provider)
     except Exception as failure:
-        return _first_line(failure)
+        return first_line(failure)
     loop = partial(bi_selective_scan, backend="reference")
     exact = _results({k: v.double().cpu() for k, v in m.items()}, loop, None)
     for name, value in results.items():
@@ -332,7 +332,7 @@ def measure(
                     yield _row(one, shape, dtype, direction, floor) | common
             except Exception as error:
                 names = ", ".join(provider.name for provider in group)
-                say(f"FAILED: {names}, {shape}, {dtype}, {direction}. {_first_line(error)}")
+                say(f"FAILED: {names}, {shape}, {dtype}, {direction}. {first_line(error)}")
                 failures += [p.name for p in group if p.name in BACKENDS]
             if device == "cuda":
                 torch.cuda.empty_cache()
@@ -355,7 +355,7 @@ def _timed(group, shape, dtype, direction, device, budget_s, say) -> Iterator[Ti
             except Exception as error:
                 if provider.name in BACKENDS and len(group) == 1:
                     raise
-                reason = _first_line(error)
+                reason = first_line(error)
         if reason is not None:
             say(f"skipped: {provider.name}, {shape}, {dtype}, {direction}. {reason}")
     time_calls(timed, len(sets), device, budget_s)
@@ -368,10 +368,10 @@ def _timed(group, shape, dtype, direction, device, budget_s, say) -> Iterator[Ti
             time_calls([graph], len(sets), device, budget_s)
             yield graph
         except Exception as error:  # the time of its calls stays
-            say(f"skipped: {one.provider} in a CUDA graph. {_first_line(error)}")
+            say(f"skipped: {one.provider} in a CUDA graph. {first_line(error)}")
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
 
 
