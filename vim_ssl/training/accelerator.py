@@ -10,7 +10,9 @@ from torch import nn
 from vim_ssl.training.config import TrainConfig
 from vim_ssl.training.optim import check_step
 from vim_ssl.utils import openmp
+from vim_ssl.utils.allocator import keep_freed_memory
 from vim_ssl.utils.cores import cores
+from vim_ssl.utils.distributed import cores
 
 TIMEOUT = timedelta(hours=2)  # for ranks waiting while rank 0 evaluates; NCCL's default is 10 min
 
@@ -59,6 +61,8 @@ def make_accelerator(config: TrainConfig):
         raise ValueError(
             "ema keeps a full copy of the encoder, which FSDP shards; use --ema 0, or DDP."
         )
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     check_step(config, accelerator.device)
     if accelerator.is_main_process:
         openmp.remark_on_spinning()
