@@ -12,7 +12,6 @@ from vim_ssl.training.optim import check_step
 from vim_ssl.utils import openmp
 from vim_ssl.utils.allocator import keep_freed_memory
 from vim_ssl.utils.cores import cores
-from vim_ssl.utils.distributed import cores
 
 TIMEOUT = timedelta(hours=2)  # for ranks waiting while rank 0 evaluates; NCCL's default is 10 min
 
