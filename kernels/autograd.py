@@ -97,6 +97,9 @@ def gradient_required(tensors) -> bool:
 
 
 def contiguous(m: Any) -> Any:
+    """Return a contiguous tensor, a tuple of them for a tuple, or None."""
+    if isinstance(m, tuple):
+        return tuple(one.contiguous() for one in m)
     return None if m is None else m.contiguous()
 
 
@@ -106,12 +109,16 @@ def channels_contiguous(m: Any) -> Any:
     return m if m is None or m.stride(-1) == 1 else m.contiguous()
 
 
-def per_direction(m: Parameter | None) -> tuple[Any, Any]:
-    """Return direction 0's and 1's part of a parameter, contiguous; None where there is none."""
-    parts = () if m is None else [one.contiguous() for one in m]
-    return (*parts, None, None)[:2]
-
-
 def address(m: Tensor | None) -> int:
     """Return the address for a kernel: 0 for None, as for an empty tensor."""
     return 0 if m is None else m.data_ptr()
+
+
+def addresses(m: Parameter | None) -> tuple[int, int]:
+    """Return the addresses of both directions' parts of a contiguous parameter, 0 for None; with
+    one direction the second one is not to be read."""
+    if m is None:
+        return 0, 0
+    if isinstance(m, Tensor):
+        return m.data_ptr(), m.data_ptr() + m.stride(0) * m.itemsize
+    return m[0].data_ptr(), m[-1].data_ptr()

@@ -10,10 +10,10 @@ from vim_ssl.kernels import numba_kernels
 from vim_ssl.kernels.autograd import (
     Parameter,
     address,
+    addresses,
     channels_contiguous,
     contiguous,
     operator,
-    per_direction,
     register_gradient,
 )
 from vim_ssl.kernels.numba_kernels import LANES
@@ -38,16 +38,17 @@ def forward(x: Tensor, weight: Parameter, bias: Parameter, reverse: bool) -> Ten
     (d, 1, k) and (d,). x is read where it lies if its last axis is contiguous.
     """
     s = len(weight)
-    x, weight, bias = channels_contiguous(x), per_direction(weight), per_direction(bias)
+    x, weight, bias = channels_contiguous(x), contiguous(weight), contiguous(bias)
     (b, l, d), k = x.shape, weight[0].shape[-1]
     out = x.new_empty(s, b, l, d)
     run_tasks(
         numba_kernels.conv_forward,
-        (*map(address, (x, *weight, *bias, out)), s, b, l, d, k, *x.stride()[:2], reverse),
+        (address(x), *addresses(weight), *addresses(bias), address(out),
+         s, b, l, d, k, *x.stride()[:2], reverse),
         tasks=b * -(-d // LANES),
         work_per_task=s * l * LANES * NANOSECONDS[0],
         scratch_rows=numba_kernels.conv_forward_rows(l, d, k),
-    )
+    )  # fmt: skip
     return out
 
 
@@ -61,19 +62,20 @@ def backward(
         dx: a tensor in x's shape for x's gradient, perhaps a part of a wider one; its last axis is
             contiguous. It is one of the results.
     """
-    dout, weight, bias = contiguous(dout), per_direction(weight), per_direction(bias)
+    dout, weight, bias = map(contiguous, (dout, weight, bias))
     x = channels_contiguous(x)
     (b, l, d), k, s = x.shape, weight[0].shape[-1], len(dout)
     dx = x.new_empty(b, l, d) if dx is None else dx
     dweight, dbias = x.new_empty(s, b, d, k), x.new_empty(s, b, d)
-    addresses = map(address, (dout, x, *weight, *bias, dx, dweight, dbias))
     run_tasks(
         numba_kernels.conv_backward,
-        (*addresses, s, b, l, d, k, *x.stride()[:2], *dx.stride()[:2], reverse),
+        (address(dout), address(x), *addresses(weight), *addresses(bias), address(dx),
+         address(dweight), address(dbias), s, b, l, d, k, *x.stride()[:2], *dx.stride()[:2],
+         reverse),
         tasks=b * -(-d // LANES),
         work_per_task=s * l * LANES * NANOSECONDS[1],
         scratch_rows=numba_kernels.conv_backward_rows(l, d, k),
-    )
+    )  # fmt: skip
     return dx, dweight.sum(1), dbias.sum(1)
 
 

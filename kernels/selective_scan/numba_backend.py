@@ -14,11 +14,11 @@ from vim_ssl.kernels import numba_kernels
 from vim_ssl.kernels.autograd import (
     Parameter,
     address,
+    addresses,
     channels_contiguous,
     contiguous,
     gradient_required,
     operator,
-    per_direction,
 )
 from vim_ssl.kernels.numba_kernels import CHUNK, LANES
 from vim_ssl.kernels.numba_threads import run_tasks
@@ -54,19 +54,20 @@ def forward(
     C have the same strides). Returns what `scan_forward` returns.
     """
     s, b, l, d = u.shape
-    u, delta, h0, z = contiguous(u), contiguous(delta), contiguous(h0), channels_contiguous(z)
-    A, D, bias = per_direction(A), per_direction(D), per_direction(bias)
+    u, delta, A, D, bias, h0 = map(contiguous, (u, delta, A, D, bias, h0))
+    z = channels_contiguous(z)
     B, C = _same_strides(B, C)
     n, blocks = B.shape[-1], -(-d // LANES)
     out, last, states = _empty_results(u, n, save)
-    addresses = map(address, (u, delta, *A, B, C, *D, z, *bias, h0, out, last, states))
     run_tasks(
         numba_kernels.scan_forward,
-        (*addresses, s, b, l, d, n, *B.stride()[:3], *_strides(z), softplus, reverse, scale),
+        (address(u), address(delta), *_parameters(A, B, C, D, z, bias),
+         *map(address, (h0, out, last, states)), s, b, l, d, n, *B.stride()[:3], *_strides(z),
+         softplus, reverse, scale),
         tasks=b * blocks,
         work_per_task=s * l * LANES * n * NANOSECONDS[0],
         scratch_rows=numba_kernels.scan_forward_rows(n),
-    )
+    )  # fmt: skip
     return out, last, states
 
 
@@ -110,9 +111,8 @@ def backward(
     Returns: what `scan_backward` returns; gradients of parameters are stacked.
     """
     s, b, l, d = u.shape
-    dout, dlast, u, delta = map(contiguous, (dout, dlast, u, delta))
+    dout, dlast, u, delta, A, D, bias = map(contiguous, (dout, dlast, u, delta, A, D, bias))
     z = channels_contiguous(z)
-    A, D, bias = per_direction(A), per_direction(D), per_direction(bias)
     B, C = _same_strides(B, C)
     n, blocks = B.shape[-1], -(-d // LANES)
     if dz is None:
@@ -121,16 +121,16 @@ def backward(
     dA, dD, dbias = u.new_empty(s, b, d, n), u.new_empty(s, b, d), u.new_empty(s, b, d)
     dB, dC = u.new_empty(s, b, l, blocks, n), u.new_empty(s, b, l, blocks, n)
     dh0 = u.new_empty(s, b, d, n)
-    addresses = map(address, (dout, dlast, u, delta, *A, B, C, *D, z, *bias, states,
-                              du, ddelta, dA, dB, dC, dD, dz, dbias, dh0))  # fmt: skip
     strides = (*B.stride()[:3], *_strides(z), *_strides(None if z is None else dz))
     run_tasks(
         numba_kernels.scan_backward,
-        (*addresses, s, b, l, d, n, *strides, softplus, reverse, scale),
+        (*map(address, (dout, dlast, u, delta)), *_parameters(A, B, C, D, z, bias),
+         *map(address, (states, du, ddelta, dA, dB, dC, dD, dz, dbias, dh0)),
+         s, b, l, d, n, *strides, softplus, reverse, scale),
         tasks=b * blocks,
         work_per_task=s * l * LANES * n * NANOSECONDS[1],
         scratch_rows=numba_kernels.scan_backward_rows(n),
-    )
+    )  # fmt: skip
     return du, ddelta, dA.sum(1), dB.sum(3), dC.sum(3), dD.sum(1), dz, dbias.sum(1), dh0
 
 
@@ -159,6 +159,11 @@ register_scan_gradient(scan_forward, scan_backward, "numba")
 
 
 # --- tensors for the kernels -----------------------------------------------------------------
+
+
+def _parameters(A, B, C, D, z, bias) -> tuple[int, ...]:
+    """The addresses of what is between delta and the states in the kernels' arguments."""
+    return (*addresses(A), address(B), address(C), *addresses(D), address(z), *addresses(bias))
 
 
 def _strides(m: Tensor | None) -> tuple[int, int]:
