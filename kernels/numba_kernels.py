@@ -49,15 +49,20 @@ NORM_TOKENS = 32  # tokens of a task of the norm's backward pass
 
 # No 'reassoc': it would fold the rounding trick (x + ROUND) - ROUND into x.
 SAFE = ("contract", "nsz")
+# Wrappers for calls from C and from Python, and rewrites of array expressions, would take a quarter
+# of the time of a compilation.
+OPTIONS = {
+    "fastmath": set(SAFE), "error_model": "numpy", "no_cfunc_wrapper": True, "no_rewrites": True,
+}  # fmt: skip
 
 
-def jit(function):
+def jit(function, **options):
     """`numba.njit` for functions that kernels call."""
-    return njit(fastmath=set(SAFE), error_model="numpy")(function)
+    return njit(**OPTIONS, no_cpython_wrapper=True, **options)(function)
 
 
 def inlined(function):
-    return njit(fastmath=set(SAFE), error_model="numpy", forceinline=True)(function)
+    return jit(function, forceinline=True)
 
 
 def kernel(function):
@@ -66,8 +71,7 @@ def kernel(function):
     The arguments are always integers, booleans and floats, so there is one compilation, which later
     processes load from disk.
     """
-    options = {"fastmath": set(SAFE), "error_model": "numpy", "nogil": True}
-    compiled = njit(**options)(function)
+    compiled = njit(**OPTIONS, nogil=True)(function)
     # RuntimeError: no writable folder for the cache, so every process compiles.
     with contextlib.suppress(RuntimeError):
         compiled._cache = _Cache(FunctionCache(function))
@@ -942,6 +946,7 @@ def conv_forward(
             _load_taps(weight + e0 * k * FLOAT, width, k, groups, all_taps + s * 4 * groups * ROW)
             _load(bias + e0 * FLOAT, width, biases + s * ROW)
         for t in range(length):
+            _prefetch(tokens + (t + k + 1) * stride)
             for s in range(directions):
                 step = 1 if s == 1 or reverse else -1
                 here = out + (((s * batch + b) * length + t) * d + e0) * FLOAT
@@ -985,11 +990,13 @@ def conv_backward(
             _clear(4 * groups, dtaps)
             _clear(1, dbias_row)
             for t in range(length):
+                here = dout + ((sb * length + t) * d + e0) * FLOAT
+                _prefetch(tokens + (t + k + 1) * stride)
+                _prefetch(here + 2 * d * FLOAT)
                 for group in range(groups):
                     lag, start = 4 * group, y if group else bias_row
                     x_4 = _four_tokens(tokens, stride, t + lag * step, step, length, zeros)
                     _convolve(False, start, x_4, taps + lag * ROW, y)
-                here = dout + ((sb * length + t) * d + e0) * FLOAT
                 _silu_gradient(y, _read(here, width, pads), dys + t * ROW, dbias_row)
                 for group in range(groups):
                     lag = 4 * group
