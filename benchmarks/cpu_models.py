@@ -10,8 +10,8 @@ from functools import partial
 
 import timm
 import torch
-from process import peak_mib
-from torch import Tensor, nn
+from process import peak_mib, saved_bytes
+from torch import nn
 from turns import Values, in_turns, medians
 
 from vim_ssl import load_encoder
@@ -85,28 +85,8 @@ def saved_memory(variant: str, batch: int) -> Values:
     torch.set_num_threads(1)
     model = variant_model(variant).train()
     x = torch.randn(batch, 3, 224, 224)
-    return {variant: (round(saved_bytes(model, x) / 2**20, 1), "MiB")}
-
-
-def saved_bytes(model: nn.Module, x: Tensor) -> int:
-    """Return the bytes of all storages that autograd saves for the backward pass, except those of
-    parameters. A storage that several operators save counts once."""
-    known = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: list[Tensor] = []  # holds them, so that no address is used twice
-    sizes: list[int] = []
-
-    def pack(saved: Tensor) -> Tensor:
-        storage = saved.untyped_storage()
-        if storage.data_ptr() not in known:
-            known.add(storage.data_ptr())
-            kept.append(saved)
-            sizes.append(storage.nbytes())
-        return saved
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
-        output = model(x)
-    del output
-    return sum(sizes)
+    saved = saved_bytes(lambda: model(x), model.parameters())
+    return {variant: (round(saved / 2**20, 1), "MiB")}
 
 
 def crossing(ratios: dict[int, float]) -> float:

@@ -5,7 +5,7 @@ import os
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -96,3 +96,26 @@ def proc_mib(file: str, key: str) -> float:
     path = Path("/proc") / file
     lines = path.read_text().splitlines() if path.exists() else []
     return next((int(line.split()[1]) / 2**10 for line in lines if line.startswith(key)), 0.0)
+
+
+def saved_bytes(forward: Callable[[], object], parameters: Iterable) -> int:
+    """Return the bytes of all storages that autograd saves for the backward pass, except those of
+    the parameters. A storage that several operators save counts once."""
+    import torch
+
+    known = {p.untyped_storage().data_ptr() for p in parameters}
+    kept: list[torch.Tensor] = []  # holds them, so that no address is used twice
+    sizes: list[int] = []
+
+    def pack(saved: torch.Tensor) -> torch.Tensor:
+        storage = saved.untyped_storage()
+        if storage.data_ptr() not in known:
+            known.add(storage.data_ptr())
+            kept.append(saved)
+            sizes.append(storage.nbytes())
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+        output = forward()
+    del output
+    return sum(sizes)

@@ -2,13 +2,12 @@
 
 import gc
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import compiles
 import timing
 import torch
-from process import peak_mib, reset_peak
+from process import peak_mib, reset_peak, saved_bytes
 from rows import ORIGIN
 from section import Section, compile_ahead
 
@@ -162,7 +161,9 @@ def _measure_model(section: Section, name: str, px: int, batch: int, mode: str, 
     step()
     timing.wait(device)
     first = time.perf_counter() - started
-    saved = _saved_mb(loss, model) if training and mode == "eager" else None
+    saved = None
+    if training and mode == "eager":
+        saved = round(saved_bytes(loss, model.parameters()) / 1e6, 1)
     step()
     reset_peak(device)
     timed = timing.Timed(name, "calls", lambda _: step())
@@ -175,25 +176,6 @@ def _measure_model(section: Section, name: str, px: int, batch: int, mode: str, 
         "images_per_s": round(1e3 * batch / p50, 1), "peak_mb": peak, "saved_mb": saved,
         "compile_s": round(first, 1),
     }  # fmt: skip
-
-
-def _saved_mb(loss: Callable[[], torch.Tensor], model: torch.nn.Module) -> float:
-    """Memory of the tensors that autograd saves for the backward pass, in MB (10^6 bytes), without
-    parameters; tensors that share memory count once."""
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    sizes: dict[int, int] = {}
-    kept = []  # so that no address is used twice
-
-    def save(m: torch.Tensor) -> torch.Tensor:
-        storage = m.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            sizes[storage.data_ptr()] = storage.nbytes()
-            kept.append(storage)
-        return m
-
-    with torch.autograd.graph.saved_tensors_hooks(save, lambda m: m):
-        loss()
-    return round(sum(sizes.values()) / 1e6, 1)
 
 
 def _build(name: str, px: int, batch: int, device: str, depth: int | None):
