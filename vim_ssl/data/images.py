@@ -176,7 +176,8 @@ def array_image(values: np.ndarray) -> Image.Image | np.ndarray:
     if values.dtype == np.uint8 and values.ndim == 3 and values.shape[2] == 1:
         values = values[..., 0]
     if values.dtype in (bool, np.uint8) and values.shape[2:] in ((), (3,)):
-        return clean_image(Image.fromarray(values))
+        image = Image.fromarray(values)
+        return image if values.dtype == np.uint8 else clean_image(image)
     if values.ndim == 2:
         kind, bits = values.dtype.kind, 8 * values.dtype.itemsize
         if kind not in "uif" or (kind in "ui" and bits > 32):

@@ -42,14 +42,16 @@ class RandomMask:
 
     def draw(self) -> Tensor:
         """Draw a mask of units, (rows, columns) bool, True = masked."""
-        chosen = torch.zeros(self.choices(), dtype=torch.bool)
-        chosen[torch.randperm(len(chosen))[: self.masked]] = True
-        return chosen.view(self.units)
+        total = self.choices()
+        chosen = torch.zeros(total, dtype=torch.bool)
+        return chosen.index_fill_(0, torch.randperm(total)[: self.masked], 1).view(self.units)
 
     def __call__(self) -> Tensor:
         """Draw a mask of patches, (rows * columns,) bool, True = masked."""
         hidden = self.draw()
-        return hidden.repeat_interleave(self.unit, 0).repeat_interleave(self.unit, 1).flatten()
+        if self.unit > 1:
+            hidden = hidden.repeat_interleave(self.unit, 0).repeat_interleave(self.unit, 1)
+        return hidden.flatten()
 
 
 class TubeMask(RandomMask):
