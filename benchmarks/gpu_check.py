@@ -10,14 +10,16 @@ gpu), kernels, models (Vim against DeiT), pretraining (a short run, and resuming
 implementations of the scan), tests (all of tests/kernels/ on the GPU) and mamba (the CUDA kernel of
 mamba-ssm). Each runs in a fresh process, which is stopped when its share of the budget is used.
 Rows are appended to CSV files in --out (results/, which git tracks) as they are measured, beside
-one log. summary.md there compares them with the targets in README.md and the expected values.
+one log. summary.md there compares those of this call with the targets in README.md and the
+expected values.
 
 It runs from a plain checkout (PYTHONPATH=.), without git, network or the `datasets` package, and
-writes to --out and a cache: benchmarks/.cache/gpu_check, for compiled kernels TRITON_CACHE_DIR if
-that is set. COMMIT=NAME names the commit where there is no git.
+writes only below --out: the caches are in .cache/gpu_check there, or where HF_HOME,
+NUMBA_CACHE_DIR, TORCHINDUCTOR_CACHE_DIR, TRITON_CACHE_DIR (compiled kernels) and VIM_SSL_CACHE
+point. COMMIT=NAME names the commit where there is no git.
 
 The exit code is 0, or 10 + the number of the first section that failed (11 machine, 12 correctness
-…). A section that was stopped is not a failure.
+…). A section that was stopped is no failure unless a check in it had failed.
 """
 
 import argparse
@@ -36,11 +38,10 @@ from typing import BinaryIO
 sys.path.insert(0, str(Path(__file__).parent / "gpu"))  # for `targets` and `sections`
 
 import targets
-from rows import results_parser
+from rows import read_rows, results_parser
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
-CACHE = BENCHMARKS / ".cache" / "gpu_check"
 # Section -> its share of the remaining time, relative to the sections after it: seconds of the
 # default budget.
 SECTIONS = {"machine": 30, "correctness": 120, "kernels": 150, "models": 220, "pretraining": 80,
@@ -57,11 +58,11 @@ class Outcome:
 
     Attributes:
         failed: True if it or a check in it failed.
-        state: "done", "stopped …", "failed …" or "skipped …".
+        state: one of `targets.STATES`, "FAILED …", "skipped …" or "not run".
     """
 
     name: str
-    state: str
+    state: str = "not run"
     failed: bool = False
     seconds: float = 0.0
 
@@ -71,27 +72,31 @@ def say(*words: object) -> None:
 
 
 def run_sections(names: list[str], out: Path, budget: float, dry: bool) -> list[Outcome]:
-    """Run each section in a fresh process; write the summary after each."""
-    started, outcomes = time.monotonic(), []
+    """Run each section in a fresh process; write the summary before the first and after each."""
+    started, outcomes = time.monotonic(), [Outcome(name) for name in names]
+    before = {path.name: len(read_rows(path)) for path in out.glob("*.csv")}
+    _write_summary(out, outcomes, before, dry)
     with open(out / "gpu_check.log", "ab") as log:
         for i, name in enumerate(names):
             used = time.monotonic() - started
             share = SECTIONS[name] / sum(SECTIONS[n] for n in names[i:])
             seconds = (budget - used) * share
             if seconds < 1:
-                outcomes.append(Outcome(name, "skipped: the time is up"))
+                outcomes[i] = Outcome(name, "skipped: the time is up")
                 say(f"=== {name}: skipped, the time is up")
+                _write_summary(out, outcomes, before, dry)
                 continue
             line = f"=== {name}: up to {seconds:.0f} s; used {used:.0f} s of {budget:.0f} s\n"
             _print_and_log(line.encode(), log)
             try:
-                outcomes.append(_run_section(name, out, seconds, dry, log))
+                outcomes[i] = _run_section(name, out, seconds, dry, log)
             except Exception:  # the sections after it run all the same
-                outcomes.append(Outcome(name, "failed to start", True))
+                outcomes[i] = Outcome(name, "FAILED to start", True)
                 _print_and_log(traceback.format_exc().encode(), log)
-            done = outcomes[-1]
+            done = outcomes[i]
             _print_and_log(f"=== {name}: {done.state} after {done.seconds:.0f} s\n\n".encode(), log)
-            _write_summary(out, outcomes)
+            _write_summary(out, outcomes, before, dry)
+        _print_and_log((out / "summary.md").read_bytes(), log)
     return outcomes
 
 
@@ -101,12 +106,13 @@ def _run_section(name: str, out: Path, seconds: float, dry: bool, log: BinaryIO)
                "--budget", str(seconds), *["--dry-run"] * dry]  # fmt: skip
     started = time.monotonic()
     process = subprocess.Popen(
-        command, cwd=ROOT, env=_environment(name, dry), stdout=subprocess.PIPE,
+        command, cwd=ROOT, env=_environment(name, out, dry), stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
         start_new_session=True,  # so that its children can be killed with it
     )  # fmt: skip
     # A process that cannot be killed, as in a call to the driver, must not block the next section.
-    copier = threading.Thread(target=_copy, args=(process.stdout, log), daemon=True)
+    broken: list[bytes] = []
+    copier = threading.Thread(target=_copy, args=(process.stdout, log, broken), daemon=True)
     copier.start()
     code = None
     try:
@@ -118,12 +124,18 @@ def _run_section(name: str, out: Path, seconds: float, dry: bool, log: BinaryIO)
         with suppress(subprocess.TimeoutExpired):
             process.wait(5)
         copier.join(5)
-    state = {0: "done", None: "STOPPED, its rows so far are kept"}.get(code, f"FAILED ({code})")
-    return Outcome(name, state, bool(code), time.monotonic() - started)
+    state = targets.STATES.get(code, f"FAILED ({code})")
+    if code is None and broken:
+        state += "; a check is BROKEN"
+    failed = bool(broken) or code not in (0, targets.CUT, None)
+    return Outcome(name, state, failed, time.monotonic() - started)
 
 
-def _copy(source: BinaryIO, log: BinaryIO) -> None:
+def _copy(source: BinaryIO, log: BinaryIO, broken: list[bytes]) -> None:
+    """Print and log the lines; collect those of checks that failed, see `Section.fail`."""
     for line in source:
+        if b"BROKEN: " in line:
+            broken.append(line)
         _print_and_log(line, log)
 
 
@@ -133,12 +145,15 @@ def _print_and_log(line: bytes, log: BinaryIO) -> None:
     log.flush()
 
 
-def _environment(name: str, dry: bool) -> dict[str, str]:
-    """Environment of a section: the checkout's modules, caches in one folder, no network."""
+def _cache(out: Path) -> Path:
+    return out / ".cache" / "gpu_check"
+
+
+def _environment(name: str, out: Path, dry: bool) -> dict[str, str]:
+    """Environment of a section: the checkout's modules, caches that can be written, no network."""
     paths = [str(ROOT), *(str(BENCHMARKS / name) for name in ("", "gpu", "kernels"))]
-    variables = {key: str(CACHE / folder) for key, folder in CACHES.items()}
-    if given := os.environ.get("TRITON_CACHE_DIR"):
-        variables["TRITON_CACHE_DIR"] = str(Path(given).resolve())
+    variables = {key: str(Path(os.environ.get(key) or _cache(out) / folder).resolve())
+                 for key, folder in CACHES.items()}  # fmt: skip
     for folder in variables.values():
         Path(folder).mkdir(parents=True, exist_ok=True)
     environment = os.environ | variables | {
@@ -151,12 +166,14 @@ def _environment(name: str, dry: bool) -> dict[str, str]:
     return environment
 
 
-def _write_summary(out: Path, outcomes: list[Outcome]) -> None:
+def _write_summary(out: Path, outcomes: list[Outcome], before: dict[str, int], dry: bool) -> None:
     sections = [(one.name, one.state, f"{one.seconds:.0f}") for one in outcomes]
     try:
-        (out / "summary.md").write_text(targets.summary(out, sections), encoding="utf-8")
+        text = targets.summary(out, sections, before, dry)
     except Exception:  # no summary is worth a section
-        traceback.print_exc()
+        text = traceback.format_exc()
+    with suppress(OSError):
+        (out / "summary.md").write_text(text, encoding="utf-8")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -174,13 +191,12 @@ def main(argv: list[str] | None = None) -> int:
         import sections
 
         until = started + args.budget
-        return int(not sections.run(args.section, out, CACHE, started, until, args.dry_run))
+        return sections.run(args.section, out, _cache(out), started, until, args.dry_run)
     if not args.dry_run and not _has_gpu():
         print("gpu_check.py: torch finds no CUDA device; --dry-run needs none.", file=sys.stderr)
         return 1
     out.mkdir(parents=True, exist_ok=True)
     outcomes = run_sections(args.only, out, args.budget, args.dry_run)
-    say((out / "summary.md").read_text(encoding="utf-8"))
     say(f"Rows, log and summary: {out}")
     failed = [one.name for one in outcomes if one.failed]
     return 10 + 1 + list(SECTIONS).index(failed[0]) if failed else 0
@@ -192,10 +208,17 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def _stop(*_) -> None:
-    sys.exit(143)  # through the `finally` that ends the section's processes
+def end_on_signals() -> None:
+    """Let SIGTERM and SIGHUP (the terminal was closed) end the section with this process."""
+    for one in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(one) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(one, _stop)
+
+
+def _stop(number: int, _) -> None:
+    sys.exit(128 + number)  # through the `finally` that ends the section's processes
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _stop)
+    end_on_signals()
     sys.exit(main())

@@ -95,10 +95,9 @@ def _accuracy(section: Section, tasks: list[tuple], share: float = 1.0) -> None:
         for row, compilations in apart(section, measure_accuracy, tasks, share):
             for one in compilations:
                 section.compiled(one)
-            section.failures += bool(row.broken)
             _write_errors(section, row)
     except TimeoutError:
-        section.say("cut off: errors against float64")
+        section.cut_off("errors against float64")
 
 
 def _write_errors(section: Section, row) -> None:
@@ -111,7 +110,7 @@ def _write_errors(section: Section, row) -> None:
         })  # fmt: skip
     section.say(_described(row))
     for name, expected in row.broken.items():
-        section.say(f"BROKEN: {name} {row.errors.get(name, row.note)}; expected {expected}")
+        section.fail(f"{name} {row.errors.get(name, row.note)}; expected {expected}")
 
 
 def _described(row) -> str:
@@ -190,7 +189,8 @@ def _tests(section: Section, kind: str, options: list[str]) -> None:
     word = {"gpu": "mark.gpu", "kernels": "backend_helpers"}[kind]
     files = [str(path) for path in sorted((ROOT / "tests" / "kernels").glob("test_*.py"))
              if word in path.read_text(encoding="utf-8")]  # fmt: skip
-    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *options]
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--color=no",
+               *options]  # fmt: skip
     if not section.dry and find_spec("xdist"):
         command += ["-n", str(min(os.cpu_count() or 1, 12)), "--dist", "worksteal"]
     process = subprocess.Popen(
@@ -200,14 +200,18 @@ def _tests(section: Section, kind: str, options: list[str]) -> None:
     assert process.stdout is not None
     for line in map(str.rstrip, process.stdout):
         if match := OUTCOME.search(line):
-            passed = (match["outcome"] or match["result"]) in ("PASSED", "SKIPPED")
+            outcome, test = match["outcome"] or match["result"], match["test"] or match["name"]
+            holds = {"PASSED": True, "SKIPPED": ""}.get(outcome, False)
             section.row("tests.csv", TEST_COLUMNS, section.origin | {
-                "quantity": kind, "test": match["test"] or match["name"], "backend": "pytest",
-                "holds": passed,
-            }, "" if passed else line)  # fmt: skip
+                "quantity": kind, "test": test, "backend": "pytest", "holds": holds,
+            })  # fmt: skip
+            if holds is False:
+                section.fail(f"{outcome} {test}")
         elif not line.startswith("tests/"):  # xdist's line of a test that begins
             section.say(line)
-    section.failures += process.wait() not in (0, 5)  # 5: no test has the name
+    if (code := process.wait()) not in (0, 1, 5):  # 1: a test failed; 5: no test has the name
+        section.fail(f"pytest ended with {code}")
+        section.cut = True
 
 
 def tests(section: Section) -> None:

@@ -27,6 +27,7 @@ class Section:
         started, until: `time.monotonic()` at its start, and when it will be stopped.
         dry: run everything tiny, on a CPU.
         failures: the number of checks and measurements that failed.
+        cut: True if a check did not run to its end.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Section:
     until: float
     dry: bool
     failures: int = 0
+    cut: bool = False
 
     @property
     def device(self) -> str:
@@ -52,7 +54,19 @@ class Section:
     def say(self, *words: object) -> None:
         """Print, with the seconds used and left."""
         used = time.monotonic() - self.started
-        print(f"[{used:4.0f} s, {self.left():4.0f} left]", *words, flush=True)
+        line = " ".join(map(str, (f"[{used:4.0f} s, {self.left():4.0f} left]", *words)))
+        print(line, flush=True)  # in one piece, whatever other processes print
+
+    def fail(self, *words: object) -> None:
+        """Count a failure, and print it in the words that `gpu_check.py` looks for, which counts
+        it also if the section is stopped later."""
+        self.failures += 1
+        self.say("BROKEN:", *words)
+
+    def cut_off(self, *words: object) -> None:
+        """Print what did not run to its end; the section is incomplete."""
+        self.cut = True
+        self.say("cut off:", *words)
 
     def row(self, name: str, columns: Sequence[str], row: dict, text: str = "") -> None:
         """Append a row to a file; print the text, if any, with the expected values."""
@@ -91,8 +105,8 @@ def apart(
             try:
                 result = future.result()
             except Exception:
-                section.say(f"FAILED: {function.__name__}{tasks[futures.index(future)]}")
-                section.failures += 1
+                section.fail(f"{function.__name__}{tasks[futures.index(future)]}")
+                section.cut = True
                 traceback.print_exc()
             else:
                 yield result

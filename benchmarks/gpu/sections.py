@@ -6,6 +6,7 @@ from pathlib import Path
 import checks
 import compiles
 import speed
+import targets
 import trial
 from section import Section
 
@@ -16,9 +17,11 @@ SECTIONS: dict[str, Callable[[Section], None]] = {
 }  # fmt: skip
 
 
-def run(name: str, out: Path, cache: Path, started: float, until: float, dry: bool) -> bool:
-    """Run a section, see `Section`; True if nothing in it failed."""
+def run(name: str, out: Path, cache: Path, started: float, until: float, dry: bool) -> int:
+    """Run a section, see `Section`; return its exit code: 0, or a key of `targets.STATES`."""
     section = Section(name, out, cache, started, until, dry)
     with compiles.heard(section.compiled):
         SECTIONS[name](section)
-    return section.failures == 0
+    if section.cut:
+        return 1 if section.failures else targets.CUT
+    return targets.BROKEN if section.failures else 0

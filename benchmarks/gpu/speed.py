@@ -72,8 +72,7 @@ def _time_kernels(section: Section, groups: list[str]) -> None:
         for row in rows:
             section.row("kernels.csv", timing.COLUMNS, row, timing.format_row(row))
     except RuntimeError as error:
-        section.say(f"FAILED: {error}")
-        section.failures += 1
+        section.fail(error)
 
 
 # --- models ----------------------------------------------------------------------------------
@@ -99,7 +98,7 @@ def models(section: Section) -> None:
         compile_ahead(section, compile_model, [(px, what) for px in BATCHES for what in WHAT])
     for name, px, mode in plan:
         if section.left() < 10:
-            section.say(f"cut off before {name}, {px} px, {mode}: the time is up")
+            section.cut_off(f"{name}, {px} px, {mode} and what follows: the time is up")
             break
         _time_model(section, name, px, mode)
 
@@ -127,8 +126,7 @@ def _time_model(section: Section, name: str, px: int, mode: str) -> None:
             row = _measure_model(section, name, px, batch, mode, what)
         except Exception as error:
             what_failed = f"{name}, {px} px, {mode}, {what}"
-            section.say(f"FAILED: {what_failed}. {timing.first_line(error)}")
-            section.failures += 1
+            section.fail(f"{what_failed}. {timing.first_line(error)}")
             continue
         section.row("models.csv", MODEL_COLUMNS, row, (
             f"{name:24} {mode:9} {what:14} {px:5} px  b{batch:<4} {row['p50_ms']:>9} ms  "

@@ -15,13 +15,19 @@ look for a mistake of the measurement before you believe it. Their sources:
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from rows import markdown_table, read_rows
 
 README = Path(__file__).parents[1] / "README.md"
+CUT, BROKEN = 4, 3
+STATES = {  # exit code of a section -> its state
+    0: "done", BROKEN: "done, but a check is BROKEN", CUT: "done, but cut off",
+    None: "STOPPED, its rows so far are kept",
+}  # fmt: skip
+ENDED = (STATES[0], STATES[BROKEN])  # every check ran
 CSVRow = dict[str, str]
 # File name -> its rows.
 Tables = Callable[[str], list[CSVRow]]
@@ -39,6 +45,7 @@ class Quantity:
         source: where the range is from; a word of the docstring above.
         at_most, at_least: the target; neither if the line only reports.
         beside: print it beside the row that it is read from.
+        section: the section that must have run to its end for the target to be met.
     """
 
     line: str
@@ -49,6 +56,7 @@ class Quantity:
     at_most: float | None = None
     at_least: float | None = None
     beside: bool = True
+    section: str = ""
 
     def text(self, value: float) -> str:
         """``1.19 (expected 1–1.6)``, and a mark if it is outside."""
@@ -90,14 +98,17 @@ def ratio(
     return value
 
 
-def violations(file: str, *quantities: str, prefix: str = "") -> Callable[[Tables], float | None]:
-    """The number of rows whose bound did not hold, of those with these quantities, or of all."""
+def violations(file: str, backend: str, *quantities: str) -> Callable[[Tables], float | None]:
+    """The number of rows whose bound did not hold, of those with these quantities, or of all.
+
+    None if none of them is of this backend. A test that was skipped has no bound.
+    """
 
     def value(tables: Tables) -> float | None:
         rows = [row for row in tables(file)
-                if (row["quantity"] in quantities or not quantities)
-                and row["backend"].startswith(prefix)]  # fmt: skip
-        return float(sum(row["holds"] != "True" for row in rows)) if rows else None
+                if (row["quantity"] in quantities or not quantities) and row["holds"]]  # fmt: skip
+        measured = any(row["backend"] == backend for row in rows)
+        return float(sum(row["holds"] != "True" for row in rows)) if measured else None
 
     return value
 
@@ -123,13 +134,16 @@ def _ceilings() -> Iterable[Quantity]:
 
 
 def _correctness() -> Iterable[Quantity]:
-    for line, value in (
-        ("every backend against float64 on a GPU, NaN-poisoned", violations("accuracy.csv")),
-        ("two runs of the Triton scan", violations("accuracy.csv", "two runs", prefix="triton")),
-        ("the tests marked gpu", violations("tests.csv", "gpu")),
-        ("all tests of the kernels, on a GPU", violations("tests.csv", "kernels")),
-    ):
-        yield Quantity(line, "violated", value, (0, 0), "bounds", at_most=0, beside=False)
+    errors, tests = ("accuracy.csv", "triton"), ("tests.csv", "pytest")
+    for line, section, value in (
+        ("every backend against float64 on a GPU, NaN-poisoned", "correctness",
+         violations(*errors)),
+        ("two runs of the Triton scan", "correctness", violations(*errors, "two runs")),
+        ("the tests marked gpu", "correctness", violations(*tests, "gpu")),
+        ("all tests of the kernels, on a GPU", "tests", violations(*tests, "kernels")),
+    ):  # fmt: skip
+        yield Quantity(line, "violated", value, (0, 0), "bounds", at_most=0, beside=False,
+                       section=section)  # fmt: skip
 
 
 def _kernels() -> Iterable[Quantity]:
@@ -252,27 +266,54 @@ def debts() -> list[list[str]]:
     return table
 
 
-def summary(out: Path, sections: Iterable[tuple[str, str, str]] = ()) -> str:
-    """Markdown: the sections, and every line of README.md's table with what `out` has of it."""
-    tables: dict[str, list[CSVRow]] = {}
+def summary(
+    out: Path, sections: Iterable[tuple[str, str, str]] = (),
+    before: Mapping[str, int] | None = None, dry: bool = False,
+) -> str:  # fmt: skip
+    """Markdown: the sections, and every line of README.md's table with what a run measured of it.
 
-    def rows(file: str) -> list[CSVRow]:
-        return tables.setdefault(file, read_rows(out / file))
-
+    Args:
+        sections: name, state and seconds of each.
+        before: file name -> the number of its rows that are not of this run.
+        dry: the run was one on a CPU, which meets no target.
+    """
+    sections = list(sections)
+    tables = {path.name: read_rows(path)[(before or {}).get(path.name, 0) :]
+              for path in sorted(out.glob("*.csv"))}  # fmt: skip
+    ended = {"", *(name for name, state, _ in sections if state in ENDED)}
     lines, suspect = [], []
     for result, target, *_ in debts():
-        measured = [(q, v) for q in QUANTITIES if q.line == result
-                    if (v := q.value(rows)) is not None]  # fmt: skip
-        texts = [f"{q.name} {q.text(v)}".strip() for q, v in measured]
+        pairs = [(q, q.value(lambda file: tables.get(file, []))) for q in QUANTITIES
+                 if q.line == result]  # fmt: skip
+        texts = [f"{q.name} {q.text(v)}".strip() for q, v in pairs if v is not None]
         suspect += [f"{result}: {text}" for text in texts if "OUTSIDE" in text]
-        verdicts = [met for q, v in measured if (met := q.met(v)) is not None]
-        met = "" if not measured else "yes" if all(verdicts) else "**no**"
-        met = "reported" if measured and not verdicts else met
-        lines.append((result, target, "; ".join(texts) or "not measured", met))
+        met = _verdict(pairs, ended) if texts else ""
+        lines.append((result, target, "; ".join(texts) or "not measured",
+                      "dry run" if texts and dry else met))  # fmt: skip
+    origins = dict.fromkeys(_origin(row) for rows in tables.values() for row in rows)
     parts = [
+        "\n".join(f"- {origin}" for origin in origins or ["this run has no rows"]),
         "The expected values are those of one NVIDIA H200.",
         markdown_table(("section", "state", "seconds"), sections),
         markdown_table(("result", "target (stretch)", "measured", "met"), lines),
         "Outside the expected ranges:\n" + "\n".join(f"- {line}" for line in suspect or ["none"]),
     ]
     return "\n\n".join(["# GPU check", *parts]) + "\n"
+
+
+def _verdict(pairs: list[tuple[Quantity, float | None]], ended: set[str]) -> str:
+    """Whether the quantities of a line meet its target: a part of them cannot."""
+    verdicts = [(None if v is None else q.met(v), q.section in ended)
+                for q, v in pairs if q.at_most is not None or q.at_least is not None]  # fmt: skip
+    if not verdicts:
+        return "reported"
+    if any(met is False for met, _ in verdicts):
+        return "**no**"
+    return "yes" if all(met and complete for met, complete in verdicts) else "incomplete"
+
+
+def _origin(row: CSVRow) -> str:
+    """Commit, hardware and versions of a row; kernels.csv has other columns for these."""
+    texts = [row.get("commit"), row.get("hardware") or row.get("device"), row.get("versions")]
+    texts += [f"{name} {row[name]}" for name in ("torch", "triton") if row.get(name)]
+    return ", ".join(filter(None, texts)) or "unknown"

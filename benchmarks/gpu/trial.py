@@ -29,7 +29,7 @@ def pretraining(section: Section) -> None:
     )  # fmt: skip
     started = time.perf_counter()
     if not _pretrain(settings, work / "whole"):
-        section.failures += 1
+        section.fail("the whole run")
         return
     seconds = time.perf_counter() - started
     whole = {row["step"]: row["loss"] for row in read_metrics(work / "whole")}
@@ -46,7 +46,8 @@ def pretraining(section: Section) -> None:
     if difference is not None:
         row |= {"resume_bitwise": difference == 0, "resume_difference": f"{difference:.1e}"}
     section.row("pretraining.csv", PRETRAINING_COLUMNS, row, f"resumed at step {middle}:")
-    section.failures += difference is None or not difference <= 1e-3
+    if difference is None or not difference <= 1e-3:
+        section.fail(f"resumed in the middle: the losses differ by {difference}")
 
 
 def _resumed_difference(

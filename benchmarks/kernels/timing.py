@@ -332,8 +332,10 @@ def measure(
                     yield _row(one, shape, dtype, direction, floor) | common
             except Exception as error:
                 names = ", ".join(provider.name for provider in group)
-                say(f"FAILED: {names}, {shape}, {dtype}, {direction}. {first_line(error)}")
-                failures += [p.name for p in group if p.name in BACKENDS]
+                ours = [p.name for p in group if p.name in BACKENDS]
+                word = "BROKEN" if ours else "FAILED"
+                say(f"{word}: {names}, {shape}, {dtype}, {direction}. {first_line(error)}")
+                failures += ours
             if device == "cuda":
                 torch.cuda.empty_cache()
     if failures:

@@ -2,6 +2,8 @@
 
 import csv
 import importlib
+import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -45,6 +47,17 @@ def targets(module):
     return module.targets
 
 
+@pytest.fixture
+def stand_in(tmp_path, module, monkeypatch):
+    """Returns a function that sets the program to run instead of every section."""
+
+    def set_program(text: str) -> None:
+        (tmp_path / "stand_in.py").write_text(text)
+        monkeypatch.setattr(module, "__file__", str(tmp_path / "stand_in.py"))
+
+    return set_program
+
+
 def rows_of(folder: Path, name: str) -> list[dict[str, str]]:
     with open(folder / f"{TABLES[name]}.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -71,6 +84,7 @@ def test_a_section_is_a_process_with_a_log(tmp_path, gpu_check, capfd):
 def test_a_section_writes_its_rows(tmp_path, gpu_check, monkeypatch, name):
     """Here in this process, as `--section` does in its own."""
     monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # pytest's lines are read
     argv = ["--dry-run", "--section", name, "--out", str(tmp_path), "--budget", "6000"]
     assert gpu_check(argv) == 0
     rows = rows_of(tmp_path, name)
@@ -87,11 +101,9 @@ def test_a_section_writes_its_rows(tmp_path, gpu_check, monkeypatch, name):
 
 
 def test_a_section_that_fails_or_hangs_leaves_the_others_their_time(
-    tmp_path, module, monkeypatch, capfd
+    tmp_path, module, stand_in, monkeypatch, capfd
 ):
-    (tmp_path / "stand_in.py").write_text(STAND_IN)
-    monkeypatch.setattr(module, "__file__", str(tmp_path / "stand_in.py"))
-    monkeypatch.setattr(module, "CACHE", tmp_path / "cache")
+    stand_in(STAND_IN)
     names = ["machine", "correctness", "kernels", "models"]
     monkeypatch.setattr(module, "SECTIONS", dict.fromkeys(names, 30) | {"kernels": 1})
     code = module.main(["--dry-run", "--budget", "60", "--only", *names, "--out", str(tmp_path)])
@@ -106,15 +118,119 @@ def test_a_section_that_fails_or_hangs_leaves_the_others_their_time(
     assert "| kernels | STOPPED" in (tmp_path / "summary.md").read_text()
 
 
-def test_compiled_kernels_can_be_brought_along(tmp_path, module, monkeypatch):
-    monkeypatch.setattr(module, "CACHE", tmp_path / "cache")
-    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
-    assert module._environment("kernels", False)["TRITON_CACHE_DIR"] == str(
-        tmp_path / "cache" / "triton"
+@pytest.mark.parametrize("end", ["time.sleep(100)", "", "sys.exit(3)"],
+                         ids=["stopped", "ended", "said-so"])  # fmt: skip
+def test_a_check_that_failed_counts(tmp_path, module, stand_in, monkeypatch, end):
+    """Also if its section is stopped afterwards, or loses its exit code."""
+    stand_in(f"import sys, time\nprint('[1 s, 9 left] BROKEN: y 9e9', flush=True)\n{end}")
+    monkeypatch.setattr(module, "SECTIONS", {"machine": 1, "correctness": 1})
+    argv = ["--dry-run", "--budget", "3", "--only", "correctness", "--out", str(tmp_path)]
+    assert module.main(argv) == 12
+    line = next(m for m in (tmp_path / "summary.md").read_text().splitlines() if "correctness" in m)
+    assert ("STOPPED" in line) == ("sleep" in end)
+
+
+@pytest.mark.parametrize(
+    ("section", "code"),
+    [({}, 0), ({"failures": 1}, 3), ({"cut": True}, 4), ({"failures": 1, "cut": True}, 1)],
+    ids=["whole", "failed", "cut", "both"],
+)
+def test_a_section_says_by_its_exit_code_whether_every_check_ran(
+    module, monkeypatch, section, code
+):
+    sections = importlib.import_module("sections")
+    monkeypatch.setitem(sections.SECTIONS, "machine", lambda one: vars(one).update(section))
+    assert sections.run("machine", Path(), Path(), 0, 0, dry=True) == code
+    assert (module.targets.STATES.get(code) in module.targets.ENDED) == ("cut" not in section)
+
+
+def test_a_failure_is_printed_at_once(capsys, module):
+    section = importlib.import_module("section").Section("tests", Path(), Path(), 0, 0, True)
+    section.fail("FAILED tests/kernels/test_scan.py::test_x")
+    assert section.failures == 1
+    assert "] BROKEN: FAILED tests/" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_section_too(tmp_path, module, stand_in, monkeypatch, number):
+    stand_in(
+        "import os, sys, time\n"
+        "open(os.path.join(sys.argv[4], 'pid'), 'w').write(str(os.getpid()))\n"
+        f"os.kill(os.getppid(), {int(number)})\ntime.sleep(100)\n"
     )
+    earlier = {one: signal.signal(one, lambda *_: None) for one in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        module.end_on_signals()
+        with pytest.raises(SystemExit) as stop:
+            module.main(["--dry-run", "--only", "machine", "--budget", "9", "--out", str(tmp_path)])
+    finally:
+        for one, handler in earlier.items():
+            signal.signal(one, handler)
+    assert stop.value.code == 128 + number
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+    assert "| machine | not run |" in (tmp_path / "summary.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["HF_HOME", "NUMBA_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR",
+                                  "TRITON_CACHE_DIR", "VIM_SSL_CACHE"])  # fmt: skip
+def test_a_cache_is_below_out_or_where_its_variable_points(tmp_path, module, monkeypatch, name):
+    monkeypatch.setattr(module, "ROOT", Path("/proc/read-only"))
     monkeypatch.chdir(tmp_path)  # a section runs in the checkout
-    monkeypatch.setenv("TRITON_CACHE_DIR", "warm")
-    assert module._environment("kernels", False)["TRITON_CACHE_DIR"] == str(tmp_path / "warm")
+    for key in module.CACHES:
+        monkeypatch.delenv(key, raising=False)
+    assert (
+        tmp_path / "out"
+        in Path(module._environment("kernels", tmp_path / "out", False)[name]).parents
+    )
+    monkeypatch.setenv(name, "warm")
+    assert module._environment("kernels", tmp_path / "out", False)[name] == str(tmp_path / "warm")
+    assert module._cache(tmp_path / "one") != module._cache(tmp_path / "two")
+
+
+def test_the_summary_is_of_this_call(tmp_path, module, stand_in, capfd):
+    """Not of rows of other commits and cards, and also if every section is skipped."""
+    head = "commit,hardware,versions,backend,quantity,holds\n"
+    (tmp_path / "accuracy.csv").write_text(f"{head}old,A100,torch 1,triton,y,False\n")
+    (tmp_path / "summary.md").write_text("of an earlier call")
+    argv = ["--dry-run", "--only", "machine", "correctness", "--out", str(tmp_path)]
+    assert module.main([*argv, "--budget", "0"]) == 0
+    printed = capfd.readouterr().out
+    assert "earlier" not in printed
+    assert "| machine | skipped: the time is up" in printed
+    assert "| correctness | skipped: the time is up" in printed
+    assert "this run has no rows" in printed
+    stand_in("import sys\nif sys.argv[2] == 'machine':\n"
+             "    with open(sys.argv[4] + '/accuracy.csv', 'a') as file:\n"
+             "        file.write('new,H200,torch 2,triton,y,True\\n')\n")  # fmt: skip
+    assert module.main([*argv, "--budget", "60"]) == 0
+    summary = (tmp_path / "summary.md").read_text()
+    assert "- new, H200, torch 2\n" in summary
+    assert "A100" not in summary
+    line = next(m for m in summary.splitlines() if m.startswith("| every backend against float64"))
+    assert line.endswith("| violated 0 (expected 0–0) | dry run |")
+    assert "| every backend against" in (tmp_path / "gpu_check.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("rows", "state", "cells"),
+    [
+        (["triton,y,True"], "done", "violated 0 (expected 0–0) | yes"),
+        (["triton,y,True"], "done, but a check is BROKEN", "violated 0 (expected 0–0) | yes"),
+        (["triton,y,True"], "done, but cut off", "violated 0 (expected 0–0) | incomplete"),
+        (["triton,y,True"], "STOPPED, …", "violated 0 (expected 0–0) | incomplete"),
+        (["triton,y,True"], "FAILED (1)", "violated 0 (expected 0–0) | incomplete"),
+        (["triton,y,False"], "STOPPED, …", "violated 1 (expected 0–0) <<< OUTSIDE | **no**"),
+        (["auto,y,True"], "done", "not measured | "),
+        (["triton,y,"], "done", "not measured | "),
+    ],
+)
+def test_a_check_that_did_not_run_meets_no_target(targets, tmp_path, rows, state, cells):
+    text = "\n".join(["backend,quantity,holds", *rows])
+    (tmp_path / "accuracy.csv").write_text(text + "\n")
+    lines = targets.summary(tmp_path, [("correctness", state, "9")]).splitlines()
+    line = next(m for m in lines if m.startswith("| every backend against float64"))
+    assert line.endswith(f" | {cells} |")
 
 
 def test_without_a_gpu_one_line_says_so(tmp_path, gpu_check, capfd):
@@ -178,6 +294,7 @@ def test_the_summary_compares_with_the_targets(targets, tmp_path):
     assert (
         cells("forward against mamba-ssm")[0] == "Vim-Ti, 197 tokens, × as fast 6 (expected 3–12)"
     )
+    assert cells("forward against mamba-ssm")[1] == "incomplete |"
     assert cells("two runs of the Triton scan")[1] == "**no** |"
     assert cells("one Vim block")[0] == "not measured"
     assert "- two runs of the Triton scan: violated 1 (expected 0–0) <<< OUTSIDE" in lines
