@@ -17,10 +17,12 @@ in one process and are timed with the thread's CPU clock; short calls repeat wit
 is a median over the turns, each ratio the median of the ratios per turn. The runs of a part are
 repeated in turns; each is a row, and so is the median. Memory is measured once.
 
-Rows are appended to results/cpu.csv, or to --out, as they come; the same command at the same commit
-resumes. The end of the output compares the medians with the targets.
+Rows are appended to results/cpu.csv, or to --out, as they come. The same command resumes at the
+same commit, unless files differ from it, on the same machine with the same versions. The end of the
+output compares the medians with the targets.
 """
 
+import hashlib
 import math
 import os
 import statistics
@@ -70,6 +72,7 @@ class Measurement:
         value: the name of one of its values; an earlier row of it counts as measured.
         function: of a module beside this one; returns the values.
         runs: how often it is repeated.
+        settings: those of the command that may change a value, at the end of the conditions.
         variables: environment variables of its process, in place of `POLICIES`; None: as here.
         busy: other processes beside it, each of which keeps a core busy.
     """
@@ -81,6 +84,7 @@ class Measurement:
     function: Callable[..., Values]
     arguments: tuple
     runs: int = 1
+    settings: str = ""
     variables: dict[str, str] | None = None
     busy: int = 0
 
@@ -92,21 +96,24 @@ class Measurement:
                 for name, (value, unit) in values.items()]  # fmt: skip
 
     def conditions_of(self, run: int) -> str:
-        return f"{self.conditions}; run {run} of {self.runs}" if self.runs > 1 else self.conditions
+        count = f"run {run} of {self.runs}" if self.runs > 1 else ""
+        return "; ".join(filter(None, (self.conditions, self.settings, count)))
 
 
 @dataclass
 class Table:
-    """Values by what, and conditions without the run: run -> value."""
+    """Values of one command by what, and conditions without settings and run: run -> value."""
 
     values: dict[Key, dict[int, float]] = field(default_factory=dict)
     units: dict[Key, str] = field(default_factory=dict)
+    settings: dict[Key, list[str]] = field(default_factory=dict)
 
     def add(self, one: dict) -> None:
-        conditions, _, run = one["conditions"].partition("; run ")
+        conditions, *more = one["conditions"].split("; ")
+        run = int(more.pop().split()[1]) if more and more[-1].startswith("run ") else 1
         key = (one["what"], conditions)
-        self.values.setdefault(key, {})[int(run.partition(" ")[0] or 1)] = float(one["value"])
-        self.units[key] = one["unit"]
+        self.values.setdefault(key, {})[run] = float(one["value"])
+        self.units[key], self.settings[key] = one["unit"], more
 
     def median(self, key: Key) -> float:
         """Return the median of the runs; nan if there are none."""
@@ -121,7 +128,8 @@ class Table:
     def conditions_of(self, key: Key) -> str:
         """Return the conditions of the median of this key."""
         runs = len(self.values.get(key, {}))
-        return f"{key[1]}; median of {runs} runs" if runs > 1 else key[1]
+        count = [f"median of {runs} runs"] if runs > 1 else []
+        return "; ".join([key[1], *self.settings.get(key, []), *count])
 
 
 @contextmanager
@@ -159,24 +167,27 @@ def neighbours(count: int) -> Iterator[None]:
 def plan(runs: int, turns: int, seconds: float, sketch: str) -> list[Measurement]:
     """Return all measurements; those of a part are repeated in turns."""
     few = max(turns // 10, 3)
+    long, many, fewer = f"{seconds:g} s", f"{turns} turns", f"{few} turns"
+    scans = f"{many}, C++ {fingerprint(sketch)}" if sketch else many
     return [
         *(Measurement("waiting", f"waiting, {policy}, {BESIDE[busy]}", DEMO, "speed",
-                      images_per_second, ("demo", 2, seconds), runs,
+                      images_per_second, ("demo", 2, seconds), runs, long,
                       variables | {"OMP_NUM_THREADS": "2"}, busy)
           for busy in BESIDE for policy, variables in WAITING.items()),
         *(Measurement("encoder", "encoder 224 px", f"batch {batch}, {INFERENCE}", "Vim-Ti",
-                      time_encoder, (224, batch, turns if batch == 1 else few), runs)
+                      time_encoder, (224, batch, turns if batch == 1 else few), runs,
+                      many if batch == 1 else fewer)
           for batch in (1, 8)),
         *(Measurement("crossover", f"encoder {size} px", f"batch 1, {INFERENCE}", "Vim-Ti",
-                      time_encoder, (size, 1, few), min(runs, 3)) for size in SIZES),
+                      time_encoder, (size, 1, few), min(runs, 3), fewer) for size in SIZES),
         *(Measurement("scan", f"scan {direction}", SCAN, "C++" if sketch else "numba",
-                      time_scan, (direction, sketch, turns), runs)
+                      time_scan, (direction, sketch, turns), runs, scans)
           for direction in ("forward", "backward")),
         *(Measurement("step", f"training, {preset}", "batch 64, 1 thread, with data loading",
-                      "step", step_seconds, (preset, seconds), runs)
+                      "step", step_seconds, (preset, seconds), runs, long)
           for preset in ("demo", "cpu_mae")),
         Measurement("step", "training step 224 px", f"batch 8, {TRAINING}", "Vim-Ti",
-                    time_step, (224, 8, few), runs),
+                    time_step, (224, 8, few), runs, fewer),
         *(Measurement("memory", "saved for a backward pass, batch 8", SAVED, variant,
                       saved_memory, (variant, 8))
           for variant in ("numba", "numba, recomputing", "torch", "DeiT-Ti")),
@@ -185,6 +196,11 @@ def plan(runs: int, turns: int, seconds: float, sketch: str) -> list[Measurement
           for batch, variant in ((8, "numba"), (8, "numba, recomputing"), (8, "torch"),
                                  (1, "numba"), (1, "reference"))),  # which keeps every state
     ]  # fmt: skip
+
+
+def fingerprint(path: str) -> str:
+    """Return eight digits that name the content of a file."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]
 
 
 def ratios() -> Iterator[tuple[str, Key, Key]]:
@@ -263,22 +279,29 @@ def measure_all(
     """Measure what has no row yet.
 
     Args:
-        known: rows of earlier measurements of the same commit and machine.
+        known: rows of earlier measurements; those of other settings are not used.
         keep: called with the rows of each measurement.
     """
     table = Table()
-    for one in known:
-        table.add(one)
-    measured = {(one["what"], one["conditions"]) for one in known}
     for run, one in in_order(measurements):
-        if (f"{one.what}, {one.value}", one.conditions_of(run)) in measured:
-            continue
-        rows = one.rows(run)
+        rows = [row for row in known if row["conditions"] == one.conditions_of(run)
+                and row["what"].startswith(f"{one.what}, ")]  # fmt: skip
+        if all(row["what"] != f"{one.what}, {one.value}" for row in rows):
+            rows = one.rows(run)
+            for each in rows:
+                print_row(each)
+            keep(rows)
         for each in rows:
             table.add(each)
-            print_row(each)
-        keep(rows)
     return table
+
+
+def resumable(rows: list[dict], here: dict[str, str]) -> list[dict]:
+    """Return the rows of the same code, machine and versions as ``here``."""
+    if here["commit"] == "unknown" or here["commit"].endswith("-dirty"):
+        return []  # the code may have changed since
+    same = ("commit", "hardware", "versions")
+    return [one for one in rows if all(one[name] == here[name] for name in same)]
 
 
 def row(what: str, value: float, unit: str, conditions: str) -> dict:
@@ -303,10 +326,7 @@ def main() -> int:
     args = parser.parse_args()
     path: Path = args.out / FILE
     here = origin()
-    known = [] if args.dry_run else [
-        row for row in read_rows(path)
-        if (row["commit"], row["hardware"]) == (here["commit"], here["hardware"])
-    ]  # fmt: skip
+    known = [] if args.dry_run else resumable(read_rows(path), here)
 
     def keep(rows: list[dict]) -> None:
         if not args.dry_run:
@@ -320,10 +340,10 @@ def main() -> int:
         keep([load])
     table = measure_all([one for one in measurements if one.part in args.only], known, keep)
     print()
-    before = {(one["what"], one["conditions"]) for one in known}
+    latest = {(one["what"], one["conditions"]): one["value"] for one in known}
     for one in derived(table):
         print_row(one)
-        if (one["what"], one["conditions"]) not in before:
+        if latest.get((one["what"], one["conditions"])) != str(one["value"]):
             keep([one])
     return 0
 

@@ -72,6 +72,76 @@ def test_rows_of_an_interrupted_benchmark_are_kept(cpu, measure):
     assert measure(plan, first)[0] == []
 
 
+@pytest.fixture
+def command(cpu, monkeypatch, tmp_path):
+    """Run the command on the scan: (options, where) -> what it measured, and all its rows."""
+    measured: list[float] = []
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # restored afterwards
+
+    def scan(_, direction, sketch, turns):
+        measured.append(float(len(measured)))
+        return dict.fromkeys(["numba", "C++"] if sketch else ["numba"], (measured[-1], "ms"))
+
+    def command(*options: str, **changes: str):
+        here = {"date": "today", "commit": "abc", "hardware": "h", "versions": "v", **changes}
+        monkeypatch.setattr(cpu, "origin", lambda: here)
+        monkeypatch.setattr(cpu, "run_apart", scan)
+        monkeypatch.setattr("sys.argv", ["", "--only", "scan", "--out", str(tmp_path), *options])
+        before = len(measured)
+        cpu.main()
+        rows = cpu.read_rows(tmp_path / cpu.FILE)
+        return measured[before:], [row for row in rows if row["what"] != "load before"]
+
+    return command
+
+
+SKETCH = "sketch.so"
+
+
+@pytest.mark.parametrize(
+    ("options", "changes"),
+    [
+        ((), {"commit": "other"}),
+        ((), {"hardware": "other"}),
+        ((), {"versions": "other"}),
+        (("--turns", "40"), {}),
+        (("--runs", "2"), {}),
+        (("--sketch", SKETCH), {}),
+    ],
+    ids=["commit", "hardware", "versions", "turns", "runs", "sketch"],
+)
+def test_rows_of_other_measurements_are_not_resumed(command, options, changes, tmp_path):
+    (tmp_path / SKETCH).write_bytes(b"1")
+    options = [str(tmp_path / word) if word == SKETCH else word for word in options]
+    assert command("--runs", "3")[0] == [0, 1, 2, 3, 4, 5]  # forward and backward in turns
+    assert command("--runs", "3")[0] == []
+    runs = 2 if "--runs" in options else 3
+    values, rows = command("--runs", "3", *options, **changes)
+    assert values == [float(6 + i) for i in range(2 * runs)]
+    *_, median = (row for row in rows if row["what"] == "scan forward, numba")
+    assert float(median["value"]) == 5 + runs
+    library = ", C++ 6b86b273" if "--sketch" in options else ""
+    assert median["conditions"].endswith(f" turns{library}; median of {runs} runs")
+    if "--sketch" in options:  # of the same name
+        assert command("--runs", "3", *options)[1] == rows
+        (tmp_path / SKETCH).write_bytes(b"2")
+        assert len(command("--runs", "3", *options)[0]) == 6
+
+
+@pytest.mark.parametrize("commit", ["abc-dirty", "unknown"])
+def test_rows_of_code_without_a_name_are_not_resumed(command, commit):
+    command(commit=commit)
+    values, rows = command(commit=commit)
+    assert len(values) == 10
+    assert len(rows) == 2 * 12  # with the medians
+
+
+def test_the_duration_of_a_training_is_in_its_rows(cpu):
+    for seconds in (8.0, 0.5):
+        plan = [one for one in cpu.plan(5, 30, seconds, "") if one.part == "waiting"]
+        assert {one.conditions_of(1) for one in plan} == {f"{cpu.DEMO}; {seconds:g} s; run 1 of 5"}
+
+
 def test_every_value_of_the_plan_is_recognised_when_resumed(cpu):
     """Else an earlier row would stand for two measurements."""
     plan = cpu.plan(5, 30, 8.0, "")
@@ -150,7 +220,7 @@ def test_a_value_is_compared_with_its_target(cpu, what, value, text):
 
 
 def test_targets_are_those_of_values_that_are_measured(cpu):
-    known = {f"{one.what}, {one.value}" for one in cpu.plan(5, 30, 8.0, "scan.so")}
+    known = {f"{one.what}, {one.value}" for one in cpu.plan(5, 30, 8.0, "")}
     known |= {what for what, *_ in cpu.ratios()} | {"crossover with DeiT-Ti"}
     by_ratio = {"encoder 224 px, Vim-Ti / DeiT-Ti", "scan forward, numba's operator / C++"}
     assert cpu.TARGETS.keys() <= known | by_ratio
