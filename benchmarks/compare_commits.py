@@ -271,7 +271,8 @@ def main() -> int:
     add("--turns", type=int, default=5, help="times that each commit is measured")
     add("--threshold", type=float, default=0.03, help="relative difference that counts")
     args = parser.parse_args()
-    rows = []
+    rows: list[dict] = []
+    failed = []
     with tempfile.TemporaryDirectory() as folder:
         base, head = (checkout(name, Path(folder, side))
                       for side, name in (("base", args.base), ("head", args.head)))  # fmt: skip
@@ -279,13 +280,21 @@ def main() -> int:
         print(f"{'measure':36}      {base.name:>10} {head.name:>10}   ratio (quartiles)   in ms")
         for measure in args.only:
             clock = "wall" if measure in BY_THE_CLOCK else "cpu"
-            for name, pairs in take_turns(measure, base, head, args.turns).items():
+            try:
+                measured = take_turns(measure, base, head, args.turns)
+            except Exception as error:  # of this measure only
+                failed.append(measure)
+                print(f"{measure} FAILED: {error}", flush=True)
+                continue
+            for name, pairs in measured.items():
                 rows.append(summarised(name, pairs, clock))
                 print(text_of(rows[-1], args.threshold), flush=True)
                 append_rows(args.out / FILE, COLUMNS, [here | rows[-1]])
     slower = [row["measure"] for row in rows if verdict(row, args.threshold) == "SLOWER"]
     print(f"Slower: {'; '.join(slower) or 'none'}.")
-    return int(bool(slower))
+    if failed:
+        print(f"Failed: {'; '.join(failed)}.")
+    return int(bool(slower or failed))
 
 
 if __name__ == "__main__":

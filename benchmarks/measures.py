@@ -197,15 +197,21 @@ MEASURES: dict[str, Callable[[Path], Turn]] = {
 }  # fmt: skip
 
 
+def check_package() -> None:
+    """Raise AssertionError unless the package is that of PYTHONPATH."""
+    from vim_ssl import kernels
+
+    folders = [Path(path).parent.resolve() for path in kernels.__path__]
+    checkout = Path(os.environ["PYTHONPATH"]).resolve()
+    assert folders == [checkout], f"{folders} is not the commit's checkout, {checkout}"
+
+
 def main() -> int:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the package prints is no answer
+    check_package()  # imports the package, and that before torch
     import torch
 
-    from vim_ssl import kernels
-
-    folders = [Path(path).parent for path in kernels.__path__]
-    assert folders == [Path(os.environ["PYTHONPATH"])], f"{folders} is not the commit's checkout"
     torch.set_num_threads(1)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:

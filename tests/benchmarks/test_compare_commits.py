@@ -1,9 +1,11 @@
 """The comparison of two commits: pairs of turns, what counts as slower, and the measures."""
 
+import csv
 import importlib
 import math
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -46,6 +48,32 @@ def test_two_processes_take_turns(compare, sides):
 def test_a_measure_that_fails_shows_its_errors(compare, sides):
     with pytest.raises(RuntimeError, match=r"(?s)base: broken failed.*no such thing"):
         compare.take_turns("broken", *sides, 3)
+
+
+def test_the_others_are_measured_after_one_that_fails(
+    compare, sides, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.setattr(compare, "checkout", lambda *_: sides[0])
+    monkeypatch.setattr(compare, "NAMES", ("broken", "b"))
+    argv = ["", "main", "--only", "broken", "b", "--turns", "2", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", argv)
+    assert compare.main() == 1
+    printed = capsys.readouterr().out
+    assert "broken FAILED: base: broken failed:" in printed
+    assert "no such thing" in printed
+    assert printed.endswith("Slower: none.\nFailed: broken.\n")
+    table = (tmp_path / compare.FILE).read_text()
+    assert [row["measure"] for row in csv.DictReader(table.splitlines())] == ["a", "b"]
+
+
+@pytest.mark.parametrize("linked", [True, False])
+def test_a_measure_is_of_its_checkout_also_behind_a_link(compare, monkeypatch, tmp_path, linked):
+    measures = importlib.import_module("measures")
+    (tmp_path / "link").symlink_to(ROOT)
+    (tmp_path / "other").mkdir()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / ("link" if linked else "other")))
+    with nullcontext() if linked else pytest.raises(AssertionError, match="not the commit's"):
+        measures.check_package()
 
 
 @pytest.mark.parametrize(
