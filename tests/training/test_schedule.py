@@ -1,5 +1,6 @@
 """What a run prints of its data and steps before the first one."""
 
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ from vim_ssl.data import ImageData
 from vim_ssl.data.loading.indexed import SeededSamples
 from vim_ssl.training.config import TrainConfig
 from vim_ssl.training.schedule import Schedule, fitting_batch
+from vim_ssl.utils import cores
 from vim_ssl.utils.names import plural, rough_time
 
 
@@ -54,6 +56,16 @@ def test_the_data_and_what_an_epoch_leaves_out(count, more, line):
 )  # fmt: skip
 def test_the_steps_the_batch_and_the_learning_rate(more, line):
     assert summary(128, **more)[1] == line
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize(("machine", "workers"), [(16, 8), (4, 4)])
+def test_workers_follow_the_machine_not_the_quota(monkeypatch, machine, workers):
+    """As in earlier versions: the order of a stream depends on them."""
+    monkeypatch.setattr(cores, "quota", lambda *_: 3.0)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(machine)), raising=False)
+    assert cores.cores() == 3
+    assert summary(128, workers=8)[1].endswith(f"{workers} workers")
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 63, 64, 65, 66, 100, 127, 129, 191, 200, 203, 5000])

@@ -11,7 +11,7 @@ from vim_ssl.data.content import content_hash
 from vim_ssl.data.loading.indexed import SeededSamples, training_loader
 from vim_ssl.training.config import TrainConfig
 from vim_ssl.training.state import FINISHED, STOPPED_EARLY
-from vim_ssl.utils.cores import cores
+from vim_ssl.utils.cores import affinity
 from vim_ssl.utils.names import plural
 
 
@@ -68,7 +68,8 @@ class Schedule:
         self.processes, self.images = world, len(samples)
         # Limit the batch to the size of the data, so that a few images can be trained on.
         self.batch_size = max(min(config.batch_size, len(samples) // world), 1)
-        self.workers = min(config.workers, cores())
+        # Not the container's quota: the order of a stream depends on the number of workers.
+        self.workers = min(config.workers, affinity())
         self.batches = samples.batches(
             self.batch_size, rank=accelerator.process_index, world=world, workers=self.workers,
             order=order,
