@@ -1,6 +1,7 @@
 """The number of cores by affinity and by the limits of control groups, from files made here."""
 
 import os
+import sys
 
 import pytest
 
@@ -29,6 +30,12 @@ CASES = {
     "v1, another controller's": (
         {GROUP: "3:cpuset:/docker/1\n", f"{TOP}/cpuset/docker/1/cpu.cfs_quota_us": "100000\n",
          f"{TOP}/cpuset/docker/1/cpu.cfs_period_us": "100000\n"}, 16),
+    "v2 beside v1": (
+        {GROUP: "4:memory:/unit\n0::/unit\n", f"{TOP}/unified/unit/cpu.max": "700000 100000\n"}, 7),
+    "malformed lines": (
+        {GROUP: "\n0\n0:cpu\n0::/\n", f"{TOP}/cpu.max": "200000 100000\n"}, 2),
+    "a name with a separator of lines": (
+        {GROUP: "0::/a\u2028\x0b\x85\n", f"{TOP}/a\u2028\x0b\x85/cpu.max": "200000 100000\n"}, 2),
     "half a core": ({GROUP: "0::/\n", f"{TOP}/cpu.max": "50000 100000\n"}, 1),
     "a core and a half": ({GROUP: "0::/\n", f"{TOP}/cpu.max": "150000 100000\n"}, 2),
     "more than the machine": ({GROUP: "0::/\n", f"{TOP}/cpu.max": "6400000 100000\n"}, 16),
@@ -41,9 +48,19 @@ def test_the_cores_of_a_container(case, tmp_path, monkeypatch):
     files, expected = CASES[case]
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_text(text, encoding="utf-8")
     monkeypatch.setattr(module, "affinity", lambda: 16)
     assert cores(tmp_path) == expected
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are not any bytes there")
+def test_a_group_whose_name_is_not_utf8(tmp_path):
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / GROUP).write_bytes(b"0::/\xe9t\xe9\n")
+    group = tmp_path / TOP / os.fsdecode(b"\xe9t\xe9")
+    group.mkdir(parents=True)
+    (group / "cpu.max").write_text("200000 100000\n")
+    assert quota(tmp_path) == 2
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="not on this system")

@@ -36,14 +36,15 @@ def quota(root: Path = Path("/")) -> float:
 def _groups(root: Path) -> Iterator[Path]:
     """Yield the folders of this process's groups and of those above them.
 
-    In a container the path may be the host's, of which only the upper folders exist.
+    In a container the path may be the host's, of which only the upper folders exist. Beside v1, v2
+    may lie in the folder ``unified``.
     """
-    for line in _text(root / "proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
+    for line in _text(root / "proc/self/cgroup").split("\n"):
+        _, controllers, path = line.split(":", 2) if line.count(":") > 1 else ("", "none", "")
         if controllers and "cpu" not in controllers.split(","):
             continue  # v2 has one line without controllers, v1 a line and a mount for each
         below = Path(path.lstrip("/"))
-        for mount in {controllers, "cpu"} if controllers else ("",):
+        for mount in {controllers, "cpu"} if controllers else ("", "unified"):
             yield from (root / "sys/fs/cgroup" / mount / p for p in (below, *below.parents))
 
 
@@ -58,6 +59,6 @@ def _limits(folder: Path) -> Iterator[float]:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return os.fsdecode(path.read_bytes())  # names may be any bytes
     except (OSError, ValueError):
         return ""
