@@ -24,6 +24,8 @@ from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import vim_ssl.utils.openmp  # noqa: F401 (before torch)
+
 import torch
 from rows import ORIGIN, append_rows, markdown_table, origin, results_parser
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -206,7 +206,8 @@ class ToNormalizedTensor:
         return torch.from_numpy(values)
 
     def __repr__(self) -> str:
-        return f"ToNormalizedTensor({self.normalize})"
+        # As two steps of a Compose: stored embeddings are of a transform with this text.
+        return f"MaybeToTensor()\n    {self.normalize}"
 
 
 def denormalize(images: Tensor, config: Mapping[str, Any]) -> Tensor:
