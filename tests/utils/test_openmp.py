@@ -10,11 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from vim_ssl.training.accelerator import make_accelerator
 from vim_ssl.training.config import TrainConfig
 from vim_ssl.utils import openmp
-from vim_ssl.utils.distributed import join_processes
+from vim_ssl.utils.distributed import pick_device
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = [
@@ -63,7 +64,7 @@ print(json.dumps(ways))
 
 def start_fresh(code: str, *argv: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run code in a process without any setting of OpenMP other than ``variables``."""
-    kept = {k: v for k, v in os.environ.items() if k not in (*openmp.POLICIES, "OMP_NUM_THREADS")}
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_", "KMP_"))}
     return subprocess.run(
         [sys.executable, "-c", code, *argv], cwd=ROOT, capture_output=True, text=True, check=True,
         env=kept | {"PYTHONPATH": str(ROOT)} | variables,
@@ -77,9 +78,10 @@ def ways() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("program", [*SCRIPTS, *MODULES, *COMMANDS])
-def test_every_program_waits_passively_before_torch_is_loaded(ways, program):
-    """`python` or a launcher with a script, `python -m`, and `vim-ssl`."""
-    later = "torch was not loaded"  # by scripts that import it in functions
+def test_programs_that_load_torch_at_once_set_the_policy_before(ways, program):
+    """`python` or a launcher with a script, `python -m`, and `vim-ssl`. Benchmarks may load torch
+    in functions, which are not called here."""
+    later = "torch was not loaded"
     assert ways[program] == "passive" or (ways[program] == later and "benchmarks" in program)
 
 
@@ -98,9 +100,10 @@ DEFAULT, FOR_EVER = "300000", "30000000000"
         (["library", "vim_ssl"], {}, DEFAULT),
         (["vim_ssl", "library"], {"OMP_WAIT_POLICY": "active"}, FOR_EVER),
         (["vim_ssl", "library"], {"GOMP_SPINCOUNT": "77"}, "77"),
-        (["vim_ssl", "library"], {"KMP_BLOCKTIME": "1"}, DEFAULT),
+        (["vim_ssl", "library"], {"KMP_BLOCKTIME": "1"}, "0"),
+        (["vim_ssl", "library"], {"OMP_WAIT_POLICY": ""}, "0"),
     ],
-    ids=["first", "too-late", "the-users-policy", "the-users-count", "the-users-time"],
+    ids=["first", "too-late", "the-users-policy", "the-users-count", "of-another-library", "empty"],
 )
 def test_the_library_of_torch_reads_it(order, variables, spins):
     """How often a waiting thread looks before it sleeps, as GNU's OpenMP prints it when loaded."""
@@ -114,18 +117,22 @@ def test_the_library_of_torch_reads_it(order, variables, spins):
     assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr
 
 
+WORKER = """
+import multiprocessing, os, sys
+import vim_ssl
+with multiprocessing.get_context(sys.argv[1]).Pool(1) as pool:
+    print(pool.apply(os.getenv, ("OMP_WAIT_POLICY",)))
+"""
+
+
 @pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
-def test_workers_wait_as_the_process_that_starts_them(method):
-    if method == "forkserver":
-        pytest.skip("one server serves all tests, and may have been started before")
-    with multiprocessing.get_context(method).Pool(1) as pool:
-        policy = pool.apply(os.getenv, ("OMP_WAIT_POLICY",))
-    assert policy == os.environ["OMP_WAIT_POLICY"]
+def test_workers_wait_passively(method):
+    assert start_fresh(WORKER, method).stdout.split() == ["passive"]
 
 
 @pytest.mark.parametrize(
     ("allowed", "machine", "users", "expected"),
-    [(2, 64, None, "2"), (2, 64, "8", "8"), (4, 4, None, None)],
+    [(2, 64, None, "2"), (2, 64, "", "2"), (2, 64, "8", "8"), (4, 4, None, None)],
 )
 def test_threads_are_those_that_a_container_allows(monkeypatch, allowed, machine, users, expected):
     monkeypatch.setattr(openmp, "cores", lambda: allowed)
@@ -151,7 +158,7 @@ def imported_after_torch(monkeypatch):
 
 STARTS = {
     "training": lambda: make_accelerator(TrainConfig(threads=1)),
-    "evaluation": join_processes,
+    "evaluation": lambda: pick_device("cpu"),
 }
 
 
@@ -161,6 +168,7 @@ def test_a_late_import_is_a_remark_on_a_shared_machine(start, monkeypatch, caplo
     load = [1.0]
     monkeypatch.setattr(os, "getloadavg", lambda: (load[0], 0.0, 0.0), raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     with caplog.at_level(logging.WARNING, "vim_ssl"):
         STARTS[start]()
         assert not caplog.messages, "the machine is not shared"
@@ -172,6 +180,18 @@ def test_a_late_import_is_a_remark_on_a_shared_machine(start, monkeypatch, caplo
     assert "OMP_WAIT_POLICY=passive" in message
 
 
+@pytest.mark.usefixtures("imported_after_torch")
+@pytest.mark.parametrize(
+    ("threads", "rank", "device"), [(1, "0", "cpu"), (2, "1", "cpu"), (2, "0", "cuda:0")]
+)
+def test_threads_that_do_not_spin_here_are_no_remark(monkeypatch, caplog, threads, rank, device):
+    monkeypatch.setattr(os, "getloadavg", lambda: (99.0, 0.0, 0.0), raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    pick_device(device)
+    assert not caplog.messages
+
+
 @pytest.mark.parametrize("name", openmp.POLICIES)
 def test_the_users_choice_is_kept_without_a_remark(name, monkeypatch, caplog):
     for other in openmp.POLICIES:
@@ -180,6 +200,6 @@ def test_the_users_choice_is_kept_without_a_remark(name, monkeypatch, caplog):
     monkeypatch.setattr(openmp, "_too_late", False)
     monkeypatch.setattr(os, "getloadavg", lambda: (99.0, 0.0, 0.0), raising=False)
     openmp.prepare_openmp()
-    join_processes()
+    pick_device("cpu")
     assert {k: os.environ[k] for k in openmp.POLICIES if k in os.environ} == {name: "5"}
     assert not caplog.messages

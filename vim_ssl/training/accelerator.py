@@ -62,9 +62,9 @@ def make_accelerator(config: TrainConfig):
         )
     if accelerator.device.type == "cpu":
         keep_freed_memory()
+        openmp.remark_on_spinning()
     check_step(config, accelerator.device)
     if accelerator.is_main_process:
-        openmp.remark_on_spinning()
         for remark in unused_settings(config, accelerator.distributed_type):
             print(remark, flush=True)
     return accelerator

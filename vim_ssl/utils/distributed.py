@@ -49,7 +49,6 @@ class Processes:
 
 def join_processes() -> Processes:
     """Join the processes that the launcher started; without a launcher, only this process."""
-    openmp.remark_on_spinning()
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
         return Processes()
@@ -63,4 +62,7 @@ def join_processes() -> Processes:
 def pick_device(device: str = "") -> str:
     """Return the requested device, else this process's GPU, else the CPU."""
     default = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    return device or default
+    device = device or default
+    if device == "cpu":
+        openmp.remark_on_spinning()
+    return device
