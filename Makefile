@@ -62,7 +62,7 @@ kernel-report: $(VENV)/.installed-demo ## check every scan backend of this machi
 	$(BIN)/python -m vim_ssl.kernels.selective_scan.accuracy
 
 bench: $(VENV)/.installed-demo ## time the scan and the CPU path; BASE=COMMIT: what got slower since
-ifdef BASE
+ifeq ($(origin BASE),command line)
 	$(BIN)/python benchmarks/compare_commits.py $(BASE) $(BENCH_ARGS)
 else
 	$(BIN)/python benchmarks/kernels/timing.py --device cpu
