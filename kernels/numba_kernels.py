@@ -411,9 +411,11 @@ def silu_slope(v):
 
 @jit
 def _read(source, width, pad):
-    """The address of a full row: the source, or a copy in `pad` if it is shorter than LANES."""
+    """The address of a full row: the source, or a copy in `pad` if it is shorter than LANES, with
+    zeros beyond, where results of other tokens may have left NaN."""
     if width == LANES:
         return source
+    _clear(1, pad)
     for e in range(0, width * FLOAT, FLOAT):
         store(pad + e, number(source + e))
     return pad

@@ -53,8 +53,22 @@ def bi_mixer(
         raise ValueError(
             f"xz has shape {tuple(xz.shape)}; expected (b, l, 2 d) with d = {len(forward.D)}."
         )
+    _check(forward, backward)
     name = resolve("selective_scan", backend, xz.device.type)
     module = select(
         "mixer", backend if name in BACKENDS["mixer"] else "torch", xz, *forward, *backward
     )
     return module.bi_mixer(xz, forward, backward, gated, scale, backend)
+
+
+def _check(forward: Direction, backward: Direction) -> None:
+    """The kernels do not check what they read."""
+    (d, n), r, k = forward.A_log.shape, forward.dt_proj.shape[-1], forward.conv_weight.shape[-1]
+    expected = ((d, 1, k), (d,), (r + 2 * n, d), (d, r), (d,), (d, n), (d,))
+    for title, one in (("forward", forward), ("backward", backward)):
+        for name, m, shape in zip(Direction._fields, one, expected, strict=True):
+            if m.shape != shape:
+                raise ValueError(
+                    f"{title}.{name} has shape {tuple(m.shape)}; expected {shape} (d = {d}, "
+                    f"n = {n}, r = {r}, k = {k})."
+                )

@@ -13,13 +13,19 @@ the forward and in the backward pass. Both directions' parameters are read where
 no stacked copy, which a change of a weight could leave behind.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from vim_ssl.kernels.autograd import gradient_required, operator, register_gradient
+from vim_ssl.kernels.autograd import (
+    channels_contiguous,
+    gradient_required,
+    operator,
+    register_gradient,
+)
 from vim_ssl.kernels.mixer import Direction, torch_backend
 from vim_ssl.kernels.mixer.torch_backend import wide
 
@@ -106,9 +112,25 @@ def _empty_gradients(xz: Tensor, rest: Sequence[Any]) -> tuple[Tensor, ...]:
     return xz.new_empty(xz.shape), *(m.new_empty(2, *m.shape) for m in first)
 
 
+def without_autocast(function: Callable) -> Callable:
+    """Decorate a pass: it computes in the dtype of its input, also where the backward pass is in
+    another autocast region than the forward pass."""
+
+    @functools.wraps(function)
+    def run(kernels, first, *rest):
+        kind = first.device.type
+        if not torch.is_autocast_enabled(kind):
+            return function(kernels, first, *rest)
+        with torch.autocast(kind, enabled=False):
+            return function(kernels, first, *rest)
+
+    return run
+
+
+@without_autocast
 def _forward(kernels: Kernels, xz, parameters, gated: bool, scale: float, save: bool):
     x, z, pairs = _split(xz, parameters, gated)
-    u = kernels.conv_forward(x, pairs.conv_weight, pairs.conv_bias)
+    u = kernels.conv_forward(x, *_conv(pairs))
     x_dbl = project(u, pairs.x_proj)
     _, scan = _scan_arguments(u, x_dbl, z, pairs)
     out, *kept = kernels.scan_forward(*scan, scale, save and kernels.states is not None)
@@ -116,12 +138,13 @@ def _forward(kernels: Kernels, xz, parameters, gated: bool, scale: float, save: 
     return out, x_dbl if save else xz.new_empty(0), states
 
 
+@without_autocast
 def _backward(kernels: Kernels, dout, xz, parameters, x_dbl, states, gated: bool, scale: float):
     x, z, pairs = _split(xz, parameters, gated)
-    u = kernels.conv_forward(x, pairs.conv_weight, pairs.conv_bias)
+    u = kernels.conv_forward(x, *_conv(pairs))
     dt, scan = _scan_arguments(u, x_dbl, z, pairs)
     kept = (states,) if kernels.states else kernels.scan_forward(*scan, scale, True)[1:]
-    dxz = torch.empty_like(xz) if gated else torch.zeros_like(xz)
+    dxz = xz.new_empty(xz.shape) if gated else xz.new_zeros(xz.shape)  # contiguous
     dx, dz = dxz.chunk(2, dim=-1)
     du, ddelta, dA, dB, dC, dD, ddt_bias = kernels.scan_backward(
         dout, *scan, *kept, scale, dz if gated else None
@@ -133,18 +156,23 @@ def _backward(kernels: Kernels, dout, xz, parameters, x_dbl, states, gated: bool
     dx_proj = weight_gradients(dx_dbl, u)
     x_proj = torch.stack(pairs.x_proj).to(xz.dtype)
     du.flatten(1, 2).baddbmm_(dx_dbl.flatten(1, 2), x_proj)
-    dconv_weight, dconv_bias = kernels.conv_backward(du, x, pairs.conv_weight, pairs.conv_bias, dx)
+    dconv_weight, dconv_bias = kernels.conv_backward(du, x, *_conv(pairs), dx)
     dconv_weight = dconv_weight.view(2, *pairs.conv_weight[0].shape)
-    return dxz, dconv_weight, dconv_bias, dx_proj, ddt_proj, ddt_bias, dA, dD
+    gradients = dconv_weight, dconv_bias, dx_proj, ddt_proj, ddt_bias, dA, dD
+    return dxz, *(m.to(pair[0].dtype) for m, pair in zip(gradients, pairs, strict=True))
 
 
 def _split(xz: Tensor, parameters: Sequence[Tensor], gated: bool):
     """Return x, z or None, and the parameters as pairs."""
-    x, z = xz.chunk(2, dim=-1)
+    x, z = channels_contiguous(xz).chunk(2, dim=-1)
     count = len(Direction._fields)
     both: Any = zip(parameters[:count], parameters[count:], strict=True)
     pairs = Direction(*both)
     return x, z if gated else None, pairs
+
+
+def _conv(pairs) -> tuple[Pair, Pair]:
+    return tuple(map(wide, pairs.conv_weight)), tuple(map(wide, pairs.conv_bias))
 
 
 def _scan_arguments(u: Tensor, x_dbl: Tensor, z: Tensor | None, pairs):

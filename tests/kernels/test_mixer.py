@@ -178,3 +178,62 @@ def test_what_does_not_fit_is_refused():
         bi_mixer(xz[..., 1:], *directions)
     with pytest.raises(ValueError, match=r"Unknown backend 'nunba'.*Did you mean 'numba'"):
         bi_mixer(xz, *directions, backend="nunba")
+
+
+def test_an_input_with_other_strides_gives_the_same(monkeypatch):
+    """As of a layer that computes with channels first."""
+    use("numba", monkeypatch)
+    xz, *directions = inputs(2, 7, 40, 3, 2, 4, torch.float32)
+    strided = xz.detach().mT.contiguous().mT.requires_grad_()
+    for m, e in zip(
+        gradients(bi_mixer(strided, *directions), strided, *directions),
+        gradients(bi_mixer(xz, *directions), xz, *directions),
+        strict=True,
+    ):
+        torch.testing.assert_close(m, e)
+
+
+def test_parameters_may_have_other_dtypes(monkeypatch):
+    use("numba", monkeypatch)
+    xz, *directions = inputs(2, 7, 40, 3, 2, 4, torch.float32)
+    halves = [
+        Direction(*(m.detach().bfloat16().requires_grad_() for m in one)) for one in directions
+    ]
+    wide = [Direction(*(m.detach().float().requires_grad_() for m in one)) for one in halves]
+    out, expected = bi_mixer(xz, *halves), bi_mixer(xz, *wide)
+    assert torch.equal(out, expected)
+    for m, e in zip(gradients(out, xz, *halves), gradients(expected, xz, *wide), strict=True):
+        torch.testing.assert_close(m, e.to(m.dtype))
+
+
+@pytest.mark.parametrize("forward", [False, True], ids=["forward-outside", "forward-inside"])
+def test_an_autocast_region_around_it_changes_nothing(forward, monkeypatch):
+    """Its input decides the dtype, in both passes."""
+    use("numba", monkeypatch)
+    arguments = inputs(2, 7, 40, 3, 2, 4, torch.float32)
+    expected = gradients(bi_mixer(*arguments), *arguments)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", enabled=forward, dtype=torch.bfloat16):
+            out = bi_mixer(*arguments)
+        assert out.dtype == torch.float32
+        for m, e in zip(gradients(out, *arguments), expected, strict=True):
+            assert torch.equal(m, e)
+
+
+def test_nan_stays_in_its_image(monkeypatch):
+    """With channels that do not fill a block, images share memory of the kernel."""
+    use("numba", monkeypatch)
+    xz, *directions = inputs(3, 7, 40, 3, 2, 4, torch.float32)
+    xz = xz.detach()
+    xz[0, 2, 5] = torch.nan
+    xz.requires_grad_()
+    (dxz,) = torch.autograd.grad(bi_mixer(xz, *directions).sum(), xz)
+    assert [m.isfinite().all().item() for m in dxz] == [False, True, True]
+
+
+@pytest.mark.parametrize("field", Direction._fields)
+def test_parameters_that_do_not_fit_are_named(field):
+    xz, first, second = inputs(1, 4, 8, 2, 1, 4, torch.float32)
+    short = second._replace(**{field: getattr(second, field)[1:]})
+    with pytest.raises(ValueError, match=rf"backward\.{field} has shape"):
+        bi_mixer(xz, first, short)

@@ -780,3 +780,21 @@ def test_the_first_thing_a_process_does_may_be_compiled_whole():
     )
     done = run(code)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("ids", [torch.zeros(3, 5, dtype=torch.long), torch.zeros(5).long()])
+def test_indices_of_another_batch_are_refused(ids):
+    for call in (
+        lambda e, x: e.embed(x, ids_keep=ids),
+        lambda e, x: e.forward_visible(x, ids),
+        lambda e, x: e.forward_tokens(e.embed(x), ids_keep=ids),
+    ):
+        with pytest.raises(ValueError, match=r"ids_keep has shape .*; expected \(2, k\)"):
+            call(make(), images())
+
+
+@pytest.mark.parametrize("args", [{"padding": 2}, {"dilation": 2}, {"groups": 3}], ids=str)
+def test_a_projection_that_does_more_than_cut_patches_is_a_convolution(args):
+    encoder = make()
+    encoder.patch_embed.proj = proj = torch.nn.Conv2d(3, 12, 8, 8, **args)
+    assert torch.equal(encoder.patch_embed(images()), proj(images()).flatten(2).mT)

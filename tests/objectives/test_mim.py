@@ -421,3 +421,14 @@ def test_a_mask_that_does_not_fit_is_refused(objective, mask):
     model = make(objective)
     with pytest.raises(ValueError, match=r"expected torch\.bool \(3, 16\), True = masked"):
         model(make_batch(model) | {"mask": mask})
+
+
+@pytest.mark.parametrize("norm", [False, True], ids=["pixels", "normalised"])
+@both
+def test_the_loss_has_a_gradient_by_the_images(objective, norm):
+    model = make(objective, norm_pix_loss=norm)
+    batch = make_batch(model)
+    batch["image"].requires_grad_()
+    (gradient,) = torch.autograd.grad(model(batch).loss_sum, batch["image"])
+    assert gradient.isfinite().all()
+    assert gradient.abs().sum() > 0

@@ -65,11 +65,29 @@ class PatchEmbed(nn.Module):
         """(b, in_chans, h, w) -> (b, rows * columns, embed_dim), row by row; with ``ids_keep``,
         (b, k) integers, only these patches."""
         proj = self.proj
-        if is_plain(proj) and proj.kernel_size == proj.stride:
-            # Without overlap the convolution is a product, whose backward pass is faster.
+        if _cuts_into_patches(proj, x):
+            # The convolution is a product, whose backward pass is faster.
             patches = select_tokens(cut_patches(x, proj.kernel_size), ids_keep)
             return F.linear(patches, proj.weight.flatten(1), proj.bias)
         return select_tokens(proj(x).flatten(2).mT, ids_keep)
+
+
+def check_ids(ids: Tensor | None, b: int) -> None:
+    """Raise ValueError for indices that are not (b, k)."""
+    if ids is not None and (ids.dim() != 2 or ids.shape[0] != b):
+        raise ValueError(f"ids_keep has shape {tuple(ids.shape)}; expected ({b}, k).")
+
+
+def _cuts_into_patches(proj: Any, x: Tensor) -> bool:
+    """True if a convolution of images or clips multiplies patches that do not overlap."""
+    return (
+        is_plain(proj)
+        and proj.kernel_size == proj.stride
+        and not any(proj.padding)
+        and (set(proj.dilation), proj.groups) == ({1}, 1)
+        and x.dim() == 2 + len(proj.stride)
+        and not any(side % size for side, size in zip(x.shape[2:], proj.stride, strict=True))
+    )
 
 
 class _NoNorm(nn.Module):
@@ -238,6 +256,7 @@ class VimEncoder(nn.Module):
             raise ValueError(
                 f"images have shape {tuple(x.shape)}; expected (b, {self.in_chans}, h, w)."
             )
+        check_ids(ids_keep, len(x))
         grid = self.grid(*x.shape[-2:])
         tokens = self.patch_embed(x, ids_keep)
         pos, _ = self._positions(grid)
@@ -289,8 +308,7 @@ class VimEncoder(nn.Module):
         b, m, _ = tokens.shape
         if mask is not None:
             tokens = self._hide(tokens, mask, self._grid_of(m, grid))
-        if ids_keep is not None and (ids_keep.dim() != 2 or ids_keep.shape[0] != b):
-            raise ValueError(f"ids_keep has shape {tuple(ids_keep.shape)}; expected ({b}, k).")
+        check_ids(ids_keep, b)
         out, taps = self._run(
             select_tokens(tokens, ids_keep), self._rotation(m, grid, ids_keep), directions,
             indices or (),

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vim_ssl.models.encoder import PatchEmbed, VimEncoder, check_tensor
+from vim_ssl.models.encoder import PatchEmbed, VimEncoder, check_ids, check_tensor
 from vim_ssl.models.tokens import select_tokens
 
 INFLATIONS = ("centre", "mean")
@@ -97,6 +97,7 @@ class VideoEncoder(VimEncoder):
                 f"frames must be multiples of {self.tubelet}, and first + t at most frames."
             )
         grid = self.grid(*x.shape[-2:])
+        check_ids(ids_keep, len(x))
         tokens = self.patch_embed(x, ids_keep)
         piece = slice(first // self.tubelet, end // self.tubelet)
         pos = self._space_time(whole // self.tubelet, grid, piece)

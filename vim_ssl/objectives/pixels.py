@@ -113,7 +113,7 @@ def standardize(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         patches.shape[-1] - 1
     )
     std = (variance + 1e-6).sqrt()
-    return centred.div_(std), mean, std
+    return centred / std, mean, std
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
