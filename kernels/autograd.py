@@ -7,7 +7,7 @@ defines ``torch.ops.vim_ssl.double``. torch.compile and torch.export treat an op
 of the graph and get the shapes of its results from the fake.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,9 +33,44 @@ def operator(
             f"vim_ssl::{name}", function, mutates_args=(), device_types=device_types, schema=schema
         )
         registered.register_fake(fake)
-        return registered
+        return Operator(function, registered)
 
     return decorate
+
+
+class Operator:
+    """A function, and the operator of torch that it is registered as.
+
+    Calls the function itself where nothing needs the operator: without gradients, programs being
+    traced and modes such as a counter of operations. An operator costs as much as a short kernel.
+    """
+
+    def __init__(self, function: Callable, registered: Any):
+        self.function, self.registered = function, registered
+
+    def __call__(self, *args):
+        if torch.compiler.is_compiling() or not _is_plain_call(args):
+            return self.registered(*args)
+        return self.function(*args)
+
+
+def _is_plain_call(args: Sequence[Any]) -> bool:
+    """True if only the results of a call are needed."""
+    if (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    ):
+        return False
+    differentiating = torch.is_grad_enabled()
+    for m in args:
+        if isinstance(m, Tensor) and (
+            type(m) not in (Tensor, torch.nn.Parameter)
+            or m.device.type not in ("cpu", "cuda")
+            or (differentiating and m.requires_grad)
+        ):
+            return False
+    return True
 
 
 def register_gradient(
@@ -88,8 +123,8 @@ def register_gradient(
             "set VIM_SSL_BACKEND=reference, or select backend='reference', for second derivatives."
         )
 
-    forward.register_autograd(differentiate, setup_context=setup_context)
-    backward.register_autograd(refuse)
+    forward.registered.register_autograd(differentiate, setup_context=setup_context)
+    backward.registered.register_autograd(refuse)
 
 
 def gradient_required(tensors) -> bool:

@@ -42,7 +42,7 @@ def conv_silu(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool = False) ->
     Direction 0 looks back, or ahead with `reverse`; direction 1 looks ahead.
     """
     # Channel-last like the rest, so that neighbouring lanes load neighbouring numbers.
-    return torch.ops.vim_ssl.triton_conv_forward(x, weight.mT.contiguous(), bias, reverse)
+    return conv_forward(x, weight.mT.contiguous(), bias, reverse)
 
 
 # --- kernels -----------------------------------------------------------------------------------

@@ -202,3 +202,30 @@ def test_a_plugin_that_fails_is_named(install):
     for _ in range(2):
         with pytest.raises(ImportError, match=r"'toy' \(toy_plugin\).*OSError: no such driver"):
             resolve("selective_scan", "from_plugin", "cpu")
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace")
+def test_a_call_without_gradients_skips_the_operator_and_nothing_else_does():
+    """What torch must see, it sees: gradients, modes, traced programs."""
+    from vim_ssl.kernels.autograd import operator
+
+    calls = []
+
+    @operator("test_doubled", fake=lambda x: x.new_empty(x.shape))
+    def doubled(x: torch.Tensor) -> torch.Tensor:
+        calls.append(torch._C._len_torch_dispatch_stack())
+        return 2 * x
+
+    registered, seen = doubled.registered, []
+    doubled.registered = lambda *args: seen.append(len(args)) or registered(*args)
+    x, leaf = torch.ones(2), torch.ones(2, requires_grad=True)
+    assert torch.equal(doubled(x), 2 * x)
+    with torch.no_grad():
+        assert torch.equal(doubled(leaf), 2 * x)
+    assert (len(calls), seen) == (2, [])
+    doubled(leaf)
+    doubled(x.to("meta"))
+    with torch.utils.flop_counter.FlopCounterMode(display=False):
+        doubled(x)
+    torch.jit.trace(lambda m: doubled(m), (x,), check_trace=False)
+    assert len(seen) == 4

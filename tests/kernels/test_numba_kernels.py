@@ -42,7 +42,7 @@ def test_scan_operators_pass_opcheck(z, save):
     if not z:
         args[-1] = None
     args += [m["delta_bias"].requires_grad_(save), None, True, False, 0.5, save]
-    torch.library.opcheck(numba_backend.scan_forward, args)
+    torch.library.opcheck(numba_backend.scan_forward.registered, args)
 
 
 def test_conv_operators_pass_opcheck():

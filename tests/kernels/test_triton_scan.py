@@ -254,7 +254,7 @@ def test_operator_passes_opcheck(z):
     args = [m[k].requires_grad_() for k in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")]
     if not z:
         args[6] = None
-    torch.library.opcheck(backend.scan_forward, (*args, None, True, False, 0.5, True))
+    torch.library.opcheck(backend.scan_forward.registered, (*args, None, True, False, 0.5, True))
 
 
 def test_compiles_in_one_graph_under_autocast():
