@@ -81,7 +81,7 @@ def test_a_case_that_fails_is_left_out_and_reported_at_the_end(monkeypatch):
     assert timed == ["b1-l6-d4-n2"] * 2 + ["b1-l8-d4-n2"] * 2
     with pytest.raises(RuntimeError, match="2 cases failed: torch"):
         next(rows)
-    assert said[-1] == "FAILED: torch, b1-l7-d4-n2, fp32, backward. MemoryError: too long"
+    assert said[-1] == "BROKEN: torch, b1-l7-d4-n2, fp32, backward. MemoryError: too long"
 
 
 def test_what_is_cut_off_says_so():

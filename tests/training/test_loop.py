@@ -668,7 +668,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, images, whole, kill):
 @pytest.mark.slow
 def test_two_processes_train_as_one_and_a_sigterm_to_one_of_them_loses_nothing(tmp_path, images):
     """Both stop at the same step and save; the rest is what it would have been."""
-    shared = ("--epochs", "8", "--workers", "0", "--model-args", "depth=2", "embed_dim=16")
+    shared = ("--epochs", "40", "--workers", "0", "--model-args", "depth=2", "embed_dim=16")
     one, two = (*shared, "--batch-size", "8"), (*shared, "--batch-size", "4")
     pretrain(tmp_path / "one", images, *one)
     launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu",
@@ -681,7 +681,7 @@ def test_two_processes_train_as_one_and_a_sigterm_to_one_of_them_loses_nothing(t
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     a, b = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
-    assert [r["step"] for r in a] == [r["step"] for r in b] == list(range(1, 25))
+    assert [r["step"] for r in a] == [r["step"] for r in b] == list(range(1, 121))
     # Rounding grows from step to step.
     np.testing.assert_allclose([r["loss"] for r in a[:9]], [r["loss"] for r in b[:9]], rtol=1e-5)
 
@@ -691,7 +691,7 @@ def test_two_processes_train_as_one_and_a_sigterm_to_one_of_them_loses_nothing(t
     assert f"--output {tmp_path / 'parts'} --resume auto" in finish(ranks)
     stopped = len(losses(tmp_path / "parts"))
     assert [p.name for p in Run(tmp_path / "parts").checkpoints()] == [f"step-{stopped}"]
-    assert 2 <= stopped < 24
+    assert 2 <= stopped < 120
     finish(start_pretraining(2, tmp_path / "parts", images, *two, "--resume", "auto"))
     assert losses(tmp_path / "parts") == losses(tmp_path / "two")
 
