@@ -621,12 +621,12 @@ def start_pretraining(processes: int, *args) -> list[Process]:
 
 
 def wait_for_step(folder: Path, step: int, process: Process) -> None:
-    for _ in range(3600):  # three minutes: two imports of torch on a busy machine
+    for _ in range(36_000):  # three minutes: two imports of torch on a busy machine
         log = folder / "metrics.jsonl"
         if log.exists() and len(log.read_text().splitlines()) >= step:
             return
         assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.05)
+        time.sleep(0.005)  # a short run must not end before it is stopped
     raise AssertionError("the run did not get going")
 
 
@@ -668,7 +668,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, images, whole, kill):
 @pytest.mark.slow
 def test_two_processes_train_as_one_and_a_sigterm_to_one_of_them_loses_nothing(tmp_path, images):
     """Both stop at the same step and save; the rest is what it would have been."""
-    shared = ("--epochs", "40", "--workers", "0", "--model-args", "depth=2", "embed_dim=16")
+    shared = ("--epochs", "8", "--workers", "0", "--model-args", "depth=2", "embed_dim=16")
     one, two = (*shared, "--batch-size", "8"), (*shared, "--batch-size", "4")
     pretrain(tmp_path / "one", images, *one)
     launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu",
@@ -681,17 +681,17 @@ def test_two_processes_train_as_one_and_a_sigterm_to_one_of_them_loses_nothing(t
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     a, b = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
-    assert [r["step"] for r in a] == [r["step"] for r in b] == list(range(1, 121))
+    assert [r["step"] for r in a] == [r["step"] for r in b] == list(range(1, 25))
     # Rounding grows from step to step.
     np.testing.assert_allclose([r["loss"] for r in a[:9]], [r["loss"] for r in b[:9]], rtol=1e-5)
 
     ranks = start_pretraining(2, tmp_path / "parts", images, *two)
-    wait_for_step(tmp_path / "parts", 2, ranks[0])
+    wait_for_step(tmp_path / "parts", 1, ranks[0])
     ranks[1].send_signal(signal.SIGTERM)
     assert f"--output {tmp_path / 'parts'} --resume auto" in finish(ranks)
     stopped = len(losses(tmp_path / "parts"))
     assert [p.name for p in Run(tmp_path / "parts").checkpoints()] == [f"step-{stopped}"]
-    assert 2 <= stopped < 120
+    assert 1 <= stopped < 24
     finish(start_pretraining(2, tmp_path / "parts", images, *two, "--resume", "auto"))
     assert losses(tmp_path / "parts") == losses(tmp_path / "two")
 
