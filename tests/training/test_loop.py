@@ -620,14 +620,26 @@ def start_pretraining(processes: int, *args) -> list[Process]:
     return start(processes, ROOT / "recipes" / "mim_pretrain.py", *arguments(*args))
 
 
-def wait_for_step(folder: Path, step: int, process: Process) -> None:
-    for _ in range(36_000):  # three minutes: two imports of torch on a busy machine
-        log = folder / "metrics.jsonl"
-        if log.exists() and len(log.read_text().splitlines()) >= step:
-            return
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.005)  # a short run must not end before it is stopped
-    raise AssertionError("the run did not get going")
+SIGNALLED = f"""
+import os, runpy, sys
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+rank, step, number = (int(sys.argv.pop(1)) for _ in range(3))
+done = []
+
+def count(*_):
+    done.append(1)
+    if len(done) == step and int(os.environ.get("RANK", 0)) == rank:
+        os.kill(os.getpid(), number)
+
+register_optimizer_step_post_hook(count)
+runpy.run_path({str(ROOT / "recipes" / "mim_pretrain.py")!r}, run_name="__main__")
+"""
+
+
+def start_signalled(processes: int, rank: int, step: int, number: int, *args) -> list[Process]:
+    """One rank sends itself a signal after an update: the same one on a fast or busy machine."""
+    return start(processes, SIGNALLED, str(rank), str(step), str(int(number)), *arguments(*args))
 
 
 LONG = ("--epochs", "20", "--save-steps", "5", "--workers", "1")
@@ -644,10 +656,8 @@ def whole(tmp_path_factory, images) -> list[tuple[int, str]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM], ids=["kill-9", "sigterm"])
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path, images, whole, kill):
-    (process,) = start_pretraining(1, tmp_path / "killed", images, *LONG)
-    wait_for_step(tmp_path / "killed", 12, process)
-    process.send_signal(kill)
-    output, _ = process.communicate(timeout=60)
+    (process,) = start_signalled(1, 0, 12, kill, tmp_path / "killed", images, *LONG)
+    output, _ = process.communicate(timeout=200)
     if kill == signal.SIGTERM:
         assert process.returncode == 0, output
         assert f"--output {tmp_path / 'killed'} --resume auto" in output
@@ -685,9 +695,7 @@ def test_two_processes_train_as_one_and_a_sigterm_to_one_of_them_loses_nothing(t
     # Rounding grows from step to step.
     np.testing.assert_allclose([r["loss"] for r in a[:9]], [r["loss"] for r in b[:9]], rtol=1e-5)
 
-    ranks = start_pretraining(2, tmp_path / "parts", images, *two)
-    wait_for_step(tmp_path / "parts", 1, ranks[0])
-    ranks[1].send_signal(signal.SIGTERM)
+    ranks = start_signalled(2, 1, 5, signal.SIGTERM, tmp_path / "parts", images, *two)
     assert f"--output {tmp_path / 'parts'} --resume auto" in finish(ranks)
     stopped = len(losses(tmp_path / "parts"))
     assert [p.name for p in Run(tmp_path / "parts").checkpoints()] == [f"step-{stopped}"]
