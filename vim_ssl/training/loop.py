@@ -172,9 +172,12 @@ def forward_backward(accelerator, model, objective, batches, config, progress):
     """Accumulate the gradient of one step; return the averages over its samples and processes."""
     from accelerate.utils import send_to_device
 
+    # torch.manual_seed also formats a stack trace for every other type of device.
+    generator: Any = torch.default_generator if accelerator.device.type == "cpu" else torch
+
     def forward(i: int, **more):
         # Seeding here means that checkpoints need no random state for drop path and dropout.
-        torch.manual_seed(
+        generator.manual_seed(
             stable_hash("step", config.seed, progress.step, i, accelerator.process_index)
         )
         batch = send_to_device(batches[i], accelerator.device, non_blocking=True)
