@@ -48,10 +48,14 @@ def encode(
 
 def predict(state: State, config: dict, images: NDArray) -> Array:
     """Pooled features, through the head if the state has one."""
-    pooled = np.stack([_pool(tokens, config) for tokens in encode(state, config, images)])
-    if "head.weight" not in state:
-        return pooled
-    return pooled @ state["head.weight"].T + state["head.bias"]
+
+    def head(x):
+        return x @ state["head.weight"].T + state["head.bias"] if "head.weight" in state else x
+
+    tokens = encode(state, config, images)
+    if config["global_pool"] == "max-logits":  # the head sees every patch
+        return np.stack([head(_split(one, config)[1]).max(0) for one in tokens])
+    return head(np.stack([_pool(one, config) for one in tokens]))
 
 
 def _encode_one(state, config, image, ids_keep, mask, directions) -> Array:
@@ -87,7 +91,8 @@ def _encode_one(state, config, image, ids_keep, mask, directions) -> Array:
     hidden = np.array([content for _, content, _ in sequence])
     turn = np.array([angle for _, _, angle in sequence])
     residual = np.zeros_like(hidden)
-    for i in range(config["depth"]):
+
+    def layer(i, hidden, residual, turn, directions):
         residual = residual + hidden
         normed = _rms_norm(residual, state[f"layers.{i}.norm.weight"])
         mixer = {
@@ -95,7 +100,19 @@ def _encode_one(state, config, image, ids_keep, mask, directions) -> Array:
             for name, array in state.items()
             if name.startswith(f"layers.{i}.mixer.")
         }
-        hidden = _mix(mixer, config, _rotate(normed, turn), directions)
+        if directions == "layer":  # one direction, whose name says nothing of the order
+            mixer = {name.replace("_b", ""): array for name, array in mixer.items()}
+            directions = "forward"
+        return _mix(mixer, config, _rotate(normed, turn), directions), residual
+
+    if directions == "layer":
+        for i in range(0, config["depth"], 2):
+            first = layer(i, hidden, residual, turn, directions)
+            second = layer(i + 1, hidden[::-1], residual[::-1], turn[::-1], directions)
+            hidden, residual = (a + b[::-1] for a, b in zip(first, second, strict=True))
+    else:
+        for i in range(config["depth"]):
+            hidden, residual = layer(i, hidden, residual, turn, directions)
     out = _rms_norm(residual + hidden, state["norm_f.weight"])
     return np.array(
         [row for row, (kind, *_) in zip(out, sequence, strict=True) if kind != "register"]
@@ -110,9 +127,13 @@ def _mix(mixer: State, config: dict, hidden: Array, directions: str) -> Array:
     x, z = np.split(hidden @ mixer["in_proj.weight"].T, 2, axis=1)
     outputs = []
     if directions in ("both", "forward"):
-        outputs.append(_scan(mixer, "", "A_log", x))
+        outputs.append(_scan(mixer, "", "A_log", _conv(mixer, "", x)))
     if directions in ("both", "backward"):
-        outputs.append(_scan(mixer, "_b", "A_b_log", x[::-1])[::-1])
+        if config.get("shared_conv"):  # reads what the forward convolution gives, last to first
+            u = _conv(mixer, "", x)
+            outputs.append(_scan(mixer, "", "A_b_log", u[::-1])[::-1])
+        else:
+            outputs.append(_scan(mixer, "_b", "A_b_log", _conv(mixer, "_b", x[::-1]))[::-1])
     y = sum(outputs)
     if config["norm_after_scan"]:  # always the mean of the directions
         y = y / len(outputs)
@@ -123,15 +144,19 @@ def _mix(mixer: State, config: dict, hidden: Array, directions: str) -> Array:
     return (y * _silu(z)) @ mixer["out_proj.weight"].T
 
 
-def _scan(mixer: State, suffix: str, a_log: str, x: Array) -> Array:
-    """Convolution and selective scan over x (l, e), first token to last."""
+def _conv(mixer: State, suffix: str, x: Array) -> Array:
+    """Causal convolution of x (l, e), first token to last, and its SiLU."""
     length, e = x.shape
     kernel = mixer[f"conv1d{suffix}.weight"][:, 0]  # (e, taps); the last tap is the token itself
     taps = kernel.shape[1]
     padded = np.concatenate([np.zeros((taps - 1, e)), x])
     u = sum(padded[k : k + length] * kernel[:, k] for k in range(taps))
-    u = _silu(u + mixer[f"conv1d{suffix}.bias"])
+    return _silu(u + mixer[f"conv1d{suffix}.bias"])
 
+
+def _scan(mixer: State, suffix: str, a_log: str, u: Array) -> Array:
+    """Selective scan over u (l, e), first token to last."""
+    length, e = u.shape
     A = -np.exp(mixer[a_log])  # (e, n)
     n = A.shape[1]
     projected = u @ mixer[f"x_proj{suffix}.weight"].T
@@ -228,10 +253,18 @@ def _cubic_weights(old: int, new: int) -> Array:
     return weights / weights.sum(1, keepdims=True)
 
 
-def _pool(tokens: Array, config: dict) -> Array:
-    """Read (k + class tokens, d) out as ``global_pool`` says."""
+def _split(tokens: Array, config: dict) -> tuple[Array, Array]:
+    """(k + class tokens, d) -> the mean of the class tokens, 0 without any; the patches (k, d)."""
     count = {"none": 0, "double": 2}.get(config["cls_position"], 1)
     places = _cls_places(len(tokens) - count, config["cls_position"])
-    token, patches = tokens[places].sum(0) / max(count, 1), np.delete(tokens, places, axis=0)
-    readouts = {"token": [token], "avg": [patches.mean(0)], "token+avg": [token, patches.mean(0)]}
+    return tokens[places].sum(0) / max(count, 1), np.delete(tokens, places, axis=0)
+
+
+def _pool(tokens: Array, config: dict) -> Array:
+    """Read (k + class tokens, d) out as ``global_pool`` says."""
+    token, patches = _split(tokens, config)
+    readouts = {
+        "token": [token], "avg": [patches.mean(0)], "token+avg": [token, patches.mean(0)],
+        "max": [patches.max(0)],
+    }  # fmt: skip
     return np.concatenate(readouts[config["global_pool"]])

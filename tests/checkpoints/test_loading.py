@@ -145,7 +145,7 @@ def test_source_that_is_nothing(source, error, says):
         ({"img_size": 225}, ValueError, "img_size 225 is not divisible"),
         ({"img_size": (64, 64, 64)}, ValueError, "expected pixels or"),
         ({"dtype": torch.int64}, ValueError, "floating-point"),
-        ({"global_pool": "max"}, ValueError, "global_pool 'max'"),
+        ({"global_pool": "min"}, ValueError, "global_pool 'min'"),
     ],
     ids=str,
 )

@@ -132,6 +132,19 @@ def test_the_cache_goes_by_the_weights_not_by_their_file(images, cache, tmp_path
     assert weights_hash(encoder) == weights_hash(load_encoder(tmp_path / "first"))
 
 
+def test_a_setting_that_was_added_later_keeps_recorded_hashes():
+    """A run compares its teacher's hash with the recorded one when it resumes."""
+    size = {"img_size": 16, "patch_size": 8, "embed_dim": 8, "depth": 1, "d_state": 2}
+    encoder = VimEncoder(**size, num_classes=0)
+    with torch.no_grad():
+        for p in encoder.parameters():
+            p.zero_()
+    assert weights_hash(encoder) == "125cc75427ad3ce2"
+    summed = {p: VimEncoder(**size, num_classes=0, shared_conv=p) for p in (True, False)}
+    hashes = {p: weights_hash(one) for p, one in summed.items()}
+    assert hashes[True] != hashes[False]
+
+
 def test_without_the_cache_nothing_is_written_or_read(images, cache, capsys):
     data, encoder = open_data(images), make_encoder()
     encode_data(encoder, data, cache=False)

@@ -79,6 +79,21 @@ VARIANTS = {
     "double-avg": {"global_pool": "avg", "cls_position": "double"},
     "token+avg": {"global_pool": "token+avg"},
     "double-token+avg": {"global_pool": "token+avg", "cls_position": "double"},
+    "max": {"global_pool": "max"},
+    "max-none": {"global_pool": "max", "cls_position": "none"},
+    "max-logits": {"global_pool": "max-logits", "cls_position": "none"},
+    "max-logits-no-head": {"global_pool": "max-logits", "num_classes": 0},
+    "layer": {"directions": "layer", "depth": 4},
+    "layer-rope-registers": {
+        "directions": "layer",
+        "depth": 4,
+        "rope": True,
+        "num_registers": 2,
+        "norm_after_scan": True,
+    },
+    "shared-conv": {"shared_conv": True, "divide_out": False},
+    "shared-conv-mean": {"shared_conv": True},
+    "shared-conv-norm-after-scan": {"shared_conv": True, "norm_after_scan": True},
     "stride": {"stride": 4},
     "stride-none": {"stride": 4, "cls_position": "none"},
     "no-positions": {"use_pos_embed": False},
@@ -116,11 +131,15 @@ def test_every_token_equals_numpy_at_every_size(size, cls_position, backend):
     assert relative_error(encoder.forward_features(x), expected) <= 1e-4
 
 
+BLOCKS = ("forward", "backward", "layer", "shared-conv", "norm-after-scan", "sum")
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
-    "args", [VARIANTS[name] for name in ("forward", "backward", "norm-after-scan", "sum")],
-    ids=["forward", "backward", "norm-after-scan", "sum"],
-)  # fmt: skip
+    "args",
+    [VARIANTS[name] for name in BLOCKS],
+    ids=BLOCKS,
+)
 def test_every_backend_equals_numpy(args, backend):
     encoder = make(**args, scan_backend=backend)
     expected = predict(arrays(encoder), encoder.config, images().numpy())
@@ -696,7 +715,10 @@ def test_constructor_checks_img_size_alike():
     [
         ({"cls_position": "last"}, "cls_position 'last' .*'middle'"),
         ({"directions": "up"}, "directions 'up' .*'forward'"),
-        ({"global_pool": "max"}, "global_pool 'max' .*'token'"),
+        ({"global_pool": "min"}, "global_pool 'min' .*'token'"),
+        ({"directions": "layer", "depth": 3}, "depth is 3; use an even one"),
+        ({"directions": "layer", "depth": 4, "shared_conv": True}, "directions is 'layer'; use"),
+        ({"directions": "forward", "shared_conv": True}, "directions is 'forward'; use"),
         ({"global_pool": "token", "cls_position": "none"}, "needs a class token; use 'avg'"),
         ({"global_pool": "token+avg", "cls_position": "none"}, "needs a class token; use 'avg'"),
         ({"rope": True, "embed_dim": 18}, "rope needs .* divisible by 4; embed_dim is 18"),

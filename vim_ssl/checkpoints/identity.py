@@ -35,8 +35,10 @@ def weights_hash(encoder: nn.Module) -> str:
     """Return a hash (16 hex digits) of an encoder's tensors and settings."""
     digest = blake2b(digest_size=8)
     config: dict[str, Any] = getattr(encoder, "config", {})
-    # The kernel backend depends on the machine and is left out.
-    settings = {name: value for name, value in config.items() if name != "scan_backend"}
+    # The kernel backend depends on the machine and is left out; so is a setting that was added
+    # later, at its default: recorded hashes stay valid.
+    ignored = {"scan_backend"} | ({"shared_conv"} if not config.get("shared_conv") else set())
+    settings = {name: value for name, value in config.items() if name not in ignored}
     digest.update(json.dumps([type(encoder).__name__, settings], default=str).encode())
     _add(digest, encoder.state_dict())
     return digest.hexdigest()

@@ -67,6 +67,9 @@ class VimMixer(nn.Module):
         d_conv: taps of the causal convolution.
         dt_rank: rank of the step-size projection; ceil(d_model / 16) by default.
         directions: "both", "forward" or "backward": the directions that have parameters.
+        shared_conv: both directions scan the output of one causal convolution, with the same
+            projections and D; only ``A_b_log`` is extra. With divide_out=False this is upstream's
+            "v1" block.
         divide_out: average the directions instead of adding them, as in all released weights.
         norm_after_scan: LayerNorm between the averaged scans and the gate (FastVim,
             arXiv:2502.00594); the directions are then always averaged.
@@ -85,6 +88,7 @@ class VimMixer(nn.Module):
         expand: int = 2,
         dt_rank: int | None = None,
         directions: str = "both",
+        shared_conv: bool = False,
         divide_out: bool = True,
         norm_after_scan: bool = False,
         depth: int = 24,
@@ -94,6 +98,7 @@ class VimMixer(nn.Module):
         self.d_inner, self.d_state = expand * d_model, d_state
         self.dt_rank = dt_rank or math.ceil(d_model / 16)
         self.directions, self.divide_out = directions, divide_out
+        self.shared_conv = shared_conv
         self.scan_backend = scan_backend
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=False)
         for suffix in DIRECTIONS[directions]:
@@ -107,17 +112,19 @@ class VimMixer(nn.Module):
         """Add one direction's parameters. Both directions have the same initialisation; upstream's
         backward ``dt_proj`` bias is zero by accident, which gives it a short initial memory."""
         d, n = self.d_inner, self.d_state
+        a_log = torch.arange(1, n + 1, dtype=torch.float32).log().repeat(d, 1)
+        setattr(self, "A_b_log" if suffix else "A_log", nn.Parameter(a_log))
+        if suffix and self.shared_conv:
+            return
         dt_proj = nn.Linear(self.dt_rank, d)
         with torch.no_grad():
             dt_proj.weight.uniform_(-(self.dt_rank**-0.5), self.dt_rank**-0.5)
             dt = torch.empty(d).uniform_(math.log(1e-3), math.log(1e-1)).exp_().clamp_(min=1e-4)
             dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus(bias) = dt
-        a_log = torch.arange(1, n + 1, dtype=torch.float32).log().repeat(d, 1)
         setattr(self, f"conv1d{suffix}", DepthwiseConv1d(d, d_conv))
         x_proj = nn.Linear(d, self.dt_rank + 2 * n, bias=False)
         setattr(self, f"x_proj{suffix}", x_proj)
         setattr(self, f"dt_proj{suffix}", dt_proj)
-        setattr(self, "A_b_log" if suffix else "A_log", nn.Parameter(a_log))
         setattr(self, f"D{suffix}", nn.Parameter(torch.ones(d)))
 
     def forward(self, hidden: Tensor, directions: str | None = None) -> Tensor:
@@ -130,13 +137,18 @@ class VimMixer(nn.Module):
         x, z = xz.chunk(2, dim=-1)
         suffixes = DIRECTIONS[directions or self.directions]
         gate = None if self.layernorm else z
-        if len(suffixes) == 2 and self._is_plain():
+        if len(suffixes) == 2 and not self.shared_conv and self._is_plain():
             y = bi_mixer(
                 xz, self._direction(""), self._direction("_b"),
                 gated=gate is not None, scale=self._scale, backend=self.scan_backend,
             )  # fmt: skip
         else:
-            y = sum((self._scan_one(x, gate, suffix)[0] for suffix in suffixes), x.new_zeros(()))
+            shared = self._scan_inputs(x, "") if self.shared_conv else None
+            scans = (
+                self._scan_one(shared or self._scan_inputs(x, suffix), gate, suffix)[0]
+                for suffix in suffixes
+            )
+            y = sum(scans, x.new_zeros(()))
             y = y * self._scale if len(suffixes) == 2 else y
         return self._finish(y, z)
 
@@ -158,7 +170,8 @@ class VimMixer(nn.Module):
                     f"sequence, expected {expected}."
                 )
         x = torch.cat([tail, x], dim=1)
-        y, last = self._scan_one(x, None if self.layernorm else z, "", taps - 1, start)
+        inputs = self._scan_inputs(x, "", taps - 1)
+        y, last = self._scan_one(inputs, None if self.layernorm else z, "", start)
         # Clone: a view would keep the whole piece in memory.
         return self._finish(y, z), (x[:, x.shape[1] - (taps - 1) :].clone(), last)
 
@@ -188,24 +201,28 @@ class VimMixer(nn.Module):
             for suffix in DIRECTIONS["both"]
         )
 
-    def _scan_one(
-        self, x: Tensor, z: Tensor | None, suffix: str, skip: int = 0, start: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Scan one direction, without dividing by 2. The first ``skip`` tokens of x are context
-        for the convolution only. Returns y and the last state."""
-        reverse = suffix == "_b"
-        u = getattr(self, f"conv1d{suffix}")(x, reverse)[:, skip:]  # (b, l, d)
+    def _scan_inputs(self, x: Tensor, suffix: str, skip: int = 0) -> tuple[Tensor | None, ...]:
+        """Return what a direction scans, channels first: u, delta, B, C, D and the bias of delta.
+        The first ``skip`` tokens of x are context for the convolution only."""
+        u = getattr(self, f"conv1d{suffix}")(x, suffix == "_b")[:, skip:]  # (b, l, d)
         dt, B, C = self._split(getattr(self, f"x_proj{suffix}")(u))
         dt_proj, bias = getattr(self, f"dt_proj{suffix}"), None
         if is_plain(dt_proj):  # the scan adds the bias in float32
             delta, bias = F.linear(dt, dt_proj.weight), wide(dt_proj.bias)
         else:
             delta = dt_proj(dt)
-        a_log = self.A_b_log if reverse else self.A_log
+        return u.mT, delta.mT, B.mT, C.mT, wide(getattr(self, f"D{suffix}")), bias
+
+    def _scan_one(
+        self, inputs: tuple[Any, ...], z: Tensor | None, suffix: str, start: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Scan one direction, without dividing by 2. Returns y and the last state."""
+        u, delta, B, C, D, bias = inputs
+        a_log = self.A_b_log if suffix else self.A_log
         y, last = selective_scan(
-            u.mT, delta.mT, -wide(a_log).exp(), B.mT, C.mT, wide(getattr(self, f"D{suffix}")),
-            None if z is None else z.mT, bias, True, initial_state=start,
-            return_last_state=True, reverse=reverse, backend=self.scan_backend,
+            u, delta, -wide(a_log).exp(), B, C, D, None if z is None else z.mT, bias, True,
+            initial_state=start, return_last_state=True, reverse=suffix == "_b",
+            backend=self.scan_backend,
         )  # fmt: skip
         return y.mT, last
 

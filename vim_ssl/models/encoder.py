@@ -35,7 +35,9 @@ from vim_ssl.models.tokens import (
     split_pos_embed,
 )
 
-POOLS = ("token", "avg", "token+avg", "")
+POOLS = ("token", "avg", "token+avg", "max", "max-logits", "")
+# Of an encoder: those of its blocks, or one direction per block, in turn.
+DIRECTIONS_OF_BLOCKS = (*DIRECTIONS, "layer")
 
 
 class PatchEmbed(nn.Module):
@@ -108,13 +110,17 @@ class VimEncoder(nn.Module):
         in_chans: channels of the image.
         num_classes: number of outputs of the head; 0: no head.
         global_pool: "token" (mean of the class tokens), "avg" (mean of the patches), "token+avg"
-            (both, concatenated) or "" (all tokens). By default "token", or "avg" without a class
-            token.
-        embed_dim, depth, d_state, d_conv, expand, dt_rank, norm_after_scan, divide_out: the
-            blocks; see `VimMixer`.
+            (both, concatenated), "max" (maximum of each feature over the patches), "max-logits"
+            (maximum of each logit: the head is applied to every patch; features are those of
+            "max") or "" (all tokens). By default "token", or "avg" without a class token.
+        embed_dim, depth, d_state, d_conv, expand, dt_rank, shared_conv, norm_after_scan,
+            divide_out: the blocks; see `VimMixer`.
         cls_position: "middle" (before patch m // 2, the paper's choice), "first", "double" (one at
             each end) or "none".
-        directions: "both", "forward" or "backward": the directions that have parameters.
+        directions: "both", "forward" or "backward": the directions that have parameters in every
+            block. "layer": the blocks form pairs, of which the first reads forward and the second
+            backward; both read the same tokens, and their outputs and residual streams are added
+            (upstream's ``if_bidirectional``). The residual stream thus doubles in every pair.
         num_registers: number of learned tokens, evenly spaced in the sequence (Mamba-Reg,
             arXiv:2405.14858) and removed from the outputs.
         use_mask_token: add a learned token for masked patches. Without it a masked patch is only
@@ -155,6 +161,7 @@ class VimEncoder(nn.Module):
         dt_rank: int | None = None,
         cls_position: str = "middle",
         directions: str = "both",
+        shared_conv: bool = False,
         divide_out: bool = True,
         norm_after_scan: bool = False,
         num_registers: int = 0,
@@ -168,7 +175,16 @@ class VimEncoder(nn.Module):
         args = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
         _check_choice("cls_position", cls_position, CLS_TOKENS)
-        _check_choice("directions", directions, DIRECTIONS)
+        _check_choice("directions", directions, DIRECTIONS_OF_BLOCKS)
+        if shared_conv and directions != "both":
+            raise ValueError(
+                "shared_conv shares one convolution between the two directions of a block, but "
+                f"directions is {directions!r}; use directions='both' or shared_conv=False."
+            )
+        if directions == "layer" and depth % 2:
+            raise ValueError(
+                f"directions='layer' needs pairs of blocks, but depth is {depth}; use an even one."
+            )
         if rope and embed_dim % 4:
             raise ValueError(f"rope needs an embed_dim divisible by 4; embed_dim is {embed_dim}.")
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
@@ -200,7 +216,8 @@ class VimEncoder(nn.Module):
         self.layers = nn.ModuleList(
             VimBlock(
                 embed_dim, drop_path=rates[i], d_state=d_state, d_conv=d_conv, expand=expand,
-                dt_rank=dt_rank, directions=directions, divide_out=divide_out,
+                dt_rank=dt_rank, shared_conv=shared_conv, divide_out=divide_out,
+                directions=("forward", "backward")[i % 2] if directions == "layer" else directions,
                 norm_after_scan=norm_after_scan, depth=depth, scan_backend=scan_backend,
             )
             for i in range(depth)
@@ -296,8 +313,10 @@ class VimEncoder(nn.Module):
                 default. A middle class token is inserted in the middle of these k patches.
             mask: (b, m) bool, True = masked: the mask token replaces the content of these patches;
                 their positions are kept.
-            directions: "both", "forward" or "backward", a subset of the encoder's.
-            indices: blocks after which to tap the residual stream.
+            directions: "both", "forward" or "backward", a subset of the encoder's; only None if
+                the encoder's is "layer".
+            indices: blocks after which to tap the residual stream; with directions "layer", after
+                the pair of this block.
             grid: rows and columns of the m patches; required with ``mask`` or ``rope`` if the grid
                 is neither the encoder's nor square.
 
@@ -388,9 +407,12 @@ class VimEncoder(nn.Module):
         if directions is not None:
             _check_choice("directions", directions, DIRECTIONS)
             if self.directions not in ("both", directions):
+                remedy = "load it with directions='both' to initialise the other"
+                if self.directions == "layer":
+                    remedy = "its blocks have one direction each; omit the argument"
                 raise ValueError(
                     f"directions {directions!r} requested, but the encoder has only "
-                    f"{self.directions!r}; load it with directions='both' to initialise the other."
+                    f"{self.directions!r}; {remedy}."
                 )
         hidden = self._insert_extra_tokens(tokens)
         if rotation is not None:  # class tokens and registers are not rotated: sin 0, cos 1
@@ -401,20 +423,28 @@ class VimEncoder(nn.Module):
             )
 
         taken = _resolve_indices(indices, len(self.layers))
-        layers = self.layers[: max(taken) + 1] if stop_early and taken else self.layers
+        layers = list(self.layers)
+        layers = layers[: self._whole_pairs(max(taken) + 1)] if stop_early and taken else layers
         registers = register_slots(k + len(self.cls_names), self.num_registers)
-        residual, taps = None, {}
-        for i, layer in enumerate(layers):
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                hidden, residual = checkpoint(
-                    layer, hidden, residual, directions, rotation, use_reentrant=False
-                )
-            else:
-                hidden, residual = layer(hidden, residual, directions, rotation)
-            if i in taken:
-                taps[i] = remove_tokens(residual + hidden, registers)[0]
+        residual, taps, step = None, {}, self._whole_pairs(1)
+        for i in range(0, len(layers), step):
+            outputs = [
+                checkpoint(layer, hidden, residual, directions, rotation, use_reentrant=False)
+                if self.grad_checkpointing and torch.is_grad_enabled()
+                else layer(hidden, residual, directions, rotation)
+                for layer in layers[i : i + step]
+            ]
+            (hidden, residual), *second = outputs
+            for more_hidden, more_residual in second:
+                hidden, residual = hidden + more_hidden, residual + more_residual
+            for j in {*range(i, i + step)}.intersection(taken):
+                taps[j] = remove_tokens(residual + hidden, registers)[0]
         normed, _ = self.norm_f(self.drop_path(hidden), residual)
         return remove_tokens(normed, registers)[0], [taps[i] for i in taken]
+
+    def _whole_pairs(self, count: int) -> int:
+        """Return the number of blocks to run for ``count``: whole pairs, if blocks form pairs."""
+        return count + count % 2 if self.directions == "layer" else count
 
     def _hide(self, tokens: Tensor, mask: Tensor, grid: tuple[int, int]) -> Tensor:
         """Replace the content of masked patches; keep their positions."""
@@ -499,6 +529,8 @@ class VimEncoder(nn.Module):
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool (b, tokens, embed_dim) by ``global_pool``; apply the head unless ``pre_logits``."""
+        if self.global_pool == "max-logits" and not pre_logits:
+            return self.head(self.split_tokens(features)[0]).amax(1)
         pooled = self.pool(features, self.global_pool)
         return pooled if pre_logits else self.head(pooled)
 
@@ -513,6 +545,8 @@ class VimEncoder(nn.Module):
         patches, cls = self.split_tokens(features)
         if global_pool == "avg":
             return patches.mean(1)
+        if global_pool in ("max", "max-logits"):
+            return patches.amax(1)
         token = cls.mean(1)
         return token if global_pool == "token" else torch.cat([token, patches.mean(1)], dim=-1)
 
@@ -565,7 +599,7 @@ class VimEncoder(nn.Module):
         """Drop the blocks after the last index, and optionally the final norm and the head; return
         the resolved indices."""
         kept = _resolve_indices(indices, len(self.layers), int_means_last=True)
-        self.layers = self.layers[: max(kept) + 1]
+        self.layers = self.layers[: self._whole_pairs(max(kept) + 1)]
         if prune_norm:
             self.norm_f = _NoNorm()
         if prune_head:
