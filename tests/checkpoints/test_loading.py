@@ -168,6 +168,8 @@ VARIANTS = [
     {"cls_position": "double", "norm_after_scan": True},
     {"cls_position": "none", "rope": True, "use_pos_embed": False},
     {"directions": "backward", "num_registers": 3, "use_mask_token": True},
+    {"directions": "layer", "global_pool": "max"},
+    {"shared_conv": True, "divide_out": False, "global_pool": "max-logits"},
     {"in_chans": 2, "img_size": (48, 80), "stride": 8, "divide_out": False},
     {"global_pool": "token+avg", "cls_position": "first", "num_classes": 0},
 ]
@@ -428,9 +430,9 @@ def without_own_conv(state):
 @pytest.mark.parametrize(
     ("name", "change", "says"),
     [
-        (NAME.replace("v2", "v1"), dict, "v1 block"),
-        (None, without_own_conv, "v1 block"),
-        (NAME.replace("v2", "_bidirectional"), dict, "layer-pair bidirectional"),
+        (NAME.replace("v2", "v1"), dict, "says bimambav1"),
+        (None, without_own_conv, "8 unexpected.*x_proj_b"),
+        (NAME.replace("v2", "_bidirectional"), dict, "two directions each"),
         (NAME, lambda s: s | {"rope.freqs_cos": torch.ones(16, 32)}, "another definition"),
         (NAME, lambda s: {"blocks.0.attn.qkv.weight": torch.ones(1)}, "vision transformer"),
         (NAME, lambda s: {"layer1.0.conv1.weight": torch.ones(1)}, "a ResNet"),
@@ -441,7 +443,7 @@ def without_own_conv(state):
         (NAME, lambda s: s | {"note": "hello"}, "'note' is a str, not a tensor"),
     ],
     ids=[
-        "v1-by-name", "v1-by-keys", "layer-pairs", "rope", "vit", "resnet", "unknown",
+        "v1-by-name", "parts-of-v1-and-v2", "layer-pairs", "rope", "vit", "resnet", "unknown",
         "unexpected-key", "missing-key", "other-shape", "no-tensor",
     ],
 )  # fmt: skip
@@ -450,13 +452,6 @@ def test_weights_that_are_refused(tmp_path, name, change, says):
     args = {} if name is None else {"args": argparse.Namespace(model=name)}
     torch.save({"model": change(small().state_dict())} | args, path)
     with pytest.raises(ValueError, match=says):
-        load_encoder(path)
-
-
-def test_layer_pairs_are_refused_by_their_training_argument(tmp_path):
-    args = argparse.Namespace(model=NAME, if_bidirectional=True)
-    path = write_released(tmp_path / "vim.pth", small(), args=args)
-    with pytest.raises(ValueError, match="layer-pair bidirectional"):
         load_encoder(path)
 
 

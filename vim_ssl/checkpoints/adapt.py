@@ -34,7 +34,9 @@ def adapt_state(
     state = dict(stored)
     target, fresh = encoder.config, encoder.state_dict()
 
-    if config["directions"] != target["directions"]:  # one of them is "both"
+    if config["directions"] == "layer":
+        state = {_key_in_pair(key): value for key, value in state.items()}
+    elif config["directions"] != target["directions"]:  # one of them is "both"
         for match in filter(None, map(_DIRECTED.fullmatch, list(state))):
             prefix, backward, ending = match.groups()
             if target["directions"] == "both":
@@ -61,6 +63,16 @@ def adapt_state(
 
     _adapt_head(path, state, fresh, config, encoder)
     return state
+
+
+def _key_in_pair(key: str) -> str:
+    """Return a key of an encoder whose blocks form pairs: upstream calls the parameters of the
+    second, which reads backward, like those of a forward direction."""
+    match = _DIRECTED.fullmatch(key)
+    layer = re.match(r"layers\.(\d+)\.", key)
+    if match is None or match[2] or layer is None or int(layer[1]) % 2 == 0:
+        return key
+    return f"{match[1]}_b{match[3]}"
 
 
 def _adapt_head(

@@ -42,7 +42,7 @@ _VIDEO = {"frames", "tubelet"}  # arguments only of `VideoEncoder`
 # Determined by the tensors: requesting another value is an error.
 _FIXED = (
     "embed_dim", "depth", "d_state", "d_conv", "expand", "dt_rank", "patch_size",
-    "norm_after_scan", "use_pos_embed",
+    "shared_conv", "norm_after_scan", "use_pos_embed",
 )  # fmt: skip
 
 
@@ -81,7 +81,7 @@ def load_encoder(
             turn and rescaled for n, mean and std in ``data_config`` likewise. Bands that
             ``data_config["bands"]`` names take the weights of the same name, such as red; others
             start from the mean.
-        global_pool: "token", "avg" or "token+avg"; if the width changes, the head is fresh.
+        global_pool: as in `VimEncoder`; if the width changes, the head is fresh.
         ema: load the EMA copy (True) or the raw weights (False); by default as stored by
             `save_encoder`, and the raw weights for a released file.
         strict: missing or unexpected keys are errors. False fills missing ones with fresh weights
@@ -414,6 +414,8 @@ def _check_contradictions(
     if positions[0] != positions[1] and not {*positions} <= {"middle", "first"}:
         refuse("cls_position")
     ways = requested.get("directions") or config["directions"], config["directions"]
+    if ways[0] != ways[1] and "layer" in ways:
+        refuse("directions", "blocks in pairs and blocks by themselves are different networks")
     if ways[0] != ways[1] and "both" not in ways:
         refuse("directions", "directions='both' initialises the other direction as its copy")
 

@@ -41,14 +41,14 @@ def released_config(
     """Return the encoder's arguments for these weights, and the assumptions made.
 
     Args:
-        requested: the caller's arguments; only img_size, stride, divide_out and cls_position are
-            used, where the file is ambiguous.
+        requested: the caller's arguments; only img_size, stride, divide_out, cls_position and
+            directions are used, where the file is ambiguous.
     Raises: ValueError for another architecture, an unsupported variant, or a position table that
         fits two layouts.
     """
     name = model_name if model_name and re.match(r"vim_.*patch\d+", model_name) else None
-    _refuse_others(state, model_name or "", training_args)
-    directions = _directions(state, name)
+    directions = _directions(state, model_name or "", training_args, requested)
+    _refuse_others(state, model_name or "", directions)
     back = directions == "backward"
 
     def shape(key: str, ndim: int) -> torch.Size:
@@ -69,6 +69,7 @@ def released_config(
         "patch_size": patch[2],
         "in_chans": patch[1],
         "directions": directions,
+        "shared_conv": _shares_conv(state),
         "norm_after_scan": f"{_FIRST}layernorm.weight" in state,
         "use_pos_embed": "pos_embed" in state,
         "use_mask_token": "mask_token" in state,
@@ -79,13 +80,13 @@ def released_config(
     config["cls_position"] = _cls_position(state, name, requested, assumed)
     config["divide_out"] = _divide_out(name, config, requested, assumed)
     config |= _layout(state, config, name, requested)
-    pooled = "token" if config["cls_position"] != "none" else "avg"
+    pooled = "token" if config["cls_position"] != "none" else _pool_of_patches(name or "", assumed)
     joined = "head.weight" in state and state["head.weight"].shape[1] == 2 * width
     config["global_pool"] = "token+avg" if joined else pooled
     return config, assumed
 
 
-def _refuse_others(state: Mapping[str, Tensor], name: str, args: Mapping[str, Any]) -> None:
+def _refuse_others(state: Mapping[str, Tensor], name: str, directions: str) -> None:
     if f"{_FIRST}in_proj.weight" not in state or state[f"{_FIRST}in_proj.weight"].ndim != 2:
         kinds = (kind for mark, kind in _FOREIGN.items() if any(re.match(mark, k) for k in state))
         looks = next((f"it looks like {kind}" for kind in kinds), "its architecture is unknown")
@@ -94,17 +95,15 @@ def _refuse_others(state: Mapping[str, Tensor], name: str, args: Mapping[str, An
             f"These weights are not a Vision Mamba encoder: {looks} (first keys: {keys}; expected "
             f"{_FIRST}in_proj.weight and similar)."
         )
-    shared = "conv1d.weight", "A_b_log"  # both directions share one convolution
-    v1 = all(_FIRST + key in state for key in shared) and f"{_FIRST}conv1d_b.weight" not in state
-    if v1 or "bimambav1" in name:
+    if "bimambav1" in name and not _shares_conv(state):
         raise ValueError(
-            "These weights are Vim's v1 block (bimambav1: both directions share the convolution "
-            "and the projections); only v2, the block of every released file, is supported."
+            f"The model's name {name!r} says bimambav1, whose directions share a convolution and "
+            "projections, but these weights do not have its keys (A_b_log without conv1d_b)."
         )
-    if args.get("if_bidirectional") or re.search(r"bidirection", name):
+    if directions == "layer" and f"{_FIRST}A_b_log" in state:
         raise ValueError(
-            "These weights are Vim's layer-pair bidirectional variant (if_bidirectional: every "
-            "second layer reads backward); only v2, which reads both ways in each layer, is "
+            "These weights are Vim's layer-pair variant (if_bidirectional), but their layers also "
+            "have two directions each (A_b_log); only pairs of layers with one direction each are "
             "supported."
         )
     if any(key.startswith("rope.") for key in state) or "_rope" in name:
@@ -115,9 +114,39 @@ def _refuse_others(state: Mapping[str, Tensor], name: str, args: Mapping[str, An
         )
 
 
-def _directions(state: Mapping[str, Tensor], name: str | None) -> str:
-    forward, backward = (f"{_FIRST}conv1d{s}.weight" in state for s in ("", "_b"))
-    if (forward and backward) or (name and "bimambav2" in name):
+def _shares_conv(state: Mapping[str, Tensor]) -> bool:
+    """Return True for the v1 block: of the backward direction it has only A."""
+    has = (f"{_FIRST}{key}" in state for key in ("conv1d.weight", "A_b_log", "conv1d_b.weight"))
+    return tuple(has) == (True, True, False)
+
+
+def _pool_of_patches(name: str, assumed: list[str]) -> str:
+    """Return the pooling of a model without class token, from the model's name."""
+    match = re.search(r"final_pool_(mean|max|none|all)", name)
+    kind = match[1] if match else "mean"
+    if kind in ("none", "all"):
+        assumed.append(
+            f"The model's name {name!r} says final_pool_{kind} (the last token, or no pooling), "
+            "which heads here do not have: assumed global_pool='avg', which gives other logits."
+        )
+    return "max-logits" if kind == "max" else "avg"
+
+
+def _directions(
+    state: Mapping[str, Tensor], name: str, args: Mapping[str, Any], requested: Mapping[str, Any]
+) -> str:
+    forward, backward = (
+        any(_FIRST + key in state for key in keys)
+        for keys in (("conv1d.weight",), ("conv1d_b.weight", "A_b_log"))
+    )
+    one = forward and not backward
+    pairs = args.get("if_bidirectional") or "bidirection" in name
+    # Upstream's pairs have the keys of one direction; those of `VimEncoder` show it.
+    if pairs or (one and "layers.1.mixer.conv1d_b.weight" in state):
+        return "layer"
+    if one and requested.get("directions") == "layer":
+        return "layer"
+    if (forward and backward) or (re.match(r"vim_.*patch\d+", name) and "bimambav2" in name):
         return "both"
     return "backward" if backward else "forward"
 
@@ -147,6 +176,8 @@ def _divide_out(
 ) -> bool:
     """Return True if the directions are averaged. Shapes do not show it, and a wrong value gives
     wrong features without any error."""
+    if config["shared_conv"]:  # upstream divides only in the v2 block
+        return bool(requested.get("divide_out"))
     if config["norm_after_scan"] or (name and "bimamba" in name and "div2" in name):
         return True  # the variant with a norm always divides
     if requested.get("divide_out") is not None:
@@ -162,10 +193,11 @@ def _divide_out(
             "The checkpoint does not name its model: assumed divide_out=True, as in all released "
             "weights (otherwise pass divide_out=False)."
         )
-    elif name is None:
+    elif name is None and config["directions"] != "layer":
         assumed.append(
             "The checkpoint has parameters for one direction: assumed one scan per layer. Vim's "
-            "layer-pair variant (if_bidirectional) has the same keys and would give wrong features."
+            "layer-pair variant (if_bidirectional) has the same keys; for that one pass "
+            "directions='layer'."
         )
     return True
 

@@ -77,7 +77,8 @@ def _describe(report: Report, stored: Stored, config: Mapping[str, Any]) -> None
         "architecture": f"{_preset_of(config) or 'no preset'}: embed_dim {config['embed_dim']}, "
         f"depth {config['depth']}, d_state {config['d_state']}, patch {config['patch_size']}, "
         f"stride {config['stride'] or config['patch_size']}, channels {config['in_chans']}, "
-        f"directions {config['directions']}",
+        f"directions {config['directions']}"
+        + (" with one convolution" if config["shared_conv"] else ""),
         "parameters": f"{sum(tensor.numel() for tensor in stored.state.values()):,}",
         "classes": str(config["num_classes"] or "none: features only"),
         "directions' sum": ("divided by 2" if averaged else "not divided")
