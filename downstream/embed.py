@@ -43,7 +43,7 @@ from vim_ssl.evaluation.embeddings import (
 )
 from vim_ssl.evaluation.extract import encode_views
 from vim_ssl.evaluation.features import times_hash, weights_hash
-from vim_ssl.evaluation.readout import READOUTS, all_readouts, readout_columns
+from vim_ssl.evaluation.readout import CHOICES, all_readouts, readout_columns
 from vim_ssl.evaluation.seen import learnt_by_encoder
 from vim_ssl.training.run import newest_run, task_folder, trained_on
 from vim_ssl.utils.config import opt, parse
@@ -62,7 +62,7 @@ class Config:
     encoder: str = opt("", "run, checkpoint, preset or Hub id; default: the newest run")
     data: str = opt("", "images, labelled or not; default: the run's training data")
     readout: str = opt(
-        POOLED, "pooled: the encoder's output; or a probe's readout", choices=(POOLED, *READOUTS)
+        POOLED, "pooled: the encoder's output; or a probe's readout", choices=(POOLED, *CHOICES)
     )
     img_size: int = opt(
         0, "input size in pixels; position embeddings are resampled; 0: the encoder's size"

@@ -39,6 +39,7 @@ from vim_ssl.data.split import few_of_each
 from vim_ssl.data.train_test import labelled_only
 from vim_ssl.evaluation.seen import Exposure, earlier_trainings, part_to_evaluate
 from vim_ssl.metrics.classification import outputs, summary
+from vim_ssl.models.encoder import VimEncoder
 from vim_ssl.tasks.classification import (
     ClassificationConfig,
     build_classifier,
@@ -65,6 +66,7 @@ class Config(TransferConfig, ClassificationConfig):
     )
     hflip: float = opt(0.0, "probability of mirroring", "data")
     global_pool: str = opt("token+avg", "pooling before the head", "model")
+    model_args: dict[str, Any] = opt({}, "additional arguments of the encoder", "model")
     img_size: int = opt(
         0, "input size in pixels; position embeddings are resampled; 0: the encoder's size", "model"
     )
@@ -123,12 +125,21 @@ def run(config: Config) -> dict[str, Any]:
     if config.labels_per_class:
         train = train.subset(few_of_each(train.labels or [], config.labels_per_class, config.seed))
     torch.manual_seed(config.seed)
-    sizes: dict[str, Any] = {"img_size": config.img_size, "stride": config.stride}
-    sizes = {key: value for key, value in sizes.items() if value}
-    encoder = build_classifier(source, train, config, global_pool=config.global_pool, **sizes)
-    if config.from_scratch:
-        encoder = type(encoder)(**encoder.config)
+    encoder = build_encoder(config, source, train)
     return train_classifier("finetune", config, encoder, source, train, test, accelerator)
+
+
+def build_encoder(config: Config, source: str, data: ImageData) -> VimEncoder:
+    """Return the encoder with a head for these data; with ``from_scratch`` its weights are fresh.
+
+    ``model_args`` override the other settings of the encoder.
+    """
+    sizes = {"img_size": config.img_size, "stride": config.stride}
+    args: dict[str, Any] = {"global_pool": config.global_pool} | {
+        k: v for k, v in sizes.items() if v
+    }
+    encoder = build_classifier(source, data, config, **args | config.model_args)
+    return type(encoder)(**encoder.config) if config.from_scratch else encoder
 
 
 def evaluate_only(config: Config, source: str, spec: str, device) -> dict[str, Any]:
@@ -138,7 +149,9 @@ def evaluate_only(config: Config, source: str, spec: str, device) -> dict[str, A
         spec: labelled data; see `split_to_evaluate`.
     """
     weights = model_hash(source)
-    encoder = load_encoder(source, num_classes=None, img_size=config.img_size or None).to(device)
+    size: dict[str, Any] = {"img_size": config.img_size or None}
+    args = size | config.model_args | {"num_classes": None}
+    encoder = load_encoder(source, **args).to(device)
     origin = made_by(source)
     test, split, exposure = split_to_evaluate(config, spec, source)
     count = encoder.num_classes + (config.targets == "ordinal")

@@ -23,7 +23,7 @@ from vim_ssl.evaluation.linear_heads import fit_logistic
 from vim_ssl.evaluation.online import effective_rank, online_probe
 from vim_ssl.evaluation.readout import (
     C_GRID,
-    READOUTS,
+    CHOICES,
     all_readouts,
     choose_C,
     choose_readout,
@@ -271,7 +271,7 @@ def make_encoder(**args) -> VimEncoder:
 
 
 @pytest.mark.parametrize("depth", [1, 2, 4, 7], ids="depth{}".format)
-@pytest.mark.parametrize("readout", ["token", "avg", "token+avg"])
+@pytest.mark.parametrize("readout", ["token", "avg", "token+avg", "max"])
 def test_a_readout_is_the_encoders_own_pooling(readout, depth):
     encoder, x = make_encoder(depth=depth), torch.randn(2, 3, 16, 16)
     with torch.no_grad():
@@ -295,13 +295,16 @@ def test_without_a_class_token_the_means_are_left():
         everything = all_readouts(encoder, x)
         expected = encoder.forward_features(x).mean(1)
     torch.testing.assert_close(everything[:, readout_columns(encoder, "avg")], expected)
-    assert everything[:, readout_columns(encoder, "layers")].shape == everything.shape == (2, 64)
+    assert everything[:, readout_columns(encoder, "layers")].shape == (2, 64)
+    assert everything.shape == (2, 64 + 16)  # the maximum is the last
+    maximum = encoder.forward_features(x).amax(1)
+    torch.testing.assert_close(everything[:, readout_columns(encoder, "max")], maximum)
     with pytest.raises(ValueError, match="'token' needs a class token; use 'avg' or 'layers'"):
         readout_columns(encoder, "token")
 
 
 def test_an_unknown_readout_is_refused():
-    with pytest.raises(ValueError, match=re.escape(f"'cls' is not one of {', '.join(READOUTS)}.")):
+    with pytest.raises(ValueError, match=re.escape(f"'cls' is not one of {', '.join(CHOICES)}.")):
         readout_columns(make_encoder(), "cls")
 
 

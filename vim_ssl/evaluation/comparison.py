@@ -20,7 +20,7 @@ from vim_ssl.data.identity import TrainingRecord
 from vim_ssl.evaluation.baselines import pixel_features
 from vim_ssl.evaluation.extract import Features
 from vim_ssl.evaluation.features import cache_folder, encode_splits
-from vim_ssl.evaluation.readout import READOUTS, available_readouts
+from vim_ssl.evaluation.readout import CHOICES, READOUTS, available_readouts, readouts_of
 from vim_ssl.evaluation.seen import exposure, labels_seen, trainings_of
 from vim_ssl.metrics.bootstrap import Metric
 from vim_ssl.metrics.sentences import Gain, result_sentence
@@ -40,6 +40,9 @@ class ComparisonConfig:
     """Options shared by the linear probe and kNN scripts."""
 
     encoder: str = opt("", "run, checkpoint, preset or Hub id; default: the newest run")
+    model_args: dict[str, Any] = opt(
+        {}, "additional arguments of the encoder; its global_pool selects the readout"
+    )
     data: str = opt("", "labelled data; default: the run's training data")
     test_data: str = opt("", "test on other data with the same classes: another style, site …")
     test: float = opt(0.2, "fraction held out for testing if the data has no test split")
@@ -49,7 +52,7 @@ class ComparisonConfig:
         0.2, "fraction of the training set used to select readout, C, metric and k"
     )
     readouts: tuple[str, ...] = opt(
-        READOUTS, "parts of the encoder's output to use as features", choices=READOUTS
+        READOUTS, "parts of the encoder's output to use as features", choices=CHOICES
     )
     batch_size: int = opt(128, "images per batch")
     workers: int = opt(0, "number of data loading processes")
@@ -82,7 +85,12 @@ class Comparison:
         torch.manual_seed(config.seed)  # for the weights of a preset
         # Before the encoder is loaded: a training may replace it in the meantime.
         self.weights = encoder_hash(self.source) if self.main else ""
-        self.encoder = load_encoder(self.source, num_classes=0, device=self.device)
+        config.readouts = readouts_of(config.model_args.get("global_pool"), config.readouts)
+        args: dict[str, Any] = config.model_args | {"num_classes": 0, "device": self.device}
+        try:
+            self.encoder = load_encoder(self.source, **args)
+        except TypeError as error:  # an unknown name
+            raise ValueError(f"model_args: {error}") from error
         trainings = trainings_of(self.source)
         self.train, self.test = labelled_splits(
             config.data or trained_on(self.source), config.test, config.seed, config.test_data,

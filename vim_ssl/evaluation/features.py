@@ -24,7 +24,7 @@ from vim_ssl.utils.distributed import Processes
 from vim_ssl.utils.files import atomic_path, reading, user_cache
 from vim_ssl.utils.names import printable
 
-FORMAT = 1  # increase it when the meaning of `all_readouts` or of the file changes
+FORMAT = 2  # increase it when the meaning of `all_readouts` or of the file changes
 
 
 def encode_data(

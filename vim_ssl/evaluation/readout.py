@@ -10,17 +10,18 @@ from vim_ssl.evaluation.linear_heads import MANY, fit_logistic
 from vim_ssl.metrics.classification import require_labels
 from vim_ssl.models.encoder import VimEncoder
 
-READOUTS = ("token", "avg", "token+avg", "layers")
+READOUTS = ("token", "avg", "token+avg", "layers")  # tried by default
+CHOICES = (*READOUTS, "max")
 SEARCH_TOL = 3e-4  # tolerance in a sweep over C, where each fit starts from the last
 C_GRID = tuple(10.0**k for k in range(-3, 3))
 
 
 def all_readouts(encoder: VimEncoder, x: Tensor) -> Tensor:
-    """Compute the features for all `READOUTS` of images (b, c, h, w), concatenated.
+    """Compute the features for all `CHOICES` of images (b, c, h, w), concatenated.
 
     The columns are, embed_dim each: the class token (if any), the mean of the patch tokens after
-    the last block, and their means after a quarter, half and three quarters of the blocks. See
-    `readout_columns`.
+    the last block, their means after a quarter, half and three quarters of the blocks, and the
+    maximum of each feature over the patches after the last block. See `readout_columns`.
     """
     depth = len(encoder.feature_info)
     quarters = [max(round(depth * q / 4) - 1, 0) for q in (1, 2, 3, 4)]
@@ -29,20 +30,22 @@ def all_readouts(encoder: VimEncoder, x: Tensor) -> Tensor:
     )
     means = [patches.mean(1) for patches, _ in taps]
     token = [taps[-1][1].mean(1)] if taps[-1][1].shape[1] else []
-    return torch.cat([*token, means[-1], *means[:-1]], dim=1)
+    return torch.cat([*token, means[-1], *means[:-1], taps[-1][0].amax(1)], dim=1)
 
 
 def readout_columns(encoder: VimEncoder, readout: str) -> slice:
-    """Return the columns of `all_readouts` that belong to one of `READOUTS`.
+    """Return the columns of `all_readouts` that belong to one of `CHOICES`.
 
     Raises: ValueError for an unknown readout, or a class token that the encoder does not have.
     """
-    if readout not in READOUTS:
-        raise ValueError(f"readout {readout!r} is not one of {', '.join(READOUTS)}.")
+    if readout not in CHOICES:
+        raise ValueError(f"readout {readout!r} is not one of {', '.join(CHOICES)}.")
     has_token = bool(encoder.cls_names)
     if readout.startswith("token") and not has_token:
         raise ValueError(f"readout {readout!r} needs a class token; use 'avg' or 'layers'.")
-    first, last = {"token": (0, 1), "avg": (1, 2), "token+avg": (0, 2), "layers": (0, 5)}[readout]
+    first, last = {
+        "token": (0, 1), "avg": (1, 2), "token+avg": (0, 2), "layers": (0, 5), "max": (5, 6),
+    }[readout]  # fmt: skip
     shift = 0 if has_token else -1
     d = encoder.embed_dim
     return slice(max(first + shift, 0) * d, (last + shift) * d)
@@ -53,6 +56,28 @@ def available_readouts(encoder: VimEncoder, names: Sequence[str]) -> dict[str, s
     if tuple(names) == READOUTS and not encoder.cls_names:
         names = [name for name in names if not name.startswith("token")]
     return {name: readout_columns(encoder, name) for name in names}
+
+
+def readouts_of(global_pool: str | None, readouts: Sequence[str]) -> tuple[str, ...]:
+    """Return the readouts to try with an encoder that was requested with this ``global_pool``:
+    this one, or ``readouts`` if none was.
+
+    Raises: ValueError for a pooling that frozen features do not have, or if other readouts were
+        chosen too.
+    """
+    if global_pool is None:
+        return tuple(readouts)
+    if global_pool not in CHOICES:
+        raise ValueError(
+            f"global_pool {global_pool!r} is not a readout of frozen features; expected one of "
+            f"{', '.join(CHOICES)}. ('max-logits' needs a head that is trained on every patch.)"
+        )
+    if tuple(readouts) not in (READOUTS, (global_pool,)):
+        raise ValueError(
+            f"readouts {', '.join(readouts)} and global_pool {global_pool!r} were both requested; "
+            "pass one of them."
+        )
+    return (global_pool,)
 
 
 def choose_readout(

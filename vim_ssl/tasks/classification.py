@@ -128,13 +128,17 @@ def build_classifier(source: str, data, config: ClassificationConfig, **args: An
 
     Args:
         args: arguments of `load_encoder`.
+    Raises: ValueError for an argument that it does not have.
     """
     args |= {
         "num_classes": outputs(config.targets, len(class_names(data))),
         "drop_path_rate": config.drop_path,
         "use_mask_token": False,  # it would have no gradient without masks, and DDP would fail
     }
-    encoder = load_for_bands(source, band_arguments(data), **args)
+    try:
+        encoder = load_for_bands(source, band_arguments(data), **args)
+    except TypeError as error:  # an unknown name
+        raise ValueError(f"model_args: {error}") from error
     _match_head(encoder, source, class_names(data), config.targets)
     return encoder
 
