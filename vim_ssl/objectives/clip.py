@@ -28,6 +28,7 @@ from vim_ssl.checkpoints.identity import hash_of
 from vim_ssl.checkpoints.loading import load_encoder, save_encoder
 from vim_ssl.data.transforms.image import Transform, create_transform
 from vim_ssl.models.encoder import VimEncoder
+from vim_ssl.models.freezing import Freezable
 from vim_ssl.models.text import HubText, TextEncoder, build_text
 from vim_ssl.models.tokenizers import Tokenizer, load_tokenizer
 from vim_ssl.objectives.base import StepOutput
@@ -51,7 +52,7 @@ class Embedded(NamedTuple):
     cut: Tensor
 
 
-class Clip(nn.Module):
+class Clip(Freezable):
     """An image and a text tower with a common embedding space.
 
     Batches hold ``image`` (b, c, h, w), normalised; ``tokens`` (b, l) int64; ``cut`` (b,) bool.
@@ -98,9 +99,9 @@ class Clip(nn.Module):
             raise ValueError("clip uses no mask token; load the encoder with use_mask_token=False.")
         self.encoder, self.text, self.tokenizer = encoder, text, tokenizer
         self.embed_dim, self.loss = embed_dim, loss
-        self.locked = [tower for tower, lock in ((encoder, lock_image), (text, lock_text)) if lock]
-        for tower in self.locked:
-            tower.requires_grad_(False).eval()
+        for tower, lock in ((encoder, lock_image), (text, lock_text)):
+            if lock:
+                self.freeze(tower)
         self.image_proj = _projection(encoder, embed_dim)
         self.text_proj = _projection(text, embed_dim)
         # One-element tensors, because FSDP cannot shard scalars.
@@ -116,12 +117,6 @@ class Clip(nn.Module):
             text["model"] = {k: v for k, v in text["model"].items() if k not in paths}
         tokenizer = self.tokenizer and self.tokenizer.identity()
         return {"text": hash_of(text), "tokenizer": hash_of(tokenizer)}
-
-    def train(self, mode: bool = True) -> "Clip":
-        super().train(mode)
-        for tower in self.locked:
-            tower.eval()
-        return self
 
     # ---------------------------------------------------------------- features
 
@@ -149,10 +144,8 @@ class Clip(nn.Module):
         return _unit(self.text_proj(self._run(self.text, texts)))
 
     def _run(self, tower: nn.Module, x: Tensor) -> Tensor:
-        if any(tower is locked for locked in self.locked):
-            with torch.no_grad():
-                return tower(x)
-        return tower(x)
+        with self.grad_of(tower):
+            return tower(x)
 
     @property
     def transform(self) -> Transform:

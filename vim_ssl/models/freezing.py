@@ -1,0 +1,50 @@
+"""Freeze a part of a model in training."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+
+class Freezable(nn.Module):
+    """A module whose parts can be frozen.
+
+    A frozen part has no gradients, so the optimiser, DDP and the moving average leave it out. It
+    stays in eval mode, whatever ``train`` sets: no drop path, no dropout, no BatchNorm updates.
+    """
+
+    _frozen: tuple[tuple[nn.Module, nn.Module | None], ...] = ()  # (part, what of it is trained)
+
+    def freeze(self, part: nn.Module, but: nn.Module | None = None) -> None:
+        """Freeze ``part`` except its submodule ``but``."""
+        part.requires_grad_(False)
+        if but is not None:
+            but.requires_grad_(True)
+        self._frozen = (*self._frozen, (part, but))
+        self.train(self.training)
+
+    def freeze_encoder(self) -> None:
+        """Freeze the ``encoder`` except its classification head."""
+        encoder: Any = self.encoder
+        self.freeze(encoder, encoder.get_classifier())
+
+    def is_frozen(self, part: nn.Module) -> bool:
+        return any(part is frozen for frozen, _ in self._frozen)
+
+    def grad_of(self, part: nn.Module) -> AbstractContextManager[Any]:
+        """Context in which to run ``part``: without gradients if it is frozen."""
+        return torch.no_grad() if self.is_frozen(part) else nullcontext()
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        for part, but in self._frozen:
+            part.eval()
+            if but is not None:
+                but.train(mode)
+        return self
+
+
+def pooled_features(encoder: Any, images: torch.Tensor) -> torch.Tensor:
+    """Return the input of the encoder's classification head, (b, num_features)."""
+    return encoder.forward_head(encoder.forward_features(images), pre_logits=True)
