@@ -1,10 +1,10 @@
 """Set up accelerate and the moving average."""
 
+import copy
 import os
 from datetime import timedelta
 
 import torch
-from timm.utils import ModelEmaV3
 from torch import nn
 
 from vim_ssl.training.config import TrainConfig
@@ -105,18 +105,30 @@ def unused_settings(config: TrainConfig, distributed_type: str) -> list[str]:
 class Average:
     """The moving average of ``model``, an encoder or an objective with its heads.
 
-    The decay rises with the steps, 1 - step^(-2/3), until it reaches ``decay``. ``module`` is the
-    averaged copy.
+    The decay rises with the steps, 1 - step^(-2/3), until it reaches ``decay``, as in timm's
+    ModelEmaV3. ``module`` is the averaged copy; its frozen parameters are exactly those of the
+    model.
     """
 
     def __init__(self, model: nn.Module, decay: float):
-        self.model = model
-        self._ema = ModelEmaV3(model, decay, use_warmup=True)
-        self.module: nn.Module = self._ema.module.requires_grad_(False)
+        self.model, self.decay = model, decay
+        self.module = copy.deepcopy(model).requires_grad_(False).eval()
+        self._frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
 
+    @torch.no_grad()
     def update(self, step: int) -> None:
         """Average in the weights after optimiser step ``step`` = 1, 2, …"""
-        self._ema.update(self.model, step)
+        weight = 1 - min(1 - float(step) ** (-2 / 3), self.decay)
+        now, averaged = self.model.state_dict(), self.module.state_dict()
+        floats = []
+        for name in now:
+            if name in self._frozen:
+                continue
+            if now[name].is_floating_point():
+                floats.append(name)
+            else:
+                averaged[name].copy_(now[name])
+        torch._foreach_lerp_([averaged[n] for n in floats], [now[n] for n in floats], weight)
 
 
 def make_average(model: nn.Module, config: TrainConfig) -> Average | None:
