@@ -170,7 +170,8 @@ def run(config: Config) -> dict[str, Any]:
             "split": "test" if config.test_features else "held out", "n": len(test),
             "mean": by_mean, "attention": by_attention,
             **compare(logits, mean_answers, train, test),
-            **fingerprints(train, test), "protocol": to_dict(config), **environment(),
+            **fingerprints(train, test), **training.scope, "protocol": to_dict(config),
+            **environment(),
         }  # fmt: skip
         metrics["summary"] += remarks
         return finish_run(training.run, metrics, lambda m: f"{summary(m)}\n{folder}")

@@ -50,7 +50,6 @@ class Config(TransferConfig, ClassificationConfig):
     img_size: int = opt(
         0, "input size in pixels; position embeddings are resampled; 0: the encoder's size", "model"
     )
-    frozen: bool = opt(False, "train only the head: a linear probe", "model")
     epochs: float = opt(30, "passes over the training split", "optimiser")
     batch_size: int = opt(8, "clips per process and micro-batch", "optimiser")
     base_lr: float = opt(5e-4, "learning rate per lr_reference_batch clips", "optimiser")
@@ -63,10 +62,6 @@ class Config(TransferConfig, ClassificationConfig):
         super().__post_init__()
         if self.mixup or self.cutmix:
             raise ValueError("mixup and cutmix are for images, not clips; omit them.")
-        if self.frozen and (self.from_scratch or self.drop_path):
-            raise ValueError(
-                "frozen trains only the head; it cannot be combined with from_scratch or drop_path."
-            )
 
 
 def kinetics_small() -> Config:
@@ -95,15 +90,12 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def build_encoder(config: Config, source: str, data: ImageData) -> VimEncoder:
-    """Return a video encoder with a head; with ``frozen`` only the head has gradients."""
+    """Return a video encoder with a head."""
     size = {"img_size": config.img_size} if config.img_size else {}
     images = build_classifier(source, data, config, global_pool=config.global_pool, **size)
     encoder = images.for_data(data, tubelet=config.tubelet, inflation=config.inflation)
     if config.from_scratch:
         encoder = type(encoder)(**encoder.config)
-    if config.frozen:
-        for name, parameter in encoder.named_parameters():
-            parameter.requires_grad_(name.startswith("head."))
     return encoder
 
 

@@ -1,4 +1,4 @@
-"""A frozen part of a model has no gradients and stays in eval mode; what is in it may be trained."""
+"""A frozen part of a model has no gradients and stays in eval mode, except its head."""
 
 import copy
 

@@ -110,6 +110,19 @@ def test_layer_decay_reaches_every_block(name):
         assert scale == pytest.approx(expected), name
 
 
+@pytest.mark.parametrize("layer_decay", [None, LAYER_DECAY], ids=["flat", "layer-decay"])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_rate_of_the_encoder_is_a_factor_on_that_of_layer_decay(name, layer_decay):
+    model = MODELS[name]()
+    plain = group_of(model, param_groups(model, DECAY, layer_decay))
+    inside = "encoder." if isinstance(model, Objective) else ""
+    for name, group in group_of(model, param_groups(model, DECAY, layer_decay, 0.1)).items():
+        in_encoder = name.startswith(inside) and not name.startswith(f"{inside}head.")
+        factor = 0.1 if in_encoder else 1.0
+        assert group["lr_scale"] == plain[name].get("lr_scale", 1.0) * factor, name
+        assert group["weight_decay"] == plain[name]["weight_decay"], name
+
+
 def test_frozen_parameters_are_left_out():
     model = Objective()
     model.encoder.requires_grad_(False)
@@ -119,8 +132,10 @@ def test_frozen_parameters_are_left_out():
         assert got == {id(p) for p in model.parameters() if p.requires_grad}
 
 
-def test_layer_decay_without_an_encoder_says_what_to_do():
-    with pytest.raises(ValueError, match=r"Linear has none.*layer_decay=None"):
+def test_rates_of_layers_without_an_encoder_say_what_to_do():
+    with pytest.raises(ValueError, match=r"lr_encoder needs.*Linear has none.*lr_encoder=1"):
+        param_groups(nn.Linear(2, 2), DECAY, lr_encoder=0.1)
+    with pytest.raises(ValueError, match=r"layer_decay needs.*Linear has none.*layer_decay=None"):
         param_groups(nn.Linear(2, 2), DECAY, LAYER_DECAY)
 
 

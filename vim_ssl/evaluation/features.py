@@ -7,10 +7,12 @@ times), the transform and the readouts. The name of the encoder's file does not 
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,19 +33,21 @@ def encode_data(
     encoder: VimEncoder,
     data,
     *,
+    readout: Callable[[Any, torch.Tensor], torch.Tensor] = all_readouts,
     batch_size: int = 128,
     workers: int = 0,
     device: str | torch.device = "cpu",
     cache: bool = True,
     processes: Processes | None = None,
 ) -> Features | None:
-    """Compute `all_readouts` of the images, using the encoder's transform.
+    """Compute features of the images, using the encoder's transform.
 
     Processes divide whole batches, so that results do not depend on their number.
 
     Args:
         encoder: encoder on ``device``, in eval mode.
         data: map-style data of `vim_ssl.data.open_data`.
+        readout: function (encoder, images) -> features; the cache knows it by its name.
         cache: write the features to the user's cache, and reuse them.
         processes: rank and world; a single process by default.
     Returns: the features on the main process, None on the others.
@@ -52,11 +56,11 @@ def encode_data(
     processes = processes or Processes()
     check_bands(encoder, data)
     transform = create_transform(encoder)
-    file = cache_folder() / f"{_key(encoder, data, transform)}.safetensors"
+    file = cache_folder() / f"{_key(encoder, data, transform, readout)}.safetensors"
     if processes.broadcast(cache and file.exists()):
         return _load(file, data) if processes.main else None
     local = extract_rows(
-        lambda x: all_readouts(encoder, x), data, transform,
+        partial(readout, encoder), data, transform,
         local_indices(len(data), batch_size, processes),
         batch_size=batch_size, workers=workers, device=device,
     )  # fmt: skip
@@ -93,10 +97,12 @@ def local_indices(size: int, batch_size: int, processes: Processes) -> list[int]
     return [i for begin in begins for i in range(begin, min(begin + batch_size, size))]
 
 
-def _key(encoder: VimEncoder, data, transform) -> str:
+def _key(encoder: VimEncoder, data, transform, readout: Any) -> str:
     # The fingerprint covers files, but not options such as image=COLUMN that select their content.
     images = [data.name, data.fingerprint, data.min_side, _times(data)]
     parts = [FORMAT, weights_hash(encoder), *images, repr(transform)]
+    if readout is not all_readouts:
+        parts.append(readout.__name__)
     return blake2b(repr(parts).encode(errors="surrogateescape"), digest_size=12).hexdigest()
 
 

@@ -6,10 +6,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup
-from torch import Tensor, nn
+from torch import Tensor
 
 from vim_ssl.metrics.classification import TARGETS, predicted
 from vim_ssl.models.encoder import VimEncoder
+from vim_ssl.models.freezing import Freezable, pooled_features
 from vim_ssl.objectives.base import StepOutput
 
 
@@ -24,7 +25,7 @@ class LabelledTransform:
         return {"image": self.image_transform(item["image"]), "label": label}
 
 
-class Classification(nn.Module):
+class Classification(Freezable):
     """Cross-entropy of ``encoder(image)`` against the labels.
 
     Args:
@@ -34,7 +35,8 @@ class Classification(nn.Module):
         label_smoothing: probability spread over all classes.
         mixup, cutmix: alphas of timm's Mixup in training, sampled once per batch.
         class_weights: (classes,) float, factors on the loss; only for targets "class".
-    Batches hold ``image`` (b, c, h, w), normalised, and ``label``.
+    Batches hold ``image`` (b, c, h, w), normalised, and ``label``. For a frozen encoder they
+    may hold its pooled ``features`` (b, num_features) instead of images.
     Raises: ValueError for an encoder without a head, unknown targets, weights that do not fit.
     """
 
@@ -71,13 +73,14 @@ class Classification(nn.Module):
 
     def forward(self, batch: dict[str, Tensor]) -> StepOutput:
         """Return the loss summed over the samples, and ``top1`` unless images are mixed."""
-        images, labels = batch["image"], batch["label"]
+        labels = batch["label"]
         if self.targets == "class" and self.mix is not None and self.training:
             # timm draws from numpy's generator, which the trainer does not seed per step.
             np.random.seed(int(torch.randint(2**31, ())))  # noqa: NPY002
-            images, soft = self._mixed(images, labels)
-            return StepOutput(self._cross_entropy(self.encoder(images).float(), soft), len(images))
-        logits = self.encoder(images).float()
+            images, soft = self._mixed(batch["image"], labels)
+            logits = self._logits({"image": images})
+            return StepOutput(self._cross_entropy(logits, soft), len(images))
+        logits = self._logits(batch)
         if self.targets == "class":
             loss = self._cross_entropy(logits, labels)
         else:
@@ -89,6 +92,17 @@ class Classification(nn.Module):
         hits = (predicted(logits, self.targets) == labels).float()
         hits = hits.mean(1) if hits.dim() > 1 else hits
         return StepOutput(loss, len(logits), {"top1": 100.0 * hits.sum()})
+
+    def _logits(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return (b, num_classes) float32."""
+        encoder = self.encoder
+        if not self.is_frozen(encoder):
+            return encoder(batch["image"]).float()
+        pooled = batch.get("features")
+        if pooled is None:
+            with self.grad_of(encoder):
+                pooled = pooled_features(encoder, batch["image"])
+        return encoder.get_classifier()(pooled).float()
 
     def _mixed(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Mix each image with another one; timm takes an even number, so one may be repeated."""

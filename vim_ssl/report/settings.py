@@ -26,6 +26,11 @@ def settings(run: Record) -> dict[str, dict[str, Any]]:
     for key, title in (("optimizer", "Optimiser"), ("weight_decay", "Weight decay"),
                        ("precision", "Autocast"), ("seed", "Seed")):  # fmt: skip
         training[title] = config.get(key)
+    training["Encoder"] = "Frozen" if config.get("frozen") else None
+    if is_number(factor := config.get("lr_encoder")) and factor != 1:
+        training["Learning rate of the encoder"] = f"{number(factor)} × that of the heads"
+    if is_number(count := run.result.metrics.get("trained_parameters")):
+        training["Trained parameters"] = f"{count:,}"
     health: dict[str, Any] = {
         "Non-finite steps": _largest(run, "bad_steps"),
         "Images skipped": _largest(run, "skipped"),

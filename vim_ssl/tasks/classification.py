@@ -43,6 +43,7 @@ from vim_ssl.metrics.medmnist import medmnist_metrics
 from vim_ssl.metrics.titles import RESULTS, split_name
 from vim_ssl.models.encoder import VimEncoder
 from vim_ssl.objectives.classification import Classification, LabelledTransform, balanced_weights
+from vim_ssl.tasks.frozen import feature_samples
 from vim_ssl.tasks.runner import Training, fingerprints, finish_run, train_run
 from vim_ssl.training.augmentation import AugmentationConfig, training_transform
 from vim_ssl.utils.config import opt, to_dict
@@ -83,6 +84,10 @@ class ClassificationConfig(AugmentationConfig):
         if settings["validation"] and settings["eval_every"] > settings["epochs"]:
             return defaults | {"eval_every": 1.0}
         return defaults
+
+    @property
+    def augments(self) -> bool:
+        return super().augments or bool(self.mixup or self.cutmix)
 
     def __post_init__(self):
         super().__post_init__()
@@ -193,7 +198,8 @@ def train_classifier(
     def validate(training: Training) -> Validation:
         return Validation(
             training.model, validation or test, training.run.folder, config.targets,
-            keep_best=validation is not None, patience=config.patience, **loading,
+            keep_best=validation is not None, patience=config.patience,
+            frozen=getattr(config, "frozen", False), **loading,
         )  # fmt: skip
 
     def conclude(training: Training) -> dict[str, Any]:
@@ -207,7 +213,8 @@ def train_classifier(
             **evaluate(
                 training.model, test, folder, config.targets, classes, train=labelled, **loading
             ),
-            **fingerprints(train, test), "protocol": to_dict(config), **environment(),
+            **fingerprints(train, test), **training.scope, "protocol": to_dict(config),
+            **environment(),
         }  # fmt: skip
         return finish_run(
             training.run,
@@ -224,16 +231,29 @@ def train_classifier(
     outside_data = {"test data": test.fingerprint}
     if validation is not None:
         outside_data["validation data"] = validation.fingerprint
-    transform = LabelledTransform(training_transform(encoder, config))
+    samples = training_samples(config, encoder, train, accelerator)
     return train_run(
-        recipe, config, objective,
-        SeededSamples(train, transform, config.seed, repeats=config.repeats), accelerator,
+        recipe, config, objective, samples, accelerator,
         model=encoder, data=train.name, splits=(labelled, test), source=source,
         record={"classes": train.classes, "targets": config.targets},
         save=partial(save_encoder, encoder), evaluate=validate if validates else None,
         should_stop=(lambda training: training.evaluator.should_stop()) if validates else None,
         conclude=conclude, depends_on=outside_data,
     )  # fmt: skip
+
+
+def training_samples(
+    config: ClassificationConfig, encoder: VimEncoder, train, accelerator
+) -> SeededSamples:
+    """Return the samples of `Classification`: images, or for a frozen encoder without augmentation
+    its features."""
+    if getattr(config, "frozen", False) and not config.augments and train.kind == "image":
+        return feature_samples(
+            encoder, train, accelerator, config.seed, repeats=config.repeats,
+            workers=config.workers,
+        )  # fmt: skip
+    transform = LabelledTransform(training_transform(encoder, config))
+    return SeededSamples(train, transform, config.seed, repeats=config.repeats)
 
 
 def _hold_out(config: ClassificationConfig, train, classes: Sequence[str]) -> tuple[Any, Any]:

@@ -115,8 +115,9 @@ class DenseTask:
 
         def conclude(training: Training) -> dict[str, Any]:
             return self._finish(
-                config, training.model, source, train, test, training.run, training.exposure
-            )
+                config, training.model, source, train, test, training.run, training.exposure,
+                training.scope,
+            )  # fmt: skip
 
         return train_run(
             self.name, config, model, SeededSamples(train, transform, config.seed), accelerator,

@@ -14,7 +14,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from vim_ssl.checkpoints.task_models import load_task, save_task
@@ -22,6 +22,7 @@ from vim_ssl.data.transforms.dense import DensePixels, on_canvas
 from vim_ssl.data.transforms.image import denormalize
 from vim_ssl.metrics.detection import DetectionMetrics
 from vim_ssl.models.encoder import VimEncoder
+from vim_ssl.models.freezing import Freezable
 from vim_ssl.models.heads import RCNN, SimpleFeaturePyramid
 from vim_ssl.models.heads.rcnn import COARSEST
 from vim_ssl.objectives.base import StepOutput
@@ -36,7 +37,7 @@ FILE = "detection.safetensors"
 MIN_SCORE = 0.5  # minimum score of an object to be drawn
 
 
-class Detection(DensePredictor, nn.Module):
+class Detection(DensePredictor, Freezable):
     """An encoder and a detector; as an objective, its losses.
 
     Args:
@@ -103,7 +104,10 @@ class Detection(DensePredictor, nn.Module):
         self, images: Tensor, targets: list[dict[str, Tensor]] | None = None
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
         """Return detections of `RCNN` in images (b, c, size, size), or in training its losses."""
-        (last,) = self.encoder.forward_intermediates(images, 1, norm=True, intermediates_only=True)
+        with self.grad_of(self.encoder):
+            (last,) = self.encoder.forward_intermediates(
+                images, 1, norm=True, intermediates_only=True
+            )
         if not self.training:  # torchvision drops boxes whose score is NaN without a word
             require_finite(last, "the features", REMEDY)
         return self.detector(images, self.pyramid(last), targets)

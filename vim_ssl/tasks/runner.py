@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from vim_ssl.data.identity import TrainingRecord, describe_training
 from vim_ssl.data.loading.streamed import ImageStream
 from vim_ssl.evaluation.seen import Exposure, earlier_trainings, exposure, is_resumed, record_of
 from vim_ssl.metrics.titles import split_name
+from vim_ssl.models.freezing import Freezable
 from vim_ssl.report import write_report
 from vim_ssl.training.accelerator import make_average
 from vim_ssl.training.config import TrainConfig
@@ -38,6 +39,8 @@ class Training:
 
     Attributes:
         run: the open run directory.
+        scope: entries of metrics.json: ``trained_parameters``, their number, and ``frozen``, True
+            for a frozen encoder.
         model: the model to evaluate: the moving average if there is one.
         save: writes the model into the run; keyword arguments are added to its record.
         evaluator: the result of ``evaluate`` of `train_run`.
@@ -45,6 +48,7 @@ class Training:
     """
 
     run: Run
+    scope: dict[str, Any]
     model: Any
     save: Callable[..., None]
     evaluator: Any = None
@@ -75,7 +79,8 @@ def train_run(
 
     Args:
         name: recipe or task name, for the records.
-        objective, samples: see `fit`.
+        objective, samples: see `fit`. With ``config.frozen`` the objective is `Freezable`, and its
+            encoder is frozen.
         model: the model to average and save: an encoder, or an objective with its heads.
         data: name of the training data, for the record.
         splits: the images whose labels are learnt, and the test images; which these are is stored
@@ -100,6 +105,9 @@ def train_run(
     source = source or getattr(config, "encoder", "")
     given = {"encoder": encoder_hash(source) if source else "", **(depends_on or {})}
     needed = outside(objective, model, {what: known for what, known in given.items() if known})
+    frozen = getattr(config, "frozen", False)
+    if frozen:
+        cast(Freezable, objective).freeze_encoder()
     average = make_average(model, config)
     averaged: Any = None if average is None else average.module
     run = Run.open(name, config, accelerator)
@@ -110,7 +118,8 @@ def train_run(
             with run.writing(f"the {what}"):
                 save(run.folder, ema=averaged, record=origin | more)
 
-    training = Training(run, model if averaged is None else averaged, save_model)
+    scope = {"trained_parameters": _count(objective, trained=True), "frozen": frozen}
+    training = Training(run, scope, model if averaged is None else averaged, save_model)
     result: dict[str, Any] = {}
     earlier, resumed = earlier_trainings(config, source), is_resumed(config)
     with contextlib.closing(run), run.state.recording():
@@ -160,9 +169,12 @@ def _describe(
     facts = [" ".join(filter(None, (name, getattr(config, "objective", ""))))]
     if config.preset:
         facts.append(f"preset {config.preset}")
-    size, all_of_it = _parameters(encoder), _parameters(objective)
+    size, trained = (
+        f"{number(_count(module, only) / 1e6, 2)} M"
+        for module, only in ((encoder, False), (objective, True))
+    )
     line = f"encoder {source}: {size} parameters".replace(" :", ":")
-    facts.append(line if size == all_of_it else f"{line}, {all_of_it} in training")
+    facts.append(line if size == trained else f"{line}, {trained} in training")
     data_config = getattr(encoder, "data_config", getattr(encoder, "pretrained_cfg", None)) or {}
     if shape := data_config.get("input_size"):
         channels, height, width = shape
@@ -174,9 +186,9 @@ def _describe(
     return " · ".join([*facts, f"{device}{threads}, {precision}"])
 
 
-def _parameters(module: nn.Module) -> str:
-    """The number of parameters, in millions."""
-    return f"{number(sum(p.numel() for p in module.parameters()) / 1e6, 2)} M"
+def _count(module: nn.Module, trained: bool = False) -> int:
+    """The number of parameters, or of those that are trained."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
 
 
 def fingerprints(train: Any, test: Any) -> dict[str, dict[str, str]]:

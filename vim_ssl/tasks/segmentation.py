@@ -29,6 +29,7 @@ from vim_ssl.metrics.sentences import result_sentence
 from vim_ssl.metrics.titles import RESULTS
 from vim_ssl.metrics.volumes import VolumeMetrics
 from vim_ssl.models.encoder import VimEncoder
+from vim_ssl.models.freezing import Freezable
 from vim_ssl.models.heads import NORMS, FCNHead, FeatureUpsampling, LinearHead, UPerNet
 from vim_ssl.models.sliding_window import label_pixels
 from vim_ssl.objectives.base import StepOutput
@@ -43,7 +44,7 @@ MASKS_READ = 200  # training masks to find the most frequent class
 AUXILIARY_LEVEL = 2  # the map at stride 16, as in the paper's configuration
 
 
-class Segmentation(DensePredictor, nn.Module):
+class Segmentation(DensePredictor, Freezable):
     """An encoder and a segmentation head; as an objective, their loss.
 
     Args:
@@ -123,9 +124,10 @@ class Segmentation(DensePredictor, nn.Module):
     def maps(self, images: Tensor) -> list[Tensor]:
         """(b, c, h, w) -> the input of the head: maps (b, d, ·, ·), finest first."""
         blocks = sorted(set(self.taps))
-        maps = self.encoder.forward_intermediates(
-            images, blocks, norm=True, intermediates_only=True
-        )
+        with self.grad_of(self.encoder):
+            maps = self.encoder.forward_intermediates(
+                images, blocks, norm=True, intermediates_only=True
+            )
         by_block = dict(zip(blocks, maps, strict=True))
         return self.neck([by_block[tap] for tap in self.taps])
 

@@ -32,6 +32,12 @@ class AugmentationConfig(TrainConfig):
         check_between(self, 0, 1, "hflip", "erasing")
         check_between(self, 0, math.inf, "color_jitter")
 
+    @property
+    def augments(self) -> bool:
+        """False if training images may have the transform of evaluation."""
+        random = self.hflip or self.color_jitter or self.auto_augment or self.erasing
+        return bool(random) or tuple(self.crop_scale) != (1, 1)
+
 
 def training_transform(
     encoder_or_config: nn.Module | Mapping[str, Any], config: AugmentationConfig

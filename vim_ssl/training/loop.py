@@ -141,6 +141,7 @@ def prepare_optimizer(objective, config: TrainConfig, schedule: Schedule, accele
     optimizer = build_optimizer(
         objective, opt=config.optimizer, lr=schedule.lr, weight_decay=config.weight_decay,
         betas=config.betas, eps=config.eps, layer_decay=config.layer_decay,
+        lr_encoder=getattr(config, "lr_encoder", 1.0),
     )  # fmt: skip
     if accelerator.device.type == "cpu":  # on a GPU torch's default is fast
         use_fused(optimizer)

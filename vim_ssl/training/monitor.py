@@ -160,11 +160,12 @@ class Monitor:
             objective.eval()
             with torch.no_grad(), self.accelerator.autocast():
                 out: StepOutput = objective(preview)
-            objective.train(was_training)
             if out.images is not None:
                 self.run.save_images("preview", self.progress.step, out.images())
             if evaluate is not None:
                 metrics = evaluate()
+            objective.train(was_training)  # last: only the objective knows what of it is frozen
+            if metrics:
                 text = ", ".join(f"{k} {v:.4g}" for k, v in metrics.items())
                 self.bar.write(f"epoch {self.schedule.epoch_float(self.progress):.1f}: {text}")
         self.accelerator.wait_for_everyone()

@@ -57,9 +57,13 @@ SCHEDULES: dict[str, Callable] = {
 
 
 def param_groups(
-    model: nn.Module, weight_decay: float, layer_decay: float | None = None
+    model: nn.Module,
+    weight_decay: float,
+    layer_decay: float | None = None,
+    lr_encoder: float = 1.0,
 ) -> list[dict]:
-    """Group the trainable parameters by weight decay and, with ``layer_decay``, by depth.
+    """Group the trainable parameters by weight decay; with ``layer_decay`` also by depth, and with
+    ``lr_encoder`` by whether they belong to the encoder.
 
     Args:
         model: an encoder, or a module with an ``encoder`` (an objective, a task model).
@@ -67,20 +71,33 @@ def param_groups(
             that a module lists in its ``no_weight_decay()``.
         layer_decay: learning-rate factor from each block to the one below. The patch embedding has
             the lowest rate; the encoder's head and everything outside the encoder have factor 1.
-            Only timm's schedulers apply the groups' ``lr_scale``; see `build_schedule`.
+        lr_encoder: learning-rate factor of the encoder except its head; multiplies that of
+            ``layer_decay``.
+    Only timm's schedulers apply the groups' ``lr_scale``; see `build_schedule`.
     Returns: groups for a torch optimiser, every trainable parameter in exactly one.
-    Raises: ValueError for ``layer_decay`` without an encoder.
+    Raises: ValueError for ``layer_decay`` or ``lr_encoder`` without an encoder.
     """
     excluded = _no_weight_decay(model)
     if layer_decay is None:
-        return param_groups_weight_decay(model, weight_decay, no_weight_decay_list=excluded)
-    view = _LayerView(model)
-    return param_groups_layer_decay(
-        cast(nn.Module, view),  # it has every method that timm uses
-        weight_decay,
-        no_weight_decay_list={view.rename(name) for name in excluded},
-        layer_decay=layer_decay,
-    )
+        groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=excluded)
+    else:
+        view = _LayerView(model)
+        groups = param_groups_layer_decay(
+            cast(nn.Module, view),  # it has every method that timm uses
+            weight_decay,
+            no_weight_decay_list={view.rename(name) for name in excluded},
+            layer_decay=layer_decay,
+        )
+    if lr_encoder == 1.0:
+        return groups
+    encoder = _encoder_of(model, "lr_encoder=1")
+    slow = {*encoder.parameters()} - {*encoder.get_classifier().parameters()}
+    return [
+        group | {"params": params, "lr_scale": group.get("lr_scale", 1.0) * factor}
+        for group in groups
+        for factor, inside in ((lr_encoder, True), (1.0, False))
+        if (params := [p for p in group["params"] if (p in slow) == inside])
+    ]
 
 
 def build_optimizer(
@@ -92,11 +109,12 @@ def build_optimizer(
     betas: tuple[float, float] | None = None,
     eps: float | None = None,
     layer_decay: float | None = None,
+    lr_encoder: float = 1.0,
 ) -> torch.optim.Optimizer:
     """Build timm's optimiser named ``opt`` over `param_groups`.
 
     Args:
-        model, weight_decay, layer_decay: see `param_groups`.
+        model, weight_decay, layer_decay, lr_encoder: see `param_groups`.
         lr: peak learning rate of a group with ``lr_scale`` 1.
         betas, eps: timm's defaults if None.
     Raises: ValueError for a name that timm does not know.
@@ -105,7 +123,7 @@ def build_optimizer(
     given: dict[str, Any] = {"betas": betas, "eps": eps}
     return create_optimizer_v2(
         model, opt, lr=lr, weight_decay=weight_decay,
-        param_group_fn=lambda m: param_groups(m, weight_decay, layer_decay),
+        param_group_fn=lambda m: param_groups(m, weight_decay, layer_decay, lr_encoder),
         **{name: value for name, value in given.items() if value is not None},
     )  # fmt: skip
 
@@ -202,19 +220,28 @@ def _no_weight_decay(model: nn.Module) -> set[str]:
     return names
 
 
+def _encoder_of(model: nn.Module, off: str) -> Any:
+    """Return the encoder of a model, or an encoder itself.
+
+    Args:
+        off: the argument with which none is needed, for the message.
+    """
+    encoder = model if hasattr(model, "group_matcher") else getattr(model, "encoder", None)
+    if not hasattr(encoder, "group_matcher"):
+        raise ValueError(
+            f"{off.split('=')[0]} needs a group_matcher(), but {type(model).__name__} has none, "
+            f"nor an `encoder` with one; pass {off}."
+        )
+    return encoder
+
+
 class _LayerView:
     """A view of a model for timm's layer decay. The encoder's parameters have the names that its
     ``group_matcher`` expects; all others have unknown names, which are grouped with the head."""
 
     def __init__(self, model: nn.Module):
-        bare = hasattr(model, "group_matcher")
-        encoder: Any = model if bare else getattr(model, "encoder", None)
-        if not hasattr(encoder, "group_matcher"):
-            raise ValueError(
-                f"layer_decay needs a group_matcher(), but {type(model).__name__} has none, nor an "
-                "`encoder` with one; pass layer_decay=None."
-            )
-        self.model, self.prefix = model, "" if bare else "encoder."
+        encoder = _encoder_of(model, "layer_decay=None")
+        self.model, self.prefix = model, "" if encoder is model else "encoder."
         self.group_matcher: Callable = encoder.group_matcher
 
     def rename(self, name: str) -> str:

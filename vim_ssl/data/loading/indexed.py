@@ -120,11 +120,15 @@ class SeededSamples(Dataset):
         indices = [i * size // count for i in range(count)] if size >= count else [0]
         return [self[(0, i)] for i in indices]
 
+    def _load(self, index: int) -> dict[str, Any]:
+        """Return the input of the transform. Raises: BadImage."""
+        return self.data[index]
+
     def _candidates(self, index: int) -> Iterator[tuple[int, Callable[[], dict]]]:
         """Yield (index, loader) for the image at ``index``, then for its substitutes."""
         for attempt in range(ATTEMPTS):
             other = index if not attempt else stable_hash("in place of", index, attempt)
-            yield other, partial(self.data.__getitem__, other % len(self))
+            yield other, partial(self._load, other % len(self))
 
     def _draw(self, epoch: int, candidates: Iterable[tuple[int, Callable[[], dict]]]) -> dict:
         """Return the transformed sample of the first readable candidate (index, loader). The first
