@@ -11,6 +11,8 @@
     scan       the compiled scan, the torch loop and, with --sketch, C++ (see cpu_scan.py)
     step       a training step of two presets through the trainer, and of Vim-Ti and DeiT-Ti
     memory     what autograd saves for a backward pass, and the peak of a training step
+    frozen     time and memory of a step of classification and segmentation with Vim-Ti at 224 px,
+               trained and frozen
 
 All but `waiting` run on one thread. Every measurement has a fresh process. Compared calls alternate
 in one process and are timed with the thread's CPU clock; short calls repeat within a turn. A value
@@ -35,6 +37,7 @@ from pathlib import Path
 
 from vim_ssl.utils.openmp import POLICIES
 
+from cpu_frozen import TASKS, VARIANTS, frozen_memory, time_frozen
 from cpu_models import crossing, saved_memory, step_memory, time_encoder, time_step
 from cpu_scan import CONDITIONS as SCAN
 from cpu_scan import time_scan
@@ -45,7 +48,7 @@ from turns import Values
 
 FILE = "cpu.csv"
 COLUMNS = (*ORIGIN, "what", "value", "unit", "conditions")
-PARTS = ("waiting", "encoder", "crossover", "scan", "step", "memory")
+PARTS = ("waiting", "encoder", "crossover", "scan", "step", "memory", "frozen")
 # What `vim_ssl` sets unless there is a variable, what a user may set, and what OpenMP would do:
 # GNU's spins 300,000 times, LLVM's 200 ms.
 WAITING: dict[str, dict[str, str]] = {
@@ -195,6 +198,11 @@ def plan(runs: int, turns: int, seconds: float, sketch: str) -> list[Measurement
                       step_memory, (variant, batch))
           for batch, variant in ((8, "numba"), (8, "numba, recomputing"), (8, "torch"),
                                  (1, "numba"), (1, "reference"))),  # which keeps every state
+        *(Measurement("frozen", f"step of {task}", f"{MEMORY}, batch 8, 1 thread", "trained",
+                      time_frozen, (task, 8, few), runs, fewer) for task in TASKS),
+        *(Measurement("frozen", f"memory of a step of {task}", f"{MEMORY}, batch 8", variant,
+                      frozen_memory, (task, variant, 8))
+          for task in TASKS for variant in VARIANTS[:2]),
     ]  # fmt: skip
 
 
