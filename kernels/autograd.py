@@ -67,6 +67,7 @@ def _is_plain_call(args: Sequence[Any]) -> bool:
         if isinstance(m, Tensor) and (
             type(m) not in (Tensor, torch.nn.Parameter)
             or m.device.type not in ("cpu", "cuda")
+            or m.is_neg()
             or (differentiating and m.requires_grad)
         ):
             return False

@@ -27,7 +27,7 @@ if hasattr(os, "register_at_fork"):
 
 def _zero_rows(n: int) -> torch.Tensor:
     """Aligned zeros. Not torch.zeros: it may start OpenMP, which a forked child must not."""
-    rows = torch.empty(n, LANES, dtype=torch.float32)
+    rows = torch.empty(n, LANES, dtype=torch.float32, device="cpu")  # whatever the default is
     if n:
         ctypes.memset(rows.data_ptr(), 0, rows.nbytes)
     return rows

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from vim_ssl.kernels.backends import BACKENDS, resolve, select
+from vim_ssl.kernels.selective_scan.dispatch import check_d_state
 
 
 class Direction(NamedTuple):
@@ -63,6 +64,7 @@ def bi_mixer(
 
 def _check(forward: Direction, backward: Direction) -> None:
     """The kernels do not check what they read."""
+    check_d_state("A_log", forward.A_log)
     (d, n), r, k = forward.A_log.shape, forward.dt_proj.shape[-1], forward.conv_weight.shape[-1]
     expected = ((d, 1, k), (d,), (r + 2 * n, d), (d, r), (d,), (d, n), (d,))
     for title, one in (("forward", forward), ("backward", backward)):

@@ -130,9 +130,14 @@ def bi_selective_scan(
 def _check_A(A: Tensor, lead: tuple[int, ...]) -> int:
     if A.dim() != len(lead) + 1 or tuple(A.shape[:-1]) != lead:
         raise ValueError(f"A has shape {tuple(A.shape)}; expected {(*lead, 'n')} with n = d_state.")
-    if not 1 <= A.shape[-1] <= MAX_D_STATE:
-        raise ValueError(f"A has d_state {A.shape[-1]}; expected 1 to {MAX_D_STATE}.")
+    check_d_state("A", A)
     return A.shape[-1]
+
+
+def check_d_state(name: str, A: Tensor) -> None:
+    """Raise ValueError for more states than the kernels have, or none."""
+    if not 1 <= A.shape[-1] <= MAX_D_STATE:
+        raise ValueError(f"{name} has d_state {A.shape[-1]}; expected 1 to {MAX_D_STATE}.")
 
 
 def _check_shape(name: str, m: Tensor | None, expected: tuple[int, ...], form: str = "") -> None:

@@ -178,6 +178,10 @@ def test_what_does_not_fit_is_refused():
         bi_mixer(xz[..., 1:], *directions)
     with pytest.raises(ValueError, match=r"Unknown backend 'nunba'.*Did you mean 'numba'"):
         bi_mixer(xz, *directions, backend="nunba")
+    for n in (0, 65):
+        xz, *directions = inputs(1, 4, 8, n, 1, 4, torch.float32)
+        with pytest.raises(ValueError, match=f"A_log has d_state {n}; expected 1 to 64"):
+            bi_mixer(xz, *directions)
 
 
 def test_an_input_with_other_strides_gives_the_same(monkeypatch):

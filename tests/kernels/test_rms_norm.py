@@ -108,6 +108,14 @@ def test_takes_any_memory_layout(device):
         torch.testing.assert_close(got, expected)
 
 
+def test_a_tensor_that_torch_negates_lazily():
+    hidden, residual, weight = inputs()
+    with torch.no_grad():
+        negated = add_rms_norm(torch._neg_view(hidden), residual, weight)
+        for got, expected in zip(negated, add_rms_norm(-hidden, residual, weight), strict=True):
+            torch.testing.assert_close(got, expected)
+
+
 def test_an_all_zero_row_is_finite_with_finite_gradients(device):
     hidden = torch.zeros(1, 2, 4, requires_grad=True, device=device)
     weight = torch.ones(4, requires_grad=True, device=device)

@@ -209,6 +209,35 @@ def test_transforms_of_torch_func_give_the_gradient_of_autograd():
         assert (transform(energy)(image.detach()) - expected).abs().max() < 1e-4
 
 
+def test_a_hook_for_all_modules_reaches_every_layer(images):
+    encoder, seen = tiny(), set()
+    handle = nn.modules.module.register_module_forward_hook(lambda m, *_: seen.add(m))
+    try:
+        with torch.no_grad():
+            encoder(images)
+    finally:
+        handle.remove()
+    layers = {m for m in encoder.modules() if isinstance(m, nn.Linear | nn.Conv1d | nn.Conv2d)}
+    assert layers
+    assert layers <= seen
+
+
+def test_the_default_device_of_new_tensors_does_not_matter(images):
+    encoder = tiny()
+    with torch.no_grad():
+        expected = encoder(images)
+        with torch.device("meta"):
+            assert torch.equal(encoder(images), expected)
+
+
+def test_an_encoder_exports_for_any_batch(images):
+    encoder, batch = tiny(), {"x": {0: torch.export.Dim("batch")}}
+    program = torch.export.export(encoder, (torch.cat([images] * 2),), dynamic_shapes=batch)
+    with torch.no_grad():
+        for some in (images[:1], torch.cat([images] * 3)):
+            assert (program.module()(some) - encoder(some)).abs().max() < 1e-6
+
+
 def test_a_program_exported_without_gradients_gives_them(images):
     encoder = tiny()
     with torch.no_grad():

@@ -39,6 +39,7 @@ CASES = {
     "half a core": ({GROUP: "0::/\n", f"{TOP}/cpu.max": "50000 100000\n"}, 1),
     "a core and a half": ({GROUP: "0::/\n", f"{TOP}/cpu.max": "150000 100000\n"}, 2),
     "more than the machine": ({GROUP: "0::/\n", f"{TOP}/cpu.max": "6400000 100000\n"}, 16),
+    "digits without end": ({GROUP: "0::/\n", f"{TOP}/cpu.max": f"{'9' * 5000} 100000\n"}, 16),
     "no control groups": ({}, 16),
 }  # fmt: skip
 

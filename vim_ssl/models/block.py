@@ -244,7 +244,12 @@ def is_plain(module: nn.Module) -> bool:
     known = type(module).forward in _APPLY_WEIGHT
     # A tensor of torchao may support no operation but its layer's.
     plain = known and not hasattr(module.weight, "__tensor_flatten__")
-    return plain and "forward" not in vars(module) and not any(hooks)
+    return (
+        plain
+        and "forward" not in vars(module)
+        and not any(hooks)
+        and not nn.modules.module._has_any_global_hook()
+    )
 
 
 def rotate(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:

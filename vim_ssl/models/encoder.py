@@ -273,7 +273,7 @@ class VimEncoder(nn.Module):
             raise ValueError(
                 f"images have shape {tuple(x.shape)}; expected (b, {self.in_chans}, h, w)."
             )
-        check_ids(ids_keep, len(x))
+        check_ids(ids_keep, x.shape[0])
         grid = self.grid(*x.shape[-2:])
         tokens = self.patch_embed(x, ids_keep)
         pos, _ = self._positions(grid)

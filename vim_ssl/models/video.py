@@ -97,7 +97,7 @@ class VideoEncoder(VimEncoder):
                 f"frames must be multiples of {self.tubelet}, and first + t at most frames."
             )
         grid = self.grid(*x.shape[-2:])
-        check_ids(ids_keep, len(x))
+        check_ids(ids_keep, x.shape[0])
         tokens = self.patch_embed(x, ids_keep)
         piece = slice(first // self.tubelet, end // self.tubelet)
         pos = self._space_time(whole // self.tubelet, grid, piece)

@@ -52,7 +52,7 @@ def _limits(folder: Path) -> Iterator[float]:
     """Yield the quota of one group in cores, if it has one: v2's file, v1's two."""
     v1 = (_text(folder / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
     for text in (_text(folder / "cpu.max"), " ".join(v1)):
-        numbers = [int(word) for word in text.split() if word.isdecimal()]  # not "max", not -1
+        numbers = [float(word) for word in text.split() if word.isdecimal()]  # not "max", not -1
         if len(numbers) == 2 and all(numbers):
             yield numbers[0] / numbers[1]
 
