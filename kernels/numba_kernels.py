@@ -1,4 +1,5 @@
-"""The CPU kernels, compiled by numba: scan, convolution and norm, forward and backward.
+"""The CPU kernels, compiled by numba: scan, convolution and norm, forward and backward, and the
+projection between convolution and scan.
 
 All are in one file because numba's disk cache detects changes only in the file of the kernel.
 
@@ -499,15 +500,19 @@ GB, QA, SUM_ROWS = (i * ROW for i in range(3))
 
 
 @jit
-def _load_channels(A, D, bias, width, n, of_n, step, channels):
-    """Parameters of a block of channels; PEAK is max |A2| over n, NaN if one is not finite."""
+def _load_channels(A, logarithm, D, bias, width, n, of_n, step, channels):
+    """Parameters of a block of channels; with `logarithm`, A is the logarithm of -A. PEAK is
+    max |A2| over n, NaN if one is not finite."""
     _load_columns(A, width, n, LOG2E, of_n + A2, step)
     _load(D, width, channels + SKIP)
     _load(bias, width, channels + BIAS)
     _clear(3, channels + PEAK)  # and the sums
     for k in range(n):
         for e in range(0, ROW, VECTOR):
-            a, peak = absolute(load(of_n + k * step + A2 + e)), load(channels + PEAK + e)
+            here = of_n + k * step + A2 + e
+            if logarithm:
+                store(here, exp2(load(here)) * -LOG2E)
+            a, peak = absolute(load(here)), load(channels + PEAK + e)
             store(channels + PEAK + e, where(peak < a, a, peak) + a * ZERO)
 
 
@@ -528,6 +533,22 @@ def _step_size(softplus, u, delta, channels, token, y):
         store(y + e, load(channels + SKIP + e) * u_e)
         near &= everywhere(absolute(dt) * load(channels + PEAK + e) < NEAR)
     return near
+
+
+@jit
+def _combine(r, factors, of_r, target):
+    """The sum of r rows, each times one of the numbers at `factors`; it stays in registers."""
+    v_0 = v_1 = v_2 = v_3 = vector(ZERO)
+    for j in range(r):
+        factor, row = number(factors + j * FLOAT), of_r + j * ROW
+        v_0 = v_0 + factor * load(row)
+        v_1 = v_1 + factor * load(row + VECTOR)
+        v_2 = v_2 + factor * load(row + 2 * VECTOR)
+        v_3 = v_3 + factor * load(row + 3 * VECTOR)
+    store(target, v_0)
+    store(target + VECTOR, v_1)
+    store(target + 2 * VECTOR, v_2)
+    store(target + 3 * VECTOR, v_3)
 
 
 @inlined
@@ -568,21 +589,24 @@ def _gate(scale, y, other, z, out):
         store(out + e, v)
 
 
-def scan_forward_rows(n: int) -> int:
+def scan_forward_rows(n: int, r: int) -> int:
     """Rows of scratch memory that `scan_forward` needs."""
-    return (CHANNEL_ROWS + TOKEN_ROWS + n * FORWARD_ROWS) // ROW + 4
+    return (CHANNEL_ROWS + TOKEN_ROWS + n * FORWARD_ROWS) // ROW + 4 + r
 
 
 @kernel
 def scan_forward(
-    u, delta, A_0, A_1, B, C, D_0, D_1, z, bias_0, bias_1, h0, out, last, states,
-    directions, batch, length, d, n, bc_s, bc_b, bc_l, z_b, z_l, softplus, reversed_first, scale,
-    scratch, first, end,
+    u, delta, proj_0, proj_1, A_0, A_1, B, C, D_0, D_1, z, bias_0, bias_1, h0, out, last, states,
+    directions, batch, length, d, n, r, delta_s, delta_b, delta_l, bc_s, bc_b, bc_l, z_b, z_l,
+    logarithm, softplus, reversed_first, scale, scratch, first, end,
 ):  # fmt: skip
     """Tasks [first, end) of batch * blocks.
 
     Tensors:
-        u, delta (s, b, l, d), h0 (s, b, d, n); for each direction A (d, n), D, bias (d,).
+        u (s, b, l, d), h0 (s, b, d, n); for each direction A (d, n), D, bias (d,).
+        delta (s, b, l, d) with strides delta_s, delta_b, delta_l, 1; or, if r > 0, (s, b, l, r),
+        which proj (d, r) of its direction projects to d channels.
+        With `logarithm`, A is the logarithm of -A.
         B, C (s, b, l, n) with strides bc_s, bc_b, bc_l, 1; z (b, l, d) with strides z_b, z_l, 1.
         out (b, l, d): scale * sum over directions * silu(z).
         last (s, b, d, n).  states (s, b, blocks, chunks, n, LANES): h before each chunk.
@@ -593,18 +617,20 @@ def scan_forward(
     y_row, pads, channels = scratch, scratch + ROW, scratch + 4 * ROW
     token = channels + CHANNEL_ROWS
     of_n = token + TOKEN_ROWS
+    of_r = of_n + n * FORWARD_ROWS
     for task in range(first, end):
         b, block = task // blocks, task % blocks
         e0 = block * LANES
         width = min(LANES, d - e0)
         for s in range(directions):
-            A, D, bias = (A_1, D_1, bias_1) if s == 1 else (A_0, D_0, bias_0)
+            proj, A, D, bias = (proj_1, A_1, D_1, bias_1) if s == 1 else (proj_0, A_0, D_0, bias_0)
             sb, final = s * batch + b, s == directions - 1
             state = (sb * d + e0) * n * FLOAT
-            _load_channels(A + e0 * n * FLOAT, D + e0 * FLOAT if D else 0,
+            _load_channels(A + e0 * n * FLOAT, logarithm, D + e0 * FLOAT if D else 0,
                            bias + e0 * FLOAT if bias else 0, width, n, of_n, FORWARD_ROWS,
                            channels)  # fmt: skip
             _load_columns(h0 + state if h0 else 0, width, n, ONE, of_n + H, FORWARD_ROWS)
+            _load_columns(proj + e0 * r * FLOAT, width, r, ONE, of_r, ROW)
             for i in range(length):
                 if states and i % CHUNK == 0:
                     target = states + ((sb * blocks + block) * chunks + i // CHUNK) * n * ROW
@@ -616,11 +642,16 @@ def scan_forward(
                 y = here if width == LANES and not final else y_row
                 offset = ((sb * length + t) * d + e0) * FLOAT
                 u_row = _read(u + offset, width, pads)
-                delta_row = _read(delta + offset, width, pads + ROW)
-                near = _step_size(softplus, u_row, delta_row, channels, token, y)
                 ahead = -1 if s == 1 or reversed_first else 1
                 _prefetch(u + offset + ahead * d * FLOAT)
-                _prefetch(delta + offset + ahead * d * FLOAT)
+                step = delta + (s * delta_s + b * delta_b + t * delta_l) * FLOAT
+                if r:
+                    delta_row = pads + ROW
+                    _combine(r, step, of_r, delta_row)
+                else:
+                    delta_row = _read(step + e0 * FLOAT, width, pads + ROW)
+                    _prefetch(step + (ahead * delta_l + e0) * FLOAT)
+                near = _step_size(softplus, u_row, delta_row, channels, token, y)
                 if final:
                     _prefetch(here + ahead * d * FLOAT)
                     if z:
@@ -769,7 +800,7 @@ def scan_backward(
             A, D, bias = (A_1, D_1, bias_1) if s == 1 else (A_0, D_0, bias_0)
             sb = s * batch + b
             state = (sb * d + e0) * n * FLOAT
-            _load_channels(A + e0 * n * FLOAT, D + e0 * FLOAT if D else 0,
+            _load_channels(A + e0 * n * FLOAT, False, D + e0 * FLOAT if D else 0,
                            bias + e0 * FLOAT if bias else 0, width, n, of_n, BACKWARD_ROWS,
                            channels)  # fmt: skip
             _load_columns(dlast + state if dlast else 0, width, n, ONE, of_n + G, BACKWARD_ROWS)
@@ -1017,6 +1048,81 @@ def conv_backward(
             part = sb * d + e0
             _store_taps(dtaps, width, k, dweight + part * k * FLOAT)
             _write(dbias_row, width, dbias + part * FLOAT)
+
+
+# --- projection ------------------------------------------------------------------------------
+#
+# A library multiplies matrices faster than this only if all sides are long; here one is 36 to 80.
+
+PROJECTED = 6  # tokens at a time: their sums, a vector each, fill the registers of AVX2
+PROJECT_TOKENS = 8 * PROJECTED  # of a task
+
+
+@jit
+def _pack_columns(weight, d, o, target):
+    """(o, d) -> (groups, d, WIDTH), groups of WIDTH outputs; those beyond o are not written."""
+    for k in range(o):
+        column = target + k // WIDTH * d * VECTOR + k % WIDTH * FLOAT
+        for c in range(d):
+            store(column + c * VECTOR, number(weight + (k * d + c) * FLOAT))
+
+
+@jit
+def _project(d, x_0, x_1, x_2, x_3, x_4, x_5, weight, target):
+    """Six tokens (d,) times (d, WIDTH) -> (6, WIDTH)."""
+    y_0 = y_1 = y_2 = y_3 = y_4 = y_5 = vector(ZERO)
+    for c in range(d):
+        w, e = load(weight + c * VECTOR), c * FLOAT
+        y_0 = y_0 + number(x_0 + e) * w
+        y_1 = y_1 + number(x_1 + e) * w
+        y_2 = y_2 + number(x_2 + e) * w
+        y_3 = y_3 + number(x_3 + e) * w
+        y_4 = y_4 + number(x_4 + e) * w
+        y_5 = y_5 + number(x_5 + e) * w
+    store(target, y_0)
+    store(target + VECTOR, y_1)
+    store(target + 2 * VECTOR, y_2)
+    store(target + 3 * VECTOR, y_3)
+    store(target + 4 * VECTOR, y_4)
+    store(target + 5 * VECTOR, y_5)
+
+
+def project_rows(d: int, o: int) -> int:
+    """Rows of scratch memory that `project` needs."""
+    return 2 + -(-(-(-o // WIDTH) * d * WIDTH) // LANES)
+
+
+@kernel
+def project(x, weight_0, weight_1, out, tokens, d, o, scratch, first, end):
+    """Tasks [first, end) of 2 * tiles of PROJECT_TOKENS tokens: x (s, tokens, d) times the weight
+    (o, d) of its direction -> out (s, tokens, o)."""
+    tiles = (tokens + PROJECT_TOKENS - 1) // PROJECT_TOKENS
+    sums, weight, packed = scratch, scratch + 2 * ROW, -1
+    for task in range(first, end):
+        s, begin = task // tiles, task % tiles * PROJECT_TOKENS
+        last = min(begin + PROJECT_TOKENS, tokens) - 1
+        if s != packed:
+            _pack_columns(weight_1 if s == 1 else weight_0, d, o, weight)
+            packed = s
+        source = x + s * tokens * d * FLOAT
+        for k in range(0, o, WIDTH):
+            width = min(WIDTH, o - k) * FLOAT
+            for t in range(begin, last + 1, PROJECTED):
+                # the last token again in place of those beyond
+                _project(d, source + t * d * FLOAT,
+                         source + min(t + 1, last) * d * FLOAT,
+                         source + min(t + 2, last) * d * FLOAT,
+                         source + min(t + 3, last) * d * FLOAT,
+                         source + min(t + 4, last) * d * FLOAT,
+                         source + min(t + 5, last) * d * FLOAT,
+                         weight + k * d * FLOAT, sums)  # fmt: skip
+                for i in range(min(PROJECTED, last + 1 - t)):
+                    here = out + ((s * tokens + t + i) * o + k) * FLOAT
+                    if width == VECTOR:
+                        store(here, load(sums + i * VECTOR))
+                    else:
+                        for e in range(0, width, FLOAT):
+                            store(here + e, number(sums + i * VECTOR + e))
 
 
 # --- norm ------------------------------------------------------------------------------------

@@ -2,8 +2,7 @@
 
     forward     u = silu(conv(x))                 (2, b, l, d)
                 dt, B, C = x_proj(u)              (2, b, l, r + 2 n)     saved: small
-                delta = dt_proj(dt)               (2, b, l, d)
-                out = scan(u, delta, A, B, C, D, z)
+                out = scan(u, dt_proj(dt), A, B, C, D, z)
 
     backward    u and delta are computed again from x and dt, then the gradients in reverse order
 
@@ -36,16 +35,19 @@ class Kernels(NamedTuple):
     """What a backend computes, on channel-last tensors whose first axis is the direction: see the
     scan's `fused.py`. A, D, bias and weight are pairs of tensors; their gradients are (2, ...)."""
 
-    # (x, weight, bias) -> u
+    # (x, z, parameters, scale, save) -> out, x_dbl, states; of the last two nothing is read unless
+    # `save`, nor states that are not kept
+    forward: Callable[..., tuple]
+    # (x, weight, bias) -> u, again
     conv_forward: Callable[..., Tensor]
     # (du, x, weight, bias, dx) -> dweight, dbias; writes dx
     conv_backward: Callable[..., tuple[Tensor, ...]]
-    # (u, delta, A, B, C, D, z, bias, scale, save) -> out, *kept
-    scan_forward: Callable[..., tuple[Tensor, ...]]
+    # (u, delta, A, B, C, D, z, bias, scale) -> kept, again; None if the states were saved
+    scan_forward: Callable[..., tuple[Tensor, ...]] | None
     # (dout, u, delta, A, B, C, D, z, bias, *kept, scale, dz) -> du, ddelta, dA, dB, dC, dD, dbias;
     # writes dz, unless it is None
     scan_backward: Callable[..., tuple[Tensor, ...]]
-    # Number of elements that the scan keeps, of u and A_log; None to run its forward pass again.
+    # Number of elements of the states that are saved, of xz and A_log; None to save none.
     states: Callable[[Tensor, Tensor], int] | None
 
 
@@ -130,20 +132,20 @@ def without_autocast(function: Callable) -> Callable:
 @without_autocast
 def _forward(kernels: Kernels, xz, parameters, gated: bool, scale: float, save: bool):
     x, z, pairs = _split(xz, parameters, gated)
-    u = kernels.conv_forward(x, *_conv(pairs))
-    x_dbl = project(u, pairs.x_proj)
-    _, scan = _scan_arguments(u, x_dbl, z, pairs)
-    out, *kept = kernels.scan_forward(*scan, scale, save and kernels.states is not None)
-    states = kept[-1] if save and kernels.states else xz.new_empty(0, dtype=torch.float32)
-    return out, x_dbl if save else xz.new_empty(0), states
+    out, x_dbl, states = kernels.forward(x, z, pairs, scale, save)
+    if not save:
+        x_dbl = xz.new_empty(0)
+    if not (save and kernels.states):
+        states = xz.new_empty(0, dtype=torch.float32)
+    return out, x_dbl, states
 
 
 @without_autocast
 def _backward(kernels: Kernels, dout, xz, parameters, x_dbl, states, gated: bool, scale: float):
     x, z, pairs = _split(xz, parameters, gated)
-    u = kernels.conv_forward(x, *_conv(pairs))
-    dt, scan = _scan_arguments(u, x_dbl, z, pairs)
-    kept = (states,) if kernels.states else kernels.scan_forward(*scan, scale, True)[1:]
+    u = kernels.conv_forward(x, *taps(pairs))
+    dt, scan = scan_arguments(u, x_dbl, z, pairs)
+    kept = kernels.scan_forward(*scan, scale) if kernels.scan_forward else (states,)
     dxz = xz.new_empty(xz.shape) if gated else xz.new_zeros(xz.shape)  # contiguous
     dx, dz = dxz.chunk(2, dim=-1)
     du, ddelta, dA, dB, dC, dD, ddt_bias = kernels.scan_backward(
@@ -156,7 +158,7 @@ def _backward(kernels: Kernels, dout, xz, parameters, x_dbl, states, gated: bool
     dx_proj = weight_gradients(dx_dbl, u)
     x_proj = torch.stack(pairs.x_proj).to(xz.dtype)
     du.flatten(1, 2).baddbmm_(dx_dbl.flatten(1, 2), x_proj)
-    dconv_weight, dconv_bias = kernels.conv_backward(du, x, *_conv(pairs), dx)
+    dconv_weight, dconv_bias = kernels.conv_backward(du, x, *taps(pairs), dx)
     dconv_weight = dconv_weight.view(2, *pairs.conv_weight[0].shape)
     gradients = dconv_weight, dconv_bias, dx_proj, ddt_proj, ddt_bias, dA, dD
     return dxz, *(m.to(pair[0].dtype) for m, pair in zip(gradients, pairs, strict=True))
@@ -171,11 +173,12 @@ def _split(xz: Tensor, parameters: Sequence[Tensor], gated: bool):
     return x, z if gated else None, pairs
 
 
-def _conv(pairs) -> tuple[Pair, Pair]:
+def taps(pairs) -> tuple[Pair, Pair]:
+    """Return the convolution's weight and bias."""
     return tuple(map(wide, pairs.conv_weight)), tuple(map(wide, pairs.conv_bias))
 
 
-def _scan_arguments(u: Tensor, x_dbl: Tensor, z: Tensor | None, pairs):
+def scan_arguments(u: Tensor, x_dbl: Tensor, z: Tensor | None, pairs):
     """Return dt (2, b, l, r), and the tensors that the scan takes."""
     n, r = pairs.A_log[0].shape[-1], pairs.dt_proj[0].shape[-1]
     dt, B, C = x_dbl.split([r, n, n], dim=-1)

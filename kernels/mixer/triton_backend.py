@@ -7,7 +7,7 @@ saved: the backward pass runs the scan's forward pass again.
 import torch
 
 from vim_ssl.kernels.causal_conv1d import triton_backend as conv
-from vim_ssl.kernels.mixer.fused import Kernels, fused_mixer
+from vim_ssl.kernels.mixer.fused import Kernels, fused_mixer, project, scan_arguments, taps
 from vim_ssl.kernels.selective_scan import triton_backend as scan
 
 OPERATORS = ("triton_mixer_forward", "triton_mixer_backward")  # for `flops.py` of the scan
@@ -16,6 +16,14 @@ OPERATORS = ("triton_mixer_forward", "triton_mixer_backward")  # for `flops.py` 
 def _taps(weight):
     """A pair of (d, 1, k) -> (2, k, d), as the kernels read them."""
     return torch.stack(weight).squeeze(2).mT.contiguous()
+
+
+def _forward(x, z, pairs, scale, save):
+    u = _conv_forward(x, *taps(pairs))
+    x_dbl = project(u, pairs.x_proj)
+    _, tensors = scan_arguments(u, x_dbl, z, pairs)
+    out, *_ = scan.scan_forward(*_stacked(*tensors), None, True, False, scale, False)
+    return out, x_dbl, None
 
 
 def _conv_forward(x, weight, bias):
@@ -33,9 +41,8 @@ def _stacked(u, delta, A, B, C, D, z, bias):
 
 
 def _scan_forward(*arguments):
-    *tensors, scale, save = arguments
-    out, _, *kept = scan.scan_forward(*_stacked(*tensors), None, True, False, scale, save)
-    return out, *kept
+    *tensors, scale = arguments
+    return scan.scan_forward(*_stacked(*tensors), None, True, False, scale, True)[2:]
 
 
 def _scan_backward(dout, *arguments):
@@ -48,5 +55,5 @@ def _scan_backward(dout, *arguments):
     return du, ddelta, dA, dB, dC, dD, dbias
 
 
-KERNELS = Kernels(_conv_forward, _conv_backward, _scan_forward, _scan_backward, None)
+KERNELS = Kernels(_forward, _conv_forward, _conv_backward, _scan_forward, _scan_backward, None)
 bi_mixer = fused_mixer("triton_", KERNELS, (torch.float32, torch.bfloat16, torch.float16))

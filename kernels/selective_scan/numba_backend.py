@@ -47,28 +47,44 @@ def forward(
     z: Tensor | None, bias: Parameter | None, h0: Tensor | None, softplus: bool, reverse: bool,
     scale: float, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`scan_forward` without the operator: see `write_forward`."""
+    results = _empty_results(u, B.shape[-1], save)
+    write_forward(*results, u, delta, A, B, C, D, z, bias, h0, softplus, reverse, scale)
+    return results
+
+
+def write_forward(
+    out: Tensor, last: Tensor | None, states: Tensor | None,
+    u: Tensor, delta: Tensor, A: Parameter, B: Tensor, C: Tensor, D: Parameter | None,
+    z: Tensor | None, bias: Parameter | None, h0: Tensor | None, softplus: bool, reverse: bool,
+    scale: float, *, dt_proj: Parameter | None = None, logarithm: bool = False,
+) -> None:  # fmt: skip
     """Run the kernel without the operator: no gradients, no autocast, float32 only.
 
-    A (s, d, n) and D, bias (s, d) may be tuples of a tensor for each direction. B, C and z may be
-    parts of wider tensors: they are read where they lie if their last axis is contiguous (and B and
-    C have the same strides). Returns what `scan_forward` returns.
+    A (s, d, n) and D, bias (s, d) may be tuples of a tensor for each direction. delta, B, C and z
+    may be parts of wider tensors: they are read where they lie if their last axis is contiguous
+    (and B and C have the same strides).
+
+    Args:
+        out, last, states: contiguous results of `scan_forward`, written here; None or empty to
+            leave one out.
+        dt_proj: weights (s, d, r) that project delta (s, b, l, r) to d channels.
+        logarithm: A is the logarithm of -A.
     """
     s, b, l, d = u.shape
-    u, delta, A, D, bias, h0 = map(contiguous, (u, delta, A, D, bias, h0))
-    z = channels_contiguous(z)
+    u, dt_proj, A, D, bias, h0 = map(contiguous, (u, dt_proj, A, D, bias, h0))
+    delta, z = map(channels_contiguous, (delta, z))
     B, C = _same_strides(B, C)
-    n, blocks = B.shape[-1], -(-d // LANES)
-    out, last, states = _empty_results(u, n, save)
+    n, blocks, r = B.shape[-1], -(-d // LANES), 0 if dt_proj is None else delta.shape[-1]
     run_tasks(
         numba_kernels.scan_forward,
-        (address(u), address(delta), *_parameters(A, B, C, D, z, bias),
-         *map(address, (h0, out, last, states)), s, b, l, d, n, *B.stride()[:3], *_strides(z),
-         softplus, reverse, scale),
+        (address(u), address(delta), *addresses(dt_proj), *_parameters(A, B, C, D, z, bias),
+         *map(address, (h0, out, last, states)), s, b, l, d, n, r, *delta.stride()[:3],
+         *B.stride()[:3], *_strides(z), logarithm, softplus, reverse, scale),
         tasks=b * blocks,
         work_per_task=s * l * LANES * n * NANOSECONDS[0],
-        scratch_rows=numba_kernels.scan_forward_rows(n),
+        scratch_rows=numba_kernels.scan_forward_rows(n, r),
     )  # fmt: skip
-    return out, last, states
 
 
 def _empty_results(u, n, save):

@@ -14,6 +14,7 @@ CASES = {  # b, l, d, n, r, k, gated
     "ungated": (1, 5, 64, 4, 2, 4, False),
     "three-taps": (2, 34, 130, 3, 5, 3, True),
     "one-token": (3, 1, 8, 1, 1, 2, True),
+    "wide-projections": (1, 50, 72, 16, 12, 4, True),
 }
 
 
@@ -69,6 +70,29 @@ def test_it_equals_the_operations_in_float64(backend, case, monkeypatch):
         assert relative_error(m.cpu(), e) < 5e-6
     with torch.no_grad():
         assert torch.equal(bi_mixer(*rounded, gated=gated, scale=0.5), out)
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_the_number_of_threads_does_not_change_it(threads, monkeypatch):
+    use("numba", monkeypatch)
+    arguments = inputs(1, 120, 200, 16, 12, 4, torch.float32)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = bi_mixer(*arguments)
+        torch.set_num_threads(threads)
+        assert torch.equal(bi_mixer(*arguments), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_weights_of_other_strides_give_the_same(monkeypatch):
+    use("numba", monkeypatch)
+    xz, *directions = inputs(2, 7, 40, 3, 2, 4, torch.float32)
+    strided = [Direction(*(m.detach().mT.contiguous().mT if m.dim() == 2 else m for m in one))
+               for one in directions]  # fmt: skip
+    with torch.no_grad():
+        assert torch.equal(bi_mixer(xz, *strided), bi_mixer(xz, *directions))
 
 
 def test_operators_pass_opcheck(monkeypatch):
