@@ -17,6 +17,9 @@ from vim_ssl.kernels.selective_scan import numba_backend as scan
 
 OPERATORS = ("mixer_forward", "mixer_backward")  # for `flops.py` of the scan
 NANOSECONDS = 0.03  # per product of the projection
+# Numbers of u in a piece of a batch, in inference, for each thread: 1 MiB stays in its caches, and
+# memory that is freed and taken again so often is not returned to the system, which would clear it.
+PIECE = 2**18
 
 
 def _conv_forward(x, weight, bias):
@@ -28,6 +31,7 @@ def _conv_backward(du, x, weight, bias, dx):
 
 
 def _forward(x, z, pairs, scale, save):
+    """Without `save`, a batch is computed in pieces."""
     (b, l, d), (_, n) = x.shape, pairs.A_log[0].shape
     r = pairs.dt_proj[0].shape[-1]
     conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D = (
@@ -35,28 +39,16 @@ def _forward(x, z, pairs, scale, save):
     )
     out = x.new_empty(b, l, d)
     states = x.new_empty(_states(x, A_log[0])) if save else None
-    u = conv.forward(x, conv_weight, conv_bias, False)
-    x_dbl = _project(u, x_proj)
-    dt, B, C = x_dbl.split([r, n, n], dim=-1)
-    scan.write_forward(
-        out,
-        None,
-        states,
-        u,
-        dt,
-        A_log,
-        B,
-        C,
-        D,
-        z,
-        dt_bias,
-        None,
-        True,
-        False,
-        scale,
-        dt_proj=dt_proj,
-        logarithm=True,
-    )
+    size = b if save else max(1, PIECE * torch.get_num_threads() // (2 * l * d))  # images
+    for start in range(0, b, size):
+        part = slice(start, start + size)
+        u = conv.forward(x[part], conv_weight, conv_bias, False)
+        x_dbl = _project(u, x_proj)
+        dt, B, C = x_dbl.split([r, n, n], dim=-1)
+        scan.write_forward(
+            out[part], None, states, u, dt, A_log, B, C, D, None if z is None else z[part],
+            dt_bias, None, True, False, scale, dt_proj=dt_proj, logarithm=True,
+        )  # fmt: skip
     return out, x_dbl, states
 
 

@@ -72,6 +72,19 @@ def test_it_equals_the_operations_in_float64(backend, case, monkeypatch):
         assert torch.equal(bi_mixer(*rounded, gated=gated, scale=0.5), out)
 
 
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "ungated"])
+@pytest.mark.parametrize("images", [1, 2, 7])
+def test_pieces_of_a_batch_equal_the_whole(images, gated, monkeypatch):
+    use("numba", monkeypatch)
+    b, l, d = 5, 11, 72
+    arguments = inputs(b, l, d, 3, 5, 4, torch.float32)
+    whole = bi_mixer(*arguments, gated=gated).detach()
+    monkeypatch.setattr("vim_ssl.kernels.mixer.numba_backend.PIECE", 2 * images * l * d)
+    poison_new_tensors(monkeypatch)
+    with torch.no_grad():
+        assert torch.equal(bi_mixer(*arguments, gated=gated), whole)
+
+
 @pytest.mark.parametrize("threads", [2, 3])
 def test_the_number_of_threads_does_not_change_it(threads, monkeypatch):
     use("numba", monkeypatch)
