@@ -107,11 +107,21 @@ def test_a_run_hands_its_blocks_on(photos, tmp_path, capsys):
         ("knn", ["directions=layer", "depth=3"], "depth is 3; use an even one"),
         ("linear-probe", ["direction=layer"], "model_args: .*Did you mean 'directions'"),
         ("linear-probe", ["global_pool=avg", "--readouts", "token"], "pass one of them"),
+        ("finetune", ["global_pool=max-logits", *SIZE, "--frozen"], "use global_pool='max', or"),
         ("finetune", ["direction=layer"], "model_args: .*Did you mean 'directions'"),
         ("finetune", ["shared_conv=true", "directions=forward"], "use directions='both' or"),
         ("finetune", ["cls_position=none"], "'token.avg' needs a class token; use 'avg'"),
     ],
-    ids=["max-logits", "odd", "unknown", "two-readouts", "unknown-finetune", "shared", "no-token"],
+    ids=[
+        "max-logits",
+        "odd",
+        "unknown",
+        "two-readouts",
+        "frozen",
+        "unknown-finetune",
+        "shared",
+        "no-token",
+    ],
 )
 def test_what_has_no_meaning_is_refused(command, words, says, photos, tmp_path, capsys):
     argv = [command, *PRESET, "--data", str(photos), "--output", str(tmp_path / "out")]

@@ -46,5 +46,13 @@ class Freezable(nn.Module):
 
 
 def pooled_features(encoder: Any, images: torch.Tensor) -> torch.Tensor:
-    """Return the input of the encoder's classification head, (b, num_features)."""
+    """Return the input of the encoder's classification head, (b, num_features).
+
+    Raises: ValueError for global_pool "max-logits", whose head reads every patch.
+    """
+    if getattr(encoder, "global_pool", None) == "max-logits":
+        raise ValueError(
+            "global_pool='max-logits' applies the head to every patch, so a frozen encoder has no "
+            "pooled features for it; use global_pool='max', or train without frozen."
+        )
     return encoder.forward_head(encoder.forward_features(images), pre_logits=True)
