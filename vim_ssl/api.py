@@ -384,10 +384,11 @@ def _saved(encoder: Any) -> str:
     from vim_ssl.checkpoints.representable import not_saved
     from vim_ssl.evaluation.features import weights_hash
     from vim_ssl.models.encoder import VimEncoder
+    from vim_ssl.models.timm_encoder import TimmEncoder
     from vim_ssl.utils.files import user_cache
     from vim_ssl.utils.numbers import require_finite
 
-    if isinstance(encoder, VimEncoder):
+    if isinstance(encoder, VimEncoder | TimmEncoder):
         if lost := not_saved(encoder):
             raise ValueError(
                 f"{lost}; a call reads its settings and weights, and would pass over that. Merge "

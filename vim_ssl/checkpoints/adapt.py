@@ -104,6 +104,56 @@ def _adapt_head(
         log.warning("using a fresh head of %d classes: %s", encoder.num_classes, reason)
 
 
+def load_checked(
+    path: Path, encoder: nn.Module, state: Mapping[str, Tensor], strict: bool
+) -> list[str]:
+    """Load weights whose keys and shapes fit; return the assumptions made.
+
+    Args:
+        strict: missing and unexpected keys are errors; otherwise what fits is loaded.
+    Raises: ValueError for weights that do not fit.
+    """
+    assumed = []
+    missing, unexpected, misshapen = compare_keys(encoder, state)
+    if misshapen:
+        raise ValueError(f"{path} does not fit: {some(misshapen)}.")
+    if missing or unexpected:
+        candidates = "; ".join(
+            f"{len(keys)} {kind} ({some(keys)})"
+            for kind, keys in (("missing", missing), ("unexpected", unexpected))
+            if keys
+        )
+        if strict:
+            raise ValueError(
+                f"{path} does not match its architecture, keys: {candidates}. "
+                "`vim-ssl verify` lists them all; strict=False loads what fits."
+            )
+        assumed.append(f"{path} was loaded in part, keys: {candidates}.")
+    encoder.load_state_dict(state, strict=False)
+    return assumed
+
+
+def compare_keys(
+    encoder: nn.Module, state: Mapping[str, Tensor]
+) -> tuple[list[str], list[str], list[str]]:
+    """Return missing keys, unexpected keys, and keys with another shape in ``state``."""
+    expected = encoder.state_dict()
+    missing = [key for key in expected if key not in state]
+    unexpected = [key for key in state if key not in expected]
+    misshapen = [
+        f"{key} is {tuple(state[key].shape)}, expected {tuple(tensor.shape)}"
+        for key, tensor in expected.items()
+        if key in state and state[key].shape != tensor.shape
+    ]
+    return missing, unexpected, misshapen
+
+
+def some(items: list[str], most: int = 5) -> str:
+    """Return the first items, and the number of others, for a message."""
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(items[:most]) + more
+
+
 def adapt_patch_embed(
     weight: Tensor, in_chans: int, before: Sequence[str] = (), after: Sequence[str] = ()
 ) -> Tensor:

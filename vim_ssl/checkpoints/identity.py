@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vim_ssl.checkpoints import files as checkpoint_files
 from vim_ssl.checkpoints.loading import find_file
+from vim_ssl.checkpoints.timm_models import is_timm, timm_state
 from vim_ssl.models.presets import PRESETS
 from vim_ssl.utils.files import reading
 
@@ -50,7 +51,8 @@ def encoder_hash(source: str | os.PathLike, ema: bool | None = None) -> str:
     Args:
         source: a run, file or Hub id, as for `vim_ssl.load_encoder`.
         ema: see `vim_ssl.load_encoder`.
-    Returns: 16 hex digits; "" for a preset, which has no weights, and for a source that is absent.
+    Returns: 16 hex digits; "" for a preset, which has no weights, for timm's published weights,
+        which its name says, and for a source that is absent.
     Raises: ValueError for a damaged file.
     """
     state = _stored(source, ema)
@@ -82,9 +84,11 @@ def _copies(folder: Path) -> Iterable[bool | None]:
 
 
 def _stored(source: str | os.PathLike, ema: bool | None) -> Mapping[str, Tensor]:
-    if source in PRESETS or str(source).startswith("timm:"):
+    if source in PRESETS:
         return {}
     try:
+        if is_timm(source):
+            return timm_state(source)
         return checkpoint_files.read(*find_file(source), ema=ema).state
     except (FileNotFoundError, ConnectionError):
         return {}

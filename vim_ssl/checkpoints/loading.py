@@ -20,15 +20,18 @@ import torch
 from torch import Tensor, nn
 
 from vim_ssl.checkpoints import files as checkpoint_files
-from vim_ssl.checkpoints.adapt import adapt_state
+from vim_ssl.checkpoints.adapt import adapt_state, load_checked, some
 from vim_ssl.checkpoints.files import FORMAT, WEIGHT_SUFFIXES, Stored
 from vim_ssl.checkpoints.released import released_config
 from vim_ssl.checkpoints.representable import not_saved
+from vim_ssl.checkpoints.timm_models import is_timm, load_timm, rebuild, timm_settings
 from vim_ssl.data.bands import check_unit
 from vim_ssl.data.config import IMAGENET_DATA, adapt_data
 from vim_ssl.data.transforms import image as image_transforms
 from vim_ssl.models.encoder import VimEncoder
 from vim_ssl.models.presets import PRESETS, TAGS
+from vim_ssl.models.protocol import Encoder
+from vim_ssl.models.timm_encoder import TimmEncoder
 from vim_ssl.models.video import VideoEncoder
 from vim_ssl.utils.environment import __version__
 from vim_ssl.utils.files import atomic_write, reading
@@ -62,8 +65,8 @@ def load_encoder(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     **model_args: Any,
-) -> VimEncoder:
-    """Load a Vision Mamba encoder in eval mode.
+) -> Any:
+    """Load an encoder in eval mode: a `VimEncoder`, or a `TimmEncoder`.
 
     Args:
         source: the first match of
@@ -71,7 +74,9 @@ def load_encoder(
             - an existing path: a released Vim checkpoint (``.pth``), a file of `save_encoder`
               (``.safetensors`` with its ``.json``), or a run directory;
             - a Hub id: ``owner/name``, ``owner/name/file``, ``hf://owner/name/file``, each with
-              ``@revision`` after the name or at the end.
+              ``@revision`` after the name or at the end;
+            - ``timm:NAME``: a model of timm with fresh weights; ``timm:NAME?pretrained``,
+              ``timm:NAME?file=PATH``: with weights; see `vim_ssl.checkpoints.timm_models`.
         num_classes: None for the checkpoint's head, its class names in ``encoder.classes``; n for a
             head of n outputs, the checkpoint's if it has n, otherwise a fresh one; 0 (the default)
             for features without a head. If a head is left out by default, a warning says so.
@@ -87,10 +92,10 @@ def load_encoder(
         strict: missing or unexpected keys are errors. False fills missing ones with fresh weights
             and skips unexpected ones, with a warning; shapes must always fit.
         device, dtype: device and floating-point dtype of the encoder.
-        model_args: any other argument of `VimEncoder`. If the checkpoint has one direction,
-            ``directions="both"`` initialises the other as its copy; if it has both, requesting one
-            drops the other. ``use_mask_token`` and ``num_registers`` add fresh tokens if the
-            checkpoint has none.
+        model_args: any other argument of `VimEncoder`, or of `timm.create_model`. If the
+            checkpoint has one direction, ``directions="both"`` initialises the other as its copy;
+            if it has both, requesting one drops the other. ``use_mask_token`` and
+            ``num_registers`` add fresh tokens if the checkpoint has none.
 
     Raises:
         FileNotFoundError: no such path, file or repository. ConnectionError: no Hub.
@@ -99,7 +104,7 @@ def load_encoder(
             values that are not finite, or that contradicts the arguments; several files to choose
             from.
     """
-    _check_arguments(model_args, num_classes, img_size, device, dtype)
+    _check_arguments({} if is_timm(source) else model_args, num_classes, img_size, device, dtype)
     by_default = isinstance(num_classes, _Default)
     if num_classes is not None:
         num_classes = int(num_classes)  # numpy integers are not JSON-serialisable
@@ -109,18 +114,27 @@ def load_encoder(
             what = "num_classes=None" if num_classes is None else "ema=True"
             raise ValueError(f"{what} requires a checkpoint; preset {source!r} is untrained.")
         config = dict(PRESETS[source], num_classes=num_classes)
-        encoder = VimEncoder(**_apply(config, requested))
+        encoder: Any = VimEncoder(**_apply(config, requested))
+    elif is_timm(source):
+        if ema:
+            raise ValueError(f"ema=True requires a run with a moving average, not {source}.")
+        encoder, outputs = load_timm(source, requested, num_classes)
+        _warn_of_head(source, outputs if by_default else 0)
     else:
         stored = checkpoint_files.read(*find_file(source), ema=ema)
         encoder, assumed = _build(stored, requested, num_classes, strict)
         for assumption in assumed:
             warnings.warn(assumption, stacklevel=2)
-        if by_default and (outputs := (stored.config or {}).get("num_classes")):
-            log.warning(
-                "%s: its head of %d outputs is left out (num_classes=None loads it; "
-                "vim_ssl.load_model also predicts class names)", source, outputs,
-            )  # fmt: skip
+        _warn_of_head(source, (stored.config or {}).get("num_classes") if by_default else 0)
     return encoder.to(device=device, dtype=dtype).eval()
+
+
+def _warn_of_head(source: str | os.PathLike, outputs: int | None) -> None:
+    if outputs:
+        log.warning(
+            "%s: its head of %d outputs is left out (num_classes=None loads it; "
+            "vim_ssl.load_model also predicts class names)", source, outputs,
+        )  # fmt: skip
 
 
 def made_by(source: str | os.PathLike) -> dict[str, Any]:
@@ -128,12 +142,19 @@ def made_by(source: str | os.PathLike) -> dict[str, Any]:
 
     Raises: the errors of `load_encoder`.
     """
-    return {} if source in PRESETS else _describe(source).made_by or {}
+    return {} if source in PRESETS or is_timm(source) else _describe(source).made_by or {}
 
 
 def _describe(source: str | os.PathLike) -> Stored:
     """Read a checkpoint, if possible without its tensors."""
     return checkpoint_files.read(*find_file(source), tensors=False)
+
+
+def _settings(source: str | os.PathLike) -> Mapping[str, Any]:
+    """Return the arguments of the encoder that ``source`` names."""
+    if source in PRESETS:
+        return PRESETS[str(source)]
+    return timm_settings(source) if is_timm(source) else config_of(_describe(source), {})[0]
 
 
 def create_transform(
@@ -149,25 +170,21 @@ def create_transform(
         is_training, augment: see `vim_ssl.data.transforms.image.create_transform`.
     """
     if isinstance(encoder, str | os.PathLike):
-        if encoder in PRESETS:
-            config = PRESETS[str(encoder)]
-        else:
-            config, _ = config_of(_describe(encoder), {})
+        config = _settings(encoder)
         with torch.device("meta"):
             encoder = encoder_class(config)(**config)
     return image_transforms.create_transform(encoder, is_training, **augment)
 
 
 def stored_classes(source: str | os.PathLike) -> int:
-    """Return the number of outputs of the head in ``source``, a checkpoint; 0 without a head.
+    """Return the number of outputs of the head in ``source``; 0 without a head, as in a preset.
 
     Raises: the errors of `load_encoder`.
     """
-    config, _ = config_of(_describe(source), {})
-    return config["num_classes"]
+    return 0 if source in PRESETS else _settings(source)["num_classes"]
 
 
-def load_for_bands(source: str, bands: Mapping[str, Any], **args: Any) -> VimEncoder:
+def load_for_bands(source: str, bands: Mapping[str, Any], **args: Any) -> Any:
     """Load the encoder ``source`` for images with these bands.
 
     Args:
@@ -186,16 +203,17 @@ def load_for_bands(source: str, bands: Mapping[str, Any], **args: Any) -> VimEnc
 
 
 def save_encoder(
-    encoder: VimEncoder,
+    encoder: Encoder,
     folder: str | os.PathLike,
     *,
-    ema: VimEncoder | Mapping[str, Tensor] | None = None,
+    ema: nn.Module | Mapping[str, Tensor] | None = None,
     ema_default: bool = True,
     record: dict[str, Any] | None = None,
 ) -> Path:
     """Write ``encoder.safetensors`` and ``encoder.json`` to a folder for `load_encoder`.
 
-    Each file is written atomically, encoder.json last. Keys are those of the released checkpoints.
+    Each file is written atomically, encoder.json last. Keys are those of the released checkpoints,
+    or timm's: `timm.create_model` reads the file of a timm encoder by ``checkpoint_path``.
 
     Args:
         ema: the exponential moving average of the weights, written as
@@ -203,16 +221,16 @@ def save_encoder(
         ema_default: `load_encoder` loads the EMA copy by default.
         record: JSON-serialisable notes on the training, stored as ``made_by``.
     Returns: the path of encoder.safetensors.
-    Raises: TypeError for a model that is not a `VimEncoder` or a record that is not JSON;
+    Raises: TypeError for a model that is no encoder of this package or a record that is not JSON;
         ValueError for an EMA copy with other keys.
     Warns: if the encoder has what a file of settings and weights cannot represent, such as a hook.
     """
     from safetensors.torch import save
 
-    if not isinstance(encoder, VimEncoder):
+    if not isinstance(encoder, VimEncoder | TimmEncoder):
         raise TypeError(
-            f"save_encoder takes a VimEncoder, not a {type(encoder).__name__}; unwrap it first "
-            "(.module of DDP, ._orig_mod of torch.compile)."
+            f"save_encoder takes a VimEncoder or TimmEncoder, not a {type(encoder).__name__}; "
+            "unwrap it first (.module of DDP, ._orig_mod of torch.compile)."
         )
     if lost := not_saved(encoder):
         warnings.warn(f"{lost}; its file will not have that.", stacklevel=2)
@@ -222,9 +240,9 @@ def save_encoder(
         record = {"trainings": encoder.trainings} | (record or {})
     state = _plain(encoder.state_dict())
     if ema is not None:
-        ema = _plain(ema.state_dict() if isinstance(ema, VimEncoder) else ema)
+        ema = _plain(ema.state_dict() if isinstance(ema, nn.Module) else ema)
         if wrong := sorted(set(ema) ^ set(state)):
-            raise ValueError(f"The EMA copy and the encoder differ in {_some(wrong)}.")
+            raise ValueError(f"The EMA copy and the encoder differ in {some(wrong)}.")
     # The backend depends on the machine, not on the weights.
     config = {key: value for key, value in encoder.config.items() if key != "scan_backend"}
     description = {
@@ -300,8 +318,10 @@ def find_file(source: str | os.PathLike) -> tuple[checkpoint_files.Folder, str]:
     return checkpoint_files.find(source)
 
 
-def encoder_class(config: Mapping[str, Any]) -> type[VimEncoder]:
-    """Return the class that a config describes: an image or video encoder."""
+def encoder_class(config: Mapping[str, Any]) -> type[VimEncoder] | type[TimmEncoder]:
+    """Return the class that a config describes: an image or video encoder, or one of timm."""
+    if "timm" in config:
+        return TimmEncoder
     return VideoEncoder if _VIDEO & config.keys() else VimEncoder
 
 
@@ -325,9 +345,11 @@ def _apply(config: Mapping[str, Any], requested: Mapping[str, Any]) -> dict[str,
 
 def _build(
     stored: Stored, requested: Mapping[str, Any], num_classes: int | None, strict: bool
-) -> tuple[VimEncoder, list[str]]:
+) -> tuple[Any, list[str]]:
     """Build the requested encoder with the stored weights; also return the assumptions made."""
     config, assumed = config_of(stored, requested)
+    if "timm" in config:
+        return rebuild(stored, _apply(config, requested), num_classes, strict)
     if num_classes is None and not config["num_classes"]:
         raise ValueError(
             f"num_classes=None requests the head of {stored.path}, which has none; use 0 for "
@@ -346,22 +368,7 @@ def _build(
         raise
     checkpoint_files.check_values(stored.path, stored.state, encoder.state_dict())
     state = adapt_state(stored.path, stored.state, config, encoder)
-    missing, unexpected, misshapen = compare_keys(encoder, state)
-    if misshapen:
-        raise ValueError(f"{stored.path} does not fit: {_some(misshapen)}.")
-    if missing or unexpected:
-        candidates = "; ".join(
-            f"{len(keys)} {kind} ({_some(keys)})"
-            for kind, keys in (("missing", missing), ("unexpected", unexpected))
-            if keys
-        )
-        if strict:
-            raise ValueError(
-                f"{stored.path} does not match its architecture, keys: {candidates}. "
-                "`vim-ssl verify` lists them all; strict=False loads what fits."
-            )
-        assumed.append(f"{stored.path} was loaded in part, keys: {candidates}.")
-    encoder.load_state_dict(state, strict=False)
+    assumed += load_checked(stored.path, encoder, state, strict)
     if encoder.num_classes and encoder.num_classes == config["num_classes"]:
         encoder.classes = (stored.made_by or {}).get("classes")
     encoder.trainings = (stored.made_by or {}).get("trainings") or []
@@ -379,7 +386,7 @@ def config_of(stored: Stored, requested: Mapping[str, Any]) -> tuple[dict[str, A
             raise ValueError(f"{stored.path}: {error}") from error
     else:
         config, assumed = stored.config, []
-        for name in config:
+        for name in () if "timm" in config else config:
             if name not in DEFAULTS and name not in _VIDEO:
                 near = difflib.get_close_matches(name, DEFAULTS, n=1)
                 hint = f"Did you mean {near[0]!r}?" if near else "Was it written by a newer one?"
@@ -388,7 +395,7 @@ def config_of(stored: Stored, requested: Mapping[str, Any]) -> tuple[dict[str, A
                     f"{hint}"
                 )
     assumed = [*stored.notes, *assumed]
-    config = DEFAULTS | config
+    config = dict(config) if "timm" in config else DEFAULTS | config
     if not isinstance(config["img_size"], int):
         config["img_size"] = tuple(config["img_size"])  # JSON has lists
     return config, assumed
@@ -418,23 +425,3 @@ def _check_contradictions(
         refuse("directions", "blocks in pairs and blocks by themselves are different networks")
     if ways[0] != ways[1] and "both" not in ways:
         refuse("directions", "directions='both' initialises the other direction as its copy")
-
-
-def compare_keys(
-    encoder: VimEncoder, state: Mapping[str, Tensor]
-) -> tuple[list[str], list[str], list[str]]:
-    """Return missing keys, unexpected keys, and keys with another shape in ``state``."""
-    expected = encoder.state_dict()
-    missing = [key for key in expected if key not in state]
-    unexpected = [key for key in state if key not in expected]
-    misshapen = [
-        f"{key} is {tuple(state[key].shape)}, expected {tuple(tensor.shape)}"
-        for key, tensor in expected.items()
-        if key in state and state[key].shape != tensor.shape
-    ]
-    return missing, unexpected, misshapen
-
-
-def _some(items: list[str], most: int = 5) -> str:
-    more = f" and {len(items) - most} more" if len(items) > most else ""
-    return ", ".join(items[:most]) + more

@@ -1,10 +1,12 @@
 """What of an encoder in memory its saved file cannot represent: a file has settings and weights."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
 from vim_ssl.models.encoder import VimEncoder
+from vim_ssl.models.timm_encoder import TimmEncoder
 from vim_ssl.models.video import VideoEncoder
 
 _PLAIN = (bool, int, float, str, tuple)
@@ -12,10 +14,10 @@ _PLAIN = (bool, int, float, str, tuple)
 _FREE = {"training", "grad_checkpointing", "drop_path_rate", "drop_prob", "p", "scan_backend"}
 
 
-def not_saved(encoder: VimEncoder) -> str:
+def not_saved(encoder: Any) -> str:
     """Say what of an encoder would be lost in its file, as the first part of a sentence: another
     class, hooks, a replaced function or module, other settings; "" if nothing would."""
-    if type(encoder) not in (VimEncoder, VideoEncoder):
+    if type(encoder) not in (VimEncoder, VideoEncoder, TimmEncoder):
         return f"the encoder in memory is a {type(encoder).__name__}, a class of its own"
     for name, module in encoder.named_modules():
         where = name or "the encoder itself"
@@ -29,7 +31,7 @@ def not_saved(encoder: VimEncoder) -> str:
     return next(_differences(encoder), "")
 
 
-def _differences(encoder: VimEncoder) -> Iterator[str]:
+def _differences(encoder: Any) -> Iterator[str]:
     """Compare the modules with those of a fresh encoder of the same settings."""
     with torch.device("meta"):
         fresh = type(encoder)(**encoder.config)

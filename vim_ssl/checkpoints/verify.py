@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from vim_ssl.checkpoints import files as checkpoint_files
-from vim_ssl.checkpoints.adapt import adapt_state, grid_of
+from vim_ssl.checkpoints.adapt import adapt_state, compare_keys, grid_of
 from vim_ssl.checkpoints.files import Stored
-from vim_ssl.checkpoints.loading import DEFAULTS, compare_keys, config_of, encoder_class, find_file
+from vim_ssl.checkpoints.loading import DEFAULTS, config_of, encoder_class, find_file
 from vim_ssl.checkpoints.released import RELEASED_FILES
 from vim_ssl.models.presets import PRESETS
 from vim_ssl.models.video import VideoEncoder

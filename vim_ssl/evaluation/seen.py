@@ -15,6 +15,7 @@ import numpy as np
 
 from vim_ssl.checkpoints.files import WEIGHT_SUFFIXES
 from vim_ssl.checkpoints.loading import made_by
+from vim_ssl.checkpoints.timm_models import is_timm
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.identity import (
     PIXELS,
@@ -44,10 +45,8 @@ def trainings_of(source: str | Path) -> list[TrainingRecord]:
 
     Raises: ValueError for a damaged record; the errors of `load_encoder`.
     """
-    foreign = str(source).startswith("timm:") or (
-        str(source).endswith(WEIGHT_SUFFIXES[1:]) and Path(source).exists()
-    )
-    if foreign or source in PRESETS:
+    foreign = str(source).endswith(WEIGHT_SUFFIXES[1:]) and Path(source).exists()
+    if foreign or source in PRESETS or is_timm(source):
         return []
     clip = Path(source) / CLIP
     if clip.is_file():

@@ -142,6 +142,8 @@ class VimEncoder(nn.Module):
     """
 
     reads_clips: ClassVar[bool] = False  # (b, c, t, h, w), as `VideoEncoder`
+    features_by_head: ClassVar[bool] = False  # see `vim_ssl.models.protocol`
+    without_tokens: ClassVar[str] = ""
     tubelet: int  # frames per token, of an encoder of clips only
 
     def __init__(
@@ -422,7 +424,7 @@ class VimEncoder(nn.Module):
                 for table, value in zip(rotation, fill, strict=True)
             )
 
-        taken = _resolve_indices(indices, len(self.layers))
+        taken = resolve_indices(indices, len(self.layers))
         layers = list(self.layers)
         layers = layers[: self._whole_pairs(max(taken) + 1)] if stop_early and taken else layers
         registers = register_slots(k + len(self.cls_names), self.num_registers)
@@ -581,7 +583,7 @@ class VimEncoder(nn.Module):
         _check_choice("output_fmt", output_fmt, ("NCHW", "NLC"))
         check_tensor(x)
         rows, columns = self.grid(*x.shape[-2:])
-        taken = _resolve_indices(indices, len(self.layers), int_means_last=True)
+        taken = resolve_indices(indices, len(self.layers), int_means_last=True)
         rotation = self._rotation(rows * columns, (rows, columns))
         final, taps = self._run(self.embed(x), rotation, None, taken, stop_early)
         maps = []
@@ -598,7 +600,7 @@ class VimEncoder(nn.Module):
     ) -> list[int]:
         """Drop the blocks after the last index, and optionally the final norm and the head; return
         the resolved indices."""
-        kept = _resolve_indices(indices, len(self.layers), int_means_last=True)
+        kept = resolve_indices(indices, len(self.layers), int_means_last=True)
         self.layers = self.layers[: self._whole_pairs(max(kept) + 1)]
         if prune_norm:
             self.norm_f = _NoNorm()
@@ -663,7 +665,9 @@ class VimEncoder(nn.Module):
         }
 
 
-def _resolve_indices(indices, depth: int, int_means_last: bool = False) -> list[int]:
+def resolve_indices(indices: Any, depth: int, int_means_last: bool = False) -> list[int]:
+    """Return block numbers from indices (negative: from the end), a number of last blocks, or None:
+    no block, or with ``int_means_last`` all. Raises: ValueError for numbers out of range."""
     if indices is None:
         return list(range(depth)) if int_means_last else []
     if isinstance(indices, int):

@@ -1,0 +1,259 @@
+"""Encoders of timm: by name, with timm's weights or those of a file, and from a run.
+
+    timm:NAME              fresh weights; NAME also hf-hub:OWNER/NAME or local-dir:FOLDER
+    timm:NAME?pretrained   the weights that timm publishes, or those of the repository or folder
+    timm:NAME?file=PATH    the weights of a local file with timm's keys
+
+Other sizes and channels are adapted by timm's functions.
+"""
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from vim_ssl.checkpoints.adapt import load_checked
+from vim_ssl.checkpoints.files import WEIGHT_SUFFIXES, Stored, check_values
+from vim_ssl.models.timm_build import registered
+from vim_ssl.models.timm_encoder import TimmEncoder
+from vim_ssl.utils.numbers import require_finite
+
+log = logging.getLogger(__name__)
+PREFIX = "timm:"
+_FORMS = "timm:NAME, timm:NAME?pretrained or timm:NAME?file=PATH"
+# What a stored encoder may be loaded with; its other settings are decided by the weights.
+_FREE = {"img_size", "in_chans", "global_pool", "drop_path_rate", "use_mask_token", "data_config"}
+
+
+@dataclass(frozen=True)
+class TimmSource:
+    """A parsed source: timm's name of the model, and its weights."""
+
+    name: str
+    pretrained: bool = False
+    file: str = ""
+
+
+def is_timm(source: str | os.PathLike) -> bool:
+    return str(source).startswith(PREFIX)
+
+
+def parse_timm(source: str | os.PathLike) -> TimmSource:
+    """Parse a source that begins with ``timm:``. Raises: ValueError for an unknown option."""
+    text = str(source).removeprefix(PREFIX)
+    name, _, option = text.rpartition("?") if "?" in text else (text, "", "")
+    key, _, value = option.partition("=")
+    if not name or (option and option != "pretrained" and not (key == "file" and value)):
+        raise ValueError(f"{source!r}: expected {_FORMS}.")
+    return TimmSource(name, option == "pretrained", value)
+
+
+def timm_settings(source: str | os.PathLike) -> dict[str, Any]:
+    """Return the arguments of the `TimmEncoder` that a source names, without weights.
+
+    ``num_classes`` is that of the weights; 0 for fresh ones.
+    Raises: the errors of `load_timm`.
+    """
+    parsed = parse_timm(source)
+    args = _architecture(parsed.name)
+    if parsed.file:
+        return args | {"num_classes": _overlay(args, _read(parsed.file))["num_classes"]}
+    return args | {"num_classes": _described(args)["num_classes"] if parsed.pretrained else 0}
+
+
+def timm_state(source: str | os.PathLike) -> Mapping[str, Tensor]:
+    """Return the weights of ``timm:NAME?file=PATH``; {} for other sources, whose weights timm
+    chooses."""
+    file = parse_timm(source).file
+    return _read(file) if file else {}
+
+
+def load_timm(
+    source: str | os.PathLike, requested: Mapping[str, Any], num_classes: int | None
+) -> tuple[TimmEncoder, int]:
+    """Load an encoder of timm.
+
+    Args:
+        requested, num_classes: arguments of `load_encoder`; None means not given.
+    Returns: the encoder, and the number of outputs of the head that its weights have.
+    Raises: FileNotFoundError for a missing file; ConnectionError if timm cannot download weights;
+        ValueError for an unknown name, or weights that are damaged or do not fit.
+    """
+    parsed = parse_timm(source)
+    given = {name: value for name, value in requested.items() if value is not None}
+    if given.pop("directions", "both") != "both":
+        raise ValueError(
+            f"directions={requested['directions']!r} was requested, but {source} reads all patches "
+            "at once; only a Vim reads in one direction."
+        )
+    args = _architecture(parsed.name)
+    if not (parsed.pretrained or parsed.file):
+        if num_classes is None:
+            raise ValueError(f"num_classes=None requires weights with a head; {source} has none.")
+        return TimmEncoder(**args | given, num_classes=num_classes), 0
+    if parsed.file:
+        overlay = _overlay(args, _read(parsed.file))
+    else:
+        overlay = {"num_classes": _described(args)["num_classes"]}
+    # The pool is changed after loading: in a new model it decides where the last norm is.
+    after_pool = "fc_norm.weight" in overlay.get("state_dict", {})
+    pool = None if after_pool else given.pop("global_pool", None)
+    encoder = _filled(str(source), args | given, overlay)
+    for name, value in encoder.state_dict().items():
+        require_finite(value, f"{source}: {name}", "these weights cannot be used")
+    stored = encoder.num_classes
+    _set_head(encoder, str(source), num_classes, pool)
+    return encoder, stored
+
+
+def rebuild(
+    stored: Stored, target: Mapping[str, Any], num_classes: int | None, strict: bool
+) -> tuple[TimmEncoder, list[str]]:
+    """Build the encoder of a run from its file.
+
+    Args:
+        target: the stored config, with the values that the caller requests instead.
+        num_classes, strict: arguments of `load_encoder`.
+    Returns: the encoder, and the assumptions made.
+    Raises: ValueError for weights that do not fit their config.
+    """
+    config: dict[str, Any] = dict(stored.config or {})
+    for name in target.keys() - _FREE:
+        if target[name] != config.get(name):
+            raise ValueError(
+                f"{name}={target[name]!r} was requested, but {stored.path} has "
+                f"{name}={config.get(name)!r}; the weights decide it."
+            )
+    args = dict(target) | {"global_pool": config["global_pool"]}
+    state = dict(stored.state)
+    token = state.pop("mask_token", None)
+    if args["in_chans"] == config["in_chans"] and _sides(args) == _sides(config):
+        encoder = TimmEncoder(**args)
+    else:
+        same = TimmEncoder(**config)  # of the stored sizes, to check the file
+        check_values(stored.path, state, same.state_dict())
+        load_checked(stored.path, same, stored.state, strict)
+        encoder = _filled(str(stored.path), args, {
+            "state_dict": state, "num_classes": config["num_classes"],
+            "input_size": (config["in_chans"], *_sides(config)),
+        })  # fmt: skip
+        state = encoder.state_dict()
+        state.pop("mask_token", None)
+    if encoder.mask_token is not None:
+        state["mask_token"] = encoder.mask_token.detach() if token is None else token
+    check_values(stored.path, state, encoder.state_dict())
+    assumed = load_checked(stored.path, encoder, state, strict)
+    record = stored.made_by or {}
+    encoder.trainings = record.get("trainings") or []
+    if encoder.num_classes:
+        encoder.classes = record.get("classes")
+    pool = target["global_pool"] if target["global_pool"] != config["global_pool"] else None
+    _set_head(encoder, str(stored.path), num_classes, pool)
+    return encoder, assumed
+
+
+def _set_head(
+    encoder: TimmEncoder, source: str, num_classes: int | None, global_pool: str | None
+) -> None:
+    """Keep the head with its classes if it has the requested outputs, else replace it."""
+    stored, classes = encoder.num_classes, encoder.classes
+    if num_classes is None and not stored:
+        raise ValueError(
+            f"num_classes=None requests the head of {source}, which has none; use 0 for features "
+            "or the number of classes for a fresh head."
+        )
+    count = stored if num_classes is None else num_classes
+    if count == stored and global_pool is None:
+        return
+    weights = encoder.get_classifier().state_dict()
+    encoder.reset_classifier(count, global_pool)
+    if count == stored:
+        encoder.get_classifier().load_state_dict(weights)
+        encoder.classes = classes
+    elif count:
+        reason = f"the weights have one of {stored}" if stored else "the weights have none"
+        log.warning("using a fresh head of %d classes: %s", count, reason)
+
+
+def _filled(source: str, args: Mapping[str, Any], overlay: dict[str, Any]) -> TimmEncoder:
+    """Build an encoder with the weights that timm reads by its description, changed by
+    ``overlay``, and with their head."""
+    classes = overlay["num_classes"]
+    given = {"pretrained": True, "pretrained_cfg_overlay": overlay, "num_classes": classes}
+    try:
+        return TimmEncoder(**args | given)
+    except OSError as error:  # also the Hub's errors
+        raise ConnectionError(
+            f"the weights of {source} cannot be read or downloaded ({error}). Download them on "
+            f"another machine, and give {source.partition('?')[0]}?file=PATH."
+        ) from error
+    except RuntimeError as error:  # of load_state_dict: a line for every key
+        raise ValueError(f"{source}: {' '.join(str(error).split())[:300]}") from error
+
+
+def _architecture(name: str) -> dict[str, Any]:
+    """Return the arguments of `TimmEncoder` for a name of timm. A repository or folder contains
+    the name of the architecture and its arguments."""
+    kind, _, location = name.partition(":")
+    if not location:
+        return {"timm": name}
+    if kind not in ("hf-hub", "hf_hub", "local-dir"):
+        raise ValueError(f"timm:{name}: {kind!r} is unknown; expected hf-hub: or local-dir:.")
+    from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
+
+    try:
+        if kind == "local-dir":
+            cfg, architecture, args = load_model_config_from_path(location)
+        else:
+            cfg, architecture, args = load_model_config_from_hf(location)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"timm:{name}: {error}; the folder of a model that timm saved has a config.json."
+        ) from error
+    except OSError as error:
+        raise ConnectionError(f"timm:{name} cannot be read: {error}") from error
+    return {"timm": architecture, "pretrained_cfg": cfg, **(args or {})}
+
+
+def _described(args: Mapping[str, Any]) -> dict[str, Any]:
+    """Return timm's description of a model and its weights."""
+    cfg = args.get("pretrained_cfg") or registered(args["timm"])
+    known = cfg if isinstance(cfg, dict) else vars(cfg) if cfg is not None else {}
+    return {"num_classes": 1000} | known
+
+
+def _overlay(args: Mapping[str, Any], state: dict[str, Tensor]) -> dict[str, Any]:
+    """Return what of the description a file's weights change: they are read from memory."""
+    names = _described(args).get("classifier") or "head"
+    first = f"{names if isinstance(names, str) else names[0]}.weight"
+    return {
+        "state_dict": state, "num_classes": len(state[first]) if first in state else 0,
+        "custom_load": False, "label_offset": 0, "source": None,
+    }  # fmt: skip
+
+
+def _sides(config: Mapping[str, Any]) -> tuple[int, int]:
+    size = config["img_size"]
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def _read(file: str) -> dict[str, Tensor]:
+    """Read a weights file of any form that timm reads."""
+    from timm.models import load_state_dict
+
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"There is no file {file!r} (in {Path.cwd()}); ?file= expects weights with timm's keys "
+            f"({' '.join(WEIGHT_SUFFIXES)}). A run is loaded without timm:."
+        )
+    try:
+        return dict(load_state_dict(str(path), weights_only=True))
+    except Exception as error:  # each format raises other ones
+        raise ValueError(
+            f"{path} is damaged or not a file of weights ({' '.join(str(error).split())[:200]})."
+        ) from error
