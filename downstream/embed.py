@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from vim_ssl import VimEncoder, create_transform, load_encoder
+from vim_ssl import create_transform, load_encoder
 from vim_ssl.cli import guarded
 from vim_ssl.data import ImageData, ImageStream, open_data
 from vim_ssl.data.bands import check_bands
@@ -45,6 +45,7 @@ from vim_ssl.evaluation.extract import encode_views
 from vim_ssl.evaluation.features import times_hash, weights_hash
 from vim_ssl.evaluation.readout import CHOICES, all_readouts, readout_columns
 from vim_ssl.evaluation.seen import learnt_by_encoder
+from vim_ssl.models.protocol import Encoder
 from vim_ssl.training.run import newest_run, task_folder, trained_on
 from vim_ssl.utils.config import opt, parse
 from vim_ssl.utils.distributed import join_processes, pick_device
@@ -142,7 +143,7 @@ def write_embeddings(config: Config, held: ExitStack) -> dict:
     return record
 
 
-def build_readout(encoder: VimEncoder, readout: str) -> Callable[[Tensor], Tensor]:
+def build_readout(encoder: Encoder, readout: str) -> Callable[[Tensor], Tensor]:
     """Return the function from images (b, c, h, w) to features (b, d)."""
     if readout == POOLED:
         return encoder
@@ -150,7 +151,7 @@ def build_readout(encoder: VimEncoder, readout: str) -> Callable[[Tensor], Tenso
     return lambda images: all_readouts(encoder, images)[:, columns]
 
 
-def describe(encoder: VimEncoder, data: ImageData | ImageStream, config: Config) -> dict[str, Any]:
+def describe(encoder: Encoder, data: ImageData | ImageStream, config: Config) -> dict[str, Any]:
     """Return everything that the files' contents depend on; it must match to resume."""
     return {
         "weights": weights_hash(encoder), "readout": config.readout,

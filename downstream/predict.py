@@ -29,7 +29,7 @@ from vim_ssl import load_model
 from vim_ssl.cli import guarded
 from vim_ssl.data.bands import check_bands
 from vim_ssl.data.inputs import open_new
-from vim_ssl.models.encoder import VimEncoder
+from vim_ssl.models.protocol import Encoder
 from vim_ssl.objectives.zero_shot import TEMPLATES, class_names
 from vim_ssl.tasks.detection import MIN_SCORE
 from vim_ssl.tasks.models import newest_model
@@ -123,7 +123,7 @@ def open_for(model: Any, spec: str) -> Any:
             f"{data.name} has {data.kind}s, but the run was trained on {expected}s; give "
             f"{'video:FOLDER' if expected == 'video' else 'images'}, or another --encoder."
         )
-    if isinstance(model.encoder, VimEncoder):
+    if isinstance(model.encoder, Encoder):
         model.encoder.for_data(data)
         check_bands(model.encoder, data)
     return data

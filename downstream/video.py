@@ -25,7 +25,7 @@ import torch
 from vim_ssl.cli import guarded
 from vim_ssl.data import ImageData, labelled_splits
 from vim_ssl.evaluation.seen import earlier_trainings
-from vim_ssl.models.encoder import VimEncoder
+from vim_ssl.models.protocol import Encoder
 from vim_ssl.models.video import INFLATIONS
 from vim_ssl.tasks.classification import ClassificationConfig, build_classifier, train_classifier
 from vim_ssl.tasks.config import TransferConfig
@@ -89,7 +89,7 @@ def run(config: Config) -> dict[str, Any]:
     return train_classifier("video", config, encoder, source, train, test, accelerator)
 
 
-def build_encoder(config: Config, source: str, data: ImageData) -> VimEncoder:
+def build_encoder(config: Config, source: str, data: ImageData) -> Encoder:
     """Return a video encoder with a head."""
     size = {"img_size": config.img_size} if config.img_size else {}
     images = build_classifier(source, data, config, global_pool=config.global_pool, **size)

@@ -24,7 +24,6 @@ from typing import Any
 import vim_ssl.utils.openmp  # noqa: F401 (before torch)
 
 import torch
-from torch import nn
 
 from vim_ssl import load_encoder
 from vim_ssl.cli import guarded
@@ -32,6 +31,7 @@ from vim_ssl.data import BadImage, ImageData, ImageStream, open_data
 from vim_ssl.data.dataset import captions_of
 from vim_ssl.data.open import open_split
 from vim_ssl.evaluation.retrieval import embed_pairs, recall
+from vim_ssl.models.protocol import Encoder
 from vim_ssl.models.text import HubText, TextEncoder, load_hub_text
 from vim_ssl.models.tokenizers import (
     BytePairs,
@@ -40,14 +40,13 @@ from vim_ssl.models.tokenizers import (
     named_tokenizer,
     train_bpe,
 )
-from vim_ssl.objectives.clip import LOSSES, Clip, image_config, save_clip
+from vim_ssl.objectives.clip import LOSSES, Clip, save_clip
 from vim_ssl.tasks.runner import Training, train_run
 from vim_ssl.training.accelerator import make_accelerator
 from vim_ssl.training.augmentation import AugmentationConfig, training_transform
 from vim_ssl.training.presets import Defaults
 from vim_ssl.training.run import Run, stored_or
 from vim_ssl.utils.config import opt, parse
-from vim_ssl.utils.names import did_you_mean
 
 
 @dataclass
@@ -178,29 +177,10 @@ class PairTransform:
         return {"image": image, "tokens": torch.tensor(row), "cut": cut}
 
 
-def timm_args(config: Config) -> dict[str, Any] | None:
-    """Return the arguments of `timm.create_model` for an image tower of timm, otherwise None."""
-    if not config.encoder.startswith("timm:"):
-        return None
-    name = config.encoder.removeprefix("timm:")
-    return {"model_name": name, "num_classes": 0, **config.model_args}
-
-
-def build_model(config: Config) -> nn.Module:
+def build_model(config: Config) -> Encoder:
+    fixed = {"use_mask_token": False, "num_classes": 0}
     try:
-        if (args := timm_args(config)) is None:
-            fixed = {"use_mask_token": False, "num_classes": 0}
-            return load_encoder(config.encoder, **fixed | config.model_args)
-        if config.ema:
-            raise ValueError("ema requires a Vim encoder; use --ema 0.")
-        import timm
-
-        name = args["model_name"]
-        if not (":" in name or timm.is_model(name)):  # timm checks hf-hub:OWNER/NAME
-            raise ValueError(
-                f"timm has no model {name!r}. {did_you_mean(name, timm.list_models())}"
-            )
-        return timm.create_model(**args)
+        return load_encoder(config.encoder, **fixed | config.model_args)
     except TypeError as error:  # an unknown name
         raise ValueError(f"model_args: {error}") from error
 
@@ -274,7 +254,7 @@ def build_text(config: Config, tokenizer: Tokenizer) -> TextEncoder | HubText:
     )  # fmt: skip
 
 
-def build_objective(config: Config, encoder: nn.Module, tokenizer: Tokenizer) -> Clip:
+def build_objective(config: Config, encoder: Encoder, tokenizer: Tokenizer) -> Clip:
     return Clip(
         encoder, build_text(config, tokenizer), embed_dim=config.embed_dim, loss=config.loss,
         lock_image=config.lock_image, lock_text=config.lock_text, tokenizer=tokenizer,
@@ -282,7 +262,7 @@ def build_objective(config: Config, encoder: nn.Module, tokenizer: Tokenizer) ->
 
 
 def build_samples(config: Config, data: ImageData | ImageStream, clip: Clip, tokenizer: Tokenizer):
-    transform = PairTransform(training_transform(image_config(clip.encoder), config), tokenizer)
+    transform = PairTransform(training_transform(clip.encoder, config), tokenizer)
     return data.samples(transform, config.seed)
 
 
@@ -302,7 +282,6 @@ def run(config: Config) -> dict[str, Any]:
     tokenizer = build_tokenizer(config, data, accelerator)
     objective = build_objective(config, encoder, tokenizer)
     samples = build_samples(config, data, objective, tokenizer)
-    image = timm_args(config)
 
     def prepare(run: Run) -> None:
         with run.writing("tokenizer.json"):
@@ -316,7 +295,7 @@ def run(config: Config) -> dict[str, Any]:
     return train_run(
         "clip_pretrain", config, objective, samples, accelerator, model=objective.encoder,
         data=data.name, what="model", record={"figures": {}}, prepare=prepare,
-        save=partial(save_clip, objective, image=image and image | {"pretrained": False}),
+        save=partial(save_clip, objective),
         evaluate=None if val is None else retrieval,
         depends_on={} if val is None else {"validation data": val.fingerprint},
     )  # fmt: skip

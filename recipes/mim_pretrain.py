@@ -24,12 +24,13 @@ import vim_ssl.utils.openmp  # noqa: F401 (before torch)
 
 import torch
 
-from vim_ssl import VimEncoder, load_encoder, save_encoder
+from vim_ssl import load_encoder, save_encoder
 from vim_ssl.cli import guarded
 from vim_ssl.data import ImageData, ImageStream, band_arguments, open_data
 from vim_ssl.data.transforms.clip import ClipTransform
 from vim_ssl.data.transforms.image import pretrain_transform
 from vim_ssl.evaluation.online import online_probe
+from vim_ssl.models.protocol import Encoder
 from vim_ssl.objectives.base import MASK_SETTINGS, OBJECTIVES, PretrainObjective, get_objective
 from vim_ssl.objectives.distill import LOSSES, WHERE
 from vim_ssl.objectives.masking import MASKS, RandomMask, TubeMask
@@ -241,7 +242,7 @@ class MimTransform:
         return image if self.mask is None else image | {"mask": self.mask()}
 
 
-def build_model(config: Config, data: ImageData | ImageStream | None = None) -> VimEncoder:
+def build_model(config: Config, data: ImageData | ImageStream | None = None) -> Encoder:
     objective = get_objective(config.objective)
     # By default no mask token, because most objectives would never train it.
     args: dict[str, Any] = {"use_mask_token": False, "num_classes": 0} | objective.encoder_args
@@ -259,7 +260,7 @@ def build_model(config: Config, data: ImageData | ImageStream | None = None) -> 
     return encoder
 
 
-def build_objective(config: Config, encoder: VimEncoder) -> PretrainObjective:
+def build_objective(config: Config, encoder: Encoder) -> PretrainObjective:
     try:
         return get_objective(config.objective).from_config(encoder, config)
     except TypeError as error:
@@ -280,7 +281,7 @@ def not_used(config: Config) -> list[str]:
     ]
 
 
-def build_mask(config: Config, encoder: VimEncoder, times: int) -> RandomMask:
+def build_mask(config: Config, encoder: Encoder, times: int) -> RandomMask:
     """Build the mask generator for images, or for clips of ``times`` tubelets."""
     patch, (rows, columns) = encoder.patch_embed.patch_size, encoder.grid_size
     if config.mask_unit % patch:
@@ -294,7 +295,7 @@ def build_mask(config: Config, encoder: VimEncoder, times: int) -> RandomMask:
     return MASKS[config.mask]((times * rows, columns), config.mask_ratio, unit)
 
 
-def build_data(config: Config, encoder: VimEncoder, data: ImageData | ImageStream | None = None):
+def build_data(config: Config, encoder: Encoder, data: ImageData | ImageStream | None = None):
     """Return the images (``data``, or opened from the config) and the training samples."""
     data = open_data(config.data, streams=True) if data is None else data
     views, times = get_objective(config.objective).views, 1

@@ -184,6 +184,12 @@ def stored_classes(source: str | os.PathLike) -> int:
     return 0 if source in PRESETS else _settings(source)["num_classes"]
 
 
+def is_of_timm(source: str | os.PathLike) -> bool:
+    """Whether ``source`` names a model of timm, or a run of one. Raises: the errors of
+    `load_encoder`."""
+    return "timm" in _settings(source)
+
+
 def load_for_bands(source: str, bands: Mapping[str, Any], **args: Any) -> Any:
     """Load the encoder ``source`` for images with these bands.
 

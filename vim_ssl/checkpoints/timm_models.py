@@ -84,12 +84,7 @@ def load_timm(
         ValueError for an unknown name, or weights that are damaged or do not fit.
     """
     parsed = parse_timm(source)
-    given = {name: value for name, value in requested.items() if value is not None}
-    if given.pop("directions", "both") != "both":
-        raise ValueError(
-            f"directions={requested['directions']!r} was requested, but {source} reads all patches "
-            "at once; only a Vim reads in one direction."
-        )
+    given = _without_directions(source, requested)
     args = _architecture(parsed.name)
     if not (parsed.pretrained or parsed.file):
         if num_classes is None:
@@ -97,14 +92,14 @@ def load_timm(
         return TimmEncoder(**args | given, num_classes=num_classes), 0
     if parsed.file:
         overlay = _overlay(args, _read(parsed.file))
+        for name, value in overlay["state_dict"].items():
+            require_finite(value, f"{parsed.file}: {name}", "these weights cannot be used")
     else:
         overlay = {"num_classes": _described(args)["num_classes"]}
     # The pool is changed after loading: in a new model it decides where the last norm is.
     after_pool = "fc_norm.weight" in overlay.get("state_dict", {})
     pool = None if after_pool else given.pop("global_pool", None)
     encoder = _filled(str(source), args | given, overlay)
-    for name, value in encoder.state_dict().items():
-        require_finite(value, f"{source}: {name}", "these weights cannot be used")
     stored = encoder.num_classes
     _set_head(encoder, str(source), num_classes, pool)
     return encoder, stored
@@ -121,14 +116,14 @@ def rebuild(
     Returns: the encoder, and the assumptions made.
     Raises: ValueError for weights that do not fit their config.
     """
-    config: dict[str, Any] = dict(stored.config or {})
+    config, target = dict(stored.config or {}), _without_directions(stored.path, target)
     for name in target.keys() - _FREE:
         if target[name] != config.get(name):
             raise ValueError(
                 f"{name}={target[name]!r} was requested, but {stored.path} has "
                 f"{name}={config.get(name)!r}; the weights decide it."
             )
-    args = dict(target) | {"global_pool": config["global_pool"]}
+    args = target | {"global_pool": config["global_pool"]}
     state = dict(stored.state)
     token = state.pop("mask_token", None)
     if args["in_chans"] == config["in_chans"] and _sides(args) == _sides(config):
@@ -151,9 +146,29 @@ def rebuild(
     encoder.trainings = record.get("trainings") or []
     if encoder.num_classes:
         encoder.classes = record.get("classes")
-    pool = target["global_pool"] if target["global_pool"] != config["global_pool"] else None
+    pool = target.get("global_pool")
+    pool = None if pool == config["global_pool"] else pool
     _set_head(encoder, str(stored.path), num_classes, pool)
     return encoder, assumed
+
+
+def _without_directions(source: Any, requested: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments that are given, without the directions of a scan."""
+    given = {name: value for name, value in requested.items() if value is not None}
+    if given.pop("directions", "both") != "both":
+        raise ValueError(
+            f"directions={requested['directions']!r} was requested, but {source} is an encoder of "
+            "timm, which reads all patches at once; only a Vim reads in one direction."
+        )
+    return given
+
+
+def build_timm(name: str, **args: Any) -> TimmEncoder:
+    """Build an encoder with fresh weights by timm's name, which may be of a repository or folder.
+
+    Raises: the errors of `load_timm`.
+    """
+    return TimmEncoder(**_architecture(name) | args)
 
 
 def _set_head(

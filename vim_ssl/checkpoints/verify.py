@@ -15,6 +15,7 @@ from vim_ssl.checkpoints.files import Stored
 from vim_ssl.checkpoints.loading import DEFAULTS, config_of, encoder_class, find_file
 from vim_ssl.checkpoints.released import RELEASED_FILES
 from vim_ssl.models.presets import PRESETS
+from vim_ssl.models.timm_encoder import TimmEncoder
 from vim_ssl.models.video import VideoEncoder
 
 
@@ -60,7 +61,14 @@ def verify(source: str | os.PathLike, **layout: Any) -> Report:
     except (OSError, ValueError) as error:
         report.problems.append(str(error))
         return report
-    _describe(report, stored, config)
+    if "timm" in config:
+        report.facts |= {
+            "kind": f"vim_ssl file of timm's {config['timm']}",
+            "parameters": f"{sum(tensor.numel() for tensor in stored.state.values()):,}",
+            "classes": str(config["num_classes"] or "none: features only"),
+        }
+    else:
+        _describe(report, stored, config)
     for which, copy in copies.items():
         _check_copy(report, which, copy, config)
     return report
@@ -102,8 +110,12 @@ def _describe(report: Report, stored: Stored, config: Mapping[str, Any]) -> None
 
 def _check_copy(report: Report, which: str, stored: Stored, config: dict[str, Any]) -> None:
     try:
-        encoder = encoder_class(config)(**(config | {"scan_backend": "auto"}))
-        state = adapt_state(stored.path, stored.state, config, encoder)
+        if "timm" in config:
+            encoder: Any = TimmEncoder(**config)
+            state = dict(stored.state)
+        else:
+            encoder = encoder_class(config)(**(config | {"scan_backend": "auto"}))
+            state = adapt_state(stored.path, stored.state, config, encoder)
     except ValueError as error:
         report.problems.append(f"{which}: {error}")
         return

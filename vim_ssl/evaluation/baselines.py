@@ -17,7 +17,7 @@ from vim_ssl.evaluation.knn import choose_neighbours, evaluate_neighbours
 from vim_ssl.metrics.bootstrap import Metric
 from vim_ssl.metrics.classification import answer_metrics
 from vim_ssl.metrics.sentences import Gain, result_sentence
-from vim_ssl.models.encoder import VimEncoder
+from vim_ssl.models.protocol import Encoder
 
 MAX_PIXELS = 64 * 64 * 3  # values per image; above it, regression on raw pixels takes too long
 SHRUNK = 32  # side in pixels to which larger images are resized
@@ -25,7 +25,7 @@ MAX_IMAGES, MAX_VALUES = 20_000, 10**8  # above either, raw pixels are no cheap 
 MOST_FREQUENT, KNN_PIXELS = "the most frequent class", "kNN on raw pixels"
 
 
-def raw_pixels(encoder: VimEncoder) -> tuple[str, Transform]:
+def raw_pixels(encoder: Encoder) -> tuple[str, Transform]:
     """Return name and transform of the raw pixels of an encoder's input, as features; large images
     are resized."""
     config = dict(encoder.data_config)
@@ -38,7 +38,7 @@ def raw_pixels(encoder: VimEncoder) -> tuple[str, Transform]:
     return f"raw pixels, {SHRUNK}x{SHRUNK}", transform
 
 
-def pixel_features(encoder: VimEncoder, splits: Any, **loading: Any) -> tuple[str, list[Features]]:
+def pixel_features(encoder: Encoder, splits: Any, **loading: Any) -> tuple[str, list[Features]]:
     """Return the name of the raw pixels, and those of every split.
 
     Args:
@@ -57,7 +57,7 @@ def most_frequent(labels: Tensor, count: int) -> Tensor:
 
 
 def classification_baselines(
-    encoder: VimEncoder, train, test, truth: Tensor, *, seed: int = 0, **loading: Any
+    encoder: Encoder, train, test, truth: Tensor, *, seed: int = 0, **loading: Any
 ) -> dict[str, Metric]:
     """Evaluate the most frequent class and, if there are few enough images, kNN on raw pixels; not
     if all training images are of one group, since then there is nothing to choose its k on.

@@ -17,7 +17,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from vim_ssl.data.transforms.image import create_transform, denormalize
 from vim_ssl.evaluation.knn import nearest
-from vim_ssl.models.encoder import VimEncoder
+from vim_ssl.models.protocol import Encoder
 from vim_ssl.utils.files import atomic_write
 from vim_ssl.utils.numbers import REMEDY, require_finite
 
@@ -38,7 +38,7 @@ class Viewer:
         encoder: determines size, crop and bands.
     """
 
-    def __init__(self, data, encoder: VimEncoder):
+    def __init__(self, data, encoder: Encoder):
         self.data, self.config = data, encoder.data_config
         self.transform = create_transform(encoder)
         self.index = {id: i for i, id in enumerate(data.ids)}
@@ -126,19 +126,19 @@ def nearest_neighbours(
 
 
 @torch.no_grad()
-def feature_maps(view: Viewer, encoder: VimEncoder, ids: Sequence[str]) -> dict[str, Any]:
+def feature_maps(view: Viewer, encoder: Encoder, ids: Sequence[str]) -> dict[str, Any]:
     """Show the three main components of the patch features of a few images as red, green and blue.
 
     The components are those of all patches of these images together, so that equal colours mean
     similar features.
 
     Args:
-        encoder: an encoder of images, in eval mode; clips give {}.
+        encoder: an encoder of images, in eval mode; clips and encoders without maps give {}.
         ids: images to choose `MAPS` evenly spaced ones from.
     Returns: ``share``, the part of the variance in the three components, and ``rows`` of ``image``
         and ``map``, one pixel per patch.
     """
-    if encoder.reads_clips or not ids:
+    if encoder.reads_clips or not ids or not encoder.feature_info:
         return {}
     chosen = [ids[i] for i in sorted({i * len(ids) // MAPS for i in range(MAPS)})]
     device = next(encoder.parameters()).device

@@ -21,7 +21,7 @@ from vim_ssl.data.bands import check_bands
 from vim_ssl.data.transforms.image import create_transform
 from vim_ssl.evaluation.extract import Features, extract_rows, features_of
 from vim_ssl.evaluation.readout import all_readouts
-from vim_ssl.models.encoder import VimEncoder
+from vim_ssl.models.protocol import Encoder
 from vim_ssl.utils.distributed import Processes
 from vim_ssl.utils.files import atomic_path, reading, user_cache
 from vim_ssl.utils.names import printable
@@ -30,7 +30,7 @@ FORMAT = 2  # increase it when the meaning of `all_readouts` or of the file chan
 
 
 def encode_data(
-    encoder: VimEncoder,
+    encoder: Encoder,
     data,
     *,
     readout: Callable[[Any, torch.Tensor], torch.Tensor] = all_readouts,
@@ -84,7 +84,7 @@ def cache_folder() -> Path:
     return user_cache() / "features"
 
 
-def encode_splits(encoder: VimEncoder, splits: Sequence, **options) -> list[Features] | None:
+def encode_splits(encoder: Encoder, splits: Sequence, **options) -> list[Features] | None:
     """`encode_data` for each split; None on all processes except the main one."""
     results = [encode_data(encoder, split, **options) for split in splits]
     features = [result for result in results if result is not None]
@@ -97,7 +97,7 @@ def local_indices(size: int, batch_size: int, processes: Processes) -> list[int]
     return [i for begin in begins for i in range(begin, min(begin + batch_size, size))]
 
 
-def _key(encoder: VimEncoder, data, transform, readout: Any) -> str:
+def _key(encoder: Encoder, data, transform, readout: Any) -> str:
     # The fingerprint covers files, but not options such as image=COLUMN that select their content.
     images = [data.name, data.fingerprint, data.min_side, _times(data)]
     parts = [FORMAT, weights_hash(encoder), *images, repr(transform)]

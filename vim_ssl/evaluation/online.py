@@ -14,13 +14,13 @@ from vim_ssl.evaluation.linear_heads import fit_logistic
 from vim_ssl.evaluation.readout import all_readouts, readout_columns
 from vim_ssl.metrics.classification import accuracy
 from vim_ssl.metrics.titles import CHECK_GROUPS, CHECK_SIZE, CHECK_TRAIN, ONLINE_C, ONLINE_K
-from vim_ssl.models.encoder import VimEncoder
+from vim_ssl.models.protocol import Encoder
 
 ONLINE_TOL = 1e-3  # tolerance of the fit during training
 
 
 def online_probe(
-    encoder: VimEncoder,
+    encoder: Encoder,
     data,
     device: str | torch.device,
     seed: int,

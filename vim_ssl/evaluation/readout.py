@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vim_ssl.evaluation.linear_heads import MANY, fit_logistic
 from vim_ssl.metrics.classification import require_labels
-from vim_ssl.models.encoder import VimEncoder
+from vim_ssl.models.protocol import Encoder
 
 READOUTS = ("token", "avg", "token+avg", "layers")  # tried by default
 CHOICES = (*READOUTS, "max")
@@ -16,45 +16,65 @@ SEARCH_TOL = 3e-4  # tolerance in a sweep over C, where each fit starts from the
 C_GRID = tuple(10.0**k for k in range(-3, 3))
 
 
-def all_readouts(encoder: VimEncoder, x: Tensor) -> Tensor:
+def all_readouts(encoder: Encoder, x: Tensor) -> Tensor:
     """Compute the features for all `CHOICES` of images (b, c, h, w), concatenated.
 
-    The columns are, embed_dim each: the class token (if any), the mean of the patch tokens after
-    the last block, their means after a quarter, half and three quarters of the blocks, and the
-    maximum of each feature over the patches after the last block. See `readout_columns`.
+    The columns are: the class token (if any), the mean of the patch tokens after the last block,
+    their means after a quarter, half and three quarters of the blocks, and the maximum of each
+    feature over the patches after the last block. If layers of the head change the features (see
+    `Encoder`), their output replaces the mean after the last block. See `readout_columns`.
     """
-    depth = len(encoder.feature_info)
-    quarters = [max(round(depth * q / 4) - 1, 0) for q in (1, 2, 3, 4)]
-    taps = encoder.forward_intermediates(
-        x, quarters, return_prefix_tokens=True, norm=True, output_fmt="NLC", intermediates_only=True
+    if not (quarters := _quarters(encoder)):
+        return encoder.forward_head(encoder.forward_features(x), pre_logits=True)
+    final, taps = encoder.forward_intermediates(
+        x, quarters, return_prefix_tokens=True, norm=True, output_fmt="NLC"
     )
     means = [patches.mean(1) for patches, _ in taps]
     token = [taps[-1][1].mean(1)] if taps[-1][1].shape[1] else []
+    if encoder.features_by_head:
+        means[-1] = encoder.forward_head(final, pre_logits=True)
     return torch.cat([*token, means[-1], *means[:-1], taps[-1][0].amax(1)], dim=1)
 
 
-def readout_columns(encoder: VimEncoder, readout: str) -> slice:
+def _quarters(encoder: Encoder) -> list[int]:
+    """Return the blocks at the ends of the quarters; none if the encoder gives no maps."""
+    depth = len(encoder.feature_info)
+    return [max(round(depth * q / 4) - 1, 0) for q in (1, 2, 3, 4)] if depth else []
+
+
+def _widths(encoder: Encoder) -> list[int]:
+    """Return the number of columns of every part of `all_readouts`; 0 for no class token."""
+    if not (quarters := _quarters(encoder)):
+        return [0, encoder.num_features]
+    *inner, last = (int(encoder.feature_info[i]["num_chs"]) for i in quarters)
+    features = encoder.num_features if encoder.features_by_head else last
+    return [last if encoder.cls_names else 0, features, *inner, last]
+
+
+def readout_columns(encoder: Encoder, readout: str) -> slice:
     """Return the columns of `all_readouts` that belong to one of `CHOICES`.
 
-    Raises: ValueError for an unknown readout, or a class token that the encoder does not have.
+    Raises: ValueError for an unknown readout, or one that the encoder does not have.
     """
     if readout not in CHOICES:
         raise ValueError(f"readout {readout!r} is not one of {', '.join(CHOICES)}.")
-    has_token = bool(encoder.cls_names)
-    if readout.startswith("token") and not has_token:
+    if readout.startswith("token") and not encoder.cls_names:
         raise ValueError(f"readout {readout!r} needs a class token; use 'avg' or 'layers'.")
+    if readout in ("layers", "max") and not encoder.feature_info:
+        raise ValueError(f"readout {readout!r} needs maps of the stages; use 'avg'.")
     first, last = {
         "token": (0, 1), "avg": (1, 2), "token+avg": (0, 2), "layers": (0, 5), "max": (5, 6),
     }[readout]  # fmt: skip
-    shift = 0 if has_token else -1
-    d = encoder.embed_dim
-    return slice(max(first + shift, 0) * d, (last + shift) * d)
+    widths = _widths(encoder)
+    return slice(sum(widths[:first]), sum(widths[:last]))
 
 
-def available_readouts(encoder: VimEncoder, names: Sequence[str]) -> dict[str, slice]:
+def available_readouts(encoder: Encoder, names: Sequence[str]) -> dict[str, slice]:
     """Map readout names to their columns. All of `READOUTS` selects those that the encoder has."""
     if tuple(names) == READOUTS and not encoder.cls_names:
         names = [name for name in names if not name.startswith("token")]
+    if not encoder.feature_info and len(names) > 1:
+        names = [name for name in names if name != "layers"]
     return {name: readout_columns(encoder, name) for name in names}
 
 

@@ -12,7 +12,7 @@ from vim_ssl.checkpoints.files import check_values
 from vim_ssl.data.transforms.image import create_transform
 from vim_ssl.evaluation.extract import Features, extract_features
 from vim_ssl.metrics.classification import MAIN_METRIC, rounded, target_metrics
-from vim_ssl.models.encoder import VimEncoder
+from vim_ssl.models.protocol import Encoder
 from vim_ssl.models.freezing import pooled_features
 from vim_ssl.training.run import read_metrics
 from vim_ssl.utils.files import atomic_path, reading
@@ -37,7 +37,7 @@ class Validation:
     """
 
     def __init__(
-        self, encoder: VimEncoder, data, folder: Path, targets: str, *, keep_best: bool,
+        self, encoder: Encoder, data, folder: Path, targets: str, *, keep_best: bool,
         patience: int, batch_size: int = 128, workers: int = 0, frozen: bool = False,
     ):  # fmt: skip
         self.encoder, self.data, self.folder = encoder, data, Path(folder)

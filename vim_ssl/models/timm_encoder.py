@@ -247,15 +247,16 @@ class TimmEncoder(nn.Module):
                 f"timm:{self._name} gives no maps of its stages (forward_intermediates), which "
                 "dense heads and the readout 'layers' need; use another architecture."
             )
+        taken = resolve_indices(indices, len(self.feature_info), int_means_last=True)
+        blocks = sorted({*taken})  # timm returns each once, in this order
         args: dict[str, Any] = {"norm": norm, "stop_early": stop_early}
         tokens = getattr(self.model, "num_prefix_tokens", None)
         if tokens:
             args |= {"return_prefix_tokens": True, "output_fmt": output_fmt}
-        chosen = indices if indices is None or isinstance(indices, int) else list(indices)
-        final, taps = cast(Any, self.model).forward_intermediates(x, chosen, **args)
-        maps = []
-        for tap in taps:
-            patches, prefix = tap if tokens else (tap, None)
+        final, taps = cast(Any, self.model).forward_intermediates(x, blocks, **args)
+        by_block, maps = dict(zip(blocks, taps, strict=True)), []
+        for block in taken:
+            patches, prefix = by_block[block] if tokens else (by_block[block], None)
             if output_fmt == "NLC" and not tokens:
                 patches = patches.flatten(2).mT
             if prefix is None:

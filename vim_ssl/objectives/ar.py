@@ -12,7 +12,7 @@ import torch
 from timm.layers import Mlp, build_sincos2d_pos_embed, trunc_normal_
 from torch import Tensor, nn
 
-from vim_ssl.models.encoder import VimEncoder
+from vim_ssl.models.protocol import Encoder
 from vim_ssl.objectives.pixels import PixelObjective
 
 
@@ -40,7 +40,7 @@ class AutoRegressive(PixelObjective):
 
     def __init__(
         self,
-        encoder: VimEncoder,
+        encoder: Encoder,
         *,
         cluster: int = 4,
         decoder_dim: int = 512,
@@ -79,7 +79,7 @@ class AutoRegressive(PixelObjective):
         self.decoder_pred = nn.Linear(decoder_dim, self.pixels)
 
     @classmethod
-    def from_config(cls, encoder: VimEncoder, config: Any) -> Self:
+    def from_config(cls, encoder: Encoder, config: Any) -> Self:
         objective = super().from_config(encoder, config)
         objective.order(encoder.grid_size)  # clusters that do not fit fail before training
         return objective

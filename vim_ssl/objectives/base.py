@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
-from vim_ssl.models.encoder import VimEncoder
+from vim_ssl.models.protocol import Encoder
 from vim_ssl.utils.names import did_you_mean
 from vim_ssl.utils.plugins import load_plugins
 
@@ -68,7 +68,7 @@ class PretrainObjective(nn.Module):
     reads_clips: ClassVar[bool] = False
 
     @classmethod
-    def from_config(cls, encoder: VimEncoder, config: Any) -> Self:
+    def from_config(cls, encoder: Encoder, config: Any) -> Self:
         """Build the objective from a recipe's config: ``settings`` and the entries of
         ``objective_args`` are arguments of the constructor. Override where names differ.
 

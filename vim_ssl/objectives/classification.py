@@ -9,7 +9,7 @@ from timm.data import Mixup
 from torch import Tensor
 
 from vim_ssl.metrics.classification import TARGETS, predicted
-from vim_ssl.models.encoder import VimEncoder
+from vim_ssl.models.protocol import Encoder
 from vim_ssl.models.freezing import Freezable, pooled_features
 from vim_ssl.objectives.base import StepOutput
 
@@ -42,7 +42,7 @@ class Classification(Freezable):
 
     def __init__(
         self,
-        encoder: VimEncoder,
+        encoder: Encoder,
         *,
         targets: str = "class",
         label_smoothing: float = 0.0,

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from vim_ssl.checkpoints.files import check_values
 from vim_ssl.checkpoints.identity import hash_of
 from vim_ssl.checkpoints.loading import load_encoder, save_encoder
+from vim_ssl.checkpoints.timm_models import build_timm
 from vim_ssl.data.transforms.image import Transform, create_transform
-from vim_ssl.models.encoder import VimEncoder
+from vim_ssl.models.protocol import Encoder
 from vim_ssl.models.freezing import Freezable
 from vim_ssl.models.text import HubText, TextEncoder, build_text
 from vim_ssl.models.tokenizers import Tokenizer, load_tokenizer
@@ -58,7 +59,7 @@ class Clip(Freezable):
     Batches hold ``image`` (b, c, h, w), normalised; ``tokens`` (b, l) int64; ``cut`` (b,) bool.
 
     Args:
-        encoder: the image tower, without a head: a `VimEncoder`, or a timm model for comparison.
+        encoder: the image tower, without a head.
         embed_dim: dimension of the shared embedding space.
         loss: "clip" or "siglip".
         lock_image, lock_text: freeze a tower and disable its dropout; its projection is trained.
@@ -75,7 +76,7 @@ class Clip(Freezable):
 
     def __init__(
         self,
-        encoder: nn.Module,
+        encoder: Encoder,
         text: TextEncoder | HubText,
         *,
         embed_dim: int = 512,
@@ -150,7 +151,7 @@ class Clip(Freezable):
     @property
     def transform(self) -> Transform:
         """Return the transform from a PIL image to one element of a batch for `encode_image`."""
-        return create_transform(image_config(self.encoder))
+        return create_transform(self.encoder)
 
     # ---------------------------------------------------------------- classes by name
 
@@ -309,42 +310,28 @@ def gather(x: Tensor) -> Tensor:
 # -------------------------------------------------------------------- files
 
 
-def image_config(encoder: nn.Module) -> dict[str, Any]:
-    """Return the data config of an image tower; see `VimEncoder`."""
-    if isinstance(encoder, VimEncoder):
-        return encoder.data_config
-    from timm.data import resolve_model_data_config
-
-    config = resolve_model_data_config(encoder)
-    size = getattr(getattr(encoder, "patch_embed", None), "img_size", None)
-    if size is not None:  # may differ from the size of the pretrained weights
-        config["input_size"] = (config["input_size"][0], *size)
-    return config
-
-
 def save_clip(
     clip: Clip,
     folder: str | Path,
     *,
-    image: dict[str, Any] | None = None,
-    ema: VimEncoder | None = None,
+    ema: Any = None,
     record: dict[str, Any] | None = None,
 ) -> None:
     """Write a model for `load_clip`: encoder.safetensors and .json with `save_encoder`, the rest as
     clip.safetensors, clip_config.json and tokenizer.json.
 
     Args:
-        image: arguments of `timm.create_model`, for an image tower that is not a `VimEncoder`; its
-            weights are stored in clip.safetensors.
         ema, record: see `save_encoder`. `load_clip` does not read the average.
-    Raises: ValueError for a timm tower without ``image``, or a model without a tokenizer; OSError
-        if the disk is full.
+    Raises: ValueError for a model without a tokenizer; TypeError for an image tower that is no
+        encoder; OSError if the disk is full.
     """
     from safetensors.torch import save
 
-    ours = isinstance(clip.encoder, VimEncoder)
-    if not ours and image is None:
-        raise ValueError("the image tower is not a VimEncoder; pass timm's arguments as image=.")
+    if not isinstance(clip.encoder, Encoder):
+        raise TypeError(
+            f"the image tower is a {type(clip.encoder).__name__}, not an encoder; load it with "
+            "load_encoder, also timm's models: load_encoder('timm:NAME')."
+        )
     if clip.tokenizer is None:
         raise ValueError("a model without a tokenizer cannot be loaded again; set clip.tokenizer.")
     folder = Path(folder)
@@ -352,17 +339,16 @@ def save_clip(
     state = {
         key: value.detach().cpu().contiguous()
         for key, value in clip.state_dict().items()
-        if not (ours and key.startswith("encoder."))
+        if not key.startswith("encoder.")
     }
     description = {
         "format": "vim_ssl.clip", "embed_dim": clip.embed_dim, "loss": clip.loss,
-        "image": None if ours else image, "text": clip.text.config, "made_by": record,
+        "image": None, "text": clip.text.config, "made_by": record,
     }  # fmt: skip
     clip.tokenizer.save(folder)
     atomic_write(folder / "clip.safetensors", save(state))
     atomic_write(folder / "clip_config.json", json.dumps(description, indent=2) + "\n")
-    if isinstance(clip.encoder, VimEncoder):
-        save_encoder(clip.encoder, folder, ema=ema, record=record)
+    save_encoder(clip.encoder, folder, ema=ema, record=record)
 
 
 COPY_AGAIN = "copy it again from its run"
@@ -386,19 +372,19 @@ def load_clip(run: str | Path, *, device: str | torch.device | None = None) -> C
     described = folder / "clip_config.json"
     stored = read_object(described, "the settings of an image-text model", COPY_AGAIN)
     tokenizer = load_tokenizer(folder)
-    encoder: Any = load_encoder(folder, ema=False) if stored.get("image") is None else None
+    # Earlier runs have the weights of timm's towers here, described by timm's arguments.
+    inside = stored.get("image")
+    encoder: Any = None if inside else load_encoder(folder, ema=False)
     with reading(described, "the settings of an image-text model", COPY_AGAIN):
-        if encoder is None:
-            import timm
-
-            encoder = timm.create_model(**stored["image"])
+        if inside:
+            encoder = build_timm(inside.pop("model_name"), **inside)
         clip = Clip(
             encoder, build_text(stored["text"]), embed_dim=stored["embed_dim"],
             loss=stored["loss"], tokenizer=tokenizer,
         )  # fmt: skip
     with reading(folder / "clip.safetensors", "the weights of an image-text model", COPY_AGAIN):
         state = load_file(folder / "clip.safetensors")
-    if stored.get("image") is None:
+    if not inside:
         state |= {f"encoder.{key}": value for key, value in encoder.state_dict().items()}
     check_values(folder / "clip.safetensors", state, clip.state_dict())
     with reading(folder / "clip.safetensors", "weights of this model", COPY_AGAIN):

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from vim_ssl.checkpoints.identity import weights_hash
 from vim_ssl.checkpoints.loading import load_encoder
-from vim_ssl.models.encoder import VimEncoder
+from vim_ssl.checkpoints.timm_models import is_timm
+from vim_ssl.models.protocol import Encoder, require_tokens
 from vim_ssl.objectives.base import PretrainObjective, StepOutput
 from vim_ssl.objectives.masking import checked_mask
 from vim_ssl.objectives.pixels import refuse_head
-from vim_ssl.utils.names import did_you_mean
 
 LOSSES = ("cosine", "smooth_l1")
 WHERE = ("masked", "all")
@@ -47,7 +47,7 @@ class Distill(PretrainObjective):
 
     def __init__(
         self,
-        encoder: VimEncoder,
+        encoder: Encoder,
         teacher: nn.Module | None = None,
         *,
         loss: str = "smooth_l1",
@@ -56,6 +56,7 @@ class Distill(PretrainObjective):
         momentum: float = 0.998,
     ):
         super().__init__()
+        require_tokens(encoder, type(self).__name__)
         if encoder.mask_token is None:
             raise ValueError("distill needs an encoder with a mask token: use_mask_token=True.")
         refuse_head(encoder)
@@ -78,7 +79,7 @@ class Distill(PretrainObjective):
         self.head = nn.Linear(encoder.embed_dim, getattr(target, "embed_dim", target.num_features))
 
     @classmethod
-    def from_config(cls, encoder: VimEncoder, config: Any) -> Self:
+    def from_config(cls, encoder: Encoder, config: Any) -> Self:
         objective = cls(
             encoder, load_teacher(config.teacher), loss=config.distill_loss,
             where=config.distill_where, layers=config.teacher_layers,
@@ -160,19 +161,15 @@ def load_teacher(name: str) -> Any:
     """
     if name == "ema":
         return None
-    if not name.startswith("timm:"):
+    if not is_timm(name):
         return load_encoder(name, num_classes=0)
-    import timm
-
-    name = name.removeprefix("timm:")
-    if not timm.is_model(name):
-        raise ValueError(f"timm has no model {name!r}. {did_you_mean(name, timm.list_models())}")
-    try:
-        return timm.create_model(name, pretrained=True, num_classes=0, dynamic_img_size=True)
-    except TypeError as error:
+    source = name if "?" in name else f"{name}?pretrained"
+    teacher = load_encoder(source, num_classes=0).model
+    if not getattr(teacher, "dynamic_img_size", False):
         raise ValueError(
-            f"the teacher timm:{name} does not accept images of any size; use a vision transformer."
-        ) from error
+            f"the teacher {name} does not accept images of any size; use a vision transformer."
+        )
+    return teacher
 
 
 def _inputs_for(teacher, images: Tensor, data_config: dict, grid: tuple[int, int]) -> Tensor:
@@ -202,7 +199,10 @@ def _inputs_for(teacher, images: Tensor, data_config: dict, grid: tuple[int, int
 
 def _patch_and_stride(teacher) -> tuple[tuple[int, int], tuple[int, int]]:
     """Size and stride of a teacher's patches in pixels (rows, columns); patches may overlap."""
-    projection = getattr(getattr(teacher, "patch_embed", None), "proj", None)
+    patches = getattr(teacher, "patch_embed", None)
+    if isinstance(side := getattr(patches, "patch_size", None), int):  # an `Encoder`
+        return (side, side), (patches.stride, patches.stride)
+    projection = getattr(patches, "proj", None)
     if isinstance(projection, nn.Conv2d):
         (rows, columns), (down, right) = projection.kernel_size, projection.stride
         return (rows, columns), (int(down), int(right))

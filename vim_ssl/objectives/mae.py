@@ -1,4 +1,4 @@
-"""MAE (arXiv:2111.06377): the encoder reads only the visible patches, in scan order; a light Vim
+"""MAE (arXiv:2111.06377): the encoder reads only the visible patches, in scan order; a light
 decoder inserts mask tokens and predicts the pixels of the masked patches."""
 
 from typing import Any
@@ -6,25 +6,32 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import build_sincos2d_pos_embed, trunc_normal_
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from vim_ssl.models.block import RMSNorm, VimBlock
 from vim_ssl.models.encoder import VimEncoder
+from vim_ssl.models.protocol import Encoder
 from vim_ssl.objectives.masking import visible_ids
 from vim_ssl.objectives.pixels import PixelObjective
 
+DECODERS = ("vim", "vit")
+
 
 class MAE(PixelObjective):
-    """Masked autoencoder with a Vim decoder.
+    """Masked autoencoder.
 
     Args:
-        encoder: reads the visible patches in raster order, with the class token in the middle.
+        encoder: reads the visible patches in raster order, with its class token.
         decoder_dim, decoder_depth: width and number of blocks of the decoder.
         norm_pix_loss: normalise each target patch by its mean and deviation.
         keep_order: read the visible patches in raster order. False shuffles them, as the original
             MAE does: attention ignores the order, a scan does not, so this measures its effect.
-    Raises: ValueError for a decoder without blocks or with a width not divisible by 4, and for an
-        encoder with a head or a mask token (neither would be trained), or overlapping patches.
+        decoder: "vim", or "vit" for blocks with attention, as published, with heads of 32 channels;
+            by default that of the encoder's kind.
+    Raises: ValueError for an unknown decoder, one without blocks or with a width not divisible by
+        4, and for an encoder with a head or a mask token (neither would be trained), or overlapping
+        patches.
     Reference: MAE, arXiv:2111.06377; Vim decoder: FastVim, arXiv:2502.00594.
     """
 
@@ -33,12 +40,13 @@ class MAE(PixelObjective):
 
     def __init__(
         self,
-        encoder: VimEncoder,
+        encoder: Encoder,
         *,
         decoder_dim: int = 512,
         decoder_depth: int = 2,
         norm_pix_loss: bool = True,
         keep_order: bool = True,
+        decoder: str = "",
     ):
         super().__init__(encoder, norm_pix_loss)
         self.keep_order = keep_order
@@ -53,14 +61,35 @@ class MAE(PixelObjective):
                 f"decoder_dim {decoder_dim} is not divisible by 4, which 2-D sine-cosine positions "
                 f"need; use {max(decoder_dim // 4 * 4, 4)}."
             )
+        self.decoder = decoder or ("vim" if isinstance(encoder, VimEncoder) else "vit")
+        if self.decoder not in DECODERS:
+            raise ValueError(f"decoder is {decoder!r}; expected one of {', '.join(DECODERS)}.")
         self.decoder_embed = nn.Linear(encoder.embed_dim, decoder_dim)
         self.mask_token = nn.Parameter(trunc_normal_(torch.zeros(1, 1, decoder_dim), std=0.02))
-        same = {k: encoder.config[k] for k in ("d_state", "norm_after_scan", "scan_backend")}
         self.decoder_layers = nn.ModuleList(
-            VimBlock(decoder_dim, depth=decoder_depth, **same) for _ in range(decoder_depth)
+            self._block(encoder.config, decoder_dim, decoder_depth) for _ in range(decoder_depth)
         )
-        self.decoder_norm = RMSNorm(decoder_dim)
+        norm = RMSNorm if self.decoder == "vim" else nn.LayerNorm
+        self.decoder_norm = norm(decoder_dim)
         self.decoder_pred = nn.Linear(decoder_dim, self.pixels)
+
+    def _block(self, config: dict[str, Any], dim: int, depth: int) -> nn.Module:
+        if self.decoder == "vit":
+            return Block(dim, max(dim // 32, 1), qkv_bias=True)
+        names = ("d_state", "norm_after_scan", "scan_backend")
+        return VimBlock(dim, depth=depth, **{k: config[k] for k in names if k in config})
+
+    def _decode(self, hidden: Tensor) -> Tensor:
+        """(b, m, decoder_dim) -> the same after the blocks and the norm."""
+        residual = None
+        for layer in self.decoder_layers:
+            if self.decoder == "vit":
+                hidden = layer(hidden)
+            else:
+                hidden, residual = layer(hidden, residual)
+        if self.decoder == "vit":
+            return self.decoder_norm(hidden)
+        return self.decoder_norm(hidden, residual)[0]
 
     def predict(self, images: Tensor, mask: Tensor) -> Tensor:
         grid = self.encoder.grid(*images.shape[-2:])
@@ -79,7 +108,5 @@ class MAE(PixelObjective):
         positions = build_sincos2d_pos_embed(list(grid), **like)
         if (times := mask.shape[1] // len(positions)) > 1:  # clips
             positions = build_sincos2d_pos_embed([times, 1], **like)[:, None] + positions
-        hidden, residual = (hidden + positions.flatten(0, -2)).to(patches.dtype), None
-        for layer in self.decoder_layers:
-            hidden, residual = layer(hidden, residual)
-        return self.decoder_pred(self.decoder_norm(hidden, residual)[0])
+        hidden = (hidden + positions.flatten(0, -2)).to(patches.dtype)
+        return self.decoder_pred(self._decode(hidden))

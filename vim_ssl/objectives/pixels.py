@@ -1,11 +1,13 @@
 """Shared parts of the objectives that predict pixels: patches, targets, loss, preview images."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from vim_ssl.data.transforms.image import denormalize
-from vim_ssl.models.encoder import VimEncoder
+from vim_ssl.models.protocol import Encoder, require_tokens
 from vim_ssl.objectives.base import PretrainObjective, StepOutput
 from vim_ssl.objectives.masking import checked_mask
 
@@ -18,8 +20,9 @@ class PixelObjective(PretrainObjective):
     w), and patches are tubelets, frame by frame, row by row; see `fold_time`.
     """
 
-    def __init__(self, encoder: VimEncoder, norm_pix_loss: bool):
+    def __init__(self, encoder: Encoder, norm_pix_loss: bool):
         super().__init__()
+        require_tokens(encoder, type(self).__name__)
         patch = encoder.patch_embed
         if patch.stride != patch.patch_size:
             raise ValueError(
@@ -86,7 +89,7 @@ class PixelObjective(PretrainObjective):
         return torch.cat([original, visible, predicted, pasted], dim=-1).cpu()
 
 
-def refuse_head(encoder: nn.Module) -> None:
+def refuse_head(encoder: Any) -> None:
     """Raise ValueError for an encoder with a head, which pretraining would not train."""
     if classes := getattr(encoder, "num_classes", 0):
         raise ValueError(

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vim_ssl.models.encoder import VimEncoder
+from vim_ssl.models.protocol import Encoder
 from vim_ssl.objectives.pixels import PixelObjective
 
 
@@ -23,7 +23,7 @@ class SimMIM(PixelObjective):
     encoder_args: ClassVar = {"use_mask_token": True}
     reads_clips = True
 
-    def __init__(self, encoder: VimEncoder, *, norm_pix_loss: bool = False):
+    def __init__(self, encoder: Encoder, *, norm_pix_loss: bool = False):
         super().__init__(encoder, norm_pix_loss)
         if encoder.mask_token is None:
             raise ValueError("SimMIM needs an encoder with a mask token: use_mask_token=True.")

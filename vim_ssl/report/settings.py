@@ -15,6 +15,8 @@ def settings(run: Record) -> dict[str, dict[str, Any]]:
     model: dict[str, Any] = {"Encoder": config.get("encoder")}
     if run.parameters:
         model["Parameters"] = f"{run.parameters:,}"
+    if "timm" in encoder:
+        model["Architecture"] = f"{encoder['timm']} of timm"
     if "embed_dim" in encoder and "depth" in encoder:
         model["Blocks"] = f"{encoder['depth']}, width {encoder['embed_dim']}"
     if run.shape_known:
@@ -99,12 +101,14 @@ def _grid(encoder: dict[str, Any]) -> dict[str, str]:
     stride, chans = encoder.get("stride") or patch, encoder.get("in_chans", 3)
     try:
         height, width = size if isinstance(size, list | tuple) else (size, size)
+        image = {"Image": f"{height} × {width} px, {chans} channel" + "s" * (chans != 1)}
+        if "timm" in encoder:  # its patches are known to timm
+            return image
         rows, columns = (height - patch) // stride + 1, (width - patch) // stride + 1
     except (TypeError, ValueError, ZeroDivisionError):
         return {}
     overlap = f" every {stride} px" if stride != patch else ""
-    return {
-        "Image": f"{height} × {width} px, {chans} channel" + "s" * (chans != 1),
+    return image | {
         "Patch": f"{patch} × {patch} px{overlap}",
         "Tokens": f"{rows} × {columns} = {rows * columns:,} per image",
     }

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vim_ssl.checkpoints.loading import load_for_bands, save_encoder
+from vim_ssl.checkpoints.loading import is_of_timm, load_for_bands, save_encoder
 from vim_ssl.data.bands import band_arguments
 from vim_ssl.data.classes import match_classes
 from vim_ssl.data.loading.indexed import SeededSamples
@@ -41,7 +41,7 @@ from vim_ssl.metrics.classification import (
 )
 from vim_ssl.metrics.medmnist import medmnist_metrics
 from vim_ssl.metrics.titles import RESULTS, split_name
-from vim_ssl.models.encoder import VimEncoder
+from vim_ssl.models.protocol import Encoder
 from vim_ssl.objectives.classification import Classification, LabelledTransform, balanced_weights
 from vim_ssl.tasks.frozen import feature_samples
 from vim_ssl.tasks.runner import Training, fingerprints, finish_run, train_run
@@ -124,7 +124,7 @@ def class_names(data) -> list[str]:
     return [str(i) for i in range(max(data.labels or [-1]) + 1)]
 
 
-def build_classifier(source: str, data, config: ClassificationConfig, **args: Any) -> VimEncoder:
+def build_classifier(source: str, data, config: ClassificationConfig, **args: Any) -> Encoder:
     """Load an encoder with a head for the classes of ``data`` and inputs for its bands.
 
     An encoder for other bands gets a new patch embedding (see `vim_ssl.checkpoints.adapt`) and the
@@ -140,6 +140,8 @@ def build_classifier(source: str, data, config: ClassificationConfig, **args: An
         "drop_path_rate": config.drop_path,
         "use_mask_token": False,  # it would have no gradient without masks, and DDP would fail
     }
+    if "+" in (args.get("global_pool") or "") and is_of_timm(source):
+        print(f"timm has no pool {args.pop('global_pool')}; {source} keeps its pool.", flush=True)
     try:
         encoder = load_for_bands(source, band_arguments(data), **args)
     except TypeError as error:  # an unknown name
@@ -148,7 +150,7 @@ def build_classifier(source: str, data, config: ClassificationConfig, **args: An
     return encoder
 
 
-def _match_head(encoder: VimEncoder, source: str, classes: list[str], targets: str) -> None:
+def _match_head(encoder: Encoder, source: str, classes: list[str], targets: str) -> None:
     """Bring the outputs of a stored head into the order of ``classes``, or replace the head."""
     stored = encoder.classes
     if stored is None or stored == classes:
@@ -156,7 +158,8 @@ def _match_head(encoder: VimEncoder, source: str, classes: list[str], targets: s
     numbers = match_classes(classes, stored)
     if targets != "ordinal" and sorted(numbers) == list(range(len(stored))):
         with torch.no_grad():
-            for parameter in encoder.head.parameters():  # (outputs, features), (outputs,)
+            # (outputs, features), (outputs,)
+            for parameter in encoder.get_classifier().parameters():
                 parameter.copy_(parameter[numbers])
     else:
         warnings.warn(
@@ -169,7 +172,7 @@ def _match_head(encoder: VimEncoder, source: str, classes: list[str], targets: s
 
 
 def train_classifier(
-    recipe: str, config: ClassificationConfig, encoder: VimEncoder, source: str, train, test,
+    recipe: str, config: ClassificationConfig, encoder: Encoder, source: str, train, test,
     accelerator,
 ) -> dict[str, Any]:  # fmt: skip
     """Train ``encoder`` in a run directory and evaluate it on ``test``, once, at the end.
@@ -243,7 +246,7 @@ def train_classifier(
 
 
 def training_samples(
-    config: ClassificationConfig, encoder: VimEncoder, train, accelerator
+    config: ClassificationConfig, encoder: Encoder, train, accelerator
 ) -> SeededSamples:
     """Return the samples of `Classification`: images, or for a frozen encoder without augmentation
     its features."""
@@ -307,7 +310,7 @@ def _warn_of_unseen(train, test, classes: Sequence[str]) -> None:
 
 
 def evaluate(
-    encoder: VimEncoder, data, folder: Path, targets: str, classes: list[str], *, train=None,
+    encoder: Encoder, data, folder: Path, targets: str, classes: list[str], *, train=None,
     **loading: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Evaluate an encoder with a head on labelled images; write the tables and the worst mistakes

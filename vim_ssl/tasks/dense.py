@@ -23,8 +23,8 @@ from vim_ssl.data.transforms.dense import DensePixels
 from vim_ssl.data.transforms.image import denormalize
 from vim_ssl.evaluation.seen import Exposure, part_to_evaluate
 from vim_ssl.metrics.titles import measured_on, split_name
-from vim_ssl.models.encoder import VimEncoder
 from vim_ssl.models.predictor import Predictor
+from vim_ssl.models.protocol import Encoder
 from vim_ssl.tasks.config import TransferConfig
 from vim_ssl.tasks.runner import Training, fingerprints, finish_run, train_run
 from vim_ssl.training.run import Run, evaluation_folder
@@ -53,9 +53,7 @@ class DenseConfig(TransferConfig):
         check_between(self, 0, 1, "hflip", "drop_path")
 
 
-def fresh_encoder(
-    config: DenseConfig, source: str, side: int, bands: Mapping[str, Any]
-) -> VimEncoder:
+def fresh_encoder(config: DenseConfig, source: str, side: int, bands: Mapping[str, Any]) -> Encoder:
     """Load the encoder that ``source`` names, for training on squares of ``side`` pixels.
 
     Args:
@@ -67,6 +65,16 @@ def fresh_encoder(
         use_mask_token=False,
     )  # fmt: skip
     return type(encoder)(**encoder.config) if config.from_scratch else encoder
+
+
+def map_strides(encoder: Encoder) -> list[int]:
+    """Return the stride of the map after every block, in pixels. Raises: ValueError for an encoder
+    that gives no maps."""
+    if not encoder.feature_info:
+        raise ValueError(
+            "the encoder gives no maps of its stages, which dense tasks need; use another one."
+        )
+    return [int(info["reduction"]) for info in encoder.feature_info]
 
 
 @dataclass(frozen=True)
@@ -183,7 +191,7 @@ class DensePredictor(Predictor):
         encoder, pixels: the encoder, and the transform to its input.
     """
 
-    encoder: VimEncoder
+    encoder: Encoder
     pixels: DensePixels
 
     @property

@@ -9,7 +9,7 @@ no class token and no norm there.)
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,12 +21,12 @@ from vim_ssl.checkpoints.task_models import load_task, save_task
 from vim_ssl.data.transforms.dense import DensePixels, on_canvas
 from vim_ssl.data.transforms.image import denormalize
 from vim_ssl.metrics.detection import DetectionMetrics
-from vim_ssl.models.encoder import VimEncoder
 from vim_ssl.models.freezing import Freezable
 from vim_ssl.models.heads import RCNN, SimpleFeaturePyramid
 from vim_ssl.models.heads.rcnn import COARSEST
+from vim_ssl.models.protocol import Encoder
 from vim_ssl.objectives.base import StepOutput
-from vim_ssl.tasks.dense import DensePredictor, predictions
+from vim_ssl.tasks.dense import DensePredictor, map_strides, predictions
 from vim_ssl.utils.drawing import object_grid, overlay_objects
 from vim_ssl.utils.files import optional_output
 from vim_ssl.utils.names import did_you_mean
@@ -59,7 +59,7 @@ class Detection(DensePredictor, Freezable):
 
     def __init__(
         self,
-        encoder: VimEncoder,
+        encoder: Encoder,
         classes: Sequence[str],
         *,
         head: str = "cascade",
@@ -83,7 +83,13 @@ class Detection(DensePredictor, Freezable):
                 f"size {size} is not a multiple of {COARSEST}, the coarsest level's stride; use "
                 f"{max(round(size / COARSEST), 1) * COARSEST}."
             )
-        dim, stride = encoder.embed_dim, cast(int, encoder.feature_info[0]["reduction"])
+        strides = map_strides(encoder)
+        if len({*strides}) > 1:
+            raise ValueError(
+                f"the encoder's maps have strides {', '.join(map(str, strides))}; detection makes "
+                "its pyramid from maps of one stride, as of a Vim or a vision transformer."
+            )
+        dim, stride = encoder.embed_dim, strides[0]
         if encoder.grid(size, size) != (size // stride, size // stride):
             raise ValueError("the encoder's patches overlap; detection needs stride = patch_size.")
         encoder.prune_intermediate_layers(1)  # the last block is kept, the head is not

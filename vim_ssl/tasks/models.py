@@ -29,8 +29,9 @@ from vim_ssl.data.spec import parse_spec
 from vim_ssl.data.transforms.image import create_transform
 from vim_ssl.evaluation.extract import encode_views
 from vim_ssl.metrics.classification import outputs, predicted, probabilities
-from vim_ssl.models.encoder import PRESETS, VimEncoder
 from vim_ssl.models.predictor import ClassPrediction, Predictor
+from vim_ssl.models.presets import PRESETS
+from vim_ssl.models.protocol import Encoder
 from vim_ssl.models.video import VideoEncoder
 from vim_ssl.objectives.clip import load_clip
 from vim_ssl.objectives.zero_shot import imagenet_names
@@ -151,7 +152,7 @@ class Classifier(Predictor, nn.Module):
 
     def __init__(
         self,
-        encoder: VimEncoder,
+        encoder: Encoder,
         classes: Sequence[str],
         targets: str = "class",
         trained_on: str = "",

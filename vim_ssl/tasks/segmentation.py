@@ -10,7 +10,7 @@ import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,12 +28,12 @@ from vim_ssl.metrics.segmentation import SegmentationMetrics
 from vim_ssl.metrics.sentences import result_sentence
 from vim_ssl.metrics.titles import RESULTS
 from vim_ssl.metrics.volumes import VolumeMetrics
-from vim_ssl.models.encoder import VimEncoder
 from vim_ssl.models.freezing import Freezable
 from vim_ssl.models.heads import NORMS, FCNHead, FeatureUpsampling, LinearHead, UPerNet
+from vim_ssl.models.protocol import Encoder
 from vim_ssl.models.sliding_window import label_pixels
 from vim_ssl.objectives.base import StepOutput
-from vim_ssl.tasks.dense import DensePredictor, predictions
+from vim_ssl.tasks.dense import DensePredictor, map_strides, predictions
 from vim_ssl.utils.drawing import class_colours, mask_grid
 from vim_ssl.utils.files import optional_output
 from vim_ssl.utils.names import did_you_mean
@@ -68,7 +68,7 @@ class Segmentation(DensePredictor, Freezable):
 
     def __init__(
         self,
-        encoder: VimEncoder,
+        encoder: Encoder,
         classes: Sequence[str],
         *,
         head: str = "upernet",
@@ -92,27 +92,34 @@ class Segmentation(DensePredictor, Freezable):
         if not 0 <= slide <= window:
             raise ValueError(f"slide {slide} leaves gaps between windows of {window} pixels.")
         encoder.grid(window, window)  # raises if the window is not a whole number of patches
-        depth = len(encoder.feature_info)
+        strides = map_strides(encoder)
+        depth, staged = len(strides), len({*strides}) > 1  # a CNN has coarser maps in later stages
         if not taps:
-            taps = [max(round(depth * k / 4) - 1, 0) for k in (1, 2, 3, 4)]
+            quarters = [max(round(depth * k / 4) - 1, 0) for k in (1, 2, 3, 4)]
+            taps = list(range(depth - 4, depth)) if staged else quarters
             taps = taps if head == "upernet" else taps[-1:]
         if head == "upernet" and len(taps) != 4:
             raise ValueError(f"taps are {list(taps)}; upernet needs exactly four blocks.")
+        if staged and len(taps) > 1 and head != "upernet":
+            raise ValueError(
+                f"taps {list(taps)} have maps of different sizes; head {head} takes one."
+            )
         self.taps = encoder.prune_intermediate_layers(list(taps))
         self.encoder, self.classes, self.dice = encoder, list(classes), dice
-        dim, stride = encoder.embed_dim, cast(int, encoder.feature_info[0]["reduction"])
+        widths = [int(encoder.feature_info[tap]["num_chs"]) for tap in self.taps]
         self.auxiliary_weight = auxiliary if head == "upernet" else 0.0
         self.auxiliary: FCNHead | None = None
         self.neck: nn.Module = nn.Identity()
         self.head: nn.Module
         if head == "upernet":
             make = NORMS[norm]
-            self.neck = FeatureUpsampling(dim, stride, make)
-            self.head = UPerNet([dim] * 4, len(classes), channels or dim, norm=make)
+            if not staged:  # a CNN already has maps of strides 4, 8, 16 and 32
+                self.neck = FeatureUpsampling(widths[0], strides[0], make)
+            self.head = UPerNet(widths, len(classes), channels or widths[-1], norm=make)
             if auxiliary:
-                self.auxiliary = FCNHead(dim, len(classes), norm=make)
+                self.auxiliary = FCNHead(widths[AUXILIARY_LEVEL], len(classes), norm=make)
         else:
-            self.head = LinearHead([dim] * len(taps), len(classes))
+            self.head = LinearHead(widths, len(classes))
         self.window, self.slide = window, slide or round(2 * window / 3)
         self.pixels = DensePixels(encoder.data_config, short_side)
         self.config: dict[str, Any] = {
