@@ -20,13 +20,13 @@ import study
 import torch
 from campaign import costs
 from rows import results_parser
-from safetensors.torch import load_file, save_file
-from vit import ViTEncoder, counterpart
 
-from vim_ssl.recipes.mim_pretrain import Config, build_model
+from vim_ssl import load_encoder, save_encoder
+from vim_ssl.models.timm_encoder import TimmEncoder
+from vim_ssl.recipes.mim_pretrain import Config
 from vim_ssl.recipes.mim_pretrain import offline_rgb as preset
 
-DATA, FOLDER, WEIGHTS = "offline_rgb", Path("runs/offline_vit"), "vit.safetensors"
+DATA, FOLDER = "offline_rgb", Path("runs/offline_vit")
 VIM, VIT = "mae", "mae on ViT"
 SIZE = {"embed_dim": 192, "depth": 5, "num_heads": 3}  # 2.3 M parameters; the Vim has 2.2 M
 
@@ -46,23 +46,20 @@ def train(out: Path, folder: Path) -> float:
     epochs = round(preset().epochs * cost[VIM] / cost[VIT], 2)
     config = settings(VIT, epochs=epochs, output=str(folder), resume="auto")
     encoder, _ = study.train(VIT, config, SIZE)
-    save_file(encoder.state_dict(), folder / WEIGHTS)
+    save_encoder(encoder, folder)
     return epochs
 
 
-def load(folder: Path = FOLDER) -> ViTEncoder:
+def load(folder: Path = FOLDER) -> TimmEncoder:
     """Load the ViT that was trained in ``folder``, in eval mode.
 
     Raises: FileNotFoundError with the command that trains it.
     """
-    if not (folder / WEIGHTS).exists():
+    if not (folder / "encoder.json").exists():
         raise FileNotFoundError(
-            f"{folder / WEIGHTS} does not exist; train it: python benchmarks/learning/anchor.py"
+            f"{folder} has no encoder; train it: python benchmarks/learning/anchor.py"
         )
-    config = settings(VIT)
-    encoder = counterpart(build_model(config), config, **SIZE).encoder
-    encoder.load_state_dict(load_file(folder / WEIGHTS))
-    return encoder.eval()
+    return load_encoder(folder)
 
 
 def main() -> int:

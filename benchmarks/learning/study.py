@@ -27,7 +27,6 @@ import vim_ssl.utils.openmp  # noqa: F401 (before torch)
 import torch
 from campaign import costs, fit_seconds, run_jobs
 from rows import ORIGIN, append_rows, origin, read_rows, results_parser
-from vit import counterpart
 
 from vim_ssl import create_transform
 from vim_ssl.data import labelled_splits
@@ -71,12 +70,22 @@ def settings(data: str, arm: str, seed: int, **more) -> Config:
     return replace(DATA[data], **ARMS.get(arm, {}), seed=seed, **more)
 
 
+def with_vit(config: Config, size: dict[str, int]) -> Config:
+    """The same with timm's ViT of this ``size``, with the images and patches of the Vim."""
+    with torch.device("meta"):
+        vim = build_model(config)
+    images = {key: value for key, value in vim.data_config.items() if key != "input_size"}
+    same = {"img_size": vim.img_size, "in_chans": vim.in_chans, "data_config": images,
+            "patch_size": vim.patch_embed.patch_size}  # fmt: skip
+    return replace(config, encoder="timm:vit_tiny_patch16_224", model_args=size | same)
+
+
 def build(arm: str, config: Config, vit: dict[str, int]):
     """Objective and samples of an arm; ``vit`` is the size of a ViT."""
     torch.manual_seed(config.seed)
-    vim = build_model(config)
-    objective = counterpart(vim, config, **vit) if "ViT" in arm else build_objective(config, vim)
-    return objective, build_data(config, vim)[1]
+    config = with_vit(config, vit) if "ViT" in arm else config
+    encoder = build_model(config)
+    return build_objective(config, encoder), build_data(config, encoder)[1]
 
 
 def train(arm: str, config: Config, vit: dict[str, int]):

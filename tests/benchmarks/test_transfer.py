@@ -22,9 +22,10 @@ def transfer(monkeypatch, tmp_path):
 
 
 def test_it_is_as_large_as_the_encoder(transfer):
-    vim = build_model(offline_rgb())
-    vit = importlib.import_module("vit").counterpart(vim, offline_rgb(), **transfer.anchor.SIZE)
-    sizes = [sum(p.numel() for p in model.parameters()) for model in (vim, vit.encoder)]
+    config = offline_rgb()
+    vit = transfer.anchor.study.with_vit(config, transfer.anchor.SIZE)
+    encoders = [build_model(settings) for settings in (config, vit)]
+    sizes = [sum(p.numel() for p in encoder.parameters()) for encoder in encoders]
     assert sizes[1] == pytest.approx(sizes[0], rel=0.1)
 
 
@@ -37,9 +38,9 @@ def test_it_trains_for_the_same_time_and_has_rows_of_its_own(transfer, monkeypat
     seconds = {anchor.VIM: 3.0, anchor.VIT: 2.0}
     monkeypatch.setattr(anchor, "steps", lambda arm, count: seconds[arm] * count)
     assert anchor.train(tmp_path, anchor.FOLDER) == 1.5
-    trained = anchor.load()
-    assert torch.equal(trained.norm.weight, anchor.load().norm.weight)
-    assert not torch.equal(trained.norm.weight, torch.ones(192))
+    trained = anchor.load().model.norm.weight
+    assert torch.equal(trained, anchor.load().model.norm.weight)
+    assert not torch.equal(trained, torch.ones(192))
 
     monkeypatch.setitem(transfer.TASKS, "digits", ("sample:mnist5k?limit=100", "", "MNIST"))
     (row,) = transfer.measure("digits", transfer.VIT, 0)
