@@ -60,7 +60,7 @@ POOLED = "pooled"
 class Config:
     """Write embeddings of any data to files."""
 
-    encoder: str = opt("", "run, checkpoint, preset or Hub id; default: the newest run")
+    encoder: str = opt("", "run, checkpoint, preset, Hub id or timm:NAME; default: the newest run")
     data: str = opt("", "images, labelled or not; default: the run's training data")
     readout: str = opt(
         POOLED, "pooled: the encoder's output; or a probe's readout", choices=(POOLED, *CHOICES)

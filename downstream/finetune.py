@@ -39,7 +39,7 @@ from vim_ssl.data.split import few_of_each
 from vim_ssl.data.train_test import labelled_only
 from vim_ssl.evaluation.seen import Exposure, earlier_trainings, part_to_evaluate
 from vim_ssl.metrics.classification import outputs, summary
-from vim_ssl.models.encoder import VimEncoder
+from vim_ssl.models.protocol import Encoder
 from vim_ssl.tasks.classification import (
     ClassificationConfig,
     build_classifier,
@@ -129,7 +129,7 @@ def run(config: Config) -> dict[str, Any]:
     return train_classifier("finetune", config, encoder, source, train, test, accelerator)
 
 
-def build_encoder(config: Config, source: str, data: ImageData) -> VimEncoder:
+def build_encoder(config: Config, source: str, data: ImageData) -> Encoder:
     """Return the encoder with a head for these data; with ``from_scratch`` its weights are fresh.
 
     ``model_args`` override the other settings of the encoder.

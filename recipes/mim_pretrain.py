@@ -51,7 +51,7 @@ class Config(TrainConfig):
         (0.2, 1.0), "range of the random crop's area, as a fraction of the image", "data"
     )
     hflip: float = opt(0.5, "probability of mirroring", "data")
-    encoder: str = opt("vim_small_patch16_224", "preset, checkpoint or run", "model")
+    encoder: str = opt("vim_small_patch16_224", "preset, checkpoint, run or timm:NAME", "model")
     model_args: dict[str, Any] = opt({}, "additional arguments of the encoder", "model")
     tubelet: int = opt(2, "frames per token, if the data are videos", "model")
     objective: str = opt("mae", f"{', '.join(OBJECTIVES)}, or that of a plugin", "objective")

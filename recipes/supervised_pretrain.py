@@ -33,7 +33,7 @@ from vim_ssl.utils.config import opt, parse
 class Config(ClassificationConfig):
     """Supervised training from scratch."""
 
-    encoder: str = opt("vim_small_patch16_224", "preset, checkpoint or run", "model")
+    encoder: str = opt("vim_small_patch16_224", "preset, checkpoint, run or timm:NAME", "model")
     model_args: dict[str, Any] = opt({}, "additional arguments of the encoder", "model")
 
 

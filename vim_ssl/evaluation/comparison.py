@@ -39,7 +39,7 @@ UNTRAINED = "same encoder, untrained"
 class ComparisonConfig:
     """Options shared by the linear probe and kNN scripts."""
 
-    encoder: str = opt("", "run, checkpoint, preset or Hub id; default: the newest run")
+    encoder: str = opt("", "run, checkpoint, preset, Hub id or timm:NAME; default: the newest run")
     model_args: dict[str, Any] = opt(
         {}, "additional arguments of the encoder; its global_pool selects the readout"
     )

@@ -11,7 +11,9 @@ from vim_ssl.utils.config import opt
 class TransferConfig(TrainConfig):
     """Train a pretrained encoder, or the same architecture from scratch."""
 
-    encoder: str = opt("", "run, checkpoint, preset or Hub id; default: the newest run", "data")
+    encoder: str = opt(
+        "", "run, checkpoint, preset, Hub id or timm:NAME; default: the newest run", "data"
+    )
     from_scratch: bool = opt(False, "discard the pretrained weights, as a baseline", "model")
     frozen: bool = opt(
         False, "train only the heads; with from_scratch, on random features", "model"
