@@ -12,8 +12,8 @@ from vim_ssl.checkpoints.files import check_values
 from vim_ssl.data.transforms.image import create_transform
 from vim_ssl.evaluation.extract import Features, extract_features
 from vim_ssl.metrics.classification import MAIN_METRIC, rounded, target_metrics
-from vim_ssl.models.protocol import Encoder
 from vim_ssl.models.freezing import pooled_features
+from vim_ssl.models.protocol import Encoder
 from vim_ssl.training.run import read_metrics
 from vim_ssl.utils.files import atomic_path, reading
 

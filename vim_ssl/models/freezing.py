@@ -25,9 +25,18 @@ class Freezable(nn.Module):
         self.train(self.training)
 
     def freeze_encoder(self) -> None:
-        """Freeze the ``encoder`` except its classification head."""
+        """Freeze the ``encoder`` except its classification head.
+
+        Raises: ValueError for a head of several classifiers, which read different features.
+        """
         encoder: Any = self.encoder
-        self.freeze(encoder, encoder.get_classifier())
+        classifier = encoder.get_classifier()
+        if isinstance(classifier, nn.ModuleList):
+            raise ValueError(
+                f"the encoder's head has {len(classifier)} classifiers that read different tokens; "
+                "frozen needs one. Train the whole encoder, or use linear_probe."
+            )
+        self.freeze(encoder, classifier)
 
     def is_frozen(self, part: nn.Module) -> bool:
         return any(part is frozen for frozen, _ in self._frozen)

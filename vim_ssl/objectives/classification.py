@@ -9,8 +9,8 @@ from timm.data import Mixup
 from torch import Tensor
 
 from vim_ssl.metrics.classification import TARGETS, predicted
-from vim_ssl.models.protocol import Encoder
 from vim_ssl.models.freezing import Freezable, pooled_features
+from vim_ssl.models.protocol import Encoder
 from vim_ssl.objectives.base import StepOutput
 
 

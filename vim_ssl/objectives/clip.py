@@ -28,8 +28,8 @@ from vim_ssl.checkpoints.identity import hash_of
 from vim_ssl.checkpoints.loading import load_encoder, save_encoder
 from vim_ssl.checkpoints.timm_models import build_timm
 from vim_ssl.data.transforms.image import Transform, create_transform
-from vim_ssl.models.protocol import Encoder
 from vim_ssl.models.freezing import Freezable
+from vim_ssl.models.protocol import Encoder
 from vim_ssl.models.text import HubText, TextEncoder, build_text
 from vim_ssl.models.tokenizers import Tokenizer, load_tokenizer
 from vim_ssl.objectives.base import StepOutput
