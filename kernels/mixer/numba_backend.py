@@ -76,7 +76,7 @@ def _scan_backward(dout, *arguments):
 
 
 def _states(xz, A_log):
-    b, l, (d, n) = *xz.shape[:2], A_log.shape
+    (b, l, _), (d, n) = xz.shape, A_log.shape
     return 2 * b * -(-d // LANES) * -(-l // CHUNK) * n * LANES
 
 

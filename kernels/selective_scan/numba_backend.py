@@ -48,9 +48,9 @@ def forward(
     scale: float, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`scan_forward` without the operator: see `write_forward`."""
-    results = _empty_results(u, B.shape[-1], save)
-    write_forward(*results, u, delta, A, B, C, D, z, bias, h0, softplus, reverse, scale)
-    return results
+    out, last, states = _empty_results(u, B.shape[-1], save)
+    write_forward(out, last, states, u, delta, A, B, C, D, z, bias, h0, softplus, reverse, scale)
+    return out, last, states
 
 
 def write_forward(
