@@ -11,13 +11,15 @@ import torch
 from PIL import Image
 from timm.data import create_transform as timm_transform
 from timm.data import resolve_model_data_config
-from timm_encoders import CNN, EVERY, SWIN, VIT, WHOLE
+from timm_encoders import CNN, DISTILLED, EVERY, POOLED, SWIN, VIT, WHOLE
 
+import vim_ssl
 from vim_ssl import cli, load_encoder, load_model, save_encoder
 from vim_ssl.data.open import open_data
 from vim_ssl.downstream import finetune
 from vim_ssl.evaluation.features import encode_data
-from vim_ssl.evaluation.readout import READOUTS, available_readouts
+from vim_ssl.evaluation.readout import READOUTS, available_readouts, readout_columns
+from vim_ssl.objectives.classification import Classification
 from vim_ssl.tasks.detection import Detection
 from vim_ssl.tasks.segmentation import Segmentation, load_segmentation
 
@@ -65,7 +67,7 @@ def test_probes_read_timms_features(tmp_path, photos, source, args):
     assert ("token" in readouts) == bool(encoder.cls_names)
     pooled = "avg" if encoder.features_by_head else "token"
     torch.testing.assert_close(features.x[:, readouts[pooled]], expected, rtol=1e-6, atol=1e-6)
-    assert readouts["layers"] == slice(0, features.x.shape[1])
+    assert readout_columns(encoder, "max").stop == features.x.shape[1]
 
 
 @pytest.mark.parametrize(("source", "args"), [VIT, CNN], ids=["vit", "cnn"])
@@ -91,6 +93,36 @@ def test_a_fine_tuned_run_predicts_timms_logits(tmp_path, photos, source, args, 
     labels = torch.tensor([int(path.parent.name[-1]) for path in ids])
     accuracy = 100 * (probabilities.argmax(1) == labels).float().mean().item()
     assert metrics["top1"] == pytest.approx(accuracy, abs=0.01)
+
+
+@pytest.mark.parametrize(("source", "args"), [CNN, POOLED], ids=["cnn", "map"])
+def test_a_frozen_encoder_gives_its_classifier_timms_features(source, args):
+    encoder = load_encoder(source, num_classes=2, **args)
+    objective = Classification(encoder)
+    objective.freeze_encoder()
+    images, labels = torch.randn(4, *encoder.input_shape), torch.tensor([0, 1, 0, 1])
+    objective.train()
+    expected = torch.nn.functional.cross_entropy(encoder.model(images), labels, reduction="sum")
+    loss = objective({"image": images, "label": labels}).loss_sum
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    loss.backward()
+    trained = {name for name, p in encoder.named_parameters() if p.grad is not None}
+    assert {name.rpartition(".")[2] for name in trained} == {"weight", "bias"}
+    assert len(trained) == 2
+
+
+def test_a_head_of_two_classifiers_cannot_be_trained_alone():
+    encoder = load_encoder(DISTILLED[0], num_classes=2, **DISTILLED[1])
+    with pytest.raises(ValueError, match="has 2 classifiers that read different tokens"):
+        Classification(encoder).freeze_encoder()
+
+
+def test_the_python_functions_take_an_encoder_in_memory(photos, tmp_path):
+    encoder = load_encoder(VIT[0], **VIT[1])
+    vectors = vim_ssl.embed(encoder, f"{photos}?split=test", output=str(tmp_path / "o"))
+    data = open_data(f"{photos}?split=test")
+    expected = encode_data(encoder, data, cache=False).x[:, : encoder.embed_dim]
+    torch.testing.assert_close(torch.as_tensor(vectors.x), expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("command", ["linear-probe", "knn", "embed"])
