@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import vim_ssl.utils.openmp  # noqa: F401 (before torch)
 
@@ -31,6 +31,7 @@ from vim_ssl.data.transforms.clip import ClipTransform
 from vim_ssl.data.transforms.image import pretrain_transform
 from vim_ssl.evaluation.online import online_probe
 from vim_ssl.models.protocol import Encoder
+from vim_ssl.models.video import VideoEncoder
 from vim_ssl.objectives.base import MASK_SETTINGS, OBJECTIVES, PretrainObjective, get_objective
 from vim_ssl.objectives.distill import LOSSES, WHERE
 from vim_ssl.objectives.masking import MASKS, RandomMask, TubeMask
@@ -308,7 +309,8 @@ def build_data(config: Config, encoder: Encoder, data: ImageData | ImageStream |
                 f"the encoder expects clips, but {data.name} contains images; "
                 "use --data video:ROOT."
             )
-        image, times = ClipTransform(image, training=True), data.sampling.frames // encoder.tubelet
+        clips = cast(VideoEncoder, encoder)
+        image, times = ClipTransform(image, training=True), data.sampling.frames // clips.tubelet
     mask = build_mask(config, encoder, times) if views == "mask" else None
     transform = MimTransform(image, views, mask)
     return data, data.samples(transform, config.seed)

@@ -18,6 +18,7 @@ from vim_ssl.checkpoints import files as checkpoint_files
 from vim_ssl.checkpoints.loading import find_file
 from vim_ssl.checkpoints.timm_models import is_timm, timm_state
 from vim_ssl.models.presets import PRESETS
+from vim_ssl.models.protocol import Encoder
 from vim_ssl.utils.files import reading
 
 # Files beside encoder.safetensors with the other weights of a task's model.
@@ -32,7 +33,7 @@ def hash_of(*parts: Any) -> str:
     return blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def weights_hash(encoder: nn.Module) -> str:
+def weights_hash(encoder: nn.Module | Encoder) -> str:
     """Return a hash (16 hex digits) of an encoder's tensors and settings."""
     digest = blake2b(digest_size=8)
     config: dict[str, Any] = getattr(encoder, "config", {})

@@ -26,7 +26,7 @@ from vim_ssl.checkpoints.released import released_config
 from vim_ssl.checkpoints.representable import not_saved
 from vim_ssl.checkpoints.timm_models import is_timm, load_timm, rebuild, timm_settings
 from vim_ssl.data.bands import check_unit
-from vim_ssl.data.config import IMAGENET_DATA, adapt_data
+from vim_ssl.data.config import IMAGENET_DATA, Configured, adapt_data
 from vim_ssl.data.transforms import image as image_transforms
 from vim_ssl.models.encoder import VimEncoder
 from vim_ssl.models.presets import PRESETS, TAGS
@@ -158,7 +158,7 @@ def _settings(source: str | os.PathLike) -> Mapping[str, Any]:
 
 
 def create_transform(
-    encoder: nn.Module | Mapping[str, Any] | str | os.PathLike,
+    encoder: Configured | nn.Module | Mapping[str, Any] | str | os.PathLike,
     is_training: bool = False,
     **augment: Any,
 ) -> image_transforms.Transform:
@@ -365,7 +365,7 @@ def _build(
     target = _apply(config, requested)
     target["num_classes"] = config["num_classes"] if num_classes is None else num_classes
     try:
-        encoder = encoder_class(target)(**target)
+        encoder: Any = encoder_class(target)(**target)
     except Exception:
         if stored.config:  # is it the file's fault, or that of the arguments?
             file = stored.path.with_name(f"{stored.path.stem.removesuffix('_ema')}.json")

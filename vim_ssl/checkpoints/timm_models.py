@@ -200,7 +200,7 @@ def _filled(source: str, args: Mapping[str, Any], overlay: dict[str, Any]) -> Ti
     classes = overlay["num_classes"]
     given = {"pretrained": True, "pretrained_cfg_overlay": overlay, "num_classes": classes}
     try:
-        return TimmEncoder(**args | given)
+        return TimmEncoder(**dict(args) | given)
     except OSError as error:  # also the Hub's errors
         raise ConnectionError(
             f"the weights of {source} cannot be read or downloaded ({error}). Download them on "

@@ -6,9 +6,8 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
 
-from vim_ssl.data.config import colour_of, data_config_of
+from vim_ssl.data.config import Configured, colour_of, data_config_of
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.images import BadImage
 from vim_ssl.data.open import warn_once
@@ -79,7 +78,7 @@ def band_arguments(data: Any) -> dict[str, Any]:
     return {"in_chans": len(data.bands), "data_config": band_statistics(data)}
 
 
-def check_bands(encoder: nn.Module, data: Any) -> None:
+def check_bands(encoder: Configured, data: Any) -> None:
     """Check that images of bands have the encoder's bands, in its order and unit.
 
     Reads up to `SEEN` images unless they have 8 bits. Images in grey or colour fit any encoder with
@@ -170,14 +169,14 @@ def _unit_message(name: str, config: Mapping[str, Any], size: np.ndarray) -> str
     )
 
 
-def check_scale(encoder: nn.Module, values: np.ndarray) -> None:
+def check_scale(encoder: Any, values: np.ndarray) -> None:
     """Check that an array (h, w, bands) from a user is in the units of an encoder for values within
     0..1: floats of 0 to 255, for example, are not.
 
     Raises: ValueError for a value above 2 that is more than `FAR` deviations from the mean.
     """
     if values.dtype == np.uint8 or (config := getattr(encoder, "data_config", None)) is None:
-        return  # timm's encoders have none
+        return  # an encoder of another package
     high = float(np.max(values, initial=0, where=np.isfinite(values)))
     mean, std = (max(map(abs, config[key])) for key in ("mean", "std"))
     if mean <= 1 and high > max(2, mean + FAR * std):

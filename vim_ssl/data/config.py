@@ -1,9 +1,15 @@
 """The data configuration of an encoder: size, mean, std, crop and bands."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
-from torch import nn
+
+class Configured(Protocol):
+    """What has a ``data_config``, such as an encoder."""
+
+    @property
+    def data_config(self) -> Mapping[str, Any]: ...
+
 
 IMAGENET_DATA: dict[str, Any] = {
     "input_size": (3, 224, 224),
@@ -93,7 +99,7 @@ def adapt_data(
     return adapted
 
 
-def data_config_of(encoder_or_config: nn.Module | Mapping[str, Any]) -> Mapping[str, Any]:
+def data_config_of(encoder_or_config: Any) -> Mapping[str, Any]:
     config = getattr(encoder_or_config, "data_config", encoder_or_config)
     if not isinstance(config, Mapping):
         raise TypeError(

@@ -14,9 +14,9 @@ class Freezable(nn.Module):
     stays in eval mode, whatever ``train`` sets: no drop path, no dropout, no BatchNorm updates.
     """
 
-    _frozen: tuple[tuple[nn.Module, nn.Module | None], ...] = ()  # (part, what of it is trained)
+    _frozen: tuple[tuple[Any, nn.Module | None], ...] = ()  # (part, what of it is trained)
 
-    def freeze(self, part: nn.Module, but: nn.Module | None = None) -> None:
+    def freeze(self, part: Any, but: nn.Module | None = None) -> None:
         """Freeze ``part`` except its submodule ``but``."""
         part.requires_grad_(False)
         if but is not None:
@@ -38,10 +38,10 @@ class Freezable(nn.Module):
             )
         self.freeze(encoder, classifier)
 
-    def is_frozen(self, part: nn.Module) -> bool:
+    def is_frozen(self, part: Any) -> bool:
         return any(part is frozen for frozen, _ in self._frozen)
 
-    def grad_of(self, part: nn.Module) -> AbstractContextManager[Any]:
+    def grad_of(self, part: Any) -> AbstractContextManager[Any]:
         """Context in which to run ``part``: without gradients if it is frozen."""
         return torch.no_grad() if self.is_frozen(part) else nullcontext()
 

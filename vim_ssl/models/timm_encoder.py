@@ -420,7 +420,7 @@ class TimmEncoder(nn.Module):
     # ---------------------------------------------------------------- training
 
     def no_weight_decay(self) -> set[str]:
-        names = getattr(self.model, "no_weight_decay", set)()
+        names: set[str] = getattr(self.model, "no_weight_decay", set)()
         return {"mask_token", *(_INNER + name for name in names)}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

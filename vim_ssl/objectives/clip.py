@@ -144,7 +144,7 @@ class Clip(Freezable):
             texts = self.tokenizer(texts).to(self.logit_scale.device)
         return _unit(self.text_proj(self._run(self.text, texts)))
 
-    def _run(self, tower: nn.Module, x: Tensor) -> Tensor:
+    def _run(self, tower: Any, x: Tensor) -> Tensor:
         with self.grad_of(tower):
             return tower(x)
 

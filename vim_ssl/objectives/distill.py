@@ -199,7 +199,7 @@ def _inputs_for(teacher, images: Tensor, data_config: dict, grid: tuple[int, int
 
 def _patch_and_stride(teacher) -> tuple[tuple[int, int], tuple[int, int]]:
     """Size and stride of a teacher's patches in pixels (rows, columns); patches may overlap."""
-    patches = getattr(teacher, "patch_embed", None)
+    patches: Any = getattr(teacher, "patch_embed", None)
     if isinstance(side := getattr(patches, "patch_size", None), int):  # an `Encoder`
         return (side, side), (patches.stride, patches.stride)
     projection = getattr(patches, "proj", None)

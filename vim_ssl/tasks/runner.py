@@ -62,7 +62,7 @@ def train_run(
     samples: Any,
     accelerator: Any,
     *,
-    model: nn.Module,
+    model: Any,
     data: str,
     splits: tuple[ImageData, ImageData] | None = None,
     source: str = "",

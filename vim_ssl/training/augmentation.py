@@ -5,8 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
+from vim_ssl.data.config import Configured
 from vim_ssl.data.transforms.image import Transform, create_transform
 from vim_ssl.training.config import TrainConfig
 from vim_ssl.utils.config import check_between, opt
@@ -40,7 +39,7 @@ class AugmentationConfig(TrainConfig):
 
 
 def training_transform(
-    encoder_or_config: nn.Module | Mapping[str, Any], config: AugmentationConfig
+    encoder_or_config: Configured | Mapping[str, Any], config: AugmentationConfig
 ) -> Transform:
     """timm's training augmentation with these settings; see `create_transform`."""
     return create_transform(

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from vim_ssl.data.config import band_positions, data_config_of
+from vim_ssl.data.config import Configured, band_positions, data_config_of
 from vim_ssl.data.images import clean_image
 from vim_ssl.data.transforms.clip import ClipTransform
 
@@ -21,7 +21,9 @@ Transform = Callable[[Any], Tensor]  # input: a PIL image, an array (h, w, bands
 
 
 def create_transform(
-    encoder_or_config: nn.Module | Mapping[str, Any], is_training: bool = False, **augment: Any
+    encoder_or_config: nn.Module | Configured | Mapping[str, Any],
+    is_training: bool = False,
+    **augment: Any,
 ) -> Transform:
     """Return an encoder's input transform: image → normalised float tensor (c, h, w).
 
@@ -64,7 +66,7 @@ def create_transform(
 
 
 def pretrain_transform(
-    encoder_or_config: nn.Module | Mapping[str, Any],
+    encoder_or_config: nn.Module | Configured | Mapping[str, Any],
     *,
     crop_scale: tuple[float, float] = (0.2, 1.0),
     hflip: float = 0.5,
