@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         predict,
         pretrain,
         segmentation,
+        trial,
         zero_shot,
     )
     from vim_ssl.checkpoints.loading import create_transform, load_encoder, save_encoder
@@ -62,6 +63,7 @@ __all__ = [
     "register_data",
     "save_encoder",
     "segmentation",
+    "trial",
     "zero_shot",
 ]
 # Public name -> the module that defines it.
@@ -87,6 +89,7 @@ _DEFINED_IN = {
     "register_data": "vim_ssl.data.sources.memory",
     "save_encoder": "vim_ssl.checkpoints.loading",
     "segmentation": "vim_ssl.api",
+    "trial": "vim_ssl.api",
     "zero_shot": "vim_ssl.api",
 }
 

@@ -45,11 +45,11 @@ DATA = ("data", "test_data", "val")  # settings that are data specs
 # Settings that a function lacks: with the first a script trains nothing; the others are of files.
 HIDDEN = {"eval_only", "top_k", "probabilities", "threshold"}
 PRETRAIN, CLIP = "vim_ssl.recipes.mim_pretrain", "vim_ssl.recipes.clip_pretrain"
-FINETUNE, SEGMENTATION, DETECTION, LINEAR_PROBE, KNN, ZERO_SHOT, EMBED, PREDICT = (
+FINETUNE, SEGMENTATION, DETECTION, LINEAR_PROBE, KNN, ZERO_SHOT, EMBED, PREDICT, TRIAL = (
     f"vim_ssl.downstream.{name}"
     for name in (
         "finetune", "segmentation", "detection", "linear_probe", "knn", "zero_shot", "embed",
-        "predict",
+        "predict", "trial",
     )
 )  # fmt: skip
 
@@ -245,6 +245,18 @@ def zero_shot(encoder: Any = None, data: Any = None, **settings: Any) -> Evaluat
         data: images with labels or captions; by default those of the run.
     """
     return _evaluate(ZERO_SHOT, settings, encoder=encoder, data=data)
+
+
+@command(TRIAL)
+def trial(data: Any = None, **settings: Any) -> Run:
+    """Test whether pretraining helps on these images, as ``vim-ssl trial`` does.
+
+    Args:
+        data: labelled images, with or without a test split.
+    Returns: the directory of the trial; its ``metrics`` have ``rows``, ``differences`` and
+        ``verdict``, and ``summary`` is the sentence.
+    """
+    return _train(TRIAL, settings, data=data)
 
 
 @command(EMBED)

@@ -79,27 +79,60 @@ def choose_neighbours(
         in per cent.
     """
     rest, held_out = stratified_split(train.y.tolist(), validation, seed, train.groups)
-    held_out = held_out[:: -(-len(held_out) // MAX_VALIDATION)]
-    require_labels(train.y[held_out], "the validation split")
-    candidates = usable_k(k, len(train.y))
+    kept, queries = (_rows(train, rows) for rows in (rest, held_out))
+    return choose_neighbours_on(
+        kept, queries, readouts, candidates=usable_k(k, len(train.y)), standardise=standardise,
+        temperature=temperature, device=device,
+    )  # fmt: skip
+
+
+def choose_neighbours_on(
+    bank: Features,
+    validation: Features,
+    readouts: dict[str, slice],
+    *,
+    candidates: Sequence[int] = (),
+    standardise: Sequence[bool] = (True, False),
+    temperature: float = TEMPERATURE,
+    device: str | torch.device = "cpu",
+) -> tuple[Neighbours, float]:
+    """`choose_neighbours` with a given validation split.
+
+    Args:
+        candidates: numbers of neighbours; those of the bank by default. One that exceeds the bank
+            counts as all of it.
+    """
+    queries = _rows(
+        validation, range(0, len(validation.y), -(-len(validation.y) // MAX_VALIDATION))
+    )
+    require_labels(queries.y, "the validation split")
+    candidates = candidates or usable_k((), len(bank.y))
     # A given k may exceed the rest, though not the whole training split.
-    tried_k = [min(one, len(rest)) for one in candidates]
+    tried_k = [min(one, len(bank.y)) for one in candidates]
     tried = []
     for readout, columns in readouts.items():
-        x = train.x[:, columns]
         for way in standardise:
             similarity, indices = nearest(
-                x[rest], x[held_out], k=max(tried_k), standardise=way, device=device
-            )
+                bank.x[:, columns], queries.x[:, columns], k=max(tried_k), standardise=way,
+                device=device,
+            )  # fmt: skip
             for one, number in zip(candidates, tried_k, strict=True):
                 answers = knn_votes(
-                    train.y[rest], similarity[:, :number], indices[:, :number],
-                    temperature=temperature,
-                )  # fmt: skip
-                score = answer_metrics(answers, train.y[held_out])["main"].value
+                    bank.y, similarity[:, :number], indices[:, :number], temperature=temperature
+                )
+                score = answer_metrics(answers, queries.y)["main"].value
                 tried.append((score, Neighbours(readout, way, one, temperature)))
     score, best = max(tried, key=lambda one: one[0])
     return best, score
+
+
+def _rows(features: Features, rows: Sequence[int]) -> Features:
+    rows = list(rows)
+    groups = None if features.groups is None else [features.groups[i] for i in rows]
+    return Features(
+        features.x[rows], features.y[rows], [features.ids[i] for i in rows], features.skipped,
+        groups,
+    )  # fmt: skip
 
 
 def evaluate_neighbours(

@@ -88,6 +88,22 @@ class Metric:
             return paired_interval(value, count), ""
         return None, CONSTANT
 
+    def standard_error(self, groups: Groups = None, *, seed: int = 0) -> float:
+        """The standard error over images, in points: of the bootstrap; if the resamples have the
+        same value, that of the normal interval of the same width as that of `estimate`. NaN if
+        there is no interval.
+
+        Args:
+            groups, seed: see `estimate`.
+        """
+        bounds, _ = self.estimate(groups, seed=seed)
+        if bounds is None:
+            return math.nan
+        units = _units(groups, self.n)
+        values = self._resampled(units, int(units.max()) + 1, seed)
+        error = float(values.std(ddof=1))
+        return error if error > 1e-9 else (bounds[1] - bounds[0]) / (2 * 1.96)
+
     def _resampled(self, units: np.ndarray, count: int, seed: int) -> np.ndarray:
         """The defined values of all resamples of the units (n,), numbered from 0 to count - 1."""
         rng = np.random.default_rng(seed)

@@ -6,6 +6,7 @@ record.py    read the files of the run            page.py      header and curves
 results.py   results, and what explains them      images.py    images over the steps
 curve.py     the geometry of a plot               settings.py  the lists of settings
 titles.py    names                                compare.py   one page for several runs
+trial.py     the page of a trial
 
 Content that the run has not written yet is skipped, so the report can be written at any time.
 """
@@ -26,11 +27,13 @@ def write_report(folder: str | Path) -> Path:
     Raises: FileNotFoundError if ``folder`` contains neither config.json nor metrics.jsonl.
     """
     from vim_ssl.report.page import render  # jinja2, only where a page is drawn
+    from vim_ssl.report.trial import is_trial, render_trial
 
     run = Record(Path(folder))
     path = run.folder / "report.html"
     # The log may contain file names that are not valid Unicode; the report is written anyway.
-    atomic_write(path, render(run).encode(errors="replace"))
+    page = render_trial(run) if is_trial(run) else render(run)
+    atomic_write(path, page.encode(errors="replace"))
     return path
 
 

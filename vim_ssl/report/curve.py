@@ -58,12 +58,14 @@ class Plot:
 
     Attributes:
         unit: of the values, at the y-axis; "" for none.
+        along: what the x-axis counts.
         points: JSON, (x, y, text) of every point; "" without a finite value.
         note: the last value of a single curve, and remarks such as a logarithmic axis.
     """
 
     title: str
     unit: str = ""
+    along: str = "step"
     points: str = ""
     note: str = ""
     x_ticks: Ticks = field(default_factory=list)
@@ -89,16 +91,18 @@ class _Reduced:
 
 
 def draw_curves(
-    title: str, series: Sequence[Series], *, unit: str = "", allow_log: bool = False
-) -> Plot:
+    title: str, series: Sequence[Series], *, unit: str = "", allow_log: bool = False,
+    along: str = "step",
+) -> Plot:  # fmt: skip
     """Build a plot of curves of at most MAX_POINTS points, with gaps where no value is finite.
 
     Args:
         allow_log: use a logarithmic axis for positive values that span more than a factor of 50.
+        along: what the x-axis, ``steps``, counts.
     """
     reduced = [_reduce(one) for one in series if len(one.values)]
     drawn = [one for one in reduced if len(one.finite)]
-    plot = Plot(title, unit)
+    plot = Plot(title, unit, along)
     if not drawn:
         return plot
     # The axis covers all lines; outliers of the shaded ranges may leave the plot.
@@ -116,7 +120,7 @@ def draw_curves(
     y_of, plot.y_ticks = _axis(bottom, top, BOTTOM, TOP, log)
     points: Points = []
     for one in drawn:
-        line, texts = _line(one, x_of, y_of, unit)
+        line, texts = _line(one, x_of, y_of, plot)
         plot.lines.append(line)
         points += texts
     plot.points = json.dumps(points)
@@ -140,7 +144,7 @@ def _reduce(series: Series) -> _Reduced:
     return _Reduced(series, values, series.steps[ends], series.epochs[ends], mean, low, high)
 
 
-def _line(one: _Reduced, x_of: Callable, y_of: Callable, unit: str) -> tuple[Line, Points]:
+def _line(one: _Reduced, x_of: Callable, y_of: Callable, plot: Plot) -> tuple[Line, Points]:
     """Return a curve, and its points with their texts."""
     x, y = x_of(one.steps), y_of(one.mean)
     floor, roof = (np.clip(y_of(edge), TOP, BOTTOM) for edge in (one.low, one.high))
@@ -156,7 +160,7 @@ def _line(one: _Reduced, x_of: Callable, y_of: Callable, unit: str) -> tuple[Lin
             line.dots += [(x[i], y[i]) for i in ids]
     texts: Points = []
     for i in one.finite:
-        words = [f"step {one.steps[i]:,.0f}", f"{number(one.mean[i])}{unit}"]
+        words = [f"{plot.along} {one.steps[i]:,.0f}", f"{number(one.mean[i])}{plot.unit}"]
         if np.isfinite(epoch := one.epochs[i]):
             words.insert(1, f"epoch {number(epoch, 3)}")
         if one.series.label:

@@ -11,6 +11,7 @@ process must register them again to open them.
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,12 @@ def register_data(data: Any) -> str:
     if isinstance(data, ImageData):
         opened = data
         digest, opener = hash_of(data.name, data.fingerprint), lambda spec: _renamed(opened, spec)
+    elif (opened_splits := _opened_splits(data)) is not None:
+        named = opened_splits
+        digest = hash_of(
+            *(f"{name} {part.name} {part.fingerprint}" for name, part in named.items())
+        )
+        opener = lambda spec: Splits(list(named), partial(_of_split, named))  # noqa: E731
     elif (tables := _tables_of(data)) is not None:
         fingerprints = [f"{name} {t._fingerprint} {t.features}" for name, t in tables.items()]
         digest, opener = hash_of(*fingerprints), lambda spec: open_tables(tables)
@@ -100,6 +107,22 @@ def _renamed(data: ImageData, spec: DataSpec) -> ImageData:
     pick_split(spec.split, (), str(spec))
     copy = data.subset(range(len(data)))
     copy.name = str(spec)
+    return copy
+
+
+def _opened_splits(data: Any) -> dict[str, ImageData] | None:
+    """Return data of `open_data` by split; None for any other object."""
+    if _is_splits(data) and data and all(isinstance(part, ImageData) for part in data.values()):
+        return dict(data)
+    return None
+
+
+def _of_split(named: Mapping[str, ImageData], spec: DataSpec) -> ImageData:
+    split = pick_split(spec.split, list(named), str(spec))
+    if split == "all":
+        raise ValueError(f"{spec}: give one of the splits {', '.join(named)}.")
+    copy = named[split].subset(range(len(named[split])))
+    copy.name, copy.splits, copy.split = str(spec), list(named), split
     return copy
 
 

@@ -1,0 +1,262 @@
+"""A trial in its directory: rows, resume, the test images, and one verdict.
+
+The trainings are replaced by encoders that are written at once, and the clock counts their steps;
+one test trains.
+"""
+
+import contextlib
+import csv
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import vim_ssl
+from vim_ssl import VimEncoder, cli, save_encoder
+from vim_ssl.downstream.trial import Config
+from vim_ssl.tasks.trial.trial import Recipes, run_trial
+
+SIZE = {"img_size": 8, "embed_dim": 8, "depth": 1}
+TINY: dict[str, Any] = {
+    "encoder": "vim_nano_patch4_28", "model_args": SIZE, "weights": (), "seeds": 2,
+    "objectives": ("mae",), "minutes": 60.0,
+}  # fmt: skip
+STEP, OPENING = 0.5, 1.0  # seconds of the clock
+
+
+def images(n: int, seed: int) -> tuple[np.ndarray, list[str]]:
+    """Noise with a bright bar, whose height is the class."""
+    draw = np.random.default_rng(seed)
+    x, y = draw.integers(0, 90, (n, 8, 8), dtype=np.uint8), np.arange(n) % 3
+    for image, label in zip(x, y, strict=True):
+        image[2 * label : 2 * label + 2] += 100
+    return x, [f"class {label}" for label in y]
+
+
+def data(seed: int = 1, test: int = 60) -> str:
+    return vim_ssl.register_data({"train": images(90, 0), "test": images(test, seed)})
+
+
+@cache
+def saved(seed: int, classes: int) -> str:
+    """Folder of an untrained encoder."""
+    folder = tempfile.mkdtemp(dir=os.environ["HF_HOME"])  # of the tests
+    torch.manual_seed(seed)
+    save_encoder(VimEncoder(**SIZE, patch_size=4, in_chans=1, num_classes=classes), folder)
+    return folder
+
+
+@dataclass
+class Finished:
+    """The result of a training that took no time."""
+
+    folder: Path
+    config: dict[str, Any]
+    metrics: dict[str, Any]
+    plan: dict[str, Any]
+
+
+@dataclass
+class Fake:
+    """Recipes and their clock.
+
+    Attributes:
+        stop_at: the number of the call that is interrupted; 0: none.
+    """
+
+    stop_at: int = 0
+    seconds: float = 0.0
+    calls: list[str] = field(default_factory=list)
+
+    def now(self) -> float:
+        return self.seconds
+
+    @property
+    def recipes(self) -> Recipes:
+        return Recipes(self.pretrain, self.finetune)
+
+    def train(self, output: str, settings: dict[str, Any], classes: int) -> Finished:
+        self.calls.append(Path(output).name)
+        if len(self.calls) == self.stop_at:
+            raise KeyboardInterrupt
+        epochs = settings.get("epochs", 10.0)
+        steps = settings.get("max_steps") or round(6 * epochs)
+        self.seconds += OPENING + STEP * steps
+        shutil.copytree(saved(settings["seed"], classes), output, dirs_exist_ok=True)
+        config = {"base_lr": 1e-3, "encoder": TINY["encoder"], "model_args": SIZE} | settings
+        # A larger learning rate is better here.
+        score = 50 + 10 * (config["base_lr"] > 1e-3) + settings["seed"]
+        plan = {"epoch_steps": 6, "effective_batch": 12}
+        return Finished(Path(output), config, {"top1": score}, plan)
+
+    def pretrain(self, data: str, *, output: str, **settings: Any) -> Finished:
+        assert vim_ssl.register_data(data) == data
+        return self.train(output, settings, 0)
+
+    def finetune(self, encoder: str, data: str, *, output: str, **settings: Any) -> Finished:
+        return self.train(output, settings, 3)
+
+
+def run(folder: Path, fake: Fake | None = None, spec: str = "", **settings: Any) -> dict[str, Any]:
+    fake = fake or Fake()
+    config = Config(**(TINY | {"data": spec or data(), "output": str(folder)} | settings))
+    return run_trial(config, fake.recipes, fake.now)
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    """The rows of trial.csv, without their folders and the times of readings."""
+    with open(folder / "trial.csv", newline="", encoding="utf-8") as file:
+        return [row | {"run": Path(row["run"]).name} for row in csv.DictReader(file)]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> tuple[Path, dict[str, Any], Fake]:
+    folder, fake = tmp_path_factory.mktemp("whole"), Fake()
+    return folder, run(folder, fake), fake
+
+
+def test_every_arm_has_a_row_and_the_page_a_verdict(whole):
+    folder, metrics, _ = whole
+    arms = [row["arm"] for row in metrics["rows"]]
+    assert arms == [
+        "raw pixels", "fresh weights, frozen features", "fresh weights, trained with labels",
+        "mae, frozen features", "mae, fine-tuned",
+    ]  # fmt: skip
+    assert json.loads(json.dumps(metrics)) == json.loads((folder / "metrics.json").read_text())
+    page = (folder / "report.html").read_text()
+    (sentence,) = metrics["summary"]
+    assert sentence in page
+    assert "Accuracy against time" in page
+    assert all(arm in page for arm in arms)
+    chosen = [row["family"] for row in metrics["rows"] if row["chosen"]]
+    assert sorted(chosen) == ["other", "pretrained", "raw pixels"]
+    assert len(metrics["differences"]) == 3
+    assert (metrics["n"], metrics["split"]) == (60, "test")
+
+
+def test_trainings_have_equal_time(whole):
+    _, metrics, _ = whole
+    planned = metrics["plan"]["seconds"]
+    for row in metrics["rows"]:
+        if row["kind"] == "finetune":
+            assert row["planned_seconds"] == pytest.approx(planned, abs=0.01)
+            # Opening and saving twice, and steps that are rounded twice.
+            assert row["seconds"] == pytest.approx(planned, abs=2 * OPENING + STEP)
+
+
+def test_the_first_seed_chooses_the_learning_rate(whole):
+    folder, metrics, _ = whole
+    known = {(row["arm"], row["seed"], row["rate"]) for row in rows(folder)}
+    tuned = "fresh weights, trained with labels"
+    assert {rate for arm, seed, rate in known if (arm, seed) == (tuned, "0")} == {"1.0", "3.0"}
+    assert {rate for arm, seed, rate in known if (arm, seed) == (tuned, "1")} == {"3.0"}
+    row = next(row for row in metrics["rows"] if row["arm"] == tuned)
+    assert (row["rate"], row["validation"]) == (3.0, 60.5)
+
+
+@pytest.mark.parametrize("call", [4, 14])
+def test_a_stopped_trial_continues(whole, tmp_path, call, capsys):
+    """Stopped while it measures, and in a job."""
+    _, expected, fake = whole
+    assert call < len(fake.calls)
+    stopped = Fake(stop_at=call)
+    with pytest.raises(SystemExit) as end:
+        run(tmp_path, stopped)
+    assert end.value.code == 0
+    assert f"--output {tmp_path} --resume auto" in capsys.readouterr().out
+    assert not (tmp_path / "metrics.json").exists()
+    resumed = Fake()
+    metrics = run(tmp_path, resumed, resume="auto")
+    assert [row["values"] for row in metrics["rows"]] == [row["values"] for row in expected["rows"]]
+    assert metrics["verdict"] == expected["verdict"]
+    assert rows(tmp_path) == rows(whole[0])
+    jobs = [name for name in stopped.calls[:-1] + resumed.calls if not name.startswith("tmp")]
+    assert len(jobs) == len(set(jobs)), "no finished job runs again"
+
+
+def test_a_finished_trial_is_read_again_and_not_overwritten(whole):
+    folder, metrics, _ = whole
+    again = Fake()
+    with pytest.raises(FileExistsError, match="already holds a trial"):
+        run(folder, again)
+    assert run(folder, again, resume="auto")["rows"] == metrics["rows"]
+    assert again.calls == []
+    for change in ({"minutes": 61.0}, {"spec": data(seed=5)}):
+        with pytest.raises(ValueError, match=r"different (minutes|.*images)"):
+            run(folder, again, resume="auto", **change)
+
+
+def test_the_test_images_choose_nothing(whole, tmp_path):
+    """With other test images every choice is the same, and only the results differ."""
+    folder, metrics, _ = whole
+    others = run(tmp_path, spec=data(seed=2, test=45))
+    assert rows(tmp_path) == rows(folder)
+    for key in ("arm", "chosen", "validation", "rate", "settings"):
+        assert [row[key] for row in others["rows"]] == [row[key] for row in metrics["rows"]]
+    assert others["n"] == 45
+    assert [row["values"] for row in others["rows"]] != [row["values"] for row in metrics["rows"]]
+
+
+def test_what_does_not_fit_is_left_out_and_printed(tmp_path, capsys):
+    metrics = run(tmp_path, minutes=7.0, objectives=("mae", "simmim"))
+    assert metrics["plan"]["seeds"] == 1
+    assert metrics["verdict"] == "undecided"
+    assert "Left out, to fit into the time: learning rates times 3; simmim" in (
+        capsys.readouterr().out
+    )
+    assert "simmim" not in {row["arm"].partition(",")[0] for row in metrics["rows"]}
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "give --data"),
+        (["--data", "x", "--minutes", "0"], "minutes must be above 0"),
+        (["--data", "x", "--rates", "0"], "factors above 0"),
+        (["--data", "x", "--objectives", "maes"], "unknown objective 'maes'"),
+        (["--data", "x", "--validation", "1"], "validation is 1"),
+    ],
+)
+def test_wrong_settings_are_refused_in_one_line(argv, message, capsys):
+    with contextlib.suppress(SystemExit):  # of the parser, with code 2
+        assert cli.main(["trial", *argv]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_trial_trains_with_the_recipes(tmp_path):
+    """The bars are easy for pixels, so no training is worth its time."""
+    fake = Fake()
+
+    def counted(recipe):
+        def train(*data: Any, **settings: Any) -> vim_ssl.Run:
+            done = recipe(*data, **settings)
+            fake.seconds += OPENING + STEP * done.curves[-1]["step"]
+            return done
+
+        return train
+
+    quick = {"batch_size": 30, "warmup_epochs": 0.0}
+    config = Config(**(TINY | {
+        "data": data(), "output": str(tmp_path), "objectives": ("mae",), "minutes": 4.0,
+        "pretrain_args": quick | {"decoder_dim": 8, "decoder_depth": 1}, "finetune_args": quick,
+    }))  # fmt: skip
+    metrics = run_trial(
+        config, Recipes(counted(vim_ssl.pretrain), counted(vim_ssl.finetune)), fake.now
+    )
+    by_arm = {row["arm"]: row for row in metrics["rows"]}
+    assert by_arm["raw pixels"]["accuracy"] > 95
+    assert by_arm["mae, fine-tuned"]["seconds"] > by_arm["mae, frozen features"]["seconds"] > 0
+    assert metrics["verdict"] in ("raw pixels", "undecided")
+    trained = vim_ssl.Run(tmp_path / "jobs" / "mae-fine-tuned-0")
+    assert trained.state == "finished"
+    assert trained.metrics["split"] == "test"
+    assert trained.metrics["n"] == 18  # the validation images of the trial
