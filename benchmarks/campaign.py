@@ -5,16 +5,16 @@ and is not affected by other work on the machine.
 """
 
 import os
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from rows import ORIGIN, append_rows, origin, read_rows
 
+from vim_ssl.tasks.trial.costs import clock, in_turns
 from vim_ssl.training.loop import fit
 from vim_ssl.training.run import Run
 
@@ -24,9 +24,9 @@ COST_COLUMNS = (*ORIGIN, "data", "arm", "seconds_a_step", "steps")
 def fit_seconds(recipe: str, objective, samples, config, accelerator) -> float:
     """Train to the end in ``config.output``; return the CPU seconds of this process."""
     run = Run.open(recipe, config, accelerator)
-    began = time.process_time()
+    began = clock("cpu")
     fit(objective.train(), samples, config, run, accelerator)
-    seconds = time.process_time() - began
+    seconds = clock("cpu") - began
     run.close()
     return seconds
 
@@ -44,13 +44,8 @@ def costs(
              for row in read_rows(path) if row["data"] == data}  # fmt: skip
     arms = list(arms)
     if not known.keys() >= set(arms):
-        seconds: dict[str, list[float]] = {arm: [] for arm in arms}
-        for turn in range(4):  # the first warms up
-            for arm in arms:
-                spent = train(arm, steps)
-                if turn:
-                    seconds[arm].append(spent / steps)
-        known = {arm: statistics.median(values) for arm, values in seconds.items()}
+        spent = in_turns({arm: partial(train, arm) for arm in arms}, 3, steps, warm_up=1)
+        known = {arm: seconds / steps for arm, seconds in spent.items()}
         rows = [{"data": data, "arm": arm, "seconds_a_step": round(value, 4), "steps": steps}
                 for arm, value in known.items()]  # fmt: skip
         append_rows(path, COST_COLUMNS, [origin() | row for row in rows])

@@ -46,6 +46,9 @@ class Config:
         ("vim_mini_patch8_96.offline_rgb",),
         "pretrained weights to evaluate and fine-tune; none: no weights", "plan",
     )  # fmt: skip
+    encoders: tuple[str, ...] = opt(
+        (), "further encoders to pretrain and to train, such as another preset", "plan"
+    )
     teacher: str = opt("", "also distil from this teacher; see mim-pretrain", "plan")
     rates: tuple[float, ...] = opt(
         (1.0, 3.0), "factors of the learning rate, of which the first seed chooses one", "plan"

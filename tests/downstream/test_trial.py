@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from docs_pages import blocks, commands
+from PIL import Image
 
 import vim_ssl
 from vim_ssl import VimEncoder, cli, save_encoder
@@ -70,9 +72,11 @@ class Fake:
 
     Attributes:
         stop_at: the number of the call that is interrupted; 0: none.
+        unfit: an objective that the encoder does not support.
     """
 
     stop_at: int = 0
+    unfit: str = ""
     seconds: float = 0.0
     calls: list[str] = field(default_factory=list)
 
@@ -98,6 +102,8 @@ class Fake:
         return Finished(Path(output), config, {"top1": score}, plan)
 
     def pretrain(self, data: str, *, output: str, **settings: Any) -> Finished:
+        if settings["objective"] == self.unfit:
+            raise ValueError("this encoder cannot leave patches out.")
         assert vim_ssl.register_data(data) == data
         return self.train(output, settings, 0)
 
@@ -206,12 +212,12 @@ def test_the_test_images_choose_nothing(whole, tmp_path):
 
 
 def test_what_does_not_fit_is_left_out_and_printed(tmp_path, capsys):
-    metrics = run(tmp_path, minutes=7.0, objectives=("mae", "simmim"))
+    metrics = run(tmp_path, Fake(unfit="ar"), minutes=7.0, objectives=("mae", "simmim", "ar"))
     assert metrics["plan"]["seeds"] == 1
     assert metrics["verdict"] == "undecided"
-    assert "Left out, to fit into the time: learning rates times 3; simmim" in (
-        capsys.readouterr().out
-    )
+    printed = capsys.readouterr().out
+    assert "ar, frozen features: does not fit: this encoder cannot leave patches out." in printed
+    assert "Left out, to fit into the time: learning rates times 3; simmim" in printed
     assert "simmim" not in {row["arm"].partition(",")[0] for row in metrics["rows"]}
 
 
@@ -232,31 +238,29 @@ def test_wrong_settings_are_refused_in_one_line(argv, message, capsys):
 
 
 @pytest.mark.slow
-def test_a_trial_trains_with_the_recipes(tmp_path):
-    """The bars are easy for pixels, so no training is worth its time."""
-    fake = Fake()
-
-    def counted(recipe):
-        def train(*data: Any, **settings: Any) -> vim_ssl.Run:
-            done = recipe(*data, **settings)
-            fake.seconds += OPENING + STEP * done.curves[-1]["step"]
-            return done
-
-        return train
-
-    quick = {"batch_size": 30, "warmup_epochs": 0.0}
-    config = Config(**(TINY | {
-        "data": data(), "output": str(tmp_path), "objectives": ("mae",), "minutes": 4.0,
-        "pretrain_args": quick | {"decoder_dim": 8, "decoder_depth": 1}, "finetune_args": quick,
-    }))  # fmt: skip
-    metrics = run_trial(
-        config, Recipes(counted(vim_ssl.pretrain), counted(vim_ssl.finetune)), fake.now
-    )
-    by_arm = {row["arm"]: row for row in metrics["rows"]}
-    assert by_arm["raw pixels"]["accuracy"] > 95
+def test_the_command_of_the_page_trains(tmp_path, monkeypatch):
+    """With the recipes; each training stops after two steps, whatever the machine's speed."""
+    pixels, labels = images(90, 0)
+    for i, (image, label) in enumerate(zip(pixels, labels, strict=True)):
+        path = tmp_path / "photos" / label / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    monkeypatch.chdir(tmp_path)
+    (block,) = (block for block in blocks("docs/trial.md") if block.language == "sh")
+    ((_, name, *argv),) = commands(block.code)
+    argv += ["--objectives", "mae", "--weights", "none", "--rates", "1", "--seeds", "1"]
+    argv += ["--encoder", "vim_nano_patch4_28", "--model-args"]
+    argv += [f"{key}={value}" for key, value in SIZE.items()]
+    argv += ["--pretrain-args", "max_steps=2", "decoder_dim=8", "decoder_depth=1"]
+    argv += ["--finetune-args", "max_steps=2"]
+    assert cli.main([name, *argv]) == 0
+    done = vim_ssl.Run(argv[argv.index("--output") + 1])
+    by_arm = {row["arm"]: row for row in done.metrics["rows"]}
+    assert by_arm["raw pixels"]["accuracy"] > 95, "the bars are easy"
     assert by_arm["mae, fine-tuned"]["seconds"] > by_arm["mae, frozen features"]["seconds"] > 0
-    assert metrics["verdict"] in ("raw pixels", "undecided")
-    trained = vim_ssl.Run(tmp_path / "jobs" / "mae-fine-tuned-0")
+    assert done.metrics["verdict"] == "undecided"  # one seed
+    assert done.report.name == "report.html"
+    trained = vim_ssl.Run(done.folder / "jobs" / "mae-fine-tuned-0")
     assert trained.state == "finished"
-    assert trained.metrics["split"] == "test"
-    assert trained.metrics["n"] == 18  # the validation images of the trial
+    assert trained.metrics["n"] == done.metrics["validation"]
+    assert Path(trained.config["encoder"]).name == "mae-frozen-features-0"

@@ -7,7 +7,7 @@ import pytest
 
 from vim_ssl.metrics.classification import proportion
 from vim_ssl.tasks.trial.arms import make_arms, stage_of
-from vim_ssl.tasks.trial.costs import Cost, measure
+from vim_ssl.tasks.trial.costs import Cost, in_turns, measure
 from vim_ssl.tasks.trial.plan import make_plan
 from vim_ssl.tasks.trial.verdict import Difference, Spread, decide, difference
 
@@ -19,25 +19,29 @@ COSTS = {stage: Cost(0.5, 1.0) for arm in ARMS if (stage := stage_of(arm, ARMS))
 # ------------------------------------------------------------------------- time
 
 
+def training(calls: list[str], name: str, step: float):
+    def train(steps: int) -> float:
+        calls.append(name)
+        compiling = 100.0 if calls.count(name) == 1 else 0.0
+        return 2.0 + step * steps + compiling
+
+    return train
+
+
+def test_trainings_are_timed_in_turns_after_one_that_compiles():
+    calls: list[str] = []
+    trainings = {name: training(calls, name, 0.5) for name in ("a", "b")}
+    assert in_turns(trainings, 2, 4, warm_up=1) == {"a": 4.0, "b": 4.0}
+    assert calls == ["a", "b"] * 3
+
+
 def test_a_step_costs_the_difference_of_two_lengths():
-    """Opening and saving do not count as steps; the first call of a training, which compiles, does
-    not count at all."""
-    calls = []
-
-    def training(name: str, step: float):
-        def train(steps: int) -> float:
-            calls.append(name)
-            compiling = 100.0 if calls.count(name) == 1 else 0.0
-            return 2.0 + step * steps + compiling
-
-        return train
-
-    costs = measure({"a": training("a", 0.25), "b": training("b", 0.5)}, budget=600.0)
+    """Opening and saving do not count as steps."""
+    calls = ["a", "b"]  # compiled
+    costs = measure({"a": training(calls, "a", 0.25), "b": training(calls, "b", 0.5)}, 600.0)
     assert costs["a"].step == pytest.approx(0.25)
     assert costs["b"].step == pytest.approx(0.5)
     assert costs["a"].fixed == pytest.approx(2.0)
-    assert costs["b"].seconds(10) == pytest.approx(7.0)
-    assert calls[:4] == ["a", "b", "a", "b"], "in turns"
 
 
 def plan(budget: float, seeds: int = 3):
@@ -185,3 +189,16 @@ def test_images_of_a_group_count_as_one():
     ours, theirs = answers(0.9, 0.9), answers(0.7, 0.7, seed=1)
     groups = [str(i // 100) for i in range(400)]
     assert compare(ours, theirs, groups=groups).interval(0.95) is None  # four groups
+
+
+def test_another_encoder_has_arms_and_stages_of_its_size():
+    arms = make_arms(("mae",), ["weights"], ["larger"])
+    names = [arm.name for arm in arms if arm.encoder]
+    assert names == [
+        "larger: fresh weights, frozen features", "larger: fresh weights, trained with labels",
+        "larger: mae, frozen features", "larger: mae, fine-tuned",
+    ]  # fmt: skip
+    stages = {arm.name: stage_of(arm, arms) for arm in arms if arm.kind == "finetune"}
+    assert stages["larger: mae, fine-tuned"] == "fine-tuning of larger"
+    assert stages["mae, fine-tuned"] == "fine-tuning of fresh weights"
+    assert stages["weights, fine-tuned"] == "fine-tuning of weights"

@@ -11,7 +11,7 @@ from vim_ssl.report.page import templates
 from vim_ssl.report.record import Record, is_number, read_table
 from vim_ssl.report.results import measured, probe_metric, probe_rows, score, summary
 
-PIXELS, FRESH = "raw pixels", "fresh weights"  # sources of `vim_ssl.tasks.trial.arms`
+PIXELS = "raw pixels"  # a source of `vim_ssl.tasks.trial.arms`
 
 
 def is_trial(run: Record) -> bool:
@@ -67,24 +67,29 @@ def _differences(metrics: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
             yield f"{row.get('arm')} − {row.get('over')}", f"{row['points']:+.1f} points", text
 
 
+def _start(row: dict[str, Any]) -> tuple[Any, Any]:
+    """The weights that an arm starts from."""
+    return row.get("source"), row.get("encoder")
+
+
 def _lines(rows: list[dict[str, Any]]) -> tuple[list[str], list[curve.Series]]:
     """Return name and curve of every source of weights: from its frozen features at no time, over
     pretraining, to fine-tuning."""
     known = {row.get("arm"): row for row in rows if is_number(row.get("planned_seconds"))}
     end = max((row["planned_seconds"] for row in known.values()), default=0.0)
-    frozen = {row.get("source"): row for row in known.values() if row.get("kind") == "frozen"}
+    frozen = {_start(row): row for row in known.values() if row.get("kind") == "frozen"}
     ways: dict[str, list[dict[str, Any]]] = {}
-    for source, row in frozen.items():
+    for start, row in frozen.items():
         tuned = [one for one in known.values()
-                 if one.get("source") == source and one.get("kind") == "finetune"]  # fmt: skip
-        ways[str(source)] = [row, *tuned]
-        if source == PIXELS:
-            ways[str(source)].append(row | {"planned_seconds": end})
+                 if _start(one) == start and one.get("kind") == "finetune"]  # fmt: skip
+        ways[str(row["arm"]).rpartition(",")[0] or PIXELS] = [row, *tuned]
+        if row.get("source") == PIXELS:
+            ways[PIXELS].append(row | {"planned_seconds": end})
     for name, row in known.items():
         if row.get("kind") == "pretrain":
             tuned = [one for one in known.values() if one.get("source") == name]
-            start = [frozen[FRESH]] if FRESH in frozen else []
-            ways[str(name).partition(",")[0]] = [*start, row, *tuned]
+            before = [frozen[start]] if (start := _start(row)) in frozen else []
+            ways[str(name).rpartition(",")[0]] = [*before, row, *tuned]
     lines = []
     for colour, way in enumerate(ways.values()):
         way = [row for row in way if is_number(row.get("accuracy"))]

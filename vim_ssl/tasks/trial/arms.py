@@ -1,11 +1,11 @@
 """The arms of a trial: where the weights come from, and what is done with them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 PIXELS, FRESH = "raw pixels", "fresh weights"
-FROZEN, TUNED = "frozen features", "fine-tuned"
+FROZEN, TUNED, SUPERVISED = "frozen features", "fine-tuned", "trained with labels"
 PRETRAINED, OTHER = "pretrained", "other"  # families: with and without pretraining on the images
 # Settings of mim_pretrain that an objective needs beside its preset; the others have the preset's.
 # `cluster` 1 divides every grid. From the study of benchmarks/learning.
@@ -27,6 +27,7 @@ class Arm:
         kind: "frozen": only classify features; "pretrain": pretrain, then classify features;
             "finetune".
         family: `PIXELS`, `PRETRAINED` (on the images of the trial) or `OTHER`.
+        encoder: preset or name of another encoder than that of the trial, without weights.
         share: of the time of a training, in [0, 1]. What an arm continues has the rest.
         settings: of the recipe.
     """
@@ -35,6 +36,7 @@ class Arm:
     source: str
     kind: str
     family: str
+    encoder: str = ""
     share: float = 0.0
     settings: dict[str, Any] = field(default_factory=dict, compare=False)
 
@@ -49,37 +51,55 @@ class Arm:
 
 
 def make_arms(
-    objectives: Iterable[str], weights: Iterable[str], teacher: str = "", finetune: bool = True
-) -> list[Arm]:
+    objectives: Iterable[str], weights: Iterable[str], encoders: Iterable[str] = (),
+    teacher: str = "", finetune: bool = True,
+) -> list[Arm]:  # fmt: skip
     """Return the arms, baselines first; an arm follows the one that it continues.
 
     Args:
         objectives: names of pretraining objectives.
         weights: pretrained encoders that `load_encoder` accepts.
+        encoders: further encoders, to be trained like that of the trial.
         teacher: see mim_pretrain; adds the objective ``distill`` with it.
         finetune: also fine-tune; False: only compare frozen features, after the whole time.
     """
-    arms = [
-        Arm(PIXELS, PIXELS, "frozen", PIXELS),
-        Arm(f"{FRESH}, {FROZEN}", FRESH, "frozen", OTHER),
-    ]
-    if finetune:  # layer decay is for pretrained weights
-        arms.append(Arm(f"{FRESH}, trained with labels", FRESH, "finetune", OTHER, 1.0,
-                        {"layer_decay": None}))  # fmt: skip
-    for name in weights:
-        arms.append(Arm(f"{name}, {FROZEN}", name, "frozen", OTHER))
-        if finetune:
-            arms.append(Arm(f"{name}, {TUNED}", name, "finetune", OTHER, 1.0))
     known = {name: {"objective": name} | OBJECTIVE_SETTINGS.get(name, {}) for name in objectives}
     if teacher:
         known[f"distill from {teacher}"] = {"objective": "distill", "teacher": teacher}
-    for name, settings in known.items():
-        first = Arm(f"{name}, {FROZEN}", FRESH, "pretrain", PRETRAINED, 0.5 if finetune else 1.0,
-                    settings)  # fmt: skip
-        arms.append(first)
+    arms = [Arm(PIXELS, PIXELS, "frozen", PIXELS)]
+    of_weights = []
+    for name in weights:
+        of_weights.append(Arm(f"{name}, {FROZEN}", name, "frozen", OTHER))
         if finetune:
-            arms.append(Arm(f"{name}, {TUNED}", first.name, "finetune", PRETRAINED, 0.5))
+            of_weights.append(Arm(f"{name}, {TUNED}", name, "finetune", OTHER, share=1.0))
+    for encoder in ("", *encoders):
+        arms += _baselines(encoder, finetune) + ([] if encoder else of_weights)
+        for name, settings in known.items():
+            arms += _pretrained(encoder, name, settings, finetune)
     return arms
+
+
+def _prefix(encoder: str) -> str:
+    return f"{encoder}: " if encoder else ""
+
+
+def _baselines(encoder: str, finetune: bool) -> list[Arm]:
+    """Fresh weights, frozen and trained with labels."""
+    name = f"{_prefix(encoder)}{FRESH}"
+    arms = [Arm(f"{name}, {FROZEN}", FRESH, "frozen", OTHER, encoder)]
+    if finetune:  # layer decay is for pretrained weights
+        arms.append(Arm(f"{name}, {SUPERVISED}", FRESH, "finetune", OTHER, encoder, 1.0,
+                        {"layer_decay": None}))  # fmt: skip
+    return arms
+
+
+def _pretrained(encoder: str, name: str, settings: dict[str, Any], finetune: bool) -> list[Arm]:
+    """An objective, frozen and fine-tuned."""
+    name, share = f"{_prefix(encoder)}{name}", 0.5 if finetune else 1.0
+    first = Arm(f"{name}, {FROZEN}", FRESH, "pretrain", PRETRAINED, encoder, share, settings)
+    if not finetune:
+        return [first]
+    return [first, Arm(f"{name}, {TUNED}", first.name, "finetune", PRETRAINED, encoder, 0.5)]
 
 
 def parent_of(arm: Arm, arms: Sequence[Arm]) -> Arm | None:
@@ -94,5 +114,15 @@ def stage_of(arm: Arm, arms: Sequence[Arm]) -> str:
         return ""
     if arm.kind == "pretrain":
         return arm.name
+    return f"fine-tuning of {stage_source(arm, arms)}"
+
+
+def stage_source(arm: Arm, arms: Sequence[Arm]) -> str:
+    """The encoder of the stage of an arm that fine-tunes: weights, another encoder, or `FRESH`."""
     same_size = arm.source == FRESH or parent_of(arm, arms)
-    return f"fine-tuning of {FRESH if same_size else arm.source}"
+    return (arm.encoder or FRESH) if same_size else arm.source
+
+
+def without(arms: Sequence[Arm], names: Collection[str]) -> list[Arm]:
+    """Leave out arms by name, and those that continue them."""
+    return [arm for arm in arms if arm.name not in names and arm.source not in names]

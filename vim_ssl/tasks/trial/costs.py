@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-TURNS = 3  # the first one compiles and is not counted
-FEW = 2  # steps of the shorter of the two runs whose difference is the cost of a step
+TURNS = 2
+FEW, MANY = 2, 20  # steps of the two runs whose difference is the cost of a step
 
 
 @dataclass(frozen=True)
@@ -32,48 +32,37 @@ def clock(device: str) -> float:
 
 
 def in_turns(
-    trainings: Mapping[str, Callable[[int], float]], turns: int, steps: int
+    trainings: Mapping[str, Callable[[int], float]], turns: int, steps: int, warm_up: int = 0
 ) -> dict[str, float]:
     """Return the median seconds of ``steps`` steps of each training, alternating, so that a change
-    of the machine's speed affects all of them. The first turn, which compiles, does not count.
+    of the machine's speed affects all of them.
 
     Args:
         trainings: name -> function from the number of steps to its seconds.
+        turns: number of turns that count.
+        warm_up: number of turns before them, which compile.
     """
     seconds: dict[str, list[float]] = {name: [] for name in trainings}
-    for turn in range(turns):
+    for turn in range(-warm_up, turns):
         for name, train in trainings.items():
             spent = train(steps)
-            if turn:
+            if turn >= 0:
                 seconds[name].append(spent)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def measure(trainings: Mapping[str, Callable[[int], float]], budget: float) -> dict[str, Cost]:
-    """Measure the `Cost` of each training from runs of two lengths.
+    """Measure the `Cost` of each training from runs of two lengths. Everything is compiled.
 
     Args:
-        budget: seconds of the trial; the longer runs are so long that all take about 3 % of it.
+        budget: seconds of the trial; the longer runs take about 3 % of it, up to `MANY` steps each.
     """
     short = in_turns(trainings, TURNS, FEW)
     slowest = sum(short.values()) / FEW  # of one step of each, from above
-    more = min(max(round(0.03 * budget / max(slowest, 1e-9) / (TURNS - 1)), FEW), 20)
-    long = in_turns({name: _without_first(train) for name, train in trainings.items()},
-                    TURNS, FEW + more)  # fmt: skip
+    more = min(max(round(0.03 * budget / max(slowest, 1e-9) / TURNS), FEW), MANY)
+    long = in_turns(trainings, TURNS, FEW + more)
     costs = {}
     for name in trainings:
         step = max((long[name] - short[name]) / more, 1e-6)
         costs[name] = Cost(step, max(short[name] - FEW * step, 0.0))
     return costs
-
-
-def _without_first(train: Callable[[int], float]) -> Callable[[int], float]:
-    """Skip the first call, whose result `in_turns` does not use: everything is compiled."""
-    calls = 0
-
-    def call(steps: int) -> float:
-        nonlocal calls
-        calls += 1
-        return train(steps) if calls > 1 else 0.0
-
-    return call

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from vim_ssl.tasks.trial.arms import PRETRAINED, Arm, stage_of
+from vim_ssl.tasks.trial.arms import FRESH, FROZEN, OTHER, Arm, stage_of, without
 from vim_ssl.tasks.trial.costs import Cost
 from vim_ssl.utils.names import plural, rough_time
 
@@ -104,8 +104,8 @@ def _smaller(
     requested = seeds
     for objectives, most_seeds in ((2, seeds), (2, 2), (1, 2), (1, 1)):
         while len(firsts := _objectives(chosen)) > objectives:
-            chosen = [arm for arm in chosen if firsts[-1] not in (arm.name, arm.source)]
-            left_out.append(firsts[-1].partition(",")[0])
+            chosen = without(chosen, firsts[-1:])
+            left_out.append(firsts[-1].removesuffix(f", {FROZEN}"))
             yield chosen, seeds, factors, [*left_out, *_seeds_text(requested, seeds)]
         if most_seeds == 1 and (others := _other_weights(chosen)):
             chosen = [arm for arm in chosen if arm.source not in others]
@@ -126,11 +126,10 @@ def _objectives(arms: Sequence[Arm]) -> list[str]:
 
 
 def _other_weights(arms: Sequence[Arm]) -> list[str]:
-    """Weights that are fine-tuned, without those of the trial's encoder."""
+    """Pretrained weights that are fine-tuned."""
     return [
         arm.source for arm in arms
-        if arm.kind == "finetune" and arm.family != PRETRAINED
-        and stage_of(arm, arms).endswith(arm.source) and arm.settings == {}
+        if arm.kind == "finetune" and arm.family == OTHER and arm.source != FRESH
     ]  # fmt: skip
 
 

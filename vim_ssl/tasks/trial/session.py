@@ -34,8 +34,17 @@ from vim_ssl.evaluation.features import encode_splits
 from vim_ssl.evaluation.readout import READOUTS, available_readouts
 from vim_ssl.metrics.bootstrap import Metric
 from vim_ssl.metrics.classification import MAIN_METRIC, target_metrics
-from vim_ssl.tasks.trial.arms import FRESH, FROZEN, PIXELS, Arm, parent_of, stage_of
-from vim_ssl.tasks.trial.costs import Cost, clock, measure
+from vim_ssl.tasks.trial.arms import (
+    FRESH,
+    FROZEN,
+    PIXELS,
+    Arm,
+    parent_of,
+    stage_of,
+    stage_source,
+    without,
+)
+from vim_ssl.tasks.trial.costs import FEW, Cost, clock, measure
 from vim_ssl.tasks.trial.plan import Job, Plan, make_plan
 from vim_ssl.tasks.trial.readings import Reading, Readouts, choose_reading, read
 from vim_ssl.utils.files import append_rows, atomic_write, read_object
@@ -126,6 +135,7 @@ class Session:
         self.stored: dict[str, Any] = {}  # of plan.json
         if (folder / "plan.json").exists():
             self.stored = read_object(folder / "plan.json", "the plan of a trial")
+            self.arms = without(arms, self.stored.get("unfit", {}))
 
     def arm(self, name: str) -> Arm:
         return next(arm for arm in self.arms if arm.name == name)
@@ -150,17 +160,24 @@ class Session:
     def source(self, arm: Arm, seed: int) -> str:
         """The encoder that an arm starts from."""
         if arm.source == FRESH:
-            return self.fresh(seed)
+            return arm.encoder or self.fresh(seed)
         if parent := parent_of(arm, self.arms):
             return self.best(Job(parent.name, seed))["run"]
         return arm.source
 
-    def features(self, source: str, *splits: ImageData) -> tuple[list[Features], Readouts]:
-        """Features of every readout; with `PIXELS` as the source, raw pixels."""
+    def features(
+        self, source: str, seed: int, *splits: ImageData
+    ) -> tuple[list[Features], Readouts]:
+        """Features of every readout; with `PIXELS` as the source, raw pixels.
+
+        Args:
+            seed: of the weights of a ``source`` that is a preset.
+        """
         loading = {"workers": self.config.workers}
         if source == PIXELS:
             size = load_encoder(self.fresh(0), num_classes=0)
             return pixel_features(size, splits, **loading)[1], {"pixels": slice(None)}
+        torch.manual_seed(seed)
         encoder = load_encoder(source, num_classes=0, device=self.device)
         encoder = encoder.for_data(self.splits.train).to(self.device).eval()
         features = encode_splits(encoder, splits, cache=False, device=self.device, **loading)
@@ -173,9 +190,9 @@ class Session:
         config = self.config
         settings = QUIET | {"threads": config.threads, "workers": config.workers}
         settings |= arm.settings | config.pretrain_args | more
-        if config.encoder:
-            settings |= {"encoder": config.encoder}
-        if config.model_args:
+        if arm.encoder or config.encoder:
+            settings |= {"encoder": arm.encoder or config.encoder}
+        if config.model_args and not arm.encoder:
             settings |= {"model_args": config.model_args}
         settings |= self._rate("pretrain", rate)
         return self.recipes.pretrain(
@@ -247,29 +264,40 @@ class Session:
         epochs: dict[str, list[int]] = {}
 
         def training(name: str, arm: Arm, steps: int) -> float:
-            with tempfile.TemporaryDirectory() as folder:
-
-                def train() -> Run:
-                    if arm.kind == "pretrain":
-                        return self.pretrain(arm, folder, 0, 1.0, max_steps=steps)
-                    source = (
-                        self.fresh(0) if stage_of(arm, self.arms).endswith(FRESH) else arm.source
-                    )
-                    return self.finetune(arm, source, folder, 0, 1.0, max_steps=steps)
-
-                with self.quiet():
-                    run, seconds = self._seconds(train)
+            with tempfile.TemporaryDirectory() as folder, self.quiet():
+                run, seconds = self._seconds(partial(self._try, arm, folder, steps))
                 rates["finetune" if arm.kind == "finetune" else "pretrain"] = run.config["base_lr"]
                 epochs[name] = [run.plan["epoch_steps"], run.plan["effective_batch"]]
-                if arm.kind == "pretrain" and "size" not in self.stored:
+                if arm.kind == "pretrain" and not arm.encoder and "size" not in self.stored:
                     size = {key: run.config[key] for key in ("encoder", "model_args")}
                     self._store(size=size)
             return seconds
 
+        # Pretraining first: it chooses the encoder.
         ordered = sorted(stages.items(), key=lambda one: one[1].kind != "pretrain")
-        costs = measure({name: partial(training, name, arm) for name, arm in ordered}, budget)
-        self._store(base_lr=rates, epochs=epochs)
+        trainings, unfit = {}, dict[str, str]()
+        for name, arm in ordered:  # this also compiles
+            train = partial(training, name, arm)
+            try:
+                train(FEW)
+            except (ValueError, TypeError) as error:
+                if arm.kind != "pretrain" or arm is ordered[0][1]:
+                    raise
+                unfit[arm.name] = str(error)
+            else:
+                trainings[name] = train
+        self.arms = without(self.arms, unfit)
+        costs = measure(trainings, budget)
+        self._store(base_lr=rates, epochs=epochs, unfit=unfit)
         return costs
+
+    def _try(self, arm: Arm, output: str, steps: int) -> Run:
+        """A few steps of the stage of an arm."""
+        if arm.kind == "pretrain":
+            return self.pretrain(arm, output, 0, 1.0, max_steps=steps)
+        source = stage_source(arm, self.arms)
+        source = self.fresh(0) if source == FRESH else source
+        return self.finetune(arm, source, output, 0, 1.0, max_steps=steps)
 
     def _store(self, **content: Any) -> None:
         self.stored |= content
@@ -341,7 +369,7 @@ class Session:
         }  # fmt: skip
         output = str(self.folder / "jobs" / _slug(job))
         if not arm.is_trained:
-            return row | self._choose(self.source(arm, job.seed))
+            return row | self._choose(self.source(arm, job.seed), job.seed)
         stage = stage_of(arm, self.arms)
         epoch_steps, batch = self.stored["epochs"][stage]
         steps = max(round(seconds * arm.share / self.stored["costs"][stage]["step"]), 1)
@@ -357,7 +385,7 @@ class Session:
             run, spent = self._continued(job, call)
         row["seconds"] = round(spent + self._spent_before(arm, job), 2)
         if arm.kind == "pretrain":
-            return row | self._choose(output)
+            return row | self._choose(output, job.seed)
         score = run.metrics[MAIN_METRIC[self.targets]]
         return row | {"validation": score, "settings": ""}
 
@@ -375,9 +403,9 @@ class Session:
         parent = parent_of(arm, self.arms)
         return self.best(Job(parent.name, job.seed))["seconds"] if parent else 0.0
 
-    def _choose(self, source: str) -> dict[str, Any]:
+    def _choose(self, source: str, seed: int) -> dict[str, Any]:
         (train, validation), readouts = self.features(
-            source, self.splits.train, self.splits.validation
+            source, seed, self.splits.train, self.splits.validation
         )
         reading, score = choose_reading(train, validation, readouts, self.device)
         return {"validation": round(score, 2), "settings": json.dumps(reading.record())}
@@ -403,8 +431,9 @@ class Session:
         metric, and the groups of the images."""
         arm, test = self.arm(row["arm"]), self.splits.test
         if arm.kind != "finetune":
-            source = row["run"] or self.source(arm, int(row["seed"]))
-            (bank, queries), readouts = self.features(source, self.splits.train, test)
+            seed = int(row["seed"])
+            source = row["run"] or self.source(arm, seed)
+            (bank, queries), readouts = self.features(source, seed, self.splits.train, test)
             reading = Reading(**json.loads(row["settings"]))
             return read(reading, bank, queries, readouts, self.device), queries.groups
         encoder = load_encoder(row["run"], num_classes=None).to(self.device).eval()

@@ -77,7 +77,7 @@ def _run(
     device = pick_device()
     if device == "cpu":
         torch.set_num_threads(max(config.threads, 1))
-    arms = make_arms(config.objectives, config.weights, config.teacher)
+    arms = make_arms(config.objectives, config.weights, config.encoders, config.teacher)
     session = Session(folder, config, splits, arms, recipes, device, now)
     report(f"Trial: {folder} · {splits.train.name}: {len(splits.train):,} train, "
         f"{len(splits.validation):,} validation, {len(splits.test):,} test")  # fmt: skip
@@ -103,6 +103,8 @@ def describe_plan(plan: Plan, session: Session) -> list[str]:
         f"{rough_time(plan.seconds)} of {per} each; about {rough_time(plan.estimate)} in all "
         f"(measured: {rough_time(session.stored['measured'])})."
     ]
+    for name, reason in session.stored["unfit"].items():
+        lines.append(f"{name}: does not fit: {reason}")
     if plan.left_out:
         lines.append(f"Left out, to fit into the time: {'; '.join(plan.left_out)}.")
     return lines
@@ -128,6 +130,7 @@ def conclude(session: Session, plan: Plan) -> dict[str, Any]:
         of_arm, mean = rows[arm.name], mean_of(metrics[arm.name])
         table_rows.append({
             "arm": arm.name, "family": arm.family, "kind": arm.kind, "source": arm.source,
+            "encoder": arm.encoder,
             "chosen": arm in chosen.values(), "seeds": len(of_arm),
             "seconds": round(_mean(of_arm, "seconds"), 2),
             "planned_seconds": round(_planned(arm, arms) * plan.seconds, 2),
