@@ -96,13 +96,15 @@ class Metric:
         Args:
             groups, seed: see `estimate`.
         """
-        bounds, _ = self.estimate(groups, seed=seed)
-        if bounds is None:
-            return math.nan
         units = _units(groups, self.n)
-        values = self._resampled(units, int(units.max()) + 1, seed)
-        error = float(values.std(ddof=1))
-        return error if error > 1e-9 else (bounds[1] - bounds[0]) / (2 * 1.96)
+        count = int(units.max()) + 1
+        if not math.isfinite(self.value) or count < MIN_GROUPS:
+            return math.nan
+        values = self._resampled(units, count, seed)
+        if len(values) > 1 and (error := float(values.std(ddof=1))) > 1e-9:
+            return error
+        bounds, _ = self.estimate(groups, seed=seed)
+        return math.nan if bounds is None else (bounds[1] - bounds[0]) / (2 * 1.96)
 
     def _resampled(self, units: np.ndarray, count: int, seed: int) -> np.ndarray:
         """The defined values of all resamples of the units (n,), numbered from 0 to count - 1."""

@@ -10,7 +10,7 @@ from vim_ssl.utils.names import plural, rough_time
 
 # Optimiser steps of the slowest stage: a plan with fewer is shrunk, or refused once nothing is left
 # to leave out.
-ENOUGH_STEPS, LEAST_STEPS = 100, 10
+FULL_STEPS, LEAST_STEPS = 100, 10
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def make_plan(
     arms: Sequence[Arm], costs: Mapping[str, Cost], reading: float, *, budget: float, seeds: int,
     rates: Sequence[float], spent: float = 0.0,
 ) -> Plan:  # fmt: skip
-    """Return the largest plan whose trainings have `ENOUGH_STEPS`.
+    """Return the largest plan whose trainings have `FULL_STEPS`.
 
     Left out first are further learning rates, then objectives from the last one on while there are
     two, seeds while there are two, the second objective, and then other weights and the second
@@ -75,7 +75,7 @@ def make_plan(
     for chosen, count, factors, left_out in _smaller(arms, seeds, rates):
         plan = _fit(chosen, costs, reading, budget - spent, count, factors)
         plan.left_out = left_out
-        if _steps(plan, chosen, costs) >= ENOUGH_STEPS:
+        if _steps(plan, chosen, costs) >= FULL_STEPS:
             return plan
     assert plan is not None
     if _steps(plan, chosen, costs) < LEAST_STEPS:
@@ -162,5 +162,5 @@ def _steps(plan: Plan, arms: Sequence[Arm], costs: Mapping[str, Cost]) -> float:
     """Steps of the slowest stage."""
     return min(
         (plan.seconds * arm.share / costs[stage_of(arm, arms)].step
-         for arm in arms if arm.is_trained), default=float(ENOUGH_STEPS),
+         for arm in arms if arm.is_trained), default=float(FULL_STEPS),
     )  # fmt: skip

@@ -8,7 +8,7 @@ The variance over seeds is pooled over all arms. The rules are tried in this ord
 1. pretrained above other and above pixels                    pretrain
 2. neither of them above pixels by more than the margin       raw pixels are as good
 3. other above pixels, and pretrained above other by at most the margin   fine-tune other weights
-4. otherwise, and with one seed                               no difference can be told
+4. otherwise, and with one seed                               no difference can be established
 """
 
 import math
@@ -141,12 +141,12 @@ def decide(
     bounds = [one.interval(EACH) for one in differences]
     if not all(math.isfinite(one.of_images) for one in differences):
         return Verdict(UNDECIDED, (
-            "No difference can be told with this many images: there are fewer than five test "
-            "images or groups; try more labelled images."
+            "No difference can be established with this many images: fewer than five test images "
+            "or groups have no interval; try more labelled images."
         ))  # fmt: skip
     if None in bounds:
         return Verdict(UNDECIDED, (
-            "No difference can be told with one seed: the spread over seeds is unknown; try "
+            "No difference can be established with one seed: the spread over seeds is unknown; try "
             f"--minutes {2 * minutes:g}, or fewer --objectives."
         ))  # fmt: skip
     over_other, over_pixels, other_over_pixels = (bound or (0.0, 0.0) for bound in bounds)
@@ -184,6 +184,6 @@ def _undecided(names, differences, bounds, margin: float, minutes: float) -> str
     else:
         advice = f"--minutes {2 * minutes:g}, or more --seeds"
     return (
-        f"No difference can be told with this many images and minutes: {names[first]} is "
+        f"No difference can be established with this many images and minutes: {names[first]} is "
         f"{_points(one, bounds[widest])} above {names[second]}; try {advice}."
     )
