@@ -55,11 +55,11 @@ def _forward(x, z, pairs, scale, save):
 def _project(u: Tensor, weight: Pair) -> Tensor:
     """(2, b, l, d) times each direction's weight (o, d) -> (2, b, l, o)."""
     (s, b, l, d), o = u.shape, len(weight[0])
-    weight = contiguous(weight)
+    rows = contiguous(weight)
     out = u.new_empty(s, b, l, o)
     run_tasks(
         numba_kernels.project,
-        (address(u), *addresses(weight), address(out), b * l, d, o),
+        (address(u), *addresses(rows), address(out), b * l, d, o),
         tasks=s * -(-b * l // PROJECT_TOKENS),
         work_per_task=PROJECT_TOKENS * d * o * NANOSECONDS,
         scratch_rows=numba_kernels.project_rows(d, o),
