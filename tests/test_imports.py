@@ -327,8 +327,7 @@ def test_no_script_hides_a_library(folder):
 
 
 LONG_FILES = {  # kernels in one piece, the encoder, and a table of data
-    "kernels/numba_kernels.py", "kernels/selective_scan/triton_kernels.py",
-    "vim_ssl/models/encoder.py", "vim_ssl/data/samples/sets.py",
+    "kernels/numba_kernels.py", "vim_ssl/models/encoder.py", "vim_ssl/data/samples/sets.py",
 }  # fmt: skip
 
 

@@ -1,9 +1,10 @@
 """The selective scan on a GPU, in Triton: both directions in one launch, forward and backward.
 
-`triton_kernels.py` defines and explains the kernels; this file wraps them in two operators,
-`vim_ssl::triton_scan_forward` and `vim_ssl::triton_scan_backward`, whose arguments `fused.py`
-describes. u, delta, z, B and C are float32, bfloat16 or float16 and are read without a copy in any
-strides with contiguous channels; everything else is float32, and so is every state.
+`triton_kernels.py` and `triton_backward.py` define and explain the kernels; this file wraps them in
+two operators, `vim_ssl::triton_scan_forward` and `vim_ssl::triton_scan_backward`, whose arguments
+`fused.py` describes. u, delta, z, B and C are float32, bfloat16 or float16 and are read without a
+copy in any strides with contiguous channels (the backward pass copies u and delta if their tokens
+are not contiguous either); everything else is float32, and so is every state.
 
 For the backward pass the states before every 8th token are saved in float32: 16 bytes per token and
 channel, both directions together, at d_state 16. ``VIM_SSL_SCAN_STATES=16`` (tokens, a multiple of
@@ -15,13 +16,14 @@ run on CPU tensors, slowly: this is how they are tested without a GPU.
 
 import os
 from functools import cache
+from typing import NamedTuple
 
 import torch
-import triton
+import triton.language as tl
 from torch import Tensor
 
 from vim_ssl.kernels.autograd import channels_contiguous, contiguous, gradient_required, operator
-from vim_ssl.kernels.selective_scan import torch_backend, triton_kernels
+from vim_ssl.kernels.selective_scan import torch_backend, triton_backward, triton_kernels
 from vim_ssl.kernels.selective_scan.fused import public_scans, register_scan_gradient
 
 OPERATORS = ("triton_scan_forward", "triton_scan_backward")  # for `flops.py`
@@ -30,6 +32,7 @@ EVERY = int(os.environ.get("VIM_SSL_SCAN_STATES", 8))  # tokens between saved st
 if EVERY < 4 or EVERY % 4:
     raise ValueError(f"VIM_SSL_SCAN_STATES is {EVERY}; expected a multiple of 4.")
 WARPS = 11  # per multiprocessor for full occupancy; with fewer, tokens are cut into segments
+FAR = 2**31  # elements from which on an offset within an image needs 64 bits
 SHORTEST = 64  # minimum number of tokens per segment
 
 
@@ -65,9 +68,45 @@ def channels_per_lane(warps: int, n: int, device: torch.device) -> int:
     return 2 if n <= 16 and warps >= 2 * WARPS * _multiprocessors(device) else 1
 
 
-def group_length(tile: int) -> int:
-    """Number of tokens whose states (tile, 32) the backward kernel keeps in registers."""
-    return {32: 2, 64: 1}.get(tile, 4)
+class Variant(NamedTuple):
+    """How the backward kernel spreads a state over the lanes of a warp."""
+
+    groups: int  # of lanes, which share the states of a channel
+    channels: int  # that a lane works on
+    tokens: int  # whose states it keeps in registers
+
+    def state(self, n: int) -> int:
+        """n with the zeros that fill the last group."""
+        return -(-n // self.groups) * self.groups
+
+    @property
+    def block(self) -> int:
+        """Channels of a program."""
+        return LANES // self.groups * self.channels
+
+
+# d_state at most -> variant. A lane holds up to 16 states, channels times n / groups: with these,
+# their gradients, A and the states of 4 tokens, it uses its 255 registers. With fewer states it
+# keeps 8 tokens, so that none is recomputed before its group. A channel's step size and gate cost
+# as much as 5 states, so one lane computes them and the other groups receive them: as many channels
+# as groups. benchmarks/results/sm90.csv has the counts, README.md what else was tried.
+VARIANTS = {
+    1: Variant(1, 1, 8),
+    4: Variant(2, 2, 8),
+    5: Variant(1, 1, 8),
+    6: Variant(2, 2, 4),
+    16: Variant(4, 4, 4),
+    32: Variant(8, 4, 4),
+    40: Variant(8, 2, 4),
+    64: Variant(16, 4, 4),
+    128: Variant(16, 2, 4),
+}
+LARGER = Variant(16, 1, 4)  # of any size: above 256 states it spills registers
+
+
+def variant(n: int) -> Variant:
+    chosen = next((v for most, v in VARIANTS.items() if n <= most), LARGER)
+    return chosen if EVERY % chosen.tokens == 0 else chosen._replace(tokens=4)
 
 
 def segment_length(warps: int, length: int, device: torch.device) -> int:
@@ -89,7 +128,7 @@ def _empty_results(u, A, z, save):
         u.new_empty(b, l, d),
         A.new_empty(s, b, d, n),
         A.new_empty((b, l, d) if save and z is not None else 0),
-        A.new_empty(s * b * -(-l // EVERY) * n * d if save else 0),
+        A.new_empty(s * b * -(-l // EVERY) * n * -(-d // LANES) * LANES if save else 0),
     )
 
 
@@ -102,7 +141,7 @@ def scan_forward(
     bias: Tensor | None, h0: Tensor | None, softplus: bool, reverse: bool, scale: float, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """See `fused.py`; the kept results are, in float32, y_sum = sum_s(y_s) (b, l, d) if there is
-    z, and the states (s, b, checkpoints, n, d) before every `EVERY`-th token, flat."""
+    z, and the states (s, b, checkpoints, blocks, n, 32) before every `EVERY`-th token, flat."""
     s, b, l, d = u.shape
     n = A.shape[-1]
     out, last, y_sum, states = _empty_results(u, A, z, save)
@@ -117,11 +156,7 @@ def scan_forward(
         start = _carried(
             u, delta, A, B, z, bias, h0, softplus, reverse, scale, segment, adjoint=False
         )
-        pairs = u.new_empty((s, b, l, n), dtype=torch.int64)
-        triton_kernels.pack_kernel[(-(-pairs.numel() // 1024),)](
-            B, C, pairs.view(torch.float32), b, l, pairs.numel(), *_strides(B), *_strides(C),
-            N=n, BLOCK=1024,
-        )  # fmt: skip
+        pairs = _packed(B, C, n, margin=0)
         keep_sum = y_sum.numel() > 0
         # Add the directions in float32 even if nothing is kept: in half precision, a sum that
         # cancels would lose all digits, or overflow in float16.
@@ -131,13 +166,24 @@ def scan_forward(
         triton_kernels.forward_kernel[(b * -(-d // (LANES * per_lane)), -(-l // segment))](
             u, delta, A, pairs, *_filled(u, D, z, bias, start),
             out, y_float32, last, states,
-            b, l, d, segment, scale, int(reverse),
+            b, l, d, segment, scale, 0, int(reverse),
             *_strides(u), *_strides(delta), *_strides(z)[1:],
             S=s, N=n, C=per_lane, EVERY=EVERY, SOFTPLUS=softplus,
             HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=bias is not None,
             HAS_START=start is not None, SAVE=save, KEEP_SUM=keep_sum, num_warps=s,
         )  # fmt: skip
     return out, last, y_sum, states
+
+
+def _packed(B: Tensor, C: Tensor, state: int, margin: int) -> Tensor:
+    """B and C as pairs of float32, (s, b, margin + l + margin, state), with zeros around them."""
+    s, b, l, n = B.shape
+    pairs = B.new_empty((s, b, l + 2 * margin, state), dtype=torch.int64)
+    triton_kernels.pack_kernel[(-(-pairs.numel() // 1024),)](
+        B, C, pairs.view(torch.float32), b, l, pairs.numel(), *_strides(B), *_strides(C),
+        N=n, PADDED=state, MARGIN=margin, BLOCK=1024,
+    )  # fmt: skip
+    return pairs
 
 
 def _carried(w, delta, A, V, z, bias, start, softplus, reverse, scale, segment, *, adjoint):
@@ -150,13 +196,13 @@ def _carried(w, delta, A, V, z, bias, start, softplus, reverse, scale, segment, 
     ends = A.new_empty(s, b, parts, n, d)
     sums = A.new_empty(s, b, parts, d)
     triton_kernels.carry_kernel[(b * -(-d // LANES), parts)](
-        w, delta, A, V, *_filled(w, z, bias), ends, sums, b, l, d, segment, scale, int(reverse),
+        w, delta, A, V, *_filled(w, z, bias), ends, sums, b, l, d, segment, scale, 0, int(reverse),
         *_strides(w), *_strides(delta), *_strides(V), *_strides(z)[1:],
         S=s, N=n, C=1, SOFTPLUS=softplus, HAS_Z=z is not None, HAS_BIAS=bias is not None,
         ADJOINT=adjoint, num_warps=s,
     )  # fmt: skip
     triton_kernels.join_kernel[(-(-d // LANES), b, s)](
-        ends, sums, A, *_filled(A, start), b, d, parts, int(reverse),
+        ends, sums, A, *_filled(A, start), b, d, parts, 0, int(reverse),
         N=n, HAS_START=start is not None, ADJOINT=adjoint, num_warps=1,
     )  # fmt: skip
     return ends
@@ -191,34 +237,38 @@ def scan_backward(
         dA, dB, dC, dD, dbias = zeros
         dh0 = A.new_zeros(s, b, d, n) if dlast is None else dlast.clone()
         return du, ddelta, dA, dB.to(B.dtype), dC.to(C.dtype), dD, dz, dbias, dh0
-    u, delta, B, C, z = map(channels_contiguous, (u, delta, B, C, z))
-    dout, A, D, bias = (contiguous(m) for m in (dout, A, D, bias))
-    blocks = -(-d // LANES)
-    segment = segment_length(s * b * blocks, l, u.device)
+    B, C, z = map(channels_contiguous, (B, C, z))
+    dout, u, delta, A, D, bias = map(contiguous, (dout, u, delta, A, D, bias))
+    segment = segment_length(s * b * -(-d // LANES), l, u.device)
     parts = -(-l // segment)
     shared = dout.expand(s, b, l, d)  # both directions get the same
+    chosen = variant(n)
+    blocks = -(-d // chosen.block)
+    dA = A.new_empty(s, b, parts, -(-d // LANES), n, LANES)
+    dstart = torch.empty_like(dA)
+    dD, dbias = A.new_empty(s, b, parts, d), A.new_empty(s, b, parts, d)
+    dB_dC = A.new_empty(2, s, b, l, blocks, n)
+    farthest = l * max(d, _strides(z)[2])
     with torch.cuda.device_of(u):
         carry = _carried(shared, delta, A, C, z, bias, dlast, softplus, reverse, scale, segment,
                          adjoint=True)  # fmt: skip
-    tile = triton.next_power_of_2(n)
-    dA = A.new_empty(s, b, parts, n, d)
-    dstart = torch.empty_like(dA)
-    dD, dbias = A.new_empty(s, b, parts, d), A.new_empty(s, b, parts, d)
-    dB, dC = A.new_empty(s, b, l, blocks, n), A.new_empty(s, b, l, blocks, n)
-    with torch.cuda.device_of(u):
-        triton_kernels.backward_kernel[(b * blocks, parts, s)](
-            dout, u, delta, A.mT.contiguous(), B, C, *_filled(u, D, z, bias), y_sum, states,
-            *_filled(u, carry), du, ddelta, dA, dB, dC, dD, dz, dbias, dstart,
-            b, l, d, segment, scale, 0.0, int(reverse),
-            *_strides(u), *_strides(delta), *_strides(B), *_strides(C), *_strides(z)[1:],
-            N=n, TILE=tile, K=group_length(tile), EVERY=EVERY, SOFTPLUS=softplus,
-            HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=bias is not None,
-            HAS_CARRY=carry is not None, num_warps=1,
+        pairs = _packed(B, C, chosen.state(n), margin=chosen.tokens - 1)
+        triton_backward.backward_kernel[(b * blocks, parts, s)](
+            dout, u, delta, A.mT.contiguous(), pairs, *_filled(u, D, z, bias), y_sum, states,
+            *_filled(u, carry), du, ddelta, dA, dB_dC, dD, dz, dbias, dstart,
+            b, l, d, segment, scale, 0, int(reverse),
+            *_strides(z)[1:],
+            N=n, G=chosen.groups, X=chosen.channels, K=chosen.tokens, EVERY=EVERY,
+            SOFTPLUS=softplus, HAS_D=D is not None, HAS_Z=z is not None,
+            HAS_BIAS=bias is not None, HAS_CARRY=carry is not None,
+            OFFSET=tl.int64 if farthest >= FAR else tl.int32, num_warps=1,
         )  # fmt: skip
+    dB, dC = (sums.sum(3) for sums in dB_dC)
     rows = [part if (k == 1 or reverse) else 0 for k, part in enumerate([parts - 1] * s)]
-    dh0 = torch.stack([dstart[k, :, row].mT for k, row in enumerate(rows)])
+    dh0 = torch.stack([dstart[k, :, row] for k, row in enumerate(rows)])
+    dA, dh0 = (m.mT.flatten(-3, -2)[..., :d, :].contiguous() for m in (dA.sum((1, 2)), dh0))
     return (
-        du, ddelta, dA.sum((1, 2)).mT.contiguous(), dB.sum(3).to(B.dtype), dC.sum(3).to(C.dtype),
+        du, ddelta, dA, dB.to(B.dtype), dC.to(C.dtype),
         dD.sum((1, 2)), dz, dbias.sum((1, 2)), dh0,
     )  # fmt: skip
 

@@ -20,10 +20,11 @@ from scan_helpers import (
     two_way_inputs,
 )
 
-from vim_ssl.kernels.selective_scan import bi_selective_scan, selective_scan
+from vim_ssl.kernels.selective_scan import bi_selective_scan, dispatch, selective_scan
 from vim_ssl.kernels.selective_scan import triton_backend as backend
 
 ONE_WAY = {"delta_softplus": True, "return_last_state": True}
+VARIANTS = backend.VARIANTS
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -32,6 +33,13 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def groups_of_four_tokens(monkeypatch):
+    """Instead of 8 for small states: the interpreter also computes tokens that do not exist."""
+    four = {n: variant._replace(tokens=4) for n, variant in VARIANTS.items()}
+    monkeypatch.setattr(backend, "VARIANTS", four)
 
 
 @pytest.fixture
@@ -66,6 +74,21 @@ each_order = pytest.mark.parametrize("reverse", [False, True], ids=["ahead", "re
 @each_shape
 def test_two_way(shape):
     compare(two_way_inputs(*shape), scale=0.5)
+
+
+@pytest.mark.parametrize(("n", "length"), [(1, 9), (4, 3), (5, 2), (6, 2), (7, 2), (20, 2),
+                                           (48, 1)])  # fmt: skip
+def test_every_variant_of_the_backward_pass(monkeypatch, n, length):
+    """The others are among SHAPES and below."""
+    monkeypatch.setattr(backend, "VARIANTS", VARIANTS)
+    compare(two_way_inputs(1, length, 3, n), scale=0.5)
+
+
+@pytest.mark.parametrize("n", [65, 130])
+def test_states_beyond_those_of_the_public_function(monkeypatch, n):
+    """The fused mixer, which calls the operators, has no limit."""
+    monkeypatch.setattr(dispatch, "MAX_D_STATE", n)
+    compare(two_way_inputs(1, 2, 3, n), scale=0.5)
 
 
 @each_order
@@ -128,6 +151,11 @@ def test_groups_of_channels_share_B_and_C():
 def test_saved_states_may_be_farther_apart(monkeypatch):
     monkeypatch.setattr(backend, "EVERY", 12)
     compare(two_way_inputs(1, 13, 2, 2))
+
+
+def test_offsets_within_an_image_may_exceed_32_bits(monkeypatch):
+    monkeypatch.setattr(backend, "FAR", 1)
+    compare(two_way_inputs(2, 3, 2, 1))
 
 
 @pytest.mark.parametrize("length", [1, 2, 5])
