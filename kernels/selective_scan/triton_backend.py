@@ -99,13 +99,11 @@ VARIANTS = {
     32: Variant(8, 4, 4),
     40: Variant(8, 2, 4),
     64: Variant(16, 4, 4),
-    128: Variant(16, 2, 4),
 }
-LARGER = Variant(16, 1, 4)  # of any size: above 256 states it spills registers
 
 
 def variant(n: int) -> Variant:
-    chosen = next((v for most, v in VARIANTS.items() if n <= most), LARGER)
+    chosen = next(v for most, v in VARIANTS.items() if n <= most)
     return chosen if EVERY % chosen.tokens == 0 else chosen._replace(tokens=4)
 
 

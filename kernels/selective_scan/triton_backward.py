@@ -105,11 +105,11 @@ def _from(m, lane, MASK: tl.constexpr):
 
 
 @triton.jit
-def _to_all(own, lane, G: tl.constexpr, X: tl.constexpr):
+def _to_all(local, lane, G: tl.constexpr, X: tl.constexpr):
     """A value of each channel, from its owner to the lanes that work on it."""
-    values = (own,)
+    values = (local,)
     for x in tl.static_range(1, X):
-        values = values + (_from(own, lane, x * (LANES // G)),)
+        values = values + (_from(local, lane, x * (LANES // G)),)
     return values
 
 

@@ -20,7 +20,7 @@ from scan_helpers import (
     two_way_inputs,
 )
 
-from vim_ssl.kernels.selective_scan import bi_selective_scan, dispatch, selective_scan
+from vim_ssl.kernels.selective_scan import bi_selective_scan, selective_scan
 from vim_ssl.kernels.selective_scan import triton_backend as backend
 
 ONE_WAY = {"delta_softplus": True, "return_last_state": True}
@@ -79,16 +79,9 @@ def test_two_way(shape):
 @pytest.mark.parametrize(("n", "length"), [(1, 9), (4, 3), (5, 2), (6, 2), (7, 2), (20, 2),
                                            (48, 1)])  # fmt: skip
 def test_every_variant_of_the_backward_pass(monkeypatch, n, length):
-    """The others are among SHAPES and below."""
+    """The others are among SHAPES."""
     monkeypatch.setattr(backend, "VARIANTS", VARIANTS)
     compare(two_way_inputs(1, length, 3, n), scale=0.5)
-
-
-@pytest.mark.parametrize("n", [65, 130])
-def test_states_beyond_those_of_the_public_function(monkeypatch, n):
-    """The fused mixer, which calls the operators, has no limit."""
-    monkeypatch.setattr(dispatch, "MAX_D_STATE", n)
-    compare(two_way_inputs(1, 2, 3, n), scale=0.5)
 
 
 @each_order
