@@ -47,7 +47,7 @@ class Config:
         "pretrained weights to evaluate and fine-tune; none: no weights", "plan",
     )  # fmt: skip
     encoders: tuple[str, ...] = opt(
-        (), "further encoders to pretrain and to train, such as another preset", "plan"
+        (), "further encoders to pretrain and to train: presets, timm:NAME", "plan"
     )
     teacher: str = opt("", "also distil from this teacher; see mim-pretrain", "plan")
     rates: tuple[float, ...] = opt(
@@ -56,6 +56,9 @@ class Config:
     margin: float = opt(1.0, "points that would not be worth a training", "plan")
     encoder: str = opt("", "preset of the encoder; default: that of mim-pretrain", "model")
     model_args: dict[str, Any] = opt({}, "additional arguments of the encoder", "model")
+    encoder_args: dict[str, Any] = opt(
+        {}, "additional arguments of the further encoders; timm's have the trial's patches", "model"
+    )
     pretrain_args: dict[str, Any] = opt({}, "further settings of mim-pretrain", "model")
     finetune_args: dict[str, Any] = opt({}, "further settings of finetune", "model")
     threads: int = opt(1, "CPU threads", "run")

@@ -25,6 +25,7 @@ from PIL import Image
 import vim_ssl
 from vim_ssl import VimEncoder, cli, save_encoder
 from vim_ssl.downstream.trial import Config
+from vim_ssl.tasks.trial import costs
 from vim_ssl.tasks.trial.trial import Recipes, run_trial
 
 SIZE = {"img_size": 8, "embed_dim": 8, "depth": 1}
@@ -247,12 +248,15 @@ def test_the_command_of_the_page_trains(tmp_path, monkeypatch):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(path)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(costs, "MANY", 2)
     (block,) = (block for block in blocks("docs/trial.md") if block.language == "sh")
     ((_, name, *argv),) = commands(block.code)
     argv += ["--objectives", "mae", "--weights", "none", "--rates", "1", "--seeds", "1"]
     argv += ["--encoder", "vim_nano_patch4_28", "--model-args"]
     argv += [f"{key}={value}" for key, value in SIZE.items()]
-    argv += ["--pretrain-args", "max_steps=2", "decoder_dim=8", "decoder_depth=1"]
+    argv += ["--encoders", "timm:vit_tiny_patch16_224"]
+    argv += ["--encoder-args", "embed_dim=24", "depth=1", "num_heads=3"]
+    argv += ["--pretrain-args", "max_steps=2", "batch_size=8", "decoder_dim=8", "decoder_depth=1"]
     argv += ["--finetune-args", "max_steps=2"]
     assert cli.main([name, *argv]) == 0
     done = vim_ssl.Run(argv[argv.index("--output") + 1])
@@ -265,3 +269,6 @@ def test_the_command_of_the_page_trains(tmp_path, monkeypatch):
     assert trained.state == "finished"
     assert trained.metrics["n"] == done.metrics["validation"]
     assert Path(trained.config["encoder"]).name == "mae-frozen-features-0"
+    vit = by_arm["timm:vit_tiny_patch16_224: mae, fine-tuned"]
+    assert vit["encoder"] == "timm:vit_tiny_patch16_224"
+    assert vit["seconds"] > 0

@@ -147,20 +147,37 @@ class Session:
         """``encoder`` and ``model_args`` of the trial: those that the recipe chose."""
         return self.stored["size"]
 
-    def fresh(self, seed: int) -> str:
-        """Folder of an untrained encoder, which is written on first use."""
-        folder = self.folder / "jobs" / f"fresh-{seed}"
+    def fresh(self, seed: int, encoder: str = "") -> str:
+        """Folder of an untrained encoder, which is written on first use.
+
+        Args:
+            encoder: another one than that of the trial.
+        """
+        folder = self.folder / "jobs" / f"fresh{'-' * bool(encoder)}{_slug(encoder)}-{seed}"
         if not (folder / "encoder.json").exists():
             torch.manual_seed(seed)
             args = {"num_classes": 0, "use_mask_token": False} | band_arguments(self.splits.train)
-            encoder = load_encoder(self.size["encoder"], **args | self.size["model_args"])
-            save_encoder(encoder.for_data(self.splits.train), folder)
+            size = self.settings_of(encoder) if encoder else self.size
+            made = load_encoder(size["encoder"], **args | size["model_args"])
+            save_encoder(made.for_data(self.splits.train), folder)
         return str(folder)
+
+    def settings_of(self, encoder: str) -> dict[str, Any]:
+        """``encoder`` and ``model_args`` of another encoder; those of timm get the images and
+        patches of the trial's."""
+        args = self.config.encoder_args
+        if encoder.startswith("timm:"):
+            like: Any = load_encoder(self.fresh(0), num_classes=0)
+            images = {key: value for key, value in like.data_config.items() if key != "input_size"}
+            same = {"img_size": like.img_size, "in_chans": like.in_chans, "data_config": images,
+                    "patch_size": like.patch_embed.patch_size}  # fmt: skip
+            args = same | args
+        return {"encoder": encoder, "model_args": args}
 
     def source(self, arm: Arm, seed: int) -> str:
         """The encoder that an arm starts from."""
         if arm.source == FRESH:
-            return arm.encoder or self.fresh(seed)
+            return self.fresh(seed, arm.encoder)
         if parent := parent_of(arm, self.arms):
             return self.best(Job(parent.name, seed))["run"]
         return arm.source
@@ -190,8 +207,10 @@ class Session:
         config = self.config
         settings = QUIET | {"threads": config.threads, "workers": config.workers}
         settings |= arm.settings | config.pretrain_args | more
-        if arm.encoder or config.encoder:
-            settings |= {"encoder": arm.encoder or config.encoder}
+        if arm.encoder:
+            settings |= self.settings_of(arm.encoder)
+        elif config.encoder:
+            settings |= {"encoder": config.encoder}
         if config.model_args and not arm.encoder:
             settings |= {"model_args": config.model_args}
         settings |= self._rate("pretrain", rate)
@@ -296,7 +315,8 @@ class Session:
         if arm.kind == "pretrain":
             return self.pretrain(arm, output, 0, 1.0, max_steps=steps)
         source = stage_source(arm, self.arms)
-        source = self.fresh(0) if source == FRESH else source
+        if source in (FRESH, arm.encoder):
+            source = self.fresh(0, arm.encoder)
         return self.finetune(arm, source, output, 0, 1.0, max_steps=steps)
 
     def _store(self, **content: Any) -> None:
@@ -367,7 +387,7 @@ class Session:
             "arm": job.arm, "seed": job.seed, "rate": job.rate, "seconds": 0.0, "epochs": 0.0,
             "images": 0, "run": "",
         }  # fmt: skip
-        output = str(self.folder / "jobs" / _slug(job))
+        output = str(self.folder / "jobs" / _folder(job))
         if not arm.is_trained:
             return row | self._choose(self.source(arm, job.seed), job.seed)
         stage = stage_of(arm, self.arms)
@@ -391,11 +411,11 @@ class Session:
 
     def _continued(self, job: Job, train: Callable[[], Run]) -> tuple[Run, float]:
         """Train; return the run and its seconds, with those before it was stopped."""
-        before, began = self.stored.get("stopped", {}).get(_slug(job), 0.0), self.now()
+        before, began = self.stored.get("stopped", {}).get(_folder(job), 0.0), self.now()
         try:
             return train(), before + self.now() - began
         except KeyboardInterrupt:
-            self._store(stopped={_slug(job): before + self.now() - began})
+            self._store(stopped={_folder(job): before + self.now() - began})
             raise
 
     def _spent_before(self, arm: Arm, job: Job) -> float:
@@ -450,9 +470,13 @@ def describe(job: Job) -> str:
     return f"{job.arm}, seed {job.seed}{rate}"
 
 
-def _slug(job: Job) -> str:
-    name = re.sub(r"\W+", "-", job.arm).strip("-")
-    return f"{name}-{job.seed}" + (f"-rate-{job.rate:g}" if job.rate != 1 else "")
+def _slug(name: str) -> str:
+    return re.sub(r"\W+", "-", name).strip("-")
+
+
+def _folder(job: Job) -> str:
+    """Name of the folder of a job."""
+    return f"{_slug(job.arm)}-{job.seed}" + (f"-rate-{job.rate:g}" if job.rate != 1 else "")
 
 
 @contextlib.contextmanager

@@ -98,10 +98,11 @@ def report(text: str) -> None:
 def describe_plan(plan: Plan, session: Session) -> list[str]:
     """Return what will be run, its estimated time, and what is left out."""
     per = "processor time" if session.device == "cpu" else "GPU time"
+    measured = rough_time(session.stored["measured"])
     lines = [
         f"Plan: {plural(len(plan.arms), 'arm')}, {plural(plan.seeds, 'seed')}, "
-        f"{rough_time(plan.seconds)} of {per} each; about {rough_time(plan.estimate)} in all "
-        f"(measured: {rough_time(session.stored['measured'])})."
+        f"{rough_time(plan.seconds)} of {per} each; about {rough_time(plan.estimate)} in all, "
+        f"after {measured} of measuring."
     ]
     for name, reason in session.stored["unfit"].items():
         lines.append(f"{name}: does not fit: {reason}")
