@@ -1,14 +1,19 @@
 """The pixel objectives on a vision transformer of timm, against its forward pass written out."""
 
+import json
+
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from timm.layers import build_sincos2d_pos_embed
 from timm_encoders import SWIN, VIT, WHOLE
 
 from vim_ssl import load_encoder
+from vim_ssl.checkpoints.identity import weights_hash
 from vim_ssl.objectives.base import get_objective
-from vim_ssl.objectives.distill import Distill
+from vim_ssl.objectives.distill import Distill, load_teacher
 from vim_ssl.objectives.mae import MAE
 from vim_ssl.objectives.simmim import SimMIM
 
@@ -152,6 +157,22 @@ def test_an_architecture_without_tokens_is_refused(objective, source, args):
         ValueError, match=rf"{kind.__name__} leaves out .*{source} is a .* Use a vis"
     ):
         kind(encoder)
+
+
+def test_a_teacher_of_timm_has_the_hash_of_timms_model(tmp_path):
+    """By which a run of an earlier version resumes."""
+    model = timm.create_model(VIT[0].removeprefix("timm:"), num_classes=5, **VIT[1])
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    weights = {"num_classes": 5, "input_size": [3, 32, 32], "fixed_input_size": True,
+               "classifier": "head", "first_conv": "patch_embed.proj"}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps({
+        "architecture": VIT[0].removeprefix("timm:"), "num_classes": 5, "model_args": VIT[1],
+        "pretrained_cfg": weights,
+    }))  # fmt: skip
+    before = timm.create_model(
+        f"local-dir:{tmp_path}", pretrained=True, num_classes=0, dynamic_img_size=True
+    )
+    assert weights_hash(load_teacher(f"timm:local-dir:{tmp_path}")) == weights_hash(before)
 
 
 def test_a_vision_transformer_reads_in_no_direction():
