@@ -313,7 +313,7 @@ class TimmEncoder(nn.Module):
 
     def embed(self, x: Tensor, *, ids_keep: Tensor | None = None) -> Tensor:
         """Embed images as patch tokens with positions added; see `VimEncoder.embed`."""
-        check_ids(ids_keep, len(x))
+        check_ids(ids_keep, x.shape[0])
         return select_tokens(self._embed(x)[1], ids_keep)
 
     def forward_tokens(
@@ -364,7 +364,7 @@ class TimmEncoder(nn.Module):
         """Encode the visible patches; positions are added before the others are left out. See
         `VimEncoder.forward_visible`."""
         self._check_tokens(directions)
-        check_ids(ids_keep, len(x))
+        check_ids(ids_keep, x.shape[0])
         prefix, patches = self._embed(x)
         return self._run(prefix, select_tokens(patches, ids_keep), indices)
 
