@@ -54,6 +54,9 @@ class Operator:
         return self.function(*args)
 
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
 def _is_plain_call(args: Sequence[Any]) -> bool:
     """True if only the results of a call are needed."""
     if (
@@ -65,8 +68,8 @@ def _is_plain_call(args: Sequence[Any]) -> bool:
     differentiating = torch.is_grad_enabled()
     for m in args:
         if isinstance(m, Tensor) and (
-            type(m) not in (Tensor, torch.nn.Parameter)
-            or m.device.type not in ("cpu", "cuda")
+            type(m) not in _PLAIN
+            or not (m.is_cpu or m.is_cuda)
             or m.is_neg()
             or (differentiating and m.requires_grad)
         ):

@@ -137,11 +137,13 @@ class VimMixer(nn.Module):
         x, z = xz.chunk(2, dim=-1)
         suffixes = DIRECTIONS[directions or self.directions]
         gate = None if self.layernorm else z
-        if len(suffixes) == 2 and not self.shared_conv and self._is_plain():
+        plain = None
+        if len(suffixes) == 2 and not self.shared_conv:
+            plain = self._plain_directions()
+        if plain is not None:
             y = bi_mixer(
-                xz, self._direction(""), self._direction("_b"),
-                gated=gate is not None, scale=self._scale, backend=self.scan_backend,
-            )  # fmt: skip
+                xz, *plain, gated=gate is not None, scale=self._scale, backend=self.scan_backend
+            )
         else:
             shared = self._scan_inputs(x, "") if self.shared_conv else None
             scans = (
@@ -185,21 +187,23 @@ class VimMixer(nn.Module):
         """Factor of the sum of both directions."""
         return 0.5 if self.divide_out or self.layernorm is not None else 1.0
 
-    def _direction(self, suffix: str) -> Direction:
-        conv, dt_proj = getattr(self, f"conv1d{suffix}"), getattr(self, f"dt_proj{suffix}")
-        return Direction(
-            conv.weight, conv.bias, getattr(self, f"x_proj{suffix}").weight, dt_proj.weight,
-            dt_proj.bias, self.A_b_log if suffix else self.A_log, getattr(self, f"D{suffix}"),
-        )  # fmt: skip
-
-    def _is_plain(self) -> bool:
-        """True if both directions can be computed from their weights, in one operator; False if a
-        module was replaced, wrapped or hooked, as by LoRA or quantisation: then it is called."""
-        return all(
-            is_plain(getattr(self, f"{name}{suffix}"))
-            for name in ("conv1d", "x_proj", "dt_proj")
-            for suffix in DIRECTIONS["both"]
-        )
+    def _plain_directions(self) -> tuple[Direction, Direction] | None:
+        """Return the parameters of both directions if they can be computed from these, in one
+        operator; None if a module was replaced, wrapped or hooked, as by LoRA or quantisation:
+        then it is called."""
+        modules: Any = self._modules
+        directions = []
+        for suffix in DIRECTIONS["both"]:
+            conv, x_proj, dt_proj = (
+                modules[f"{name}{suffix}"] for name in ("conv1d", "x_proj", "dt_proj")
+            )
+            if not (is_plain(conv) and is_plain(x_proj) and is_plain(dt_proj)):
+                return None
+            a_log, d = self.A_b_log if suffix else self.A_log, getattr(self, f"D{suffix}")
+            directions.append(Direction(
+                conv.weight, conv.bias, x_proj.weight, dt_proj.weight, dt_proj.bias, a_log, d
+            ))  # fmt: skip
+        return directions[0], directions[1]
 
     def _scan_inputs(self, x: Tensor, suffix: str, skip: int = 0) -> tuple[Tensor | None, ...]:
         """Return what a direction scans, channels first: u, delta, B, C, D and the bias of delta.
@@ -235,21 +239,21 @@ _APPLY_WEIGHT = (
 )  # fmt: skip
 
 
-def is_plain(module: nn.Module) -> bool:
+def is_plain(module: Any) -> bool:
     """True if calling a module only applies its weight and bias, however these are computed."""
-    hooks = (
-        module._forward_hooks, module._forward_pre_hooks, module._backward_hooks,
-        module._backward_pre_hooks,
-    )  # fmt: skip
-    known = type(module).forward in _APPLY_WEIGHT
+    if (
+        type(module).forward not in _APPLY_WEIGHT
+        or "forward" in module.__dict__
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or nn.modules.module._has_any_global_hook()
+    ):
+        return False
+    weight = module.weight
     # A tensor of torchao may support no operation but its layer's.
-    plain = known and not hasattr(module.weight, "__tensor_flatten__")
-    return (
-        plain
-        and "forward" not in vars(module)
-        and not any(hooks)
-        and not nn.modules.module._has_any_global_hook()
-    )
+    return type(weight) is nn.Parameter or not hasattr(weight, "__tensor_flatten__")
 
 
 def rotate(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
