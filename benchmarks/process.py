@@ -1,4 +1,4 @@
-"""Run a measurement in a fresh process, launch a recipe, and read the memory of a process."""
+"""Run a measurement in a fresh process, launch a recipe, and count what autograd saves."""
 
 import multiprocessing
 import os
@@ -9,6 +9,11 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import TypeVar
+
+from vim_ssl.utils.memory import peak_mib as peak_mib  # for the scripts
+from vim_ssl.utils.memory import proc_mib as proc_mib
+from vim_ssl.utils.memory import reset_peak as reset_peak
+from vim_ssl.utils.memory import rusage_peak_mib as rusage_peak_mib
 
 Result = TypeVar("Result")
 RECIPE = Path(__file__).parents[1] / "recipes" / "mim_pretrain.py"
@@ -54,48 +59,6 @@ def launcher(processes: int) -> list[str]:
         "--dynamo_backend", "no", "--main_process_port", "0",
         *(["--multi_gpu"] if processes > 1 else []), str(RECIPE),
     ]  # fmt: skip
-
-
-def reset_peak(device: str = "cpu") -> bool:
-    """Restart the peak at the current memory use; True if the system can do so."""
-    if device == "cuda":
-        import torch
-
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        return True
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-def peak_mib(device: str = "cpu") -> float:
-    """Return the peak memory since `reset_peak`, or since the start if it cannot be reset.
-
-    On a CPU this is the resident set of the process, on a GPU torch's allocations.
-    """
-    if device == "cuda":
-        import torch
-
-        return torch.cuda.max_memory_allocated() / 2**20
-    return proc_mib("self/status", "VmHWM") or rusage_peak_mib()
-
-
-def rusage_peak_mib(children: bool = False) -> float:
-    """Peak resident set of this process, or of the largest child that has ended."""
-    import resource  # not on Windows
-
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN if children else resource.RUSAGE_SELF)
-    return usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, else KiB
-
-
-def proc_mib(file: str, key: str) -> float:
-    """Return a value of a file in /proc in MiB; 0 if the system has no such file."""
-    path = Path("/proc") / file
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((int(line.split()[1]) / 2**10 for line in lines if line.startswith(key)), 0.0)
 
 
 def saved_bytes(forward: Callable[[], object], parameters: Iterable) -> int:

@@ -4,6 +4,7 @@ import io
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 __version__ = "0.1.0"
@@ -57,3 +58,11 @@ def commit() -> str:
     except OSError:
         return "unknown"
     return done.stdout.strip() or "unknown"
+
+
+ORIGIN = ("date", "commit", "hardware", "versions")  # the columns that `origin` fills
+
+
+def origin() -> dict[str, str]:
+    """Return date, commit, hardware and versions, for the rows of a measurement."""
+    return {"date": time.strftime("%Y-%m-%d"), "commit": commit(), **environment()}

@@ -240,6 +240,14 @@ def read_json(file: Path) -> Any:
         raise ValueError(f"{file} is not valid JSON: {error}.") from error
 
 
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a CSV file as text; an empty list if there is no such file."""
+    if not path.exists():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
 def append_rows(path: Path, columns: Sequence[str], rows: Iterable[dict]) -> None:
     """Append rows to a CSV file, flushing each, so that an interrupted benchmark keeps its rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
