@@ -251,10 +251,12 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 def append_rows(path: Path, columns: Sequence[str], rows: Iterable[dict]) -> None:
     """Append rows to a CSV file, flushing each, so that an interrupted benchmark keeps its rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
+    content = path.read_bytes() if path.exists() else b""
     with open(path, "a", newline="", encoding="utf-8", errors="backslashreplace") as file:
+        if content and not content.endswith(b"\n"):  # a row that a kill has cut
+            file.write("\r\n")
         writer = csv.DictWriter(file, columns)
-        if new:
+        if not content:
             writer.writeheader()
         for row in rows:
             writer.writerow(row)
