@@ -69,6 +69,7 @@ def run(config: Config) -> dict[str, Any]:
     """Measure, then print the table. Returns: key -> state."""
     rows, settings = open_rows(config), make_settings(config)
     if config.run:
+        settings.log.parent.mkdir(parents=True, exist_ok=True)
         jobs = open_jobs(chosen_claims(config.run), rows, settings)
         run_jobs(jobs, rows, settings)
     for claim in chosen_claims(config.full):
@@ -91,9 +92,10 @@ def open_rows(config: Config) -> Rows:
 
 
 def make_settings(config: Config) -> Settings:
+    log = Path(config.output).with_suffix(".log")
     return Settings(
         config.data, config.seeds, config.seconds, config.pixels, cli.main,
-        lambda text: print(text, flush=True),
+        lambda text: print(text, flush=True), log,
     )  # fmt: skip
 
 

@@ -210,6 +210,7 @@ _CLAIMS = (
     _efficiency(
         "memory-dense", "With a dense head, Vim-Ti needs less memory than DeiT-Ti at 1248 px.",
         "less", RECALLED, "dense", MEMORY, 0.0,
+        "The maps of the head take most of the memory, and are the same for both.",
     ),
     _efficiency(
         "memory-step", "A training step of Vim-Ti at 1248 px needs less memory than DeiT-Ti's.",

@@ -1,7 +1,9 @@
 """What a measurement of a claim is: jobs that write rows, and findings that read them."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from vim_ssl.tasks.paper.findings import Finding
@@ -19,6 +21,7 @@ class Settings:
         pixels: side of the images whose time and memory are measured.
         command: runs ``vim-ssl`` with these arguments in this process; returns its exit code.
         report: prints a line of progress.
+        log: file for what the trainings print.
     """
 
     data: tuple[str, ...]
@@ -27,6 +30,7 @@ class Settings:
     pixels: tuple[int, ...]
     command: Callable[[Sequence[str]], int]
     report: Callable[[str], None] = print
+    log: Path = Path(os.devnull)
 
     @property
     def budget(self) -> str:

@@ -5,6 +5,7 @@ machine does not affect. The time of a step is measured first, for all arms in t
 that fit follow from it, so that every training has a whole schedule of its learning rate.
 """
 
+import contextlib
 import csv
 import shlex
 import tempfile
@@ -85,12 +86,20 @@ def arguments(data: str, arm: str) -> list[str]:
 def train(settings: Settings, words: Sequence[str], folder: Path) -> float:
     """Run a training into ``folder``; return its seconds, with the evaluation of the test images.
 
-    Raises: RuntimeError if the command fails.
+    What it prints goes to the log. Raises: RuntimeError if the command fails.
     """
-    began = clock("cpu")
     words = [*words, *SHARED, "--output", str(folder)]
-    if code := settings.command(words):
-        raise RuntimeError(f"vim-ssl {shlex.join(words)} ended with code {code}.")
+    began = clock("cpu")
+    with (
+        open(settings.log, "a", encoding="utf-8") as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+    ):
+        code = settings.command(words)
+    if code:
+        raise RuntimeError(
+            f"vim-ssl {shlex.join(words)} ended with code {code}; see {settings.log}."
+        )
     return clock("cpu") - began
 
 
