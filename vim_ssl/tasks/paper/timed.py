@@ -120,8 +120,8 @@ class Efficiency:
             if (row["task"], row["state"]) == (self.task, DONE) and row["model"] in (VIM, DEIT):
                 where = ", ".join(row[k] for k in ("hardware", "threads", "batch", "dtype"))
                 yield (row["device"], where, int(row["pixels"])), row["attention"], row
-        for measured in rows.select(measure="efficiency", metric=self.metric):
-            task, _, pixels = measured["data"].partition(", ")
+        for here in rows.select(measure="efficiency", metric=self.metric):
+            task, _, pixels = here["data"].partition(", ")
             if task == self.task:
-                where = f"{measured['hardware']}, {measured['settings']}"
-                yield (CPU, where, int(pixels.split()[0])), measured["arm"].partition(", ")[2], measured
+                where = f"{here['hardware']}, {here['settings']}"
+                yield (CPU, where, int(pixels.split()[0])), here["arm"].partition(", ")[2], here
