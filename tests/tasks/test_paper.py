@@ -285,6 +285,10 @@ def fake_training(log: list, at: dict[int, BaseException] | None = None):
         if error := (at or {}).get(len(log)):
             raise error
         folder = Path(words[words.index("--output") + 1])
+        if "--max-steps" in words:  # the cost of a step is the time between two
+            optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+            for _ in range(int(words[words.index("--max-steps") + 1])):
+                optimizer.step()
         (folder / "predictions.csv").write_text("label,predicted\na,a\na,b\n")
         state = {"plan": {"epoch_steps": 10}}
         (folder / "state.json").write_text(json.dumps(state))

@@ -1,9 +1,11 @@
 """The parts of a trial: costs, plans that fit into the time, differences, and the verdict."""
 
 import itertools
+import time
 
 import numpy as np
 import pytest
+import torch
 
 from vim_ssl.metrics.classification import proportion
 from vim_ssl.tasks.trial.arms import make_arms, stage_of
@@ -35,13 +37,31 @@ def test_trainings_are_timed_in_turns_after_one_that_compiles():
     assert calls == ["a", "b"] * 3
 
 
-def test_a_step_costs_the_difference_of_two_lengths():
-    """Opening and saving do not count as steps."""
-    calls = ["a", "b"]  # compiled
-    costs = measure({"a": training(calls, "a", 0.25), "b": training(calls, "b", 0.5)}, 600.0)
+def test_a_step_costs_the_time_between_two_updates():
+    """Opening, saving and slow first steps do not count as steps."""
+    now = 0.0
+
+    def training(step: float):
+        def train(steps: int) -> float:
+            nonlocal now
+            began, now = now, now + 2.0
+            optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+            for i in range(steps):
+                now += step + 5 * (i == 0)
+                optimizer.step()
+            return now - began
+
+        return train
+
+    costs = measure({"a": training(0.25), "b": training(0.5)}, lambda: now)
     assert costs["a"].step == pytest.approx(0.25)
     assert costs["b"].step == pytest.approx(0.5)
-    assert costs["a"].fixed == pytest.approx(2.0)
+    assert costs["a"].fixed == pytest.approx(7.0)
+
+
+def test_a_training_without_an_optimizer_of_torch_has_no_cost():
+    with pytest.raises(RuntimeError, match="no step"):
+        measure({"a": float}, time.process_time)
 
 
 def plan(budget: float, seeds: int = 3):

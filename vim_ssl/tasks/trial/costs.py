@@ -2,13 +2,17 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 TURNS = 2
-FEW, MANY = 2, 20  # steps of the two runs whose difference is the cost of a step
+STEPS = 12  # optimiser steps of a run that is measured
+FIRST = 3  # updates at its start that do not count: memory is taken, files are read
 
 
 @dataclass(frozen=True)
@@ -51,18 +55,41 @@ def in_turns(
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def measure(trainings: Mapping[str, Callable[[int], float]], budget: float) -> dict[str, Cost]:
-    """Measure the `Cost` of each training from runs of two lengths. Everything is compiled.
+def measure(
+    trainings: Mapping[str, Callable[[int], float]], now: Callable[[], float], turns: int = TURNS
+) -> dict[str, Cost]:
+    """Measure the `Cost` of each training, in turns: the median time between two updates of the
+    optimiser, which opening, compiling and testing do not affect.
 
     Args:
-        budget: seconds of the trial; the longer runs take about 3 % of it, up to `MANY` steps each.
+        trainings: name -> function from the number of steps to its seconds, at least two.
+        now: the clock.
+    Raises: RuntimeError for a training whose optimiser does not belong to torch.
     """
-    short = in_turns(trainings, TURNS, FEW)
-    slowest = sum(short.values()) / FEW  # of one step of each, from above
-    more = min(max(round(0.03 * budget / max(slowest, 1e-9) / TURNS), FEW), MANY)
-    long = in_turns(trainings, TURNS, FEW + more)
+    gaps: dict[str, list[float]] = {name: [] for name in trainings}
+    totals: dict[str, list[float]] = {name: [] for name in trainings}
+    for _ in range(turns):
+        for name, train in trainings.items():
+            with moments_of_updates(now) as moments:
+                totals[name].append(train(STEPS))
+            last = moments[-STEPS:]
+            last = last[FIRST - 1 :] if len(last) > FIRST else last
+            gaps[name] += [after - before for before, after in pairwise(last)]
+            if not gaps[name]:
+                raise RuntimeError(f"{name}: no step of an optimiser was seen.")
     costs = {}
     for name in trainings:
-        step = max((long[name] - short[name]) / more, 1e-6)
-        costs[name] = Cost(step, max(short[name] - FEW * step, 0.0))
+        step = max(statistics.median(gaps[name]), 1e-6)
+        costs[name] = Cost(step, max(min(totals[name]) - STEPS * step, 0.0))
     return costs
+
+
+@contextmanager
+def moments_of_updates(now: Callable[[], float]) -> Iterator[list[float]]:
+    """Collect the times at which optimisers of torch have updated their parameters."""
+    moments: list[float] = []
+    handle = register_optimizer_step_post_hook(lambda *_: moments.append(now()))
+    try:
+        yield moments
+    finally:
+        handle.remove()

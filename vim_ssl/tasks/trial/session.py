@@ -44,7 +44,7 @@ from vim_ssl.tasks.trial.arms import (
     stage_source,
     without,
 )
-from vim_ssl.tasks.trial.costs import FEW, Cost, clock, measure
+from vim_ssl.tasks.trial.costs import Cost, clock, measure
 from vim_ssl.tasks.trial.plan import Job, Plan, make_plan
 from vim_ssl.tasks.trial.readings import Reading, Readouts, choose_reading, read
 from vim_ssl.utils.files import append_rows, atomic_write, read_object
@@ -251,7 +251,7 @@ class Session:
             began = self.now()
             budget = self.budget
             report("Measuring the time of a step of every arm, in turns …")
-            costs = self._measure(budget)
+            costs = self._measure()
             # The pixels first: what is imported and compiled on first use is not counted.
             rows = [(job, *self._seconds(partial(self.run, job, 0.0)))
                     for job in (Job(PIXELS), Job(f"{FRESH}, {FROZEN}"))]  # fmt: skip
@@ -275,7 +275,7 @@ class Session:
         threads = max(self.config.threads, 1) if self.device == "cpu" else 1
         return 60 * self.config.minutes * threads
 
-    def _measure(self, budget: float) -> dict[str, Cost]:
+    def _measure(self) -> dict[str, Cost]:
         """Measure a step of every stage; store what the recipes chose for these data."""
         stages = {stage_of(arm, self.arms): arm for arm in reversed(self.arms) if arm.is_trained}
         stages = dict(reversed(stages.items()))
@@ -298,7 +298,7 @@ class Session:
         for name, arm in ordered:  # this also compiles
             train = partial(training, name, arm)
             try:
-                train(FEW)
+                train(2)
             except (ValueError, TypeError) as error:
                 if arm.kind != "pretrain" or arm is ordered[0][1]:
                     raise
@@ -306,7 +306,7 @@ class Session:
             else:
                 trainings[name] = train
         self.arms = without(self.arms, unfit)
-        costs = measure(trainings, budget)
+        costs = measure(trainings, self.now)
         self._store(base_lr=rates, epochs=epochs, unfit=unfit)
         return costs
 
