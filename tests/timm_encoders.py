@@ -13,6 +13,9 @@ DISTILLED = ("timm:deit_tiny_distilled_patch16_224", SIZE)
 REGISTERS = ("timm:vit_tiny_patch16_224", SIZE | {"reg_tokens": 2, "no_embed_class": True})
 AVERAGED = ("timm:vit_tiny_patch16_224", SIZE | {"global_pool": "avg"})
 POOLED = ("timm:vit_base_patch16_siglip_224", SIZE)  # attention pooling, no class token
+CONVNEXT = ("timm:convnext_atto", {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)})
+EVA = ("timm:eva02_tiny_patch14_224", SIZE)  # by default the mean, with the norm after it
+BEIT = ("timm:beit_base_patch16_224", SIZE)
 
 TOKENS = {"vit": VIT, "deit": DISTILLED, "registers": REGISTERS, "avg": AVERAGED, "map": POOLED}
 WHOLE = {"cnn": CNN, "swin": SWIN}

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from timm.layers import build_sincos2d_pos_embed
-from timm_encoders import SWIN, VIT, WHOLE
+from timm_encoders import SWIN, TOKENS, VIT, WHOLE
 
 from vim_ssl import load_encoder
 from vim_ssl.checkpoints.identity import weights_hash
@@ -178,3 +178,17 @@ def test_a_teacher_of_timm_has_the_hash_of_timms_model(tmp_path):
 def test_a_vision_transformer_reads_in_no_direction():
     with pytest.raises(ValueError, match="ar predicts later patches"):
         get_objective("ar")(load_encoder(VIT[0], **VIT[1]))
+
+
+@pytest.mark.parametrize("make", [MAE, SimMIM])
+@pytest.mark.parametrize(("source", "args"), TOKENS.values(), ids=TOKENS)
+def test_every_trained_parameter_has_a_gradient(source, args, make):
+    """Several processes would wait for it; what only the features read is frozen."""
+    encoder = load_encoder(source, use_mask_token=make is SimMIM, **args)
+    objective = make(encoder, **({"decoder_dim": 16} if make is MAE else {}))
+    mask = torch.arange(16).expand(2, -1) < 8
+    objective({"image": torch.randn(2, 3, 32, 32), "mask": mask}).loss_sum.backward()
+    named = list(objective.named_parameters())
+    assert not [name for name, p in named if p.requires_grad == (p.grad is None)]
+    frozen = {name.split(".")[2] for name, p in named if not p.requires_grad}
+    assert frozen <= {"fc_norm", "attn_pool"}

@@ -21,7 +21,14 @@ from torch.utils.checkpoint import checkpoint
 
 from vim_ssl.data.config import adapt_data, complete_data_config, timm_cfg
 from vim_ssl.models.encoder import check_ids, check_tensor, resolve_indices
-from vim_ssl.models.timm_build import create, has_fixed_size, registered
+from vim_ssl.models.timm_build import (
+    after_reset,
+    checked_pool,
+    create,
+    freeze_unread,
+    has_fixed_size,
+    registered,
+)
 from vim_ssl.models.tokens import select_tokens
 
 _INNER = "model."  # in the names of parameters, not in those of the state dict
@@ -79,7 +86,7 @@ class TimmEncoder(nn.Module):
         super().__init__()
         self._args = dict(model_args)
         self._name, self.drop_path_rate = timm, drop_path_rate
-        self._pool = _checked_pool(global_pool)
+        self._pool = checked_pool(global_pool, num_classes)
         size = (img_size, img_size) if isinstance(img_size, int) else img_size
         cfg = pretrained_cfg or registered(timm)
         args = {
@@ -266,8 +273,8 @@ class TimmEncoder(nn.Module):
         return maps if intermediates_only else (final, maps)
 
     def prune_intermediate_layers(self, indices: int | Sequence[int] = 1) -> list[int]:
-        """Drop the head, and the blocks of a vision transformer after the last index; return the
-        resolved indices."""
+        """Drop the head, and the blocks of a vision transformer after the last index; freeze the
+        rest that no map reads; return the resolved indices."""
         kept = resolve_indices(indices, len(self.feature_info))
         model: Any = self.model
         self.reset_classifier(0)
@@ -282,7 +289,20 @@ class TimmEncoder(nn.Module):
                 model.blocks = model.blocks[: max(kept) + 1]
                 self.feature_info = self.feature_info[: max(kept) + 1]
                 self._args["depth"] = len(model.blocks)
+        taps: dict[str, Any] = {"norm": True, "intermediates_only": True}
+        freeze_unread(self, lambda copied, x: copied.forward_intermediates(x, kept, **taps))
         return kept
+
+    def freeze_pooling(self) -> None:
+        """Freeze what only the pooled features read, and no token: a norm or attention after the
+        last one. Pretraining by tokens would not train it."""
+
+        def tokens(copied: TimmEncoder, x: Tensor) -> list[Tensor]:
+            patches = copied.embed(x)
+            mask = torch.zeros(patches.shape[:2], dtype=torch.bool)
+            return [copied.forward_tokens(patches, mask=mask)]
+
+        freeze_unread(self, tokens)
 
     def get_classifier(self) -> nn.Module:
         head = cast(Any, self.model).get_classifier()
@@ -294,18 +314,16 @@ class TimmEncoder(nn.Module):
         Raises: ValueError for a pooling that the model does not have.
         """
         model: Any = self.model
-        pool = _checked_pool(global_pool)
+        checked_pool(self._pool if global_pool is None else global_pool, num_classes)
         try:
-            model.reset_classifier(num_classes, *([] if pool is None else [pool]))
+            model.reset_classifier(num_classes, *([] if global_pool is None else [global_pool]))
         except (AssertionError, TypeError, ValueError, KeyError) as error:
             raise ValueError(
-                f"timm:{self._name} does not accept global_pool {pool!r} ({error})."
+                f"timm:{self._name} does not accept global_pool {global_pool!r} ({error})."
             ) from error
         self.classes = None
-        if pool is not None:
-            self._pool = pool
-            if isinstance(model, VisionTransformer):  # the position of the norm depends on the pool
-                self._args["fc_norm"] = not isinstance(model.fc_norm, nn.Identity)
+        self._pool = self._pool if global_pool is None else global_pool
+        self._args |= after_reset(model, global_pool is not None)
         weight = next(self.parameters())
         self.get_classifier().to(weight.device, weight.dtype)
 
@@ -474,9 +492,3 @@ class TimmEncoder(nn.Module):
 
 def _has(model: nn.Module, name: str) -> bool:
     return isinstance(getattr(model, name, None), Tensor)
-
-
-def _checked_pool(global_pool: str | None) -> str | None:
-    if global_pool is not None and "+" in global_pool:
-        raise ValueError(f"timm has no global_pool {global_pool!r}; use token, avg or max.")
-    return global_pool

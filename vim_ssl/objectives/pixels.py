@@ -30,6 +30,8 @@ class PixelObjective(PretrainObjective):
                 "pixel may be visible in another patch; pretrain with stride = patch_size."
             )
         refuse_head(encoder)
+        if freeze := getattr(encoder, "freeze_pooling", None):
+            freeze()
         self.encoder = encoder
         self.norm_pix_loss = norm_pix_loss
         self.tubelet = getattr(encoder, "tubelet", 1)
