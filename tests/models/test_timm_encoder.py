@@ -9,10 +9,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.data import create_transform as timm_transform
 from timm.data import resolve_model_data_config
-from timm_encoders import AVERAGED, CNN, EVERY, SWIN, TOKENS, VIT, WHOLE
+from timm_encoders import AVERAGED, BEIT, CNN, EVA, EVERY, SWIN, TOKENS, VIT, WHOLE
 
 from vim_ssl import create_transform, load_encoder, save_encoder
 from vim_ssl.checkpoints.identity import encoder_hash
+from vim_ssl.checkpoints.loading import made_by
+from vim_ssl.checkpoints.verify import verify
+from vim_ssl.evaluation.seen import trainings_of
 from vim_ssl.models.protocol import Encoder
 from vim_ssl.models.timm_encoder import TimmEncoder
 
@@ -112,6 +115,63 @@ def test_the_pool_changes_what_the_head_reads_and_nothing_else(tmp_path):
         load_encoder(tmp_path, global_pool="map")
 
 
+@pytest.mark.parametrize("pool", ["avg", "token"])
+@pytest.mark.parametrize("stored", ["avg", "token"])
+@pytest.mark.parametrize(("source", "args"), [VIT, EVA, BEIT], ids=["vit", "eva", "beit"])
+def test_the_norm_stays_where_the_weights_have_it(tmp_path, source, args, stored, pool):
+    """In a new model of timm the pool decides whether the last norm is before or after it."""
+    name, file = source.removeprefix("timm:"), tmp_path / "weights.safetensors"
+    model = timm.create_model(name, num_classes=3, global_pool=stored, **args).eval()
+    save_file(model.state_dict(), file)
+    images = torch.randn(2, 3, 32, 32)
+    same = load_encoder(f"{source}?file={file}", num_classes=None, **args)
+    assert torch.equal(same(images), model(images))
+    model.reset_classifier(3, pool)
+    model.head.load_state_dict(same.get_classifier().state_dict())
+    changed = load_encoder(f"{source}?file={file}", num_classes=None, global_pool=pool, **args)
+    assert torch.equal(changed(images), model(images))
+    run = save_encoder(changed, tmp_path / "run").parent
+    assert torch.equal(load_encoder(run, num_classes=None)(images), model(images))
+    assert load_encoder(run, in_chans=1).global_pool == pool
+
+
+def test_a_second_classifier_that_timm_drops_is_not_expected_again(tmp_path):
+    encoder = load_encoder("timm:repvit_m0_9", num_classes=2, embed_dim=(8,) * 4, depth=(1,) * 4)
+    encoder.reset_classifier(3)
+    images = torch.randn(1, 3, 32, 32)
+    again = load_encoder(save_encoder(encoder.eval(), tmp_path).parent, num_classes=None)
+    assert torch.equal(again(images), encoder(images))
+
+
+def test_a_head_needs_a_pool():
+    unpooled = load_encoder(VIT[0], global_pool="", **VIT[1])
+    match = "which a head of 3 classes cannot read; use token, avg or max"
+    with pytest.raises(ValueError, match=match):
+        load_encoder(VIT[0], num_classes=3, global_pool="", **VIT[1])
+    with pytest.raises(ValueError, match=match):
+        unpooled.reset_classifier(3)
+
+
+@pytest.mark.parametrize("by", ["run", "file"])
+@pytest.mark.parametrize("bands", [("B", "G", "R"), ("red", "nir"), ("R", "G", "B", "nir")])
+@pytest.mark.parametrize(("source", "args"), [VIT, CNN], ids=["vit", "cnn"])
+def test_bands_take_the_weights_of_their_name(tmp_path, source, args, bands, by):
+    encoder = load_encoder(source, **args)
+    file = save_encoder(encoder, tmp_path)
+    chosen = tmp_path if by == "run" else f"{source}?file={file}"
+    more = {} if by == "run" else args
+    other = load_encoder(chosen, in_chans=len(bands), data_config={"bands": bands}, **more)
+    layer = encoder.model.pretrained_cfg["first_conv"]
+    before, after = (e.model.get_submodule(layer).weight for e in (encoder, other))
+    for i, band in enumerate(bands):
+        known = "RGB".find(band[0].upper())
+        kernel = before.mean(1) if known < 0 else before[:, known]
+        torch.testing.assert_close(after[:, i], kernel * (3 / len(bands)), rtol=1e-6, atol=1e-8)
+    renamed = load_encoder(chosen, data_config={"bands": ("red", "green", "blue")}, **more)
+    images = inputs(encoder)
+    assert torch.equal(renamed(images), encoder(images))
+
+
 @with_tokens
 def test_token_methods_agree_with_timms_forward(source, args):
     encoder = load_encoder(source, **args)
@@ -185,17 +245,21 @@ def test_the_description_names_the_model_of_timm(tmp_path):
     assert (config["timm"], config["embed_dim"]) == ("swin_tiny_patch4_window7_224", 8)
 
 
-def test_a_local_folder_of_timm_is_read(tmp_path):
-    """As ``timm.models.save_for_hf`` writes it: config.json and model.safetensors."""
-    source, args = AVERAGED
+def write_folder(folder, source, args):
+    """As ``timm.models.save_for_hf``: config.json and model.safetensors."""
     model = timm.create_model(source.removeprefix("timm:"), num_classes=4, **args).eval()
-    save_file(model.state_dict(), tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps({
+    save_file(model.state_dict(), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({
         "architecture": source.removeprefix("timm:"), "num_classes": 4, "model_args": args,
         "pretrained_cfg": {"input_size": [3, 32, 32], "mean": [0.1, 0.2, 0.3], "num_classes": 4,
                            "fixed_input_size": True, "classifier": "head",
                            "first_conv": "patch_embed.proj"},
     }))  # fmt: skip
+    return model
+
+
+def test_a_local_folder_of_timm_is_read(tmp_path):
+    model = write_folder(tmp_path, *AVERAGED)
     encoder = load_encoder(f"timm:local-dir:{tmp_path}?pretrained", num_classes=None)
     images = inputs(encoder)
     assert torch.equal(encoder(images), model(images))
@@ -204,6 +268,77 @@ def test_a_local_folder_of_timm_is_read(tmp_path):
     (tmp_path / "config.json").unlink()  # the run does not need the folder
     assert torch.equal(load_encoder(run, num_classes=None)(images), model(images))
     assert load_encoder(run).data_config["mean"] == (0.1, 0.2, 0.3)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("checkpoint_path", "x.pth"), ("pretrained", True), ("pretrained_cfg", {"file": "x.pth"}),
+     ("pretrained_cfg_overlay", {"file": "x.pth"}), ("cache_dir", "x")],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["run", "folder"])
+def test_settings_do_not_name_other_weights(tmp_path, key, value, kind):
+    source, args = VIT
+    if kind == "run":
+        file = save_encoder(load_encoder(source, **args), tmp_path).with_name("encoder.json")
+        settings = json.loads(file.read_text())
+        settings["config"][key] = value
+        file.write_text(json.dumps(settings))
+        source = str(tmp_path)
+    else:
+        write_folder(tmp_path, source, args)
+        file = tmp_path / "config.json"
+        settings = json.loads(file.read_text())
+        settings["model_args"][key] = value
+        file.write_text(json.dumps(settings))
+        source = f"timm:local-dir:{tmp_path}"
+    for read in (load_encoder, create_transform):
+        with pytest.raises(ValueError, match=f"has the setting '{key}', by which timm would read"):
+            read(source)
+    assert "has the setting" in verify(source).problems[0]
+
+
+@pytest.mark.parametrize("name", ["a?b", "a b&c=d", "a?file"])
+def test_a_path_may_have_any_characters(tmp_path, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    model, images = write_folder(folder, *VIT), torch.randn(2, 3, 32, 32)
+    file = folder / "model.safetensors"
+    sources = {f"{VIT[0]}?file={file}": VIT[1], f"timm:local-dir:{folder}?pretrained": {}}
+    for source, args in sources.items():
+        assert torch.equal(load_encoder(source, num_classes=None, **args)(images), model(images))
+
+
+def test_the_hash_of_a_folder_is_of_its_weights(tmp_path):
+    source = f"timm:local-dir:{tmp_path}?pretrained"
+    assert encoder_hash(source) == ""  # there is none yet
+    write_folder(tmp_path, *VIT)
+    first = encoder_hash(source)
+    assert first == encoder_hash(f"{VIT[0]}?file={tmp_path / 'model.safetensors'}") != ""
+    write_folder(tmp_path, *VIT)  # other random weights
+    assert encoder_hash(source) not in ("", first)
+
+
+def test_the_file_of_a_run_keeps_the_record_of_its_trainings(tmp_path):
+    encoder = load_encoder(VIT[0], **VIT[1])
+    encoder.trainings = [{"recipe": "finetune", "data": "folder:photos", "labels": True}]
+    source = f"{VIT[0]}?file={save_encoder(encoder, tmp_path)}"
+    assert load_encoder(source, **VIT[1]).trainings == encoder.trainings
+    assert made_by(source)["trainings"] == encoder.trainings
+    assert [training.data for training in trainings_of(source)] == ["folder:photos"]
+    assert trainings_of(VIT[0]) == []
+
+
+def test_verify_describes_models_of_timm(tmp_path):
+    name = "timm:test_resnet"
+    fresh = verify(name)
+    assert fresh.loads
+    assert "the weights are fresh" in str(fresh)
+    file = save_encoder(load_encoder(name, num_classes=3), tmp_path)
+    report = verify(f"{name}?file={file}")
+    assert (report.loads, report.facts["classes"]) == (True, "3")
+    assert "(1, 3) from (1, 3, 160, 160), finite" in str(report)
+    assert not verify("timm:nope").loads
+    assert "timm has no model 'nope'" in str(verify("timm:nope"))
 
 
 @pytest.mark.parametrize(

@@ -52,8 +52,8 @@ def encoder_hash(source: str | os.PathLike, ema: bool | None = None) -> str:
     Args:
         source: a run, file or Hub id, as for `vim_ssl.load_encoder`.
         ema: see `vim_ssl.load_encoder`.
-    Returns: 16 hex digits; "" for a preset, which has no weights, for timm's published weights,
-        which its name says, and for a source that is absent.
+    Returns: 16 hex digits; "" for a preset, which has no weights, for weights that a name of timm
+        says, and for a source that is absent.
     Raises: ValueError for a damaged file.
     """
     state = _stored(source, ema)

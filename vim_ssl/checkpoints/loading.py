@@ -24,13 +24,20 @@ from vim_ssl.checkpoints.adapt import adapt_state, load_checked, some
 from vim_ssl.checkpoints.files import FORMAT, WEIGHT_SUFFIXES, Stored
 from vim_ssl.checkpoints.released import released_config
 from vim_ssl.checkpoints.representable import not_saved
-from vim_ssl.checkpoints.timm_models import is_timm, load_timm, rebuild, timm_settings
+from vim_ssl.checkpoints.timm_models import (
+    is_timm,
+    load_timm,
+    rebuild,
+    record_beside,
+    timm_settings,
+)
 from vim_ssl.data.bands import check_unit
 from vim_ssl.data.config import IMAGENET_DATA, Configured, adapt_data
 from vim_ssl.data.transforms import image as image_transforms
 from vim_ssl.models.encoder import VimEncoder
 from vim_ssl.models.presets import PRESETS, TAGS
 from vim_ssl.models.protocol import Encoder
+from vim_ssl.models.timm_build import check_stored
 from vim_ssl.models.timm_encoder import TimmEncoder
 from vim_ssl.models.video import VideoEncoder
 from vim_ssl.utils.environment import __version__
@@ -119,6 +126,7 @@ def load_encoder(
         if ema:
             raise ValueError(f"ema=True requires a run with a moving average, not {source}.")
         encoder, outputs = load_timm(source, requested, num_classes)
+        encoder.trainings = made_by(source).get("trainings") or []
         _warn_of_head(source, outputs if by_default else 0)
     else:
         stored = checkpoint_files.read(*find_file(source), ema=ema)
@@ -142,7 +150,8 @@ def made_by(source: str | os.PathLike) -> dict[str, Any]:
 
     Raises: the errors of `load_encoder`.
     """
-    return {} if source in PRESETS or is_timm(source) else _describe(source).made_by or {}
+    file = record_beside(source) if is_timm(source) else source
+    return {} if file is None or file in PRESETS else _describe(file).made_by or {}
 
 
 def _describe(source: str | os.PathLike) -> Stored:
@@ -392,6 +401,8 @@ def config_of(stored: Stored, requested: Mapping[str, Any]) -> tuple[dict[str, A
             raise ValueError(f"{stored.path}: {error}") from error
     else:
         config, assumed = stored.config, []
+        if "timm" in config:
+            check_stored(config, f"The config of {stored.path}")
         for name in () if "timm" in config else config:
             if name not in DEFAULTS and name not in _VIDEO:
                 near = difflib.get_close_matches(name, DEFAULTS, n=1)

@@ -7,18 +7,21 @@
 Other sizes and channels are adapted by timm's functions.
 """
 
+import contextlib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import Tensor
 
-from vim_ssl.checkpoints.adapt import load_checked
+from vim_ssl.checkpoints.adapt import adapt_patch_embed, load_checked
 from vim_ssl.checkpoints.files import WEIGHT_SUFFIXES, Stored, check_values
-from vim_ssl.models.timm_build import registered
+from vim_ssl.data.config import band_names, band_positions
+from vim_ssl.models.timm_build import check_stored, registered
 from vim_ssl.models.timm_encoder import TimmEncoder
 from vim_ssl.utils.numbers import require_finite
 
@@ -44,12 +47,14 @@ def is_timm(source: str | os.PathLike) -> bool:
 
 def parse_timm(source: str | os.PathLike) -> TimmSource:
     """Parse a source that begins with ``timm:``. Raises: ValueError for an unknown option."""
-    text = str(source).removeprefix(PREFIX)
-    name, _, option = text.rpartition("?") if "?" in text else (text, "", "")
-    key, _, value = option.partition("=")
-    if not name or (option and option != "pretrained" and not (key == "file" and value)):
+    text, by_file, file = str(source).removeprefix(PREFIX).partition("?file=")
+    name = text if by_file else text.removesuffix("?pretrained")
+    pretrained = name != text
+    # The folder of weights may have a question mark in its name; any other begins a wrong option.
+    strange = "?" in name and (":" not in name or not (pretrained or by_file))
+    if not name or strange or bool(by_file) != bool(file):
         raise ValueError(f"{source!r}: expected {_FORMS}.")
-    return TimmSource(name, option == "pretrained", value)
+    return TimmSource(name, pretrained, file)
 
 
 def timm_settings(source: str | os.PathLike) -> dict[str, Any]:
@@ -66,10 +71,32 @@ def timm_settings(source: str | os.PathLike) -> dict[str, Any]:
 
 
 def timm_state(source: str | os.PathLike) -> Mapping[str, Tensor]:
-    """Return the weights of ``timm:NAME?file=PATH``; {} for other sources, whose weights timm
-    chooses."""
-    file = parse_timm(source).file
-    return _read(file) if file else {}
+    """Return the weights of a file, folder or repository as they are stored; {} for a name of timm,
+    which says what its weights are.
+
+    Raises: FileNotFoundError, ConnectionError and ValueError, as `load_timm`.
+    """
+    parsed = parse_timm(source)
+    if parsed.file:
+        return _read(parsed.file)
+    if not (parsed.pretrained and ":" in parsed.name):
+        return {}
+    from timm.models._hub import load_state_dict_from_hf, load_state_dict_from_path
+
+    cfg = _architecture(parsed.name)["pretrained_cfg"]
+    with _reading(str(source)):
+        if cfg["source"] == "local-dir":
+            return load_state_dict_from_path(cfg["file"])
+        file = cfg.get("hf_hub_filename")
+        return load_state_dict_from_hf(cfg["hf_hub_id"], *([file] if file else []))
+
+
+def record_beside(source: str | os.PathLike) -> Path | None:
+    """Return the file of ``timm:NAME?file=PATH`` if it is one of a run, with its record beside it,
+    otherwise None."""
+    file = Path(parse_timm(source).file).expanduser()
+    of_run = file.name in ("encoder.safetensors", "encoder_ema.safetensors")
+    return file if of_run and file.with_name("encoder.json").is_file() else None
 
 
 def load_timm(
@@ -97,12 +124,57 @@ def load_timm(
     else:
         overlay = {"num_classes": _described(args)["num_classes"]}
     # The pool is changed after loading: in a new model it decides where the last norm is.
-    after_pool = "fc_norm.weight" in overlay.get("state_dict", {})
-    pool = None if after_pool else given.pop("global_pool", None)
+    pool = given.pop("global_pool", None)
+    args["global_pool"] = built = _pool_of(overlay, args | given, pool)
     encoder = _filled(str(source), args | given, overlay)
+    if given.get("data_config", {}).get("bands"):
+        original = {
+            key: value for key, value in given.items() if key not in ("in_chans", "data_config")
+        }
+        _adapt_bands(encoder, _filled(str(source), args | original, overlay), str(source))
     stored = encoder.num_classes
-    _set_head(encoder, str(source), num_classes, pool)
+    _set_head(encoder, str(source), num_classes, None if pool == built else pool)
     return encoder, stored
+
+
+def _pool_of(overlay: Mapping[str, Any], args: Mapping[str, Any], pool: str | None) -> str | None:
+    """Return the pool whose model has exactly the keys of a file, such as a norm after the pool;
+    the architecture's for other weights, which timm converts."""
+    usual, state = args.get("global_pool"), overlay.get("state_dict")
+    settings = dict(args) | {"num_classes": overlay["num_classes"], "use_mask_token": False}
+    for choice in dict.fromkeys((usual, pool, "avg", "token")) if state else ():
+        with torch.device("meta"), contextlib.suppress(ValueError):
+            encoder = TimmEncoder(**settings | {"global_pool": choice})
+            if encoder.state_dict().keys() == state.keys():
+                return choice
+    return usual
+
+
+def _adapt_bands(encoder: TimmEncoder, native: TimmEncoder, source: str) -> None:
+    """Give bands that have a name of the weights' own bands their kernels, as in a Vim.
+
+    Args:
+        native: the encoder of the weights' own bands.
+    Raises: ValueError for an architecture whose first layer has no kernel for each band.
+    """
+    before, after = native.data_config["bands"], encoder.data_config["bands"]
+    if before == after or band_positions(before, after) is None:
+        return
+    model: Any = native.model
+    first = model.pretrained_cfg.get("first_conv") or ()
+    for name in (first,) if isinstance(first, str) else first:
+        old, new = (cast(Any, x.model.get_submodule(name)).weight for x in (native, encoder))
+        if old.dim() != 4 or (old.shape[1], new.shape[1]) != (len(before), len(after)):
+            first = ()
+            break
+        with torch.no_grad():
+            new.copy_(adapt_patch_embed(old, len(after), before, after))
+    if not first:
+        raise ValueError(
+            f"{source}: the first layer of a {type(model).__name__} has no kernel for each band, "
+            f"so bands {', '.join(after)} cannot take those of {', '.join(before)}. Use another "
+            "architecture, or leave the names out."
+        )
 
 
 def rebuild(
@@ -126,16 +198,17 @@ def rebuild(
     args = target | {"global_pool": config["global_pool"]}
     state = dict(stored.state)
     token = state.pop("mask_token", None)
-    if args["in_chans"] == config["in_chans"] and _sides(args) == _sides(config):
+    bands = band_names(args) if args["in_chans"] == config["in_chans"] else ()
+    if bands == band_names(config) and _sides(args) == _sides(config):
         encoder = TimmEncoder(**args)
     else:
         same = TimmEncoder(**config)  # of the stored sizes, to check the file
         check_values(stored.path, state, same.state_dict())
         load_checked(stored.path, same, stored.state, strict)
-        encoder = _filled(str(stored.path), args, {
-            "state_dict": state, "num_classes": config["num_classes"],
-            "input_size": (config["in_chans"], *_sides(config)),
-        })  # fmt: skip
+        overlay = _in_memory(state, config["num_classes"])
+        overlay["input_size"] = (config["in_chans"], *_sides(config))
+        encoder = _filled(str(stored.path), args, overlay)
+        _adapt_bands(encoder, same, str(stored.path))
         state = encoder.state_dict()
         state.pop("mask_token", None)
     if encoder.mask_token is not None:
@@ -198,13 +271,22 @@ def _filled(source: str, args: Mapping[str, Any], overlay: dict[str, Any]) -> Ti
     """Build an encoder with the weights that timm reads by its description, changed by
     ``overlay``, and with their head."""
     classes = overlay["num_classes"]
+    if "state_dict" in overlay:  # timm changes it
+        overlay = overlay | {"state_dict": dict(overlay["state_dict"])}
     given = {"pretrained": True, "pretrained_cfg_overlay": overlay, "num_classes": classes}
-    try:
+    with _reading(source):
         return TimmEncoder(**dict(args) | given)
+
+
+@contextlib.contextmanager
+def _reading(source: str) -> Iterator[None]:
+    """Turn timm's errors in reading weights into ConnectionError and ValueError."""
+    try:
+        yield
     except OSError as error:  # also the Hub's errors
         raise ConnectionError(
             f"the weights of {source} cannot be read or downloaded ({error}). Download them on "
-            f"another machine, and give {source.partition('?')[0]}?file=PATH."
+            "another machine, and give timm:NAME?file=PATH."
         ) from error
     except RuntimeError as error:  # of load_state_dict: a line for every key
         raise ValueError(f"{source}: {' '.join(str(error).split())[:300]}") from error
@@ -231,6 +313,7 @@ def _architecture(name: str) -> dict[str, Any]:
         ) from error
     except OSError as error:
         raise ConnectionError(f"timm:{name} cannot be read: {error}") from error
+    check_stored(args or {}, f"timm:{name}")
     return {"timm": architecture, "pretrained_cfg": cfg, **(args or {})}
 
 
@@ -242,12 +325,17 @@ def _described(args: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _overlay(args: Mapping[str, Any], state: dict[str, Tensor]) -> dict[str, Any]:
-    """Return what of the description a file's weights change: they are read from memory."""
+    """Return what of the description a file's weights change."""
     names = _described(args).get("classifier") or "head"
     first = f"{names if isinstance(names, str) else names[0]}.weight"
+    return _in_memory(state, len(state[first]) if first in state else 0)
+
+
+def _in_memory(state: Mapping[str, Tensor], num_classes: int) -> dict[str, Any]:
+    """Return the part of a description by which timm reads weights from memory as they are."""
     return {
-        "state_dict": state, "num_classes": len(state[first]) if first in state else 0,
-        "custom_load": False, "label_offset": 0, "source": None,
+        "state_dict": state, "num_classes": num_classes, "custom_load": False, "label_offset": 0,
+        "source": None,
     }  # fmt: skip
 
 

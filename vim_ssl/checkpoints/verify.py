@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vim_ssl.checkpoints import files as checkpoint_files
 from vim_ssl.checkpoints.adapt import adapt_state, compare_keys, grid_of
 from vim_ssl.checkpoints.files import Stored
 from vim_ssl.checkpoints.loading import DEFAULTS, config_of, encoder_class, find_file
 from vim_ssl.checkpoints.released import RELEASED_FILES
+from vim_ssl.checkpoints.timm_models import is_timm, load_timm, parse_timm, timm_settings
 from vim_ssl.models.presets import PRESETS
 from vim_ssl.models.timm_encoder import TimmEncoder
 from vim_ssl.models.video import VideoEncoder
@@ -45,12 +47,14 @@ def verify(source: str | os.PathLike, **layout: Any) -> Report:
     """Describe a checkpoint, and check every key, every value and one forward pass.
 
     Args:
-        source: a path or a Hub id, as in `load_encoder`; the weights and their EMA copy are both
-            checked.
-        layout: ``img_size`` and ``stride``, for a file that does not store them.
+        source: a path, a Hub id or timm:NAME, as in `load_encoder`; the weights and their EMA copy
+            are both checked.
+        layout: ``img_size`` and ``stride``, for a file that does not store them; not for timm's.
     Returns: a report that lists the file's problems; they are not raised.
     """
     report = Report(str(source))
+    if is_timm(source):
+        return _verify_timm(report)
     try:
         folder, name = find_file(source)
         stored = checkpoint_files.read(folder, name, ema=False)
@@ -62,15 +66,38 @@ def verify(source: str | os.PathLike, **layout: Any) -> Report:
         report.problems.append(str(error))
         return report
     if "timm" in config:
-        report.facts |= {
-            "kind": f"vim_ssl file of timm's {config['timm']}",
-            "parameters": f"{sum(tensor.numel() for tensor in stored.state.values()):,}",
-            "classes": str(config["num_classes"] or "none: features only"),
-        }
+        report.facts |= _facts(
+            f"vim_ssl file of timm's {config['timm']}", stored.state, config["num_classes"]
+        )
     else:
         _describe(report, stored, config)
     for which, copy in copies.items():
         _check_copy(report, which, copy, config)
+    return report
+
+
+def _facts(kind: str, state: Mapping[str, Tensor], classes: int) -> dict[str, str]:
+    return {
+        "kind": kind,
+        "parameters": f"{sum(tensor.numel() for tensor in state.values()):,}",
+        "classes": str(classes or "none: features only"),
+    }
+
+
+def _verify_timm(report: Report) -> Report:
+    """Load ``timm:NAME…``, whose keys timm checks, and encode once."""
+    try:
+        classes = timm_settings(report.source)["num_classes"]
+        encoder, _ = load_timm(report.source, {}, classes)
+    except (OSError, ValueError) as error:
+        report.problems.append(str(error))
+        return report
+    kind = f"a {type(encoder.model).__name__} of timm"
+    report.facts = _facts(kind, encoder.state_dict(), classes)
+    parsed = parse_timm(report.source)
+    if not (parsed.pretrained or parsed.file):
+        report.notes.append("the weights are fresh; give ?pretrained or ?file=PATH to check some")
+    report.problems += _try(report, "weights", encoder)
     return report
 
 
@@ -133,16 +160,21 @@ def _check_copy(report: Report, which: str, stored: Stored, config: dict[str, An
     ]
     if not wrong:
         encoder.load_state_dict(state)
-        shape = list(encoder.data_config["input_size"])
-        if isinstance(encoder, VideoEncoder):
-            shape.insert(1, encoder.frames)
-        with torch.inference_mode():
-            out = encoder.eval()(torch.randn(1, *shape))
-        if torch.isfinite(out).all():
-            report.facts[f"{which} tried"] = f"{tuple(out.shape)} from {(1, *shape)}, finite"
-        else:
-            wrong = [f"{which}: the output on random input is not finite"]
+        wrong = _try(report, which, encoder)
     report.problems += wrong
+
+
+def _try(report: Report, which: str, encoder: Any) -> list[str]:
+    """Encode random values once; return the problems."""
+    shape = list(encoder.data_config["input_size"])
+    if isinstance(encoder, VideoEncoder):
+        shape.insert(1, encoder.frames)
+    with torch.inference_mode():
+        out = encoder.eval()(torch.randn(1, *shape))
+    if not torch.isfinite(out).all():
+        return [f"{which}: the output on random input is not finite"]
+    report.facts[f"{which} tried"] = f"{tuple(out.shape)} from {(1, *shape)}, finite"
+    return []
 
 
 def _preset_of(config: Mapping[str, Any]) -> str | None:
@@ -161,7 +193,7 @@ def verify_main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="vim-ssl verify", description="Describe a checkpoint and check that it loads."
     )
-    parser.add_argument("file", help="a checkpoint, a run directory or a Hub id")
+    parser.add_argument("file", help="a checkpoint, a run directory, a Hub id or timm:NAME")
     parser.add_argument(
         "--img-size", type=int, nargs="+", metavar="PX",
         help="image side, or height and width, of the position table, if not stored",

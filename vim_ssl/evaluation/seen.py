@@ -15,7 +15,6 @@ import numpy as np
 
 from vim_ssl.checkpoints.files import WEIGHT_SUFFIXES
 from vim_ssl.checkpoints.loading import made_by
-from vim_ssl.checkpoints.timm_models import is_timm
 from vim_ssl.data.dataset import ImageData
 from vim_ssl.data.identity import (
     PIXELS,
@@ -41,12 +40,13 @@ RECORD_UP_TO = 2**20  # bytes of trainings in the record of embeddings, of 130,0
 def trainings_of(source: str | Path) -> list[TrainingRecord]:
     """Return the trainings that the weights of ``source`` went through, the last one last.
 
-    A run of an earlier version has one without its images; a preset and a released file have none.
+    A run of an earlier version has one without its images; a preset and a released file have none,
+    and timm's weights none that is recorded, unless they are the file of a run.
 
     Raises: ValueError for a damaged record; the errors of `load_encoder`.
     """
     foreign = str(source).endswith(WEIGHT_SUFFIXES[1:]) and Path(source).exists()
-    if foreign or source in PRESETS or is_timm(source):
+    if foreign or source in PRESETS:
         return []
     clip = Path(source) / CLIP
     if clip.is_file():
