@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from timm.data import create_transform as timm_transform
 from timm.data import resolve_model_data_config
-from timm_encoders import CNN, DISTILLED, EVERY, POOLED, SWIN, VIT, WHOLE
+from timm_encoders import BEIT, CNN, CONVNEXT, DISTILLED, EVA, EVERY, POOLED, SWIN, VIT, WHOLE
 
 import vim_ssl
 from vim_ssl import cli, load_encoder, load_model, save_encoder
@@ -20,8 +20,10 @@ from vim_ssl.downstream import finetune
 from vim_ssl.evaluation.features import encode_data
 from vim_ssl.evaluation.readout import READOUTS, available_readouts, readout_columns
 from vim_ssl.objectives.classification import Classification
+from vim_ssl.tasks.classification import _match_head
 from vim_ssl.tasks.detection import Detection
 from vim_ssl.tasks.segmentation import Segmentation, load_segmentation
+from vim_ssl.training.accelerator import Average
 
 every = pytest.mark.parametrize(("source", "args"), EVERY.values(), ids=EVERY)
 
@@ -150,7 +152,10 @@ def test_a_published_name_is_a_source_of_commands(tmp_path, photos, capsys):
 
 
 @pytest.mark.parametrize("head", ["upernet", "linear"])
-@pytest.mark.parametrize(("source", "args"), [VIT, CNN, SWIN], ids=["vit", "cnn", "swin"])
+@pytest.mark.parametrize(
+    ("source", "args"), [VIT, CNN, SWIN, CONVNEXT, EVA, BEIT],
+    ids=["vit", "cnn", "swin", "convnext", "eva", "beit"],
+)  # fmt: skip
 def test_segmentation_reads_the_maps_of_any_encoder(tmp_path, head, source, args):
     encoder = load_encoder(source, **args)
     model = Segmentation(encoder, ["a", "b"], head=head, window=32, norm="layer", channels=8)
@@ -164,9 +169,34 @@ def test_segmentation_reads_the_maps_of_any_encoder(tmp_path, head, source, args
     assert all(
         torch.equal(a, b) for a, b in zip(model.maps(images), again.maps(images), strict=True)
     )
-    if head == "upernet" and source != VIT[0]:
+    if head == "upernet" and source in (CNN[0], SWIN[0]):
         sides = [m.shape[-1] for m in again.maps(images)]
         assert sides == [8, 4, 2, 1]
+
+
+@pytest.mark.parametrize("name", ["levit_128s", "deit_tiny_distilled_patch16_224"])
+def test_a_head_follows_the_order_of_the_classes(name):
+    """LeViT's classifiers begin with a norm of the features, which has no classes."""
+    args = {} if name.startswith("levit") else DISTILLED[1]
+    encoder = load_encoder(f"timm:{name}", num_classes=3, **args)
+    for module in encoder.modules():
+        if isinstance(module, torch.nn.BatchNorm1d | torch.nn.LayerNorm):
+            torch.nn.init.normal_(module.weight)
+    images = torch.randn(2, *encoder.input_shape)
+    before = encoder(images)
+    encoder.classes = ["a", "b", "c"]
+    _match_head(encoder, name, ["c", "a", "b"], "class")
+    torch.testing.assert_close(encoder(images), before[:, [2, 0, 1]], rtol=0, atol=1e-6)
+    assert encoder.classes == ["c", "a", "b"]
+
+
+def test_the_average_leaves_frozen_weights_out():
+    """By the names of the state dict, which for an encoder of timm are timm's."""
+    encoder = load_encoder(VIT[0], num_classes=2, **VIT[1])
+    encoder.requires_grad_(False)
+    encoder.get_classifier().requires_grad_(True)
+    average = Average(encoder, 0.5)
+    assert average._frozen == {k for k in encoder.state_dict() if not k.startswith("head.")}
 
 
 def test_detection_takes_maps_of_one_stride(tmp_path):

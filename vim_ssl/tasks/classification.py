@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from vim_ssl.checkpoints.loading import is_of_timm, load_for_bands, save_encoder
 from vim_ssl.data.bands import band_arguments
@@ -157,10 +158,13 @@ def _match_head(encoder: Encoder, source: str, classes: list[str], targets: str)
         return
     numbers = match_classes(classes, stored)
     if targets != "ordinal" and sorted(numbers) == list(range(len(stored))):
+        head = encoder.get_classifier()
         with torch.no_grad():
-            # (outputs, features), (outputs,)
-            for parameter in encoder.get_classifier().parameters():
-                parameter.copy_(parameter[numbers])
+            for part in head if isinstance(head, nn.ModuleList) else (head,):
+                # A norm of features may come before the layer of the classes.
+                *_, last = (m for m in part.modules() if isinstance(m, nn.Linear | nn.Conv2d))
+                for parameter in last.parameters():  # (outputs, features), (outputs,)
+                    parameter.copy_(parameter[numbers])
     else:
         warnings.warn(
             f"{source} has a head for other classes ({', '.join(stored[:5])} …); it is replaced by "

@@ -113,7 +113,12 @@ class Average:
     def __init__(self, model: nn.Module, decay: float):
         self.model, self.decay = model, decay
         self.module = copy.deepcopy(model).requires_grad_(False).eval()
-        self._frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+        tensors = model.state_dict(keep_vars=True)  # by the names of `update`
+        self._frozen = {
+            name
+            for name, x in tensors.items()
+            if isinstance(x, nn.Parameter) and not x.requires_grad
+        }
 
     @torch.no_grad()
     def update(self, step: int) -> None:
