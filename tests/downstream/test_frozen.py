@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -153,6 +154,21 @@ def test_a_frozen_run_resumes_bit_for_bit(encoder, data, tmp_path, monkeypatch, 
     assert losses(parts) == losses(whole)
     files = [(folder / "encoder.safetensors").read_bytes() for folder in (whole, parts)]
     assert files[0] == files[1]
+
+
+def test_a_resumed_head_reads_the_features_of_its_checkpoint(encoder, data, tmp_path):
+    """The encoder's file has other weights when the run goes on, as after more pretraining."""
+    source, whole, parts = (tmp_path / name for name in ("source", "whole", "parts"))
+    shutil.copytree(encoder, source)
+    train("finetune", str(source), data, whole, *LOGGED, *PLAIN)
+    train("finetune", str(source), data, parts, *LOGGED, *PLAIN, "--max-steps", "4")
+    other = load_encoder(source)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    save_encoder(other, source)
+    train("finetune", str(source), data, parts, "--resume", "auto")
+    assert losses(parts) == losses(whole)
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from vim_ssl.checkpoints.loading import is_of_timm, load_for_bands, save_encoder
+from vim_ssl.checkpoints.loading import is_of_timm, load_encoder, load_for_bands, save_encoder
 from vim_ssl.data.bands import band_arguments
 from vim_ssl.data.classes import match_classes
 from vim_ssl.data.loading.indexed import SeededSamples
@@ -27,6 +27,7 @@ from vim_ssl.evaluation.baselines import classification_baselines, compare_with
 from vim_ssl.evaluation.embeddings import stream_features
 from vim_ssl.evaluation.examples import Viewer, worst_mistakes, write_examples
 from vim_ssl.evaluation.extract import extract_features
+from vim_ssl.evaluation.seen import is_resumed
 from vim_ssl.evaluation.validation import Validation
 from vim_ssl.metrics.classification import (
     MAIN_METRIC,
@@ -255,8 +256,10 @@ def training_samples(
     """Return the samples of `Classification`: images, or for a frozen encoder without augmentation
     its features."""
     if getattr(config, "frozen", False) and not config.augments and train.kind == "image":
+        # A run that goes on has the weights of its checkpoint, whatever its source has now.
+        frozen = load_encoder(config.output, num_classes=0) if is_resumed(config) else encoder
         return feature_samples(
-            encoder, train, accelerator, config.seed, repeats=config.repeats,
+            frozen, train, accelerator, config.seed, repeats=config.repeats,
             workers=config.workers,
         )  # fmt: skip
     transform = LabelledTransform(training_transform(encoder, config))
