@@ -25,10 +25,10 @@ from vim_ssl.tasks.paper.campaign import open_jobs, run_jobs
 from vim_ssl.tasks.paper.claims import CLAIMS, RECALLED
 from vim_ssl.tasks.paper.committed import Arms, Committed
 from vim_ssl.tasks.paper.findings import (
+    IN_PART,
     NOT_MEASURED,
     NOT_REPRODUCED,
     REPRODUCED,
-    WEAKER,
     Finding,
     combined_state,
 )
@@ -120,7 +120,7 @@ def test_the_ablations_are_the_papers_nine_rows():
     [
         (3.0, 2.8, 1.0, REPRODUCED),
         (2.8, 2.8, 1.0, REPRODUCED),
-        (2.7, 2.8, 1.0, WEAKER),
+        (2.7, 2.8, 1.0, IN_PART),
         (1.0, 2.8, 1.0, NOT_REPRODUCED),
         (0.1, 0.0, 0.0, REPRODUCED),
         (0.0, 0.0, 0.0, NOT_REPRODUCED),
@@ -137,9 +137,9 @@ def test_the_bound_decides_a_finding(bound, bar, neutral, state):
     [
         ([], NOT_MEASURED),
         ([3, 3], REPRODUCED),
-        ([3, 2], WEAKER),
-        ([3, 0], WEAKER),
-        ([2, 0], WEAKER),
+        ([3, 2], IN_PART),
+        ([3, 0], IN_PART),
+        ([2, 0], IN_PART),
         ([0, -1], NOT_REPRODUCED),
         ([3, math.nan], NOT_MEASURED),
     ],
@@ -215,10 +215,10 @@ def test_efficiency_is_decided_at_the_papers_size_and_on_a_gpu_if_there_is_one(t
     rows = rows_in(tmp_path, tmp_path)
     states = {f.name: f.state for f in speed.findings(rows, settings()) if f.decides}
     assert states == {"cpu, 1248 px, plain attention": REPRODUCED,
-                      "cpu, 1248 px, fused attention": WEAKER}  # fmt: skip
+                      "cpu, 1248 px, fused attention": IN_PART}  # fmt: skip
     texts = [f.text for f in memory.findings(rows, settings()) if f.decides]
     assert texts == ["90.0 % less (10 against 100 MiB)", "11.1 % more (10 against 9 MiB)"]
-    assert combined_state(memory.findings(rows, settings())) == WEAKER
+    assert combined_state(memory.findings(rows, settings())) == IN_PART
     efficiency_rows(tmp_path, "cuda", {"": (2, 10), "plain": (1, 9), "fused": (1, 9)})
     rows = rows_in(tmp_path, tmp_path)
     assert combined_state(speed.findings(rows, settings())) == NOT_REPRODUCED
@@ -441,7 +441,7 @@ def test_full_size_runs_the_commands_and_decides(tmp_path):
     claim.full.run(claim.key, rows, settings(command), fields)
     assert log[0][:3] == ["supervised-pretrain", "--preset", "vim_tiny_224"]
     assert state_of(claim, rows, settings()) == REPRODUCED  # 76.1 when rounded
-    for value, state in ((75.0, WEAKER), (72.0, NOT_REPRODUCED)):
+    for value, state in ((75.0, IN_PART), (72.0, NOT_REPRODUCED)):
         rows.append(Key("full size", claim.key), value=value)
         assert state_of(claim, rows, settings()) == state
 

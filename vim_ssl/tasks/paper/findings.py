@@ -4,23 +4,24 @@ A finding is one comparison: the lower bound of the 95 % interval of a value (th
 counted or timed), the bar that the paper sets, and the neutral value, at which there is no effect.
 
     reproduced          the bound is above the neutral value and reaches the bar
-    weaker              the bound is above the neutral value, but below the bar
+    in part             the bound is above the neutral value, but below the bar
     not reproduced      the bound is not above the neutral value: no effect, or none that shows
     not yet measured    there is no value, or no interval (a single seed)
 
 Scaled-down trainings have the neutral value as their bar: the paper's points do not carry over to
 small images, only their direction does. A claim is reproduced if every finding is, not reproduced
-if no finding is reproduced or weaker, and otherwise weaker.
+if no finding is reproduced, even in part, and otherwise reproduced in part.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-REPRODUCED, WEAKER, NOT_REPRODUCED, NOT_MEASURED = (
-    "reproduced", "weaker", "not reproduced", "not yet measured",
+REPRODUCED, IN_PART, NOT_REPRODUCED, NOT_MEASURED = (
+    "reproduced", "in part", "not reproduced", "not yet measured",
 )  # fmt: skip
-STATES = (REPRODUCED, WEAKER, NOT_REPRODUCED, NOT_MEASURED)
+NOISE = 0.05  # share of a value that is timed once, or of a peak of memory, that is no effect
+STATES = (REPRODUCED, IN_PART, NOT_REPRODUCED, NOT_MEASURED)
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Finding:
             return NOT_MEASURED
         if self.bound <= self.neutral:
             return NOT_REPRODUCED
-        return REPRODUCED if self.bound >= self.bar else WEAKER
+        return REPRODUCED if self.bound >= self.bar else IN_PART
 
     def __str__(self) -> str:
         return f"{self.name}: {self.text}" if self.name else self.text
@@ -63,4 +64,4 @@ def combined_state(findings: Sequence[Finding]) -> str:
         return NOT_MEASURED
     if set(states) == {REPRODUCED}:
         return REPRODUCED
-    return NOT_REPRODUCED if set(states) == {NOT_REPRODUCED} else WEAKER
+    return NOT_REPRODUCED if set(states) == {NOT_REPRODUCED} else IN_PART

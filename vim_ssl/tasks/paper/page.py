@@ -13,19 +13,25 @@ HEAD = """\
 # The paper, claim by claim
 
 What the Vim paper ([arXiv 2401.09417](https://arxiv.org/abs/2401.09417)) says, and what this
-package measured. `vim-ssl paper` prints this table, `vim-ssl paper --run KEY` measures a claim on a
-CPU, scaled down, and `vim-ssl paper --full KEY` at its full size. This page is written by `vim-ssl
-paper --page docs/paper.md` from [`paper.csv`](../benchmarks/results/paper.csv) and the rows of the
-other benchmarks.
+package measured. "Recalled, not checked" marks a published value that was written from memory:
+check it in the paper before you quote it. The names of the ablations are those of
+[pretraining](pretraining.md#the-papers-other-blocks-and-readouts).
 
-**How a state is decided.** A claim consists of comparisons. The lower bound of a comparison's 95 %
-interval (over seeds and test images; the value itself if it is counted or timed) must be above zero
-effect, otherwise it is *not reproduced*: there is no effect, or none that this budget shows. It is
-*reproduced* if the bound also reaches the bar, otherwise *weaker*. The bar is the published value,
-or for scaled-down trainings zero, because points on ImageNet do not carry over to small images. A
-claim is reproduced if all its comparisons are, not reproduced if none is reproduced or weaker, and
-weaker in all other cases. Without a value, or with a single seed, it is *not yet measured*. The
-intervals are not corrected for the number of comparisons.
+`vim-ssl paper` prints the claims with their states, `vim-ssl paper --run KEY` measures one on a
+CPU, scaled down (times and memory with `--pixels 1248`), and `vim-ssl paper --full KEY` at its full
+size. This page is written by `vim-ssl paper --page docs/paper.md` from
+[`paper.csv`](../benchmarks/results/paper.csv) and the rows of the other benchmarks.
+
+**How a state is decided.** A claim consists of comparisons. What counts is the lower bound of a
+comparison's 95 % interval over seeds and test images, or a value that is counted or timed itself.
+If it shows no effect, the comparison is *not reproduced*: there is none, or none that this budget
+shows; of times and memory, 5 % is no effect. It is *reproduced* if it also reaches the bar: the
+published value, or for scaled-down trainings any effect, because points on ImageNet do not carry
+over to small images. A claim is *reproduced* if all its comparisons are, *not reproduced* if none
+is, and *in part* in all other cases, for example against plain but not against fused attention.
+Without a value, or with a single seed, it is *not yet measured*. The intervals are not corrected
+for the number of comparisons. For future work there is no published value; the state says whether
+an effect is there.
 """
 SCALED = """\
 `vim-ssl paper --run KEY` repeats a training with several seeds on each image set, with the epochs
@@ -109,8 +115,8 @@ def _commands() -> list[str]:
         SCALED,
         markdown_table(["keys", "scaled down"],
                        [[_keys(keys), f"`{command}`"] for command, keys in small.items()]),
-        "`vim-ssl paper --full KEY` runs these, with `--imagenet`, `--coco` and `--ade20k` for the "
-        "folders in capitals and `--launch` for several GPUs. None has been run yet.",
+        "`vim-ssl paper --full KEY` runs the following, with `--imagenet`, `--coco` and `--ade20k` "
+        "for the folders in capitals and `--launch` for several GPUs. None has been run yet.",
         markdown_table(["keys", "full size", "needs"],
                        [[_keys(keys), *known] for known, keys in full.items()]),
     ]  # fmt: skip

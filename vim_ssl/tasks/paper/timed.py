@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from vim_ssl.tasks.paper.efficiency import DONE, Point, measured
-from vim_ssl.tasks.paper.findings import Finding
+from vim_ssl.tasks.paper.findings import NOISE, Finding
 from vim_ssl.tasks.paper.measure import Job, Settings
 from vim_ssl.tasks.paper.rows import Key, Row, Rows
 
@@ -108,11 +108,11 @@ class Efficiency:
         if self.metric == SECONDS:
             times = theirs / ours
             text = f"{times:.1f} times as fast ({ours:.2f} against {theirs:.2f} s)"
-            return Finding(name, text, times, max(self.bar, 1.0), 1.0, decides)
+            return Finding(name, text, times, max(self.bar, 1.0 + NOISE), 1.0 + NOISE, decides)
         less = 100 * (1 - ours / theirs)
         change = f"{abs(less):.1f} % {'less' if less > 0 else 'more'}"
         text = f"{change} ({ours:,.0f} against {theirs:,.0f} MiB)"
-        return Finding(name, text, less, self.bar, 0.0, decides)
+        return Finding(name, text, less, max(self.bar, 100 * NOISE), 100 * NOISE, decides)
 
     def _values(self, rows: Rows) -> Iterator[tuple[tuple[str, str, int], str, Row]]:
         """Yield (device, conditions, pixels), attention, row."""
