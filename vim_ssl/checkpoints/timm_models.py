@@ -142,7 +142,9 @@ def _pool_of(overlay: Mapping[str, Any], args: Mapping[str, Any], pool: str | No
     the architecture's for other weights, which timm converts."""
     usual, state = args.get("global_pool"), overlay.get("state_dict")
     settings = dict(args) | {"num_classes": overlay["num_classes"], "use_mask_token": False}
-    for choice in dict.fromkeys((usual, pool, "avg", "token")) if state else ():
+    if not state:
+        return usual
+    for choice in dict.fromkeys((usual, pool, "avg", "token")):
         with torch.device("meta"), contextlib.suppress(ValueError):
             encoder = TimmEncoder(**settings | {"global_pool": choice})
             if encoder.state_dict().keys() == state.keys():

@@ -115,8 +115,8 @@ def freeze_unread(encoder: Any, read: Callable[[Any, Tensor], Iterable[Tensor]])
     with torch.device("meta"), torch.enable_grad():
         copied = type(encoder)(**encoder.config).eval()
         names, parameters = zip(*copied.named_parameters(), strict=True)
-        outputs = sum(out.sum() for out in read(copied, torch.zeros(1, *copied.input_shape)))
-    gradients = torch.autograd.grad(outputs, parameters, allow_unused=True)
+        sums = [out.sum() for out in read(copied, torch.zeros(1, *copied.input_shape))]
+    gradients = torch.autograd.grad(sums, parameters, allow_unused=True)
     unread = {name for name, grad in zip(names, gradients, strict=True) if grad is None}
     for name, parameter in encoder.named_parameters():
         if name in unread:
