@@ -228,6 +228,27 @@ def test_what_does_not_fit_is_left_out_and_printed(tmp_path, capsys):
     assert "simmim" not in {row["arm"].partition(",")[0] for row in metrics["rows"]}
 
 
+@pytest.mark.parametrize("cut", ["in the settings", "in the path", "before the line break"])
+def test_a_torn_row_is_written_again(whole, tmp_path, cut):
+    """A kill in the middle of a row, also inside its quotes or its path."""
+    folder, metrics, _ = whole
+    copy = tmp_path / "trial"
+    shutil.copytree(folder, copy)
+    (copy / "metrics.json").unlink()
+    *lines, last = (folder / "trial.csv").read_bytes().splitlines(keepends=True)
+    while cut == "in the settings" and b'"{""' not in last:
+        *lines, last = lines
+    ends = {
+        "in the settings": last.find(b'"{""') + 9,
+        "in the path": -5,
+        "before the line break": -2,
+    }
+    (copy / "trial.csv").write_bytes(b"".join(lines) + last[: ends[cut]])
+    resumed = run(copy, resume="auto")
+    assert [row["values"] for row in resumed["rows"]] == [row["values"] for row in metrics["rows"]]
+    assert rows(copy) == rows(folder)
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

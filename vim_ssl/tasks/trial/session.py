@@ -9,9 +9,7 @@ was measured is read again.
 """
 
 import contextlib
-import csv
 import json
-import re
 import signal
 import tempfile
 import warnings
@@ -47,11 +45,11 @@ from vim_ssl.tasks.trial.arms import (
 from vim_ssl.tasks.trial.costs import Cost, clock, measure
 from vim_ssl.tasks.trial.plan import Job, Plan, make_plan
 from vim_ssl.tasks.trial.readings import Reading, Readouts, choose_reading, read
-from vim_ssl.utils.files import append_rows, atomic_write, read_object
+from vim_ssl.tasks.trial.rows import describe, folder_of, read_jobs, slug, write_job
+from vim_ssl.utils.files import atomic_write, read_object
 from vim_ssl.utils.names import number, rough_time
 
 ROWS = "trial.csv"
-COLUMNS = ("arm", "seed", "rate", "seconds", "epochs", "images", "validation", "settings", "run")
 QUIET: dict[str, Any] = {"eval_every": "never", "save_every": 5.0, "trackers": ("none",)}
 
 
@@ -153,7 +151,7 @@ class Session:
         Args:
             encoder: another one than that of the trial.
         """
-        folder = self.folder / "jobs" / f"fresh{'-' * bool(encoder)}{_slug(encoder)}-{seed}"
+        folder = self.folder / "jobs" / f"fresh{'-' * bool(encoder)}{slug(encoder)}-{seed}"
         if not (folder / "encoder.json").exists():
             torch.manual_seed(seed)
             args = {"num_classes": 0, "use_mask_token": False} | band_arguments(self.splits.train)
@@ -262,7 +260,7 @@ class Session:
             )  # fmt: skip
             for job, row, _ in rows:
                 if job not in self.rows:
-                    self._write_row(row)
+                    write_job(self.folder / ROWS, row)
             self._store(
                 costs={name: vars(cost) for name, cost in costs.items()}, reading=reading,
                 measured=self.now() - began, plan=plan.record(),
@@ -328,15 +326,7 @@ class Session:
     @property
     def rows(self) -> dict[Job, dict[str, Any]]:
         """The finished jobs."""
-        if not (self.folder / ROWS).exists():
-            return {}
-        with open(self.folder / ROWS, newline="", encoding="utf-8") as file:
-            rows = [row for row in csv.DictReader(file) if row["run"] is not None]
-        return {
-            Job(row["arm"], int(row["seed"]), float(row["rate"])): row
-            | {"validation": float(row["validation"]), "seconds": float(row["seconds"])}
-            for row in rows
-        }
+        return read_jobs(self.folder / ROWS)
 
     def best(self, job: Job) -> dict[str, Any]:
         """The row of this arm and seed with the best validation score, of its learning rates."""
@@ -355,7 +345,7 @@ class Session:
                 if job in self.rows:
                     continue
                 row = self.run(job, plan.seconds)
-                self._write_row(row)
+                write_job(self.folder / ROWS, row)
                 left = rough_time(sum(weights[done:]))
                 report(f"[{done}/{total}] {describe(job)}: validation {row['validation']:.1f} %, "
                     f"{number(row['seconds'], 3)} s · {left} left")  # fmt: skip
@@ -387,7 +377,7 @@ class Session:
             "arm": job.arm, "seed": job.seed, "rate": job.rate, "seconds": 0.0, "epochs": 0.0,
             "images": 0, "run": "",
         }  # fmt: skip
-        output = str(self.folder / "jobs" / _folder(job))
+        output = str(self.folder / "jobs" / folder_of(job))
         if not arm.is_trained:
             return row | self._choose(self.source(arm, job.seed), job.seed)
         stage = stage_of(arm, self.arms)
@@ -411,11 +401,11 @@ class Session:
 
     def _continued(self, job: Job, train: Callable[[], Run]) -> tuple[Run, float]:
         """Train; return the run and its seconds, with those before it was stopped."""
-        before, began = self.stored.get("stopped", {}).get(_folder(job), 0.0), self.now()
+        before, began = self.stored.get("stopped", {}).get(folder_of(job), 0.0), self.now()
         try:
             return train(), before + self.now() - began
         except KeyboardInterrupt:
-            self._store(stopped={_folder(job): before + self.now() - began})
+            self._store(stopped={folder_of(job): before + self.now() - began})
             raise
 
     def _spent_before(self, arm: Arm, job: Job) -> float:
@@ -429,9 +419,6 @@ class Session:
         )
         reading, score = choose_reading(train, validation, readouts, self.device)
         return {"validation": round(score, 2), "settings": json.dumps(reading.record())}
-
-    def _write_row(self, row: dict[str, Any]) -> None:
-        append_rows(self.folder / ROWS, COLUMNS, [row])
 
     @contextlib.contextmanager
     def quiet(self) -> Iterator[None]:
@@ -463,20 +450,6 @@ class Session:
         )  # fmt: skip
         metrics = target_metrics(answers.x, answers.y, self.targets)
         return metrics[MAIN_METRIC[self.targets]], answers.groups
-
-
-def describe(job: Job) -> str:
-    rate = f", learning rate times {job.rate:g}" if job.rate != 1 else ""
-    return f"{job.arm}, seed {job.seed}{rate}"
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"\W+", "-", name).strip("-")
-
-
-def _folder(job: Job) -> str:
-    """Name of the folder of a job."""
-    return f"{_slug(job.arm)}-{job.seed}" + (f"-rate-{job.rate:g}" if job.rate != 1 else "")
 
 
 @contextlib.contextmanager
