@@ -19,7 +19,7 @@ from vim_ssl.checkpoints.timm_models import is_timm
 from vim_ssl.models.protocol import Encoder, require_tokens
 from vim_ssl.objectives.base import PretrainObjective, StepOutput
 from vim_ssl.objectives.masking import checked_mask
-from vim_ssl.objectives.pixels import refuse_head
+from vim_ssl.objectives.pixels import train_tokens
 
 LOSSES = ("cosine", "smooth_l1")
 WHERE = ("masked", "all")
@@ -59,7 +59,6 @@ class Distill(PretrainObjective):
         require_tokens(encoder, type(self).__name__)
         if encoder.mask_token is None:
             raise ValueError("distill needs an encoder with a mask token: use_mask_token=True.")
-        refuse_head(encoder)
         if loss not in LOSSES or where not in WHERE:
             raise ValueError(
                 f"loss is {loss!r} and where is {where!r}; expected one of {', '.join(LOSSES)} and "
@@ -67,6 +66,7 @@ class Distill(PretrainObjective):
             )
         if layers < 1 or not 0 <= momentum < 1:
             raise ValueError(f"layers {layers} must be 1 or more, momentum {momentum} in [0, 1).")
+        train_tokens(encoder)
         self.encoder = encoder
         self.loss, self.where, self.layers, self.momentum = loss, where, layers, momentum
         self.average = None

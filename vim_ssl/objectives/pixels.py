@@ -29,9 +29,7 @@ class PixelObjective(PretrainObjective):
                 f"patches of {patch.patch_size} px at stride {patch.stride} overlap, so a hidden "
                 "pixel may be visible in another patch; pretrain with stride = patch_size."
             )
-        refuse_head(encoder)
-        if freeze := getattr(encoder, "freeze_pooling", None):
-            freeze()
+        train_tokens(encoder)
         self.encoder = encoder
         self.norm_pix_loss = norm_pix_loss
         self.tubelet = getattr(encoder, "tubelet", 1)
@@ -89,6 +87,14 @@ class PixelObjective(PretrainObjective):
             for inside, outside in ((grey, original), (restored, grey), (restored, original))
         )
         return torch.cat([original, visible, predicted, pasted], dim=-1).cpu()
+
+
+def train_tokens(encoder: Any) -> None:
+    """Prepare an encoder whose tokens alone are trained: freeze the layers of its pool, if it has
+    any. Raises: ValueError for an encoder with a head."""
+    refuse_head(encoder)
+    if freeze := getattr(encoder, "freeze_pooling", None):
+        freeze()
 
 
 def refuse_head(encoder: Any) -> None:
