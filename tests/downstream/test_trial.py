@@ -249,6 +249,23 @@ def test_a_torn_row_is_written_again(whole, tmp_path, cut):
     assert rows(copy) == rows(folder)
 
 
+@pytest.mark.parametrize("changed", [0, -1])
+def test_images_that_were_written_again_are_refused(tmp_path, changed):
+    """Of the same size; the first or the last of them."""
+    pixels, labels = images(90, 0)
+    files = [tmp_path / "photos" / label / f"{i}.bmp" for i, label in enumerate(labels)]
+    for file, image in zip(files, pixels, strict=True):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(file)
+    spec, folder = str(tmp_path / "photos"), tmp_path / "trial"
+    with pytest.raises(SystemExit):
+        run(folder, Fake(stop_at=1), spec)
+    Image.fromarray(255 - pixels[changed]).save(files[changed])
+    os.utime(files[changed], (1, 1))
+    with pytest.raises(ValueError, match="of other image files"):
+        run(folder, Fake(), spec, resume="auto")
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

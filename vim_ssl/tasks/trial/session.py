@@ -28,7 +28,7 @@ from vim_ssl.data.split import stratified_split
 from vim_ssl.data.transforms.image import create_transform
 from vim_ssl.evaluation.baselines import pixel_features
 from vim_ssl.evaluation.extract import Features, extract_features
-from vim_ssl.evaluation.features import encode_splits
+from vim_ssl.evaluation.features import encode_splits, times_hash
 from vim_ssl.evaluation.readout import READOUTS, available_readouts
 from vim_ssl.metrics.bootstrap import Metric
 from vim_ssl.metrics.classification import MAIN_METRIC, target_metrics
@@ -108,6 +108,11 @@ class Splits:
     @property
     def fingerprints(self) -> dict[str, str]:
         return {name: getattr(self, name).fingerprint for name in ("train", "validation", "test")}
+
+    @property
+    def times(self) -> dict[str, str]:
+        """Hashes of the modification times of the image files."""
+        return {name: times_hash(getattr(self, name)) for name in ("train", "validation", "test")}
 
 
 class Session:

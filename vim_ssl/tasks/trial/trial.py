@@ -26,7 +26,7 @@ from vim_ssl.utils.distributed import pick_device
 from vim_ssl.utils.environment import environment
 from vim_ssl.utils.files import atomic_write
 from vim_ssl.utils.names import plural, rough_time
-from vim_ssl.utils.resumable import claim_output
+from vim_ssl.utils.resumable import IMAGE_FILES, claim_output
 
 RECORD, LOCK = "trial.json", ".lock"
 FAMILIES = (PRETRAINED, OTHER, PIXELS)
@@ -54,8 +54,9 @@ def run_trial(
     splits = Splits.open(config.data, config.test, config.validation, config.seed)
     settings = {k: v for k, v in to_dict(config).items() if k not in ("output", "resume")}
     strangers = [] if not folder.exists() else [p for p in folder.iterdir() if p.name != LOCK]
+    images = {"images": splits.fingerprints, IMAGE_FILES: splits.times}
     lock = claim_output(
-        folder, folder / RECORD, settings | {"images": splits.fingerprints}, environment(),
+        folder, folder / RECORD, settings | images, environment(),
         what="a trial", lock=folder / LOCK, strangers=strangers,
     )  # fmt: skip
     try:
