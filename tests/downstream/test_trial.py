@@ -266,6 +266,15 @@ def test_images_that_were_written_again_are_refused(tmp_path, changed):
         run(folder, Fake(), spec, resume="auto")
 
 
+@pytest.mark.parametrize("resume", ["never", "auto"])
+def test_a_refused_trial_leaves_its_directory_free(tmp_path, resume):
+    with pytest.raises(ValueError, match="too short: its smallest plan needs --minutes"):
+        run(tmp_path, minutes=0.02)
+    assert [path.name for path in tmp_path.iterdir() if path.name != ".lock"] == []
+    with pytest.raises(SystemExit):  # it begins; the first training is interrupted
+        run(tmp_path, Fake(stop_at=1), resume=resume)
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

@@ -10,6 +10,7 @@ was measured is read again.
 
 import contextlib
 import json
+import shutil
 import signal
 import tempfile
 import warnings
@@ -271,6 +272,12 @@ class Session:
                 measured=self.now() - began, plan=plan.record(),
             )  # fmt: skip
         return Plan(**self.stored["plan"])
+
+    def discard(self) -> None:
+        """Remove what a trial without a plan has written."""
+        for name in ("plan.json", "config.json", "trial.log", ROWS):
+            (self.folder / name).unlink(missing_ok=True)
+        shutil.rmtree(self.folder / "jobs", ignore_errors=True)
 
     @property
     def budget(self) -> float:

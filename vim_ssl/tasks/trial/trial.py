@@ -82,7 +82,12 @@ def _run(
     session = Session(folder, config, splits, arms, recipes, device, now)
     report(f"Trial: {folder} · {splits.train.name}: {len(splits.train):,} train, "
         f"{len(splits.validation):,} validation, {len(splits.test):,} test")  # fmt: skip
-    plan = session.prepare(report)
+    try:
+        plan = session.prepare(report)
+    except ValueError:  # a refusal; other settings may follow in the same directory
+        session.discard()
+        (folder / RECORD).unlink(missing_ok=True)
+        raise
     for line in describe_plan(plan, session):
         report(line)
     session.run_plan(plan, report)
