@@ -26,6 +26,8 @@ import vim_ssl
 from vim_ssl import VimEncoder, cli, save_encoder
 from vim_ssl.downstream.trial import Config
 from vim_ssl.tasks.trial import costs
+from vim_ssl.tasks.trial.plan import Job
+from vim_ssl.tasks.trial.rows import folder_of
 from vim_ssl.tasks.trial.trial import Recipes, run_trial
 
 SIZE = {"img_size": 8, "embed_dim": 8, "depth": 1}
@@ -275,6 +277,11 @@ def test_a_refused_trial_leaves_its_directory_free(tmp_path, resume):
         run(tmp_path, Fake(stop_at=1), resume=resume)
 
 
+@pytest.mark.parametrize("other", ["runs-a", "runs a", "Runs/a", "runs/a-0"])
+def test_every_job_has_a_folder_of_its_own(other):
+    assert folder_of(Job("runs/a")).lower() != folder_of(Job(other)).lower()
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -317,10 +324,10 @@ def test_the_command_of_the_page_trains(tmp_path, monkeypatch):
     assert by_arm["mae, fine-tuned"]["seconds"] > by_arm["mae, frozen features"]["seconds"] > 0
     assert done.metrics["verdict"] == "undecided"  # one seed
     assert done.report.name == "report.html"
-    trained = vim_ssl.Run(done.folder / "jobs" / "mae-fine-tuned-0")
+    trained = vim_ssl.Run(done.folder / "jobs" / folder_of(Job("mae, fine-tuned")))
     assert trained.state == "finished"
     assert trained.metrics["n"] == done.metrics["validation"]
-    assert Path(trained.config["encoder"]).name == "mae-frozen-features-0"
+    assert Path(trained.config["encoder"]).name == folder_of(Job("mae, frozen features"))
     vit = by_arm["timm:vit_tiny_patch16_224: mae, fine-tuned"]
     assert vit["encoder"] == "timm:vit_tiny_patch16_224"
     assert vit["seconds"] > 0

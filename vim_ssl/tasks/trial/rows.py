@@ -5,6 +5,7 @@ import io
 import os
 import re
 from collections.abc import Mapping
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,9 @@ def describe(job: Job) -> str:
 
 
 def slug(name: str) -> str:
-    return re.sub(r"\W+", "-", name).strip("-")
+    """Name of a folder; a hash tells apart names that differ in punctuation or case."""
+    words = re.sub(r"\W+", "-", name).strip("-")
+    return f"{words}-{blake2b(name.encode(errors='surrogateescape'), digest_size=4).hexdigest()}"
 
 
 def folder_of(job: Job) -> str:

@@ -157,7 +157,7 @@ class Session:
         Args:
             encoder: another one than that of the trial.
         """
-        folder = self.folder / "jobs" / f"fresh{'-' * bool(encoder)}{slug(encoder)}-{seed}"
+        folder = self.folder / "jobs" / f"fresh{'-' + slug(encoder) if encoder else ''}-{seed}"
         if not (folder / "encoder.json").exists():
             torch.manual_seed(seed)
             args = {"num_classes": 0, "use_mask_token": False} | band_arguments(self.splits.train)
