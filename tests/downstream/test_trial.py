@@ -83,6 +83,7 @@ class Fake:
     unfit: str = ""
     seconds: float = 0.0
     calls: list[str] = field(default_factory=list)
+    rates: dict[str, float] = field(default_factory=dict)
 
     def now(self) -> float:
         return self.seconds
@@ -104,9 +105,11 @@ class Fake:
             if settings.get("max_steps"):
                 optimizer.step()
         shutil.copytree(saved(settings["seed"], classes), output, dirs_exist_ok=True)
-        config = {"base_lr": 1e-3, "encoder": TINY["encoder"], "model_args": SIZE} | settings
+        base_lr = 2e-3 if settings.get("objective") == "simmim" else 1e-3
+        config = {"base_lr": base_lr, "encoder": TINY["encoder"], "model_args": SIZE} | settings
         # A larger learning rate is better here.
         score = 50 + 10 * (config["base_lr"] > 1e-3) + settings["seed"]
+        self.rates[Path(output).name] = config["base_lr"]
         plan = {"epoch_steps": 6, "effective_batch": 12}
         return Finished(Path(output), config, {"top1": score}, plan)
 
@@ -280,6 +283,14 @@ def test_a_refused_trial_leaves_its_directory_free(tmp_path, resume):
 @pytest.mark.parametrize("other", ["runs-a", "runs a", "Runs/a", "runs/a-0"])
 def test_every_job_has_a_folder_of_its_own(other):
     assert folder_of(Job("runs/a")).lower() != folder_of(Job(other)).lower()
+
+
+def test_a_factor_multiplies_the_learning_rate_of_its_objective(tmp_path):
+    fake = Fake()
+    run(tmp_path, fake, objectives=("mae", "simmim"), seeds=1)
+    for objective, base_lr in (("mae", 1e-3), ("simmim", 2e-3)):
+        folder = folder_of(Job(f"{objective}, frozen features", 0, 3.0))
+        assert fake.rates[folder] == pytest.approx(3 * base_lr)
 
 
 @pytest.mark.parametrize(

@@ -217,7 +217,7 @@ class Session:
             settings |= {"encoder": config.encoder}
         if config.model_args and not arm.encoder:
             settings |= {"model_args": config.model_args}
-        settings |= self._rate("pretrain", rate)
+        settings |= self._rate(arm, rate)
         return self.recipes.pretrain(
             self.splits.unlabelled, output=output, seed=seed, resume="auto", **settings
         )
@@ -228,16 +228,16 @@ class Session:
         config = self.config
         settings = QUIET | {"threads": config.threads, "workers": config.workers}
         settings |= {"targets": self.targets} | arm.settings | config.finetune_args | more
-        settings |= self._rate("finetune", rate)
+        settings |= self._rate(arm, rate)
         return self.recipes.finetune(
             encoder, self.splits.labelled, output=output, seed=seed, resume="auto", **settings
         )
 
-    def _rate(self, recipe: str, factor: float) -> dict[str, float]:
-        """The learning rate times a factor; the recipe's is known once it was measured."""
+    def _rate(self, arm: Arm, factor: float) -> dict[str, float]:
+        """The learning rate times a factor; that of a stage is known once it was measured."""
         if factor == 1:
             return {}
-        return {"base_lr": factor * self.stored["base_lr"][recipe]}
+        return {"base_lr": factor * self.stored["base_lr"][stage_of(arm, self.arms)]}
 
     def _seconds(self, train: Callable[[], Any]) -> tuple[Any, float]:
         began = self.now()
@@ -295,7 +295,7 @@ class Session:
         def training(name: str, arm: Arm, steps: int) -> float:
             with tempfile.TemporaryDirectory() as folder, self.quiet():
                 run, seconds = self._seconds(partial(self._try, arm, folder, steps))
-                rates["finetune" if arm.kind == "finetune" else "pretrain"] = run.config["base_lr"]
+                rates[name] = run.config["base_lr"]
                 epochs[name] = [run.plan["epoch_steps"], run.plan["effective_batch"]]
                 if arm.kind == "pretrain" and not arm.encoder and "size" not in self.stored:
                     size = {key: run.config[key] for key in ("encoder", "model_args")}
