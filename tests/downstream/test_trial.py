@@ -28,6 +28,7 @@ from vim_ssl.downstream.trial import Config
 from vim_ssl.tasks.trial import costs
 from vim_ssl.tasks.trial.plan import Job
 from vim_ssl.tasks.trial.rows import folder_of
+from vim_ssl.tasks.trial.session import Session, Splits
 from vim_ssl.tasks.trial.trial import Recipes, run_trial
 
 SIZE = {"img_size": 8, "embed_dim": 8, "depth": 1}
@@ -291,6 +292,17 @@ def test_a_factor_multiplies_the_learning_rate_of_its_objective(tmp_path):
     for objective, base_lr in (("mae", 1e-3), ("simmim", 2e-3)):
         folder = folder_of(Job(f"{objective}, frozen features", 0, 3.0))
         assert fake.rates[folder] == pytest.approx(3 * base_lr)
+
+
+@pytest.mark.parametrize("bands", [3, 5])
+def test_weights_are_adapted_to_the_bands_of_the_images(tmp_path, bands):
+    draw = np.random.default_rng(0)
+    x, y = draw.normal(size=(30, 8, 8, bands)).astype(np.float32), [str(i % 3) for i in range(30)]
+    splits = Splits.open(vim_ssl.register_data({"train": (x, y), "test": (x, y)}), 0.2, 0.3, 0)
+    session = Session(tmp_path, Config(data="x"), splits, [], Fake().recipes, "cpu")
+    (features,), readouts = session.features(saved(0, 0), 0, splits.validation)
+    assert len(features.x) == len(splits.validation)
+    assert np.isfinite(features.x[:, next(iter(readouts.values()))]).all()
 
 
 @pytest.mark.parametrize(

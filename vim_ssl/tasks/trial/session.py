@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 import torch
 
-from vim_ssl.checkpoints.loading import load_encoder, save_encoder
+from vim_ssl.checkpoints.loading import load_encoder, load_for_bands, save_encoder
 from vim_ssl.data import ImageData, band_arguments, labelled_splits
 from vim_ssl.data.sources.memory import register_data
 from vim_ssl.data.split import stratified_split
@@ -199,7 +199,8 @@ class Session:
             size = load_encoder(self.fresh(0), num_classes=0)
             return pixel_features(size, splits, **loading)[1], {"pixels": slice(None)}
         torch.manual_seed(seed)
-        encoder = load_encoder(source, num_classes=0, device=self.device)
+        bands = band_arguments(self.splits.train)
+        encoder = load_for_bands(source, bands, num_classes=0, device=self.device)
         encoder = encoder.for_data(self.splits.train).to(self.device).eval()
         features = encode_splits(encoder, splits, cache=False, device=self.device, **loading)
         assert features is not None  # one process
