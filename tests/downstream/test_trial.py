@@ -28,7 +28,8 @@ from vim_ssl.downstream.trial import Config
 from vim_ssl.tasks.trial import costs
 from vim_ssl.tasks.trial.plan import Job
 from vim_ssl.tasks.trial.rows import folder_of
-from vim_ssl.tasks.trial.session import Session, Splits
+from vim_ssl.tasks.trial.session import Session
+from vim_ssl.tasks.trial.splits import Splits
 from vim_ssl.tasks.trial.trial import Recipes, run_trial
 
 SIZE = {"img_size": 8, "embed_dim": 8, "depth": 1}
@@ -77,11 +78,13 @@ class Fake:
 
     Attributes:
         stop_at: the number of the call that is interrupted; 0: none.
+        diverging: part of the folder names of jobs that diverge.
         unfit: an objective that the encoder does not support.
     """
 
     stop_at: int = 0
     unfit: str = ""
+    diverging: str = ""
     seconds: float = 0.0
     calls: list[str] = field(default_factory=list)
     rates: dict[str, float] = field(default_factory=dict)
@@ -97,6 +100,8 @@ class Fake:
         self.calls.append(Path(output).name)
         if len(self.calls) == self.stop_at:
             signal.raise_signal(signal.SIGTERM)
+        if self.diverging and self.diverging in output and not settings.get("max_steps"):
+            raise FloatingPointError("the loss is not finite.")
         epochs = settings.get("epochs", 10.0)
         steps = settings.get("max_steps") or round(6 * epochs)
         self.seconds += OPENING
@@ -303,6 +308,26 @@ def test_weights_are_adapted_to_the_bands_of_the_images(tmp_path, bands):
     (features,), readouts = session.features(saved(0, 0), 0, splits.validation)
     assert len(features.x) == len(splits.validation)
     assert np.isfinite(features.x[:, next(iter(readouts.values()))]).all()
+
+
+@pytest.mark.parametrize(
+    ("diverging", "left_out", "rates"),
+    [
+        ("-rate-3", [], {1.0}),
+        ("mae-frozen-features", ["mae, frozen features", "mae, fine-tuned"], {3.0}),
+    ],
+)
+def test_what_diverges_is_left_out(tmp_path, diverging, left_out, rates):
+    """A learning rate; or a whole arm, with the one that continues it."""
+    metrics = run(tmp_path, Fake(diverging=diverging), seeds=1)
+    assert list(metrics["left_out"]) == left_out
+    assert {row["rate"] for row in metrics["rows"]} - {None} == rates
+    page = (tmp_path / "report.html").read_text()
+    assert all(f"{name}: the loss is not finite." in page for name in left_out)
+    assert ("every pretraining diverged" in metrics["summary"][0]) == bool(left_out)
+    again = Fake()
+    assert run(tmp_path, again, resume="auto", seeds=1)["rows"] == metrics["rows"]
+    assert again.calls == []
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,8 @@ def render_trial(run: Record) -> str:
     plan: Any = metrics.get("plan")
     plan = plan if isinstance(plan, dict) else {}
     left_out: Any = plan.get("left_out")
+    reasons: Any = metrics.get("left_out")
+    reasons = reasons if isinstance(reasons, dict) else {}
     plot = None
     if lines:
         plot = curve.draw_curves(probe_metric(metrics), lines, unit=" %", along="second")
@@ -35,6 +37,7 @@ def render_trial(run: Record) -> str:
         done=len(read_table(run.folder / "trial.csv")),
         note=f"{probe_metric(metrics)}, {measured(metrics)}" if rows else "",
         differences=list(_differences(metrics)),
+        reasons=[f"{name}: {why}" for name, why in reasons.items()],
         left_out=[str(text) for text in left_out] if isinstance(left_out, list) else [],
     )  # fmt: skip
 

@@ -16,20 +16,18 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from vim_ssl.checkpoints.loading import load_encoder, load_for_bands, save_encoder
-from vim_ssl.data import ImageData, band_arguments, labelled_splits
-from vim_ssl.data.sources.memory import register_data
-from vim_ssl.data.split import stratified_split
+from vim_ssl.data import ImageData, band_arguments
 from vim_ssl.data.transforms.image import create_transform
 from vim_ssl.evaluation.baselines import pixel_features
 from vim_ssl.evaluation.extract import Features, extract_features
-from vim_ssl.evaluation.features import encode_splits, times_hash
+from vim_ssl.evaluation.features import encode_splits
 from vim_ssl.evaluation.readout import READOUTS, available_readouts
 from vim_ssl.metrics.bootstrap import Metric
 from vim_ssl.metrics.classification import MAIN_METRIC, target_metrics
@@ -47,6 +45,7 @@ from vim_ssl.tasks.trial.costs import Cost, clock, measure
 from vim_ssl.tasks.trial.plan import Job, Plan, make_plan
 from vim_ssl.tasks.trial.readings import Reading, Readouts, choose_reading, read
 from vim_ssl.tasks.trial.rows import describe, folder_of, read_jobs, slug, write_job
+from vim_ssl.tasks.trial.splits import Splits
 from vim_ssl.utils.files import atomic_write, read_object
 from vim_ssl.utils.names import number, rough_time
 
@@ -77,45 +76,6 @@ class Recipes:
     finetune: Callable[..., Run]
 
 
-@dataclass(frozen=True)
-class Splits:
-    """The images of a trial. The test images are read once, after everything is chosen."""
-
-    train: ImageData
-    validation: ImageData
-    test: ImageData
-
-    @classmethod
-    def open(cls, spec: str, test: float, validation: float, seed: int) -> "Splits":
-        """Split labelled images as the other tasks do; see `labelled_splits`."""
-        labelled, tested = labelled_splits(spec, test, seed)
-        kept, held_out = stratified_split(labelled.labels or [], validation, seed, labelled.groups)
-        return cls(
-            labelled.subset(kept, "held out for validation"), labelled.subset(held_out), tested
-        )
-
-    @cached_property
-    def unlabelled(self) -> str:
-        """Spec of the training images without their labels."""
-        images = self.train.subset(range(len(self.train)))
-        images.labels = images.classes = None
-        return register_data(images)
-
-    @cached_property
-    def labelled(self) -> str:
-        """Spec of the training images, with the validation images as its test split."""
-        return register_data({"train": self.train, "test": self.validation})
-
-    @property
-    def fingerprints(self) -> dict[str, str]:
-        return {name: getattr(self, name).fingerprint for name in ("train", "validation", "test")}
-
-    @property
-    def times(self) -> dict[str, str]:
-        """Hashes of the modification times of the image files."""
-        return {name: times_hash(getattr(self, name)) for name in ("train", "validation", "test")}
-
-
 class Session:
     """The jobs of a trial.
 
@@ -139,7 +99,17 @@ class Session:
         self.stored: dict[str, Any] = {}  # of plan.json
         if (folder / "plan.json").exists():
             self.stored = read_object(folder / "plan.json", "the plan of a trial")
-            self.arms = without(arms, self.stored.get("unfit", {}))
+            self.arms = without(arms, self.left_out)
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Reasons why arms are left out: they do not fit the encoder, or diverge."""
+        return self.stored.get("left_out", {})
+
+    @property
+    def diverged(self) -> dict[str, str]:
+        """Errors of the jobs that diverged, by `folder_of`."""
+        return self.stored.get("diverged", {})
 
     def arm(self, name: str) -> Arm:
         return next(arm for arm in self.arms if arm.name == name)
@@ -313,12 +283,12 @@ class Session:
             except (ValueError, TypeError) as error:
                 if arm.kind != "pretrain" or arm is ordered[0][1]:
                     raise
-                unfit[arm.name] = str(error)
+                unfit[arm.name] = f"does not fit: {error}"
             else:
                 trainings[name] = train
         self.arms = without(self.arms, unfit)
         costs = measure(trainings, self.now)
-        self._store(base_lr=rates, epochs=epochs, unfit=unfit)
+        self._store(base_lr=rates, epochs=epochs, left_out=unfit)
         return costs
 
     def _try(self, arm: Arm, output: str, steps: int) -> Run:
@@ -353,15 +323,33 @@ class Session:
         total, done = sum(map(len, groups)), 0
         weights = [self._estimate(job, plan) for group in groups for job in group]
         for group in groups:
-            for job in self._with_best_rate(group):
+            if group[0].arm in self.left_out:
+                done += len(group)
+                continue
+            jobs = self._with_best_rate(group)
+            for job in jobs:
                 done += 1
-                if job in self.rows:
+                if job in self.rows or folder_of(job) in self.diverged:
                     continue
-                row = self.run(job, plan.seconds)
+                try:
+                    row = self.run(job, plan.seconds)
+                except FloatingPointError as error:
+                    self._store(diverged=self.diverged | {folder_of(job): str(error)})
+                    report(f"[{done}/{total}] {describe(job)} diverged: {error}")
+                    continue
                 write_job(self.folder / ROWS, row)
                 left = rough_time(sum(weights[done:]))
                 report(f"[{done}/{total}] {describe(job)}: validation {row['validation']:.1f} %, "
                     f"{number(row['seconds'], 3)} s · {left} left")  # fmt: skip
+            if self.rows.keys().isdisjoint(jobs):
+                self._leave_out(self.arm(group[0].arm), self.diverged[folder_of(jobs[-1])])
+
+    def _leave_out(self, arm: Arm, reason: str) -> None:
+        """Go on without an arm whose trainings diverge, and without those that continue it."""
+        kept = without(self.arms, [arm.name])
+        gone = {one.name: reason for one in self.arms if one not in kept}
+        self._store(left_out=self.left_out | gone)
+        self.arms = kept
 
     def _with_best_rate(self, group: Sequence[Job]) -> list[Job]:
         """Later seeds use the learning rate that the first seed chose."""

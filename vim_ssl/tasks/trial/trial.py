@@ -18,8 +18,9 @@ from vim_ssl.tasks.runner import finish_run
 from vim_ssl.tasks.trial.arms import OTHER, PIXELS, PRETRAINED, Arm, make_arms, parent_of
 from vim_ssl.tasks.trial.plan import Job, Plan
 from vim_ssl.tasks.trial.readings import Reading
-from vim_ssl.tasks.trial.session import Recipes, Session, Splits, stopping
-from vim_ssl.tasks.trial.verdict import Spread, Verdict, decide, difference, mean_of
+from vim_ssl.tasks.trial.session import Recipes, Session, stopping
+from vim_ssl.tasks.trial.splits import Splits
+from vim_ssl.tasks.trial.verdict import UNDECIDED, Spread, Verdict, decide, difference, mean_of
 from vim_ssl.training.folders import new_folder
 from vim_ssl.utils.config import to_dict
 from vim_ssl.utils.distributed import pick_device
@@ -110,8 +111,8 @@ def describe_plan(plan: Plan, session: Session) -> list[str]:
         f"{rough_time(plan.seconds)} of {per} each; about {rough_time(plan.estimate)} in all, "
         f"after {measured} of measuring."
     ]
-    for name, reason in session.stored["unfit"].items():
-        lines.append(f"{name}: does not fit: {reason}")
+    for name, reason in session.left_out.items():
+        lines.append(f"{name}: {reason}")
     if plan.left_out:
         lines.append(f"Left out, to fit into the time: {'; '.join(plan.left_out)}.")
     return lines
@@ -124,7 +125,7 @@ def conclude(session: Session, plan: Plan) -> dict[str, Any]:
     """Choose by the validation scores, then test every arm; return the entries of metrics.json."""
     arms = [arm for arm in session.arms if arm.name in plan.arms]
     rows = {arm.name: _rows(session, arm, plan.seeds) for arm in arms}
-    chosen = {family: _best(arms, rows, family) for family in FAMILIES}
+    chosen = {arm.family: _best(arms, rows, arm.family) for arm in arms}
     metrics: dict[str, list[Metric]] = {}
     groups: list[str] | None = None
     for arm in arms:
@@ -153,7 +154,8 @@ def conclude(session: Session, plan: Plan) -> dict[str, Any]:
         "n": metrics[PIXELS][0].n, "figure": "mAP" if session.multi_label else "accuracy",
         "train": len(session.splits.train), "validation": len(session.splits.validation),
         "test": len(test), "fingerprints": session.splits.fingerprints,
-        "plan": plan.record(), "costs": session.stored["costs"], "rows": table_rows,
+        "plan": plan.record(), "left_out": session.left_out,
+        "costs": session.stored["costs"], "rows": table_rows,
         "differences": differences, "verdict": verdict.kind, "summary": [verdict.sentence],
     }  # fmt: skip
 
@@ -187,12 +189,19 @@ def _verdict(
     config, made, records = session.config, [], []
     spread = Spread.pooled([metric.value for metric in many] for many in metrics.values())
     for first, second in ((PRETRAINED, OTHER), (PRETRAINED, PIXELS), (OTHER, PIXELS)):
+        if first not in chosen:
+            continue
         one, other = chosen[first], chosen[second]
         made.append(difference(
             metrics[one.name], metrics[other.name], spread, (one.has_seeds, other.has_seeds),
             groups, seed=config.seed,
         ))  # fmt: skip
         records.append({"arm": one.name, "over": other.name, **made[-1].record()})
+    if PRETRAINED not in chosen:
+        return Verdict(UNDECIDED, (
+            "No difference can be established: every pretraining diverged; try smaller --rates, "
+            "such as 0.1."
+        )), records  # fmt: skip
     names = tuple(chosen[family].name for family in FAMILIES)
     verdict = decide(names, tuple(made), config.margin, config.minutes)  # type: ignore[arg-type]
     return verdict, records
