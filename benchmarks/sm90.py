@@ -22,6 +22,8 @@ from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)  # before the import: the kernels must be compiled
 
+import vim_ssl.utils.openmp  # noqa: F401 (before torch)
+
 import torch
 import triton
 import triton.language as tl

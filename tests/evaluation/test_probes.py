@@ -146,7 +146,8 @@ def test_settings_of_neighbours_are_chosen_by_the_validation_split():
     """Plain cosines of the columns that tell the classes are hidden by three large ones."""
     x, y = blobs(200, noise=0.7)
     noise = torch.randn(200, 11, generator=torch.Generator().manual_seed(1))
-    train = Features(torch.cat([noise[:, :8], 1000 * noise[:, 8:], x], 1), y, [], [])
+    ids = [str(i) for i in range(200)]
+    train = Features(torch.cat([noise[:, :8], 1000 * noise[:, 8:], x], 1), y, ids, [])
     readouts = {"noise": slice(0, 8), "hidden": slice(8, 19), "again": slice(8, 19)}
     chosen, score = choose_neighbours(train, readouts, k=(5, 180))
     assert chosen == Neighbours("hidden", standardise=True, k=5)
