@@ -34,7 +34,10 @@ def reduced(name: str, argv: list[str]) -> list[str]:
         return [*argv, *RESUMED]
     if "--eval-only" in argv:
         return argv
-    return [*argv, *REDUCED.get(name, [])]
+    shorter = [*REDUCED.get(name, [])]
+    if any(word.startswith("timm:") for word in argv) and "d_state=4" in shorter:
+        shorter[shorter.index("d_state=4")] = "num_heads=2"
+    return [*argv, *shorter]
 
 
 def build(root: Path) -> None:
