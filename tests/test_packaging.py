@@ -282,9 +282,10 @@ y = bi_selective_scan(x, x, x, x, x, scale=0.5) + vim_ssl.load_encoder("a_run", 
 selective_scan(x, x, x, x, x, backend="torch")
 bi_selective_scan("not a tensor", x, x, x, x)
 selective_scan(x, x, x, x, x, nonsense=4)
-text: str = vim_ssl.load_encoder("a_run", num_classes="ten")
+vim_ssl.load_encoder("a_run", num_classes="ten")
+text: str = vim_ssl.create_transform("a_run")
 """
-ERRORS = {(7, "arg-type"), (8, "call-arg"), (9, "arg-type"), (9, "assignment")}
+ERRORS = {(7, "arg-type"), (8, "call-arg"), (9, "arg-type"), (10, "assignment")}
 
 
 def errors(done: subprocess.CompletedProcess, file: Path) -> set[tuple[int, str]]:
