@@ -14,8 +14,9 @@ exponential counts as one, per token, channel, state and direction:
                q = g a h, g a                                               1 each    2
 
 The reference is a plain loop of torch operations; torch counts those that it knows. A fused mixer
-is counted with its two projections and the delta that its backward pass computes again. A plain
-`FlopCounterMode` knows none of these operators and misses their projections too.
+is counted with its two projections and the delta that its backward pass computes again; torch's
+counter hooks all modules of a model, which are then called one by one. A plain `FlopCounterMode` does
+not know the scans.
 """
 
 from collections.abc import Callable

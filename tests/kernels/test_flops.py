@@ -7,6 +7,7 @@ import pytest
 import torch
 from scan_helpers import FAST_BACKENDS, two_way_inputs
 
+from vim_ssl.kernels.mixer import Direction, bi_mixer
 from vim_ssl.kernels.selective_scan import bi_selective_scan, flops
 from vim_ssl.kernels.selective_scan.flops import flop_counter, scan_cost
 
@@ -78,30 +79,47 @@ def test_bytes_are_those_of_the_tensors():
     assert scan_cost(2, B, L, D, N, itemsize=2).bytes == read + 2 * B * L * D
 
 
-def test_a_whole_encoder_is_counted(monkeypatch):
-    """The matrix products of torch's own count and the scans of every block, be they operators of
-    their own or parts of a fused mixer. The convolution is counted where torch knows it only."""
+def counts(function, op: str) -> list[int]:
+    """Operations of the forward and backward pass that are in operators of this name."""
+    with flop_counter(display=False) as forward:
+        out = function()
+    with flop_counter(display=False) as backward:
+        out.sum().backward()
+    found = [counter.get_flop_counts()["Global"] for counter in (forward, backward)]
+    return [sum(n for name, n in c.items() if op in str(name)) for c in found]
+
+
+SCANS = [scan_cost(2, 1, 17, 32, 16, backward=b).flops for b in (False, True)]
+
+
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+def test_a_whole_encoder_is_counted(monkeypatch, backend):
+    """The matrix products of torch's own count and the scans of every block; torch's counter hooks
+    all modules, so that no mixer is fused. The convolution is counted where torch knows it only."""
     from vim_ssl import VimEncoder
 
     encoder = VimEncoder(img_size=16, patch_size=4, embed_dim=16, depth=3, num_classes=0)
 
-    def counted(backend: str, op: str) -> list[int]:
-        monkeypatch.setenv("VIM_SSL_BACKEND", backend)
-        with flop_counter(display=False) as forward:
-            out = encoder(torch.randn(1, 3, 16, 16))
-        with flop_counter(display=False) as backward:
-            out.sum().backward()
-        counts = [counter.get_flop_counts()["Global"] for counter in (forward, backward)]
-        return [sum(n for name, n in c.items() if op in str(name)) for c in counts]
+    def run() -> torch.Tensor:
+        return encoder(torch.randn(1, 3, 16, 16))
 
-    scans = [3 * scan_cost(2, 1, 17, 32, 16, backward=b).flops for b in (False, True)]
-    assert counted("torch", "scan") == scans
-    products = counted("torch", "mm")
-    delta = 3 * 2 * (2 * 17 * 32 * 1)  # dt_rank 1; computed again in the backward pass
-    outer = counted("numba", "mm")
-    inner = counted("numba", "mixer")
-    assert outer[0] + inner[0] == products[0] + scans[0]
-    assert outer[1] + inner[1] == products[1] + scans[1] + delta
+    monkeypatch.setenv("VIM_SSL_BACKEND", "torch")
+    products = counts(run, "mm")
+    monkeypatch.setenv("VIM_SSL_BACKEND", backend)
+    assert counts(run, "mm") == products
+    assert counts(run, "scan") == [3 * scans for scans in SCANS]
+
+
+def test_a_fused_mixer_is_counted_with_its_projections():
+    torch.manual_seed(0)
+    d, n, r = 32, 16, 1
+    shapes = ((d, 1, 4), (d,), (r + 2 * n, d), (d, r), (d,), (d, n), (d,))
+    one, two = (Direction(*(torch.rand(shape) for shape in shapes)) for _ in range(2))
+    xz = torch.randn(1, 17, 2 * d, requires_grad=True)
+    projections = 2 * 2 * 17 * d * (r + 2 * n + r)  # of both directions
+    delta = 2 * 2 * 17 * d * r  # computed again in the backward pass
+    inner = counts(lambda: bi_mixer(xz, one, two, backend="numba"), "mixer")
+    assert inner == [projections + SCANS[0], 2 * projections + delta + SCANS[1]]
 
 
 def test_the_count_in_the_readme_holds():
