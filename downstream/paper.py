@@ -104,13 +104,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     stop: Any = signal.signal(signal.SIGTERM, _stop)
     try:
         run(config)
+    except SystemExit:  # also from a training, which handles the signal itself
+        print("\nStopped; the rows are kept, and the same command goes on.", flush=True)
+        raise
     finally:
         signal.signal(signal.SIGTERM, stop)
     return 0
 
 
 def _stop(signum: int, frame: Any) -> None:
-    print("\nStopped; the rows are kept, and the same command goes on.", flush=True)
     sys.exit(0)
 
 
