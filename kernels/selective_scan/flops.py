@@ -15,8 +15,8 @@ exponential counts as one, per token, channel, state and direction:
 
 The reference is a plain loop of torch operations; torch counts those that it knows. A fused mixer
 is counted with its two projections and the delta that its backward pass computes again; torch's
-counter hooks all modules of a model, which are then called one by one. A plain `FlopCounterMode` does
-not know the scans.
+counter hooks all modules of a model, which are then called one by one. A plain `FlopCounterMode`
+does not know the scans.
 """
 
 from collections.abc import Callable
