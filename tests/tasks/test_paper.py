@@ -186,6 +186,19 @@ def test_the_interval_has_seeds_and_images(tmp_path):
     assert isinstance(training.accuracy(rows.select(arm="mean")[0]), Metric)
 
 
+@pytest.mark.parametrize(
+    ("requested", "used"), [(5.0, "digits, 5 s"), (12.0, "digits, 12 s"), (30.0, "digits, 12 s")]
+)
+def test_the_requested_or_longest_budget_is_reported(requested, used, tmp_path):
+    rows = rows_in(tmp_path)
+    for budget in ("5 s", "12 s"):
+        add_training(rows, "middle", 0, np.ones(50, bool), budget)
+        add_training(rows, "mean", 0, np.ones(50, bool), budget)
+    add_training(rows, "middle", 0, np.ones(50, bool), "30 s")  # nothing to compare it with
+    (finding,) = Above("middle", ("mean",)).findings(rows, settings(seconds=requested))
+    assert finding.name == used
+
+
 def test_one_seed_decides_nothing(tmp_path):
     rows = rows_in(tmp_path)
     add_training(rows, "middle", 0, np.ones(50, bool))

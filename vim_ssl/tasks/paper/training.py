@@ -19,7 +19,7 @@ import numpy as np
 from vim_ssl.metrics.bootstrap import Metric
 from vim_ssl.tasks.paper.findings import Finding
 from vim_ssl.tasks.paper.measure import Job, Settings
-from vim_ssl.tasks.paper.rows import Key, Row, Rows
+from vim_ssl.tasks.paper.rows import TABLE, Key, Row, Rows
 from vim_ssl.tasks.trial.costs import clock, measure
 from vim_ssl.tasks.trial.verdict import Spread, difference
 from vim_ssl.training.state import recorded
@@ -222,15 +222,30 @@ class Above:
         ]  # fmt: skip
 
     def sources(self, rows: Rows, settings: Settings) -> list[Row]:
-        chosen = rows.select(measure="training", budget=settings.budget)
-        return [row for row in chosen if row["arm"] in (self.arm, *self.others)]
+        return [row for row in self._trainings(rows, settings)
+                if row["arm"] in (self.arm, *self.others)]  # fmt: skip
+
+    def _trainings(self, rows: Rows, settings: Settings) -> list[Row]:
+        """The trainings of all arms for one budget: that of the settings if it has a comparison of
+        this claim, else the longest that has. Those of the campaign if there are any."""
+        committed = [row for row in rows.committed(TABLE) if row["measure"] == "training"]
+        for known in (rows.of_campaign(measure="training"), committed):
+            ours = {row["budget"] for row in known if row["arm"] == self.arm}
+            budgets = {row["budget"] for row in known if row["arm"] in self.others} & ours
+            if budgets:
+                longest = max(budgets, key=lambda budget: float(budget.split()[0]))
+                budget = settings.budget if settings.budget in budgets else longest
+                return [row for row in known if row["budget"] == budget]
+        return []
 
     def findings(self, rows: Rows, settings: Settings) -> list[Finding]:
         made = []
+        trainings = self._trainings(rows, settings)
         for data in DATA:
             metrics: dict[str, dict[str, Metric]] = {}  # arm -> seed -> accuracy
-            for row in rows.select(measure="training", budget=settings.budget, data=data):
-                metrics.setdefault(row["arm"], {})[row["seed"]] = accuracy(row)
+            for row in trainings:
+                if row["data"] == data:
+                    metrics.setdefault(row["arm"], {})[row["seed"]] = accuracy(row)
             spread = Spread.pooled(
                 [metric.value for metric in of_arm.values()] for of_arm in metrics.values()
             )
@@ -241,7 +256,7 @@ class Above:
                 if seeds:
                     name = f"{data}, over {other}" if len(self.others) > 1 else data
                     pair = [ours[seed] for seed in seeds], [theirs[seed] for seed in seeds]
-                    made.append(_above(name, *pair, spread))
+                    made.append(_above(f"{name}, {trainings[0]['budget']}", *pair, spread))
         return made
 
 
