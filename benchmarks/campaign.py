@@ -5,16 +5,17 @@ and is not affected by other work on the machine.
 """
 
 import os
+import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 from rows import ORIGIN, append_rows, origin, read_rows
 
-from vim_ssl.tasks.trial.costs import clock, in_turns
+from vim_ssl.tasks.trial.costs import clock
 from vim_ssl.training.loop import fit
 from vim_ssl.training.run import Run
 
@@ -50,6 +51,26 @@ def costs(
                 for arm, value in known.items()]  # fmt: skip
         append_rows(path, COST_COLUMNS, [origin() | row for row in rows])
     return known
+
+
+def in_turns(
+    trainings: Mapping[str, Callable[[int], float]], turns: int, steps: int, warm_up: int = 0
+) -> dict[str, float]:
+    """Return the median seconds of ``steps`` steps of each training, alternating, so that a change
+    of the machine's speed affects all of them.
+
+    Args:
+        trainings: name -> function from the number of steps to its seconds.
+        turns: number of turns that count.
+        warm_up: number of turns before them, which compile.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in trainings}
+    for turn in range(-warm_up, turns):
+        for name, train in trainings.items():
+            spent = train(steps)
+            if turn >= 0:
+                seconds[name].append(spent)
+    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def run_jobs(script: str, out: Path, jobs: Iterable[Sequence], at_once: int) -> int:

@@ -29,6 +29,7 @@ from campaign import costs, fit_seconds, run_jobs
 from rows import ORIGIN, append_rows, origin, read_rows, results_parser
 
 from vim_ssl import create_transform
+from vim_ssl.checkpoints.timm_models import same_images
 from vim_ssl.data import labelled_splits
 from vim_ssl.downstream import linear_probe
 from vim_ssl.evaluation.extract import extract_features
@@ -74,10 +75,8 @@ def with_vit(config: Config, size: dict[str, int]) -> Config:
     """The same with timm's ViT of this ``size``, with the images and patches of the Vim."""
     with torch.device("meta"):
         vim = build_model(config)
-    images = {key: value for key, value in vim.data_config.items() if key != "input_size"}
-    same = {"img_size": vim.img_size, "in_chans": vim.in_chans, "data_config": images,
-            "patch_size": vim.patch_embed.patch_size}  # fmt: skip
-    return replace(config, encoder="timm:vit_tiny_patch16_224", model_args=size | same)
+    args = size | same_images(vim)
+    return replace(config, encoder="timm:vit_tiny_patch16_224", model_args=args)
 
 
 def build(arm: str, config: Config, vit: dict[str, int]):

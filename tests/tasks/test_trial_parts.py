@@ -9,7 +9,7 @@ import torch
 
 from vim_ssl.metrics.classification import proportion
 from vim_ssl.tasks.trial.arms import make_arms, stage_of
-from vim_ssl.tasks.trial.costs import Cost, in_turns, measure
+from vim_ssl.tasks.trial.costs import Cost, measure
 from vim_ssl.tasks.trial.plan import make_plan
 from vim_ssl.tasks.trial.verdict import Difference, Spread, decide, difference
 
@@ -19,22 +19,6 @@ COSTS = {stage: Cost(0.5, 1.0) for arm in ARMS if (stage := stage_of(arm, ARMS))
 
 
 # ------------------------------------------------------------------------- time
-
-
-def training(calls: list[str], name: str, step: float):
-    def train(steps: int) -> float:
-        calls.append(name)
-        compiling = 100.0 if calls.count(name) == 1 else 0.0
-        return 2.0 + step * steps + compiling
-
-    return train
-
-
-def test_trainings_are_timed_in_turns_after_one_that_compiles():
-    calls: list[str] = []
-    trainings = {name: training(calls, name, 0.5) for name in ("a", "b")}
-    assert in_turns(trainings, 2, 4, warm_up=1) == {"a": 4.0, "b": 4.0}
-    assert calls == ["a", "b"] * 3
 
 
 def test_a_step_costs_the_time_between_two_updates():

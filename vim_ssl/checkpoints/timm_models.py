@@ -238,6 +238,16 @@ def _without_directions(source: Any, requested: Mapping[str, Any]) -> dict[str, 
     return given
 
 
+def same_images(encoder: Any) -> dict[str, Any]:
+    """Return the arguments by which a vision transformer of timm gets the images and patches of
+    another encoder."""
+    data = {key: value for key, value in encoder.data_config.items() if key != "input_size"}
+    return {
+        "img_size": encoder.img_size, "in_chans": encoder.in_chans, "data_config": data,
+        "patch_size": encoder.patch_embed.patch_size,
+    }  # fmt: skip
+
+
 def build_timm(name: str, **args: Any) -> TimmEncoder:
     """Build an encoder with fresh weights by timm's name, which may be of a repository or folder.
 

@@ -22,9 +22,6 @@ class Cost:
     step: float
     fixed: float
 
-    def seconds(self, steps: float) -> float:
-        return self.fixed + steps * self.step
-
 
 def clock(device: str) -> float:
     """Seconds of this process: on a CPU the processor time of all its threads, which other work on
@@ -33,26 +30,6 @@ def clock(device: str) -> float:
         return time.process_time()
     torch.cuda.synchronize()
     return time.perf_counter()
-
-
-def in_turns(
-    trainings: Mapping[str, Callable[[int], float]], turns: int, steps: int, warm_up: int = 0
-) -> dict[str, float]:
-    """Return the median seconds of ``steps`` steps of each training, alternating, so that a change
-    of the machine's speed affects all of them.
-
-    Args:
-        trainings: name -> function from the number of steps to its seconds.
-        turns: number of turns that count.
-        warm_up: number of turns before them, which compile.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in trainings}
-    for turn in range(-warm_up, turns):
-        for name, train in trainings.items():
-            spent = train(steps)
-            if turn >= 0:
-                seconds[name].append(spent)
-    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def measure(

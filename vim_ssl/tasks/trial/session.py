@@ -23,6 +23,7 @@ from typing import Any, Protocol
 import torch
 
 from vim_ssl.checkpoints.loading import load_encoder, load_for_bands, save_encoder
+from vim_ssl.checkpoints.timm_models import same_images
 from vim_ssl.data import ImageData, band_arguments
 from vim_ssl.data.transforms.image import create_transform
 from vim_ssl.evaluation.baselines import pixel_features
@@ -141,11 +142,7 @@ class Session:
         patches of the trial's."""
         args = self.config.encoder_args
         if encoder.startswith("timm:"):
-            like: Any = load_encoder(self.fresh(0), num_classes=0)
-            images = {key: value for key, value in like.data_config.items() if key != "input_size"}
-            same = {"img_size": like.img_size, "in_chans": like.in_chans, "data_config": images,
-                    "patch_size": like.patch_embed.patch_size}  # fmt: skip
-            args = same | args
+            args = same_images(load_encoder(self.fresh(0), num_classes=0)) | args
         return {"encoder": encoder, "model_args": args}
 
     def source(self, arm: Arm, seed: int) -> str:
